@@ -162,7 +162,7 @@ def test_a_download_that_is_broken_off_is_continued_and_then_needs_no_hub(hub, h
     first = sources_of("org/rows")[0].fingerprint()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert sources_of("org/rows")[0].fingerprint() == first and not hub.requests
-    with pytest.raises(InputError, match="is not complete"):
+    with pytest.raises(InputError, match="is incomplete"):
         sources_of("org/other")
     with pytest.raises(InputError, match="this command downloads nothing"):
         sources_of("org/other", ask=False)

@@ -184,5 +184,5 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
         assert texts[2].startswith(
             "3 ranks have no room for the model: after 0 of them layer 1 of 4"
         )
-        assert "there are 3 ranks for 2 layers: start 2 ranks or fewer" in texts[3]
+        assert "there are 3 ranks for 2 layers: start at most 2 ranks" in texts[3]
     assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abcd")

@@ -37,8 +37,8 @@ SHORT = {
 class TrainResult(training.TrainResult):
     """The result of a run; losses in nats per token, with preference methods per pair.
 
-    `config` is the run's. `model` and `tokenizer` are those that the run was given, or are loaded
-    on first use; the model has the adapter.
+    `config` is the run's. `model` and `tokenizer` are the ones passed to the run, or are loaded on
+    first use; the model has the adapter.
     """
 
     config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON

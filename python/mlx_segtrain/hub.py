@@ -300,8 +300,8 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of those that
-    are there."""
+    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of the files
+    that exist."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:

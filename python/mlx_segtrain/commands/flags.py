@@ -32,7 +32,7 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """As wide as the terminal up to WIDEST; all names of a flag stand before its value, once."""
+    """Formats help up to WIDEST columns wide, with all names of a flag before its value."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -117,7 +117,7 @@ def group_of(name: str) -> str:
 
 
 def in_groups() -> list[str]:
-    """Returns all fields in the order of their groups; those that `--help` shows come first."""
+    """Returns all fields in the order of their groups, starting with the ones `--help` shows."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 
@@ -184,7 +184,10 @@ def add_output_flags(parser: Parser) -> None:
         "--verbose", "-v", action="store_true", help="show every step and event on its own line"
     )
     group.add_argument(
-        "--log-file", type=Path, metavar="FILE", help="also append what is shown, with times"
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="also append the output to this file, with times",
     )
 
 

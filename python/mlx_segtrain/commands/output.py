@@ -77,7 +77,7 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: Of the command that runs; outside of one everything is shown, and nothing is logged.
+#: The settings of the running command; outside of one everything is shown, and nothing is logged.
 _current = Output()
 
 

@@ -33,7 +33,7 @@ def command_line(argv: Sequence[str], width: int) -> str:
         return text
     lines, line = [], words[0]
     for i, word in enumerate(words[1:], 1):
-        # A flag stands on a line with its value.
+        # A flag stays on one line with its value.
         held = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]
         if len(" ".join([line, *held])) > width - 2 and word.startswith("-"):
             lines.append(line)

@@ -71,7 +71,7 @@ def _values(line: bytes) -> int:
 def check_columns(name: str, count: int) -> None:
     if count > MOST_COLUMNS:
         raise InputError(
-            f"{name} has more than {MOST_COLUMNS:,} columns; leave out those that are not needed."
+            f"{name} has more than {MOST_COLUMNS:,} columns; leave out the unneeded ones."
         )
 
 

@@ -324,7 +324,7 @@ class Samples:
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The index of each sample's row among those that were read, from 0, ascending: int64."""
+        """The index of each sample's row among all rows read, from 0, ascending: int64."""
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
         return np.concatenate(
             [

@@ -32,7 +32,7 @@ MOST_PADDING, LEAST_PADDING = 2, 512
 
 
 class Base(Protocol):
-    """What answers are made with: a model of mlx-lm and its tokenizer."""
+    """A model of mlx-lm and its tokenizer, which generate answers."""
 
     @property
     def model(self) -> Any: ...
@@ -79,7 +79,7 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature by which logits are divided before log p is told of them."""
+        """The temperature that divides logits before their log p is returned."""
         return 1.0
 
     @property
@@ -112,13 +112,13 @@ class Answer:
             self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
-        """Lets go of the cache, which can be made anew from the tokens."""
+        """Frees the cache, which can be computed again from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
         if self.key is not None:  # numbers that were drawn by it are not drawn again
             self.key = mx.random.split(self.key, 3)[2]
 
     def take(self, token: int) -> bool:
-        """Goes on by a token, whose text goes out; whether the answer has ended."""
+        """Appends a token and sends its text; returns whether the answer has ended."""
         told, self.told = self.told, None
         if self.read:
             self.read, self.done = False, self.length

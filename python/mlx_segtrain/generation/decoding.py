@@ -64,8 +64,9 @@ Told = tuple[float, dict[int, float]]
 
 @dataclass(frozen=True)
 class Piece:
-    """More text; `tokens` of the answer so far, `cached` ones of the prompt. The last has `finish`:
-    at an end-of-sequence token or a stop string, or at the most tokens that there may be."""
+    """More text, with the number of `tokens` of the answer so far, and of `cached` tokens of the
+    prompt. The last piece has `finish`: stop at an end-of-sequence token or a stop string, or
+    length at the maximum number of tokens."""
 
     text: str
     tokens: int
@@ -185,7 +186,7 @@ def _draw(key: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class _Limits:
-    """What rows keep of their tokens before one is drawn."""
+    """Limits the tokens of each row before one is sampled."""
 
     def __init__(self, options: Sequence[Options]):
         def column(values: Sequence[float]) -> mx.array:
@@ -222,8 +223,8 @@ def processor(
     """Returns a function that applies an answer's penalties and biases to its logits; None if it
     has none.
 
-    It takes the last token [1] and the logits [1, V] after it. The first call is for the last token
-    of what there is already, prompt and `made`.
+    It takes the last token [1] and the logits [1, V] after it. The first call is for the last of
+    the existing tokens, `prompt` and `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty

@@ -25,7 +25,7 @@ class Policy:
 
 
 class Talk(Protocol):
-    """What a completion is part of: a prompt, and whatever answers the model's turns."""
+    """The conversation of a completion: a prompt, and whatever answers the model's turns."""
 
     @property
     def prompt(self) -> list[int]: ...
@@ -48,10 +48,10 @@ class Monologue:
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed the prompt: tokens, which of them were `drawn` from the model (bool [n]), their
-    log-probabilities at the temperature at which they were drawn, float32 [n], 0 for others; and
-    the text of the last turn. `finish` is stop, length if it was cut off, or turns if the model had
-    no more of them.
+    """The tokens after the prompt; which of them were `drawn` from the model (bool [n]); their log
+    probabilities at the temperature at which they were sampled, float32 [n], 0 for others; and the
+    text of the last turn. `finish` is stop, length if it was truncated, or turns if the model had
+    none left.
     """
 
     prompt: list[int]
@@ -206,7 +206,7 @@ def complete(
         for _, error in failed:
             raise error
         batch.leave(ended, keep=False)
-        # Those that go on come before those that have not begun: fewer talks are open at a time.
+        # Continued talks come before new ones, so that fewer are open at a time.
         more = [rollout for turn in ended if (rollout := of_turn.pop(turn)).goes_on(turn)]
         waiting.extendleft(reversed(more))
     return [[rollout.completion for rollout in own] for own in rollouts]

@@ -100,7 +100,7 @@ class LoRALinear(nn.Module):
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         """Returns the factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
+        key = id(a), id(b), self.scale  # both are kept alive, so that no other arrays get these ids
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))

@@ -179,7 +179,7 @@ class Rows:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Linears compute with these updates, and not with what is in them."""
+        """While it is active, linear layers use these updates instead of their own."""
         self.on = True
         try:
             yield
@@ -294,7 +294,7 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """What a linear layer of a batch does besides its frozen part."""
+    """The updates that a linear layer of a batch adds to its frozen output."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path

@@ -91,8 +91,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every module of the layers that can be adapted by ours, and outside of the layers
-    those that are adapted; with `whole`, all that can be."""
+    """Replaces every module of the layers that can be adapted with one of ours, and outside of the
+    layers only the adapted ones; with `whole`, all that can be adapted."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):

@@ -54,8 +54,6 @@ class ModelShape:
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
         """Returns the bytes of the weights once loaded, or of those that a rank `loads`. With
         `float32`, floating-point weights are converted, as on the CPU.
-
-        `float32`: floating ones become so, as on the CPU.
         """
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))

@@ -258,7 +258,7 @@ def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.arra
 
 @dataclass(frozen=True)
 class Mlp:
-    """What a layer adds to h after attention."""
+    """The part of a layer after attention, which it adds to h."""
 
     gate: Projection
     up: Projection

@@ -59,7 +59,7 @@ class Grpo(Objective):
 
     @property
     def old(self) -> "Objective":
-        """What gives the log-probabilities of the tokens that count."""
+        """The objective that computes the log probabilities of the tokens that count."""
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:

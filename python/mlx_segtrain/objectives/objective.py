@@ -14,14 +14,14 @@ from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
-    """What the head makes of a batch: the loss first, then the `metrics`, each a scalar.
+    """Computes the outputs of the head for a batch: the loss, then the `metrics`, each a scalar.
 
-    All are parts of a mean, over what `total` counts: those of several batches add up. A metric is
-    NaN if there is nothing in the batches that it is of.
+    All outputs are already divided by `total`, so those of several batches can be summed. A metric
+    is NaN if the batches have nothing that it measures.
     """
 
     options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
-    unit: str  #: of the loss, in words
+    unit: str  #: the loss's unit, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: what the head reads besides h and rows of each stream
 
@@ -32,7 +32,7 @@ class Objective:
 
     @property
     def reference(self) -> "Objective | None":
-        """What gives the numbers of the model without its adapter with which the loss compares."""
+        """The objective that computes the reference: the model without its adapter."""
         return None
 
     @property

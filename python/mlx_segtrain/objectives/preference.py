@@ -65,7 +65,7 @@ Compared = tuple[mx.array, tuple[mx.array, mx.array], mx.array]
 
 
 class Pairs(Objective):
-    """What preference objectives have in common; `_loss` is theirs."""
+    """The base class of preference objectives, which define `_loss`."""
 
     unit = "per pair"
     metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -238,7 +238,7 @@ class Reference(Pairs):
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a loss of dpo is a function of: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
+    """The arguments of dpo's losses: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
 
     chosen: mx.array
     rejected: mx.array

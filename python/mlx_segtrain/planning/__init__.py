@@ -221,8 +221,8 @@ def named(
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """Returns the most tokens per row that fit, in steps of 128 and to within a part in 256; 0 if
-    none do."""
+    """Returns the largest number of tokens per row that fits, in steps of 128 and to within a part
+    in 256; 0 if none does."""
     if not fits(STEP):
         return 0
     low, high = 1, 2

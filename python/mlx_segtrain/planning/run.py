@@ -101,8 +101,8 @@ class RunPlan:
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """Returns the most tokens per row that fit, up to the model's context length, with the
-        configured plan or else with any."""
+        """Returns the largest number of tokens per row that fits, up to the model's context length,
+        with the configured plan or else with any."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:

@@ -16,7 +16,7 @@ from .pipeline import Part, sent, weight_bytes
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Steps of the search for the time of the slowest rank, and more seconds than any takes.
+#: Bisection steps for the time of the slowest rank, and an upper bound of it in seconds.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 

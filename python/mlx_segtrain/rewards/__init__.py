@@ -33,7 +33,7 @@ Function = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """By the name of each reward a number for each completion, and their weighted sums."""
+    """The scores of completions by name of the reward, and their weighted sums."""
 
     by_name: dict[str, list[float]]
     total: list[float]

@@ -12,7 +12,7 @@ from ..errors import InputError, shown
 
 #: A number in a text, with separators of thousands.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
-#: Numbers are equal up to this part of them.
+#: Numbers count as equal up to this relative difference.
 ACCURACY = 1e-6
 
 Check = Callable[..., list[float]]

@@ -24,10 +24,10 @@ OWN = ("reset", "step", "get_reward")
 
 @dataclass(frozen=True)
 class Environments:
-    """What makes the environments of a run, one for each completion (docs/grpo.md).
+    """Creates the environments of a run, one for each completion (docs/grpo.md).
 
-    `tools` are its public methods, as chat templates take them; none if it has `step`. Its reward,
-    if it has one, is what its method `get_reward` gives.
+    `tools` are the class's public methods, in the form that chat templates take; none if it has
+    `step`. Its reward, if it has one, is returned by its method `get_reward`.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Conversation:
         calls, new = [], []
         for own in (own for kind, own in parts if kind == "call"):
             read = read_calls(self._tokenizer, own, list(self._of.tools))
-            # What cannot be read is a call that fails: the model is told, and may try again.
+            # An unreadable call counts as failed: the model sees the error and may try again.
             for call in read or [{"name": "", "arguments": own}]:
                 id = f"call{self.calls:05d}"  # nine letters, as Mistral's template wants them
                 self.calls += 1

@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What jobs compute on. `memory_bytes` is the total, for a GPU its own."""
+    """The device that jobs compute on. `memory_bytes` is its total memory, for a GPU its own."""
 
     name: str
     type: str
@@ -253,7 +253,7 @@ class Service:
 
     @cached_property
     def device(self) -> Device:
-        """What this machine computes on."""
+        """Returns the device of this machine."""
         return Device.here()
 
     # Before a run

@@ -65,8 +65,8 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run. Removes all but the newest `keep`, and those
-    of later steps, since the run may reach these steps in a different state.
+    """Writes a checkpoint below the folder of a run. Keeps only the newest `keep`, and removes
+    those of later steps, since the run may reach these steps in a different state.
 
     Raises OSError if it cannot be written; nothing is lost then.
     """

@@ -45,8 +45,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes all of the lines or none: `begin` would take part of a step as its end and remove
-        what follows."""
+        """Writes all of the lines or none: `begin` would mistake part of a step for the end of the
+        file and remove the lines after it."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:

@@ -147,7 +147,7 @@ class Links:
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Ranks that others wait for: those that wait for nobody."""
+        """Returns the ranks that others wait for, which themselves wait for nobody."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property

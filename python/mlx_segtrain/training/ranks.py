@@ -93,7 +93,7 @@ def address_of(ranks: "Ranks") -> str:
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; of one by default. `warn` is told who is slow."""
+    """A group of processes; of one by default. `warn` gets a sentence about slow ranks."""
 
     rank: int = 0
     size: int = 1
@@ -183,7 +183,7 @@ class Ranks:
             self._blame(error)
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Until MLX has what comes from other ranks. Raises LostRank if that cannot be any more.
+        """Waits until MLX has received from other ranks. Raises LostRank if it no longer can.
 
         Another thread waits, for a stream that nothing else uses: this one looks after the others
         meanwhile, and can go on without the arrays.
@@ -226,7 +226,7 @@ class Ranks:
             slow = self.links.behind() if self.links else []
             if not warned and slow and time.monotonic() - started > SLOW:
                 warned = True
-                # Of those that wait one is to say it.
+                # Only one of the waiting ranks reports it.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")

@@ -232,7 +232,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: Says that a file was not there before.
+#: Marks a file that did not exist before.
 COME = "was added"
 
 
@@ -252,8 +252,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """What has changed since a run, in sentences, by part: model, data, warm_start, rewards,
-    versions, device, settings, adapter, checkpoints; [] for a part that is unchanged."""
+    """The changes since a run, in sentences, by part: model, data, warm_start, rewards, versions,
+    device, settings, adapter, checkpoints; [] for an unchanged part."""
 
     run: Path
     step: int | None  #: the adapter's step; None for a run that has not ended

@@ -50,8 +50,8 @@ from .references import with_references
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before a model is loaded. `config` has its epochs converted to steps; `remarks`
-    say in sentences which parts of the data are left out or wrong."""
+    """The inputs that are read before a model is loaded. `config` has its epochs converted to
+    steps; `remarks` are sentences about data that is left out or wrong."""
 
     config: TrainConfig
     tokenizer: Any

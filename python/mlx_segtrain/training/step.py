@@ -129,7 +129,7 @@ class Stepper:
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """What the last step generated, if the method generates (for completions.jsonl)."""
+        """Returns the completions of the last step, if the method generates any."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:

@@ -34,7 +34,7 @@ class Lost:
 
 
 class Watch:
-    """What one rank knows of the others. Messages are JSON objects."""
+    """The state of the other ranks as this one knows it. Messages are JSON objects."""
 
     def __init__(
         self,
