@@ -50,9 +50,7 @@ class Message(Request):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = Field(
-        None, description="of an assistant, for the chat template"
-    )
+    reasoning_content: str | None = Field(None, description="the reasoning in an assistant's turn")
     tool_calls: Calls | None = Field(None, description="the calls in an assistant's turn")
     tool_call_id: str | None = Field(
         None, description="the id of the call that a tool's turn answers"
@@ -176,7 +174,7 @@ class Generate(Request):
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="for the answer's tokens")
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="for the answer's tokens, by how often they came"
+        None, ge=-2, le=2, description="for the answer's tokens, in proportion to their count"
     )
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
