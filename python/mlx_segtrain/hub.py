@@ -506,7 +506,7 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
-        raise InputError(f"{repository.id}: the hub gives no checksum of {name}.")
+        raise InputError(f"{repository.id}: the hub has no checksum of {name}.")
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
     _fill(repository, name, url, blob, facts.size, meter)

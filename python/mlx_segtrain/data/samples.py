@@ -83,7 +83,7 @@ def check_method(first: dict[str, str], method: str | None) -> None:
             raise InputError(f"{source}: method {method} needs the keys {keys}.")
         methods = either([name for name, rows in ROWS.items() if rows in own.rows])
         raise InputError(
-            f"{source}: the row has {quoted(own.marks)}, which method {method} does not take: "
+            f"{source}: the row has {quoted(own.marks)}, which method {method} does not accept: "
             f"use method {methods}, or set data_format."
         )
 

@@ -24,7 +24,7 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
             raise ValueError(f"write module:{kind} or file.py:{kind}")
         found = getattr(_module(place), name) if given is None else given
         if not callable(found):
-            raise TypeError(f"it is no {kind}")
+            raise TypeError(f"it is not a {kind}")
     except Exception as error:  # a module may fail in any way when it is imported
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{field}: {spec} cannot be used ({said}).", field=field) from error

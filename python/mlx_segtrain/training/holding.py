@@ -1,4 +1,4 @@
-"""Factors of which each rank holds those of its layers: apart for a step, together for a file."""
+"""Divides factors between ranks for a step, by their layers, and joins them for a file."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ class Holding:
         return self._joined(dict(self._pieces(at, self.whole)), self.own, at.step)
 
     def together(self, at: Iterate) -> Iterate:
-        """Returns all of them, on every rank."""
+        """Returns all factors and the optimizer's whole state, on every rank."""
         if self.own == self.whole:
             return at
         aside = io.BytesIO()
@@ -53,7 +53,7 @@ class Holding:
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _pieces(self, at: Iterate, layout: Layout) -> Iterator[tuple[str, mx.array]]:
-        """Yields the parts of an iterate by a name of their own."""
+        """Yields the parts of an iterate, each with a unique name."""
         yield from _cut(VECTOR, at.vector, layout)
         parts = layout.parts(len(at.moments))
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

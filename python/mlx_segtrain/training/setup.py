@@ -375,7 +375,7 @@ def load_chain(
         for i, side in np.argwhere(data.columns.top >= known)[:1]:
             row, top = sequences(data.rows[i])[side], data.columns.top[i, side]
             raise InputError(
-                f"{row.source}: the tokenizer gives token {top}, but the model has "
+                f"{row.source}: the tokenizer returns token {top}, but the model has "
                 f"{known} tokens: use the tokenizer that belongs to the model."
             )
     return model, chain
