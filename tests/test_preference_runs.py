@@ -49,12 +49,12 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     """Cached ones are the fresh ones; other data, lengths and models have their own."""
     counted = []
 
-    def value(*args):
-        counted.append(len(args[4].rows))
+    def one_row(*args):  # a reference is computed of each row alone
+        counted.append(1)
         return original(*args)
 
-    original = references.value
-    monkeypatch.setattr(references, "value", value)
+    original = references.one_row
+    monkeypatch.setattr(references, "one_row", one_row)
 
     def run(name, model=llama4, data=pairs, **changes):
         counted.clear()
