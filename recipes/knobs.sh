@@ -44,8 +44,8 @@ knobs() {
   local name=$1 model=$2 adapter=$3
   local seq=${SEQ:-$(sed -n 's/^max_seq_length: *\([0-9]*\).*/\1/p' "$name.yaml")}
   MODEL=${MODEL:-$(cached "$model")}
-  [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the hub's cache: give the folder of a model." >&2; exit 2; }
-  [ -n "${DATA:-}" ] || { echo "DATA is not set: give a folder with train.jsonl." >&2; exit 2; }
+  [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the hub's cache: set it to the folder of a model." >&2; exit 2; }
+  [ -n "${DATA:-}" ] || { echo "DATA is not set: set it to a folder with train.jsonl." >&2; exit 2; }
   flags=(--config "$name.yaml" --model "$MODEL" --data "$DATA"
          --adapter-path "${ADAPTER:-$HOME/.cache/mlx-segtrain/finetunes/$adapter-seq$seq}")
   [[ ! ${ITERS:-} =~ ^[0-9]+$ ]] || EVAL_EVERY=${EVAL_EVERY:-$((ITERS >= 5 ? ITERS / 5 : 1))}

@@ -156,7 +156,7 @@ def test_defaults_and_names_of_methods() -> None:
         ({"warm_start": "x", "rank": 16}, "rank has no effect with warm_start, whose adapter has"),
         ({"epochs": 2, "iters": 7}, "iters has no effect when epochs is set: leave it out"),
         ({"sample_tokens": 9}, "sample_tokens has no effect without sample_prompts"),
-        ({"dpo_warmup_iters": 9}, "dpo_warmup_iters is for method dpo: use warmup_iters"),
+        ({"dpo_warmup_iters": 9}, "dpo_warmup_iters only applies to method dpo: use warmup_iters"),
         (
             {"method": "dpo", "dpo_lr_schedule": "linear", "lr_schedule": "linear"},
             "dpo_lr_schedule and lr_schedule are the same: set only one of them",

@@ -283,7 +283,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
     ("row", "error"),
     [
         ({"chosen": "a", "rejected": "b"}, "the pair has no prompt"),
-        (text_pair("x", 7, "b"), '"chosen" must be a string as "prompt" is, not a number'),
+        (text_pair("x", 7, "b"), '"chosen" must be a string like "prompt", not a number'),
         (
             text_pair("x", "a", [USER, says("b")]),
             'not a list; if "rejected" holds the prompt too, remove "prompt"',
@@ -331,7 +331,7 @@ def test_pairs_come_before_other_formats(tmp_path, tokenizer):
 
 def test_methods_and_rows_must_fit(tmp_path, tokenizer):
     pair = {"prompt": "x", "chosen": "a", "rejected": "b"}
-    with pytest.raises(InputError, match="which method sft does not take: use method dpo"):
+    with pytest.raises(InputError, match="which method sft does not accept: use method dpo"):
         load(tmp_path, tokenizer, pair, method="sft")
     with pytest.raises(InputError, match=r"train\.jsonl:2: method orpo needs the keys"):
         load(tmp_path, tokenizer, pair, {"text": "x"}, method="orpo")

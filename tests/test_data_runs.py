@@ -72,7 +72,7 @@ def test_which_data_is_meant(llama4, tmp_path):
     config = config_of(llama4, tmp_path, tmp_path / "a")
     with pytest.raises(InputError, match="data_dir and train_data are both given"):
         train(config, train_data=[{"text": "a"}])
-    with pytest.raises(InputError, match="data_dir is missing: give data"):
+    with pytest.raises(InputError, match="data_dir is missing: pass data"):
         train(TrainConfig(model_dir=llama4, adapter_path=tmp_path / "a"))
     with pytest.raises(InputError, match="data_dir is missing"):
         evaluate(TrainConfig(model_dir=llama4, adapter_path=tmp_path / "a"))

@@ -39,7 +39,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(path / "pairs")
     write_sums(path / "sums")
     rows = (f"Count to {i}.,{' '.join(map(str, range(1, i)))}" for i in range(2, 12))
-    (path / "rows.csv").write_text("\n".join(["prompt,completion", *rows]) + "\n")
+    (path / "replies.csv").write_text("\n".join(["query,reply", *rows]) + "\n")
     train = ["train", "--model", str(path / "MODEL"), "--data", str(path / "data"), "--quiet"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.main([*train, "--iters", "2", "--adapter", str(path / "out")]) == 0

@@ -304,9 +304,9 @@ def test_what_is_refused(tokenizer, with_tools):
     ):
         with pytest.raises(InputError, match=f"environment: lib:Guess cannot be used .*{says}"):
             Environments.of(configured(), kind)
-    with pytest.raises(InputError, match="has tools, and of the model's chat template"):
+    with pytest.raises(InputError, match="mlx-lm does not know how tools are called"):
         conversation(tokenizer, Shelf)
-    with pytest.raises(InputError, match="the tools of this run are those of environment"):
+    with pytest.raises(InputError, match="this run uses the tools of environment"):
         conversation(load_tokenizer(with_tools), Shelf, tools=[{"type": "function"}])
     raw = configured(prompt_format="raw")
     with pytest.raises(InputError, match="go through a chat template"):
@@ -322,7 +322,7 @@ def test_what_is_refused(tokenizer, with_tools):
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        (7, "step gave 7: it must give a text"),
+        (7, "step returned 7; it must return a text"),
         (RuntimeError("oh"), r"step failed \(RuntimeError: oh\)"),
     ],
 )

@@ -133,7 +133,9 @@ def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
         return [float("nan") if calls == 4 else len(text) for text in completions]
 
     out = tmp_path / "a"
-    with pytest.raises(RunError, match=r"reward reward gave nan for the completion .* and resume"):
+    with pytest.raises(
+        RunError, match=r"reward reward returned nan for the completion .* and resume"
+    ):
         train(config(llama4, prompts, out), rewards=[reward])  # the first call is of an evaluation
     assert checkpoint._read(checkpoint_of(out)).step == 2
     assert {line["step"] for line in completions_of(out)} == {1, 2}

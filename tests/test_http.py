@@ -179,7 +179,7 @@ def test_the_schema_is_the_command_line_s(server):
         ({"model_dir": None}, 422, ("model_dir",)),
         ({"model_dir": "/etc"}, 403, ("/etc", "--root")),
         ({"adapter_path": "/root/x"}, 403, ("--root",)),
-        ({"data_dir": "nowhere"}, 400, ("does not exist: name a file or a folder",)),
+        ({"data_dir": "nowhere"}, 400, ("does not exist: pass a file or a folder",)),
     ],
 )
 def test_bad_runs_are_refused_in_a_sentence(server, change, status, words):

@@ -120,7 +120,7 @@ def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
     hub.add("org/old", copies, "datasets", branch="refs/convert/parquet")
     assert found("org/old/en") == (["a"], ["b"]) and found("org/old/de") == (["c"], None)
     with pytest.raises(
-        InputError, match=r"several configurations: name one of de or en, as in org/old/"
+        InputError, match=r"several configurations: pick one of de or en, as in org/old/"
     ):
         sources_of("org/old")
 
@@ -132,7 +132,7 @@ def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
         ("org/chat/huge", "has no configuration 'huge': it has default or small"),
         ("org/chat:dev", "has no split dev: it has train_sft, test_sft or train_gen"),
         ("org/chat@v9", "has no revision v9"),
-        ("org/odd", "no split called train: name one of one or two, as in org/odd:one"),
+        ("org/odd", "no split called train: pick one of one or two, as in org/odd:one"),
     ],
 )
 def test_what_cannot_be_had(chat, hub, name, reason):
@@ -162,7 +162,7 @@ def test_a_download_that_is_broken_off_is_continued_and_then_needs_no_hub(hub, h
     first = sources_of("org/rows")[0].fingerprint()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert sources_of("org/rows")[0].fingerprint() == first and not hub.requests
-    with pytest.raises(InputError, match="is not complete"):
+    with pytest.raises(InputError, match="is incomplete"):
         sources_of("org/other")
     with pytest.raises(InputError, match="this command downloads nothing"):
         sources_of("org/other", ask=False)

@@ -45,9 +45,9 @@ def test_without_a_terminal_flags_answer(monkeypatch, capsys) -> None:
     assert config.model_dir == Path("m: #1")
     before = Path("x.yaml").read_text()
     assert cli.main(["init", "x.yaml", *given]) == 2
-    assert "x.yaml already exists: give another name, or --force." in capsys.readouterr().err
+    assert "x.yaml already exists: pass another name, or --force." in capsys.readouterr().err
     assert cli.main(["init", "y.yaml", "--model", "m"]) == 2
-    assert "data_dir is missing: give --data" in capsys.readouterr().err
+    assert "data_dir is missing: pass --data" in capsys.readouterr().err
     assert Path("x.yaml").read_text() == before and not Path("y.yaml").exists()
     assert cli.main(["init", "x.yaml", "--force", *given, "--rank", "4"]) == 0
     assert load_config(Path("x.yaml"), {}).rank == 4

@@ -398,7 +398,7 @@ BAD_CHATS = [
     ({"messages": [HELLO[0] | {"tool_calls": [1]}]}, "messages.0.tool_calls"),
     (
         {"messages": [HELLO[0] | {"tool_call_id": "1"}]},
-        "messages.0.tool_call_id is only for a tool",
+        "messages.0.tool_call_id is only allowed in tool messages",
     ),
     ({"messages": []}, "messages"),
     ({"messages": None}, "messages"),

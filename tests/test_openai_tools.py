@@ -700,7 +700,7 @@ def test_a_response_of_a_form_and_with_tools(server):
     ("change", "says"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"role": "user"}]}, "input.0: a turn needs a role and a content"),
+        ({"input": [{"role": "user"}]}, "input.0: a message needs a role and content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text"),
         ({"previous_response_id": "x"}, "previous_response_id: this server does not implement it"),
         ({"metadata": "x"}, "metadata"),

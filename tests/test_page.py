@@ -523,10 +523,10 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     expect(wrong("Choose a data set first")).to_have_count(0)
     page.get_by_label(titles["max_seq_length"]).fill("64")
     # The data goes with another method.
-    expect(wrong("which method sft does not take")).to_be_visible(timeout=LONG)
+    expect(wrong("which method sft does not accept")).to_be_visible(timeout=LONG)
     page.get_by_role("button", name="Use method dpo").click()
     expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
-    expect(wrong("which method sft does not take")).to_have_count(0)
+    expect(wrong("which method sft does not accept")).to_have_count(0)
     rank = page.get_by_label(titles["rank"], exact=True)
     page.get_by_role("button", name="Rank, batch size and folder").click()
     rank.fill("1")

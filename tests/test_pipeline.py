@@ -154,7 +154,7 @@ def test_a_killed_rank_is_named_and_files_are_those_of_any_number_of_ranks(model
     kind, name, text = found[0]
     assert (kind, name) == ("failed", "LostRank")
     assert f"rank 1 (process {started[1].pid} on " in text
-    assert "its factors are lost, and the last checkpoint counts" in text
+    assert "its factors are lost, so the run resumes from the last checkpoint" in text
     kept = checkpoint._read(checkpoint_of(out)).step
     assert kept >= 4 and kept % 2 == 0
 
@@ -176,7 +176,7 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
     for rank in range(3):
         texts = [own[2] for own in said(tmp_path, rank) if isinstance(own, list)]
         assert texts[0].startswith(
-            "sample_prompts asks a whole model, and a rank of a pipeline has"
+            "sample_prompts needs the whole model, but a rank of a pipeline has"
         )
         assert (
             texts[1].startswith("model.embed_tokens of ") and "the first and the last" in texts[1]
@@ -184,5 +184,5 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
         assert texts[2].startswith(
             "3 ranks have no room for the model: after 0 of them layer 1 of 4"
         )
-        assert "there are 3 ranks for 2 layers: start 2 ranks or fewer" in texts[3]
+        assert "there are 3 ranks for 2 layers: start at most 2 ranks" in texts[3]
     assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abcd")

@@ -591,8 +591,8 @@ def test_a_configuration_that_is_none_is_named(content, llama4, tmp_path, capsys
         (["--max-seq-length", "400"], "exceeds the model's context length"),
         (["--memory-budget-gb", "1e-6"], "more than the budget of 0.001 MB"),
         (["--loss-rows", "0"], "above 0"),
-        (["--plot", "nowhere/x.png"], "a folder that exists"),
-        (["--plot", "x.nothing"], "a folder that exists"),
+        (["--plot", "nowhere/x.png"], "the folder must exist"),
+        (["--plot", "x.nothing"], "the folder must exist"),
     ],
 )
 def test_plan_refuses_what_train_would(flags, says, llama4, capsys):

@@ -108,15 +108,15 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
     ("changes", "says"),
     [
         ({}, "method grpo needs a reward"),
-        ({"rewards": ["exakt:answer"]}, "'exakt:answer' is no check; there are exact, number"),
+        ({"rewards": ["exakt:answer"]}, "'exakt:answer' is not a check; use one of exact, number"),
         ({"rewards": ["exact"]}, "exact needs an argument, as in exact:answer"),
-        ({"rewards": ["regex:("]}, r"'\(' is no pattern that RE2 takes"),
-        ({"rewards": ["length:few"]}, "length:'few' must give a number of tokens"),
-        ({"rewards": ["json_schema:{]"]}, "is no JSON schema"),
+        ({"rewards": ["regex:("]}, r"'\(' is not a valid RE2 pattern"),
+        ({"rewards": ["length:few"]}, "length:'few' needs a number of tokens"),
+        ({"rewards": ["json_schema:{]"]}, "is not a valid JSON schema"),
         ({"reward_functions": ["nowhere.py:f"]}, "nowhere.py:f cannot be used .there is no file"),
         ({"reward_functions": ["json:nothing"]}, "json:nothing cannot be used"),
         ({"reward_functions": ["json"]}, "write module:function"),
-        ({"reward_command": "score 'x"}, r"is no command line \(No closing quotation\)"),
+        ({"reward_command": "score 'x"}, r"is not a valid command line \(No closing quotation\)"),
         ({"reward_command": " "}, "reward_command is empty"),
         ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
     ],
@@ -139,7 +139,9 @@ def test_a_schema_fetches_nothing(scheme, tmp_path):
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:
-            with pytest.raises(InputError, match=r"is no JSON schema .*Retrieval is disabled"):
+            with pytest.raises(
+                InputError, match=r"is not a valid JSON schema .*Retrieval is disabled"
+            ):
                 check_of(f'json_schema:{{"$ref": "{places[scheme]}"}}')
         finally:
             server.shutdown()
@@ -155,11 +157,11 @@ def fails(completions):
 @pytest.mark.parametrize(
     ("function", "says"),
     [
-        (fails, r"reward fails failed \(KeyError: 'gone'\): mend it and resume"),
-        (lambda completions: [1.0], "gave 1 scores for 2 completions"),
-        (lambda completions: [1.0, float("nan")], "gave nan for the completion 'b'"),
-        (lambda completions: [1.0, 10**5000], "gave inf for the completion 'b'"),
-        (lambda completions: [None, 1.0], "gave None for the completion 'a'"),
+        (fails, r"reward fails failed \(KeyError: 'gone'\): fix it and resume"),
+        (lambda completions: [1.0], "returned 1 scores for 2 completions"),
+        (lambda completions: [1.0, float("nan")], "returned nan for the completion 'b'"),
+        (lambda completions: [1.0, 10**5000], "returned inf for the completion 'b'"),
+        (lambda completions: [None, 1.0], "returned None for the completion 'a'"),
     ],
 )
 def test_a_reward_that_fails_is_one_sentence(function, says):
@@ -177,7 +179,7 @@ def test_a_column_that_is_missing():
     [
         ({"rewards": ["exact:answer"]}, {"other": 1}, 'f:2: the row has no column "answer"'),
         ({"rewards": ["length:1", "number:n"]}, {}, 'no column "n", which the reward number:n'),
-        ({}, {"completions": 1}, 'f:2: the row has a column "completions", and rewards get'),
+        ({}, {"completions": 1}, 'f:2: the row has a column "completions", but rewards get'),
         ({}, {"prompts": 1}, 'a column "prompts"'),
         ({}, {"completion_tokens": 1}, 'a column "completion_tokens"'),
         ({"reward_command": "true"}, {"completion": 1}, 'a column "completion"'),

@@ -59,8 +59,8 @@ def test_options_without_ranks_are_refused(llama, capsys):
     for more, said in {
         ("--rank-budgets", "1"): "--rank-budgets has no effect without --ranks and --parallel",
         ("--ranks", "2", "--rank-budgets", "1"): "--rank-budgets has 1 numbers, but --ranks is 2",
-        ("--ranks", "2", "--link", "3"): "--link and --step-seconds are for parallel data",
-        ("--ranks", "4"): "there are 4 ranks for 3 layers: start 3 ranks or fewer",
+        ("--ranks", "2", "--link", "3"): "--link and --step-seconds only apply to parallel data",
+        ("--ranks", "4"): "there are 4 ranks for 3 layers: start at most 3 ranks",
     }.items():
         assert main([*pipeline, *more]) == 2
         assert said in capsys.readouterr().err

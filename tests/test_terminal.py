@@ -254,7 +254,7 @@ def test_report_of_lengths_and_epochs() -> None:
         "longest  a.csv:7 (1,024 tokens), a.csv:9 (7 tokens)",
         "epoch    1,252.5 steps, 25.0% of the tokens are padding, about 2h05m",
         "packed   20 steps, 80 rows that are 96.9% full (see --packing)",
-        "equal    3 rows are equal to an earlier one (see --dedup)",
+        "repeated 3 rows repeat an earlier row (see --dedup)",
     ]
 
 

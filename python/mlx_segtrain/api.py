@@ -37,8 +37,8 @@ SHORT = {
 class TrainResult(training.TrainResult):
     """The result of a run; losses in nats per token, with preference methods per pair.
 
-    `config` is the run's. `model` and `tokenizer` are those that the run was given, or are loaded
-    on first use; the model has the adapter.
+    `config` is the run's. `model` and `tokenizer` are the ones passed to the run, or are loaded on
+    first use; the model has the adapter.
     """
 
     config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON
@@ -299,7 +299,7 @@ def _python_words() -> Iterator[None]:
         said = str(error)
         for name, facets in FACETS.items():
             short = next((own for own, field in SHORT.items() if field == name), name)
-            said = said.replace(f"set it in the YAML file or with {flag(name)}", f"give {short}=…")
+            said = said.replace(f"set it in the YAML file or with {flag(name)}", f"pass {short}=…")
             for own in (flag(name), *facets.aliases):
                 switch = TrainConfig.model_fields[name].default is False
                 said = said.replace(f"{own} auto,", f'{name}="auto",')

@@ -257,8 +257,8 @@ class TrainConfig(BaseModel):
     reward_model: Place | None = option(
         None, GRPO | SIZE, affects=("loss", "memory"), values=PLACES
     )
-    """A model that scores completions: its directory, or its name on the hub, with one score as
-    Hugging Face's models for sequence classification have it (docs/grpo.md)."""
+    """A model that scores completions, such as Hugging Face's `…ForSequenceClassification` models
+    with one label: its directory, or its name on the hub (docs/grpo.md)."""
     reward_weights: list[Float] = option(
         [], GRPO, affects=("loss",), values="numbers, one for each reward"
     )
@@ -344,8 +344,8 @@ class TrainConfig(BaseModel):
     parallel: Literal["data", "pipeline"] = option(
         "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
     )
-    """What several devices share: the data (each has the whole model, and some batches) or in
-    a pipeline the layers of the model."""
+    """How work is split across devices: data (each has the whole model and some of the batches)
+    or pipeline (each has some of the layers)."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
     """Seed of the row order, the LoRA initialization, and the choice of rows by val_split."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
@@ -481,7 +481,7 @@ class TrainConfig(BaseModel):
             if f"dpo_{name}" not in values:
                 continue
             if values.get("method") != "dpo":
-                raise ValueError(f"dpo_{name} is for method dpo: use {name}")
+                raise ValueError(f"dpo_{name} only applies to method dpo: use {name}")
             if name in values:
                 raise ValueError(f"dpo_{name} and {name} are the same: set only one of them")
             values[name] = values.pop(f"dpo_{name}")
@@ -695,7 +695,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
-    """The mapping in a YAML text and the line (from 1) of each key; `path` names it in errors."""
+    """Returns the mapping in a YAML text and the line (from 1) of each key; `path` names it in
+    errors."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

@@ -57,7 +57,7 @@ def tokenizing(
 
 
 def evaluating(done: int, batches: int, left_s: float) -> Event:
-    """How far an evaluation outside of a run is: share 0..1, and the seconds that are left."""
+    """The progress of an evaluation outside of a run: share 0..1, and the seconds left."""
     share = done / batches
     message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
     return stage("evaluate", share, message, share=share, left_s=left_s)
@@ -76,9 +76,9 @@ def train_metric(
 
     With preference methods the loss is per pair or row, and `metrics` are accuracy, margin, rewards
     and, for kto, kl; a metric for which these steps had no row is missing. `figures` are grad_norm,
-    learning_rate, tokens_per_sec and, of the tokens in the loss, supervised_tokens_per_sec, step_s,
-    peak_gb and active_gb, and left_s, the seconds that the rest of the run takes including its
-    evaluations and checkpoints.
+    learning_rate, tokens_per_sec, supervised_tokens_per_sec (tokens in the loss only), step_s,
+    peak_gb, active_gb, and left_s: the estimated seconds until the run ends, including evaluations
+    and checkpoints.
     """
     return {
         "type": "metric",

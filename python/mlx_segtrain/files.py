@@ -147,7 +147,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open` that creates files for this user only."""
+    """Opens a file so that only this user can read it, if `open` creates it."""
     return os.open(path, flags, 0o600)
 
 
@@ -268,8 +268,8 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """The same for an input; later processes do not read one of REMEMBERED bytes or more again
-    unless it changes.
+    """Like `sha256`, for an input file. The hash of a file of at least REMEMBERED bytes is also
+    cached on disk, so later processes read it again only if it has changed.
 
     To verify that a file is intact it has to be read: use sha256.
     """

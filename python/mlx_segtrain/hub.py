@@ -238,14 +238,14 @@ def fetch(
             why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository there"
         else:
             why = "this command downloads nothing: download it first"
-        raise InputError(f"{repository} is not complete in {cache()}, and {why}.")
+        raise InputError(f"{repository} is incomplete in {cache()}, but {why}.")
     try:
         commit, listed = _listed(repository)
     except _Unreachable as error:
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         raise InputError(
-            f"{repository} is not a folder, and the hub cannot be reached ({error}): check the "
+            f"{repository} is not a folder, but the hub cannot be reached ({error}): check the "
             f"network, or download it elsewhere and copy it to {cache()}."
         ) from None
     check(listed)
@@ -300,8 +300,8 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of those that
-    are there."""
+    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of the files
+    that exist."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:
@@ -506,7 +506,7 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
-        raise InputError(f"{repository.id}: the hub gives no checksum of {name}.")
+        raise InputError(f"{repository.id}: the hub has no checksum of {name}.")
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
     _fill(repository, name, url, blob, facts.size, meter)

@@ -21,7 +21,7 @@ class Hit:
 
 
 def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
-    """Repositories whose names have these words. InputError if the hub cannot be asked."""
+    """Repositories whose names have these words. Raises InputError if the hub cannot be asked."""
     if offline():
         raise InputError("the hub is not searched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set.")
     from huggingface_hub.errors import HfHubHTTPError

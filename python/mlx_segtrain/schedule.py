@@ -90,7 +90,7 @@ def _plan(
     trainable: Container[str] = (),
     incoming: Iterable[str] = (),
 ) -> _core.Plan:
-    """The plan of a chain in which the owners of `trainable` have parameters."""
+    """Returns the plan of a chain in which the owners of `trainable` have parameters."""
     specs = specs_of(stages, trainable)
     given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
     return _core.make_plan(specs, *given)
@@ -234,7 +234,7 @@ class Border:
 def border(
     stages: Sequence[_core.StageSpec], head_reads: Sequence[str], before: Sequence[bool]
 ) -> Border:
-    """Where a chain is cut: `before` says of each stage whether it is on this side."""
+    """Returns where a chain is cut: `before` says of each stage whether it is on this side."""
     depends: dict[str, bool] = {}
     for stage, here in zip(stages, before, strict=True):
         if here:

@@ -47,14 +47,14 @@ PAIR = (Stream("chosen"), Stream("rejected"))
 
 
 def joined(shared: int = 0, branch: int = 0) -> Stream:
-    """Both sequences of pairs in one stream: the chosen one, and the part of the rejected one that
-    differs."""
+    """Returns both sequences of pairs as one stream: the chosen one, and the part of the rejected
+    one that differs."""
     return Stream("pair", shared, branch)
 
 
 def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
-    """The boundary values that every head reads: of each stream h, and which rows of it are in the
-    loss."""
+    """Returns the names of the boundary values that every head reads: h of each stream, and its
+    rows in the loss."""
     return tuple(stream.of(value) for stream in streams for value in ("h", "rows"))
 
 

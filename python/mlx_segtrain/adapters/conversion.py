@@ -135,7 +135,7 @@ def about_of(adapter_path: Path | Folder) -> About:
     return About(" ".join(model.split())[:1000], float(dropout), run, step)
 
 
-#: What rounding may change, relative to the largest update.
+#: The largest change by rounding, relative to the largest update.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 

@@ -48,7 +48,7 @@ def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found
 
 def _folders(root: Path) -> Iterator[Path]:
     if not root.is_dir():
-        raise InputError(f"{root} is not a folder: name the folder to search.")
+        raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
         # Checkpoints of the state are not adapters; those of evaluations are.

@@ -59,7 +59,7 @@ def weighted(
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
         raise InputError(
-            f"{len(chosen)} weights for {len(paths)} adapters: give one weight for each."
+            f"{len(chosen)} weights for {len(paths)} adapters: pass one weight for each."
         )
     if not all(map(math.isfinite, chosen)):
         raise InputError("a weight is not a finite number.")

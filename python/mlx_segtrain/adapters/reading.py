@@ -55,7 +55,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
         if linear is None:
             raise InputError(
                 f"{weights}: '{name}' is not a layer of this model that can be adapted: it was "
-                "trained on another model, or on more."
+                "trained on another model, or on parts of it that cannot be adapted here."
             )
         if linear in arrays:
             raise InputError(f"{weights} holds two updates of '{linear}': remove one.")

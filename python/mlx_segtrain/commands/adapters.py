@@ -98,7 +98,7 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _found(model: Path) -> Path:
-    """The folder of a model that is named."""
+    """Returns the folder of a model, and downloads a model of the hub."""
     from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import waiting
 
@@ -107,7 +107,7 @@ def _found(model: Path) -> Path:
 
 
 def _adapter(adapter: Path) -> Path:
-    """The folder of an adapter that is named."""
+    """Returns the folder of an adapter, and downloads an adapter of the hub."""
     from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import waiting
 
@@ -116,7 +116,7 @@ def _adapter(adapter: Path) -> Path:
 
 
 def _base(args: argparse.Namespace) -> Path | None:
-    """The folder of --model, if that is given."""
+    """Returns the folder of the model that --model names; None without --model."""
     return None if args.model_dir is None else _found(args.model_dir)
 
 
@@ -157,7 +157,7 @@ def _answer(done: Converted, args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     quantizes = args.dequantize or args.bits is not None or args.dtype is not None
     if args.into is None and quantizes:
-        raise InputError("--dequantize, --bits and --dtype are for --into MODEL: give it too.")
+        raise InputError("--dequantize, --bits and --dtype only apply with --into MODEL: pass it.")
     adapters = [*map(_adapter, args.adapters)]
     if args.into is None:
         from mlx_segtrain.adapters.merging import merge

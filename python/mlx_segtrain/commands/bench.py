@@ -13,7 +13,7 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """A layer of the Llama form with every projection adapted; its peer is mlx-lm's own."""
+    """Returns the case of a Llama layer with every projection adapted; its peer is mlx-lm's own."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -70,7 +70,8 @@ def layer(
 
 
 def cases() -> list[bench.Case]:
-    """The ops', and one layer of Gemma 4 E4B at 8192 tokens, or of SmolLM2."""
+    """Returns the cases of the ops, and of one layer of Gemma 4 E4B at 8192 tokens, or of
+    SmolLM2."""
     shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 

@@ -31,7 +31,7 @@ def add_commands(command: Callable[..., Any]) -> None:
                 "keys", nargs="*", default=[], metavar="KEY", help="key, as list shows it"
             )
             which.add_argument(
-                "--older", type=float, metavar="DAYS", help="those not used for so many days"
+                "--older", type=float, metavar="DAYS", help="those not used for this many days"
             )
             which.add_argument("--all", action="store_true", help="all of them")
         else:

@@ -76,7 +76,7 @@ class Chat:
         self._inside: Voice | None = None
 
     def answers(self, say: Callable[[str], None]) -> None:
-        """Answers the last turn by the present voice, or by all of them."""
+        """Answers the last turn with the current voice, or with all of them."""
         for voice in self.voices if self.compares else [self.voice]:
             if self.compares:
                 say(f"\n[{voice.name}] ")
@@ -96,8 +96,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """The parts of an answer; what the conversation has in common with that before is not
-        computed again."""
+        """Yields the parts of an answer. The cache of the voice is reused for the tokens that the
+        conversation shares with its previous prompt."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -125,7 +125,8 @@ class Chat:
             voice.cache, voice.ids = cache, seen[:held]
 
     def _ids(self, voice: Voice) -> list[int]:
-        """The conversation as the voice reads it; without a chat template its last message."""
+        """Returns the conversation as the voice's prompt; without a chat template, its last
+        message."""
         prompting = voice.prompting
         if prompting.is_raw(self.tokenizer):
             return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
@@ -174,7 +175,7 @@ class Chat:
             self.voice = self.voices[names.index(name)]
         else:
             listed = ", ".join(f"{i} {own}" for i, own in enumerate(names))
-            return f"now {self.voice.name}; give one of: {listed}"
+            return f"now {self.voice.name}; choose one of: {listed}"
         return f"answering with {self.voice.name}"
 
 
@@ -205,7 +206,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths by which they can be told apart."""
+    """Returns the names of paths, or the whole paths where names are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 

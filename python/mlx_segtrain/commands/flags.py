@@ -20,7 +20,7 @@ WIDEST = 100
 #: Groups of `--help`; all others are in `--help-all`.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-WORD = "WORD"  # one of so many that the help lists them
+WORD = "WORD"  # one of too many to show: the help lists them
 
 
 #: What other tools call a command of ours.
@@ -32,7 +32,7 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """As wide as the terminal up to WIDEST; all names of a flag stand before its value, once."""
+    """Formats help up to WIDEST columns wide, with all names of a flag before its value."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -84,16 +84,16 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = every
 
     def group(self, title: str) -> Any:
-        """The group of this title, which is made if there is none."""
+        """Returns the group with this title; adds it if there is none."""
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
     def names(self) -> list[str]:
-        """All flags."""
+        """Returns all flags."""
         return [name for action in self._actions for name in action.option_strings]
 
     def meant(self, name: str) -> str:
-        """The question whether another flag was meant, or an empty string."""
+        """Returns "Did you mean …?" if another flag is similar, else an empty string."""
         return meant(name.split("=")[0], self.names(), flag)
 
 
@@ -109,7 +109,7 @@ class HelpAll(argparse.Action):
 
 
 def group_of(name: str) -> str:
-    """The title of a field's group in the help of train."""
+    """Returns the title of a field's group in the help of train."""
     group = FACETS[name].group
     if name in ("model_dir", "data_dir", "adapter_path"):
         return DATA
@@ -117,13 +117,13 @@ def group_of(name: str) -> str:
 
 
 def in_groups() -> list[str]:
-    """All fields, those that `--help` shows first."""
+    """Returns all fields in the order of their groups, starting with the ones `--help` shows."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 
 
 def add_run_flags(parser: Parser) -> None:
-    """All fields of TrainConfig in groups, of which `--help` shows the first."""
+    """Adds all fields of TrainConfig in groups, of which `--help` shows the first."""
     for name in in_groups():
         title = group_of(name)
         if title not in (DATA, FIRST):
@@ -133,7 +133,7 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def examples(*commands: tuple[str, str]) -> str:
-    """The end of a help text: what commands do, and how they are written."""
+    """Returns the end of a help text: commands, and what each of them does."""
     text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
     return f"examples:\n{text}"
 
@@ -176,7 +176,7 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """How much a command says, and where (output.py)."""
+    """Adds the flags for how much a command shows, and where (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
@@ -184,12 +184,15 @@ def add_output_flags(parser: Parser) -> None:
         "--verbose", "-v", action="store_true", help="show every step and event on its own line"
     )
     group.add_argument(
-        "--log-file", type=Path, metavar="FILE", help="also append what is shown, with times"
+        "--log-file",
+        type=Path,
+        metavar="FILE",
+        help="also append the output to this file, with times",
     )
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """A type of arguments."""
+    """Returns a type of argument: a number for which `holds` is true."""
 
     def read(text: str) -> float:
         try:
@@ -204,7 +207,7 @@ def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], flo
 
 
 def count(least: int) -> Callable[[str], int]:
-    """A type of arguments."""
+    """Returns a type of argument: an integer of at least `least`."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -215,7 +218,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def whole(text: str) -> int:
-    """A type of arguments."""
+    """Reads an argument that is an integer."""
     try:
         return int(text)
     except ValueError:

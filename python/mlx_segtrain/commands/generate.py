@@ -35,9 +35,13 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (probability, "X", "draw from the most likely tokens of this total probability"),
     "top_k": (count(0), "N", "draw from the N most likely tokens; 0 is all"),
     "min_p": (probability, "X", "leave out tokens less likely than X times the most likely one"),
-    "repetition_penalty": (above_0, "X", "penalty of tokens that prompt or answer have; 1 is off"),
-    "presence_penalty": (finite, "X", "subtracted from the logit of a token that the answer has"),
-    "frequency_penalty": (finite, "X", "subtracted each time that the answer has the token"),
+    "repetition_penalty": (
+        above_0,
+        "X",
+        "penalty on tokens already in the prompt or the answer; 1 is off",
+    ),
+    "presence_penalty": (finite, "X", "subtracted from the logit of a token already in the answer"),
+    "frequency_penalty": (finite, "X", "subtracted once per occurrence of the token in the answer"),
     "seed": (whole, "N", "the same seed gives the same answer"),
 }
 #: Those that have no effect on greedy decoding.
@@ -56,7 +60,7 @@ def add_command(command: Callable[..., Parser]) -> None:
 
 
 def add_sampling(parser: Parser) -> None:
-    """How an answer is drawn, and what comes before the prompt."""
+    """Adds the flags for sampling and the system message."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
     group = parser.group("sampling")
     text = "max new tokens. Default: 256."
@@ -77,7 +81,7 @@ def add_sampling(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """How the flags want an answer's tokens chosen; InputError for one that has no effect."""
+    """Returns the sampling options of the flags. Raises InputError for one that has no effect."""
     from mlx_segtrain.generation.decoding import Options
 
     given = {
@@ -87,7 +91,7 @@ def options_of(args: argparse.Namespace) -> Options:
         if args.temp == 0 and name in ONLY_DRAWN:
             own = "--" + name.replace("_", "-")
             raise InputError(
-                f"{own} has no effect at temperature 0, which is greedy decoding: give --temp, too"
+                f"{own} has no effect at temperature 0, which is greedy decoding: pass --temp, too"
             )
     return Options(args.max_tokens, args.temp, **given)
 
@@ -95,8 +99,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """An answer to a prompt, of which a cache in `more` has the first `known` tokens; tokens are
-    chosen as the server chooses them."""
+    """Yields an answer to a prompt, sampled as on the server. A cache in `more` already has the
+    first `known` tokens."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -134,7 +138,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def prompting_for(adapter: Path | None, args: argparse.Namespace) -> Prompting:
-    """As the adapter was trained, where the flags say nothing else."""
+    """Returns the prompt format that the adapter was trained with, unless flags set another."""
     from mlx_segtrain.adapters import prompting_of
 
     prompting = prompting_of(adapter)

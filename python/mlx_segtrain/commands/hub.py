@@ -52,7 +52,7 @@ def _push(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser().resolve()
     if not folder.is_dir():
-        raise InputError(f"{args.folder} is not a directory: give that of an adapter or a model.")
+        raise InputError(f"{args.folder} is not a directory: pass that of an adapter or a model.")
     if get_token() is None:
         raise InputError("no token of the hub: log in with `hf auth login`, or set HF_TOKEN.")
     with waiting() as show:

@@ -46,7 +46,7 @@ def _init(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import Terminal
 
     if args.file.exists() and not args.force:
-        raise InputError(f"{args.file} already exists: give another name, or --force.")
+        raise InputError(f"{args.file} already exists: pass another name, or --force.")
     given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
     asks = dict(QUESTIONS)
     if "iters" in given:
@@ -71,24 +71,25 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _asked(name: str) -> str:
-    """The answer of a person, or what is taken where nobody can answer."""
+    """Returns the user's answer, or the default where nobody can answer."""
     question, otherwise = QUESTIONS[name]
     if not sys.stdin.isatty():
         if otherwise is None:
-            raise InputError(f"{name} is missing: give {flag(name)}, or answer in a terminal.")
+            raise InputError(f"{name} is missing: pass {flag(name)}, or answer in a terminal.")
         return otherwise
     hint = "" if otherwise is None else f" [{otherwise}]"
     while True:
         try:
             answer = input(f"{question}{hint}: ").strip() or otherwise
         except EOFError:
-            raise InputError(f"{name} is missing: give {flag(name)}.") from None
+            raise InputError(f"{name} is missing: pass {flag(name)}.") from None
         if answer:
             return answer
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """The file: these values, and all other fields as comments with their defaults."""
+    """Returns the text of a file with these values, and all other fields as comments with their
+    defaults."""
     parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
@@ -100,7 +101,7 @@ def text_of(values: Mapping[str, Any]) -> str:
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[str]:
-    """A field with its meaning."""
+    """Returns a field with its meaning, in lines."""
     field = TrainConfig.model_fields[name]
     said = str(field.description)
     if not field.is_required():

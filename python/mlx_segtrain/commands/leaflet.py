@@ -27,7 +27,7 @@ padding: .6rem } mark { background: var(--mark); color: inherit } .bad { color: 
 
 
 def write_report(file: Path, report: Report, data: Path | None, most: int) -> None:
-    """Writes the page; `most` is max_seq_length. InputError if that cannot be."""
+    """Writes the page; `most` is max_seq_length. Raises InputError if that cannot be."""
     try:
         text = page(report, "the data" if data is None else data.name, most)
         write_text(file, text.encode("utf-8", "replace").decode())  # names may be no UTF-8
@@ -36,7 +36,7 @@ def write_report(file: Path, report: Report, data: Path | None, most: int) -> No
 
 
 def page(report: Report, title: str, most: int) -> str:
-    """As HTML."""
+    """Returns a report as HTML."""
     title = escape(title)
     parts = [f"<h1>{title}</h1>"]
     if report.error is not None:

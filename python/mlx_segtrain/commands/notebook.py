@@ -13,7 +13,7 @@ from mlx_segtrain.events import Event
 
 
 def in_notebook() -> bool:
-    """Whether this is the kernel of a notebook, whose cells show HTML."""
+    """Returns whether this is the kernel of a notebook, whose cells show HTML."""
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython  # pyright: ignore[reportMissingImports]

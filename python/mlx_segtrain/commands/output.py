@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet`: warnings and results only. `verbose`: every step and event, on a line each.
+    """`quiet`: warnings and results only. `verbose`: every step and event, on a line each. Raises
     InputError if `log_file` cannot be opened."""
 
     def __init__(
@@ -42,7 +42,7 @@ class Output:
         return self._log is not None
 
     def note(self, text: str) -> None:
-        """Append lines to the log file, each with the time; empty ones are left out."""
+        """Appends lines to the log file, each with the time; empty ones are left out."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -68,7 +68,7 @@ class Copied:
         return self.stream.write(text)
 
     def end(self) -> None:
-        """Note a last line that has no end."""
+        """Logs a last line that has no newline."""
         if self._line:
             self._note(self._line)
         self._line = ""
@@ -77,17 +77,18 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: Of the command that runs; outside of one everything is shown, and nothing is logged.
+#: The settings of the running command; outside of one everything is shown, and nothing is logged.
 _current = Output()
 
 
 def current() -> Output:
-    """How much the command that runs says."""
+    """Returns the output settings of the command that is running."""
     return _current
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """The stream for what notes its lines itself, such as a bar that is drawn many times."""
+    """Returns the original stream, for callers that log their lines themselves, such as a progress
+    bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 

@@ -19,7 +19,7 @@ from ..training.policy import run_policy
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
 
-    InputError if the family's memory is not predicted.
+    Raises InputError if the family's memory is not predicted.
     """
     if ROWS[config.method] != "single":
         raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
@@ -30,7 +30,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     kinds = Figure().canvas.get_supported_filetypes()
     if file.suffix[1:] not in kinds or not file.parent.is_dir():
         raise InputError(
-            f"--plot {file}: give a file in a folder that exists, of a kind as .png, .svg or .pdf."
+            f"--plot {file}: the folder must exist and the name must end in .png, .svg or .pdf."
         )
     predicted = np.array(run.planned.moves) / 1e9
     measured = np.array(measure(run, config)) / 1e9
@@ -55,7 +55,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Peak of active memory in each move of the second step, on random tokens."""
+    """Returns the peak of active memory in each move of the second step, on random tokens."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

@@ -65,7 +65,7 @@ class Step:
 
 
 def facts() -> dict[str, Any]:
-    """What every report begins with."""
+    """Returns the fields that every report begins with."""
     mac = platform.mac_ver()[0]
     info = mx.device_info()
     return {

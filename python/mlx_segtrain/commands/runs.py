@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlx_segtrain.commands.terminal import Terminal
     from mlx_segtrain.training import TrainResult
 
-#: Where an adapter goes that is told nothing else, as with mlx-lm.
+#: The default folder of an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
 #: Characters of a system message that is part of a command to paste.
@@ -120,7 +120,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
 
 def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
-    """The TrainConfig of the given flags over those of --config; fill is for unneeded fields."""
+    """Returns the TrainConfig of the given flags and --config, where flags win; `fill` sets fields
+    that the command does not need."""
     given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     return load_config(getattr(args, "config", None), given | fill, OUTPUT)
 
@@ -165,7 +166,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
 def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
-    """What a run came to, and what is next."""
+    """Shows the results of a run, and commands to continue with."""
     from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
@@ -229,7 +230,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
         ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
-    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds a token
+    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
         mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
         if more:
@@ -239,7 +240,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
 
 
 def _system(config: TrainConfig) -> str | None:
-    """The system message of the data, if all its rows have the same."""
+    """Returns the system message of the data, if all its rows have the same."""
     from mlx_segtrain.data import Options
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
@@ -250,7 +251,7 @@ def _system(config: TrainConfig) -> str | None:
 
 
 def resume_command(argv: Sequence[str]) -> list[str]:
-    """The command that continues a run which `argv` began."""
+    """Returns the command that continues a run which `argv` started."""
     kept, skip = [], False
     for i, word in enumerate(argv):
         if skip:
@@ -314,7 +315,9 @@ def _plan(args: argparse.Namespace) -> int:
     batch = full_batch(config, args.loss_rows, args.shared)
     if config.parallel == "pipeline":
         if args.link or args.step_seconds:
-            raise InputError("--link and --step-seconds are for parallel data: leave them out")
+            raise InputError(
+                "--link and --step-seconds only apply to parallel data: leave them out"
+            )
         budgets = args.rank_budgets or []
         runs = pipeline_runs(config, batch, args.ranks, budgets)
         return answer(report.of_pipeline(runs), show_plan, args.json)

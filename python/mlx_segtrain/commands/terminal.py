@@ -40,8 +40,8 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
 
 
 def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
-    """Print a text with its brackets. On a terminal its lines break between words, and go on after
-    `indent` spaces; elsewhere they are as long as they are."""
+    """Print a text with its brackets. On a terminal its lines break between words and continue
+    after `indent` spaces; elsewhere they are not broken."""
     show = partial(console.print, markup=False, soft_wrap=True)
     if not console.is_terminal:
         return show
@@ -121,7 +121,7 @@ class Terminal:
         self._safely(self._step, event)
 
     def stop_bar(self) -> None:
-        """The bar stays as it is: what comes now are results."""
+        """Stops the bar, which stays visible above the results."""
         self._safely(lambda _: self._bar.stop(), None)
 
     def say(self, text: str) -> None:
@@ -129,7 +129,7 @@ class Terminal:
         self._safely(self._say, text)
 
     def fact(self, name: str, text: str) -> None:
-        """Show a line of a result, whose further lines stand below its text."""
+        """Show a line of a result, whose continuation lines are indented below its text."""
         width = self.console.width if self.console.is_terminal else 10**6
         self.say(hanging(name, text, 17, width))
 
@@ -143,8 +143,7 @@ class Terminal:
         )
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Where the terminal or the reader of the output has gone away, nothing is shown any
-        more."""
+        """Shows something unless the terminal, or the reader of the output, has gone away."""
         if self.gone:
             return
         try:
@@ -215,8 +214,7 @@ class Terminal:
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """What a stage waits for, downloads or rows to be tokenized: a bar, or a line every ten
-        seconds."""
+        """Shows the progress of a download or of tokenizing: a bar, or a line every ten seconds."""
         share, now = event["share"], time.monotonic()
         if not self._draws:
             if now - self._told > 10 or share == 1:
@@ -262,7 +260,7 @@ class Terminal:
 
 
 def errors() -> Console:
-    """Where what is no result is shown."""
+    """Returns the console for everything except results."""
     return Console(file=uncopied(sys.stderr), highlight=False)
 
 
@@ -280,7 +278,7 @@ def waiting() -> Iterator[Callable[[Event], None]]:
 
 
 def complain(text: str) -> None:
-    """Print a sentence where errors go."""
+    """Prints a sentence to stderr."""
     if sys.stderr.isatty():
         text = wrapped(text, Console(stderr=True).width)
     print(text, file=sys.stderr)

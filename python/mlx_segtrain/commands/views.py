@@ -31,7 +31,8 @@ WORST = 8
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
-    """Print what a data set trains; its first rows token by token where a tokenizer was given."""
+    """Print which tokens of a data set are in the loss; with a tokenizer, its first rows token by
+    token."""
     console = console or Console(highlight=False)
     line = as_it_is(console, indent=9)
     line(f"format   {formats(report)}")
@@ -57,7 +58,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     for name, text in epochs(report).items():
         line(f"{name:8} {text}")
     if report.duplicates:
-        line(f"equal    {report.duplicates:,} rows are equal to an earlier one (see --dedup)")
+        line(f"repeated {report.duplicates:,} rows repeat an earlier row (see --dedup)")
     line(f"rows cut {report.truncated:,} truncated, {report.dropped:,} dropped")
     for sentence in report.remarks:
         line(f"warning: {sentence}")
@@ -80,14 +81,14 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def formats(report: Report) -> str:
-    """The format of a data set's rows, or several with their counts."""
+    """Returns the format of a data set's rows, or several with their counts."""
     if len(report.formats) < 2:
         return str(report.format)
     return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
 
 
 def bars(report: Report, width: int = 40) -> list[str]:
-    """A line for each range of lengths: from, to, a bar, and how many samples have them."""
+    """Returns a line for each range of lengths: from, to, a bar, and the number of samples."""
     if not report.histogram:
         return []
     most = max(own.count for own in report.histogram)
@@ -99,13 +100,13 @@ def bars(report: Report, width: int = 40) -> list[str]:
 
 
 def _bar(length: float) -> str:
-    """As long as that, in eighths of a character."""
+    """Returns a bar of this length in characters, drawn in eighths of a character."""
     whole, rest = divmod(round(length * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """What an epoch takes, as the rows are and packed, in words."""
+    """Returns the length of an epoch in words, with the rows as they are and packed."""
     said = {}
     if (own := report.epoch) is not None:
         said["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -160,7 +161,7 @@ def _marked(preview: Preview) -> str:
 
 
 def show_plan(report: PlanReport) -> None:
-    """Print what a run would take."""
+    """Print a memory plan."""
 
     def gb(n: int) -> str:
         return f"{n / 1e9:.2f} GB"
@@ -200,7 +201,7 @@ def show_plan(report: PlanReport) -> None:
             pace = "as fast" if abs(other.slower) < 0.005 else f"{other.slower:+.0%} work"
             text = f"{other.plan}; {gb(other.peak)}, {pace}"
         else:
-            text = f"does not fit: {gb(other.peak)} at least"
+            text = f"does not fit: needs at least {gb(other.peak)}"
         line(f"in {gb(other.budget)}", f"{text}; {_longest(other.longest, report.max_length)}")
     if report.ranks:
         line("ranks", "  each sends      computes       adds up   as fast as one")
@@ -220,7 +221,7 @@ def _longest(tokens: int, most: int | None) -> str:
 
 
 def show_verified(found: Verified) -> None:
-    """Print which parts of a run have changed since."""
+    """Print which inputs of a run have changed since."""
     ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
     print(f"{'run':12s}  {found.run}: {ended}")
     for part, faults in found.parts.items():
@@ -228,7 +229,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult, unit: str) -> None:
-    """Print a loss with its unit, and how many tokens it was measured on."""
+    """Print a loss with its unit, and the number of tokens it was measured on."""
     print(f"loss        {result.loss:.4f} {unit}")
     width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
@@ -251,7 +252,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Print what an adapter that was written holds, and how far it is from what was read."""
+    """Print what a converted adapter contains, and its difference from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -259,18 +260,18 @@ def show_converted(done: conversion.Converted) -> None:
 
 
 def show_made(made: Made) -> None:
-    """Print a model that was converted."""
+    """Print the facts of a converted model."""
     print(f"model    {made.path}, {made.size / 1e9:.2f} GB (before: {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:
-    """A console that breaks no name where there is no terminal to fit into."""
+    """Returns a console that does not break names if there is no terminal to fit into."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_fold(report: folding.Report) -> None:
-    """Print what a merge came to, and the linear layers of which it lost the most."""
+    """Print the result of a merge, and the linear layers that lost the most."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
@@ -305,7 +306,7 @@ def show_fold(report: folding.Report) -> None:
 def show_adapters(found: Sequence[discovery.Found]) -> None:
     """Print adapters, and below the table why one cannot be used."""
     asked = any(own.fits is not None for own in found)
-    columns = ("adapter", "base", "kind", "rank", "linears", "step", "best loss", "MB")
+    columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
     for own in (own for own in found if own.fault is None):
         ranks = ", ".join(map(str, own.ranks))

@@ -9,14 +9,16 @@ from typing import Any
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """A sentence in lines of up to so many columns, the further ones indented; no word is cut."""
+    """Returns a sentence in lines of up to this many columns, all except the first indented; no
+    word is cut."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     how |= {"drop_whitespace": True, "subsequent_indent": " " * indent}
     return textwrap.fill(text, max(width, indent + 20), **how)
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """A name and its text from that column on, in lines of `width`; no word is cut."""
+    """Returns a name and its text, which starts at this column, in lines of `width`; no word is
+    cut."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
@@ -24,14 +26,14 @@ def hanging(name: str, text: str, column: int, width: int) -> str:
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
-    """A command as it is pasted into a shell, over several lines if it is longer than `width`."""
+    """Returns a command to paste into a shell, over several lines if it is longer than `width`."""
     words = [shlex.quote(word) if word != "…" else word for word in argv]
     text = " ".join(words)
     if len(text) <= width:
         return text
     lines, line = [], words[0]
     for i, word in enumerate(words[1:], 1):
-        # A flag stands on a line with its value.
+        # A flag stays on one line with its value.
         held = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]
         if len(" ".join([line, *held])) > width - 2 and word.startswith("-"):
             lines.append(line)
@@ -42,7 +44,7 @@ def command_line(argv: Sequence[str], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 7s, 3m20s or 2h05m."""
+    """Returns seconds as 7s, 3m20s or 2h05m."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"

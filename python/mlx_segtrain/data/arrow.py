@@ -14,7 +14,8 @@ ROWS = 1024  # of a batch
 
 
 def table_of(data: Any) -> Any:
-    """A table of pandas, polars or others as one of Arrow, without the index of pandas."""
+    """Returns a table of pandas, polars or others as an Arrow table, without the index of
+    pandas."""
     import pyarrow as pa
 
     table = pa.table(data)
@@ -29,7 +30,7 @@ def blocks_of(
 ) -> Iterator[Block]:
     """Blocks of record batches, each with the bytes of the file that have been read with it.
 
-    InputError for a batch that is not well formed, and for a bomb.
+    Raises InputError for a batch that is not well formed, and for a bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []
@@ -60,8 +61,8 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """A batch whose columns of other values than JSON's, such as images, are whether there is one:
-    nothing reads them, and their size is not known."""
+    """Returns a batch whose columns with values that JSON does not have, such as images, become
+    booleans: whether there is a value. Nothing reads them, and their size is not known."""
     import pyarrow as pa
 
     fields, columns = [], []
@@ -92,7 +93,7 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 
 def _weight(column: Any) -> int:
-    """Bytes of the texts and values of an array, written out."""
+    """Returns the size in bytes of the texts and values of an array, written out."""
     import pyarrow.types as types
 
     kind, own = column.type, VALUE * len(column)
@@ -130,7 +131,7 @@ def _as_stream(parts: list[Any]) -> bytes:
 
 
 def _plain(kind: Any) -> Any:
-    """A type without dictionaries."""
+    """Returns a type without dictionaries."""
     import pyarrow as pa
     import pyarrow.types as types
 
@@ -147,7 +148,7 @@ def _plain(kind: Any) -> Any:
 
 
 def is_json(kind: Any) -> bool:
-    """Whether the values of a type are those of JSON."""
+    """Returns whether JSON has the values of a type."""
     import pyarrow.types as types
 
     if _is_list(kind):

@@ -1,4 +1,4 @@
-"""Tokens of data that was read before: cached in files, written by processes, and memory-mapped.
+"""Cache of tokenized data, in files that worker processes write and that are memory-mapped.
 
 A source is a folder below cache_dir()/tokens, named by a hash of everything that its tokens depend
 on; each of its blocks is a file there, and about.json comes last. So an interrupted read continues
@@ -201,7 +201,7 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """Returns the batches of a source, and creates those that are missing. Raises InputError.
+    """Returns the batches of a source, and creates the missing ones. Raises InputError.
 
     One process does it at a time; if nothing can be written, everything is kept in memory.
     """
@@ -416,7 +416,7 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes folders of tokens; returns those that stay because a run is about to write them."""
+    """Removes folders of tokens; returns the ones that it keeps because a run may write to them."""
     stay = []
     for key in keys:
         place = folder() / key

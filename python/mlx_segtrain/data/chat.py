@@ -78,7 +78,7 @@ class Conversations:
         if not self._tokenizer.has_chat_template:
             raise InputError(
                 f"{source}: the tokenizer has no chat template to render messages with; "
-                'give "prompt" and "completion", or "text".'
+                'use "prompt" and "completion", or "text".'
             )
         tools = {"tools": given["tools"]} if given.get("tools") else {}
         more = given.get("chat_template_kwargs") or {}

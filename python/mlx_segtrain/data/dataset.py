@@ -90,7 +90,7 @@ class Dataset:
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """The pairs, with nothing shared."""
+        """Returns the pairs without shared tokens."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 

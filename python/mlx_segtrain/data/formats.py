@@ -247,7 +247,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string as "prompt" is, not {kind}; if "{key}" '
+                    f'{source}: "{key}" must be a string like "prompt", not {kind}; if "{key}" '
                     'holds the prompt too, remove "prompt".'
                 )
     else:
@@ -480,12 +480,12 @@ class Format:
 
 
 def _plain(prompt: str, completion: str) -> Format:
-    """Prompt and completion under other names."""
+    """Reads a prompt and a completion under other names."""
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
 def _labelled_chat(key: str) -> Format:
-    """Messages of which the last one has a label."""
+    """Reads messages of which the last one has a label."""
     return Format(
         _check_labelled_chat,
         (key, "label"),

@@ -38,13 +38,13 @@ def told(path: Path | str) -> Iterator[None]:
 
 
 def within(line: bytes, source: str) -> bytes:
-    """The line of a row; InputError if it is too long."""
+    """Returns the line of a row. Raises InputError if it is too long."""
     check_length(len(line), source)
     return line
 
 
 def check_length(length: int, source: str) -> int:
-    """The bytes of a row; InputError if they are too many."""
+    """Returns the bytes of a row. Raises InputError if there are too many."""
     if length > MOST_BYTES:
         raise InputError(
             f"{source}: the row has more than {MOST_BYTES >> 20} MiB; split it into several."
@@ -71,7 +71,7 @@ def _values(line: bytes) -> int:
 def check_columns(name: str, count: int) -> None:
     if count > MOST_COLUMNS:
         raise InputError(
-            f"{name} has more than {MOST_COLUMNS:,} columns; leave out those that are not needed."
+            f"{name} has more than {MOST_COLUMNS:,} columns; leave out the unneeded ones."
         )
 
 

@@ -243,7 +243,7 @@ def _chosen(name: Named, configs: Mapping[str, Splits], standard: str | None) ->
         config = next(iter(configs))
     if config is None:
         raise InputError(
-            f"{name.repository.id} has several configurations: name one of {_list(configs)}, as in "
+            f"{name.repository.id} has several configurations: pick one of {_list(configs)}, as in "
             f"{name.repository}/{next(iter(configs))}."
         )
     if config not in configs:
@@ -266,7 +266,7 @@ def _training(name: Named, splits: Splits) -> str:
     if len(splits) == 1:
         return next(iter(splits))
     raise InputError(
-        f"{name.repository.id} has no split called train: name one of {_list(splits)}, as in "
+        f"{name.repository.id} has no split called train: pick one of {_list(splits)}, as in "
         f"{name.repository}:{next(iter(splits))}."
     )
 

@@ -83,7 +83,7 @@ def check_method(first: dict[str, str], method: str | None) -> None:
             raise InputError(f"{source}: method {method} needs the keys {keys}.")
         methods = either([name for name, rows in ROWS.items() if rows in own.rows])
         raise InputError(
-            f"{source}: the row has {quoted(own.marks)}, which method {method} does not take: "
+            f"{source}: the row has {quoted(own.marks)}, which method {method} does not accept: "
             f"use method {methods}, or set data_format."
         )
 
@@ -324,7 +324,7 @@ class Samples:
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The index of each sample's row among those that were read, from 0, ascending: int64."""
+        """The index of each sample's row among all rows read, from 0, ascending: int64."""
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
         return np.concatenate(
             [

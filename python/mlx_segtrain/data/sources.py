@@ -42,7 +42,7 @@ class Source(Protocol):
     def files(self) -> Mapping[str, Path]: ...
 
     def fingerprint(self) -> str:
-        """A digest of the content, in hexadecimal; InputError if it cannot be read."""
+        """Returns a hexadecimal digest of the content. Raises InputError if it cannot be read."""
         ...
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
@@ -141,7 +141,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """The ending of a file that could hold rows, without that of its compression; or None."""
+    """Returns a file's extension, without that of its compression; None if it cannot have rows."""
     name = path.name.lower()
     *_, before, ending = ("", *Path(name).suffixes) if Path(name).suffix else ("", "")
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
@@ -194,14 +194,14 @@ def sources_of(
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
-    """All rows, each after its name; InputError."""
+    """Yields all rows, each with its name. Raises InputError."""
     return (row for block in source.blocks() for row in block.rows())
 
 
 def source_of(path: Path) -> Source:
-    """The rows of one file; InputError if there are none to be read."""
+    """Returns the rows of one file. Raises InputError if there are none that can be read."""
     if not path.exists():
-        raise InputError(f"The data {path} does not exist: name a file or a folder.")
+        raise InputError(f"The data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
         raise InputError(f"{path} is not a supported file of rows: use {ENDINGS}.")
     return Files({path.name: path})
@@ -239,7 +239,7 @@ def rows_in(folder: Path) -> list[Path]:
 
 
 def stem_of(path: Path) -> str:
-    """The name of a file of rows without what tells its format."""
+    """Returns the name of a file of rows without its extensions."""
     return path.name[: path.name.lower().rindex(str(format_of(path)))]
 
 
@@ -261,7 +261,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
                 found.setdefault(form, []).append(path)
     if len(found) > 1:
         raise InputError(
-            f"{folder} has {' and '.join(sorted(found))}: keep one of them, or name the file."
+            f"{folder} has {' and '.join(sorted(found))}: keep one of them, or pass the file."
         )
     for form, paths in found.items():
         shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None
@@ -285,12 +285,15 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
         if isinstance(own, dict) and isinstance(own.get("filename"), str)
     ]
     if not names or any(Path(name).name != name or not format_of(Path(name)) for name in names):
-        raise InputError(f"{folder / 'state.json'} does not name the files of its rows.")
+        raise InputError(
+            f"{folder / 'state.json'} does not list its data files: save the data set again with "
+            "save_to_disk."
+        )
     return {before + name: folder / name for name in names}
 
 
 def _python(data: Any, name: str) -> Source:
-    """Rows that a program has."""
+    """Returns a source of rows that a program passed."""
     if hasattr(data, "with_format") and hasattr(data, "iter"):  # of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
@@ -307,7 +310,7 @@ def _python(data: Any, name: str) -> Source:
 
 
 def _line_of(row: Any, source: str) -> bytes:
-    """A row of Python as a line of JSON."""
+    """Returns a row from Python as a line of JSON."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: the row must be a dict, not {_kind(row)}.")
     try:
@@ -323,7 +326,7 @@ def _kind(value: Any) -> str:
 
 #: Formats that compress their content themselves.
 TABLES = (".parquet", ".arrow", ".feather")
-#: How files are read, by their ending.
+#: How files are read, by their extension.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".jsonl": textfiles.read_lines,
     ".ndjson": textfiles.read_lines,

@@ -13,9 +13,10 @@ LOOKED_AT = 64
 
 
 def system_message(source: Source, options: Options) -> str | None:
-    """The system message that the first rows all begin with; None if they differ or have none.
+    """Returns the system message that the first rows all begin with; None if they differ or have
+    none. Raises InputError if the rows cannot be read.
 
-    InputError if the rows cannot be read.
+    Raises InputError if the rows cannot be read.
     """
     found: set[str | None] = set()
     for name, row in islice(rows_of(source), LOOKED_AT):

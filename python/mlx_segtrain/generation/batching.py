@@ -32,7 +32,7 @@ MOST_PADDING, LEAST_PADDING = 2, 512
 
 
 class Base(Protocol):
-    """What answers are made with: a model of mlx-lm and its tokenizer."""
+    """A model of mlx-lm and its tokenizer, which generate answers."""
 
     @property
     def model(self) -> Any: ...
@@ -79,7 +79,7 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature by which logits are divided before log p is told of them."""
+        """The temperature that divides logits before their log p is returned."""
         return 1.0
 
     @property
@@ -94,7 +94,8 @@ class Answer:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """What decoding needs besides the cache; again after start_over()."""
+        """Prepares everything that decoding needs except the cache; called again after
+        start_over()."""
         if self.next is not None:
             return
         options, prompt = self.options, self.prompt
@@ -111,13 +112,13 @@ class Answer:
             self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
-        """Lets go of the cache, which can be made anew from the tokens."""
+        """Frees the cache, which can be computed again from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
         if self.key is not None:  # numbers that were drawn by it are not drawn again
             self.key = mx.random.split(self.key, 3)[2]
 
     def take(self, token: int) -> bool:
-        """Goes on by a token, whose text goes out; whether the answer has ended."""
+        """Appends a token and sends its text; returns whether the answer has ended."""
         told, self.told = self.told, None
         if self.read:
             self.read, self.done = False, self.length
@@ -144,7 +145,7 @@ A = TypeVar("A", bound=Answer)
 
 
 def can_merge(cache: Sequence[Any]) -> bool:
-    """Whether caches of this kind can be of several sequences."""
+    """Returns whether caches of this kind can hold several sequences."""
     return all(hasattr(layer, "merge") for layer in cache)
 
 
@@ -168,7 +169,7 @@ class Batch(Generic[A]):
         return any(answer.alone for answer in self.answers)
 
     def takes(self, answer: A, others: Sequence[A] = ()) -> bool:
-        """Whether the answer may join, besides others, without much padding."""
+        """Returns whether the answer can join, along with others, without much padding."""
         together = (answer, *self.answers, *others)
         if any(own.alone for own in together):
             return False
@@ -224,7 +225,7 @@ class Batch(Generic[A]):
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """To each answer what is of its own."""
+        """Gives each answer its next token and random key."""
         self._read_telling()
         if self.answers:
             keys = self._choice.next_keys()
@@ -245,8 +246,8 @@ class Batch(Generic[A]):
         self._leave_masks_out()
 
     def _leave_masks_out(self) -> None:
-        """Of rows of equal length none has padding, and one token each needs no mask: with one,
-        GPUs do without their kernels for attention."""
+        """Removes masks where rows have equal length: there is no padding, so single tokens need
+        none, and with a mask GPUs do not use their attention kernels."""
         from mlx_lm.models.cache import BatchKVCache
 
         layers: list[Any] = [x for x in self._cache if type(x) is BatchKVCache]
@@ -257,8 +258,8 @@ class Batch(Generic[A]):
                 layer.make_mask = _no_mask(ref(layer))
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
-        """A token of each answer; those that ended, and those that failed. Any other error is of
-        the step, and of no answer alone."""
+        """Decodes a token of each answer. Returns the answers that ended, and the ones that failed;
+        other errors concern the whole step."""
         inputs, failed = self._next, []
         model = self.base.model
         if few(len(self.answers)):
@@ -292,14 +293,14 @@ class Batch(Generic[A]):
         return ended, failed
 
     def _read_telling(self) -> None:
-        """To each answer what is told of its last token."""
+        """Gives each answer the log probabilities that it asks for of its last token."""
         if self._told is not None and self._telling is not None:
             (answers, arrays), self._told = self._told, None
             for i, told in self._telling.read(arrays).items():
                 answers[i].told = told
 
     def _changed(self, answer: A, token: mx.array, row: mx.array, known: Any) -> mx.array:
-        """Logits [1, V] by what the answer says of them."""
+        """Returns logits [1, V] after the answer's penalties and constraint."""
         if answer.process is not None:
             row = answer.process(token, row)
         if answer.constraint is not None:
@@ -311,7 +312,8 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Of a layer that does not refer to itself by it: its arrays go when it does."""
+    """Returns a layer's make_mask without a mask for single tokens. It holds only a weak reference,
+    so that the layer's arrays are freed with the layer."""
 
     def make_mask(n: int, **how: Any) -> Any:
         if n == 1 and not how.get("window_size"):

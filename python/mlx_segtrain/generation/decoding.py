@@ -19,15 +19,15 @@ class Constraint(Protocol):
     """Which tokens may come next, as tokens come."""
 
     def fresh(self) -> "Constraint":
-        """One that is at its beginning."""
+        """Returns a copy in its initial state."""
         ...
 
     def take(self, token: int) -> None:
-        """Goes on by a token, which was allowed."""
+        """Advances by a token, which was allowed."""
         ...
 
     def allowed(self, n: int) -> mx.array:
-        """bool [n]"""
+        """Returns which of n tokens are allowed, bool [n]."""
         ...
 
 
@@ -35,9 +35,10 @@ class Constraint(Protocol):
 class Options:
     """How tokens are chosen, and when a sequence ends.
 
-    `top_p`, `top_k` and `min_p` keep what all of them keep, of the model's own probabilities; then
-    comes the temperature, 0 for the likeliest token. The repetition penalty is for tokens of prompt
-    and answer (Keskar et al. 2019, arXiv:1909.05858), the other two are for the answer's.
+    Tokens are kept that `top_p`, `top_k` and `min_p` all keep, by the model's own probabilities;
+    then the temperature is applied, 0 for the most likely token. The repetition penalty applies to
+    tokens of prompt and answer (Keskar et al. 2019, arXiv:1909.05858), the other two penalties to
+    those of the answer.
     """
 
     max_tokens: int = 512
@@ -52,25 +53,26 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False  #: the text goes on from the prompt's, so a space between them counts
-    logprobs: int | None = None  #: of how many tokens log p is told besides the taken one's
+    logprobs: int | None = None  #: number of alternatives to the sampled token to return log p of
     deterministic: bool = False  #: bit for bit as if it were alone
     constraint: "Constraint | None" = None  #: what the text has to be
 
 
-#: Of a token: log p of the one that was taken, and of the likeliest, by token.
+#: log p of the sampled token, and log p of the most likely ones, by token.
 Told = tuple[float, dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More text; `tokens` of the answer so far, `cached` ones of the prompt. The last has `finish`:
-    at an end-of-sequence token or a stop string, or at the most tokens that there may be."""
+    """More text, with the number of `tokens` of the answer so far, and of `cached` tokens of the
+    prompt. The last piece has `finish`: stop at an end-of-sequence token or a stop string, or
+    length at the maximum number of tokens."""
 
     text: str
     tokens: int
     cached: int
     finish: Literal["stop", "length"] | None = None
-    #: Of the tokens since the last piece, if that is wanted: token, and what is told of it.
+    #: Log probabilities of the tokens since the last piece, if they are requested.
     told: tuple[tuple[int, Told], ...] = ()
 
 
@@ -94,7 +96,7 @@ class Text:
         return self._tokenizer.decode(self._tokens, clean_up_tokenization_spaces=False)
 
     def add(self, token: int) -> str:
-        """What one more token adds; `stopped` if a stop string is reached."""
+        """Returns the text that one more token adds; sets `stopped` if a stop string is reached."""
         self._tokens.append(token)
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
@@ -105,7 +107,7 @@ class Text:
         return self._before_stop(new, last=False)
 
     def end(self) -> str:
-        """What was held back; bytes that are no character show as U+FFFD."""
+        """Returns the text that was held back; bytes that are not a character show as U+FFFD."""
         new, self._tokens, self._out = self._decoded()[self._out :], [], 0
         return self._before_stop(new, last=True)
 
@@ -128,7 +130,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 def first_key(options: Options) -> mx.array:
-    """The random key of an answer, uint32 [2]: of its seed if it has one."""
+    """Returns the random key of an answer, uint32 [2], from its seed if it has one."""
     seed = int.from_bytes(os.urandom(8), "big") if options.seed is None else options.seed
     return mx.random.key(seed % 2**64)
 
@@ -155,7 +157,7 @@ class Choice:
         self._limits = _Limits(own)
 
     def __call__(self, logits: mx.array) -> mx.array:
-        """[B, V] → uint32 [B]"""
+        """Chooses a token for each row of logits: [B, V] → uint32 [B]."""
         best = mx.argmax(logits, axis=-1)
         if not self._drawn:
             return best
@@ -171,7 +173,7 @@ class Choice:
         return best
 
     def next_keys(self) -> list[mx.array]:
-        """Of each row, for a choice among other rows."""
+        """Returns the next key of each row, for a choice among other rows."""
         keys = list(self.keys)
         for place, i in enumerate(self._drawn):
             keys[i] = self._keys[place]
@@ -184,7 +186,7 @@ def _draw(key: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class _Limits:
-    """What rows keep of their tokens before one is drawn."""
+    """Limits the tokens of each row before one is sampled."""
 
     def __init__(self, options: Sequence[Options]):
         def column(values: Sequence[float]) -> mx.array:
@@ -199,7 +201,7 @@ class _Limits:
             self._min = column([math.log(x.min_p) if x.min_p else -math.inf for x in options])
 
     def __call__(self, logprobs: mx.array) -> mx.array | None:
-        """The smallest log p [B, 1] that is kept of log p [B, V]; None if all are."""
+        """Returns the smallest log p [B, 1] to keep, from log p [B, V]; None if all are kept."""
         least, n = [], logprobs.shape[-1]
         if self._min is not None:
             least.append(logprobs.max(axis=-1, keepdims=True) + self._min)
@@ -218,10 +220,11 @@ class _Limits:
 def processor(
     options: Options, prompt: Sequence[int], made: Sequence[int] = ()
 ) -> Callable[[mx.array, mx.array], mx.array] | None:
-    """What changes an answer's logits by penalties and biases; None if nothing does.
+    """Returns a function that applies an answer's penalties and biases to its logits; None if it
+    has none.
 
-    It takes the last token [1] and the logits [1, V] after it. The first call is for the last token
-    of what there is already, prompt and `made`.
+    It takes the last token [1] and the logits [1, V] after it. The first call is for the last of
+    the existing tokens, `prompt` and `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
@@ -265,7 +268,7 @@ class Telling:
         rows: int,
         temperatures: Mapping[int, float] = MappingProxyType({}),
     ):
-        """`wanted` are those of so many rows, and of how many tokens they want to know it besides.
+        """`wanted` maps each row that asks for log p to the number of alternatives it asks for.
         `temperatures` divide the logits of rows, where they are not 1."""
         self._wanted, self._most = wanted, max(wanted.values())
         self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
@@ -274,7 +277,7 @@ class Telling:
             self._temperatures = mx.array([temperatures.get(row, 1.0) for row in wanted])[:, None]
 
     def __call__(self, logits: mx.array, taken: mx.array) -> list[mx.array]:
-        """What `read` takes, of logits [B, V] and tokens [B]."""
+        """Returns the arrays that `read` takes, from logits [B, V] and tokens [B]."""
         if self._rows is not None:
             logits, taken = logits[self._rows], taken[self._rows]
         own = logits.astype(mx.float32)
@@ -288,7 +291,7 @@ class Telling:
         return found
 
     def read(self, arrays: Sequence[mx.array]) -> dict[int, Told]:
-        """By row."""
+        """Returns the log probabilities by row."""
         taken, *others = (cast(list[Any], x.tolist()) for x in arrays)
         order, best = others or ([[]] * len(taken), [[]] * len(taken))
         return {

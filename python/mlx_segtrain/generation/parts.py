@@ -45,7 +45,8 @@ class Parts:
         return self._kind == "reasoning"
 
     def add(self, text: str, *, last: bool = False) -> list[tuple[Kind, str]]:
-        """What is certain of its kind; all that is left, if it is the last piece."""
+        """Returns the parts whose kind is certain, and all that is left if this is the last
+        piece."""
         self._held += text
         found: list[tuple[Kind, str]] = []
         while (end := self._next_tag()) is not None:

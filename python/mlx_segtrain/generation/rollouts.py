@@ -1,4 +1,4 @@
-"""All completions of some prompts, so many at a time, in batches that depend on nothing else."""
+"""Generates completions of prompts, in batches that depend on nothing except the prompts."""
 
 import copy
 from collections import deque
@@ -25,7 +25,7 @@ class Policy:
 
 
 class Talk(Protocol):
-    """What a completion is part of: a prompt, and whatever answers the model's turns."""
+    """The conversation of a completion: a prompt, and whatever answers the model's turns."""
 
     @property
     def prompt(self) -> list[int]: ...
@@ -55,10 +55,10 @@ class Monologue:
 
 @dataclass(frozen=True)
 class Completion:
-    """What followed the prompt: tokens, which of them were `drawn` from the model (bool [n]), their
-    log-probabilities at the temperature at which they were drawn, float32 [n], 0 for others; and
-    the text of the last turn. `finish` is stop, length if it was cut off, or turns if the model had
-    no more of them.
+    """The tokens after the prompt; which of them were `drawn` from the model (bool [n]); their log
+    probabilities at the temperature at which they were sampled, float32 [n], 0 for others; and the
+    text of the last turn. `finish` is stop, length if it was truncated, or turns if the model had
+    none left.
     """
 
     prompt: list[int]
@@ -113,7 +113,7 @@ class _Turn(Answer):
 
     @property
     def told_at(self) -> float:
-        return self.options.temperature or 1.0  # 0 is the likeliest token
+        return self.options.temperature or 1.0  # 0 is the most likely token
 
 
 class _Rollout:
@@ -214,7 +214,7 @@ def complete(
         for _, error in failed:
             raise error
         batch.leave(ended, keep=False)
-        # Those that go on come before those that have not begun: fewer talks are open at a time.
+        # Continued talks come before new ones, so that fewer are open at a time.
         more = [rollout for turn in ended if (rollout := of_turn.pop(turn)).goes_on(turn)]
         waiting.extendleft(reversed(more))
     return [[rollout.completion for rollout in own] for own in rollouts]

@@ -79,7 +79,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         return path
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"the adapter {path} is not a folder: name the folder of an adapter.")
+        raise InputError(f"the adapter {path} is not a folder: pass the folder of an adapter.")
     weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
         raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")

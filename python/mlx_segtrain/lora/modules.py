@@ -21,7 +21,7 @@ MOST_CASTS = 8
 
 
 def are_few(x: mx.array) -> bool:
-    """Whether these are rows of a generation on a GPU, and not of a batch."""
+    """Returns whether these are rows of a generation on a GPU, and not of a batch."""
     return few(x.size // x.shape[-1])
 
 
@@ -34,7 +34,7 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a and b for this linear, as mlx-lm has them."""
+    """Returns the shapes of a and b for this linear layer, as in mlx-lm."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
@@ -46,12 +46,13 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
-    """x with the share `rate` of its numbers set to 0, the others scaled up to make up for it."""
+    """Returns x with the fraction `rate` of its numbers set to 0 and the others scaled up to
+    compensate."""
     return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """A ~ U(−1/√in, 1/√in) float32: [in, R] for a linear layer, [E, R, in] for one with experts."""
+    """Returns A ~ U(−1/√in, 1/√in) float32: [in, R] for a linear layer, [E, R, in] for experts."""
     bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
     return mx.random.uniform(-bound, bound, shape, key=key)
 
@@ -80,7 +81,7 @@ class LoRALinear(nn.Module):
             setattr(self, name, x)
 
     def take_out(self) -> None:
-        """Takes the update away, which may come again."""
+        """Removes the update, which may be put back later."""
         self.dropout = 0.0
         for name in (*ARRAYS, "key"):
             self.pop(name, None)
@@ -97,9 +98,9 @@ class LoRALinear(nn.Module):
             self.together.forget()
 
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """The factors in this dtype, with the multiplier in b."""
+        """Returns the factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # they are kept with it: no other arrays get these ids
+        key = id(a), id(b), self.scale  # both are kept alive, so that no other arrays get these ids
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
@@ -107,13 +108,13 @@ class LoRALinear(nn.Module):
         return self._casts[key][:2]
 
     def updated(self, x: mx.array, y: mx.array) -> mx.array:
-        """y of the frozen linear with the update: without a gradient that is ours, and with factors
-        in x's dtype."""
+        """Returns y of the frozen linear layer with the update, without a gradient of ours, and
+        with factors in x's dtype."""
         a, b = self.factors(x.dtype)
         return mx.addmm(y, x @ a, b)
 
     def applies(self, kind: Kind) -> Any:
-        """What applies the array of this kind of updates to the frozen linear."""
+        """Returns what applies the arrays of this kind of update to the frozen linear layer."""
         return kind.on(ops.base_of(self.linear), self._made)
 
     def _frozen(self, x: mx.array) -> mx.array:
@@ -207,7 +208,7 @@ def unwrap(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, theirs):
             raise InputError(
-                f"the model already has an adapter of mlx-lm ({path}): load it without, and give "
+                f"the model already has an adapter of mlx-lm ({path}): load it without, and pass "
                 "the adapter as warm_start to train it further."
             )
         if isinstance(module, LoRALinear):

@@ -27,8 +27,8 @@ def choose_ranks(
     model_dir: Path,
     outer: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Returns the rank of every linear layer to adapt, by path: those that end with a target, in
-    the last layers.
+    """Returns the rank of every linear layer to adapt, by path: the paths in the last layers that
+    end with a target.
 
     A target may be a whole path, or "all-linear", which means every linear layer.
 

@@ -69,7 +69,7 @@ class _Use:
 
 @dataclass(eq=False)
 class _Readers:
-    """Linears that read the same x, in the order in which they are called."""
+    """Linear layers that read the same x, in the order in which they are called."""
 
     paths: list[str]
     dtype: mx.Dtype
@@ -78,7 +78,7 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """x a for each use, computed by the first reader."""
+        """Returns x a for each use; the first reader computes it."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -119,7 +119,8 @@ class Rows:
         self.known = {path for readers in self._readers for path in readers.paths}
 
     def can(self, adapter: Adapter) -> bool:
-        """Whether rows may have this adapter: it has no update of an embedding or of experts."""
+        """Returns whether rows may have this adapter: it must not update an embedding or
+        experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
@@ -169,7 +170,7 @@ class Rows:
         return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
 
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Whether it is these that were put in."""
+        """Returns whether exactly these adapters were put in."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:
@@ -178,7 +179,7 @@ class Rows:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Linears compute with these updates, and not with what is in them."""
+        """While it is active, linear layers use these updates instead of their own."""
         self.on = True
         try:
             yield
@@ -244,7 +245,8 @@ class Rows:
         return stretch.gain(dtype, linear, adapter.magnitudes[path])
 
     def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
-        """y [B, T, out] of the frozen linear → that of each row with its own update."""
+        """Returns the output y [B, T, out] of the frozen linear layer with each row's own
+        update."""
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]
@@ -283,7 +285,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """The updates of the adapter in a place; no array is copied."""
+    """Returns the adapter's updates in one place; no array is copied."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -292,7 +294,7 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """What a linear layer of a batch does besides its frozen part."""
+    """The updates that a linear layer of a batch adds to its frozen output."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path

@@ -49,7 +49,7 @@ class Together:
         b: Sequence[mx.array | None],
         gains: Sequence[mx.array | None],
     ) -> ops.DecodeLinears | None:
-        """The layers with factors a [E, R, in] and b [E, out, R_j] in x's dtype."""
+        """Returns the layers with factors a [E, R, in] and b [E, out, R_j] in x's dtype."""
         op = ops.decode_linears(self.bases, a, b, gains)
         return op if serves(op, self.dtype) else None
 
@@ -75,7 +75,7 @@ class Together:
         return op(x, picks)
 
     def _in_place(self) -> ops.DecodeLinears | None:
-        """The layers with the updates that are in them now; None without any."""
+        """Returns the layers with the updates that are in them now; None if there are none."""
         if not any("lora_a" in module for module in self.modules):
             return None
         arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
@@ -105,7 +105,7 @@ class Together:
 
 
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
-    """Whether a kernel computes steps of up to FEW rows."""
+    """Returns whether a kernel computes steps of up to FEW rows."""
     return not op.unfit(dtype, FEW)
 
 
@@ -125,7 +125,7 @@ class _Recorder:
 def grouped(
     modules: Iterable[LoRALinear], run: Callable[[mx.array], Any]
 ) -> list[tuple[list[LoRALinear], mx.Dtype]]:
-    """Which linear layers read the same x, and of which dtype, in the order of the calls.
+    """Returns which linear layers read the same x, and its dtype, in the order of the calls.
 
     `run` is a forward pass of the model, [1, 1] tokens to logits; nothing is computed.
     """

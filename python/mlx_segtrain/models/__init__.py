@@ -158,12 +158,12 @@ def load_headless(
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """The model of texts in one that reads images, too."""
+    """Returns the text model of a model that may read images, too."""
     return model.get("language_model", model)
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """With the weights that `reads` says yes to in memory, on a CPU in float32."""
+    """Loads the weights that `reads` returns True for into memory, on a CPU in float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])

@@ -50,8 +50,8 @@ def init(
 
     With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
     2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
-    starts so that nothing changes, and is 0 where the weight is not `here`. InputError if one is of
-    experts or an embedding.
+    starts so that nothing changes, and is 0 where the weight is not `here`. Raises InputError if
+    one is of experts or an embedding.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -91,8 +91,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every module of the layers that can be adapted by ours, and outside of the layers
-    those that are adapted; with `whole`, all that can be."""
+    """Replaces every module of the layers that can be adapted with one of ours, and outside of the
+    layers only the adapted ones; with `whole`, all that can be adapted."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):

@@ -186,7 +186,7 @@ class _Experts(Mlp):
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
-    """The end of layer i of Gemma 4: what its own input adds, and its scalar."""
+    """Adds the end of layer i of Gemma 4: what its own input adds, and its scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)

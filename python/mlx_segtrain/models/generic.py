@@ -143,7 +143,7 @@ def _attached(
 
 
 def chain_of(model: Any, layers: range | None = None) -> Chain:
-    """InputError, with layer and reason, if the model cannot be cut up or differentiated.
+    """Raises InputError, with layer and reason, if the model cannot be cut up or differentiated.
 
     With `layers` only these are looked at: of others no weight has been read.
     """

@@ -52,9 +52,8 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Bytes of the weights once loaded, or of those that a rank `loads`.
-
-        `float32`: floating ones become so, as on the CPU.
+        """Returns the bytes of the weights once loaded, or of those that a rank `loads`. With
+        `float32`, floating-point weights are converted, as on the CPU.
         """
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
@@ -78,8 +77,8 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """Returns the shape from a configuration as mlx-lm reads it, and tensors by name. Raises
-    InputError if there are no layers."""
+    """Returns a model's shape, given its configuration (as mlx-lm reads it) and its tensors by
+    name. Raises InputError if there are no layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}
@@ -137,7 +136,7 @@ _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """The number of the layer that a weight is of."""
+    """Returns the number of the layer that a weight belongs to."""
     return int(match[2]) if (match := _LAYER.match(name)) else None
 
 

@@ -76,7 +76,7 @@ class Linears:
         return ys
 
     def plain(self, *projections: Projection) -> bool:
-        """Whether the updates are plain products: LoRA without dropout."""
+        """Returns whether the updates are plain products: LoRA without dropout."""
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
@@ -213,8 +213,8 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Whether there are only norms and rotation between the projections of x and the attention
-        heads."""
+        """Returns whether there are only norms and rotation between the projections of x and the
+        attention heads."""
         return (
             linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
         )
@@ -258,7 +258,7 @@ def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.arra
 
 @dataclass(frozen=True)
 class Mlp:
-    """What a layer adds to h after attention."""
+    """The part of a layer after attention, which it adds to h."""
 
     gate: Projection
     up: Projection

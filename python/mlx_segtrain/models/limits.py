@@ -92,7 +92,7 @@ def check_model(snapshot: Snapshot) -> None:
         if most is not None and value > most:
             few = LAYERS.fullmatch(name)
             why = f"the weights have {tensors:,} tensors" if few else f"{most:,} is the most"
-            raise InputError(f"model_dir {snapshot.folder}: {name} is {value:,}, and {why}.")
+            raise InputError(f"model_dir {snapshot.folder}: {name} is {value:,}, but {why}.")
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:

@@ -70,8 +70,8 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
 
 
 def _scale_by_position(args: Any) -> Rotate | None:
-    """Ministral 3: q grows with the logarithm of how many times the original context length has
-    passed."""
+    """Scales q as Ministral 3 does: q grows with the logarithm of how many times the original
+    context length has passed."""
     rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:

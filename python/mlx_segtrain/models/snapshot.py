@@ -29,7 +29,7 @@ class Snapshot:
         self.folder, self.whole = Path(folder).expanduser(), whole
         if not self.folder.is_dir():
             raise InputError(
-                f"model_dir {self.folder} is not a folder: name the folder of a model."
+                f"model_dir {self.folder} is not a folder: pass the folder of a model."
             )
 
     def file(self, name: str, what: str) -> Path:

@@ -51,7 +51,8 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
-    """The outputs after the loss by their names, but for what there was nothing of."""
+    """Returns the outputs after the loss by name, without those that are NaN because nothing was
+    counted."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
@@ -100,7 +101,8 @@ def value_and_grad(
     cuts: Callable[[Sequence[Stream]], Cuts],
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
-    """Outputs of the objective for a batch, and gradients; `cuts` of the chain of its streams."""
+    """Returns the objective's outputs for a batch, and gradients. `cuts` returns the cuts of the
+    chain for its streams."""
     objective, chain = functions.objective, functions.chain
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
@@ -119,7 +121,8 @@ def value_and_grad(
 
 
 def with_head(chain: Chain, grads: Grads) -> Grads:
-    """With the gradients of the head's update, as the adapter has them; it may be shared."""
+    """Returns gradients with those of the head's update under the name that the adapter uses; the
+    update may be shared with the embedding."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad
@@ -134,7 +137,7 @@ def value(
     batch: Any,
     total: Any,
 ) -> list[mx.array]:
-    """Outputs of the objective for a batch, forward only."""
+    """Returns the objective's outputs for a batch, forward only."""
     chain = chain.adapting(scales)
     streams = objective.streams(chain, batch)
     reads = (*head_reads(streams), *objective.reads)
@@ -156,7 +159,7 @@ def total_of(
     params: Params,
     batches: Sequence[Any],
 ) -> Any:
-    """What the losses of these batches are to be divided by, with the objective's baseline."""
+    """Returns what the losses of these batches are divided by, with the objective's baseline."""
     total = objective.total(batches)
     own = baseline_of(objective, chain, scales, params, batches, total)
     return with_baseline(objective, total, own)
@@ -171,7 +174,7 @@ def baseline_of(
     total: Any,
     value: Value = value,
 ) -> float:
-    """The part of the baseline that is of these batches; 0 if the objective has none."""
+    """Returns these batches' share of the baseline; 0 if the objective has none."""
     if objective.baseline is None:
         return 0.0
     # One at a time: the next would begin before this one's memory is free.
@@ -180,5 +183,5 @@ def baseline_of(
 
 
 def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
-    """The total of a step with the baseline of all its batches."""
+    """Returns the total of a step with the baseline of all its batches."""
     return total if objective.baseline is None else replace(total, baseline=baseline)

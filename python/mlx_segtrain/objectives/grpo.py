@@ -59,11 +59,11 @@ class Grpo(Objective):
 
     @property
     def old(self) -> "Objective":
-        """What gives the log-probabilities of the tokens that count."""
+        """The objective that computes the log probabilities of the tokens that count."""
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """The weight of a token of each completion, float64 [N]; 0 if it is not `kept`."""
+        """Returns the weight of each completion's tokens, float64 [N]; 0 if it is not `kept`."""
         if self.kind == "dapo":
             part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
         else:
@@ -80,8 +80,8 @@ class Grpo(Objective):
         return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
     def _shape(self, longest: int, shortest: int) -> BatchShape:
-        """The largest pass of completions that have up to `longest` tokens with their prompts,
-        which have `shortest` or more."""
+        """Returns the largest pass of completions that, with their prompts, have `shortest` to
+        `longest` tokens."""
         if self.packs:
             whole, rest = divmod(self.length, shortest + self.most)
             loss = whole * self.most + max(rest - shortest, 0)
@@ -99,18 +99,21 @@ class Grpo(Objective):
         return BatchShape.single(rows, width - 1, min(width - 1, -(-trimmed // rows)), loss)
 
     def rows_in(self, longest: int) -> int:
-        """Rows of a pass that is not packed, the longest of which has so many tokens."""
+        """Returns the number of rows of a pass that is not packed and whose longest row has this
+        many tokens."""
         return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
-        """Tokens that count: of the metrics, since weights are parts of the loss as they are."""
+        """Returns the number of tokens that count, for the metrics; the weights are already
+        fractions of the loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
         return rows_of(batch)
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """`members` [B, M] are 1/n where a token is one of the n of a completion."""
+        """Returns the inputs of a batch; `members` [B, M] are 1/n where a token is one of the n of
+        a completion."""
         tokens, b, t, places = predictions(batch)
         if batch.packed:
             owner = np.searchsorted(np.cumsum(batch.lengths), places[1], side="right")
@@ -183,7 +186,8 @@ class LogProbs(Grpo):
 
 
 def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
-    """A batch whose tokens that count have these log-probabilities, float32 [M], by this name."""
+    """Returns a batch with these log probabilities, float32 [M], of its tokens that count, stored
+    under `name`."""
     *_, places = predictions(batch)
     own = np.zeros_like(batch.weights)
     own[places] = found

@@ -49,7 +49,8 @@ class Responses(Objective):
         return SINGLE
 
     def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
-        """M rows that predict a token of a response, and which: `members` [B, M].
+        """Returns the inputs for M rows that predict a token of a response; `members` [B, M] tells
+        which response.
 
         `labels` [B] are 1 or −1; `reference` [B] what the model without its adapter gives; `kl` the
         estimate of the divergence; `parts` [3] 1 over the rows of the step, over the wanted ones
@@ -87,27 +88,29 @@ class Responses(Objective):
         return outputs
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
-        """The sequences that run, and their reference."""
+        """Returns the sequences that run, and their reference."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 
     def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Of the log-probabilities [B] of the responses, and what else the head reads."""
+        """Returns the outputs, from the log probabilities [B] of the responses and the other inputs
+        of the head."""
         raise NotImplementedError
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """The rows' own sequences."""
+    """Returns the rows' own sequences."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
 def _labels(own: Batch) -> np.ndarray:
-    """1 of rows that are wanted, −1 of the others, float32 [B]: the sign of their weights."""
+    """Returns 1 for wanted rows and −1 for others, float32 [B]: the sign of their weights."""
     return np.sign(own.weights.sum(1)).astype(np.float32)
 
 
 def _reference(batch: AnyBatch) -> np.ndarray:
-    """What is known of all sequences of a batch, float32; 0 before it is."""
+    """Returns the reference log probabilities of all sequences of a batch, float32; 0 until they
+    are computed."""
     sides = 2 if isinstance(batch, PairBatch) else 1
     none = np.zeros(sides * len(batch.rows), np.float32)
     return none if batch.reference is None else batch.reference
@@ -178,7 +181,7 @@ class Kto(Responses):
         return [
             f"{data.name}: {rows[0]:,} rows are wanted and {rows[1]:,} are not; with these weights "
             f"that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to 1.33: "
-            f"give a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
+            f"set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
         ]
 
     def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:

@@ -14,25 +14,25 @@ from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
-    """What the head makes of a batch: the loss first, then the `metrics`, each a scalar.
+    """Computes the outputs of the head for a batch: the loss, then the `metrics`, each a scalar.
 
-    All are parts of a mean, over what `total` counts: those of several batches add up. A metric is
-    NaN if there is nothing in the batches that it is of.
+    All outputs are already divided by `total`, so those of several batches can be summed. A metric
+    is NaN if the batches have nothing that it measures.
     """
 
     options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
-    unit: str  #: of the loss, in words
+    unit: str  #: the loss's unit, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: what the head reads besides h and rows of each stream
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
-        """With the options of a configuration."""
+        """Creates the objective with the options of a configuration."""
         return cls(*(getattr(config, name) for name in cls.options))
 
     @property
     def reference(self) -> "Objective | None":
-        """What gives the numbers of the model without its adapter with which the loss compares."""
+        """The objective that computes the reference: the model without its adapter."""
         return None
 
     @property
@@ -43,50 +43,52 @@ class Objective:
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
-        """The data as it runs, from rows of at most so many tokens; InputError if it cannot."""
+        """Returns the data in the form the run uses, with rows of at most `tokens` tokens. Raises
+        InputError if it cannot be used."""
         return data
 
     def remarks(self, data: Dataset) -> list[str]:
-        """What the user should know of the training data before a run, in sentences."""
+        """Returns sentences that the user should read about the training data before a run."""
         return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """The data for each way in which its batches can run; a run takes the first that fits."""
+        """Yields the data for each way in which its batches can run; a run takes the first that
+        fits."""
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:
-        """What the losses of these batches are to be divided by."""
+        """Returns what the losses of these batches are divided by."""
         raise NotImplementedError
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        """As large as any batch of so many rows is in every respect, one for each number of
-        streams that `streams` gives. Unless that is said otherwise: of padded rows, one stream."""
+        """Returns the shapes of the largest batches of `rows` rows, one for each number of streams
+        that `streams` gives. By default rows are padded and there is one stream."""
         columns = data.columns  # whose lengths are of the longest sequence that a row runs as
         length = padded(int(columns.length.max()), rows) - 1  # the last token is only predicted
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        """A batch of rows that run `length` tokens, the last `trained` of which are in the loss;
-        of pairs the first `same` tokens are shared."""
+        """Returns the shape of a batch of rows that run `length` tokens, the last `trained` of
+        which are in the loss; in pairs the first `same` tokens are shared."""
         trimmed = length - trim_start(length - trained)
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """The sequences a batch runs as."""
+        """Returns the streams of sequences that a batch runs as."""
         raise NotImplementedError
 
     def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
-        """Inputs of the chain for a batch, and what the head reads."""
+        """Returns the inputs of the chain for a batch, and of the head."""
         raise NotImplementedError
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
-        """The function of parameters and reads that gives the outputs."""
+        """Returns the function that computes the outputs from parameters and reads."""
         raise NotImplementedError
 
 
 def rows_of(batch: Batch) -> tuple[Stream, ...]:
-    """The stream of rows that are single sequences, padded or packed."""
+    """Returns the stream of rows that are single sequences, padded or packed."""
     # The last token of a sequence is only predicted, and its first one is never.
     return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
 
@@ -94,8 +96,8 @@ def rows_of(batch: Batch) -> tuple[Stream, ...]:
 def predictions(
     batch: Batch,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Tokens [B, T] that run; rows and positions, int64 [M], that predict a token which counts;
-    and where these tokens are in the arrays of the batch."""
+    """Returns the tokens [B, T] that run; rows and positions, int64 [M], that predict a token which
+    counts; and the indices of these tokens in the arrays of the batch."""
     run = np.ones(batch.tokens.shape[1], bool)
     run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
     after = np.flatnonzero(run) + 1
@@ -106,7 +108,8 @@ def predictions(
 def stream_values(
     chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
 ) -> dict[str, mx.array]:
-    """Inputs of a stream of tokens [B, T], of which the rows b [M] at positions t [M] count.
+    """Returns the inputs of a stream of tokens [B, T], of which the rows b [M] at positions t [M]
+    count.
 
     `positions` are those of the N rows that h has after the layer that trims, and `rows` [M] index
     h [B·N, H].

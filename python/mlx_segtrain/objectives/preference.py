@@ -65,7 +65,7 @@ Compared = tuple[mx.array, tuple[mx.array, mx.array], mx.array]
 
 
 class Pairs(Objective):
-    """What preference objectives have in common; `_loss` is theirs."""
+    """The base class of preference objectives, which define `_loss`."""
 
     unit = "per pair"
     metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward")
@@ -73,7 +73,7 @@ class Pairs(Objective):
     _full = False  #: all of a chosen sequence counts, and not only its response
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """With pairs that run what both begin with once, and with pairs that share nothing."""
+        """Yields pairs that run their shared beginning once, then pairs that share nothing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -122,7 +122,8 @@ class Pairs(Objective):
         return (joined(batch.shared, batch.rejected.tokens.shape[1] - 1 - batch.shared),)
 
     def values(self, chain: Chain, batch: PairBatch, total: Total) -> dict[str, mx.array]:
-        """M rows in the order of the streams, with what each predicts.
+        """Returns the inputs for M rows in the order of the streams, and the token that each
+        predicts.
 
         `members` [2B, M] are 1 where a row predicts a response token of a sequence, chosen ones
         first; `weights` [M] those of the cross-entropy term; `reference` [2B] what the model
@@ -161,7 +162,8 @@ class Pairs(Objective):
         return outputs
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Of the log-probabilities [M] of the targets, and what else the head reads."""
+        """Returns the outputs, from the log probabilities [M] of the targets and the other inputs
+        of the head."""
         members, weights, reference, part = reads
         # Sums of products, not a product of matrices: GPUs round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
@@ -176,16 +178,17 @@ class Pairs(Objective):
         raise NotImplementedError
 
     def _likely(self, chosen: Batch) -> np.ndarray:
-        """Weights [B, T] of the tokens of the cross-entropy term."""
+        """Returns the weights [B, T] of the tokens of the cross-entropy term."""
         return np.zeros_like(chosen.weights)
 
     def _counted(self, pairs: Columns) -> int:
-        """Most tokens of a pair that meet the head."""
+        """Returns the largest number of tokens of a pair that go through the head."""
         chosen = pairs.length[:, 0] - 1 if self._full else pairs.trained[:, 0]
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Tokens [B, T] of a stream, and the rows of it that count: _rows of what it holds."""
+        """Returns the tokens [B, T] of a stream, and its rows that count, as _rows describes
+        them."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
         if not stream.branch:  # the last token of a sequence is only predicted
             return sides[stream.name], self._rows(batch, stream.name)
@@ -197,7 +200,8 @@ class Pairs(Objective):
         return tokens, {name: np.concatenate([x, rejected[name]]) for name, x in chosen.items()}
 
     def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
-        """Of each row that counts in a sequence: row in the batch, position, what it predicts."""
+        """Returns, for each row that counts in a sequence: its row in the batch, its position, and
+        what it predicts."""
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
@@ -213,8 +217,8 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Most tokens that run of one side, and most that come into question for the loss: of `full`
-    ones all."""
+    """Returns the largest number of tokens that run of one side, and of tokens that may be in the
+    loss: all of them for `full` sequences."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())
@@ -234,7 +238,7 @@ class Reference(Pairs):
 
 @dataclass(frozen=True)
 class Rewards:
-    """What a loss of dpo is a function of: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
+    """The arguments of dpo's losses: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
 
     chosen: mx.array
     rejected: mx.array
@@ -253,13 +257,13 @@ def _robust(r: Rewards) -> mx.array:
 
 
 def _exo(r: Rewards) -> mx.array:
-    """KL divergence of (σ(z), σ(−z)) from (1 − ε, ε)."""
+    """Returns the KL divergence of (σ(z), σ(−z)) from (1 − ε, ε)."""
     right = mx.sigmoid(r.z) * (-nn.softplus(-r.z) - math.log1p(-r.smoothing))
     return right + mx.sigmoid(-r.z) * (-nn.softplus(r.z) - math.log(r.smoothing))
 
 
 def _discopop(r: Rewards) -> mx.array:
-    """(1 − s)·−log σ(z) + s·exp(−z), s = σ(z / τ): exp(−z) alone would overflow."""
+    """Returns (1 − s)·−log σ(z) + s·exp(−z), s = σ(z / τ): exp(−z) alone would overflow."""
     other = nn.softplus(-r.z / DISCOPOP_TAU)
     return mx.sigmoid(-r.z / DISCOPOP_TAU) * nn.softplus(-r.z) + mx.exp(-r.z - other)
 
@@ -374,5 +378,5 @@ class Simpo(Pairs):
 
 
 def _log_rest(log_p: mx.array) -> mx.array:
-    """log(1 − exp(log_p))"""
+    """Returns log(1 − exp(log_p))."""
     return mx.log(mx.maximum(-mx.expm1(log_p), LEAST_REST))

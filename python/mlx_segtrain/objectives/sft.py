@@ -36,7 +36,7 @@ class Sft(Objective):
         return rows_of(batch)
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Index, target and weight of the rows that count."""
+        """Returns the inputs of a batch, with index, target and weight of the rows that count."""
         tokens, b, t, places = predictions(batch)
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
@@ -45,7 +45,7 @@ class Sft(Objective):
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-        """Only rows that count meet the head."""
+        """Returns the loss function; only rows that count go through the head."""
 
         def loss(
             params: Mapping[str, mx.array],

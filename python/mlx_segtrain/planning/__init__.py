@@ -211,7 +211,7 @@ def named(
     size: int,
     part: Part | None = None,
 ) -> Planned:
-    """The plan of `segment_size: size`."""
+    """Returns the plan of `segment_size: size`."""
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
@@ -221,8 +221,8 @@ def named(
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """Returns the most tokens per row that fit, in steps of 128 and to within a part in 256; 0 if
-    none do."""
+    """Returns the largest number of tokens per row that fits, in steps of 128 and to within a part
+    in 256; 0 if none does."""
     if not fits(STEP):
         return 0
     low, high = 1, 2

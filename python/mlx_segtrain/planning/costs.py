@@ -154,8 +154,8 @@ def pairs_within(length: float, window: int | None) -> float:
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Cost of attention for `after` queries per row over all keys. Numbers per token: H, q of all
-    heads, k of the layer's own."""
+    """Returns the cost of attention for `after` queries per row over all keys. Numbers per token:
+    H, q of all heads, k of the layer's own."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
@@ -228,7 +228,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Cost of the MLP. Numbers per token: H, F."""
+    """Returns the cost of the MLP. Numbers per token: H, F."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size
@@ -275,7 +275,7 @@ def _factors(stage: _Stage) -> float:
 
 
 def _embedding(stage: _Stage) -> _core.StageCost:
-    """Cost of an adapted embedding: rows of the table, and of the update in float32."""
+    """Returns the cost of an adapted embedding: rows of the table, and of the update in float32."""
     size = stage.device.size
     numbers = stage.batch.rows * stage.stream.length * stage.model.width
     inside = numbers * (size + 4)

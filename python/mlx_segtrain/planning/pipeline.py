@@ -38,11 +38,12 @@ class Part:
 
     @property
     def under_way(self) -> int:
-        """Micro-batches that have run forward here and not yet back, at most."""
+        """Returns the largest number of micro-batches that have run forward here but not back."""
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:
-        """Whether a weight is of these layers; one of no layer is read where it is needed."""
+        """Returns whether a weight belongs to these layers; a weight of no layer is read where it
+        is needed."""
         layer = layer_number(name)
         return layer is not None and self.begin <= layer < self.end
 
@@ -51,8 +52,8 @@ class Part:
 
 
 def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
-    """Bytes of the weights that a rank loads: those of its layers, the embedding on the first rank,
-    the head on the last."""
+    """Returns the bytes of the weights that a rank loads: those of its layers, the embedding on the
+    first rank, the head on the last."""
     own_inputs = any(layer.own_input for layer in model.layers)
 
     def loads(name: str) -> bool:
@@ -129,7 +130,7 @@ def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
 
 
 def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
-    """The layer of each stage."""
+    """Returns the layer of each stage."""
     layers, found = iter(enumerate(costs.layers)), []
     number, end = next(layers)
     for i in range(len(costs.stages)):

@@ -99,7 +99,7 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
 
 
 def _reading_bytes(shape: ModelShape, tokens: int, on: Device) -> int:
-    """The cache of a text and what a layer holds of a part of it."""
+    """Returns the bytes of the cache of a text, and of what a layer holds while it reads a part."""
     return cache_bytes(shape, tokens, on) + _prefill_bytes(shape, tokens, on)
 
 

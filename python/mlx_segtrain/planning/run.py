@@ -101,8 +101,8 @@ class RunPlan:
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """Returns the most tokens per row that fit, up to the model's context length, with the
-        configured plan or else with any."""
+        """Returns the largest number of tokens per row that fits, up to the model's context length,
+        with the configured plan or else with any."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
@@ -112,7 +112,8 @@ class RunPlan:
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def least_peak(self, batch: BatchShape) -> int:
-        """Bytes that a batch takes with the plan that was asked for, or with any."""
+        """Returns the bytes that a batch takes with the requested plan, or the fewest with any
+        plan."""
         what = self._of(batch)
         if self.size is not None:
             return named(*what, self.size, self.part).peak
@@ -137,7 +138,7 @@ class RunPlan:
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """That of a rank which has these layers of the model."""
+        """Returns the plan of a rank that has these layers of the model."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
@@ -243,7 +244,7 @@ def first_that_fits(
 
 
 def resting_shape(config: TrainConfig) -> ModelShape:
-    """The model's shape, with the weights of a reward model, which rest beside its own."""
+    """Returns the model's shape, including the weights of a reward model."""
     shape = read_shape(config.model_dir)
     if config.reward_model is None:
         return shape
@@ -258,7 +259,7 @@ def planned(
     measures: bool = False,
     fills: bool = True,
 ) -> RunPlan:
-    """The plan, which may not fit; NoRoom if the weights alone do not.
+    """The plan, which may not fit. Raises NoRoom if the weights alone do not.
 
     `fills` is False where only a part of the model is to be planned.
     """

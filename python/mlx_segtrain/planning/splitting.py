@@ -16,7 +16,7 @@ from .pipeline import Part, sent, weight_bytes
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Steps of the search for the time of the slowest rank, and more seconds than any takes.
+#: Bisection steps for the time of the slowest rank, and an upper bound of it in seconds.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 
@@ -51,13 +51,13 @@ class Held:
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
     """Returns the plan of each of these ranks, through which `batches` of a step go.
 
-    InputError if there are more ranks than layers, NoRoom if they have not enough memory.
+    Raises InputError if there are more ranks than layers, NoRoom if they have not enough memory.
     """
     layers = run.shape.n_layers
     if layers == 0:
         raise InputError(
-            f"parallel is pipeline, and the weights of {run.shape.family} name no layers by which "
-            "they could be shared out: train it with parallel data.",
+            f"parallel is pipeline, but the weights of {run.shape.family} have no layers that "
+            "could be divided between ranks: use parallel data.",
             field="parallel",
         )
 
@@ -83,7 +83,7 @@ def pipeline_runs(
     """
     if budgets and len(budgets) != ranks:
         raise InputError(
-            f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: give one for each."
+            f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: pass one per rank."
         )
     run = planned(config, [batch], fills=False)
     own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks
@@ -92,7 +92,7 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Whether some plan fits; of a family whose memory is not predicted, whether the weights do."""
+    """Returns whether some plan fits; where memory is not predicted, whether the weights fit."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget
@@ -100,7 +100,7 @@ def has_room(run: RunPlan) -> bool:
 
 
 def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
-    """Seconds without what is recomputed: to find that takes many times longer."""
+    """Returns the seconds of a part without recomputation, which takes much longer to plan."""
     return lambda part: seconds(bare(part).of_size(0) if bare(part).shape.fast else bare(part))
 
 
@@ -146,25 +146,26 @@ def split(
     fits: Callable[[Part], bool],
     seconds: Callable[[Part], float],
 ) -> list[Part]:
-    """The parts of which the slowest takes the least time for a batch, each within its memory.
+    """Returns the parts whose slowest takes the least time for a batch, each within its memory.
 
-    More layers never take less time or memory. InputError for more ranks than layers, NoRoom if no
-    cut fits.
+    More layers never take less time or memory. Raises InputError for more ranks than layers, NoRoom
+    if no cut fits.
     """
     if ranks > layers:
         raise InputError(
-            f"parallel is pipeline, and there are {ranks} ranks for {layers} layers: start "
-            f"{layers} ranks or fewer.",
+            f"parallel is pipeline, but there are {ranks} ranks for {layers} layers: start at most "
+            f"{layers} ranks.",
             field="parallel",
         )
 
     @cache
     def takes(part: Part) -> float:
-        """Seconds; none are enough for what has no room."""
+        """Returns the seconds of a part, infinite if it does not fit."""
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Each takes as many layers as it can; fewer parts than ranks if some are left."""
+        """Gives each rank as many layers as fit the limit; fewer parts than ranks if layers are
+        left over."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 

@@ -32,7 +32,7 @@ Function = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """By the name of each reward a number for each completion, and their weighted sums."""
+    """The scores of completions by name of the reward, and their weighted sums."""
 
     by_name: dict[str, list[float]]
     total: list[float]
@@ -71,14 +71,14 @@ class Rewards:
             named.append((environments.name, _own_rewards))
         if not named:
             raise InputError(
-                "method grpo needs a reward: give rewards, reward_functions, reward_command or "
+                "method grpo needs a reward: set rewards, reward_functions, reward_command or "
                 "reward_model (docs/grpo.md).",
                 field="rewards",
             )
         weights = list(config.reward_weights) or [1.0] * len(named)
         if len(weights) != len(named):
             raise InputError(
-                f"reward_weights has {len(weights)} numbers for {len(named)} rewards: give one for "
+                f"reward_weights has {len(weights)} numbers for {len(named)} rewards: set one for "
                 "each.",
                 field="reward_weights",
             )
@@ -114,7 +114,7 @@ class Rewards:
         """Scores of completions, of each of which its row with the prompt is given, and how many
         tokens it has; or of conversations.
 
-        RunError if a reward fails, or gives anything but a finite number for each.
+        Raises RunError if a reward fails or returns anything except a finite number for each.
         """
         keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
         columns = {key: [row.get(key) for row in rows] for key in keys}
@@ -135,7 +135,7 @@ class Rewards:
             except Exception as error:
                 said = " ".join(str(error).split())[:300]
                 raise RunError(
-                    f"reward {name} failed ({type(error).__name__}: {said}): mend it and resume."
+                    f"reward {name} failed ({type(error).__name__}: {said}): fix it and resume."
                 ) from error
             found[name] = _checked(name, scores, completions)
         sums = (
@@ -146,15 +146,15 @@ class Rewards:
 
 
 def _own_rewards(environments: Sequence[Any], **columns: Any) -> list[float]:
-    """What environments give themselves."""
+    """Returns the rewards that environments give themselves."""
     return [own.get_reward() for own in environments]
 
 
 def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[float]:
     if len(scores) != len(completions):
         raise RunError(
-            f"reward {name} gave {len(scores)} scores for {len(completions)} completions: it must "
-            "give one for each."
+            f"reward {name} returned {len(scores)} scores for {len(completions)} completions; it "
+            "must return one for each."
         )
     numbers = []
     for score, completion in zip(scores, completions, strict=True):
@@ -167,15 +167,15 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
             numbers.append(score)
         if not math.isfinite(numbers[-1]):
             raise RunError(
-                f"reward {name} gave {shown(score, 60)} for the completion {shown(completion, 80)}:"
-                " it must give a finite number; mend it and resume."
+                f"reward {name} returned {shown(score, 60)} for the completion "
+                f"{shown(completion, 80)}; it must return a finite number. Fix it and resume."
             )
     return numbers
 
 
 def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
-    """InputError for a row without a column that a check reads, or with one that has the name of
-    something else: before anything is generated."""
+    """Raises InputError, before anything is generated, for a row without a column that a check
+    reads, or with a column whose name has another meaning."""
     taken = (*TAKEN, "completion") if config.reward_command is not None else TAKEN
     if config.environment is not None:
         taken = (*taken, *GIVEN)
@@ -191,6 +191,6 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
                 )
         if found := [name for name in taken if name in given]:
             raise InputError(
-                f'{row.source}: the row has a column "{found[0]}", and rewards get something else '
+                f'{row.source}: the row has a column "{found[0]}", but rewards get something else '
                 "by this name: rename the column, or leave it out."
             )

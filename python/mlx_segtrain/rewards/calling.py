@@ -15,15 +15,16 @@ from ..torchless import show_torch
 
 
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
-    """The name and the object of `module:name` or `file.py:name`, which a field has, and which is a
-    function or a class; `given` is it, where Python has it already. InputError."""
+    """Returns the name and the object of `module:name` or `file.py:name`, the value of a field. The
+    object is a function or a class; `given` is the object itself if Python passed it. Raises
+    InputError."""
     place, _, name = spec.rpartition(":")
     try:
         if not place or not name:
             raise ValueError(f"write module:{kind} or file.py:{kind}")
         found = getattr(_module(place), name) if given is None else given
         if not callable(found):
-            raise TypeError(f"it is no {kind}")
+            raise TypeError(f"it is not a {kind}")
     except Exception as error:  # a module may fail in any way when it is imported
         said = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{field}: {spec} cannot be used ({said}).", field=field) from error
@@ -31,13 +32,14 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
-    """A function of reward_functions by its name, given what it takes; InputError."""
+    """Returns a function of reward_functions by its name, called with the columns it takes. Raises
+    InputError."""
     name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
 
 def file_of(spec: str) -> Path | None:
-    """The file of `file.py:name`; None for what a module has."""
+    """Returns the file of `file.py:name`; None for a module."""
     place = spec.rpartition(":")[0]
     return Path(place).expanduser() if place.endswith(".py") else None
 
@@ -56,7 +58,7 @@ def _module(place: str) -> Any:
 
 
 def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, given only those columns that it names unless it takes all (**columns)."""
+    """Returns the function, called with only the columns it names, or all with **columns."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of some that are written in C
@@ -68,16 +70,19 @@ def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_command(command: str) -> Callable[..., list[float]]:
-    """Scores that a command prints, a line for each completion; it reads them as lines of JSON."""
+    """Returns a reward that runs a command: it reads the completions as JSON lines and prints a
+    score per line."""
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise InputError(
-            f"reward_command: {shown(command, 80)} is no command line ({error}).",
+            f"reward_command: {shown(command, 80)} is not a valid command line ({error}).",
             field="reward_command",
         ) from None
     if not words:
-        raise InputError("reward_command is empty: give a command line.", field="reward_command")
+        raise InputError(
+            "reward_command is empty: set it to a command line.", field="reward_command"
+        )
 
     def score(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
         lines = []

@@ -12,19 +12,20 @@ from ..errors import InputError, shown
 
 #: A number in a text, with separators of thousands.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
-#: Numbers are equal up to this part of them.
+#: Numbers count as equal up to this relative difference.
 ACCURACY = 1e-6
 
 Check = Callable[..., list[float]]
 
 
 def check_of(spec: str) -> Check:
-    """The check of a specification `name:argument`; InputError for an unknown or wrong one."""
+    """Returns the check of a specification `name:argument`. Raises InputError for an unknown or
+    wrong one."""
     name, _, argument = spec.partition(":")
     if name not in CHECKS:
         raise InputError(
-            f"rewards: {shown(spec, 80)} is no check; there are {', '.join(CHECKS)} "
-            "(docs/grpo.md); functions go into reward_functions.",
+            f"rewards: {shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} "
+            "(docs/grpo.md), or reward_functions for functions.",
             field="rewards",
         )
     if not argument:
@@ -35,13 +36,13 @@ def check_of(spec: str) -> Check:
 
 
 def column_of(spec: str) -> str | None:
-    """The column of the data that a check reads; None if it reads none."""
+    """Returns the column of the data that a check reads; None if it reads none."""
     name, _, argument = spec.partition(":")
     return argument if CHECKS.get(name) in (_exact, _number) else None
 
 
 def _exact(column: str) -> Check:
-    """The whole completion is what the column has."""
+    """Returns the check that the whole completion equals the column."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         wanted = _column(column, columns)
@@ -52,7 +53,7 @@ def _exact(column: str) -> Check:
 
 
 def _number(column: str) -> Check:
-    """The last number of the completion is that of the column."""
+    """Returns the check that the last number of the completion equals that of the column."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         pairs = zip(completions, _column(column, columns), strict=True)
@@ -66,7 +67,7 @@ def _equal(x: float | None, y: float | None) -> bool:
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text; None if there is none."""
+    """Returns the last number in a text; None if there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
@@ -78,12 +79,12 @@ def _column(name: str, columns: dict[str, Any]) -> list[Any]:
 
 
 def _regex(pattern: str) -> Check:
-    """The pattern is found in the completion, in linear time."""
+    """Returns the check that the pattern is found in the completion, in linear time."""
     try:
         compiled = re2.compile(pattern)
     except re2.error as error:
         raise InputError(
-            f"rewards: {shown(pattern, 80)} is no pattern that RE2 takes ({error}).",
+            f"rewards: {shown(pattern, 80)} is not a valid RE2 pattern ({error}).",
             field="rewards",
         ) from None
 
@@ -94,7 +95,7 @@ def _regex(pattern: str) -> Check:
 
 
 def _json_schema(text: str) -> Check:
-    """The whole completion is JSON that the schema takes."""
+    """Returns the check that the whole completion is JSON that matches the schema."""
     try:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -109,7 +110,7 @@ def _json_schema(text: str) -> Check:
     except Exception as error:  # the library has errors of several kinds
         said = " ".join(str(error).split())[:200]
         raise InputError(
-            f"rewards: {shown(text, 80)} is no JSON schema ({said}).", field="rewards"
+            f"rewards: {shown(text, 80)} is not a valid JSON schema ({said}).", field="rewards"
         ) from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -126,10 +127,10 @@ def _takes(validator: Any, text: str) -> bool:
 
 
 def _length(most: str) -> Check:
-    """1 up to so many tokens, then less and less, and 0 from twice as many on."""
+    """Returns 1 up to this many tokens, then less and less, and 0 from twice as many on."""
     if not most.isdecimal() or int(most) < 1:
         raise InputError(
-            f"rewards: length:{shown(most, 40)} must give a number of tokens.", field="rewards"
+            f"rewards: length:{shown(most, 40)} needs a number of tokens.", field="rewards"
         )
 
     def check(completion_tokens: Sequence[int], **columns: Any) -> list[float]:

@@ -25,10 +25,10 @@ OWN = ("reset", "step", "get_reward")
 
 @dataclass(frozen=True)
 class Environments:
-    """What makes the environments of a run, one for each completion (docs/grpo.md).
+    """Creates the environments of a run, one for each completion (docs/grpo.md).
 
-    `tools` are its public methods, as chat templates take them; none if it has `step`. Its reward,
-    if it has one, is what its method `get_reward` gives.
+    `tools` are the class's public methods, in the form that chat templates take; none if it has
+    `step`. Its reward, if it has one, is returned by its method `get_reward`.
     """
 
     name: str
@@ -62,22 +62,22 @@ class Environments:
         has tools of its own besides the environment's."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
-                "environment needs prompts that go through a chat template: take a model that has "
-                "one, and leave prompt_format raw out.",
+                "environment needs prompts that go through a chat template: use a model that has "
+                "one, and do not set prompt_format to raw.",
                 field="environment",
             )
         if self.tools and not tokenizer.has_tool_calling:
             raise InputError(
-                f"environment {self.name} has tools, and of the model's chat template it is not "
-                "known how tools are called: take a model that calls tools, or give the class a "
-                "method step.",
+                f"environment {self.name} has tools, but mlx-lm does not know how tools are called "
+                "in the model's chat template: use a model that calls tools, or write the class "
+                "with a method step.",
                 field="environment",
             )
         for row in rows:
             if self.tools and (row.given or {}).get("tools"):
                 raise InputError(
-                    f"{row.source}: the row has tools, and the tools of this run are those of "
-                    f"environment {self.name}: remove one of the two.",
+                    f"{row.source}: the row has tools, but this run uses the tools of environment "
+                    f"{self.name}: remove the row's tools, or leave the environment out.",
                     field="environment",
                 )
 
@@ -176,7 +176,7 @@ class Conversation:
         calls, new = [], []
         for own in (own for kind, own in parts if kind == "call"):
             read = read_calls(self._tokenizer, own, list(self._of.tools))
-            # What cannot be read is a call that fails: the model is told, and may try again.
+            # An unreadable call counts as failed: the model sees the error and may try again.
             for call in read or [{"name": "", "arguments": own}]:
                 id = f"call{self.calls:05d}"  # nine letters, as Mistral's template wants them
                 self.calls += 1
@@ -226,7 +226,7 @@ class Conversation:
         if rest is None:
             raise RunError(
                 f"environment {self._of.name}: the model's chat template does not write what the "
-                "assistant says, so a conversation cannot go on: take another model."
+                "assistant says, so a conversation cannot continue: use another model."
             )
         self._accepted += [answer, *new]
         stops = (tokenizer.decode([token]) for token in tokenizer.eos_token_ids)
@@ -276,12 +276,12 @@ class _failing:
         if isinstance(error, Exception) and not isinstance(error, RunError):
             said = " ".join(str(error).split())[:300]
             raise RunError(
-                f"{self._said} ({type(error).__name__}: {said}): mend it and resume."
+                f"{self._said} ({type(error).__name__}: {said}): fix it and resume."
             ) from error
 
 
 def _wrong(name: str, method: str, said: Any, wanted: str) -> RunError:
     return RunError(
-        f"environment {name}: {method} gave {shown(said, 60)}: it must give {wanted}; mend it and "
-        "resume."
+        f"environment {name}: {method} returned {shown(said, 60)}; it must return {wanted}. Fix it "
+        "and resume."
     )

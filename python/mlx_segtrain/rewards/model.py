@@ -32,7 +32,7 @@ def check_scores(folder: Path) -> None:
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
         has = f"{found[1][0]} scores of a text" if found else f"no {SCORE}"
         raise InputError(
-            f"reward_model {folder} has {has}: give a model for sequence classification with one "
+            f"reward_model {folder} has {has}: use a model for sequence classification with one "
             "label, in safetensors.",
             field="reward_model",
         )
@@ -56,8 +56,8 @@ class RewardModel:
         check_scores(folder)
         if not raw and not self._tokenizer.has_chat_template:
             raise InputError(
-                f"reward_model {folder} has no chat template, and the prompts are chats: take "
-                "another model, or prompt_format raw.",
+                f"reward_model {folder} has no chat template, but the prompts are chats: use "
+                "another model, or set prompt_format to raw.",
                 field="reward_model",
             )
 

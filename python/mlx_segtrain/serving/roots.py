@@ -102,7 +102,7 @@ class Roots:
             count += len(entries)
             if count > MOST_BELOW:
                 raise InputError(
-                    f"{path} holds more than {MOST_BELOW:,} files: name a more specific folder."
+                    f"{path} holds more than {MOST_BELOW:,} files: specify a smaller folder."
                 )
             for entry in entries:
                 if entry.name.startswith("."):

@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What jobs compute on. `memory_bytes` is the total, for a GPU its own."""
+    """The device that jobs compute on. `memory_bytes` is its total memory, for a GPU its own."""
 
     name: str
     type: str
@@ -225,7 +225,7 @@ class Service:
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """What checks a field of a run that is a path."""
+        """Returns the check of a field of a run that is a path."""
         named: dict[str, Callable[[str | Path], Path]]
         named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
         named["data_dir"] = self.data_place
@@ -246,13 +246,14 @@ class Service:
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """Searches the hub for clients; InputError if they may not, or it does not answer."""
+        """Searches the hub for clients. Raises InputError if they may not, or it does not
+        answer."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 
     @cached_property
     def device(self) -> Device:
-        """What this machine computes on."""
+        """Returns the device of this machine."""
         return Device.here()
 
     # Before a run
@@ -402,7 +403,7 @@ class Service:
     def _path(self, text: str) -> str:
         path = self.place(text)
         if not path.is_dir():
-            raise InputError(f"{text} is not a folder: name an existing one.")
+            raise InputError(f"{text} is not a folder: specify an existing one.")
         return str(path)
 
 

@@ -65,8 +65,8 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run. Removes all but the newest `keep`, and those
-    of later steps, since the run may reach these steps in a different state.
+    """Writes a checkpoint below the folder of a run. Keeps only the newest `keep`, and removes
+    those of later steps, since the run may reach these steps in a different state.
 
     Raises OSError if it cannot be written; nothing is lost then.
     """
@@ -151,8 +151,8 @@ def _read(folder: Path) -> Checkpoint:
     version = rest.pop("version")
     if version != VERSION:
         raise InputError(
-            f"{folder} is of another version of mlx-segtrain ({version}, not {VERSION}): resume "
-            "with that one."
+            f"{folder} was written by version {version} of mlx-segtrain, and this is {VERSION}: "
+            f"resume with {version}."
         )
     mx.eval(tensors)  # use the bytes that were hashed
     rest["progress"] = Progress.from_json(rest["progress"])

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
-#: Bytes of a line, at most, that is read back.
+#: The length in bytes of the longest line that is read back.
 MOST_LINE = 16 << 20
 
 
@@ -45,8 +45,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes all of the lines or none: `begin` would take part of a step as its end and remove
-        what follows."""
+        """Writes all of the lines or none: `begin` would mistake part of a step for the end of the
+        file and remove the lines after it."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:

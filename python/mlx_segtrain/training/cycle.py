@@ -121,12 +121,13 @@ def roll_out(
 
 
 def _within(options: Options, talk: Talk, row: Row) -> Options:
-    """With the tokens that a completion may have after what `reset` has added to its prompt."""
+    """Returns the options with the number of tokens that are left for a completion after `reset`
+    has added to its prompt."""
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
-            f"{row.source}: reset of the environment adds {added} tokens to the prompt, and "
-            "max_completion_tokens leaves no turn after it: raise it."
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, so "
+            "max_completion_tokens leaves none for an answer: raise it."
         )
     return replace(options, max_tokens=options.max_tokens - added)
 

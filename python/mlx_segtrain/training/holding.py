@@ -1,4 +1,4 @@
-"""Factors of which each rank holds those of its layers: apart for a step, together for a file."""
+"""Divides factors between ranks for a step, by their layers, and joins them for a file."""
 
 import io
 from collections.abc import Iterator, Mapping

@@ -33,7 +33,7 @@ class Layout:
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def parts(self, count: int) -> list["Layout"]:
-        """The whole, or that up to the first B and that from there on."""
+        """Returns this layout, or its parts: the factors A, then the factors B."""
         if count == 1:
             return [self]
         return [
@@ -42,7 +42,7 @@ class Layout:
         ]
 
     def of_owners(self, owners: Container[str]) -> "Layout":
-        """The factors of these stages."""
+        """Returns the factors of these stages."""
         return Layout(tuple(own for own in self.entries if own[0] in owners))
 
     @property
@@ -51,7 +51,7 @@ class Layout:
         return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
 
     def join(self, params: Params) -> mx.array:
-        """The factors, or their gradients, as a float32 vector."""
+        """Returns the factors, or their gradients, as a float32 vector."""
         if not self.entries:  # of a rank in whose layers nothing learns
             return mx.zeros((0,))
         return ops.join([params[stage][name] for stage, name, _ in self.entries])

@@ -141,13 +141,13 @@ class Links:
                 unsent.clear()
 
     def waits(self, yes: bool) -> None:
-        """This rank begins, or ceases, to wait for others."""
+        """Reports that this rank starts or stops waiting for others."""
         with self._lock:
             self.watch.waits = yes
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Ranks that others wait for: those that wait for nobody."""
+        """Returns the ranks that others wait for, which themselves wait for nobody."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property

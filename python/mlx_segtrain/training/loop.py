@@ -122,7 +122,8 @@ def _train(
     if ranks.pipeline and (config.sample_prompts or calls.score):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
-            f"{what} asks a whole model, and a rank of a pipeline has a part of it: leave it out.",
+            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
+            "it out.",
             field="sample_prompts" if config.sample_prompts else None,
         )
     start = check_output(config, warn) if ranks.first else Start(None, None)
@@ -400,11 +401,12 @@ class Run:
         if jumped := self.clock.jumped():
             self._warn(
                 f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
-                "machine slept): times in the log jump, and the run does not depend on them"
+                "machine slept): times in the log jump, but the run does not depend on them"
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Seconds of the last step in which this rank computed or waited for others; its memory."""
+        """Returns the seconds of the last step in which this rank computed, or waited for others,
+        and its memory."""
         last, waited = self.state.progress.last, self.ranks.waited
         assert last is not None
         return {
@@ -547,7 +549,7 @@ class Run:
         """Returns the error that ends the run when a rank is lost."""
         step, kept = self.state.step, "nothing has been trained yet"
         if step and self.ranks.pipeline:
-            kept = "its factors are lost, and the last checkpoint counts"
+            kept = "its factors are lost, so the run resumes from the last checkpoint"
         elif step:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:

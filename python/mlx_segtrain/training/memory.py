@@ -10,8 +10,7 @@ import mlx.core as mx
 
 @dataclass
 class Memory:
-    """The most bytes that MLX's arrays have taken over all steps, starting with those that
-    exist."""
+    """The peak in bytes of MLX's arrays over all steps, starting with the arrays that exist."""
 
     peak: int = 0
 

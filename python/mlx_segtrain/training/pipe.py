@@ -52,7 +52,7 @@ class Pipe:
         return cls(ranks, part, transfers_of(ranks))
 
     def owners(self, chain: Chain) -> set[str]:
-        """The owners of the parameters that this rank has."""
+        """Returns the owners of the parameters that this rank has."""
         own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
         return own | ({"head"} if self.part.last else set())
 
@@ -89,7 +89,7 @@ class Pipe:
         self, objective: Objective, chain: Chain, scales: Mapping[str, float], params: Params,
         batch: Any, total: Any,
     ) -> list[mx.array]:  # fmt: skip
-        """objectives.value; the outputs are zeros on all ranks but the last."""
+        """Returns objectives.value; the outputs are zeros on all ranks but the last."""
         own = self.own(Functions(objective, chain, scales), batch, total)
         values = own.values | self.receive(own)
         scope = forward(own.stages, params, values, keep=own.head_reads)
@@ -121,7 +121,7 @@ class Pipe:
         self.transfers.send(arrays, to)
 
     def receive_back(self, own: Own) -> list[mx.array]:
-        """The cotangents of what this rank has sent."""
+        """Returns the cotangents of what this rank has sent."""
         if self.part.last or not own.left.differentiable:
             return []
         forms = dict(zip(own.left.values, self.known["left", own.shapes], strict=True))
@@ -161,7 +161,8 @@ class Pipe:
         cuts: Cuts,
         watch: Callable[[], None] | None,
     ) -> Passes:
-        """A batch's passes through this rank's stages; `params` are those of its owners."""
+        """Returns a batch's passes through this rank's stages; `params` are the parameters of its
+        owners."""
         chain = functions.chain
         of_head = chain.of_head(params) if self.part.last else {}
         begin = passes_of(

@@ -70,14 +70,15 @@ class Pipelined(Stepper):
         return sums, gradient
 
     def _back(self, own: Own, passes: Passes) -> tuple[tuple[mx.array, ...], mx.array]:
-        """Outputs, of the last rank, and gradient of a micro-batch that has run forward."""
+        """Returns the outputs, on the last rank, and the gradient of a micro-batch that has run
+        forward."""
         pipe = self.pipe
         outputs, grads, cotangents = passes.backward(pipe.receive_back(own))
         pipe.send_back(own, cotangents)
         return outputs, self.setup.own.join(with_head(self.functions.chain, grads))
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> Found:
-        """The numbers of all, and this rank's part of the gradient with the length of the whole."""
+        """Returns the sums over all ranks, and this rank's part of the gradient."""
         square = float(mx.square(gradient).sum())
         (*sums, square), _ = self.ranks.add([*outputs, square], mx.zeros((0,)))
         return Found(sums, gradient, mx.sqrt(mx.array(square)))
@@ -95,8 +96,9 @@ class Pipelined(Stepper):
         return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
 
     def keeps(self, error: Exception) -> bool:
-        """Factors of other ranks are to be had only if all have come to the same end."""
+        """Returns whether the state can be saved: only if all ranks have ended at the same step."""
         return isinstance(error, Halted) and error.fault is not None
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Kernels are compiled as they are met: what a batch brings is not known before."""
+        """Does nothing: kernels are compiled at first use, because what a batch brings is not known
+        before."""

@@ -54,7 +54,8 @@ class Diverged(RunError):
 
 
 def launched() -> int | None:
-    """The rank that mlx.launch has given this process; None if it has not started it."""
+    """Returns the rank that mlx.launch has given this process; None if mlx.launch did not start
+    it."""
     rank = os.environ.get("MLX_RANK", "")
     return int(rank) if rank.isdecimal() and _backend() else None
 
@@ -69,7 +70,7 @@ def _backend() -> str | None:
 
 
 def _hosts() -> list[list[str]]:
-    """The addresses of each rank of a ring."""
+    """Returns the addresses of each rank of a ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError):  # one host alone has an empty file
@@ -78,7 +79,7 @@ def _hosts() -> list[list[str]]:
 
 
 def address_of(ranks: "Ranks") -> str:
-    """This rank's address in the network that MLX uses."""
+    """Returns this rank's address in the network that MLX uses."""
     backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
@@ -94,7 +95,7 @@ def address_of(ranks: "Ranks") -> str:
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; of one by default. `warn` is told who is slow."""
+    """A group of processes; of one by default. `warn` gets a sentence about slow ranks."""
 
     rank: int = 0
     size: int = 1
@@ -126,32 +127,33 @@ class Ranks:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's part of a step's items: that of its number, and every `size`-th after it.
+        """Returns this rank's share of a step's items: the item of its number, and every `size`-th
+        after it. In a pipeline it is all of them.
 
         In a pipeline it is all of them.
         """
         return items if self.pipeline else items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
-        """The sums over all ranks, the same on each, bit for bit."""
+        """Returns the sums over all ranks, bit-identical on each."""
         n = gradient.size
         parts = [gradient, mx.array([float(x) for x in outputs], mx.float32)]
         total = self._sum(mx.concatenate(parts))
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """What each rank says, as JSON holds it, by rank."""
+        """Returns a JSON value from each rank, by rank."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
         return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
-        """All that the ranks have found, by name."""
+        """Returns everything that the ranks have found, by name."""
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
-        """What rank 0 has."""
+        """Returns rank 0's value."""
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
@@ -173,7 +175,8 @@ class Ranks:
         return [bytes(found[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
-        """Adds an array up over all ranks; LostRank if one of them cannot take part any more."""
+        """Adds an array up over all ranks. Raises LostRank if one of them cannot take part any
+        more."""
         if self.links and self.links.suspects:
             self._blame(None)
         self.settle()
@@ -184,14 +187,14 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Has MLX begin to send or receive; LostRank if it cannot."""
+        """Has MLX begin to send or receive. Raises LostRank if it cannot."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:
             self._blame(error)
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Until MLX has what comes from other ranks; LostRank if that cannot be any more.
+        """Waits until MLX has received from other ranks. Raises LostRank if it no longer can.
 
         Another thread waits, for a stream that nothing else uses: this one looks after the others
         meanwhile, and can go on without the arrays.
@@ -234,7 +237,7 @@ class Ranks:
             slow = self.links.behind() if self.links else []
             if not warned and slow and time.monotonic() - started > SLOW:
                 warned = True
-                # Of those that wait one is to say it.
+                # Only one of the waiting ranks reports it.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
@@ -249,7 +252,7 @@ class Ranks:
         raise RunError(f"the ranks cannot reach each other any more: {error}") from error
 
     def lost(self) -> LostRank | None:
-        """The rank without which the run cannot go on, if there is one."""
+        """The lost rank without which the run cannot continue, if there is one."""
         if self.links is None or (lost := self.links.lost) is None:
             return None
         if lost.rank == self.rank:
@@ -257,28 +260,28 @@ class Ranks:
         return LostRank(f"{self.name(lost.rank)} {lost.why}")
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """RunError, with rank and field, if these are not the same as rank 0's on every rank."""
+        """Raises RunError, with rank and field, if a rank's values differ from rank 0's."""
         every = self.gather(dict(values))
         for r, own in enumerate(every):
             for name in [*every[0], *(n for n in own if n not in every[0])]:
                 if own.get(name) != every[0].get(name):
                     those = [f"{own.get(name)!s:.80}", f"{every[0].get(name)!s:.80}"]
                     raise RunError(
-                        f"{name} is {those[0]} on {self.name(r)}, and {those[1]} on "
+                        f"{name} is {those[0]} on {self.name(r)}, but {those[1]} on "
                         f"{self.name(0)}: all ranks need the same model, data, options and "
                         "version."
                     )
 
     def check_factors(self, step: int, digest: str) -> None:
-        """Diverged if the factors of a rank are others than those of most."""
+        """Raises Diverged if a rank's factors differ from those of most ranks."""
         every = self.gather(digest)
         most = max(every, key=every.count)  # the first of these
         odd = [self.name(r) for r, own in enumerate(every) if own != most]
         if odd:
             raise Diverged(
-                f"step {step}: {', '.join(odd)} and the others have come to different factors, "
-                "which a fault of a device or of a connection can do: nothing is saved; resume "
-                "from the last checkpoint, on other hardware if it comes again."
+                f"step {step}: the factors of {', '.join(odd)} differ from those of the others, "
+                "probably because a device or a connection is faulty: nothing is saved; resume "
+                "from the last checkpoint, on other hardware if it happens again."
             )
 
 
@@ -290,8 +293,8 @@ ALONE = Ranks()
 def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     """The ranks that this process was launched with, until its run ends; ALONE without others.
 
-    An exception ends the run on all of them, with the name of this one. RunError if they do not
-    find each other.
+    An exception ends the run on all of them, with the name of this one. Raises RunError if they do
+    not find each other.
     """
     rank, backend = launched(), _backend()
     if rank is None or backend is None:

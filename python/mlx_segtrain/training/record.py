@@ -100,7 +100,7 @@ def read(run: Path) -> dict[str, Any]:
             raise KeyError
     except OSError as error:
         raise InputError(
-            f"{run / NAME} cannot be read ({error.strerror}): name the folder of a run."
+            f"{run / NAME} cannot be read ({error.strerror}): pass the folder of a run."
         ) from None
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{run / NAME} is not the record of a run.") from None
@@ -181,7 +181,7 @@ class Record:
                 continue
             what = "was changed" if now else "was removed"
             raise RunError(
-                f"step {step}: {path} {what} during the run, and the adapter would not match any "
+                f"step {step}: {path} {what} during the run, so the adapter would not match any "
                 f"model: the state of step {step} is kept; restore the file and resume."
             )
 
@@ -232,7 +232,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: Says that a file was not there before.
+#: Marks a file that did not exist before.
 COME = "was added"
 
 
@@ -252,8 +252,8 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """What has changed since a run, in sentences, by part: model, data, warm_start, rewards,
-    versions, device, settings, adapter, checkpoints; [] for a part that is unchanged."""
+    """The changes since a run, in sentences, by part: model, data, warm_start, rewards, versions,
+    device, settings, adapter, checkpoints; [] for an unchanged part."""
 
     run: Path
     step: int | None  #: the adapter's step; None for a run that has not ended

@@ -50,8 +50,8 @@ from .references import with_references
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is read before a model is loaded. `config` has its epochs converted to steps; `remarks`
-    say in sentences which parts of the data are left out or wrong."""
+    """The inputs that are read before a model is loaded. `config` has its epochs converted to
+    steps; `remarks` are sentences about data that is left out or wrong."""
 
     config: TrainConfig
     tokenizer: Any
@@ -192,8 +192,8 @@ def read_inputs(
     for option in ("early_stopping_patience", "keep_best"):
         if valid is None and getattr(config, option):
             raise InputError(
-                f"{option} needs a validation loss, and the data has no validation rows: add a "
-                "file valid.jsonl, set val_split, or leave the option out."
+                f"{option} needs a validation loss, but the data has no validation rows: add "
+                "valid.jsonl, set val_split, or leave the option out."
             )
     objective = objective_of(config)
     said = [*remarks(config.data_dir, train, valid, *sources), *objective.remarks(train)]
@@ -386,7 +386,7 @@ def load_chain(
         for i, side in np.argwhere(data.columns.top >= known)[:1]:
             row, top = sequences(data.rows[i])[side], data.columns.top[i, side]
             raise InputError(
-                f"{row.source}: the tokenizer gives token {top}, but the model has "
+                f"{row.source}: the tokenizer returns token {top}, but the model has "
                 f"{known} tokens: use the tokenizer that belongs to the model."
             )
     return model, chain

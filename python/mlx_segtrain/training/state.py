@@ -75,7 +75,7 @@ class Progress:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What else the objective measures: means over those recent steps that have it."""
+        """The objective's other metrics: means over the recent steps that have them."""
         found = [own.metrics for own in self.recent]
         names = dict.fromkeys(name for own in found for name in own)
         return {name: fmean(own[name] for own in found if name in own) for name in names}

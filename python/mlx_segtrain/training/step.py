@@ -109,27 +109,27 @@ class Stepper:
         return new, outcome
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
-        """Returns the sums over all ranks, each of which gives its part."""
+        """Returns the sums over all ranks, each of which passes its part."""
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """The first factor of a vector, if there is one, that is not finite."""
+        """Returns the first factor of a vector that is not finite, if there is one."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(
         self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
     ) -> tuple[list[str], str | None]:
-        """Where the numbers of a step first stop being finite: rows, and the tensor."""
+        """Returns where the numbers of a step first stop being finite: rows, and the tensor."""
         own = first_nonfinite(self.setup, at, self.ranks.share(accumulated), gradient)
         return together(self.ranks.gather(own))
 
     def keeps(self, error: Exception) -> bool:
-        """Whether the state of the last step can be saved after this one."""
+        """Returns whether the state of the last step can be saved after this one."""
         return not isinstance(error, Diverged)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """What the last step generated, if the method generates (for completions.jsonl)."""
+        """Returns the completions of the last step, if the method generates any."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:

@@ -54,7 +54,7 @@ class Transfers:
         self.sent.append(ends)
 
     def post(self, forms: Sequence[Form], source: int) -> list[mx.array]:
-        """Arrays that a rank sends, which may be on their way yet."""
+        """Returns arrays that another rank sends; they may not have arrived yet."""
         moved = [self._received(shape, dtype, source) for shape, dtype in forms]
         self.ranks.start(moved)
         return moved

@@ -34,7 +34,7 @@ class Lost:
 
 
 class Watch:
-    """What one rank knows of the others. Messages are JSON objects."""
+    """The state of the other ranks as this one knows it. Messages are JSON objects."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # A rank that was given up may have slept for long; meanwhile the others went on.
+            # A rank that was declared lost may have slept; meanwhile the others continued.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
             self.left.setdefault(source, now)

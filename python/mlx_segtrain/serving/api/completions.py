@@ -48,7 +48,7 @@ async def completions(
 
 
 def _cut(value: Any) -> Any:
-    """A value that is no longer than people read."""
+    """Returns a value, shortened to what people read."""
     if isinstance(value, str):
         return value if len(value) <= LONGEST else f"{value[:LONGEST]}…"
     if isinstance(value, list | dict) and len(text := json.dumps(value)) > 4 * LONGEST:

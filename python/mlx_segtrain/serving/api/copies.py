@@ -56,7 +56,7 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     given, _ = parse_yaml(text, "the file")
     fields = TrainConfig.model_fields
     if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
-        raise InputError(f"the file has {len(given)} settings, and there are {len(fields)}.")
+        raise InputError(f"the file has {len(given)} settings, but only {len(fields)} exist.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
     why = {
         name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED

@@ -19,7 +19,7 @@ from ...errors import InputError, RunError, word
 #: Seconds after which a client may retry, by status: for /v1, and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
-#: Fields that no answer repeats.
+#: Fields whose values are not repeated in answers.
 SECRET = ("token",)
 #: The beginning of many of pydantic's messages.
 SHOULD_BE = "input should be "

@@ -88,7 +88,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
     rewarded: bool = Field(
         description="Whether it is judged by the reward of completions instead of a loss."
     )
-    config_json: str | None = Field(description="null in lists.")
+    config_json: str | None = Field(description="Not included in lists (null).")
     inputs: list[str] = Field(description="Folders that it reads.")
     tags: list[str]
     log_path: str

@@ -85,7 +85,7 @@ async def _selected(service: Service, base: Base, body: Generate) -> Selected:
     for field, id in given[1:]:
         if id != given[0][1]:
             raise InputError(
-                f"{given[0][0]} names the adapter {given[0][1][:100]!r}, and {field} is "
+                f"{given[0][0]} names the adapter {given[0][1][:100]!r}, but {field} is "
                 f"{id[:100]!r}: set only one of the two."
             )
     chosen = engine.select(given[0][1] if given else None)

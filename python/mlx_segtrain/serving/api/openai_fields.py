@@ -101,7 +101,7 @@ class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
             harmless = self.neutral.get(name, ())
             if value is None or harmless is None or any(_same(value, x) for x in harmless):
                 continue
-            ways = " or ".join(["leave it out", *(f"give {json.dumps(x)}" for x in harmless)])
+            ways = " or ".join(["leave it out", *(f"pass {json.dumps(x)}" for x in harmless)])
             known = list(type(self).model_fields)  # one of which may have been meant
             hint = "" if name in self.neutral else nearest(name[:100], known)
             raise InputError(

@@ -50,9 +50,7 @@ class Message(Request):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = Field(
-        None, description="of an assistant, for the chat template"
-    )
+    reasoning_content: str | None = Field(None, description="the reasoning in an assistant's turn")
     tool_calls: Calls | None = Field(None, description="the calls in an assistant's turn")
     tool_call_id: str | None = Field(
         None, description="the id of the call that a tool's turn answers"
@@ -159,7 +157,7 @@ class Generate(Request):
         description="maximum tokens of the answer; default: 512 for a chat, 16 for a completion",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="another name of max_tokens, which takes precedence"
+        None, ge=1, description="an alias of max_tokens, which takes precedence"
     )
     temperature: float | None = Field(
         None,
@@ -176,7 +174,7 @@ class Generate(Request):
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="for the answer's tokens")
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="for the answer's tokens, by how often they came"
+        None, ge=-2, le=2, description="for the answer's tokens, in proportion to their count"
     )
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
@@ -330,7 +328,7 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """The tools that the model is told about."""
+        """Returns the tools that the chat template shows to the model."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
@@ -370,7 +368,8 @@ class ChatRequest(Generate):
             return super().grammar(grammars)
         if self.is_formed:
             raise InputError(
-                "tool_choice: the answer consists of tool calls and can have no other format."
+                "tool_choice: this value forces a tool call, so no answer format can be set as "
+                "well: leave one of them out."
             )
         chosen = None if isinstance(self.tool_choice, str) else self.tool_choice
         parallel = self.parallel_tool_calls is not False
@@ -388,7 +387,10 @@ class CompletionRequest(Generate):
         description="a text, its tokens, or several of either"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
-        None, ge=0, le=TOP, description="tells log p of the answer's tokens, and of so many others"
+        None,
+        ge=0,
+        le=TOP,
+        description="return log p of the answer's tokens, and of this many alternatives to each",
     )
     neutral = IN_COMPLETION
     most = 16
@@ -614,14 +616,14 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
         turn: dict[str, Any] = {"role": role, "content": content or ""}
         for name, own in (("tool_calls", "assistant"), ("reasoning_content", "assistant")):
             if getattr(message, name) and role != own:
-                raise InputError(f"{where}.{name} is only for an assistant's turn.")
+                raise InputError(f"{where}.{name} is only allowed in assistant messages.")
         if message.tool_calls:
             turn["tool_calls"] = tools_of.turn_calls(message.tool_calls, f"{where}.tool_calls")
         if message.reasoning_content:
             turn["reasoning_content"] = message.reasoning_content
         if message.tool_call_id is not None:
             if role != "tool":
-                raise InputError(f"{where}.tool_call_id is only for a tool's turn.")
+                raise InputError(f"{where}.tool_call_id is only allowed in tool messages.")
             turn["tool_call_id"] = message.tool_call_id
         turns.append(turn)
     return turns

@@ -148,7 +148,7 @@ def _add_turn(turns: list[dict[str, Any]], item: Item, where: str) -> None:
         turns.append({"role": "tool", "content": item.output or "", **own})
         return
     if item.role is None or item.content is None:
-        raise InputError(f"{where}: a turn needs a role and a content.")
+        raise InputError(f"{where}: a message needs a role and content.")
     content: Any = item.content
     if isinstance(content, list):
         texts = ("input_text", "output_text", "text")

@@ -62,11 +62,11 @@ router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 50
     openapi_extra=BODY,
 )
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of a data set: `train` or `valid`, with the ending of its format
+    """Uploads a file of a data set: `train` or `valid`, with the extension of its format
     (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
-            "a file of a data set must be called train or valid, with the ending of its format: "
+            "a file of a data set must be called train or valid, with the extension of its format: "
             "train.jsonl, train.csv, valid.parquet, …",
             status=422,
         )
@@ -241,7 +241,7 @@ def _remove_if_empty(place: Path) -> None:
 def _opened_rows(place: Path) -> Iterator[dict[str, BinaryIO]]:
     found = [split_in(place, place, split) for split in SPLITS]
     if not found[0]:
-        raise InputError(f"{place} has no training rows: name the folder of a data set.")
+        raise InputError(f"{place} has no training rows: specify the folder of a data set.")
     named = {name: own for split in found for name, own in split.items()}
     with ExitStack() as stack:
         with told(place):

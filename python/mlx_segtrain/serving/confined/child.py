@@ -154,7 +154,7 @@ def _check_decoder(folder: Path) -> None:
             if growth > MOST_GROWTH:
                 raise InputError(
                     f"its decoder makes a text more than {MOST_GROWTH} times as long, which is not "
-                    "served"
+                    "supported"
                 )
         parts += part.values()
 
@@ -189,7 +189,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Allows this many more seconds of processor time, and bytes above the present use."""
+    """Allows this many more seconds of CPU time, and bytes beyond those in use now."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)

@@ -78,7 +78,7 @@ class _Process:
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when it got its present command
+    begun: float = 0.0  #: when it got its current command
     seconds: float = 1.0  #: its time limit
     evicted: bool = False  #: too slow while others are slow too
 

@@ -91,8 +91,8 @@ class Grammars:
             return self._known
 
     def schema(self, field: str, schema: Any) -> Grammar:
-        """JSON that matches a schema, with limited whitespace: some models would never stop writing
-        it."""
+        """Returns a grammar of JSON that matches a schema, with limited whitespace: some models
+        would never stop writing it."""
 
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
@@ -104,7 +104,7 @@ class Grammars:
         return self._made(field, read, text, "{")
 
     def calls(self, field: str, schema: Any) -> Grammar:
-        """Any text in which every call that the model begins matches a schema.
+        """Returns a grammar of any text in which every tool call matches a schema.
 
         Raises InputError for a model that does not write calls as JSON between tags.
         """
@@ -130,12 +130,12 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)
 
     def choice(self, field: str, texts: Sequence[str]) -> Grammar:
-        """One of several texts."""
+        """Returns a grammar of one of several texts."""
         rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """A grammar in Lark's format, or in llama.cpp's, whose rules have ::= ."""
+        """Returns a grammar from Lark's format, or from llama.cpp's, whose rules have ::= ."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 

@@ -102,7 +102,7 @@ class Mounted:
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """What a request uses, whatever is mounted and unmounted meanwhile."""
+    """The adapters that a request uses, even if they are unmounted meanwhile."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -228,7 +228,7 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
 
 
 class Linears:
-    """What is in a base's linear layers; each base has its own."""
+    """Tracks which updates are in a base's linear layers; each base has its own."""
 
     def __init__(self) -> None:
         self.key: tuple[int, ...] | None = None  #: of the adapter that is in

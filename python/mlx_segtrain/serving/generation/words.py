@@ -17,8 +17,8 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Returns whether a letter of the vocabulary is a byte, as in GPT-2's; otherwise it is text, as
-    in SentencePiece's."""
+    """Returns whether each character of a token stands for one byte, as in GPT-2; otherwise tokens
+    are text, as in SentencePiece."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         return hasattr(tokenizer, "byte_decoder")

@@ -75,7 +75,7 @@ def finetune(values: Values) -> events.Event:
     def step(metric: events.Event) -> None:
         nonlocal told
         now = time.monotonic()
-        # A log of many days has some thousands of them.
+        # A log of many days has a few thousand of them.
         if now - told >= max(STEP_S, (now - begin) / 500):
             told = now
             tell(events.step(metric))

@@ -222,7 +222,7 @@ class Jobs:
             await changed.wait()
 
     async def ended(self, id: str) -> Row:
-        """The job, once it has ended."""
+        """Returns the job once it has ended."""
         while live := self.live.get(id):
             await live.changed.wait()
         return self.get(id)
@@ -384,7 +384,7 @@ class Jobs:
 
 
 def _text(value: Any) -> str | None:
-    """A text of an event, as the database and a list take it."""
+    """Returns an event's text in the form that the database and lists store."""
     if not isinstance(value, str):
         return None
     return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]

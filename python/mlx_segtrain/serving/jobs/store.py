@@ -26,7 +26,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     created_at TEXT NOT NULL,
     started_at TEXT,
     ended_at TEXT,
-    begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the present attempt's events begin
+    begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the current attempt's events begin
     cancelling INTEGER NOT NULL DEFAULT 0,
     opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
 )

@@ -4,7 +4,7 @@ import { announce, button, h, s } from "./dom.js";
 import { save } from "./text.js";
 
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
-// Besides a colour, what tells a line: for who cannot tell colours apart.
+// Distinguishes lines without colours, for people who cannot tell these apart.
 export const DASHES = ["", "6 4"];
 // Points of a marked line that are still shown as such.
 const FEW = 60;
