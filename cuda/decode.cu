@@ -162,8 +162,8 @@ __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S
 
 // Bodies, each behind a line that names the kernel, its inputs and its outputs.
 
-//: decode_factors: x a picks at rows -> z
-decode_factors(x, a, picks, rows[0], at[0], at[1], z);
-//: decode_linears: x w0 scales0 biases0 b0 gain0 bias0 w1 scales1 biases1 b1 gain1 bias1 w2 scales2 biases2 b2 gain2 bias2 a z picks at rows -> y
+//: decode_factors: x a picks at rows -> low
+decode_factors(x, a, picks, rows[0], at[0], at[1], low);
+//: decode_linears: x w0 scales0 biases0 b0 gain0 bias0 w1 scales1 biases1 b1 gain1 bias1 w2 scales2 biases2 b2 gain2 bias2 a z picks at rows -> outs
 decode_linears<BITS, GROUP, ROWS>(x, {w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, {b0, b1, b2},
-                                  {gain0, gain1, gain2}, {bias0, bias1, bias2}, a, z, picks, at, rows[0], y);
+                                  {gain0, gain1, gain2}, {bias0, bias1, bias2}, a, z, picks, at, rows[0], outs);

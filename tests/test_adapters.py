@@ -204,13 +204,16 @@ def test_a_file_that_is_cut_is_not_read(chain, tmp_path):
 # ---- what is refused
 
 REFUSED = {
-    "biases": ({"bias": "lora_only"}, r"adapters with biases \(bias lora_only\) cannot be read"),
-    "modules": ({"modules_to_save": ["lm_head"]}, r"whole modules \(modules_to_save\) cannot be"),
+    "biases": ({"bias": "lora_only"}, r"adapters with biases \(bias lora_only\) are not supported"),
+    "modules": (
+        {"modules_to_save": ["lm_head"]},
+        r"whole modules \(modules_to_save\) are not supported",
+    ),
     "dora": ({"use_dora": True}, "has lora_a, lora_b but no magnitudes"),
     "parameters": ({"target_parameters": ["mlp.experts.down_proj"]}, r"\(target_parameters\)"),
-    "type": ({"peft_type": "IA3"}, "adapters of peft_type IA3 cannot be read"),
-    "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) cannot be read"),
-    "layers": ({"layer_replication": [[0, 2], [1, 3]]}, r"\(layer_replication\) cannot be read"),
+    "type": ({"peft_type": "IA3"}, "adapters of peft_type IA3 are not supported"),
+    "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) are not supported"),
+    "layers": ({"layer_replication": [[0, 2], [1, 3]]}, r"\(layer_replication\) are not supported"),
     **{
         start: ({"init_lora_weights": start}, rf"changed base \(init_lora_weights {start}\)")
         for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
@@ -258,7 +261,7 @@ def test_tensors_that_are_no_factors(name, message, chain, tmp_path):
     "kind,message",
     [
         ("dora", "has lora_a, lora_b but no magnitudes"),
-        ("full", r"fully trained weights \(fine_tune_type full\) cannot be read"),
+        ("full", r"fully trained weights \(fine_tune_type full\) are not supported"),
     ],
 )
 def test_what_mlx_lm_has_and_we_have_not(kind, message, chain, tmp_path):

@@ -101,7 +101,7 @@ CASES = {
     "rank out of range": (None, {"rank": 1}, "rank"),
     "learning rate out of range": (None, {"learning_rate": 0}, "learning_rate"),
     "not a number": (None, {"iters": "many"}, "iters"),
-    "sequence over the model's": (None, {"max_seq_length": 129}, "at most 128 tokens"),
+    "sequence over the model's": (None, {"max_seq_length": 129}, "context length of 128 tokens"),
     "more layers than there are": (None, {"num_layers": 4}, "the model has 3"),
     "batch larger than the data": (None, {"batch_size": 25}, "batch_size"),
     "adapter path is a file": (lambda w: (w / "out").write_text("x"), {}, "is a file"),

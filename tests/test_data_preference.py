@@ -235,7 +235,7 @@ def test_pairs_without_a_response_are_dropped(tmp_path):
     assert (data.n_rows, len(data.rows), data.dropped) == (3, 1, 2)
     assert (data.truncated, data.prompts_cut) == (0, 0)
     assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s>, twice Q and the response
-    with pytest.raises(InputError, match=r"max_seq_length 2; raise it \(.* has 4 tokens\)"):
+    with pytest.raises(InputError, match=r"max_seq_length = 2; raise it \(.* has 4 tokens\)"):
         load(tmp_path, tokenizer, rows[0], length=2)
 
 

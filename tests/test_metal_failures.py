@@ -10,6 +10,7 @@ import pytest
 from mlx_segtrain import _core
 from mlx_segtrain.errors import RunError
 from mlx_segtrain.training.loop import Run
+from mlx_segtrain.training.ranks import ALONE
 
 METAL = "[METAL] Command buffer execution failed: "
 SAID = {
@@ -43,7 +44,7 @@ def test_a_run_ends_with_the_sentence(reason):
         raise RuntimeError(METAL + reason)
 
     step.plan = SimpleNamespace(cheaper=lambda: asked.append(reason))
-    run = SimpleNamespace(step=step, state=SimpleNamespace(step=4))
+    run = SimpleNamespace(step=step, state=SimpleNamespace(step=4), ranks=ALONE)
     with pytest.raises(RunError, match="step 5: ") as error:
         Run._in_memory(run, step)
     assert ("kept the display waiting" in str(error.value)) == (not asked)

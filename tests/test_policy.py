@@ -70,8 +70,8 @@ class Spy:
         monkeypatch.setattr(policy, "working_set", lambda: WORKING_SET)
         monkeypatch.setattr(mx, "set_wired_limit", self._set)
         for module, name in (
-            (evaluation, "value"),
-            (references, "value"),
+            (evaluation, "eval_batches"),
+            (references, "one_row"),
             (step, "value_and_grad"),
         ):
             monkeypatch.setattr(module, name, self._watched(module.__name__, getattr(module, name)))

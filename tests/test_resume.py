@@ -292,10 +292,10 @@ def begun_once(llama4, data, tmp_path_factory):
     [
         ({"rank": 8}, "rank = 8, but the run in .* began with 4: use rank 4, or start"),
         ({"seed": 1}, "seed = 1, but the run in .* began with 0"),
-        ({"batch_size": 2}, "batch_size is 2"),
-        ({"optimizer": "sgd"}, "optimizer is sgd"),
+        ({"batch_size": 2}, "batch_size = 2"),
+        ({"optimizer": "sgd"}, "optimizer = sgd"),
         ({"max_seq_length": 64}, "max_seq_length = 64"),
-        ({"lora_dropout": 0.1}, "lora_dropout is 0.1"),
+        ({"lora_dropout": 0.1}, "lora_dropout = 0.1"),
     ],
 )
 def test_another_run_is_not_gone_on_with(changes, error, begun_once, llama4, data, tmp_path):

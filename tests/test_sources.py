@@ -198,7 +198,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
         ("a.txt", "", "a.txt is not a supported file of rows: use .jsonl"),
-        ("a.parquet.gz", "", "a.parquet.gz is not a file of rows"),
+        ("a.parquet.gz", "", "a.parquet.gz is not a supported file of rows"),
     ],
 )
 def test_a_broken_file(name, content, says, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def left(service, pattern):
 
 def test_a_configuration_ends_where_nobody_would_read_on(service, ask):
     status, said = ask("PUT", "adapters/big/adapter_config.json", b" " * (4 << 20) + b"{}")
-    assert status == 413 and "more than 4 MiB" in said
+    assert status == 413 and "larger than 4 MiB" in said
     status, said = ask("PUT", "adapters/big/adapter_config.json", b"[1]")
     assert status == 400 and "expected a JSON object" in said and ".tmp" not in said
     assert left(service, "*/big*") == []
