@@ -193,7 +193,7 @@ export default async function setup(main) {
 
   // What is wrong with the data, and what may help.
   function wrongData({ error }) {
-    const asked = /give method (\w+)/.exec(error ?? "")?.[1];
+    const asked = /use method (\w+)/.exec(error ?? "")?.[1];
     return [sentence(error ?? "the data cannot be read"), asked && button(`Use method ${asked}`, () => {
       form.put({ method: asked });
       changed();
