@@ -107,7 +107,7 @@ def test_other_inputs_are_named_with_rank_and_field():
     same = {"rank": 8, "data/train.jsonl": "ab"}
     group(2, others=[same]).check_same(same)
     for other, said in (
-        ({**same, "rank": 4}, "rank is 4 on rank 1 (process 1 on box1), and 8 on rank 0"),
+        ({**same, "rank": 4}, "rank is 4 on rank 1 (process 1 on box1), but 8 on rank 0"),
         ({"rank": 8}, "data/train.jsonl is None on rank 1"),
         ({**same, "data/valid.jsonl": "cd"}, "data/valid.jsonl is cd on rank 1"),
     ):
@@ -119,7 +119,8 @@ def test_other_inputs_are_named_with_rank_and_field():
 def test_a_rank_with_other_factors_is_named():
     group(3, others=["a", "a"]).check_factors(5, "a")
     for others, named in ((["a", "b"], 2), (["b", "b"], 0), (["b"], 1)):
-        with pytest.raises(Diverged, match=rf"step 5: rank {named} \(process {named} on box"):
+        said = rf"step 5: the factors of rank {named} \(process {named} on box"
+        with pytest.raises(Diverged, match=said):
             group(len(others) + 1, others=others).check_factors(5, "a")
 
 

@@ -318,8 +318,8 @@ def _plan(args: argparse.Namespace) -> int:
             raise InputError(
                 "--link and --step-seconds only apply to parallel data: leave them out"
             )
-        budgets = args.rank_budgets or []
-        runs = pipeline_runs(config, batch, args.ranks, budgets)
+        assert args.ranks is not None  # or it was refused
+        runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])
         return answer(report.of_pipeline(runs), show_plan, args.json)
     if args.rank_budgets:
         raise InputError(
