@@ -38,8 +38,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(path / "data", 4, "valid.jsonl", first=12)
     write_pairs(path / "pairs")
     write_sums(path / "sums")
-    rows = (f"Count to {i}.,{' '.join(map(str, range(1, i)))}" for i in range(2, 12))
-    (path / "replies.csv").write_text("\n".join(["query,reply", *rows]) + "\n")
+    rows = [f"Count to {i}.,{' '.join(map(str, range(1, i)))}" for i in range(2, 12)]
+    for name, columns in (("rows", "prompt,completion"), ("replies", "query,reply")):
+        (path / f"{name}.csv").write_text("\n".join([columns, *rows]) + "\n")
     train = ["train", "--model", str(path / "MODEL"), "--data", str(path / "data"), "--quiet"]
     with contextlib.redirect_stdout(io.StringIO()):
         assert cli.main([*train, "--iters", "2", "--adapter", str(path / "out")]) == 0

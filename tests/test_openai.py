@@ -325,8 +325,8 @@ def test_other_spellings_of_an_adapter(server, said, folder):
         ({"adapters": str(folder / "unmounted")}, 400, "POST its id and path to /v1/adapters"),
         ({"lora_path": "../../etc"}, 403, "is not below a directory"),
         ({"lora_path": ["a"]}, 400, "lora_path: input should be a valid string"),
-        ({"adapter": "a", "lora_path": "b"}, 400, "adapter names the adapter 'a', and lora_path"),
-        ({"model": "a", "adapters": "b"}, 400, "model names the adapter 'a', and adapters"),
+        ({"adapter": "a", "lora_path": "b"}, 400, "adapter names the adapter 'a', but lora_path"),
+        ({"model": "a", "adapters": "b"}, 400, "model names the adapter 'a', but adapters"),
     ]:
         check(server.http.post("/v1/chat/completions", json=body | more), status, says)
 
@@ -376,7 +376,7 @@ IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url":
 BAD_CHATS = [
     ({"adapter": "nobody"}, "adapter 'nobody' is not mounted"),
     ({"adapter": "a+dora"}, "'dora' is a DoRA adapter"),
-    ({"model": "a", "adapter": "b"}, "model names the adapter 'a', and adapter is 'b'"),
+    ({"model": "a", "adapter": "b"}, "model names the adapter 'a', but adapter is 'b'"),
     ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
     ({"tool_choice": "required"}, "tool_choice: there are no tools"),
