@@ -462,7 +462,10 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     for more, says in [
         ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "'x' is not one of the"),
         ({"tool_choice": "any"}, "tool_choice"),
-        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "other format"),
+        (
+            {"tool_choice": "required", "response_format": {"type": "json_object"}},
+            "forces a tool call",
+        ),
     ]:
         body = CHAT | {"tools": [WEATHER]} | more
         check(server.http.post("/v1/chat/completions", json=body), 400, says)

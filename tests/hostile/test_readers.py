@@ -100,7 +100,7 @@ def test_a_thousand_million_layers(name, inner, model):
     value = {name: 10**9}
     changed(model / "config.json", **({"text_config": value} if inner else value))
     begun = time.monotonic()
-    with pytest.raises(InputError, match=f"{name} is 1,000,000,000, and"):
+    with pytest.raises(InputError, match=f"{name} is 1,000,000,000, but"):
         load_model(model)
     assert time.monotonic() - begun < 2
 
