@@ -5,10 +5,10 @@ import json
 import mlx.core as mx
 import pytest
 
-from lib.runs import config_of, setup_of, weights_of
+from lib.runs import config_of, counted_references, setup_of, weights_of
 from mlx_segtrain import InputError, train
 from mlx_segtrain.planning.run import full_batch, plan_run
-from mlx_segtrain.training import evaluate, references
+from mlx_segtrain.training import evaluate
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
@@ -73,14 +73,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
 
 def test_references_are_computed_once(llama4, rows, pairs, tmp_path, monkeypatch):
     """Beside those of pairs, and of rows that are compared with nothing, in one file."""
-    counted = []
-
-    def one_row(*args):  # a reference is computed of each row alone
-        counted.append(1)
-        return original(*args)
-
-    original = references.one_row
-    monkeypatch.setattr(references, "one_row", one_row)
+    counted = counted_references(monkeypatch)
 
     def run(name, data=rows, method="kto", **changes):
         counted.clear()

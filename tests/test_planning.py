@@ -537,7 +537,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
         # Its processor time: what else the machine does meanwhile is not its doing.
         best = min(best, sum(ended[:2]) - sum(began[:2]))
-    assert best < 1.5  # it is under a second alone on a machine of today
+    assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):
         assert word in done.stdout
 

@@ -12,9 +12,9 @@ import mlx_lm
 import pytest
 
 from lib.folders import write_pairs
-from lib.runs import METHODS, config_of, setup_of, weights_of
+from lib.runs import METHODS, config_of, counted_references, setup_of, weights_of
 from mlx_segtrain import InputError, adapters, train
-from mlx_segtrain.training import evaluate, references
+from mlx_segtrain.training import evaluate
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
@@ -47,14 +47,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
 
 def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_path, monkeypatch):
     """Cached ones are the fresh ones; other data, lengths and models have their own."""
-    counted = []
-
-    def one_row(*args):  # a reference is computed of each row alone
-        counted.append(1)
-        return original(*args)
-
-    original = references.one_row
-    monkeypatch.setattr(references, "one_row", one_row)
+    counted = counted_references(monkeypatch)
 
     def run(name, model=llama4, data=pairs, **changes):
         counted.clear()

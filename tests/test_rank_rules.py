@@ -293,7 +293,8 @@ def test_runs_of_a_process_share_a_ring_that_is_waited_for_so_long(monkeypatch, 
         dump_traceback_later=lambda seconds, exit: armed.append((seconds, exit)),
         cancel_dump_traceback_later=armed.clear,
     )
-    monkeypatch.setattr(transfers, "faulthandler", timer, raising=False)
+    monkeypatch.setattr(transfers, "faulthandler", timer)
+    monkeypatch.setattr(ranks, "faulthandler", timer)
     monkeypatch.setattr(transfers, "_ring", None, raising=False)
     monkeypatch.setattr(transfers, "address_of", lambda ranks: "127.0.0.1")
     monkeypatch.setattr(mx.distributed, "init", init)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
 #: What a model must have to be found: weights in the format that MLX reads, and text to generate.
@@ -43,8 +43,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
         wait = "wait a while" if status == 429 else "try again later"
         raise InputError(f"the hub answers {status} to a search: {wait}.") from None
     except Exception as error:  # of the client's library, of which several are in use
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
-            f"the hub does not answer ({reason}): check the network, or use a full name, as in "
-            "org/name."
+            f"the hub does not answer ({reason(error)}): check the network, or use a full name, as "
+            "in org/name."
         ) from None

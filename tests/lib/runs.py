@@ -9,7 +9,7 @@ import mlx_lm
 import mlx_segtrain
 from lib.oracle import assert_close
 from mlx_segtrain import TrainConfig
-from mlx_segtrain.training import checkpoint, step
+from mlx_segtrain.training import checkpoint, references, step
 
 
 def config_of(model, data, out, **changes):
@@ -17,6 +17,18 @@ def config_of(model, data, out, **changes):
     base |= {} if "epochs" in changes else {"iters": 4}
     base |= {} if "warm_start" in changes else {"rank": 4}
     return TrainConfig(model_dir=model, data_dir=data, adapter_path=out, **{**base, **changes})
+
+
+def counted_references(monkeypatch):
+    """A list that gets a number for each row whose reference is computed, which happens alone."""
+    counted, original = [], references.one_row
+
+    def one_row(*args):
+        counted.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(references, "one_row", one_row)
+    return counted
 
 
 def weights_of(path):

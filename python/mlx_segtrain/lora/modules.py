@@ -117,6 +117,19 @@ class LoRALinear(nn.Module):
         """Returns what applies the arrays of this kind of update to the frozen linear layer."""
         return kind.on(ops.base_of(self.linear), self._made)
 
+    def gain(
+        self,
+        kind: Kind,
+        dtype: mx.Dtype,
+        factors: tuple[mx.array, mx.array],
+        scale: float,
+        array: Any,
+    ) -> mx.array:
+        """Returns by what an update of this kind, with this array, multiplies the layer's outputs,
+        float32 [out]."""
+        applied = self.applies(kind)
+        return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
+
     def _frozen(self, x: mx.array) -> mx.array:
         if not self.training and are_few(x):
             return self.linear(x)

@@ -17,7 +17,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from .. import ops
 from .adapter import DORA, Adapter
 from .modules import LoRALinear
 from .together import Together, grouped
@@ -159,11 +158,12 @@ class Rows:
         return made[index], use.places
 
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
-        own = [id(self._modules[path]) for path in self._readers[index].paths]
-        if group is None or own != [id(x) for x in together.modules]:  # some were put in later
-            return None
+        paths = self._readers[index].paths
+        known = [id(x) for x in together.modules]
+        if group is None or known != [id(self._modules[path]) for path in paths]:
+            return None  # no update, or some layers were put in later
         b, gains = [], []
-        for path in self._readers[index].paths:
+        for path in paths:
             own = group.factors.get(path)
             b.append(own and mx.contiguous(own.b[:, own.own].swapaxes(1, 2)))
             gains.append(own and own.gains)
@@ -238,11 +238,8 @@ class Rows:
         """Returns DoRA's multiplier of a linear layer's outputs."""
         if path not in adapter.magnitudes:
             return None
-        module = self._modules[path]
-        stretch = module.applies(DORA)
-        a, b = adapter.tensors[path]
-        linear = ops.Linear(stretch.base, a, b, adapter.scales[path])
-        return stretch.gain(dtype, linear, adapter.magnitudes[path])
+        own = dtype, adapter.tensors[path], adapter.scales[path], adapter.magnitudes[path]
+        return self._modules[path].gain(DORA, *own)
 
     def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
         """Returns the output y [B, T, out] of the frozen linear layer with each row's own

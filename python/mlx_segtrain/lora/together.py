@@ -94,9 +94,9 @@ class Together:
             gain = None
             for kind in KINDS:
                 if kind.array in module:
-                    base, scale = ops.base_of(module.linear), module.scale
-                    linear = ops.Linear(base, module["lora_a"], module["lora_b"], scale)
-                    gain = module.applies(kind).gain(self.dtype, linear, module[kind.array])[None]
+                    own = module["lora_a"], module["lora_b"]
+                    array = module[kind.array]
+                    gain = module.gain(kind, self.dtype, own, module.scale, array)[None]
             if factors is not None:
                 a.append(factors[0].T)
             b.append(None if factors is None else mx.contiguous(factors[1].T)[None])

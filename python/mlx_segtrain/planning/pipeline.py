@@ -57,9 +57,8 @@ def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
     own_inputs = any(layer.own_input for layer in model.layers)
 
     def loads(name: str) -> bool:
-        layer = layer_number(name)
-        if layer is not None:
-            return part.begin <= layer < part.end
+        if layer_number(name) is not None:
+            return part.reads(name)
         if not model.fast:
             return part.first or part.last
         if name.startswith(f"{model.embedding}."):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError, shown
+from ..errors import InputError, RunError, reason, shown
 from ..torchless import show_torch
 
 
@@ -26,8 +26,8 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
         if not callable(found):
             raise TypeError(f"it is not a {kind}")
     except Exception as error:  # a module may fail in any way when it is imported
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{field}: {spec} cannot be used ({said}).", field=field) from error
+        said = f"{field}: {spec} cannot be used ({reason(error, 300)})."
+        raise InputError(said, field=field) from error
     return name, found
 
 

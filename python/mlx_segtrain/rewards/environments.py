@@ -13,7 +13,7 @@ from ..data import Row
 from ..data.prompting import Prompting
 from ..data.spelling import arguments
 from ..data.template import MARK, content, prompt_ids, wants_parts
-from ..errors import InputError, RunError, shown
+from ..errors import InputError, RunError, reason, shown
 from ..generation.parts import Parts, Tags, begins_reasoning, read_calls
 from .calling import found_at, with_what_it_takes
 
@@ -51,9 +51,9 @@ class Environments:
             if not tools and not hasattr(own, "step"):
                 raise TypeError("it has neither a method step nor a public method, which is a tool")
         except Exception as error:  # a class of the user's may fail in any way
-            said = " ".join(str(error).split())[:300] or type(error).__name__
             raise InputError(
-                f"environment: {config.environment} cannot be used ({said}).", field="environment"
+                f"environment: {config.environment} cannot be used ({reason(error, 300)}).",
+                field="environment",
             ) from error
         return cls(name, found, tools, callable(getattr(own, "get_reward", None)))
 

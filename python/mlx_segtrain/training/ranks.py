@@ -342,8 +342,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             lost = ranks.lost()
             if lost is None:
                 continue
-            with suppress(OSError, AttributeError):  # a stderr that is no file
-                faulthandler.dump_traceback_later(STUCK, exit=True)
+            exit_later(STUCK)
             waited += 0.0 if ranks.saving else SECOND
             if waited >= TO_END:
                 print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
@@ -351,6 +350,13 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
                 os._exit(1)
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def exit_later(seconds: float) -> None:
+    """Ends this process after that time, whoever has Python's lock, unless faulthandler is called
+    again or its dump is cancelled."""
+    with suppress(OSError, AttributeError):  # a stderr that is no file
+        faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _hang_up(hosts: list[list[str]]) -> None:

@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import RunError
-from .ranks import Ranks, address_of
+from .ranks import Ranks, address_of, exit_later
 
 #: Shape and type of an array.
 Form = tuple[tuple[int, ...], mx.Dtype]
@@ -147,8 +146,7 @@ def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
         file = Path(folder) / "hosts.json"
         file.write_text(json.dumps(ring), encoding="utf-8")
         os.environ["MLX_HOSTFILE"] = str(file)
-        with suppress(OSError, AttributeError):  # a stderr that is no file
-            faulthandler.dump_traceback_later(CONNECT, exit=True)
+        exit_later(CONNECT)
         try:
             return mx.distributed.init(strict=True, backend="ring"), ring
         except (RuntimeError, ValueError) as error:
