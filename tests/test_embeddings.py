@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import gc
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +17,7 @@ from lib.chains import batch_of, pair_batch
 from lib.checks import needs_router_gradient, random_adapter
 from lib.folders import write_llama
 from lib.oracle import assert_close
-from lib.runs import METHODS, setup_of, weights_of
+from lib.runs import METHODS, existing_bytes, setup_of, weights_of
 from mlx_segtrain import InputError, lora, train
 from mlx_segtrain.adapters import ranks_in, read_adapter
 from mlx_segtrain.models import adapting, chain_of, load_base
@@ -166,8 +165,7 @@ def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):
     model_dir = write_llama(tmp_path / "m", bits=4, mixed=True, tied=tied)
     targets = ["q_proj", "embed_tokens", *([] if tied else ["lm_head"])]
     config = setup_of(method, model_dir, data, pairs, tmp_path / "a", target_modules=targets)
-    gc.collect()
-    others = mx.get_active_memory() / 1e9  # models that earlier tests share
+    others = existing_bytes() / 1e9
     result = train(config)
     assert result.peak_gb - others <= 1.05 * result.planned_gb
     folder = tmp_path / "a"

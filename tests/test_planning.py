@@ -1,6 +1,5 @@
 """The planner: shapes from headers, exact costs of hand-made chains, and what a step then takes."""
 
-import gc
 import json
 import resource
 import struct
@@ -16,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from lib import tiny_models
 from lib.chains import FAST, headers
-from lib.runs import config_of
+from lib.runs import config_of, existing_bytes
 from mlx_segtrain import _core, planning
 from mlx_segtrain.commands import main as cli
 from mlx_segtrain.config import TrainConfig
@@ -336,8 +335,7 @@ def test_predicted_peak_is_the_measured_one(packed):
         batch = Batch(tokens, weights, np.arange(3), ends, packed=True)
         of = BatchShape.packed(1, length, float((ends**2).sum() / ends.sum()), length)
     scales = adapter.scales
-    gc.collect()  # what earlier tests left would be counted here, and freed during a step
-    others = mx.get_active_memory() - sum(w.nbytes for _, w in tree_flatten(model.parameters()))
+    others = existing_bytes() - sum(w.nbytes for _, w in tree_flatten(model.parameters()))
     what = (shape, of, ranks, planning.device())
     least = choose(*what, 0)
     plans = [least, named(*what, 1), choose(*what, int(1.3 * least.peak)), named(*what, 0)]
