@@ -37,8 +37,12 @@ def exact_linear_vjp(x, w, _, a, b, scale, dy):
     return dx, [da, db]
 
 
-def compare(f, plain, args, cotangents, truth, dtype):
-    """Values and gradients of functions with several outputs; twice, and bitwise the same."""
+def compare(f, plain, args, cotangents, truth, dtype, compiled):
+    """Values and gradients of functions with several outputs; twice, and bitwise the same.
+
+    Where asked for, also compiled by MLX, which on a CPU runs a C++ compiler for every new group of
+    elementwise ops: of ops of ours only, and not again where just the numbers differ.
+    """
 
     def run(g):
         out, vjps = mx.vjp(lambda *x: g(*x), args, cotangents)
@@ -51,8 +55,7 @@ def compare(f, plain, args, cotangents, truth, dtype):
     for i, (y, same, ref, true) in enumerate(zip(got, again, plains, truth, strict=True)):
         oracle.assert_no_worse(f"{i}", f64(y), f64(ref), true, dtype)
         assert mx.array_equal(y, same)
-    compiled = mx.compile(lambda: run(f))()
-    for y, same in zip(got, compiled, strict=True):
+    for y, same in zip(got, mx.compile(lambda: run(f))() if compiled else got, strict=True):
         oracle.assert_close("compiled", f64(y), f64(same), 1e-6 if dtype == "float32" else 1e-2)
 
 
@@ -78,6 +81,7 @@ def test_lora_linears(impl, case, base, dtype):
         list(dys),
         truth,
         dtype,
+        impl == "kernel",
     )
 
 
@@ -129,6 +133,7 @@ def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
         list(dys),
         truth,
         dtype,
+        impl == "kernel",
     )
 
 
@@ -199,6 +204,7 @@ def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
         list(dys),
         truth,
         dtype,
+        impl == "kernel",
     )
 
 
@@ -228,6 +234,7 @@ def test_norms_with_sums(impl, shape, stretched, dtype):
         [dy],
         [truth, dh + oracle.rms_norm_vjp(h64, w64, dx, 1e-4)],
         dtype,
+        impl == "kernel" and shape == (3, 5, 328) and stretched,
     )
 
 
@@ -283,6 +290,7 @@ def test_lora_glu_mlp(impl, gelu, base, ranks, tile_rows, dtype):
         [dy],
         truth,
         dtype,
+        impl == "kernel",
     )
 
 
@@ -326,6 +334,7 @@ def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
             oracle.log_probs_vjp(h64, w64, targets, dy64, bias64, softcap),
         ],
         dtype,
+        vocabulary == 504 and softcap is not None and not certain,
     )
     rest = (w64, targets, f64(weights), softcap, bias64)
     compare(
@@ -335,6 +344,7 @@ def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
         [mx.array(0.7)],
         [oracle.cross_entropy(h64, *rest), 0.7 * oracle.cross_entropy_vjp(h64, *rest)],
         dtype,
+        vocabulary == 504 and softcap is not None and not certain,
     )
     no_grad = ops.linear_cross_entropy(
         h, head, t, weights, softcap=softcap, needs_grad=False, impl=impl
