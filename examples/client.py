@@ -113,7 +113,7 @@ def main() -> None:
     merged = client.post(
         "/api/finetune/merge", adapter_a=adapter, adapter_b=adapter, scales=[0.5, 0.5]
     )
-    print(f"merged  {merged['merged_path']}: {merged['stats']['layersMerged']} linears")
+    print(f"merged  {merged['merged_path']}: {merged['stats']['layersMerged']} linear layers")
 
     client.post("/v1/adapters", id="mine", path=adapter)
     client.post("/v1/adapters", id="merged", path=merged["merged_path"])
