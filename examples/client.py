@@ -32,7 +32,7 @@ class Client:
         answer = self.http.post(route, json=body)
         found = answer.json()
         if answer.is_error:
-            error = found["error"]  # /v1 answers in OpenAI's form, an object
+            error = found["error"]  # /v1 answers with an object, as OpenAI does
             sys.exit(f"{route}: {error if isinstance(error, str) else error['message']}")
         return found
 
