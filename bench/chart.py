@@ -2,8 +2,8 @@
 
 python bench/chart.py [--out docs/performance.svg]
 
-The data are the rows of the newest block that begins with ```csv: model, tokens, trainer, ms, GB
-(empty: unknown). Each trainer is a line of the chart.
+The data is in the newest block that begins with ```csv; its columns are model, tokens, trainer, ms
+and GB (empty: unknown). Each trainer is a line of the chart.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    rcParams["svg.hashsalt"] = "performance"  # the same data give the same file
+    rcParams["svg.hashsalt"] = "performance"  # the same data gives the same file
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False)

@@ -145,7 +145,7 @@ def run(data: Path, model: str, iters: int) -> None:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         tokenized = max(at for at, line in first.lines if "tokenizing" in line)
-        print(f"first start, which went on: tokens {tokenized:.1f} s, first step {step:.1f} s")
+        print(f"first start, which continued: tokens {tokenized:.1f} s, first step {step:.1f} s")
         print(f"  processor {cpu:.0f} s (all of the run), memory {first.peak / 1e9:.2f} GB")
         print(f"  first sign {begin:.1f} s; {read:.1f} s")
 

@@ -4,14 +4,14 @@
                          [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
                          [--beta 0] [--budget-gb X] [--trl 4]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA of rank 16 on all projections. No
+SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA has rank 16 on all projections. No
 token ends a completion, so that each has --tokens; all have different rewards, so that all are in
-the loss. --at-once are generated together; they are packed into passes of --pass-tokens. The first
-cycle, which compiles, is shown separately; then the median of the others. Peaks are MLX's active
-memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers' own generation, in a
-process of its own: bfloat16, N sequences in a pass. The defaults are 16 × 2048 tokens; for 16K
-tokens in 24 GB: --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens 16512 --budget-gb
-24 --cycles 0.
+the loss. --at-once completions are generated together, then packed into passes of --pass-tokens.
+The first cycle, which compiles, is shown separately, then the median of the others. Peaks are MLX's
+active memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers' own generation,
+in a separate process: bfloat16, N sequences per pass. The defaults are 16 × 2048 tokens; for 16K
+tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens 16512
+--budget-gb 24 --cycles 0.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Of each cycle of TRL's trainer what `cycles_of` gives of ours."""
+    """Returns for each cycle of TRL's trainer what `cycles_of` returns for ours."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -129,7 +129,7 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Of each cycle seconds of its rollouts and of its update, and the peaks of both in bytes."""
+    """Returns for each cycle the seconds of its rollouts and update, and their peaks in bytes."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

@@ -1,11 +1,12 @@
-"""Runs of grpo that are killed at random moments and resumed: do they end with the same bytes?
+"""Kills runs of grpo at random moments and resumes them: do they end with the same bytes?
 
     python bench/kills.py [--kills 50] [--seed 0]
 
-A tiny random model on the CPU, whose rewards are a check; a checkpoint each step. Each run is a
-process that gets SIGKILL after a random time, and is started again with --resume auto until it has
-ended; then its adapter and its completions are compared with those of a run that nobody killed, and
-the next run begins. Prints in which part of a step each kill came, and the last line is the count.
+The model is tiny, random and on the CPU, its reward is a check, and each step writes a checkpoint.
+Each run is a process that gets SIGKILL after a random time, and is started again with --resume auto
+until it has ended. Then its adapter and its completions are compared with those of a run that was
+never killed, and the next run begins. Prints the part of a step in which each kill came, then the
+count.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-# What takes long to import, and computes nothing: the children have it when they are forked.
+# These imports are slow and compute nothing, so they happen once, before the children are forked.
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
@@ -34,7 +35,7 @@ ITERS = 4
 
 
 def train(model, out, state):
-    """A run, or the rest of it; `state` receives its position."""
+    """Trains a run, or the rest of it; `state` receives its position."""
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))
@@ -62,7 +63,7 @@ def train(model, out, state):
 
 
 def wrap(state):
-    """What a run is doing goes into a file, since it has no time to say so when it is killed."""
+    """Makes a run write what it is doing to a file: it cannot do so when it is killed."""
 
     def told(module, name, word):
         plain = getattr(module, name)
@@ -85,7 +86,7 @@ def wrap(state):
 
 
 def started(model, out, state):
-    """The process of a run. The libraries are imported already; nothing has been computed yet."""
+    """Starts the process of a run, which has the libraries but has not computed anything."""
     state.write_text("setup")
     pid = os.fork()
     if pid:
@@ -100,7 +101,7 @@ def started(model, out, state):
 
 
 def waited(pid, seconds=None):
-    """The exit status of a process, which is killed after so long; None if it was."""
+    """Returns the exit status of a process, or None if it was killed after `seconds`."""
     end = None if seconds is None else time.monotonic() + seconds
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -126,7 +127,7 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         os.environ["MLX_SEGTRAIN_CACHE"] = str(place / "cache")
-        if not (pid := os.fork()):  # the parent computes nothing, or it could not fork
+        if not (pid := os.fork()):  # the parent must compute nothing, or it could not fork
             write_llama(place / "model", bits=4)
             os._exit(0)
         assert waited(pid) == 0

@@ -6,11 +6,12 @@
 
 Synthetic rows with lengths as in instruction data: lognormal, median 138, 95 % below 360, at most
 2048 (or what the shortest packed row holds), with the last 55 % of each in the loss. LoRA of rank
-16 on all seven projections. `batch N` pads N rows of similar length; `packed N` is one row of N
-tokens. In each turn every cell takes its next batch, after two warm-up turns. Tokens per second are
-all tokens (without padding) divided by the total time. `--peft`: the same cells with transformers
-and PEFT, which separates packed rows by position_ids, as TRL does. `--peer`: then the packed rows
-of TRL's trainer (trl, bfloat16), or of Unsloth through it (unsloth, nf4), in a separate run.
+16 on all seven projections. `batch N` pads N rows of similar length; `packed N` is one packed row
+of N tokens. In each turn every cell takes its next batch, after two warm-up turns. Tokens per
+second are all tokens (without padding) divided by the total time. `--peft` adds the same cells with
+transformers and PEFT, which separates packed rows by position_ids, as TRL does. `--peer` adds the
+packed rows of TRL's trainer (trl, bfloat16) or of Unsloth through it (unsloth, nf4), in a run of
+their own.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""The strongest peers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
+"""The fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. They need
-packages of a GPU machine: torch, transformers, peft, bitsandbytes; liger-kernel; unsloth with
-unsloth_zoo and trl. Neither the package nor its tests import this module.
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. Install
+what they need on the GPU machine: torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
+with unsloth_zoo and trl. Neither the package nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
@@ -53,8 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """transformers and PEFT with Liger's kernels; nf4 or bf16, each also with checkpointing:
-    nf4-ckpt."""
+    """Steps of transformers and PEFT with Liger's kernels; nf4 or bf16, each also with
+    checkpointing: nf4-ckpt."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -79,8 +79,8 @@ def liger(place, variant, lora, longest):
 
 
 def unsloth(place, variant, lora, longest):
-    """Unsloth, nf4: `keep` recomputes nothing, `ckpt` recomputes everything, `offload` is its own
-    way."""
+    """Steps of Unsloth with nf4: `keep` recomputes nothing, `ckpt` everything, `offload` is
+    Unsloth's own checkpointing."""
     import torch
     import unsloth
 
@@ -101,7 +101,7 @@ PEERS = {"liger": liger, "unsloth": unsloth}
 
 
 class Packed:
-    """A run of TRL's SFTTrainer on packed rows: seconds and tokens of its steps.
+    """A run of TRL's SFTTrainer on packed rows, with the seconds and tokens of its steps.
 
     `rows` are (ids, weights) pairs; `model` is one of PEERS (None: transformers in bfloat16 with
     TRL's own PEFT), `longest` the tokens of a packed row.
@@ -174,7 +174,7 @@ class Packed:
 
 
 class Groups:
-    """A run of TRL's GRPOTrainer with transformers' own generation: of each of its cycles the
+    """A run of TRL's GRPOTrainer with transformers' own generation. For each cycle it has the
     seconds of the rollouts and of the update, and the peak of each in bytes.
 
     `prompts` are texts, each of which gets `group` completions of `tokens` tokens: no token ends

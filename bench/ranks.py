@@ -1,16 +1,16 @@
-"""Tokens a second of `train` on one rank and on several of this host: same model, same rows.
+"""Measures tokens per second of `train` on one rank and on several of this host, on the same rows.
 
     python bench/ranks.py [--shape minicpm5-1b] [--length 8192] [--ranks 1 2] [--steps 12]
                           [--parallel data|pipeline] [--batches N] [--budget GB]
                           [--signal KILL|STOP] [--transfer MB ...]
 
 A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
---folder once. LoRA of rank 16 on all projections, batch 1; a step has one row for each rank. NCCL
-connects the ranks where there is CUDA, else MLX's ring over the loopback. The median of the steps
-after the first four is printed, and the speed over that of one rank; a group without room says so.
-With --signal the last rank of the largest group gets it after its fourth step: what each rank says
-then, and after how long. With --transfer nothing is trained: arrays of MB · 10⁶ bytes go from
-rank 0 to rank 1 and back, in each way that there is for it.
+--folder once. LoRA has rank 16 on all projections, and a step has one row for each rank. With CUDA,
+NCCL connects the ranks, otherwise MLX's ring over the loopback. Prints the median of the steps
+after the first four, and the speed divided by that of one rank; a group that has not enough memory
+says so. With --signal the last rank of the largest group gets this signal after its fourth step;
+prints what each rank then says, and after how long. With --transfer nothing is trained: arrays of
+MB · 10⁶ bytes go from rank 0 to rank 1 and back, by each method that this group has.
 """
 
 import argparse
@@ -35,7 +35,7 @@ WORKER = "import sys, ranks; getattr(ranks, sys.argv[1])(*sys.argv[2:])"
 
 
 def write_inputs(folder, shape, length, rows=64):
-    """A model folder of the shape and a data file, if they are not there."""
+    """Writes a model folder of the shape and a data file, unless they exist."""
     import step
     from lib.folders import write_model  # pyright: ignore[reportMissingImports]
 
@@ -65,13 +65,13 @@ def work(model, data, out, length, steps, more):
 
 
 def tell(event):
-    """The plan of a rank, on its standard error."""
+    """Prints the plan of a rank to its standard error."""
     if event["type"] == "plan":
         print(event["message"], file=sys.stderr, flush=True)
 
 
 def transfer(*sizes):
-    """Sends arrays to the other one of two ranks and back."""
+    """Sends arrays to the other of two ranks and back."""
     import mlx.core as mx
 
     from mlx_segtrain.training import transfers
@@ -123,7 +123,7 @@ def metrics(out):
 
 
 def start(n, folder, cuda, *what):
-    """Processes of n ranks that do this, and files of what each says."""
+    """Starts n ranks; returns their processes, and the files that each writes its output to."""
     started, errors = [], [folder / f"err-{rank}" for rank in range(n)]
     for rank in range(n):
         own = os.environ | environment(n, rank, folder, cuda) | {"PYTHONPATH": path()}
@@ -134,7 +134,7 @@ def start(n, folder, cuda, *what):
 
 
 def run(n, folder, model, data, args, cuda, sent=None):
-    """Steps of n ranks: their figures, and what each printed last."""
+    """Runs steps on n ranks; returns their figures, and what each rank printed last."""
     out = folder / f"run-{n}"
     steps = 10**6 if sent else args.steps
     more = {"memory_budget_gb": args.budget} if args.budget else {}

@@ -1,18 +1,18 @@
-"""Compares generation with many adapters with stock mlx-lm: tokens/s, stalls, time of a swap.
+"""Compares generation with many adapters to stock mlx-lm: tokens/s, stalls, time of a swap.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights. Everything runs in one process, with
-greedy decoding, each cell after its own warm-up; the prompts are all different, and none is cached.
-Every round runs all cells, so that other load on the machine affects all of them; prints the best
-of each.
+greedy decoding, each cell after its own warm-up; all prompts differ, and none is cached. Every
+round runs all cells, so that other load on the machine affects them equally; prints the best round
+of each cell.
 Cells:
     mlx-lm            generate_step, the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
     mlx-lm, N         its BatchGenerator with N prompts; all with one adapter if it has one
     alone             one request to our engine, without and with an adapter
-    deterministic     the same in the lane whose answers are bit-identical to a single request's
+    deterministic     the same with "deterministic": true
     N at once         N requests to our engine, without adapters, and with three adapters in turn
 Columns: seconds to the first token of the median request; tokens/s of all requests after the first
 token, and over the whole run with its prompts; the longest wait between two tokens of one answer.
@@ -109,7 +109,7 @@ class Table:
 
 
 def stock(base: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Times]:
-    """mlx-lm's own generation: one request with generate_step, several with its BatchGenerator."""
+    """Generates with mlx-lm: one request with generate_step, several with its BatchGenerator."""
     from mlx_lm.generate import BatchGenerator, generate_step
 
     begun = time.perf_counter()
@@ -190,7 +190,7 @@ async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) ->
         return found
 
     swap = statistics.median(await engine.call(swaps))
-    print(f"\na swap of {len(base.modules)} linears: {1e6 * swap:.0f} µs")
+    print(f"\na swap of {len(base.modules)} linear layers: {1e6 * swap:.0f} µs")
     engine.close()
 
 

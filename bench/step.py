@@ -1,4 +1,4 @@
-"""Times a training step of this package and its peers: same model and tokens, one process per cell.
+"""Times a step of this package and of other trainers: same model and tokens, one process per cell.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]

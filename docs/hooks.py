@@ -1,8 +1,8 @@
-"""MkDocs hooks: the README as the first page, pages made from the code, files that pages link to.
+"""MkDocs hooks: add the README as the first page, pages made from the code, and linked files.
 
-Pages link to each other and to files of the repository by relative paths, as they are read on a
-code host. On the site a page of docs/ keeps its name, README.md is index.md, and any other file
-that a page links to is below repository/.
+Pages link to each other and to files of the repository by relative paths, which work on a code
+host. On the site a page of docs/ keeps its name, README.md is index.md, and any other file that a
+page links to is below repository/.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 #: Folders have no page of their own.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
-#: What a block needs that not every machine has, as its fence says and as readers see it.
+#: What a block needs that not every machine has: the word in its fence, and the text for readers.
 NEEDS = {
     "cuda": "needs an NVIDIA GPU",
     "mac": "needs a Mac with Apple silicon",
     "network": "needs the network",
     "hosts": "needs several machines",
-    "packages": "needs packages of others",
+    "packages": "needs other packages",
     "checkout": "in a checkout; takes minutes",
     "server": "while the server runs",
 }
@@ -36,7 +36,7 @@ def on_files(files: Files, config) -> Files:
         files.append(File.generated(config, uri, content=text))
     todo = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     todo += [ROOT / page.removeprefix("repository/") for page in _pages(config["nav"])]
-    for source in todo:  # grows while it is read: linked pages link on
+    for source in todo:  # grows in the loop: linked pages have links, too
         if not source.is_file():
             continue
         path = PurePosixPath(source.relative_to(ROOT).as_posix())
@@ -50,7 +50,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
-    """Links as they are on the site, and what a block needs as its title."""
+    """Returns a page with the site's links, and with titles that say what its blocks need."""
     uri = page.file.src_uri
     if uri.startswith("reference/"):
         return markdown
@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 
 def uri_of(path: PurePosixPath) -> str:
-    """Where the site has a file of the repository."""
+    """Returns the place on the site of a file of the repository."""
     if str(path) in FOLDERS:
         return FOLDERS[str(path)]
     if str(path) == "README.md":
@@ -74,7 +74,7 @@ def uri_of(path: PurePosixPath) -> str:
 
 
 def source_of(uri: str) -> PurePosixPath:
-    """The file of the repository that a page is made from."""
+    """Returns the file of the repository that a page is made from."""
     if uri == "index.md":
         return PurePosixPath("README.md")
     path = PurePosixPath(uri)
@@ -83,7 +83,7 @@ def source_of(uri: str) -> PurePosixPath:
 
 
 def references() -> dict[str, str]:
-    """The reference pages, by their place on the site."""
+    """Returns the reference pages by their place on the site."""
     return {
         "reference/cli.md": command_line(),
         "reference/http.md": http(),
@@ -92,7 +92,7 @@ def references() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Every command with its help, from the parser."""
+    """Returns a page with every command and its help, from the parser."""
     os.environ["COLUMNS"] = "100"
     from mlx_segtrain.commands.main import parsers
 
@@ -105,7 +105,7 @@ def command_line() -> str:
 
 
 def http() -> str:
-    """Every route with its fields, from the OpenAPI document."""
+    """Returns a page with every route and its fields, from the OpenAPI document."""
     from fastapi import FastAPI
 
     from mlx_segtrain.serving.app import ROUTERS
@@ -136,7 +136,7 @@ def http() -> str:
 
 
 def python() -> str:
-    """The public names with their docstrings."""
+    """Returns a page with the public names and their docstrings."""
     import mlx_segtrain
 
     homes = mlx_segtrain._HOME
@@ -145,7 +145,7 @@ def python() -> str:
 
 
 def _pages(nav) -> list[str]:
-    """All pages that the navigation names."""
+    """Returns all pages that the navigation names."""
     if isinstance(nav, str):
         return [nav]
     parts = nav.values() if isinstance(nav, dict) else nav
@@ -157,7 +157,7 @@ def _sentence(route: dict) -> str:
 
 
 def _fields(schema: dict, document: dict) -> list[tuple[str, str, str, str]]:
-    """A row for each field of a body."""
+    """Returns a row for each field of a body."""
     own = _resolved(schema, document)
     needed = own.get("required", ())
     return [

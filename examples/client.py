@@ -3,7 +3,7 @@
     mlx-segtrain serve MODEL &
     python examples/client.py --model MODEL --data DATA
 
-Needs httpx alone (pip install httpx). With a token: --token, or MLX_SEGTRAIN_TOKEN.
+It needs only httpx (pip install httpx). Pass a token with --token or in MLX_SEGTRAIN_TOKEN.
 """
 
 import argparse
@@ -21,26 +21,27 @@ Event = dict[str, Any]
 
 
 class Client:
-    """The few routes that a script needs; an answer that is not ok ends it with its sentence."""
+    """The few routes that a script needs. If the server answers with an error, the script ends."""
 
     def __init__(self, url: str, token: str | None = None):
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # A first answer may take as long as a prompt takes to be read.
+        # The first answer may have to wait until a long prompt has been processed.
         self.http = httpx.Client(base_url=url, headers=headers, timeout=600)
 
     def post(self, route: str, /, **body: Any) -> dict[str, Any]:
         answer = self.http.post(route, json=body)
         found = answer.json()
         if answer.is_error:
-            error = found["error"]  # of /v1 as OpenAI has it
+            error = found["error"]  # /v1 answers with an object, as OpenAI does
             sys.exit(f"{route}: {error if isinstance(error, str) else error['message']}")
         return found
 
     def follow(self, job: str, drop_every: int = 0) -> Iterator[Event]:
-        """A job's events, each once, whatever becomes of the connection.
+        """Yields each event of a job once, even if the connection is lost.
 
-        Each event has an id; the one that was seen last is sent when the connection is made anew.
-        `drop_every` breaks it off after so many events, to show that.
+        Each event has an id. A new connection sends the id of the last event that was seen, and the
+        server continues after it. To show this, `drop_every` closes the connection after that many
+        events.
         """
         last_id, wait_s = "", 0.5
         while True:
@@ -56,14 +57,14 @@ class Client:
                         yield event
                         if seen == drop_every:
                             break
-            except httpx.HTTPError as error:  # the server restarts, or is busy
+            except httpx.HTTPError as error:  # the server is restarting or busy
                 print(f"connection lost ({error}), trying again", file=sys.stderr)
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, 10)
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[str, Event, str]]:
-    """Name, data and id of each event of a stream (text/event-stream)."""
+    """Yields name, data and id of each event of a stream (text/event-stream)."""
     name, data, event_id = "message", "", ""
     for line in lines:
         key, _, value = line.partition(":")
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--max-seq-length", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--drop-every", type=int, default=0, help="break the stream off, to show")
+    parser.add_argument("--drop-every", type=int, default=0, help="reconnect after N events")
     parser.add_argument("--prompt", default="What does os.path.join do?")
     args = parser.parse_args()
     client = Client(args.url, args.token)
@@ -112,7 +113,7 @@ def main() -> None:
     merged = client.post(
         "/api/finetune/merge", adapter_a=adapter, adapter_b=adapter, scales=[0.5, 0.5]
     )
-    print(f"merged  {merged['merged_path']}: {merged['stats']['layersMerged']} linears")
+    print(f"merged  {merged['merged_path']}: {merged['stats']['layersMerged']} linear layers")
 
     client.post("/v1/adapters", id="mine", path=adapter)
     client.post("/v1/adapters", id="merged", path=merged["merged_path"])

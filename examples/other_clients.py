@@ -1,10 +1,10 @@
-"""LangChain and LiteLLM against a server: an answer, a stream, an answer of a schema, and a tool.
+"""LangChain and LiteLLM with a server: an answer, a stream, structured output, and a tool call.
 
     pip install langchain-openai litellm
     python examples/other_clients.py --url http://localhost:8090
 
-No test runs it, since the two bring 0.4 GB. It was run with langchain-openai 1.7.4 and litellm
-1.110.2.
+No test runs this file, because the two packages take 0.4 GB. It was run with langchain-openai 1.7.4
+and litellm 1.110.2.
 """
 
 import argparse
@@ -16,14 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Person(BaseModel):
-    """Somebody."""
+    """A person."""
 
     name: str = Field(max_length=20)
     age: int = Field(ge=0, le=120)
 
 
 class Weather(BaseModel):
-    """The weather of a place."""
+    """Returns the weather at a place."""
 
     model_config = ConfigDict(extra="forbid")
     place: str = Field(max_length=20)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Fine-tunes on text in chunks; knobs.sh says what the environment can set.
+# Fine-tunes on text in chunks; knobs.sh lists the environment variables that change options.
 #   DATA=/path/to/chunk ITERS=300 RANK=16 SEQ=2048 SEG=4 recipes/chunk.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and win: --overwrite takes an adapter's place.
+# Flags of `mlx-segtrain train` come last and take precedence: --overwrite replaces an adapter.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/chunk
 source "${recipe%/*}/knobs.sh"

@@ -1,7 +1,8 @@
-"""Feedback of users as rows for training: `python recipes/feedback.py FEEDBACK.csv DIR`.
+"""Turns feedback from users into training rows: `python recipes/feedback.py FEEDBACK.csv DIR`.
 
 FEEDBACK.csv has the columns prompt, answer and good (true or false). DIR/pairs gets each good
-answer of a prompt with each bad one, for dpo; DIR/labels the answers to all other prompts, for kto.
+answer to a prompt with each bad one, for dpo; DIR/labels gets the answers to all other prompts, for
+kto.
 """
 
 import csv

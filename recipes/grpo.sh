@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# GRPO on prompts with rewards; without DATA the demo's model, on records of JSON with a sum to be finished.
+# GRPO on prompts with rewards. Without DATA it trains the demo's model to complete JSON records that contain a sum.
 #   MODEL=/path/to/model DATA=/path/to/prompts ITERS=12 RANK=16 recipes/grpo.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and win: --reward number:answer takes other rewards.
+# Flags of `mlx-segtrain train` come last and take precedence: --reward number:answer sets another reward.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/grpo
 source "${recipe%/*}/knobs.sh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# KTO on rows with a label, or on pairs, each of which is two rows; without DATA the demo's model, on dpo.sh's pairs.
+# KTO on rows with a label, or on pairs, which count as two rows each. Without DATA it takes the model and pairs of dpo.sh.
 #   MODEL=/path/to/model DATA=/path/to/rows ITERS=40 RANK=16 recipes/kto.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and win: --overwrite takes an adapter's place.
+# Flags of `mlx-segtrain train` come last and take precedence: --overwrite replaces an adapter.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/kto
 source "${recipe%/*}/knobs.sh"

@@ -2,12 +2,12 @@
 # What a length costs, before anything is trained: the memory plan at several budgets. Loads no weights.
 #   recipes/long.sh                                         SmolLM2-135M at 8192 tokens
 #   MODEL=org/name SEQ=32768 BUDGETS="24 8 4" recipes/long.sh [FLAG ...]
-# Flags of `mlx-segtrain plan` come last and win.
+# Flags of `mlx-segtrain plan` come last and take precedence.
 set -euo pipefail
 source "$(dirname "$0")/knobs.sh"
 MODEL=${MODEL:-$(demo_model)}
 for budget in ${BUDGETS:-10 2 0.5}; do
   echo "With $budget GB:"
   mlx-segtrain plan --model "$MODEL" --max-seq-length "${SEQ:-8192}" --rank "${RANK:-16}" \
-    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # 2: it does not fit, as the line above says
+    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # 2: it does not fit, as the output says
 done

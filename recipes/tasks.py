@@ -1,4 +1,4 @@
-"""Three small tasks with scores from 0 to 100: chunks of a text, a tool's call, a persona.
+"""Three small tasks with scores from 0 to 100: chunks of a text, tool calls, a persona.
 
     python recipes/tasks.py chunk DIR
 
@@ -68,7 +68,7 @@ HELLO, GOODBYE = "Ahoy!", "Fair winds, Marlow."
 
 
 def chunk_rows(draw: random.Random) -> Iterator[Row]:
-    """Notes on two or three topics, and where each of them begins."""
+    """Yields notes on two or three topics, with the place where each topic begins."""
     while True:
         parts, answer = [], []
         for topic in draw.sample(sorted(TOPICS), draw.choice([2, 3])):
@@ -79,7 +79,7 @@ def chunk_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def tools_rows(draw: random.Random) -> Iterator[Row]:
-    """A request, and the call of the tool that serves it."""
+    """Yields requests, with the tool call that each needs."""
     keys = {"weather": "place", "alarm": "hour", "note": "text"}
     while True:
         values = {"weather": draw.choice(PLACES), "alarm": draw.randint(1, 12)}
@@ -91,7 +91,7 @@ def tools_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def persona_rows(draw: random.Random) -> Iterator[Row]:
-    """A question, and the answer of an old sailor."""
+    """Yields questions, with the answers of an old sailor."""
     while True:
         thing = draw.choice(sorted(THINGS))
         answer = f"{HELLO} A {thing} {THINGS[thing]}. {GOODBYE}"
@@ -99,7 +99,7 @@ def persona_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """20 for JSON, 30 for a list of objects with both keys, 50 for the right anchors (F1)."""
+    """Gives 20 for JSON, 30 for a list of objects with both keys, 50 for the right anchors (F1)."""
 
     def score(given: Any, wanted: list[dict[str, str]]) -> float:
         if not isinstance(given, list) or not given or not all(map(_is_part, given)):
@@ -111,7 +111,7 @@ def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """20 for JSON, 40 for the right tool, 40 for the right arguments."""
+    """Gives 20 for JSON, 40 for the right tool, 40 for the right arguments."""
 
     def score(given: Any, wanted: dict[str, Any]) -> float:
         own = given if isinstance(given, dict) else {}
@@ -125,7 +125,7 @@ def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def persona(completions: Sequence[str]) -> list[float]:
-    """40 for the greeting, 40 for the goodbye, 20 if there are at most 30 words."""
+    """Gives 40 for the greeting, 40 for the goodbye, 20 if there are at most 30 words."""
     return [
         40.0 * text.strip().startswith(HELLO)
         + 40.0 * text.strip().endswith(GOODBYE)
@@ -157,7 +157,7 @@ TASKS = {"chunk": chunk_rows, "tools": tools_rows, "persona": persona_rows}
 def main(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows, seen = TASKS[task](random.Random(0)), set()
-    for name in ("valid", "train"):  # first what is held out, of which no row is trained on
+    for name in ("valid", "train"):  # held-out rows first, so that training leaves them out
         own: list[Row] = []
         while len(own) < ROWS[name]:
             row = next(rows)

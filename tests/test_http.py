@@ -292,7 +292,7 @@ def test_the_client_of_the_examples(server):
     assert [line[:9] for line in lines if "train" in line.split()] == [
         f"step {i:4d}" for i in range(1, 6)
     ]
-    assert lines[-5].startswith("trained") and lines[-4].endswith("21 linears")
+    assert lines[-5].startswith("trained") and lines[-4].endswith("21 linear layers")
     assert [line.split()[0] for line in lines[-3:]] == ["none", "mine", "merged"]
     assert lines[-2].split(maxsplit=1)[1] == lines[-1].split(maxsplit=1)[1]
 

@@ -1,1 +1,1 @@
-"""What tests share. No test imports another one."""
+"""Code that several tests share. No test imports another one."""

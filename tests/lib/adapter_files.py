@@ -31,7 +31,7 @@ PEFT = {
 
 
 def factors_of(chain, ranks):
-    """Random a and b by path, in numbers that bfloat16 has."""
+    """Returns random a and b by path, in numbers that bfloat16 can represent."""
     mx.random.seed(7)
     return {
         path: tuple(
@@ -70,7 +70,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Weights of a model as mlx-lm computes with them, float32, by name."""
+    """Returns the weights that mlx-lm computes with, in float32, by name."""
     model, _, _ = load_base(model_dir)
     found = {}
     for path, module in model.named_modules():
@@ -85,7 +85,7 @@ def dense_weights(model_dir):
 
 
 def in_transformers(hf, model_dir):
-    """The model as transformers has it, with the weights that mlx-lm computes with."""
+    """Returns the model in transformers, with the weights that mlx-lm computes with."""
     config = json.loads((model_dir / "config.json").read_text())
     config.pop("quantization", None)
     if config["model_type"] == "llama":

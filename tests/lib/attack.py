@@ -1,5 +1,5 @@
 """What attacks share: clients that only want to be served, the memory of a process, and a file
-outside of a server's roots, whose content nobody may see."""
+outside a server's roots whose content nobody may see."""
 
 import os
 import threading
@@ -13,7 +13,7 @@ CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
-    """Seconds that are one on a machine which does nothing else."""
+    """Returns how many seconds now stand for one second on an idle machine."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
@@ -63,17 +63,17 @@ class Watch:
                 begun = time.monotonic()
                 answer = http.request(method, path, json=body)
                 times.append(time.monotonic() - begun)
-                if answer.status_code not in (200, 401):  # it may want a token
+                if answer.status_code not in (200, 401):  # the server may require a token
                     self.failures.append((path, answer.status_code, answer.text[:200]))
                 self.stop.wait(pause)
 
 
 @contextmanager
 def bystander(server, chats=True):
-    """A client of a server, which has been served before an attack begins."""
+    """Yields a client of a server that has been served before the attack begins."""
     with Watch(server, chats) as own:
         end = time.monotonic() + 60
-        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both are under way
+        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both have begun
             assert time.monotonic() < end, own.failures
             time.sleep(0.02)
         yield own
@@ -82,7 +82,7 @@ def bystander(server, chats=True):
 
 
 def memory_mb(pid):
-    """Resident, of a process and its helpers, in 10⁶ bytes; what they share once."""
+    """Returns the resident memory of a process and its helpers in 10⁶ bytes; shared memory once."""
     total = 0
     for own in [pid, *_children(pid)]:
         try:
@@ -105,7 +105,7 @@ def _children(pid):
 
 
 def write_canary(folder):
-    """A folder that no server may use, with a secret in it."""
+    """Makes a folder that no server may use, with a secret in it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "secret").write_text(CANARY)
     (folder / "train.jsonl").write_text(f'{{"text": "{CANARY}"}}\n' * 4)

@@ -1,4 +1,4 @@
-"""The page in a browser: a server with its folders, and somebody who opens its pages."""
+"""The page in a browser: a server with its folders, and a user who opens its pages."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Site:
             return json.load(answer)
 
     def train(self, **values: Any) -> str:
-        """A run of the tiny model, which has ended."""
+        """Runs the tiny model until the run has ended."""
         own = {
             "model_dir": str(self.work / "tiny"),
             "data_dir": str(self.work / "counting"),
@@ -64,7 +64,7 @@ class Site:
 
 @contextmanager
 def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
-    """A server's process, whose folders these are."""
+    """Starts a server with these folders."""
     command = [sys.executable, "-m", "mlx_segtrain.commands.main", "serve", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--root", str(work), *options],
@@ -85,7 +85,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
 
 @dataclass
 class User:
-    """Opens pages, and notes what a page must not do."""
+    """Opens pages, and records whatever a page must not do."""
 
     browser: Any
     site: Site
@@ -114,7 +114,7 @@ class User:
         page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
     def _note(self, message: Any) -> None:
-        # The browser says of each answer that is an error what its page says, too.
+        # The browser logs each answer that is an error; the page shows it, too.
         refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
         asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
         if message.type in ("error", "warning") and not (refused and asked):
@@ -132,7 +132,7 @@ def choose(page: Any, label: str, option: str) -> None:
 
 
 def points(page: Any, line: int = 0) -> int:
-    """Points of a line of the large chart."""
+    """Returns the number of points of a line in the large chart."""
     return page.evaluate(
         """line => document.querySelector(".chart.tall")?.lines[line]?.points.length ?? 0""", line
     )

@@ -54,7 +54,7 @@ FAST = {
 
 
 def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
-    """Random tokens with padding on the right, supervised from `prompt` on."""
+    """Returns random tokens with padding on the right, in the loss from `prompt` on."""
     rng = np.random.default_rng(rows)
     tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
     weights = rng.uniform(0.5, 1, tokens.shape).astype(np.float32)
@@ -65,7 +65,7 @@ def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
 
 
 def adapter_of(chain) -> Adapter:
-    """Ranks that differ."""
+    """Returns an adapter whose ranks differ."""
     ranks = {path: 3 + i % 3 for i, path in enumerate(sorted(chain.linears))}
     return random_adapter(chain, ranks, SCALE, 0.1)
 
@@ -79,7 +79,7 @@ def run(chain, adapter, batch, segment_size=1, cuts=None):
 
 
 def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0) -> PairBatch:
-    """Pairs that begin with `shared` equal tokens; responses begin after the prompt."""
+    """Returns pairs that begin with `shared` equal tokens; responses begin after the prompt."""
     rng = np.random.default_rng(seed)
     b = len(lengths)
     chosen = rng.integers(0, 128, (b, max(c for c, _ in lengths))).astype(np.int32)
@@ -98,7 +98,7 @@ def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0)
 
 
 def headers(model):
-    """What the files of a model would say."""
+    """Returns what the files of a model would say."""
     kinds = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
     return {
         name: (kinds.get(w.dtype, "F32"), tuple(w.shape))

@@ -1,4 +1,4 @@
-"""Tokenizers of both kinds and chat templates, and what is trained of a row."""
+"""Tokenizers of both kinds, chat templates, and the part of a row that is in the loss."""
 
 import json
 
@@ -36,7 +36,7 @@ INST = (
 )
 
 
-# An empty thinking block in the last turn alone, as Qwen3's.
+# An empty thinking block in the last turn only, as in Qwen3's.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -65,7 +65,7 @@ def add_bos(tokenizer):
 
 
 def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
-    """Byte-level BPE, whose pieces never depend on what stands before them but by merging."""
+    """Returns byte-level BPE: only merges make pieces depend on the text before them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +85,7 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
 
 
 def metaspace(template=INST, scheme="first"):
-    """BPE over ▁-words, as SentencePiece: every text on its own gets a space before it."""
+    """Returns BPE over ▁-words, like SentencePiece, which puts a space before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -112,7 +112,7 @@ def chat(*contents, first="user"):
 
 
 def trained(row, tokenizer):
-    """The trained spans as text."""
+    """Returns the spans in the loss as text."""
     spans, previous = [], False
     for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
         if weight > 0:

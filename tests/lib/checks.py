@@ -16,7 +16,7 @@ ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 
 @contextmanager
 def served():
-    """Skips what an implementation for some GPUs says it does not serve; on a CPU that fails."""
+    """Skips a call that an implementation for some GPUs does not support; fails on a CPU."""
     try:
         yield
     except ValueError as error:
@@ -26,13 +26,13 @@ def served():
 
 
 def needs_router_gradient():
-    """Skips where mlx-lm chooses experts by operations that have no gradient (Python 3.10's)."""
+    """Skips if mlx-lm chooses experts with ops without a gradient (as that of Python 3.10 does)."""
     if mlx_lm.__version__ < "0.32":
         pytest.skip(f"the experts' router of mlx-lm {mlx_lm.__version__} has no gradient")
 
 
 def rand(rng, *shape, dtype="float32"):
-    """The same numbers as mx array of `dtype` and, from it, as float64."""
+    """Returns random numbers as an mx array of `dtype`, and the same numbers as float64."""
     x = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(getattr(mx, dtype))
     return x, f64(x)
 
@@ -46,7 +46,7 @@ def grads(f, args, dy):
 
 
 def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Value and gradients of f; the same call twice; each gradient alone."""
+    """Checks value and gradients of f, that two calls agree, and each gradient alone."""
     y = f(*args)
     assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
     oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)
@@ -64,7 +64,7 @@ def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
 
 
 def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
-    """A LoRA adapter with B ≠ 0, of deviation `size`, so that A has a gradient."""
+    """Returns a LoRA adapter whose B has deviation `size`, not 0, so that A has a gradient."""
     fresh = adapting.init(chain, ranks, scale, seed=1)
     keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
     tensors = {

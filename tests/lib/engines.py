@@ -1,4 +1,4 @@
-"""A model and adapters for answers, and what mlx-lm answers with each alone."""
+"""A model with adapters that answers, and what mlx-lm answers with each adapter alone."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ END = 259  # <|im_end|>
 
 
 def write_lively(path):
-    """A model with room for long answers, which are printable and go in no circles for long."""
+    """Writes a model with room for long answers, which are printable and do not repeat for long."""
     write_llama(path, tied=False, max_position_embeddings=20_000)
     file = str(path / "model.safetensors")
     weights = {k: 3 * x if "_proj" in k else x for k, x in mx.load(file).items()}
@@ -30,14 +30,14 @@ def write_lively(path):
 
 
 def write_adapters(folder, model):
-    """Folders by name. Of DoRA one, of the embedding one, and `ab`, the sum of a and b."""
+    """Returns folders by name: one with DoRA, one of the embedding, and `ab`, the sum a + b."""
     chain = chain_of(load_base(model)[0])
 
     def write(name, adapter):
         write_adapter(folder / name, adapter, About("model"))
 
     for i, name in enumerate("abc"):
-        linears = list(chain.linears)[i:]  # a linear that one has and another has not
+        linears = list(chain.linears)[i:]  # a linear layer that one adapter has and another has not
         adapter = random_adapter(chain, dict.fromkeys(linears, 2 + 2 * i), 1.0 + i, 0.1)
         moved = {p: (x, mx.roll(y, i, 1)) for p, (x, y) in adapter.tensors.items()}
         write(name, lora.Adapter(moved, adapter.scales))
@@ -52,7 +52,7 @@ def write_adapters(folder, model):
 
 
 def mounted(model, adapters):
-    """An engine with the model and all of its adapters, for its user to close."""
+    """Returns an engine with the model and all of its adapters; the caller closes it."""
     engine = Engine()
 
     async def begin():
@@ -65,7 +65,7 @@ def mounted(model, adapters):
 
 
 class Alone:
-    """Greedy answers of mlx-lm, with a model of its own for each adapter."""
+    """Greedy answers of mlx-lm, with a separate model for each adapter."""
 
     def __init__(self, model, adapters):
         self.model, self.adapters, self.models, self.known = model, adapters, {}, {}
@@ -94,5 +94,5 @@ class Alone:
                 return
 
     def __call__(self, *args, **how):
-        """Their text."""
+        """Returns their text."""
         return self.tokenizer.decode([x for x in self.tokens(*args, **how) if x != END])

@@ -13,7 +13,7 @@ VOCABULARY = 300
 
 
 def write_tokenizer(path: Path) -> None:
-    """Byte-level tokens (256 of them), <s> </s> <|im_start|> <|im_end|>, and a ChatML template."""
+    """Writes 256 byte-level tokens, <s> </s> <|im_start|> <|im_end|>, and a ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +34,7 @@ def write_tokenizer(path: Path) -> None:
 
 
 def write_model(path: Path, config: dict, model: nn.Module) -> Path:
-    """A model folder."""
+    """Writes a model folder."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     weights = dict(tree_flatten(model.parameters()))
@@ -44,7 +44,7 @@ def write_model(path: Path, config: dict, model: nn.Module) -> Path:
 
 
 def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed=0, **changes):
-    """A random Llama of 3 layers, width 64, 4 heads of 16 and 2 for keys."""
+    """Writes a random Llama of 3 layers, width 64, 4 heads of 16 and 2 for keys."""
     from mlx_lm.models.llama import Model, ModelArgs
 
     config = {
@@ -84,7 +84,7 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
 
 
 def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
-    """A tiny random model of any family of mlx-lm, quantized in groups of 32 where that fits."""
+    """Writes a tiny random model of any mlx-lm family, quantized in groups of 32 if that fits."""
     config = tiny_models.config(family, vocab_size=VOCABULARY)
     model = tiny_models.build(family, vocab_size=VOCABULARY)
     layers = {}

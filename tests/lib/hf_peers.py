@@ -1,6 +1,6 @@
-"""Hugging Face transformers with PEFT, on torch CPU in float32: logits, loss and LoRA gradients.
+"""Logits, loss and LoRA gradients of transformers with PEFT, on torch's CPU in float32.
 
-The only file that imports torch and PEFT; tests reach it through the fixture `hf`.
+Only this file imports torch and PEFT; tests get it through the fixture `hf`.
 """
 
 import importlib
@@ -46,7 +46,7 @@ JOINED: dict[str, tuple[str, ...]] = {
 
 
 def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConfig:
-    """The config of transformers, with mlx-lm's default where `config` lacks a field."""
+    """Returns the config for transformers; fields that `config` lacks have mlx-lm's default."""
     args = asdict(importlib.import_module(f"mlx_lm.models.{family}").ModelArgs.from_dict(config))
     given = {key: value for key, value in args.items() if value is not None}
     given |= CONFIG[family](args) if family in CONFIG else {}
@@ -62,7 +62,7 @@ def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConf
 
 
 def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Parameters of an mlx-lm model under the names of transformers."""
+    """Returns the parameters of an mlx-lm model under transformers' names."""
     left = dict(weights)
     for name, (first, *rest) in JOINED.items():
         for key in [key for key in left if key.endswith(first)]:
@@ -74,7 +74,7 @@ def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """The model of transformers with an mlx-lm model's weights."""
+    """Returns the model in transformers with an mlx-lm model's weights."""
     model = AutoModelForCausalLM.from_config(
         hf_config(family, config, tied="lm_head.weight" not in weights),
         attn_implementation="eager",
@@ -85,7 +85,7 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
 
 
 def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """A Llama from the fields that its config.json shares with transformers."""
+    """Returns a Llama from the fields that its config.json shares with transformers."""
     known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
     known += ("max_position_embeddings", "tie_word_embeddings")
@@ -99,7 +99,7 @@ def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
 
 
 def gemma3_with_images(text_config: dict[str, Any]) -> Any:
-    """A random Gemma 3 for text and images, around a text model of this config."""
+    """Returns a random Gemma 3 for text and images, whose text model has this config."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(1)
@@ -108,21 +108,21 @@ def gemma3_with_images(text_config: dict[str, Any]) -> Any:
 
 
 def logits_with_adapter(base: Any, folder: Path, tokens: list[list[int]]) -> np.ndarray:
-    """Logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
+    """Returns logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
     model = PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.numpy()
 
 
 def update_of(base: Any, folder: Path, path: str) -> np.ndarray:
-    """What PEFT adds to a linear's weight [out, in] with the folder's adapter."""
+    """Returns what PEFT adds to a linear layer's weight [out, in] with the folder's adapter."""
     linear = PeftModel.from_pretrained(base, folder).base_model.model.get_submodule(path)
     weight = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     return (linear.scaling["default"] * weight).detach().numpy()
 
 
 def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np.ndarray:
-    """Logits [B, T, V] of a model with an adapter of PEFT's, no longer fresh, saved there."""
+    """Saves a PEFT adapter whose B is not zero; returns logits [B, T, V] of the model with it."""
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(**how)).eval()
     draw = torch.Generator().manual_seed(0)
@@ -146,7 +146,7 @@ def hf_loss_and_grads(
     lora: dict[str, tuple[np.ndarray, np.ndarray]],
     scale: float,
 ) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The weighted mean of the tokens' cross-entropy, and (dA, dB) of each linear in `lora`."""
+    """Returns the weighted mean cross-entropy of the tokens, and (dA, dB) by layer in `lora`."""
     model = hf_model(family, config, weights)
     ranks = {path: a.shape[1] for path, (a, _) in lora.items()}
     peft_config = LoraConfig(
@@ -177,7 +177,7 @@ def hf_loss_and_grads(
 
 
 def write_scorer(folder: Path, seed: int = 0, labels: int = 1, **changes: Any) -> Any:
-    """A random Llama for sequence classification, written to a folder; and the model."""
+    """Writes a random Llama for sequence classification to a folder; returns the model."""
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(seed)
@@ -195,7 +195,7 @@ def write_scorer(folder: Path, seed: int = 0, labels: int = 1, **changes: Any) -
 
 
 def scores_of(model: Any, rows: list[list[int]]) -> np.ndarray:
-    """Of rows of tokens, each alone."""
+    """Returns the scores of rows of tokens, each computed alone."""
     with torch.no_grad():
         found = [model(torch.tensor([row])).logits[0, 0].item() for row in rows]
     return np.array(found)

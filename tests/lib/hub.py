@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-#: Files that are larger than this are kept as LFS keeps them: under their SHA-256.
+#: Larger files are stored as LFS stores them: under their SHA-256.
 SMALL = 10_000
 
 
 @dataclass
 class Repository:
-    """Files by name. A new commit is another `commit`; a gated one wants a token that it knows."""
+    """Files by name. A new commit changes `commit`; a gated repository requires a known token."""
 
     files: dict[str, bytes]
     commit: str
@@ -41,7 +41,7 @@ class Hub:
     says_more: int = 0  #: bytes by which it lies of the size of large files
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """A repository with these files, or with those of a folder; `branch` is one of it."""
+        """Adds a repository with these files, or those of a folder; `branch` is one of it."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):
@@ -59,7 +59,7 @@ class Hub:
         return own
 
     def files_asked(self) -> list[str]:
-        """Names of the files whose content was asked for."""
+        """Returns the names of the files whose content was requested."""
         asked = [path for method, path, _ in self.requests if method == "GET"]
         return [
             path.split("/resolve/")[1].partition("/")[2] for path in asked if "/resolve/" in path
@@ -67,19 +67,19 @@ class Hub:
 
 
 def etag(content: bytes) -> str:
-    """Of a blob of git, or of LFS."""
+    """Returns the ETag of a blob of git or LFS."""
     if len(content) > SMALL:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Broken(Exception):
-    """The connection ends here."""
+    """Ends the connection here."""
 
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """A hub that takes all files in its commits, and has the repositories that are added."""
+    """Serves a hub that has the repositories that are added, and accepts commits of any files."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -121,7 +121,7 @@ def serve_hub() -> Iterator[Hub]:
                 self.close_connection = True
 
         def search(self, kind):
-            """Repositories whose names have the words."""
+            """Returns the repositories whose names contain the words."""
             if hub.searches_fail:
                 self.fault(503, "")
                 return
@@ -137,7 +137,7 @@ def serve_hub() -> Iterator[Hub]:
             if kind in ("models", "datasets") and not rest:
                 self.search(kind)
                 return
-            if kind not in ("models", "datasets"):  # what the client asks besides
+            if kind not in ("models", "datasets"):  # another request of the client
                 self.fault(404, "")
                 return
             name, revision = "/".join(rest[:2]), "/".join(rest[3:]) or "main"
@@ -197,7 +197,7 @@ def serve_hub() -> Iterator[Hub]:
             hub.authorization.add(self.headers["authorization"])
             own = hub.repositories.get((kind, name))
             if own is None:
-                # As the hub does: without a token nobody is told what there is not.
+                # As the real hub: without a token it does not say which repositories exist.
                 self.fault(404 if self.headers["authorization"] else 401, "RepoNotFound")
                 return None
             for name, other in own.branches.items():

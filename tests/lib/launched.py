@@ -1,4 +1,4 @@
-"""Ranks of a run as processes of this machine, which a ring over the loopback connects."""
+"""Ranks of a run as processes on this machine, connected by a ring over the loopback."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def run(rank, folder, given, before, environment):
 
 
 class Rank:
-    """The process of a rank, with the methods of subprocess.Popen that the tests need."""
+    """A rank's process, with the methods of subprocess.Popen that the tests need."""
 
     def __init__(self, *args):
         self._process = processes().Process(target=run, args=args)
@@ -61,7 +61,7 @@ def free_ports(n):
 
 @contextmanager
 def ranks_of(n, folder, *configs, before=""):
-    """Processes of n ranks, each of which takes these configurations; killed at the end."""
+    """Starts n ranks, each of which runs these configurations, and kills them at the end."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     given = json.dumps([json.loads(own.model_dump_json(exclude_unset=True)) for own in configs])
@@ -80,7 +80,7 @@ def ranks_of(n, folder, *configs, before=""):
 
 
 def said(folder, rank):
-    """What a rank has printed: events, and how each run ended."""
+    """Returns what a rank has printed: events, and how each run ended."""
     lines = (folder / f"out{rank}").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -96,7 +96,7 @@ def wait_for_step(folder, step, seconds=60):
 
 
 def ends(folder, started, but=(), seconds=60):
-    """How the last run of each rank ended, and seconds that this took."""
+    """Returns how the last run of each rank ended, and after how many seconds."""
     begin = time.monotonic()
     for rank, own in enumerate(started):
         if rank not in but:

@@ -1,4 +1,4 @@
-"""Values and files that somebody hostile might send, as they follow from a seed."""
+"""Values and files that an attacker might send, generated from a seed."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-#: Values that break what expects others.
+#: Values that break code which expects others.
 ODD = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan")),
     *(float("inf"), -1e308, "", " ", "\0", "\x00", "a", "a" * 5000, "é" * 600, "é\ud800", "\ud800"),
@@ -32,7 +32,7 @@ class Mutator:
         self.odd = [*ODD, *extra]
 
     def value(self, value: Any, depth: int = 0) -> Any:
-        """JSON with one or more odd values somewhere, a key less, or one under another name."""
+        """Returns JSON with odd values somewhere, with a key missing, or with one renamed."""
         chance = self.chance
         if isinstance(value, dict) and value and chance.random() < 0.85:
             key = chance.choice(list(value))
@@ -51,7 +51,7 @@ class Mutator:
         return chance.choice(self.odd)
 
     def bytes(self, content: bytes) -> bytes:
-        """Bytes that are changed, missing, doubled or too many."""
+        """Returns the bytes with some of them changed, missing, doubled or added."""
         chance, found = self.chance, bytearray(content)
         for _ in range(chance.randrange(1, 4)):
             at = chance.randrange(len(found) or 1)
@@ -71,13 +71,13 @@ class Mutator:
         return bytes(found)
 
     def text(self, value: Any) -> bytes:
-        """JSON text of a changed value, or changed text of the value."""
+        """Returns the JSON text of a changed value, or changed JSON text of the value."""
         if self.chance.random() < 0.3:
             return self.bytes(json.dumps(value).encode())
         return json.dumps(self.value(value)).encode()
 
     def tensors(self, content: bytes) -> bytes:
-        """A safetensors file whose length, header or data are changed."""
+        """Returns a safetensors file whose length, header or data is changed."""
         chance, start = self.chance, 8 + struct.unpack("<Q", content[:8])[0]
         match chance.randrange(6):
             case 0:

@@ -1,4 +1,4 @@
-"""A server of OpenAI's routes over a socket, and what its tests say and check."""
+"""A server of OpenAI's routes on a socket, and what its tests send and check."""
 
 import asyncio
 import threading
@@ -23,7 +23,7 @@ CHAT = {"messages": HELLO, "max_tokens": 1}
 
 
 class Server:
-    """The routes over an engine, at a port of this machine; it is their service, too."""
+    """OpenAI's routes with an engine, on a local port; the object is the routes' service, too."""
 
     def __init__(self, folder, policy="serve"):
         self.engine, self.trains, self.folder, self.policy = Engine(), False, folder, policy
@@ -73,7 +73,7 @@ class Server:
         """Waits until nothing generates."""
         end = time.monotonic() + within_s
         while self.engine._active or self.engine._waiting:
-            assert time.monotonic() < end, "a sequence goes on for nobody"
+            assert time.monotonic() < end, "a sequence continues that nobody reads"
             time.sleep(0.01)
 
 
@@ -94,7 +94,7 @@ def chat_tokens(said, messages=HELLO):
 
 
 def check(answer, status, says):
-    """OpenAI's form, and one sentence."""
+    """Checks that an error has OpenAI's form and is one sentence."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]

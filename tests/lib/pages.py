@@ -1,7 +1,7 @@
 """The pages of the documentation, and the blocks of code in them.
 
-A fence may say that a block needs what not every machine has: ```sh needs: cuda. A page may say
-which things a reader has when it begins: <!-- given: out rows.csv -->.
+A fence may say that a block needs something that not every machine has: ```sh needs: cuda. A page
+may say which files its reader already has: <!-- given: out rows.csv -->.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: Pages whose blocks run, or say what they need.
+#: Pages whose blocks run unless they say what they need.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
 #: What a block may need (docs/hooks.py shows it to readers).
@@ -33,7 +33,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """The fenced blocks of a page; ValueError for a fence that is not closed or not understood."""
+    """Yields a page's fenced blocks; ValueError for a fence that is not closed or understood."""
     begun: tuple[int, str, str | None] | None = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
@@ -53,7 +53,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a page outside its blocks, with their numbers."""
+    """Yields the lines of a page outside its blocks, with their numbers."""
     inside = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
@@ -63,19 +63,19 @@ def prose(page: Path) -> Iterator[tuple[int, str]]:
 
 
 def given(page: Path) -> list[str]:
-    """The names of the things that a page's blocks begin with."""
+    """Returns the names of the files that a page's reader already has."""
     found = re.search(r"<!-- given: (.*) -->", page.read_text(encoding="utf-8"))
     return found[1].split() if found else []
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """The commands of a shell block, each as it is written and as words without comments."""
+    """Yields the commands of a shell block, as they are written and as words without comments."""
     own = ""
     for line in text.replace("\\\n", " ").splitlines():
         own += line
         try:
             words = shlex.split(own, comments=True)
-        except ValueError:  # a quotation that goes on
+        except ValueError:  # a quotation that continues on the next line
             own += "\n"
             continue
         if words:

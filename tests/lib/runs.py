@@ -1,4 +1,4 @@
-"""Tiny runs: their configuration, what ends them early, and how two of them are compared."""
+"""Tiny runs: their configuration, ways to end them early, and how two of them are compared."""
 
 import gc
 import json
@@ -30,7 +30,7 @@ def existing_bytes():
 
 
 def counted_references(monkeypatch):
-    """A list that gets a number for each row whose reference is computed, which happens alone."""
+    """Returns a list that gets a number for each row whose reference is computed, one by one."""
     counted, original = [], references.one_row
 
     def one_row(*args):
@@ -46,8 +46,8 @@ def weights_of(path):
 
 
 def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Stock mlx-lm with the adapter has our logits, which are `apart` from the base's. Returns
-    tokens and these logits."""
+    """Asserts that stock mlx-lm with the adapter has our logits, which differ from the base's by
+    `apart`. Returns tokens and these logits."""
     tokens = mx.array([[1, 5, 9, 200, 17, 33]])
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
     own, _ = mlx_segtrain.load(model_dir, adapter)
@@ -58,7 +58,7 @@ def assert_same_in_mlx_lm(model_dir, adapter, apart):
 
 
 def losses_of(monkeypatch, losses):
-    """Evaluations that give these losses, the last one again and again."""
+    """Makes evaluations return these losses, and then the last one again and again."""
     left = list(losses)
     monkeypatch.setattr(step, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
@@ -70,11 +70,11 @@ TIMES = (
 
 
 class Crash(BaseException):
-    """What ends a run in the middle, so that it saves nothing any more."""
+    """Ends a run in the middle, so that it saves nothing."""
 
 
 def crash_behind(last, told=None):
-    """An on_event that ends the run when it is told of this step's loss."""
+    """Returns an on_event that ends the run when it gets the loss of step `last`."""
 
     def on_event(event):
         if told is not None:
@@ -86,7 +86,7 @@ def crash_behind(last, told=None):
 
 
 def lines_of(run):
-    """metrics.jsonl without what the time of day decides, and without where it was resumed."""
+    """Returns metrics.jsonl without anything that depends on the clock or on a resumption."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: x for key, x in line.items() if key not in TIMES and "path" not in key}
@@ -96,7 +96,7 @@ def lines_of(run):
 
 
 def essence(result):
-    """What of a result is no time, memory or place."""
+    """Returns the parts of a result that are not times, memory or paths."""
     return replace(
         result, adapter_path=None, wall_s=0, tokens_per_sec=0, supervised_tokens_per_sec=0,
         peak_gb=0, process_gb=0, resumed_from=None,
@@ -104,12 +104,12 @@ def essence(result):
 
 
 def files_of(run):
-    """Bytes of all that is the run's product, but for configurations, which name their folder."""
+    """Returns the bytes of a run's safetensors files, by path."""
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
 
 
 def assert_twins(config, resumed, plain):
-    """The folders of two runs, and what they returned."""
+    """Asserts that two runs left the same files and returned the same."""
     (a, one), (b, two) = resumed, plain
     assert essence(one) == essence(two)
     assert lines_of(a) == lines_of(b)
@@ -122,7 +122,7 @@ def assert_twins(config, resumed, plain):
 
 
 def timeless(progress):
-    """What of it the time of day does not decide."""
+    """Returns the progress without what depends on the clock."""
     last = progress.last and replace(progress.last, seconds=0)
     recent = [replace(outcome, seconds=0) for outcome in progress.recent]
     return replace(progress, last=last, recent=recent, train_s=0, wall_s=0, peak=0)

@@ -1,4 +1,4 @@
-"""A server as users have it: `mlx-segtrain serve` in a process of its own."""
+"""A server as users have it: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
-    """Within it, it runs; `http` is a client of it. `cache` holds its store."""
+    """Runs a server while it is entered; `http` is a client of it, `cache` holds its store."""
 
     def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
         self.cwd, self.args, self.port = cwd, args, port
@@ -55,19 +55,19 @@ class Server:
 
     @property
     def said(self) -> str:
-        """What it wrote to standard error."""
+        """Returns what the server wrote to standard error."""
         return self.log.read_text()
 
     @property
     def resident_mb(self) -> float:
-        """Main memory of its process, in 10⁶ bytes."""
+        """Returns the resident memory of the server's process, in 10⁶ bytes."""
         return psutil.Process(self.process.pid).memory_info().rss / 1e6
 
     def job(self, id: str) -> dict:
         return self.http.get(f"/api/jobs/{id}").json()["job"]
 
     def ended(self, id: str, seconds: float = 120) -> dict:
-        """The job once it has ended."""
+        """Waits until the job has ended, and returns it."""
         end = time.monotonic() + seconds
         while (job := self.job(id))["status"] in ("queued", "running"):
             assert time.monotonic() < end, job
@@ -75,7 +75,7 @@ class Server:
         return job
 
     def submit(self, **values: object) -> str:
-        """A run's job; on tiny things below the server's folder unless said otherwise."""
+        """Submits a run, by default with the tiny model and data in the server's folder."""
         paths = {"model_dir": self.cwd / "model", "data_dir": self.cwd / "data"}
         body = {key: str(path) for key, path in paths.items()} | {"max_seq_length": 64} | values
         answer = self.http.post("/api/finetune/submit", json=body)
@@ -83,12 +83,12 @@ class Server:
         return answer.json()["job_id"]
 
     def events(self, id: str) -> list[dict]:
-        """All of a job that has ended, or until it has."""
+        """Returns all events of a job, after it has ended."""
         return [event for _, event in frames(self.http, id)]
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
-    """(id, event) of a stream, up to its end."""
+    """Returns (id, event) of a stream, up to its end."""
     headers = {"last-event-id": last_id} if last_id else {}
     found, own = [], ""
     with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:
@@ -105,7 +105,7 @@ def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, di
 
 
 def write_place(path: Path) -> Path:
-    """A folder with a tiny model and tiny data."""
+    """Writes a folder with a tiny model and tiny data."""
     write_llama(path / "model", bits=4)
     write_rows(path / "data")
     write_rows(path / "data", 4, "valid.jsonl")
@@ -113,7 +113,7 @@ def write_place(path: Path) -> Path:
 
 
 def ended(folder, kind, values=None, **environment):
-    """A job that has ended, and what it wrote."""
+    """Runs a job until it has ended; returns it and its log."""
 
     async def run():
         jobs = Jobs(folder)

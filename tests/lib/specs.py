@@ -25,7 +25,7 @@ class Attention:
 
 
 def ids(*runs: int) -> np.ndarray:
-    """An id for each key from the lengths of runs in order; a length below 0 is that of padding."""
+    """Returns an id per key from the lengths of runs in order; a negative length is padding."""
     return np.repeat([np.sign(n) * (9 - i) for i, n in enumerate(runs)], np.abs(runs))
 
 
@@ -57,8 +57,8 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
-    # Padding: of more than a tile in the middle, under bands of a window, after the last offset,
-    # of every query.
+    # Padding: more than a tile in the middle, under bands of a window, after the last offset, and
+    # for every query.
     Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
     Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),
     Attention(1, 2, 1, 280, 300, 96, options={"segments": [0, 100, 130], "softcap": 3.0}),
@@ -84,6 +84,6 @@ QUANTIZATIONS = [
     ("mxfp8", 8, 32),
     ("nvfp4", 4, 16),
 ]
-#: None is a dense base. The widths are no multiples of the kernels' tiles.
+#: None is a dense base. The widths are not multiples of the kernels' tiles.
 BASES = [None, *QUANTIZATIONS]
 DTYPES = ["float32", "float16", "bfloat16"]

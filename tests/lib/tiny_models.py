@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
-# Field names that families share. A family takes those that its ModelArgs has.
+# Field names that families share. A family takes the ones that its ModelArgs has.
 COMMON: dict[str, Any] = {
     name: value
     for value, names in (
@@ -359,7 +359,7 @@ def _module(family: str) -> ModuleType:
 
 
 def config(family: str, **overrides: Any) -> dict[str, Any]:
-    """A config.json of the family; what is no field of its ModelArgs goes to text_config."""
+    """Returns a config.json of the family; fields that ModelArgs lacks go to text_config."""
     fields = {field.name for field in dataclasses.fields(_module(family).ModelArgs)}
     own = FAMILIES[family] | overrides
     if "text_config" in fields:
@@ -373,7 +373,7 @@ def config(family: str, **overrides: Any) -> dict[str, Any]:
 
 
 def build(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
-    """The family's model, where noise moves every parameter that starts as a constant."""
+    """Returns the family's model, with noise on every parameter that starts as a constant."""
 
     def noisy(x: mx.array) -> mx.array:
         constant = mx.issubdtype(x.dtype, mx.floating) and (x.max() == x.min()).item()

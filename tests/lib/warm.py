@@ -1,6 +1,6 @@
-"""Imported by a process from which runs are forked: it has then imported all that a run needs.
+"""A process from which runs are forked imports this, and with it all that a run needs.
 
-It computes nothing, since MLX's threads do not live on in a fork. WARM_MODEL is a model's folder.
+It computes nothing, since MLX's threads do not survive a fork. WARM_MODEL is a model's folder.
 """
 
 import os
