@@ -147,6 +147,16 @@ def test_a_dense_fold_has_the_logits_of_base_and_adapter(kind, llama, llama4, tm
     assert not report.swallowed
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_dense_fold_loads_in_transformers(tied, hf, tmp_path):
+    """As it is, by its config.json: so do programs that read Hugging Face's format."""
+    model = write_llama(tmp_path / "model", bits=4, tied=tied)
+    folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj", "down_proj")))
+    fold(weighted([folder]), model, tmp_path / "out", dequantize=True, dtype=mx.float32)
+    theirs = hf.logits_of(tmp_path / "out", TOKENS.tolist())
+    assert_close("transformers", theirs, logits(model, folder), 1e-4)
+
+
 def test_a_tied_embedding_is_folded_for_both(llama4, tmp_path):
     adapter = random_adapter(llama4, {"model.embed_tokens": 4})
     folder = written(tmp_path / "a", adapter)

@@ -107,6 +107,16 @@ def gemma3_with_images(text_config: dict[str, Any]) -> Any:
     return Gemma3ForConditionalGeneration(config).eval()
 
 
+def logits_of(folder: Path, tokens: list[list[int]]) -> np.ndarray:
+    """Returns logits [B, T, V] in float32 of the model in a folder, as transformers loads it."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    with torch.no_grad():
+        return model.eval()(torch.tensor(tokens)).logits.numpy()
+
+
 def logits_with_adapter(base: Any, folder: Path, tokens: list[list[int]]) -> np.ndarray:
     """Returns logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
     model = PeftModel.from_pretrained(base, folder).eval()
