@@ -1,13 +1,13 @@
-"""Applies several adapters in one batch: each row gets its own adapter, in shared products.
+"""Applies several adapters in one batch: each row has its own adapter, and products are shared.
 
-An adapter is to a linear layer what an expert is to a layer of experts. The factors of all adapters
-of a batch are stacked, and each row gathers its own:
+Adapters are treated like the experts of a layer. The factors of all adapters of a batch are
+stacked, and each row gathers its own:
 
-    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
+    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply the result
 
-Linears that read the same x (q, k and v; gate and up) have their a's side by side, so that one
-product serves them all. Adapters of similar ranks are padded to the largest of them and stacked;
-those of other ranks are another stack, over rows of its own.
+The a's of linear layers that read the same x (q, k and v; gate and up) are concatenated, so that
+one product serves them all. Adapters of similar ranks are padded to the largest of them and
+stacked; other ranks have another stack, which other rows use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ from .adapter import DORA, Adapter
 from .modules import LoRALinear
 from .together import Together, grouped
 
-#: Ranks up to which adapters are stacked together; those above have stacks by doubling.
+#: Adapters up to this rank share a stack; above it, there is a stack for each doubling.
 SMALL_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros outside of its
-    `own` ranks; gains [E, out] float32 if one is DoRA's."""
+    """The updates of one linear layer: b [E, ΣR, out], which includes the multiplier and is 0
+    outside of the layer's `own` ranks; gains [E, out] float32 if one is a DoRA."""
 
     b: mx.array
     gains: mx.array | None
@@ -37,8 +37,8 @@ class _Factors:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linear layers that read the same x: a [E, in, ΣR], and the rest for each
-    layer."""
+    """The updates of linear layers that read the same x: a [E, in, ΣR], and the factors of each
+    layer by path."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -46,18 +46,19 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Adapters of similar ranks, each in its place; after the last one are zeros: no update."""
+    """Adapters of similar ranks, by their places in the arrays; the place after the last one has
+    zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
-    #: For each group, what computes its linear layers in a step of generation; created when needed.
+    #: ops.DecodeLinears by group, created when needed.
     together: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
-    the groups' arrays are its own, without the axis of adapters."""
+    """The rows that use a stack: all if `rows` is None. Without `picks` they all have the same
+    adapter, and the groups' arrays are that adapter's, without the axis E."""
 
     stack: _Stack
     places: mx.array  #: uint32 [rows], in the stack
@@ -99,8 +100,8 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 class Rows:
     """Updates for the rows of batches of one base model; they apply while `running()` is active.
 
-    `run` is a forward pass of the base model, [1, 1] tokens to logits, which shows which linear
-    layers read the same x.
+    `run` is a forward pass of the base model, [1, 1] tokens to logits; it shows which linear layers
+    read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -118,15 +119,14 @@ class Rows:
         self.known = {path for readers in self._readers for path in readers.paths}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows may have this adapter: it must not update an embedding or
-        experts."""
+        """Returns whether rows can use this adapter: it must not update an embedding or experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Row i of a batch gets the adapter of keys[i], or none if there is none of that key.
+        """Gives row i of a batch the adapter of keys[i], or none if no adapter has that key.
 
-        `adapters` may be of other batches too, which take turns with this one: what is stacked for
-        one serves all.
+        `adapters` may include those of other batches, which take turns with this one: all batches
+        share the stacks.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -147,8 +147,8 @@ class Rows:
         return bool(self._uses)
 
     def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
-        """Returns what computes the linear layers of a group in a step of generation, and the
-        adapter of each row; None if they are computed one by one."""
+        """Returns the op that computes the linear layers of a group in a step of generation, and
+        the place of each row's adapter; None if the layers are computed one by one."""
         use = self._uses[0]
         if use.rows is not None:
             return None, None
@@ -161,7 +161,7 @@ class Rows:
         paths = self._readers[index].paths
         known = [id(x) for x in together.modules]
         if group is None or known != [id(self._modules[path]) for path in paths]:
-            return None  # no update, or some layers were put in later
+            return None  # no update, or some layers were added later
         b, gains = [], []
         for path in paths:
             own = group.factors.get(path)
@@ -174,12 +174,12 @@ class Rows:
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks; they are created again when needed."""
+        """Frees all stacks, which are created again when needed."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While it is active, linear layers use these updates instead of their own."""
+        """Makes linear layers use these updates instead of their own while it is active."""
         self.on = True
         try:
             yield
@@ -195,7 +195,8 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Updates of the readers by all adapters, and zeros after the last; None without any."""
+        """Returns the readers' updates by all adapters, and zeros after the last one; None if no
+        adapter updates them."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
@@ -226,7 +227,7 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans all ranks: taking its part of x·a would be one more launch per layer.
+        # Each b spans all ranks: slicing x·a instead would take another launch per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
@@ -257,7 +258,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: near 1 a gain is coarse in few bits
+            if gain is not None:  # as in dora.py: bfloat16 is too coarse for a gain near 1
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:
@@ -282,7 +283,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the adapter's updates in one place; no array is copied."""
+    """Returns the updates of the adapter in one place, as views."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -291,7 +292,7 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 class _Linear:
-    """The updates that a linear layer of a batch adds to its frozen output."""
+    """A linear layer's access to the updates of its rows."""
 
     def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
         self._rows, self._index, self._path = rows, index, path
@@ -314,8 +315,7 @@ class _Linear:
 
 
 def _size(adapter: Adapter) -> int:
-    """Returns the size by which adapters are stacked: the power of two that holds the largest
-    rank."""
+    """Returns the key of an adapter's stack: its largest rank, rounded up to a power of two."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 
