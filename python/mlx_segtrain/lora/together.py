@@ -127,7 +127,7 @@ def grouped(
 ) -> list[tuple[list[LoRALinear], mx.Dtype]]:
     """Returns groups of linear layers that read the same x, and its dtype, in the order of calls.
 
-    `run` is a forward pass of the model, [1, 1] tokens to logits, which is traced but not evaluated.
+    `run` is a forward pass of the model, [1, 1] tokens to logits; it is traced but not evaluated.
     """
     read: list[tuple[LoRALinear, mx.array]] = []
     before = [(module, module.rows) for module in modules]
