@@ -26,7 +26,7 @@ from .chain import Chain
 
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
-    """Returns the rank of every linear layer of the chain to adapt, by path (ranks.choose_ranks)."""
+    """Returns the rank of every layer of the chain to adapt, by path (see ranks.choose_ranks)."""
     layers = [
         [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]

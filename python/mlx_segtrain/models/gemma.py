@@ -100,7 +100,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
 
 def tied(text: Mapping[str, Any]) -> bool:
-    """Returns True for Gemma 2; for Gemma 3 the head is the embedding unless the weights have one."""
+    """Returns False for Gemma 3, whose head is the embedding only if the weights lack a head."""
     kind = _kind(text)
     return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
 

@@ -19,9 +19,9 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: Rows that an MLP computes at a time. With more tokens, the memory inside it stops growing, and its
-#: first product runs twice even where everything is kept. It is the same for every plan, because
-#: the order of sums over rows depends on it.
+#: Rows that an MLP computes at a time. With more tokens, its memory stops growing, and its first
+#: product runs twice even if everything is kept. It is the same for every plan, because the order
+#: of sums over rows depends on it.
 MLP_ROWS = 16384
 
 #: Paths of linear layers in mlx-lm's decoder layers.

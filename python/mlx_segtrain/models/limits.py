@@ -73,8 +73,8 @@ def _names_other_file(text: str, folder: Path) -> bool:
 
 
 def check_model(snapshot: Snapshot) -> None:
-    """Raises InputError for a configuration that names a program or has more layers than the weights
-    have tensors, and for weights without a valid header."""
+    """Raises InputError for a configuration that names a program or has more layers than there are
+    tensors, and for weights without a valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
             f"model_dir {snapshot.folder} contains a program (model_file in config.json), "

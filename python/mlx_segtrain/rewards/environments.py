@@ -18,7 +18,7 @@ from ..errors import InputError, RunError, named_reason, reason, shown
 from ..generation.parts import Parts, Tags, begins_reasoning, read_calls
 from .calling import found_at, with_what_it_takes
 
-#: Arguments of rewards and `reset` besides the columns of the data, which must not have these names.
+#: Arguments of rewards and `reset` besides the columns of the data, which cannot have these names.
 GIVEN = ("environments", "messages", "seed")
 #: Methods of an environment that are not tools.
 OWN = ("reset", "step", "get_reward")
