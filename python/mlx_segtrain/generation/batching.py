@@ -312,7 +312,7 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a make_mask for a cache layer that gives no mask for single tokens. It has only a weak
+    """Returns a make_mask for a cache layer that gives no mask for single tokens. It keeps a weak
     reference, so that the layer's arrays are freed with the layer."""
 
     def make_mask(n: int, **how: Any) -> Any:

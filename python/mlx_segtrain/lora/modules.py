@@ -10,6 +10,7 @@ from mlx.utils import tree_unflatten
 
 from .. import ops
 from ..errors import InputError
+from ..ops.reference import dropped
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
@@ -39,12 +40,6 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if isinstance(module, EMBEDDINGS):  # from a token to its vector
         return (base.out_dims, rank), (rank, base.in_dims)
     return (base.in_dims, rank), (rank, base.out_dims)
-
-
-def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
-    """Returns x with the fraction `rate` of its numbers set to 0 and the others scaled up to
-    compensate."""
-    return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
@@ -137,7 +132,7 @@ class LoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.rows is not None and self.rows.on:
-            return self.rows(x, self._frozen(x))
+            return self.rows(self, x, self._frozen(x))
         kind = next((kind for kind in KINDS if kind.array in self), None)
         if kind is None and self._is_step(x):
             y = self.linear(x)

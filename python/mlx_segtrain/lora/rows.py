@@ -113,10 +113,13 @@ class Rows:
         self._stacks: dict[int, _Stack] = {}
         self._uses: list[_Use] = []
         self._key: Any = None
+        #: The group and the path of a module, by its id.
+        self._places: dict[int, tuple[int, str]] = {}
         for i, readers in enumerate(self._readers):
             for path in readers.paths:
-                self._modules[path].rows = _Linear(self, i, path, self._modules[path])
-        self.known = {path for readers in self._readers for path in readers.paths}
+                self._modules[path].rows = self
+                self._places[id(self._modules[path])] = i, path
+        self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
         """Returns whether rows can use this adapter: it must not update an embedding or experts."""
@@ -146,15 +149,15 @@ class Rows:
         """Whether a row of the batch has an update."""
         return bool(self._uses)
 
-    def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
-        """Returns the op that computes the linear layers of a group in a step of generation, and
-        the place of each row's adapter; None if the layers are computed one by one."""
-        use = self._uses[0]
+    def decoding(self, module: LoRALinear) -> tuple[Any, mx.array | None]:
+        """Returns the op that computes a module's group in a step of generation, and the place of
+        each row's adapter; None if the layers are computed one by one."""
+        use, (index, _) = self._uses[0], self._places[id(module)]
         if use.rows is not None:
             return None, None
         made = use.stack.together
         if index not in made:
-            made[index] = self._together(index, use.stack.groups[index], together)
+            made[index] = self._together(index, use.stack.groups[index], module.together)
         return made[index], use.places
 
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
@@ -242,9 +245,12 @@ class Rows:
         own = dtype, adapter.tensors[path], adapter.scales[path], adapter.magnitudes[path]
         return self._modules[path].gain(DORA, *own)
 
-    def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
-        """Returns the output y [B, T, out] of the frozen linear layer with each row's own
+    def __call__(self, module: LoRALinear, x: mx.array, y: mx.array) -> mx.array:
+        """Returns y [B, T, out], the output of a module's frozen linear layer, with each row's own
         update."""
+        if not self._uses:
+            return y
+        (index, path), bias = self._places[id(module)], module.linear.get("bias")
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]
@@ -289,29 +295,6 @@ def _of_one(group: _Group, place: int) -> _Group:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
 
     return _Group(group.a[place], {path: own(x) for path, x in group.factors.items()})
-
-
-class _Linear:
-    """A linear layer's access to the updates of its rows."""
-
-    def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
-        self._rows, self._index, self._path = rows, index, path
-        self._bias, self._module = module.linear.get("bias"), module
-
-    @property
-    def on(self) -> bool:
-        return self._rows.on
-
-    @property
-    def any(self) -> bool:
-        return self._rows.any
-
-    def decoding(self) -> tuple[Any, mx.array | None]:
-        return self._rows.decoding(self._index, self._module.together)
-
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        rows = self._rows
-        return rows.update(self._index, self._path, self._bias, x, y) if rows.any else y
 
 
 def _size(adapter: Adapter) -> int:

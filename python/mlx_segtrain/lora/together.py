@@ -62,7 +62,7 @@ class Together:
             return None
         rows = self.modules[0].rows
         if rows is not None and rows.on:
-            op, picks = rows.decoding()
+            op, picks = rows.decoding(self.modules[0])
         else:
             op, picks = self._in_place(), None
         if op is None:
@@ -110,15 +110,15 @@ def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
 
 
 class _Recorder:
-    """Replaces the updates by rows while recording which x a layer reads."""
+    """Replaces the updates by rows to record which x a layer reads."""
 
     on = True
 
-    def __init__(self, module: LoRALinear, read: list[tuple[LoRALinear, mx.array]]):
-        self._module, self._read = module, read
+    def __init__(self) -> None:
+        self.read: list[tuple[LoRALinear, mx.array]] = []
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        self._read.append((self._module, x))
+    def __call__(self, module: LoRALinear, x: mx.array, y: mx.array) -> mx.array:
+        self.read.append((module, x))
         return y
 
 
@@ -129,10 +129,10 @@ def grouped(
 
     `run` is a forward pass of the model, [1, 1] tokens to logits; it is traced but not evaluated.
     """
-    read: list[tuple[LoRALinear, mx.array]] = []
+    recorder = _Recorder()
     before = [(module, module.rows) for module in modules]
     for module, _ in before:
-        module.rows = _Recorder(module, read)
+        module.rows = recorder
     try:
         run(mx.zeros((1, 1), mx.int32))
     finally:
@@ -140,7 +140,7 @@ def grouped(
             module.rows = rows
     found: dict[int, tuple[list[LoRALinear], mx.Dtype]] = {}
     seen: set[int] = set()
-    for module, x in read:
+    for module, x in recorder.read:
         if id(module) not in seen:  # some models call a layer twice
             seen.add(id(module))
             found.setdefault(id(x), ([], x.dtype))[0].append(module)

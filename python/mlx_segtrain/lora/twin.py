@@ -64,7 +64,7 @@ class _Linear:
             if y is not None:
                 return y
         if rows is not None:
-            return rows(x, self._product(x))
+            return rows(module, x, self._product(x))
         for kind in KINDS:
             if kind.array in module:
                 return module(x)

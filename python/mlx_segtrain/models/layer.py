@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from .. import ops
 from ..lora import KINDS, Kind
-from ..lora.modules import dropped
+from ..ops.reference import dropped
 from ..schedule import Stage
 from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates

@@ -15,8 +15,8 @@ import numpy as np
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, Stream, padded, trim_start
-from .objective import Objective, predictions, rows_of, stream_values
+from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
+from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 #: Numbers of a token in the loss.
@@ -104,9 +104,6 @@ class Grpo(Objective):
         """Returns the number of tokens in the loss, for the metrics; the weights are already
         fractions of the whole loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
-
-    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        return rows_of(batch)
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
         """Returns the inputs of a batch; `members` [B, M] is 1/n for the n tokens of a

@@ -76,8 +76,12 @@ class Objective:
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams as which a batch runs."""
-        raise NotImplementedError
+        """Returns the streams as which a batch runs; by default one of single sequences, padded or
+        packed."""
+        if not batch.packed:
+            return SINGLE
+        # The last token of a sequence is only predicted, and its first one is never.
+        return (Stream(parts=tuple(map(int, batch.lengths - 1))),)
 
     def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
         """Returns the inputs of chain and head for a batch."""
@@ -100,12 +104,6 @@ class Objective:
         """Returns the outputs, from the log-probabilities [M] of the targets and the other values
         that the head reads."""
         raise NotImplementedError
-
-
-def rows_of(batch: Batch) -> tuple[Stream, ...]:
-    """Returns the stream of rows that are single sequences, padded or packed."""
-    # The last token of a sequence is only predicted, and its first one is never.
-    return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
 
 
 def predictions(

@@ -9,8 +9,8 @@ import mlx.core as mx
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream
-from .objective import Objective, predictions, rows_of, stream_values
+from ..streams import SINGLE, BatchShape
+from .objective import Objective, predictions, stream_values
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,6 @@ class Sft(Objective):
 
     def total(self, batches: Sequence[Batch]) -> float:
         return float(sum(batch.weights.sum() for batch in batches))
-
-    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        return rows_of(batch)
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
         """Returns the inputs of a batch, with index, target and weight of the rows in the loss."""

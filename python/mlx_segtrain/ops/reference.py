@@ -159,7 +159,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def dropped(x, dropout, key):
-    """mask∘x / (1 − dropout)"""
+    """mask∘x / (1 − dropout); without a key x"""
     if key is None:
         return x
     keep = 1 - dropout
