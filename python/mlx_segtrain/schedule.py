@@ -120,9 +120,9 @@ def segmented_value_and_grad(
     `values` gives the `inputs` by name; no gradient is computed for these. `grads` has the
     structure of `params`. `segment_size` stages are recomputed together: 0 keeps everything, 1
     needs little memory; `cuts` gives full control. Every cut gives the same gradients. Results may
-    still be computing. `watch` is called after each move of the plan. `recordings` have the graphs of
-    earlier steps with the same stages and head: a function that has returned the same graph twice
-    for arrays of the same shapes is not called again.
+    still be computing. `watch` is called after each move of the plan. `recordings` have the graphs
+    of earlier steps with the same stages and head: a function that has returned the same graph
+    twice for arrays of the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
     """

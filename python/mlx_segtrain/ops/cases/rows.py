@@ -21,7 +21,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def _of_a_table(rows: int, index: mx.array) -> Iterator[selfcheck.Call]:
-    """Checks ops without a gradient as factors of something that has one."""
+    """Yields checks of ops without a gradient, as factors of a product that has one."""
     w, x, norm = selfcheck.normal((rows // 2, 512), (rows, 128), (1, 128), dtype=mx.bfloat16)
     table = _core.Base(*mx.quantize(w, bits=4), group_size=64, bits=4)
 
