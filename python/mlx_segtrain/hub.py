@@ -333,6 +333,14 @@ class _Unreachable(Exception):
     """The hub did not answer."""
 
 
+#: What the hub's answers mean, by status.
+REFUSALS = {
+    401: "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN",
+    403: "does not let you read it: your token may lack the permission",
+    429: "has received too many requests from you: wait a while, or log in",
+}
+
+
 @contextmanager
 def _answers(repository: Repository) -> Iterator[None]:
     """Converts exceptions of the hub's client to InputError, or _Unreachable."""
@@ -359,14 +367,7 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except refused as error:
         status = getattr(error.response, "status_code", None)
-        if status == 401:
-            said = "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN"
-        elif status == 403:
-            said = "does not let you read it: your token may lack the permission"
-        elif status == 429:
-            said = "has received too many requests from you: wait a while, or log in"
-        else:
-            said = f"answered {status}: try again later"
+        said = REFUSALS.get(status, f"answered {status}: try again later")
         raise InputError(f"{repository.id} is not available: the hub {said}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

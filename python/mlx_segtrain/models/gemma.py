@@ -16,17 +16,7 @@ from .. import ops
 from ..errors import InputError
 from .chain import Chain
 from .form import LayerForm, LayerHeaders
-from .layer import (
-    PROJECTIONS,
-    Embedding,
-    Layer,
-    Linears,
-    Mlp,
-    Norm,
-    Projection,
-    chain,
-    layer_of,
-)
+from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
 #: mlx-lm's defaults where config.json has no value, by the beginning of `model_type`.

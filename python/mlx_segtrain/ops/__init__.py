@@ -201,8 +201,8 @@ def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as in Gemma.
 
     gate, up, y [..., F] of one floating dtype, computed in float32. Keeps gate and up; the backward
-    pass computes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh form
-    is Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    pass computes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh
+    form is Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
     return _core.geglu(gate, up, impl=impl)
 

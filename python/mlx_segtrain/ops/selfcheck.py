@@ -23,6 +23,7 @@ import mlx.core as mx
 
 from .. import MLX_VERSION, __version__, _core
 from ..files import cache_dir, make_folder, write_json
+from . import reference
 
 #: Maximum relative L2 error against the plain code in float32, for half precision and float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
@@ -45,6 +46,12 @@ class Call:
     args: list[mx.array]
     thorough: bool = False
     bound: float | None = None
+
+    @classmethod
+    def of(cls, op: str, case: str, args: list[mx.array], **options: Any) -> "Call":
+        """Returns the call of the core's and the plain op with this name, with these options."""
+        kernel = functools.partial(getattr(_core, op), impl="kernel", **options)
+        return cls(op, case, kernel, functools.partial(getattr(reference, op), **options), args)
 
 
 @dataclass(frozen=True)

@@ -18,20 +18,21 @@ ACCURACY = 1e-6
 Check = Callable[..., list[float]]
 
 
+def _fault(text: str) -> InputError:
+    return InputError(f"rewards: {text}", field="rewards")
+
+
 def check_of(spec: str) -> Check:
     """Returns the check that is specified by `name:argument`. Raises InputError for an unknown name
     or a wrong argument."""
     name, _, argument = spec.partition(":")
     if name not in CHECKS:
-        raise InputError(
-            f"rewards: {shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} "
-            "(docs/grpo.md), or reward_functions for functions.",
-            field="rewards",
+        raise _fault(
+            f"{shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} (docs/grpo.md), or "
+            "reward_functions for functions."
         )
     if not argument:
-        raise InputError(
-            f"rewards: {name} needs an argument, as in {EXAMPLES[name]}.", field="rewards"
-        )
+        raise _fault(f"{name} needs an argument, as in {EXAMPLES[name]}.")
     return CHECKS[name](argument)
 
 
@@ -79,10 +80,7 @@ def _regex(pattern: str) -> Check:
     try:
         compiled = re2.compile(pattern)
     except re2.error as error:
-        raise InputError(
-            f"rewards: {shown(pattern, 80)} is not a valid RE2 pattern ({error}).",
-            field="rewards",
-        ) from None
+        raise _fault(f"{shown(pattern, 80)} is not a valid RE2 pattern ({error}).") from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         return [float(compiled.search(text) is not None) for text in completions]
@@ -95,19 +93,15 @@ def _json_schema(text: str) -> Check:
     try:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError(
-            'rewards: json_schema needs a package that is not installed: pip install "mlx-segtrain'
-            '[rewards]".',
-            field="rewards",
+        raise _fault(
+            "json_schema needs a package that is not installed: pip install "
+            '"mlx-segtrain[rewards]".'
         ) from None
     try:
         # References are not followed: schemas come from clients of the server too.
         validator = validator_for(json.loads(text), offline=True)
     except Exception as error:  # the library raises errors of several kinds
-        raise InputError(
-            f"rewards: {shown(text, 80)} is not a valid JSON schema ({reason(error)}).",
-            field="rewards",
-        ) from None
+        raise _fault(f"{shown(text, 80)} is not a valid JSON schema ({reason(error)}).") from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         return [float(_takes(validator, text)) for text in completions]
@@ -126,9 +120,7 @@ def _length(most: str) -> Check:
     """Returns the check of a completion's length: 1 up to this many tokens, then falling linearly
     to 0 at twice as many."""
     if not most.isdecimal() or int(most) < 1:
-        raise InputError(
-            f"rewards: length:{shown(most, 40)} needs a number of tokens.", field="rewards"
-        )
+        raise _fault(f"length:{shown(most, 40)} needs a number of tokens.")
 
     def check(completion_tokens: Sequence[int], **columns: Any) -> list[float]:
         return [min(1.0, max(0.0, 2 - n / int(most))) for n in completion_tokens]
