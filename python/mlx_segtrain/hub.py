@@ -367,7 +367,7 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except refused as error:
         status = getattr(error.response, "status_code", None)
-        said = REFUSALS.get(status, f"answered {status}: try again later")
+        said = REFUSALS.get(status or 0, f"answered {status}: try again later")
         raise InputError(f"{repository.id} is not available: the hub {said}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

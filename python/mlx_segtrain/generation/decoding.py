@@ -35,10 +35,10 @@ class Constraint(Protocol):
 class Options:
     """How tokens are chosen, and when a sequence ends.
 
-    A token is chosen among those that `top_p`, `top_k` and `min_p` all keep at the model's own
-    probabilities, then with the temperature (0: the most likely token). The repetition penalty
-    applies to tokens of prompt and answer (Keskar et al. 2019, arXiv:1909.05858), the other two
-    penalties to those of the answer.
+    The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, given the model's own
+    probabilities; one of them is sampled with the temperature (0: the most likely one). The
+    repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
+    arXiv:1909.05858), the other two penalties to tokens of the answer.
     """
 
     max_tokens: int = 512

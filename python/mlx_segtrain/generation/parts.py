@@ -78,8 +78,8 @@ class Parts:
         return begins
 
     def _next_tag(self) -> tuple[int, str, Kind] | None:
-        ends = ((self._held.find(tag), tag, kind) for tag, kind in self._ends())
-        return min((end for end in ends if end[0] >= 0), key=lambda end: end[0], default=None)
+        found = [(at, *end) for end in self._ends() if (at := self._held.find(end[0])) >= 0]
+        return min(found, key=lambda end: end[0], default=None)
 
     def _begun(self) -> int:
         """Returns how many characters at the end may begin a tag."""

@@ -83,7 +83,7 @@ class LoRALinear(nn.Module):
         self.forget_casts()
 
     def forget_casts(self) -> None:
-        """Frees the caches of updates, including those that may be put back."""
+        """Frees the caches of all updates, even if they may be put back."""
         self._casts.clear()
         if self.together is not None:
             self.together.forget()
