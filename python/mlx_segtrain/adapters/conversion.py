@@ -53,9 +53,9 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base, by default the one that the adapter names, if it exists. GGUF needs it,
-    and `names`, the module names for transformers, follow from it. Raises InputError for what a
-    format does not support.
+    `model_dir` is the base, by default the one that the adapter names, if it exists. GGUF needs it.
+    It determines `names`, the module names in transformers, unless they are given. Raises
+    InputError for what a format does not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)

@@ -311,8 +311,8 @@ class _Writer:
         mx.clear_cache()
 
     def close(self) -> int:
-        """Writes the rest and the index, and renames the files, since each name contains the number
-        of files. Returns the bytes of all tensors."""
+        """Writes the remaining tensors and the index, and renames the files, since each name
+        contains the number of files. Returns the bytes of all tensors."""
         self._write()
         n = len(self.files)
         where = {}

@@ -21,7 +21,7 @@ from ..models.snapshot import Snapshot
 
 #: Names of each layer's tensors, by its stored path.
 Found = dict[str, list[str]]
-#: The name of a head in transformers.
+#: Names of heads in transformers.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
     "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "

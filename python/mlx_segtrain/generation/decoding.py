@@ -124,7 +124,7 @@ class Text:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of the text may begin the stop string."""
+    """Returns how many characters at the end of the text may be the start of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 

@@ -1,7 +1,7 @@
 """Converts paths of modules, which mlx-lm, transformers and adapter files spell differently.
 
-In a model for text and images, mlx-lm wraps the text model around `model`; transformers puts it
-inside `model`.
+In a model for text and images, mlx-lm has `model` inside `language_model`, and transformers has
+`language_model` inside `model`.
 """
 
 #: mlx-lm's prefix for the text model of a model for text and images.

@@ -203,29 +203,27 @@ class Rows:
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
-            pairs = [adapter.tensors.get(path) for adapter in adapters]
-            some = next((pair for pair in pairs if pair is not None), None)
-            if some is None:
+            pairs = [adapter.tensors[path] for adapter in adapters if path in adapter.tensors]
+            if not pairs:
                 continue
-            rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
-            (width, _), (_, out) = (x.shape for x in some)
+            rank = max(a.shape[1] for a, _ in pairs)
+            (width, _), (_, out) = (x.shape for x in pairs[0])
             a, b, gains = [], [], []
-            for adapter, pair in zip(adapters, pairs, strict=True):
-                if pair is None:
+            for adapter in [*adapters, None]:
+                if adapter is None or path not in adapter.tensors:
                     a.append(mx.zeros((width, rank), dtype))
                     b.append(mx.zeros((rank, out), dtype))
                     gains.append(None)
                     continue
+                pair = adapter.tensors[path]
                 more = rank - pair[0].shape[1]
                 a.append(mx.pad(pair[0].astype(dtype), [(0, 0), (0, more)]))
                 scaled = (adapter.scales[path] * pair[1]).astype(dtype)
                 b.append(mx.pad(scaled, [(0, more), (0, 0)]))
                 gains.append(self._gain(path, adapter, dtype))
-            a.append(mx.zeros((width, rank), dtype))
-            b.append(mx.zeros((rank, out), dtype))
             ones, gain = mx.ones(out), None
             if any(x is not None for x in gains):
-                gain = mx.stack([*(ones if x is None else x for x in gains), ones])
+                gain = mx.stack([ones if x is None else x for x in gains])
             parts.append(mx.stack(a))
             found[path] = mx.stack(b), gain
         if not parts:

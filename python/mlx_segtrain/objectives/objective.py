@@ -58,7 +58,7 @@ class Objective:
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:
-        """Returns what the losses of these batches are divided by."""
+        """Returns the total by which the losses of these batches are divided."""
         raise NotImplementedError
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:

@@ -101,15 +101,11 @@ class Pairs(Objective):
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
         counted, rest = length if self._full else trained, length - same
-        of_chosen, of_rejected = (length - trim_start(length - n) for n in (counted, trained))
+        trimmed = [length - trim_start(length - n) for n in (counted, trained)]
         if same < SHARED_LEAST:
-            chosen, rejected = PAIR
-            streams = (
-                StreamShape(chosen, length, of_chosen),
-                StreamShape(rejected, length, of_rejected),
-            )
+            streams = tuple(map(StreamShape, PAIR, [length] * 2, trimmed))
         else:
-            streams = (StreamShape(joined(), length + rest, of_chosen + rest, same, rest),)
+            streams = (StreamShape(joined(), length + rest, trimmed[0] + rest, same, rest),)
         return BatchShape(rows, streams, rows * (counted + trained))
 
     def total(self, batches: Sequence[PairBatch]) -> Total:

@@ -159,13 +159,13 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
     numbers = []
     for score, completion in zip(scores, completions, strict=True):
         try:
-            numbers.append(float(score))
+            number = float(score)
         except (TypeError, ValueError):
-            numbers.append(math.nan)
+            number = math.nan
         except OverflowError:  # an integer with hundreds of digits
-            score = math.inf
-            numbers.append(score)
-        if not math.isfinite(numbers[-1]):
+            number = score = math.inf
+        numbers.append(number)
+        if not math.isfinite(number):
             raise RunError(
                 f"reward {name} returned {shown(score, 60)} for the completion "
                 f"{shown(completion, 80)}; it must return a finite number. Fix it and resume."
