@@ -140,11 +140,9 @@ def done(output_dir: Path) -> Event:
 def failed(error: BaseException) -> Event:
     """The run ended with an exception. `fault` is errors.Fault, `field` names what has to be
     changed."""
+    event = {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
     field = getattr(error, "field", None)
-    return {
-        **{"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()},
-        **{"fault": fault_of(error)} | ({} if field is None else {"field": field}),
-    }
+    return {**event, "fault": fault_of(error), **({} if field is None else {"field": field})}
 
 
 def run_progress(step: int, iters: int) -> float:

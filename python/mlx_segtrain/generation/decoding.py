@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
@@ -262,12 +261,7 @@ class Telling:
     a temperature only for rows that request that.
     """
 
-    def __init__(
-        self,
-        wanted: Mapping[int, int],
-        rows: int,
-        temperatures: Mapping[int, float] = MappingProxyType({}),
-    ):
+    def __init__(self, wanted: Mapping[int, int], rows: int, temperatures: Mapping[int, float]):
         """`wanted` maps each row that requests log p to its number of most likely tokens;
         `temperatures` divide the logits of rows, by default 1."""
         self._wanted, self._most = wanted, max(wanted.values())
