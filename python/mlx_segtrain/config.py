@@ -100,7 +100,6 @@ FRESH = Facets(
     otherwise="with warm_start, whose adapter has its own",
 )
 
-
 #: Defaults that depend on grpo_loss, from the losses' papers.
 OF_LOSS: dict[Any, dict[str, Any]] = {
     "dr_grpo": {"advantage_scaling": "none"},

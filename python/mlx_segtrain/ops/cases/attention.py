@@ -15,7 +15,6 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "softcap": lambda t: {"softcap": 2.0},
 }
 
-
 #: Head sizes of a thorough check on Metal, and the ones that our kernel supports.
 METAL_HEADS, METAL_KERNEL = (64, 128, 256, 512), (64, 128, 256)
 
