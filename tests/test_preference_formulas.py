@@ -99,7 +99,7 @@ def outputs_of(kind, ratios, baseline, total=None):
     parts = mx.array([1 / n for n in (total.rows, total.wanted, total.rows - total.wanted)])
     kl = mx.array(max(total.baseline, 0.0))
     objective = Kto(BETA, kind, **WEIGHTS)
-    return objective._outputs(ratios, mx.array(LABELS), mx.zeros(9), kl, parts)
+    return objective._of_sums(ratios, mx.array(LABELS), mx.zeros(9), kl, parts)
 
 
 @pytest.mark.parametrize(

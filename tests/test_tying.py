@@ -215,7 +215,7 @@ def test_our_files_say_for_which_kind_they_are(kind, runs, bases, data, tmp_path
     assert config["segtrain"]["tied"] is (kind == "tied")
     logits(bases[kind], runs / kind)
     for name, read in readers(bases[other], data, tmp_path).items():
-        with pytest.raises(InputError, match="of its own"):
+        with pytest.raises(InputError, match="separate head"):
             read(runs / kind)
         assert not (tmp_path / "out").exists(), name
     assert [one.fits for one in adapters([runs / kind], bases[other])] == [False]
@@ -257,7 +257,7 @@ def test_mlx_lm_s_files_mean_the_weight(bases, tmp_path):
 def test_a_head_of_another_model_is_refused_with_the_reason(reader, bases, data, tmp_path):
     pair = mx.ones((64, 4)), mx.ones((4, 300))
     write_adapter(tmp_path / "a", lora.Adapter({HEAD: pair}, {HEAD: 1.0}), About("m"))
-    with pytest.raises(InputError, match=r"is a head, but .* has none of its own"):
+    with pytest.raises(InputError, match=r"is a head, but .* has no separate head"):
         readers(bases["tied"], data, tmp_path)[reader](tmp_path / "a")
 
 

@@ -2,7 +2,7 @@
 
     from mlx_segtrain import train, load, TrainConfig, segmented_value_and_grad
 
-Names are loaded when first used, so that `mlx-segtrain --help` does not wait for MLX.
+Names are imported on first use, so that `mlx-segtrain --help` does not wait for MLX.
 """
 
 import os
@@ -45,7 +45,7 @@ MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """Raises ImportError, with the command that fixes it, unless the right MLX can be used."""
+    """Raises ImportError, with a command that fixes it, unless the right MLX is installed."""
     mend = (
         f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
     )
@@ -66,9 +66,9 @@ def _require_mlx() -> None:
 
 
 if sys.platform == "linux":
-    # On CUDA MLX collects work until it has read a thousand million numbers, and launches it then:
-    # the device idles at first, and memory that was freed comes back late. 32 million are a large
-    # op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this at its first work there.
+    # On CUDA, MLX collects work that reads up to a thousand million numbers before it launches it:
+    # the device idles at first, and memory is freed late. 32 million are a large op or a few small
+    # ones (bench/LOG.md, 2026-11-25). MLX reads this variable when it first uses the device.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
 
 _require_mlx()

@@ -1,5 +1,4 @@
-"""Training from Python, in a script or a notebook: keyword arguments, rows, a loaded model, a
-progress bar."""
+"""Training from a Python script or a notebook, with keyword arguments, rows or a loaded model."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Short names of fields, which are those of flags.
+#: Fields by short name, which is the one of a flag.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -35,7 +34,7 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult(training.TrainResult):
-    """The result of a run; losses in nats per token, with preference methods per pair.
+    """The result of a run; losses are in nats per token, with preference methods per pair.
 
     `config` is the run's. `model` and `tokenizer` are the ones passed to the run, or are loaded on
     first use; the model has the adapter.
@@ -66,16 +65,12 @@ class TrainResult(training.TrainResult):
 
     def plot(self) -> Figure:
         """Returns a matplotlib figure of the training and validation loss by step."""
+        from .hub import title
         from .objectives import OBJECTIVES
         from .training.curves import figure_of, points
 
-        return figure_of(points(self.history), self._title, OBJECTIVES[self.config.method].unit)
-
-    @property
-    def _title(self) -> str:
-        from .hub import title
-
-        return title(self.config.model_dir)
+        name, unit = title(self.config.model_dir), OBJECTIVES[self.config.method].unit
+        return figure_of(points(self.history), name, unit)
 
     @property
     def _facts(self) -> dict[str, str]:
@@ -193,7 +188,7 @@ def train(
 def _functions(
     rewards: Sequence[str | Function] | None, fields: dict[str, Any]
 ) -> tuple[list[Function], dict[str, Any]]:
-    """Returns the functions among rewards, and the fields with the other rewards."""
+    """Separates rewards: returns the functions, and the fields with the names of checks."""
     if rewards is None:
         return [], fields
     if not isinstance(rewards, list | tuple):  # the configuration reports what is wrong
@@ -204,7 +199,7 @@ def _functions(
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration with these fields on top. Raises InputError as on the command
+    """Returns the configuration updated with these fields. Raises InputError as on the command
     line."""
     if config is not None and not fields:
         return config
@@ -264,7 +259,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Returns the receivers of events and of steps, with a progress bar where people see it."""
+    """Provides the receivers of events and of steps, with a progress bar if somebody sees it."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook

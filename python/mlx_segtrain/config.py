@@ -2,7 +2,7 @@
 
 The flags of the command line, the keys of a YAML file, every error message, the page's form, the
 rules for resuming and the table in docs/configuration.md (printed by `python -m
-mlx_segtrain.config`) all follow from `TrainConfig`. What is known of a field besides its type is in
+mlx_segtrain.config`) all follow from `TrainConfig`. A field's properties besides its type are in
 fields.Facets.
 """
 
@@ -45,8 +45,8 @@ from mlx_segtrain.fields import (
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
-#: What a row is (one sequence, a pair of sequences, a sequence labelled good or bad, or a prompt
-#: alone), and which of these each method trains on.
+#: Kinds of rows (a sequence, a pair of sequences, a sequence labelled good or bad, or a prompt
+#: alone), and the kind that each method trains on.
 Rows = Literal["single", "pair", "labelled", "prompt"]
 ROWS: dict[str, Rows] = {
     "sft": "single",
@@ -56,7 +56,7 @@ ROWS: dict[str, Rows] = {
     "kto": "labelled",
     "grpo": "prompt",
 }
-#: Formats of rows (data/formats.py). A row's keys tell which one it has.
+#: Formats of rows (data/formats.py), which are distinguished by their keys.
 DataFormat = Literal[
     "auto",
     "preference",
@@ -89,7 +89,7 @@ DPO, ORPO, SIMPO, KTO = (
     for method in ("dpo", "orpo", "simpo", "kto")
 )
 GRPO = Facets(group="GRPO", methods=("grpo",))
-#: Applies to responses that come with the data, not to those that a run generates.
+#: For fields that apply to responses in the data, not to responses that a run generates.
 GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
@@ -100,8 +100,7 @@ FRESH = Facets(
     otherwise="with warm_start, whose adapter has its own",
 )
 
-
-#: Defaults of grpo's losses, from their papers.
+#: Defaults that depend on grpo_loss, from the losses' papers.
 OF_LOSS: dict[Any, dict[str, Any]] = {
     "dr_grpo": {"advantage_scaling": "none"},
     "dapo": {"clip_high": 0.28, "mask_truncated": True},
@@ -167,12 +166,12 @@ class TrainConfig(BaseModel):
     )
     """Optimizer; sgd has a momentum of 0.9."""
     learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0, aliases=("--lr",))
-    """Peak learning rate; the default of all methods but sft is 5e-5."""
+    """Peak learning rate. The default for all methods except sft is 5e-5."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
     """Schedule of the learning rate after the warmup; all except constant decay to a tenth of the
-    peak. The default of all methods but sft is cosine."""
+    peak. The default for all methods except sft is cosine."""
     warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup steps", ge=0)
     """Number of warmup steps, in which the learning rate rises from 0 to its peak."""
     lora_plus_ratio: Float = option(1.0, OPTIMIZER, title="LoRA+ ratio", gt=0)
@@ -224,9 +223,9 @@ class TrainConfig(BaseModel):
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
     """Loss of kto; apo_zero_unpaired uses 0 instead of an estimated KL divergence."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight in kto's loss of rows whose label is true."""
+    """Weight of rows whose label is true in kto's loss."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight in kto's loss of rows whose label is false."""
+    """Weight of rows whose label is false in kto's loss."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
     """Weight of orpo's odds-ratio term."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
@@ -263,7 +262,7 @@ class TrainConfig(BaseModel):
         [], GRPO, affects=("loss",), values="numbers, one for each reward"
     )
     """Weights of the rewards, in this order: rewards, reward_functions, functions given in Python,
-    reward_command, reward_model, get_reward of the environment. The default of each is 1."""
+    reward_command, reward_model, get_reward of the environment. The default is 1 for each."""
     environment: Name | None = option(
         None,
         GRPO,
@@ -295,15 +294,17 @@ class TrainConfig(BaseModel):
     """Variant of grpo's loss: how ratios are clipped and how tokens are averaged."""
     advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
     """What advantages are divided by: the standard deviation of the rewards within each group, over
-    the whole step (batch), or nothing (none). The default of dr_grpo is none."""
+    the whole step (batch), or nothing (none). The default for dr_grpo is none."""
     clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
-    """How far the ratio of new to old probability may fall below 1. The default of gspo is 3e-4."""
+    """How far the ratio of new to old probability may fall below 1. The default for gspo is
+    3e-4."""
     clip_high: Float = option(0.2, GRPO, gt=0)
-    """How far that ratio may rise above 1. The default of dapo is 0.28, that of gspo 4e-4."""
+    """How far the ratio of new to old probability may rise above 1. The default for dapo is 0.28,
+    and 4e-4 for gspo."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
     """Weight of the KL divergence from the model without the adapter; 0 skips its forward pass."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
-    """Leave completions that reach max_completion_tokens out of the loss. The default of dapo is
+    """Leave completions that reach max_completion_tokens out of the loss. The default for dapo is
     true."""
     updates_per_step: Int = option(1, GRPO, ge=1)
     """Optimizer updates per step, all on the same completions."""
@@ -335,8 +336,8 @@ class TrainConfig(BaseModel):
         values="true, false or auto",
     )
     """Pack several rows of the data into one row of up to max_seq_length tokens; they cannot attend
-    to each other. batch_size then counts packed rows. auto packs where that is faster; it is the
-    default of grpo."""
+    to each other. batch_size then counts packed rows. auto packs if that is faster, and is the
+    default for grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
@@ -406,7 +407,7 @@ class TrainConfig(BaseModel):
         otherwise="without sample_prompts",
         ge=1,
     )
-    """Maximum tokens of such an answer."""
+    """Maximum tokens of an answer to a sample prompt."""
     eval_command: Name | None = option(
         None,
         FREE,
@@ -548,8 +549,7 @@ REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
 def affecting(what: Effect) -> tuple[str, ...]:
-    """Returns the fields that change the memory, the loss of an adapter, or the rows that are
-    read."""
+    """Returns the fields that have this effect."""
     return tuple(name for name, own in FACETS.items() if what in own.affects)
 
 
@@ -557,7 +557,7 @@ def allowed(name: str, value: Any = None) -> str:
     """Returns the values of a field in words, e.g. "an integer >= 2", for errors, --help and the
     table.
 
-    If `value` breaks only the bound that all integers have, returns that bound.
+    If `value` exceeds the maximum of all integers, returns that bound instead.
     """
     if isinstance(value, int) and value > MOST:
         return f"an integer <= {MOST}"
@@ -579,7 +579,7 @@ def allowed(name: str, value: Any = None) -> str:
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
 
 
-#: What other trainers call a field, to recognize their names here.
+#: Names of fields in other trainers, to recognize them in a configuration.
 ELSEWHERE_CALLED: dict[str, str] = {
     "adapter_path": "adapter output output_dir out out_dir save_path",
     "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
@@ -625,14 +625,14 @@ CALLED = {word: name for name, words in ELSEWHERE_CALLED.items() for word in wor
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns the question whether the most similar of `names` was meant, or an empty string."""
+    """Returns a question that suggests the most similar of `names`; empty if none is similar."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def meant(name: str, names: Sequence[str], spelt: Callable[[str], str] = str) -> str:
-    """Like `nearest`, but also understands names of other trainers, by their meaning; `spelt` says
-    how a field is written among `names`."""
+    """Like `nearest`, but also recognizes names of other trainers; `spelt` converts a field to its
+    form among `names`."""
     field = CALLED.get(name.lstrip("-").replace("-", "_").lower())
     if field is None:
         return nearest(name, names)
@@ -644,8 +644,8 @@ def load_config(
     overrides: dict[str, Any],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Reads a YAML file (or none), replaces the fields in `overrides`, and adds those in `defaults`
-    that are not set. Raises InputError for any bad value."""
+    """Reads a YAML file, or none, and replaces the fields in `overrides`; fields that neither sets
+    come from `defaults`. Raises InputError for any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
     where = {
         key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
@@ -658,7 +658,7 @@ def load_config(
 
 
 def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
-    """Returns the first fault of a ValidationError, with the value and what is allowed."""
+    """Returns the first fault of a ValidationError, with the value and the allowed values."""
     # A required field that is misspelt is also missing, so that comes last.
     order = {"extra_forbidden": 0, "missing": 2}
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
@@ -684,7 +684,7 @@ def flag(name: str) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Reads a YAML file: its mapping, and the line (from 1) of each key."""
+    """Returns the mapping in a YAML file and the line (from 1) of each key."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -723,7 +723,7 @@ def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, i
 
 
 def table() -> str:
-    """Returns a Markdown table of all fields: values, default, meaning."""
+    """Returns a Markdown table of all fields with their values, default and meaning."""
     rows = ["| Field | Values | Default | Meaning |", "|---|---|---|---|"]
     for name, field in TrainConfig.model_fields.items():
         rows.append(f"| `{name}` | {allowed(name)} | {default(name)} | {field.description} |")
@@ -731,7 +731,7 @@ def table() -> str:
 
 
 def default(name: str) -> str:
-    """Returns the default of a field as YAML and the table show it."""
+    """Returns the default of a field in the form that YAML and the table show."""
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"

@@ -1,11 +1,11 @@
-"""Exceptions that end a run with one sentence: bad input, and failures during a run."""
+"""Exceptions with a message of one sentence, for bad input and for failures during a run."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-#: Why something ended, as far as it decides what helps: input that must be changed, too little
-#: memory, a failure during the run, a killed process, or a bug in this package.
+#: Why a run ended: input that must be changed, too little memory, a failure during the run, a
+#: killed process, or a bug in this package.
 Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 
@@ -23,7 +23,7 @@ class InputError(ValueError):
         self.status, self.field = status or self.status, field
 
 
-#: What MLX and its back ends say when an allocation fails; they have no exception class for it.
+#: Messages of MLX and its back ends when an allocation fails; they have no exception class for it.
 NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
@@ -43,7 +43,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 class NoRoom(InputError):
-    """The memory plan of a run needs more memory than there is."""
+    """The memory plan of a run needs more than the available memory."""
 
 
 class RunError(Exception):
@@ -64,6 +64,11 @@ class NoMemory(RunError):
 def reason(error: BaseException, most: int = 200) -> str:
     """Returns an error's message in one line; the name of its class if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+def named_reason(error: BaseException) -> str:
+    """Returns the class and the message of an error of someone else's code, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def either(words: Sequence[str]) -> str:

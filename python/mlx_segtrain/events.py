@@ -36,20 +36,20 @@ def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
 
 
 def warning(message: str) -> Event:
-    """Something that the user should know and that does not stop the run."""
+    """A message for the user about a problem that does not stop the run."""
     return {"type": "warning", "message": message}
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
-    """A stage of the run begins; progress 0..1. `done` carries adapter_path and applied_ranks."""
+    """A stage of the run begins; progress 0..1. `done` has adapter_path and applied_ranks."""
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """How far the rows of a source have been tokenized: the share 0..1 and the seconds left, each
-    None if unknown."""
+    """The progress of tokenizing the rows of a source: share 0..1, and the seconds left, both None
+    if unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -64,7 +64,7 @@ def evaluating(done: int, batches: int, left_s: float) -> Event:
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """The memory plan that the run follows from here on. Bytes; no peak if none is predicted."""
+    """The memory plan of the run from now on, in bytes; `peak` is None if none is predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -93,13 +93,13 @@ def train_metric(
 
 
 def step(metric: Event) -> Event:
-    """Where a run is between two reports, for who watches it: part of a step's metrics."""
+    """The progress of a run between two reports: part of a step's metrics."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 
 
 def speed(figures: Mapping[str, Any]) -> str:
-    """Returns the tokens per second in words: those in the loss, and all."""
+    """Formats the tokens per second: those in the loss, and all."""
     supervised, every = (figures[f"{x}tokens_per_sec"] for x in ("supervised_", ""))
     return f"{supervised:,.0f} supervised of {every:,.0f} tokens/s"
 
@@ -127,8 +127,7 @@ def sample(step: int, prompt: str, text: str) -> Event:
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """The numbers that the user's command or function gives the adapter; a str says why there are
-    none."""
+    """The scores of the adapter by the user's command or function; a str is the error instead."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
@@ -141,11 +140,9 @@ def done(output_dir: Path) -> Event:
 def failed(error: BaseException) -> Event:
     """The run ended with an exception. `fault` is errors.Fault, `field` names what has to be
     changed."""
+    event = {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
     field = getattr(error, "field", None)
-    return {
-        **{"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()},
-        **{"fault": fault_of(error)} | ({} if field is None else {"field": field}),
-    }
+    return {**event, "fault": fault_of(error), **({} if field is None else {"field": field})}
 
 
 def run_progress(step: int, iters: int) -> float:

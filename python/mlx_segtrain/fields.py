@@ -1,5 +1,5 @@
-"""Types and facets of the configuration's fields: everything that other modules need to know of a
-field."""
+"""Types and facets of the configuration's fields, from which other modules derive flags, forms and
+checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-#: Sections of the page's form, in order; the first has no title.
+#: Sections of the page's form, in order; the first one has no title.
 Group = Literal[
     "",
     "Adapter",
@@ -24,44 +24,43 @@ Group = Literal[
     "Evaluation and checkpoints",
     "More",
 ]
-#: What a field can change apart from the run itself: the planned memory, the loss of an adapter, or
-#: the rows that are read.
+#: Effects of a field outside of a run: on the planned memory, on the loss of an adapter, or on the
+#: rows that are read.
 Effect = Literal["memory", "loss", "rows"]
 
 
 @dataclass(frozen=True)
 class Facets:
-    """Everything known of a field besides its type. By default a field always has an effect.
+    """The properties of a field besides its type. By default a field always has an effect.
 
-    `affects` also makes the field a flag of `plan`, `eval` or `inspect`. `on_resume` says what
-    happens when a run is resumed with another value: the command refuses, warns and continues, or
-    treats it as the same run. The field has an effect only with `methods` (empty: with all) and
-    where `holds` is true; `otherwise` says in words when it has none.
+    `affects` also makes the field a flag of `plan`, `eval` or `inspect`. `on_resume` is what a
+    resume with another value does: it refuses, warns, or accepts the value. The field has an effect
+    only with `methods` (empty: with all) and where `holds` is true; `otherwise` is a phrase for the
+    cases in which it has none.
     """
 
-    title: str = ""  #: on the page; default: the field's name
+    title: str = ""  #: its label on the page; default: the field's name
     _: KW_ONLY
     affects: tuple[Effect, ...] = ()
     on_resume: Literal["refuse", "warn", "free"] = "refuse"
     methods: tuple[str, ...] = ()
     holds: Callable[[Any], bool] = lambda config: True
     otherwise: str = ""
-    flag: str = ""  #: on the command line; default: the field's name
+    flag: str = ""  #: its flag on the command line; default: the field's name
     aliases: tuple[str, ...] = ()  #: other flags with the same meaning
     refused: str = ""  #: why clients of the server may not set it; empty: they may
     on_card: bool = False  #: whether an adapter's model card shows it
     values: str = ""  #: the allowed values, where the type does not give them
     texts: bool = False  #: whether it is a list of texts, not of names: the page takes one per line
-    group: Group | None = "More"  #: on the page; None: the form does not have the field
+    group: Group | None = "More"  #: its section of the form; None: the form does not have the field
 
     def __or__(self, other: Facets) -> Facets:
-        """Returns these facets, replaced by those of `other` that differ from the defaults."""
+        """Returns these facets, updated with those of `other` that differ from the defaults."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 
     def __call__(self, schema: dict[str, Any]) -> None:
-        """Leaves the field's JSON schema unchanged; pydantic calls this to let a field modify
-        it."""
+        """Leaves the field's JSON schema unchanged; pydantic calls this."""
 
     def effective(self, config: Any) -> bool:
         """Returns whether the field has an effect in this configuration."""
@@ -98,8 +97,7 @@ def _expand(value: Any) -> Any:
 
 
 def place(value: Any) -> Any:
-    """Reads a path as people write it. ./org/name is always a path, while org/name may be a name on
-    the hub."""
+    """Reads a path. ./org/name is always a path, while org/name may be a name on the hub."""
     path = _expand(value)
     return path.absolute() if isinstance(value, str) and value.startswith("./") else path
 
@@ -129,7 +127,7 @@ def _distinct(value: list[Any]) -> list[Any]:
 
 
 def _decoded(value: Any) -> Any:
-    """Decodes JSON text, which is how a flag or a form field gives a value."""
+    """Decodes JSON text, in which flags and form fields pass a value."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -145,7 +143,7 @@ NO_VARIABLES = (
 
 
 def fault_of_variables(values: dict[str, Any]) -> str | None:
-    """Returns in words why these cannot be variables of a chat template; None if they can."""
+    """Returns why these cannot be variables of a chat template; None if they can."""
     for name in values:
         if not isinstance(name, str) or not name.isidentifier():
             return f"{name!r} is not the name of a variable"
@@ -187,7 +185,7 @@ Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:
-    """Returns the type of the field's value, leaving out None."""
+    """Returns the type of the field's value, without None."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
     if get_origin(field.annotation) is dict:
         return dict

@@ -1,8 +1,8 @@
-"""Writes files under temporary names and renames them, so that a reader never sees half a file;
-also locks.
+"""Writes files atomically, under temporary names that are renamed; also reads, hashes and locks
+files.
 
-Writes reach the disk in order: content before its name, and a name before whatever depends on it. A
-power cut leaves the old file or the new one.
+Writes reach the disk in order: content before its name, and a name before anything that depends on
+it. After a power cut there is either the old or the new file.
 """
 
 import errno
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-#: From this size on known_sha256 remembers a file's hash.
+#: Minimum bytes of a file whose hash known_sha256 caches on disk.
 REMEMBERED = 64 << 20
 
 
 def cache_dir() -> Path:
-    """Returns where downloads and results of checks are kept: $MLX_SEGTRAIN_CACHE, else
+    """Returns the folder for cached data and results of checks: $MLX_SEGTRAIN_CACHE, or one in
     ~/.cache."""
     return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or Path.home() / ".cache" / "mlx-segtrain")
 
@@ -44,7 +44,6 @@ def atomic(path: Path) -> Iterator[Path]:
 
     After an exception the temporary file is removed and whatever is at `path` is untouched.
     """
-    path = Path(path)
     aside = _aside(path)
     try:
         yield aside
@@ -57,7 +56,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic`, for a folder with files; replaces a folder that is at `path`."""
+    """Like `atomic`, for a folder with files; replaces a folder at `path`."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -81,7 +80,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Names of temporary files, which contain a process id, so that nobody else's files match.
+#: Names of temporary files; the process id in them keeps other files from matching.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -90,8 +89,8 @@ def _aside(path: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a killed process left in this folder under temporary names; moves a folder back
-    whose replacement never came."""
+    """Removes temporary files of a killed process from this folder; restores a folder that was
+    moved aside and not replaced."""
     asides = [path for path in folder.glob(".*.tmp*") if ASIDE.fullmatch(path.name)]
     for path in asides:
         place = path.with_name(path.name.removeprefix(".").rsplit(".", 3)[0])
@@ -105,7 +104,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists. Its name is free at once."""
+    """Removes a folder with its content, if it exists; renames it first, so that its name is free
+    at once."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -121,8 +121,8 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Returns whether a folder named in a file may be read; a server replaces this by whether it is
-    below its roots."""
+    """Returns whether a folder that a file names may be read; a server replaces this function and
+    allows only folders below its roots."""
     return True
 
 
@@ -136,7 +136,7 @@ def free(place: Path) -> int:
 
 def make_private(path: Path) -> None:
     """Creates a folder for this user only, unless it exists. Raises InputError if others can write
-    to it, since they could own what is in it."""
+    to it, since they could replace its content."""
     make_folder(path)
     with suppress(OSError):  # the file system does not know owners
         path.chmod(0o700)
@@ -147,7 +147,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """Opens a file so that only this user can read it, if `open` creates it."""
+    """An opener for `open`: a file that it creates can be read by this user only."""
     return os.open(path, flags, 0o600)
 
 
@@ -188,7 +188,7 @@ def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Waits until the disk has the content of a file, or the names in a folder."""
+    """Waits until the content of a file, or the names in a folder, are on the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         sync_open(file)
@@ -201,7 +201,7 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: int) -> None:
-    """Like `sync`, for an open file's number. On macOS fsync alone leaves the data in the disk's
+    """Like `sync`, for a file descriptor. On macOS fsync alone leaves the data in the disk's
     cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
@@ -212,7 +212,7 @@ def sync_open(file: int) -> None:
 
 
 def lock(file: IO[Any] | int) -> bool:
-    """Returns whether nobody else has locked `file`, which is then ours until it is closed.
+    """Locks `file` until it is closed, and returns True; returns False if it is already locked.
 
     The system releases the locks of a killed process, so a lock is never stale.
     """
@@ -224,7 +224,7 @@ def lock(file: IO[Any] | int) -> bool:
 
 
 def write_text(path: Path, text: str, opener: Callable[[str, int], int] | None = None) -> None:
-    """Writes `text` as UTF-8, atomically; the opener decides who may read it."""
+    """Writes `text` as UTF-8, atomically; `opener` as for `open`."""
     with atomic(path) as aside, open(aside, "w", encoding="utf-8", opener=opener) as file:
         file.write(text)
 
@@ -235,7 +235,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """Converts to JSON, which has no infinity and no NaN: these become null."""
+    """Converts a value to JSON; infinity and NaN become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -250,11 +250,8 @@ def _finite(value: Any) -> Any:
 def write_tensors(
     path: Path, tensors: "Mapping[str, mx.array]", metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, not atomically. Raises OSError with its reason, which MLX's own
-    error lacks.
-
-    mlx.core is imported here, because reading a configuration must not need MLX.
-    """
+    """Writes a safetensors file, not atomically. Raises OSError with a reason, which MLX's own
+    error lacks."""
     import mlx.core as mx
 
     with open(path, "wb") as file:
@@ -262,8 +259,8 @@ def write_tensors(
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content in hexadecimal; read once per process unless the file
-    changes."""
+    """Returns the SHA-256 of a file's content in hexadecimal; a process reads the file again only
+    if it has changed."""
     return _sha256(path, *_identity(path))
 
 
@@ -276,7 +273,7 @@ def known_sha256(path: Path) -> str:
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # One entry per path, so that the one of an earlier content is replaced.
+    # One entry per path, so that entries of earlier content are replaced.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
@@ -299,8 +296,8 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns what differs once a file has changed: programs can set the modification time, but not
-    the change time."""
+    """Returns numbers of which at least one differs after a file has changed: programs can set the
+    modification time, but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
 

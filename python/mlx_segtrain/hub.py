@@ -1,9 +1,9 @@
-"""The Hugging Face hub: models, adapters and data sets by name, in the cache that the hub's tools
-share.
+"""Downloads models, adapters and data sets from the Hugging Face hub to the cache that all tools of
+the hub share.
 
-`org/name` or `org/name@revision` becomes a folder of that cache, once, where a name comes in; the
-folder's path tells its `origin`. What is in the cache is used without a request. Of the rest only
-the files that are read are downloaded. An interrupted download continues where it ended, which the
+A name, `org/name` or `org/name@revision`, is replaced by a folder of that cache as early as
+possible; `origin` converts the folder back. Files in the cache are used without a request, and only
+files that are needed are downloaded. An interrupted download continues where it ended, which the
 hub's own client does not do across processes.
 """
 
@@ -30,16 +30,16 @@ Kind = Literal["model", "dataset"]
 PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"
 NAME = re.compile(rf"(?P<id>{PART}/{PART})(?:@(?P<revision>[\w.][\w./-]{{0,200}}))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-#: A repository's folder in the cache, or that of one of its snapshots.
+#: The folder of a repository, or of one of its snapshots, in the cache.
 FOLDER = re.compile(
     r"(?P<kind>models|datasets)--(?P<org>[^/]+?)--(?P<name>[^/]+)(/snapshots/(?P<revision>[^/]+))?"
 )
-#: The cache's name for a file's content: a hash.
+#: A hash by which the cache names a file's content.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: Endings of the files in a model's folder that are used.
+#: Endings of the files that are needed of a model.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
-#: Subfolders of a repository whose files are read too.
+#: Folders in a repository whose files are needed.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
 WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
@@ -47,15 +47,15 @@ OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
 MOST_AT_ONCE = 50_000_000_000
 #: Bytes to leave free on the disk; seconds to wait for a first answer; seconds between two events.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
-#: Bytes of a weight file that are requested first to read its header, and the maximum.
+#: Bytes of the first request for a weight file's header, and the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
-#: How often a connection is retried that brought nothing.
+#: Maximum number of successive connections that bring no byte.
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A name on the hub. Without a revision it means the newest commit, or the one in the cache."""
+    """A repository on the hub; without a revision, its newest commit, or the one in the cache."""
 
     id: str
     revision: str | None = None
@@ -66,7 +66,7 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """Its folder in the cache."""
+        """The repository's folder in the cache."""
         return cache() / f"{self.kind}s--{self.id.replace('/', '--')}"
 
     @property
@@ -75,7 +75,7 @@ class Repository:
 
 
 def cache() -> Path:
-    """Returns the folder of the hub's downloads. The user's token is above it."""
+    """Returns the folder of the hub's downloads. The user's token is in its parent."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
@@ -93,8 +93,8 @@ def offline() -> bool:
 
 
 def named(text: str | Path, kind: Kind = "model") -> Repository | None:
-    """Returns the repository that a text names: org/name or org/name@revision, if no such path
-    exists."""
+    """Returns the repository that a text names as org/name or org/name@revision; None if it is an
+    existing path, or not a name."""
     found = NAME.fullmatch(str(text))
     if found is None or ".." in found[0] or "--" in found["id"] or Path(text).exists():
         return None
@@ -102,7 +102,7 @@ def named(text: str | Path, kind: Kind = "model") -> Repository | None:
 
 
 def origin(path: str | Path) -> Repository | None:
-    """Returns the repository and commit that a folder of the cache holds."""
+    """Returns the repository of a folder in the cache, with its commit; None for other folders."""
     found = FOLDER.search(str(path))
     if found is None:
         return None
@@ -111,13 +111,14 @@ def origin(path: str | Path) -> Repository | None:
 
 
 def title(path: str | Path) -> str:
-    """Returns a name for people: org/name for what comes from the hub, else the end of the path."""
+    """Returns a short name to display: org/name for a folder from the hub, else the path's last
+    part."""
     own = origin(path)
     return Path(path).name if own is None else own.id
 
 
 def name_of(path: str | Path) -> str:
-    """Returns a name that works elsewhere: org/name for what comes from the hub, else the path."""
+    """Returns a name that works elsewhere: org/name for a folder from the hub, else the path."""
     own = origin(path)
     return str(path) if own is None else own.id
 
@@ -127,10 +128,9 @@ def _nobody(event: events.Event) -> None:
 
 
 def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = True) -> Path:
-    """Returns the folder of the model at a path or name; downloads what is missing.
+    """Returns the folder of the model at a path or name; downloads missing files.
 
-    Without `weights`, only configuration and tokenizer. Raises InputError for what is not
-    available.
+    Without `weights`, only configuration and tokenizer. Raises InputError if it is not available.
     """
     repository = named(text)
     if repository is None:
@@ -158,7 +158,7 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
 
 def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
     """Like `model`, for planning: if the weights are not in the cache, returns a folder whose
-    weight files have only their headers and their sizes."""
+    weight files are sparse, with their real headers and sizes."""
     repository = named(text)
     if repository is None or cached(text) is not None:
         return model(text, tell)
@@ -175,7 +175,7 @@ def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
             header = _header(exact, name)
             with files.atomic(place / name) as aside, open(aside, "wb") as file:
                 file.write(header)
-                file.truncate(max(size, len(header)))  # sparse: it takes no room
+                file.truncate(max(size, len(header)))
     return place
 
 
@@ -193,10 +193,10 @@ def located(
     earlier: Mapping[str, str] | None = None,
     bring: Callable[[Path, events.OnEvent], Path] = model,
 ) -> TrainConfig:
-    """Returns a configuration whose names on the hub are replaced by folders; `bring` gives the
-    model's.
+    """Returns the configuration with folders instead of names on the hub; `bring` returns the
+    folder of a model.
 
-    `earlier` are the folders of the run to resume: a name without a revision stays at that run's
+    `earlier` are the folders of the run to resume: a name without a revision keeps that run's
     commit.
     """
 
@@ -221,11 +221,11 @@ def fetch(
     *,
     ask: bool = True,
 ) -> Path:
-    """Returns the cache's snapshot of a repository, complete for the wanted files.
+    """Returns the cache's snapshot of a repository, with all wanted files.
 
     `tell` gets events of the stage load, with the `share` of the download, at most four a second.
-    `check` raises InputError for a repository whose files (bytes by name) are of no use. Without
-    `ask` there is no request.
+    `check` raises InputError for a repository whose files (bytes by name) are unusable. Without
+    `ask` no request is sent.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -249,7 +249,7 @@ def fetch(
             f"network, or download it elsewhere and copy it to {cache()}."
         ) from None
     check(listed)
-    # Configuration and tokenizer first, the largest last: if the weights are there, so is the rest.
+    # Configuration and tokenizer come first: if the weights are complete, so is the rest.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
     files.make_folder(repository.folder / "snapshots" / commit)
@@ -262,7 +262,7 @@ def fetch(
 
 
 def _listing(repository: Repository, commit: str) -> Path:
-    """Returns where the names and sizes of a commit's files are kept, which never change."""
+    """Returns the file with the names and sizes of a commit's files, which never change."""
     return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
 
 
@@ -300,8 +300,8 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Returns names and bytes of a snapshot's files; if another tool downloaded it, of the files
-    that exist."""
+    """Returns names and bytes of a snapshot's files; if another tool has downloaded it, those of
+    the existing files."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:
@@ -311,7 +311,8 @@ def files_of(folder: Path) -> dict[str, int]:
 
 
 def _seems_whole(folder: Path, kind: Kind) -> bool:
-    """Returns whether a snapshot without a known list of files has some, and lacks no weights."""
+    """Returns whether a snapshot without a known list of files has weights, and all that its index
+    names; for a data set, whether it has files."""
     if kind == "dataset":
         return any(path.is_file() for path in folder.rglob("*"))
     own = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
@@ -332,9 +333,17 @@ class _Unreachable(Exception):
     """The hub did not answer."""
 
 
+#: What the hub's answers mean, by status.
+REFUSALS = {
+    401: "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN",
+    403: "does not let you read it: your token may lack the permission",
+    429: "has received too many requests from you: wait a while, or log in",
+}
+
+
 @contextmanager
 def _answers(repository: Repository) -> Iterator[None]:
-    """Turns what the hub's client raises into a sentence."""
+    """Converts exceptions of the hub's client to InputError, or _Unreachable."""
     from huggingface_hub import errors
 
     refused = errors.HfHubHTTPError
@@ -358,16 +367,7 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except refused as error:
         status = getattr(error.response, "status_code", None)
-        if status == 401:
-            said = (
-                "does not accept your token: log in again with `hf auth login`, or correct HF_TOKEN"
-            )
-        elif status == 403:
-            said = "does not let you read it: your token may lack the permission"
-        elif status == 429:
-            said = "got too many requests from you: wait a while, or log in"
-        else:
-            said = f"answered {status}: try again later"
+        said = REFUSALS.get(status or 0, f"answered {status}: try again later")
         raise InputError(f"{repository.id} is not available: the hub {said}.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -410,7 +410,7 @@ def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
 
 
 def _is_below(name: str) -> bool:
-    """Returns whether a file of a repository stays within its folder."""
+    """Returns whether a file's name stays within the repository's folder."""
     return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -418,11 +418,11 @@ def _is_below(name: str) -> bool:
 
 
 class Meter:
-    """Counts received bytes, and reports them at most so often."""
+    """Counts received bytes, and reports them every TELL_S seconds."""
 
-    def __init__(self, what: str, there: int, total: int, tell: events.OnEvent):
-        self.what, self.there, self.total, self.tell = what, there, total, tell
-        self.told, self.begun, self.first = 0.0, time.monotonic(), there
+    def __init__(self, what: str, total: int, tell: events.OnEvent):
+        self.what, self.there, self.total, self.tell = what, 0, total, tell
+        self.told, self.begun = 0.0, time.monotonic()
 
     def __call__(self, n: int) -> None:
         self.there += n
@@ -431,13 +431,13 @@ class Meter:
             return
         self.told, share = now, min(1.0, self.there / max(1, self.total))
         text = f"downloading {self.what}: {amount(self.there)} of {amount(self.total)}"
-        rate = (self.there - self.first) / max(1e-3, now - self.begun)
+        rate = self.there / max(1e-3, now - self.begun)
         left_s = (self.total - self.there) / rate if rate > 0 else None
         self.tell(events.stage("load", 0.01 * share, text, share=share, left_s=left_s))
 
 
 def amount(n: float) -> str:
-    """Formats bytes in words."""
+    """Formats a number of bytes, in MB or GB."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
@@ -456,7 +456,7 @@ def _download(
             f"{repository} needs {amount(total)} more, but {amount(free)} are free on the disk of "
             f"{cache()}: free some, or set HF_HOME to a folder on another disk."
         )
-    meter = Meter(str(repository), 0, total, tell)
+    meter = Meter(str(repository), total, tell)
     exact = replace(repository, revision=commit)
     try:
         with _quiet():
@@ -476,7 +476,7 @@ def _download(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the client's own bars and log lines: the run reports progress and errors itself."""
+    """Hides the client's progress bars and log lines, since we report progress and errors."""
     from huggingface_hub import utils
 
     bars, level = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
@@ -490,12 +490,12 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-#: The suffix of an incomplete file; the hub's client gives each attempt another one.
+#: The suffix of an incomplete file; the hub's client uses another suffix for each attempt.
 BEGUN = ".segtrain.incomplete"
 
 
 def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
-    """Downloads a file into the cache, continuing what is there."""
+    """Downloads a file into the cache, or the rest of an incomplete one."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where: Any = {"repo_type": repository.kind, "revision": repository.revision}
@@ -549,7 +549,7 @@ def _fill(
 
 def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
     """Appends the missing bytes of a file, up to its `size` if that is known. Reconnects when a
-    connection ends, up to TRIES times without receiving a byte."""
+    connection ends, but fails after TRIES connections without a byte."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -558,7 +558,7 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
         part = {"range": f"bytes={there}-"} if there else {}
         before, ended = there, None
         try:
-            # The hub may redirect to another host, which must not see the token.
+            # The hub may redirect to another host, for which the client removes the token.
             how: Any = {"headers": headers | part, "timeout": PATIENCE_S, "follow_redirects": True}
             with get_session().stream("GET", url, **how) as answer:
                 hf_raise_for_status(answer)
@@ -618,8 +618,7 @@ def _header(repository: Repository, name: str) -> bytes:
 
 
 def _is(file: BinaryIO, etag: str) -> bool:
-    """Returns whether a file has the content whose hash is the etag: git's, or SHA-256. True for
-    other kinds of etags."""
+    """Returns whether the hash of a file, git's or SHA-256, is the etag; True for other etags."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if len(etag) == 64:

@@ -1,4 +1,4 @@
-"""Models and data sets of the Hugging Face hub by words, the most downloaded first."""
+"""Searches the Hugging Face hub for models and data sets."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: What a model must have to be found: weights in the format that MLX reads, and text to generate.
+#: Tags of the models to find: weights in a format that MLX reads, and generation of text.
 OF_MODELS = ("safetensors", "text-generation")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A repository that a search has found."""
+    """A repository in the results of a search."""
 
     name: str
     downloads: int
 
 
 def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
-    """Repositories whose names have these words. Raises InputError if the hub cannot be asked."""
+    """Returns repositories whose names have these words, the most downloaded first. Raises
+    InputError if the hub cannot be searched."""
     if offline():
         raise InputError("the hub is not searched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set.")
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    # HfApi.list_models sends the same request, and waits for ever.
+    # HfApi.list_models sends the same request, but without a timeout.
     how: dict[str, Any] = {"search": words, "sort": "downloads", "limit": limit}
     if kind == "model":
         how["filter"] = list(OF_MODELS)
@@ -42,7 +43,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
         status = getattr(error.response, "status_code", None)
         wait = "wait a while" if status == 429 else "try again later"
         raise InputError(f"the hub answers {status} to a search: {wait}.") from None
-    except Exception as error:  # of the client's library, of which several are in use
+    except Exception as error:  # the exceptions depend on the client's HTTP library
         raise InputError(
             f"the hub does not answer ({reason(error)}): check the network, or use a full name, as "
             "in org/name."

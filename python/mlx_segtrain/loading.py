@@ -21,8 +21,8 @@ def load(
 
     Both are folders or names on the Hugging Face hub; `on_event` receives the progress of
     downloads. Adapted layers run through our `lora_linear`; on the CPU the model's floating-point
-    weights are float32. Raises InputError if the model or the adapter cannot be read or do not fit
-    each other.
+    weights are converted to float32. Raises InputError if the model or the adapter cannot be read
+    or do not fit each other.
     """
     tell = on_event or (lambda event: None)
     adapter = hub.adapter(adapter_path, tell) if adapter_path else None

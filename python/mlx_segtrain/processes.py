@@ -1,10 +1,9 @@
-"""Starts our own processes so that no file is imported by accident, and with few environment
-variables.
+"""Starts our own processes, with a safe module path and few environment variables.
 
 `python -m` puts the folder in which it starts first on the path: a `yaml.py` there would replace
 the library. So our processes start in another folder, in isolated mode (which Python 3.10 has,
-too), and get this process's module path without the folder in which it was started. Of the
-environment they get what they need.
+too), and get this process's module path without the folder in which it was started. They get only
+the environment variables that they need.
 """
 
 import os
@@ -21,8 +20,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-#: Runs before any module except Python's own is imported: sets the module path, loads this very
-#: package, wherever it is, and then calls main of one of its modules.
+#: Sets the module path before any module except Python's own is imported, loads this package from
+#: its folder, and calls main of one of its modules.
 START = """\
 import sys
 sys.path[:] = sys.argv[1].split(chr(0x1f))
@@ -60,8 +59,8 @@ with suppress(OSError):  # it may have been deleted
 
 
 def command(module: str, *args: str) -> list[str]:
-    """Returns a command that runs `main(*args)` of one of our modules in another Python; start it
-    in a safe folder."""
+    """Returns a command that runs `main(*args)` of one of our modules in a new Python; run it in a
+    safe folder."""
     package = Path(__file__).parent
     folders = [
         path
@@ -73,8 +72,8 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Returns our variables and `added`, restricted to the common ones and matches of `more` (such
-    as "HF_*")."""
+    """Returns this process's environment updated with `added`, as far as names match COMMON or
+    `more` (such as "HF_*")."""
     patterns = (*COMMON, *more)
     return {
         name: value
@@ -88,7 +87,8 @@ def start(
 ) -> subprocess.Popen[Any]:
     """Runs `main(*args)` of a module of ours in a process that inherits these open files.
 
-    It has a session of its own: Ctrl-C in a terminal is for this process, which ends the others.
+    It has its own session, so Ctrl-C in a terminal reaches only this process, which ends the
+    others.
     """
     how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
     return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)
@@ -97,7 +97,8 @@ def start(
 def start_connected(
     module: str, settings: Mapping[str, str], **how: Any
 ) -> tuple[Connection, subprocess.Popen[Any]]:
-    """Like `start`, with a connection whose number `main` gets; `settings` are variables."""
+    """Like `start`, with a connection, whose file descriptor is the argument of `main`; `settings`
+    are environment variables."""
     wire, theirs = Pipe()
     with theirs:
         number, env = theirs.fileno(), {**environment((), {}), **settings}
@@ -105,7 +106,7 @@ def start_connected(
 
 
 def set_limit(kind: int, value: int | None = None) -> None:
-    """Sets the soft limit of this process, to at most the hard limit; None sets it to that."""
+    """Sets the soft limit of this process, at most to the hard limit; None: to the hard limit."""
     hard = resource.getrlimit(kind)[1]
     if value is None or (hard != resource.RLIM_INFINITY and value > hard):
         value = hard
@@ -113,13 +114,13 @@ def set_limit(kind: int, value: int | None = None) -> None:
 
 
 class _Memory:
-    """Limits memory: by the system on Linux, elsewhere by a thread that looks at regular times."""
+    """Limits memory: by the system on Linux, elsewhere by a thread that checks it regularly."""
 
     def __init__(self) -> None:
         self.pid, self.most = 0, 0
 
     def allow(self, more: int) -> None:
-        """Allows this process this many bytes more than it has now; beyond that it is killed."""
+        """Lets this process allocate this many more bytes; beyond that, it is killed."""
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
         except OSError:
@@ -143,6 +144,6 @@ MEMORY = _Memory()
 
 
 def _resident() -> int:
-    """Returns the most bytes of memory that this process has had."""
+    """Returns the peak memory of this process in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

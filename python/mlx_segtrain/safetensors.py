@@ -1,4 +1,4 @@
-"""Headers of safetensors files, checked before anything else reads the file.
+"""Reads and checks the headers of safetensors files, before anything else reads the file.
 
 The format: a length (uint64, little-endian), that many bytes of JSON, then the data. The
 safetensors package checks dtypes, shapes and offsets. This module rejects what the package accepts:
@@ -27,17 +27,17 @@ SIZES = {
 }
 #: Floating-point dtypes.
 FLOATS = ("F64", "F32", "F16", "BF16")
-#: Most bytes of a header, tensors in it, and dimensions of each. The largest models have a few
-#: hundred tensors per file; with separate experts, tens of thousands.
+#: Maximum bytes of a header, tensors in it, and dimensions of a tensor. The largest models have a
+#: few hundred tensors per file; with separate experts, tens of thousands.
 MOST, TENSORS, DIMENSIONS = 32 << 20, 100_000, 8
-#: Names end up in messages and in paths of modules: printable, without line breaks.
+#: Names must be printable, without line breaks, because messages and module paths contain them.
 NAME = re.compile(r"[!-~]{1,256}")
 
 
 def read_header(file: Path, *, whole: bool = True) -> Tensors:
     """Returns names, dtypes and shapes of a safetensors file without reading past the header.
 
-    Raises InputError if it is not one or, with `whole`, if header and data do not fit.
+    Raises InputError if the header is invalid or, with `whole`, if the data do not fit it.
     """
     try:
         with open_regular(file) as opened:
@@ -47,7 +47,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
             if size > min(MOST, total - 8):
                 raise ValueError("it ends within its header, or the header is too long")
             text = opened.read(size)
-        # Each tensor has an object and two lists; they are counted before they take memory.
+        # Each tensor has an object and two lists, which are counted before parsing takes memory.
         if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
             raise ValueError(f"its header names more than {TENSORS:,} tensors")
         if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:
@@ -67,8 +67,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
 
 
 def _refusal(text: bytes) -> str:
-    """Returns what the safetensors package rejects about a header; empty if that is only the
-    missing data."""
+    """Returns the error of the safetensors package for a header; empty if there is none."""
     try:
         safetensors.deserialize(struct.pack("<Q", len(text)) + text)
     except safetensors.SafetensorError as error:
@@ -76,7 +75,7 @@ def _refusal(text: bytes) -> str:
     return ""
 
 
-#: What the package says of a valid header, because no data follow it here.
+#: The package's error for a valid header without data.
 _NO_DATA = _refusal(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}')
 
 
@@ -88,8 +87,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape of a tensor. The package also accepts entries in other forms of
-    JSON."""
+    """Returns dtype and shape of a tensor. Rejects forms of JSON that only the package accepts."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name[:40]!r} is not a valid tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -2,8 +2,9 @@
 
 A model is a chain of stages over named boundary values. The forward pass keeps boundary values
 only; the head computes the loss and the first cotangents; then the segments are recomputed from the
-last to the first, each under `vjp` with the cotangents of the segment after it. What is kept, and
-the order of the moves, is a plan (`csrc/schedule/plan.h`); `csrc/schedule/schedule.cpp` runs it.
+last to the first, each under `vjp` with the cotangents of the segment after it. A plan
+(`csrc/schedule/plan.h`) has the order of moves and the values to keep;
+`csrc/schedule/schedule.cpp` runs it.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -25,8 +26,8 @@ class Stage:
     `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
     may rewrite a value that it reads, as layers do with the residual stream `h`.
 
-    A stage that `saves` takes two more arguments: `save=True` asks for a list of arrays after its
-    writes, and `saved` is that list when the stage is recomputed for its gradient.
+    A stage that `saves` takes two more arguments: with `save=True` it also returns a list of arrays
+    after its writes, and `saved` is that list when the stage is recomputed for its gradient.
 
     Stages of the same `owner` share the parameters under this name, by default the stage's own.
     Their gradients are added.
@@ -45,14 +46,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Where a chain of stages is cut: segments are recomputed whole, groups of them in two passes.
+    """Cuts of a chain into segments, which are recomputed as a whole, and groups of segments, which
+    are recomputed in two passes.
 
-    `segments` says after how many stages each segment ends, rising to the number of stages, and
-    `groups` after how many segments each group ends. Values between groups are kept from the
-    forward pass on; those between the segments of a group are recomputed when the backward pass
-    reaches the group. The last group keeps the values between its segments; the last segment is
-    never recomputed. `saves` are the stages that keep something (attention its output) in their
-    last run before their gradient, so that they recompute less.
+    `segments` are the numbers of stages after which the segments end, rising to the number of all
+    stages, and `groups` the numbers of segments after which the groups end. Values between groups
+    are kept from the forward pass on; values between the segments of a group are recomputed when
+    the backward pass reaches the group. The last group keeps the values between its segments; the
+    last segment is never recomputed. `saves` are the stages that keep arrays (attention its output)
+    in their last run before their gradient, so that they recompute less.
     """
 
     segments: tuple[int, ...]
@@ -66,8 +68,8 @@ class Cuts:
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Returns cuts of layers that end after these stages in segments of `size` (0: one), each a
-        group."""
+        """Returns cuts into segments of `size` layers (0: one segment), each a group; `ends` are
+        the numbers of stages after which the layers end."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
@@ -76,7 +78,7 @@ class Cuts:
 
 
 def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
-    """The stages as a plan sees them, of which the owners of `trainable` have parameters."""
+    """Returns the stages for a plan; the owners in `trainable` have parameters."""
     return [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
     ]
@@ -90,7 +92,7 @@ def _plan(
     trainable: Container[str] = (),
     incoming: Iterable[str] = (),
 ) -> _core.Plan:
-    """Returns the plan of a chain in which the owners of `trainable` have parameters."""
+    """Returns the plan of a chain; the owners in `trainable` have parameters."""
     specs = specs_of(stages, trainable)
     given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
     return _core.make_plan(specs, *given)
@@ -118,9 +120,9 @@ def segmented_value_and_grad(
     `values` gives the `inputs` by name; no gradient is computed for these. `grads` has the
     structure of `params`. `segment_size` stages are recomputed together: 0 keeps everything, 1
     needs little memory; `cuts` gives full control. Every cut gives the same gradients. Results may
-    still be computing. `watch` is called after each move of the plan. `recordings`, of the same
-    stages and head only, hold the graphs of earlier steps: a function whose calls with arrays of
-    these shapes gave the same graph twice is not called again.
+    still be computing. `watch` is called after each move of the plan. `recordings` have the graphs
+    of earlier steps with the same stages and head: a function that has returned the same graph
+    twice for arrays of the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
     """
@@ -141,7 +143,7 @@ def segmented_value_and_grad(
 
 @dataclass(frozen=True)
 class Passes:
-    """A batch on its way through stages: `forward`, and `backward` after it."""
+    """The passes of a batch through stages: `forward`, and then `backward`."""
 
     _run: _core.Passes
     _keys: Mapping[str, list[str]]  #: of parameters, by owner
@@ -155,9 +157,9 @@ class Passes:
     def backward(
         self, cotangents: Sequence[mx.array] = ()
     ) -> tuple[tuple[mx.array, ...], Grads, dict[str, mx.array]]:
-        """Outputs of the head, gradients of parameters, and cotangents of the incoming values.
+        """Returns outputs of the head, gradients of parameters, and cotangents of incoming values.
 
-        Without a head it is given those of the differentiable values that `forward` gave.
+        Without a head, `cotangents` are those of the differentiable values that `forward` returned.
         """
         result = self._run.backward(list(cotangents))
         named = zip(self._keys.items(), [*result.grads, result.head_grads], strict=True)
@@ -176,9 +178,9 @@ def passes_of(
     watch: Callable[[], None] | None = None,
     recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
-    """As segmented_value_and_grad, in two calls. Stages may be a part of a chain: `incoming` are
-    the inputs that depend on parameters of stages before them, and without a head the stages after
-    them give the cotangents of what they read."""
+    """Like segmented_value_and_grad, with separate calls for the two passes. The stages may be a
+    part of a chain: `incoming` are the inputs that depend on parameters of earlier stages, and
+    without a head the later stages provide the cotangents of the values that they read."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
@@ -222,9 +224,9 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Border:
-    """Boundary values that go from one device to the next; the cotangents of the `differentiable`
-    ones come back. Cotangents of the `summed` ones are float32, since several stages add to them.
-    """
+    """The boundary values that a device sends to the next one; it receives the cotangents of the
+    `differentiable` ones. Cotangents of the `summed` ones are float32, since several stages add to
+    them."""
 
     values: tuple[str, ...]
     differentiable: tuple[str, ...]
@@ -234,7 +236,7 @@ class Border:
 def border(
     stages: Sequence[_core.StageSpec], head_reads: Sequence[str], before: Sequence[bool]
 ) -> Border:
-    """Returns where a chain is cut: `before` says of each stage whether it is on this side."""
+    """Returns the border after the stages for which `before` is True."""
     depends: dict[str, bool] = {}
     for stage, here in zip(stages, before, strict=True):
         if here:

@@ -1,4 +1,4 @@
-"""Streams of tokens: their names, how they are cut, and how many tokens of each a batch has."""
+"""Streams of tokens, and the shapes of batches of them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PAD_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Stream:
-    """A sequence that runs through the layers; if there are others, boundary values have its name.
+    """A sequence that runs through the layers; `name` is part of the names of its boundary values.
 
-    With `branch`, its last rows are a second sequence that continues after the first `shared` rows,
-    as if the rows between were absent. With `parts`, it is several packed sequences of that many
-    rows each: each starts at position 0 and attends to none of the others.
+    With `branch`, this many rows at the end are a second sequence, which continues after the first
+    `shared` rows as if the rows between were absent. With `parts`, it consists of packed sequences
+    of these numbers of rows: each starts at position 0 and attends only to itself.
     """
 
     name: str = ""
@@ -31,24 +31,24 @@ class Stream:
     parts: tuple[int, ...] = ()
 
     def of(self, value: str) -> str:
-        """Returns the name of this stream's own boundary value."""
+        """Returns the name of this boundary value for this stream."""
         return f"{value} of {self.name}" if self.name else value
 
     @property
     def segments(self) -> tuple[int, ...] | None:
-        """Returns where its parts start, and where the last one ends, as the ops take them."""
+        """The starts of the parts and the end of the last one, as the ops take them."""
         return tuple(accumulate(self.parts, initial=0)) if self.parts else None
 
 
-#: A row, or several rows, without a second stream.
+#: The stream of rows that are single sequences.
 SINGLE = (Stream(),)
 #: The two sequences of pairs.
 PAIR = (Stream("chosen"), Stream("rejected"))
 
 
 def joined(shared: int = 0, branch: int = 0) -> Stream:
-    """Returns both sequences of pairs as one stream: the chosen one, and the part of the rejected
-    one that differs."""
+    """Returns the stream of pairs whose sequences run together: the chosen one, and the rest of the
+    rejected one as a branch."""
     return Stream("pair", shared, branch)
 
 
@@ -59,13 +59,12 @@ def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
 
 
 def padded(width: Count, batch_size: int) -> Count:
-    """Returns the width of a batch whose longest row has `width` tokens; takes one, or an array of
-    them."""
+    """Returns the width of a batch whose longest row has `width` tokens, a number or an array."""
     return width if batch_size == 1 else -(-width // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def trim_start(first: Count) -> Count:
-    """Returns the position at which a chain that trims starts, if `first` is the first one with a
+    """Returns the first position that a chain which trims keeps, if `first` is the first one with a
     loss."""
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 
@@ -87,18 +86,18 @@ class StreamShape:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longer sequence."""
+        """The number of tokens of the longer sequence."""
         return max(self.length - self.branch, self.shared + self.branch)
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """This many rows of each stream; in total `loss` tokens are in the loss."""
+    """The shape of a batch: rows of each stream, and the total of tokens in the loss."""
 
     rows: int
     streams: tuple[StreamShape, ...]
     loss: int
-    accumulates: bool = False  #: onto the gradient of earlier batches
+    accumulates: bool = False  #: its gradient is added to that of earlier batches
     dropout: bool = False
     dora: bool = False
 
@@ -115,23 +114,15 @@ class BatchShape:
 
     @property
     def length(self) -> int:
-        """Tokens of the longest sequence."""
+        """The number of tokens of the longest sequence."""
         return max(stream.longest for stream in self.streams)
 
     def stretched(self, length: int) -> BatchShape:
-        """Returns the shape scaled in proportion, with this many tokens in the longest sequence."""
+        """Returns the shape scaled so that the longest sequence has this many tokens."""
 
-        def longer(n: int) -> int:
-            return -(-length * n // self.length)
+        def longer(own: StreamShape | BatchShape, *names: str) -> dict[str, int]:
+            return {name: -(-length * getattr(own, name) // self.length) for name in names}
 
-        streams = tuple(
-            replace(
-                x,
-                length=longer(x.length),
-                trimmed=longer(x.trimmed),
-                shared=longer(x.shared),
-                branch=longer(x.branch),
-            )
-            for x in self.streams
-        )
-        return replace(self, streams=streams, loss=longer(self.loss))
+        sizes = ("length", "trimmed", "shared", "branch")
+        streams = tuple(replace(own, **longer(own, *sizes)) for own in self.streams)
+        return replace(self, streams=streams, **longer(self, "loss"))

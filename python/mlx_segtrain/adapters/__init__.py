@@ -1,7 +1,7 @@
-"""Adapter directories: what a run writes, what other tools write, and conversions between them.
+"""Adapter directories: reads, writes and converts them.
 
-writing.py describes our format, reading.py the formats that can be read; conversion.py, merging.py
-and folding.py turn adapters into other things.
+writing.py describes our format, and reading.py the formats that can be read. conversion.py converts
+between formats, merging.py combines adapters, and folding.py merges one into its base model.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""README.md of an adapter's folder: what the adapter is, what it was made from, how to load it."""
+"""The model card of an adapter, README.md in its folder."""
 
 import shlex
 from collections import Counter
@@ -17,10 +17,10 @@ from ..lora.folder import README
 
 @dataclass(frozen=True)
 class About:
-    """The data in an adapter's folder besides the factors.
+    """The metadata of an adapter.
 
-    `model` is the base, `run` the configuration of the run that made it, `facts` are lines of its
-    model card by name.
+    `model` is the base, `run` the configuration of the run that trained it, and `facts` are lines
+    of its model card by name.
     """
 
     model: str
@@ -36,7 +36,7 @@ class About:
         step: int | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> "About":
-        """Returns what is known of an adapter that a run wrote."""
+        """Returns the metadata of an adapter that a run with this configuration has trained."""
         run = config.model_dump(mode="json")
         return cls(name_of(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
 
@@ -48,7 +48,7 @@ def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours")
 
 
 def card(adapter: Adapter, about: About, form: str) -> str:
-    """Returns the text, with metadata at its head that model hubs read."""
+    """Returns the text of the model card; it begins with the metadata that model hubs read."""
     model, run = about.model, about.run
     kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())

@@ -1,4 +1,4 @@
-"""Converts adapters between formats; what was written is read back and compared."""
+"""Converts adapters between formats. Each result is read back and compared with its source."""
 
 import math
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ PROBES = 8
 
 @dataclass(frozen=True)
 class Converted:
-    """The files that were written, and how far they are from what was read.
+    """A converted adapter, and how much the conversion changed it.
 
     `difference` is the largest |ΔW·x − ΔW'·x| over all layers for normally distributed x, `update`
     the largest |ΔW·x|.
@@ -53,8 +53,9 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base, by default the one that the adapter names, if it exists; it gives the
-    `names` in transformers. GGUF needs it. Raises InputError for what a format does not support.
+    `model_dir` is the base, by default the one that the adapter names, if it exists. GGUF needs it.
+    It determines `names`, the module names in transformers, unless they are given. Raises
+    InputError for what a format does not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
@@ -90,7 +91,7 @@ def export(
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
     """Writes an adapter of mlx-lm, PEFT, OptiQ or mlx-bun in our format.
 
-    With `model_dir` the layers get the names that this model's files have.
+    With `model_dir` the layers get the names that they have in this model's files.
     """
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
@@ -108,8 +109,8 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
 
 def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
-    """Returns the adapter with the knowledge whether its embedding, if it has one, is also the
-    head. Raises InputError if that is unknown."""
+    """Returns the adapter with `tied` set if it adapts an embedding. Raises InputError if the base
+    that determines it is unknown."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
         return adapter
     tied = None if base is None else read_shape(base).tied
@@ -122,7 +123,7 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
 
 
 def about_of(adapter_path: Path | Folder) -> About:
-    """Returns what an adapter's folder says about it; empty where it says nothing."""
+    """Returns the metadata in an adapter's folder; what the folder lacks is empty."""
     folder = open_folder(adapter_path)
     config = folder.config
     run = dict(ours(config))
@@ -140,8 +141,8 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32") -> Converted:
-    """Compares an adapter with what was written of it. Raises InputError if they differ by more
-    than rounding."""
+    """Compares an adapter with what was read back after writing it. Raises InputError if they
+    differ by more than rounding."""
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
@@ -153,14 +154,14 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
 
 
 def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
-    """Returns the largest |ΔW·x| of the first adapter, and the largest difference between both.
+    """Returns the largest |ΔW·x| of the first adapter, and the largest difference from the other.
 
     x is normally distributed, and the same for both. Raises InputError if they adapt different
-    layers, or if lengths differ.
+    layers, or if only one has magnitudes.
     """
     names = {bare(path): path for path in other.tensors}
     if not {bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
-        raise InputError("what was written does not adapt the same layers as what was read.")
+        raise InputError("the written adapter does not adapt the same layers as the original.")
     update = difference = 0.0
     for i, path in enumerate(sorted(one.tensors)):
         twin = names[bare(path)]
@@ -181,6 +182,6 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
 
 def _updated(adapter: Adapter, path: str, x: mx.array) -> mx.array:
     a, b = adapter.tensors[path]
-    if a.ndim == 3:  # experts have them transposed
+    if a.ndim == 3:  # the factors of experts are transposed
         a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
     return adapter.scales[path] * ((x @ a) @ b)

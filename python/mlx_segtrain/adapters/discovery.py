@@ -1,4 +1,4 @@
-"""Finds the adapters below some folders, and which of them a model can use."""
+"""Finds the adapters below some folders, and whether a model can use them."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from .conversion import about_of
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
-#: Most folders below a root that are searched.
+#: Maximum depth of folders below a root that are searched.
 DEPTH = 6
-#: Most bytes of a run's log that are read for its best loss.
+#: Maximum bytes of a run's log that is read for its best loss.
 MOST_LOG = 64 << 20
 
 
@@ -41,7 +41,7 @@ class Found:
 
 
 def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
-    """Returns all adapters below the roots, by path; skips folders without an adapter."""
+    """Returns all adapters below the roots, sorted by path."""
     shape = read_shape(model_dir) if model_dir is not None else None
     return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
 
@@ -60,7 +60,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def look(folder: Path, shape: ModelShape | None = None) -> Found:
-    """Returns what an adapter's folder says; a fault is reported, not raised."""
+    """Describes the adapter in a folder; `fault` is set if it cannot be used."""
     try:
         opened = open_folder(folder)
         ranks, about = ranks_in(opened), about_of(opened)
@@ -89,7 +89,7 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
 
     def fits(path: str, width: int, out: int) -> bool:
         ends = (out, width) if path.endswith("embed_tokens") else (width, out)
-        # The header does not give the widths of experts in two dimensions.
+        # `widths` has matrices only, and the weights of experts have three dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     try:
@@ -104,7 +104,7 @@ def best_loss(run: Path) -> float | None:
     best = math.inf
     try:
         with open_regular(run / "metrics.jsonl") as log:
-            # Reads the beginning of the log line by line; it may hold anything.
+            # The log may contain anything, and may grow while it is read.
             lines = log.readlines(MOST_LOG) if os.fstat(log.fileno()).st_size < MOST_LOG else ()
             for line in lines:
                 if b'"val"' not in line:

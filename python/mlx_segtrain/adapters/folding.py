@@ -14,21 +14,22 @@ from ..lora import Adapter
 from ..models.snapshot import Quantization, Snapshot
 from .tying import check_base
 
-#: Most bytes of a weight file, unless a single tensor is larger.
+#: Maximum bytes of a weight file, unless a single tensor is larger.
 SHARD = 4 << 30
 #: Share of an update that may be lost before the report warns.
 LOST = 0.1
-#: What a module that is changed may hold.
+#: Tensors that a module may have if something is merged into it.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: What is copied from a model's folder: no weights in other formats.
+#: Endings of the files that are not copied from the base's folder: weights, in any format.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
-#: Keys of a quantization in config.json that are not modules.
+#: Keys of a quantization in config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
 
 
 @dataclass(frozen=True)
 class Folded:
-    """How much of a layer's update is in the merged weight. Norms are roots of sums of squares.
+    """How much of a layer's update is in the merged weight. `update` and `weight` are the Frobenius
+    norms of ΔW and W.
 
     W is the base's weight, ΔW the update, W' what was written. `lost` is the share of ΔW that W'
     lacks, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing is. `error` is the
@@ -46,7 +47,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Report:
-    """A model folder that was written, and how much of the adapter it has."""
+    """A merged model's folder, and how much of the adapter its weights contain."""
 
     path: Path
     linears: list[Folded]
@@ -78,9 +79,9 @@ def fold(
     """Writes the base model with the adapter in its weights, as a folder that mlx-lm loads.
 
     Quantized layers are quantized again as they were, or with this many `bits`; with `dequantize`
-    the whole model is dense, in `dtype` or the dtype in which the base computes. What the adapter
-    does not change is copied bit for bit. One weight file is in memory at a time. Raises InputError
-    if the two do not fit each other.
+    the whole model is dense, in `dtype` or the dtype in which the base computes. Tensors that the
+    adapter does not change are bit-identical to the base's. One weight file is in memory at a time.
+    Raises InputError if adapter and base do not fit each other.
     """
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
@@ -132,8 +133,8 @@ def fold(
 
 
 def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
-    """Returns the adapter's name of each layer by the base's. Raises InputError if a layer does not
-    exist."""
+    """Returns the path of each adapted layer in the adapter, by its path in the base's files.
+    Raises InputError if a layer does not exist there."""
     found: dict[str, str] = {}
     for name in adapter.tensors:
         path = base.spelled(name)
@@ -149,8 +150,8 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
 
 
 def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
-    """Yields path and tensors of each module, in the order of the files; read when they are
-    used."""
+    """Yields the path and the tensors of each module, in the order of the files; tensors are loaded
+    when they are used."""
     files: dict[str, dict[str, Path]] = {}
     for file, header in base.headers.items():
         for name in header:
@@ -174,8 +175,8 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
 
 
 def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized: bool) -> None:
-    """Raises InputError if a module that is changed is more than a weight, quantized by MLX or
-    not."""
+    """Raises InputError unless a module consists of a dense or MLX-quantized weight, and perhaps a
+    bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
         what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
@@ -186,7 +187,7 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this many bits; MLX has a choice of bits in affine mode
+    """Returns the quantization with this many bits, which MLX lets one choose in affine mode
     only."""
     if how is None or bits is None:
         return how
@@ -194,13 +195,13 @@ def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | Non
 
 
 def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Returns what a module has besides its weight: a bias that is added."""
+    """Returns a module's bias as a dict, which is empty if it has none."""
     return {"bias": module["bias"]} if "bias" in module else {}
 
 
 def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """Returns the weight of a module, quantized in this way or not, as a dense array of this
-    dtype."""
+    """Returns the weight of a module as a dense array of this dtype; `how` it is quantized, if it
+    is."""
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
@@ -229,8 +230,8 @@ def _folded(
     kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """Returns the module with the update in its weight, quantized as `kept` says; and how much of
-    the update is there."""
+    """Returns the module with the update merged into its weight, quantized as `kept`, and how much
+    of the update the result contains."""
     bits = None if kept is None else kept.bits
     before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)
@@ -276,7 +277,7 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
-    """Notes in config.json how a module is quantized, unless that follows from the rest."""
+    """Records in config.json how a module is quantized, unless it is quantized like the rest."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):
@@ -310,8 +311,8 @@ class _Writer:
         mx.clear_cache()
 
     def close(self) -> int:
-        """Renames the files, since each name contains the number of files; returns the bytes of
-        all."""
+        """Writes the remaining tensors and the index, and renames the files, since each name
+        contains the number of files. Returns the bytes of all tensors."""
         self._write()
         n = len(self.files)
         where = {}

@@ -29,10 +29,10 @@ ARCHITECTURES = {
 def write_gguf(
     folder: Path, adapter: Adapter, about: About, base: dict[str, Any], dtype: mx.Dtype
 ) -> Adapter:
-    """Writes adapter.gguf and README.md; returns the content of the file, read back.
+    """Writes adapter.gguf and README.md; returns the adapter as it is read back from the file.
 
-    B includes the multiplier; alpha 0 says that there is no other. Raises InputError for what
-    llama.cpp does not support, or if the package is missing.
+    B includes the multiplier; alpha 0 means that there is no other. Raises InputError for what
+    llama.cpp does not support, or if the package gguf is not installed.
     """
     if find_spec("gguf") is None:
         raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
@@ -94,9 +94,9 @@ def _place(names: Any, path: str) -> str:
 
 
 def turn(b: mx.array, heads: int | None, *, back: bool = False) -> mx.array:
-    """Returns B [out, R] with its rows in the order in which rotary pairs are neighbours: for each
-    head one of the first half, then its partner of the second. `back`: the reverse; None:
-    unchanged."""
+    """Reorders the rows of B [out, R] so that rotary pairs are neighbours: in each head, every row
+    of the first half is followed by its partner in the second half. `back` undoes this; without
+    `heads`, B is returned unchanged."""
     if heads is None:
         return b
     half = b.shape[0] // heads // 2

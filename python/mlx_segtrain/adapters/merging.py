@@ -1,4 +1,4 @@
-"""Merges several adapters into one, exactly: their factors side by side."""
+"""Merges several adapters into one, exactly, by concatenating their factors."""
 
 import math
 from collections.abc import Sequence
@@ -19,24 +19,23 @@ from .writing import write_adapter
 
 
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """ΔW = Σ weight·ΔW: the A's side by side, and the B's below each other, multiplied by
-    multiplier and weight.
+    """Returns the weighted sum of adapters.
 
-    The rank of a layer is the sum of the adapters' ranks. Raises InputError for DoRA, whose lengths
-    cannot be added, and for adapters of different models.
+    A's are concatenated, and so are B's, multiplied by multiplier and weight; the rank of a layer
+    is the sum of the adapters' ranks. Raises InputError for DoRA, whose magnitudes cannot be added,
+    and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[str, str] = {}  # by path without the prefix, which only some of them may have
+    names: dict[str, str] = {}  # by path without the prefix, which only some adapters may have
     for adapter, weight in zip(adapters, weights, strict=True):
         if (kind := adapter.kind) is not LORA:
             raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")
         for path, (a, b) in adapter.tensors.items():
-            path_here = names.setdefault(bare(path), path)
-            own = (a, weight * adapter.scales[path] * b)
-            tensors.setdefault(path_here, []).append(own)
+            parts = tensors.setdefault(names.setdefault(bare(path), path), [])
+            parts.append((a, weight * adapter.scales[path] * b))
     joined = {}
     for path, parts in tensors.items():
-        # All sizes but the rank; with experts A is [E, R, in] and B [E, out, R].
+        # All sizes except the rank; with experts A is [E, R, in] and B [E, out, R].
         ends = {(a.shape[::2], b.shape[1:] if b.ndim == 2 else b.shape[:2]) for a, b in parts}
         if len(ends) > 1:
             raise InputError(
@@ -51,8 +50,8 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def weighted(
     paths: Sequence[Path], weights: Sequence[float] | None = None, model_dir: Path | None = None
 ) -> Adapter:
-    """Returns the sum of the adapters in these folders; a single one is returned as it is, also
-    DoRA.
+    """Returns the weighted sum of the adapters in these folders; a single adapter of weight 1 is
+    returned unchanged, and may be a DoRA.
 
     `model_dir` is the base, by default the one that an adapter names.
     """
@@ -77,7 +76,7 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # How prompts are rendered is kept if all were trained the same way; else generation decides.
+    # If prompts were not rendered the same way for all, generation uses its defaults.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
     about = About(abouts[0].model, run=run, facts={"merged from": sources})

@@ -1,4 +1,4 @@
-"""Finds the multiplier of a layer's product of factors, which each format gives in its own way."""
+"""Finds the multiplier of a layer's update, which formats store in different ways."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from ..errors import InputError
 from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
-#: Limits: patterns of a configuration, characters of each, bytes for its automata, and pattern
-#: matches over all layers, which bound the seconds.
+#: Limits: patterns of a configuration, characters of a pattern, bytes for its automata, and matches
+#: of patterns against paths, which bound the time.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
-    """Returns the multiplier of a layer's update, by its stored path and rank."""
+    """Returns a function that gives the multiplier of a layer, from its stored path and rank."""
     if not folder.peft:
         scale, over_root = _scale(folder), _is_over_root(folder)
         return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
@@ -24,7 +24,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # then alpha does not belong to this rank either
+        if (expected := ranks(stored)) != rank:  # then alpha is not for this rank either
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
                 f"say {expected:g}: the two files belong to different adapters."
@@ -47,7 +47,7 @@ def common_multiplier(folder: Folder, rank: int) -> float | None:
 
 
 def _scale(folder: Folder) -> float:
-    """Returns mlx-lm's scale, else the one at the top level, where OptiQ may have it, else alpha
+    """Returns mlx-lm's scale, else the one at the top level, where OptiQ may write it, else alpha
     divided by the rank."""
     file, config = folder.config_file, folder.config
     for values in (section(file, config, "lora_parameters"), config):
@@ -64,8 +64,8 @@ def _scale(folder: Folder) -> float:
 
 
 def _is_over_root(folder: Folder) -> bool:
-    """Returns whether the multiplier is scale divided by the square root of the rank; ours is
-    already divided.
+    """Returns whether the scale has yet to be divided by the square root of the rank; in our own
+    adapters it already is.
 
     mlx-bun writes the flag into OptiQ's file only.
     """
@@ -83,12 +83,11 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Returns values by patterns of the path, as in PEFT: of the first pattern that matches an end
-    of the path starting at a dot; else the general value.
+    """Returns a function that gives a layer's value as PEFT does: that of the first pattern that
+    matches its path, or an end of it after a dot; else the general value.
 
     Patterns are untrusted: RE2 needs time proportional to the text, whatever the pattern, and
-    bounded memory. Raises InputError for patterns that RE2 does not support, and for more than can
-    be tried.
+    bounded memory. Raises InputError for patterns that RE2 does not support, and for too many.
     """
     file, config = folder.config_file, folder.config
     own, tried = section(file, config, name), 0
@@ -104,8 +103,8 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
         try:
             return re2.compile(rf"(.*\.)?({pattern})$", options=options)
         except (re2.error, UnicodeError) as error:
-            told = error.args[0]
-            reason = told.decode("utf-8", "replace") if isinstance(told, bytes) else "not text"
+            why = error.args[0]
+            reason = why.decode("utf-8", "replace") if isinstance(why, bytes) else "not text"
             raise refused(
                 f"a pattern that RE2 does not support: {pattern[:60]!r} ({reason[:100]})"
             ) from None

@@ -1,5 +1,5 @@
-"""Folders of Hugging Face PEFT: names as in transformers, transposed factors, alpha divided by the
-rank."""
+"""Writes adapters in the format of Hugging Face PEFT: module names of transformers, transposed
+factors, and a multiplier of lora_alpha / r."""
 
 import re
 from collections import Counter
@@ -27,8 +27,7 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
-    """Converts the path of an mlx-lm module to that of transformers. Raises InputError if there is
-    none."""
+    """Returns the path in transformers of an mlx-lm module. Raises InputError if it has none."""
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
@@ -41,8 +40,8 @@ def hf_path(path: str, names: Names) -> str:
 
 
 def names_of(base: dict[str, Any]) -> Names:
-    """Returns how transformers names the modules of the model with this config.json, when loaded as
-    it says."""
+    """Returns "multimodal" if transformers loads a base with this config.json as a model for text
+    and images, else "text"."""
     architectures = " ".join(base.get("architectures") or [])
     wrapped = "ForConditionalGeneration" in architectures
     return "multimodal" if wrapped or (not architectures and "text_config" in base) else "text"
@@ -53,7 +52,7 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
 
     The update of an embedding that is also the head is written for both, as PEFT does with
     ensure_weight_tying; releases without that option read two equal updates. Raises InputError for
-    what PEFT does not support.
+    a layer that PEFT cannot adapt.
     """
     tensors: dict[str, mx.array] = {}
     targets: dict[str, str] = {}

@@ -80,8 +80,8 @@ def read_stored(
     """Reads an adapter folder without its model; layers get the names that mlx-lm gives them.
 
     `tied`: the base has no separate head; by default that is looked up where it matters, in
-    `model_dir` or the base that the adapter names. Raises InputError like read_adapter, as far as
-    that needs no model, and if `tied` cannot be found out.
+    `model_dir` or the base that the adapter names. Raises InputError like read_adapter, except for
+    faults that only the model shows, and if `tied` cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -129,7 +129,7 @@ def read_stored(
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Returns whether factors of these shapes can be multiplied: for a linear layer, or one with
+    """Returns whether factors of these shapes can be multiplied, for a linear layer or one with
     experts."""
     if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return False
@@ -143,11 +143,10 @@ def is_dora(path: str | Path) -> bool:
 
 
 def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, int]:
-    """Returns the rank of each adapted layer by its stored path, in mlx-lm's terms; reads only the
-    header.
+    """Returns the rank of each adapted layer by its path in mlx-lm; reads only the header.
 
-    `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, as
-    far as that needs no model.
+    `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, but
+    not for faults that only the model or the factors show.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 

@@ -21,11 +21,11 @@ from ..models.snapshot import Snapshot
 
 #: Names of each layer's tensors, by its stored path.
 Found = dict[str, list[str]]
-#: The name of a head in transformers.
+#: Names of heads in transformers.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
     "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "
-    "with PEFT into a model that has a head of its own."
+    "with PEFT into a model that has a separate head."
 )
 
 
@@ -37,7 +37,7 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     """Returns whether the adapter's base has no separate head, if that matters; None if unknown.
 
     The base is `model_dir`, or the folder that the adapter names. Raises InputError if it matters
-    and cannot be found out, or if the base cannot be read.
+    and cannot be determined, or if the base cannot be read.
     """
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if not (embeds or heads or folder.tied is not None):
@@ -55,27 +55,26 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
-    """Returns what remains if embedding and head of the base are one weight, and the removed part
-    of the head by path.
+    """Returns the tensors to read, and the path of the head's update by that of the embedding's if
+    the base has one weight for both: then the head's update is left out.
 
-    Decides by names only: `check_twins` tests whether the removed part equals the embedding's
-    update. Raises InputError if the adapter updates only one of the two, or belongs to another kind
-    of base.
+    Decides by names only: `check_twins` tests whether both updates are equal. Raises InputError if
+    the adapter updates only one of the two, or belongs to another kind of base.
     """
     if tied is None:
         return found, {}
     if folder.tied is not None and folder.tied != tied:
-        own, other = ("no head", "one") if tied else ("a head", "none")
+        own, other = ("no separate head", "one") if tied else ("a separate head", "none")
         raise InputError(
-            f"{folder.weights}: this model has {own} of its own, but the model for which the "
-            f"update of the embedding was made has {other}: it was trained on another model."
+            f"{folder.weights}: this model has {own}, but the model on which the update of the "
+            f"embedding was trained has {other}: it was trained on another model."
         )
     if not tied:
         return found, {}
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if heads and not folder.peft:
         raise InputError(
-            f"{folder.weights}: '{heads[0]}' is a head, but this model has none of its own: its "
+            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: its "
             "embedding is its head."
         )
     if heads and not embeds:
@@ -96,10 +95,10 @@ def check_twins(
     twins: Mapping[str, str],
     update: Mapping[str, tuple[mx.array, mx.array, float]],
 ) -> None:
-    """Raises InputError unless each head has its embedding's update: its a is the other's b,
-    transposed.
+    """Raises InputError unless each head has the update of its embedding, with a and b exchanged
+    and transposed.
 
-    `update` returns a [in, R], b [R, out] and the multiplier by stored path.
+    `update` has a [in, R], b [R, out] and the multiplier by stored path.
     """
     for embedding, head in twins.items():
         (a, b, scale), (head_a, head_b, head_scale) = update[embedding], update[head]
@@ -113,28 +112,27 @@ def check_twins(
 
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
-    """Raises InputError if the adapter changes embedding or head in a way that the base cannot
-    have."""
+    """Raises InputError if the adapter updates a separate head that the base lacks, or an embedding
+    of the other kind of base."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return
     tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, but {base.folder} has none of its own: its embedding is its "
+            f"'{heads[0]}' is a head, but {base.folder} has no separate head: its embedding is its "
             "head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
-        has = "no head" if tied else "a head"
+        has = "no separate head" if tied else "a separate head"
         raise InputError(
-            f"{base.folder} has {has} of its own, unlike the model for which the update of the "
-            "embedding was made."
+            f"{base.folder} has {has}, unlike the model on which the update of the embedding was "
+            "trained."
         )
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """Returns for which kind of base the sum of adapters is. Raises InputError if they are for both
-    kinds."""
+    """Returns `tied` of the sum of adapters. Raises InputError if it differs between them."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(
@@ -145,9 +143,7 @@ def common(adapters: list[Adapter]) -> bool | None:
 
 
 def _embeddings(folder: Folder, found: Found) -> list[str]:
-    """Returns the layers that PEFT's configuration says are embeddings."""
-
-    def embeds(names: list[str]) -> bool:
-        return folder.peft and any(".lora_embedding_" in name for name in names)
-
-    return [path for path, names in found.items() if embeds(names)]
+    """Returns the layers that PEFT stores as embeddings."""
+    if not folder.peft:
+        return []
+    return [path for path, names in found.items() if any(".lora_embedding_" in x for x in names)]

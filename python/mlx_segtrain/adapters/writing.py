@@ -5,10 +5,10 @@
     adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
     adapter_config.json            mlx-lm's keys and PEFT's keys together
     optiq_lora_config.json         ranks by layer
-    README.md                      what it is, and how to load it
+    README.md                      the model card
 
-mlx-lm gives all layers one rank, so differing ranks are padded to the largest: B with zeros, which
-is exact, and A as in a new adapter, so that further training can use every column.
+mlx-lm gives all layers the same rank, so different ranks are padded to the largest: B with zeros,
+which is exact, and A as in a new adapter, so that further training can use every column.
 """
 
 import zlib
@@ -25,19 +25,19 @@ from ..lora import LORA, Adapter, fresh_a
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, ours
 from .card import About, write_card
 
-#: Keys of adapter_config.json that say how the weights are read.
+#: Keys of adapter_config.json that determine how the weights are read.
 MEANING = ("fine_tune_type", "lora_parameters", *LORA.flags)
 
 
 def common_scale(adapter: Adapter) -> float:
-    """Returns the multiplier that most layers have, not counting 0."""
+    """Returns the most frequent multiplier other than 0; 0 if there is none."""
     some = [scale for scale in adapter.scales.values() if scale]
     return Counter(some).most_common(1)[0][0] if some else 0.0
 
 
 def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.array]:
-    """Returns the factors by mlx-lm's names for one multiplier, padded to one rank or at their own
-    ranks."""
+    """Returns the factors under mlx-lm's names, rescaled to one multiplier, and padded to `rank`
+    unless it is None."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
         ratio = adapter.scales[module] / scale if scale else 1.0  # then all multipliers are 0
@@ -120,7 +120,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
-        if differ:  # shows that the unpadded factors belong to these
+        if differ:  # by which a reader knows that the unpadded factors belong to these
             config["segtrain"]["padded"] = sha256(aside)
         before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
@@ -137,13 +137,13 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """Returns the step at which one of our adapters was saved, if its folder says so."""
+    """Returns the step at which one of our adapters was saved; None if the folder lacks it."""
     return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
-    """Returns how prompts for the adapter in a folder are rendered; the default if it does not
-    say."""
+    """Returns how prompts are rendered for the adapter in a folder; the default if the folder lacks
+    it."""
     return Prompting.of(ours(_config_in(path)) if path else {})
 
 

@@ -1,7 +1,7 @@
-"""Answers of one model, many at a time: for the server and for the rollouts of a training run.
+"""Generates answers in batches, for the server and for the rollouts of a training run.
 
-decoding.py  logits to tokens, tokens to text
-batching.py  answers that are decoded together
-parts.py     reasoning, calls of tools and the rest of an answer
-rollouts.py  all answers to some prompts, within a number that run at once
+decoding.py  from logits to tokens, and from tokens to text
+batching.py  decodes several answers together
+parts.py     splits an answer into reasoning, tool calls and content
+rollouts.py  generates the completions of prompts, several at a time
 """

@@ -1,7 +1,7 @@
-"""Sequences that are decoded together: one forward pass for a token of each.
+"""Decodes several sequences together: a forward pass computes a token of each.
 
-All here is called on one thread. A batch begins the next step before it reads the tokens of the
-last one, so that the device computes while their text is made.
+Everything runs on one thread. A batch starts the next step before it reads the tokens of the last
+one, so that the device computes while the host decodes their text.
 """
 
 import time
@@ -26,8 +26,8 @@ from .decoding import (
     processor,
 )
 
-#: Sequences share a batch if the longest has at most this many times the tokens of the shortest,
-#: and so many more: what they lack is padding, which takes memory and time.
+#: Sequences share a batch if the longest has at most MOST_PADDING times the tokens of the shortest,
+#: plus LEAST_PADDING: padding takes memory and time.
 MOST_PADDING, LEAST_PADDING = 2, 512
 
 
@@ -40,34 +40,34 @@ class Base(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def max_length(self) -> int | None:
-        """Tokens that the model was made for, if that is known."""
+        """The model's context length, if it is known."""
         ...
 
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being made; its cache has the first `done` tokens."""
+    """An answer that is being generated; its cache has the first `done` tokens."""
 
     prompt: list[int]
     base: Base
     options: Options
     made: list[int] = field(default_factory=list)
-    cached: int = 0  #: tokens of the prompt that were known before
+    cached: int = 0  #: tokens of the prompt that came from a cache
     done: int = 0
     cache: list[Any] | None = None
     first: float | None = None  #: when its first token came
     finish: str | None = None
-    alone: bool = False  #: in a batch of its own, by the update that is in the linears
+    alone: bool = False  #: not batched with others: its update is in the linear layers themselves
     batch: "Batch[Any] | None" = None
 
-    # Of the decoding, once it has begun:
+    # The state of decoding, once it has begun:
     next: mx.array | None = None  #: the last token, uint32 [1], which no cache has yet
     key: mx.array | None = None
-    text: Any = None  #: a decoding.Text, or what has its methods
+    text: Any = None  #: a decoding.Text, or an object with its methods
     process: Any = None
     constraint: Constraint | None = None
-    read: bool = True  #: that the last token is in prompt or made
-    told: Told | None = None  #: of the last token
+    read: bool = True  #: whether the last token is in `prompt` or `made`
+    told: Told | None = None  #: log-probabilities for the last token
 
     @property
     def tokens(self) -> list[int]:
@@ -79,22 +79,22 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature that divides logits before their log p is returned."""
+        """The temperature that divides logits before log-probabilities are taken."""
         return 1.0
 
     @property
     def most(self) -> int:
-        """Tokens that the answer may have, within the positions that the model knows."""
+        """The maximum number of tokens of the answer, within the model's context length."""
         limit = self.base.max_length
         room = self.options.max_tokens if limit is None else max(1, limit - len(self.prompt))
         return min(self.options.max_tokens, room)
 
     def give(self, piece: Piece) -> None:
-        """Takes more of the text."""
+        """Receives more of the text."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Prepares everything that decoding needs except the cache; called again after
+        """Prepares everything that decoding needs except the cache; it may be called again after
         start_over()."""
         if self.next is not None:
             return
@@ -114,7 +114,7 @@ class Answer:
     def start_over(self) -> None:
         """Frees the cache, which can be computed again from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
-        if self.key is not None:  # numbers that were drawn by it are not drawn again
+        if self.key is not None:  # so that no random number is used twice
             self.key = mx.random.split(self.key, 3)[2]
 
     def take(self, token: int) -> bool:
@@ -140,7 +140,7 @@ class Answer:
         return finish is not None
 
 
-#: The kind of answers of a batch.
+#: The class of a batch's answers.
 A = TypeVar("A", bound=Answer)
 
 
@@ -165,7 +165,7 @@ class Batch(Generic[A]):
 
     @property
     def alone(self) -> bool:
-        """Whether it is a batch of one, and remains it."""
+        """Whether no other answer may join."""
         return any(answer.alone for answer in self.answers)
 
     def takes(self, answer: A, others: Sequence[A] = ()) -> bool:
@@ -177,7 +177,7 @@ class Batch(Generic[A]):
         return max(lengths) <= MOST_PADDING * min(lengths) + LEAST_PADDING
 
     def join(self, new: Sequence[A]) -> None:
-        """Adds answers whose prompts are done but for the last token."""
+        """Adds answers whose caches have the prompt except its last token."""
         for answer in new:
             answer.begin()
             answer.batch = self
@@ -201,7 +201,7 @@ class Batch(Generic[A]):
         self._take_in()
 
     def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
-        """Takes answers out, each with its cache if that is to be kept."""
+        """Removes answers; with `keep`, each gets its cache."""
         if not gone:
             return
         self._give_out()
@@ -246,8 +246,8 @@ class Batch(Generic[A]):
         self._leave_masks_out()
 
     def _leave_masks_out(self) -> None:
-        """Removes masks where rows have equal length: there is no padding, so single tokens need
-        none, and with a mask GPUs do not use their attention kernels."""
+        """Removes masks if rows have equal length: without padding single tokens need none, and
+        with a mask GPUs do not use their attention kernels."""
         from mlx_lm.models.cache import BatchKVCache
 
         layers: list[Any] = [x for x in self._cache if type(x) is BatchKVCache]
@@ -258,8 +258,8 @@ class Batch(Generic[A]):
                 layer.make_mask = _no_mask(ref(layer))
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
-        """Decodes a token of each answer. Returns the answers that ended, and the ones that failed;
-        other errors concern the whole step."""
+        """Decodes a token of each answer. Returns the answers that ended, and the errors of single
+        answers; other errors concern the whole step and are raised."""
         inputs, failed = self._next, []
         model = self.base.model
         if few(len(self.answers)):
@@ -293,14 +293,14 @@ class Batch(Generic[A]):
         return ended, failed
 
     def _read_telling(self) -> None:
-        """Gives each answer the log probabilities that it asks for of its last token."""
+        """Gives answers the log-probabilities that they request for their last token."""
         if self._told is not None and self._telling is not None:
             (answers, arrays), self._told = self._told, None
             for i, told in self._telling.read(arrays).items():
                 answers[i].told = told
 
     def _changed(self, answer: A, token: mx.array, row: mx.array, known: Any) -> mx.array:
-        """Returns logits [1, V] after the answer's penalties and constraint."""
+        """Returns logits [1, V] with the answer's penalties and constraint applied."""
         if answer.process is not None:
             row = answer.process(token, row)
         if answer.constraint is not None:
@@ -312,8 +312,8 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a layer's make_mask without a mask for single tokens. It holds only a weak reference,
-    so that the layer's arrays are freed with the layer."""
+    """Returns a make_mask for a cache layer that gives no mask for single tokens. It keeps a weak
+    reference, so that the layer's arrays are freed with the layer."""
 
     def make_mask(n: int, **how: Any) -> Any:
         if n == 1 and not how.get("window_size"):

@@ -1,22 +1,21 @@
-"""From logits to text: which token is taken, and what of the text is final."""
+"""From logits to text: chooses tokens, and decodes text as far as it is final."""
 
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 
-#: Tokens at the end of a prompt after which the text of its answer is decoded.
+#: Number of the prompt's last tokens with which the text of an answer is decoded.
 CONTEXT = 8
-#: What decoders give for bytes that are no character, or not yet.
+#: Decoders return this for bytes that are not a character, or not yet a complete one.
 INCOMPLETE = "\ufffd"
 
 
 class Constraint(Protocol):
-    """Which tokens may come next, as tokens come."""
+    """Restricts which tokens may come next."""
 
     def fresh(self) -> "Constraint":
         """Returns a copy in its initial state."""
@@ -35,10 +34,10 @@ class Constraint(Protocol):
 class Options:
     """How tokens are chosen, and when a sequence ends.
 
-    Tokens are kept that `top_p`, `top_k` and `min_p` all keep, by the model's own probabilities;
-    then the temperature is applied, 0 for the most likely token. The repetition penalty applies to
-    tokens of prompt and answer (Keskar et al. 2019, arXiv:1909.05858), the other two penalties to
-    those of the answer.
+    The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, given the model's own
+    probabilities; one of them is sampled with the temperature (0: the most likely one). The
+    repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
+    arXiv:1909.05858), the other two penalties to tokens of the answer.
     """
 
     max_tokens: int = 512
@@ -52,21 +51,21 @@ class Options:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    continues: bool = False  #: the text goes on from the prompt's, so a space between them counts
-    logprobs: int | None = None  #: number of alternatives to the sampled token to return log p of
+    continues: bool = False  #: the text continues the prompt's, so a space between them matters
+    logprobs: int | None = None  #: number of most likely tokens to return log p of; None: no log p
     deterministic: bool = False  #: bit for bit as if it were alone
     constraint: "Constraint | None" = None  #: what the text has to be
 
 
-#: log p of the sampled token, and log p of the most likely ones, by token.
+#: log p of the chosen token, and log p of the most likely ones by token.
 Told = tuple[float, dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More text, with the number of `tokens` of the answer so far, and of `cached` tokens of the
-    prompt. The last piece has `finish`: stop at an end-of-sequence token or a stop string, or
-    length at the maximum number of tokens."""
+    """A further piece of an answer's text, with the numbers of `tokens` of the answer so far and of
+    `cached` tokens of the prompt. The last piece has `finish`: stop at an end-of-sequence token or
+    a stop string, or length at the maximum number of tokens."""
 
     text: str
     tokens: int
@@ -77,15 +76,15 @@ class Piece:
 
 
 class Text:
-    """Text of tokens as far as it is final: whole characters, and nothing of a stop string.
+    """Decodes tokens to text as far as it is final: whole characters, before any stop string.
 
-    The tokens before are decoded again with each one, since what a token means may depend on them.
+    The preceding tokens are decoded again with each new one, since its text may depend on them.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int], stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens = list(context)
-        self._old = len(self._tokens)  # those whose text is out
+        self._old = len(self._tokens)  # the number of tokens whose text was returned
         self._out = len(self._decoded().rstrip(INCOMPLETE))
         self._held = ""
         self.stopped = False
@@ -107,7 +106,7 @@ class Text:
         return self._before_stop(new, last=False)
 
     def end(self) -> str:
-        """Returns the text that was held back; bytes that are not a character show as U+FFFD."""
+        """Returns the text that was held back; incomplete characters become U+FFFD."""
         new, self._tokens, self._out = self._decoded()[self._out :], [], 0
         return self._before_stop(new, last=True)
 
@@ -117,14 +116,14 @@ class Text:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        begun = max((_overlap(text, stop) for stop in self._stop), default=0)
+        begun = max((overlap(text, stop) for stop in self._stop), default=0)
         keep = len(text) - (0 if last else begun)
         self._held = text[keep:]
         return text[:keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of the text with which the stop string begins."""
+def overlap(text: str, stop: str) -> int:
+    """Returns how many characters at the end of the text may be the start of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -137,13 +136,13 @@ def first_key(options: Options) -> mx.array:
 
 @dataclass(eq=False)
 class Choice:
-    """Which tokens rows of logits [B, V] take, each by its own options and its own random key.
+    """Chooses tokens for rows of logits [B, V], each with its own options and random key.
 
-    A row with one seed takes the same whatever the others are.
+    So a row's choice depends only on its seed, not on other rows.
     """
 
     options: Sequence[Options]
-    keys: Sequence[mx.array]  #: of each row, the next
+    keys: Sequence[mx.array]  #: the next key of each row
 
     def __post_init__(self) -> None:
         self._drawn = [i for i, own in enumerate(self.options) if own.temperature > 0]
@@ -223,15 +222,15 @@ def processor(
     """Returns a function that applies an answer's penalties and biases to its logits; None if it
     has none.
 
-    It takes the last token [1] and the logits [1, V] after it. The first call is for the last of
-    the existing tokens, `prompt` and `made`.
+    It takes the last token [1] and the logits [1, V] after it. The first call must be for the last
+    token of `prompt` and `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
     if not (presence or frequency or repetition != 1 or options.logit_bias):
         return None
     counts: mx.array | None = None
-    asked: mx.array | None = None  # of the prompt
+    asked: mx.array | None = None  # counts of the prompt's tokens
     bias: mx.array | None = None
 
     def process(token: mx.array, logits: mx.array) -> mx.array:
@@ -256,20 +255,15 @@ def processor(
 
 
 class Telling:
-    """log p of the tokens that rows of a batch take, for those who want it.
+    """Computes log p of chosen tokens, for the rows of a batch that request it.
 
-    Of the model's own logits: what options and grammars make of them is not in it, but for the
-    temperature of rows that want that.
+    It is taken from the model's own logits, before penalties and constraints; they are divided by
+    a temperature only for rows that request that.
     """
 
-    def __init__(
-        self,
-        wanted: Mapping[int, int],
-        rows: int,
-        temperatures: Mapping[int, float] = MappingProxyType({}),
-    ):
-        """`wanted` maps each row that asks for log p to the number of alternatives it asks for.
-        `temperatures` divide the logits of rows, where they are not 1."""
+    def __init__(self, wanted: Mapping[int, int], rows: int, temperatures: Mapping[int, float]):
+        """`wanted` maps each row that requests log p to its number of most likely tokens;
+        `temperatures` divide the logits of rows, by default 1."""
         self._wanted, self._most = wanted, max(wanted.values())
         self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
         self._temperatures = None
@@ -291,7 +285,7 @@ class Telling:
         return found
 
     def read(self, arrays: Sequence[mx.array]) -> dict[int, Told]:
-        """Returns the log probabilities by row."""
+        """Returns the log-probabilities by row."""
         taken, *others = (cast(list[Any], x.tolist()) for x in arrays)
         order, best = others or ([[]] * len(taken), [[]] * len(taken))
         return {

@@ -1,10 +1,12 @@
-"""The text of an answer in its parts: reasoning, what is said, and calls of tools."""
+"""Splits the text of an answer into its parts: reasoning, content, and tool calls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: Tokens at a prompt's end in which a template may begin the reasoning.
+from .decoding import overlap
+
+#: Number of a prompt's last tokens among which a template may start the reasoning.
 END = 32
 
 Kind = Literal["content", "reasoning", "call"]
@@ -12,9 +14,9 @@ Kind = Literal["content", "reasoning", "call"]
 
 @dataclass(frozen=True)
 class Tags:
-    """The texts between which a model reasons, and calls a tool; None if it does not.
+    """The texts that start and end reasoning and tool calls; None if the model has neither.
 
-    A call without an end ends where the next one begins.
+    If the end of a call is empty, a call ends where the next one begins.
     """
 
     think: tuple[str, str] | None = None
@@ -31,21 +33,21 @@ class Tags:
 
 
 class Parts:
-    """Splits a text that comes in pieces. Tags are left out; a call comes out whole."""
+    """Splits a text that arrives in pieces, without the tags; a call is returned as a whole."""
 
     def __init__(self, tags: Tags, *, reasoning: bool = False):
         self._tags = tags
         self._kind: Kind = "reasoning" if reasoning and tags.think else "content"
         self._held = ""
-        self._bare = False  # after reasoning no space has been said
+        self._bare = False  # whether all content after the reasoning has been white space
 
     @property
     def reasons(self) -> bool:
-        """Whether what comes next is reasoning."""
+        """Whether the next text is reasoning."""
         return self._kind == "reasoning"
 
     def add(self, text: str, *, last: bool = False) -> list[tuple[Kind, str]]:
-        """Returns the parts whose kind is certain, and all that is left if this is the last
+        """Returns the parts whose kind is certain, or all the remaining text if this is the last
         piece."""
         self._held += text
         found: list[tuple[Kind, str]] = []
@@ -76,19 +78,12 @@ class Parts:
         return begins
 
     def _next_tag(self) -> tuple[int, str, Kind] | None:
-        ends: list[tuple[int, str, Kind]] = [
-            (self._held.find(tag), tag, kind) for tag, kind in self._ends()
-        ]
-        found = [end for end in ends if end[0] >= 0]
-        return min(found, key=lambda end: end[0]) if found else None
+        found = [(at, *end) for end in self._ends() if (at := self._held.find(end[0])) >= 0]
+        return min(found, key=lambda end: end[0], default=None)
 
     def _begun(self) -> int:
-        """Characters at the end that may be the begin of a tag."""
-        most = 0
-        for tag, _ in self._ends():
-            sizes = range(min(len(tag) - 1, len(self._held)), 0, -1)
-            most = max(most, next((n for n in sizes if self._held.endswith(tag[:n])), 0))
-        return most
+        """Returns how many characters at the end may be the start of a tag."""
+        return max((overlap(self._held, tag) for tag, _ in self._ends()), default=0)
 
     def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:
         if self._kind == "content" and self._bare:  # templates have lines between the two
@@ -103,7 +98,7 @@ def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
     if not tokenizer.has_thinking:
         return False
     end = list(prompt[-END:])
-    begun = tokenizer.rfind_think_start(end)  # a turn that has it is followed by its end
+    begun = tokenizer.rfind_think_start(end)
     return begun >= 0 and tokenizer.decode(end[begun:]).strip() == tokenizer.think_start
 
 
@@ -113,7 +108,7 @@ def read_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] | 
         calls = tokenizer.tool_parser(text, tools)
         calls = calls if isinstance(calls, list) else [calls]
         return calls if all(map(_is_call, calls)) else None
-    except Exception:  # a parser may fail in any way: what a model writes may be anything
+    except Exception:  # a model may write anything, on which a parser may fail in any way
         return None
 
 

@@ -1,4 +1,4 @@
-"""Generates completions of prompts, in batches that depend on nothing except the prompts."""
+"""Generates completions of prompts, in batches whose composition depends on the prompts only."""
 
 import copy
 from collections import deque
@@ -25,7 +25,7 @@ class Policy:
 
 
 class Talk(Protocol):
-    """The conversation of a completion: a prompt, and whatever answers the model's turns."""
+    """The conversation of a completion: a prompt, and the answers to the model's turns."""
 
     @property
     def prompt(self) -> list[int]: ...
@@ -36,13 +36,13 @@ class Talk(Protocol):
         ...
 
     def end(self, text: str) -> None:
-        """Takes the text of a last turn that was cut off, which nothing answers."""
+        """Receives the text of a last turn that was truncated and gets no answer."""
         ...
 
 
 @dataclass(frozen=True)
 class Monologue:
-    """A prompt whose completion nobody answers."""
+    """A prompt whose completion is a single turn."""
 
     prompt: list[int]
 
@@ -55,10 +55,12 @@ class Monologue:
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens after the prompt; which of them were `drawn` from the model (bool [n]); their log
-    probabilities at the temperature at which they were sampled, float32 [n], 0 for others; and the
-    text of the last turn. `finish` is stop, length if it was truncated, or turns if the model had
-    none left.
+    """A completion of a prompt.
+
+    `drawn` [n] says which tokens were sampled from the model; `log_p` float32 [n] are their
+    log-probabilities at the temperature of sampling, 0 for other tokens. `text` is that of the last
+    turn. `finish` is stop, length if the completion was truncated, or turns if the model had no
+    turn left.
     """
 
     prompt: list[int]
@@ -71,13 +73,13 @@ class Completion:
 
     @property
     def length(self) -> int:
-        """Tokens that were drawn."""
+        """The number of sampled tokens."""
         return int(self.drawn.sum())
 
 
 class Unread:
-    """Replaces decoding.Text where nobody reads a text before it is complete. Decoding each token
-    takes time of the host, for which rollouts wait more than for the device."""
+    """Replaces decoding.Text if no text is needed before the turn is complete: decoding each token
+    takes the host's time, which limits the speed of rollouts."""
 
     stopped = False
 
@@ -100,7 +102,7 @@ class _Turn(Answer):
 
     @property
     def said(self) -> str:
-        """Its text, without the token that ended it."""
+        """The text, without the token that ended the turn."""
         made = self.made
         if made and made[-1] in self.base.tokenizer.eos_token_ids:
             made = made[:-1]
@@ -113,7 +115,7 @@ class _Turn(Answer):
 
     @property
     def told_at(self) -> float:
-        return self.options.temperature or 1.0  # 0 is the most likely token
+        return self.options.temperature or 1.0  # 0 means greedy decoding
 
 
 class _Rollout:
@@ -182,12 +184,12 @@ def complete(
     most_turns: int = 1,
 ) -> list[list[Completion]]:
     """Generates a completion of each talk with its options. `at_once` of them are decoded together;
-    waiting ones join when half of these have ended their turn. `most_turns` bounds the turns of the
-    model in one talk.
+    waiting ones join when half of these have ended their turn. The model has at most `most_turns`
+    turns in a talk.
 
-    Options need a seed, and `logprobs` 0. Talks one after another with the same prompt compute it
-    once. The tokens before a later turn are computed again: that takes no memory while others are
-    decoded.
+    Options need a seed, and `logprobs` 0. A prompt is computed once for consecutive talks that
+    share it. The tokens before a later turn are computed again, since keeping their cache would
+    take memory while others are decoded.
     """
     rollouts = [
         [_Rollout(base, talk, how, most_turns) for talk, how in zip(*own, strict=True)]
@@ -207,7 +209,7 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Caches that are merged are copied; one alone is written to.
+                # Merging copies caches, but a single one is written to.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()
@@ -221,7 +223,7 @@ def complete(
 
 
 class _Reader:
-    """The cache of a prompt without its last token; that of the last prompt is kept."""
+    """Computes the cache of a prompt without its last token; keeps that of the last prompt."""
 
     def __init__(self, base: Base):
         from mlx_lm.models.cache import make_prompt_cache

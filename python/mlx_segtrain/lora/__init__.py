@@ -1,16 +1,7 @@
 """Low-rank updates: the factors, and the modules that apply them."""
 
 from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind
-from .modules import (
-    EMBEDDINGS,
-    LoRALinear,
-    few,
-    fresh_a,
-    has_experts,
-    shapes,
-    unwrap,
-    wrap,
-)
+from .modules import EMBEDDINGS, LoRALinear, few, fresh_a, has_experts, shapes, unwrap, wrap
 from .twin import twin_of
 
 __all__ = [

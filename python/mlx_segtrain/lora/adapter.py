@@ -13,32 +13,30 @@ Tensors = dict[str, tuple[mx.array, mx.array]]
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of update: two factors and, unless it is LoRA, one more array for each linear
-    layer."""
+    """A kind of update: two factors for each linear layer and, unless it is LoRA, another array."""
 
     name: str
     array: str = ""  #: the array's name in mlx-lm's files, in modules, and in a stage's parameters
     peft: str = ""  #: its name in PEFT's files
-    called: str = ""  #: its name in sentences
+    called: str = ""  #: its name in messages
     apart: str = ""  #: why several such updates cannot be added
     runs: Any = None  #: the class that applies the array, with the methods of Stretch
 
     @property
     def word(self) -> str:
-        """The name of the kind: mlx-lm's fine_tune_type, and what follows `use_` in PEFT and our
-        configuration."""
+        """mlx-lm's fine_tune_type, and what follows `use_` in PEFT's and our configuration."""
         return self.name.lower()
 
     def on(self, base: Any, made: "dict[Kind, Any]") -> Any:
-        """Returns what applies the array to the frozen linear layer `base`; creates it once and
-        keeps it in `made`."""
+        """Returns the `runs` object of the frozen linear layer `base`, created once and cached in
+        `made`."""
         if self not in made:
             made[self] = self.runs.of(base)
         return made[self]
 
     @property
     def flags(self) -> dict[str, bool]:
-        """Returns the keys of adapter_config.json by which PEFT distinguishes the kinds."""
+        """The keys of adapter_config.json by which PEFT distinguishes the kinds."""
         return {f"use_{kind.word}": kind is self for kind in KINDS}
 
 
@@ -51,7 +49,7 @@ DORA = Kind(
     apart="the lengths of their rows cannot be added",
     runs=Stretch,
 )
-#: Kinds that have one array more than LoRA.
+#: Kinds with another array besides the factors.
 KINDS = (DORA,)
 #: Names of the arrays that an update may have.
 FACTORS = ("lora_a", "lora_b")
@@ -60,10 +58,10 @@ ARRAYS = (*FACTORS, *(kind.array for kind in KINDS))
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors by full path of the linear layer, float32, and multipliers.
+    """LoRA factors, float32, and multipliers, both by the full path of the linear layer.
 
     a [in, R] and b [R, out]; for a layer with E experts a [E, R, in] and b [E, out, R]; for an
-    embedding a [V, R] and b [R, H]. For DoRA, `magnitudes` are the lengths of the adapted weight's
+    embedding a [V, R] and b [R, H]. For DoRA, `magnitudes` are the norms of the adapted weight's
     rows, float32 [out]. If an embedding is adapted, `tied` says whether it is also the model's
     head, which then computes with the same update; None if unknown.
     """
@@ -91,11 +89,11 @@ class Adapter:
 
     @property
     def more(self) -> dict[str, mx.array]:
-        """Returns what the kind has besides the factors, by path."""
+        """The arrays that the kind has besides the factors, by path."""
         return self.magnitudes
 
     def arrays(self, path: str) -> dict[str, mx.array]:
-        """Returns the update of a linear layer, with the names that mlx-lm gives its arrays."""
+        """Returns the arrays of a linear layer's update, by their names in mlx-lm."""
         own: dict[str, mx.array] = dict(zip(FACTORS, self.tensors[path], strict=True))
         if path in self.more:
             own[self.kind.array] = self.more[path]

@@ -1,11 +1,11 @@
-"""DoRA: the lengths of an adapted weight's rows are parameters of their own, apart from directions.
+"""DoRA: trains the magnitudes of an adapted weight's rows separately from their directions.
 
     y = m / ‖W + s·(ab)ᵀ‖ ⊙ (W + s·(ab)ᵀ)x        row by row; then the bias
 
-The gradient treats the norm as a constant. The norm is computed without the sum, which would be a
-dequantized weight: for a row, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖². The first term is known, the second
-needs R rows through the frozen layer, the third the products of a's columns. Liu et al. 2024,
-arXiv:2402.09353.
+The gradient treats the norm as a constant. The norm is computed without the sum, which would need
+the dequantized weight: for a row, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖². The first term is known, the
+second needs R rows through the frozen layer, and the third the products of a's columns. Liu et al.
+2024, arXiv:2402.09353.
 """
 
 import math
@@ -41,9 +41,9 @@ class Stretch:
         return cls(bare, base.bias, mx.concatenate(norms))
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:
-        """z [..., out], the output of weight and update without the bias → y; m [out].
+        """Maps z [..., out], the output of weight and update without the bias, to y; m [out].
 
-        Has gradients of z and m.
+        Gives gradients of z and m.
         """
         y: Any = _times(z, self.gain(z.dtype, linear, m))
         return y if self.bias is None else y + self.bias
@@ -54,12 +54,12 @@ class Stretch:
 
     @property
     def start(self) -> mx.array:
-        """Returns the initial array, with which nothing changes: the lengths of the base's rows."""
+        """Returns the initial magnitudes, the norms of the base's rows, which change nothing."""
         return self.norms
 
     @staticmethod
     def dense(weight: mx.array, m: mx.array) -> mx.array:
-        """Returns a weight plus its update [out, in], with rows scaled to the lengths m."""
+        """Scales the rows of a weight with its update, [out, in], to the magnitudes m."""
         return weight * (m / mx.linalg.norm(weight, axis=1))[:, None]
 
     def _lengths(self, dtype: mx.Dtype, linear: ops.Linear) -> mx.array:

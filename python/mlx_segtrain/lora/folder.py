@@ -1,4 +1,4 @@
-"""Adapter folders: which file holds the weights, the configuration, and what is refused."""
+"""Opens adapter folders: finds the weights, reads the configuration, refuses unsupported kinds."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,7 +23,7 @@ PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva"
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of an adapter of a supported kind, as far as its configuration tells."""
+    """The folder of an adapter whose configuration is of a supported kind."""
 
     weights: Path
     config_file: Path
@@ -41,7 +41,7 @@ class Folder:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Names of the arrays that every linear layer has."""
+        """Names of the arrays of each linear layer."""
         return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property
@@ -58,8 +58,8 @@ class Folder:
 
     @property
     def base_folder(self) -> Path | None:
-        """Returns the folder of the base model that the adapter names, or of its snapshot in the
-        hub's cache; None if it does not exist or must not be read."""
+        """The folder of the base model that the adapter names, or of its snapshot in the hub's
+        cache; None if it does not exist or must not be read."""
         name = self.base.replace("\0", "")
         with suppress(OSError):  # the name is too long for a path
             path = hub.cached(name) or Path(name)
@@ -94,15 +94,15 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 
 
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
-    """Returns whether the unpadded factors are still those of the padded file: another tool may
-    have continued training the latter, without knowing of the former."""
+    """Returns whether the unpadded factors still belong to the padded file, which another tool may
+    have trained further."""
     own, file = ours(config), path / WEIGHTS
     if not (own and (path / UNPADDED).is_file() and file.is_file()):
         return False
     try:
         facts = file.stat()
         if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
-            return False  # a file of holes: no trained adapter, and reading it would take hours
+            return False  # a sparse file is no trained adapter, and may take hours to read
         return own.get("padded") == _digest(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except OSError:
         return False
@@ -110,12 +110,12 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=1000)
 def _digest(file: Path, *state: int) -> str:
-    """Returns the digest of a file; cached, because folders are looked at often."""
+    """Returns the digest of a file; cached, because the same folders are opened often."""
     return sha256(file)
 
 
 def ours(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what our own runs note in an adapter's configuration; empty for other adapters."""
+    """Returns what our runs record in an adapter's configuration; empty for other adapters."""
     own = config.get("segtrain")
     return own if isinstance(own, dict) else {}
 
@@ -140,8 +140,7 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
 
 
 def _check_kind(folder: Folder) -> None:
-    """Raises InputError if the configuration says that the adapter is more than a LoRA of linear
-    layers."""
+    """Raises InputError if the configuration describes more than a LoRA of linear layers."""
     config = folder.config
     kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
@@ -165,7 +164,7 @@ def _check_kind(folder: Folder) -> None:
 
 
 def refuse(folder: Folder, what: str) -> NoReturn:
-    """Returns the error for an adapter of an unsupported kind."""
+    """Raises InputError for an adapter of an unsupported kind."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
         f"{what} are not supported, only {kinds}: merge {folder.weights.parent} into its model "

@@ -1,4 +1,4 @@
-"""Modules that take the place of an mlx-lm model's, with an update of their weight."""
+"""Modules that replace linear layers and embeddings of an mlx-lm model and add a LoRA update."""
 
 import math
 from collections.abc import Mapping
@@ -10,22 +10,20 @@ from mlx.utils import tree_unflatten
 
 from .. import ops
 from ..errors import InputError
+from ..ops.reference import dropped
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-#: Rows up to which a GPU is better served by MLX's own products than by our op: so few of them
-#: are computed sooner than anything is launched (bench/LOG.md, 2026-11-27).
+#: Up to this many rows, MLX's own products are faster on a GPU than our op: they take less time
+#: than launching it (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: Number of adapters whose factors a linear layer caches in the dtype of such rows.
+#: Maximum number of adapters whose factors a linear layer caches in the dtype of such rows.
 MOST_CASTS = 8
 
 
-def are_few(x: mx.array) -> bool:
-    """Returns whether these are rows of a generation on a GPU, and not of a batch."""
-    return few(x.size // x.shape[-1])
-
-
 def few(rows: int) -> bool:
+    """Returns whether a GPU computes this many rows, such as those of a step of generation, sooner
+    with MLX's own products."""
     return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 
 
@@ -34,21 +32,14 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of a and b for this linear layer, as in mlx-lm."""
+    """Returns the shapes of a and b for this module, as in mlx-lm."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
-    ends = base.in_dims, base.out_dims
     if isinstance(module, EMBEDDINGS):  # from a token to its vector
-        ends = ends[::-1]
-    return (ends[0], rank), (rank, ends[1])
-
-
-def dropped(x: mx.array, rate: float, key: mx.array | None) -> mx.array:
-    """Returns x with the fraction `rate` of its numbers set to 0 and the others scaled up to
-    compensate."""
-    return mx.where(mx.random.bernoulli(1 - rate, x.shape, key), x, 0) / (1 - rate)
+        return (base.out_dims, rank), (rank, base.in_dims)
+    return (base.in_dims, rank), (rank, base.out_dims)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
@@ -58,18 +49,18 @@ def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
 
 
 class LoRALinear(nn.Module):
-    """A linear of an mlx-lm model that runs through our op, with an update if it has one."""
+    """A linear layer of an mlx-lm model that runs through our op, and may have an update."""
 
     def __init__(self, linear: nn.Module, scale: float):
         super().__init__()
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: no parameter
+        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are no parameters
         self.rows: Any = None  #: updates by rows of a batch (rows.py)
         self.together: Any = None  #: the layers that read the same x (together.py)
-        self.place = 0  #: among them
-        self.grouped = False  #: whether these layers have been looked for
+        self.place = 0  #: the index among them
+        self.grouped = False  #: whether the model was searched for such layers
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -87,12 +78,12 @@ class LoRALinear(nn.Module):
             self.pop(name, None)
 
     def clear(self) -> None:
-        """Takes the update away for good."""
+        """Removes the update for good."""
         self.take_out()
         self.forget_casts()
 
     def forget_casts(self) -> None:
-        """Frees what is kept of updates that may come again."""
+        """Frees the caches of all updates, even if they may be put back."""
         self._casts.clear()
         if self.together is not None:
             self.together.forget()
@@ -100,7 +91,7 @@ class LoRALinear(nn.Module):
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         """Returns the factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # both are kept alive, so that no other arrays get these ids
+        key = id(a), id(b), self.scale  # the cache keeps both, so that no other array gets their id
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
@@ -108,13 +99,13 @@ class LoRALinear(nn.Module):
         return self._casts[key][:2]
 
     def updated(self, x: mx.array, y: mx.array) -> mx.array:
-        """Returns y of the frozen linear layer with the update, without a gradient of ours, and
-        with factors in x's dtype."""
+        """Adds the update to y, the frozen linear layer's output; the factors are used in x's
+        dtype, and gradients are MLX's own."""
         a, b = self.factors(x.dtype)
         return mx.addmm(y, x @ a, b)
 
     def applies(self, kind: Kind) -> Any:
-        """Returns what applies the arrays of this kind of update to the frozen linear layer."""
+        """Returns the object that applies this kind's array to the frozen linear layer."""
         return kind.on(ops.base_of(self.linear), self._made)
 
     def gain(
@@ -125,33 +116,40 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns by what an update of this kind, with this array, multiplies the layer's outputs,
-        float32 [out]."""
+        """Returns the factors by which an update of this kind, with this array, multiplies the
+        layer's outputs, float32 [out]."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
+    def _is_step(self, x: mx.array) -> bool:
+        """Returns whether x has the rows of a step of generation, not of a batch."""
+        return not self.training and few(x.size // x.shape[-1])
+
     def _frozen(self, x: mx.array) -> mx.array:
-        if not self.training and are_few(x):
+        if self._is_step(x):
             return self.linear(x)
         return ops.lora_linears(x, [ops.Linear(ops.base_of(self.linear), None, None, 1.0)])[0]
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.rows is not None and self.rows.on:
-            return self.rows(x, self._frozen(x))
+            return self.rows(self, x, self._frozen(x))
         kind = next((kind for kind in KINDS if kind.array in self), None)
-        if kind is None and not self.training and are_few(x):
+        if kind is None and self._is_step(x):
             y = self.linear(x)
             return self.updated(x, y) if "lora_a" in self else y
         more = kind and self.applies(kind)
         base = more.base if more else ops.base_of(self.linear)
         linear = ops.Linear(base, self.get("lora_a"), self.get("lora_b"), self.scale)
-        keys = [self["key"]] if self.dropout else []
-        (y,) = ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)
+        y = self._product(x, linear)
         return more(y, linear, self[kind.array]) if kind and more else y
+
+    def _product(self, x: mx.array, linear: ops.Linear) -> mx.array:
+        keys = [self["key"]] if self.dropout else []
+        return ops.lora_linears(x, [linear], dropout=self.dropout, keys=keys)[0]
 
 
 class LoRASwitchLinear(LoRALinear):
-    """A linear with experts, of which `indices` names those of each row."""
+    """A linear layer with experts; `indices` are the experts of each row."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
@@ -167,11 +165,10 @@ class LoRASwitchLinear(LoRALinear):
 
 
 class LoRAEmbedding(LoRALinear):
-    """An embedding with an update of its rows; called as a linear layer it is the head of tied
-    models."""
+    """An embedding with an update of its rows; `as_linear` is the head of a tied model."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Tokens [...] → [..., H]"""
+        """Maps tokens [...] to [..., H]."""
         y = self.linear(x)
         if "lora_a" not in self:
             return y
@@ -181,16 +178,14 @@ class LoRAEmbedding(LoRALinear):
         return y + (self.scale * z).astype(y.dtype)
 
     def as_linear(self, h: mx.array) -> mx.array:
-        """h [..., H] → logits [..., V]"""
+        """Maps h [..., H] to logits [..., V]."""
         factors = (self["lora_b"].T, self["lora_a"].T) if "lora_a" in self else (None, None)
-        linear = ops.Linear(ops.base_of(self.linear), *factors, self.scale)
-        keys = [self["key"]] if self.dropout else []
-        return ops.lora_linears(h, [linear], dropout=self.dropout, keys=keys)[0]
+        return self._product(h, ops.Linear(ops.base_of(self.linear), *factors, self.scale))
 
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
-    """Replaces the linear layer at `path` below `parent` with one of our modules, without an update
-    yet."""
+    """Replaces the linear layer or embedding at `path` below `parent` with a module of ours, which
+    has no update yet; one of ours stays."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
@@ -221,8 +216,8 @@ def unwrap(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, theirs):
             raise InputError(
-                f"the model already has an adapter of mlx-lm ({path}): load it without, and pass "
-                "the adapter as warm_start to train it further."
+                f"the model already has an adapter of mlx-lm ({path}): load the model without it, "
+                "and pass the adapter as warm_start to continue its training."
             )
         if isinstance(module, LoRALinear):
             own[path] = module.linear

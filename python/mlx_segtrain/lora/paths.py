@@ -1,7 +1,7 @@
-"""Paths of modules, which mlx-lm, transformers and adapter files spell differently.
+"""Converts paths of modules, which mlx-lm, transformers and adapter files spell differently.
 
-In a model for text and images, mlx-lm wraps the text model around `model`; transformers puts it
-inside `model`.
+In a model for text and images, mlx-lm has `model` inside `language_model`, and transformers has
+`language_model` inside `model`.
 """
 
 #: mlx-lm's prefix for the text model of a model for text and images.
@@ -11,12 +11,12 @@ _WITHIN = "model.language_model."
 
 
 def bare(path: str) -> str:
-    """Returns a module's path without the prefix."""
+    """Returns a module's path without WRAPPER."""
     return path.removeprefix(WRAPPER)
 
 
 def spellings(path: str) -> tuple[str, str, str]:
-    """Returns a module's path as it is, without the prefix, and with it."""
+    """Returns a module's path as it is, without WRAPPER, and with it."""
     return path, bare(path), WRAPPER + bare(path)
 
 
@@ -25,8 +25,7 @@ def is_wrapped(path: str) -> bool:
 
 
 def in_transformers(path: str) -> str:
-    """Converts mlx-lm's path of a module to the one of transformers in a model for text and
-    images."""
+    """Converts mlx-lm's path to that of transformers' model for text and images."""
     inner = bare(path)
     return _WITHIN + inner.removeprefix("model.") if inner.startswith("model.") else inner
 

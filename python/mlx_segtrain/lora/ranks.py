@@ -1,5 +1,4 @@
-"""Chooses the rank of every adapted linear layer from names and bits alone, without importing MLX
-or models."""
+"""Chooses the rank of every adapted linear layer from names and bits, without importing MLX."""
 
 import json
 import math
@@ -27,17 +26,16 @@ def choose_ranks(
     model_dir: Path,
     outer: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Returns the rank of every linear layer to adapt, by path: the paths in the last layers that
-    end with a target.
+    """Returns the rank of every linear layer to adapt, by path.
 
-    A target may be a whole path, or "all-linear", which means every linear layer.
+    These are the layers in the last `num_layers` layers whose path is a target or ends with one;
+    the target "all-linear" means all of them. `layers` are the paths of each layer's linear layers,
+    `outer` those of embedding and head, and `bits` the bits of the quantized ones.
 
-    `layers` are the paths of each layer's linear layers, `outer` those of embedding and head,
-    `bits` the bits of the quantized ones. `constant`: max(2, rank). `by_bits`: max(2, ⌈rank·bits /
-    4⌉) with the bits of the layer's own quantization; one that is not quantized gets `rank`.
-    `by_kl`: max(2, ⌈rank·factor⌉), factor = kl / median kl clipped to [0.5, 2], from OptiQ's
-    sensitivity file; without one, or for a layer that it does not list, `by_bits`. Raises
-    InputError if a target matches nothing, or if there are fewer layers than num_layers.
+    `constant` gives max(2, rank); `by_bits` max(2, ⌈rank·bits / 4⌉), or `rank` if the layer is not
+    quantized; `by_kl` max(2, ⌈rank·factor⌉), factor = kl / median kl clipped to [0.5, 2], from
+    OptiQ's sensitivity file; without that file, or for a layer that it does not list, `by_bits`.
+    Raises InputError if a target matches nothing, or if there are fewer layers than num_layers.
     """
     if num_layers > len(layers):
         raise InputError(
@@ -75,7 +73,7 @@ def choose_ranks(
 
 
 def asked(config: TrainConfig) -> dict[str, Any]:
-    """Returns what a configuration says of ranks, as arguments of choose_ranks."""
+    """Returns the fields of a configuration that are arguments of choose_ranks."""
     names = ("rank", "rank_scaling", "target_modules", "num_layers", "model_dir")
     return {name: getattr(config, name) for name in names}
 

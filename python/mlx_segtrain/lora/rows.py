@@ -1,13 +1,13 @@
-"""Applies several adapters in one batch: each row gets its own adapter, in shared products.
+"""Applies several adapters in one batch: each row has its own adapter, and products are shared.
 
-An adapter is to a linear layer what an expert is to a layer of experts. The factors of all adapters
-of a batch are stacked, and each row gathers its own:
+Adapters are treated like the experts of a layer. The factors of all adapters of a batch are
+stacked, and each row gathers its own:
 
-    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply what comes out
+    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply the result
 
-Linears that read the same x (q, k and v; gate and up) have their a's side by side, so that one
-product serves them all. Adapters of similar ranks are padded to the largest of them and stacked;
-those of other ranks are another stack, over rows of its own.
+The a's of linear layers that read the same x (q, k and v; gate and up) are concatenated, so that
+one product serves them all. Adapters of similar ranks are padded to the largest of them and
+stacked; other ranks have another stack, which other rows use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ from .adapter import DORA, Adapter
 from .modules import LoRALinear
 from .together import Together, grouped
 
-#: Ranks up to which adapters are stacked together; those above have stacks by doubling.
+#: Adapters up to this rank share a stack; above it, there is a stack for each doubling.
 SMALL_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear: b [E, ΣR, out] with the multiplier in it, zeros outside of its
-    `own` ranks; gains [E, out] float32 if one is DoRA's."""
+    """The updates of one linear layer: b [E, ΣR, out], which includes the multiplier and is 0
+    outside of the layer's `own` ranks; gains [E, out] float32 if one is a DoRA."""
 
     b: mx.array
     gains: mx.array | None
@@ -37,8 +37,8 @@ class _Factors:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linear layers that read the same x: a [E, in, ΣR], and the rest for each
-    layer."""
+    """The updates of linear layers that read the same x: a [E, in, ΣR], and the factors of each
+    layer by path."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -46,18 +46,19 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Adapters of similar ranks, each in its place; after the last one are zeros: no update."""
+    """Adapters of similar ranks, by their places in the arrays; the place after the last one has
+    zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
-    #: For each group, what computes its linear layers in a step of generation; created when needed.
+    #: ops.DecodeLinears by group, created when needed.
     together: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """Which rows use a stack: all if `rows` is None. Without `picks` they all have one adapter, and
-    the groups' arrays are its own, without the axis of adapters."""
+    """The rows that use a stack: all if `rows` is None. Without `picks` they all have the same
+    adapter, and the groups' arrays are that adapter's, without the axis E."""
 
     stack: _Stack
     places: mx.array  #: uint32 [rows], in the stack
@@ -99,8 +100,8 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 class Rows:
     """Updates for the rows of batches of one base model; they apply while `running()` is active.
 
-    `run` is a forward pass of the base model, [1, 1] tokens to logits, which shows which linear
-    layers read the same x.
+    `run` is a forward pass of the base model, [1, 1] tokens to logits; it shows which linear layers
+    read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -112,21 +113,23 @@ class Rows:
         self._stacks: dict[int, _Stack] = {}
         self._uses: list[_Use] = []
         self._key: Any = None
+        #: The group and the path of a module, by its id.
+        self._places: dict[int, tuple[int, str]] = {}
         for i, readers in enumerate(self._readers):
             for path in readers.paths:
-                self._modules[path].rows = _Linear(self, i, path, self._modules[path])
-        self.known = {path for readers in self._readers for path in readers.paths}
+                self._modules[path].rows = self
+                self._places[id(self._modules[path])] = i, path
+        self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows may have this adapter: it must not update an embedding or
-        experts."""
+        """Returns whether rows can use this adapter: it must not update an embedding or experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Row i of a batch gets the adapter of keys[i], or none if there is none of that key.
+        """Gives row i of a batch the adapter of keys[i], or none if no adapter has that key.
 
-        `adapters` may be of other batches too, which take turns with this one: what is stacked for
-        one serves all.
+        `adapters` may include those of other batches, which take turns with this one: all batches
+        share the stacks.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -146,22 +149,22 @@ class Rows:
         """Whether a row of the batch has an update."""
         return bool(self._uses)
 
-    def decoding(self, index: int, together: Together) -> tuple[Any, mx.array | None]:
-        """Returns what computes the linear layers of a group in a step of generation, and the
-        adapter of each row; None if they are computed one by one."""
-        use = self._uses[0]
+    def decoding(self, module: LoRALinear) -> tuple[Any, mx.array | None]:
+        """Returns the op that computes a module's group in a step of generation, and the place of
+        each row's adapter; None if the layers are computed one by one."""
+        use, (index, _) = self._uses[0], self._places[id(module)]
         if use.rows is not None:
             return None, None
         made = use.stack.together
         if index not in made:
-            made[index] = self._together(index, use.stack.groups[index], together)
+            made[index] = self._together(index, use.stack.groups[index], module.together)
         return made[index], use.places
 
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
         paths = self._readers[index].paths
         known = [id(x) for x in together.modules]
         if group is None or known != [id(self._modules[path]) for path in paths]:
-            return None  # no update, or some layers were put in later
+            return None  # no update, or some layers were added later
         b, gains = [], []
         for path in paths:
             own = group.factors.get(path)
@@ -174,12 +177,12 @@ class Rows:
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks; they are created again when needed."""
+        """Frees all stacks, which are created again when needed."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While it is active, linear layers use these updates instead of their own."""
+        """Makes linear layers use these updates instead of their own while it is active."""
         self.on = True
         try:
             yield
@@ -195,38 +198,37 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Updates of the readers by all adapters, and zeros after the last; None without any."""
+        """Returns the readers' updates by all adapters, and zeros after the last one; None if no
+        adapter updates them."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
-            pairs = [adapter.tensors.get(path) for adapter in adapters]
-            some = next((pair for pair in pairs if pair is not None), None)
-            if some is None:
+            pairs = [adapter.tensors[path] for adapter in adapters if path in adapter.tensors]
+            if not pairs:
                 continue
-            rank = max(pair[0].shape[1] for pair in pairs if pair is not None)
-            (width, _), (_, out) = (x.shape for x in some)
+            rank = max(a.shape[1] for a, _ in pairs)
+            (width, _), (_, out) = (x.shape for x in pairs[0])
             a, b, gains = [], [], []
-            for adapter, pair in zip(adapters, pairs, strict=True):
-                if pair is None:
+            for adapter in [*adapters, None]:
+                if adapter is None or path not in adapter.tensors:
                     a.append(mx.zeros((width, rank), dtype))
                     b.append(mx.zeros((rank, out), dtype))
                     gains.append(None)
                     continue
+                pair = adapter.tensors[path]
                 more = rank - pair[0].shape[1]
                 a.append(mx.pad(pair[0].astype(dtype), [(0, 0), (0, more)]))
                 scaled = (adapter.scales[path] * pair[1]).astype(dtype)
                 b.append(mx.pad(scaled, [(0, more), (0, 0)]))
                 gains.append(self._gain(path, adapter, dtype))
-            a.append(mx.zeros((width, rank), dtype))
-            b.append(mx.zeros((rank, out), dtype))
             ones, gain = mx.ones(out), None
             if any(x is not None for x in gains):
-                gain = mx.stack([*(ones if x is None else x for x in gains), ones])
+                gain = mx.stack([ones if x is None else x for x in gains])
             parts.append(mx.stack(a))
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans all ranks: taking its part of x·a would be one more launch per layer.
+        # Each b spans all ranks: slicing x·a instead would take another launch per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
@@ -241,9 +243,12 @@ class Rows:
         own = dtype, adapter.tensors[path], adapter.scales[path], adapter.magnitudes[path]
         return self._modules[path].gain(DORA, *own)
 
-    def update(self, index: int, path: str, bias: mx.array | None, x: mx.array, y: mx.array):
-        """Returns the output y [B, T, out] of the frozen linear layer with each row's own
+    def __call__(self, module: LoRALinear, x: mx.array, y: mx.array) -> mx.array:
+        """Returns y [B, T, out], the output of a module's frozen linear layer, with each row's own
         update."""
+        if not self._uses:
+            return y
+        (index, path), bias = self._places[id(module)], module.linear.get("bias")
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]
@@ -257,7 +262,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: near 1 a gain is coarse in few bits
+            if gain is not None:  # as in dora.py: bfloat16 is too coarse for a gain near 1
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:
@@ -282,7 +287,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the adapter's updates in one place; no array is copied."""
+    """Returns the updates of the adapter in one place, as views."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -290,32 +295,8 @@ def _of_one(group: _Group, place: int) -> _Group:
     return _Group(group.a[place], {path: own(x) for path, x in group.factors.items()})
 
 
-class _Linear:
-    """The updates that a linear layer of a batch adds to its frozen output."""
-
-    def __init__(self, rows: Rows, index: int, path: str, module: LoRALinear):
-        self._rows, self._index, self._path = rows, index, path
-        self._bias, self._module = module.linear.get("bias"), module
-
-    @property
-    def on(self) -> bool:
-        return self._rows.on
-
-    @property
-    def any(self) -> bool:
-        return self._rows.any
-
-    def decoding(self) -> tuple[Any, mx.array | None]:
-        return self._rows.decoding(self._index, self._module.together)
-
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        rows = self._rows
-        return rows.update(self._index, self._path, self._bias, x, y) if rows.any else y
-
-
 def _size(adapter: Adapter) -> int:
-    """Returns the size by which adapters are stacked: the power of two that holds the largest
-    rank."""
+    """Returns the key of an adapter's stack: its largest rank, rounded up to a power of two."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 

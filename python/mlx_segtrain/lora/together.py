@@ -1,7 +1,7 @@
-"""Linear layers that read the same x (q, k and v; gate and up). In a step of generation on CUDA
-they run in one launch with their updates.
+"""Runs linear layers that read the same x (q, k and v; gate and up) in one launch with their
+updates, in a step of generation on CUDA.
 
-Such a step takes as long as the host needs to build and launch it, so the number of calls counts.
+Such a step takes as long as the host needs to build and launch it, so fewer calls are faster.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,14 +13,14 @@ from .. import ops
 from .adapter import ARRAYS, KINDS
 from .modules import FEW, LoRALinear
 
-#: Adapters of which a group keeps its factors as the kernel reads them.
+#: Maximum number of adapters whose factors a group caches in the kernel's layout.
 MOST_KEPT = 8
 
 
 class Together:
     """Linear layers that read the same x of `dtype`, in the order in which they are called.
 
-    The first one that is called computes the outputs of all.
+    The first call computes the outputs of all.
     """
 
     def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
@@ -34,8 +34,8 @@ class Together:
         self._left = 0
 
     def read(self, index: int, x: mx.array) -> mx.array | None:
-        """Returns the output of one layer with its update; None if the group has no update, where
-        MLX's own products are as fast, or no kernel for it."""
+        """Returns the output of one layer with its update; None if the group has no update, for
+        which MLX's own products are as fast, or if no kernel serves it."""
         if self._x is not x:
             self._x, self._ys, self._left = x, self._all(x), len(self.modules)
         ys, self._left = self._ys, self._left - 1
@@ -54,7 +54,7 @@ class Together:
         return op if serves(op, self.dtype) else None
 
     def forget(self) -> None:
-        """Frees what is kept of updates."""
+        """Frees the cached updates."""
         self._kept.clear()
 
     def _all(self, x: mx.array) -> list[mx.array] | None:
@@ -62,7 +62,7 @@ class Together:
             return None
         rows = self.modules[0].rows
         if rows is not None and rows.on:
-            op, picks = rows.decoding()
+            op, picks = rows.decoding(self.modules[0])
         else:
             op, picks = self._in_place(), None
         if op is None:
@@ -75,7 +75,7 @@ class Together:
         return op(x, picks)
 
     def _in_place(self) -> ops.DecodeLinears | None:
-        """Returns the layers with the updates that are in them now; None if there are none."""
+        """Returns the layers with their current updates; None if they have none."""
         if not any("lora_a" in module for module in self.modules):
             return None
         arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
@@ -83,7 +83,7 @@ class Together:
         if key not in self._kept:
             if len(self._kept) == MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            # The arrays are kept with it: no other ones get these ids.
+            # Keeps the arrays, too, so that no others get their ids.
             self._kept[key] = self._made(), arrays
         return self._kept[key][0]
 
@@ -105,34 +105,34 @@ class Together:
 
 
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
-    """Returns whether a kernel computes steps of up to FEW rows."""
+    """Returns whether a kernel serves steps of up to FEW rows."""
     return not op.unfit(dtype, FEW)
 
 
 class _Recorder:
-    """Replaces the updates by rows while recording which x a layer reads."""
+    """Replaces the updates by rows to record which x a layer reads."""
 
     on = True
 
-    def __init__(self, module: LoRALinear, read: list[tuple[LoRALinear, mx.array]]):
-        self._module, self._read = module, read
+    def __init__(self) -> None:
+        self.read: list[tuple[LoRALinear, mx.array]] = []
 
-    def __call__(self, x: mx.array, y: mx.array) -> mx.array:
-        self._read.append((self._module, x))
+    def __call__(self, module: LoRALinear, x: mx.array, y: mx.array) -> mx.array:
+        self.read.append((module, x))
         return y
 
 
 def grouped(
     modules: Iterable[LoRALinear], run: Callable[[mx.array], Any]
 ) -> list[tuple[list[LoRALinear], mx.Dtype]]:
-    """Returns which linear layers read the same x, and its dtype, in the order of the calls.
+    """Returns groups of linear layers that read the same x, and its dtype, in the order of calls.
 
-    `run` is a forward pass of the model, [1, 1] tokens to logits; nothing is computed.
+    `run` is a forward pass of the model, [1, 1] tokens to logits; it is traced but not evaluated.
     """
-    read: list[tuple[LoRALinear, mx.array]] = []
+    recorder = _Recorder()
     before = [(module, module.rows) for module in modules]
     for module, _ in before:
-        module.rows = _Recorder(module, read)
+        module.rows = recorder
     try:
         run(mx.zeros((1, 1), mx.int32))
     finally:
@@ -140,7 +140,7 @@ def grouped(
             module.rows = rows
     found: dict[int, tuple[list[LoRALinear], mx.Dtype]] = {}
     seen: set[int] = set()
-    for module, x in read:
+    for module, x in recorder.read:
         if id(module) not in seen:  # some models call a layer twice
             seen.add(id(module))
             found.setdefault(id(x), ([], x.dtype))[0].append(module)
@@ -148,7 +148,7 @@ def grouped(
 
 
 def put_together(modules: Sequence[LoRALinear], run: Callable[[mx.array], Any]) -> None:
-    """Tells modules with which others they are one launch, if a kernel serves them."""
+    """Sets `together` and `place` of modules that a kernel runs in one launch."""
     for module in modules:
         module.grouped, module.together = True, None
     for own, dtype in grouped(modules, run):

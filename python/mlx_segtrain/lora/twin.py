@@ -1,5 +1,5 @@
-"""A model's twin for steps of a few tokens on a GPU, which take as long as the host needs to launch
-them: same weights, same updates, less Python for each linear layer."""
+"""A model's twin for steps of a few tokens on a GPU: the same weights and updates, with less Python
+for each linear layer, because such a step takes as long as the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ def twin_of(model: nn.Module) -> Any:
     """Returns the twin, for up to FEW tokens on a GPU. It gives the same bits as the model, except
     where linear layers run together (on CUDA).
 
-    It is called as the model is. Updates are put into the model's own modules, at any time; modules
-    that are put into the model later are not in its twin.
+    It is called like the model. Updates may be put into the model's modules at any time; modules
+    that are added to the model later are not in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
     if not all(module.grouped for module in modules):  # or some were put into it since
@@ -35,7 +35,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
     elif isinstance(x, nn.Module):
         new = nn.Module.__new__(type(x))
         vars(new).update(vars(x))
-        known[id(x)] = new  # what it holds may refer to it
+        known[id(x)] = new  # its children may refer to it
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
     elif isinstance(x, list | tuple):
@@ -64,7 +64,7 @@ class _Linear:
             if y is not None:
                 return y
         if rows is not None:
-            return rows(x, self._product(x))
+            return rows(module, x, self._product(x))
         for kind in KINDS:
             if kind.array in module:
                 return module(x)
@@ -73,7 +73,7 @@ class _Linear:
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:
-    """Returns the product that the linear layer computes, with its arrays looked up only once."""
+    """Returns a function that computes the linear layer, with its arrays looked up only once."""
     if type(linear) is not nn.QuantizedLinear:
         return linear
     multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]

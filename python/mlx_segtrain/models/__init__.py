@@ -1,8 +1,8 @@
-"""Model families: turns an mlx-lm model into a chain of stages over our ops. Only this package
-knows them.
+"""Model families: turns an mlx-lm model into a chain of stages over our ops. No other package knows
+model families.
 
-Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family is a module of
-FAMILIES, a `Family`; every other model takes the generic path.
+Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family is a module in
+FAMILIES with the members of `Family`; every other model takes the generic path.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -34,15 +34,15 @@ __all__ = [
 
 
 class Family(Protocol):
-    """A fast family: the same layers, read from mlx-lm's modules and from the files of a model.
+    """A fast family, which reads layers from mlx-lm's modules and from the files of a model.
 
-    `text` is config.json with the keys of its text_config, if it has one, put on top.
+    `text` is config.json updated with the keys of its text_config, if it has one.
     """
 
     @property
     def TYPES(self) -> Collection[str]:
-        """The `model_type`s of its models and of models for text and images that contain one,
-        including the names of mlx-lm's modules for the text models."""
+        """The `model_type`s of its models and of models for text and images that contain one, and
+        the names of mlx-lm's modules for them."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -72,10 +72,10 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
-    """The chain of a loaded mlx-lm model, of which only these layers may have been read.
+    """Returns the chain of a loaded mlx-lm model; with `layers`, weights of others may be missing.
 
-    For a model for text and images it is the text model's, and names keep its prefix. Raises
-    InputError if the model cannot be cut into layers or cannot be differentiated.
+    For a model for text and images it is the text model's chain, with the prefix in its names.
+    Raises InputError if the model cannot be cut into layers or cannot be differentiated.
     """
     from . import generic
 
@@ -97,15 +97,15 @@ def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:
-    """Loads mlx-lm's tokenizer of a model folder, without the weights. Raises InputError as
-    load_base does."""
+    """Loads mlx-lm's tokenizer of a model folder, without the weights. Raises InputError like
+    load_base."""
     folder = opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
     with _reading(folder):
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    # Before mlx-lm 0.32 (Python 3.10), those in config.json may replace the tokenizer's own.
+    # Before mlx-lm 0.32 (Python 3.10), the tokens in config.json may replace the tokenizer's own.
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
     return tokenizer
 
@@ -113,9 +113,9 @@ def load_tokenizer(model_dir: str | Path) -> Any:
 def load_model(
     model_dir: str | Path, reads: Callable[[str], bool] = lambda name: True
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """mlx-lm's model and configuration; InputError as for load_base.
+    """Loads mlx-lm's model and configuration. Raises InputError like load_base.
 
-    Weights whose name `reads` says no to are read when something is computed with them.
+    Weights for whose names `reads` returns False are read lazily.
     """
     snapshot = opened(model_dir)
     from mlx_lm.utils import load_model
@@ -129,8 +129,8 @@ def load_model(
 def load_headless(
     model_dir: str | Path, instead: str
 ) -> tuple[nn.Module, dict[str, Any], mx.array]:
-    """mlx-lm's model without its head, evaluated; its configuration; and the tensor `instead` that
-    the files have in the head's place. InputError as for load_base."""
+    """Loads mlx-lm's model without its head, its configuration, and the tensor `instead` that the
+    files have instead of a head. Raises InputError like load_base."""
     snapshot = opened(model_dir)
     from mlx_lm.utils import _get_classes, load_model
 
@@ -163,7 +163,7 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads the weights that `reads` returns True for into memory, on a CPU in float32."""
+    """Loads the weights for which `reads` returns True into memory, on a CPU in float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
@@ -171,8 +171,7 @@ def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: Tru
 
 
 def opened(model_dir: str | Path) -> Snapshot:
-    """Checks a folder before mlx-lm reads it, since mlx-lm would ask the network for what is
-    missing."""
+    """Checks a folder before mlx-lm reads it, since mlx-lm would download missing files."""
     snapshot = Snapshot(model_dir, whole=True)
     snapshot.file("config.json", "configuration")
     snapshot.file("tokenizer_config.json", "tokenizer")

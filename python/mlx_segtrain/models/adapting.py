@@ -1,5 +1,4 @@
-"""Connects a model and an adapter: which modules get an update, how it starts, and how it is
-attached."""
+"""Connects a model and an adapter: chooses ranks, initializes an adapter, and attaches it."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +26,7 @@ from .chain import Chain
 
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
-    """Returns the rank of every linear layer to adapt, by path: ranks.choose_ranks for the chain's
-    layers."""
+    """Returns the rank of every layer of the chain to adapt, by path (see ranks.choose_ranks)."""
     layers = [
         [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]
@@ -46,12 +44,13 @@ def init(
     here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
-    """A ~ U(−1/√in, 1/√in) float32, with one key per path in sorted order; B = 0.
+    """Returns a new adapter: A ~ U(−1/√in, 1/√in) float32, with one key per path in sorted order,
+    and B = 0.
 
-    With `root` the multiplier of a linear is scale over the root of its rank (rsLoRA: Kalajdzievski
-    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: its array
-    starts so that nothing changes, and is 0 where the weight is not `here`. Raises InputError if
-    one is of experts or an embedding.
+    With `root` the multiplier of a layer is scale over the root of its rank (rsLoRA: Kalajdzievski
+    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: the initial
+    array of that kind changes nothing; it is 0 for weights that are not `here`. Raises InputError
+    if the kind does not support a layer, which has experts or is an embedding.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -69,10 +68,8 @@ def init(
                 f"use_{kind.word}: '{path}' is {what}, which {kind.name} does not support: leave "
                 f"it out of target_modules, or train without use_{kind.word}."
             )
-        of = kind.runs.of
-        arrays[path][kind.array] = (
-            of(ops.base_of(modules[path])).start if here(path) else mx.zeros(b[-1:])
-        )
+        start = kind.runs.of(ops.base_of(modules[path])).start if here(path) else mx.zeros(b[-1:])
+        arrays[path][kind.array] = start
     mx.eval(arrays)
     scales = {p: scale / math.sqrt(ranks[p]) if root else scale for p in paths}
     return Adapter.of(arrays, scales, chain.tied_for(arrays))
@@ -91,8 +88,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every module of the layers that can be adapted with one of ours, and outside of the
-    layers only the adapted ones; with `whole`, all that can be adapted."""
+    """Replaces every adaptable module of the layers with one of ours. Of embedding and head, only
+    adapted ones are replaced, or with `whole` all that are adaptable."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):

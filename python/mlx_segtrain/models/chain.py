@@ -33,15 +33,14 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """How the updates of a model's linear layers run in a stream: their multipliers by full
-    path."""
+    """The multipliers of the updates of linear layers by full path, and the dropout in a stream."""
 
     scales: Mapping[str, float]
     dropout: Dropout | None = None
     stream: Stream = SINGLE[0]
 
     def key(self, path: str) -> mx.array | None:
-        """Returns what decides which numbers this module's update drops; None if it drops none."""
+        """Returns the random key of this module's dropout mask; None without dropout."""
         return self.dropout and self.dropout.key(self.stream.of(path))
 
 
@@ -51,7 +50,7 @@ NO_UPDATES = Updates({})
 class Head:
     """Maps rows of the last h to logits, and these to losses.
 
-    `params` are the factors of the head's own update, by full path; none without one.
+    `params` are the factors of the head's update by full path, empty without one.
     """
 
     path: str  #: the module that can be adapted: the head's own, or the embedding that it shares
@@ -65,15 +64,15 @@ class Head:
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """Like `logits`, with an update; h are the rows from the `begin`-th on, which dropout
-        depends on."""
+        """Like `logits`, with an update; h are the rows from the `begin`-th on, on which the
+        dropout mask depends."""
         raise NotImplementedError
 
     def as_product(
         self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
     ) -> tuple[mx.array, ops.Base, float | None] | None:
-        """Returns the arguments of our ops for this head, with logits divided by the temperature:
-        x, the weight and the cap; None if no op of ours serves it."""
+        """Returns x, the weight and the cap with which our ops compute this head, with logits
+        divided by the temperature; None if they do not serve it."""
         return None
 
     def cross_entropy(
@@ -85,8 +84,7 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Returns Σ weights·CE of h [M, H] against targets [M], each a token: a scalar in
-        float32."""
+        """Returns Σ weights·CE of h [M, H] and the target tokens [M]: a scalar in float32."""
         if (own := self.as_product(params, h)) is not None:
             x, base, softcap = own
             how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
@@ -102,11 +100,12 @@ class Head:
         temperature: float = 1.0,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Returns the log-probabilities of targets [M], each a token, given h [M, H]: float32 [M],
-        from logits divided by the temperature.
+        """Returns the log-probabilities of the target tokens [M] given h [M, H]: float32 [M], from
+        logits divided by the temperature.
 
-        Without an op of ours, HEAD_ROWS at a time in both directions: a graph without an order
-        could hold the logits of all rows. The backward pass recomputes them.
+        A head that our ops do not serve runs HEAD_ROWS rows at a time in both directions, and in
+        this order, since MLX might otherwise keep the logits of all rows. The backward pass
+        recomputes them.
         """
         if (product := self.as_product(params, h, temperature)) is not None:
             x, base, softcap = product
@@ -148,22 +147,22 @@ class Chain:
     """A model as stages over boundary values.
 
     `start(tokens [B, T])` returns the values that the first stages read. A layer is one stage
-    (`model.layers.3`) or two (`….self_attn`, `….mlp`); parameters have the full path of their
-    linear layer (`model.layers.3.self_attn.q_proj.lora_a`), and so do the multipliers `scales`. The
-    last stage of a stream writes its `h`. If the chain `trims`, a stage reads the input `positions`
-    [N], the last N of T, and h has these rows from there on.
+    (`model.layers.3`) or two (`….self_attn`, `….mlp`). Parameters and multipliers are named by the
+    full path of their linear layer (`model.layers.3.self_attn.q_proj.lora_a`). The last stage of a
+    stream writes its `h`. If the chain `trims`, a stage reads the input `positions` [N], the last N
+    of T, and after it h has these rows only.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
     stages_of: Callable[[Updates], list[Stage]]
     head: Head
-    linears: dict[str, nn.Module]  #: what can be adapted, by full path
+    linears: dict[str, nn.Module]  #: adaptable linear layers by full path
     stage_of: dict[str, str]  #: the owner of a path of `linears`
     layers: list[list[str]]  #: the owners of each layer
     max_length: int | None  #: the model's context length
     trims: bool = False
     branches: bool = False  #: whether streams may have a branch, or parts
-    #: Embedding and head, if they can be adapted.
+    #: Embedding and head, if they are adaptable.
     outer: dict[str, nn.Module] = field(default_factory=dict)
     embedded: Callable[[], "Chain"] | None = None  #: the same chain with the embedding as a stage
     forms: tuple[LayerForm, ...] = ()  #: the forms of the layers of a fast family
@@ -174,18 +173,18 @@ class Chain:
         streams: Sequence[Stream] = SINGLE,
         dropout: Dropout | None = None,
     ) -> list[Stage]:
-        """Returns the stages of a batch, one stream after the other."""
+        """Returns the stages of a batch, stream by stream."""
         of_streams = (Updates(scales, dropout, stream) for stream in streams)
         return [stage for updates in of_streams for stage in self.stages_of(updates)]
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """Everything that an adapter may update."""
+        """All modules that an adapter may update, by full path."""
         return {**self.linears, **self.outer}
 
     @property
     def tied(self) -> bool:
-        """Whether the model has no separate head that could be adapted."""
+        """Whether the model has no separate head that is adaptable."""
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
@@ -211,6 +210,6 @@ class Chain:
     def cuts(
         self, size: int, streams: Sequence[Stream] = SINGLE, layers: slice = slice(None)
     ) -> Cuts:
-        """Segments of `size` layers, of all or of those of a slice; 0: one segment."""
+        """Returns cuts into segments of `size` of these layers; 0: one segment."""
         stages = accumulate(len(layer) for _ in streams for layer in self.layers[layers])
         return Cuts.by_layer(list(stages), size)

@@ -18,7 +18,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Made:
-    """A model folder that was written, and the bytes of its weights before and after."""
+    """A quantized model's folder, and the bytes of the weights before and after."""
 
     path: Path
     before: int
@@ -26,8 +26,7 @@ class Made:
 
 
 def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) -> Made:
-    """Writes the model to a new folder with its linear layers and tables quantized, as mlx-lm does
-    it.
+    """Writes the model to a new folder with its linear layers and embeddings quantized by mlx-lm.
 
     Raises InputError for a model that cannot be read, is already quantized, or has a family that
     mlx-lm does not support, and if the disk is too full. `out` does not exist until it is complete.
@@ -63,7 +62,7 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
             if is_out_of_memory(error):
                 raise
             raise InputError(f"{name} cannot be converted: {reason(error, 500)}") from error
-        for program in aside.glob("*.py"):  # the model's own code is not run
+        for program in aside.glob("*.py"):  # we never run a model's own code
             program.unlink()
         size = Snapshot(aside).size_bytes
     return Made(out, base.size_bytes, size)

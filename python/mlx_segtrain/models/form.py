@@ -1,6 +1,7 @@
-"""The form of a layer: what the planner and the schedule know of it before it runs.
+"""The form of a layer, from which memory is planned and stages are created.
 
-A loaded layer has one (`Layer.form`), and so do the headers of its weights (`LayerHeaders`).
+It follows from a loaded layer (`Layer.form`), and also from the headers of its weights
+(`LayerHeaders`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """A stage of one stream without its function: the names of boundary values and of
-    parameters."""
+    """The arguments of a Stage except its function, for one stream."""
 
     name: str
     reads: tuple[str, ...]
@@ -29,12 +29,12 @@ class StageForm:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """The form of one layer. Widths are numbers per token: of q all heads together, of k (or v) all
-    of the layer's own heads."""
+    """The form of one layer. `query` is the width of all heads of q together, and `key_value` that
+    of all the layer's own heads of k (or v)."""
 
     name: str  #: its path in the model
     query: int
-    key_value: int  #: 0: it reads the keys of another layer
+    key_value: int  #: 0 if it reads the keys of another layer
     hidden: int
     head: int  #: width of one head
     window: int | None = None
@@ -44,15 +44,15 @@ class LayerForm:
     wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
-    own_input: int = 0  #: an input that is made from the tokens for this layer only
-    experts: int = 0  #: numbers that a token's experts hold
+    own_input: int = 0  #: the width of an input made from the tokens for this layer only
+    experts: int = 0  #: the hidden width of a token's experts together
     donor: str | None = None  #: the layer whose keys and values it reads
     gives: bool = False  #: others read its keys and values (`linked`)
     trims: bool = False  #: it drops the rows before the first one with a loss (`linked`)
 
     @property
     def owners(self) -> tuple[str, str]:
-        """The names of its stages, attention and MLP, under which their parameters are."""
+        """The owners of the parameters of its stages, attention and MLP."""
         return f"{self.name}.self_attn", f"{self.name}.mlp"
 
     def owner_of(self, path: str) -> str:
@@ -89,7 +89,7 @@ class LayerHeaders:
         return self.widths.get(f"{self.name}.{path}", (0, 0))
 
     def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
-        """Returns the form, with what the family adds to it; `text` is the configuration."""
+        """Returns the form, given the configuration `text` and the family's own fields."""
         query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
@@ -117,7 +117,7 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """Returns the forms of all layers, each with what it does for the others."""
+    """Returns the forms of all layers with the links between them, `gives` and `trims`."""
     donors = {form.donor for form in forms}
     # After the last layer with its own keys, nothing reads the rows before the first one with a
     # loss.

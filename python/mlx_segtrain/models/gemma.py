@@ -1,6 +1,6 @@
 """Gemma 2, 3 and 4: four norms per layer, GeGLU, sliding-window and global attention.
 
-Gemma 4 adds, each if the configuration has it: layers that read the keys and values of an earlier
+Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
 one, an input for each layer that is made from the tokens, values that are the keys, experts besides
 the dense MLP, and a scalar for each layer.
 """
@@ -16,17 +16,7 @@ from .. import ops
 from ..errors import InputError
 from .chain import Chain
 from .form import LayerForm, LayerHeaders
-from .layer import (
-    PROJECTIONS,
-    Embedding,
-    Layer,
-    Linears,
-    Mlp,
-    Norm,
-    Projection,
-    chain,
-    layer_of,
-)
+from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
 #: mlx-lm's defaults where config.json has no value, by the beginning of `model_type`.
@@ -38,7 +28,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         **{"sliding_window": 512, "sliding_window_pattern": 5},
     },
 }
-#: Linear layers of a layer that has its own input.
+#: Linear layers that a layer with its own input has.
 OWN_INPUT = ("per_layer_input_gate", "per_layer_projection")
 
 
@@ -100,7 +90,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
 
 def tied(text: Mapping[str, Any]) -> bool:
-    """Always for Gemma 2; for Gemma 3 unless the weights have a head."""
+    """Returns False for Gemma 3, whose head is the embedding only if the weights lack a head."""
     kind = _kind(text)
     return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
 
@@ -186,7 +176,8 @@ class _Experts(Mlp):
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
-    """Adds the end of layer i of Gemma 4: what its own input adds, and its scalar."""
+    """Returns the end of layer i of Gemma 4: adds what its own input gives, and applies its
+    scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)

@@ -1,10 +1,10 @@
-"""Any other mlx-lm model with a list of layers: its own modules are the stages, with LoRA put into
-them.
+"""The generic path for any other mlx-lm model with a list of layers: its modules are the stages, to
+which LoRA updates are added.
 
 A stage runs the model's own `__call__` up to its layer, with stand-ins for the earlier layers that
-pass on the stage's input. So masks, embeddings and whatever the model does between two layers are
-its own code. Whether anything else passes between layers, such as the keys of another layer, is
-found before training by comparing the chain with the model on a few tokens.
+return the stage's input. So masks, embeddings and whatever the model computes between two layers
+come from its own code. Before training, the chain is compared with the model on a few tokens, which
+shows whether layers share anything else, such as the keys of another layer.
 """
 
 import functools
@@ -24,18 +24,18 @@ from ..schedule import Stage
 from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 
-#: Number of tokens in the comparison, and how far the chain may be from the model in float32 and
-#: below.
+#: Number of tokens in the comparison, and the maximum relative error in float32 and in half
+#: precision.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model at the layer that a stage wants, with its arguments, positional and
-    by name."""
+    """Ends a run of the model at the layer of a stage; its args are the layer's positional and
+    keyword arguments."""
 
 
 class _StandIn:
-    """Replaces a layer, whose class and attributes it shows; calls go to `answer`."""
+    """Replaces a layer, with the same class and attributes; calls go to `answer`."""
 
     def __init__(self, layer: nn.Module, answer: Callable[..., mx.array]):
         self._layer, self._answer = layer, answer
@@ -64,7 +64,7 @@ class _Body:
     layers: list[nn.Module]
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
-        """Runs the model on tokens; layers without an answer pass their first argument on."""
+        """Runs the model on tokens; layers without an answer return their first argument."""
 
         def first(*args: Any, **kwargs: Any) -> Any:
             return [*args, *kwargs.values()][0]
@@ -93,13 +93,13 @@ class _Body:
         raise InputError(f"{self.kind} cannot be trained: {self.path}.{i} is never called.")
 
     def logits(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """Returns the logits that the model makes of h [B, T, H], the output of the last layer."""
+        """Returns the model's logits for h [B, T, H], the output of the last layer."""
         return self.run(tokens, dict.fromkeys(range(len(self.layers)), lambda *_, **__: h))
 
 
 @dataclass(frozen=True)
 class _Head(Head):
-    """The model's own way from h to logits, a few rows at a time."""
+    """The head of a model, which runs the model's own code from h to logits."""
 
     body: _Body
     path: str
@@ -137,15 +137,16 @@ def _attached(
             module.key = updates.key(path)
     try:
         yield
-    finally:  # the modules outlive this trace and must not keep it
+    finally:  # the modules outlive this trace and must not keep its arrays
         for module in modules.values():
             module.clear()
 
 
 def chain_of(model: Any, layers: range | None = None) -> Chain:
-    """Raises InputError, with layer and reason, if the model cannot be cut up or differentiated.
+    """Returns the chain of a model. Raises InputError, with layer and reason, if the model cannot
+    be cut into layers or differentiated.
 
-    With `layers` only these are looked at: of others no weight has been read.
+    With `layers` only these are checked, since the weights of others have not been read.
     """
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -156,7 +157,7 @@ def chain_of(model: Any, layers: range | None = None) -> Chain:
         linears |= own
         stage_of |= dict.fromkeys(own, name)
     vocabulary = _try(body) if layers is None else _try_part(body, layers)
-    # The embedding of the tokens and the head's linear, where they are modules.
+    # The token embedding and the head's linear layer, if they are modules.
     outer: dict[str, nn.Module] = {
         path: module
         for path, module in body.model.named_modules()
@@ -197,8 +198,7 @@ def _body(model: Any) -> _Body:
 
 
 def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Stage:
-    """Returns the stage of layer i; the first one includes the embedding, which is one of
-    `outer`."""
+    """Returns the stage of layer i; the first one includes the embeddings `outer`."""
     name = f"{body.path}.{i}"
     adapted = {
         path: lora.wrap(body.model, path, scale)
@@ -224,7 +224,7 @@ def _try(body: _Body) -> int:
     tokens = mx.arange(TRIED)[None] + 1
     try:
         body.model.freeze()
-        body.model.train()  # layers with a state then avoid kernels that have no gradient
+        body.model.train()  # so that layers with a state avoid kernels without a gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
         raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
@@ -236,9 +236,9 @@ def _try(body: _Body) -> int:
 def _through(
     body: _Body, layers: range, tokens: mx.array, h: mx.array | None, refused: str
 ) -> mx.array:
-    """Returns the output of the last of these layers, the first of which gets h.
+    """Returns the output of the last of these layers; the first one gets h.
 
-    Raises InputError for a layer that gives something else than h, or cannot be differentiated.
+    Raises InputError for a layer that does not return an array like h, or cannot be differentiated.
     """
     for i in layers:
         where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
@@ -273,14 +273,14 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """As _try, with the weights of these layers alone: they are compared with themselves in one run
-    of the model, in which those before them give random numbers, and these must be all that comes
-    from there."""
+    """Like _try, for a model of which only these layers are loaded: compares them with themselves
+    in a run of the model. The layers before them return random numbers, on which the result may
+    depend only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
     body.model.train()
-    try:  # graphs of which shapes and types alone are known
+    try:  # these graphs are not evaluated
         vocabulary = body.model(tokens).shape[-1]
         like = body.layer(0, tokens, None)
     except InputError:
@@ -292,7 +292,8 @@ def _try_part(body: _Body, layers: range) -> int:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
 
     def together(seed: int) -> mx.array:
-        """What leaves these layers; of those before them the last one always gives the same."""
+        """Returns the output of these layers in a run of the model, with random outputs of the
+        layers before them that depend on the seed, except for the last one."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

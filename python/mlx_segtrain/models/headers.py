@@ -20,17 +20,17 @@ FLOATS = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that memory and work depend on; `widths` are (in, out) of linear layers by
-    path."""
+    """The structure of a model, on which memory and time depend; `widths` are (in, out) of linear
+    layers by path."""
 
     family: str
     fast: bool
     width: int
     vocabulary: int
     layers: tuple[LayerForm, ...]
-    linears: tuple[tuple[str, ...], ...]  #: paths of what can be adapted, by layer
+    linears: tuple[tuple[str, ...], ...]  #: paths of adaptable linear layers, by layer
     embedding: str  #: path of the token embedding
-    outer: tuple[str, ...]  #: what else can be adapted: the embedding, a separate head
+    outer: tuple[str, ...]  #: paths of the adaptable ones of embedding and separate head
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: bits of quantized linear layers, by path
     float_size: int  #: bytes of a floating-point number in the weights
@@ -52,9 +52,8 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the bytes of the weights once loaded, or of those that a rank `loads`. With
-        `float32`, floating-point weights are converted, as on the CPU.
-        """
+        """Returns the bytes of the loaded weights, or of those that a rank `loads`; with `float32`,
+        half-precision weights are converted, as on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
@@ -63,13 +62,13 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """As the names of the weights have them, of any family."""
+        """The number of layers by the names of the weights, for any family."""
         return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
-    """Reads the shape of the model in a folder. Raises InputError without a readable config.json or
-    header."""
+    """Reads the shape of the model in a folder. Raises InputError if config.json or a header cannot
+    be read."""
     snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
     config, tensors = snapshot.config, snapshot.tensors
     with snapshot.consistent():
@@ -108,7 +107,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         whole = all(form.query > 0 < form.hidden for form in forms)
         if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # As models.layer.chain finds them in the loaded model.
+            # As in models.layer.chain.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     wide = any(
@@ -136,7 +135,7 @@ _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """Returns the number of the layer that a weight belongs to."""
+    """Returns the number of the layer to which a weight belongs."""
     return int(match[2]) if (match := _LAYER.match(name)) else None
 
 
@@ -146,7 +145,7 @@ _LINEAR = re.compile(r"(self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projectio
 def _linears_of(
     layers: Sequence[LayerForm], widths: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], ...]:
-    """Returns the paths of the linear layers of each layer that an adapter could change."""
+    """Returns the paths of the adaptable linear layers of each layer."""
     found: dict[str, list[str]] = {layer.name: [] for layer in layers}
     readers = {layer.name for layer in layers if layer.donor is not None}
     for path in widths:

@@ -13,33 +13,32 @@ import mlx.nn as nn
 
 from .. import ops
 from ..lora import KINDS, Kind
-from ..lora.modules import dropped
+from ..ops.reference import dropped
 from ..schedule import Stage
 from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: Rows that an MLP takes at a time. With more tokens, the memory inside it stops growing, and its
-#: first product runs twice even where everything is kept. It is the same for every plan, because
-#: the order of sums over rows depends on it.
+#: Rows that an MLP computes at a time. With more tokens, its memory stops growing, and its first
+#: product runs twice even if everything is kept. It is the same for every plan, because the order
+#: of sums over rows depends on it.
 MLP_ROWS = 16384
 
-#: Where mlx-lm's layers have their linear layers.
+#: Paths of linear layers in mlx-lm's decoder layers.
 PROJECTIONS = (
     *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: Rotates x [B, n, T, D], whose first row has position `offset` in a row with these segments.
+#: Rotates x [B, n, T, D] from the position `offset` on, in a row with these segments.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer. One that is part of a fused layer, such as qkv_proj, has the rows of
-    `part`.
+    """A frozen linear layer, or the rows `part` of a fused one, such as qkv_proj.
 
-    Parts share the A of the fused layer and have their own columns of its B.
+    Parts share the A of the fused layer, and have their own columns of its B.
     """
 
     base: ops.Base
@@ -80,8 +79,8 @@ class Linears:
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors; for other kinds than LoRA, with what its array
-        needs."""
+        """Returns the linear layer with its factors; for kinds with an array, which then adds the
+        bias, the base has none."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -93,7 +92,8 @@ class Linears:
         return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
     def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
-        """Returns what applies the array of the update, and the array [out]; None for LoRA."""
+        """Returns the object that applies the array of the update, and the array [out]; None for
+        LoRA."""
         for kind in KINDS:
             x = self.params.get(f"{projection.path}.{kind.array}")
             if x is not None:
@@ -146,7 +146,7 @@ class Attention:
     k_norm: Norm | None = None
     v_norm: Norm | None = None
     wide_norms: bool = False  #: the norms of q and k span all heads
-    scale_q: Rotate | None = None  #: a further scale, by position
+    scale_q: Rotate | None = None  #: scales q by position
 
     def __call__(
         self,
@@ -160,8 +160,8 @@ class Attention:
         """Maps x [B, T, H] to the output of the last `rows` rows [B, rows, H], and keys and values
         [B, G, T, D].
 
-        `given` keys and values of another layer replace those of x. The third result is what to
-        save: it is passed as `saved` when this is recomputed.
+        `given` keys and values of another layer replace those of x. The third result is to be kept
+        and passed as `saved` when this is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -227,8 +227,8 @@ class Attention:
         save: bool,
         segments: ops.Segments | None = None,
     ) -> tuple[mx.array, Sequence[mx.array]]:
-        """Maps q [B, H, n, D], the last rows of those keys, to the output [B, n, ·] and what to
-        save."""
+        """Maps q [B, H, n, D], the queries of the last n keys, to the output [B, n, ·], and returns
+        what to save."""
         keys, values = keys_values
         if self.scale_q:
             q = self.scale_q(q, keys.shape[2] - q.shape[2], segments)
@@ -244,7 +244,7 @@ class Attention:
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
-        """[B, T, n·D] → [B, n, T, D]."""
+        """Maps [B, T, n·D] to normed heads [B, n, T, D]."""
         if norm and wide:
             x, norm = norm(x), None
         x = x.reshape(*x.shape[:2], n, -1)
@@ -252,22 +252,22 @@ class Attention:
 
 
 def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
-    """Keys and values [B, G, ·, D] of a branch, after the shared ones."""
+    """Concatenates keys and values [B, G, ·, D] of a branch to the main ones."""
     return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """The part of a layer after attention, which it adds to h."""
+    """The gated MLP of a layer."""
 
     gate: Projection
     up: Projection
     down: Projection
     gelu: bool = False
-    experts: int = 0  #: numbers that a token's experts hold
+    experts: int = 0  #: the hidden width of a token's experts together
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """x is h after its norm."""
+        """Returns the MLP of x, which is h after its norm."""
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)
@@ -278,11 +278,11 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """h + attention(h), then + mlp(h), each between its norms, and times `factor`; or `finish` maps
-    h to the output.
+    """A decoder layer: h + attention(h), then h + mlp(h), with norms before or after each branch,
+    times `factor`; `finish` may map h to the layer's output.
 
-    Each is a stage, so that they can be recomputed separately. `donor` names the layer whose keys
-    and values this one reads.
+    Attention and MLP are stages, so that they can be recomputed separately. `donor` names the layer
+    whose keys and values this one reads.
     """
 
     name: str
@@ -295,10 +295,9 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: one number
-    finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = (
-        None  #: also an input made from the tokens [B, T]
-    )
-    own_input: int = 0  #: the width of what `finish` makes of the tokens
+    #: Takes the tokens [B, T], too, from which it makes an input of the width `own_input`.
+    finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
+    own_input: int = 0
     donor: str | None = None
 
     @property
@@ -353,7 +352,7 @@ class Layer:
     def _added(
         self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
     ) -> mx.array:
-        """Returns h plus what a branch adds to it, times the factor."""
+        """Returns (h + r)·factor for the output r of a branch, which may have a norm after it."""
         if after and self.branch_scale == 1:
             return after.added(h, r, factor)
         r = after(r) if after else r
@@ -363,7 +362,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Tokens → h through a frozen table [V, H] and an update of its rows, times `factor`."""
+    """Maps tokens to h with a frozen table [V, H] and an update of its rows, times `factor`."""
 
     module: nn.Module
     path: str
@@ -389,8 +388,8 @@ class Embedding:
 
 @dataclass(frozen=True)
 class LinearHead(Head):
-    """A norm, a frozen linear layer [V, H] and a cap; in training the logits never exist all at
-    once."""
+    """A head of a norm, a frozen linear layer [V, H] and a cap; training never materializes all
+    logits."""
 
     norm: Norm
     projection: Projection
@@ -449,7 +448,7 @@ def chain(
         stage_of |= {path: form.owner_of(path) for path in layer.modules}
 
     def of(embeds: bool) -> Chain:
-        """With `embeds`, the embedding is a stage, so that it can be trained."""
+        """Returns the chain; with `embeds`, the embedding is a stage, so that it can be trained."""
         owners = [list(form.owners) for form in forms]
         if embeds:
             owners[0].insert(0, embedding.path)
@@ -508,8 +507,8 @@ def layer_of(
     }
 
     def parts(fused: str, separate: Sequence[str], first: int) -> list[Any]:
-        """Returns projections that may be one linear layer: the `first` rows, and below them equal
-        parts for the others."""
+        """Returns projections that may be fused in one linear layer: `first` rows for the first
+        one, then equal parts for the others."""
         if fused not in linears:
             return [linears.get(path) for path in separate]
         whole, others = linears[fused], len(separate) - 1
@@ -580,14 +579,14 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """Returns q and k, each head normed and rotated, and v; or q alone."""
+        """Returns q and k, whose heads are normed and rotated, and v; or q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
 
 def rotary(rope: Any) -> Rotate:
-    """Returns mlx-lm's rotary module run by our op; a module that also scales its input is used as
-    it is."""
+    """Returns our op for mlx-lm's rotary module, or the module itself if our op does not support
+    it."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return lambda x, offset, segments: x
@@ -602,7 +601,7 @@ def rotary(rope: Any) -> Rotate:
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
-    """Runs mlx-lm's rotary module, which does not know segments, on one segment after the other."""
+    """Runs mlx-lm's rotary module, which does not support segments, on each segment."""
     if segments is None:
         return rope(x, offset=offset)
     end = offset + x.shape[2]

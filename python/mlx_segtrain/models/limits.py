@@ -1,4 +1,4 @@
-"""Limits on what the files of a model's folder may ask for, checked before a library reads them."""
+"""Checks the files of a model's folder against limits, before a library reads them."""
 
 import os
 import re
@@ -11,24 +11,22 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: Most bytes of a JSON file that is read as a whole: a tokenizer of half a million tokens has 40
-#: MB.
+#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens has 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
-#: Most experts of a layer.
+#: Maximum number of experts of a layer.
 MOST_EXPERTS = 65_536
 #: Numbers of a configuration that decide how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Numbers of a configuration that repeat something for each token, and their maximum.
+#: Numbers of a configuration that repeat work for each token, and their maximum.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Settings of a tokenizer that hold text, whatever files have that name.
+#: Settings of a tokenizer that are text, even if a file has that name.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError for an entry that is not a regular file, or is larger than its kind may
-    be."""
+    """Raises InputError for an entry that is not a regular file, or is too large for its kind."""
     try:
         for entry in os.scandir(folder):
             facts = entry.stat()
@@ -47,8 +45,8 @@ def check_tokenizer(folder: Path) -> None:
     """Raises InputError for settings with which a tokenizer would open files outside of the folder.
 
     transformers passes all settings to the tokenizer's class, and some classes take the path of a
-    vocabulary under the name of its content, or anything by position. Each line of such a file
-    would become a token.
+    vocabulary as a setting or as a positional argument. Each line of such a file would become a
+    token.
     """
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         file = folder / name
@@ -66,8 +64,8 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _names_other_file(text: str, folder: Path) -> bool:
-    """Returns whether a setting names an existing file elsewhere. Paths from the machine where the
-    tokenizer was made are harmless, because nothing is there."""
+    """Returns whether a setting names an existing file elsewhere. Paths of the machine on which the
+    tokenizer was saved are harmless, because they do not exist here."""
     try:
         return os.path.lexists(text) and not Path(text).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):
@@ -75,8 +73,8 @@ def _names_other_file(text: str, folder: Path) -> bool:
 
 
 def check_model(snapshot: Snapshot) -> None:
-    """Raises InputError for a configuration that names a program or asks for more layers than there
-    are tensors, and for weights without a valid header."""
+    """Raises InputError for a configuration that names a program or has more layers than there are
+    tensors, and for weights without a valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
             f"model_dir {snapshot.folder} contains a program (model_file in config.json), "
@@ -96,8 +94,8 @@ def check_model(snapshot: Snapshot) -> None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields the values in a JSON value at any depth, with their names; elements of lists have an
-    empty name."""
+    """Yields names and values in a JSON value at any depth; elements of lists have an empty
+    name."""
     left = [("", value)]
     while left:
         name, own = left.pop()

@@ -14,10 +14,9 @@ from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
-#: mlx-lm's modules of this form, by file, that support full attention only, whatever config.json
-#: says.
+#: Modules of mlx-lm that always use full attention, even if config.json has a window.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-#: Also what mlx-lm loads as one of these, and the models for text and images that contain one.
+#: Also types that mlx-lm loads as one of these, and models for text and images that contain one.
 TYPES = {
     *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
@@ -70,8 +69,8 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
 
 
 def _scale_by_position(args: Any) -> Rotate | None:
-    """Scales q as Ministral 3 does: q grows with the logarithm of how many times the original
-    context length has passed."""
+    """Returns the function that scales q as in Ministral 3: by the logarithm of the number of
+    original context lengths before a position."""
     rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:

@@ -1,7 +1,7 @@
 """A model's folder: its config.json and the headers of its weights.
 
-Each is bounded before it is read, and read once. No weight is read, and no model library is
-imported. Raises InputError for whatever is missing or is not what its name says.
+Both are limited in size and read once. No weight is read, and no model library is imported. Raises
+InputError for missing and for invalid files.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from ..files import read_json
 from ..lora.paths import spellings
 from ..safetensors import FLOATS, Tensors, read_header
 
-#: The most tensors and layers of a model.
+#: Maximum numbers of tensors and layers of a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
 #: MLX's modes whose scales are not floating-point numbers, with their bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
@@ -47,7 +47,7 @@ class Snapshot:
 
     @cached_property
     def headers(self) -> dict[Path, Tensors]:
-        """The files that mlx-lm loads, sorted by name, with what each holds."""
+        """The headers of the files that mlx-lm loads, sorted by name."""
         found: dict[Path, Tensors] = {}
         for file in sorted(self.folder.glob("model*.safetensors")):
             found[file] = read_header(file, whole=self.whole)
@@ -65,12 +65,11 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """Returns the bytes of the weight files on disk."""
+        """The bytes of the weight files on disk."""
         return sum(file.stat().st_size for file in self.headers)
 
     def spelled(self, path: str) -> str | None:
-        """Returns a module's path as the files spell it; None if they have no weight of that
-        module."""
+        """Returns a module's path as the files spell it; None if they lack its weight."""
         return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
 
     def quantization(self, path: str) -> "Quantization | None":
@@ -105,8 +104,8 @@ def quantization_of(
 ) -> "Quantization | None":
     """Returns how the module at a path of the files is quantized; None if it is not.
 
-    As in mlx-lm, the number of groups gives the width, and the width gives the bits. Where they do
-    not fit, it raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
+    As in mlx-lm, the number of groups gives the width, and the width gives the bits. If they do not
+    fit, this raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))
     if f"{path}.scales" not in tensors or dtype != "U32":

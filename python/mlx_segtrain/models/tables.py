@@ -1,7 +1,7 @@
-"""Finds how many tokens and positions a loaded model knows.
+"""Finds how many tokens and positions a loaded model has.
 
-MLX reads and writes past the end of a table without an error, so a number that indexes one is
-compared with the rows that were loaded, not with config.json.
+MLX reads and writes past the end of a table without an error, so indices are compared with the rows
+that were loaded, not with config.json.
 """
 
 import re
@@ -10,18 +10,17 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..errors import InputError, reason
+from ..errors import InputError, named_reason
 
-#: Tables that are not indexed by the model's tokens: positions, hashes of several tokens, and
-#: tables whose index the model computes from the tokens.
+#: Tables of positions, and other tables that are not indexed by tokens directly.
 POSITIONS = re.compile(r"(^|\.)(wpe|position_embeddings|embed_positions)$")
 OTHERS = re.compile(r"(per_layer|ngram_embeddings\.embedders)")
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The number of rows of the token embedding, of tokens that the head gives logits for, and of
-    positions, if there is a table of them."""
+    """The number of tokens of the embedding, of logits of the head, and of positions, if the model
+    has a table of them."""
 
     tokens: int
     logits: int
@@ -29,8 +28,8 @@ class Tables:
 
 
 def tables_of(model: nn.Module) -> Tables:
-    """Returns the tables of mlx-lm's model; computes nothing. Raises InputError if it has none, or
-    cannot run."""
+    """Returns the sizes of the tables of mlx-lm's model; evaluates nothing. Raises InputError if it
+    has none, or cannot run."""
     tables = {
         name: module.weight.shape[0]
         for name, module in model.named_modules()
@@ -43,8 +42,7 @@ def tables_of(model: nn.Module) -> Tables:
     if not tokens:
         raise InputError("the model has no token embedding: it cannot read text.")
     try:
-        logits = model(mx.array([[0]])).shape[-1]  # a graph of which only the shape is used
+        logits = model(mx.array([[0]])).shape[-1]  # the graph is not evaluated
     except Exception as error:
-        said = f"{type(error).__name__}: {reason(error)}"
-        raise InputError(f"the model cannot run: {said}.") from error
+        raise InputError(f"the model cannot run: {named_reason(error)}.") from error
     return Tables(min(tokens), logits, min(positions, default=None))

@@ -1,4 +1,4 @@
-"""Objectives: a batch's loss as a head over boundary values. They know no model family."""
+"""Objectives: compute the loss of a batch from boundary values, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 
-#: By the name that a configuration has for it (config.ROWS).
+#: Objectives by the configuration's `method`.
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Sft,
     "dpo": Dpo,
@@ -51,19 +51,19 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
-    """Returns the outputs after the loss by name, without those that are NaN because nothing was
-    counted."""
+    """Returns the metrics among the outputs by name, without those that are NaN because no row was
+    measured."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
 
 class Functions:
-    """The stages and the head of an objective's steps, kept with their graphs for the next steps.
+    """Creates the stages and the head for an objective's steps, and caches them with their graphs.
 
-    Those of packed rows and those with dropout differ from step to step: they are not kept.
+    With packed rows or dropout they differ from step to step, and are not cached.
     """
 
-    MOST = 8  #: ways in which batches run
+    MOST = 8  #: maximum number of cached combinations of streams
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class Functions:
     def __call__(
         self, streams: tuple[Stream, ...]
     ) -> tuple[list[Stage], Callable[..., Any], _core.Recordings | None]:
-        """Stages, head and recordings of these streams."""
+        """Returns stages, head and recordings for these streams."""
         if streams in self._kept:
             return self._kept[streams]
         stages = self.chain.stages(self.scales, streams, self.dropout)
@@ -101,8 +101,8 @@ def value_and_grad(
     cuts: Callable[[Sequence[Stream]], Cuts],
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
-    """Returns the objective's outputs for a batch, and gradients. `cuts` returns the cuts of the
-    chain for its streams."""
+    """Returns the objective's outputs for a batch, and the gradients. `cuts` returns the cuts of
+    the chain for the batch's streams."""
     objective, chain = functions.objective, functions.chain
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
@@ -121,8 +121,8 @@ def value_and_grad(
 
 
 def with_head(chain: Chain, grads: Grads) -> Grads:
-    """Returns gradients with those of the head's update under the name that the adapter uses; the
-    update may be shared with the embedding."""
+    """Returns gradients with those of the head's update under its owner's name; they are added to
+    the embedding's if both share the update."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad
@@ -148,7 +148,7 @@ def value(
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-#: What `value` is, of which several ranks may have a part.
+#: A function like `value`, which may run on several ranks.
 Value = Callable[..., list[mx.array]]
 
 
@@ -159,7 +159,7 @@ def total_of(
     params: Params,
     batches: Sequence[Any],
 ) -> Any:
-    """Returns what the losses of these batches are divided by, with the objective's baseline."""
+    """Returns the total by which the losses of these batches are divided, with the baseline."""
     total = objective.total(batches)
     own = baseline_of(objective, chain, scales, params, batches, total)
     return with_baseline(objective, total, own)
@@ -177,11 +177,11 @@ def baseline_of(
     """Returns these batches' share of the baseline; 0 if the objective has none."""
     if objective.baseline is None:
         return 0.0
-    # One at a time: the next would begin before this one's memory is free.
+    # One at a time, so that a batch's memory is free before the next one begins.
     what = (objective.baseline, chain, scales, params)
     return sum(float(value(*what, batch, total)[0]) for batch in batches)
 
 
 def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
-    """Returns the total of a step with the baseline of all its batches."""
+    """Returns the total of a step with the baseline of all its batches, if there is one."""
     return total if objective.baseline is None else replace(total, baseline=baseline)

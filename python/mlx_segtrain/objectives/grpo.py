@@ -1,13 +1,13 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
-A row is a prompt with one completion, whose tokens count. Beside its weight each has numbers that
-were computed before: the advantage, and log-probabilities when it was drawn (`rollout`), before the
-first update (`old`) and without the adapter (`reference`).
+A row is a prompt with one completion, whose tokens are in the loss. Each token has a weight and
+numbers that were computed before: the advantage, and its log-probability when it was sampled
+(`rollout`), before the first update (`old`) and without the adapter (`reference`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,13 @@ import numpy as np
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, Stream, padded, trim_start
-from .objective import Objective, predictions, rows_of, stream_values
+from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
+from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: Numbers of a token that counts.
+#: Numbers of a token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
-#: A weight that marks a token as one in the loss, and adds nothing to it.
+#: A weight that marks a token as in the loss although it adds nothing to it.
 NOTHING = 1e-30
 
 
@@ -30,11 +30,12 @@ class Grpo(Objective):
     """loss = Σ weights·(−min(r·A, clip(r, 1 − low, 1 + high)·A)·min(old/rollout, cap) + β·KL)
 
     r is the ratio of the new probability of a token to the old one (Shao et al. 2024,
-    arXiv:2402.03300); of gspo that of the whole completion, by the geometric mean over its tokens
-    (Zheng et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1 of log-probabilities.
-    The weights of N completions of n tokens each: grpo and gspo 1/(N·n), dr_grpo 1/(N·most) (Liu et
-    al. 2025, arXiv:2503.20783), dapo 1/Σn (Yu et al. 2025, arXiv:2503.14476). Where `old` was
-    not computed (NaN), the old probability is the new one, of which no gradient is formed.
+    arXiv:2402.03300); for gspo it is the geometric mean of these ratios over the completion (Zheng
+    et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1 with log-probabilities ref and
+    p. The weights for N completions of n tokens each are 1/(N·n) for grpo and gspo, 1/(N·most) for
+    dr_grpo (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025,
+    arXiv:2503.14476). Where `old` was not computed (NaN), it is the new probability, as a constant.
+    `reference` is None, because its log-probabilities are computed in each step.
     """
 
     kind: Loss = "grpo"
@@ -42,10 +43,10 @@ class Grpo(Objective):
     high: float = 0.2
     beta: float = 0.0
     cap: float = 2.0
-    most: int = 256  #: tokens of a completion
-    length: int = 512  #: tokens of a pass
+    most: int = 256  #: maximum tokens of a completion
+    length: int = 512  #: maximum tokens of a pass
     packs: bool | Literal["auto"] = True
-    temperature: float = 1.0  #: that completions are drawn at, by which all logits are divided
+    temperature: float = 1.0  #: at which completions are sampled; it divides all logits
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
     options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")
@@ -54,12 +55,8 @@ class Grpo(Objective):
     reads = ("targets", "weights", "members", "part", *NUMBERS)
 
     @property
-    def reference(self) -> "Objective | None":
-        return None  # what the model gives without adapter is computed in each step
-
-    @property
     def old(self) -> "Objective":
-        """The objective that computes the log probabilities of the tokens that count."""
+        """The objective that computes the log-probabilities of the tokens in the loss."""
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -92,7 +89,7 @@ class Grpo(Objective):
             if width > shortest:
                 passes.append((rows, width))
         rows, width = max(passes, key=lambda own: own[0] * own[1])
-        # Few long rows may have more to run where those with a loss begin late.
+        # A few long rows may have more rows left after trimming if all losses begin late.
         start = trim_start(max(shortest - 1, 0))
         trimmed = max(n * (own - 1 - start) for n, own in passes)
         loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)
@@ -104,16 +101,13 @@ class Grpo(Objective):
         return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
-        """Returns the number of tokens that count, for the metrics; the weights are already
-        fractions of the loss."""
+        """Returns the number of tokens in the loss, for the metrics; the weights are already
+        fractions of the whole loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
-    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        return rows_of(batch)
-
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Returns the inputs of a batch; `members` [B, M] are 1/n where a token is one of the n of
-        a completion."""
+        """Returns the inputs of a batch; `members` [B, M] is 1/n for the n tokens of a
+        completion."""
         tokens, b, t, places = predictions(batch)
         if batch.packed:
             owner = np.searchsorted(np.cumsum(batch.lengths), places[1], side="right")
@@ -121,7 +115,7 @@ class Grpo(Objective):
             owner = b
         members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
         members /= np.maximum(members.sum(1, keepdims=True), 1)
-        nothing = np.full_like(batch.weights, np.nan)  # of what was not computed
+        nothing = np.full_like(batch.weights, np.nan)  # for numbers that were not computed
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
             "targets": ops.upload(batch.tokens[places]),
@@ -130,21 +124,6 @@ class Grpo(Objective):
             "part": mx.array(1 / max(total, 1), mx.float32),
             **{n: ops.upload(batch.numbers.get(n, nothing)[places]) for n in NUMBERS},
         }
-
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
-        def outputs(
-            params: Mapping[str, mx.array],
-            h: mx.array,
-            rows: mx.array,
-            targets: mx.array,
-            *reads: mx.array,
-        ) -> tuple[mx.array, ...]:
-            h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
-            how: Any = {"temperature": self.temperature, "needs_grad": needs_grad}
-            log_p = chain.head.log_probs(params, h, targets, **how)
-            return self._outputs(log_p, *reads)
-
-        return outputs
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         weights, members, part, advantage, rollout, old, reference = reads
@@ -177,7 +156,7 @@ class Grpo(Objective):
 
 @dataclass(frozen=True)
 class LogProbs(Grpo):
-    """No loss: outputs the log-probabilities of the tokens that count, [M]."""
+    """Outputs the log-probabilities of the tokens in the loss, [M], and no loss."""
 
     metrics = ()
 
@@ -186,7 +165,7 @@ class LogProbs(Grpo):
 
 
 def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
-    """Returns a batch with these log probabilities, float32 [M], of its tokens that count, stored
+    """Returns a batch with these log-probabilities, float32 [M], of its tokens in the loss, stored
     under `name`."""
     *_, places = predictions(batch)
     own = np.zeros_like(batch.weights)
@@ -195,8 +174,8 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
-    """Rewards [P, G] of P prompts less the mean of their group, float64; divided by the standard
-    deviation of each group or of all rewards plus 1e-4, or not."""
+    """Returns rewards [P, G] of P prompts minus the mean of their group, float64; divided by the
+    standard deviation of the group, or of all rewards, plus 1e-4; or not divided."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

@@ -1,11 +1,11 @@
-"""KTO: responses that are wanted or not, each compared with how far the model has moved in general.
+"""KTO: trains on responses that are labelled as desirable or not.
 
-How far it has moved is a KL divergence, estimated over all rows of a step: the model and the one
-without its adapter are asked for the response of another row (data/mismatching.py). That takes a
-forward pass before the step's first backward pass, and no gradient goes through it.
+The reward of each is compared with a KL divergence of the model from the one without its adapter.
+It is estimated over all rows of a step from the responses of other rows (data/mismatching.py). That
+takes a forward pass before the step's first backward pass, and no gradient flows through it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Literal
@@ -21,14 +21,14 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: What the paper advises for the weighted number of desirable rows over that of the others (eq. 8).
+#: The paper's range for the ratio of the weighted numbers of desirable and other rows (eq. 8).
 ADVISED = (1.0, 4 / 3)
 
 
 @dataclass(frozen=True)
 class Total:
-    """Rows, and those of them that are wanted; `baseline` is the estimate of the KL divergence,
-    which may be below 0."""
+    """The number of rows, and of the desirable ones among them; `baseline` is the estimate of the
+    KL divergence, which may be below 0."""
 
     rows: int
     wanted: int
@@ -36,7 +36,7 @@ class Total:
 
 
 class Responses(Objective):
-    """Log-probabilities of one response a row; what becomes of them is `_outputs`."""
+    """The base class for objectives over one response per row, which define `_of_sums`."""
 
     unit = "per row"
     reads = ("targets", "members", "labels", "reference", "kl", "parts")
@@ -49,12 +49,12 @@ class Responses(Objective):
         return SINGLE
 
     def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
-        """Returns the inputs for M rows that predict a token of a response; `members` [B, M] tells
-        which response.
+        """Returns the inputs for M rows that predict a token of a response; `members` [B, M] is 1
+        for the tokens of a response.
 
-        `labels` [B] are 1 or −1; `reference` [B] what the model without its adapter gives; `kl` the
-        estimate of the divergence; `parts` [3] 1 over the rows of the step, over the wanted ones
-        and over the others, NaN if there are none.
+        `labels` [B] are 1 or −1; `reference` [B] are the log-probabilities of the model without its
+        adapter; `kl` is the estimate of the divergence; `parts` [3] are 1 over the numbers of all,
+        desirable and other rows of the step, NaN for none.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])
@@ -71,30 +71,19 @@ class Responses(Objective):
             "parts": mx.array(parts, mx.float32),
         }
 
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
-        def outputs(
-            params: Mapping[str, mx.array],
-            h: mx.array,
-            rows: mx.array,
-            targets: mx.array,
-            members: mx.array,
-            *own: mx.array,
-        ) -> tuple[mx.array, ...]:
-            h = ops.take_rows(h.reshape(-1, h.shape[-1]), rows)
-            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
-            # Sums of products, not a product of matrices: GPUs round its operands.
-            return self._outputs((members * log_p).sum(1), *own)
-
-        return outputs
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        members, *own = reads
+        # Sums of products, not a product of matrices: GPUs round its operands.
+        return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         """Returns the sequences that run, and their reference."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 
-    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Returns the outputs, from the log probabilities [B] of the responses and the other inputs
-        of the head."""
+    def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        """Returns the outputs, from the log-probabilities [B] of the responses and the other values
+        that the head reads."""
         raise NotImplementedError
 
 
@@ -104,12 +93,12 @@ def _own(batch: AnyBatch) -> Batch:
 
 
 def _labels(own: Batch) -> np.ndarray:
-    """Returns 1 for wanted rows and −1 for others, float32 [B]: the sign of their weights."""
+    """Returns 1 for desirable rows and −1 for others, float32 [B]: the sign of their weights."""
     return np.sign(own.weights.sum(1)).astype(np.float32)
 
 
 def _reference(batch: AnyBatch) -> np.ndarray:
-    """Returns the reference log probabilities of all sequences of a batch, float32; 0 until they
+    """Returns the reference log-probabilities of all sequences of a batch, float32; 0 until they
     are computed."""
     sides = 2 if isinstance(batch, PairBatch) else 1
     none = np.zeros(sides * len(batch.rows), np.float32)
@@ -118,22 +107,22 @@ def _reference(batch: AnyBatch) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alone(Responses):
-    """No loss: outputs the log-probabilities of the responses, [B]."""
+    """Outputs the log-probabilities of the responses, [B], and no loss."""
 
-    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+    def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         return (sums,)
 
 
 @dataclass(frozen=True)
 class Divergence(Responses):
-    """No loss: how much likelier than without its adapter the model finds responses of other rows,
-    as a part of the mean over the rows."""
+    """Outputs the log-ratio of the model with and without its adapter for responses of other rows,
+    as this batch's part of the mean over the rows of a step, and no loss."""
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
         return batch.rejected, _reference(batch)[len(batch.rows) :]
 
-    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+    def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         _, reference, _, parts = reads
         return ((sums - reference).sum() * parts[0],)
 
@@ -143,9 +132,9 @@ class Kto(Responses):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
 
     With r = log π − log ref, sums over the response, and the KL divergence z ≥ 0 as a constant:
-    λ_D·(1 − σ(β(r − z))) of a row that is wanted, λ_U·(1 − σ(β(z − r))) of another. With z = 0 that
-    is apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). A reward is βr; a row is
-    right if that is above βz, or below where it is not wanted.
+    λ_D·(1 − σ(β(r − z))) for a desirable row, λ_U·(1 − σ(β(z − r))) for another. With z = 0 that is
+    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). A reward is βr; a desirable row
+    is right if that is above βz, another one if it is below.
     """
 
     beta: float = 0.1
@@ -176,7 +165,6 @@ class Kto(Responses):
         low, high = ADVISED
         if 0 in weighted or low <= weighted[0] / weighted[1] <= high:
             return []
-        # As if rounded to the range: both ends with two digits.
         ends = [self.undesirable * rows[1] * end / rows[0] for end in ADVISED]
         return [
             f"{data.name}: {rows[0]:,} rows are wanted and {rows[1]:,} are not; with these weights "
@@ -184,7 +172,7 @@ class Kto(Responses):
             f"set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
         ]
 
-    def _outputs(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+    def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         labels, reference, kl, parts = reads
         wanted = labels > 0
         rewards = self.beta * (sums - reference)

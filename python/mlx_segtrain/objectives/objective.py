@@ -1,6 +1,6 @@
-"""What an objective is, and what each gives the chain of a stream of tokens."""
+"""The base class of objectives, and the inputs that they share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +23,8 @@ class Objective:
     options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
     unit: str  #: the loss's unit, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
-    reads: tuple[str, ...]  #: what the head reads besides h and rows of each stream
+    reads: tuple[str, ...]  #: values that the head reads after h and rows of each stream
+    temperature = 1.0  #: divides all logits
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
@@ -37,14 +38,14 @@ class Objective:
 
     @property
     def baseline(self) -> "Objective | None":
-        """What is measured, forward only, over all batches of a step before the loss of the first
-        one: the sum of its outputs is the field `baseline` of the total, and constant in the loss.
-        """
+        """The objective that is measured, forward only, over all batches of a step before the loss
+        of the first one. The sum of its outputs becomes the field `baseline` of the total, which is
+        a constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
-        """Returns the data in the form the run uses, with rows of at most `tokens` tokens. Raises
-        InputError if it cannot be used."""
+        """Returns the data in the form that the run uses, with rows of at most `tokens` tokens.
+        Raises InputError for unusable data."""
         return data
 
     def remarks(self, data: Dataset) -> list[str]:
@@ -57,47 +58,59 @@ class Objective:
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:
-        """Returns what the losses of these batches are divided by."""
+        """Returns the total by which the losses of these batches are divided."""
         raise NotImplementedError
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         """Returns the shapes of the largest batches of `rows` rows, one for each number of streams
         that `streams` gives. By default rows are padded and there is one stream."""
-        columns = data.columns  # whose lengths are of the longest sequence that a row runs as
+        columns = data.columns  # whose lengths are those of a row's longest sequence
         length = padded(int(columns.length.max()), rows) - 1  # the last token is only predicted
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        """Returns the shape of a batch of rows that run `length` tokens, the last `trained` of
-        which are in the loss; in pairs the first `same` tokens are shared."""
+        """Returns the shape of a batch of rows of `length` tokens, the last `trained` of which are
+        in the loss; in pairs the first `same` tokens are shared."""
         trimmed = length - trim_start(length - trained)
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams of sequences that a batch runs as."""
-        raise NotImplementedError
+        """Returns the streams as which a batch runs; by default one of single sequences, padded or
+        packed."""
+        if not batch.packed:
+            return SINGLE
+        # The last token of a sequence is only predicted, and its first one is never.
+        return (Stream(parts=tuple(map(int, batch.lengths - 1))),)
 
     def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
-        """Returns the inputs of the chain for a batch, and of the head."""
+        """Returns the inputs of chain and head for a batch."""
         raise NotImplementedError
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
-        """Returns the function that computes the outputs from parameters and reads."""
+        """Returns the function that computes the outputs from parameters and reads; by default
+        `targets` are the first of these, and `_outputs` gets their log-probabilities."""
+
+        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
+            of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
+            pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
+            h = mx.concatenate([ops.take_rows(h.reshape(-1, h.shape[-1]), at) for h, at in pairs])
+            how: Any = {"temperature": self.temperature, "needs_grad": needs_grad}
+            return self._outputs(chain.head.log_probs(params, h, targets, **how), *own)
+
+        return outputs
+
+    def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
+        """Returns the outputs, from the log-probabilities [M] of the targets and the other values
+        that the head reads."""
         raise NotImplementedError
-
-
-def rows_of(batch: Batch) -> tuple[Stream, ...]:
-    """Returns the stream of rows that are single sequences, padded or packed."""
-    # The last token of a sequence is only predicted, and its first one is never.
-    return (Stream(parts=tuple(map(int, batch.lengths - 1))),) if batch.packed else SINGLE
 
 
 def predictions(
     batch: Batch,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens [B, T] that run; rows and positions, int64 [M], that predict a token which
-    counts; and the indices of these tokens in the arrays of the batch."""
+    """Returns the tokens [B, T] that run; row and position, int64 [M], of each that predicts a
+    token in the loss; and the indices of the predicted tokens in the arrays of the batch."""
     run = np.ones(batch.tokens.shape[1], bool)
     run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
     after = np.flatnonzero(run) + 1
@@ -108,8 +121,8 @@ def predictions(
 def stream_values(
     chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
 ) -> dict[str, mx.array]:
-    """Returns the inputs of a stream of tokens [B, T], of which the rows b [M] at positions t [M]
-    count.
+    """Returns the inputs of a stream of tokens [B, T], of which those of rows b [M] at positions t
+    [M] predict a token in the loss.
 
     `positions` are those of the N rows that h has after the layer that trims, and `rows` [M] index
     h [B·N, H].

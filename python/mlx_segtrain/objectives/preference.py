@@ -1,12 +1,12 @@
 """Preference losses over pairs of answers: DPO, ORPO and SimPO.
 
-A pair runs as two streams, or as one where both sequences begin alike: the chosen sequence, and
-after it what differs of the rejected one, as a branch. That is exact under causal attention,
-wherever the first token lies that differs. Only rows that count meet the head.
+A pair runs as two streams, or as one if both sequences begin with the same tokens: the chosen
+sequence, and after it the rest of the rejected one as a branch. With causal attention that is
+exact. Only rows in the loss go through the head.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,17 +20,17 @@ from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
 from .objective import Objective, stream_values
 
-#: Pairs that begin with fewer equal tokens run as two streams.
+#: Pairs that share fewer tokens at their beginning run as two streams.
 SHARED_LEAST = 64
-#: 1 − p is at least this in log-odds: a sequence of probability 1 has none.
+#: Lower bound of 1 − p in log-odds, which are infinite for p = 1.
 LEAST_REST = 1e-7
-#: The scale at which discopop goes over from one loss to the other, as its paper has it.
+#: The paper's temperature for discopop's switch from one loss to the other.
 DISCOPOP_TAU = 0.05
 
 
 @dataclass(frozen=True)
 class Total:
-    """Pairs, and tokens of all chosen sequences that a cross-entropy term counts."""
+    """The numbers of pairs, and of the chosen sequences' tokens in a cross-entropy term."""
 
     pairs: int
     tokens: float
@@ -38,11 +38,11 @@ class Total:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities of B pairs, float32 [B]: sums over the response, with the adapter and
-    without; its tokens; of each the chosen one first.
+    """Log-probabilities of the responses of B pairs, float32 [B], with the adapter and without
+    (`ref_`), and the responses' numbers of tokens (`n_`).
 
-    `likelihood` is the cross-entropy term's part of the mean, a scalar; `part` 1 over the pairs
-    that the mean is of.
+    `likelihood` is this batch's part of the cross-entropy term, a scalar; `part` is 1 over the
+    number of pairs of the step.
     """
 
     chosen: mx.array
@@ -56,7 +56,7 @@ class Answers:
 
     @property
     def means(self) -> tuple[mx.array, mx.array]:
-        """Log-probability of a token."""
+        """The mean log-probabilities of a token of each response."""
         return self.chosen / self.n_chosen, self.rejected / self.n_rejected
 
 
@@ -70,7 +70,7 @@ class Pairs(Objective):
     unit = "per pair"
     metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward")
     reads = ("targets", "members", "weights", "reference", "part")
-    _full = False  #: all of a chosen sequence counts, and not only its response
+    _full = False  #: the whole chosen sequence is in the loss, not only its response
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
         """Yields pairs that run their shared beginning once, then pairs that share nothing."""
@@ -81,7 +81,7 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        if apart.shared.size and rows > 1:  # several pairs share what all do: with these nothing
+        if apart.shared.size and rows > 1:  # a batch shares what all of its pairs share: nothing
             apart = data.columns
         shapes = []
         if apart.shared.size:
@@ -101,15 +101,11 @@ class Pairs(Objective):
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
         counted, rest = length if self._full else trained, length - same
-        of_chosen, of_rejected = (length - trim_start(length - n) for n in (counted, trained))
+        trimmed = [length - trim_start(length - n) for n in (counted, trained)]
         if same < SHARED_LEAST:
-            chosen, rejected = PAIR
-            streams = (
-                StreamShape(chosen, length, of_chosen),
-                StreamShape(rejected, length, of_rejected),
-            )
+            streams = tuple(map(StreamShape, PAIR, [length] * 2, trimmed))
         else:
-            streams = (StreamShape(joined(), length + rest, of_chosen + rest, same, rest),)
+            streams = (StreamShape(joined(), length + rest, trimmed[0] + rest, same, rest),)
         return BatchShape(rows, streams, rows * (counted + trained))
 
     def total(self, batches: Sequence[PairBatch]) -> Total:
@@ -125,9 +121,9 @@ class Pairs(Objective):
         """Returns the inputs for M rows in the order of the streams, and the token that each
         predicts.
 
-        `members` [2B, M] are 1 where a row predicts a response token of a sequence, chosen ones
-        first; `weights` [M] those of the cross-entropy term; `reference` [2B] what the model
-        without its adapter gives; `part` 1 over the pairs of the step.
+        `members` [2B, M] is 1 where a row predicts a response token of a sequence, chosen ones
+        first; `weights` [M] are those of the cross-entropy term; `reference` [2B] are the
+        log-probabilities of the model without its adapter; `part` is 1 over the pairs of the step.
         """
         b = len(batch.rows)
         values: dict[str, mx.array] = {}
@@ -151,19 +147,7 @@ class Pairs(Objective):
             "part": mx.array(1 / total.pairs, mx.float32),
         }
 
-    def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., tuple[mx.array, ...]]:
-        def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
-            of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
-            pairs = zip(of_streams[::2], of_streams[1::2], strict=True)
-            h = mx.concatenate([ops.take_rows(h.reshape(-1, h.shape[-1]), at) for h, at in pairs])
-            log_p = chain.head.log_probs(params, h, targets, needs_grad=needs_grad)
-            return self._outputs(log_p, *own)
-
-        return outputs
-
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Returns the outputs, from the log probabilities [M] of the targets and the other inputs
-        of the head."""
         members, weights, reference, part = reads
         # Sums of products, not a product of matrices: GPUs round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
@@ -187,21 +171,21 @@ class Pairs(Objective):
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the tokens [B, T] of a stream, and its rows that count, as _rows describes
+        """Returns the tokens [B, T] of a stream, and its rows in the loss as _rows describes
         them."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
         if not stream.branch:  # the last token of a sequence is only predicted
             return sides[stream.name], self._rows(batch, stream.name)
         chosen, rejected = self._rows(batch, "chosen"), self._rows(batch, "rejected")
         shared, length = stream.shared, sides["chosen"].shape[1]
-        behind = rejected["at"] >= shared
-        rejected["at"] = rejected["at"] + np.where(behind, length - shared, 0)
+        in_branch = rejected["at"] >= shared
+        rejected["at"] = rejected["at"] + np.where(in_branch, length - shared, 0)
         tokens = np.concatenate([sides["chosen"], sides["rejected"][:, shared:]], 1)
         return tokens, {name: np.concatenate([x, rejected[name]]) for name, x in chosen.items()}
 
     def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
-        """Returns, for each row that counts in a sequence: its row in the batch, its position, and
-        what it predicts."""
+        """Returns, for each position in the loss of a side's sequences: its row in the batch, its
+        position, and the token that it predicts."""
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
@@ -217,8 +201,8 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Returns the largest number of tokens that run of one side, and of tokens that may be in the
-    loss: all of them for `full` sequences."""
+    """Returns the largest numbers of tokens of one side, and of tokens that may be in the loss,
+    which are all of them for `full` sequences."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())
@@ -227,7 +211,7 @@ def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Reference(Pairs):
-    """No loss: outputs the log-probabilities of the responses, [2B]."""
+    """Outputs the log-probabilities of the responses, [2B], and no loss."""
 
     metrics = ()
 
@@ -238,7 +222,7 @@ class Reference(Pairs):
 
 @dataclass(frozen=True)
 class Rewards:
-    """The arguments of dpo's losses: rewards of pairs, β·(π − ref), float32 [B]; β, ε."""
+    """The arguments of dpo's losses: rewards of pairs, β·(π − ref), float32 [B]; β and ε."""
 
     chosen: mx.array
     rejected: mx.array
@@ -268,7 +252,7 @@ def _discopop(r: Rewards) -> mx.array:
     return mx.sigmoid(-r.z / DISCOPOP_TAU) * nn.softplus(-r.z) + mx.exp(-r.z - other)
 
 
-#: The losses of dpo by the names that config.dpo_loss has for them; −log σ(x) = softplus(−x).
+#: The losses of dpo, by their names in config.dpo_loss; −log σ(x) = softplus(−x).
 LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "sigmoid": lambda r: (1 - r.smoothing) * nn.softplus(-r.z) + r.smoothing * nn.softplus(r.z),
     "hinge": lambda r: mx.maximum(1 - r.z, 0),
@@ -285,23 +269,23 @@ LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "discopop": _discopop,
     "sigmoid_norm": lambda r: nn.softplus(-r.z),
 }
-#: Those of means over the response in the place of sums.
+#: Losses of means over the response instead of sums.
 OF_MEANS = ("ipo", "sigmoid_norm")
 
 
 @dataclass(frozen=True)
 class Dpo(Pairs):
-    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) and what differs from
-    it by the loss alone (LOSSES).
+    """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and methods that
+    differ from it in the loss only (LOSSES).
 
-    Rewards r = β·(π − ref), of sums of log-probabilities over the response, z = r_c − r_r and the
-    smoothing ε: sigmoid −(1 − ε)·log σ(z) − ε·log σ(−z) (conservative DPO for ε > 0); robust
-    (Chowdhury et al. 2024, arXiv:2403.00409); hinge (Zhao et al. 2023, arXiv:2305.10425); ipo and
-    sigmoid_norm of means over the response (Azar et al. 2023, arXiv:2310.12036); exo_pair (Ji et
-    al. 2024, arXiv:2402.00856, eq. 16); nca_pair (Chen et al. 2024, arXiv:2402.05369); bco_pair
-    (Jung et al. 2024, arXiv:2404.04656, without its shift of rewards); sppo_hard (Wu et al. 2024,
-    arXiv:2405.00675); apo_zero and apo_down (D'Oosterlinck et al. 2024, arXiv:2408.06266); discopop
-    (Lu et al. 2024, arXiv:2406.08414).
+    With rewards r = β·(π − ref) of summed log-probabilities of the response, z = r_c − r_r and the
+    smoothing ε, the losses are: sigmoid −(1 − ε)·log σ(z) − ε·log σ(−z) (conservative DPO for
+    ε > 0); robust (Chowdhury et al. 2024, arXiv:2403.00409); hinge (Zhao et al. 2023,
+    arXiv:2305.10425); ipo and sigmoid_norm of means over the response (Azar et al. 2023,
+    arXiv:2310.12036); exo_pair (Ji et al. 2024, arXiv:2402.00856, eq. 16); nca_pair (Chen et al.
+    2024, arXiv:2402.05369); bco_pair (Jung et al. 2024, arXiv:2404.04656, without its shift of
+    rewards); sppo_hard (Wu et al. 2024, arXiv:2405.00675); apo_zero and apo_down (D'Oosterlinck et
+    al. 2024, arXiv:2408.06266); discopop (Lu et al. 2024, arXiv:2406.08414).
     """
 
     beta: float = 0.1
@@ -363,7 +347,7 @@ class Simpo(Pairs):
     """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734), without a reference.
 
     loss = −log σ(β(p_c − p_r) − γ), p the mean log-probability of a response token. A reward is
-    β·p; the margin is that of the rewards.
+    β·p; the margin is the difference of the rewards.
     """
 
     beta: float = 2.0

@@ -9,13 +9,14 @@ import mlx.core as mx
 from .. import ops
 from ..data import Batch, Dataset
 from ..models import Chain
-from ..streams import SINGLE, BatchShape, Stream
-from .objective import Objective, predictions, rows_of, stream_values
+from ..streams import SINGLE, BatchShape
+from .objective import Objective, predictions, stream_values
 
 
 @dataclass(frozen=True)
 class Sft(Objective):
-    """loss = Σ weights·CE / total, the step's sum of weights: batches add up to one large batch."""
+    """loss = Σ weights·CE / total, where total is the sum of the step's weights, so that its
+    batches add up to one large batch."""
 
     unit = "nats per token"
     reads = ("targets", "weights")
@@ -32,11 +33,8 @@ class Sft(Objective):
     def total(self, batches: Sequence[Batch]) -> float:
         return float(sum(batch.weights.sum() for batch in batches))
 
-    def streams(self, chain: Chain, batch: Batch) -> tuple[Stream, ...]:
-        return rows_of(batch)
-
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Returns the inputs of a batch, with index, target and weight of the rows that count."""
+        """Returns the inputs of a batch, with index, target and weight of the rows in the loss."""
         tokens, b, t, places = predictions(batch)
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
@@ -45,7 +43,7 @@ class Sft(Objective):
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-        """Returns the loss function; only rows that count go through the head."""
+        """Returns the loss function; only rows in the loss go through the head."""
 
         def loss(
             params: Mapping[str, mx.array],

@@ -78,7 +78,7 @@ def rows_of(base: Base, begin: int, end: int) -> Base:
 
 
 def _check_device() -> None:
-    """Compares a GPU's kernels with the plain code, once per device before their first use."""
+    """Runs the self-check of a GPU's kernels, once per device before their first use."""
     if on_gpu():
         self_check()
 
@@ -86,7 +86,8 @@ def _check_device() -> None:
 def _face(
     plain: Callable[..., Any], *, without: Sequence[str] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates an op of the core: `impl="reference"` calls `plain`, without these options."""
+    """Decorates an op of the core: `impl="reference"` calls `plain` without these options, other
+    calls run the self-check first."""
 
     def decorate(op: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(op)
@@ -103,7 +104,7 @@ def _face(
 
 
 def upload(x: np.ndarray) -> mx.array:
-    """Copies numbers to the device as an array: int32, or float32 if they are not integers.
+    """Copies an array to the device: as int32, or as float32 if its numbers are not integers.
 
     On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may not be finished when
     this returns.
@@ -121,8 +122,8 @@ def compile_together(write_down: Callable[[], None]) -> None:
 
 @contextmanager
 def repeatable(on: bool) -> Iterator[None]:
-    """While it is active and `on`, `auto` takes only implementations that repeat bit for bit;
-    process-wide."""
+    """While it is active and `on`, `auto` takes only deterministic implementations, in the whole
+    process."""
     before = _core.set_repeatable(on)
     try:
         yield
@@ -133,7 +134,7 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """Returns the core's options of `attention` for these options and keys."""
+    """Converts options of `attention` to the core's, given the keys."""
     # k may have a wrong rank; the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
@@ -156,14 +157,14 @@ def attention(
     """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
 
     q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
-    Query t stands at position q_start + t (default S − T) and sees the keys up to itself, of these
-    the last `window`, and of these the ones in its own segment. `segments` of packed rows are a
-    list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
+    Query t is at position q_start + t (default S − T) and attends to the keys up to itself, of
+    these the last `window`, and of these the ones in its own segment. `segments` of packed rows are
+    a list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
     padding; the same for every row of the batch, and read when the graph is built, so not under
-    mx.compile's tracing. Padding, and what comes after the last offset, sees nothing and is seen by
-    nothing: o = 0 and gradients of 0. `softcap` c replaces scores s by c·tanh(s / c). Softmax is in
-    float32. With `saved`, what `attention_forward` of the same arguments returned, the forward pass
-    is not run again.
+    mx.compile's tracing. Padding, and tokens after the last offset, attend to nothing and are
+    attended to by nothing: their o and gradients are 0. `softcap` c replaces scores s by
+    c·tanh(s / c). Softmax is in float32. `saved` is the result of `attention_forward` with the same
+    arguments; with it, the forward pass is not run again.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
@@ -176,10 +177,9 @@ def attention(
 def attention_forward(
     q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """Returns o of `attention` with these options, and what its backward pass also needs, its
-    `saved`.
+    """Returns the `saved` of `attention` with these options: o, and what its backward pass needs.
 
-    Has no gradient. `saved` is empty if the implementation that serves the call has nothing to save
+    It has no gradient, and is empty if the implementation that serves the call has nothing to save
     (`stock`).
     """
     _check_device()
@@ -190,7 +190,7 @@ def attention_forward(
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype, computed in float32.
 
-    Keeps gate and up; the backward pass makes both gradients in one pass over memory.
+    Keeps gate and up; the backward pass computes both gradients in one pass over memory.
     Shazeer 2020, arXiv:2002.05202.
     """
     return _core.swiglu(gate, up, impl=impl)
@@ -198,11 +198,11 @@ def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
 
 @_face(reference.geglu)
 def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
-    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma has it.
+    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as in Gemma.
 
     gate, up, y [..., F] of one floating dtype, computed in float32. Keeps gate and up; the backward
-    pass makes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh form
-    is Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    pass computes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh
+    form is Hendrycks and Gimpel 2016, arXiv:1606.08415.
     """
     return _core.geglu(gate, up, impl=impl)
 
@@ -248,7 +248,7 @@ def add_rms_norm(
 
 @_face(reference.take_rows)
 def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
-    """x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
+    """Returns x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
     return _core.take_rows(x, index, impl=impl)
 
 
@@ -284,8 +284,8 @@ def own_input(
 ) -> mx.array:
     """y = (rms_norm(x·f0) + rows·f1)·f2, the per-layer input of Gemma 4.
 
-    x, y [..., D], weight [D]; rows are the D columns from `begin` on of the table's rows that index
-    [...] names, as in `embedded_rows`. Has no gradients.
+    x, y [..., D], weight [D]; rows are D columns from `begin` on of the table's rows at index
+    [...], as in `embedded_rows`. Has no gradients.
     """
     return _core.own_input(x, weight, eps, table, index, begin, list(factors), impl=impl)
 
@@ -307,7 +307,7 @@ def rope(
 
     freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
     With `segments` of the offset + T tokens, as `attention` takes them, positions count from the
-    begin of each. Su et al. 2021, arXiv:2104.09864; the other arguments are those of mx.fast.rope.
+    start of each. Su et al. 2021, arXiv:2104.09864; the other arguments are those of mx.fast.rope.
     """
     options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
     if segments is not None:
@@ -348,9 +348,10 @@ def lora_linears(
     keys: Sequence[mx.array] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """`lora_linear` of several projections of one x, as q, k and v: one product where that pays.
+    """Applies several `lora_linear`s, such as q, k and v, to one x, in one product if that is
+    faster.
 
-    x [..., in] → y [..., out] of each linear; with dropout, a key for each.
+    x [..., in] → y [..., out] of each linear layer; with dropout, `keys` has one for each.
     """
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
@@ -363,10 +364,10 @@ def decode_linears(
 ) -> DecodeLinears:
     """Prepares the linear layers that read the same few rows in a step of generation.
 
-    a [E, R, in], the factors of E adapters for all layers one below the other; b [E, out, R_j] of
-    each layer, whose ranks add up to R, and gains [E, out] float32 by which its outputs are
-    multiplied. The result takes x [..., in] and the adapter of each row, uint32 [rows], and gives
-    [..., out] of each layer in x's dtype: (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    a [E, R, in] are the factors of E adapters, concatenated for all layers; b [E, out, R_j] those
+    of each layer, whose ranks add up to R, and gains [E, out] float32 multiply its outputs. The
+    result takes x [..., in] and the adapter of each row, uint32 [rows], and returns [..., out] of
+    each layer in x's dtype: (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
     """
     _check_device()
     return DecodeLinears([*bases], a, [*b], [*gains])
@@ -394,8 +395,8 @@ def lora_qkv(
     x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. With two linear layers the second gives
     keys and values: the values are the keys before norm and rotation; with one there is only q.
     `norms` apply to each head of q, k and v, before rotation. `segments` as for `attention`, of
-    offset + T rows. On CUDA one pass makes the heads from one product, and one pass makes its
-    gradient from theirs; with norms the product is kept for that.
+    offset + T rows. On CUDA one kernel computes the heads from one product, and one kernel its
+    gradient from theirs, for which the product is kept if there are norms.
     """
     ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
@@ -447,11 +448,11 @@ def linear_cross_entropy(
 ) -> mx.array:
     """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, without an array [M, V].
 
-    h [M, H], targets [M] integers (below 0: the row does not count), weights [M] float32
-    (default ones) → [] float32. dh is formed in the forward pass, chunk of rows by chunk;
-    `needs_grad=False` leaves it out (evaluation). `padded=False` says that no target is below 0: to
-    find those on a GPU the host waits for the targets. `softcap` c replaces z by c·tanh(z / c).
-    `label_smoothing` ε in [0, 1) puts (1 − ε)·z[target] + ε·mean(z) in the place of z[target]
+    h [M, H], targets [M] integers (below 0: the row is ignored), weights [M] float32 (default ones)
+    → [] float32. dh is computed in the forward pass, one chunk of rows at a time;
+    `needs_grad=False` skips it (evaluation). `padded=False` means that no target is below 0;
+    otherwise, on a GPU, the host waits for the targets to find such rows. `softcap` c replaces z by
+    c·tanh(z / c). `label_smoothing` ε in [0, 1) replaces z[target] by (1 − ε)·z[target] + ε·mean(z)
     (Szegedy et al. 2016, arXiv:1512.00567).
     Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
     """
@@ -481,12 +482,12 @@ def linear_log_probs(
 ) -> mx.array:
     """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
 
-    h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0,
-    has no gradient and costs nothing; on a GPU the targets must be read for that when the graph is
-    built, and where they are traced, or not `padded`, every row is computed. `softcap` c replaces z
-    by c·tanh(z / c).
-    On CUDA dh of each row is formed in the forward pass and kept, and `needs_grad=False` leaves it
-    out; elsewhere the backward pass computes z again, chunk of rows by chunk.
+    h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0
+    and no gradient, and is not computed; for that, on a GPU, the host waits for the targets when
+    the graph is built. If they are traced, or with `padded=False`, every row is computed. `softcap`
+    c replaces z by c·tanh(z / c).
+    On CUDA dh of each row is computed in the forward pass and kept, and `needs_grad=False` skips
+    it; elsewhere the backward pass computes z again, one chunk of rows at a time.
     For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     return _core.linear_log_probs(

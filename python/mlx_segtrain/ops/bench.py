@@ -1,4 +1,4 @@
-"""Times ops on this device, next to MLX's own and to what the device can do.
+"""Times ops on this device, and compares them with MLX's own and with the device's speed.
 
 A row is an op, a shape, an implementation and a direction: forward, `grads` (gradients alone) or
 `both`.
@@ -21,10 +21,9 @@ from .selfcheck import on_gpu
 
 @dataclass(frozen=True)
 class Work:
-    """A call to time: f(*args), first as it is, then compiled if possible, as a step may be.
+    """A call to time: f(*args), the first time as it is, then compiled if possible.
 
-    The first call shows what an op itself waits for, without the time that MLX's compiler takes to
-    fuse a graph.
+    So the time of the first call includes the kernels' compilation, but not that of mx.compile.
     """
 
     f: Callable[..., Any]
@@ -43,10 +42,10 @@ class Case:
     """An op at a shape: `run(impl)` returns the functions to time, by direction.
 
     "mlx" is MLX's own, "products" only the two matrix products of a head with a dense weight.
-    `flops` or `moved` (bytes that must be read or written) give the directions to time, and the
-    minimum time of each. Under a memory limit (MB above the current use) the host waits for the
-    device when it would exceed the limit; without one the host runs ahead, so what a call needs
-    cannot be seen on a GPU.
+    `flops` or `moved` (bytes that must be read or written) have the directions to time, and
+    determine the minimum time of each. With a memory limit (MB above the current use) the host
+    waits for the device instead of exceeding the limit; without one it runs ahead, so the peak
+    memory of a call cannot be measured on a GPU.
     """
 
     op: str
@@ -60,12 +59,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """`ms` is the median of calls that are waited for, `queued_ms` that of a call among ten queued
-    ones.
+    """The figures of an op. `ms` is the median time of a call that is waited for, `queued_ms` the
+    time of each of ten queued calls.
 
-    `rate` is in GF/s if the op is bound by arithmetic, else in GB/s; `floor` is the share of the
-    queued time that the device's own rate would need; `peak_mb` excludes inputs and outputs;
-    `first_s` is the first call, compilation included. `reason` says why there are no figures.
+    `rate` is in GF/s if the op is bound by arithmetic, else in GB/s; `floor` is the minimum time on
+    this device as a share of the queued time; `peak_mb` excludes inputs and outputs; `first_s` is
+    the first call, including compilation. `reason` says why there are no figures.
     """
 
     op: str
@@ -83,7 +82,7 @@ class Row:
 
 
 def dtype() -> mx.Dtype:
-    """Returns the dtype that a device trains in."""
+    """Returns the dtype in which the device trains."""
     return mx.bfloat16 if on_gpu() else mx.float32
 
 
@@ -102,7 +101,7 @@ def settle(out: Any) -> None:
 def with_gradients(
     f: Callable[..., Any], args: list[mx.array], *cotangents: mx.array
 ) -> dict[str, Work]:
-    """Returns the forward pass, the gradients alone, and both; compiled, as in a step."""
+    """Returns the forward pass, the gradients alone, and both, also compiled."""
     n = len(args)
 
     def grads(*x: mx.array) -> list[mx.array]:
@@ -119,7 +118,7 @@ def with_gradients(
 
 
 def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
-    """Counts the (query, key) pairs that attend."""
+    """Returns the number of pairs of a query and a key to which it attends."""
     query = np.arange(t)
     first = np.zeros_like(query) if window is None else np.maximum(0, query - window + 1)
     if segments is not None:
@@ -129,8 +128,8 @@ def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
 
 
 def cases() -> list[Case]:
-    """Returns the shapes for this device: one layer of Gemma 4 E4B at 8192 tokens, or of
-    SmolLM2."""
+    """Returns the cases for this device, with shapes of a layer of Gemma 4 E4B at 8192 tokens, or
+    of SmolLM2 on a CPU."""
     from .cases import of_every_op  # their modules import this one
 
     return [case for cases in of_every_op("cases") for case in cases(on_gpu())]
@@ -146,7 +145,7 @@ def timed(
     first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
     """Returns the seconds of the first call, the median ms of a call that is waited for, and the ms
-    of a call among ten queued ones."""
+    of each of ten queued calls."""
 
     def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()
@@ -157,7 +156,7 @@ def timed(
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
-    wait([work() for _ in range(10)])  # now the allocator has what ten queued calls need
+    wait([work() for _ in range(10)])  # so that the allocator has memory for ten queued calls
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
     return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
@@ -165,9 +164,9 @@ def timed(
 
 @dataclass(frozen=True)
 class Device:
-    """The speed of a large product (GF/s) and a large copy here, which bound everything else.
+    """The speed of a large product (GF/s) and of a large copy (GB/s), which are upper bounds.
 
-    `wait_ms` is the time to wait for any call, measured on one with almost no work.
+    `wait_ms` is the time of a call with almost no work.
     """
 
     gf_s: float
@@ -179,7 +178,7 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # MLX's own products and copies on the CPU do not reach what the CPU can do.
+    # MLX's own products and copies on the CPU are slower than the CPU could be.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():
@@ -209,7 +208,7 @@ def peak_mb(work: Callable[[], Any]) -> float:
 
 
 def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
-    """Returns the rows of a case, or one row with the reason why there are none."""
+    """Yields the rows of a case, or one row with the reason why there are none."""
     limit = None
     try:
         works = case.run(impl)

@@ -1,7 +1,7 @@
 """Chooses the attention implementation on a Mac by timing the possible ones once on the device.
 
-Nobody has measured which one is fastest on every Mac and macOS. The first run with given heads
-takes the times, within two seconds; they are kept in the cache folder.
+The fastest one depends on the Mac and on macOS. The first run with given heads measures the times,
+within two seconds, and stores them in the cache folder.
 """
 
 import functools
@@ -20,9 +20,9 @@ from ..errors import is_out_of_memory
 from . import selfcheck
 from .selfcheck import device_key, normal, self_check, value_and_gradients
 
-#: For all heads of a run together.
+#: Maximum time to measure all heads of a run.
 SECONDS = 2.0
-#: Long enough for a timed call that the launch does not dominate.
+#: Number of tokens of a timed call, so that the launch does not dominate.
 TOKENS = 2048
 #: In the built-in order (csrc/ops/attention/attention.cpp), which decides ties.
 WAYS = ("stock", "kernel", "blocked")
@@ -49,20 +49,21 @@ Times = dict[str, float]  #: milliseconds of value and gradients, by implementat
 
 
 def key() -> str:
-    """Returns what the times are valid for."""
+    """Returns the key of stored times: the device, the versions, and macOS."""
     return f"{device_key()}, macOS {platform.mac_ver()[0]}"
 
 
 def known() -> dict[str, dict[str, Times]]:
-    """Returns all times that were taken, by what they are valid for, and by heads."""
+    """Returns all stored times, by key and by heads."""
     return selfcheck.known("attention")
 
 
 def milliseconds(heads: Heads, way: str, until: float) -> float | None:
-    """Returns the median of up to three calls after a first one, which compiles; None if it fails.
+    """Returns the median of up to three calls after a first one, which compiles; None if the
+    implementation does not support the heads.
 
-    No further call begins after the time `until`. Raises RuntimeError if the device has no memory
-    now.
+    No further call begins after the time `until`. Raises RuntimeError if the device is out of
+    memory.
     """
     shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
     args = normal(*shapes, dtype=heads.dtype)
@@ -86,7 +87,7 @@ def milliseconds(heads: Heads, way: str, until: float) -> float | None:
 
 
 def measure(heads: Heads, seconds: float) -> Times:
-    """Times each implementation that can serve; divides the remaining seconds evenly."""
+    """Times each implementation that supports the heads; divides the seconds evenly among them."""
     found: Times = {}
     end = time.perf_counter() + seconds
     for i, way in enumerate(WAYS):
@@ -98,7 +99,7 @@ def measure(heads: Heads, seconds: float) -> Times:
 
 
 def fastest(times: Times) -> str:
-    """Returns the implementation with the least time; empty if there is none."""
+    """Returns the implementation with the shortest time; empty if there is none."""
     return min((way for way in WAYS if way in times), key=lambda way: times[way], default="")
 
 
@@ -106,8 +107,9 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     """Makes 'auto' take the fastest implementation for these heads from now on; returns their
     times, measured now or earlier.
 
-    What failed the self-check is neither used nor timed. Without `measures`, which is for when
-    another process may be computing, nothing is checked or timed, and only known times count.
+    Implementations that failed the self-check are neither used nor timed. Without `measures`, for
+    when another process may be computing, nothing is checked or timed, and only stored times are
+    used.
     """
     heads = list(dict.fromkeys(wanted))
     failed = self_check() if measures else {}
@@ -131,6 +133,5 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
 
 
 def _off(way: str, failed: dict[str, str]) -> bool:
-    """Returns whether this implementation is off now: a process may have found later that a kernel
-    is wrong."""
+    """Returns whether this implementation is switched off, perhaps since it was timed."""
     return {"kernel": "attention", "stock": "attention_stock"}.get(way) in failed

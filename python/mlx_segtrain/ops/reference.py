@@ -1,7 +1,7 @@
-"""The ops as plain MLX, readable as mathematics; the fast implementations are checked against them.
+"""The ops in plain MLX, readable as mathematics; the fast implementations are checked against them.
 
-They take as much memory as plain code does, including [T, S] scores and [M, V] logits. Their
-gradients are MLX's own; tests/lib/oracle.py derives those of the native ops.
+They use the memory of plain code, including [T, S] scores and [M, V] logits. Their gradients are
+MLX's own; tests/lib/oracle.py derives those of the native ops.
 """
 
 import math
@@ -37,9 +37,9 @@ def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
 def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
     """Returns the keys [begin, end) of each segment, in order; a key in none of them is padding.
 
-    Anything but an array holds offsets: 0, the start of each next segment, the end of the last one,
-    which is at most S. An array holds ids: one for each key, the same within a segment, below 0 for
-    padding. Raises ValueError with what does not fit.
+    A sequence has offsets: 0, the start of each further segment, and the end of the last one, at
+    most S. An array has an id for each key, the same within a segment, below 0 for padding. Raises
+    ValueError if they do not fit.
     """
     expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
     if not isinstance(segments, (np.ndarray, mx.array)):
@@ -93,7 +93,7 @@ def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_sta
     s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
         s = softcap * mx.tanh(s / softcap)
-    # Where a row sees nothing p is 0; its scores are finite, so that no gradient is NaN.
+    # p is 0 for a row that attends to nothing; finite scores keep its gradient from being NaN.
     lowest = mx.finfo(mx.float32).min
     p = mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
     return (p @ v.astype(mx.float32)).astype(q.dtype)
@@ -159,7 +159,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def dropped(x, dropout, key):
-    """mask∘x / (1 − dropout)"""
+    """mask∘x / (1 − dropout); without a key x"""
     if key is None:
         return x
     keep = 1 - dropout
@@ -230,13 +230,13 @@ def _logits(h, head, softcap):
 
 
 def _onehot(index, n):
-    """Returns [M, n] booleans: the column that each of M names."""
+    """Returns [M, n] booleans, True in the column of each index."""
     return mx.arange(n)[None] == index[:, None]
 
 
 def _picked(z, targets):
-    """z[target] of each row. On CUDA, take_along_axis and its gradient would take 13 s to
-    compile."""
+    """z[target] of each row; take_along_axis and its gradient would take 13 s to compile on
+    CUDA."""
     return mx.where(_onehot(targets, z.shape[1]), z, 0).sum(axis=-1)
 
 

@@ -23,10 +23,11 @@ import mlx.core as mx
 
 from .. import MLX_VERSION, __version__, _core
 from ..files import cache_dir, make_folder, write_json
+from . import reference
 
-#: How far a kernel may be from the plain code in float32, as a relative L2 error.
+#: Maximum relative L2 error against the plain code in float32, for half precision and float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
-#: Queries in a check; on a GPU more are timed, so that the launch does not dominate.
+#: Number of queries in a check; on a GPU more are timed, so that the launch does not dominate.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 
@@ -34,8 +35,8 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 class Call:
     """A kernel and the plain code, to be called with the same arrays.
 
-    A `thorough` call is for `examine` only. `bound` is how far the kernel may be from the plain
-    code; None: it depends on the dtype.
+    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; None: it
+    depends on the dtype.
     """
 
     op: str
@@ -45,6 +46,12 @@ class Call:
     args: list[mx.array]
     thorough: bool = False
     bound: float | None = None
+
+    @classmethod
+    def of(cls, op: str, case: str, args: list[mx.array], **options: Any) -> "Call":
+        """Returns the call of the core's and the plain op with this name, with these options."""
+        kernel = functools.partial(getattr(_core, op), impl="kernel", **options)
+        return cls(op, case, kernel, functools.partial(getattr(reference, op), **options), args)
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
 
 
 def calls(rows: int) -> Iterator[Call]:
-    """Returns calls of every kernel of the default device; on a GPU with this many rows."""
+    """Yields calls of every kernel of the default device; on a GPU with this many rows."""
     from .cases import of_every_op  # their modules import this one
 
     device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
@@ -111,7 +118,7 @@ def relative_error(call: Call) -> float:
     """Returns the largest relative error of the value and the gradients."""
     arrays = [*call.args, cotangent(call)]
     got = value_and_gradients(call.kernel, *arrays)
-    # A GPU's own products may round float32; a Mac's CPU shares its memory.
+    # A GPU's own products may round float32; on a Mac the CPU shares the GPU's memory.
     with mx.stream(mx.cpu) if on_gpu() and mx.metal.is_available() else nullcontext():
         truth = value_and_gradients(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
@@ -169,7 +176,7 @@ def check(thorough: bool = False) -> list[Check]:
 
 
 def timed(checks: list[Check]) -> list[Check]:
-    """Does the same, and times the kernels that passed."""
+    """Returns the checks with the times of the kernels that passed."""
     result = []
     for x, call in zip(checks, calls(TIMED_ON_GPU), strict=True):
         if not x.reason:
@@ -182,7 +189,7 @@ def timed(checks: list[Check]) -> list[Check]:
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
-    """Returns the ops with a kernel that failed, each with the first reason."""
+    """Returns the first reason of each op with a kernel that failed."""
     reasons: dict[str, str] = {}
     for x in checks:
         if x.reason:
@@ -190,7 +197,7 @@ def failed(checks: list[Check]) -> dict[str, str]:
     return reasons
 
 
-# ---- what is known of devices
+# ---- devices and stored results
 
 
 def device_name() -> str:
@@ -203,7 +210,7 @@ def device_key() -> str:
 
 
 def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
-    """Returns what a file of the cache folder keeps, by what it is valid for."""
+    """Returns the results stored in a file of the cache folder, by key (see device_key)."""
     with suppress(OSError, ValueError):
         found = json.loads((cache_dir() / f"{name}.json").read_text(encoding="utf-8"))
         if isinstance(found, dict) and all(isinstance(own, dict) for own in found.values()):
@@ -212,7 +219,7 @@ def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
 
 
 def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
-    """Replaces what the file keeps for this device, or for the key."""
+    """Stores results in that file, under this device's key or another one."""
     with suppress(OSError):  # failing to write the cache costs the next process a check
         make_folder(cache_dir())
         write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
@@ -220,7 +227,7 @@ def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None
 
 @functools.cache
 def self_check() -> dict[str, str]:
-    """Switches off what `check` found wrong, now or earlier on this device; returns it."""
+    """Switches off the ops that failed `check`, now or earlier on this device; returns reasons."""
     found = known().get(device_key())
     if found is None:
         found = failed(check())

@@ -1,6 +1,7 @@
-"""Scores of completions: checks that are built in, functions of Python, a command.
+"""Scores completions: by built-in checks, Python functions, a command, or a reward model.
 
-A reward scores completions in one call, a number for each; a run adds them up by their weights.
+A reward is called with all completions and returns a number for each; a run sums up the numbers of
+its rewards, multiplied by their weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
 from ..data.prompting import Prompting
-from ..errors import InputError, RunError, shown
+from ..errors import InputError, RunError, named_reason, shown
 from .calling import by_command, function_of, with_what_it_takes
 from .checks import check_of, column_of
 from .environments import GIVEN, Conversation, Environments
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 
-#: What a reward is given besides the columns of the data.
+#: Arguments of a reward besides the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
 #: (prompts, completions, **columns) → a number for each completion; columns are lists too.
@@ -32,7 +33,7 @@ Function = Callable[..., Sequence[float]]
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of completions by name of the reward, and their weighted sums."""
+    """The scores of completions by the name of the reward, and their weighted sums."""
 
     by_name: dict[str, list[float]]
     total: list[float]
@@ -40,7 +41,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a run by name, the weight of each, and what its conversations are with."""
+    """The rewards of a run by name, the weight of each, and the environments of conversations."""
 
     rewards: Mapping[str, Function]
     weights: Sequence[float]
@@ -54,8 +55,8 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Returns the rewards of a configuration; Python may give functions and the environment's
-        class. Raises InputError if one cannot be used, or if there is none."""
+        """Returns the rewards of a configuration; callers in Python may pass functions and the
+        environment's class. Raises InputError if one cannot be used, or if there is none."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [
@@ -63,8 +64,9 @@ class Rewards:
         ]
         if config.reward_command is not None:
             named.append(("command", by_command(config.reward_command)))
-        model = RewardModel(config.reward_model) if config.reward_model is not None else None
-        if model is not None:
+        model = None
+        if config.reward_model is not None:
+            model = RewardModel(config.reward_model)
             named.append(("reward_model", model))
         environments = Environments.of(config, environment)
         if environments is not None and environments.has_reward:
@@ -101,7 +103,7 @@ class Rewards:
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        """Tools of every prompt."""
+        """The tools of every prompt."""
         return self.environments.tools if self.environments else ()
 
     def __call__(
@@ -111,8 +113,7 @@ class Rewards:
         tokens: Sequence[int],
         talks: Sequence[Conversation] = (),
     ) -> Scores:
-        """Scores of completions, of each of which its row with the prompt is given, and how many
-        tokens it has; or of conversations.
+        """Scores completions, given the row and the number of tokens of each; or conversations.
 
         Raises RunError if a reward fails or returns anything except a finite number for each.
         """
@@ -120,7 +121,7 @@ class Rewards:
         columns = {key: [row.get(key) for row in rows] for key in keys}
         columns |= {"completion_tokens": list(tokens)}
         prompts = [talk.asked for talk in talks] or [row["prompt"] for row in rows]
-        # A column of the data may have the name of one of these, which are never from the data.
+        # The reward model gets these, which a column of the data with such a name must not replace.
         judged = {"system": columns.get("system"), "messages": None}
         if talks:
             judged["messages"] = columns["messages"] = [talk.said for talk in talks]
@@ -133,9 +134,8 @@ class Rewards:
             except RunError:
                 raise
             except Exception as error:
-                said = " ".join(str(error).split())[:300]
                 raise RunError(
-                    f"reward {name} failed ({type(error).__name__}: {said}): fix it and resume."
+                    f"reward {name} failed ({named_reason(error)}): fix it and resume."
                 ) from error
             found[name] = _checked(name, scores, completions)
         sums = (
@@ -146,7 +146,7 @@ class Rewards:
 
 
 def _own_rewards(environments: Sequence[Any], **columns: Any) -> list[float]:
-    """Returns the rewards that environments give themselves."""
+    """Returns the rewards that environments compute themselves."""
     return [own.get_reward() for own in environments]
 
 
@@ -159,13 +159,13 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
     numbers = []
     for score, completion in zip(scores, completions, strict=True):
         try:
-            numbers.append(float(score))
+            number = float(score)
         except (TypeError, ValueError):
-            numbers.append(math.nan)
+            number = math.nan
         except OverflowError:  # an integer with hundreds of digits
-            score = math.inf
-            numbers.append(score)
-        if not math.isfinite(numbers[-1]):
+            number = score = math.inf
+        numbers.append(number)
+        if not math.isfinite(number):
             raise RunError(
                 f"reward {name} returned {shown(score, 60)} for the completion "
                 f"{shown(completion, 80)}; it must return a finite number. Fix it and resume."
@@ -174,8 +174,8 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
 
 
 def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
-    """Raises InputError, before anything is generated, for a row without a column that a check
-    reads, or with a column whose name has another meaning."""
+    """Raises InputError, before anything is generated, for a row that lacks a column which a check
+    reads, or has a column whose name is reserved."""
     taken = (*TAKEN, "completion") if config.reward_command is not None else TAKEN
     if config.environment is not None:
         taken = (*taken, *GIVEN)

@@ -1,4 +1,4 @@
-"""Rewards that the user writes: functions of Python, and a command."""
+"""Rewards that the user writes: Python functions, and a command."""
 
 import importlib
 import importlib.util
@@ -15,8 +15,8 @@ from ..torchless import show_torch
 
 
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
-    """Returns the name and the object of `module:name` or `file.py:name`, the value of a field. The
-    object is a function or a class; `given` is the object itself if Python passed it. Raises
+    """Returns the name and the object, a function or a class, of `module:name` or `file.py:name`,
+    the value of a field; `given` is the object if a caller in Python has passed it. Raises
     InputError."""
     place, _, name = spec.rpartition(":")
     try:
@@ -32,8 +32,8 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
-    """Returns a function of reward_functions by its name, called with the columns it takes. Raises
-    InputError."""
+    """Returns the name of a function in reward_functions, and the function, which is called with
+    the columns that it takes. Raises InputError."""
     name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
@@ -58,10 +58,10 @@ def _module(place: str) -> Any:
 
 
 def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function, called with only the columns it names, or all with **columns."""
+    """Wraps a function so that it gets only the columns in its signature, or all with **columns."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of some that are written in C
+    except (TypeError, ValueError):  # some functions in C have no signature
         return function
     if any(own.kind is own.VAR_KEYWORD for own in parameters):
         return function

@@ -1,4 +1,4 @@
-"""Checks of completions that are built in. Each scores from 0 to 1, and runs nothing of others."""
+"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no code of others."""
 
 import json
 import math
@@ -8,9 +8,9 @@ from typing import Any
 
 import re2
 
-from ..errors import InputError, shown
+from ..errors import InputError, reason, shown
 
-#: A number in a text, with separators of thousands.
+#: A number in a text, perhaps with thousands separators.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 #: Numbers count as equal up to this relative difference.
 ACCURACY = 1e-6
@@ -18,20 +18,21 @@ ACCURACY = 1e-6
 Check = Callable[..., list[float]]
 
 
+def _fault(text: str) -> InputError:
+    return InputError(f"rewards: {text}", field="rewards")
+
+
 def check_of(spec: str) -> Check:
-    """Returns the check of a specification `name:argument`. Raises InputError for an unknown or
-    wrong one."""
+    """Returns the check that is specified by `name:argument`. Raises InputError for an unknown name
+    or a wrong argument."""
     name, _, argument = spec.partition(":")
     if name not in CHECKS:
-        raise InputError(
-            f"rewards: {shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} "
-            "(docs/grpo.md), or reward_functions for functions.",
-            field="rewards",
+        raise _fault(
+            f"{shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} (docs/grpo.md), or "
+            "reward_functions for functions."
         )
     if not argument:
-        raise InputError(
-            f"rewards: {name} needs an argument, as in {EXAMPLES[name]}.", field="rewards"
-        )
+        raise _fault(f"{name} needs an argument, as in {EXAMPLES[name]}.")
     return CHECKS[name](argument)
 
 
@@ -41,29 +42,31 @@ def column_of(spec: str) -> str | None:
     return argument if CHECKS.get(name) in (_exact, _number) else None
 
 
-def _exact(column: str) -> Check:
-    """Returns the check that the whole completion equals the column."""
+def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
+    """Returns the check that completion and column agree."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
-        wanted = _column(column, columns)
-        pairs = zip(completions, wanted, strict=True)
-        return [float(text.strip() == str(own).strip()) for text, own in pairs]
+        if column not in columns or None in columns[column]:
+            raise KeyError(f'rows have no column "{column}"')
+        pairs = zip(completions, map(str, columns[column]), strict=True)
+        return [float(agree(*pair)) for pair in pairs]
 
     return check
+
+
+def _exact(column: str) -> Check:
+    """Returns the check that the whole completion equals the column."""
+    return _compared(column, lambda text, wanted: text.strip() == wanted.strip())
 
 
 def _number(column: str) -> Check:
     """Returns the check that the last number of the completion equals that of the column."""
 
-    def check(completions: Sequence[str], **columns: Any) -> list[float]:
-        pairs = zip(completions, _column(column, columns), strict=True)
-        return [float(_equal(last_number(text), last_number(str(own)))) for text, own in pairs]
+    def equal(text: str, wanted: str) -> bool:
+        x, y = last_number(text), last_number(wanted)
+        return x is not None and y is not None and math.isclose(x, y, rel_tol=ACCURACY)
 
-    return check
-
-
-def _equal(x: float | None, y: float | None) -> bool:
-    return x is not None and y is not None and math.isclose(x, y, rel_tol=ACCURACY)
+    return _compared(column, equal)
 
 
 def last_number(text: str) -> float | None:
@@ -72,21 +75,12 @@ def last_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-def _column(name: str, columns: dict[str, Any]) -> list[Any]:
-    if name not in columns or None in columns[name]:
-        raise KeyError(f'rows have no column "{name}"')
-    return columns[name]
-
-
 def _regex(pattern: str) -> Check:
-    """Returns the check that the pattern is found in the completion, in linear time."""
+    """Returns the check that the pattern matches somewhere in the completion, in linear time."""
     try:
         compiled = re2.compile(pattern)
     except re2.error as error:
-        raise InputError(
-            f"rewards: {shown(pattern, 80)} is not a valid RE2 pattern ({error}).",
-            field="rewards",
-        ) from None
+        raise _fault(f"{shown(pattern, 80)} is not a valid RE2 pattern ({error}).") from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         return [float(compiled.search(text) is not None) for text in completions]
@@ -99,19 +93,15 @@ def _json_schema(text: str) -> Check:
     try:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise InputError(
-            'rewards: json_schema needs a package that is not installed: pip install "mlx-segtrain'
-            '[rewards]".',
-            field="rewards",
+        raise _fault(
+            "json_schema needs a package that is not installed: pip install "
+            '"mlx-segtrain[rewards]".'
         ) from None
     try:
         # References are not followed: schemas come from clients of the server too.
         validator = validator_for(json.loads(text), offline=True)
-    except Exception as error:  # the library has errors of several kinds
-        said = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"rewards: {shown(text, 80)} is not a valid JSON schema ({said}).", field="rewards"
-        ) from None
+    except Exception as error:  # the library raises errors of several kinds
+        raise _fault(f"{shown(text, 80)} is not a valid JSON schema ({reason(error)}).") from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         return [float(_takes(validator, text)) for text in completions]
@@ -127,11 +117,10 @@ def _takes(validator: Any, text: str) -> bool:
 
 
 def _length(most: str) -> Check:
-    """Returns 1 up to this many tokens, then less and less, and 0 from twice as many on."""
+    """Returns the check of a completion's length: 1 up to this many tokens, then falling linearly
+    to 0 at twice as many."""
     if not most.isdecimal() or int(most) < 1:
-        raise InputError(
-            f"rewards: length:{shown(most, 40)} needs a number of tokens.", field="rewards"
-        )
+        raise _fault(f"length:{shown(most, 40)} needs a number of tokens.")
 
     def check(completion_tokens: Sequence[int], **columns: Any) -> list[float]:
         return [min(1.0, max(0.0, 2 - n / int(most))) for n in completion_tokens]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,13 @@ from ..data import Row
 from ..data.prompting import Prompting
 from ..data.spelling import arguments
 from ..data.template import MARK, content, prompt_ids, wants_parts
-from ..errors import InputError, RunError, reason, shown
+from ..errors import InputError, RunError, named_reason, reason, shown
 from ..generation.parts import Parts, Tags, begins_reasoning, read_calls
 from .calling import found_at, with_what_it_takes
 
-#: Columns that rewards and `reset` get besides those of the data, which may not have them.
+#: Arguments of rewards and `reset` besides the columns of the data, which cannot have these names.
 GIVEN = ("environments", "messages", "seed")
-#: Methods of an environment that are no tools.
+#: Methods of an environment that are not tools.
 OWN = ("reset", "step", "get_reward")
 
 
@@ -27,8 +28,8 @@ OWN = ("reset", "step", "get_reward")
 class Environments:
     """Creates the environments of a run, one for each completion (docs/grpo.md).
 
-    `tools` are the class's public methods, in the form that chat templates take; none if it has
-    `step`. Its reward, if it has one, is returned by its method `get_reward`.
+    `tools` are the class's public methods as JSON schemas for the chat template; none if it has
+    `step`. If it has a method `get_reward`, that returns its reward.
     """
 
     name: str
@@ -38,8 +39,8 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """Returns the environments of a configuration; `make` is the class, if Python has it.
-        Raises InputError if the class cannot be used."""
+        """Returns the environments of a configuration; `make` is the class, if a caller in Python
+        has passed it. Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
         name, found = found_at(config.environment, "environment", "class", make)
@@ -50,7 +51,7 @@ class Environments:
             tools = [] if callable(getattr(own, "step", None)) else _tools_of(own)
             if not tools and not hasattr(own, "step"):
                 raise TypeError("it has neither a method step nor a public method, which is a tool")
-        except Exception as error:  # a class of the user's may fail in any way
+        except Exception as error:  # the user's class may fail in any way
             raise InputError(
                 f"environment: {config.environment} cannot be used ({reason(error, 300)}).",
                 field="environment",
@@ -58,8 +59,8 @@ class Environments:
         return cls(name, found, tools, callable(getattr(own, "get_reward", None)))
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Iterable[Row]) -> None:
-        """Raises InputError if the model's chat template lacks what conversations need, or if a row
-        has tools of its own besides the environment's."""
+        """Raises InputError if the model's chat template does not support such conversations, or if
+        a row has tools although the environment has some."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
                 "environment needs prompts that go through a chat template: use a model that has "
@@ -83,7 +84,7 @@ class Environments:
 
 
 def _tools_of(own: Any) -> list[dict[str, Any]]:
-    """Returns the public methods of an environment as JSON schemas. Raises what transformers raises
+    """Returns the public methods of an environment as JSON schemas. transformers raises an error
     for a method without types or a description."""
     from transformers.utils.chat_template_utils import get_json_schema
 
@@ -95,8 +96,8 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 class Conversation:
     """The conversation of one completion with its environment: a generation.rollouts.Talk.
 
-    `messages` are the prompt's and, from `begun` on, those of the completion; an answer to a turn
-    is one of them once another turn follows it. RunError if the environment fails.
+    `messages` are those of the prompt and, from `begun` on, of the completion; the environment's
+    answer to a turn is added once another turn follows. Raises RunError if the environment fails.
     """
 
     def __init__(self, of: Environments, tokenizer: Any, config: TrainConfig, row: Row, seed: int):
@@ -128,7 +129,8 @@ class Conversation:
 
     @property
     def asked(self) -> Any:
-        """The prompt with what `reset` has added to it, as a text if the row has a text."""
+        """The prompt with the text that `reset` has added, as messages, or as a text if the row has
+        a text."""
         if self._is_text:
             return self.messages[self.begun - 1]["content"]
         return self.messages[: self.begun]
@@ -139,7 +141,7 @@ class Conversation:
         return self.messages[self.begun :]
 
     def reply(self, text: str) -> list[int] | None:
-        """Returns the environment's answer to a turn, as the tokens up to the model's next turn;
+        """Returns the tokens of the environment's answer to a turn, up to the model's next turn;
         None at the end of the conversation."""
         if self._of.tools:
             answer, new = self._called(text)
@@ -150,7 +152,7 @@ class Conversation:
         return tokens
 
     def end(self, text: str) -> None:
-        """Takes the text of a last turn that was cut off, which nothing answers."""
+        """Adds the text of a last turn that was truncated and gets no answer."""
         self._add({"role": "assistant", "content": text}, [])
 
     def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:
@@ -188,7 +190,7 @@ class Conversation:
         return {**answer, **({"tool_calls": calls} if calls else {})}, new
 
     def _result(self, name: str, arguments: Any) -> str:
-        """Returns the result of a tool as text; if it fails, the error, which the model reads."""
+        """Returns the result of a tool as text; if the tool fails, the error, for the model."""
         known = {own["function"]["name"] for own in self._of.tools}
         try:
             if name not in known:
@@ -199,10 +201,10 @@ class Conversation:
             return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
         except Exception as error:
             self.failed += 1
-            return f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return f"error: {named_reason(error)}"
 
     def _between(self, answer: dict[str, Any], new: list[dict[str, Any]]) -> list[int]:
-        """Returns the tokens after the one that ended a turn, up to where the next turn starts."""
+        """Returns the tokens after the one that ended a turn, up to the start of the next turn."""
         tokenizer = self._tokenizer
         parts = wants_parts(tokenizer, self._variables)
         how: Any = {"tokenize": False, "add_generation_prompt": True, **self._variables}
@@ -215,10 +217,10 @@ class Conversation:
 
         rest = None
         bare = {key: x for key, x in answer.items() if key != "tool_calls"}
-        if bare != answer:  # some templates write nothing beside calls
+        if bare != answer:  # some templates write no content beside calls
             try:
                 rest = after(answer)
-            except Exception:  # or refuse several of them, now and in later turns
+            except Exception:  # others refuse several calls, now and in later turns
                 answer = bare
         if rest is None:
             with _failing(self._of.name, "the chat template after it"):
@@ -244,8 +246,8 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
-    """Returns a message as chat templates take it: with content in parts where they want parts, and
-    with arguments of calls that are mappings, since a model may write anything."""
+    """Returns a message in the form that chat templates take: with content as a list of `parts` if
+    they want that, and with mappings as arguments of calls, since a model may write anything."""
     if isinstance(message.get("content"), str):
         message = {**message, **content(message["content"], parts)}
     if not message.get("tool_calls"):
@@ -263,21 +265,17 @@ def _is_message(own: Any) -> bool:
     return isinstance(own, dict) and all(isinstance(own.get(k), str) for k in ("role", "content"))
 
 
-class _failing:
-    """Inside this context, whatever the user's class raises becomes a RunError that names it."""
-
-    def __init__(self, name: str, what: str):
-        self._said = f"environment {name}: {what} failed"
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, RunError):
-            said = " ".join(str(error).split())[:300]
-            raise RunError(
-                f"{self._said} ({type(error).__name__}: {said}): fix it and resume."
-            ) from error
+@contextmanager
+def _failing(name: str, what: str) -> Iterator[None]:
+    """Turns an exception of the user's class into a RunError that names the environment."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"environment {name}: {what} failed ({named_reason(error)}): fix it and resume."
+        ) from error
 
 
 def _wrong(name: str, method: str, said: Any, wanted: str) -> RunError:

@@ -1,7 +1,7 @@
 """A reward model: a model for sequence classification with one label, which scores conversations.
 
-It is a folder as Hugging Face's `…ForSequenceClassification` write it, of a family that mlx-lm has
-(`score.weight` beside the layers), quantized or not.
+It is the folder of a Hugging Face `…ForSequenceClassification` model (`score.weight` beside the
+layers) whose family mlx-lm supports, quantized or not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from ..models.snapshot import Snapshot
 from ..planning.rollouts import PREFILL
 from .environments import messages_of
 
-#: The tensor that takes the place of a head.
+#: The tensor that replaces a head.
 SCORE = "score.weight"
 
 
 def check_scores(folder: Path) -> None:
-    """Raises InputError for a folder that holds no reward model, before any weight is loaded."""
+    """Raises InputError for a folder that contains no reward model; loads no weights."""
     snapshot = Snapshot(folder)
     found = snapshot.tensors.get(SCORE)
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
@@ -40,18 +40,18 @@ def check_scores(folder: Path) -> None:
 
 @dataclass
 class RewardModel:
-    """Scores by the model in a folder, which is loaded when it is first called.
+    """Scores completions with the model in a folder, which is loaded by the first call.
 
-    A conversation goes through the model's own chat template, if the run's prompts do; else prompt
-    and completion are one text.
+    A conversation goes through the reward model's own chat template, unless the run's prompts are
+    `raw`: then prompt and completion are one text.
     """
 
     folder: Path
     raw: bool = False
 
     def check(self, folder: Path, raw: bool) -> None:
-        """Sets the folder, and whether the run's prompts are raw. Raises InputError if the model in
-        the folder cannot score them."""
+        """Sets the folder, and whether the run's prompts are raw. Raises InputError if the model
+        cannot score them."""
         self.folder, self.raw = folder, raw
         check_scores(folder)
         if not raw and not self._tokenizer.has_chat_template:
@@ -80,13 +80,12 @@ class RewardModel:
         messages: Sequence[list[dict[str, Any]]] | None = None,
         system: Sequence[str | None] | None = None,
     ) -> list[float]:
-        """Scores of completions, or of conversations, whose `messages` follow the prompts."""
+        """Returns the scores of completions, or of conversations, whose `messages` follow the
+        prompts."""
         answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
-        texts = []
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            texts.append(self._text(prompt, system[i] if system else None, answer))
+        texts = map(self._text, prompts, system or [None] * len(prompts), answers)
         encoded = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        scores = np.zeros(len(texts))
+        scores = np.zeros(len(encoded))
         for rows in _passes([len(own) for own in encoded]):
             scores[rows] = self._scores([encoded[i] for i in rows])
         return scores.tolist()
@@ -98,7 +97,7 @@ class RewardModel:
         return self._tokenizer.apply_chat_template([*given, *answer], tokenize=False)
 
     def _scores(self, rows: list[list[int]]) -> np.ndarray:
-        """Returns the scores of rows of tokens, float64 [N], each at its last token that is no
+        """Returns the scores of rows of tokens, float64 [N], at the last token of each that is not
         padding."""
         from mlx_lm.models.cache import make_prompt_cache
 
@@ -108,7 +107,7 @@ class RewardModel:
         tokens = np.zeros((len(rows), width), np.int32)
         for row, own, n in zip(tokens, rows, lengths, strict=True):
             row[:n] = own[:n]
-        # What follows a row's last token changes nothing before it.
+        # Padding after a row's last token does not change anything before it.
         cache = make_prompt_cache(model) if width > PREFILL else None
         ends, h = mx.array(lengths) - 1, mx.array(0)
         for begin in range(0, width, PREFILL):
@@ -122,7 +121,8 @@ class RewardModel:
 
 
 def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Returns which rows run together, by index: up to PREFILL tokens with padding, or one row."""
+    """Returns the indices of rows that run together: up to PREFILL tokens with padding, or one
+    row."""
     passes: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if passes and (len(passes[-1]) + 1) * lengths[i] <= PREFILL:

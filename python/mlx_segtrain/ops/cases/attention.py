@@ -7,7 +7,7 @@ import mlx.core as mx
 from ... import _core, ops
 from .. import bench, reference, selfcheck
 
-#: Options of attention for T queries; queries after the last segment see nothing.
+#: Options of attention for T queries; queries after the last segment attend to nothing.
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
@@ -15,8 +15,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "softcap": lambda t: {"softcap": 2.0},
 }
 
-
-#: Head sizes of a thorough check on Metal, and those of them that our kernel supports.
+#: Head sizes of a thorough check on Metal, and the ones that our kernel supports.
 METAL_HEADS, METAL_KERNEL = (64, 128, 256, 512), (64, 128, 256)
 
 
@@ -61,8 +60,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
-    """Returns checks of each dtype and head size; before first use only of the smallest in
-    bfloat16."""
+    """Yields checks of each dtype and head size; only the smallest in bfloat16 is not thorough."""
     nax = _core.has_neural_accelerators()
     for dtype in (mx.bfloat16, mx.float16, mx.float32):
         for d in METAL_HEADS:

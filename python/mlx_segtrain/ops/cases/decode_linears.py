@@ -19,7 +19,7 @@ CASES = (
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """The op has no gradient: it is compared as a factor of what has one."""
+    """Yields checks. The op has no gradient, so it is a factor of a product that has one."""
     if device != "cuda":
         return
     width, adapters = 512, 3

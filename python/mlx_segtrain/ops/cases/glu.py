@@ -1,20 +1,17 @@
-import functools
 from collections.abc import Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ... import _core, ops
-from .. import bench, reference, selfcheck
+from ... import ops
+from .. import bench, selfcheck
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     for dtype in (mx.float32,) if device == "cpu" else (mx.bfloat16, mx.float32):
         for op in ("swiglu", "geglu"):
-            kernel = functools.partial(getattr(_core, op), impl="kernel")
             args = selfcheck.normal((rows, 1023), (rows, 1023), dtype=dtype)
-            name = str(dtype).split(".")[-1]
-            yield selfcheck.Call(op, name, kernel, getattr(reference, op), args)
+            yield selfcheck.Call.of(op, str(dtype).split(".")[-1], args)
 
 
 def glu(op: str, rows: int, width: int) -> bench.Case:

@@ -1,4 +1,4 @@
-"""Heads of q, k and v from one product, with q and k rotated, as CUDA makes them in one pass."""
+"""Heads of q, k and v from one product, with q and k rotated, which is one kernel on CUDA."""
 
 import functools
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from .linear import with_factors
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Two rows, packed or not: with q, k and v, with keys that are also values, and with q
-    alone."""
+    """Yields checks of two rows, packed or not: with q, k and v, with keys that are also values,
+    and with q alone."""
     if device != "cuda":
         return
     heads, groups, d, width = 4, 2, 64, 256

@@ -10,7 +10,7 @@ from .. import bench, reference, selfcheck
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """A wide and a narrow weight."""
+    """Yields checks of a wide and a narrow weight."""
     if device == "metal":
         return
     dtype = mx.float32 if device == "cpu" else mx.bfloat16

@@ -10,9 +10,7 @@ from .. import bench, reference, selfcheck
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "cpu":
         x, w = selfcheck.normal((rows, 512), (1, 512))
-        kernel = functools.partial(_core.rms_norm, weight=w[0], eps=1e-5, impl="kernel")
-        plain = functools.partial(reference.rms_norm, weight=w[0], eps=1e-5)
-        yield selfcheck.Call("rms_norm", "", kernel, plain, [x])
+        yield selfcheck.Call.of("rms_norm", "", [x], weight=w[0], eps=1e-5)
     if device == "cuda":
         # More than the eight numbers of a thread, and a width that no number of threads divides.
         for width in (1000, 4096):
