@@ -21,6 +21,7 @@ WAIT = 600
 
 #: Each rank writes the gradients of the first step to a file, and says what it holds at the end.
 SEEN = """
+import gc
 import numpy as np
 from pathlib import Path
 from mlx_segtrain.planning.pipeline import weight_bytes
@@ -34,6 +35,7 @@ def gradient(self, at, accumulated, total=None):
         np.savez(f"{self.setup.config.adapter_path}-{rank}.npz", **parts)
     return outputs, gradient
 def result(self, *args):
+    gc.collect()  # of the runs before
     plan = self.step.plan
     share = weight_bytes(plan.shape, plan.part, True) + 3 * 4 * self.setup.own.size
     most = plan.planned.peak if plan.planned else 0
@@ -54,13 +56,13 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A Llama whose layers are most of it, a Gemma 4 of which layers read keys and values of
-    others, and a model of mlx-lm's own layers."""
-    path = tmp_path_factory.mktemp("models")
+    """A Llama, a Gemma 4 of which layers read keys and values of others, and a model of mlx-lm's
+    own layers; the layers are most of each."""
+    path, wide = tmp_path_factory.mktemp("models"), {"intermediate_size": 2048}
     return {
-        "llama": write_llama(path / "llama", layers=4, intermediate_size=2048),
-        "gemma4": write_tiny(path / "gemma4", "gemma4_text"),
-        "cohere": write_tiny(path / "cohere", "cohere"),
+        "llama": write_llama(path / "llama", layers=4, **wide),
+        "gemma4": write_tiny(path / "gemma4", "gemma4_text", **wide),
+        "cohere": write_tiny(path / "cohere", "cohere", **wide),
     }
 
 
@@ -116,7 +118,7 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
                 assert_close(name, x[name], expected[name], 1e-6)
         one = tmp_path / f"one-{own.adapter_path.name}"
         for a, b in zip(lines_of(one), lines_of(own.adapter_path), strict=True):
-            assert a["kind"] == b["kind"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+            assert a["kind"] == b["kind"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5, abs=1e-6)
         (*_, last) = metrics_of(own.adapter_path)
         assert len(last["ranks"]) == n
         for figures in last["ranks"]:
@@ -129,10 +131,10 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
         [own for own in said(tmp_path, rank) if isinstance(own, dict) and own["type"] == "held"]
         for rank in range(n)
     ]
-    at = [name for name, _, _ in given].index("llama")
-    for own in (own[at] for own in held):
-        assert own["active"] <= 1.1 * own["share"] and own["share"] < 0.75 * own["whole"]
-        assert own["peak"] <= 1.1 * own["most"]
+    for own in itertools.chain(*held):
+        assert own["active"] <= 1.1 * own["share"] and own["share"] < 0.75 * own["whole"], own
+        # Nothing is planned of mlx-lm's own layers.
+        assert own["most"] == 0 or own["peak"] <= 1.1 * own["most"]
     for runs in zip(*held, strict=True):
         ends_of = [own["layers"] for own in runs]
         assert ends_of[0][0] == 0

@@ -83,10 +83,10 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
     return write_model(path, config, model)
 
 
-def write_tiny(path: Path, family: str, bits_of=lambda name: 4) -> Path:
+def write_tiny(path: Path, family: str, bits_of=lambda name: 4, **changes) -> Path:
     """Writes a tiny random model of any mlx-lm family, quantized in groups of 32 if that fits."""
-    config = tiny_models.config(family, vocab_size=VOCABULARY)
-    model = tiny_models.build(family, vocab_size=VOCABULARY)
+    config = tiny_models.config(family, vocab_size=VOCABULARY, **changes)
+    model = tiny_models.build(family, vocab_size=VOCABULARY, **changes)
     layers = {}
 
     def quantization(name, module):
