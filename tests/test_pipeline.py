@@ -118,7 +118,9 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
                 assert_close(name, x[name], expected[name], 1e-6)
         one = tmp_path / f"one-{own.adapter_path.name}"
         for a, b in zip(lines_of(one), lines_of(own.adapter_path), strict=True):
-            assert a["kind"] == b["kind"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5, abs=1e-6)
+            assert a["kind"] == b["kind"] and b["loss"] == pytest.approx(
+                a["loss"], rel=1e-5, abs=1e-6
+            )
         (*_, last) = metrics_of(own.adapter_path)
         assert len(last["ranks"]) == n
         for figures in last["ranks"]:
@@ -131,10 +133,12 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
         [own for own in said(tmp_path, rank) if isinstance(own, dict) and own["type"] == "held"]
         for rank in range(n)
     ]
-    for own in itertools.chain(*held):
-        assert own["active"] <= 1.1 * own["share"] and own["share"] < 0.75 * own["whole"], own
-        # Nothing is planned of mlx-lm's own layers.
-        assert own["most"] == 0 or own["peak"] <= 1.1 * own["most"]
+    for name, own in ((name, x) for run in held for (name, *_), x in zip(given, run, strict=True)):
+        assert own["active"] <= 1.1 * own["share"], (name, own)
+        if own["most"]:  # of mlx-lm's own layers nothing is planned
+            assert own["peak"] <= 1.1 * own["most"], (name, own)
+        if name == "llama":  # most of the others is what no rank shares out
+            assert own["share"] < 0.75 * own["whole"], (name, own)
     for runs in zip(*held, strict=True):
         ends_of = [own["layers"] for own in runs]
         assert ends_of[0][0] == 0
