@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds them to a parser; `command(name, run, text)` makes one."""
-    added = command("search", _search, "search the Hugging Face hub for models or data sets")
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    text = "search the Hugging Face hub for models or data sets"
+    added = command("search", _search, text, json=True)
     added.add_argument("words", nargs="+", metavar="WORD", help="words of the name")
     added.add_argument("--datasets", action="store_true", help="search data sets, not models")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("push", _push, "upload an adapter or a model to the Hugging Face hub")
+    text = "upload an adapter or a model to the Hugging Face hub"
+    added = command("push", _push, text, json=True)
     added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
     added.add_argument("repo", metavar="ORG/NAME", help="repository; created if it does not exist")
     added.add_argument("--public", action="store_true", help="create a public repository")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _search(args: argparse.Namespace) -> int:

