@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_segtrain.commands.flags import Parser, add_flags
 from mlx_segtrain.commands import generate
+from mlx_segtrain.commands.flags import Parser, add_flags
 from mlx_segtrain.commands.generate import config_for, prompting_for
 from mlx_segtrain.fields import place
 
