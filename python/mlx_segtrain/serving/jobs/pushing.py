@@ -140,7 +140,7 @@ def _opened_folder(folder: Path, done: str) -> Iterator[int]:
 
 @contextmanager
 def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
-    """Opens a regular file. Raises InputError for a link, also a hard link: it could be a secret."""
+    """Opens a regular file. Raises InputError for a link, which may lead to somebody's secret."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
