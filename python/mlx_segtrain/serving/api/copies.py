@@ -15,8 +15,8 @@ from ...errors import InputError
 #: Values for required settings, which a file may omit because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
-#: Tokens around a list or a mapping in brackets, and the deepest nesting: the time to parse it grows
-#: with the square of the depth.
+#: Tokens around a list or a mapping in brackets, and the deepest nesting: the time to parse them
+#: grows with the square of the depth.
 OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 DEEP = 100

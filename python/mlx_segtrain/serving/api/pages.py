@@ -29,7 +29,7 @@ IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
 
 
 def _version() -> str:
-    """Returns a hash of the page's files. It is part of their addresses, so that a browser can cache
+    """Returns a hash of the page's files. It is part of their addresses, so a browser can cache
     them forever and never mixes two versions."""
     found = hashlib.sha256()
     for path in sorted(FILES.rglob("*")):
