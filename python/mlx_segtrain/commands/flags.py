@@ -113,7 +113,7 @@ def group_of(name: str) -> str:
 
 
 def in_groups() -> list[str]:
-    """Returns all fields in the order of their groups, starting with those that `--help` shows."""
+    """Returns all fields in the order of their groups; the groups that `--help` shows are first."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 

@@ -69,7 +69,7 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """Returns the value. Raises NotText, JSONDecodeError, or HTTPException (too many values)."""
+        """Returns the value. Raises NotText, JSONDecodeError or HTTPException (too many values)."""
         text = _decoded(body)
         if len(body) > SMALL:
             _count(text, OF_PROMPT if self.is_openai else OF_CONFIGURATION)

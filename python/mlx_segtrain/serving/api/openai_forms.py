@@ -295,8 +295,7 @@ class ChatRequest(Generate):
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
-        description="variables of the chat template; default: those that the adapter was "
-        "trained with",
+        description="variables of the chat template; default: the values in the adapter's training",
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(

@@ -54,7 +54,7 @@ class Limits:
 
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
-        """Returns the limits for a prompt; a tokenizer takes up to 400 bytes per character."""
+        """Returns the limits for a prompt; tokenizers need at most 400 bytes per character."""
         return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
 
 

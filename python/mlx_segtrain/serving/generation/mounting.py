@@ -116,7 +116,7 @@ class Selected:
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """Returns the tokens of a chat with the generation prompt. The template's `variables`
-        replace those that the adapters were trained with.
+        replace the values that the adapters were trained with.
 
         Raises InputError without a template, if the template fails or does not support tools, or if
         several adapters were trained with different variables.

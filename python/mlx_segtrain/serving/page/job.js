@@ -1,4 +1,4 @@
-// /finetune/job/ID: a job while it runs and after. What is shown comes from its row and its log.
+// /finetune/job/ID: a running or finished job, from its row and its log.
 
 import after from "./after.js";
 import { api, every } from "./api.js";
@@ -12,7 +12,7 @@ import { judged, shownResult } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, duration, fixed, gb, percent, rate, sentence, titled, took } from "./text.js";
 
-// The small charts: title, curves with their names, unit, and how the last value is said.
+// The small charts: title, curves with their names, unit, and the format of the last value.
 const SMALL = [
   ["Learning rate", { learning_rate: "Learning rate" }, "", rate],
   ["Speed", { tokens_per_sec: "all", supervised_tokens_per_sec: "in the loss" }, " tokens/s",
@@ -39,12 +39,12 @@ export default async function jobPage(main, id) {
     trains && api("/api/finetune/defaults"), api("/api/state")]);
   const measure = judged(row);
   const run = new Run(row.id, measure);
-  let [shown, described, drawn, told] = ["", "", "", ""]; // states that are shown
+  let [shown, described, drawn, told] = ["", "", "", ""]; // the states that are shown
   let [acted, training] = [false, false];
   const ended = () => ["done", "failed", "cancelled"].includes(row.status);
   const broken = () => ["failed", "cancelled"].includes(row.status);
 
-  // What does not change
+  // Elements
 
   const buttons = h("div.actions");
   const title = h("h1");
@@ -89,14 +89,14 @@ export default async function jobPage(main, id) {
     card("Configuration", facts("wide", given.map(([name, value]) => [name, inWords(value)])),
       trains && copies(() => values)));
 
-  // What does
+  // Updates
 
   async function look() {
     try {
       ({ job: row } = await api(address));
     } catch (error) {
       if (error.status !== 404 || shown === "deleted") throw error;
-      shown = "deleted"; // on another page
+      shown = "deleted"; // from another page
       show(buttons);
       return show(outcome, notice("The job has been deleted.", "warn", { role: "alert" }));
     }
@@ -150,7 +150,7 @@ export default async function jobPage(main, id) {
       trains && button("New run like this", () => location.assign(like())),
       button("Edit name", describe),
       ended() && button("Delete", remove, "danger"));
-    // The button that had the focus is gone.
+    // The focused button was removed.
     if (acted && document.activeElement === document.body) buttons.querySelector("button").focus();
   }
 
@@ -175,7 +175,7 @@ export default async function jobPage(main, id) {
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
-  // What helps depends on why it failed.
+  // Explains a failure, and offers the buttons that help.
   function help() {
     const change = trains && button("Change the settings", () => location.assign(like()), "primary");
     const less = trains &&
@@ -227,7 +227,7 @@ export default async function jobPage(main, id) {
 
   function showProgress() {
     const waits = row.status === "queued";
-    // Of a run that was ended, the row's own share is that of its end.
+    // The row of a run that has ended has progress 1.
     const share = broken() && run.iters ? run.step / run.iters : row.progress;
     const parts = [];
     if (trains && run.iters && !waits) {
@@ -248,7 +248,7 @@ export default async function jobPage(main, id) {
     times.textContent = `created ${ago(row.created_at)}${ran}`;
   }
 
-  // The loss, and validation beside it; what else is measured has its own chart.
+  // Shows the last training and validation values; other metrics have their own charts.
   function showTiles() {
     const { train, val, first, best } = run;
     const change = val[measure] - first;
@@ -285,9 +285,9 @@ export default async function jobPage(main, id) {
     const lines = [...linesOf("training", run.curve("train"), COLORS[0]), val];
     const some = lines.some((line) => line.points.length);
     [loss.hidden, noLoss.hidden, tiles.hidden] = [!some, some, !some];
-    losses.hidden = !some && ended(); // it stopped before
+    losses.hidden = !some && ended(); // it ended before the first step
     noLoss.textContent = "Waiting for the first step.";
-    // Up to the run's end, unless its curve would be a scratch at the edge.
+    // The axis ends at the last step of the run, unless the curve would be too short to be seen.
     const end = run.iters && run.step >= run.iters / 5 ? run.iters : null;
     loss.draw(lines, { end, legend: true });
     const rest = run.extra.filter((name) => !DRAWN.includes(name));
@@ -324,7 +324,7 @@ export default async function jobPage(main, id) {
   await lookAgain();
 }
 
-// Each prompt's answers, the newest first.
+// The answers to each prompt, the newest first.
 function shownSamples(samples) {
   return Object.entries(Object.groupBy(samples, ({ prompt }) => prompt)).map(([prompt, own]) => {
     const last = own.slice(-6).reverse();
