@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_segtrain import hub
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.events import OnEvent
 from mlx_segtrain.fields import place
 
 if TYPE_CHECKING:
@@ -94,27 +96,17 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--model", dest="model_dir", type=place, metavar="MODEL", help=what)
 
 
-def _model_folder(model: Path) -> Path:
-    """Returns the folder of a model, after downloading it if it is a name on the hub."""
-    from mlx_segtrain import hub
+def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
+    """Returns a folder, which `find` (hub.model or hub.adapter) may download from the hub."""
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
-        return hub.model(model, show)
-
-
-def _adapter_folder(adapter: Path) -> Path:
-    """Returns the folder of an adapter, after downloading it if it is a name on the hub."""
-    from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import waiting
-
-    with waiting() as show:
-        return hub.adapter(adapter, show)
+        return find(path, show)
 
 
 def _base(args: argparse.Namespace) -> Path | None:
     """Returns the folder of the model that --model names; None without --model."""
-    return None if args.model_dir is None else _model_folder(args.model_dir)
+    return None if args.model_dir is None else _folder(hub.model, args.model_dir)
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -126,13 +118,14 @@ def _export(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import export
 
     how = {"model_dir": _base(args), "names": args.names, "dtype": args.dtype}
-    return _answer(export(_adapter_folder(args.adapter), args.out, args.to, **how), args)
+    adapter = _folder(hub.adapter, args.adapter)
+    return _answer(export(adapter, args.out, args.to, **how), args)
 
 
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _answer(import_(_adapter_folder(args.adapter), args.out, _base(args)), args)
+    return _answer(import_(_folder(hub.adapter, args.adapter), args.out, _base(args)), args)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -140,8 +133,9 @@ def _convert(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.views import show_made
     from mlx_segtrain.models.conversion import convert
 
-    how = {"bits": args.bits, "group_size": args.group_size}
-    return answer(convert(_model_folder(args.model_dir), args.out, **how), show_made, args.json)
+    model = _folder(hub.model, args.model_dir)
+    made = convert(model, args.out, bits=args.bits, group_size=args.group_size)
+    return answer(made, show_made, args.json)
 
 
 def _answer(done: Converted, args: argparse.Namespace) -> int:
@@ -155,7 +149,7 @@ def _merge(args: argparse.Namespace) -> int:
     quantizes = args.dequantize or args.bits is not None or args.dtype is not None
     if args.into is None and quantizes:
         raise InputError("--dequantize, --bits and --dtype only apply with --into MODEL: pass it.")
-    adapters = [*map(_adapter_folder, args.adapters)]
+    adapters = [_folder(hub.adapter, adapter) for adapter in args.adapters]
     if args.into is None:
         from mlx_segtrain.adapters.merging import merge
 
@@ -167,7 +161,7 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_fold
 
-    base = _model_folder(args.into)
+    base = _folder(hub.model, args.into)
     adapter = weighted(adapters, args.weights, base)
     if not args.json and not args.quiet:
         _announce(adapter, adapters, args, base)

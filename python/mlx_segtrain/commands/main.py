@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlx_segtrain import __version__
+from mlx_segtrain import __version__, hub
 from mlx_segtrain.commands import adapters, cache, chat, completion, generate, init, runs
 from mlx_segtrain.commands import hub as hub_commands
 from mlx_segtrain.commands.adapters import MODEL
@@ -224,7 +224,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
 def _inspect(args: argparse.Namespace) -> int:
     config = config_of(args, "model_dir", "adapter_path", data_dir=args.path)
-    from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_report
     from mlx_segtrain.data import Options, inspect
@@ -286,7 +285,6 @@ def _serve(args: argparse.Namespace) -> int:
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'
         ) from None
-    from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -26,22 +27,17 @@ class Metrics:
         """`now` maps names of gauges to their description and value; `mounted` returns adapters."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry, "namespace": "segtrain"}
+        own: dict[str, Any] = {"registry": self._registry, "namespace": "segtrain"}
+        by = {"labelnames": ["adapter"], **own}
+        times = {"buckets": TIMES, **by}
         self._requests = Counter(
             "requests", "Finished answers, by reason.", ["adapter", "finish"], **own
         )
-        self._prompts = Counter("prompt_tokens", "Prompt tokens.", ["adapter"], **own)
-        self._tokens = Counter("generated_tokens", "Answer tokens.", ["adapter"], **own)
-        self._first = Histogram(
-            "time_to_first_token_seconds",
-            "From a request to its first token.",
-            ["adapter"],
-            buckets=TIMES,
-            **own,
-        )
-        self._whole = Histogram(
-            "request_seconds", "From a request to its end.", ["adapter"], buckets=TIMES, **own
-        )
+        self._prompts = Counter("prompt_tokens", "Prompt tokens.", **by)
+        self._tokens = Counter("generated_tokens", "Answer tokens.", **by)
+        first = "From a request to its first token."
+        self._first = Histogram("time_to_first_token_seconds", first, **times)
+        self._whole = Histogram("request_seconds", "From a request to its end.", **times)
         for name, (about, read) in now.items():
             Gauge(name, about, **own).set_function(read)
 

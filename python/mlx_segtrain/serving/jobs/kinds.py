@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,18 +122,16 @@ def fold(values: Values) -> events.Event:
     from ...adapters.merging import weighted
 
     adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
-    count = 0
+    number = count(1)
 
-    def count_on(own: Folded) -> None:
-        nonlocal count
-        count += 1
+    def report_layer(own: Folded) -> None:
         message = f"{own.path}: {own.lost:.1%} of the update lost"
-        tell(events.stage("fold", count / len(adapter.tensors), message))
+        tell(events.stage("fold", next(number) / len(adapter.tensors), message))
 
     how = {"dequantize": values["dequantize"], "bits": values["bits"]}
     how["dtype"] = DTYPES.get(values["dtype"])
     base, out = Path(values["model_dir"]), Path(values["output_dir"])
-    report = fold(adapter, base, out, **how, on_linear=count_on)
+    report = fold(adapter, base, out, **how, on_linear=report_layer)
     swallowed = [own.path for own in report.swallowed]
     facts = {"linears": len(report.linears), "swallowed": swallowed, "size_bytes": report.size}
     return done(report.path, lost=report.lost, **facts)
