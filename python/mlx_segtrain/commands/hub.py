@@ -52,9 +52,11 @@ def _push(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser().resolve()
     if not folder.is_dir():
-        raise InputError(f"{args.folder} is not a directory: pass that of an adapter or a model.")
+        raise InputError(
+            f"{args.folder} is not a directory: pass the one of an adapter or a model."
+        )
     if get_token() is None:
-        raise InputError("no token of the hub: log in with `hf auth login`, or set HF_TOKEN.")
+        raise InputError("no hub token: log in with `hf auth login`, or set HF_TOKEN.")
     with waiting() as show:
         pushed = pushing.push(folder, args.repo, private=not args.public, tell=show)
     return answer(pushed, lambda own: print(f"pushed to {own.url}"), args.json)

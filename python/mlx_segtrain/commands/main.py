@@ -327,7 +327,7 @@ def _bench(args: argparse.Namespace) -> int:
     show = (lambda _: None) if args.json else functools.partial(print, flush=True)
     rows = benchmark.run(args.only, args.impls, args.runs, show)
     if not rows:
-        raise InputError("no op, shape or implementation has a name that holds what was asked for")
+        raise InputError("no op, shape or implementation has these names: see bench without flags.")
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
     if args.report:

@@ -22,7 +22,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     Raises InputError if the memory of the model's family cannot be predicted.
     """
     if ROWS[config.method] != "single":
-        raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
+        raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
     if run.planned is None:
         raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
     from matplotlib.figure import Figure

@@ -181,7 +181,7 @@ def show_plan(report: PlanReport) -> None:
         more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
         line(f"rank {own.rank}", text + more)
     if report.pipeline:
-        line("", "what follows is of the rank that is nearest to its budget")
+        line("", "the lines below are for the rank that is closest to its budget")
     line("budget", gb(report.budget))
     if not report.predicted:
         line("weights", gb(report.weights))

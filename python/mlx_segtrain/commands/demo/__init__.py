@@ -45,7 +45,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
             f"{out_dir} contains files that no earlier demo wrote: choose another directory"
         )
     say = console.print
-    say("model: SmolLM2-135M-Instruct, 4 bits (the first time it is downloaded, 93 MB)")
+    say("model: SmolLM2-135M-Instruct, 4 bits (the first run downloads 93 MB)")
     model_dir = smollm2_snapshot(files.cache_dir())
     rows = write_dataset(data_dir)
     say(f"data: {rows['train']:,} docstrings, and {rows['valid']} of modules held out")

@@ -1,4 +1,4 @@
-"""Prepares model and data of the recipes: `python -m mlx_segtrain.commands.demo DIR [sums]`.
+"""Prepares model and data for the recipes: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
 It writes train.jsonl and valid.jsonl with preference pairs, or sums, to DIR, and prints the folder
 of the demo's model.

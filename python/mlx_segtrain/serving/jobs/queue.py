@@ -2,8 +2,8 @@
 
 Each job is a process (worker.py) in its own session. It writes its log, and holds the log's lock
 while it lives (eventlog.py). So a server that starts knows from the logs what happened to its jobs:
-a job whose log is locked is running, one whose log has a last event has ended, and any other was
-killed. Jobs that need the accelerator run one at a time, in the order of the queue.
+a job whose log is locked is running, one whose log has a last event has ended, and any other job
+was killed. Jobs that need the accelerator run one at a time, in the order of the queue.
 """
 
 import asyncio
@@ -383,7 +383,7 @@ def _text(value: Any) -> str | None:
 
 def _killed(row: Row, code: int | None) -> Event:
     if row.cancelling:
-        message = "its process was ended before it could say so"
+        message = "its process was killed before it could finish"
         return {"type": "cancelled", "ts": now(), "message": message}
     if code is None:
         how = "its process was killed while no server watched it"

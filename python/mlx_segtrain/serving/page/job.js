@@ -182,7 +182,7 @@ export default async function jobPage(main, id) {
       button("New run that takes less memory", () => location.assign(like("&less")), "primary");
     const { fault } = row;
     const said = {
-      input: trains && "The settings or the data have to be changed; to resume would fail again.",
+      input: trains && "The settings or the data have to be changed; resuming would fail again.",
       memory: "The device does not have enough memory for this run: lower the context length or the batch.",
       killed: "The process was killed from outside: by a person, or by the system when memory ran out.",
       run: "The sentence above says what happened.",

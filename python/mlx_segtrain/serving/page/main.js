@@ -33,7 +33,7 @@ const wanted = () =>
 
 function showBell() {
   const on = wanted();
-  bell.title = on ? "Notifications are on: you are told when a job ends" : "Tell me when a job ends";
+  bell.title = on ? "Notifications are on: the browser reports when a job ends" : "Tell me when a job ends";
   bell.setAttribute("aria-label", bell.title);
   bell.setAttribute("aria-pressed", on);
   bell.replaceChildren(icon(on ? "bell" : "muted"));
