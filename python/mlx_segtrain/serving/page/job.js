@@ -8,7 +8,7 @@ import { copies } from "./copies.js";
 import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
 import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
 import { logView } from "./log.js";
-import { judged, shownResult } from "./results.js";
+import { broken, ended, judged, shownResult } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, duration, fixed, gb, percent, rate, sentence, titled, took } from "./text.js";
 
@@ -41,8 +41,6 @@ export default async function jobPage(main, id) {
   const run = new Run(row.id, measure);
   let [shown, described, drawn, told] = ["", "", "", ""]; // the states that are shown
   let [acted, training] = [false, false];
-  const ended = () => ["done", "failed", "cancelled"].includes(row.status);
-  const broken = () => ["failed", "cancelled"].includes(row.status);
 
   // Elements
 
@@ -145,11 +143,11 @@ export default async function jobPage(main, id) {
   function showButtons() {
     const stop = row.cancelling ? "Stop now" : "Cancel";
     show(buttons,
-      !ended() && button(stop, () => act("/cancel"), "danger"),
+      !ended(row) && button(stop, () => act("/cancel"), "danger"),
       row.status === "cancelled" && again("primary"),
       trains && button("New run like this", () => location.assign(like())),
       button("Edit name", describe),
-      ended() && button("Delete", remove, "danger"));
+      ended(row) && button("Delete", remove, "danger"));
     // The focused button was removed.
     if (acted && document.activeElement === document.body) buttons.querySelector("button").focus();
   }
@@ -228,11 +226,11 @@ export default async function jobPage(main, id) {
   function showProgress() {
     const waits = row.status === "queued";
     // The row of a run that has ended has progress 1.
-    const share = broken() && run.iters ? run.step / run.iters : row.progress;
+    const share = broken(row) && run.iters ? run.step / run.iters : row.progress;
     const parts = [];
     if (trains && run.iters && !waits) {
       parts.push(`Step ${count(run.step)} of ${count(run.iters)}`);
-    } else if (!waits && !broken()) parts.push(percent(share));
+    } else if (!waits && !broken(row)) parts.push(percent(share));
     else if (row.computes && training) parts.push("Waiting for the job that runs now");
     else parts.push("Starts in a moment");
     if (row.status === "running") {
@@ -240,7 +238,7 @@ export default async function jobPage(main, id) {
       else if (run.stage !== "train" && !run.live.step) parts.push(run.message);
       else if (run.left !== null) parts.push(`about ${duration(run.left)} left`);
     }
-    bar.hidden = broken() && !run.iters;
+    bar.hidden = broken(row) && !run.iters;
     filled.style.width = percent(share).replace(/\s/, "");
     bar.setAttribute("aria-valuenow", Math.round(100 * share));
     progress.textContent = parts.filter(Boolean).join(" · ");
@@ -255,7 +253,7 @@ export default async function jobPage(main, id) {
     const sign = change <= 0 ? "−" : "+";
     const since = `${fixed(first)} at first, ${sign}${fixed(Math.abs(change))}`;
     const better = best === val[measure] ? "" : `, best ${fixed(best)}`;
-    const none = ended() ? "no validation data" : "no evaluation yet";
+    const none = ended(row) ? "no validation data" : "no evaluation yet";
     const over = row.rewarded ? "" : ` ${row.loss_unit}`;
     const pairs = [
       [`Training ${measure}`, fixed(train[measure]),
@@ -285,7 +283,7 @@ export default async function jobPage(main, id) {
     const lines = [...linesOf("training", run.curve("train"), COLORS[0]), val];
     const some = lines.some((line) => line.points.length);
     [loss.hidden, noLoss.hidden, tiles.hidden] = [!some, some, !some];
-    losses.hidden = !some && ended(); // it ended before the first step
+    losses.hidden = !some && ended(row); // it ended before the first step
     noLoss.textContent = "Waiting for the first step.";
     // The axis ends at the last step of the run, unless the curve would be too short to be seen.
     const end = run.iters && run.step >= run.iters / 5 ? run.iters : null;

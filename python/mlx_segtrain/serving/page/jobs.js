@@ -4,7 +4,7 @@ import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
 import { badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
 import { standardOf } from "./fields.js";
-import { inShort, judged } from "./results.js";
+import { broken, ended, inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
@@ -86,10 +86,9 @@ export default async function jobsPage(main) {
     more.hidden = next === null;
     for (const row of all()) {
       const [status, progress, outcome, created, ran] = list.querySelectorAll(`#${row.id} .live`);
-      const live = ["queued", "running"].includes(row.status);
-      const share = ["failed", "cancelled"].includes(row.status) ? "–" : percent(row.progress);
+      const share = broken(row) ? "–" : percent(row.progress);
       if (status.textContent !== row.status) show(status, badge(row.status));
-      show(progress, live && meter(row.progress, { "aria-hidden": "true" }),
+      show(progress, !ended(row) && meter(row.progress, { "aria-hidden": "true" }),
         h("span.small.muted", share));
       outcome.textContent = inShort(row);
       created.textContent = ago(row.created_at);

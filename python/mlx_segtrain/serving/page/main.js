@@ -2,6 +2,7 @@
 
 import { api, every } from "./api.js";
 import { announce, icon, notice, toast } from "./dom.js";
+import { ended } from "./results.js";
 import { percent } from "./text.js";
 
 const PAGES = { "": "setup", jobs: "jobs", job: "job", library: "library", chat: "chat" };
@@ -54,7 +55,7 @@ bell.addEventListener("click", async () => {
 async function tellEnd(id) {
   const { job } = await api(`/api/jobs/${id}`);
   const here = location.pathname === `/finetune/job/${id}`;
-  if (!["done", "failed", "cancelled"].includes(job.status) || (here && !document.hidden)) return;
+  if (!ended(job) || (here && !document.hidden)) return;
   const said = `${job.title} ${job.status}: ${job.name}`;
   if (!here) toast(said, `/finetune/job/${id}`);
   if (!wanted() || !document.hidden) return;

@@ -36,6 +36,9 @@ export function compared(before, after, unit = "") {
   return `${whole} (${sign}${fixed(Math.abs(change))}${share})`;
 }
 
+export const broken = ({ status }) => ["failed", "cancelled"].includes(status);
+export const ended = (row) => row.status === "done" || broken(row);
+
 // The name of a job's measure, and a value of it with its unit.
 export const judged = ({ rewarded }) => (rewarded ? "reward" : "loss");
 const valued = (row, value) => fixed(value) + (row.rewarded || !row.loss_unit ? "" : ` ${row.loss_unit}`);
