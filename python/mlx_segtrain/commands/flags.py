@@ -88,10 +88,13 @@ class Parser(argparse.ArgumentParser):
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
+    def names(self) -> list[str]:
+        """Returns all flags."""
+        return [name for action in self._actions for name in action.option_strings]
+
     def meant(self, name: str) -> str:
         """Returns "Did you mean …?" if a flag has a similar name, else an empty string."""
-        flags = [own for action in self._actions for own in action.option_strings]
-        return meant(name.split("=")[0], flags, flag)
+        return meant(name.split("=")[0], self.names(), flag)
 
 
 class HelpAll(argparse.Action):
