@@ -142,8 +142,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:
-    """Returns the configuration of a command that generates. Raises InputError for a system message
-    without a chat template."""
+    """Returns the configuration. Raises InputError for a system message without a template."""
     config = config_of(args, "data_dir", "adapter_path")
     if args.system is not None and config.prompt_format == "raw":
         raise InputError("--system needs the chat template: leave out --prompt-format raw")

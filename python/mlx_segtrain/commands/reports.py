@@ -55,8 +55,7 @@ TOKENS, TOKENS_ON_CPU = 2048, 256
 
 @dataclass(frozen=True)
 class Step:
-    """A step: loss and gradients with LoRA of rank 16 on every linear layer, one layer per
-    segment."""
+    """Loss and gradients with LoRA of rank 16 on all linear layers, one layer per segment."""
 
     model: str
     tokens: int

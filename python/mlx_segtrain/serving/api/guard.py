@@ -75,8 +75,7 @@ class Refused(Exception):
 
 
 class Guard:
-    """The outermost layer of the app: refuses requests from other origins, without a token, or too
-    large."""
+    """The outermost layer: refuses requests from other origins, without a token, or too large."""
 
     def __init__(
         self,
@@ -187,8 +186,7 @@ class Guard:
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """Delays the answer to a wrong token, so that guessing takes long. Raises Refused if too
-        many wait."""
+        """Delays the answer to a wrong token, against guessing; Refused if too many wait."""
         if self.guesses.locked():
             raise Refused(429, "too many requests with a wrong token: try again later.")
         async with self.guesses:

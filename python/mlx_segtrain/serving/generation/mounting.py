@@ -201,8 +201,7 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """Loads an adapter. Raises InputError if it does not fit the base, or takes more than `most`
-    bytes."""
+    """Loads an adapter. Raises InputError if it does not fit, or takes more than `most` bytes."""
     folder = open_folder(path)
     needed = stored_bytes(folder)  # from the header: a sparse file takes less space on disk
     if most is not None and needed > most:

@@ -140,13 +140,9 @@ def fold(values: Values) -> events.Event:
 def export(values: Values) -> events.Event:
     from ...adapters.conversion import export
 
-    base = values["base_model"]
-    made = export(
-        Path(values["adapter_path"]),
-        Path(values["output_dir"]),
-        values["method"],
-        model_dir=Path(base) if base else None,
-    )
+    adapter, out = Path(values["adapter_path"]), Path(values["output_dir"])
+    base = Path(values["base_model"]) if values["base_model"] else None
+    made = export(adapter, out, values["method"], model_dir=base)
     return done(made.path, **asdict(made) | {"path": str(made.path), "method": values["method"]})
 
 
@@ -208,6 +204,10 @@ def _evaluated(values: Values) -> str:
     return f"{what} on {_end(values, 'data_dir')}"
 
 
+def _named(values: Values) -> str:
+    return str(values.get("name"))
+
+
 def _merged(values: Values) -> str:
     return " + ".join(Path(path).name for path in values.get("adapters", []))
 
@@ -244,13 +244,7 @@ KINDS = {
             folders=("base_model", "adapter_path"),
             makes="export",
         ),
-        JobKind(
-            "download",
-            "Download",
-            download,
-            lambda values: str(values.get("name")),
-            variables=HUB,
-        ),
+        JobKind("download", "Download", download, _named, variables=HUB),
         JobKind(
             "push",
             "Push",
@@ -265,8 +259,7 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind with this name. A job of a newer version may have an unknown kind: it can be
-    shown, but not run."""
+    """Returns the kind with this name. An unknown kind, of a newer version, cannot be run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

@@ -293,8 +293,7 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Follows a job until it has ended, and starts the next one. Errors, such as a full disk,
-        may pass: it tries again."""
+        """Follows a job until its end, and starts the next one. Retries after errors (full disk)."""
         after = self.get(id).begins
         while id in self.live:
             try:
