@@ -293,7 +293,7 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Follows a job until its end, and starts the next one. Retries after errors (full disk)."""
+        """Follows a job until its end, and starts the next one. Retries after errors."""
         after = self.get(id).begins
         while id in self.live:
             try:
