@@ -168,7 +168,6 @@ def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsy
             yield part
 
     monkeypatch.setattr(generate, "stream", stream)
-    monkeypatch.setattr(chats, "stream", stream)
     flags = [x for name, own in how.items() for x in (f"--{name.replace('_', '-')}", str(own))]
     asked = ["--model", str(llama4), "--max-tokens", str(TOKENS), *flags]
     assert cli.main(["generate", *asked, "--prompt", "Count to 3."]) == 0

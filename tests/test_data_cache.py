@@ -393,7 +393,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert not list(kept.iterdir())
     assert_same(stored, plain)  # which is mapped, still
     assert isinstance(stored.rows[0], object) and not isinstance(stored.rows[0], Pair)
-    assert main(["cache"]) == 0 and "no tokens are kept" in capsys.readouterr().out
+    assert main(["cache"]) == 0 and "no tokens are cached" in capsys.readouterr().out
 
 
 def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monkeypatch):

@@ -359,7 +359,7 @@ def test_push_uploads_an_adapter_and_nothing_beside_it(hub, home, tmp_path, caps
     (folder / "secret.txt").write_text("mine")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert main(["push", str(folder), "me/mine"]) == 2
-    assert "no token of the hub: log in with `hf auth login`" in capsys.readouterr().err
+    assert "no hub token: log in with `hf auth login`" in capsys.readouterr().err
     monkeypatch.setenv("HF_TOKEN", "hf_known")
     assert main(["push", str(folder), "me/mine"]) == 0
     assert capsys.readouterr().out == f"pushed to {hub.url}/me/mine\n"

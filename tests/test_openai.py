@@ -468,7 +468,7 @@ def test_templates(folder, said, tmp_path):
         template.unlink()
         asyncio.run(server.engine.load(model))
         without = server.http.post("/v1/chat/completions", json=CHAT)
-    check(answer, 400, "the chat template of ORG-Model says: first the user, please")
+    check(answer, 400, "the chat template of ORG-Model failed: first the user, please")
     check(without, 400, "/v1/completions")
 
 

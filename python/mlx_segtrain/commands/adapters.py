@@ -1,4 +1,4 @@
-"""Commands that make adapters and models of others: export, import, merge, adapters, convert."""
+"""Commands that convert adapters and models: export, import, merge, adapters, convert."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_segtrain import hub
 from mlx_segtrain.errors import InputError
+from mlx_segtrain.events import OnEvent
 from mlx_segtrain.fields import place
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ KINDS = ("float32", "bfloat16", "float16")
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds them to a parser; `command(name, run, text)` makes one."""
-    added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF")
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF", json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
     _out(added, "the new adapter")
@@ -35,15 +37,14 @@ def add_commands(command: Callable[..., Any]) -> None:
         "Default: as the base's config.json says.",
     )
     added.add_argument("--dtype", choices=KINDS, default="float32", help="dtype. Default: float32.")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("import", _import, "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun")
+    text = "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun"
+    added = command("import", _import, text, json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     _out(added, "the new adapter")
     _model(added, "model whose layer names the adapter gets. Default: its own names.")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("merge", _merge, "merge adapters into one, or into their base model")
+    added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)
     added.add_argument("adapters", type=place, nargs="+", metavar="ADAPTER", help=ADAPTERS)
     added.add_argument(
         "--weights", type=float, nargs="+", metavar="X", help="weight of each adapter. Default: 1."
@@ -64,16 +65,15 @@ def add_commands(command: Callable[..., Any]) -> None:
         help="with --dequantize: dtype of the weights. Default: that of the base.",
     )
     _out(added, "the new adapter or model")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("adapters", _adapters, "list adapters, and whether a model can take them")
+    text = "list adapters, and whether a model can take them"
+    added = command("adapters", _adapters, text, json=True)
     added.add_argument(
         "roots", type=Path, nargs="*", metavar="ROOT", help="directory to search. Default: ."
     )
     _model(added, "check which adapters fit this model")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("convert", _convert, "quantize a model for MLX")
+    added = command("convert", _convert, "quantize a model for MLX", json=True)
     added.add_argument("model_dir", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
         "--bits",
@@ -90,34 +90,23 @@ def add_commands(command: Callable[..., Any]) -> None:
         help="weights per scale. Default: 64.",
     )
     _out(added, "the new model")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _model(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--model", dest="model_dir", type=place, metavar="MODEL", help=what)
 
 
-def _found(model: Path) -> Path:
-    """Returns the folder of a model, and downloads a model of the hub."""
-    from mlx_segtrain import hub
+def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
+    """Returns a folder, which `find` (hub.model or hub.adapter) may download from the hub."""
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
-        return hub.model(model, show)
-
-
-def _adapter(adapter: Path) -> Path:
-    """Returns the folder of an adapter, and downloads an adapter of the hub."""
-    from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import waiting
-
-    with waiting() as show:
-        return hub.adapter(adapter, show)
+        return find(path, show)
 
 
 def _base(args: argparse.Namespace) -> Path | None:
     """Returns the folder of the model that --model names; None without --model."""
-    return None if args.model_dir is None else _found(args.model_dir)
+    return None if args.model_dir is None else _folder(hub.model, args.model_dir)
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -129,13 +118,14 @@ def _export(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import export
 
     how = {"model_dir": _base(args), "names": args.names, "dtype": args.dtype}
-    return _answer(export(_adapter(args.adapter), args.out, args.to, **how), args)
+    adapter = _folder(hub.adapter, args.adapter)
+    return _answer(export(adapter, args.out, args.to, **how), args)
 
 
 def _import(args: argparse.Namespace) -> int:
     from mlx_segtrain.adapters.conversion import import_
 
-    return _answer(import_(_adapter(args.adapter), args.out, _base(args)), args)
+    return _answer(import_(_folder(hub.adapter, args.adapter), args.out, _base(args)), args)
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -143,7 +133,8 @@ def _convert(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.views import show_made
     from mlx_segtrain.models.conversion import convert
 
-    made = convert(_found(args.model_dir), args.out, bits=args.bits, group_size=args.group_size)
+    model = _folder(hub.model, args.model_dir)
+    made = convert(model, args.out, bits=args.bits, group_size=args.group_size)
     return answer(made, show_made, args.json)
 
 
@@ -158,7 +149,7 @@ def _merge(args: argparse.Namespace) -> int:
     quantizes = args.dequantize or args.bits is not None or args.dtype is not None
     if args.into is None and quantizes:
         raise InputError("--dequantize, --bits and --dtype only apply with --into MODEL: pass it.")
-    adapters = [*map(_adapter, args.adapters)]
+    adapters = [_folder(hub.adapter, adapter) for adapter in args.adapters]
     if args.into is None:
         from mlx_segtrain.adapters.merging import merge
 
@@ -170,7 +161,7 @@ def _merge(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_fold
 
-    base = _found(args.into)
+    base = _folder(hub.model, args.into)
     adapter = weighted(adapters, args.weights, base)
     if not args.json and not args.quiet:
         _announce(adapter, adapters, args, base)
@@ -187,7 +178,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
-    """Says what is about to be merged, before the minutes that it takes."""
+    """Prints what is about to be merged: merging takes minutes."""
     from mlx_segtrain.commands.views import wide
     from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot

@@ -1,4 +1,4 @@
-"""`mlx-segtrain bench`: the table of times of the ops, and of a whole layer beside mlx-lm's."""
+"""`mlx-segtrain bench`: times the ops, and a whole layer beside mlx-lm's layer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,7 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the case of a Llama layer with every projection adapted; its peer is mlx-lm's own."""
+    """Returns the case of a Llama layer with LoRA on every projection; its peer is mlx-lm's."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -70,8 +70,7 @@ def layer(
 
 
 def cases() -> list[bench.Case]:
-    """Returns the cases of the ops, and of one layer of Gemma 4 E4B at 8192 tokens, or of
-    SmolLM2."""
+    """Returns the cases of the ops, and a layer of MiniCPM5-1B (GPU) or SmolLM2 (CPU)."""
     shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 
@@ -98,7 +97,7 @@ def run(
     runs: int = 20,
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
-    """Measures the cases whose op and shape hold one of `only`, in the implementations named."""
+    """Measures the cases whose op and shape contain one of `only`, with the given `impls`."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]

@@ -1,4 +1,4 @@
-"""The command for tokens that are kept: cache list, size, prune."""
+"""The command cache: lists or removes cached tokens of data sets (list, size, prune)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds it to a parser; `command(name, run, text)` makes one."""
+    """Adds the command; `command(name, run, text)` creates its parser."""
     added = command("cache", _list, "list cached tokens of data sets, or remove them")
     added.add_argument("--json", action="store_true", help="print JSON")
     parts = added.add_subparsers(metavar="", title="actions; the default is list")
@@ -53,7 +53,7 @@ def _show(found: list[Entry]) -> None:
     from mlx_segtrain.commands.views import wide
 
     if not found:
-        print("no tokens are kept")
+        print("no tokens are cached")
         return
     table = Table("key", "data", "model", box=box.SIMPLE_HEAD)
     for name in ("rows", "tokens", "MB", "last used"):
@@ -87,7 +87,9 @@ def _prune(args: argparse.Namespace) -> int:
 
     found = {own.key: own for own in entries()}
     if unknown := [key for key in args.keys if key not in found]:
-        raise InputError(f"no tokens are kept as {unknown[0]}: see mlx-segtrain cache list.")
+        raise InputError(
+            f"no cached tokens have the key {unknown[0]}: see mlx-segtrain cache list."
+        )
     keys = args.keys or list(found)
     if args.older is not None:
         keys = [key for key in keys if time.time() - found[key].used > 86400 * args.older]
@@ -95,5 +97,5 @@ def _prune(args: argparse.Namespace) -> int:
     freed = sum(found[key].size for key in keys if key not in stay)
     print(f"removed {len(keys) - len(stay)} of {len(found)} folders, {freed / 1e6:,.1f} MB")
     for key in stay:
-        print(f"{key} stays: a process is making it")
+        print(f"{key} stays: another process is writing it")
     return 0

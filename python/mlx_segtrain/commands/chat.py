@@ -1,4 +1,4 @@
-"""The command chat: a conversation in the terminal, with adapters that are switched or compared."""
+"""The command chat: a conversation in the terminal that can switch and compare adapters."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_segtrain.commands import generate
 from mlx_segtrain.commands.flags import Parser, add_flags
-from mlx_segtrain.commands.generate import add_sampling, options_of, prompting_for, stream
-from mlx_segtrain.commands.runs import UNUSED, config_of
-from mlx_segtrain.errors import InputError
+from mlx_segtrain.commands.generate import config_for, prompting_for
 from mlx_segtrain.fields import place
 
-#: What is written for the model without an adapter.
+#: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
 /adapter NAME   answer with this adapter (its number or name; base: without an adapter)
@@ -31,7 +30,7 @@ HELP = """\
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds it to a parser; `command(name, run, text)` makes one."""
+    """Adds the command; `command(name, run, text)` creates its parser."""
     added = command("chat", _chat, "chat in the terminal, and compare adapters")
     add_flags(added, ("model_dir",), required=True)
     added.add_argument(
@@ -47,12 +46,12 @@ def add_command(command: Callable[..., Parser]) -> None:
         "until you switch.",
     )
     add_flags(added, ("prompt_format", "chat_template_kwargs"))
-    add_sampling(added)
+    generate.add_sampling(added)
 
 
 @dataclass
 class Voice:
-    """The model with one adapter, or without; `ids` are the tokens that `cache` has seen."""
+    """The model with one adapter, or without; `ids` are the tokens in `cache`."""
 
     name: str
     adapter: Any
@@ -62,21 +61,21 @@ class Voice:
 
 
 class Chat:
-    """One model, the voices that it can have, and a conversation."""
+    """A conversation with one model, which answers with any of several voices."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
 
         self.model, self.tokenizer, self.chain = model, tokenizer, chain_of(model)
         self.voices, self.voice = voices, voices[min(1, len(voices) - 1)]
-        self.system, self.options = args.system, options_of(args)
+        self.system, self.options = args.system, generate.options_of(args)
         self.turns: list[dict[str, str]] = []
         self.compares = False
         self._modules: list[Any] = []
-        self._inside: Voice | None = None
+        self._mounted: Voice | None = None
 
     def answers(self, say: Callable[[str], None]) -> None:
-        """Answers the last turn with the current voice, or with all of them."""
+        """Prints answers to the last turn, by the current voice or, if comparing, by all."""
         for voice in self.voices if self.compares else [self.voice]:
             if self.compares:
                 say(f"\n[{voice.name}] ")
@@ -96,8 +95,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the parts of an answer. The cache of the voice is reused for the tokens that the
-        conversation shares with its previous prompt."""
+        """Yields the parts of an answer. The voice's cache is reused for the tokens that the new
+        prompt shares with its previous one."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -106,27 +105,26 @@ class Chat:
 
         self._mount(voice)
         ids = self._ids(voice)
-        same = next(
-            (i for i, (a, b) in enumerate(zip(voice.ids, ids, strict=False)) if a != b),
-            min(len(voice.ids), len(ids)),
-        )
-        same = min(same, len(ids) - 1)  # a token has to be left, whose logits begin the answer
+        # At least one token has to be left: its logits start the answer.
+        same = generate.shared(voice.ids, ids[:-1])
         surplus = len(voice.ids) - same
         if voice.cache is None or (surplus and not can_trim_prompt_cache(voice.cache)):
             voice.cache, same = make_prompt_cache(self.model), 0
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
-        cache, voice.cache, seen = voice.cache, None, list(ids)  # none if the answer is stopped
-        for part in stream(self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache):
+        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if the answer is stopped
+        parts = generate.stream(
+            self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache
+        )
+        for part in parts:
             seen.append(part.token)
             yield part.text
-        held = getattr(cache[0], "offset", None)  # tokens that the cache has
+        held = getattr(cache[0], "offset", None)  # number of tokens in the cache
         if held is not None and held <= len(seen):
             voice.cache, voice.ids = cache, seen[:held]
 
     def _ids(self, voice: Voice) -> list[int]:
-        """Returns the conversation as the voice's prompt; without a chat template, its last
-        message."""
+        """Returns the tokens of the conversation; without a chat template, of its last message."""
         prompting = voice.prompting
         if prompting.is_raw(self.tokenizer):
             return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
@@ -136,16 +134,16 @@ class Chat:
     def _mount(self, voice: Voice) -> None:
         from mlx_segtrain.models.adapting import attach
 
-        if self._inside is voice:
+        if self._mounted is voice:
             return
         for module in self._modules:
             module.clear()
         self._modules = attach(self.model, self.chain, voice.adapter)
         self.model.eval()
-        self._inside = voice
+        self._mounted = voice
 
     def command(self, line: str) -> str | None:
-        """Obeys a line that begins with a slash, and returns what to show; None: leave."""
+        """Runs a line that begins with a slash. Returns the text to show, or None to exit."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name in ("exit", "quit", "q"):
@@ -180,9 +178,7 @@ class Chat:
 
 
 def _chat(args: argparse.Namespace) -> int:
-    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
-    if args.system is not None and config.prompt_format == "raw":
-        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    config = config_for(args)
     from mlx_segtrain import hub
     from mlx_segtrain.adapters import read_adapter
     from mlx_segtrain.commands.terminal import waiting
@@ -192,12 +188,12 @@ def _chat(args: argparse.Namespace) -> int:
         paths = [hub.adapter(path, show) for path in args.adapters]
         model, _, tokenizer = load_base(hub.model(config.model_dir, show))
     chain = chain_of(model)
-    voices = [Voice(BASE, None, prompting_for(None, args))]
+    voices = [Voice(BASE, None, prompting_for(None, args, config))]
     for name, path in zip(_names(paths), paths, strict=True):
-        voices.append(Voice(name, read_adapter(path, chain), prompting_for(path, args)))
+        voices.append(Voice(name, read_adapter(path, chain), prompting_for(path, args, config)))
     chat = Chat(model, tokenizer, voices, args)
     if args.system is not None and chat.voice.prompting.is_raw(tokenizer):
-        chat.voice.prompting.ids(tokenizer, "", args.system)  # which refuses it
+        chat.voice.prompting.ids(tokenizer, "", args.system)  # raises InputError
     if not args.quiet:
         print(
             f"{hub.title(config.model_dir)}, answering with {chat.voice.name}; /help lists commands"
@@ -206,17 +202,17 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns the names of paths, or the whole paths where names are not unique."""
+    """Returns the last parts of the paths, or the whole paths if those are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 
 
 def converse(chat: Chat) -> int:
-    """Reads messages and commands to the end of the input."""
+    """Handles messages and commands until the input ends."""
     terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  (input() then edits lines and keeps a history)
+            import readline  # noqa: F401  (gives input() line editing and a history)
 
     def say(text: str) -> None:
         print(text, end="", flush=True)

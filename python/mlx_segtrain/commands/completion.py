@@ -1,4 +1,4 @@
-"""The command completion: what a shell needs to complete commands and flags."""
+"""The command completion: prints a script with which a shell completes commands and flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mlx_segtrain.commands.flags import Parser
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.fields import choices
 
-#: Where shells look for completions, and what makes a running one read them.
+#: Where shells look for completion scripts.
 PLACES = {
     "bash": "~/.local/share/bash-completion/completions/mlx-segtrain",
     "zsh": "~/.zfunc/_mlx-segtrain (with ~/.zfunc in fpath)",
@@ -20,7 +20,7 @@ FILES = {"FILE", "PATH", "DIR", "MODEL", "DATA", "ADAPTER", "RUN", "ROOT"}
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds it to a parser; `command(name, run, text)` makes one."""
+    """Adds the command; `command(name, run, text)` creates its parser."""
     added = command("completion", _completion, "print a completion script for a shell")
     added.add_argument("shell", choices=tuple(PLACES))
     places = "\n".join(f"  {shell:6}{place}" for shell, place in PLACES.items())
@@ -43,7 +43,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Yields the actions of a parser and of its commands."""
+    """Yields the actions of a parser and of its subcommands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):

@@ -1,4 +1,4 @@
-"""The parsers: flags from TrainConfig, help in groups, and what an unknown flag may mean."""
+"""The parsers: flags from TrainConfig, help in groups, and suggestions for unknown flags."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, mea
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
-#: Columns of a help text at most: longer lines are hard to read.
+#: The most columns of a help text: longer lines are hard to read.
 WIDEST = 100
 #: Groups of `--help`; all others are in `--help-all`.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-WORD = "WORD"  # one of too many to show: the help lists them
+WORD = "WORD"  # a placeholder if there are too many choices to show; the help text lists them
 
 
-#: What other tools call a command of ours.
+#: Our commands, by the names that they have in other tools.
 COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("finetune", "fine-tune", "lora", "sft"), "train"),
     **{"fuse": "merge", "quantize": "convert", "run": "generate", "ui": "serve", "web": "serve"},
@@ -32,7 +32,7 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help up to WIDEST columns wide, with all names of a flag before its value."""
+    """Formats help in up to WIDEST columns, with all names of a flag before its value."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -56,9 +56,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are InputErrors and that takes no abbreviated flags.
+    """An ArgumentParser that raises InputError and accepts no abbreviated flags.
 
-    `rare` are the titles of the groups that `--help` leaves out, and `--help-all` shows.
+    `rare` are the titles of the groups that only `--help-all` shows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def meant(self, name: str) -> str:
-        """Returns "Did you mean …?" if another flag is similar, else an empty string."""
+        """Returns "Did you mean …?" if a flag has a similar name, else an empty string."""
         return meant(name.split("=")[0], self.names(), flag)
 
 
@@ -110,20 +110,19 @@ class HelpAll(argparse.Action):
 
 def group_of(name: str) -> str:
     """Returns the title of a field's group in the help of train."""
-    group = FACETS[name].group
     if name in ("model_dir", "data_dir", "adapter_path"):
         return DATA
-    return FIRST if not group else group.lower()
+    return (FACETS[name].group or FIRST).lower()
 
 
 def in_groups() -> list[str]:
-    """Returns all fields in the order of their groups, starting with the ones `--help` shows."""
+    """Returns all fields in the order of their groups; the groups that `--help` shows are first."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 
 
 def add_run_flags(parser: Parser) -> None:
-    """Adds all fields of TrainConfig in groups, of which `--help` shows the first."""
+    """Adds all fields of TrainConfig in groups; `--help` shows only the first groups."""
     for name in in_groups():
         title = group_of(name)
         if title not in (DATA, FIRST):
@@ -133,13 +132,13 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def examples(*commands: tuple[str, str]) -> str:
-    """Returns the end of a help text: commands, and what each of them does."""
+    """Returns the end of a help text: commands, each below a comment that describes it."""
     text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
     return f"examples:\n{text}"
 
 
 def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
-    """Add the flags of fields of TrainConfig; a flag that is not given leaves no attribute."""
+    """Adds the flags of fields of TrainConfig. A flag that is not given sets no attribute."""
     for name in names:
         field = TrainConfig.model_fields[name]
         text = field.description or ""
@@ -165,7 +164,7 @@ def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "TEXT" if FACETS[name].texts else "NAME"
-    if bool in get_args(field.annotation):  # or a word
+    if bool in get_args(field.annotation):  # true, false, or a word
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
         text = "{" + ",".join(words) + "}"
@@ -176,7 +175,7 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Adds the flags for how much a command shows, and where (output.py)."""
+    """Adds the flags that set how much a command shows, and its log file (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
@@ -192,7 +191,7 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns a type of argument: a number for which `holds` is true."""
+    """Returns an argument type: a number for which `holds` returns True."""
 
     def read(text: str) -> float:
         try:
@@ -207,7 +206,7 @@ def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], flo
 
 
 def count(least: int) -> Callable[[str], int]:
-    """Returns a type of argument: an integer of at least `least`."""
+    """Returns an argument type: an integer of at least `least`."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -218,7 +217,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def whole(text: str) -> int:
-    """Reads an argument that is an integer."""
+    """Parses an integer argument."""
     try:
         return int(text)
     except ValueError:

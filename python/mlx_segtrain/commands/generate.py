@@ -1,12 +1,13 @@
-"""The command generate: one prompt, one answer."""
+"""The command generate: answers one prompt."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +20,19 @@ from mlx_segtrain.commands.flags import (
     temperature,
     whole,
 )
-from mlx_segtrain.commands.runs import UNUSED, config_of
+from mlx_segtrain.commands.runs import config_of
 from mlx_segtrain.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
+    from mlx_segtrain.config import TrainConfig
     from mlx_segtrain.data import Prompting
     from mlx_segtrain.generation.decoding import Options
 
 probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
-#: How tokens are drawn besides the temperature, by the names of the server's requests.
+#: Sampling options besides the temperature, named as in the server's requests.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (probability, "X", "draw from the most likely tokens of this total probability"),
     "top_k": (count(0), "N", "draw from the N most likely tokens; 0 is all"),
@@ -44,12 +46,12 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "frequency_penalty": (finite, "X", "subtracted once per occurrence of the token in the answer"),
     "seed": (whole, "N", "the same seed gives the same answer"),
 }
-#: Those that have no effect on greedy decoding.
+#: Options that have no effect on greedy decoding.
 ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds it to a parser; `command(name, run, text)` makes one."""
+    """Adds the command; `command(name, run, text)` creates its parser."""
     added = command("generate", _generate, "answer a prompt, with or without an adapter")
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
@@ -76,7 +78,7 @@ def add_sampling(parser: Parser) -> None:
     )
     for name, (kind, metavar, text) in DRAWING.items():
         option = "--" + name.replace("_", "-")
-        # Not under its own name: a run has a seed, too.
+        # The prefix avoids a conflict with the configuration's field `seed`.
         group.add_argument(option, dest=f"draw_{name}", type=kind, metavar=metavar, help=text)
 
 
@@ -99,8 +101,7 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields an answer to a prompt, sampled as on the server. A cache in `more` already has the
-    first `known` tokens."""
+    """Yields an answer, sampled as on the server. `known`: tokens in a cache in `more`."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -118,10 +119,13 @@ def stream(
     )
 
 
+def shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Returns the number of tokens that both sequences begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+
+
 def _generate(args: argparse.Namespace) -> int:
-    config = config_of(args, data_dir=UNUSED, adapter_path=getattr(args, "adapter_path", UNUSED))
-    if args.system is not None and config.prompt_format == "raw":
-        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    config = config_for(args)
     text, options = _prompt(args), options_of(args)
     import mlx_segtrain
     from mlx_segtrain import hub
@@ -130,23 +134,30 @@ def _generate(args: argparse.Namespace) -> int:
     with waiting() as show:
         adapter = hub.adapter(config.adapter_path, show) if "adapter_path" in args else None
         model, tokenizer = mlx_segtrain.load(config.model_dir, adapter, show)
-    prompt = prompting_for(adapter, args).ids(tokenizer, text, args.system)
+    prompt = prompting_for(adapter, args, config).ids(tokenizer, text, args.system)
     for part in stream(model, tokenizer, prompt, options):
         print(part.text, end="", flush=True)
     print()
     return 0
 
 
-def prompting_for(adapter: Path | None, args: argparse.Namespace) -> Prompting:
-    """Returns the prompt format that the adapter was trained with, unless flags set another."""
+def config_for(args: argparse.Namespace) -> TrainConfig:
+    """Returns the configuration. Raises InputError for a system message without a template."""
+    config = config_of(args, "data_dir", "adapter_path")
+    if args.system is not None and config.prompt_format == "raw":
+        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+    return config
+
+
+def prompting_for(adapter: Path | None, args: argparse.Namespace, config: TrainConfig) -> Prompting:
+    """Returns the prompt format that the adapter was trained with, unless flags set another one."""
     from mlx_segtrain.adapters import prompting_of
 
     prompting = prompting_of(adapter)
     if "prompt_format" in args:
         prompting = replace(prompting, format=args.prompt_format)
     if "chat_template_kwargs" in args:
-        own = config_of(args, data_dir=UNUSED, adapter_path=UNUSED).chat_template_kwargs
-        prompting = replace(prompting, variables=own)
+        prompting = replace(prompting, variables=config.chat_template_kwargs)
     return prompting
 
 

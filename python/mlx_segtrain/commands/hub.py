@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds them to a parser; `command(name, run, text)` makes one."""
-    added = command("search", _search, "search the Hugging Face hub for models or data sets")
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    text = "search the Hugging Face hub for models or data sets"
+    added = command("search", _search, text, json=True)
     added.add_argument("words", nargs="+", metavar="WORD", help="words of the name")
     added.add_argument("--datasets", action="store_true", help="search data sets, not models")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("push", _push, "upload an adapter or a model to the Hugging Face hub")
+    text = "upload an adapter or a model to the Hugging Face hub"
+    added = command("push", _push, text, json=True)
     added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
     added.add_argument("repo", metavar="ORG/NAME", help="repository; created if it does not exist")
     added.add_argument("--public", action="store_true", help="create a public repository")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _search(args: argparse.Namespace) -> int:
@@ -52,9 +52,11 @@ def _push(args: argparse.Namespace) -> int:
 
     folder = args.folder.expanduser().resolve()
     if not folder.is_dir():
-        raise InputError(f"{args.folder} is not a directory: pass that of an adapter or a model.")
+        raise InputError(
+            f"{args.folder} is not a directory: pass the one of an adapter or a model."
+        )
     if get_token() is None:
-        raise InputError("no token of the hub: log in with `hf auth login`, or set HF_TOKEN.")
+        raise InputError("no hub token: log in with `hf auth login`, or set HF_TOKEN.")
     with waiting() as show:
         pushed = pushing.push(folder, args.repo, private=not args.public, tell=show)
     return answer(pushed, lambda own: print(f"pushed to {own.url}"), args.json)

@@ -1,4 +1,4 @@
-"""The command init: a commented YAML file of a run, after three questions."""
+"""The command init: writes a commented YAML file for a run, after three questions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: What is asked for, unless a flag says it, and what an empty answer means.
+#: Questions for fields without a flag, and the values of empty answers.
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),
@@ -27,7 +27,7 @@ SHOWN = [name for name in TrainConfig.model_fields if group_of(name) in (DATA, F
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds it to a parser; `command(name, run, text)` makes one."""
+    """Adds the command; `command(name, run, text)` creates its parser."""
     added = command("init", _init, "write a commented YAML file for train, after three questions")
     added.add_argument(
         "file",
@@ -88,8 +88,7 @@ def _asked(name: str) -> str:
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """Returns the text of a file with these values, and all other fields as comments with their
-    defaults."""
+    """Returns a YAML file with these values; the other fields are comments with their defaults."""
     parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
@@ -101,12 +100,12 @@ def text_of(values: Mapping[str, Any]) -> str:
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns a field with its meaning, in lines."""
+    """Returns the lines of a field: its description as a comment, and its value."""
     field = TrainConfig.model_fields[name]
-    said = str(field.description)
+    about = str(field.description)
     if not field.is_required():
-        said += f" Default: {default(name)}."
-    lines = [f"# {line}" for line in wrapped(said, 98).splitlines()]
+        about += f" Default: {default(name)}."
+    lines = [f"# {line}" for line in wrapped(about, 98).splitlines()]
     value = values.get(name, field.default)
     value = str(value) if isinstance(value, Path) else value
     shown = yaml.safe_dump({name: value}, default_flow_style=True, allow_unicode=True, width=10**6)

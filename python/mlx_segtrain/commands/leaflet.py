@@ -1,17 +1,16 @@
-"""What `inspect` found, as one page to pass on: no script, nothing from elsewhere."""
+"""Writes the report of `inspect` as one HTML file, without scripts or external resources."""
 
 from collections.abc import Iterable
 from html import escape
-from itertools import groupby
 from pathlib import Path
 
-from mlx_segtrain.commands.views import epochs, formats
+from mlx_segtrain.commands.views import epochs, formats, merged
 from mlx_segtrain.data import Preview, Report
 from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import write_text
 
-#: Tokens of a row that are shown.
+#: The most tokens of a row that are shown.
 SHOWN = 1500
 STYLE = """
 :root { color-scheme: light dark; --bar: #4a7dbd; --mark: #cfe8cf; --line: #8884 }
@@ -27,10 +26,10 @@ padding: .6rem } mark { background: var(--mark); color: inherit } .bad { color: 
 
 
 def write_report(file: Path, report: Report, data: Path | None, most: int) -> None:
-    """Writes the page; `most` is max_seq_length. Raises InputError if that cannot be."""
+    """Writes the page; `most` is max_seq_length. Raises InputError if that fails."""
     try:
         text = page(report, "the data" if data is None else data.name, most)
-        write_text(file, text.encode("utf-8", "replace").decode())  # names may be no UTF-8
+        write_text(file, text.encode("utf-8", "replace").decode())  # file names may not be UTF-8
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror or error}.") from error
 
@@ -48,8 +47,8 @@ def page(report: Report, title: str, most: int) -> str:
         rows = ((place, f"{n:,} tokens") for place, n in report.longest)
         parts += ["<h2>Longest rows</h2>", _table(rows)]
     if report.remarks:
-        said = "".join(f"<li>{escape(own)}</li>" for own in report.remarks)
-        parts.append(f"<h2>What is left out, or wrong</h2><ul>{said}</ul>")
+        items = "".join(f"<li>{escape(own)}</li>" for own in report.remarks)
+        parts.append(f"<h2>What is left out, or wrong</h2><ul>{items}</ul>")
     if report.findings:
         rows = ((FINDINGS[name], ", ".join(own)) for name, own in report.findings.items())
         parts += ["<h2>Where</h2>", _table(rows)]
@@ -68,9 +67,9 @@ def page(report: Report, title: str, most: int) -> str:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    facts = [("Format", formats(report)), ("Rows to train", f"{report.n_train:,}")]
-    facts.append(("Rows to validate", f"{report.n_valid:,}"))
     counts = (
+        ("Rows to train", report.n_train),
+        ("Rows to validate", report.n_valid),
         ("Samples", report.samples),
         ("Trained turns", report.trained_turns),
         ("Equal to an earlier row", report.duplicates),
@@ -81,9 +80,9 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         ("Truncated", report.truncated),
         ("Dropped", report.dropped),
     )
-    facts += [(name, f"{n:,}") for name, n in counts if n is not None]
-    facts += [(name.capitalize(), text) for name, text in epochs(report).items()]
-    return facts
+    facts = [(name, f"{n:,}") for name, n in counts if n is not None]
+    lengths = [(name.capitalize(), text) for name, text in epochs(report).items()]
+    return [("Format", formats(report)), *facts, *lengths]
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -92,7 +91,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _histogram(report: Report, most: int) -> str:
-    """Bars; those of samples that are cut are of another colour."""
+    """Returns a table with bars; those of truncated samples have another colour."""
     top = max(own.count for own in report.histogram) or 1
     rows = (
         f'<tr{" class=cut" if own.first > most else ""}><td class="n">{own.first:,} to '
@@ -104,11 +103,11 @@ def _histogram(report: Report, most: int) -> str:
 
 
 def _preview(own: Preview) -> str:
-    runs = []
-    for trained, run in groupby(own.tokens[:SHOWN], key=lambda token: token[1]):
-        text = escape("".join(token for token, *_ in run))
-        runs.append(f"<mark>{text}</mark>" if trained else text)
+    runs = (
+        f"<mark>{escape(text)}</mark>" if trained else escape(text)
+        for text, trained in merged(own.tokens[:SHOWN])
+    )
     more = len(own.tokens) - SHOWN
     left = f"<p>and {more:,} more tokens</p>" if more > 0 else ""
-    said = "".join(f'<p class="bad">{escape(x)}</p>' for x in own.findings)
-    return f"<h3>{escape(own.source)}</h3>{said}<pre>{''.join(runs)}</pre>{left}"
+    findings = "".join(f'<p class="bad">{escape(x)}</p>' for x in own.findings)
+    return f"<h3>{escape(own.source)}</h3>{findings}<pre>{''.join(runs)}</pre>{left}"

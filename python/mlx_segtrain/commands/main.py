@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from mlx_segtrain import __version__
+from mlx_segtrain import __version__, hub
 from mlx_segtrain.commands import adapters, cache, chat, completion, generate, init, runs
 from mlx_segtrain.commands import hub as hub_commands
 from mlx_segtrain.commands.adapters import MODEL
@@ -25,21 +25,21 @@ from mlx_segtrain.commands.flags import (
     seconds,
 )
 from mlx_segtrain.commands.output import output
-from mlx_segtrain.commands.runs import UNUSED, config_of
+from mlx_segtrain.commands.runs import config_of
 from mlx_segtrain.config import ROWS, affecting
 from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands that end before one could ask what they do.
+#: Commands that end at once, so that --quiet, --verbose and --log-file would be of no use.
 AT_ONCE = ("cache", "completion")
-#: Fields with which eval measures rewards instead of a loss.
+#: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 0, 1 (it failed), 2 (bad input), 130 (a signal)."""
+    """Runs a command; returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a signal)."""
     if argv is None:  # this process is the command
         hide_torch()
     given = list(sys.argv[1:] if argv is None else argv)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has seen enough
+    except BrokenPipeError:  # the reader of our output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -76,17 +76,22 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     parser.add_argument("--version", action="version", version=version, help="print the version")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+    with_json: list[Parser] = []
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, json: bool = False
+    ) -> Parser:
         added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
+        if json:
+            with_json.append(added)
         return added
 
     init.add_command(command)
     runs.add_commands(command)
 
-    added = command(
-        "inspect", _inspect, "show the rows of a data set, and which tokens are in the loss"
-    )
+    text = "show the rows of a data set, and which tokens are in the loss"
+    added = command("inspect", _inspect, text, json=True)
     added.add_argument("path", type=place, metavar="DATA", help=DATA)
     more = ("batch_size", "grad_accumulation_steps")
     add_flags(added, ("model_dir", *affecting("rows"), *more))
@@ -102,9 +107,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
     )
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("eval", _eval, "measure loss or rewards, with or without an adapter")
+    added = command("eval", _eval, "measure loss or rewards, with or without an adapter", json=True)
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument(
@@ -120,7 +124,6 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="X",
         help="with --reward: smallest reward with which a completion passes. Default: 1.",
     )
-    added.add_argument("--json", action="store_true", help="print JSON")
 
     generate.add_command(command)
     chat.add_command(command)
@@ -182,12 +185,11 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "computes. Default: 1.",
     )
 
-    added = command("doctor", _doctor, "check and time the kernels on this device")
-    added.add_argument("--json", action="store_true", help="print JSON")
+    added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
     report = "also write a small file, without paths or names, to attach to an issue"
     added.add_argument("--report", action="store_true", help=report)
 
-    added = command("bench", _bench, "time our ops and MLX's own on this device")
+    added = command("bench", _bench, "time our ops and MLX's own on this device", json=True)
     added.add_argument(
         "--only",
         nargs="+",
@@ -201,9 +203,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
     )
-    added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(
-        "--report", action="store_true", help=f"{report}; it has the times of steps, too"
+        "--report", action="store_true", help=f"{report}; it also has the times of steps"
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
@@ -213,6 +214,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument("--iters", type=count(1), metavar="N", help="number of optimizer steps")
 
     completion.add_command(command)
+    for added in with_json:
+        added.add_argument("--json", action="store_true", help="print JSON")
     for name, added in commands.choices.items():
         if name not in AT_ONCE:
             add_output_flags(added)
@@ -220,14 +223,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    config = config_of(
-        args,
-        data_dir=args.path,
-        model_dir=getattr(args, "model_dir", UNUSED),
-        adapter_path=UNUSED,
-    )
-    from mlx_segtrain import hub
-    from mlx_segtrain.commands.terminal import waiting
+    config = config_of(args, "model_dir", "adapter_path", data_dir=args.path)
+    from mlx_segtrain.commands.terminal import answer, waiting
+    from mlx_segtrain.commands.views import show_report
     from mlx_segtrain.data import Options, inspect
     from mlx_segtrain.models import load_tokenizer
 
@@ -250,9 +248,6 @@ def _inspect(args: argparse.Namespace) -> int:
         )
     if not report.ok and not args.json:
         raise InputError(str(report.error))
-    from mlx_segtrain.commands.terminal import answer
-    from mlx_segtrain.commands.views import show_report
-
     if args.html is not None:
         from mlx_segtrain.commands.leaflet import write_report
 
@@ -262,10 +257,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    fill = {"adapter_path": getattr(args, "adapter_path", UNUSED)}
-    if any(name in args for name in SOURCES):
-        fill = {"method": "grpo", **fill}
-    config = config_of(args, **fill)
+    fill = {"method": "grpo"} if any(name in args for name in SOURCES) else {}
+    config = config_of(args, "adapter_path", **fill)
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_evaluation, show_score
     from mlx_segtrain.objectives import OBJECTIVES
@@ -287,12 +280,11 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("mlx_segtrain"):
-            raise  # a fault of ours, which no other package mends
+            raise  # a bug of ours: installing packages would not help
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'
         ) from None
-    from mlx_segtrain import hub
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
@@ -335,7 +327,7 @@ def _bench(args: argparse.Namespace) -> int:
     show = (lambda _: None) if args.json else functools.partial(print, flush=True)
     rows = benchmark.run(args.only, args.impls, args.runs, show)
     if not rows:
-        raise InputError("no op, shape or implementation has a name that holds what was asked for")
+        raise InputError("no op, shape or implementation has these names: see bench without flags.")
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
     if args.report:

@@ -1,4 +1,4 @@
-"""What a run shows in a notebook: one line that moves with the steps, below the messages."""
+"""Shows a run in a notebook: messages, and below them one line that is updated at each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_segtrain.events import Event
 
 
 def in_notebook() -> bool:
-    """Returns whether this is the kernel of a notebook, whose cells show HTML."""
+    """Returns whether this process is the kernel of a notebook, whose cells can show HTML."""
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython  # pyright: ignore[reportMissingImports]
@@ -22,10 +22,10 @@ def in_notebook() -> bool:
 
 
 class Notebook(Terminal):
-    """As Terminal; the bar is HTML of its cell."""
+    """Like Terminal, with the progress bar as HTML in the output of the cell."""
 
     def __init__(self) -> None:
-        # Messages are lines of the cell's output.
+        # Messages are plain lines in the output of the cell.
         super().__init__(Console(force_terminal=False, force_jupyter=False, highlight=False))
         self._shown: Any = None
 

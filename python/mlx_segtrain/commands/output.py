@@ -1,4 +1,4 @@
-"""How much a command says, and the log file that gets a copy of it: the same for every command."""
+"""How much a command prints, and the copy in its log file: the same for every command."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
 from mlx_segtrain.errors import InputError, RunError
 
-#: Sequences by which a program colours and moves text on a terminal.
+#: Escape sequences that colour or move text on a terminal.
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet`: warnings and results only. `verbose`: every step and event, on a line each. Raises
-    InputError if `log_file` cannot be opened."""
+    """`quiet`: warnings and results only. `verbose`: one line for every step and event.
+
+    Raises InputError if `log_file` cannot be opened.
+    """
 
     def __init__(
         self,
@@ -42,7 +44,7 @@ class Output:
         return self._log is not None
 
     def note(self, text: str) -> None:
-        """Appends lines to the log file, each with the time; empty ones are left out."""
+        """Appends lines to the log file, each with the time, and skips empty ones."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -56,7 +58,7 @@ class Output:
 
 
 class Copied:
-    """A stream whose whole lines are noted, too; everything else is as the stream has it."""
+    """A stream that also passes each complete line to `note`."""
 
     def __init__(self, stream: TextIO, note: Callable[[str], None]) -> None:
         self.stream, self._note, self._line = stream, note, ""
@@ -68,7 +70,7 @@ class Copied:
         return self.stream.write(text)
 
     def end(self) -> None:
-        """Logs a last line that has no newline."""
+        """Passes on a last line without a newline."""
         if self._line:
             self._note(self._line)
         self._line = ""
@@ -77,34 +79,30 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: The settings of the running command; outside of one everything is shown, and nothing is logged.
+#: The settings of the running command; without one, everything is shown and nothing is logged.
 _current = Output()
 
 
 def current() -> Output:
-    """Returns the output settings of the command that is running."""
+    """Returns the output settings of the running command."""
     return _current
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream, for callers that log their lines themselves, such as a progress
-    bar."""
+    """Returns the original stream, for callers that log their own lines (a progress bar)."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
-    """While a command runs, it says as much as --quiet and --verbose want; --log-file gets a copy
-    of what it prints, and the error with which it ends."""
+    """Applies --quiet, --verbose and --log-file while a command runs. The log file gets a copy of
+    what the command prints, and of the error with which it fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)
     _current = own
     try:
-        if own.logs:
-            with copying(own.note):
-                yield
-        else:
+        with copying(own.note) if own.logs else nullcontext():
             yield
     except (InputError, RunError) as error:
         own.note(f"error: {error}")
@@ -116,7 +114,7 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Notes what is printed to standard output and standard error."""
+    """Passes each line that is printed to stdout or stderr to `note`, too."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

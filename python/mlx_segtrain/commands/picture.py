@@ -1,4 +1,4 @@
-"""A picture of memory over one step, predicted and measured."""
+"""Draws the predicted and the measured memory over one step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..training.policy import run_policy
 
 
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
-    """Loads the model, takes two steps on random tokens, and writes the picture to `file`.
+    """Loads the model, takes two steps on random tokens, and writes the plot to `file`.
 
-    Raises InputError if the family's memory is not predicted.
+    Raises InputError if the memory of the model's family cannot be predicted.
     """
     if ROWS[config.method] != "single":
-        raise InputError(f"--plot draws a step of method sft, not of {config.method}.")
+        raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
     if run.planned is None:
         raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Returns the peak of active memory in each move of the second step, on random tokens."""
+    """Returns the peak memory (bytes) of each move of the second step on random tokens."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

@@ -1,7 +1,7 @@
-"""`--report` of doctor and bench: one small file about a device, to be sent to us.
+"""`--report` of doctor and bench: writes a small file about a device, to attach to an issue.
 
-It has the device, the system, versions, checks and times: no path and no name of a person, of this
-machine, or of a file on it.
+It contains the device, the system, versions, checks and times, but no path and no name of a person,
+of this machine, or of a file.
 """
 
 import importlib
@@ -49,13 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-#: Of a step, on a GPU and on a CPU.
+#: The tokens of a step, on a GPU and on a CPU.
 TOKENS, TOKENS_ON_CPU = 2048, 256
 
 
 @dataclass(frozen=True)
 class Step:
-    """Loss and gradients of LoRA factors of rank 16 on every linear, one layer a segment."""
+    """Loss and gradients with LoRA of rank 16 on all linear layers, one layer per segment."""
 
     model: str
     tokens: int
@@ -82,7 +82,7 @@ def facts() -> dict[str, Any]:
 
 
 def step(name: str, config: dict[str, Any], tokens: int) -> Step:
-    """Takes the time of a step of such a model."""
+    """Times a step of a model with this configuration."""
     module = importlib.import_module("mlx_lm.models.llama")
     model = module.Model(module.ModelArgs.from_dict(LLAMA | config))
     model.set_dtype(bench.dtype())
@@ -134,7 +134,7 @@ def of_bench(rows: Sequence[bench.Row]) -> dict[str, Any]:
 
 
 def write(kind: str, content: dict[str, Any]) -> str:
-    """Writes the file beside what else is in this folder; returns the sentence to print."""
+    """Writes the file to the working directory; returns the sentence to print."""
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (

@@ -1,4 +1,4 @@
-"""Commands of runs: train, probe, verify, plan."""
+"""Commands for training runs: train, probe, verify, plan."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 #: The default folder of an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Characters of a system message that is part of a command to paste.
+#: The most characters of a system message that is shown in a command.
 MOST_SYSTEM = 300
 
 
 def add_commands(command: Callable[..., Parser]) -> None:
-    """Adds them to a parser; `command(name, run, text)` makes one."""
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
     for name, run, text in (
         ("train", _train, "train an adapter"),
         ("probe", _probe, "run a few steps without saving and report time and memory"),
@@ -64,11 +64,12 @@ def add_commands(command: Callable[..., Parser]) -> None:
                 ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
             )
 
-    added = command("verify", _verify, "check that a run's model, data and adapter are unchanged")
+    text = "check that a run's model, data and adapter are unchanged"
+    added = command("verify", _verify, text, json=True)
     added.add_argument("folder", type=Path, metavar="RUN", help="adapter directory of the run")
-    added.add_argument("--json", action="store_true", help="print JSON")
 
-    added = command("plan", _plan, "estimate the memory of a run without loading the model")
+    text = "estimate the memory of a run without loading the model"
+    added = command("plan", _plan, text, json=True)
     added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for train")
     add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
@@ -110,7 +111,6 @@ def add_commands(command: Callable[..., Parser]) -> None:
         metavar="X",
         help="seconds per step on one of them, as probe measures it. Default: an estimate.",
     )
-    added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument(
         "--plot",
         type=Path,
@@ -119,11 +119,14 @@ def add_commands(command: Callable[..., Parser]) -> None:
     )
 
 
-def config_of(args: argparse.Namespace, **fill: Any) -> TrainConfig:
-    """Returns the TrainConfig of the given flags and --config, where flags win; `fill` sets fields
-    that the command does not need."""
-    given = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
-    return load_config(getattr(args, "config", None), given | fill, OUTPUT)
+def config_of(args: argparse.Namespace, *unused: str, **fill: Any) -> TrainConfig:
+    """Returns the TrainConfig of --config and of flags, which take precedence.
+
+    `unused` are required fields that the command can do without; `fill` sets other fields.
+    """
+    flags = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
+    given = dict.fromkeys(unused, UNUSED) | flags | fill
+    return load_config(getattr(args, "config", None), given, OUTPUT)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -141,7 +144,7 @@ def _train(args: argparse.Namespace) -> int:
         if isinstance(error, LostRank):
             sys.stderr.flush()
             sys.stdout.flush()
-            os._exit(1)  # a device may still wait for that rank, and the end of the process for it
+            os._exit(1)  # a normal exit would wait for the device, which may wait for that rank
         return 1
 
 
@@ -151,12 +154,12 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
     from mlx_segtrain.training.curves import draw_run
     from mlx_segtrain.training.ranks import launched
 
-    if launched():  # rank 0 shows the run, and this one what is wrong here
+    if launched():  # rank 0 shows the run; another rank shows only its own warnings
         with Terminal(errors()) as show:
             return 130 if train(config, show).interrupted else 0
     with Terminal() as show:
         result = train(config, show, on_step=show.step)
-        if not result.interrupted:  # who interrupts a run waits for it to end
+        if not result.interrupted:  # drawing takes time, and an interrupted run should end soon
             draw_run(config, lambda message: print(message, file=sys.stderr))
         show.stop_bar()
         show_result(show, config, result, args.argv)
@@ -166,20 +169,20 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
 def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
-    """Shows the results of a run, and commands to continue with."""
+    """Shows the results of a run, and commands for the next steps."""
     from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
+    rewarded = ROWS[config.method] == "prompt"
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
-        better = "higher reward" if ROWS[config.method] == "prompt" else "lower validation loss"
+        better = "higher reward" if rewarded else "lower validation loss"
         state = f"no {better} any more: stopped after"
     show.say(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     if result.interrupted and not result.steps:
         show.say("nothing was saved: no step was finished")
         return
     show.fact("adapter", str(result.adapter_path))
-    rewarded = ROWS[config.method] == "prompt"
     if rewarded and result.final_val_loss is not None:
         assert result.first_val_loss is not None and result.best_val_loss is not None
         show.fact(
@@ -213,7 +216,7 @@ def show_result(
 
 
 def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
-    """Commands that ask the adapter of a run, with the system message that its data has."""
+    """Returns commands that use a run's adapter, with the system message of its data."""
     from mlx_segtrain.adapters import prompting_of
     from mlx_segtrain.ops.selfcheck import on_gpu
 
@@ -245,13 +248,13 @@ def _system(config: TrainConfig) -> str | None:
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
 
-    with suppress(InputError):  # the data may have gone since
+    with suppress(InputError):  # the data may have been deleted since
         return system_message(sources_of(config.data_dir, ask=False)[0], Options.of(config))
     return None
 
 
 def resume_command(argv: Sequence[str]) -> list[str]:
-    """Returns the command that continues a run which `argv` started."""
+    """Returns the command that resumes the run that `argv` started."""
     kept, skip = [], False
     for i, word in enumerate(argv):
         if skip:
@@ -297,7 +300,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
+    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)  # also in place of --config's
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("parallel pipeline is planned for several ranks: add --ranks N")
     from mlx_segtrain.commands.terminal import answer, waiting
@@ -310,7 +313,7 @@ def _plan(args: argparse.Namespace) -> int:
     from mlx_segtrain.planning.splitting import pipeline_runs
 
     with waiting() as show:
-        # A picture is drawn of a model that runs.
+        # --plot runs the model, so it needs the weights.
         config = located(config, show, bring=outline if args.plot is None else model)
     batch = full_batch(config, args.loss_rows, args.shared)
     if config.parallel == "pipeline":
@@ -318,7 +321,7 @@ def _plan(args: argparse.Namespace) -> int:
             raise InputError(
                 "--link and --step-seconds only apply to parallel data: leave them out"
             )
-        assert args.ranks is not None  # or it was refused
+        assert args.ranks is not None  # otherwise it was rejected above
         runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])
         return answer(report.of_pipeline(runs), show_plan, args.json)
     if args.rank_budgets:

@@ -1,4 +1,4 @@
-"""What a run shows to people: a bar on a terminal, else plain lines; and a log file, if wanted."""
+"""Shows a run to people: a progress bar on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -27,21 +27,26 @@ ROOM = 3
 
 
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
-    """Print a dataclass, or a list of them, as JSON or as `show` does, and return the exit code.
+    """Prints a dataclass, or a list of them, as JSON or with `show`; returns the exit code.
 
-    The JSON object has `ok` where it is given; if it is False, the code is 1.
+    If `ok` is given, the JSON object contains it, and the exit code is 1 if it is False.
     """
     if as_json:
-        said = found if ok is None else asdict(found) | {"ok": ok}
-        print(json.dumps(said, default=lambda x: str(x) if isinstance(x, Path) else asdict(x)))
+        value = found if ok is None else asdict(found) | {"ok": ok}
+        print(json.dumps(value, default=lambda x: str(x) if isinstance(x, Path) else asdict(x)))
     else:
         show(found)
     return int(ok is False)
 
 
+def width_of(console: Console) -> int:
+    """Returns the width of a terminal; elsewhere one at which no line is wrapped."""
+    return console.width if console.is_terminal else 10**6
+
+
 def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
-    """Print a text with its brackets. On a terminal its lines break between words and continue
-    after `indent` spaces; elsewhere they are not broken."""
+    """Returns a function that prints text without interpreting markup. On a terminal it wraps lines
+    between words, and indents the continuation lines by `indent` spaces."""
     show = partial(console.print, markup=False, soft_wrap=True)
     if not console.is_terminal:
         return show
@@ -57,8 +62,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns free, where a terminal echoes ^C: it would break a line that is full,
-    and the bar would then be drawn a second time below it."""
+    """Leaves the last columns free. A terminal echoes ^C there: it would wrap a full line, and the
+    bar would be drawn a second time below it."""
 
     inner: RenderableType
 
@@ -72,13 +77,13 @@ class Bar(Progress):
 
 
 class Terminal:
-    """Show events (use it as on_event) and steps (`step`, as on_step).
+    """Shows events (pass it as on_event) and steps (pass its `step` as on_step).
 
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    The bar is drawn only where the console is a terminal; everything else is one line per event.
-    How much is shown, and what is logged, is the command's `output`.
+    It draws a progress bar if the console is a terminal, and prints one line per event otherwise.
+    The command's `output` determines how much is shown and logged.
     """
 
     def __init__(self, console: Console | None = None, output: Output | None = None) -> None:
@@ -113,11 +118,11 @@ class Terminal:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Show one event; `failed` is not shown, since its exception follows."""
+        """Shows one event, except `failed`, whose exception follows."""
         self._safely(self._show, event)
 
     def step(self, event: Event) -> None:
-        """Show the metrics of a step: every one moves the bar."""
+        """Advances the bar, and shows the metrics of a step."""
         self._safely(self._step, event)
 
     def stop_bar(self) -> None:
@@ -125,30 +130,27 @@ class Terminal:
         self._safely(lambda _: self._bar.stop(), None)
 
     def say(self, text: str) -> None:
-        """Show a result."""
+        """Shows a result."""
         self._safely(self._say, text)
 
     def fact(self, name: str, text: str) -> None:
-        """Show a line of a result, whose continuation lines are indented below its text."""
-        width = self.console.width if self.console.is_terminal else 10**6
-        self.say(hanging(name, text, 17, width))
+        """Shows a line of a result; continuation lines are indented to the start of its text."""
+        self.say(hanging(name, text, 17, width_of(self.console)))
 
     def command(self, what: str, argv: Sequence[str]) -> None:
-        """Show a command to paste."""
-        width = self.console.width if self.console.is_terminal else 10**6
-        text = command_line(argv, width - 3).replace("\n", "\n  ")
+        """Shows a command that can be pasted into a shell."""
+        text = command_line(argv, width_of(self.console) - 3).replace("\n", "\n  ")
         self._note(f"{what}: {text}")
-        self._safely(
-            partial(self.console.print, markup=False, soft_wrap=True), f"{what}:\n  {text}"
-        )
+        show = partial(self.console.print, markup=False, soft_wrap=True)
+        self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Shows something unless the terminal, or the reader of the output, has gone away."""
+        """Shows something unless the terminal, or the reader of the output, is gone."""
         if self.gone:
             return
         try:
             show(what)
-        except (OSError, SystemExit):  # the second is rich's answer to a pipe without a reader
+        except (OSError, SystemExit):  # rich raises SystemExit if nobody reads a pipe
             self.gone = True
 
     def _say(self, text: str) -> None:
@@ -214,7 +216,7 @@ class Terminal:
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """Shows the progress of a download or of tokenizing: a bar, or a line every ten seconds."""
+        """Shows the progress of a download or of tokenizing: a bar, or a line every 10 seconds."""
         share, now = event["share"], time.monotonic()
         if not self._draws:
             if now - self._told > 10 or share == 1:
@@ -245,7 +247,7 @@ class Terminal:
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
     def _figures(self, event: Event, wide: bool) -> str:
-        """Loss, speed, memory and what is left, as many as there is room for."""
+        """Returns loss, speed, memory and remaining time; fewer details unless `wide`."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
         of = "" if self._budget is None else f" of {self._budget:.2f}"
@@ -266,8 +268,7 @@ def errors() -> Console:
 
 @contextmanager
 def waiting() -> Iterator[Callable[[Event], None]]:
-    """Show what a command waits for, such as a download, where results are not; warnings, too, and
-    with --verbose every event."""
+    """Shows the progress of a download and warnings on stderr; with --verbose, every event."""
     with Terminal(errors()) as show:
 
         def tell(event: Event) -> None:
@@ -278,7 +279,7 @@ def waiting() -> Iterator[Callable[[Event], None]]:
 
 
 def complain(text: str) -> None:
-    """Prints a sentence to stderr."""
+    """Prints a sentence to stderr, wrapped on a terminal."""
     if sys.stderr.isatty():
         text = wrapped(text, Console(stderr=True).width)
     print(text, file=sys.stderr)

@@ -1,8 +1,8 @@
-"""What commands found, shown to people: as text, in colour on a terminal."""
+"""Prints the results of commands as text, in colour on a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from mlx_segtrain.commands.terminal import as_it_is
+from mlx_segtrain.commands.terminal import as_it_is, width_of
 from mlx_segtrain.commands.words import duration, hanging
 from mlx_segtrain.data.notes import FINDINGS
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-TRAINED = ("green underline", "green reverse")  # of neighbouring tokens, to tell them apart
+#: Two alternating styles each, so that neighbouring tokens can be told apart.
+TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
 #: Layers that the report of a merge shows.
 WORST = 8
 
 
 def show_report(report: Report, console: Console | None = None) -> None:
-    """Print which tokens of a data set are in the loss; with a tokenizer, its first rows token by
-    token."""
+    """Prints the report on a data set, with the tokens of its first rows."""
     console = console or Console(highlight=False)
     line = as_it_is(console, indent=9)
     line(f"format   {formats(report)}")
@@ -106,22 +106,20 @@ def _bar(length: float) -> str:
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Returns the length of an epoch in words, with the rows as they are and packed."""
-    said = {}
+    """Describes the length of an epoch, unpacked and packed, in words."""
+    found = {}
     if (own := report.epoch) is not None:
-        said["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
+        found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
         if own.seconds is not None:
-            said["epoch"] += f", about {duration(own.seconds)}"
+            found["epoch"] += f", about {duration(own.seconds)}"
     if (own := report.packed) is not None:
-        said["packed"] = (
-            f"{own.steps:,.6g} steps, {own.rows:,} rows that are {1 - own.unused:.1%} full (see "
-            "--packing)"
-        )
-    return said
+        rows = f"{own.rows:,} rows that are {1 - own.unused:.1%} full (see --packing)"
+        found["packed"] = f"{own.steps:,.6g} steps, {rows}"
+    return found
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Print whether a device's kernels are right, and below the table why one is not."""
+    """Prints a table of the kernels' checks on a device, and below it the reasons of failures."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -153,21 +151,22 @@ def _coloured(preview: Preview) -> Text:
 
 
 def _marked(preview: Preview) -> str:
-    parts = []
-    for trained, run in groupby(preview.tokens, key=lambda token: token[1]):
-        text = "".join(token for token, _, _ in run)
-        parts.append(f"⟦{text}⟧" if trained else text)
-    return "".join(parts)
+    return "".join(f"⟦{x}⟧" if trained else x for x, trained in merged(preview.tokens))
+
+
+def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
+    """Yields the texts of runs of tokens, and whether a run is in the loss."""
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        yield "".join(token for token, *_ in run), trained
 
 
 def show_plan(report: PlanReport) -> None:
-    """Print a memory plan."""
+    """Prints a memory plan."""
 
     def gb(n: int) -> str:
         return f"{n / 1e9:.2f} GB"
 
-    console = Console(highlight=False)
-    width = console.width if console.is_terminal else 10**6
+    width = width_of(Console(highlight=False))
 
     def line(name: str, text: str) -> None:
         print(hanging(name, text, 14, width))
@@ -182,13 +181,13 @@ def show_plan(report: PlanReport) -> None:
         more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
         line(f"rank {own.rank}", text + more)
     if report.pipeline:
-        line("", "what follows is of the rank that is nearest to its budget")
+        line("", "the lines below are for the rank that is closest to its budget")
     line("budget", gb(report.budget))
     if not report.predicted:
         line("weights", gb(report.weights))
-        line("plan", report.plan)
-        return
     line("plan", report.plan)
+    if not report.predicted:
+        return
     line("peak", f"{gb(report.peak)}, predicted")
     for name, n in report.parts.items():
         line("", f"{gb(n)}  {name}")
@@ -221,7 +220,7 @@ def _longest(tokens: int, most: int | None) -> str:
 
 
 def show_verified(found: Verified) -> None:
-    """Print which inputs of a run have changed since."""
+    """Prints which inputs of a run have changed."""
     ended = "has not ended" if found.step is None else f"{found.step} of {found.iters} steps"
     print(f"{'run':12s}  {found.run}: {ended}")
     for part, faults in found.parts.items():
@@ -229,7 +228,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult, unit: str) -> None:
-    """Print a loss with its unit, and the number of tokens it was measured on."""
+    """Prints a loss with its unit, and the number of tokens it was measured on."""
     print(f"loss        {result.loss:.4f} {unit}")
     width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
@@ -241,7 +240,7 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
 
 
 def show_score(result: ScoreResult) -> None:
-    """Print rewards, and how often completions pass."""
+    """Prints rewards, and how often completions pass."""
     print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
     for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
         print(f"  {name:10s}{x:.4f}")
@@ -252,7 +251,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Print what a converted adapter contains, and its difference from the original."""
+    """Prints what a converted adapter contains, and its difference from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -260,18 +259,18 @@ def show_converted(done: conversion.Converted) -> None:
 
 
 def show_made(made: Made) -> None:
-    """Print the facts of a converted model."""
+    """Prints the folder and the size of a converted model."""
     print(f"model    {made.path}, {made.size / 1e9:.2f} GB (before: {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:
-    """Returns a console that does not break names if there is no terminal to fit into."""
+    """Returns a console that is wide enough for names where there is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_fold(report: folding.Report) -> None:
-    """Print the result of a merge, and the linear layers that lost the most."""
+    """Prints the result of a merge, and the linear layers that lost the most."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
@@ -304,7 +303,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Print adapters, and below the table why one cannot be used."""
+    """Prints a table of adapters, and below it the reasons why others cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

@@ -1,4 +1,4 @@
-"""Text in lines that fit, and commands that can be pasted."""
+"""Wrapped text, and commands that can be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from typing import Any
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """Returns a sentence in lines of up to this many columns, all except the first indented; no
-    word is cut."""
+    """Wraps a text between words; lines after the first are indented."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-    how |= {"drop_whitespace": True, "subsequent_indent": " " * indent}
-    return textwrap.fill(text, max(width, indent + 20), **how)
+    return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, **how)
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """Returns a name and its text, which starts at this column, in lines of `width`; no word is
-    cut."""
+    """Returns a name and its text, which is wrapped and starts at `column` on each line."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
@@ -26,7 +23,7 @@ def hanging(name: str, text: str, column: int, width: int) -> str:
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
-    """Returns a command to paste into a shell, over several lines if it is longer than `width`."""
+    """Returns a command for a shell, on several lines if it is longer than `width`."""
     words = [shlex.quote(word) if word != "…" else word for word in argv]
     text = " ".join(words)
     if len(text) <= width:

@@ -1,4 +1,4 @@
-"""The application: routes, errors as sentences, the guard around it, and its server."""
+"""Creates the application (routes, error handlers, the guard around them) and runs its server."""
 
 import asyncio
 import logging
@@ -23,19 +23,12 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: Connections at once; further ones get 503.
+#: The most connections at once; further ones get 503.
 CONNECTIONS = 2000
-#: Files that are open at once, if the system allows it: each client that follows a job is a
-#: connection.
+#: The limit of open files, if the system allows it: each client that follows a job needs one.
 OPEN_FILES = 65536
 #: The routes of the API.
-ROUTERS = (
-    routes.router,
-    transfers.router,
-    completions.router,
-    openai.router,
-    openai_responses.router,
-)
+ROUTERS = [x.router for x in (routes, transfers, completions, openai, openai_responses)]
 
 
 def create(service: Service) -> Guard:
@@ -73,8 +66,7 @@ def create(service: Service) -> Guard:
 
 
 class Plain(logging.Formatter):
-    """Formats log lines so that clients' text in them can neither start a new line nor control a
-    terminal."""
+    """Escapes characters in log lines with which clients could control a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
@@ -82,10 +74,9 @@ class Plain(logging.Formatter):
 
 
 def run(settings: Settings, level: int = logging.INFO) -> None:
-    """Serves until a signal; jobs continue. Raises InputError, before it listens, for what cannot
-    be used.
+    """Serves until a signal; jobs continue. Raises InputError for settings that cannot be used.
 
-    Standard error gets messages of this level and above; with DEBUG, also uvicorn's.
+    Messages of this level and above go to stderr; with DEBUG, also those of uvicorn.
     """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
@@ -95,8 +86,8 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-        # Connections inherit it. asyncio sets it only if a socket names its protocol; without it
-        # each answer waits 40 ms for a client that acknowledges late.
+        # Connections inherit this option. asyncio sets it only for sockets with a protocol number;
+        # without it each answer waits 40 ms for a client that acknowledges late.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
@@ -111,8 +102,7 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
 def allow_open_files(wanted: int) -> None:
     """Lets this process open this many files, or as many as the system allows.
 
-    The hard limit may be higher than allowed: macOS reports infinity and enforces
-    kern.maxfilesperproc.
+    On macOS the hard limit is infinite, but the system enforces kern.maxfilesperproc.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(hard, wanted)
@@ -128,11 +118,11 @@ def allow_open_files(wanted: int) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket, level: int) -> None:
-    await service.start()  # find out before anyone asks whether the model can be loaded
+    await service.start()  # before it listens, so that a model that cannot be loaded is an error
     config = uvicorn.Config(
         create(service),
         http=Patient,
-        # Otherwise any client may claim to be another.
+        # Otherwise a client could claim another client's address.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         access_log=False,  # paths may contain secrets
         log_level=logging.INFO if level < logging.INFO else logging.WARNING,

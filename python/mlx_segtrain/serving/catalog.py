@@ -1,4 +1,4 @@
-"""Lists what is below the roots: models, data sets, adapters. Loads nothing and reads little."""
+"""Lists models, data sets and adapters below the roots, without loading them."""
 
 import math
 import os
@@ -17,17 +17,17 @@ from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 from .roots import CLOSED
 
-#: Depth of folders below a root that are searched, and their maximum number.
+#: The depth below a root to which folders are searched, and their maximum number.
 DEPTH, MOST = 6, 20_000
 #: The most unreadable folders that are reported.
 MOST_FAULTS = 100
-#: Folders that hold no data of a user.
+#: Names of folders without data of a user.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits` of most of its weights; `fast`: it uses our own ops."""
+    """A model on disk. `bits`: those of most layers; `fast`: whether it uses our own ops."""
 
     id: str
     path: str
@@ -62,13 +62,13 @@ def _reason(error: Exception) -> str:
 
 
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
-    """Returns models by name; what cannot be read as a model is skipped and added to `faults`."""
+    """Returns models, sorted by name. Folders that cannot be read are added to `faults`."""
     found = []
     for place, files in _folders(roots):
         if {"config.json", "tokenizer_config.json"} <= files:
             try:
                 found.append(look(place))
-            except Exception as error:  # whatever one folder holds, the others are shown
+            except Exception as error:  # one broken folder must not hide the others
                 if faults is not None and len(faults) < MOST_FAULTS:
                     faults.append(Unreadable(str(place), _reason(error)))
     return sorted(found, key=lambda model: (model.id.lower(), model.path))
@@ -97,7 +97,7 @@ def look(path: Path) -> Model:
 
 
 def datasets(roots: Sequence[Path]) -> list[DataFolder]:
-    """Returns data sets by path."""
+    """Returns data sets, sorted by path."""
     found = []
     for place, files in _folders(roots):
         if any(name.startswith("train") for name in files):
@@ -111,12 +111,12 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
 
 
 def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
-    """Returns adapters by path that can be read and, if `base` is given, that it can use."""
+    """Returns adapters, sorted by path, that can be read and fit `base`, if it is given."""
     shape = None if base is None else read_shape(base)
     found = []
     for place, files in _folders(roots):
         if {"adapters.safetensors", "adapter_model.safetensors"} & files:
-            with suppress(Exception):  # whatever one folder holds, the others are shown
+            with suppress(Exception):  # one broken folder must not hide the others
                 own = discovery.look(place, shape)
                 if own.fault is None and own.fits is not False:
                     found.append(own)
@@ -124,33 +124,33 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
-    """Returns whether an adapter names this base, in any spelling, or none."""
+    """Returns whether an adapter names this base model, in any spelling, or names none."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
     return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
-    """Yields folders and the names of their files; does not follow links to folders."""
+    """Yields folders and their file names; does not follow links to folders."""
     seen: set[Path] = set()
     for root in roots:
         for name, folders, files in os.walk(root):
             place = Path(name)
-            if place in seen or len(seen) >= MOST:  # a root inside another
+            if place in seen or len(seen) >= MOST:  # seen: a root may be inside another one
                 folders.clear()
                 continue
             seen.add(place)
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # Undecodable names cannot be sent as JSON; a link may lead out of the roots.
+            # A link may lead out of the roots.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
-            if str(place).isprintable():
+            if str(place).isprintable():  # an undecodable name cannot be sent as JSON
                 yield place, own
 
 
 def _is_blob(place: Path, file: str) -> bool:
-    """Returns whether a link stays in its repository of the Hugging Face cache, as its files do."""
+    """Returns whether a link stays in its repository of the Hugging Face cache."""
     found = FOLDER.search(str(place))
     if found is None or found["kind"] != "models":
         return False

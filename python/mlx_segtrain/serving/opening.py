@@ -1,9 +1,9 @@
-"""Checks files below the roots after they were opened, by the open file itself.
+"""Checks files below the roots when they are opened.
 
-A path that was checked may be a link by the time it is opened. So in a process that reads what
-clients name, Python's `open` (also for libraries: templates, configurations, rows) opens first,
-asks the system which file that is, and refuses a file outside of the roots that a link led to.
-Files that compiled code opens by itself (weights, tokenizer.json) are not covered here.
+A checked path may have become a link by the time it is opened. So in a process that reads paths
+from clients, Python's `open` is replaced, also for libraries (templates, configurations, rows): it
+opens the file, gets its real path from the system, and raises Outside if a link led out of the
+roots. Files that compiled code opens (weights, tokenizer.json) are not covered.
 """
 
 import builtins
@@ -13,6 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +21,25 @@ from .. import files
 from .roots import Roots
 
 _open, _os_open = builtins.open, os.open
-#: On macOS: the command that gives the path of an open file.
+#: The fcntl command of macOS for the path of an open file.
 F_GETPATH = 50
 _roots: Roots | None = None
 
 
 def confined() -> list[str]:
-    """Returns the store and the roots of this process; empty if it is not confined."""
+    """Returns the store and the roots of this process; an empty list if it is not confined."""
     return [] if _roots is None else [str(_roots.store or ""), *map(str, _roots.folders)]
 
 
 def open_too(folders: Iterable[str]) -> None:
-    """Adds folders after this process was confined."""
+    """Adds folders to the roots of this process, if it is confined."""
     if _roots is not None:
         for folder in folders:
             _roots.open(Path(folder))
 
 
 def confine(roots: Roots) -> None:
-    """Confines the whole process from here on."""
+    """Replaces `open` in this process, so that links cannot lead out of the roots."""
     global _roots
     _roots = roots
     files.may_follow = roots.allows
@@ -55,7 +56,7 @@ def confine(roots: Roots) -> None:
     def open_number(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if dir_fd is not None:
             return _os_open(path, flags, mode, dir_fd=dir_fd)
-        # A file elsewhere must not be truncated before the check.
+        # A file outside of the roots must not be truncated before the check.
         file = _os_open(path, flags & ~os.O_TRUNC, mode)
         try:
             verify(path, file)
@@ -66,17 +67,14 @@ def confine(roots: Roots) -> None:
             raise
         return file
 
-    def as_opener(path: Any, flags: int) -> int:
-        return open_number(path, flags, 0o666)
-
     def open_file(
         file: Any, mode: str = "r", *args: Any, opener: Callable[..., int] | None = None, **how: Any
     ) -> Any:
         if len(args) == 6:  # buffering, encoding, errors, newline, closefd, opener
             args, opener = args[:5], args[5]
-        if isinstance(file, int) or opener is not None:  # which calls os.open
-            return _open(file, mode, *args, opener=opener, **how)
-        return _open(file, mode, *args, opener=as_opener, **how)
+        if not isinstance(file, int) and opener is None:  # an opener calls os.open
+            opener = partial(open_number, mode=0o666)
+        return _open(file, mode, *args, opener=opener, **how)
 
     builtins.open = io.open = open_file
     os.open = open_number
@@ -85,12 +83,12 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns the form in which paths are compared: on macOS case does not matter."""
+    """Returns a path for comparisons: on macOS case does not matter."""
     return path.casefold() if sys.platform == "darwin" else path
 
 
 def path_of(file: int, named: str) -> Path:
-    """Returns the path of an open file. Raises OSError if the system does not give it."""
+    """Returns the real path of an open file. Raises OSError if it cannot be determined."""
     if sys.platform == "darwin":
         found = fcntl.fcntl(file, F_GETPATH, bytes(1024))
         return Path(os.fsdecode(found.rstrip(b"\0")))

@@ -1,4 +1,4 @@
-"""Threads by kind of work, a fixed number for each: one kind cannot use up another's."""
+"""Thread pools and slots, separate for each kind of work, so that none can block another."""
 
 import asyncio
 import threading
@@ -15,11 +15,7 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """A request that is refused because of the load. The message is one sentence: why, and what to
-    do.
-
-    It is answered with `status` and `code`.
-    """
+    """Too much work is waiting; the message says what to do. Answered with `status` and `code`."""
 
     status, code = 429, "busy"
 
@@ -32,8 +28,7 @@ class Transfers:
 
     @contextmanager
     def place(self, name: object = None) -> Iterator[None]:
-        """Holds one of the slots while it is active. Raises Busy if all are taken, or if the one of
-        this name is."""
+        """Holds a slot while it is active. Raises Busy if all are taken, or if `name` has one."""
         name = object() if name is None else name
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are running: try again when one has ended.")
@@ -52,15 +47,14 @@ class Transfers:
 
 
 class Pool:
-    """Runs up to `threads` calls, and queues `waiting` more; for the next it raises Busy."""
+    """Runs up to `threads` calls at once, queues `waiting` more, and raises Busy for others."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)
         self._threads = ThreadPoolExecutor(threads, f"mlx-segtrain {name}")
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Returns the call's result. A call that nobody waits for any more counts until it has
-        ended."""
+        """Returns the call's result. If the caller is cancelled, the call still runs and counts."""
         if not self._places.acquire(blocking=False):
             raise Busy(f"too many requests for {self.name} are waiting: try again in a moment.")
         future = self._threads.submit(fn, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Decides which folders clients may name."""
+"""Checks that paths from clients are below the allowed folders."""
 
 import os
 from collections.abc import Iterable
@@ -7,27 +7,27 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import ASIDE
 
-#: Beginnings of names that cannot be used below a root.
+#: Prefixes of names that are not allowed below a root.
 CLOSED = (".", "datasets--", "spaces--")
 #: The most bytes of a path, as on Linux.
 LONGEST_PATH = 4096
-#: The most files and folders below a named one: each may be a link.
+#: The most files and folders below a client's folder: each may be a link.
 MOST_BELOW = 20_000
-#: The most links among these, and links that lead to one another: following takes time.
+#: The most links among these, and the longest chain of links: following them takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
 class Outside(InputError):
-    """A path that is not below the roots."""
+    """The path is not below the roots."""
 
     status = 403
 
 
 class Roots:
-    """The folders below which a client may name paths.
+    """The folders below which clients may name paths.
 
-    Hidden files and folders below them are excluded (`.ssh`, `.git`, `.env`), and so are a cache's
-    repositories that are not models, and the jobs of our store, which may also be below a root.
+    Excluded are hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a hub cache that
+    are not models, and the jobs of our store.
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):
@@ -35,8 +35,8 @@ class Roots:
         self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
-        """Returns the path with links resolved. Raises Outside if it is elsewhere, or if anything
-        below it, at any depth, is a link to elsewhere."""
+        """Returns the path with links resolved. Raises Outside if it, or a link at any depth below
+        it, leads out of the roots."""
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
@@ -55,19 +55,17 @@ class Roots:
         return path
 
     def open(self, folder: Path) -> None:
-        """Opens a closed folder below the roots from here on: a data set of the hub that a client
-        may use."""
+        """Adds a folder to the roots: a data set of the hub that a client may use."""
         folder = folder.resolve()
         if folder not in self.folders:
             self.folders.append(folder)
 
     def holds(self, path: Path) -> bool:
-        """Returns whether a path, as written, is below one of the folders."""
+        """Returns whether a path is below one of the folders; links are not resolved."""
         return any(path.is_relative_to(root) for root in self.folders)
 
     def check(self, named: Path, path: Path) -> None:
-        """Raises Outside if a path with links resolved is elsewhere, whatever name it was given
-        by."""
+        """Raises Outside if a resolved path is not below the roots; the message says `named`."""
         if self._is_of_jobs(path):
             raise Outside(f"{named} is not accessible to clients: jobs belong to the server.")
         if not any(_is_open(root, path) for root in self.folders):
@@ -78,7 +76,7 @@ class Roots:
             )
 
     def allows(self, path: Path) -> bool:
-        """Returns whether a folder that a file names may be read."""
+        """Returns whether a path that a file names may be read."""
         try:
             self.check(path, path.resolve())
         except (Outside, OSError, RuntimeError):
@@ -92,13 +90,13 @@ class Roots:
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Checks all links below a path that are not hidden, also in folders that links lead to."""
+        """Checks all visible links below a path, also in folders that links lead to."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
             try:
                 entries = list(os.scandir(waiting.pop()))
             except (NotADirectoryError, FileNotFoundError, PermissionError):
-                continue  # a file, an output that does not exist yet, or something unreadable
+                continue  # a file, a folder that does not exist yet, or an unreadable one
             count += len(entries)
             if count > MOST_BELOW:
                 raise InputError(
@@ -118,8 +116,7 @@ class Roots:
                     waiting.append(own)
 
     def _follow(self, link: Path, count: int) -> Path:
-        """Returns where a link leads to. Raises InputError if there are too many, or if it leads to
-        too many others."""
+        """Returns the target of a link. Raises InputError for too many links, or a long chain."""
         if count > MOST_LINKS:
             raise InputError(
                 f"the folder of {link} has more than {MOST_LINKS:,} links: copy the files instead."
@@ -137,8 +134,7 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root, or below it and neither hidden nor in a repository that
-    is not a model's."""
+    """Returns whether a path is the root, or below it without a part that is not allowed."""
     if not path.is_relative_to(root):
         return False
     parts = path.relative_to(root).parts

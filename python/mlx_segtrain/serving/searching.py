@@ -1,4 +1,4 @@
-"""Searches the hub for clients that search while they type: few requests reach it."""
+"""Searches the hub for clients that send a request per key stroke: caches and limits requests."""
 
 import time
 from collections import OrderedDict, deque
@@ -7,9 +7,9 @@ from ..hub import Kind
 from ..hub_search import Hit, search
 from .pools import Busy, Pool
 
-#: Seconds for which an answer is cached, and how many answers.
+#: The seconds for which results are cached, and the most cached results.
 KEPT_S, KEPT = 300.0, 200
-#: Requests to the hub per minute.
+#: The most requests to the hub per minute.
 PER_MINUTE = 60
 
 
@@ -20,8 +20,7 @@ class Searches:
         self._asked: deque[float] = deque(maxlen=PER_MINUTE)
 
     async def run(self, words: str, kind: Kind) -> list[Hit]:
-        """Returns the results. Raises InputError if the hub cannot be asked, Busy if it was asked
-        too often."""
+        """Returns the results. Raises InputError if the hub fails, Busy after too many requests."""
         now = time.monotonic()
         key: tuple[str, Kind] = (" ".join(words.lower().split()), kind)
         when, found = self._known.get(key, (-KEPT_S, []))

@@ -1,4 +1,4 @@
-"""What the API does: checks paths and configurations, then runs jobs and plans."""
+"""Implements the API: checks paths and configurations, then runs jobs and plans."""
 
 import asyncio
 import json
@@ -46,25 +46,25 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Fields of jobs that are paths, each once.
+#: The fields of all kinds of jobs that are paths.
 JOB_PATHS = tuple(
     dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
 )
-#: Models whose tokenizers are kept for inspections, besides the served one's.
+#: The most tokenizers that stay loaded for inspections, besides that of the served model.
 MOST_CONFINED = 2
-#: Seconds between two checks of the memory, and the growth in bytes that matters.
+#: Seconds between two checks of memory, and the growth in bytes after which it is freed.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: The most bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
-#: How an operator provides a model.
+#: How an operator can provide a model.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
-#: Jobs that a server accepts at once, and how many more each minute.
+#: Jobs that clients may submit at once, and per minute.
 BURST, PER_MINUTE = 60, 60
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits: in a sentence, and with the whole plan if it does."""
+    """Whether a run fits, in a sentence, and the plan if it does."""
 
     fits: bool
     message: str
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """The device that jobs compute on. `memory_bytes` is its total memory, for a GPU its own."""
+    """The device that jobs compute on; `memory_bytes` is its total memory."""
 
     name: str
     type: str
@@ -84,7 +84,7 @@ class Device:
         found, info = machine()["device"], dict(mx.device_info())
         memory = info.get("memory_size") or info.get("total_memory")
         name = found["name"]
-        if name == "CPU":  # Linux's name of the machine lacks the processor
+        if name == "CPU":  # on Linux, the platform's name does not contain the processor
             with suppress(OSError, StopIteration):
                 lines = Path("/proc/cpuinfo").read_text().splitlines()
                 model = next(line for line in lines if line.startswith("model name"))
@@ -94,7 +94,7 @@ class Device:
 
     @property
     def free_bytes(self) -> int:
-        """Memory that a run starting now may take."""
+        """Memory that a run could take now."""
         return budget_bytes()
 
 
@@ -109,11 +109,9 @@ class Service:
         self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
-        #: Looking at the disk and planning have their own threads.
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: of browsers
         self.searches = Searches()
-        #: Where uploads go.
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
 
@@ -135,8 +133,8 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
     async def _tidy(self) -> None:
-        """Returns memory to the system that large requests have freed, from time to time. A
-        training job gets the memory of cached prompts."""
+        """Returns freed memory to the system from time to time, and frees cached prompts while a
+        job computes."""
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
@@ -149,7 +147,7 @@ class Service:
                     least = min(least, now)
                     if now > least + TIDY_BYTES:
                         await self.engine.tidy()
-            except RunError:  # the engine is busy, or has ended, and says so itself
+            except RunError:  # the engine is busy, or has ended and logged that
                 continue
             except Exception:
                 logger.exception("memory was not given back")
@@ -162,14 +160,14 @@ class Service:
     # What is on disk
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
-        """Returns models that can be read; the others are added to `faults`."""
+        """Returns models that can be read; unreadable ones are added to `faults`."""
         return await self.looks.run(catalog.models, self.roots.folders, faults)
 
     async def datasets(self) -> list[catalog.DataFolder]:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None) -> list[Found]:
-        """Returns adapters that fit the base; without one, all that can be read."""
+        """Returns adapters that fit the base; without a base, all that can be read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
     async def available(self) -> list[dict[str, Any]]:
@@ -196,8 +194,8 @@ class Service:
         return await self.engine.load(self.place(model_dir))
 
     def place(self, text: str | Path) -> Path:
-        """Returns the folder that a client names: a path below the roots, or a name on the hub
-        whose model is in the cache. Raises InputError, Outside."""
+        """Returns the folder for a path below the roots, or for the name of a model in the hub's
+        cache. Raises InputError, Outside."""
         if hub.named(text) is None:
             return self.roots.resolve(text)
         found = hub.cached(text)
@@ -207,11 +205,10 @@ class Service:
         return self.roots.resolve(found)
 
     def data_place(self, text: str | Path) -> Path:
-        """Returns where a client's data is: a path below the roots; or the name of a data set on
-        the hub that is in the cache, with its commit. Raises InputError, Outside.
+        """Returns the path of data below the roots, or the name and commit of a data set in the
+        hub's cache. Raises InputError, Outside.
 
-        The cache also has the user's private data sets, so only clients that may download may name
-        one.
+        The cache may contain private data sets, so only clients that may download can use it.
         """
         named = None if format_of(Path(text)) else repository.named(text)
         if named is None:
@@ -219,13 +216,13 @@ class Service:
         self._check_downloads(str(text))
         train, _ = sources_of(str(text), ask=False)
         own = hub.origin(next(iter(train.files.values())))
-        assert own is not None  # where it came from
+        assert own is not None  # these files are in the hub's cache
         self.roots.open(own.folder)
         folder = self.roots.resolve(own.folder / "snapshots" / str(own.revision))
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """Returns the check of a field of a run that is a path."""
+        """Returns the function that checks and resolves a field that is a path."""
         named: dict[str, Callable[[str | Path], Path]]
         named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
         named["data_dir"] = self.data_place
@@ -238,16 +235,14 @@ class Service:
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
-        """Starts a job that downloads a model or a data set. Raises InputError if that is not
-        allowed."""
+        """Submits a download of a model or a data set. Raises InputError if it is not allowed."""
         if (hub.named(name) if kind == "model" else repository.named(name)) is None:
             raise InputError(f"{shown(name)} is not a name on the hub: use org/name.", status=422)
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """Searches the hub for clients. Raises InputError if they may not, or it does not
-        answer."""
+        """Searches the hub. Raises InputError if that is not allowed, or the hub fails."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 
@@ -259,8 +254,7 @@ class Service:
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
-        """Returns the configuration, checked as on the command line, with paths below the roots.
-        Raises Outside, InputError."""
+        """Returns a checked configuration with resolved paths. Raises InputError, Outside."""
         for name, why in REFUSED.items():
             if values.get(name) is not None:
                 raise InputError(f"{name} is not allowed here: {why}.", status=422, field=name)
@@ -276,14 +270,14 @@ class Service:
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
-        """Plans a run. Raises InputError for what is wrong, apart from a lack of memory."""
+        """Plans a run. Raises InputError for a wrong configuration, but not for lack of memory."""
         config = self.config(values, data_dir="unused", adapter_path="unused")
         return await self.plans.run(_plan, config)
 
     async def inspect(
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
     ) -> Report:
-        """Reports what a data set trains on; what is wrong with it is in the report."""
+        """Returns a report on a data set, with its faults."""
         place = self.data_place(path)
         base = None if model_dir is None else self.place(model_dir)
         confined = self._confined(base)
@@ -294,8 +288,7 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes of a model's tokenizer: those of the served model, or of the last
-        few."""
+        """Returns the processes of a model's tokenizer, and ends those of long unused models."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined
@@ -304,7 +297,7 @@ class Service:
         self.confined.move_to_end(model)
         idle = [key for key, own in self.confined.items() if not own.users and key != model]
         for key in idle[: max(0, len(self.confined) - MOST_CONFINED)]:
-            # It may be loading, which takes long.
+            # In a thread: it may be loading, and closing waits for that.
             threading.Thread(target=self.confined.pop(key).close, daemon=True).start()
         return self.confined[model]
 
@@ -318,7 +311,7 @@ class Service:
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
-        """Queues a job of another kind, which declares the checks of its values (kinds.py)."""
+        """Submits a job of another kind, after the checks that the kind declares (kinds.py)."""
         own, out = KINDS[kind], None
         if own.makes is not None:
             out = self.outputs.given(values.pop("output_dir", None), own.makes)
@@ -333,7 +326,7 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits a job for the loss of a model, with or without an adapter; `with_base`: both."""
+        """Submits an evaluation, with or without an adapter; `with_base`: both."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
@@ -345,8 +338,7 @@ class Service:
     def _checked(
         self, values: Mapping[str, Any], split: str, **fill: Any
     ) -> tuple[TrainConfig, dict[str, Any]]:
-        """Returns the configuration of a job, and which of it was given. Raises InputError for what
-        can be checked before the job starts."""
+        """Returns the configuration of a job, and the given part of it. Raises InputError."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
         with about("model_dir"):
@@ -361,7 +353,7 @@ class Service:
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
-        """Requeues a job. Raises InputError if there is none."""
+        """Requeues a job. Raises InputError if it does not exist."""
         self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
@@ -392,8 +384,7 @@ class Service:
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """Checks the paths of a job that is about to run: the roots may have changed since it was
-        submitted."""
+        """Checks the paths of a job that starts: the roots may have changed since it was queued."""
         for name in JOB_PATHS:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:
@@ -409,7 +400,7 @@ class Service:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Makes an InputError inside it that names no field name this one."""
+    """Sets the field of an InputError that is raised inside it and has none."""
     try:
         yield
     except InputError as error:
@@ -418,7 +409,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Returns the bytes of main memory that this process has; None if the system does not say."""
+    """Returns the resident memory of this process in bytes; None where it is not known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""Sessions of browsers: a random id instead of the token, which can be revoked.
+"""Sessions of browsers: a cookie with a random id, which can be revoked, instead of the token.
 
-A cookie goes to every port of a host, so also to other programs on this machine. It must not be the
-token, which never changes and opens the API from anywhere.
+Browsers send a cookie to every port of a host, so also to other programs on this machine. The token
+must not be in it: it never changes, and gives access to the API from anywhere.
 """
 
 import hashlib
@@ -11,13 +11,12 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: The most sessions at once: a further one ends the oldest.
+#: The most sessions at once; another one ends the oldest.
 MOST = 1000
 
 
 class Sessions:
-    """The sessions of a server; only hashes of the ids are kept, so that a look-up takes constant
-    time."""
+    """The sessions of a server. It stores hashes of the ids, for look-ups in constant time."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()

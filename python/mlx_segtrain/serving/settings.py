@@ -9,13 +9,13 @@ from ..errors import InputError
 from ..files import cache_dir
 
 PORT = 8090
-#: Names of this machine for itself.
+#: Names of this machine that other machines cannot reach.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Raises InputError for a server that anyone could use."""
+    """The settings. Raises InputError for wrong ones, and for a server that anyone could use."""
 
     model_dir: Path | None = None
     adapter: Path | None = None
@@ -26,7 +26,7 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     downloads: bool = False  #: whether clients may download from the hub
     while_training: Literal["serve", "refuse"] = "serve"
-    prompt_cache_gb: float = 1.0  #: the most 10⁹ bytes of cached prompts
+    prompt_cache_gb: float = 1.0  #: limit of cached prompts, in 10⁹ bytes
     store: Path = field(default_factory=cache_dir)
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Settings:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders below which clients may name paths: the given ones; by default the working
-        directory and the hub's cache. Our store is always included."""
+        """The folders below which clients may name paths: the given roots (by default the working
+        directory and the hub's cache), our store, and the served model and adapter."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

@@ -1,8 +1,7 @@
-"""The demo: a small model learns to say in one line what a function of the library does."""
+"""The demo: a small model learns to describe functions of the standard library in one line."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import time
@@ -16,7 +15,8 @@ import mlx_segtrain
 from mlx_segtrain import files
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
-from mlx_segtrain.commands.terminal import Terminal, as_it_is
+from mlx_segtrain.commands.generate import shared
+from mlx_segtrain.commands.terminal import Terminal, as_it_is, width_of
 from mlx_segtrain.commands.words import command_line, duration
 from mlx_segtrain.config import load_config
 from mlx_segtrain.errors import InputError
@@ -31,11 +31,11 @@ ANSWER_TOKENS = 30  # docstrings take 12 on average
 
 
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
-    """Train SmolLM2-135M on docstrings and show it: out_dir gets docstrings/ and adapter/.
+    """Trains SmolLM2-135M on docstrings and shows the result; writes docstrings/ and adapter/.
 
-    The model is kept in files.cache_dir(). Raises InputError if out_dir holds other files, or the
-    model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training, with the
-    adapter saved.
+    The model is cached in files.cache_dir(). Raises InputError if out_dir contains other files, or
+    the model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training; the
+    adapter is saved then.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)
@@ -45,7 +45,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
             f"{out_dir} contains files that no earlier demo wrote: choose another directory"
         )
     say = console.print
-    say("model: SmolLM2-135M-Instruct, 4 bits (the first time it is downloaded, 93 MB)")
+    say("model: SmolLM2-135M-Instruct, 4 bits (the first run downloads 93 MB)")
     model_dir = smollm2_snapshot(files.cache_dir())
     rows = write_dataset(data_dir)
     say(f"data: {rows['train']:,} docstrings, and {rows['valid']} of modules held out")
@@ -91,20 +91,18 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     if on_gpu():  # on a CPU stock mlx-lm takes seconds per token
         commands.append(["python", "-m", "mlx_lm", "generate", *asked])
     for command in commands:
-        width = console.width if console.is_terminal else 10**6
-        as_it_is(console)("\n" + command_line(command, width))
+        as_it_is(console)("\n" + command_line(command, width_of(console)))
 
 
 def _held_out(valid: Path) -> list[tuple[str, str]]:
-    """Returns (question, docstring) of the first rows of valid.jsonl."""
+    """Returns the questions and docstrings of the first rows of valid.jsonl."""
     lines = valid.read_text(encoding="utf-8").splitlines()[:SHOWN]
     turns = [json.loads(line)["messages"] for line in lines]
     return [(user["content"], assistant["content"]) for user, assistant in turns]
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Returns greedy answers. The cache is reused for what a prompt shares with the previous
-    one."""
+    """Returns greedy answers; each prompt reuses the cache of what it shares with the last one."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -115,13 +113,10 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
     for question in questions:
         turns = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        # At least one token has to be left, whose logits begin the answer.
-        pairs = zip(last, ids[:-1], strict=False)
-        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        trim_prompt_cache(cache, cache[0].offset - shared)
-        text = generate(
-            model, tokenizer, ids[shared:], max_tokens=ANSWER_TOKENS, prompt_cache=cache
-        )
+        # At least one token has to be left: its logits start the answer.
+        known = shared(last, ids[:-1])
+        trim_prompt_cache(cache, cache[0].offset - known)
+        text = generate(model, tokenizer, ids[known:], max_tokens=ANSWER_TOKENS, prompt_cache=cache)
         answers.append(" ".join(text.split()))
         last = ids
     return answers

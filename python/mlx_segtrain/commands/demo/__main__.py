@@ -1,7 +1,7 @@
-"""What recipes of judged data need: `python -m mlx_segtrain.commands.demo DIR [sums]`.
+"""Prepares model and data for the recipes: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
-It prints where the demo's model is; DIR gets pairs to train on, or sums, train.jsonl and
-valid.jsonl.
+It writes train.jsonl and valid.jsonl with preference pairs, or sums, to DIR, and prints the folder
+of the demo's model.
 """
 
 import sys

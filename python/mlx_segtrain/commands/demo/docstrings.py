@@ -1,7 +1,7 @@
 """A small data set that every machine has: the docstrings of Python's standard library.
 
-The sources are parsed, not imported, so that no module acts (opens a window, starts a thread,
-prints) and the rows depend on nothing but the version of Python.
+The sources are parsed, not imported, so that no module has side effects (a window, a thread, a
+printed line), and the rows depend only on the version of Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from mlx_segtrain import files
 from mlx_segtrain.errors import InputError
 
-# Tests, demos, generated tables and vendored copies, whose docstrings tell nothing of an interface.
+# Tests, demos, generated tables and vendored copies: their docstrings describe no interface.
 SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this"}
 SKIPPED |= {"turtle", "turtledemo"}
 
@@ -33,20 +33,17 @@ Row = dict[str, Any]
 
 
 def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Write train.jsonl and valid.jsonl (`messages` rows) and return the number of rows of each.
+    """Writes train.jsonl and valid.jsonl (`messages` rows); returns the number of rows of each.
 
-    No top-level module has rows in both files. The rows depend on the version of Python and on
-    `seed` (which modules are held out, and the order). Raises InputError if the library has no
-    sources.
+    No top-level module has rows in both files. The rows depend on the version of Python; `seed`
+    sets their order and the held-out modules. Raises InputError if the library has no sources.
     """
     return _write(out_dir, _split(seed))
 
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Write the same rows as pairs: the summary is chosen; the next three rows' are rejected.
-
-    So what is rejected is long and wrong. A user's question is the prompt.
-    """
+    """Writes the same rows as pairs: the question is the prompt, the summary is chosen, and the
+    summaries of the next three rows, which are long and wrong, are rejected."""
 
     def pairs(rows: list[Row]) -> list[Row]:
         turns = [row["messages"] for row in rows]
@@ -90,8 +87,7 @@ def _held_out(top: str, seed: int) -> bool:
 
 
 def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
-    """Returns (module, row) for each public definition, ordered by name, without repeated
-    summaries."""
+    """Yields (module, row) for each public definition, by name, without repeated summaries."""
     seen: set[str] = set()
     for module, path in _modules(stdlib):
         with warnings.catch_warnings():
@@ -140,7 +136,7 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Returns the parameters as the source has them; those of __init__ for a class that has one."""
+    """Returns the parameters as in the source; for a class, those of its __init__ if it has one."""
     if isinstance(node, ast.ClassDef):
         functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
         init = next((child for child in functions if child.name == "__init__"), None)
@@ -152,10 +148,8 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 
 def summary_line(docstring: str, name: str) -> str | None:
-    """The first sentence of a docstring on one line; None if it is no sentence about `name`.
-
-    Left out are fewer than 3 or more than 40 words, signatures and sentences that end in a colon.
-    """
+    """Returns the first sentence of a docstring on one line; None if it does not describe `name`:
+    a signature, fewer than 3 or more than 40 words, or a sentence that ends in a colon."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])(?<!\.\.)(?<!\.\w\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
     echo = re.match(r"([\w.]+) ?[(:=-]", sentence)

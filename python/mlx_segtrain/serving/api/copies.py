@@ -1,5 +1,4 @@
-"""A run's configuration as a command, a YAML file and a Python program; and a YAML file as a
-configuration."""
+"""Writes a run's configuration as a command, a YAML file or a Python program, and reads YAML."""
 
 import json
 import math
@@ -13,11 +12,11 @@ import yaml
 from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
 from ...errors import InputError
 
-#: Settings that a file may omit, because the form has them.
+#: Values for required settings, which a file may omit because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
-#: Tokens around a list or a mapping in brackets, whose time grows with the square of their depth;
-#: and the most of them in one another.
+#: Tokens around a list or a mapping in brackets, and the deepest nesting: the time to parse them
+#: grows with the square of the depth.
 OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 DEEP = 100
@@ -50,20 +49,21 @@ def as_python(values: Mapping[str, Any]) -> str:
 
 
 def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
-    """Returns the known settings in a file for `train --config`, and what is wrong with any of its
-    lines. Raises InputError if it is not such a file."""
+    """Returns the known settings in a file for `train --config`, and all faults in it. Raises
+    InputError if it cannot be read at all."""
     _check_references(text)
     given, _ = parse_yaml(text, "the file")
     fields = TrainConfig.model_fields
-    if len(given) > 2 * len(fields):  # the loop below takes one round for each fault
+    if len(given) > 2 * len(fields):  # the loop below runs once per fault
         raise InputError(f"the file has {len(given)} settings, but only {len(fields)} exist.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
-    why = {
-        name: f"{name} is not allowed here: {REFUSED[name]}." for name in known if name in REFUSED
-    }
-    faults = [InputError(said, field=name) for name, said in why.items()]
-    known = {name: value for name, value in known.items() if name not in why}
-    left = {name: value for name, value in given.items() if name not in why}
+    faults = [
+        InputError(f"{name} is not allowed here: {REFUSED[name]}.", field=name)
+        for name in known
+        if name in REFUSED
+    ]
+    known = {name: value for name, value in known.items() if name not in REFUSED}
+    left = {name: value for name, value in given.items() if name not in REFUSED}
     while True:  # each fault hides the ones after it
         try:
             load_config(None, left, REQUIRED)
@@ -76,10 +76,10 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
 
 
 def _check_references(text: str) -> None:
-    """Raises InputError for a YAML text with anchors, aliases or merge keys: reading it, or
-    answering with its values, would expand them, perhaps to gigabytes."""
+    """Raises InputError for YAML with anchors, aliases or merge keys, which might expand to
+    gigabytes, or with deep nesting."""
     depth = 0
-    with suppress(yaml.YAMLError):  # parse_yaml says what is wrong
+    with suppress(yaml.YAMLError):  # parse_yaml reports it
         for own in yaml.scan(text):
             merges = isinstance(own, yaml.ScalarToken) and own.plain and own.value == "<<"
             if merges or isinstance(own, yaml.AnchorToken | yaml.AliasToken):
@@ -93,17 +93,13 @@ def _check_references(text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a YAML value as JSON can have it: dates, bytes and infinity become text."""
+    """Returns a YAML value as a JSON value: dates, bytes and infinity become text."""
     if isinstance(value, dict):
         return {str(key): _plain(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_plain(own) for own in value]
     if isinstance(value, int) and abs(value) >= 1 << 63:
-        return hex(value)  # of many digits, in decimal, Python makes none
-    if value is None or isinstance(value, str | int) or math.isfinite(_number(value)):
+        return hex(value)  # Python writes no integer of more than 4300 digits in decimal
+    if value is None or isinstance(value, str | int):
         return value
-    return str(value)
-
-
-def _number(value: Any) -> float:
-    return value if isinstance(value, float) else math.nan
+    return value if isinstance(value, float) and math.isfinite(value) else str(value)

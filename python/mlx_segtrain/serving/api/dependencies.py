@@ -1,4 +1,4 @@
-"""What routes get from the application."""
+"""The service, as a dependency of routes."""
 
 from typing import Annotated
 

@@ -1,5 +1,4 @@
-"""Says what is wrong with a request: one sentence, in the form that the clients of its path
-expect."""
+"""Turns errors into answers: one sentence, in the format that clients of the path expect."""
 
 import json
 import reprlib
@@ -16,19 +15,19 @@ from starlette.routing import Match, Mount
 from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
-#: Seconds after which a client may retry, by status: for /v1, and for other paths.
+#: The retry-after header (seconds) by status, for /v1 and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
-#: Fields whose values are not repeated in answers.
+#: Fields whose values must not appear in answers.
 SECRET = ("token",)
-#: The beginning of many of pydantic's messages.
+#: The start of many messages from pydantic.
 SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """Returns a sentence about the first fault, with its field, the value and what is allowed.
+    """Returns a sentence about one fault, and its field, the value and the allowed values.
 
-    Unknown fields go first: one of them is often why another one is missing.
+    Unknown fields take precedence: a misspelled field is often why another one is missing.
     """
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     if fault["type"] == "json_invalid":
@@ -36,14 +35,14 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
         return f"the body is not JSON: {reason} (at character {fault['loc'][-1]}).", {}
     where = place(fault, body)
     if not where:
-        said = fault["msg"].removeprefix("Value error, ")
+        problem = fault["msg"].removeprefix("Value error, ")
         if fault["type"].endswith("_type"):
-            said = "it is not a JSON object (content-type: application/json)"
-        return f"the body cannot be used: {said}.", {}
+            problem = "it is not a JSON object (content-type: application/json)"
+        return f"the body cannot be used: {problem}.", {}
     if where[0] in TrainConfig.model_fields and fault["type"] not in ("missing", "extra_forbidden"):
-        value, said = _plain(fault["input"]), allowed(where[0], fault["input"])
-        more = {"field": where[0], "value": value, "allowed": said}
-        return f"{where[0]} must be {said}; got {value!r}.", more
+        value, values = _plain(fault["input"]), allowed(where[0], fault["input"])
+        more = {"field": where[0], "value": value, "allowed": values}
+        return f"{where[0]} must be {values}; got {value!r}.", more
     own, where = _within(faults, where, body)
     fault, field = own[0], ".".join(where)
     value = None if field in SECRET else _plain(fault["input"])
@@ -52,15 +51,14 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
     if fault["type"] == "extra_forbidden":
         hint = meant(field, list(TrainConfig.model_fields))
         return f"unknown field {field}.{hint}", {"field": field, "value": value}
-    said = _either([fault["msg"] for fault in own])
-    return f"{field}: {said}.", {"field": field, "value": value, "allowed": said}
+    problem = _either([fault["msg"] for fault in own])
+    return f"{field}: {problem}.", {"field": field, "value": value, "allowed": problem}
 
 
 def _within(
     faults: Sequence[Any], where: tuple[str, ...], body: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """Returns the faults of a field, and their place; for a union, those of the member that matches
-    best."""
+    """Returns the faults of a field, and their place; in a union, those of the closest member."""
     found = [(place(fault, body), fault) for fault in faults]
     found = [pair for pair in found if pair[0][: len(where)] == where]
     deepest = max((at for at, _ in found), key=len)
@@ -68,16 +66,15 @@ def _within(
 
 
 def _either(messages: Sequence[str]) -> str:
-    """Describes a union's alternatives, by one message of each."""
-    said = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
-    if len(said) > 1 and all(words.startswith(SHOULD_BE) for words in said):
-        return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in said)
-    return ", or ".join(said)
+    """Joins the messages about the members of a union."""
+    found = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
+    if len(found) > 1 and all(words.startswith(SHOULD_BE) for words in found):
+        return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in found)
+    return ", or ".join(found)
 
 
 def place(fault: Any, body: Any) -> tuple[str, ...]:
-    """Returns where in the body a fault is; pydantic's own location also names the members of
-    unions."""
+    """Returns the place of a fault in the body: pydantic's `loc` without members of unions."""
     start, *parts = fault["loc"]
     if start != "body":  # in a query, a header or a path
         return tuple(map(_name, parts))
@@ -93,12 +90,12 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns a client's name of a field, or a number in a list."""
+    """Returns the name of a field, which a client may have chosen, or an index."""
     return str(part) if isinstance(part, int) else word(part)
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value in a form that an answer may repeat."""
+    """Returns a value in a form that is short enough for an answer."""
     if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
         return value
     if isinstance(value, int) and abs(value) < 1 << 64:
@@ -111,7 +108,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Answers every error with one sentence. Our own errors carry their status."""
+    """Adds handlers that answer every error with one sentence. Our own errors have a status."""
 
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
@@ -146,12 +143,12 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:
-        # Starlette's server logs the traceback; a client has no use for it.
+        # Starlette logs the traceback.
         return error_answer(request, 500, "the server failed to answer this request: see its log.")
 
 
 def _methods(request: Request) -> list[str]:
-    """Returns the methods of the routes with the request's path: several routes may share one."""
+    """Returns the methods of all routes with the request's path."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = [
         {**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
@@ -162,23 +159,23 @@ def _methods(request: Request) -> list[str]:
 def error_answer(
     request: Request, status: int, message: str, code: str | None = None, **more: Any
 ) -> Response:
-    """Returns the answer for an error, and after how many seconds a client may retry."""
+    """Returns the answer for an error, with a retry-after header if a retry may succeed."""
     path = request.url.path
     retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
     headers = {"retry-after": str(retry[status])} if status in retry else None
-    # In ASCII: what a client sent may not be text (a lone surrogate), and is repeated.
+    # In ASCII: the message may repeat a lone surrogate, which cannot be encoded.
     content = json.dumps({**error_body(path, message, status, code), **more})
     return Response(content, status, headers, "application/json")
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns an error as the clients of /v1 (OpenAI's) or of other paths expect it."""
+    """Returns an error in the format of the path: OpenAI's for /v1, ours for others."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)
     return {"ok": False, "error": message}
 
 
 def openai_error(status: int, message: str, code: str | None = None) -> dict[str, Any]:
-    """Returns an error as OpenAI's clients expect it."""
+    """Returns an error in OpenAI's format."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "code": code}}

@@ -15,7 +15,7 @@ from ..catalog import DataFolder, Model, Unreadable
 from ..jobs.row import Row
 from ..service import Device
 
-#: Columns of a job that only the server uses.
+#: Columns of a job that clients do not see.
 INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
 
 
@@ -24,7 +24,7 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """A problem, in one sentence; for a field its name, the value and what is allowed."""
+    """An error in one sentence; for a field also its name, the value and the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -38,39 +38,37 @@ class Closed(BaseModel, extra="forbid"):
 
 
 def _fields(names: Iterable[str]) -> type[BaseModel]:
-    """Returns fields of a run as declared in TrainConfig."""
+    """Returns a request with these fields of TrainConfig."""
     known = TrainConfig.model_fields
     own: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in names}
     return create_model("RunFields", __base__=Closed, **own)
 
 
 def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
-    """Returns a dataclass as an answer: all of its fields, except some internal ones."""
+    """Returns an answer with the fields of a dataclass, except those in `but`."""
     own: dict[str, Any] = {x.name: (x.type, ...) for x in fields(record) if x.name not in but}
     return create_model(record.__name__, **own)
 
 
 class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
-    """A training run, see docs/configuration.md; adapter_path is chosen if it is missing.
-
-    Combinations of values are checked as on the command line.
-    """
+    """A training run (docs/configuration.md), checked as on the command line. Without adapter_path,
+    the server chooses a folder."""
 
     adapter_path: str | None = None
 
 
 class PlanRequest(FinetuneSubmit):
-    """A training run whose data may be omitted: memory does not depend on it."""
+    """A training run; data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
 
 
 class EvaluateRequest(FinetuneSubmit):
-    """A model, its data, and what a loss depends on; without adapter_path, the base model."""
+    """A model, data, and settings that affect the loss; without adapter_path, the base model."""
 
     split: Literal["valid", "train"] = "valid"
     with_base: bool = Field(
-        False, description="Also compute the base model's loss, `base` in the result."
+        False, description="Also evaluate the base model (`base` in the result)."
     )
 
 
@@ -79,7 +77,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
     title: str = Field(description="The kind, in words.")
     name: str = Field(description="Its label, or a short description of its inputs.")
-    trains: bool = Field(description="Whether it is a run that can be resumed from its checkpoint.")
+    trains: bool = Field(description="Whether it is a training run, which has checkpoints.")
     computes: bool = Field(description="Whether it waits for the accelerator.")
     cancelling: bool = Field(description="Whether it has been cancelled and has not ended yet.")
     loss_unit: str | None = Field(
@@ -96,7 +94,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """Notes of people about a job; omitted fields are unchanged."""
+    """Name, note and tags of a job; omitted fields are unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -118,7 +116,7 @@ class JobsAnswer(Answer):
 
 
 class Submitted(Answer):
-    """Both spellings of the job's id are in use."""
+    """The id of a new job, in two spellings."""
 
     job_id: str
     jobId: str
@@ -130,7 +128,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """Merges two adapters into one; or an adapter into its base model's weights, which is a job."""
+    """Two adapters to merge into one, or an adapter to merge into its base model."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -177,7 +175,7 @@ class Copies(Answer):
 
 
 class Settings(Closed):
-    """A YAML file with settings of a run, as `train --config` takes it."""
+    """A YAML file for `train --config`."""
 
     yaml: Annotated[str, Field(max_length=1 << 16)]
 
@@ -188,15 +186,15 @@ class Fault(BaseModel):
 
 
 class ReadSettings(Answer):
-    """The settings of a file that this version knows, and what is wrong with it."""
+    """The known settings of a file, and its faults."""
 
     values: dict[str, Any]
     faults: list[Fault]
 
 
 class Uploaded(Answer):
-    path: str = Field(description="The folder: a data_dir, or an adapter_path.")
-    size_bytes: int = Field(description="Bytes of the file.")
+    path: str = Field(description="The folder, for data_dir or adapter_path.")
+    size_bytes: int = Field(description="The size of the file.")
 
 
 class Export(Closed):
@@ -213,7 +211,7 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """Pushes a folder, or what a job wrote, to a repository on the Hugging Face hub."""
+    """A folder, or the output of a job, to upload to a repository on the Hugging Face hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -227,7 +225,7 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """Downloads a model or a data set from the Hugging Face hub into its cache on this machine."""
+    """A model or a data set on the Hugging Face hub to download into this machine's cache."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
@@ -263,10 +261,7 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run: its defaults as people write them.
-
-    It changes what `affects` names, and has an effect only with `methods`, if there are any.
-    """
+    """A field of a run. `affects` names what it changes; `methods` with an effect, all if empty."""
 
     name: str
     title: str
@@ -277,7 +272,7 @@ class FieldRow(BaseModel):
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="Whether it is a list of texts, not of names.")
+    texts: bool = Field(description="Whether it is a list of texts instead of names.")
     allowed: str
     choices: list[str]
     is_list: bool
@@ -291,7 +286,7 @@ class Defaults(Answer):
 
 
 class ModelsAnswer(Answer):
-    """Models, and folders that look like models and cannot be read."""
+    """Models, and folders that look like models but cannot be read."""
 
     models: list[Model]
     faults: list[Unreadable]
@@ -333,11 +328,11 @@ class Served(Answer):
 class DeviceRow(_answer(Device)):
     """The device that jobs compute on."""
 
-    free_bytes: int = Field(description="Memory that a run starting now may take.")
+    free_bytes: int = Field(description="Memory that a run could take now.")
 
 
 class State(Answer):
-    """The state that the page always shows."""
+    """The state of the server."""
 
     served: Served | None
     waits: bool = Field(description="Whether answers wait for a job that computes.")
@@ -351,8 +346,7 @@ class State(Answer):
 
 
 def schema() -> Defaults:
-    """Returns every field of a run that the server accepts, as the page and the command line show
-    it."""
+    """Returns all fields of a run that the server accepts, for the page's form."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 

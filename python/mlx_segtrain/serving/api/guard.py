@@ -1,6 +1,6 @@
-"""Decides who may send requests: Host, Origin, token, size and rate of bodies.
+"""Checks requests: Host, Origin, token, and the size and rate of bodies.
 
-A refusal is one sentence, and a line in the server's log.
+A refused request is answered with one sentence, and logged.
 """
 
 import asyncio
@@ -23,32 +23,32 @@ from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Most bytes of a body: a prompt of a million tokens has about 4 MB.
+#: The most bytes of a body: a prompt of a million tokens has about 4 MB.
 MOST_BYTES = 8 << 20
-#: For this path less: a token.
+#: Lower limits by path: a token is short.
 SMALL_BODIES = {"/login": 4096}
-#: Most bytes of all requests' bodies in memory, beyond what each may always have.
+#: The most bytes of all bodies in memory, not counting the first FREE bytes of each.
 MOST_HELD, FREE = 32 << 20, 1 << 16
-#: Seconds in which the next part of a body must come, and a body as a whole.
+#: The most seconds for the next part of a body, and for a whole body.
 PART_S, BODY_S = 10.0, 60.0
-#: Bodies that are written to disk as they come (transfers.py), and are never in memory.
+#: Paths whose bodies are written to disk as they arrive (transfers.py), and not kept in memory.
 UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
 UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
-#: Seconds for the rest of a body that is refused.
+#: The most seconds for reading the rest of a refused body.
 DRAIN_S = 2.0
-#: Seconds that the answer to a wrong token takes, and how many of these wait at once. Further ones
-#: are refused at once with another answer: a client with the right token never waits for them.
+#: Seconds after which a wrong token is answered, and the most answers that wait at once. Further
+#: ones are refused immediately. Requests with the right token never wait.
 WRONG_S, MOST_WRONG = 1.0, 16
-#: Statuses of answers that are also logged.
+#: Statuses of answers that are logged.
 REFUSALS = (400, 401, 403, 422, 429)
-#: Seconds after which a client that reads nothing of a stream is disconnected.
+#: Seconds after which a client that does not read its stream is disconnected.
 PATIENCE_S = 30
-#: The cookie in which a browser keeps the id of its session.
+#: The cookie with the id of a browser's session.
 COOKIE = "mlx-segtrain-session"
 OWN_COOKIE = re.compile(rb'(?:^|;)\s*mlx-segtrain-session="?([\w-]{1,100})"?(?=\s*(?:;|$))')
-#: A name, or an IPv6 address in brackets, and a port.
+#: A name, or an IPv6 address in brackets, with or without a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
-#: What a browser requests before it has a session.
+#: Paths that need no token.
 OPEN = ("/login", "/login.css", "/healthz", "/favicon.ico")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -57,7 +57,7 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # Scripts and styles are our own files; nothing is loaded from or sent to other hosts.
+        # Only our own scripts and styles; no connections to other hosts.
         b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
         b"font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; "
         b"object-src 'none'; frame-ancestors 'none'",
@@ -67,7 +67,7 @@ HEADERS = (
 
 
 class Refused(Exception):
-    """A refused request: status, and the reason in one sentence."""
+    """The request is refused with a status, and a reason in one sentence."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -75,8 +75,7 @@ class Refused(Exception):
 
 
 class Guard:
-    """The outermost layer of the app: what it lets through is from an allowed origin, authorized,
-    and not too large."""
+    """The outermost layer: refuses requests from other origins, without a token, or too large."""
 
     def __init__(
         self,
@@ -115,7 +114,7 @@ class Guard:
         async def send_on(message: Message) -> None:
             nonlocal started
             if body.refused is not None and not started:
-                return  # the app's reaction to a body that broke off
+                return  # the app's answer to an incomplete body
             if message["type"] == "http.response.start":
                 started = True
                 if refused is None and message["status"] in REFUSALS:
@@ -134,7 +133,7 @@ class Guard:
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # session ids are too long to guess
+                if b"authorization" in headers:  # a session id is too long to be guessed
                     await self.slow_down()
                 raise
             if self.token is not None:
@@ -162,8 +161,7 @@ class Guard:
         raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Checks the origin: a page elsewhere can make a browser send requests, and the browser
-        then names the page."""
+        """Refuses requests that a browser sends for a page of another site."""
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         host = headers[b"host"].decode("latin-1").lower()
         if origin and origin not in (f"http://{host}", f"https://{host}"):
@@ -184,12 +182,11 @@ class Guard:
         raise Refused(401, "this server requires a token: send Authorization: Bearer TOKEN.")
 
     def is_token(self, given: bytes) -> bool:
-        """Compares in constant time, in UTF-8."""
+        """Returns whether this is the token, in UTF-8; takes constant time."""
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """Delays the answer to a wrong token; raises Refused if too many wait. The right token is
-        never delayed, and a guess takes a second per connection."""
+        """Delays the answer to a wrong token, against guessing; Refused if too many wait."""
         if self.guesses.locked():
             raise Refused(429, "too many requests with a wrong token: try again later.")
         async with self.guesses:
@@ -197,14 +194,13 @@ class Guard:
 
 
 class Held:
-    """Counts bytes of bodies in memory."""
+    """The number of bytes of bodies in memory."""
 
     bytes = 0
 
 
 class _Body:
-    """The body of a request, counted and timed. After a refusal the client counts as
-    disconnected."""
+    """The body of a request, with limits of size and time. After a refusal, reading it ends."""
 
     def __init__(
         self,
@@ -217,7 +213,7 @@ class _Body:
     ):
         self.inner, self.size, self.ended = receive, 0, False
         self.seconds, self.streamed = seconds or BODY_S, streamed
-        self.comes = True  #: more of it
+        self.comes = True  #: whether more of it is expected
         self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
         self.refused: Refused | None = None
@@ -247,8 +243,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads the rest and drops it: otherwise a client that still sends would get a reset
-        connection instead of an answer."""
+        """Reads and drops the rest: otherwise a client that still sends would get no answer."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):
@@ -283,20 +278,16 @@ def _is_address(name: str) -> bool:
 
 
 def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Returns our cookie in the headers of a request.
-
-    Other cookies belong to other programs on this machine, and a quoted one can take Python minutes
-    to parse (CVE-2024-7592).
-    """
+    """Returns our cookie. Others belong to other programs on this machine, and are not parsed: that
+    could take minutes (CVE-2024-7592)."""
     text = b";".join(value for name, value in headers if name.lower() == b"cookie")
     found = OWN_COOKIE.findall(text)
     return found[-1] if found else b""
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
-    """Answers in the format of the path; redirects a browser without a session to the login
-    page."""
-    more = {"connection": "close"}  # whatever else comes of the body
+    """Returns the answer in the format of the path; a redirect to /login for a browser."""
+    more = {"connection": "close"}  # the client may still send the body
     if refused.status == 401:
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
             return RedirectResponse("/login", 303)
@@ -307,8 +298,7 @@ def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Resp
 
 def _log(scope: Scope, status: int, reason: str) -> None:
     client = (scope.get("client") or ("?",))[0]
-    # repr, because a path may hold control characters for a terminal. No query, because it may hold
-    # a secret.
+    # The path as its repr, since it may contain control characters; no query: it may be a secret.
     logger.warning(
         "refused (%d) %.20s %.200r from %.60s: %.300s",
         *(status, scope["method"], scope["path"], client, reason),

@@ -1,4 +1,4 @@
-"""/v1: chat, completions, models and adapters, in the formats of OpenAI's clients."""
+"""/v1: chat, completions, models and adapters, in OpenAI's formats."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
 
 
 class Unserved(InputError):
-    """The requested thing does not exist (yet); `code` tells clients what is missing."""
+    """A model, or the engine, is not available; `code` names the reason for clients."""
 
     def __init__(self, message: str, status: int, code: str):
         super().__init__(message, status=status)
@@ -34,9 +34,8 @@ class Unserved(InputError):
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the errors for the API's schema. With 4XX FastAPI adds no 422, which this API never
-    returns."""
-    said = {
+    """Returns the errors for the API's schema. Because of 4XX, FastAPI does not add 422."""
+    descriptions = {
         400: "a field that cannot be used, named in the message",
         403: "a path outside of the folders that the server may use",
         404: "the model or adapter does not exist",
@@ -46,11 +45,11 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         503: "no model is loaded, the server is set to wait for a training job, or memory is short",
         "4XX": "a refused request: not allowed, not found, or not valid",
     }
-    return {s: {"model": forms.Error, "description": said[s]} for s in (*statuses, "4XX")}
+    return {x: {"model": forms.Error, "description": descriptions[x]} for x in (*statuses, "4XX")}
 
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: Formats of an answer to a request for text.
+#: The answers to a request for text.
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, chunks as server-sent events up to [DONE].",
@@ -62,11 +61,8 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 def _base(service: Service) -> Base:
     if service.engine.base is None:
-        message = (
-            "no model is loaded: start the server as `mlx-segtrain serve MODEL`, or load one "
-            "on its page."
-        )
-        raise Unserved(message, 503, "no_model")
+        how = "start the server as `mlx-segtrain serve MODEL`, or load one on its page"
+        raise Unserved(f"no model is loaded: {how}.", 503, "no_model")
     return service.engine.base
 
 
@@ -95,7 +91,7 @@ async def _selected(service: Service, base: Base, body: Generate) -> Selected:
 
 
 async def _by_path(service: Service, field: str, text: str) -> str:
-    """Returns the id of a mounted adapter by its folder."""
+    """Returns the id of the adapter that is mounted from a folder."""
     path = await asyncio.to_thread(service.roots.resolve, text)
     for mounted in service.engine.adapters.values():
         if mounted.path == path:
@@ -106,7 +102,7 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Starts to answer a request. Raises InputError if it cannot be answered, and Busy."""
+    """Starts to answer a request. Raises InputError if that is not possible, or Busy."""
     base = _base(service)
     if service.waits:
         raise Unserved("this server waits for a training job: try again later.", 503, "training")
@@ -115,17 +111,17 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         body.check()
         chosen = await _selected(service, base, body)
         answers = await Answers.begin(service.engine, chosen, body, id)
-    except RecursionError:  # what can be parsed cannot always be serialized
+    except RecursionError:  # a value that can be parsed cannot always be serialized
         raise InputError("the request is nested too deeply: send flatter values.") from None
-    if isinstance(request, Json):  # it may wait for long, and then the answer takes long
+    if isinstance(request, Json):  # it may wait long, and the answer may take long
         request.let_go()
         body.let_go()
     return answers, chosen
 
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
-    """Returns the usage. The number of cached tokens reveals others' prompts, so it needs the
-    token."""
+    """Returns the usage. Only with a token it contains the number of cached tokens, which reveals
+    prompts of other clients."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,
@@ -152,7 +148,7 @@ async def _answer(service: Service, request: Request, body: Generate) -> Any:
         return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S)
     found = await answers.whole(request)
     if found is None:
-        return error_answer(request, 499, "the client has gone.")
+        return error_answer(request, 499, "the client has disconnected.")
     choice = _chat_choice if chat else _text_choice
     choices = [choice(answers, body, whole) for whole in found]
     return {**head, "choices": choices, "usage": usage(request, answers)}
@@ -166,24 +162,23 @@ def _chat_choice(answers: Answers, body: Generate, whole: Delta) -> dict[str, An
         message["reasoning_content"] = whole.reasoning
     if calls:
         message["tool_calls"] = calls
-    told = None if body.top is None else answers.chat_logprobs(whole.told)
-    return _choice(whole, {"message": message}, told)
+    logprobs = None if body.top is None else answers.chat_logprobs(whole.told)
+    return _choice(whole, {"message": message}, logprobs)
 
 
 def _text_choice(answers: Answers, body: Generate, whole: Delta) -> dict[str, Any]:
-    told = None if body.top is None else answers.text_logprobs(whole.index, whole.told)
-    return _choice(whole, {"text": whole.content}, told)
+    logprobs = None if body.top is None else answers.text_logprobs(whole.index, whole.told)
+    return _choice(whole, {"text": whole.content}, logprobs)
 
 
-def _choice(delta: Delta, own: dict[str, Any], told: Any = None) -> dict[str, Any]:
-    return {"index": delta.index, **own, "logprobs": told, "finish_reason": delta.finish}
+def _choice(delta: Delta, own: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:
+    return {"index": delta.index, **own, "logprobs": logprobs, "finish_reason": delta.finish}
 
 
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """Yields a chunk for each answer's role in a chat, one for each piece, and one for the usage if
-    requested."""
+    """Yields chunks: in a chat the role of each answer, then pieces, then the requested usage."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 
@@ -192,11 +187,11 @@ async def _events(
         return {"data": json.dumps({**head, "choices": choices, **more})}
 
     def chunks(delta: Delta) -> Iterator[dict[str, str]]:
-        told, wanted = None, body.top is not None and delta.told
+        logprobs, wanted = None, body.top is not None and delta.told
         if not chat:
             if wanted:
-                told = answers.text_logprobs(delta.index, delta.told)
-            yield event([_choice(delta, {"text": delta.content}, told)])
+                logprobs = answers.text_logprobs(delta.index, delta.told)
+            yield event([_choice(delta, {"text": delta.content}, logprobs)])
             return
         more: dict[str, Any] = {}
         if delta.reasoning:
@@ -206,8 +201,8 @@ async def _events(
         if delta.calls:
             more["tool_calls"] = delta.calls
         if more or wanted:
-            told = answers.chat_logprobs(delta.told) if wanted else None
-            yield event([_choice(replace(delta, finish=None), {"delta": more}, told)])
+            logprobs = answers.chat_logprobs(delta.told) if wanted else None
+            yield event([_choice(replace(delta, finish=None), {"delta": more}, logprobs)])
         if delta.finish:
             yield event([_choice(delta, {"delta": {}})])
 

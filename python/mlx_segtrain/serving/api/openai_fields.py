@@ -1,8 +1,8 @@
 """Fields of other servers' requests that this server does not implement.
 
-A field that would have an effect elsewhere is refused by name, because an answer that silently
-ignores it would be wrong. Null means the same as omitting a field; so do the values in these
-tables. Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and mlx_lm.server.
+They are refused by name, because an answer that ignores them would be wrong. Null, and the values
+in these tables, mean the same as omitting a field. Sources: OpenAI's API reference, and the request
+classes of vLLM, SGLang and mlx_lm.server.
 """
 
 import json
@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from ...config import nearest
 from ...errors import InputError, word
 
-#: Values of a field, besides null, that mean the same as omitting it. None: all of them.
+#: The values of a field, besides null, that mean the same as omitting it. None: all values.
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
-#: Switches that are off, and lists that are empty.
+#: Fields that may be false, and fields that may be empty lists.
 OFF = (
     *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
@@ -30,7 +30,7 @@ OFF = (
 )
 EMPTY = ("functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
 
-#: For chats and completions. A field that is not here has no such value.
+#: Fields of chats and completions.
 IN_BOTH: Neutral = {
     **dict.fromkeys(OFF, (False,)),
     **dict.fromkeys(EMPTY, ([],)),
@@ -58,7 +58,7 @@ IN_BOTH: Neutral = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
     "role_mapping": ({},),
-    # Where the answer ends, and what of it is shown
+    # Where the answer ends, and which tokens are shown
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -77,33 +77,34 @@ IN_COMPLETION: Neutral = {
     "parallel_tool_calls": (True, False),
     "top_logprobs": (0, -1),
 }
-#: Of a chat's message.
+#: Fields of a chat's message.
 IN_MESSAGE: Neutral = {
     "name": ANYTHING,
     "cache_control": ANYTHING,
     "annotations": ([],),
     "reasoning": ("",),
 }
-#: For a part of a message's content: hints to caches.
+#: Fields of a part of a message's content: hints to caches.
 IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}
-#: For stream_options.
+#: Fields of stream_options.
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
 
 class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
-    """A request; unknown fields are kept, to be refused by name."""
+    """A request that keeps unknown fields, so that they can be refused by name."""
 
     neutral: ClassVar[Neutral] = {}
 
     def refuse_extra(self, where: str = "") -> None:
-        """Raises InputError if an unknown field is set that may change an answer."""
+        """Raises InputError for an unknown field with a value that may change an answer."""
         for name, value in (self.model_extra or {}).items():
             harmless = self.neutral.get(name, ())
             if value is None or harmless is None or any(_same(value, x) for x in harmless):
                 continue
             ways = " or ".join(["leave it out", *(f"pass {json.dumps(x)}" for x in harmless)])
-            known = list(type(self).model_fields)  # one of which may have been meant
-            hint = "" if name in self.neutral else nearest(name[:100], known)
+            hint = ""
+            if name not in self.neutral:
+                hint = nearest(name[:100], list(type(self).model_fields))
             raise InputError(
                 f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
                 f"{ways}.{hint}"
@@ -111,10 +112,10 @@ class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Compares as JSON: true is not 1, and 1.0 is 1."""
+    """Compares JSON values: true differs from 1, but 1.0 equals 1."""
     return value == other and isinstance(value, bool) == isinstance(other, bool)
 
 
 def _shown(value: Any) -> str:
-    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # not all of a long value
+    shown = "".join(islice(json.JSONEncoder().iterencode(value), 61))  # the value may be long
     return shown if len(shown) <= 60 else f"{shown[:60]}…"

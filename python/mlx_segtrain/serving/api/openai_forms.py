@@ -1,7 +1,6 @@
-"""Requests and answers of /v1, and the meaning of a request's fields.
+"""Requests and answers of /v1.
 
-A field has the meaning that it has for OpenAI's clients, or the request is refused by name
-(openai_fields.py).
+A field means what it means in OpenAI's API; other fields are refused by name (openai_fields.py).
 """
 
 import json
@@ -45,8 +44,8 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn. `developer` means `system` to the model; an assistant's content may be null. A `tool`
-    turn is the result of a call."""
+    """A turn of a chat. `developer` means `system`; a `tool` turn is the result of a call; the
+    content of an assistant's turn may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
@@ -73,18 +72,18 @@ class JsonSchema(Request):
     name: str | None = Field(None, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="of a schema the answer always is")
+    strict: bool | None = Field(None, description="ignored: answers always match the schema")
 
 
 class Format(Request):
-    """The format that the answer must have."""
+    """The format of the answer."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class Structure(Request):
-    """The format that the answer must have, in vLLM's spelling: one of these."""
+    """The format of the answer in vLLM's spelling: one of these fields."""
 
     json_: str | dict[str, Any] | None = Field(
         None, alias="json", description="a schema for the answer"
@@ -95,33 +94,33 @@ class Structure(Request):
     json_object: bool | None = None
 
     @property
-    def says(self) -> bool:
-        """Whether any of them is set."""
+    def is_set(self) -> bool:
+        """Whether any of the fields is set."""
         given = (self.json_, self.regex, self.choice, self.grammar)
         return bool(self.json_object) or any(own is not None for own in given)
 
 
 class StreamOptions(Request):
-    """The extra contents of a stream, besides the answer."""
+    """Additional chunks of a stream."""
 
     include_usage: bool | None = Field(None, description="a last chunk with the usage")
     neutral = IN_STREAM_OPTIONS
 
 
-#: The most biases, turns of a chat, answers to a prompt, and prompts of a request.
+#: The most biases, turns of a chat, answers to a prompt, and answers of a request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
-#: The most tokens whose log p is returned.
+#: The most alternatives to a token whose log p is returned.
 TOP = 20
 
 
 def _few(values: Any) -> Any:
-    """Limits the number of entries; pydantic would check each before it counts them."""
+    """Limits the number of entries before pydantic checks each of them."""
     if isinstance(values, Mapping) and len(values) > BIASES:
         raise ValueError(f"{len(values)} entries exceed the maximum of {BIASES}")
     return values
 
 
-#: Fields that Options has under the same name, unchanged.
+#: Fields with the same name and meaning in Options.
 SAMPLING = {
     *("temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -207,20 +206,19 @@ class Generate(Request):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Characters that have to be tokenized."""
+        """The number of characters to tokenize."""
 
     @abstractmethod
     def encode(self, chosen: Selected) -> list[list[int]]:
-        """Returns the tokens of each prompt. Raises InputError for one that cannot be tokenized."""
+        """Returns the tokens of each prompt. Raises InputError if a prompt cannot be tokenized."""
 
     @property
     @abstractmethod
     def top(self) -> int | None:
-        """The number of alternatives whose log p is requested besides the sampled token's; None:
-        not even that."""
+        """The number of alternatives whose log p is requested; None if no log p is requested."""
 
     def check(self) -> None:
-        """Raises InputError for a field that is set and would have no effect."""
+        """Raises InputError for a field that would have no effect."""
         self.refuse_extra()
         for name in ("stream_options", "response_format", "structured_outputs"):
             own: Request | None = getattr(self, name)
@@ -229,19 +227,17 @@ class Generate(Request):
 
     @property
     def is_formed(self) -> bool:
-        """Whether the answer must have a format."""
-        form = self.response_format
-        more = self.structured_outputs
-        return (form is not None and form.type != "text") or (more is not None and more.says)
+        """Whether the request sets a format for the answer."""
+        form, more = self.response_format, self.structured_outputs
+        return (form is not None and form.type != "text") or (more is not None and more.is_set)
 
     @property
     def is_guided(self) -> bool:
-        """Whether there may be a grammar, which takes long to compile."""
+        """Whether the answer may need a grammar, which takes long to compile."""
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """Returns the grammar that the answer must match; None for any text. It may take long to
-        compile."""
+        """Compiles the grammar that the answer must match, which may take long; None for none."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
         if form is not None and form.type != "text":
@@ -267,18 +263,16 @@ class Generate(Request):
             if more.json_object:
                 found.append((where, lambda: grammars.schema(where, {"type": "object"})))
         if len(found) > 1:
-            raise InputError(
-                f"{found[0][0]} and {found[1][0]} both set the answer's format: set only one of "
-                "them."
-            )
+            both = f"{found[0][0]} and {found[1][0]}"
+            raise InputError(f"{both} both set the answer's format: set only one of them.")
         return found[0][1]() if found else None
 
     def let_go(self) -> None:
-        """Frees the prompt once its tokens are known."""
+        """Frees the prompt after it has been tokenized."""
         self.response_format = self.structured_outputs = None
 
     def options(self, grammar: Grammar | None = None) -> Options:
-        """Returns how the answer's tokens are chosen, and where it ends."""
+        """Returns the options for decoding."""
         given = self.model_dump(include=SAMPLING, exclude_none=True)
         given["top_k"] = max(given.get("top_k", 0), 0)
         return Options(
@@ -294,15 +288,14 @@ class Generate(Request):
 
 
 class ChatRequest(Generate):
-    """A chat, to which the model gives the next message."""
+    """A chat; the model writes the next message."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, max_length=TURNS
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
-        description="variables of the chat template; default: those that the adapter was "
-        "trained with",
+        description="variables of the chat template; default: the values in the adapter's training",
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
@@ -328,7 +321,7 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """Returns the tools that the chat template shows to the model."""
+        """Returns the tools for the chat template."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
@@ -353,7 +346,7 @@ class ChatRequest(Generate):
 
     @property
     def _is_strict(self) -> bool:
-        """Whether calls must match a schema where the model may choose."""
+        """Whether the model may choose to call a tool, and calls must match a schema."""
         return self.calls == "auto" and any(tool.function.strict for tool in self.tools or ())
 
     @property
@@ -424,7 +417,7 @@ class CompletionRequest(Generate):
 
 
 class MountRequest(BaseModel, strict=True, extra="forbid"):
-    """The folder of an adapter, and the name under which requests may use it."""
+    """The folder of an adapter, and the name for requests that use it."""
 
     id: str
     path: str
@@ -452,13 +445,13 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens; the end of the sequence counts."""
+    """Numbers of tokens; the end-of-sequence token counts."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no token: it would reveal prompts of other clients"
+        description="null if the server has no token: they would reveal prompts of other clients"
     )
     completion_tokens_details: CompletionTokensDetails
 
@@ -482,8 +475,8 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """For all tokens of the answer, including reasoning and calls, as the model itself gives them:
-    the effects of options and of a grammar are not included."""
+    """Log probabilities of all tokens of the answer, including reasoning and calls, before sampling
+    options and a grammar are applied."""
 
     content: list[TokenLogprob]
     refusal: None = None
@@ -594,8 +587,7 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns the turns as chat templates take them. Raises InputError for content that is not
-    text."""
+    """Returns the turns for a chat template. Raises InputError for content that is not text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
@@ -614,8 +606,8 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             content = "".join(part.text or "" for part in content)
         role = "system" if message.role == "developer" else message.role
         turn: dict[str, Any] = {"role": role, "content": content or ""}
-        for name, own in (("tool_calls", "assistant"), ("reasoning_content", "assistant")):
-            if getattr(message, name) and role != own:
+        for name in ("tool_calls", "reasoning_content"):
+            if getattr(message, name) and role != "assistant":
                 raise InputError(f"{where}.{name} is only allowed in assistant messages.")
         if message.tool_calls:
             turn["tool_calls"] = tools_of.turn_calls(message.tool_calls, f"{where}.tool_calls")
@@ -630,7 +622,7 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def names_base(base: Base, model: str | None) -> bool:
-    """Returns whether a request's model is the base model."""
+    """Returns whether a request's `model` is the base model."""
     if model is None or model == str(base.path):
         return True
     return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's newer format of a chat, for text and tools; nothing is stored."""
+"""/v1/responses: OpenAI's newer format for chats, with text and tools; nothing is stored."""
 
 import json
 import time
@@ -23,7 +23,7 @@ from .openai_fields import Request as Fields
 from .openai_forms import TOP, TURNS, ChatRequest, JsonSchema
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: Each event of a stream has its type, which its JSON repeats.
+#: The schema of a stream's events; `data` is JSON, which repeats the type.
 EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     **ANSWERS,
@@ -33,7 +33,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
-#: Fields, and values of them, that change nothing here.
+#: Fields that may have these values, which have no effect.
 IN_RESPONSE: Neutral = {
     **dict.fromkeys(("user", "safety_identifier"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
@@ -50,7 +50,7 @@ IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING, "summary": ANYTHING}
 
 
 class Item(Fields):
-    """A turn; a tool call; the result of a call; or reasoning, which is ignored."""
+    """A turn, a tool call, the result of a call, or reasoning, which is ignored."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -72,7 +72,7 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields that chats also have mean the same."""
+    """A request for a response. Fields of chats have the same meaning here."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
@@ -93,8 +93,7 @@ class ResponseRequest(Fields):
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:
-        """Returns the same request as a chat. Raises InputError for fields without an effect; what
-        a chat cannot have fails as there."""
+        """Returns the request as a chat. Raises InputError for fields that a chat cannot have."""
         self.refuse_extra()
         turns: list[dict[str, Any]] = []
         if self.instructions:
@@ -117,11 +116,10 @@ class ResponseRequest(Fields):
         if isinstance(choice, dict):
             choice = {"type": "function", "function": {"name": choice.get("name")}}
         same = ("model", "adapter", "temperature", "top_p", "parallel_tool_calls", "stream")
+        same += ("deterministic", "chat_template_kwargs")
         values = {name: getattr(self, name) for name in same}
-        values |= {"deterministic": self.deterministic, "response_format": form}
-        values |= {"chat_template_kwargs": self.chat_template_kwargs}
-        values |= {"max_tokens": self.max_output_tokens, "tools": tools or None}
-        values |= {"tool_choice": choice, "messages": turns}
+        values |= {"messages": turns, "tools": tools or None, "tool_choice": choice}
+        values |= {"max_tokens": self.max_output_tokens, "response_format": form}
         if self.top_logprobs:
             values |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         try:
@@ -199,12 +197,11 @@ def _id(kind: str) -> str:
 
 
 class Made:
-    """A response while it is generated: its items, and the events of a stream."""
+    """Builds a response while it is generated, and the events of a stream."""
 
     def __init__(self, body: ResponseRequest, answers: Answers, model: str, adapter: str | None):
         self.items: list[dict[str, Any]] = []
         self._answers, self._open, self._number = answers, False, 0
-        self._told: list[Any] = []
         self.head: dict[str, Any] = {
             "id": _id("resp"),
             "object": "response",
@@ -231,7 +228,7 @@ class Made:
         return {"event": kind, "data": json.dumps(data)}
 
     def add(self, delta: Delta) -> Iterator[dict[str, str]]:
-        """Adds more of the answer; returns its events."""
+        """Adds a part of the answer; yields its events."""
         if delta.reasoning:
             yield from self._begin("reasoning")
             self.items[-1]["content"][0]["text"] += delta.reasoning
@@ -250,18 +247,19 @@ class Made:
             arguments = call["function"]["arguments"]
             own |= {"name": call["function"]["name"], "arguments": "", "status": "in_progress"}
             self.items.append(own)
-            at = {"item_id": own["id"], "output_index": len(self.items) - 1}
-            yield self.event(
-                "response.output_item.added", output_index=at["output_index"], item={**own}
-            )
+            yield self._item("added")
             own |= {"arguments": arguments, "status": "completed"}
+            at = {"item_id": own["id"], "output_index": len(self.items) - 1}
             yield self.event("response.function_call_arguments.delta", delta=arguments, **at)
-            yield self.event(
-                "response.function_call_arguments.done", arguments=arguments, name=own["name"], **at
-            )
-            yield self.event("response.output_item.done", output_index=at["output_index"], item=own)
+            at |= {"arguments": arguments, "name": own["name"]}
+            yield self.event("response.function_call_arguments.done", **at)
+            yield self._item("done")
         if delta.finish:
             yield from self._end()
+
+    def _item(self, what: str) -> dict[str, str]:
+        kind, index = f"response.output_item.{what}", len(self.items) - 1
+        return self.event(kind, output_index=index, item=self.items[-1])
 
     def _part(self, kind: str, **more: Any) -> dict[str, str]:
         own, index = self.items[-1], len(self.items) - 1
@@ -280,8 +278,7 @@ class Made:
             part = {"type": "reasoning_text", "text": ""}
         own |= {"status": "in_progress", "content": []}
         self.items.append(own)
-        index = len(self.items) - 1
-        yield self.event("response.output_item.added", output_index=index, item=own)
+        yield self._item("added")
         own["content"] = [part]
         self._open = True
         yield self._part("response.content_part.added", part=part)
@@ -298,8 +295,7 @@ class Made:
             yield self._part("response.reasoning_text.done", text=part["text"])
         yield self._part("response.content_part.done", part=part)
         own["status"] = "completed"
-        index = len(self.items) - 1
-        yield self.event("response.output_item.done", output_index=index, item=own)
+        yield self._item("done")
 
     def whole(self, request: Request, finish: str | None) -> dict[str, Any]:
         used = usage(request, self._answers)
@@ -324,7 +320,7 @@ class Made:
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
     """Generates a response: text and tool calls."""
     chat = body.as_chat()
-    body.input = ""  # otherwise it would stay as long as the answer takes
+    body.input = ""  # frees it: the answer may take long
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:

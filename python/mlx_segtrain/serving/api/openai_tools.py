@@ -1,4 +1,4 @@
-"""Tools: how requests describe them, and what a model calls."""
+"""Tools in requests, and calls of tools in answers."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from ...errors import InputError
 from .openai_fields import Request
 
-#: The most tools of a request, and calls of a message.
+#: The most tools of a request, and the most calls of a message.
 TOOLS, CALLS = 128, 128
 
 
@@ -21,8 +21,8 @@ class Function(Request):
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
         None,
-        description="arguments must match the schema, which is always so if a tool has to be "
-        "called; if the model may choose, it must write calls as JSON between tags",
+        description="arguments must match the schema; they always do if a tool has to be called. "
+        "If the model may choose, it must write calls as JSON between tags",
     )
 
 
@@ -63,7 +63,7 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Returns tools as chat templates take them. Raises InputError for fields without an effect."""
+    """Returns tools for a chat template. Raises InputError for fields without an effect."""
     for i, tool in enumerate(tools):
         tool.refuse_extra(f"tools.{i}.")
         tool.function.refuse_extra(f"tools.{i}.function.")
@@ -71,7 +71,7 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
-    """Returns calls as chat templates take them, with parsed arguments."""
+    """Returns calls for a chat template, with parsed arguments."""
     found = []
     for i, call in enumerate(calls):
         try:
@@ -86,7 +86,7 @@ def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
 
 
 def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> dict[str, Any]:
-    """Returns the schema of an answer that calls tools: the chosen one, or at least one of any."""
+    """Returns the schema of an answer that calls the chosen tool, or at least one of the tools."""
     named = {tool.function.name: tool.function.parameters for tool in tools}
     if choice is not None and choice.function.name not in named:
         raise InputError(
@@ -100,16 +100,14 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
 
 
 def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Returns the schema of one call of any tool; a tool that is not strict accepts any
-    arguments."""
+    """Returns the schema of a call of any tool; tools that are not strict take any arguments."""
     own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
     call, schemas = _call_of(own)
     return {**call, "$defs": schemas}
 
 
 def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the schema of a call of one of these tools, and the schemas of arguments that it
-    refers to."""
+    """Returns the schema of a call of any of these tools, and its $defs."""
     calls = [
         {
             "type": "object",
@@ -130,8 +128,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """A schema whose own root is to be at `root`: its references point below that. `named`: its
-    keys are names of schemas, and no keywords."""
+    """Returns a schema with references relative to `root`, its new place. `named`: the keys are
+    names of schemas instead of keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):
@@ -148,7 +146,7 @@ def _moved(schema: Any, root: str, named: bool = False) -> Any:
 
 
 def called(call: Mapping[str, Any], id: str) -> dict[str, Any]:
-    """Returns a call as clients get it; `arguments` comes from a parser or a schema."""
+    """Returns a call in OpenAI's format."""
     arguments = call.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": id, "type": "function", "function": {"name": call["name"], "arguments": text}}

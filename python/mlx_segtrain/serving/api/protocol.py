@@ -1,4 +1,4 @@
-"""HTTP for clients that may be slow, or send a head without an end."""
+"""HTTP with limits on the time and size of a request's head."""
 
 import asyncio
 import logging
@@ -8,25 +8,23 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds in which the head of a request must arrive, and its most bytes.
+#: The most seconds and bytes of a request's head.
 HEAD_S, HEAD_BYTES = 10.0, 64 << 10
 
 
 class Patient(HttpToolsProtocol):
-    """HTTP whose heads must arrive in time, and end: slow clients, or heads without an end, tie up
-    no resources."""
+    """Refuses heads that arrive too slowly or are too large, so that they tie up no resources."""
 
     late: asyncio.TimerHandle | None = None
-    head = 0  #: bytes of headers, also of those after a body
-    unread = 0  #: bytes of an incomplete head, as they arrive
+    head = 0  #: bytes of headers, including trailers
+    unread = 0  #: bytes received of an incomplete head
 
     def data_received(self, data: bytes) -> None:
         before = self.late
         super().data_received(data)
-        # While a head is incomplete everything belongs to it, and the parser keeps it.
-        self.unread = (
-            self.unread + len(data) if self.late is not None and self.late is before else 0
-        )
+        # While a head is incomplete, all data belongs to it, and the parser keeps it.
+        incomplete = self.late is not None and self.late is before
+        self.unread = self.unread + len(data) if incomplete else 0
         if self.unread > HEAD_BYTES and not self.transport.is_closing():
             self._refuse_large()
 
@@ -36,7 +34,7 @@ class Patient(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head += len(name) + len(value) + 4
-        if self.head > HEAD_BYTES:  # which the parser reports like an invalid request
+        if self.head > HEAD_BYTES:  # the parser turns the exception into send_400_response
             raise ValueError("the head is too large")
         super().on_header(name, value)
 

@@ -1,4 +1,4 @@
-"""/api: training, data, models and jobs. The contract of docs/http.md, as thin as possible."""
+"""/api: the routes for training, data, models and jobs (docs/http.md)."""
 
 import json
 from collections.abc import AsyncIterator
@@ -25,7 +25,7 @@ from .guard import PATIENCE_S
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Returns how a route may fail, for the API's schema."""
+    """Returns the errors of a route for the API's schema."""
     return {code: {"model": forms.Problem} for code in codes}
 
 
@@ -54,7 +54,7 @@ async def metrics(service: Used) -> PlainTextResponse:
 
 @router.get("/api/state", tags=["server"])
 async def state(service: Used) -> forms.State:
-    """What runs, and which model is served."""
+    """The state of the server: running jobs, the served model, the device."""
     running, device = service.jobs.running(), service.device
     return forms.State(
         served=None if (base := service.engine.base) is None else _served(base),
@@ -85,8 +85,8 @@ async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
 
 @router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
 async def download(body: forms.Download, service: Used) -> forms.Submitted:
-    """Downloads a model or a data set from the hub, as a job, if the operator allows it; its name
-    is then a model_dir or a data_dir."""
+    """Downloads a model or a data set from the hub, as a job, if downloads are allowed; then its
+    name can be used as model_dir or data_dir."""
     row = service.download(body.name, body.kind)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
@@ -97,8 +97,8 @@ async def search(
     words: Annotated[str, Query(min_length=2, max_length=100)],
     kind: hub.Kind = "model",
 ) -> forms.HubAnswer:
-    """Models or data sets on the hub whose names contain these words, most downloaded first, if the
-    operator allows downloads."""
+    """Models or data sets on the hub whose names contain these words, the most downloaded first;
+    needs allowed downloads."""
     return forms.HubAnswer(found=await service.search(words, kind))
 
 
@@ -127,20 +127,20 @@ async def adapters(service: Used, model_dir: str | None = None) -> forms.Adapter
 
 @router.post("/api/finetune/inspect-dataset", tags=["training"])
 async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.Inspected:
-    """What a data set trains on, token by token for its first rows, and what is wrong with it."""
+    """Inspects a data set: counts, faults, and which tokens of its first rows are in the loss."""
     report = await service.inspect(**body.model_dump())
     return forms.Inspected(**{**vars(report), "format": report.format or "unknown"})
 
 
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
-    """Every field of a run, with its values and its default."""
+    """All fields of a run, with allowed values and defaults."""
     return forms.schema()
 
 
 @router.post("/api/finetune/plan", tags=["training"])
 async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
-    """Whether a run fits on this machine; loads nothing."""
+    """Plans a run's memory without loading the model."""
     return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
 
@@ -148,7 +148,7 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
 async def copy(body: forms.PlanRequest) -> forms.Copies:
     """A run as a command, a YAML file and a Python program."""
     values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    values.setdefault("adapter_path", "adapters")  # the server's own folder is of no use elsewhere
+    values.setdefault("adapter_path", "adapters")  # the default is a folder of this server
     return forms.Copies(
         command=copies.command(values),
         yaml=copies.as_yaml(values),
@@ -158,11 +158,10 @@ async def copy(body: forms.PlanRequest) -> forms.Copies:
 
 @router.post("/api/finetune/read", tags=["training"])
 async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
-    """Reads the settings in a YAML file, with everything that is wrong with it, to fill in a
-    form."""
-    values, faults = await service.looks.run(copies.read_yaml, body.yaml)
-    said = [forms.Fault(field=own.field, message=str(own)) for own in faults]
-    return forms.ReadSettings(values=values, faults=said)
+    """Reads the settings in a YAML file, and lists its faults."""
+    values, found = await service.looks.run(copies.read_yaml, body.yaml)
+    faults = [forms.Fault(field=own.field, message=str(own)) for own in found]
+    return forms.ReadSettings(values=values, faults=faults)
 
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
@@ -183,7 +182,7 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Merges two adapters into one, exactly; or one into its base model's weights, as a job."""
+    """Merges two adapters into one, without loss; or one into its base model, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
         row = service.enqueue("fold", **body.model_dump(exclude=of_two))
@@ -238,7 +237,7 @@ async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
 
 @router.delete("/api/sessions", tags=["server"])
 async def end_sessions(service: Used) -> forms.Answer:
-    """Logs all browsers out: each has to give the token again."""
+    """Logs all browsers out: each has to log in with the token again."""
     service.sessions.close_all()
     return forms.Answer()
 
@@ -250,7 +249,7 @@ async def list_jobs(
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[str | None, Query(description="The id of a job.")] = None,
 ) -> forms.JobsAnswer:
-    """Jobs, last of the queue first, or those before one; without their configurations."""
+    """Jobs without their configurations, the newest first; or those before a job."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
@@ -264,7 +263,7 @@ async def job(id: str, service: Used) -> forms.JobAnswer:
 
 @router.patch("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
 async def describe(id: str, body: forms.Description, service: Used) -> forms.JobAnswer:
-    """Gives a job a name, a note, tags."""
+    """Sets the name, the note and the tags of a job."""
     given = body.model_dump(exclude_unset=True, exclude_none=True)
     return forms.JobAnswer(job=_shown(service, service.jobs.describe(id, **given)))
 
@@ -300,12 +299,11 @@ async def stream(
     after: Annotated[int, Query(ge=0, description="Events after the one with this id.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
-    """A job's events, from the first or after one, until it has ended; then `event: end`."""
+    """A job's events, all or those after one, until the job has ended; then `event: end`."""
     if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
         after = int(last_event_id)
-    return EventSourceResponse(
-        _frames(service, id, after), sep="\n", send_timeout=PATIENCE_S, ping=15
-    )
+    events = _frames(service, id, after)
+    return EventSourceResponse(events, sep="\n", send_timeout=PATIENCE_S, ping=15)
 
 
 def _shown(service: Service, row: Row) -> forms.JobRow:
@@ -313,7 +311,7 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     kind, log = row.job_kind, str(service.jobs.log(row.id))
     values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
     values |= {**vars(row), "config_json": row.config_json or None}
-    values |= {"cancelling": bool(row.cancelling)}  # it counts
+    values |= {"cancelling": bool(row.cancelling)}  # an integer in the row
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
     unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
     values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}
@@ -326,7 +324,7 @@ def _served(base: Base) -> forms.Served:
 
 
 async def _result(service: Service, row: Row) -> dict[str, Any]:
-    """Returns the result of a job; its failure is an error of the request."""
+    """Waits for a job and returns its result. Raises InputError if it failed."""
     end = await service.jobs.ended(row.id)
     if end.status != "done":
         raise InputError(end.error or f"{row.id} was {end.status}.")
@@ -343,7 +341,5 @@ async def _frames(service: Service, id: str, after: int) -> AsyncIterator[Server
     else:
         async for found in service.jobs.follow(id, after):
             events = (ServerSentEvent(frame, id=str(place), sep="\n") for place, frame in found)
-            yield b"".join(
-                event.encode() for event in events
-            )  # a write of many events costs as much as one
+            yield b"".join(event.encode() for event in events)  # one write is faster than many
     yield ServerSentEvent("{}", event="end", sep="\n")

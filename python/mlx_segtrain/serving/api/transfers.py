@@ -1,7 +1,7 @@
-"""Uploads of data sets and adapters, file by file, and downloads of them as one archive.
+"""Uploads of the files of data sets and adapters, and downloads as an archive.
 
-An upload goes to a folder of its own in the store. It is written under a temporary name as it
-arrives, and renamed when it is complete and verified.
+Each upload goes to its own folder in the store. A file is written under a temporary name, and
+renamed when it is complete and verified.
 """
 
 import asyncio
@@ -39,9 +39,9 @@ from .routes import problems
 #: Files by their names in an archive.
 Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
-#: Files of an adapter that are accepted.
+#: The accepted files of an adapter.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
-#: The advice if a name is taken.
+#: Advice in errors.
 ADVICE = "give it another name"
 #: Bytes that are read at a time.
 BLOCK = 1 << 20
@@ -52,18 +52,15 @@ BODY: dict[str, Any] = {
 }
 ARCHIVE: dict[int | str, dict[str, Any]] = {200: {"content": {"application/zip": BINARY}}}
 
-router = APIRouter(responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 503))
-
-
-@router.put(
-    "/api/datasets/{name}/{file}",
+router = APIRouter(
     tags=["models and data"],
-    responses=problems(409),
-    openapi_extra=BODY,
+    responses=problems(400, 401, 403, 408, 413, 422, 429, 500, 503),
 )
+
+
+@router.put("/api/datasets/{name}/{file}", responses=problems(409), openapi_extra=BODY)
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of a data set: `train` or `valid`, with the extension of its format
-    (docs/data.md)."""
+    """Uploads a file of a data set, called train or valid, with an extension (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a file of a data set must be called train or valid, with the extension of its format: "
@@ -73,63 +70,48 @@ async def put_data(name: Name, file: str, request: Request, service: Used) -> fo
     return await _receive(service, "datasets", name, file, request)
 
 
-@router.put(
-    "/api/adapters/{name}/{file}",
-    tags=["models and data"],
-    responses=problems(409),
-    openapi_extra=BODY,
-)
+@router.put("/api/adapters/{name}/{file}", responses=problems(409), openapi_extra=BODY)
 async def put_adapter(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of an adapter: its configuration, or its weights as mlx-lm or PEFT name
-    them."""
+    """Uploads a file of an adapter: its configuration, or its weights in mlx-lm or PEFT format."""
     if file not in OF_ADAPTER:
-        raise InputError(
-            f"a file of an adapter must be one of {', '.join(OF_ADAPTER)}.", status=422
-        )
+        names = ", ".join(OF_ADAPTER)
+        raise InputError(f"a file of an adapter must be one of {names}.", status=422)
     return await _receive(service, "adapters", name, file, request)
 
 
-@router.delete("/api/datasets/{name}", tags=["models and data"], responses=problems(404, 409))
+@router.delete("/api/datasets/{name}", responses=problems(404, 409))
 async def remove_data(name: Name, service: Used) -> forms.Answer:
     """Deletes an uploaded data set."""
     return await _remove(service, "datasets", name)
 
 
-@router.delete("/api/adapters/{name}", tags=["models and data"], responses=problems(404, 409))
+@router.delete("/api/adapters/{name}", responses=problems(404, 409))
 async def remove_adapter(name: Name, service: Used) -> forms.Answer:
     """Deletes an uploaded adapter."""
     return await _remove(service, "adapters", name)
 
 
-@router.delete(
-    "/api/datasets/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
-)
+@router.delete("/api/datasets/{name}/{file}", responses=problems(404, 409))
 async def remove_data_file(name: Name, file: Name, service: Used) -> forms.Answer:
     """Deletes a file of an uploaded data set."""
     return await _remove(service, "datasets", name, file)
 
 
-@router.delete(
-    "/api/adapters/{name}/{file}", tags=["models and data"], responses=problems(404, 409)
-)
+@router.delete("/api/adapters/{name}/{file}", responses=problems(404, 409))
 async def remove_adapter_file(name: Name, file: Name, service: Used) -> forms.Answer:
     """Deletes a file of an uploaded adapter."""
     return await _remove(service, "adapters", name, file)
 
 
-@router.get(
-    "/api/datasets/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
-)
+@router.get("/api/datasets/archive", responses=ARCHIVE, response_model=None)
 async def data_archive(path: str, service: Used) -> StreamingResponse:
-    """The training and validation files of a data set's folder below the roots."""
+    """The training and validation files in a folder below the roots, as a ZIP file."""
     return await _archive_of(service, path, _opened_rows)
 
 
-@router.get(
-    "/api/adapters/archive", tags=["models and data"], responses=ARCHIVE, response_model=None
-)
+@router.get("/api/adapters/archive", responses=ARCHIVE, response_model=None)
 async def adapter_archive(path: str, service: Used) -> StreamingResponse:
-    """An adapter's folder below the roots: the files that a push to the hub would send."""
+    """The files of an adapter in a folder below the roots, as a ZIP file."""
     return await _archive_of(service, path, _opened_adapter)
 
 
@@ -137,7 +119,7 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
 
 
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
-    """Deletes a folder, or one file in it; a folder without files is none."""
+    """Deletes an uploaded folder, or a file in it, and then the folder if it is empty."""
     place = service.uploads / kind / name
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:
@@ -154,7 +136,7 @@ async def _remove(service: Service, kind: Kind, name: str, file: str | None = No
 
 
 def _check_unused(service: Service, place: Path, advice: str) -> None:
-    """Raises Conflict if a job that has not ended reads this folder, or a file in it."""
+    """Raises Conflict if a live job reads this folder, or a file in it."""
     for id in service.jobs.live:
         row = service.jobs.store.get(id)
         if row and any(Path(own).is_relative_to(place) for own in row.inputs):
@@ -162,15 +144,14 @@ def _check_unused(service: Service, place: Path, advice: str) -> None:
 
 
 def _role(kind: Kind, file: str) -> str:
-    """Returns the role of a file in its folder: there may be one file for each, or the folder
-    cannot be read."""
+    """Returns the role of a file in its folder, which may have only one file for each role."""
     if kind == "datasets":
         return stem_of(Path(file))
     return CONFIG if file == CONFIG else "weights"
 
 
 def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
-    """Returns files of a folder that exclude this one."""
+    """Returns the files in a folder that conflict with this one."""
     if kind == "datasets":
         return split_in(place, place, _role(kind, file))
     others = (WEIGHTS, UNPADDED) if file == PEFT_WEIGHTS else (PEFT_WEIGHTS,)
@@ -203,7 +184,7 @@ async def _receive(
 
 
 async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
-    """Writes a file; returns its bytes. Raises InputError if it is not what its name says."""
+    """Writes a file; returns its size. Raises InputError if the content does not fit the name."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with ExitStack() as written:
         aside = written.enter_context(files.atomic(path))
@@ -255,8 +236,8 @@ _opened_adapter = partial(pushing.opened, done="downloaded", models=False)
 async def _archive_of(
     service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
 ) -> StreamingResponse:
-    """Returns the files of a folder below the roots. They are opened and checked in a thread, which
-    may take long, in one of the slots for transfers, before the answer begins."""
+    """Returns the archive of a folder below the roots. Its files are opened and checked in a thread
+    before the answer starts; it holds a slot for transfers."""
     with ExitStack() as held:
         held.enter_context(service.transfers.place())
 
@@ -269,10 +250,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """An archive of open files. `held` ends with it: the files, and a slot for transfers.
-
-    A client that reads nothing for a while is disconnected.
-    """
+    """A ZIP file of open files. `held` is closed at its end: the files, and a slot for transfers.
+    A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
@@ -292,7 +271,7 @@ class Archive(StreamingResponse):
 
 
 class _Sink:
-    """Keeps what is written until it is read."""
+    """A buffer between the writer of the ZIP file and the answer."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -310,8 +289,7 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """Yields a ZIP of the files, a block at a time, uncompressed, because weights do not get
-    smaller."""
+    """Yields the blocks of a ZIP file, without compression: weights cannot be compressed."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -323,7 +301,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes what a killed server had not finished."""
+    """Removes the temporary files that a killed server has left."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

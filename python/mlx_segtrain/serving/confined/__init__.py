@@ -1,4 +1,4 @@
-"""Runs what untrusted files make a library do, in processes that can be killed.
+"""Handles untrusted templates, tokenizers and data in processes that can be killed.
 
-parent.py starts them and sends requests; child.py runs in them.
+parent.py starts the processes and sends them commands; child.py runs in them.
 """

@@ -1,10 +1,10 @@
-"""A process for untrusted templates, tokenizers and data (parent.py).
+"""A process that handles untrusted templates, tokenizers and data (started by parent.py).
 
-It takes commands from one socket, one frame at a time: 4 bytes of length and JSON. It can fork
-itself, so that a child has the libraries, or a tokenizer, without loading them again, and it can
-kill a child; the other commands are in OPS. Before each of these it sets limits of processor time
-and memory: a process that exceeds them is killed by the system, even if no other process is left.
-It writes no file, and has few environment variables and open files.
+It reads commands from a socket. A frame is 4 bytes of length, and JSON. The command `fork` creates
+a child, which has the loaded libraries and tokenizer; `kill` ends one. Other commands are methods
+`do_…`, and run with limits of CPU time and memory: the system kills a process that exceeds them,
+even if no other process is left. The process writes no file, and has few environment variables and
+open files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: The most tokens of a data set's rows that are shown.
+#: The most tokens of a data set's rows in a report.
 SHOWN = 100_000
 #: The most characters of a token: an answer could consist of the longest one only.
 LONGEST_TOKEN = 2000
-#: How many times longer a decoder may make a text by replacing.
+#: The most times by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
-#: Characters of an error.
+#: The most characters of an error message.
 LONGEST = 500
 
 
 class Child:
-    """State of a process; a forked process has a new one, except for what was loaded."""
+    """The state of a process. A forked process keeps only the loaded tokenizer."""
 
     def __init__(self, wire: socket.socket):
         self.wire = wire
@@ -48,7 +48,7 @@ class Child:
         self.children: set[int] = set()
 
     def run(self) -> None:
-        """Handles commands until the socket ends."""
+        """Runs commands until the socket is closed."""
         while (frame := receive(self.wire)) is not None:
             values, files = frame
             op, limits = values.pop("op"), values.pop("limits", None)
@@ -110,13 +110,13 @@ class Child:
         return _few(prompt_ids(self.tokenizer, messages, variables), most)
 
     def do_calls(self, texts: list[str], tools: list[Any] | None) -> list[list[Any] | None]:
-        """The calls of tools in each text, as its model writes them; None where it has none."""
+        """Returns the tool calls in each text; None for a text without calls."""
         from ...generation.parts import read_calls
 
         return [read_calls(self.tokenizer, text, tools) for text in texts]
 
     def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
-        """Returns the report of what a data set trains on, in the form of the answer."""
+        """Returns the report on a data set, as JSON values."""
         opening.open_too(roots)
         from ...data import Options, inspect
 
@@ -128,12 +128,12 @@ class Child:
         return asdict(report)
 
     def do_nothing(self) -> None:
-        """Answers, which shows that the process runs."""
+        """Does nothing; the answer shows that the process runs."""
 
 
 def _check_decoder(folder: Path) -> None:
-    """Raises InputError for a decoder with unbounded work: the engine decodes text token by token
-    for all requests. Matching may take forever, and replacing may make a text of any length."""
+    """Raises InputError for a decoder whose regular expressions might take forever, or whose
+    replacements make texts very long: the engine decodes each token of all requests."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
@@ -160,12 +160,12 @@ def _check_decoder(folder: Path) -> None:
 
 
 def _few(tokens: Any, most: int) -> list[int] | int:
-    """Returns the tokens, or their number if that is more than any caller needs."""
+    """Returns the tokens, or only their number if there are more than `most`."""
     return len(tokens) if len(tokens) > most else list(tokens)
 
 
 def receive(wire: socket.socket) -> tuple[Values, list[int]] | None:
-    """Returns the next frame, and the files that came with it; None at the end of the socket."""
+    """Returns the next frame and its file descriptors; None if the socket is closed."""
     head, files, _, _ = socket.recv_fds(wire, 4, 1)
     while head and len(head) < 4:
         head += wire.recv(4 - len(head))
@@ -189,7 +189,7 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Allows this many more seconds of CPU time, and bytes beyond those in use now."""
+    """Limits the CPU time and the memory that this process may take from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
@@ -197,10 +197,10 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def main(file: str, store: str = "", *folders: str) -> None:
-    """`file` is the number of the socket; the rest comes from opening.confined()."""
+    """Runs the process. `file` is the number of the socket; the others are opening.confined()."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
-    # Ctrl-C in the terminal: the server decides when to end.
+    # Ctrl-C in the terminal reaches this process, too, but the server decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setrecursionlimit(1000)
     hide_torch()
@@ -209,7 +209,7 @@ def main(file: str, store: str = "", *folders: str) -> None:
 
     from ... import data, models
 
-    assert data and models and mlx_lm.utils and transformers.AutoTokenizer  # what a fork will need
+    assert data and models and mlx_lm.utils and transformers.AutoTokenizer  # loaded for all forks
     if folders:
         opening.confine(Roots(map(Path, folders), Path(store)))
     Child(socket.socket(fileno=int(file))).run()

@@ -1,9 +1,8 @@
-"""Runs what untrusted templates, tokenizers and data make a program do, in processes that can be
-killed.
+"""Handles untrusted templates, tokenizers and data in processes that can be killed.
 
-One process has loaded the libraries. One is forked from it for each model, and loads the tokenizer.
-From that one the workers are forked, which render and encode. So a worker costs milliseconds, and
-one that loops or grows is killed without loss. Every wait has a time limit.
+A root process loads the libraries. For each model, a process is forked from it that loads the
+tokenizer. Workers, which render and encode, are forked from that process: a worker starts in
+milliseconds, and one that loops or grows can be killed. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -27,37 +26,35 @@ from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 
-#: Seconds after which an answer counts as slow, and how many slow ones may run at once.
+#: Seconds after which a command counts as slow, and the most slow ones at once.
 SLICE_S, MOST_SLOW = 0.5, 3
-#: Idle workers that are kept for each model.
+#: The most idle workers of a model.
 MOST_IDLE = 2
 #: Seconds for loading the libraries, which may be slow on a busy machine, and for a fork.
 START_S, FORK_S = 120.0, 30.0
-#: Characters of a prompt above which only one is encoded at a time, and bytes of memory for it.
+#: Characters above which only one prompt is encoded at a time; the most memory (bytes) for it.
 LARGE, MOST_MEMORY = 1 << 16, 448 << 20
 
 _PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
 _LARGE_PROMPTS = Pool("large prompts", 1, 8)
-#: Inspections of data sets at once.
 INSPECTIONS = Pool("inspections", 2, 16)
 
 
 def prompts(size: int) -> Pool:
-    """Returns the threads for prompts of this many bytes."""
+    """Returns the pool for prompts with this many characters."""
     return _LARGE_PROMPTS if size > LARGE else _PROMPTS
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, and bytes of memory above those at the start."""
+    """The limits of a command: seconds of CPU time, and bytes of additional memory."""
 
     seconds: float
     memory: int
 
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
-        """Returns the limits for this many characters, for each of which a tokenizer takes up to
-        400 bytes."""
+        """Returns the limits for a prompt; tokenizers need at most 400 bytes per character."""
         return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
 
 
@@ -67,12 +64,12 @@ INSPECTING = Limits(120, 256 << 20)
 
 
 class Failed(InputError):
-    """The command raised an error, or its process was killed."""
+    """The command failed, or its process was killed."""
 
 
 @dataclass(eq=False)
 class _Process:
-    """The other end of a process's socket."""
+    """A process, as its parent sees it: a socket, and the command that runs."""
 
     wire: socket.socket
     pid: int
@@ -80,11 +77,11 @@ class _Process:
     lock: threading.Lock = field(default_factory=threading.Lock)
     begun: float = 0.0  #: when it got its current command
     seconds: float = 1.0  #: its time limit
-    evicted: bool = False  #: too slow while others are slow too
+    evicted: bool = False  #: whether it is killed because too many are slow
 
     @property
     def spent(self) -> float:
-        """The fraction of its time that it has used."""
+        """The fraction of its time limit that has passed."""
         return (time.monotonic() - self.begun) / self.seconds
 
     def fork(self) -> _Process:
@@ -103,14 +100,14 @@ class _Process:
         send(self.wire, {"op": op, **limited, **values})
 
     def says_something(self, seconds: float) -> bool:
-        """Returns whether an answer, or the end, arrives in time; does not read it."""
+        """Returns whether an answer arrives, or the socket closes, in this time."""
         wait = select.poll()
         wait.register(self.wire, select.POLLIN)
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """Returns its answer. Raises TimeoutError, OSError if it was killed, and _Told if it raised
-        an error."""
+        """Returns the answer. Raises TimeoutError, OSError if the process was killed, or _Told if
+        the command failed."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -129,7 +126,7 @@ class _Process:
 
 
 class _Told(Exception):
-    """An error that the other process raised: its message and the name of its type."""
+    """An error in the other process: its message, and the name of its type."""
 
     def __init__(self, reason: str, kind: str):
         super().__init__(reason)
@@ -137,7 +134,7 @@ class _Told(Exception):
 
 
 class _Root:
-    """The process that has loaded the libraries; restarted after it has ended."""
+    """The process that has loaded the libraries. It is restarted if it has ended."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -182,7 +179,7 @@ class _Root:
 
 _ROOT = _Root()
 atexit.register(_ROOT.close)
-#: Libraries must not start threads, which a fork would lose, or look for models elsewhere.
+#: Libraries must not start threads, which a fork would lose, or use the network.
 SETTINGS = {
     **{"PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"},
     **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
@@ -191,19 +188,19 @@ SETTINGS = {
 
 
 class Confined:
-    """The workers of a model's folder, or of none. All calls block: they are for threads."""
+    """The workers for a model's tokenizer, or for no model. All calls block: use threads."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.users = 0  #: number of calls that wait for it; kept by its owner
-        self._lock = threading.Lock()  # guards what follows
-        self._keeper: _Process | None = None  # has the tokenizer; workers are its forks
+        self.users = 0  #: the number of calls in progress; counted by the owner
+        self._lock = threading.Lock()  # guards the attributes below
+        self._keeper: _Process | None = None  # has loaded the tokenizer; workers are its forks
         self._idle: list[_Process] = []
         self._slow: list[_Process] = []
         self._closed = False
 
     def start(self) -> None:
-        """Loads the tokenizer unless it is loaded. Raises InputError if that fails."""
+        """Loads the tokenizer if it is not loaded. Raises InputError if that fails."""
         with self._lock:
             if self._keeper is not None:
                 return
@@ -220,10 +217,10 @@ class Confined:
             self._keeper = keeper
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
-        """Returns a worker's answer. Raises Failed, with `what` in its message, or Busy."""
+        """Runs a command in a worker; returns its answer. Raises Failed (about `what`) or Busy."""
         self.start()
         begun, worker = time.monotonic(), self._take()
-        # The system limits processor time; a busy machine may give the worker none.
+        # The system limits CPU time; on a busy machine the worker may take longer.
         worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
@@ -256,15 +253,14 @@ class Confined:
             raise Busy("the tokenizer's process has ended: try again.") from None
 
     def _add_slow(self, worker: _Process) -> None:
-        """Lets it run with a few other slow ones; if there are too many, kills the one that has
-        used most of its time."""
+        """Adds a slow worker. If there are too many, ends the one closest to its time limit."""
         with self._lock:
             self._slow.append(worker)
             running = [x for x in self._slow if not x.evicted]
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            with suppress(OSError):  # its own thread waits for it, and ends it
+            with suppress(OSError):  # the thread that waits for it gets an error, and kills it
                 worst.wire.shutdown(socket.SHUT_RDWR)
 
     def _give_back(self, worker: _Process, *, failed: bool) -> None:
@@ -279,7 +275,7 @@ class Confined:
             worker.kill()
 
     def close(self) -> None:
-        """Ends all workers; calls that still wait fail."""
+        """Ends all workers; calls in progress fail."""
         with self._lock:
             self._closed = True
             ended = [*self._idle, *self._slow]
@@ -295,7 +291,7 @@ def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseExceptio
     if isinstance(error, _Told):
         if error.kind == "memory":
             return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
-        return Failed(str(error) if error.kind == "InputError" else f"{what} says: {error}")
+        return Failed(str(error) if error.kind == "InputError" else f"{what} failed: {error}")
     if isinstance(error, TimeoutError):
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):

@@ -1,10 +1,10 @@
-"""Answers of one base model with many adapters.
+"""Generates answers with one base model and many adapters.
 
-engine.py    the thread that generates, and whose turn it is
-mounting.py  one base, adapters, and which of them is in its linear layers
-grammars.py  what an answer has to be              pieces.py    of an answer, to who reads it
-requests.py  an answer that a client waits for     metrics.py   what there was, for Prometheus
-words.py     the bytes of a token
+engine.py    the thread that generates, and its schedule
+mounting.py  the base model, mounted adapters, and the updates in its linear layers
+requests.py  a request              pieces.py   sends pieces of an answer to its reader
+grammars.py  formats of answers     metrics.py  counts for Prometheus
+words.py     the bytes of tokens
 
-Answers are decoded by the room mlx_segtrain.generation.
+mlx_segtrain.generation decodes the answers.
 """

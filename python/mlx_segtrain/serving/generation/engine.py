@@ -1,11 +1,11 @@
-"""One base model, its adapters, and the thread on which they generate.
+"""One base model, its adapters, and the thread that generates.
 
 MLX's streams belong to a thread, so everything that creates arrays runs on this one. Each round
-computes a part of the waiting prompts, with the small arrays of an adapter in the base's linear
-layers, and then a token of every answer: those of all adapters in one forward pass (batching.py),
-each row with its own update. A request has its own cache, random key and counts, so its answer does
-not depend on other requests, except for the last bits, because products of several rows sum in
-another order. A request that needs these too asks for it (`deterministic`), and is decoded alone.
+computes parts of the waiting prompts, with the arrays of one adapter in the base's linear layers,
+and then a token of every answer: one forward pass for all adapters (batching.py), each row with its
+own update. A request has its own cache, random key and counts, so its answer does not depend on
+other requests, except for the last bits: products of several rows are summed in another order. A
+request with `deterministic` is decoded alone, and its answer is bit-identical.
 """
 
 import asyncio
@@ -41,39 +41,38 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Requests that generate at once, and that wait for their turn.
+#: The most requests that generate at once, and that wait.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: Seconds for which a request generates while others wait; then it waits with its cache, up to this
-#: many more caches. Seconds after which a request that has not started is refused.
+#: Seconds of a request's turn while others wait: then it waits and keeps its cache, up to this many
+#: caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which a model to be loaded waits for running answers, and for which the next one is
-#: refused after one that waited in vain: no other request is served meanwhile.
+#: Seconds for which loading a model waits for running answers, and for which loading is refused
+#: after it has waited in vain: no request can start while it waits.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: The most tokens of a prompt that are computed at once, and the least while other requests are
-#: answered.
+#: The most tokens of a prompt that are computed at once, and the fewest while answers are decoded.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
-#: Seconds of such a part, and of all prompts between two tokens, while other requests are answered;
-#: otherwise prompts continue for a while, so that more answers start together.
+#: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
+#: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: Adapters that are mounted at once, and the bytes of all of them.
+#: The most mounted adapters, and the most bytes of all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
-#: Prompts that are cached.
+#: The most cached prompts.
 MOST_PROMPTS = 32
 
-#: Tokenizers that are tried before their model is loaded.
+#: The pool for tokenizers, which are loaded before their model.
 _LOADING = Pool("models", 1, 8)
 
 T = TypeVar("T")
 
 
 class NoMemory(RunError):
-    """The device has too little memory for a request; others continue."""
+    """The device has too little memory for a request; other requests continue."""
 
     status, code = 503, "no_memory"
 
 
 class Ended(RunError):
-    """The engine's thread has ended; the process has to be restarted."""
+    """The engine's thread has ended; the server has to be restarted."""
 
     status, code = 503, "ended"
 
@@ -82,7 +81,7 @@ class Ended(RunError):
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: waits for a while until no sequence is left
+    alone: bool = False  #: whether it waits until nothing generates
     since: float = field(default_factory=time.monotonic)
 
 
@@ -91,17 +90,17 @@ class Engine:
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
-        self.adapters: dict[str, Mounted] = {}  # replaced, never modified: other threads read it
+        self.adapters: dict[str, Mounted] = {}  # replaced and never modified: others read it
         self.default: str | None = None  #: for requests that name no adapter
         self._cache_bytes = cache_bytes
-        self._short = False  # others need the memory: no prompt is cached
+        self._short = False  # whether a job needs the memory: no prompt is cached then
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
         self._next_swap = 0.0
         self._stopped, self._ended = False, threading.Event()
-        self.fault: str | None = None  #: why nothing can be generated any more
+        self.fault: str | None = None  #: the reason why the engine has ended
         self.metrics = Metrics(
             {
                 "requests_running": ("Answers in progress.", lambda: len(self._active)),
@@ -114,8 +113,8 @@ class Engine:
         # Used by the engine's thread only:
         self._prompts: Any = None
         self._linears = Linears()
-        self._rows: Any = None  # updates by rows of a batch (lora/rows.py)
-        self._merges = False  # whether the base's caches can hold several requests
+        self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
+        self._merges = False  # whether a cache of the base can hold several requests
         self._batches: list[Batch[Request]] = []
         self._rate = 0.0  # tokens of prompts per second
         self._device = mx.default_device()
@@ -125,10 +124,9 @@ class Engine:
     # Called from an event loop
 
     async def load(self, model_dir: Path) -> Base:
-        """Replaces the base model by another one, once nothing generates.
+        """Replaces the base model once nothing generates, and drops adapters and cached prompts.
 
-        Adapters and cached prompts are dropped. Raises InputError if the new model cannot be read:
-        the old one stays.
+        Raises InputError if the new model cannot be read: the old one stays then.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -136,31 +134,32 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # the tokenizer may still be loading; closing waits for that
+        except BaseException:  # in a thread: closing waits for a tokenizer that still loads
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
-        """Reads an adapter folder for this base; an adapter already mounted under this id stays.
+        """Mounts an adapter; if one is already mounted under this id, returns that one.
 
-        Raises InputError if the id or the folder cannot be used; then nothing has changed.
+        Raises InputError if the id or the folder cannot be used.
         """
         check_id(id)
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """Returns how many linear layers had an update. Raises InputError if there is no such
-        adapter.
+        """Unmounts an adapter; returns the number of its linear layers. Requests that use it finish
+        with it. If it was the default, the base model becomes the default.
 
-        Requests that use it finish with it. If it was the default, the base model becomes the
-        default.
+        Raises InputError if it is not mounted.
         """
         return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
-        """Returns what a request names: "a", a stack "a+b" or "a,b", "none" or "" for the base
-        alone, None for the default. Raises InputError if one is not mounted, or cannot be
-        stacked."""
+        """Returns the adapters that a request names: "a", a stack "a+b" or "a,b", "none" or "" for
+        the base model, None for the default.
+
+        Raises InputError for an adapter that is not mounted, or cannot be stacked.
+        """
         if self.base is None:
             raise InputError("no model is loaded: start the server with one.")
         text = ((self.default or "") if adapter is None else adapter).strip()
@@ -182,10 +181,10 @@ class Engine:
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """Generates the answer to a prompt, piece by piece; call it in a running event loop.
+        """Returns the answer to a prompt, piece by piece; call it in a running event loop.
 
-        Raises InputError if the prompt is empty, too long, or has unknown tokens; Busy if too many
-        requests wait.
+        Raises InputError if the prompt is empty, too long, or has unknown tokens, and Busy if too
+        many requests wait.
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
@@ -202,12 +201,12 @@ class Engine:
         return Generation(request.outbox)
 
     async def tidy(self) -> None:
-        """Returns memory to the system that requests have freed, unless something generates."""
+        """Returns freed memory to the system, unless something generates."""
         if not self._active and not self._stopped:
             await self.call(_free)
 
     async def spare(self, short: bool) -> None:
-        """Sets whether others need memory: then no prompt is cached."""
+        """Sets whether a job needs the memory of cached prompts: then none is cached."""
         self._short = short
         if short and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
@@ -217,15 +216,15 @@ class Engine:
         return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
-        """Ends what runs and frees the model; the thread stays until the process ends."""
+        """Ends all requests and frees the model; the thread stays until the process ends."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds; `alone`: once nothing
-        generates, or raises Busy."""
+        """Runs a function on the engine's thread, between two rounds. `alone`: once nothing
+        generates; raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -253,22 +252,20 @@ class Engine:
             with suppress(Exception):
                 self._give_up(Ended(self.fault))
         self._ended.set()
-        # What MLX compiled for a thread is freed with it and needs Python for that: a process that
-        # ends at this moment would abort (ml-explore/mlx#4110). So it stays until the process ends.
+        # MLX frees its compiled functions when their thread ends, and needs Python for that: a
+        # process that exits at this moment would abort (ml-explore/mlx#4110). So the thread stays.
         threading.Event().wait()
 
     def _serve(self) -> None:
         from mlx_lm.generate import generation_stream
 
         mx.set_default_device(self._device)
-        wire()  # otherwise weights may be paged out between two tokens
+        wire()  # otherwise the system may page weights out between two tokens
         with mx.stream(generation_stream):
             while not self._stopped:
                 try:
                     self._turn()
-                # A panic in a Rust library is not an Exception; no request may end the thread that
-                # all others need.
-                except BaseException as error:
+                except BaseException as error:  # also a panic in Rust; the thread must continue
                     self._start_over(error)
             self._give_up(Busy("the server is shutting down: try again later."))
         mx.clear_streams()
@@ -283,23 +280,23 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """Recovers from an error that belongs to no request: what runs ends, what waits is next."""
+        """Recovers from an error of no single request: running requests fail, waiting ones stay."""
         logger.error("the engine failed and restarts without the running requests", exc_info=error)
-        told = RunError(f"the engine failed: {_reason(error)}")
+        failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
         for request in active:
             request.cache = request.batch = None
-            request.outbox.put(told)
+            request.outbox.put(failure)
         with self._wake:
             running = [x for x in self._commands if x.future.running()]
             self._commands = deque(x for x in self._commands if x not in running)
         for command in running:
-            command.future.set_exception(told)
+            command.future.set_exception(failure)
         self._free_spare()
         mx.clear_cache()
 
     def _free_spare(self) -> None:
-        """Frees what is cached only for speed."""
+        """Frees caches that are only needed for speed."""
         self._linears.drop_sums()
         if self._rows is not None:
             self._rows.forget()
@@ -308,8 +305,7 @@ class Engine:
                 module.forget_casts()
 
     def _admit(self) -> None:
-        """Starts the request whose turn it is: the one that has waited longest, sometimes one that
-        has already started."""
+        """Starts the requests that have waited longest, and pauses those whose turn is over."""
         now = time.monotonic()
         with self._wake:
             self._drop_closed()
@@ -330,8 +326,8 @@ class Engine:
                 self._active[-1].since = now
         self._end(*gone)
         for request in late:
-            told = f"the server was busy for {LONGEST_WAIT_S:.0f} s: try again later."
-            request.outbox.put(Busy(told))
+            message = f"the server was busy for {LONGEST_WAIT_S:.0f} s: try again later."
+            request.outbox.put(Busy(message))
 
     def _give_up(self, ended: RunError) -> None:
         """Ends all requests with an error, and frees memory."""
@@ -348,12 +344,12 @@ class Engine:
         self._commands.clear()
         self.adapters = {}
         self._free_spare()
-        # Work in progress may free Python functions, which must exist until then.
+        # Work in progress may free Python functions, so the thread has to wait for it.
         mx.synchronize()
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
-        """Drops closed requests that have not started; the engine's thread ends the others."""
+        """Drops closed requests that have not started; the engine's thread ends other ones."""
         if any(request.outbox.closed for request in self._waiting):
             self._waiting = deque(x for x in self._waiting if x.cache or not x.outbox.closed)
 
@@ -375,7 +371,7 @@ class Engine:
                     if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # up to here generate() sees it
+                self._commands.popleft()  # until here generate() must see the command
             if command.future.cancelled():
                 continue
             if error is None:
@@ -393,7 +389,7 @@ class Engine:
             self._step(batch)
 
     def _read_prompts(self) -> None:
-        """Reads prompts in order of arrival; a request whose prompt is done joins a batch."""
+        """Computes prompts in order of arrival; requests whose prompts are done join a batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
@@ -411,8 +407,7 @@ class Engine:
         self._join(ready)
 
     def _read_part(self, request: Request) -> bool:
-        """Computes a part of the prompt; returns whether only the last token is left, which starts
-        the answer."""
+        """Computes a part of a prompt; returns whether only the last token is left."""
         cache = self._begin(request) if request.cache is None else request.cache
         last = request.length - 1
         if request.next is not None or request.done >= last:
@@ -429,12 +424,12 @@ class Engine:
         mx.eval([layer.state for layer in cache])
         self._rate = (end - request.done) / max(time.monotonic() - begun, 1e-6)
         request.done = end
-        if end == last:  # a request with the same prompt can use it
+        if end == last:  # for requests with the same prompt
             self._keep(request, copy.deepcopy(cache))
         return end == last
 
     def _join(self, ready: Sequence[Request]) -> None:
-        """Adds each request to a batch of answers of similar length, or to a new one."""
+        """Adds each request to a batch of answers with similar lengths, or to a new batch."""
         joining: dict[Batch[Request], list[Request]] = {batch: [] for batch in self._batches}
         for request in ready:
             fits = (batch for batch, own in joining.items() if batch.takes(request, own))
@@ -474,18 +469,17 @@ class Engine:
         self._end(*(x for x in ended if x.batch is batch))
 
     def _updates(self) -> dict[Any, lora.Adapter]:
-        """Returns the updates of all requests that share batches, by key."""
+        """Returns the updates of all requests in batches, by key."""
         chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.answers}
         return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
 
     def _break_up(
         self, batch: Batch[Request], error: BaseException, joining: Sequence[Request] = ()
     ) -> None:
-        """Handles an error that any of a batch's requests may have caused: they restart from their
-        tokens.
+        """Handles an error in a batch: its requests restart from their tokens.
 
-        After a lack of memory the longest fails and the others restart; otherwise each runs alone,
-        so that only the faulty one fails.
+        If memory was short, the longest request fails. Otherwise any of them may have caused the
+        error: each continues alone, so that only that one fails.
         """
         self._batches.remove(batch)
         requests = list({id(x): x for x in (*batch.answers, *joining)}.values())
@@ -500,7 +494,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out of their batches, with or without their caches."""
+        """Takes requests out of their batches; `keep`: they keep their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:
@@ -508,7 +502,7 @@ class Engine:
         self._active = [x for x in self._active if x not in requests]
 
     def _end(self, *requests: Request) -> None:
-        """Takes requests out; their caches are kept for prompts with the same beginning."""
+        """Ends requests; their caches are kept for prompts with the same beginning."""
         if not requests:
             return
         self._take_out(requests)
@@ -521,30 +515,28 @@ class Engine:
             mx.clear_cache()
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
-        """Keeps a cache for prompts with the same beginning, unless the request may not share
-        caches."""
+        """Keeps a cache for prompts with the same beginning. Deterministic requests share none."""
         if request.done and not request.options.deterministic and not self._short:
-            # The key is put before the tokens and not used as the cache's model, whose names are
-            # never freed.
+            # The key precedes the tokens; as the cache's model name it would never be freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
 
     def _fail(self, request: Request, error: BaseException) -> None:
-        """Takes out a request that cannot continue. The others can."""
+        """Ends a request that cannot continue."""
         if request not in self._active:
             return
         self._take_out([request], keep=False)
-        told: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
-        if isinstance(error, InputError):  # an error of the request's own grammar
-            told = error
-        elif told is None:
+        failure: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
+        if isinstance(error, InputError):  # from the request's grammar
+            failure = error
+        elif failure is None:
             logger.error("a generation failed", exc_info=error)
-            told = RunError(f"the generation failed: {_reason(error)}")
-        else:  # what is cached only for speed goes first
-            logger.warning("%s", told)
+            failure = RunError(f"the generation failed: {_reason(error)}")
+        else:
+            logger.warning("%s", failure)
             self._prompts.trim_to(n_sequences=0)
             self._free_spare()
-        request.outbox.put(told)
+        request.outbox.put(failure)
         request.cache = None
         self.metrics.count(request, "failed")
         mx.clear_cache()
@@ -555,14 +547,14 @@ class Engine:
         base = read_base(path, confined)
         rows, merges = Rows(base.modules, base.model), can_merge(make_prompt_cache(base.model))
         prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
-        # From here on nothing can fail: up to here the old model is intact.
+        # Nothing below can fail; if anything above does, the old model is intact.
         if self.base is not None:
             self.base.confined.close()
         for id in self.adapters:
             self.metrics.forget(id)
         self._rows, self._merges, self._prompts, self._linears = rows, merges, prompts, Linears()
         self.adapters, self.default, self.base = {}, None, base
-        gc.collect()  # modules and what surrounds them refer to each other
+        gc.collect()  # the old model has reference cycles
         _free()
         return base
 
@@ -595,8 +587,8 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """Returns a cache of the longest known beginning of the prompt, without its last token; an
-        empty one for a request that needs the same bits whatever was cached."""
+        """Returns the cache of the longest known beginning of a prompt, without the last token; an
+        empty cache for a deterministic request, whose bits must not depend on cached prompts."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base
@@ -614,9 +606,8 @@ class Engine:
         known = len(begin) - 1 - len(rest)
         if cache is None or known <= 0:
             return empty
-        cut: list[Any] = [x for x in cache if type(x) is KVCache and x.keys is not None]
-        # Otherwise what was cut off a long entry would be copied at the first write.
-        for layer in cut:
+        layers: list[Any] = [x for x in cache if type(x) is KVCache and x.keys is not None]
+        for layer in layers:  # otherwise the first write would also copy the rest of a long entry
             layer.keys = layer.keys[..., : layer.offset, :]
             layer.values = layer.values[..., : layer.offset, :]
         request.cache, request.done = cache, known
@@ -625,8 +616,8 @@ class Engine:
 
 
 def _free() -> None:
-    """Returns free memory to the system. MLX keeps it for new arrays, and so does the C library,
-    which this package configures to keep much (csrc/core/kernel.cpp)."""
+    """Returns free memory to the system. MLX keeps it for new arrays, and so does the C library, as
+    this package configures it (csrc/core/kernel.cpp)."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # the C library has no such function
@@ -638,7 +629,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:
-    """Returns a sentence for a lack of memory; None if the error is another."""
+    """Returns the error to report if memory was short; None for other errors."""
     if not is_out_of_memory(error):
         return None
     return NoMemory(

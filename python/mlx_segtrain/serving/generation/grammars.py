@@ -1,7 +1,7 @@
-"""What an answer must match: JSON, a schema, a pattern, one of several texts, a grammar.
+"""Formats of answers: JSON, a schema, a pattern, one of several texts, or a grammar.
 
-llguidance says after each token which may come next. It reads untrusted grammars, with its own
-limits on their size and on the work per token; an error ends only the request.
+After each token, llguidance computes which tokens may follow. It reads untrusted grammars and
+limits their size and the work per token; an error ends only the request.
 """
 
 import json
@@ -16,23 +16,23 @@ import numpy as np
 
 from ...errors import InputError
 
-#: The most characters of a grammar, and places in it where a rule, a group or a subschema may
-#: begin. llguidance recurses from one to the next, and a stack overflow kills the process: a stack
+#: The most characters of a grammar, and the most places where a rule, a group or a subschema may
+#: start. llguidance recurses from each to the next, and a stack overflow kills the process: a stack
 #: of 8 MB suffices for about 2000.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000
-#: For one grammar: work per token, and states, each of which takes up to 2 KB.
+#: Limits of a grammar: work per token, and states, each of which takes up to 2 KB.
 LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000, max_lexer_states=20_000, verbose_errors=False
 )
 _LARK = ":(["
-#: mlx-lm's parser of calls as JSON between tags.
+#: mlx-lm's parser for calls that are JSON between tags.
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
-#: What may be between two tokens of JSON: a space, or a line break with indentation.
+#: The whitespace between JSON tokens: a space, or a line break with indentation.
 SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 
 
 class Grammar:
-    """A grammar, at the position that the tokens so far lead to; decoding.Constraint."""
+    """A grammar, and its state after the tokens so far. Implements decoding.Constraint."""
 
     def __init__(self, matcher: Any, tokens: int, ends: Sequence[int]):
         self._matcher, self._tokens, self._ends = matcher, tokens, ends
@@ -48,7 +48,7 @@ class Grammar:
             self._check()
 
     def allowed(self, n: int) -> mx.array:
-        """Returns bool [n]; if nothing may follow, only the ends of a sequence."""
+        """Returns bool [n]: the tokens that may follow; after the end, the ends of a sequence."""
         if self._matcher.is_stopped():
             return mx.zeros(n, mx.bool_).at[mx.array(list(self._ends))].add(True)
         mask = llguidance.numpy.allocate_token_bitmask(1, self._tokens)
@@ -65,8 +65,7 @@ class Grammar:
 
 
 class Grammars:
-    """The grammars of one tokenizer, whose tokens are read when the first is compiled. Calls take
-    long."""
+    """Compiles grammars for a tokenizer. All calls take long."""
 
     def __init__(self, tokenizer: Any, tokens: int):
         self._wrapper, self._tokens = tokenizer, tokens
@@ -91,8 +90,8 @@ class Grammars:
             return self._known
 
     def schema(self, field: str, schema: Any) -> Grammar:
-        """Returns a grammar of JSON that matches a schema, with limited whitespace: some models
-        would never stop writing it."""
+        """Returns a grammar of JSON that matches a schema. It limits whitespace: some models would
+        write it forever."""
 
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
@@ -104,10 +103,8 @@ class Grammars:
         return self._made(field, read, text, "{")
 
     def calls(self, field: str, schema: Any) -> Grammar:
-        """Returns a grammar of any text in which every tool call matches a schema.
-
-        Raises InputError for a model that does not write calls as JSON between tags.
-        """
+        """Returns a grammar of text in which every tool call matches a schema. Raises InputError
+        for a model that does not write calls as JSON between tags."""
         parser = getattr(self._wrapper, "tool_parser", None)
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
@@ -130,12 +127,12 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_regex, pattern)
 
     def choice(self, field: str, texts: Sequence[str]) -> Grammar:
-        """Returns a grammar of one of several texts."""
+        """Returns a grammar that matches one of several texts."""
         rules = " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """Returns a grammar from Lark's format, or from llama.cpp's, whose rules have ::= ."""
+        """Compiles a grammar in the format of Lark, or of llama.cpp, whose rules contain ::= ."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -143,8 +140,7 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, _LARK)
 
     def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
-        """Compiles a grammar; `begins` are the letters with which its rules, groups and subschemas
-        begin."""
+        """Compiles a grammar; its rules, groups and subschemas start with the letters `begins`."""
         if len(text) > MOST_TEXT:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:

@@ -1,7 +1,8 @@
-"""What the engine has done, in Prometheus format."""
+"""Metrics of the engine in Prometheus format."""
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -13,9 +14,9 @@ TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counts by adapter, and gauges; each engine has its own.
+    """Counters by adapter, and gauges, of one engine.
 
-    Whether a prompt was cached is not counted: that would reveal others' prompts.
+    Cached prompts are not counted: that would reveal prompts of other clients.
     """
 
     def __init__(
@@ -23,31 +24,25 @@ class Metrics:
         now: Mapping[str, tuple[str, Callable[[], float]]],
         mounted: Callable[[], Mapping[str, Mounted]],
     ):
-        """`now` maps names of gauges to their description and how they are read. `mounted` returns
-        the adapters by which answers are counted."""
+        """`now` maps names of gauges to their description and value; `mounted` returns adapters."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry, "namespace": "segtrain"}
+        own: dict[str, Any] = {"registry": self._registry, "namespace": "segtrain"}
+        by = {"labelnames": ["adapter"], **own}
+        times = {"buckets": TIMES, **by}
         self._requests = Counter(
             "requests", "Finished answers, by reason.", ["adapter", "finish"], **own
         )
-        self._prompts = Counter("prompt_tokens", "Prompt tokens.", ["adapter"], **own)
-        self._tokens = Counter("generated_tokens", "Answer tokens.", ["adapter"], **own)
-        self._first = Histogram(
-            "time_to_first_token_seconds",
-            "From a request to its first token.",
-            ["adapter"],
-            buckets=TIMES,
-            **own,
-        )
-        self._whole = Histogram(
-            "request_seconds", "From a request to its end.", ["adapter"], buckets=TIMES, **own
-        )
-        for name, (says, read) in now.items():
-            Gauge(name, says, **own).set_function(read)
+        self._prompts = Counter("prompt_tokens", "Prompt tokens.", **by)
+        self._tokens = Counter("generated_tokens", "Answer tokens.", **by)
+        first = "From a request to its first token."
+        self._first = Histogram("time_to_first_token_seconds", first, **times)
+        self._whole = Histogram("request_seconds", "From a request to its end.", **times)
+        for name, (about, read) in now.items():
+            Gauge(name, about, **own).set_function(read)
 
     def count(self, request: Request, finish: str) -> None:
-        """Counts an answer that has ended: stop, length, gone, or failed."""
+        """Counts an answer that has ended with `finish`: stop, length, gone, or failed."""
         adapters, now = request.selected.adapters, time.monotonic()
         name = STACK if len(adapters) > 1 else NONE
         if len(adapters) == 1:
@@ -61,10 +56,8 @@ class Metrics:
         self._whole.labels(name).observe(now - request.asked)
 
     def forget(self, adapter: str) -> None:
-        """Drops the counts of an adapter that is gone: clients choose names, and there may be any
-        number."""
-        self._requests.remove_by_labels({"adapter": adapter})
-        for own in (self._prompts, self._tokens, self._first, self._whole):
+        """Drops the counters of an unmounted adapter: clients could mount any number of names."""
+        for own in (self._requests, self._prompts, self._tokens, self._first, self._whole):
             own.remove_by_labels({"adapter": adapter})
 
     def text(self) -> bytes:

@@ -1,6 +1,6 @@
-"""A base model, adapters in memory, and which of them is in the base's linear layers.
+"""A base model, mounted adapters, and the updates in the base's linear layers.
 
-Whatever creates arrays here is called on the engine's thread.
+Functions that create arrays must be called on the engine's thread.
 """
 
 import json
@@ -31,38 +31,37 @@ from .grammars import Grammars
 
 #: The most tokens of a prompt to a model without a known context length.
 MOST_TOKENS = 1 << 20
-#: Bytes of cached sums of adapters; if they are larger, only the last is kept.
+#: The most bytes of cached sums of adapters; the last sum is cached in any case.
 MOST_SUM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model; `created` in seconds since 1970, `max_length` in tokens if known."""
+    """A loaded model. `created`: seconds since 1970. `max_length`: tokens, None if not known."""
 
     id: str
     path: Path
     created: int
     tokenizer: Any
     max_length: int | None
-    vocabulary: int  #: rows of the loaded token embedding
-    logits: int  #: tokens that the head knows
+    vocabulary: int  #: rows of the token embedding
+    logits: int  #: rows of the head
     model: Any
     chain: Chain
-    #: What takes updates, by path; embedding and head only once needed.
+    #: The layers that can take updates, by path; embedding and head are added when needed.
     modules: dict[str, lora.LoRALinear]
     confined: Confined  #: where its tokenizer and its chat template run
     grammars: Grammars  #: guards its tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text outside of a chat, with what the tokenizer puts before a
-        text."""
+        """Returns the tokens of a text that is not a chat, with the tokenizer's special tokens."""
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError("prompt: it contains half of a character (a surrogate): send text.")
         what = f"prompt: the tokenizer of {self.id}"
         return self.tokens("encode", what, len(text), text=text)
 
     def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
-        """Returns what a tokenizer process makes of `size` characters. Raises InputError if it
+        """Returns the tokens of `size` characters from a tokenizer process. Raises InputError if it
         fails, or if there are more tokens than the model's context length."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
@@ -71,8 +70,7 @@ class Base:
         return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """Raises InputError if the prompt is empty, too long, or has unknown tokens; also checks
-        the biases."""
+        """Raises InputError for an empty or too long prompt, or for unknown tokens in either."""
         if not prompt:
             raise InputError("the prompt has no tokens: add some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
@@ -86,7 +84,7 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Mounted:
-    """An adapter in memory; `rank` is the largest, `scale` the multiplier of most layers."""
+    """An adapter in memory. `rank`: the largest; `scale`: the multiplier of most layers."""
 
     id: str
     path: Path
@@ -95,14 +93,14 @@ class Mounted:
     size_bytes: int
     mounted_layers: int
     adapter: lora.Adapter
-    prompting: Prompting  #: how prompts were rendered in training
-    #: A number that no other mounted adapter ever had.
+    prompting: Prompting  #: the format of prompts in training
+    #: A unique number, never used again.
     serial: int = field(default_factory=count().__next__, init=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """The adapters that a request uses, even if they are unmounted meanwhile."""
+    """The base model and adapters of a request; unmounting an adapter does not affect it."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -117,10 +115,12 @@ class Selected:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """Returns the tokens of a chat with the generation prompt. `variables` are the template's;
-        they replace those that the adapters were trained with. Raises InputError without a
-        template, if the template fails or takes no tools, or if the variables of several adapters
-        differ."""
+        """Returns the tokens of a chat with the generation prompt. The template's `variables`
+        replace the values that the adapters were trained with.
+
+        Raises InputError without a template, if the template fails or does not support tools, or if
+        several adapters were trained with different variables.
+        """
         base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
         for mounted in self.adapters:
@@ -150,13 +150,12 @@ class Selected:
         return tuple(mounted.serial for mounted in self.adapters)
 
 
-#: The labels of /metrics for other requests: those without an adapter, those with several, of which
-#: there are as many as sums, and those of an adapter that is gone.
+#: Labels of /metrics for requests without an adapter, with several, and with an unmounted one.
 RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 
 
 def check_id(id: str) -> None:
-    """Raises InputError if requests could not name an adapter in this way."""
+    """Raises InputError if this cannot be the id of an adapter."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
         raise InputError(f"id: {id!r} cannot name an adapter: use a word.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
@@ -173,8 +172,7 @@ def _too_long(n: int, most: int, id: str) -> InputError:
 
 
 def read_base(path: Path, confined: Confined) -> Base:
-    """Loads the model of a folder whose tokenizer has been tried. Raises InputError if it cannot be
-    read."""
+    """Loads a model, whose tokenizer `confined` has loaded. Raises InputError if that fails."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
@@ -203,10 +201,9 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """Loads the adapter of a folder for this base. Raises InputError if it does not fit, or takes
-    more than `most` bytes of memory."""
+    """Loads an adapter. Raises InputError if it does not fit, or takes more than `most` bytes."""
     folder = open_folder(path)
-    needed = stored_bytes(folder)  # from its header: a sparse file may be larger than on disk
+    needed = stored_bytes(folder)  # from the header: a sparse file takes less space on disk
     if most is not None and needed > most:
         raise InputError(
             f"{path} needs {needed / 1e9:.1f} GB of memory, but mounted adapters may take only "
@@ -228,19 +225,19 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
 
 
 class Linears:
-    """Tracks which updates are in a base's linear layers; each base has its own."""
+    """Tracks which updates are in the linear layers of a base model."""
 
     def __init__(self) -> None:
-        self.key: tuple[int, ...] | None = None  #: of the adapter that is in
-        self._touched: set[str] = set()  # the linear layers that have an update
+        self.key: tuple[int, ...] | None = None  #: Selected.key of the updates
+        self._touched: set[str] = set()  # paths of linear layers with an update
         self._sums: OrderedDict[tuple[int, ...], lora.Adapter] = OrderedDict()
 
     def put_in(self, selected: Selected) -> None:
-        """Puts the adapter into the base's linear layers, unless it is in; computes nothing."""
+        """Puts updates into the base's linear layers, unless they are there; computes nothing."""
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
-        self.key = None  # until everything is done
+        self.key = None  # until all layers are done
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:
@@ -257,12 +254,12 @@ class Linears:
         self.key = selected.key
 
     def take_out(self, base: Base, known: Set[str]) -> None:
-        """Takes out updates of layers other than the known ones, which batches would bypass."""
+        """Removes all updates if a layer other than the known ones has one."""
         if not self._touched <= known:
             self.put_in(Selected(base))
 
     def forget(self, mounted: Mounted, base: Base) -> None:
-        """Drops an adapter's arrays, which would otherwise stay until the next request."""
+        """Frees the arrays of an unmounted adapter, which would stay until the next request."""
         for key in [key for key in self._sums if mounted.serial in key]:
             del self._sums[key]
         if self.key and mounted.serial in self.key:
@@ -271,11 +268,11 @@ class Linears:
             module.forget_casts()
 
     def drop_sums(self) -> None:
-        """Frees what is cached only for speed."""
+        """Frees the cached sums."""
         self._sums.clear()
 
     def sum_of(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
-        """Returns a single adapter as it is; for several their sum, computed once."""
+        """Returns the update of these adapters; a sum of several is cached."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
         # The sum does not depend on the order.

@@ -1,4 +1,4 @@
-"""Passes the pieces of an answer from the engine's thread to a reader in an event loop."""
+"""Sends the pieces of an answer from the engine's thread to a reader in an event loop."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ class Outbox:
 
 
 class Generation(AsyncIterator[Piece]):
-    """The pieces of an answer. Ends if it is closed or dropped. Raises RunError if it failed."""
+    """Yields the pieces of an answer. Raises RunError if it fails. Dropping it ends the answer."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox
@@ -41,7 +41,7 @@ class Generation(AsyncIterator[Piece]):
         return item
 
     async def aclose(self) -> None:
-        """Ends it, also for a reader that waits for a piece in another task."""
+        """Ends the answer, also for a reader that waits in another task."""
         if not self._outbox.closed:
             self._outbox.closed = True
             self._outbox.queue.put_nowait(None)

@@ -1,4 +1,4 @@
-"""An answer that a client waits for."""
+"""A request for an answer."""
 
 import time
 from itertools import count
@@ -12,14 +12,14 @@ _numbers = count()
 
 
 class Request(Answer):
-    """An answer whose pieces go to a reader in an event loop; create it in a running one."""
+    """An answer whose pieces are read in an event loop; create it inside the running loop."""
 
     def __init__(self, prompt: list[int], selected: Selected, options: Options):
         super().__init__(prompt, selected.base, options)
         self.selected = selected
         self.outbox = Outbox()
         self.number = next(_numbers)
-        self.asked = self.since = time.monotonic()  #: since when it waits, or generates
+        self.asked = self.since = time.monotonic()  #: `since`: start of its waiting or its turn
 
     def give(self, piece: Piece) -> None:
         self.outbox.put(piece)

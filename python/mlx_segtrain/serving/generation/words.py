@@ -9,7 +9,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @cache
 def _bytes_of_letters() -> dict[str, int]:
-    """Returns the byte of each letter in byte-level vocabularies (GPT-2's)."""
+    """Returns the byte that each character stands for in byte-level vocabularies (GPT-2's)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     letters = {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -17,8 +17,7 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Returns whether each character of a token stands for one byte, as in GPT-2; otherwise tokens
-    are text, as in SentencePiece."""
+    """Returns whether characters of tokens stand for bytes (GPT-2) or are text (SentencePiece)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         return hasattr(tokenizer, "byte_decoder")
@@ -26,11 +25,11 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """Returns the bytes of a token as it appears in a text."""
+    """Returns the UTF-8 bytes of a token's text."""
     name = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(name, str):
         return b""
-    if int(token) in tokenizer.added_tokens_decoder:  # which are text in every vocabulary
+    if int(token) in tokenizer.added_tokens_decoder:  # text in every vocabulary
         return name.encode()
     if _is_byte_level(tokenizer):
         letters = _bytes_of_letters()
@@ -41,8 +40,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def shown(own: bytes) -> str:
-    """Returns a token as text; if it is only a part of a character, as numbered bytes, like
-    OpenAI."""
+    """Returns a token's text; for a part of a character, escaped bytes, as OpenAI does."""
     try:
         return own.decode()
     except UnicodeDecodeError:

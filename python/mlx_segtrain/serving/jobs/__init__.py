@@ -1,6 +1,7 @@
-"""Jobs: processes with a queue, whose news can be followed and outlive whatever is killed.
+"""Jobs: queued processes whose events can be followed, and that survive the server.
 
-queue.py     who runs, and how it ends      kinds.py     what each kind of job is
-store.py     rows of the database           eventlog.py  what a job says
-worker.py    a job's process                pushing.py   what is sent to a hub
+queue.py     starts jobs and follows them     kinds.py     declares the kinds of jobs
+store.py     the database                     eventlog.py  the log of a job's events
+worker.py    a job's process                  outputs.py   checks output folders
+row.py       a job                            pushing.py   uploads to the hub
 """

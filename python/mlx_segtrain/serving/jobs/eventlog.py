@@ -1,7 +1,7 @@
-"""A job's log: one event per line, written by its process; readers start at any position.
+"""A job's log: one event per line, written by the job's process; readers start at any offset.
 
-An event's id is the offset in the file after its line. Next to the log is a lock, which the writing
-process holds as long as it lives, whoever started it.
+The id of an event is the offset after its line. The writing process holds a lock file next to the
+log as long as it lives.
 """
 
 import json
@@ -16,16 +16,16 @@ from ...files import lock, private, to_json
 
 #: Bytes that are read at once.
 BLOCK = 1 << 16
-#: The most bytes of a line: the rest of a longer one is not shown.
+#: The most bytes of a line; the rest is not shown.
 LONGEST = 1 << 16
-#: The most bytes of a line that is cached for the next reader.
+#: The most bytes of a line that is cached for other readers.
 SHORT = 1 << 11
-#: Events with which an attempt at a job ends.
+#: Types of the last event of an attempt at a job.
 LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """Returns the JSON of a line on one line; text that is not an event becomes one of type log."""
+    """Returns a line as the JSON of an event; a line that is none becomes an event of type log."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 
@@ -43,9 +43,9 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
-    """Returns the next events after an offset, as (id, JSON), and the offset up to which it read.
+    """Returns some events after an offset, as (id, JSON), and the offset after them.
 
-    `ended`: nobody writes any more, so that an incomplete last line counts too.
+    `ended`: nothing will be written any more, so an incomplete last line counts, too.
     """
     try:
         with open(path, "rb") as file:
@@ -69,7 +69,7 @@ def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]],
 
 
 def _line_start(file: BinaryIO, after: int) -> int:
-    """Moves the file to an offset, or to the end of the line around it; returns the position."""
+    """Moves the file to an offset, or to the end of the line around it; returns the offset."""
     file.seek(max(after - 1, 0))
     if after and file.read(1) != b"\n":
         file.readline()
@@ -77,7 +77,7 @@ def _line_start(file: BinaryIO, after: int) -> int:
 
 
 def events(path: Path, after: int = 0) -> list[Event]:
-    """Yields all events after an offset."""
+    """Returns all events after an offset."""
     found: list[Event] = []
     while True:
         some, end = read(path, after, ended=True)
@@ -88,12 +88,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 
 
 def last(path: Path, begins: int) -> Event | None:
-    """Returns the event that ended the attempt whose events start at an offset; None if it has not
-    ended.
-
-    Little follows it: what a process prints when it exits.
-    """
-    with suppress(FileNotFoundError):
+    """Returns the last event of the attempt whose events start at an offset; None without one."""
+    with suppress(FileNotFoundError):  # after the last event a process prints little
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
     return ends[-1] if ends else None
@@ -107,8 +103,8 @@ def append(path: Path, event: Event) -> None:
 
 
 def claim(path: Path) -> int | None:
-    """Locks a log; returns the open lock, which is held until all processes have closed it, or None
-    if another process has it."""
+    """Locks a log; returns the descriptor of the lock, which all processes that inherit it hold
+    until they close it. Returns None if another process holds the lock."""
     file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
     if lock(file):
         return file
@@ -117,21 +113,21 @@ def claim(path: Path) -> int | None:
 
 
 def open_end(path: Path) -> int:
-    """Opens the log to write at its end, which is the start of a line."""
+    """Opens the log for appending, at the start of a line."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file
 
 
 def _end_line(file: int) -> None:
-    """Ends an incomplete line, which a killed process may have left."""
+    """Ends an incomplete last line, which a killed process may have left."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
 
 
 def is_written(path: Path) -> bool:
-    """Returns whether the process that writes it lives."""
+    """Returns whether the process that writes the log lives."""
     try:
         with open(lock_of(path), "rb") as file:
             return not lock(file)

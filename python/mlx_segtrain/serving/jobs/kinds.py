@@ -1,7 +1,7 @@
-"""The kinds of jobs: their titles, what runs each, and whether it needs the accelerator.
+"""The kinds of jobs: everything that depends on a job's kind is declared here.
 
-Everything that depends on a job's kind is declared here. What runs a job is called in the job's own
-process (worker.py), which sends its first event before anything heavy is imported.
+The functions that run jobs are called in a job's process (worker.py), which sends its first event
+before it imports anything heavy; so they import inside.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
-#: Seconds between two events that say which step a run is at.
+#: Seconds between two events about the current step of a run.
 STEP_S = 2.0
-#: A name on the hub.
+#: The revision in the pinned name of a data set on the hub.
 COMMIT = re.compile("@[0-9a-f]{40}")
 #: Environment variables for connecting to the hub.
 HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
@@ -38,19 +39,19 @@ class JobKind:
 
     name: str
     title: str  #: for people
-    run: Callable[[Values], events.Event]  #: runs the job, in its process; its last event
-    named: Callable[[Values], str]  #: a short description of its inputs
+    run: Callable[[Values], events.Event]  #: runs the job; returns its last event
+    named: Callable[[Values], str]  #: returns a short description of its inputs
     computes: bool = False  #: whether it needs the accelerator, which one job has at a time
-    variables: tuple[str, ...] = ()  #: environment variables, besides those that all jobs get
-    measures: bool = False  #: the loss of a method, or its reward
-    trains: bool = False  #: a run, which saves its state at a signal and can be resumed
-    folders: tuple[str, ...] = ()  #: its values that are folders, or lists of them: they must exist
-    makes: str | None = None  #: the kind of folder that it writes, output_dir (outputs.py)
+    variables: tuple[str, ...] = ()  #: additional environment variables
+    measures: bool = False  #: whether it measures a method's loss or reward
+    trains: bool = False  #: whether it saves its state at a signal and can be resumed
+    folders: tuple[str, ...] = ()  #: values that are folders, or lists of folders, and must exist
+    makes: str | None = None  #: the kind of its output_dir (outputs.py)
     check: Callable[[Values], None] = lambda values: None  #: raises InputError before it is queued
 
 
 def tell(event: events.Event) -> None:
-    """Writes a complete line."""
+    """Writes an event to stdout, as one line."""
     os.write(1, (to_json(event) + "\n").encode())
 
 
@@ -67,7 +68,7 @@ def finetune(values: Values) -> events.Event:
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
-        if event["type"] not in ("started", "done", "failed"):  # these are the job's own
+        if event["type"] not in ("started", "done", "failed"):  # the job sends its own
             tell(event)
 
     begin = told = time.monotonic()
@@ -75,7 +76,7 @@ def finetune(values: Values) -> events.Event:
     def step(metric: events.Event) -> None:
         nonlocal told
         now = time.monotonic()
-        # A log of many days has a few thousand of them.
+        # So the log of many days has only a few thousand such events.
         if now - told >= max(STEP_S, (now - begin) / 500):
             told = now
             tell(events.step(metric))
@@ -121,23 +122,16 @@ def fold(values: Values) -> events.Event:
     from ...adapters.merging import weighted
 
     adapter = weighted([Path(values["adapter_path"])], model_dir=Path(values["model_dir"]))
-    count = 0
+    number = count(1)
 
-    def count_on(own: Folded) -> None:
-        nonlocal count
-        count += 1
+    def report_layer(own: Folded) -> None:
         message = f"{own.path}: {own.lost:.1%} of the update lost"
-        tell(events.stage("fold", count / len(adapter.tensors), message))
+        tell(events.stage("fold", next(number) / len(adapter.tensors), message))
 
-    report = fold(
-        adapter,
-        Path(values["model_dir"]),
-        Path(values["output_dir"]),
-        dequantize=values["dequantize"],
-        bits=values["bits"],
-        dtype=DTYPES.get(values["dtype"]),
-        on_linear=count_on,
-    )
+    how = {"dequantize": values["dequantize"], "bits": values["bits"]}
+    how["dtype"] = DTYPES.get(values["dtype"])
+    base, out = Path(values["model_dir"]), Path(values["output_dir"])
+    report = fold(adapter, base, out, **how, on_linear=report_layer)
     swallowed = [own.path for own in report.swallowed]
     facts = {"linears": len(report.linears), "swallowed": swallowed, "size_bytes": report.size}
     return done(report.path, lost=report.lost, **facts)
@@ -146,13 +140,9 @@ def fold(values: Values) -> events.Event:
 def export(values: Values) -> events.Event:
     from ...adapters.conversion import export
 
-    base = values["base_model"]
-    made = export(
-        Path(values["adapter_path"]),
-        Path(values["output_dir"]),
-        values["method"],
-        model_dir=Path(base) if base else None,
-    )
+    adapter, out = Path(values["adapter_path"]), Path(values["output_dir"])
+    base = Path(values["base_model"]) if values["base_model"] else None
+    made = export(adapter, out, values["method"], model_dir=base)
     return done(made.path, **asdict(made) | {"path": str(made.path), "method": values["method"]})
 
 
@@ -181,10 +171,10 @@ def download(values: Values) -> events.Event:
         else:
             train, _ = sources_of(values["name"], tell=pass_on)
             own = hub.origin(next(iter(train.files.values())))
-            assert own is not None  # where it came from
+            assert own is not None  # these files are in the hub's cache
             folder = own.folder / "snapshots" / str(own.revision)
     except KeyboardInterrupt:
-        kept = "what was downloaded is kept: another download continues from there"
+        kept = "the downloaded part is kept: another download continues from there"
         return {"type": "cancelled", "ts": events.now(), "message": kept}
     return done(None, path=str(folder), name=values["name"])
 
@@ -192,9 +182,8 @@ def download(values: Values) -> events.Event:
 def push(values: Values) -> events.Event:
     from . import pushing
 
-    # The token is in the environment.
-    how = {"private": values["private"], "tell": tell}
-    pushed = pushing.push(Path(values["source"]), values["repo_id"], **how)
+    source, repo = Path(values["source"]), values["repo_id"]
+    pushed = pushing.push(source, repo, private=values["private"], tell=tell)
     return done(None, url=pushed.url, commit=pushed.commit)
 
 
@@ -205,7 +194,7 @@ def _can_be_sent(values: Values) -> None:
 
 
 def _end(values: Values, name: str) -> str:
-    """Returns the distinctive end of a path, or a name on the hub."""
+    """Returns the last part of a path, or a name on the hub without its commit."""
     text = str(values.get(name) or "")
     return title(text) if text.startswith("/") else COMMIT.sub("", text)
 
@@ -213,6 +202,10 @@ def _end(values: Values, name: str) -> str:
 def _evaluated(values: Values) -> str:
     what = _end(values, "adapter_path") or f"{_end(values, 'model_dir')} alone"
     return f"{what} on {_end(values, 'data_dir')}"
+
+
+def _named(values: Values) -> str:
+    return str(values.get("name"))
 
 
 def _merged(values: Values) -> str:
@@ -251,13 +244,7 @@ KINDS = {
             folders=("base_model", "adapter_path"),
             makes="export",
         ),
-        JobKind(
-            "download",
-            "Download",
-            download,
-            lambda values: str(values.get("name")),
-            variables=HUB,
-        ),
+        JobKind("download", "Download", download, _named, variables=HUB),
         JobKind(
             "push",
             "Push",
@@ -272,8 +259,7 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind of this name. For a job of a newer version, whose kind is unknown here,
-    returns one that can be shown and not run."""
+    """Returns the kind with this name. An unknown kind, of a newer version, cannot be run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

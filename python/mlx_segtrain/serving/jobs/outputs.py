@@ -1,4 +1,4 @@
-"""Where jobs may write."""
+"""Chooses and checks the folders that jobs write."""
 
 import time
 from pathlib import Path
@@ -10,18 +10,18 @@ from ...training.contents import check_own
 from ..roots import Roots
 from .queue import Jobs
 
-#: Folders of the store for outputs.
+#: Folders for outputs in the store.
 OUTPUTS = ("adapters", "exports", "models")
 
 
 class Outputs:
-    """Chooses and checks the folders that jobs write."""
+    """The output folders of jobs; `store` is our own folder."""
 
     def __init__(self, store: Path, roots: Roots, jobs: Jobs):
         self.store, self.roots, self.jobs = store.resolve(), roots, jobs
 
     def check_run(self, config: TrainConfig) -> None:
-        """Checks a run's folder, which the run clears: it must be new, or a run's."""
+        """Raises InputError unless a run's folder is new, or that of a run, which it may clear."""
         path = config.adapter_path
         self._check_place(path)
         store = self.store
@@ -40,9 +40,10 @@ class Outputs:
             record.read(path)
             check_own(path)
         except InputError as error:
-            reason = f"holds something else than a run: choose another folder. {error}"
             raise InputError(
-                f"adapter_path {path} exists and {reason}", field="adapter_path"
+                f"adapter_path {path} exists and does not hold a run: choose another folder. "
+                f"{error}",
+                field="adapter_path",
             ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
@@ -52,6 +53,7 @@ class Outputs:
             )
 
     def given(self, text: str | None, kind: str) -> Path:
+        """Returns the folder that a client names, or a new one. Raises InputError if it exists."""
         out = self.new(kind) if text is None else self.roots.resolve(text)
         self._check_place(out)
         if out.exists():
@@ -59,8 +61,7 @@ class Outputs:
         return out
 
     def _check_place(self, out: Path) -> None:
-        """Checks the place: in our store outputs have their own folders; all other names are
-        reserved."""
+        """Raises InputError for a path in the store that is not in one of its output folders."""
         store = self.store
         if out.is_relative_to(store):
             parts = out.relative_to(store).parts
@@ -71,7 +72,7 @@ class Outputs:
                 )
 
     def new(self, kind: str) -> Path:
-        """Returns a new folder in our own store."""
+        """Returns a new path in the store."""
         where = {"export": "exports", "model": "models"}.get(kind, "adapters")
         stamp = time.time_ns() // 1_000_000
         taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}

@@ -1,7 +1,7 @@
-"""Pushes to a hub: the files of an adapter or a model, by name, and nothing else.
+"""Uploads adapters and models to the hub: only files whose names are known.
 
-Each is opened once, below an open folder, without following links: what was checked is what is
-sent, whatever is renamed meanwhile.
+Each file is opened once, in an open folder and without following links, so the content that was
+checked is the content that is sent.
 """
 
 import os
@@ -21,11 +21,11 @@ from ...hub import endpoint
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
-#: Sent in addition to the weights of either kind.
+#: Files that are sent with an adapter or a model.
 ABOUT = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "metrics.json", "loss.png", "loss.svg")
-#: The adapter of a run, of an import, or of an export; a GGUF file is complete by itself.
+#: Files of an adapter from a run, an import or an export; a GGUF file is complete by itself.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG, GGUF)
-#: A model in mlx-lm's format, whose weights are MODEL_WEIGHTS.
+#: Files of a model in mlx-lm's format, besides its weights (MODEL_WEIGHTS).
 MODEL_CONFIG = "config.json"
 OF_MODEL = (
     *(MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json"),
@@ -35,11 +35,10 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: The most bytes of a descriptive file of a model; and of an adapter, whose readers accept no more
-#: (files.read_json).
+#: The most bytes of a text file of a model, and of an adapter (the limit of files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
-#: Advice for status codes of the hub's answers.
+#: Advice for the hub's status codes.
 REFUSALS = {
     401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
@@ -49,8 +48,7 @@ REFUSALS = {
 
 
 def check(folder: Path) -> list[str]:
-    """Returns the names of what would be sent. Raises InputError for a folder that is neither an
-    adapter nor a model."""
+    """Returns the names of the files to send. Raises InputError without an adapter or a model."""
     with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
@@ -62,10 +60,10 @@ class Pushed:
 
 
 def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pushed:
-    """Uploads the files of an adapter or a model to a repository, which is created if needed.
+    """Uploads the files of an adapter or a model to a repository, which is created if needed. The
+    token comes from the environment or from `hf auth login`.
 
-    Raises InputError for other folders, and for what the hub refuses. The token comes from the
-    environment or from `hf auth login`.
+    Raises InputError for other folders, and if the hub refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -94,8 +92,10 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Returns the files to send, by name, open and checked. Raises InputError if one is not what
-    its name says, or for a model where none may be sent. `done` is the verb for messages."""
+    """Yields the checked open files to send, by name; `done` is the verb in error messages.
+
+    Raises InputError for a file of another kind than its name, or for a model unless `models`.
+    """
     with ExitStack() as stack:
         place = stack.enter_context(_opened_folder(folder, done))
         files = {}
@@ -111,20 +111,19 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
     elif not models:
-        raise InputError(f"{folder} holds no adapter: specify the folder of one.")
+        raise InputError(f"{folder} holds no adapter: specify the folder of an adapter.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
         raise InputError(
-            f"{folder} holds neither an adapter nor a model: only these are pushed, without what "
-            "else is in their folder."
+            f"{folder} holds neither an adapter nor a model: only their files can be pushed."
         )
     return sorted(set(wanted) & set(there))
 
 
 @contextmanager
 def _opened_folder(folder: Path, done: str) -> Iterator[int]:
-    """Returns the descriptor of an open folder whose path contains no link."""
+    """Yields the descriptor of an open folder. Raises InputError if its path contains a link."""
     how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     place = os.open("/", how)
     try:
@@ -140,7 +139,7 @@ def _opened_folder(folder: Path, done: str) -> Iterator[int]:
 
 @contextmanager
 def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
-    """Opens a regular file without a second name, which could be somebody's secret."""
+    """Opens a regular file. Raises InputError for a link, which may lead to somebody's secret."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
@@ -156,7 +155,7 @@ def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
 
 
 def check_content(path: Path, file: BufferedReader, done: str) -> None:
-    """Raises InputError if the file is not of the kind that its name says."""
+    """Raises InputError if the content does not fit the file's name."""
     if path.suffix == ".safetensors":
         with _named(path, file) as opened:
             read_header(opened)
@@ -170,7 +169,7 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Returns a path of an open file; errors inside the context name its real path."""
+    """Yields a path to an open file; errors raised inside the context name `path` instead."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

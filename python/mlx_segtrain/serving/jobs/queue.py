@@ -1,9 +1,9 @@
-"""The queue of jobs: which one runs, what it says, and how it ends, whatever was killed in between.
+"""The queue of jobs: starts them, follows their events, and notices how they end.
 
-Each job is a process (worker.py) in its own session; its output is its log, whose lock it holds
-while it lives (eventlog.py). So a server that starts can tell from the logs what became of its
-jobs: one whose log is locked is running, one whose log has an end has ended, and the process of any
-other was killed. Jobs that compute take turns, first come, first served.
+Each job is a process (worker.py) in its own session. It writes its log, and holds the log's lock
+while it lives (eventlog.py). So a server that starts knows from the logs what happened to its jobs:
+a job whose log is locked is running, one whose log has a last event has ended, and any other job
+was killed. Jobs that need the accelerator run one at a time, in the order of the queue.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from .store import now as clock
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Jobs that do not compute, at once.
+#: The most jobs at once that do not compute.
 OTHERS = 2
 #: The most waiting jobs.
 LONGEST_QUEUE = 200
@@ -39,25 +39,25 @@ LONGEST_QUEUE = 200
 POLL_S = 0.1
 #: The most characters of a message or an error in a row.
 LONGEST_TEXT = 4000
-#: Seconds after which a second cancellation kills the job.
+#: Seconds after which another cancellation kills the job.
 KILLED_AFTER_S = 10.0
-#: Whether the process of a job to be cancelled was told. A second signal ends it at once.
+#: Whether the process of a cancelled job has got a signal; a second one would end it at once.
 ASKED, SIGNALLED = 1, 2
 
 
 class Conflict(InputError):
-    """The request does not fit the state of a job."""
+    """The request conflicts with the state of a job."""
 
     status = 409
 
 
 @dataclass
 class Live:
-    """A job that waits or runs. `changed` is set, and replaced, whenever there is news."""
+    """A job that waits or runs. `changed` is set, and replaced, at every change."""
 
     pid: int | None = None
-    interrupted: float = 0.0  #: when it was first told to end
-    process: subprocess.Popen[bytes] | None = None  #: None: not a child of this server
+    interrupted: float = 0.0  #: the time of the first signal
+    process: subprocess.Popen[bytes] | None = None  #: None if an earlier server started it
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def tell(self) -> None:
@@ -66,7 +66,7 @@ class Live:
 
 
 class Jobs:
-    """All jobs of a folder, which one server at a time may use."""
+    """All jobs in a folder, which only one server at a time can use."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class Jobs:
         check: Callable[[dict[str, Any]], None] = lambda values: None,
         roots: Sequence[Path] = (),
     ):
-        """`check` raises InputError for a configuration that may not be run (any more); `roots` are
-        the folders below which jobs open no link to elsewhere."""
+        """`check` raises InputError for a configuration that must not run; `roots` are the folders
+        in which jobs follow no link that leads out of them."""
         self.check, self.roots, self.folder = check, roots, folder
         self.logs = folder / "jobs"
         for place in (folder, self.logs):
             make_private(place)
-        for path in self.logs.iterdir():  # an earlier version let others read them
+        for path in self.logs.iterdir():  # in an earlier version other users could read them
             path.chmod(0o600)
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
@@ -89,12 +89,11 @@ class Jobs:
                 "another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        #: Variables for the kinds of jobs that need them; never written to a file.
+        #: Environment variables for the kinds of jobs that need them; never written to a file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
-        #: Set when a job has started, for those who wait for it.
-        self.begun = asyncio.Event()
-        #: Name and inputs of a job, which lists show, and which need its configuration.
+        self.begun = asyncio.Event()  #: set whenever a job has started
+        #: Name, inputs and method of a job: lists need them, and rows of lists lack them.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
         )
@@ -103,7 +102,7 @@ class Jobs:
     # Used by the server
 
     async def start(self) -> None:
-        """Finds the jobs of an earlier server, and starts the next ones."""
+        """Follows the jobs that an earlier server has left, and starts waiting ones."""
         for row in self.store.with_status("queued"):
             self.live[row.id] = Live()
         for row in self.running():
@@ -111,14 +110,14 @@ class Jobs:
             path = self.log(row.id)
             running = eventlog.is_written(path)
             if not running and not eventlog.read(path, row.begins, ended=True)[0]:
-                # The last server was killed before the job's process said a word.
+                # The last server was killed before the job's process wrote its first event.
                 self.store.update(row.id, status="queued", started_at=None)
             else:
                 self._watch(row.id)
         self._run_next()
 
     async def close(self) -> None:
-        """Leaves running jobs running: the next server finds them."""
+        """Closes the store; running jobs continue, and the next server follows them."""
         for task in self.monitors:
             task.cancel()
         await asyncio.gather(*self.monitors, return_exceptions=True)
@@ -134,8 +133,7 @@ class Jobs:
     # Used by clients
 
     def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
-        """Queues a new job. Raises Conflict if a job that has not ended writes to the same
-        place."""
+        """Queues a new job. Raises Conflict if a live job writes to the same folder."""
         self._check_free(output)
         row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
         eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
@@ -144,7 +142,7 @@ class Jobs:
         return self.get(row.id)
 
     def get(self, id: str) -> Row:
-        """Returns a job. Raises InputError if there is none."""
+        """Returns a job. Raises InputError if it does not exist."""
         row = self.store.get(id)
         if row is None:
             raise InputError("job not found", status=404)
@@ -155,10 +153,10 @@ class Jobs:
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Cancels a job; a run keeps its last finished step. The job takes a while to end.
+        """Cancels a job, which may take a while to end; a run keeps its last finished step.
 
-        A second call, two seconds later, does not wait for the step; one that comes KILLED_AFTER_S
-        seconds after the first kills the process. Raises Conflict if the job has ended.
+        A second call after two seconds does not wait for the step. A call KILLED_AFTER_S seconds
+        after the first kills the process. Raises Conflict if the job has ended.
         """
         row = self.get(id)
         if row.ended:
@@ -178,7 +176,7 @@ class Jobs:
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # otherwise what is there belongs to another job
+        if row.opened:  # otherwise the folder belongs to another job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -187,7 +185,7 @@ class Jobs:
         return self.get(id)
 
     def describe(self, id: str, **given: Any) -> Row:
-        """Gives a job a label, a note or tags. Raises InputError if there is no such job."""
+        """Sets a job's label, note or tags. Raises InputError if the job does not exist."""
         self.get(id)
         if "tags" in given:
             given["tags_json"] = json.dumps([*dict.fromkeys(given.pop("tags"))])
@@ -205,8 +203,7 @@ class Jobs:
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
-        """Yields events after one, as (id, JSON), and further ones until the job has ended: as many
-        at once as there are."""
+        """Yields lists of events after an offset, as (id, JSON), until the job has ended."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
@@ -216,7 +213,7 @@ class Jobs:
                 if not found:
                     break
                 yield found
-                await asyncio.sleep(0)  # a long log is sent in several parts
+                await asyncio.sleep(0)  # lets other requests run between parts of a long log
             if changed is None:
                 return
             await changed.wait()
@@ -233,10 +230,10 @@ class Jobs:
     def _config(self, id: str) -> Path:
         return self.logs / f"{id}.json"
 
-    # What happens in between
+    # Internal
 
     def _check_free(self, output: Path | None) -> None:
-        """Raises InputError or Conflict if a job that writes there cannot wait with the others."""
+        """Raises InputError if the queue is full, Conflict if a live job writes to `output`."""
         if len(self.live) >= LONGEST_QUEUE:
             raise InputError(
                 f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
@@ -256,13 +253,12 @@ class Jobs:
                 others += self._run(row)
 
     def _run(self, row: Row) -> bool:
-        """Starts a job's process; whether it runs."""
+        """Starts a job's process; returns whether it runs."""
         path, values = self.log(row.id), self.get(row.id).values
         try:
             self.check(values)
-            places = {"roots": list(map(str, self.roots)), "store": str(self.folder)}
-            given = json.dumps({"values": values, **places})
-            write_text(self._config(row.id), given, private)
+            given = {"values": values, "roots": [*map(str, self.roots)], "store": str(self.folder)}
+            write_text(self._config(row.id), json.dumps(given), private)
             with ExitStack() as opened:
                 lock = eventlog.claim(path)
                 if lock is None:
@@ -270,16 +266,13 @@ class Jobs:
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)
-                # Before it starts: no process is ever unknown.
-                self.store.update(
-                    row.id,
-                    **{"status": "running", "started_at": clock(), "message": None},
-                    begins=os.fstat(log).st_size,
-                )
-                arguments = (row.kind, str(self._config(row.id)), str(lock))
+                # Before the process starts, so that the store knows every process.
+                begins = os.fstat(log).st_size
+                state = {"status": "running", "started_at": clock(), "message": None}
+                self.store.update(row.id, **state, begins=begins)
                 process = processes.start(
                     f"{__package__}.worker",
-                    *arguments,
+                    *(row.kind, str(self._config(row.id)), str(lock)),
                     files=[lock],
                     env=processes.environment(row.job_kind.variables, self.environment),
                     **{"cwd": self.logs, "stdout": log, "stderr": log},
@@ -300,10 +293,7 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Sees a job to its end, and lets the next one run, whatever goes wrong on the way.
-
-        A disk that is full may have room again.
-        """
+        """Follows a job until its end, and starts the next one. Retries after errors."""
         after = self.get(id).begins
         while id in self.live:
             try:
@@ -314,7 +304,7 @@ class Jobs:
         self._run_next()
 
     async def _look(self, id: str, after: int) -> int:
-        """Keeps the row up to date with the log after an offset, and ends a job that has ended."""
+        """Updates a job's row from its log after an offset; notices its end. Returns the offset."""
         path, live = self.log(id), self.live[id]
         running = eventlog.is_written(path)
         found, end = eventlog.read(path, after, ended=not running)
@@ -354,7 +344,7 @@ class Jobs:
         live.tell()
 
     def _interrupt(self, id: str) -> None:
-        """Its log is locked, so that the process is the one which said its number there."""
+        """Signals a job's process. The locked log shows that the process id is still valid."""
         live = self.live[id]
         if live.pid is not None and eventlog.is_written(self.log(id)):
             moment = time.monotonic()
@@ -362,12 +352,12 @@ class Jobs:
             with suppress(ProcessLookupError):
                 if moment - live.interrupted < KILLED_AFTER_S:
                     os.kill(live.pid, signal.SIGTERM)
-                else:  # compiled code looks at no signal; it leads a session of its own
+                else:  # compiled code may ignore SIGTERM; the job's session has all its processes
                     os.killpg(live.pid, signal.SIGKILL)
             self.store.update(id, cancelling=SIGNALLED)
 
     def _say_end(self, id: str, event: Event) -> None:
-        """Ends a job whose process did not say so: there was none, or it was killed."""
+        """Ends a job whose log has no last event: it has not started, or was killed."""
         eventlog.append(self.log(id), event)
         self._end(id, event)
 
@@ -384,7 +374,7 @@ class Jobs:
 
 
 def _text(value: Any) -> str | None:
-    """Returns an event's text in the form that the database and lists store."""
+    """Returns a text of an event for the database: valid UTF-8, and not too long."""
     if not isinstance(value, str):
         return None
     return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]
@@ -392,7 +382,7 @@ def _text(value: Any) -> str | None:
 
 def _killed(row: Row, code: int | None) -> Event:
     if row.cancelling:
-        message = "its process was ended before it could say so"
+        message = "its process was killed before it could finish"
         return {"type": "cancelled", "ts": now(), "message": message}
     if code is None:
         how = "its process was killed while no server watched it"

@@ -1,4 +1,4 @@
-"""A job as the store keeps it."""
+"""A job, as it is stored."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from ...errors import Fault
 from .kinds import JobKind, kind_of
 
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
-#: States of jobs that neither run nor wait.
+#: The statuses of jobs that have ended.
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -49,22 +49,22 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """Its configuration; empty in a row of a list."""
+        """The configuration; empty in rows of lists."""
         return json.loads(self.config_json or "{}")
 
     @property
     def result(self) -> Any:
-        """The result in its last event."""
+        """The result from its last event."""
         return json.loads(self.result_json or "null")
 
     @property
     def tags(self) -> list[str]:
-        """Tags that people gave it."""
+        """The tags that people gave it."""
         return json.loads(self.tags_json)
 
     @property
     def method(self) -> str | None:
-        """The method whose loss or reward the job measures, if it measures one."""
+        """The method whose loss or reward the job measures; None if it measures none."""
         return self.values.get("method", "sft") if self.job_kind.measures else None
 
     @property
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def inputs(self) -> list[str]:
-        """Folders that it reads."""
+        """The folders that it reads."""
         found: list[str] = []
         for name in dict.fromkeys((*PATHS, *self.job_kind.folders)):
             given = self.values.get(name)

@@ -1,4 +1,4 @@
-"""Jobs as rows of SQLite. A job's output is in its log; a row has what lists and queues need."""
+"""Jobs as rows of SQLite, for lists and the queue; the events of a job are in its log."""
 
 import secrets
 import sqlite3
@@ -14,7 +14,7 @@ from .row import Row, Status
 TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY,
-    place INTEGER NOT NULL,        -- in the queue: the lowest is the next
+    place INTEGER NOT NULL,        -- its position in the queue; the lowest is the next
     kind TEXT NOT NULL,
     status TEXT NOT NULL,
     config_json TEXT NOT NULL,
@@ -26,20 +26,20 @@ CREATE TABLE IF NOT EXISTS jobs (
     created_at TEXT NOT NULL,
     started_at TEXT,
     ended_at TEXT,
-    begins INTEGER NOT NULL DEFAULT 0,   -- where in the log the current attempt's events begin
+    begins INTEGER NOT NULL DEFAULT 0,   -- the offset of the current attempt's events in the log
     cancelling INTEGER NOT NULL DEFAULT 0,
-    opened INTEGER NOT NULL DEFAULT 0    -- it has begun to write to output_path
+    opened INTEGER NOT NULL DEFAULT 0    -- whether it has started to write to output_path
 )
 """
-#: Columns that tables of earlier versions lack.
+#: Columns that are missing in tables of earlier versions.
 ADDED = {
     "fault": "TEXT",  # errors.Fault of a job that failed
-    "fault_field": "TEXT",  # the field of its configuration that has to be changed
-    "label": "TEXT NOT NULL DEFAULT ''",  # the name that people gave it
+    "fault_field": "TEXT",  # the field of the configuration that has to be changed
+    "label": "TEXT NOT NULL DEFAULT ''",  # a name from the user
     "note": "TEXT NOT NULL DEFAULT ''",
     "tags_json": "TEXT NOT NULL DEFAULT '[]'",
 }
-#: Indexes for lists and queues; without them each query reads all jobs that ever existed.
+#: Indexes for lists and the queue: without them each query would read all jobs.
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
     "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
@@ -52,12 +52,12 @@ def now() -> str:
 
 
 class Store:
-    """The table. A change is on disk when the call returns."""
+    """The table of jobs. Changes are on disk when a call returns."""
 
     def __init__(self, file: Path):
         make_folder(file.parent)
         try:
-            with open(file, "ab", opener=private):  # its journals get the file's mode
+            with open(file, "ab", opener=private):  # SQLite's journals get the same mode
                 file.chmod(0o600)
             self.connection = sqlite3.connect(file, isolation_level=None)
             self.connection.execute("PRAGMA journal_mode=WAL")
@@ -91,7 +91,7 @@ class Store:
         return row
 
     def requeue(self, id: str, config_json: str) -> None:
-        """Moves a job to the end of the queue again."""
+        """Puts a job that has ended at the end of the queue."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
             " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
@@ -111,8 +111,7 @@ class Store:
         return self.connection.execute(f"SELECT {_ALL} FROM jobs WHERE id = ?", (id,)).fetchone()
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
-        """Returns the last jobs of the queue first, or those before a position; without their
-        configurations, which may be long."""
+        """Returns jobs, the newest first, without configurations; `before`: below this place."""
         wanted = {"kind = ?": kind, "place < ?": before}
         given = {test: value for test, value in wanted.items() if value is not None}
         where = f"WHERE {' AND '.join(given)}" if given else ""
@@ -122,7 +121,7 @@ class Store:
         ).fetchall()
 
     def with_status(self, status: Status) -> list[Row]:
-        """Returns the next jobs of the queue first; without their configurations."""
+        """Returns jobs in the order of the queue, without configurations."""
         return self.connection.execute(
             f"SELECT {_BRIEF} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()

@@ -1,11 +1,11 @@
-"""A job's process, which the server starts (queue.py, processes.py): main(KIND, FILE, LOCK).
+"""A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
-FILE has its configuration and the folders in which it may read; LOCK is the descriptor of an open
+FILE has the job's configuration and the folders that it may read; LOCK is the descriptor of a lock
 file, which stays locked as long as the process lives.
 
-Its events go to standard output, one per line, the first of them before anything heavy is imported;
-whoever started it may be gone. What the libraries print becomes events of type log: a file that
-they read could contain lines that look like ours.
+The process writes events to stdout, one per line, and the first before it imports anything heavy.
+The server may have ended meanwhile. Lines that libraries print become events of type log: a file
+that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: The most characters of what libraries print: per line, and per job.
+#: The most printed characters that are logged: per line, and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -44,7 +44,7 @@ class Printed(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if self.left > 0 and line.strip():
-            # The last state of a progress bar.
+            # Of a progress bar, only the last state.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
             tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
@@ -55,14 +55,14 @@ class Printed(io.TextIOBase):
 
 
 def main(kind: str, file: str, lock: str) -> int:
-    """Returns 0, 1 (it failed) or 130 (it was cancelled)."""
+    """Runs a job; returns 0, 1 (it failed) or 130 (it was cancelled)."""
     hide_torch()
-    os.set_inheritable(int(lock), False)  # processes of libraries may live longer
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # memory may hold a token
+    os.set_inheritable(int(lock), False)  # processes that libraries start may live longer
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     sys.stdout = sys.stderr = printed = Printed()
     own = kind_of(kind)
-    if not own.trains:  # which shuts down by itself
+    if not own.trains:  # a training run handles the signal itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         given = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -76,7 +76,7 @@ def main(kind: str, file: str, lock: str) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        # For people to fix: the log has the place, the client gets a sentence.
+        # A bug: the log gets the traceback, and the client one sentence.
         import traceback
 
         traceback.print_exc()

@@ -1,8 +1,8 @@
-// What is done with an adapter: evaluate, merge, export, push. All of them are jobs.
+// The actions for an adapter: evaluate, merge, export, push. Each of them is a job.
 
 import { api, every } from "./api.js";
-import { announce, badge, button, combobox, empty, expansion } from "./dom.js";
-import { field, h, input, link, notice, select, show } from "./dom.js";
+import { announce, attempt, badge, button, combobox, empty, expansion } from "./dom.js";
+import { field, h, input, link, select, show } from "./dom.js";
 import { archive, pushing } from "./library.js";
 import { inShort } from "./results.js";
 import { tail } from "./text.js";
@@ -14,11 +14,11 @@ const DTYPES = ["float32", "bfloat16", "float16"].map((name) => [name, name]);
 const TYPES = [["", "same as base (default)"], ...DTYPES];
 const GGUF = ["gguf", "GGUF, for llama.cpp"];
 const FORMATS = [["peft", "Hugging Face PEFT"], ["mlx-lm", "mlx-lm"], GGUF];
-// Milliseconds in which a job is refused if it is; some are answered when they have ended.
+// Milliseconds after which a job counts as accepted: some requests are answered when the job ends.
 const REFUSED = 400;
 
-// The actions for the adapter of a run that is done: `values` is its configuration, `schema` all
-// fields of one.
+// Returns the actions for the adapter of a finished run; `values` is its configuration, `schema`
+// lists all fields.
 export default async function after(row, values, schema) {
   const [model, adapter] = [values.model_dir, row.output_path];
   const query = new URLSearchParams({ model_dir: model });
@@ -27,7 +27,7 @@ export default async function after(row, values, schema) {
   const jobs = h("div.stack");
   let seen = "";
 
-  // A part with a form; `start` gives addresses of the API, each with a body.
+  // A section with a form; `start` returns requests to the API: paths and bodies.
   function part(name, about, fields, action, start) {
     const problem = h("div", { role: "alert" });
     async function post() {
@@ -35,16 +35,13 @@ export default async function after(row, values, schema) {
     }
     async function submit(event) {
       event.preventDefault();
-      show(problem);
-      try {
+      await attempt(problem, async () => {
         const posted = post();
         await Promise.race([posted, new Promise((go) => setTimeout(go, REFUSED))]);
         announce(`${name} has been queued.`);
         refresh();
         await posted;
-      } catch (error) {
-        show(problem, notice(error.message, "bad"));
-      }
+      });
       refresh();
     }
     const end = h("div.actions", button(action, null, "primary"));
@@ -53,7 +50,7 @@ export default async function after(row, values, schema) {
     return expansion(name, about, form, "after");
   }
 
-  // A field for the folder that a job writes, and what it says.
+  // A field for the output folder of a job, and a function that returns its value.
   function folder(kind) {
     const control = input(`a new folder in the server's store (${kind})`);
     const element = field("Folder to write", control, { kind: "across" });

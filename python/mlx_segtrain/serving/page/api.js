@@ -1,6 +1,6 @@
-// The API of this server: requests, their errors, and what is asked again and again.
+// Requests to the server's API, and their errors.
 
-// What went wrong, in the server's words; of a field its name.
+// An error with the server's message; `field` names the field that has to be changed, if any.
 class Problem extends Error {
   constructor(message, field = null, status = 0) {
     super(message);
@@ -8,7 +8,7 @@ class Problem extends Error {
   }
 }
 
-// Milliseconds by which the server's clock is ahead of ours.
+// Milliseconds by which the server's clock is ahead of the browser's.
 let ahead = 0;
 export const now = () => Date.now() + ahead;
 
@@ -30,10 +30,10 @@ async function request(path, body, more = {}) {
   throw new Problem(said, field, answer.status);
 }
 
-// JSON of a route; with a body it is posted.
+// Returns the JSON of a route; a body is posted.
 export const api = async (path, body, more) => (await request(path, body, more)).json();
 
-// Sends a file; `tell` gets the share of it that has gone. fetch does not say how far it is.
+// Uploads a file; `tell` gets the fraction that was sent, which fetch does not report.
 export function upload(path, file, tell) {
   return new Promise((done, failed) => {
     const sent = new XMLHttpRequest();
@@ -49,8 +49,8 @@ export function upload(path, file, tell) {
   });
 }
 
-// Asks every so many seconds while the page is seen (or always), never twice at a time; what it returns asks at
-// once.
+// Calls `ask` every few seconds while the page is visible (`unseen`: always), and never twice at the same time.
+// Returns a function that calls it immediately.
 export function every(seconds, ask, { unseen = false } = {}) {
   let asking = false;
   async function look() {
@@ -59,7 +59,7 @@ export function every(seconds, ask, { unseen = false } = {}) {
     try {
       await ask();
     } catch (error) {
-      if (!(error instanceof Problem)) throw error; // else the next look may do
+      if (!(error instanceof Problem)) throw error; // otherwise the next call may succeed
     } finally {
       asking = false;
     }
@@ -69,14 +69,14 @@ export function every(seconds, ask, { unseen = false } = {}) {
   return look;
 }
 
-// A job's events behind a place in its log, until it has ended; returns what stops it. A browser
-// has few connections to a server, so a page that is not seen holds none.
+// Passes a job's events after a place in its log to `take` until the job has ended; returns a function
+// that stops it. A browser has few connections to a server, so a hidden page closes its own.
 export function follow(id, place, take, ended) {
   let source;
   const seen = () => (document.hidden ? source?.close() : open());
   function stop() {
     source?.close();
-    source = null; // which is not opened again
+    source = null;
     document.removeEventListener("visibilitychange", seen);
   }
   function open() {
@@ -88,7 +88,7 @@ export function follow(id, place, take, ended) {
     };
     source.addEventListener("end", () => (stop(), ended()));
     source.onerror = ({ target }) => {
-      // After a break the browser comes back by itself, but not after an answer that is an error.
+      // The browser reconnects after an interruption, but not after an error status.
       const refused = () => target === source && target.readyState === EventSource.CLOSED;
       if (refused()) setTimeout(() => refused() && !document.hidden && open(), 2000);
     };
@@ -98,7 +98,7 @@ export function follow(id, place, take, ended) {
   return stop;
 }
 
-// Chunks of an answer of /v1 as they come.
+// Yields the chunks of an answer of /v1.
 export async function* chunks(path, body, signal) {
   const answer = await request(path, { ...body, stream: true }, { signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

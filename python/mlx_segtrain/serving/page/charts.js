@@ -1,29 +1,29 @@
-// Charts of lines over steps, drawn by uPlot (vendor/), which index.html brings as the global uPlot.
+// Line charts over steps, drawn by uPlot (vendor/), which the page loads as a global variable.
 
 import { announce, button, h, s } from "./dom.js";
 import { save } from "./text.js";
 
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
-// Distinguishes lines without colours, for people who cannot tell these apart.
+// Distinguish lines for people who cannot distinguish the colours.
 export const DASHES = ["", "6 4"];
-// Points of a marked line that are still shown as such.
+// The most points of a marked line that are drawn as points.
 const FEW = 60;
 const { uPlot } = globalThis;
-const shown = new Set(); // charts, which are drawn anew when the theme changes
+const shown = new Set(); // functions that redraw charts when the theme changes
 
 const redrawAll = () => shown.forEach((draw) => draw());
 new MutationObserver(redrawAll)
   .observe(document.documentElement, { attributeFilter: ["data-theme"] });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redrawAll);
 
-// A curve; of a long one its means, and behind them from where to where it goes.
+// The lines of a curve: its means and, for a long curve, a pale line through its extremes.
 export function linesOf(name, curve, color, dash) {
   const mean = { name, points: curve.points, color, dash };
   const range = { name, points: curve.extremes, color, pale: true };
   return range.points.length ? [mean, range] : [mean];
 }
 
-// The exponential mean of the points before each, less what it has of the start.
+// The exponential moving average, without a bias towards the start.
 export function smoothed(points, share) {
   let [sum, weight] = [0, 0];
   return points.map(([x, y]) => {
@@ -35,7 +35,7 @@ export function smoothed(points, share) {
 const inWords = (value, digits = 6) =>
   value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
-// From where to where an axis goes: round numbers, and no less than it had, so that it stands still.
+// Returns round limits for an axis that are not inside the earlier ones, so that it does not jump.
 function rounded(low, high, before) {
   const room = low === high ? Math.abs(low || 1) / 10 : 0;
   let [least, most] = [low - room, high + room];
@@ -45,10 +45,12 @@ function rounded(low, high, before) {
   return [Math.floor(least / step + 1e-9) * step, Math.ceil(most / step - 1e-9) * step];
 }
 
-// A chart with `draw(lines, { end, legend, axis })`. A line has a name, points, a colour, maybe a dash;
-// `marked` shows its points, if they are few, `pale` is behind the others. `axis` is the title of
-// the vertical axis. A tall one can be smoothed, zoomed and saved. The label is for who cannot see
-// it.
+const joined = (lines) => uPlot.join(lines.map(({ points }) =>
+  [points.map(([x]) => x), points.map(([, y]) => y)]));
+
+// A chart with a method `draw(lines, { end, legend, axis })`. A line has a name, points, a colour and perhaps a
+// dash; `marked` also draws its points, if they are few; a `pale` line is in the background. `axis` is the title of
+// the vertical axis. A tall chart can be smoothed, zoomed and saved. Screen readers read `label`.
 export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
   const keys = "arrow keys read values, plus and minus zoom, 0 shows all";
   const plot = h("div.plot", { tabindex: 0, role: "application",
@@ -66,7 +68,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     button("Zoom in", () => zoom(0.5), "small"), reset,
     button("CSV", () => save(`${label}.csv`, table()), "small"));
   let [drawn, made, full, kept, how] = [null, "", [0, 1], null, {}];
-  element.lines = []; // as they were given
+  element.lines = []; // the arguments of `draw`
   element.append(...(tall ? [tools] : []), legend, plot, tip, probe);
   reset.hidden = true;
 
@@ -86,7 +88,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     drawAgain();
   };
 
-  // What is drawn of the lines that were given: a smoothed one has itself behind it.
+  // The lines to draw: behind a smoothed line is the original one.
   function all() {
     const share = Number(smoothing.value);
     return element.lines.filter((line) => line.points.length).flatMap((line) =>
@@ -95,7 +97,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
         : [line]);
   }
 
-  // It is made anew if it has other lines or another scale.
+  // Creates a new plot if there are other lines or another scale; otherwise only sets its data.
   function drawAgain(anew = false) {
     const { clientWidth: width, clientHeight: height } = plot;
     const lines = all();
@@ -105,8 +107,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
       return;
     }
     const positive = log.checked && lines.every(({ points }) => points.every(([, y]) => y > 0));
-    const data = uPlot.join(lines.map(({ points }) =>
-      [points.map(([x]) => x), points.map(([, y]) => y)]));
+    const data = joined(lines);
     const most = Math.max(how.end ?? 0, 1, data[0].at(-1));
     const wanted = JSON.stringify([positive, how.axis, lines.map(({ name, color, dash, pale, points, marked }) =>
       [name, color, dash, pale, marked && points.length <= FEW, points.length === 1])]);
@@ -161,7 +162,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     };
   }
 
-  // Of a line the value that is next to where the cursor is.
+  // Returns the index of the value of a line that is closest to the cursor.
   function nearest(self, series, at) {
     const values = self.data[series];
     for (let by = 0; by < values.length; by++) {
@@ -171,7 +172,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     return at;
   }
 
-  // The values at the step that is pointed at.
+  // Shows the values at the cursor in the tip, and returns them.
   function point(self) {
     const at = self.cursor.idx;
     tip.hidden = at == null || self.cursor.left < 0;
@@ -198,7 +199,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     drawn?.setCursor({ left: -10, top: -10 });
   }
 
-  // Shows a part of the steps around the one that is pointed at, or all of them.
+  // Zooms in or out around the cursor; null shows all steps.
   function zoom(share) {
     if (!drawn) return;
     const { min, max } = drawn.scales.x;
@@ -231,11 +232,10 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     event.preventDefault();
   }
 
-  // All points as they were given, a row a step.
+  // Returns all points, one row per step.
   function table() {
     const lines = element.lines.filter((line) => !line.pale && line.points.length);
-    const data = uPlot.join(lines.map(({ points }) =>
-      [points.map(([x]) => x), points.map(([, y]) => y)]));
+    const data = joined(lines);
     return [["step", ...lines.map(({ name }) => name)],
       ...data[0].map((x, i) => [x, ...data.slice(1).map((own) => own[i] ?? "")])];
   }
@@ -251,7 +251,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
 
 const FONT = "11px system-ui, sans-serif";
 
-// A piece of a line, for where it is named.
+// A short piece of a line, for legends.
 export function swatch({ color, dash = "" }) {
   const path = s("path", { d: "M0 5h22", "stroke-dasharray": dash });
   path.style.stroke = color;

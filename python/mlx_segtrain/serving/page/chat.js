@@ -1,4 +1,4 @@
-// /finetune/chat: the same prompt to two sides, each the base or an adapter, side by side.
+// /finetune/chat: one prompt to two sides, each of which is the base model or an adapter.
 
 import { api, chunks, every } from "./api.js";
 import { announce, button, card, combobox, empty, expansion } from "./dom.js";
@@ -7,12 +7,12 @@ import { counted, described, fixed, sentence, tail } from "./text.js";
 
 const ASK = "Ask something: both sides answer.";
 const WAITS = "A job is running: the chat waits until it ends.";
-const BASE = "none"; // the id of no adapter
-const NOBODY = ""; // a side that does not answer
-// Where a browser keeps the chat, and turns of it at most.
+const BASE = "none"; // the id for the base model
+const NOBODY = ""; // the value of a side that does not answer
+// The key of the chat in local storage, and the most turns that are stored.
 const PLACE = "mlx-segtrain chat";
 const KEPT = 50;
-// What may be set of an answer: name, title, what it is if left out, and help.
+// Sampling options: name, title, default and help.
 const SAMPLING = [
   ["temperature", "Temperature", "0", "0 is greedy decoding."],
   ["max_tokens", "Max tokens", "256", "Maximum length of an answer."],
@@ -23,7 +23,7 @@ const SAMPLING = [
   ["seed", "Seed", "", "The same seed gives the same answer."],
 ];
 
-// The id of the adapter in a folder, which is mounted if it is not.
+// Returns the id of the adapter in a folder, and mounts it if necessary.
 async function mounted(path) {
   if (path === BASE) return BASE;
   const { adapters } = await api("/v1/adapters");
@@ -37,7 +37,7 @@ async function mounted(path) {
 
 const titleOf = (side) => (side === BASE ? "Base" : tail(side));
 
-// What was kept of the chat: turns are { asked, answers: [[side, text, note], …] }.
+// Returns the stored chat; turns are { asked, answers: [[side, text, note], …] }.
 function kept() {
   try {
     return JSON.parse(localStorage.getItem(PLACE)) ?? {};
@@ -55,7 +55,7 @@ export default async function chatPage(main) {
   looking.remove();
   const old = kept();
   let turns = [];
-  let stopper = null; // while they answer
+  let stopper = null; // an AbortController while the sides answer
   let [loading, shown] = [false, ""];
 
   const model = combobox(() => changed());
@@ -91,7 +91,7 @@ export default async function chatPage(main) {
         problem,
         h("div.actions", send, stop, again, button("Clear", clear)))));
 
-  // What is kept when the page is loaded again
+  // Storage
 
   function keep() {
     const set = Object.fromEntries(sampling.map(({ name, own }) => [name, own.value]));
@@ -100,7 +100,7 @@ export default async function chatPage(main) {
       turns: turns.slice(-KEPT).map(({ asked, answers }) => ({ asked, answers })) };
     try {
       localStorage.setItem(PLACE, JSON.stringify(own));
-    } catch { // of a browser that has no room, or may keep nothing
+    } catch { // the storage is full or disabled
       localStorage.removeItem(PLACE);
     }
   }
@@ -207,7 +207,7 @@ export default async function chatPage(main) {
     prompt.form.requestSubmit();
   }
 
-  // What was set, as the API takes it; throws after it has said what is wrong at its field.
+  // Returns the sampling options for the API. Shows what is wrong at the field, and throws.
   function settings() {
     const own = { max_tokens: 256, temperature: 0 };
     for (const { name, own: control, complain, reveal } of sampling) {
@@ -229,7 +229,7 @@ export default async function chatPage(main) {
     if (await answerTo(words)) prompt.value = "";
   }
 
-  // The last prompt once more, with the sides and settings as they are now.
+  // Sends the last prompt again, with the current sides and settings.
   async function askAgain() {
     const last = turns.pop();
     showTurns();
@@ -238,7 +238,7 @@ export default async function chatPage(main) {
     showState();
   }
 
-  // Whether the sides have been asked.
+  // Sends a prompt to both sides; returns whether it was sent.
   async function answerTo(words) {
     show(problem);
     const { signal } = (stopper = new AbortController());
@@ -248,7 +248,7 @@ export default async function chatPage(main) {
       const how = settings();
       const wanted = [...new Set(sides.map((own) => own.value).filter((own) => own !== NOBODY))];
       const ids = [];
-      for (const side of wanted) ids.push(await mounted(side)); // two may have one name
+      for (const side of wanted) ids.push(await mounted(side)); // in turn: two may have the same name
       const earlier = wanted.map((side) => earlierWith(side));
       turn = { asked: words, answers: wanted.map((side) => [side, "…", ""]) };
       turns.push(turn);
@@ -268,13 +268,13 @@ export default async function chatPage(main) {
     return turn !== null;
   }
 
-  // The conversation with a side so far: what it has answered itself, else what is on its place.
+  // The conversation so far for a side: its own answers, or those of the side that answered instead.
   const earlierWith = (side) => turns.flatMap(({ asked, answers }) => {
     const own = answers.find(([who]) => who === side) ?? answers.at(-1);
     return [{ role: "user", content: asked }, { role: "assistant", content: own[1] }];
   });
 
-  // One side's answer. A model without a chat template goes on from the text.
+  // Shows the answer of one side. A model without a chat template continues the text.
   async function answer(turn, i, earlier, how, signal) {
     const own = turn.answers[i];
     const [text, note] = turn.places[i];
@@ -299,7 +299,7 @@ export default async function chatPage(main) {
         say(`${counted(made, "token")}, ${fixed(speed, 1)} tokens/s`);
       }
     } catch (error) {
-      // A piece is the text of a token or more.
+      // The number of tokens is not known: a piece may have several.
       if (signal.aborted) say(`stopped after ${counted(pieces, "piece")}`);
       throw error;
     } finally {
@@ -307,7 +307,7 @@ export default async function chatPage(main) {
     }
   }
 
-  // As the address says, or as it was.
+  // Restores the stored chat, unless the address names another model.
   const named = given.get("model");
   const same = !named || named === old.model;
   for (const { name, own } of sampling) own.value = old.set?.[name] ?? "";

@@ -1,10 +1,10 @@
-// What a run of grpo generated: the completions of a step, the best one of each prompt first.
+// The completions of a step of a GRPO run, the best completion of each prompt first.
 
 import { api } from "./api.js";
 import { button, card, expansion, facts, h, notice, show } from "./dom.js";
 import { count, counted, fixed } from "./text.js";
 
-// A card with `draw(run)`, which shows what is new; nothing while there is none.
+// A card with a method `draw(run)`, which shows the newest completions; hidden while there are none.
 export function completionsView(id) {
   const number = h("input", { type: "number", min: 1, step: 1, "aria-label": "Step",
     onchange: () => look(Number(number.value)) });
@@ -49,7 +49,7 @@ export function completionsView(id) {
   return { element, draw };
 }
 
-// Of each prompt its completions, the best first.
+// The completions by prompt, the best ones first.
 function groups(completions) {
   const own = Object.groupBy(completions, ({ row }) => row);
   return Object.entries(own).map(([row, made]) => {

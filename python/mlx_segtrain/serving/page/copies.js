@@ -1,29 +1,24 @@
-// A run as a command, a YAML file or a program, in the clipboard.
+// Copies a run to the clipboard as a command, a YAML file or a Python program.
 
 import { api } from "./api.js";
-import { announce, button, h, notice, show } from "./dom.js";
+import { announce, attempt, button, h, show } from "./dom.js";
 
 const FORMS = { command: "Command", yaml: "YAML", python: "Python" };
 
-// Buttons that copy; `values` gives the configuration as it is now.
+// Returns the buttons; `values` returns the current configuration.
 export function copies(values) {
   const problem = h("div", { role: "alert" });
   const shown = h("div");
-  async function copy(name) {
-    show(problem);
+  const copy = (name) => attempt(problem, async () => {
     show(shown);
-    try {
-      const given = Object.entries(values()).filter(([, value]) => value !== null);
-      const text = (await api("/api/finetune/copy", Object.fromEntries(given)))[name];
-      const own = h("textarea.mono", { readonly: true, rows: 6, "aria-label": FORMS[name] });
-      own.value = text;
-      show(shown, own);
-      await navigator.clipboard?.writeText(text).catch(() => own.select());
-      announce(`${FORMS[name]} copied.`);
-    } catch (error) {
-      show(problem, notice(error.message, "bad"));
-    }
-  }
+    const given = Object.entries(values()).filter(([, value]) => value !== null);
+    const text = (await api("/api/finetune/copy", Object.fromEntries(given)))[name];
+    const own = h("textarea.mono", { readonly: true, rows: 6, "aria-label": FORMS[name] });
+    own.value = text;
+    show(shown, own);
+    await navigator.clipboard?.writeText(text).catch(() => own.select());
+    announce(`${FORMS[name]} copied.`);
+  });
   return h("div.stack.copies",
     h("div.actions", { role: "group", "aria-label": "Copy the run as" },
       h("span.small.muted", "Copy as"),

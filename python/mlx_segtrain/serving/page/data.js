@@ -1,12 +1,12 @@
-// What a data set trains: counts, lengths, and its first rows token by token.
+// The report on a data set: counts, lengths, and the tokens of its first rows.
 
 import { expansion, facts, h, notice } from "./dom.js";
 import { count, counted, percent, sentence } from "./text.js";
 
-// Tokens of a row that are shown: a page of a hundred thousand helps nobody.
+// The most tokens of a row that are shown.
 const SHOWN = 1500;
 
-// The answer of /api/finetune/inspect-dataset, if it is not what is wrong.
+// Shows a successful answer of /api/finetune/inspect-dataset.
 export function shownReport(own) {
   const trained = own.supervised_tokens ?? 0;
   const lengths = own.length_max !== null;
@@ -38,7 +38,7 @@ export function shownReport(own) {
   ];
 }
 
-// A row as it is trained: runs of tokens, each of them in the loss or context only.
+// A row as runs of tokens, each of which is in the loss or context only.
 function preview({ source, tokens, findings }) {
   const runs = [];
   for (const [i, [text, trained, weight]] of tokens.slice(0, SHOWN).entries()) {

@@ -1,12 +1,12 @@
-// Elements, and the parts of pages. What a server or a model says becomes text here, never HTML.
+// Elements and parts of pages. All texts from the server or a model are inserted as text, never as HTML.
 
 import { sentence } from "./text.js";
 
-// Milliseconds after the last key before a search begins.
+// Milliseconds after the last key until a search starts.
 const TYPED = 400;
 
-// An element: h("div.card", { id: "x", onclick: f }, "text", other, …). What is null or false is
-// left out, and so may the properties be.
+// Creates an element: h("div.card", { id: "x", onclick: f }, "text", other, …). The properties are
+// optional; null and false are skipped.
 export function h(name, ...content) {
   const [tag, ...classes] = name.split(".").filter(Boolean);
   const props = content[0]?.constructor === Object ? content.shift() : {};
@@ -21,7 +21,7 @@ export function h(name, ...content) {
   return made;
 }
 
-// An element of SVG.
+// Creates an SVG element.
 export function s(name, attributes, ...content) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -29,17 +29,17 @@ export function s(name, attributes, ...content) {
   return made;
 }
 
-// Puts other content into an element.
+// Replaces the content of an element.
 export const show = (place, ...content) =>
   place.replaceChildren(...content.flat(Infinity).filter(Boolean));
 
-// Says to who cannot see the page what has changed.
+// Tells users of screen readers what has changed.
 export const announce = (content) => (document.getElementById("said").textContent = content);
 
 let count = 0;
 const unique = (word) => `${word}-${++count}`;
 
-// Paths in a square of 24.
+// SVG paths in a square of 24.
 const CIRCLE = "M3 12a9 9 0 1 0 18 0a9 9 0 1 0-18 0";
 const ICONS = {
   queued: `${CIRCLE}M12 7v5l3 3`,
@@ -65,12 +65,12 @@ export const button = (content, onclick, kind = "") =>
 
 export const link = (content, href) => h("a.link", { href }, content);
 
-// What to do where there is nothing yet, and how.
+// What to do if a list is empty, and buttons for that.
 export const empty = (content, ...actions) => (actions.length
   ? h("div.stack", h("p.empty", content), h("div.actions", actions))
   : h("p.empty", content));
 
-// A button to choose files with, of these endings; `take` gets them.
+// A button for choosing files with these extensions; `take` gets them.
 export function picker(content, take, { accept = "", several = false } = {}) {
   const input = h("input", { type: "file", accept, multiple: several, hidden: true,
     "aria-label": content, tabindex: -1, onchange: () => {
@@ -81,14 +81,14 @@ export function picker(content, take, { accept = "", several = false } = {}) {
   return h("span.picker", input, button(content, () => input.click()));
 }
 
-// Scrolls to what is wrong and gives it the focus.
+// Scrolls to an element and focuses it.
 export function reveal(element, focus = element) {
   element.closest("details:not([open])")?.setAttribute("open", "");
   element.scrollIntoView({ block: "center" });
   focus.focus({ preventScroll: true });
 }
 
-// A sentence at the edge of the page, for a while.
+// Shows a sentence at the edge of the page for a while.
 export function toast(content, href) {
   const place = document.getElementById("toasts");
   const own = h("div.toast", href ? link(content, href) : h("span", content),
@@ -107,71 +107,78 @@ export function card(title, ...content) {
 export const facts = (kind, pairs) =>
   h(`dl.facts.${kind}`, pairs.map(([name, value]) => h("div", h("dt", name), h("dd", value))));
 
-// A job's status: word, icon and colour say the same.
+// A job's status as a word, an icon and a colour.
 export const badge = (status) => h(`span.badge.${status}`, icon(status), h("span", status));
 
-// A sentence in a box; kind: good, warn, bad or none.
+// A sentence in a box; `kind` is good, warn, bad or empty.
 export function notice(content, kind = "", props = {}) {
   const icons = { good: "done", warn: "warn", bad: "failed", "": "info" };
   return h(`div.notice.${kind}`, props, icon(icons[kind]), h("p", content));
 }
 
-// A bar, filled up to a share of 1.
+// A bar that is filled up to a fraction.
 export function meter(share, props) {
   const filled = h("div.filled");
   filled.style.width = `${100 * Math.min(1, share)}%`;
   return h("div.meter", props, filled);
 }
 
-// A table; its columns are names.
+// A table with named columns.
 export const table = (kind, caption, names, rows) =>
   h(`table.list.${kind}`, h("caption.sr-only", caption),
     h("thead", h("tr", names.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", rows));
 
-// A part that is opened and closed; of those of a group one is open.
+// A section that can be opened; only one of a group is open.
 export const expansion = (title, caption, content, group = null) =>
   h("details", { name: group },
     h("summary", { role: "button" }, h("span", title), h("span.small.muted", caption)), content);
 
-// A dialog with a form; `save` is called with it, and may throw what is wrong.
-export function dialog(title, fields, action, save) {
-  const id = unique("dialog");
-  const problem = h("div", { role: "alert" });
-  const own = h("dialog.card", { "aria-labelledby": id, onclose: () => own.remove() },
-    h("form.stack", { novalidate: true, onsubmit: async (event) => {
-      event.preventDefault();
-      show(problem);
-      try {
-        await save();
-        own.close();
-      } catch (error) {
-        show(problem, notice(error.message, "bad"));
-      }
-    } },
-    h("h2", { id }, title), fields, problem,
-    h("div.actions.end", button("Cancel", () => own.close()), button(action, null, "primary"))));
-  document.body.append(own);
-  own.showModal();
+// Runs an action; if it throws, shows the error in an element. Returns whether it has succeeded.
+export async function attempt(problem, act) {
+  show(problem);
+  try {
+    await act();
+  } catch (error) {
+    show(problem, notice(sentence(error.message), "bad"));
+    return false;
+  }
+  return true;
 }
 
-// Asks before what cannot be undone.
+// Opens a dialog, which is removed when it is closed.
+function modal(title, ...content) {
+  const id = unique("dialog");
+  const own = h("dialog.card", { "aria-labelledby": id, onclose: () => own.remove() },
+    h("h2", { id }, title), content);
+  document.body.append(own);
+  own.showModal();
+  return own;
+}
+
+// Opens a dialog with a form; `save` may throw an error, which is shown.
+export function dialog(title, fields, action, save) {
+  const problem = h("div", { role: "alert" });
+  const submit = async (event) => {
+    event.preventDefault();
+    if (await attempt(problem, save)) own.close();
+  };
+  const own = modal(title, h("form.stack", { novalidate: true, onsubmit: submit }, fields, problem,
+    h("div.actions.end", button("Cancel", () => own.close()), button(action, null, "primary"))));
+}
+
+// Asks before an action that cannot be undone.
 export function confirm(question, detail, action) {
-  const id = unique("question");
-  const dialog = h("dialog.card", { "aria-labelledby": id },
-    h("h2", { id }, question), h("p", detail),
-    h("div.actions.end",
-      button("Keep it", () => dialog.close()),
-      button(action, () => dialog.close("yes"), "danger")));
-  document.body.append(dialog);
-  dialog.showModal();
+  const own = modal(question, h("p", detail), h("div.actions.end",
+    button("Keep it", () => own.close()),
+    button(action, () => own.close("yes"), "danger")));
   return new Promise((answer) => {
-    dialog.addEventListener("close", () => (dialog.remove(), answer(dialog.returnValue === "yes")));
+    own.addEventListener("close", () => answer(own.returnValue === "yes"));
   });
 }
 
-// A control with its label, help and error. A control is an element, or has one as `element` and
-// what is labelled as `input`.
+// A control with label, help and error. The control is an element, or an object with an `element` and
+// the `input` to label.
 export function labelled(label, control, { about, key, kind = "" } = {}) {
   const input = control.input ?? control;
   input.id ||= unique("control");
@@ -182,9 +189,8 @@ export function labelled(label, control, { about, key, kind = "" } = {}) {
     h("div.name", h("label", { for: input.id, title: key }, label),
       key && h("span.mono", { "aria-hidden": "true" }, key)),
     control.element ?? control, wrong, help);
-  // `said` are texts and elements.
-  const complain = (...said) => {
-    const some = said.flat().filter(Boolean);
+  const complain = (...content) => {
+    const some = content.flat().filter(Boolean);
     wrong.replaceChildren(...some);
     element.classList.toggle("invalid", some.length > 0);
     input.setAttribute("aria-invalid", some.length > 0);
@@ -197,14 +203,13 @@ export const field = (...how) => labelled(...how).element;
 export const input = (placeholder, props) =>
   h("input", { placeholder, autocomplete: "off", ...props });
 
-// Words to choose from: pairs of value and text.
+// A menu of options: pairs of value and text.
 export const select = (pairs, onchange = () => {}) =>
   h("select", { onchange }, pairs.map(([value, text]) => h("option", { value }, text)));
 
-// Things that lie on disk, of which there may be many: by typing those remain that have the words.
-// `value` is null if none is chosen. What is typed and matches `takes` may be chosen, too, with what
-// `called` says of it. `seek` gives more pairs for the words that are typed, a while after the last
-// key; what it throws is said below.
+// An input with a list of options, filtered by the typed words. `value` is null if no option is chosen. A text that
+// matches `takes` can be chosen, too; `called` describes it. `seek` returns more options for the typed words, a
+// while after the last key; its errors are shown below the input.
 export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "", seek = null) {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
     onmousedown: (event) => event.preventDefault() }); // the focus stays
@@ -261,7 +266,7 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "",
     if (words === null) input.select();
     mark(Math.max(0, found.findIndex(([value]) => value === self.value)));
   }
-  // Asks once the typing has paused, and shows the answer unless something else is typed by then.
+  // Searches after the typing has paused; shows the results unless other words were typed meanwhile.
   function later(words) {
     clearTimeout(timer);
     told.textContent = "";

@@ -1,12 +1,12 @@
-// A run's parameters as a form, from the schema alone. Only what was changed is sent.
+// The form for a run's settings, made from the schema. Only changed settings are sent.
 
 import { button, expansion, h, input, labelled, select } from "./dom.js";
 import { counted } from "./text.js";
 
 const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
-// What nearly everybody sets; all else is folded.
+// Settings that are always visible; all others are in sections that can be opened.
 const BASIC = ["max_seq_length", "iters", "learning_rate", "method"];
-// Ways to begin; a field that none of them has stays as it is.
+// Presets: name, description, and values. Each sets all fields that any of them has.
 export const PRESETS = [
   ["Quick try", "20 steps, to see that everything works",
     { iters: 20, steps_per_report: 1, steps_per_eval: 10 }],
@@ -17,7 +17,7 @@ export const PRESETS = [
 ];
 const PRESET = [...new Set(PRESETS.flatMap(([, , values]) => Object.keys(values)))];
 
-// One parameter: what was given, if anything was.
+// One setting.
 class Field {
   constructor(row, onchange) {
     this.row = row;
@@ -37,7 +37,7 @@ class Field {
     Object.assign(this, labelled(row.title, this.control, { about, key: row.name, kind }));
   }
 
-  // Shows it if it has an effect with the method, and its default then.
+  // Shows the field if it has an effect with the method, with the method's default.
   suit(method) {
     const { row, control, words } = this;
     this.shown = !row.methods.length || row.methods.includes(method);
@@ -72,13 +72,13 @@ class Field {
     return NUMBER.test(text) ? Number(text) : text;
   }
 
-  // What was wrong with the value when it was loaded, if it is still the same.
+  // The fault of the loaded value, until it is changed.
   get fault() {
     const [value, message] = this.wrong ?? [];
     return value === this.control.value ? message ?? "" : "";
   }
 
-  // Shows a value, as of an earlier run.
+  // Sets the value, for example that of an earlier run.
   put(value) {
     let text = String(value);
     if (Array.isArray(value)) text = value.join(this.row.texts ? "\n" : ", ");
@@ -91,17 +91,17 @@ class Field {
 // The default of a field with a method, in words.
 export const standardOf = (row, method) => row.defaults[method] ?? row.default;
 
-// All parameters of a run but model and data. `schema` is the answer of /api/finetune/defaults.
+// All settings except model and data, from the answer of /api/finetune/defaults.
 export class Form {
   fields = {};
-  parts = new Map(); // what is folded, each with its fields
+  parts = new Map(); // sections, each with its fields
 
   constructor({ fields, groups }, onchange) {
     const changed = () => {
       this.#suit();
       onchange();
     };
-    // Paths, which are wide, come last in their block.
+    // Paths are wide, so they are last in their section.
     const rows = [...fields].sort((a, b) => (a.type === "Path") - (b.type === "Path"));
     for (const row of rows) {
       if (groups.includes(row.group)) this.fields[row.name] = new Field(row, changed);
@@ -153,7 +153,7 @@ export class Form {
     }
   }
 
-  // What was changed.
+  // The changed settings.
   get values() {
     const given = Object.entries(this.fields).map(([name, own]) => [name, own.given]);
     return Object.fromEntries(given.filter(([, value]) => value !== null));
@@ -164,7 +164,7 @@ export class Form {
     this.#suit();
   }
 
-  // Shows these values and no others, with what is wrong with them until they are changed.
+  // Replaces all values, and shows their faults until the values are changed.
   fill(values, faults) {
     for (const own of Object.values(this.fields)) own.control.value = "";
     this.put(Object.fromEntries(Object.entries(values).filter(([, value]) => value !== null)));
@@ -175,8 +175,7 @@ export class Form {
     this.complain(null);
   }
 
-  // Shows what is wrong at the field that it is about, which is returned if there is one; null is
-  // nothing.
+  // Shows a problem at its field, which is returned if there is one; null removes the last problem.
   complain(problem) {
     const own = this.fields[problem?.field];
     Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : x.fault));

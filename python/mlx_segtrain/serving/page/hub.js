@@ -1,25 +1,24 @@
-// What comes to this machine: from the hub by its name, and from the browser's as a file.
+// Downloads from the hub to the server, and uploads of files from the browser.
 
 import { api, follow, upload } from "./api.js";
 import { announce, button, empty, h, meter, notice, show } from "./dom.js";
 import { many, percent, sentence, size } from "./text.js";
 
-// A name of the hub, with or without a revision; of a data set with a configuration and a split.
+// A name on the hub, with an optional revision; for a data set also a configuration and a split.
 export const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
 export const DATA_NAME =
   /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
-// Endings of files with rows, as the server reads them.
+// Extensions of files with rows that the server can read.
 export const ROWS = ".jsonl,.ndjson,.json,.csv,.tsv,.parquet,.arrow,.feather,.gz,.zst";
 
-// Models or data sets of the hub with these words in their names, as a combobox offers them.
+// Searches models or data sets on the hub; returns options for a combobox.
 export async function seek(kind, words) {
   if (/^[~/]/.test(words)) return []; // a path
   const { found } = await api(`/api/hub/search?${new URLSearchParams({ kind, words })}`);
   return found.map(({ name, downloads }) => [name, `${name} · on the Hugging Face hub, ${many(downloads)} downloads`]);
 }
 
-// Puts the hub's thing on this machine by a job, and shows in a place how far that is; returns the
-// job that has ended, or throws.
+// Downloads a model or a data set to the server, with progress in `place`. Returns the finished job, or throws.
 export async function download(place, name, kind) {
   let failure = null;
   const tell = (event) => {
@@ -38,7 +37,7 @@ export async function download(place, name, kind) {
   return job;
 }
 
-// A button that brings what is named on the hub; `ended` gets its job.
+// A button that downloads a name on the hub; `ended` gets the finished job.
 export function offer(name, kind, ended) {
   const place = h("div.stack");
   function ask(...said) {
@@ -59,8 +58,8 @@ export function offer(name, kind, ended) {
 
 const bar = (share) => meter(share, { role: "img", "aria-label": percent(share) });
 
-// Sends files into one folder of the server's store, whose path is returned: [file, its name there]
-// each. Another name is found if a folder of this one has such files.
+// Uploads files, pairs of [file, name on the server], into a folder of the server's store, and returns its path.
+// If the folder already has such files, tries other names.
 export async function sendAll(place, kind, wanted, files) {
   const clean = wanted.replace(/[^\w.-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 56) || kind;
   for (let n = 1; ; n++) {
@@ -73,7 +72,7 @@ export async function sendAll(place, kind, wanted, files) {
   }
 }
 
-// What was sent before a file that is refused is of no use: it is deleted.
+// Uploads files into the folder `name`. If one is refused, deletes the ones before it.
 export async function send(place, kind, name, files) {
   let path = null;
   const sent = [];
@@ -96,7 +95,7 @@ export async function send(place, kind, name, files) {
   return path;
 }
 
-// Sends files of rows as one data set, and tells which of them is for what; returns its path.
+// Uploads files of rows as one data set, and shows which of them is for validation; returns its path.
 export async function sendRows(place, files) {
   const own = splits(files);
   const path = await sendAll(place, "datasets", stem(own[0][0]), own);
@@ -112,8 +111,8 @@ const FOR = {
   valid: /(^|[^a-z])(val|valid|validation|dev|eval|evaluation|test)([^a-z]|$)/i,
 };
 
-// Which of the files that were chosen is for training, and which for validation, by their names:
-// the order in which a browser lists them says nothing. [file, its name on the server] each.
+// Determines from their names which file is for training, and which for validation, since browsers list files in
+// any order. Returns pairs of [file, name on the server].
 export function splits(files) {
   if (files.length > 2) throw new Error("Choose one file, or one for training and one for validation.");
   const late = ({ name }) => FOR.valid.test(name) - FOR.train.test(name);
@@ -126,7 +125,7 @@ export function splits(files) {
   return [[train, namedAs("train", train)], [valid, namedAs("valid", valid)]];
 }
 
-// What a file of rows is called on the server: its split, with its own endings.
+// Returns the name of a file of rows on the server: its split, and its own extensions.
 export function namedAs(split, file) {
   const endings = file.name.toLowerCase().match(/\.[a-z]+(\.(gz|zst))?$/)?.[0] ?? "";
   return split + endings;

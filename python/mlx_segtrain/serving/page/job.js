@@ -1,4 +1,4 @@
-// /finetune/job/ID: a job while it runs and after. What is shown comes from its row and its log.
+// /finetune/job/ID: a running or finished job, from its row and its log.
 
 import after from "./after.js";
 import { api, every } from "./api.js";
@@ -8,11 +8,11 @@ import { copies } from "./copies.js";
 import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
 import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
 import { logView } from "./log.js";
-import { judged, shownResult } from "./results.js";
+import { broken, ended, judged, shownResult } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, duration, fixed, gb, percent, rate, sentence, titled, took } from "./text.js";
 
-// The small charts: title, curves with their names, unit, and how the last value is said.
+// The small charts: title, curves with their names, unit, and the format of the last value.
 const SMALL = [
   ["Learning rate", { learning_rate: "Learning rate" }, "", rate],
   ["Speed", { tokens_per_sec: "all", supervised_tokens_per_sec: "in the loss" }, " tokens/s",
@@ -39,12 +39,10 @@ export default async function jobPage(main, id) {
     trains && api("/api/finetune/defaults"), api("/api/state")]);
   const measure = judged(row);
   const run = new Run(row.id, measure);
-  let [shown, described, drawn, told] = ["", "", "", ""]; // states that are shown
+  let [shown, described, drawn, told] = ["", "", "", ""]; // the states that are shown
   let [acted, training] = [false, false];
-  const ended = () => ["done", "failed", "cancelled"].includes(row.status);
-  const broken = () => ["failed", "cancelled"].includes(row.status);
 
-  // What does not change
+  // Elements
 
   const buttons = h("div.actions");
   const title = h("h1");
@@ -89,14 +87,14 @@ export default async function jobPage(main, id) {
     card("Configuration", facts("wide", given.map(([name, value]) => [name, inWords(value)])),
       trains && copies(() => values)));
 
-  // What does
+  // Updates
 
   async function look() {
     try {
       ({ job: row } = await api(address));
     } catch (error) {
       if (error.status !== 404 || shown === "deleted") throw error;
-      shown = "deleted"; // on another page
+      shown = "deleted"; // from another page
       show(buttons);
       return show(outcome, notice("The job has been deleted.", "warn", { role: "alert" }));
     }
@@ -145,12 +143,12 @@ export default async function jobPage(main, id) {
   function showButtons() {
     const stop = row.cancelling ? "Stop now" : "Cancel";
     show(buttons,
-      !ended() && button(stop, () => act("/cancel"), "danger"),
+      !ended(row) && button(stop, () => act("/cancel"), "danger"),
       row.status === "cancelled" && again("primary"),
       trains && button("New run like this", () => location.assign(like())),
       button("Edit name", describe),
-      ended() && button("Delete", remove, "danger"));
-    // The button that had the focus is gone.
+      ended(row) && button("Delete", remove, "danger"));
+    // The focused button was removed.
     if (acted && document.activeElement === document.body) buttons.querySelector("button").focus();
   }
 
@@ -175,14 +173,14 @@ export default async function jobPage(main, id) {
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
-  // What helps depends on why it failed.
+  // Explains a failure, and offers the buttons that help.
   function help() {
     const change = trains && button("Change the settings", () => location.assign(like()), "primary");
     const less = trains &&
       button("New run that takes less memory", () => location.assign(like("&less")), "primary");
     const { fault } = row;
     const said = {
-      input: trains && "The settings or the data have to be changed; to resume would fail again.",
+      input: trains && "The settings or the data have to be changed; resuming would fail again.",
       memory: "The device does not have enough memory for this run: lower the context length or the batch.",
       killed: "The process was killed from outside: by a person, or by the system when memory ran out.",
       run: "The sentence above says what happened.",
@@ -227,12 +225,12 @@ export default async function jobPage(main, id) {
 
   function showProgress() {
     const waits = row.status === "queued";
-    // Of a run that was ended, the row's own share is that of its end.
-    const share = broken() && run.iters ? run.step / run.iters : row.progress;
+    // The row of a run that has ended has progress 1.
+    const share = broken(row) && run.iters ? run.step / run.iters : row.progress;
     const parts = [];
     if (trains && run.iters && !waits) {
       parts.push(`Step ${count(run.step)} of ${count(run.iters)}`);
-    } else if (!waits && !broken()) parts.push(percent(share));
+    } else if (!waits && !broken(row)) parts.push(percent(share));
     else if (row.computes && training) parts.push("Waiting for the job that runs now");
     else parts.push("Starts in a moment");
     if (row.status === "running") {
@@ -240,7 +238,7 @@ export default async function jobPage(main, id) {
       else if (run.stage !== "train" && !run.live.step) parts.push(run.message);
       else if (run.left !== null) parts.push(`about ${duration(run.left)} left`);
     }
-    bar.hidden = broken() && !run.iters;
+    bar.hidden = broken(row) && !run.iters;
     filled.style.width = percent(share).replace(/\s/, "");
     bar.setAttribute("aria-valuenow", Math.round(100 * share));
     progress.textContent = parts.filter(Boolean).join(" · ");
@@ -248,14 +246,14 @@ export default async function jobPage(main, id) {
     times.textContent = `created ${ago(row.created_at)}${ran}`;
   }
 
-  // The loss, and validation beside it; what else is measured has its own chart.
+  // Shows the last training and validation values; other metrics have their own charts.
   function showTiles() {
     const { train, val, first, best } = run;
     const change = val[measure] - first;
     const sign = change <= 0 ? "−" : "+";
     const since = `${fixed(first)} at first, ${sign}${fixed(Math.abs(change))}`;
     const better = best === val[measure] ? "" : `, best ${fixed(best)}`;
-    const none = ended() ? "no validation data" : "no evaluation yet";
+    const none = ended(row) ? "no validation data" : "no evaluation yet";
     const over = row.rewarded ? "" : ` ${row.loss_unit}`;
     const pairs = [
       [`Training ${measure}`, fixed(train[measure]),
@@ -285,9 +283,9 @@ export default async function jobPage(main, id) {
     const lines = [...linesOf("training", run.curve("train"), COLORS[0]), val];
     const some = lines.some((line) => line.points.length);
     [loss.hidden, noLoss.hidden, tiles.hidden] = [!some, some, !some];
-    losses.hidden = !some && ended(); // it stopped before
+    losses.hidden = !some && ended(row); // it ended before the first step
     noLoss.textContent = "Waiting for the first step.";
-    // Up to the run's end, unless its curve would be a scratch at the edge.
+    // The axis ends at the last step of the run, unless the curve would be too short to be seen.
     const end = run.iters && run.step >= run.iters / 5 ? run.iters : null;
     loss.draw(lines, { end, legend: true });
     const rest = run.extra.filter((name) => !DRAWN.includes(name));
@@ -324,7 +322,7 @@ export default async function jobPage(main, id) {
   await lookAgain();
 }
 
-// Each prompt's answers, the newest first.
+// The answers to each prompt, the newest first.
 function shownSamples(samples) {
   return Object.entries(Object.groupBy(samples, ({ prompt }) => prompt)).map(([prompt, own]) => {
     const last = own.slice(-6).reverse();

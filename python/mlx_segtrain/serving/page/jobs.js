@@ -1,20 +1,20 @@
-// /finetune/jobs: all jobs, and the losses of several runs in one chart.
+// /finetune/jobs: the list of jobs, and a comparison of runs.
 
 import { api, every } from "./api.js";
 import { COLORS, DASHES, chart, swatch } from "./charts.js";
 import { badge, button, card, empty, field, h, input, link, meter, show, table } from "./dom.js";
 import { standardOf } from "./fields.js";
-import { inShort, judged } from "./results.js";
+import { broken, ended, inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
-// Jobs that are listed at once; runs that are compared.
+// The number of jobs per page, and the most runs in a comparison.
 const LISTED = 100;
 const COMPARED = 6;
 const COLUMNS = ["Compare", "Job", "Status", "Progress", "Outcome", "Created", "Ran"];
-// Of a configuration, what every run has of its own.
+// Settings that are not compared.
 const OWN = ["adapter_path", "resume", "overwrite"];
-// What runs came to: title, value, how it is said, and of a loss or a reward which of them it is.
+// Results of runs: title, value, format and, for a loss or a reward, its name.
 const FIGURES = [
   ["Steps", ({ run }) => run.step, count],
   ...["loss", "reward"].flatMap((name) => {
@@ -35,9 +35,9 @@ export default async function jobsPage(main) {
   let chosen = given.get("compare")?.split(",") ?? [];
   chosen = chosen.filter(Boolean).slice(0, COMPARED);
   const schema = await api("/api/finetune/defaults");
-  const runs = new Map(); // what was chosen, each with its row and configuration
+  const runs = new Map(); // the chosen runs by id, with their rows and configurations
   let [rows, older, next] = [[], [], null];
-  let [drawn, listed] = [null, null]; // what is shown
+  let [drawn, listed] = [null, null]; // the states that are shown
 
   const how = h("p.muted");
   const losses = chart("Losses of the chosen runs", { tall: true });
@@ -71,7 +71,7 @@ export default async function jobsPage(main) {
 
   const all = () => [...rows, ...older.filter((own) => !rows.some((row) => row.id === own.id))];
 
-  // It is made anew when other jobs are in it only: a box that has the focus keeps it.
+  // Rebuilds the list only if its jobs have changed, so that a checkbox keeps the focus.
   function showList() {
     const ids = all().map((row) => [row.id, row.name, row.tags].join()).join();
     if (ids !== listed) {
@@ -86,10 +86,9 @@ export default async function jobsPage(main) {
     more.hidden = next === null;
     for (const row of all()) {
       const [status, progress, outcome, created, ran] = list.querySelectorAll(`#${row.id} .live`);
-      const live = ["queued", "running"].includes(row.status);
-      const share = ["failed", "cancelled"].includes(row.status) ? "–" : percent(row.progress);
+      const share = broken(row) ? "–" : percent(row.progress);
       if (status.textContent !== row.status) show(status, badge(row.status));
-      show(progress, live && meter(row.progress, { "aria-hidden": "true" }),
+      show(progress, !ended(row) && meter(row.progress, { "aria-hidden": "true" }),
         h("span.small.muted", share));
       outcome.textContent = inShort(row);
       created.textContent = ago(row.created_at);
@@ -98,7 +97,7 @@ export default async function jobsPage(main) {
     filter();
   }
 
-  // Rows with all of the words.
+  // Shows the rows that contain all typed words.
   function filter() {
     const words = find.value.toLowerCase().split(/\s+/).filter(Boolean);
     let seen = 0;
@@ -149,7 +148,7 @@ export default async function jobsPage(main) {
       }
       const { row, run } = runs.get(id);
       const { status } = rows.find((own) => own.id === id) ?? row;
-      // A stream is one of the few connections of a browser, and a job that waits says nothing.
+      // A browser has few connections to a server, and a waiting job has no events.
       if (run.read === status || status === "queued") continue;
       run.read = status;
       run.follow();
@@ -179,13 +178,13 @@ export default async function jobsPage(main) {
     show(numbers, own.length && inNumbers(own));
   }
 
-  // What the axis of their chart measures: runs of different methods are drawn all the same.
+  // The title of the vertical axis; runs of different methods share one chart.
   function axisOf(own) {
     const all = own.map(({ row, run }) => (row.rewarded ? run.measure : `loss, ${row.loss_unit}`));
     return [...new Set(all)].join(" · ");
   }
 
-  // In which settings runs differ; what was not given is its default.
+  // Returns the settings in which runs differ, and a function that returns their values or defaults.
   function differences(own) {
     const known = Object.fromEntries(schema.fields.map((row) => [row.name, row]));
     const valueOf = ({ values }, name) => {
@@ -201,7 +200,7 @@ export default async function jobsPage(main) {
     return [differ, valueOf];
   }
 
-  // What the runs came to, and by how much that differs from the first one's.
+  // The results of the runs, and their differences from the first run.
   function inNumbers(own) {
     const [differ, valueOf] = differences(own);
     const figures = figuresOf(own);
@@ -215,7 +214,7 @@ export default async function jobsPage(main) {
     return table("", "The runs that are compared", ["Run", ...differ, ...figures.map(([x]) => x)], rows);
   }
 
-  // Of what they are judged by, only what some of them are.
+  // The results that at least one of the runs has.
   const figuresOf = (own) => FIGURES.filter(([, , , measure]) =>
     !measure || own.some(({ run }) => run.measure === measure));
 

@@ -1,32 +1,31 @@
-// /finetune/library: models, data sets and adapters on the server, and ways to and from it.
+// /finetune/library: the models, data sets and adapters on the server; uploads and downloads.
 
 import { api } from "./api.js";
-import { announce, button, card, confirm, empty, field, h, input } from "./dom.js";
+import { announce, attempt, button, card, confirm, empty, field, h, input } from "./dom.js";
 import { link, notice, picker, select, show, table } from "./dom.js";
 import { DATA_NAME, NAME, ROWS, download, sendAll, sendRows } from "./hub.js";
 import { fixed, many, sentence, size, tail } from "./text.js";
 
-// Where a browser gets a folder as one file.
+// The address of a folder as a ZIP file.
 export const archive = (kind, path) => `/api/${kind}/archive?${new URLSearchParams({ path })}`;
 
-// A form that pushes a folder to the hub; without a token of the hub it asks for that first.
+// A form that pushes a folder to the hub; it also asks for a token if the server has none.
 export async function pushing(path, pushed = () => {}) {
   let { hasToken } = await api("/api/settings/hf-token");
   const problem = h("div", { role: "alert" });
   const result = h("div");
   const token = input("hf_…", { type: "password", autocomplete: "off" });
   const repo = input("me/my-adapter");
-  const [open] = [select([["yes", "private"], ["no", "public"]])];
+  const open = select([["yes", "private"], ["no", "public"]]);
   const about = "Kept in the server's memory until it stops; never written to a file.";
   const tokenField = field("Token of the hub", token, { about });
   const push = button("Push", null, "primary");
   tokenField.hidden = hasToken;
   async function submit(event) {
     event.preventDefault();
-    show(problem);
     show(result, empty("Pushing …"));
     push.disabled = true;
-    try {
+    const done = await attempt(problem, async () => {
       if (!hasToken) {
         await api("/api/settings/hf-token", { token: token.value.trim() });
         [hasToken, tokenField.hidden, token.value] = [true, true, ""];
@@ -36,13 +35,10 @@ export async function pushing(path, pushed = () => {}) {
         { repo_id, source_path: path, private: open.value === "yes" });
       show(result, notice(["Pushed: ", link(url, url)], "good"));
       announce("Pushed.");
-    } catch (error) {
-      show(result);
-      show(problem, notice(sentence(error.message), "bad"));
-    } finally {
-      push.disabled = false;
-      pushed();
-    }
+    });
+    if (!done) show(result);
+    push.disabled = false;
+    pushed();
   }
   return h("form.stack", { novalidate: true, onsubmit: submit },
     h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; created if it does not exist." }),
@@ -50,7 +46,7 @@ export async function pushing(path, pushed = () => {}) {
     h("div.actions", push), problem, result);
 }
 
-// On a phone the column's name stands before it.
+// On a phone, the name of the column precedes the content.
 const cell = (name, content) => h("td.tight", { "data-name": name }, content);
 const named = (name, path) => h("td.main", name, h("div.muted.small.wrap", path));
 const go = (text, what, path, query) =>
@@ -88,15 +84,12 @@ export default async function library(main) {
 
   function section(own) {
     const fails = (act) => async (...args) => {
-      show(own.problem);
       show(own.moved);
-      try {
+      const done = await attempt(own.problem, async () => {
         await act(...args);
         await refresh(own);
-      } catch (error) {
-        show(own.moved);
-        show(own.problem, notice(sentence(error.message), "bad"));
-      }
+      });
+      if (!done) show(own.moved);
     };
     own.try = fails;
     const name = input("org/name");
@@ -143,7 +136,7 @@ export default async function library(main) {
     faults.map(({ path, error }) => notice(`${path} cannot be read: ${sentence(error)}`, "warn")));
   }
 
-  // What a client has sent can be deleted; other folders are not the server's.
+  // Only uploads can be deleted.
   function remove(kind, path, own) {
     if (!path.startsWith(`${uploads}/${kind}/`)) return null;
     const act = own.try(() => api(`/api/${kind}/${tail(path)}`, undefined, { method: "DELETE" }));

@@ -1,14 +1,14 @@
-// The log of a job, a page at a time: hundreds of thousands of lines are too many to be shown.
+// The log of a job in pages, since it may have hundreds of thousands of lines.
 
 import { button, card, h } from "./dom.js";
 import { count } from "./text.js";
 
 const PAGE = 500;
 
-// `draw()` shows what is new in the run's lines; the newest page grows.
+// A card with a method `draw()`, which adds new lines of the run's log to the newest page.
 export function logView(run) {
-  let wanted = null; // the number of a page; null is the newest
-  let [page, shown] = [-1, 0]; // that is shown, and its lines
+  let wanted = null; // the number of the wanted page; null is the newest one
+  let [page, shown] = [-1, 0]; // the number of the visible page, and of its lines
   const view = h("div.log", { tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Log" });
   const where = h("span.muted.small");
   const [older, newer] = [button("Older", () => turn(-1)), button("Newer", () => turn(1))];

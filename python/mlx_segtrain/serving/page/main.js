@@ -1,7 +1,8 @@
-// What every page has, header and theme, and which page an address is.
+// The header and the theme, which all pages have; loads the module of the page's address.
 
 import { api, every } from "./api.js";
 import { announce, icon, notice, toast } from "./dom.js";
+import { ended } from "./results.js";
 import { percent } from "./text.js";
 
 const PAGES = { "": "setup", jobs: "jobs", job: "job", library: "library", chat: "chat" };
@@ -18,7 +19,7 @@ function showTheme() {
   theme.replaceChildren(icon(name));
 }
 
-// Goes round system, light, dark.
+// Switches between system, light and dark.
 theme.addEventListener("click", () => {
   const names = Object.keys(THEMES);
   const root = document.documentElement.dataset;
@@ -27,13 +28,13 @@ theme.addEventListener("click", () => {
   showTheme();
 });
 
-// Whether the system tells when a job ends, if it may.
+// Whether notifications are on and allowed.
 const wanted = () =>
   localStorage.getItem("bell") === "on" && globalThis.Notification?.permission === "granted";
 
 function showBell() {
   const on = wanted();
-  bell.title = on ? "Notifications are on: you are told when a job ends" : "Tell me when a job ends";
+  bell.title = on ? "Notifications are on: the browser reports when a job ends" : "Tell me when a job ends";
   bell.setAttribute("aria-label", bell.title);
   bell.setAttribute("aria-pressed", on);
   bell.replaceChildren(icon(on ? "bell" : "muted"));
@@ -50,20 +51,20 @@ bell.addEventListener("click", async () => {
   showBell();
 });
 
-// Tells that a job has ended, unless it is the one that is looked at.
+// Reports that a job has ended, unless its page is visible.
 async function tellEnd(id) {
   const { job } = await api(`/api/jobs/${id}`);
   const here = location.pathname === `/finetune/job/${id}`;
-  if (!["done", "failed", "cancelled"].includes(job.status) || (here && !document.hidden)) return;
+  if (!ended(job) || (here && !document.hidden)) return;
   const said = `${job.title} ${job.status}: ${job.name}`;
   if (!here) toast(said, `/finetune/job/${id}`);
   if (!wanted() || !document.hidden) return;
-  // Of several pages' one is shown.
+  // The tag makes the browser show only one if several pages are open.
   const told = new Notification(said, { tag: id, body: job.error ?? "" });
   told.onclick = () => (window.focus(), location.assign(`/finetune/job/${id}`));
 }
 
-// The job that computes now, on every page, and those that have ended since the last look.
+// Shows the running job, and reports jobs that have ended since the last call.
 let before = [];
 async function showState() {
   if (document.hidden && !wanted()) return;

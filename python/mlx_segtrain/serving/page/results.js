@@ -1,9 +1,9 @@
-// What a job came to, in a few words and whole.
+// The result of a job, in short and in full.
 
 import { facts, notice } from "./dom.js";
 import { count, counted, duration, fixed, gb, percent, size, titled } from "./text.js";
 
-// Facts of an outcome: their name, and how their values are said.
+// Facts of a result: their titles, and the formats of their values.
 const FACTS = {
   wall_s: ["Training time", duration],
   best_step: ["Best at step", count],
@@ -27,7 +27,7 @@ const FACTS = {
   url: ["Repository", String],
 };
 
-// A value before and after, and by how much it has changed.
+// A value before and after, with the difference.
 export function compared(before, after, unit = "") {
   const change = after - before;
   const sign = change > 0 ? "+" : "−";
@@ -36,7 +36,10 @@ export function compared(before, after, unit = "") {
   return `${whole} (${sign}${fixed(Math.abs(change))}${share})`;
 }
 
-// What a job's rows were judged by: its name, and how a value of it is said.
+export const broken = ({ status }) => ["failed", "cancelled"].includes(status);
+export const ended = (row) => row.status === "done" || broken(row);
+
+// The name of a job's measure, and a value of it with its unit.
 export const judged = ({ rewarded }) => (rewarded ? "reward" : "loss");
 const valued = (row, value) => fixed(value) + (row.rewarded || !row.loss_unit ? "" : ` ${row.loss_unit}`);
 
@@ -61,7 +64,7 @@ export function inShort(row) {
       return `${percent(found.lost, 1)} of the update lost, ${path}`;
     case "finetune":
       if (!Number.isFinite(found.final_val_loss)) return `loss ${valued(row, found.final_train_loss)}`;
-      // The loss of what is judged by a reward is the reward, negated.
+      // With rewards, the loss is the negated reward.
       return row.rewarded ? `validation reward ${fixed(-found.final_val_loss)}`
         : `validation loss ${valued(row, found.final_val_loss)}`;
   }

@@ -1,19 +1,23 @@
-// What a job's events come to: curves of few points, last values, the log.
+// Collects a job's events: curves, last values, and the log.
 
 import { follow } from "./api.js";
 import { line } from "./text.js";
 
-// Points of a curve that is drawn, at most; warnings and samples that are kept.
+// The most points of a drawn curve, and the most warnings and samples that are kept.
 export const MOST = 600;
 const KEPT = 200;
-// What is drawn of training metrics besides the loss; names of others, and those of no curve.
+// Training metrics with a curve, besides the loss; a pattern for the names of others, and fields without a curve.
 const DRAWN = [
   "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
 ];
 const METRIC = /^[a-z][\w ]{0,79}$/;
 const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts", ...DRAWN];
 
-// A curve of any length; a long one is drawn in buckets of as many points each.
+// Of two points, the one with the lower or the higher value.
+const lower = (a, b) => (b[1] < a[1] ? b : a);
+const higher = (a, b) => (b[1] > a[1] ? b : a);
+
+// A curve of any length; a long one is drawn in buckets of equal numbers of points.
 export class Curve {
   all = [];
 
@@ -21,7 +25,7 @@ export class Curve {
     if (Number.isFinite(y)) this.all.push([x, y]);
   }
 
-  // Forgets what lies after x: a run went on from there.
+  // Removes the points after x, from which a run was resumed.
   cut(x) {
     this.all = this.all.filter((point) => point[0] <= x);
   }
@@ -32,53 +36,52 @@ export class Curve {
     return starts.map((start) => this.all.slice(start, start + width)).filter((own) => own.length);
   }
 
-  // Of each bucket the mean: of a short curve all points.
+  // The means of the buckets; for a short curve, all points.
   get points() {
     const mean = (own, i) => own.reduce((sum, point) => sum + point[i], 0) / own.length;
     return this.buckets.map((own) => [mean(own, 0), mean(own, 1)]);
   }
 
-  // Of each bucket of a long curve the lowest and the highest point, so that no spike is lost.
+  // The lowest and the highest point of each bucket of a long curve, so that spikes stay visible.
   get extremes() {
     if (this.all.length <= MOST) return [];
-    const pick = (own, better) => own.reduce((a, b) => (better(b[1], a[1]) ? b : a));
     return this.buckets.flatMap((own) =>
-      [pick(own, (a, b) => a < b), pick(own, (a, b) => a > b)].sort(([a], [b]) => a - b));
+      [own.reduce(lower), own.reduce(higher)].sort(([a], [b]) => a - b));
   }
 
   get lowest() {
-    return this.all.reduce((low, [, y]) => (low === null || y < low ? y : low), null);
+    return this.all.length ? this.all.reduce(lower)[1] : null;
   }
 
   get highest() {
-    return this.all.reduce((high, [, y]) => (high === null || y > high ? y : high), null);
+    return this.all.length ? this.all.reduce(higher)[1] : null;
   }
 }
 
-// What the events of a job came to so far.
+// The state of a job, from its events.
 export class Run {
   place = 0; // in the job's log
   following = false;
-  lines = []; // of the log, each with its kind
+  lines = []; // the lines of the log, with their kinds
   stage = "";
   message = "";
   iters = null;
   step = 0;
-  planned = null; // the gigabytes that the plan takes, of the budget
+  planned = null; // the peak of the plan and the budget, in GB
   train = {}; // the last training metrics
   val = {}; // the last evaluation
-  live = {}; // where it is since then: step, memory, the seconds that are left
-  first = null; // what the first evaluation came to
+  live = {}; // the current step, memory, and remaining time
+  first = null; // the value of the first evaluation
   curves = {};
   warnings = [];
   samples = [];
 
-  // `measure` is what the run is judged by: its loss, or its reward.
+  // `measure` is "loss" or "reward".
   constructor(id, measure = "loss") {
     Object.assign(this, { id, measure });
   }
 
-  // Reads what is new until the job has ended; then calls `ended`.
+  // Reads new events until the job has ended, and then calls `ended`.
   follow(ended = () => {}) {
     if (this.following) return;
     this.following = true;
@@ -115,7 +118,7 @@ export class Run {
     }
   }
 
-  // Between two reports.
+  // An event between two reports.
   #step(event) {
     this.live = event;
     this.step = Math.max(this.step, event.step || 0);
@@ -141,13 +144,13 @@ export class Run {
     return this.measure === "reward" ? curve.highest : curve.lowest;
   }
 
-  // Metrics of a method besides what it is judged by.
+  // The names of a method's own metrics.
   get extra() {
     const other = [...OTHER, this.measure];
     return Object.keys(this.train).filter((name) => !other.includes(name) && METRIC.test(name));
   }
 
-  // Seconds that are left, with the evaluations and checkpoints to come.
+  // The remaining seconds, including evaluations and checkpoints.
   get left() {
     return this.live.left_s >= 0 ? this.live.left_s : null;
   }

@@ -1,4 +1,4 @@
-// /finetune: model, data, parameters; whether it fits; and the start of a run.
+// /finetune: model, data, settings, memory plan, and the start of a run.
 
 import { api } from "./api.js";
 import { copies } from "./copies.js";
@@ -9,20 +9,20 @@ import { Form } from "./fields.js";
 import { DATA_NAME, NAME, ROWS, namedAs, offer, seek, send, sendRows } from "./hub.js";
 import { count, described, percent, sentence, size, tail } from "./text.js";
 
-// Milliseconds without a change after which the planner is asked, and the data looked at.
+// Milliseconds after a change until the run is planned and the data inspected.
 const PAUSE = 350;
-// Bytes of data that are looked at without being asked to.
+// The most bytes of a data set that is inspected automatically.
 const AT_ONCE = 64e6;
-// Bytes of a file of settings.
+// The most bytes of a YAML file.
 const MOST_YAML = 1 << 16;
-// What a run has of its own: another like it does not.
+// Settings that are not copied from another run.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
 const PATH = /^[~/]./;
 
 const where = (text) => (PATH.test(text) ? "a path on the server" : "on the Hugging Face hub");
 const either = (name) => new RegExp(`${name.source}|${PATH.source}`);
 
-// Rows to try with, where there are none.
+// Example rows, if there is no data set.
 const EXAMPLE = Array.from({ length: 40 }, (_, i) => {
   const [a, b] = [(7 * i + 3) % 20, (11 * i + 5) % 20];
   const messages = [{ role: "user", content: `What is ${a} plus ${b}?` },
@@ -43,8 +43,8 @@ export default async function setup(main) {
   looking.remove();
   const { served, downloads, device, uploads } = state;
   const affecting = schema.fields.filter((row) => row.affects.includes("rows"));
-  let asked = 0; // the last question to the planner: earlier answers are late
-  let [inspecting, reported] = [false, null]; // what the report that is shown is of
+  let asked = 0; // the number of the last plan request: answers to earlier ones are ignored
+  let [inspecting, reported] = [false, null]; // `reported`: the inputs of the visible report
   let [planTimer, dataTimer] = [null, null];
 
   // Model
@@ -67,7 +67,7 @@ export default async function setup(main) {
     changed();
   }
 
-  // A model that has come is one of those on disk.
+  // Chooses a model after its download.
   async function hasModel(job) {
     ({ models } = await api("/api/models"));
     showMissing();
@@ -100,10 +100,11 @@ export default async function setup(main) {
     changed();
   }
 
-  async function sent(files) {
+  // Uploads data; `act` returns its path.
+  async function upload(act) {
     dataField.complain();
     try {
-      await hasData(await sendRows(moved, files));
+      await hasData(await act());
     } catch (error) {
       show(moved);
       dataField.complain(sentence(error.message));
@@ -111,15 +112,9 @@ export default async function setup(main) {
     }
   }
 
-  async function sentValid([file]) {
-    try {
-      await send(moved, "datasets", tail(data.value), [[file, namedAs("valid", file)]]);
-      await hasData(data.value);
-    } catch (error) {
-      show(moved);
-      dataField.complain(sentence(error.message));
-    }
-  }
+  const sent = (files) => upload(() => sendRows(moved, files));
+  const sentValid = ([file]) => upload(() =>
+    send(moved, "datasets", tail(data.value), [[file, namedAs("valid", file)]]));
 
   async function hasData(path) {
     ({ datasets } = await api("/api/datasets"));
@@ -135,17 +130,17 @@ export default async function setup(main) {
     new File(EXAMPLE.slice(0, 32), "example-sums.jsonl"), new File(EXAMPLE.slice(32), "valid.jsonl"),
   ]);
 
-  // What a report on the data depends on.
+  // Returns the inputs of a report on the data, as JSON.
   function inspection() {
     const values = form.values;
     const pairs = affecting.map(({ name }) => [name, values[name]]);
     const own = { ...Object.fromEntries(pairs), method: form.method };
-    const length = own.max_seq_length; // what is wrong with it stands there
+    const length = own.max_seq_length; // a wrong value is reported at its field
     if (!(Number.isInteger(length) && length > 1)) delete own.max_seq_length;
     return JSON.stringify({ ...own, path: data.value, model_dir: model.value });
   }
 
-  // Looks at the data if that is wanted and not too much; one look at a time.
+  // Inspects the data after a pause, unless it is too large or already inspected.
   function lookAtData() {
     clearTimeout(dataTimer);
     if (data.value === null) {
@@ -166,7 +161,7 @@ export default async function setup(main) {
 
   async function inspect() {
     clearTimeout(dataTimer);
-    if (inspecting || data.value === null) return; // it looks again when it has ended
+    if (inspecting || data.value === null) return; // a running inspection starts the next one
     [inspecting, reported] = [true, inspection()];
     check.disabled = true;
     report.setAttribute("aria-busy", "true");
@@ -191,7 +186,7 @@ export default async function setup(main) {
     }
   }
 
-  // What is wrong with the data, and what may help.
+  // The fault of the data, and a button that may help.
   function wrongData({ error }) {
     const asked = /use method (\w+)/.exec(error ?? "")?.[1];
     return [sentence(error ?? "the data cannot be read"), asked && button(`Use method ${asked}`, () => {
@@ -216,7 +211,7 @@ export default async function setup(main) {
     planTimer = setTimeout(plan, PAUSE);
   }
 
-  // Says what is wrong at its cause; returns where that is.
+  // Shows a fault at its field; returns the field, if there is one.
   function complain(fault) {
     const own = { model_dir: modelField, data_dir: dataField }[fault?.field];
     modelField.complain(own === modelField && sentence(fault.message));
@@ -224,7 +219,7 @@ export default async function setup(main) {
     return form.complain(fault) ?? own;
   }
 
-  // Fills the form in from a file for `train --config`; what is wrong with it is said at its fields.
+  // Fills in the form from a file for `train --config`, and shows its faults at the fields.
   async function loadSettings([file]) {
     show(loaded);
     try {
@@ -287,7 +282,7 @@ export default async function setup(main) {
     start.disabled = true;
     try {
       const { data_dir, ...rest } = values();
-      await api("/api/finetune/plan", rest); // or the run would find out, a while later
+      await api("/api/finetune/plan", rest); // otherwise the job would fail a while later
       const { job_id } = await api("/api/finetune/submit", values());
       const label = name.value.trim();
       if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
@@ -313,7 +308,7 @@ export default async function setup(main) {
     model.set(small);
     changedModel();
   };
-  // What is missing is said as long as it is.
+  // Hints, which are visible while there are no models or data sets.
   const noModels = h("div", empty(noModel, downloads && button("Use a small model from the hub", tiny)));
   const noRows = h("p.empty", noData);
   const makeRows = button("Make example rows", example);
@@ -344,7 +339,7 @@ export default async function setup(main) {
       card("Start", labelled("Name of the run", name).element, problem, start,
         copies(() => values())))));
 
-  // With the values of an earlier run, or with what there is only one of.
+  // Initial values: those of an earlier run, of the address, or the only model.
   const only = (all) => (all.length === 1 ? all[0].path : null);
   if (earlier?.job.trains) {
     const own = JSON.parse(earlier.job.config_json);
@@ -368,7 +363,7 @@ export default async function setup(main) {
   clearTimeout(planTimer);
   await plan();
 
-  // Half the longer of what memory grows with.
+  // Halves the batch size or, if it is 1, the context length.
   function lessMemory(own) {
     const standard = (key) => Number(own[key] ?? schema.fields.find((x) => x.name === key).default);
     const key = standard("batch_size") > 1 ? "batch_size" : "max_seq_length";

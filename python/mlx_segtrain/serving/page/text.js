@@ -1,4 +1,4 @@
-// Numbers, times and events in words, with their units; a space does not break them from these.
+// Formats numbers, times and events; a non-breaking space precedes units.
 
 import { now } from "./api.js";
 
@@ -11,7 +11,7 @@ export const fixed = (value, digits = 4) =>
   Number.isFinite(value) ? value.toFixed(digits) : NONE;
 export const percent = (share, digits = 0) => `${(100 * share).toFixed(digits)}${SPACE}%`;
 export const titled = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
-// The end of a path, which tells it from others.
+// The last parts of a path.
 export const tail = (path, parts = 1) =>
   (path ?? "").replace(/\/+$/, "").split("/").slice(-parts).join("/");
 export const sentence = (message) => (/[.?!]$/.test(message) ? message : `${message}.`);
@@ -29,7 +29,7 @@ export const gb = (value) => (Number.isFinite(value) ? size(1e9 * value) : NONE)
 
 const bitsOf = (model) => (model.bits ? `${model.bits} bits` : "not quantized");
 
-// A model in a list to choose from.
+// Describes a model in a list.
 export const described = (model) =>
   [model.id, model.family, many(model.parameters), bitsOf(model), size(model.size_bytes)]
     .join(" · ");
@@ -43,7 +43,7 @@ export function duration(seconds) {
   return `${hours}${SPACE}h${SPACE}${two(minutes % 60)}${SPACE}min`;
 }
 
-// Seconds since a row's time, which is UTC.
+// Seconds since a time of a row, which is in UTC.
 const since = (time) => (now() - Date.parse(`${time.replace(" ", "T")}Z`)) / 1000;
 
 export function ago(time) {
@@ -55,13 +55,13 @@ export function ago(time) {
   return `${n} ${unit}${unit === "day" && n > 1 ? "s" : ""} ago`;
 }
 
-// How long a job has run, the last time it did.
+// How long the last attempt at a job has taken.
 export function took(row) {
   if (!row.started_at) return NONE;
   return duration(Math.max(0, since(row.started_at) - (row.ended_at ? since(row.ended_at) : 0)));
 }
 
-// An event as a line of the log.
+// Formats an event as a line of the log.
 export function line(event) {
   const clock = typeof event.ts === "string" ? `${event.ts.slice(11, 19)} ` : "";
   switch (event.type) {
@@ -101,14 +101,14 @@ function metric({ kind, step, loss, tokens, message, learning_rate, grad_norm, p
   return `step ${step} scores ${JSON.stringify(more.scores) ?? more.error}`;
 }
 
-// A table as CSV, as spreadsheets read it: a cell that would be a formula there is text.
+// Formats a table as CSV; cells that a spreadsheet would read as formulas become text.
 export const csv = (rows) =>
   rows.map((row) => row.map((cell) => {
     const text = typeof cell === "number" ? String(cell) : String(cell ?? "").replace(/^[=+@-]/, "'$&");
     return /[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   }).join(",")).join("\n") + "\n";
 
-// Saves a table in a file of the browser's.
+// Saves a table as a file in the browser.
 export function save(name, rows) {
   const url = URL.createObjectURL(new Blob([csv(rows)], { type: "text/csv" }));
   const link = document.createElement("a");

@@ -1,2 +1,2 @@
-// The theme that was chosen, before anything is drawn; without one it is the system's.
+// Sets the chosen theme before anything is drawn; the default is that of the system.
 document.documentElement.dataset.theme = localStorage.getItem("theme") ?? "auto";
