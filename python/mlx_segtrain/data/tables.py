@@ -1,7 +1,7 @@
-"""Parquet and Arrow files, which a separate process with a limit of memory reads.
+"""Reads Parquet and Arrow files in a separate process whose memory is limited.
 
-A small file may unpack to a large one, and Arrow believes what a file's headers say: it allocates
-as much, and aborts the process if it cannot. So a separate process maps the file and sends its
+A small file may unpack to a large one, and Arrow trusts the sizes in a file's headers: it allocates
+that much, and aborts the process if it cannot. So a separate process maps the file and sends its
 blocks, and the operating system limits the memory of that process.
 """
 
@@ -21,16 +21,17 @@ from typing import Any
 from .. import processes
 from ..errors import InputError
 from ..files import open_regular
-from . import arrow, limits
+from . import limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: For readers: they compute on one thread, and Arrow returns its memory to the C library.
+#: The environment of a reader: it computes on one thread, and Arrow frees memory at once.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: a long text may be in all rows, and once in the file.
+#: Rows of Parquet that are read at once: few, because a file may hold a long text once for all
+#: of its rows.
 FEW = 16
 
 
@@ -47,7 +48,7 @@ class _Reader:
         self.process.wait()
 
 
-#: Readers that wait for the next file.
+#: Readers that are free for the next file.
 _idle: list[_Reader] = []
 atexit.register(lambda: [reader.close() for reader in _idle])
 os.register_at_fork(after_in_child=_idle.clear)
@@ -66,7 +67,7 @@ def read(path: Path) -> Iterator[Block]:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
         try:
-            # The limits as they are in this process, which may have changed them.
+            # This process may have changed its limits.
             own = {name: value for name, value in vars(limits).items() if name.isupper()}
             reader.wire.send_bytes(json.dumps([str(path), most, own]).encode())
             send_handle(reader.wire, file.fileno(), reader.process.pid)
@@ -96,7 +97,7 @@ def read(path: Path) -> Iterator[Block]:
 
 
 def main(number: str) -> None:
-    """Reads the files that arrive through the socket with this number, until it is closed."""
+    """Reads files whose descriptors arrive through the socket `number`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire: Any = Connection(int(number))
     while True:
@@ -111,12 +112,14 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns a sentence if something is wrong with it."""
+    """Sends the blocks of a file. Returns None, or the sentence of an InputError."""
     import pyarrow as pa
     import pyarrow.parquet  # before memory is limited
 
+    from . import arrow
+
     try:
-        # Before the file is mapped: the limit that the last file has left may be too low for it.
+        # Before the file is mapped: the previous file's limit may be too low for it.
         size = os.fstat(file).st_size
         processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
@@ -126,13 +129,13 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
                 wire.send_bytes(block.payload)
     except InputError as error:
         if isinstance(error.__cause__, MemoryError):
-            os._exit(1)  # which frees what Arrow still holds
+            os._exit(1)  # frees what Arrow still holds
         return str(error)
     return None
 
 
 def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Yields each batch and, roughly, the bytes of the file that have been read with it."""
+    """Yields each batch with the number of bytes of the file that have been read, roughly."""
     import pyarrow.parquet as pq
 
     reader = pq.ParquetFile(file, pre_buffer=False)
@@ -149,7 +152,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, for an Arrow file, which begins with a magic word, or a stream."""
+    """Like `_parquet`, for an Arrow stream, or an Arrow file, which begins with a magic word."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)

@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss per token, pair or row over a whole data set."""
+"""Computes the mean loss per token, pair or row over a whole data set."""
 
 import time
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
-#: Seconds between two events that say how far an evaluation is.
+#: Seconds between two progress events.
 TELL_S = 0.5
 
 
@@ -52,8 +52,8 @@ def measure(
     value: Value = value,
     tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Computes the loss and metrics of an objective over all rows, forward only; each rank runs its
-    share. `tell` receives the progress from time to time."""
+    """Returns the loss and metrics of an objective over all rows, forward only. Each rank runs its
+    share. `tell` receives the progress."""
     every = list(eval_batches(dataset, batch_size))
     batches, total = ranks.share(every), objective.total(every)
     own = baseline_of(objective, chain, scales, params, batches, total, value)
@@ -78,11 +78,10 @@ def evaluate(
     split: Split = "valid",
     on_event: events.OnEvent | None = None,
 ) -> EvalResult:
-    """Computes the loss of a model, with or without an adapter, on a split of the configuration's
-    data.
+    """Computes the loss of a model, with or without an adapter, on a split of the configured data.
 
-    `on_event` receives the progress of downloads and of the evaluation. Raises InputError for what
-    cannot be read or does not fit.
+    `on_event` receives the progress of downloads and of the evaluation. Raises InputError if model,
+    adapter or data cannot be read or do not belong together.
     """
     if ROWS[config.method] == "prompt":
         raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")

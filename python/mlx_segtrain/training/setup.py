@@ -402,7 +402,7 @@ def load_setup(
     """
     config, part = inputs.config, plan.part
     model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
-    pipe = Pipe.of(ranks, part) if part else None
+    pipe = Pipe(ranks, part) if part else None
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
