@@ -10,6 +10,7 @@ from ..adapters import read_adapter
 from ..config import ROWS, TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import Split
+from ..data.template import Tokenizer
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
@@ -71,6 +72,23 @@ def measure(
     return sums[0], named(objective, sums[1:])
 
 
+def load_rows(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    options: Options,
+    split: Split,
+    on_event: events.OnEvent | None,
+) -> Dataset:
+    """Reads a split of the configured data. Raises InputError if it has no rows."""
+    found = load_split(config.data_dir, tokenizer, options, split, config.model_dir, on_event)
+    if found is None:
+        raise InputError(
+            f"data_dir {config.data_dir} has no validation rows: evaluate on the training rows "
+            "with --split train, add a file valid.jsonl, or set val_split."
+        )
+    return found
+
+
 def evaluate(
     config: TrainConfig,
     adapter_path: Path | None = None,
@@ -90,13 +108,8 @@ def evaluate(
     if adapter_path:
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
-        how = (load_tokenizer(config.model_dir), Options.of(config), split, config.model_dir)
-        dataset = load_split(config.data_dir, *how, on_event)
-        if dataset is None:
-            raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: evaluate on the training rows "
-                "with --split train, add a file valid.jsonl, or set val_split."
-            )
+        tokenizer = load_tokenizer(config.model_dir)
+        dataset = load_rows(config, tokenizer, Options.of(config), split, on_event)
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)

@@ -60,8 +60,7 @@ def launched() -> int | None:
 
 
 def _backend() -> str | None:
-    """Returns MLX's back end according to the variables of mlx.launch; None for a single process.
-    """
+    """Returns MLX's back end, from the variables of mlx.launch; None for a single process."""
     if os.environ.get("NCCL_HOST_IP") and os.environ.get("MLX_WORLD_SIZE", "1") != "1":
         return "nccl"
     if os.environ.get("MLX_IBV_DEVICES") and os.environ.get("MLX_JACCL_COORDINATOR"):
