@@ -48,7 +48,7 @@ SMALL, LARGE = 1 << 20, 8 << 20
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 #: Options on which tokens depend.
 OF_TOKENS = (
-    "data_format",
+    "format",
     "columns",
     "train_on",
     "append_eos",

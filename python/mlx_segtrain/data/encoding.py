@@ -44,6 +44,12 @@ class Options:
         return cls(**{name: getattr(config, name) for name in names}, tools=tools)
 
     @property
+    def format(self) -> str:
+        """The format of all rows, or auto. A method for prompts ignores the other keys of rows."""
+        prompts = self.method is not None and ROWS[self.method] == "prompt"
+        return "prompt" if prompts and self.data_format == "auto" else self.data_format
+
+    @property
     def labelled(self) -> bool:
         """Whether the method also learns from undesirable responses: their weights are below 0."""
         return self.method is not None and ROWS[self.method] == "labelled"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
 from typing import Any
 
-from ..config import ROWS, Rows
+from ..config import Rows
 from ..errors import InputError, shown
 from ..fields import fault_of_variables
 from .chat import Sample
@@ -104,14 +104,9 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """Returns the first format whose marks are among the keys, except prompt (see format_for)."""
+    """Returns the first format whose marks are among the keys, except prompt (Options.format)."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
-
-
-def format_for(method: str | None) -> str:
-    """Returns prompt for methods that read only prompts, whatever else rows have, or else auto."""
-    return "prompt" if method and ROWS[method] == "prompt" else "auto"
 
 
 def quoted(keys: Sequence[str]) -> str:

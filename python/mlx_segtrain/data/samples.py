@@ -21,7 +21,7 @@ from ..config import ROWS
 from ..errors import InputError, either
 from .columns import Columns
 from .encoding import Encoder, Options, Pair, Row, sequences
-from .formats import FORMATS, SIDES, Record, checked, encode, format_for, quoted
+from .formats import FORMATS, SIDES, Record, checked, encode, quoted
 from .notes import FINDINGS, MOST_NAMED, Notes
 from .template import Tokenizer
 
@@ -44,11 +44,8 @@ def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterato
     Raises InputError for a row that cannot be read or that the method does not accept, and for
     pairs mixed with other rows.
     """
-    format = options.data_format
-    if format == "auto":
-        format = format_for(options.method)
     for source, row in block.rows():
-        record = checked(row, source, format, options.columns)
+        record = checked(row, source, options.format, options.columns)
         if record.format not in first:
             check_method({record.format: record.source}, options.method)
             check_mixed({**first, record.format: record.source})

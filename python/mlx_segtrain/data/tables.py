@@ -123,8 +123,9 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
         size = os.fstat(file).st_size
         processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
-            batches = _parquet if path.suffix.lower() == ".parquet" else _arrow
-            for block in arrow.blocks_of(path.name, batches(mapped, path.name, size), size):
+            opened = _parquet if path.suffix.lower() == ".parquet" else _arrow
+            schema, batches = opened(mapped, path.name, size)
+            for block in arrow.blocks_of(path.name, batches, size, schema):
                 wire.send_bytes(json.dumps([block.first, block.size]).encode())
                 wire.send_bytes(block.payload)
     except InputError as error:
@@ -134,9 +135,16 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     return None
 
 
-def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Yields each batch with the number of bytes of the file that have been read, roughly."""
+#: The schema of a table; and its batches, each with the bytes of the file read so far, roughly.
+Opened = tuple[Any, Iterator[tuple[Any, int]]]
+
+
+def _parquet(file: Any, name: str, size: int) -> Opened:
+    """Opens a Parquet file. Its batches lack columns of which nothing reads the values, such as
+    images, if these have a value in every row."""
     import pyarrow.parquet as pq
+
+    from . import arrow
 
     reader = pq.ParquetFile(file, pre_buffer=False)
     metadata, total = reader.metadata, reader.metadata.num_rows
@@ -145,14 +153,35 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
         raise ValueError("its numbers of rows are wrong")
     check_growth(name, VALUE * total, size)
-    rows = 0
-    for batch in reader.iter_batches(FEW, use_threads=False):
-        rows += batch.num_rows
-        yield batch, size * rows // max(total, rows)
+    schema, full = reader.schema_arrow, set[str]()
+    if not any("." in own for own in schema.names):  # the paths of leaves would be ambiguous
+        full = _full(metadata)
+    names = [own.name for own in schema if arrow.is_json(own.type) or own.name not in full]
+
+    def batches() -> Iterator[tuple[Any, int]]:
+        rows = 0
+        for batch in reader.iter_batches(FEW, columns=names or None, use_threads=False):
+            rows += batch.num_rows
+            yield batch, size * rows // max(total, rows)
+
+    return schema, batches()
 
 
-def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, for an Arrow stream, or an Arrow file, which begins with a magic word."""
+def _full(metadata: Any) -> set[str]:
+    """Returns the columns that have a value in every row: the statistics of each row group count no
+    nulls in one of their leaves. Leaves in lists do not show whether a list is null."""
+    columns = range(metadata.num_columns)
+    flat = [i for i in columns if metadata.schema.column(i).max_repetition_level == 0]
+    found: list[set[str]] = []
+    for i in range(metadata.num_row_groups):
+        leaves = map(metadata.row_group(i).column, flat)
+        known = (own for own in leaves if own.statistics and own.statistics.null_count == 0)
+        found.append({own.path_in_schema.partition(".")[0] for own in known})
+    return set.intersection(*found) if found else set()
+
+
+def _arrow(file: Any, name: str, size: int) -> Opened:
+    """Opens an Arrow stream, or an Arrow file, which begins with a magic word."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -161,7 +190,6 @@ def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
     reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file, options=options)
     check_columns(name, len(reader.schema))
     if is_file:
-        count = reader.num_record_batches
-        yield from ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
-    else:
-        yield from ((batch, file.tell()) for batch in reader)
+        n = reader.num_record_batches
+        return reader.schema, ((reader.get_batch(i), size * (i + 1) // n) for i in range(n))
+    return reader.schema, ((batch, file.tell()) for batch in reader)

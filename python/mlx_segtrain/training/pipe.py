@@ -1,8 +1,8 @@
 """Runs batches forward and backward through a model whose layers are divided between ranks.
 
-A rank runs its stages on the boundary values that the previous rank sends, and sends those that
-later ranks read. Cotangents come back the same way. All ranks have the batches, so values that do
-not depend on weights need not be sent.
+A rank runs its stages on the boundary values that the previous rank sends, and sends on what later
+ranks read. Cotangents come back the same way. All ranks have the batches, so values that do not
+depend on weights need not be sent.
 """
 
 from collections.abc import Callable, Container, Mapping
