@@ -17,7 +17,7 @@ from ..planning.pipeline import Part
 from ..schedule import Border, Cuts, Params, Passes, Stage, border, forward, passes_of, specs_of
 from ..streams import Stream, head_reads
 from .ranks import Ranks
-from .transfers import Form, transfers_of
+from .transfers import Form, Transfers
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,11 @@ class Pipe:
 
     ranks: Ranks
     part: Part
+    transfers: Transfers
     #: The forms of the arrays that cross each border, by border and by the shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
     #: The values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None
-
-    def __post_init__(self) -> None:
-        self.transfers = transfers_of(self.ranks)
 
     def owners(self, chain: Chain) -> set[str]:
         """Returns the owners of this rank's parameters."""

@@ -45,6 +45,7 @@ from .pipe import Pipe
 from .ranks import ALONE, Ranks
 from .record import read
 from .references import with_references
+from .transfers import transfers_of
 
 
 @dataclass(frozen=True)
@@ -398,7 +399,7 @@ def load_setup(
     vector; in a pipeline only those of this rank's layers."""
     config, part = inputs.config, plan.part
     model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
-    pipe = Pipe(ranks, part) if part else None
+    pipe = Pipe(ranks, part, transfers_of(ranks)) if part else None
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
