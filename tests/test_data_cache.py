@@ -192,6 +192,7 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         {"prompt_format": "raw"},
         {"chat_template_kwargs": {"a": 1}},
         {"data_format": "text"},
+        {"method": "grpo"},  # which reads only prompts
         {"columns": {"text": "body"}},
     ):
         found.append(key(**other))

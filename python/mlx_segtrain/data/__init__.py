@@ -1,5 +1,4 @@
-"""Training data: turns rows into token ids with a loss weight for each token, and these into
-batches."""
+"""Training data: turns rows into batches of token ids, with a loss weight for each token."""
 
 from .batching import (
     AnyBatch,

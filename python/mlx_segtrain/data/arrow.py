@@ -1,23 +1,27 @@
-"""Record batches as blocks of rows."""
+"""Converts Arrow record batches to blocks of rows.
+
+Other modules import this one inside functions, because loading pyarrow takes a while.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as types
+
 from ..errors import InputError
 from . import limits
 from .blocks import OTHER, Block
 from .limits import VALUE, check_columns, check_growth, check_length
 
-ROWS = 1024  # of a batch
+ROWS = 1024  #: the maximum per batch
 
 
 def table_of(data: Any) -> Any:
-    """Returns a table of pandas, polars or others as an Arrow table, without the index of
-    pandas."""
-    import pyarrow as pa
-
+    """Converts a table of pandas, polars or others to Arrow, without pandas' index."""
     table = pa.table(data)
     return table.drop_columns([x for x in table.column_names if x.startswith("__index_level_")])
 
@@ -26,11 +30,13 @@ def table_of(data: Any) -> Any:
 
 
 def blocks_of(
-    name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
+    name: str, batches: Iterable[tuple[Any, int]], size: int | None = None, schema: Any = None
 ) -> Iterator[Block]:
-    """Blocks of record batches, each with the bytes of the file that have been read with it.
+    """Yields the blocks of record batches. Each batch comes with the number of bytes of the file
+    that have been read so far; `size` is that of the file, None for a table in memory.
 
-    Raises InputError for a batch that is not well formed, and for a bomb.
+    Columns of `schema` that a batch lacks have a value in every row, which nothing needs. Raises
+    InputError for a batch that is not well formed, and for a decompression bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []
@@ -41,13 +47,13 @@ def blocks_of(
 
     for batch, read in batches:
         batch.validate(full=True)
-        names = batch.schema.names
+        names = (schema or batch.schema).names
         check_columns(name, len(names))
         if len({*names}) != len(names):
             raise InputError(f"{name}: two columns have the same name; rename one of them.")
-        if size is not None:  # rows that take nothing are many, too
+        if size is not None:  # even empty rows take memory
             check_growth(name, weighed + VALUE * batch.num_rows, size)
-        for part, weight in _parts(batch, name, first + rows):
+        for part, weight in _parts(batch, schema or batch.schema, name, first + rows):
             weighed += weight
             if size is not None:
                 check_growth(name, weighed, size)
@@ -60,27 +66,27 @@ def blocks_of(
         yield block()
 
 
-def _of_json(batch: Any) -> Any:
-    """Returns a batch whose columns with values that JSON does not have, such as images, become
-    booleans: whether there is a value. Nothing reads them, and their size is not known."""
-    import pyarrow as pa
-
+def _of_json(batch: Any, schema: Any) -> Any:
+    """Replaces columns of types that JSON does not have, such as images, with booleans: whether
+    there is a value. Nothing reads the values, and their size is unknown."""
     fields, columns = [], []
-    for field, column in zip(batch.schema, batch.columns, strict=True):
+    for field in schema:
+        place = batch.schema.get_field_index(field.name)
         if is_json(field.type):
             fields.append(pa.field(field.name, field.type))
-            columns.append(column)
+            columns.append(batch.column(place))
         else:
             kind = {OTHER: str(field.type)[:60].encode()}
             fields.append(pa.field(field.name, pa.bool_(), metadata=kind))
-            columns.append(_called("is_valid", column))
+            there = _called("is_valid", batch.column(place)) if place >= 0 else None
+            columns.append(pa.repeat(True, batch.num_rows) if there is None else there)
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields)) if columns else batch
 
 
-def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
-    """Slices of a batch that are small when they are written out, and how large."""
+def _parts(batch: Any, schema: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
+    """Yields slices of a batch that are small when written out, each with its size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
-        waiting = [_of_json(batch.slice(at, ROWS))]
+        waiting = [_of_json(batch.slice(at, ROWS), schema)]
         while waiting:
             part = waiting.pop()
             weight, n = _weight(part.to_struct_array()), part.num_rows
@@ -93,9 +99,7 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 
 def _weight(column: Any) -> int:
-    """Returns the size in bytes of the texts and values of an array, written out."""
-    import pyarrow.types as types
-
+    """Returns the size in bytes of an array's texts and values when written out."""
     kind, own = column.type, VALUE * len(column)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
         return own + _sum(_called("binary_length", column.dictionary).take(column.indices))
@@ -109,8 +113,6 @@ def _weight(column: Any) -> int:
 
 
 def _called(function: str, array: Any) -> Any:
-    import pyarrow.compute as pc
-
     return pc.call_function(function, [array])
 
 
@@ -119,9 +121,7 @@ def _sum(array: Any) -> int:
 
 
 def _as_stream(parts: list[Any]) -> bytes:
-    """Slices as an Arrow stream, without dictionaries."""
-    import pyarrow as pa
-
+    """Writes slices to an Arrow stream, without dictionaries."""
     plain = pa.schema([own.with_type(_plain(own.type)) for own in parts[0].schema])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, plain) as writer:
@@ -132,9 +132,6 @@ def _as_stream(parts: list[Any]) -> bytes:
 
 def _plain(kind: Any) -> Any:
     """Returns a type without dictionaries."""
-    import pyarrow as pa
-    import pyarrow.types as types
-
     if types.is_dictionary(kind):
         return _plain(kind.value_type)
     if _is_list(kind):
@@ -149,31 +146,19 @@ def _plain(kind: Any) -> Any:
 
 def is_json(kind: Any) -> bool:
     """Returns whether JSON has the values of a type."""
-    import pyarrow.types as types
-
     if _is_list(kind):
         return is_json(kind.value_type)
-    if types.is_dictionary(kind):  # of lists there are none but bombs
-        return _is_scalar(kind.value_type)
     if types.is_struct(kind):
-        return all(is_json(kind.field(i).type) for i in range(kind.num_fields))
-    return _is_scalar(kind)
-
-
-def _is_scalar(kind: Any) -> bool:
-    import pyarrow.types as types
-
+        return all(is_json(own.type) for own in kind)
+    if types.is_dictionary(kind):  # only bombs have dictionaries of lists
+        kind = kind.value_type
     plain = (types.is_boolean, types.is_integer, types.is_floating, types.is_null, _is_text)
     return any(own(kind) for own in plain)
 
 
 def _is_text(kind: Any) -> bool:
-    import pyarrow.types as types
-
     return types.is_string(kind) or types.is_large_string(kind)
 
 
 def _is_list(kind: Any) -> bool:
-    import pyarrow.types as types
-
     return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)

@@ -18,10 +18,10 @@ from .encoding import Pair, Row
 class Batch:
     """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
 
-    `rows` are indices into the data, `lengths` count tokens without padding, both int64 [B];
-    `reference` float32 [B], or None if the rows have none; `numbers` float32 [B, T] by name, 0 on
-    padding, as the rows have them. If it is `packed`, tokens, weights and numbers are [1, T] and
-    hold the B sequences one after the other, without padding.
+    `rows` are indices into the data and `lengths` count tokens without padding, both int64 [B];
+    `reference` is float32 [B], or None; `numbers` are those of the rows by name, float32 [B, T], 0
+    on padding. In a `packed` batch, tokens, weights and numbers are [1, T]: the B sequences one
+    after the other, without padding.
     """
 
     tokens: np.ndarray
@@ -40,11 +40,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both sequences of each pair, whole; the first `shared` tokens are the same in both sequences
-    of all pairs.
-
-    `reference` float32 [2B], chosen ones first, or None.
-    """
+    """Both sequences of each pair, whole. In every pair the first `shared` tokens of the two
+    sequences are the same. `reference` is float32 [2B], chosen ones first, or None."""
 
     chosen: Batch
     rejected: Batch
@@ -60,10 +57,10 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     """Yields endless training batches from batch number `start` on, the same for the same seed.
 
     Every epoch has a new order. Rows of similar length share a batch, and every batch has the same
-    proportion of labels as the data. Rows that do not fill a last batch are left out of one epoch,
-    others of the next. If the data set is packed, a batch has `batch_size` packed rows, and the
-    last one of an epoch those that remain. Raises InputError if there are fewer rows than
-    `batch_size`, unless they are packed.
+    proportion of labels as the data. Rows that do not fill the last batch are left out of an epoch;
+    they differ from epoch to epoch. If the data set is packed, a batch has `batch_size` packed
+    rows, and the last batch of an epoch has the remaining ones. Raises InputError if there are
+    fewer rows than `batch_size`, unless they are packed.
     """
     n = len(dataset)
     if n < batch_size and not dataset.packed:
@@ -89,7 +86,7 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
     if dataset.packed:
         return _joined(dataset.packing.epoch(seed, epoch), batch_size)
     n = len(dataset)
-    # Rows are left out in a fixed rotation: none twice in a row, and all equally often.
+    # Rows are left out in a fixed rotation: none in two successive epochs, and all equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
     taken = np.ones(n, bool)
@@ -103,8 +100,8 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 def _alike(columns: Columns) -> np.ndarray:
     """Returns an order in which rows of similar length are neighbours.
 
-    Rows of each label are sorted separately and mixed evenly: if one kind were longer, batches
-    would otherwise have one kind only.
+    Rows of each label are sorted separately and mixed evenly: if the rows of one label are longer,
+    batches would otherwise contain only one label.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):
@@ -115,7 +112,7 @@ def _alike(columns: Columns) -> np.ndarray:
 
 
 def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Joins this many packed rows at a time."""
+    """Yields the samples of `batch_size` packed rows at a time."""
     while some := list(islice(rows, batch_size)):
         yield np.concatenate(some)
 
@@ -133,11 +130,8 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """Returns the fraction of an epoch's tokens that is padding; if packed, the empty fraction of
-    its rows.
-
-    For pairs this covers both sequences.
-    """
+    """Returns the fraction of an epoch's tokens, of both sequences for pairs, that is padding; for
+    packed data, the fraction of its rows that is empty."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns
@@ -148,7 +142,7 @@ def padding(dataset: Dataset, batch_size: int) -> float:
 
 
 def described(dataset: Dataset, batch_size: int) -> str:
-    """Returns in words how many batches an epoch has, and how much of them is padding."""
+    """Describes in words how many batches an epoch has, and how much of them is padding."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
         return "not one batch"
     said = f"{count:,} batch{'es' if count > 1 else ''} per epoch"

@@ -1,4 +1,4 @@
-"""Blocks of rows, as one process passes them to another, and the rows of a block."""
+"""Blocks of rows, which one process passes to another, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Row = dict[str, Any]
 class Block:
     """Rows that one process handles at a time: a few MB, which can be pickled.
 
-    `first` is the number of the first row, or line, in the file `name`; `size` the bytes of the
-    file that were read for it. `payload` holds lines of JSON, or an Arrow stream (arrow.py).
+    `first` is the number of the first row or line in the file `name`; `size` is the number of bytes
+    that were read for the block; `payload` has lines of JSON, or an Arrow stream (arrow.py).
     """
 
     name: str
@@ -30,16 +30,15 @@ class Block:
     kind: Literal["lines", "arrow"] = "lines"
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yields each row after its name, such as "train.jsonl:17". Raises InputError for one that
-        is not a row."""
+        """Yields the name of each row, such as "train.jsonl:17", and the row. Raises InputError."""
         return _parse_lines(self) if self.kind == "lines" else _parse_arrow(self)
 
 
 def grouped(
     lines: Iterable[bytes], name: str, read: Callable[[], int] | None = None
 ) -> Iterator[Block]:
-    """Groups lines, each of which is a row, into blocks; their sizes are those of the lines, or
-    what was read."""
+    """Groups lines, each of which is a row, into blocks. `read` returns the number of bytes read
+    since its last call; the default size of a block is that of its lines."""
     first, size, own = 1, 0, []
 
     def block() -> Block:
@@ -89,8 +88,8 @@ def _parse(line: bytes, source: str) -> Row:
     return row
 
 
-#: Metadata of a column whose values JSON does not have: its original type. Its values become
-#: booleans: whether there is a value.
+#: The key of a field's metadata that holds the original type of a column that arrow.py replaced
+#: with booleans, because JSON does not have its values.
 OTHER = b"other"
 
 
@@ -112,7 +111,8 @@ def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
 
 
 def _readable(column: Any, other: bytes | None) -> Callable[[int], Any]:
-    """Returns the values of a column by row."""
+    """Returns a function from the number of a row to its value; `other` is the original type of a
+    column that was replaced with booleans."""
     if other is None:
         return lambda i: column[i].as_py()
     value = Other(other.decode())

@@ -1,8 +1,9 @@
-"""Cache of tokenized data, in files that worker processes write and that are memory-mapped.
+"""Caches tokenized data in memory-mapped files, which worker processes write.
 
-A source is a folder below cache_dir()/tokens, named by a hash of everything that its tokens depend
-on; each of its blocks is a file there, and about.json comes last. So an interrupted read continues
-with the missing blocks, and no file that another run may have mapped is ever changed.
+Each source has a folder below cache_dir()/tokens, named by a hash of everything that its tokens
+depend on. The folder has a file for each block, and about.json, which is written last. So an
+interrupted read continues with the missing blocks, and a file never changes while another run may
+have mapped it.
 """
 
 import hashlib
@@ -41,13 +42,13 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Bytes of rows that are tokenized faster than looked up, and bytes that one process finishes soon.
+#: Fewer bytes of rows are not worth a cache; fewer are not worth more than one process.
 SMALL, LARGE = 1 << 20, 8 << 20
-#: Endings of the files in a model's folder on which its tokenizer depends.
+#: File name extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-#: Options that change tokens.
+#: Options on which tokens depend.
 OF_TOKENS = (
-    "data_format",
+    "format",
     "columns",
     "train_on",
     "append_eos",
@@ -62,7 +63,7 @@ PACE_S = 0.3
 
 
 def folder() -> Path:
-    """Returns the folder of the tokens."""
+    """Returns the folder that contains the folders of all sources."""
     return cache_dir() / "tokens"
 
 
@@ -75,7 +76,7 @@ def read_samples(
 ) -> Samples:
     """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    With the folder of the tokenizer's model they are cached for the next time, if that pays.
+    Caches them if `model_dir`, the folder of the tokenizer's model, is given and they are many.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -84,7 +85,7 @@ def read_samples(
             tokenized(i, block, None, tokenizer, options)
             for i, block in enumerate(chain(first, blocks))
         )
-        return _joined([_mapped(done.content) for done in _in_order(made)], options)
+        return _joined([_mapped(done.content or b"") for done in _in_order(made)], options)
     del blocks, first
     place = folder() / key_of(source, tokenizer, options, model_dir)
     if batches := _kept(place):
@@ -93,8 +94,7 @@ def read_samples(
 
 
 def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Path) -> str:
-    """Returns a hash of everything that the tokens of a source depend on. Raises InputError if a
-    file cannot be read."""
+    """Returns a hash of everything that a source's tokens depend on. Raises InputError."""
     own = {name: getattr(options, name) for name in OF_TOKENS}
     if options.labelled:
         own["labelled"] = True
@@ -119,7 +119,7 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """Returns a hash of what turns rows into tokens: this code, and libraries."""
+    """Returns a hash of this package's code and the versions of the libraries that tokenize."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())
@@ -138,7 +138,7 @@ def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
 
 
 def _in_order(made: Iterator[Done]) -> Iterator[Done]:
-    """Yields blocks that one process tokenizes. Raises InputError at the first fault."""
+    """Yields blocks that arrive in order. Raises InputError at the first fault."""
     first: dict[str, str] = {}
     for done in made:
         _check(done, first)
@@ -147,18 +147,18 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """Raises InputError for a block with a fault, given the formats before it."""
+    """Raises InputError for a block with a fault, given the formats of the earlier blocks."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
 
 
-def _mapped(content: "bytes | None" = None, file: Path | None = None) -> "pa.RecordBatch":
-    """Returns the batch in a mapped file, or in its content. Raises OSError or ValueError if it is
-    damaged."""
+def _mapped(file: Path | bytes) -> "pa.RecordBatch":
+    """Returns the batch in a file, which is mapped, or in the content of one. Raises OSError or
+    ValueError if it is damaged."""
     import pyarrow as pa
 
-    source = pa.py_buffer(content) if file is None else pa.memory_map(str(file))
+    source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)
     return pa.ipc.open_file(source).get_batch(0)
 
 
@@ -167,14 +167,13 @@ def _file(place: Path, index: int) -> Path:
 
 
 def _kept(place: Path) -> list["pa.RecordBatch"]:
-    """Returns the batches of a complete folder; [] if it is incomplete or one of them is
-    damaged."""
+    """Returns the batches of a folder; [] if it is incomplete or one of them is damaged."""
     try:
         about = read_json(place / ABOUT, 64 << 20)
         files = [_file(place, index) for index in range(len(about["sizes"]))]
         if [file.stat().st_size for file in files] != about["sizes"]:
             return []
-        batches = [_mapped(file=file) for file in files]
+        batches = [_mapped(file) for file in files]
     except (OSError, ValueError, KeyError, TypeError):  # pyarrow's ArrowInvalid is a ValueError
         return []
     with suppress(OSError):
@@ -184,7 +183,7 @@ def _kept(place: Path) -> list["pa.RecordBatch"]:
 
 @dataclass(frozen=True)
 class About:
-    """The content of about.json: the sizes of the files in bytes, and what they belong to."""
+    """The content of about.json: the sizes of the files in bytes, and facts for people."""
 
     sizes: list[int]
     data: str
@@ -203,7 +202,8 @@ def _made(
 ) -> list["pa.RecordBatch"]:
     """Returns the batches of a source, and creates the missing ones. Raises InputError.
 
-    One process does it at a time; if nothing can be written, everything is kept in memory.
+    Only one process at a time does this. If the folder cannot be written, the batches stay in
+    memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
@@ -220,13 +220,10 @@ def _made(
                 if done.unwritten and store is not None:
                     progress.warn(done.unwritten)
                     store = None
-                if done.content is None:
-                    found[done.index] = _mapped(file=_file(place, done.index))
-                else:
-                    found[done.index] = _mapped(done.content)
+                found[done.index] = _mapped(done.content or _file(place, done.index))
                 progress.add(done)
         except InputError:
-            with suppress(OSError):  # the same rows fail again, so their tokens are of no use
+            with suppress(OSError):  # the same rows would fail again, so the cache is useless
                 remove_folder(place)
             raise
         batches = [found[index] for index in sorted(found)]
@@ -239,7 +236,7 @@ def _sound(place: Path) -> Iterator[tuple[int, "pa.RecordBatch"]]:
     """Yields the undamaged batches in a folder, by index."""
     for file in place.glob("*.arrow"):
         with suppress(OSError, ValueError):
-            yield int(file.stem), _mapped(file=file)
+            yield int(file.stem), _mapped(file)
 
 
 def _all_done(
@@ -251,7 +248,7 @@ def _all_done(
 ) -> Iterator[Done]:
     """Yields the missing blocks of a source as they are done.
 
-    Raises InputError for the first faulty row, after what precedes it is done.
+    Raises InputError for the first faulty row, once all blocks before it are done.
     """
     waiting = {
         index: Done(index, own.size, own.n_rows, own.formats)
@@ -259,7 +256,7 @@ def _all_done(
     }
     have = set(waiting)
     start = next(index for index in count() if index not in have)
-    last, why = None, None  # the last block that is needed; a fault of the file
+    last, why = None, None  # the last block that is needed; why the file cannot be read
 
     def jobs() -> Iterator[tuple[int, Block, Path | None]]:
         nonlocal why
@@ -269,7 +266,7 @@ def _all_done(
                     return
                 if index not in have:
                     yield index, block, store and _file(store, index)
-        except InputError as error:  # a fault of the file; an earlier row may have one, too
+        except InputError as error:  # reported later, since an earlier row may have a fault too
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
@@ -294,8 +291,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """While it is active, no other process writes this folder; yields why it cannot be written, or
-    None."""
+    """Keeps other processes from writing to this folder. Yields the reason if it cannot be written,
+    or else None."""
     file = None
     try:
         try:
@@ -305,7 +302,7 @@ def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
                 while not lock(file):
                     progress.wait()
                     time.sleep(0.2)
-                if not _is_at(file, place / LOCK):  # removed while we waited
+                if not _is_at(file, place / LOCK):  # it was removed meanwhile
                     file.close()
                     file = None
             clean(place)
@@ -340,7 +337,7 @@ def _finish(
 
 
 class _Progress:
-    """Reports a few times a second how far a source is."""
+    """Reports the progress of tokenizing a source, a few times per second."""
 
     def __init__(self, source: Source, tell: events.OnEvent):
         self.source, self.tell = source, tell
@@ -367,7 +364,7 @@ class _Progress:
         self.waits = True
 
     def skip(self, batch: "pa.RecordBatch") -> None:
-        """Counts what was there before."""
+        """Counts a batch that was cached already."""
         own = Samples([batch])
         self.size += own.size
         self.rows += own.n_rows
@@ -391,8 +388,8 @@ class _Progress:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder of tokens: its name, bytes, and the time of its last use (seconds since 1970);
-    `about` is None if it is incomplete."""
+    """A folder of tokens: its name, its size in bytes, and the time of its last use in seconds
+    since 1970; `about` is None if it is incomplete."""
 
     key: str
     size: int
@@ -401,7 +398,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Returns everything in the cache, the most recently used first."""
+    """Returns the entries of the cache, the most recently used first."""
     found = []
     for place in folder().glob("*/") if folder().is_dir() else ():
         with suppress(OSError):
@@ -416,7 +413,7 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes folders of tokens; returns the ones that it keeps because a run may write to them."""
+    """Removes entries by name; returns the names of those in use, which stay."""
     stay = []
     for key in keys:
         place = folder() / key

@@ -1,10 +1,9 @@
-"""Cuts a conversation into what is trained: every assistant turn, after exactly the text that
-generation starts from.
+"""Cuts conversations into samples whose contexts are exactly the texts that generation starts from.
 
-A trained turn is a context, which is the rendering of the earlier messages with the generation
+A turn in the loss is a context, which is the rendering of the earlier messages with the generation
 prompt, and a response, which ends with the first token that stops generation. Rows are rendered in
-the spelling (spelling.py) with which the template loses nothing of them; what every spelling loses,
-or what cannot be ended, is a finding (notes.py).
+the spelling (spelling.py) with which the template loses nothing. A text that is lost in every
+spelling, or a turn without an end, is a finding (notes.py).
 """
 
 import re
@@ -22,17 +21,17 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: Numbers of characters of a generation prompt by which it is searched in another rendering,
-#: longest first.
+#: To find a generation prompt in another rendering, its last characters are searched: this many,
+#: the longest text first.
 ANCHORS = range(40, 3, -1)
-#: Rows of one kind for which every spelling is tried if none is lossless.
+#: If no spelling is lossless, all of them are tried for this many rows with the same traits.
 MOST_SEARCHES = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence of the row `source`: its pieces, the number of its turns in the loss, its
-    findings (keys of notes.FINDINGS), and whether a chat template rendered it."""
+    """A sequence of the row `source`. `turns` counts its turns in the loss, `findings` are keys of
+    notes.FINDINGS, and `rendered` says whether a chat template rendered it."""
 
     source: str
     pieces: Pieces
@@ -55,21 +54,21 @@ class _Turn:
 
 
 class Conversations:
-    """Cuts the messages rows of one data set into samples; remembers which spelling works."""
+    """Cuts the conversations of a data set into samples; remembers which spelling works."""
 
     def __init__(
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # What was found for rows with the same traits: spelling, findings, number of searches.
+        # By the traits of rows: the spelling, what it loses, and the number of searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
-        """Returns the sequences that a row with "messages" trains; `source` is "file:line".
+        """Returns the samples of a row with "messages"; `source` is "file:line".
 
-        There are several if the context of a later turn does not begin with an earlier turn as it
-        was generated, for example with templates that drop earlier reasoning. Raises InputError.
+        There are several if the context of a later turn does not contain an earlier turn as it was
+        generated, for example with templates that drop earlier reasoning. Raises InputError.
         """
         messages = given["messages"]
         weights = _weights(messages, self._train_on)
@@ -99,8 +98,7 @@ class Conversations:
         return Spelling(content="parts" if parts else "text")
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
-        """Returns the turns in the first spelling that loses nothing, or else in the one that loses
-        least."""
+        """Returns the turns in the first lossless spelling, or else in the one that loses least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -135,8 +133,8 @@ def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
 
 
 def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
-    """Joins turns that are in the context of the last one into its sequence, and repeats that for
-    the rest."""
+    """Joins turns into samples: one for the last turn and all turns that its context contains, and
+    so on for the rest."""
     samples = []
     while turns:
         last = turns[-1]
@@ -164,7 +162,7 @@ def _unplaced(i: int) -> TemplateError:
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation, the weights of its messages, and what it is rendered with."""
+    """A conversation, the loss weights of its messages, and what is needed to render it."""
 
     messages: list[dict[str, Any]]
     weights: list[float]
@@ -174,7 +172,7 @@ class _Row:
 
     @cached_property
     def special(self) -> list[re.Match[str] | None]:
-        """For each message, where it contains the text of a special token."""
+        """For each message, the first match of a special token's text in its content."""
         texts = [str(message.get("content") or "") for message in self.messages]
         return [self.stops.control.search(text) for text in texts]
 
@@ -206,8 +204,8 @@ class _Row:
     def _thought(
         self, before: list[dict[str, Any]], context: str, response: str, thoughts: str
     ) -> tuple[str, list[str]]:
-        """Returns a response with the end of the thinking block that the generation prompt opens,
-        if it does, and findings."""
+        """Returns a response, with the end of the thinking block if the generation prompt opens
+        one, and findings."""
         closing = self.render.closing(before, context)
         if closing is None:
             return response, []
@@ -215,7 +213,7 @@ class _Row:
         if not thoughts:
             return (response if closed else closing + response), []
         if thoughts in response:
-            return response, ["reasoning"] if closed else []  # it follows an empty block
+            return response, ["reasoning"] if closed else []  # then it follows an empty block
         return thoughts + (response if closed else closing + response.lstrip("\n")), []
 
     def _aligned(
@@ -224,14 +222,14 @@ class _Row:
         """Returns context and response of a turn whose rendering does not begin with its context.
 
         Either the generation prompt opens a block that the finished turn lacks, or the template
-        renders earlier messages differently once an answer follows them (Mistral's puts the system
-        message before the last user message while that is the last message of all).
+        renders earlier messages differently once an answer follows (Mistral's writes the system
+        message before the last user message, unless an answer follows that message).
         """
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
             if not i:
                 raise _unplaced(i)
-            header = full  # an empty turn, or one with only calls, may have another form
+            header = full  # an empty turn, or one with only calls, may be rendered differently
         answer = full[len(header) :]
         if not i:  # nothing precedes it
             return header, answer
@@ -248,7 +246,7 @@ class _Row:
     def _ended(
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
-        """Returns a response up to its first stop token, the rest, and whether there was one."""
+        """Returns a response up to its first stop token, the rest, and whether it has one."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
         # Some templates end a turn with the header of the next one, which then is the stop token.
@@ -257,14 +255,14 @@ class _Row:
             return response.rstrip("\n") + stop[0], "", True
         if self.stops.append is None:
             return response, "", False
-        blanks = texts[-1][len(texts[-1].rstrip()) :]  # the answer's own
+        blanks = texts[-1][len(texts[-1].rstrip()) :]  # whitespace that belongs to the answer
         body = response.rstrip()
         body += blanks if response[len(body) :].startswith(blanks) else ""
         return body + self.stops.append, "", True
 
 
 def _common(a: str, b: str) -> int:
-    """Returns the length of the common beginning, without a tag that is only partly the same."""
+    """Returns the length of the common prefix, without a tag that only begins in it."""
     n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     if n in (len(a), len(b)):
         return n
@@ -276,8 +274,8 @@ def _common(a: str, b: str) -> int:
 
 
 class _Stops:
-    """Patterns of the tokens that stop generation (`stop`) and of all control tokens, and the text
-    that is appended to a response without a stop (None: no text)."""
+    """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`),
+    and the text that is appended to a response without a stop (None: no text)."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}

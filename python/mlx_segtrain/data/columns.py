@@ -1,4 +1,4 @@
-"""What a run needs to know of all samples at once, as arrays, without creating a million rows."""
+"""Arrays of what a run needs to know about all samples, so that it need not create all rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .encoding import Row, sequences
 
 
 class Lazy(Sequence[Any]):
-    """n items that are created on access by `make(index)`."""
+    """A sequence of n items, which `make(index)` creates on access."""
 
     def __init__(self, n: int, make: Callable[[int], Any]):
         self._n, self._make = n, make
@@ -35,9 +35,8 @@ class Columns:
 
     int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the loss
     (the length if there is none), `trained` the number of tokens in the loss, `top` the largest
-    token id, possibly of a truncated part. `shared` int64 [n] is that of pairs, 0 otherwise. `sign`
-    int64 [n] is −1 for rows with an undesirable response, whose weights are below 0, and 1 for
-    others.
+    token id, possibly in a part that was truncated. int64 [n]: `shared` is Pair.shared, or 0;
+    `sign` is −1 for rows with an undesirable response, whose weights are below 0, and 1 for others.
     """
 
     length: np.ndarray
@@ -59,7 +58,7 @@ class Columns:
 
     @property
     def run(self) -> np.ndarray:
-        """The tokens of each sample that are run, int64 [n]."""
+        """The number of tokens of each sample that are run, int64 [n]."""
         return self.length.sum(1) - self.shared
 
     def take(self, chosen: np.ndarray) -> Columns:

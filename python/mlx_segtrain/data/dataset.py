@@ -1,4 +1,4 @@
-"""Data sets: every row tokenized once, truncated and counted."""
+"""Data sets: tokenized rows, truncated and counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -25,16 +25,15 @@ Split = Literal["train", "valid"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of one split that have something in the loss.
+    """The samples of a split that have tokens in the loss.
 
-    `rows` are Row, or Pair in the format preference, and may be created on access: code that needs
-    all of them uses `columns`. `format` is messages | prompt-completion | text | preference, or
-    mixed; `n_rows` counts the rows read, `truncated` the rows here that were truncated (pairs that
-    lost part of a response), `dropped` those without any token left in the loss; `pad_id` fills
-    short rows; `prompts_cut` counts rows that lost the beginning of their prompt; `notes` says what
-    was found in the rows, and `said` what was done to them. `name` is that of the source. `packed`
-    is the number of tokens of the rows into which the samples are packed for training; 0 if they
-    are not packed.
+    `rows` are Row or Pair, and may be created on access: code that needs all of them uses
+    `columns`. `format` is a name of formats.FORMATS, or mixed. `n_rows` counts the rows that were
+    read, `truncated` the rows here that were truncated (pairs that lost part of a response),
+    `prompts_cut` the rows that lost the beginning of their prompt, and `dropped` the samples
+    without a token left in the loss. `pad_id` fills short rows. `notes` has the findings about the
+    rows, `said` sentences about rows that were dropped or held out. `name` is that of the source.
+    `packed` is the length in tokens of the rows into which samples are packed; 0 if they are not.
     """
 
     rows: Sequence[Any]
@@ -61,16 +60,16 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        """Tokens that an epoch runs."""
+        """The number of tokens that an epoch runs."""
         return int(self.columns.run.sum())
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens of an epoch that are in the loss."""
+        """The number of tokens of an epoch that are in the loss."""
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with each row replaced by `change(index, row)`; the columns stay."""
+        """Replaces each row with `change(index, row)`, which must not change the columns."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
@@ -81,12 +80,12 @@ class Dataset:
         return replace(self, rows=picked, columns=self.columns.take(chosen))
 
     def in_rows_of(self, tokens: int) -> "Dataset":
-        """Returns the samples, none longer, packed into rows of this many tokens; 0: each alone."""
+        """Returns the samples, none of them longer, packed into rows of this many tokens."""
         return replace(self, packed=tokens)
 
     @cached_property
     def packing(self) -> Packing:
-        """How the samples are packed; None if they are not."""
+        """How the samples are packed, if they are."""
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
@@ -147,7 +146,7 @@ def load_split(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Dataset | None:
-    """Reads one part of what load_dataset returns; None if there are no validation rows."""
+    """Reads one of the two splits of load_dataset; returns None if it is absent."""
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
@@ -157,7 +156,7 @@ def load_split(
 
 
 class Reading:
-    """Reads sources, each once, with a tokenizer; the arguments are those of load_dataset."""
+    """Reads each source once, with a tokenizer; the arguments are those of load_dataset."""
 
     def __init__(
         self,
@@ -180,20 +179,19 @@ class Reading:
         return self._read[id(source)]
 
     def check(self, source: Source) -> None:
-        """Raises InputError if `strict` is set and rows of a source cannot be trained as they
-        are."""
+        """Raises InputError if `strict` is set and there are findings about a source's rows."""
         if self.options.strict and (faults := self.samples(source).notes().faults()):
             raise InputError(f"{source.name}: {faults[0]}; fix the rows, or leave strict out.")
 
     def whole(self, source: Source) -> Dataset:
-        """Returns all of a source as it is trained. Raises InputError."""
+        """Returns all samples of a source as a data set. Raises InputError."""
         samples = self.samples(source)
         self.check(source)
         return fit(source.name, samples, np.arange(len(samples)), self.encoder)
 
 
 def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Returns training rows and validation rows of sources. Raises InputError."""
+    """Returns the training rows and the validation rows of sources. Raises InputError."""
     own, held = _parts(train, valid, read)
     if valid is None:
         return own, held
@@ -205,8 +203,8 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
 
 
 def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Returns the training rows, without repeated ones if `dedup` is set, and the validation rows
-    held out of them, if there is no other source for these."""
+    """Returns the training rows, without duplicates if `dedup` is set, and the validation rows that
+    are held out of them; None if `valid` is given."""
     options, samples, said = read.options, read.samples(train), ()
     read.check(train)
     chosen = np.arange(len(samples))
@@ -240,14 +238,8 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     return replace(own, said=(*own.said, *said)), apart
 
 
-def unread(folder: Path, *sources: Source | None) -> list[str]:
-    """Returns names of files in a folder that look like data and are not read."""
-    read = {name for source in sources if source for name in source.files}
-    return [path.name for path in rows_in(folder) if path.name not in read]
-
-
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
-    """Yields sentences about what is left out of the data or wrong with it."""
+    """Returns sentences about what is left out of the data or wrong with it."""
     said = []
     for own in (train, valid):
         if own is None:
@@ -261,7 +253,8 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
         found += [*own.notes.left_out(), *own.notes.faults()]
         said += [f"{own.name}: {sentence}" for sentence in found]
     if isinstance(data, Path) and data.is_dir():
-        if names := unread(data, *sources):
+        read = {name for source in sources if source for name in source.files}
+        if names := [path.name for path in rows_in(data) if path.name not in read]:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             said.append(
                 f"not read in {data}: {shown} (training rows are read from the file train, "
@@ -273,7 +266,7 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
 
 
 def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns samples, by index, truncated to max_seq_length tokens. Raises InputError if nothing
+    """Returns the chosen samples, truncated to max_seq_length tokens. Raises InputError if no token
     is left in the loss."""
     if samples.format == "prompt":
         return _prompts(name, samples, chosen, encoder)
@@ -317,8 +310,7 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns the prompts that leave room for an answer, by index. Raises InputError if there are
-    none."""
+    """Returns the chosen prompts that leave room for an answer. Raises InputError if none does."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -349,12 +341,12 @@ WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Returns a row of at most max_seq_length tokens, whether it lost its end, and whether its
-    beginning.
+    """Truncates a row to max_seq_length tokens. Also returns whether it lost its end, and whether
+    it lost its beginning.
 
-    It is truncated on the right. A pair, and a row with a label, first lose their prompt from the
-    left, up to its last token. Both prompts of a pair lose the same number of tokens, and what the
-    tokenizer puts before a text (BOS) stays.
+    Rows are truncated on the right. A pair, or a row with a label, first loses tokens on the left
+    of its prompt, except BOS and the prompt's last token. Both prompts of a pair lose the same
+    number of tokens.
     """
     sides, n = sequences(row), encoder.options.max_seq_length
     over = max(map(len, sides)) - n

@@ -1,4 +1,4 @@
-"""Turns pieces of text into token ids, with the loss weight of every token."""
+"""Turns pieces of text into token ids with a loss weight for each token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,11 +20,8 @@ from .words import Words
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read: the fields of a configuration that decide it (docs/configuration.md), and
-    the `tools` of every prompt, as chat templates take them.
-
-    Without a method, rows for any method.
-    """
+    """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` of
+    every prompt, as chat templates take them. Without a method, rows may be for any method."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -47,6 +44,12 @@ class Options:
         return cls(**{name: getattr(config, name) for name in names}, tools=tools)
 
     @property
+    def format(self) -> str:
+        """The format of all rows, or auto. A method for prompts ignores the other keys of rows."""
+        prompts = self.method is not None and ROWS[self.method] == "prompt"
+        return "prompt" if prompts and self.data_format == "auto" else self.data_format
+
+    @property
     def labelled(self) -> bool:
         """Whether the method also learns from undesirable responses: their weights are below 0."""
         return self.method is not None and ROWS[self.method] == "labelled"
@@ -59,10 +62,10 @@ class Row:
     `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
     token j (0 = context, and always 0 for j = 0; below 0 in an undesirable response); `source` is
     "file:line", for a pair's sequences "file:line chosen" and "file:line rejected"; `findings` are
-    keys of notes.FINDINGS. `reference` is what the model without the adapter gives for it, once
-    known; `turns` counts its turns in the loss. A prompt that is answered in a run has `given`, its
-    row as in the file, for rewards; a trained answer has `numbers`, float32 [n] by name, which the
-    loss reads besides the weights.
+    keys of notes.FINDINGS; `turns` counts the turns in the loss. `reference` has the outputs of the
+    model without the adapter, once they are computed. A prompt for which completions are generated
+    has `given`, its row in the file, for rewards; a completion in the loss has `numbers`, float32
+    [n] by name, which the loss reads besides the weights.
     """
 
     ids: np.ndarray
@@ -82,9 +85,9 @@ class Row:
 class Pair:
     """A prompt with two responses, as two whole sequences; weights are 1 on response tokens.
 
-    The first `shared` tokens are the same, at most up to the last two of each: what follows has a
-    row to run. `source` is "file:line". `reference` are the responses' log-probabilities (chosen,
-    rejected) under the model without the adapter, once known.
+    The first `shared` tokens are the same in both; at least the last two of each are not shared, so
+    that there is a row to run. `source` is "file:line". `reference` has the log-probabilities of
+    the responses (chosen, rejected) under the model without the adapter, once they are computed.
     """
 
     chosen: Row
@@ -112,11 +115,11 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 
 
 class Encoder:
-    """Tokenizes samples; asks the tokenizer once for what it needs to know.
+    """Tokenizes samples.
 
     `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations whose
-    turns in the loss follow from the options; `responses` those whose assistant turns all count.
-    `notes` counts what was read; `bos` is what the tokenizer puts before a text, if anything: BOS.
+    turns in the loss follow from `train_on`; for `responses` all assistant turns are in the loss.
+    `notes` counts what was read; `bos` are the tokens that the tokenizer adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
@@ -139,12 +142,12 @@ class Encoder:
         self.pad_id: int = next(pad_id for pad_id in pad_ids if pad_id is not None)
 
     def begins(self, ids: np.ndarray) -> bool:
-        """Returns whether ids start with what the tokenizer puts before a text."""
+        """Returns whether ids start with the tokens that the tokenizer adds before a text."""
         return ids[: len(self.bos)].tolist() == self.bos
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """Returns token ids and weights of each sample, not truncated. Raises InputError."""
-        # One call for all pieces, and for the whole texts that do not follow from their pieces.
+        # One call for all pieces, and for the texts whose tokens do not follow from their pieces.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
         for i, sample in enumerate(samples):
@@ -163,7 +166,7 @@ class Encoder:
         ]
 
     def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
-        """Returns a prompt, with what precedes the answer, without any token in the loss. Raises
+        """Returns the tokens of a prompt with the generation prompt; none is in the loss. Raises
         InputError."""
         tools = given.get("tools") or self.options.tools
         own = {"tools": list(tools)} if tools else {}
@@ -181,7 +184,7 @@ class Encoder:
                 raise InputError(
                     "the tokenizer has no chat template: use a prompt that is a string."
                 )
-            if not len(ids):  # the first token would be sampled after nothing
+            if not len(ids):  # nothing to sample the first token from
                 raise InputError("the prompt has no tokens: add some text.")
         except Exception as error:  # a template may fail in any way
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
@@ -191,7 +194,7 @@ class Encoder:
         )
 
     def _encoded(self, texts: list[str]) -> list[list[int]]:
-        """Returns the token ids of each text, without what is put before one."""
+        """Returns the token ids of each text, without BOS."""
         words = self._words
         if words is None:
             return self._by_library(texts)
@@ -217,7 +220,7 @@ class Encoder:
         weights = np.zeros(len(ids), np.float32)
         for (_, weight), (start, end) in zip(sample.pieces, pairwise(bounds), strict=True):
             weights[start:end] = weight
-        if not sample.rendered:  # a chat template writes BOS itself, and ends its turns
+        if not sample.rendered:  # a chat template writes BOS and ends turns itself
             end, stopped = self._end(ids, bounds[-2])
             ids, weights = ids[:end], weights[:end]
             if self.options.append_eos and not stopped:
@@ -245,14 +248,14 @@ class Encoder:
         self, sample: Sample, whole: list[int] | None, parts: list[list[int]]
     ) -> tuple[list[int], list[int]]:
         """Returns the token ids of a sample, and the token index at which each piece starts and
-        ends; `whole` is None if the pieces give the same text."""
+        ends. `whole` has the tokens of the sample's text, None if the pieces decode to it."""
         joined = [token for part in parts for token in part]
-        # If the pieces give the tokens of the whole, their ends are exact. If they give other
-        # tokens for the same text, one token spans a cut; generation starts from the prompt's own
-        # tokens, so the pieces' tokens are the ones to train on.
+        # If the pieces have the tokens of the whole, their ends are exact. If they have other
+        # tokens for the same text, a token of the whole spans a cut. Generation starts from the
+        # tokens of the prompt alone, so the pieces' tokens are the ones to train on.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
-        # Some tokenizers put a space before every text, so that pieces have more text than the
+        # Some tokenizers add a space before every text, so the pieces decode to more text than the
         # whole. Then offsets decide: a token with any character of a piece belongs to that piece.
         if not self._tokenizer.is_fast:
             raise InputError(
@@ -268,11 +271,8 @@ class Encoder:
         return output["input_ids"], [0, *map(int, starts[1:]), len(ends)]
 
     def _end(self, ids: list[int], start: int) -> tuple[int, bool]:
-        """Returns where a completion from `start` on ends, and whether with a token that stops
-        generation.
-
-        Whitespace after such a token would never be generated.
-        """
+        """Returns where a completion that starts at `start` ends, and whether a token that stops
+        generation ends it. Whitespace after such a token would never be generated."""
         last = len(ids)
         while last > start and self._is_blank(ids[last - 1]):
             last -= 1

@@ -1,6 +1,6 @@
-"""The formats of rows: their keys, their check, and what is trained on.
+"""The formats of rows: their keys, their checks, and the samples of a row.
 
-A format is an entry of FORMATS; nothing else knows what its rows hold.
+A format is an entry of FORMATS; no other module depends on the content of its rows.
 """
 
 import json
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, pairwise
 from typing import Any
 
-from ..config import ROWS, Rows
+from ..config import Rows
 from ..errors import InputError, shown
 from ..fields import fault_of_variables
 from .chat import Sample
@@ -23,7 +23,7 @@ ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys that are named to the user if a row has no format.
+#: The keys that the error names if a row has no known format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or give columns)"
@@ -32,11 +32,10 @@ MAIN = (
 
 @dataclass(frozen=True)
 class Record:
-    """One checked row of a format; `source` is "file:line".
+    """A checked row of a format; `source` is "file:line".
 
     `row` is the result of the format's check: prompt and responses are either all strings, with an
-    optional `system` string, or all lists of messages. `ignored` are keys of the file's row that
-    nothing reads.
+    optional `system` string, or all lists of messages. `ignored` lists the keys that nothing reads.
     """
 
     source: str
@@ -51,9 +50,9 @@ def checked(
     format: str = "auto",
     columns: Mapping[str, str] = NOTHING,
 ) -> Record:
-    """Returns a row as a record. Raises InputError.
+    """Checks a row and returns its record. Raises InputError.
 
-    `format` is that of the row; auto is the first whose marks it has (config.data_format);
+    With `format` auto, a row has the first format whose marks it has (config.data_format).
     `columns` maps our names to those of the file (config.columns). Null means absent, because
     tables have every column in every row.
     """
@@ -68,7 +67,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check names the keys that its row really has.
+    # A check reads our keys; its errors then name the keys of the file.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -83,7 +82,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Suggests how a row of two texts can be trained, whatever they are called."""
+    """Returns a hint for a row of two texts with other names."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -92,8 +91,7 @@ def _columns_for(row: Mapping[str, Any]) -> str:
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the row with the columns of a file renamed to ours. Raises InputError if one is
-    missing."""
+    """Renames the columns of a row to ours. Raises InputError if one is missing."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
@@ -106,20 +104,13 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """Returns the first format whose marks are among the keys; methods ask for prompts
-    explicitly."""
+    """Returns the first format whose marks are among the keys, except prompt (Options.format)."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 
 
-def format_for(method: str | None) -> str:
-    """Returns the format for a method that reads only the prompt, whatever else rows have; auto for
-    other methods."""
-    return "prompt" if method and ROWS[method] == "prompt" else "auto"
-
-
 def quoted(keys: Sequence[str]) -> str:
-    """Quotes keys for a sentence."""
+    """Joins keys for a sentence, in quotes."""
     *others, last = (f'"{key}"' for key in keys)
     return f"{', '.join(others)} and {last}" if others else last
 
@@ -174,7 +165,7 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks an instruction, which its input follows, if there is one."""
+    """Checks a row with an instruction and perhaps an input, which are joined as the prompt."""
     for key in ("prompt", "completion"):
         expect(f'{source}: "{key}"', row[key], str)
     about = [row[key] for key in ("input", "context") if row.get(key) is not None]
@@ -184,7 +175,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels in tables instead of JSON's true and false.
+#: Labels in JSON, and their spellings in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -220,7 +211,7 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a prompt for which completions are generated; the rest of the row is for rewards."""
+    """Checks a prompt for which completions are generated; rewards read the rest of the row."""
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -256,7 +247,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
-    """Returns the prompt and the sides of a pair as messages."""
+    """Returns prompt, chosen and rejected of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
@@ -280,7 +271,7 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
 
 
 def _check_whole(messages: Sequence[dict[str, Any]], source: str) -> None:
-    """Raises InputError if messages have weights of their own."""
+    """Raises InputError if a message has "train" or "weight"."""
     if any("train" in message or "weight" in message for message in messages):
         raise InputError(
             f'{source}: "train" and "weight" have no effect on responses, which are compared as a '
@@ -289,15 +280,13 @@ def _check_whole(messages: Sequence[dict[str, Any]], source: str) -> None:
 
 
 def _alike(a: list[Any], b: list[Any]) -> int:
-    """Counts the items that both begin with."""
+    """Returns the length of the common prefix."""
     return [*(x == y for x, y in zip(a, b, strict=False)), False].index(False)
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Returns a pair with its prompt only once; `repeated` tells whether both sides repeated it.
-
-    Raises InputError if only one side does, or if both sides are the same.
-    """
+    """Removes a prompt that both sides repeat; `repeated` says whether they did. Raises InputError
+    if only one side does, or if both sides are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
@@ -317,8 +306,7 @@ def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
-    """Returns a prompt or a response as messages: a string is what the user or the assistant
-    says."""
+    """Returns a prompt or a response as messages; a string becomes one message."""
     given, what = row[key], f'{source}: "{key}"'
     expect(what, given, str, list)
     if isinstance(given, str):
@@ -327,12 +315,12 @@ def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
 
 
 def _answers(messages: list[dict[str, Any]]) -> bool:
-    """Returns whether an assistant speaks in them."""
+    """Returns whether there is a message of the assistant."""
     return any(message["role"] == "assistant" for message in messages)
 
 
 def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Puts the text of "system" as the first message into a prompt that is a list of messages."""
+    """Moves the text of "system" into a prompt that is a list of messages."""
     if isinstance(row["prompt"], str):
         if row.get("system") is not None:
             expect(f'{source}: "system"', row["system"], str)
@@ -343,7 +331,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Puts the text of "system" before messages."""
+    """Returns messages that start with the text of "system", if the row has it."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
@@ -358,8 +346,7 @@ def _begun(
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Returns tokens and weights of records, which are all pairs or none; not truncated. Raises
-    InputError."""
+    """Tokenizes records, all or none of which are pairs, without truncation. Raises InputError."""
     encoder.notes.rows += len(records)
     encoder.notes.formats.update(record.format for record in records)
     for record in records:
@@ -374,7 +361,7 @@ def _rows(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Encodes pairs; for a method that learns from labels, both responses separately."""
+    """Tokenizes pairs; for a method that learns from labels, each response is a row."""
     rows = _rows(encoder, [_side(record, key) for record in records for key in SIDES])
     for row, after in pairwise(rows):
         if row.source == after.source:
@@ -389,7 +376,7 @@ def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
 
 
 def _several(source: str) -> InputError:
-    """Returns the error if a response gives several sequences."""
+    """Returns the error for a response that has several samples."""
     return InputError(
         f"{source}: the chat template renders a turn of the response differently once others "
         "follow; use responses of one assistant message."
@@ -401,7 +388,7 @@ def _prompts(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _side(record: Record, key: str) -> Record:
-    """Returns one sequence of a pair as a record whose response is in the loss."""
+    """Returns a record whose completion is one side of a pair."""
     row = {**record.row, "completion": record.row[key]}
     return replace(record, source=f"{record.source} {key}", format="prompt-completion", row=row)
 
@@ -415,8 +402,7 @@ def _chat_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
-    """Returns samples of a prompt, raw or as a conversation, with only the completion in the
-    loss."""
+    """Returns the samples of a prompt and a completion; only the completion is in the loss."""
     row, notes = record.row, encoder.notes
     prompt, completion, system = row["prompt"], row["completion"], row.get("system")
     if isinstance(prompt, str):
@@ -433,9 +419,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns the samples of a row with a label. For methods that do not learn from labels they are
-    `plain`, and only desirable responses are kept; otherwise the weights of an undesirable one are
-    below 0."""
+    """Returns a function for the samples of a row with a label. For methods that do not learn from
+    labels, it returns `plain` samples of desirable responses only; for others, the weights of an
+    undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -457,12 +443,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` is what the check calls the keys, if that differs. `more` are the other keys that are
-    read. `check` returns the row as `encode` takes it, or raises InputError. `encode` returns the
-    rows of a data set for records, all of which have this format or another with the same `encode`;
-    for single sequences it asks each record's format for its `samples`. `rows` is what a method
-    calls such a row (config.ROWS), first the one that needs all of it. With `reads_all`, all other
-    keys are kept with the row.
+    `means` are the names under which the check reads the keys, if they differ. `more` are the other
+    keys that are read. `check` returns the row in the form that `encode` takes, or raises
+    InputError. `encode` tokenizes records, all of which have this format or another with the same
+    `encode`; the default joins the `samples` of each record's format. `rows` are the kinds of rows
+    (config.ROWS) for which the format can be used; the first uses all keys. With `reads_all`, all
+    other keys are kept with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -480,12 +466,12 @@ class Format:
 
 
 def _plain(prompt: str, completion: str) -> Format:
-    """Reads a prompt and a completion under other names."""
+    """Returns the format of a prompt and a completion with these keys."""
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
 def _labelled_chat(key: str) -> Format:
-    """Reads messages of which the last one has a label."""
+    """Returns the format of messages whose last one has a label."""
     return Format(
         _check_labelled_chat,
         (key, "label"),

@@ -1,4 +1,4 @@
-"""Reports what a data set trains on, for people to check before a run."""
+"""Reports which tokens of a data set are in the loss, for people to check before a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ LONGEST = 5
 
 @dataclass(frozen=True)
 class Preview:
-    """One sequence as trained: for each token its text, whether it is in the loss, and its weight;
-    `findings` are sentences about it."""
+    """A sequence after truncation: the text of each token, whether it is in the loss, and its loss
+    weight; `findings` are sentences about the sequence."""
 
     source: str
     tokens: list[tuple[str, bool, float]]
@@ -34,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Bin:
-    """The number of samples that have from `first` to `last` tokens."""
+    """The number of samples with `first` to `last` tokens."""
 
     first: int
     last: int
@@ -43,9 +43,9 @@ class Bin:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A pass over the training rows: optimizer steps, and the fraction of its tokens that is
-    padding, or of packed rows that is empty; `rows` counts packed rows, or samples. `seconds` is
-    None if the time of a step is unknown."""
+    """A pass over the training rows. `rows` counts samples or packed rows, `steps` optimizer steps;
+    `unused` is the fraction of tokens that is padding, or of packed rows that is empty. `seconds`
+    is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -57,12 +57,12 @@ class Epoch:
 class Report:
     """The result of `inspect`.
 
-    `n_train` and `n_valid` count rows, `formats` the rows of the training file by format; lengths
-    are in tokens before truncation and, like the counts after them (None without a tokenizer),
-    cover the training file, as do `histogram` and `longest` (places and tokens). `duplicates`
-    counts rows that repeat an earlier one. `epoch` describes unpacked rows, `packed` packed ones,
-    if possible. `remarks` say what is left out of both files or wrong with them, `findings` name
-    rows of the training file by what is wrong with them (notes.FINDINGS). `error` is one sentence.
+    `n_train` and `n_valid` count rows; everything else except `remarks` is about the training rows.
+    `formats` counts them by format, `duplicates` counts rows that repeat an earlier one. Lengths,
+    `histogram` and `longest` (places and tokens) are in tokens before truncation. What needs a
+    tokenizer is None or empty without one. `epoch` describes an epoch without packing, `packed` one
+    with it, if possible. `remarks` say what is left out of the data or wrong with it; `findings`
+    name rows by finding (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True
@@ -105,10 +105,10 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks data (sources.sources_of); faults are in the report, not raised.
+    """Checks data (sources.sources_of). Faults are reported, not raised.
 
-    Steps of an epoch have `accumulation` batches of `batch_size` rows, and take `step_s` seconds if
-    known. With the folder of the tokenizer's model, its tokens are cached (cache.py).
+    A step has `accumulation` batches of `batch_size` rows, and takes `step_s` seconds, if known.
+    With `model_dir`, the folder of the tokenizer's model, tokens are cached (cache.py).
     """
     report = Report()
     try:
@@ -142,7 +142,7 @@ def inspect(
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1 and not options.labelled:  # what can be packed
+        if found.columns.length.shape[1] == 1 and not options.labelled:  # these can be packed
             packed = found.in_rows_of(options.max_seq_length)
             report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
@@ -154,7 +154,7 @@ def inspect(
 
 
 def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
-    """Counts samples by length, in powers of two; those longer than `most` separately."""
+    """Counts samples by length, in bins that end at powers of two and at `most`."""
     top = int(lengths.max())
     ends = {min(2**k, top) for k in range(top.bit_length() + 1)} | {min(most, top)}
     last = np.array(sorted(end for end in ends if end >= lengths.min()))
@@ -166,7 +166,7 @@ def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
 def _epoch(
     data: dataset.Dataset, batch_size: int, count: int, step_s: float | None = None
 ) -> Epoch | None:
-    """Returns what a pass over the data takes; None if it is less than one batch."""
+    """Returns a description of an epoch; None if it has less than one batch."""
     if not data.packed and len(data) < batch_size:
         return None
     steps = batches_in_epoch(data, batch_size) / count
@@ -176,7 +176,7 @@ def _epoch(
 
 
 def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
-    """Yields each row after truncation: one sequence, or both of a pair."""
+    """Returns a preview of each row, or two for a pair."""
     shown = []
     for row in rows:
         short, _, _ = dataset.shorten(row, encoder)
@@ -189,9 +189,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 
 
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
-    """Returns the text of every token; a character that spans several tokens is shown at the
-    last."""
-    texts, before, shown = [], 0, 0  # ids[before:shown] are the context in which a token decodes
+    """Returns the text of every token; a character of several tokens belongs to the last one."""
+    texts, before, shown = [], 0, 0  # ids[before:shown] are the context for decoding a token
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])
         whole = not text.endswith("\ufffd") or j + 1 == len(ids)

@@ -1,7 +1,7 @@
-"""Limits on the memory that a file of rows may take, and the errors for files beyond them.
+"""Limits on the memory that reading a file of rows may take, and the errors for files beyond them.
 
-A file may be untrusted, and a small one may unpack to a huge one. Memory is bounded by
-constants: rows are read in pieces, a row has a limit, and so has what a format unpacks in one go.
+A file may be untrusted, and a small one may unpack to a huge one. So rows are read in pieces, and
+the size of a row, and of what is unpacked at once, is limited by constants.
 """
 
 from __future__ import annotations
@@ -13,27 +13,28 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens
-#: What a value takes besides text, about, as JSON and in Arrow: a row of empty objects has a limit.
+#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects count too.
 VALUE = 8
 MOST_COLUMNS = 10_000
-BLOCK = 4 << 20  # bytes of rows that go into one block, about
-#: What may become of a byte of a file: compressed text comes to ten, zeros to ten thousand.
+BLOCK = 4 << 20  # approximate bytes of rows in one block
+#: A file may unpack to this many times its size, and this many bytes more. Text is compressed to a
+#: tenth, zeros to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: Memory of the process that reads a table (tables.py): bytes, or times the file's size if that
-#: is more, since an honest file may have all of its rows in one batch.
+#: Memory of the process that reads a table (tables.py): this many bytes, or times the file's size
+#: if that is more, since a valid file may have all of its rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 
 
 @contextmanager
 def told(path: Path | str) -> Iterator[None]:
-    """Turns a failure in the context into an InputError about the file."""
+    """Converts an exception in the context to an InputError about the file."""
     try:
         yield
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or reason(error)}.") from error
-    except Exception as error:  # Arrow's own, MemoryError, and what a broken file makes of them
+    except Exception as error:  # errors of Arrow, MemoryError, and what broken files cause
         raise InputError(f"{path} cannot be read: {reason(error).rstrip('.')}.") from error
 
 
@@ -43,18 +44,17 @@ def within(line: bytes, source: str) -> bytes:
     return line
 
 
-def check_length(length: int, source: str) -> int:
-    """Returns the bytes of a row. Raises InputError if there are too many."""
+def check_length(length: int, source: str) -> None:
+    """Raises InputError if a row has too many bytes."""
     if length > MOST_BYTES:
         raise InputError(
             f"{source}: the row has more than {MOST_BYTES >> 20} MiB; split it into several."
         )
-    return length
 
 
 def check_values(line: bytes, source: str) -> None:
-    """Raises InputError if a line of JSON has so many values that parsing them would take much
-    memory: an empty object has three bytes, and takes 64."""
+    """Raises InputError if a line of JSON has so many values that parsing it would take too much
+    memory: an empty object is 3 bytes of text, and takes 64 in memory."""
     most = MOST_BYTES // VALUE
     if len(line) <= most or _values(line) <= most:
         return
@@ -64,7 +64,7 @@ def check_values(line: bytes, source: str) -> None:
 
 
 def _values(line: bytes) -> int:
-    """Counts the values of a line of JSON, as an upper bound."""
+    """Returns an upper bound of the number of values in a line of JSON."""
     return line.count(b",") + line.count(b"[") + line.count(b"{") + 1
 
 

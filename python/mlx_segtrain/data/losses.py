@@ -1,4 +1,4 @@
-"""Finds what of a row is missing from its rendering."""
+"""Finds the parts of a row that are missing from its rendering."""
 
 import json
 from collections.abc import Iterator
@@ -9,10 +9,8 @@ from .spelling import arguments, reasoning
 
 
 def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
-    """Returns findings (notes.FINDINGS) about a message in the text that holds its rendering.
-
-    The reasoning of an `earlier` turn does not count: templates drop it on purpose.
-    """
+    """Yields findings (notes.FINDINGS) about a message in a rendering that should contain it. The
+    reasoning of an `earlier` turn does not count: templates drop it on purpose."""
     thoughts, answer = reasoning(message)
     if not earlier and not _holds(rendered, thoughts):
         yield "reasoning"
@@ -24,19 +22,19 @@ def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[
 
 
 def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
-    """Returns findings about the definitions of tools."""
+    """Yields findings about the definitions of tools."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
         if name and name not in rendered:
             yield "tools"
 
 
-#: How Python or JSON writes a list of parts, if a template took it for text.
+#: How Python or JSON writes a list of parts that a template renders as if it were text.
 PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Returns whether a text is present, directly or within a JSON string."""
+    """Returns whether a text is present, as it is or as part of a JSON string."""
     text = text.strip()
     if text and any(part in rendered and part not in text for part in PARTS):
         return False
@@ -52,8 +50,8 @@ def _holds(rendered: str, text: str) -> bool:
 
 
 def _holds_call(rendered: str, call: Message) -> bool:
-    """Returns whether a call is present with its arguments as JSON or one by one; not as Python
-    writes a mapping, and not as JSON within JSON."""
+    """Returns whether a call is present with its arguments, as JSON or one by one; not as a dict in
+    Python's notation, nor as JSON within a JSON string."""
     name, given = call.get("function", call)["name"], arguments(call)
     if name and name not in rendered:
         return False

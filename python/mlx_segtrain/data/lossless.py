@@ -1,8 +1,7 @@
-"""Decides from a tokenizer's structure whether it reproduces every text, also one that is cut into
-pieces.
+"""Decides from a tokenizer's structure whether it is lossless, for whole texts and for pieces.
 
-Reads the parts of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE over ▁ with bytes
-for unknown characters, if no space is put before a text (Gemma).
+Knows two structures of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁ for
+spaces and bytes for unknown characters, if it adds no space before a text (Gemma).
 """
 
 import json
@@ -13,13 +12,13 @@ from typing import Any
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-#: Normalizers that treat each piece like the whole, given that the condition holds for the whole.
+#: Returns whether a text's pieces are normalized like the whole text.
 Holds = Callable[[str], bool]
 
 
 def lossless(tokenizer: Any) -> Holds | None:
-    """Returns, for a transformers tokenizer, a test whether the tokens of a text's pieces, one
-    after the other, decode to the same as the tokens of the text. None: unknown for every text."""
+    """Returns a function that says whether the tokens of a text's pieces decode to the same text as
+    the tokens of the whole; None if that is not known of this transformers tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
@@ -28,11 +27,11 @@ def lossless(tokenizer: Any) -> Holds | None:
         return None
     added = tokenizer.added_tokens_decoder.values()
     if any(token.lstrip or token.rstrip or token.single_word for token in added):
-        return None  # these remove whitespace, or depend on neighbouring text
+        return None  # such tokens remove whitespace, or depend on the text around them
     cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
-        # Without a token for unknown characters BPE drops them wherever they are.
+        # Without a token for unknown characters BPE drops them in pieces and wholes alike.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
         plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}
@@ -47,12 +46,12 @@ def lossless(tokenizer: Any) -> Holds | None:
 
 
 def _composed(text: str) -> bool:
-    """Pieces of a composed text are composed: NFC changes none."""
+    """Returns whether NFC does not change the text, and so none of its pieces."""
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
 def parts_of(component: Any) -> list[dict[str, Any]]:
-    """Returns the steps of a normalizer, a pre-tokenizer or a decoder in tokenizer.json."""
+    """Returns the steps of a normalizer, a pre-tokenizer or a decoder, as in tokenizer.json."""
     if component is None:
         return []
     own = json.loads(component.__getstate__())

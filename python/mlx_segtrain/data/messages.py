@@ -8,7 +8,7 @@ from ..errors import InputError, shown
 
 Message = Mapping[str, Any]
 
-#: The keys under which messages have reasoning.
+#: The keys for the reasoning of a message.
 ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
 REASONING: tuple[str, ...] = get_args(ReasoningKey)
 MAX_WEIGHT = 1e6  # far above any use; sums of losses stay finite in float32
@@ -41,15 +41,14 @@ def kind_of(value: Any) -> str:
 
 
 def expect(what: str, value: Any, *kinds: type) -> None:
-    """Raises InputError if `value` is of none of the kinds; `what` is its name in the sentence."""
+    """Raises InputError, which names the value `what`, if its type is none of the kinds."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
         raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")
 
 
 def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Returns the messages of a list in one form. Raises InputError if it is not a list of
-    messages."""
+    """Checks a list of messages and converts them to one form. Raises InputError."""
     expect(where, messages, list)
     return [_checked(message, f"{where}[{i}]") for i, message in enumerate(messages)]
 
@@ -87,8 +86,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
 
 
 def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns a message with well-formed tool calls, including one in OpenAI's earlier
-    "function_call"."""
+    """Checks the tool calls of a message; converts OpenAI's former "function_call" to one."""
     if "function_call" in message and "tool_calls" not in message:
         call = message.pop("function_call")
         message["tool_calls"] = [{"type": "function", "function": call}]

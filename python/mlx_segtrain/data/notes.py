@@ -1,10 +1,10 @@
-"""What a run reports about its data: what was left out, and what the chat template does to rows."""
+"""The findings and counts that a run reports about its data."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Findings about a turn in the loss, as the end of a sentence that begins with their count.
+#: Findings about a turn in the loss. The texts end a sentence that begins with a count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
     "reasoning": "reasoning of the row is missing from what the chat template renders",
@@ -14,7 +14,7 @@ FINDINGS = {
     "special": "a message holds the text of a special token, which the model reads as that token",
     "stop": "no token that stops generation ends the turn",
 }
-#: Rows that are named for each finding.
+#: The maximum number of rows that are named for each finding.
 MOST_NAMED = 20
 
 
@@ -22,11 +22,10 @@ MOST_NAMED = 20
 class Notes:
     """Counts over the rows of one source.
 
-    `rows` were read and gave `samples`, which have `turns` turns in the loss. `findings` counts
-    samples by finding and `where` names the first of their rows; `ignored` counts rows by a key
-    that nothing reads; `repeated` counts pairs whose sides repeated the prompt, `unwanted` rows
-    whose label is false, `formats` rows by format. `prompt_format` is chat or raw if there are
-    plain prompts.
+    `rows`, `samples` and `turns` (in the loss) are totals. `findings` counts samples by finding,
+    and `where` names the first rows of each. `ignored` counts rows by a key that nothing reads,
+    `repeated` pairs whose sides repeat the prompt, `unwanted` rows whose label is false, and
+    `formats` rows by format. `prompt_format` is chat or raw if there are plain prompts.
     """
 
     rows: int = 0
@@ -41,7 +40,7 @@ class Notes:
     prompt_format: str | None = None
 
     def add(self, other: "Notes") -> None:
-        """Adds the counts of other rows; no sample may be counted in both."""
+        """Adds the counts of other rows, except what is counted by sample."""
         self.rows += other.rows
         self.ignored += other.ignored
         self.repeated += other.repeated
@@ -50,7 +49,7 @@ class Notes:
         self.prompt_format = other.prompt_format or self.prompt_format
 
     def of_rows(self) -> dict[str, Any]:
-        """Returns what `add` adds, for a file; `Notes.read` reads it."""
+        """Returns the fields that `add` adds, as JSON for `Notes.read`."""
         names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
         return {name: getattr(self, name) for name in names}
 
@@ -68,7 +67,7 @@ class Notes:
         ]
 
     def left_out(self) -> list[str]:
-        """Returns a sentence for everything of the rows that is not used."""
+        """Returns sentences about the parts of rows that are not used."""
         said = [
             f'the column "{name}" of {count:,} rows is ignored'
             for name, count in self.ignored.most_common(10)

@@ -1,4 +1,4 @@
-"""Decides which samples share a packed row: best fit decreasing, on arrays."""
+"""Decides which samples share a packed row, by best-fit decreasing on arrays."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A row has at least this many units of length: with few distinct sizes, many samples can be
-#: swapped.
+#: A row has at least this many units of length, if it has as many tokens. Lengths are rounded up
+#: to units, so that many samples have the same size and can be swapped.
 UNITS = 1024
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A way to put n samples into rows: which places each row has, and their sizes.
+    """The places for n whole samples in rows.
 
-    It is the same in every epoch, so that all epochs have the same number of rows; which sample
-    takes which place of its size changes. Every sample is in one row, whole.
+    They are the same in every epoch, so that all epochs have the same number of rows; which sample
+    takes which place of its size changes.
 
-    `sizes` int16 [n] are those of the samples, in units; `places` int64 [n] lists the places,
-    numbered by size, the largest first, row by row; row i has `ends[i]` … `ends[i + 1]` of them.
+    `sizes` int16 [n] has the size of each sample in units. `places` int64 [n] lists the places row
+    by row, numbered by size, the largest first; row i has `places[ends[i]:ends[i + 1]]`.
     """
 
     sizes: np.ndarray
@@ -29,8 +29,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: np.ndarray, capacity: int) -> Packing:
-        """Packs samples of these lengths [n], each at most `capacity` tokens, into rows of that
-        size."""
+        """Packs samples of these lengths [n], in tokens, into rows of `capacity` tokens."""
         unit = max(1, capacity // UNITS)
         room = capacity // unit
         sizes = np.minimum(-(-lengths // unit), room).astype(np.int16)
@@ -44,7 +43,7 @@ class Packing:
         return len(self.ends) - 1
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """Returns the samples of each row, by index, which depend on seed and epoch only."""
+        """Yields the indices of each row's samples, which depend on seed and epoch only."""
         random = np.random.default_rng([seed, 1, epoch])
         samples = random.permutation(len(self.sizes))
         samples = samples[np.argsort(-self.sizes[samples], kind="stable")][self.places]
@@ -52,10 +51,9 @@ class Packing:
 
 
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
-    """Returns the row of each item, the largest first, where `counts[s]` items have size s and a
-    row has `room`.
+    """Returns the row of each item, the largest item first; `counts[s]` items have size s.
 
-    Each goes where it leaves the least room; items of one size go together, as many as fit.
+    An item goes into the row that then has the least room left; equal items are placed together.
     """
     open_rows: dict[int, list[np.ndarray]] = {}  # by the remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]

@@ -1,4 +1,4 @@
-"""Turns a prompt into tokens, for generation in the same way as in the adapter's training."""
+"""Tokenizes prompts for generation in the same way as in the training of the adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from .template import Tokenizer, prompt_ids, raw_ids
 
 @dataclass(frozen=True)
 class Prompting:
-    """`format` is that of plain prompts (config.prompt_format); `variables` are the chat template's
+    """The format of plain prompts (config.prompt_format), and the variables of the chat template
     (config.chat_template_kwargs)."""
 
     format: str = "auto"
@@ -20,8 +20,8 @@ class Prompting:
 
     @classmethod
     def of(cls, run: Mapping[str, Any]) -> "Prompting":
-        """Reads it from the configuration of a run, as in its adapter's folder; unusable values,
-        which an untrusted folder may hold, are ignored."""
+        """Reads the fields of a run's configuration. Ignores invalid values, since the folder of an
+        adapter may be untrusted."""
         format, variables = run.get("prompt_format"), run.get("chat_template_kwargs")
         return cls(
             format if format in ("chat", "raw") else "auto",
@@ -33,8 +33,8 @@ class Prompting:
         return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
 
     def is_raw(self, tokenizer: Tokenizer) -> bool:
-        """Returns whether plain prompts go to the model as they are. Raises InputError for
-        prompt_format chat without a template."""
+        """Returns whether plain prompts bypass the chat template. Raises InputError if the format
+        is chat, but there is no template."""
         if self.format == "chat" and not tokenizer.has_chat_template:
             raise InputError(
                 "prompt_format is chat, but the tokenizer has no chat template; use prompt_format "
@@ -43,7 +43,7 @@ class Prompting:
         return self.format == "raw" or not tokenizer.has_chat_template
 
     def ids(self, tokenizer: Tokenizer, prompt: str, system: str | None = None) -> list[int]:
-        """Returns the token ids of a prompt, with what precedes the answer. Raises InputError for a
+        """Returns the token ids of a prompt with the generation prompt. Raises InputError for a
         system message without a chat template."""
         if self.is_raw(tokenizer):
             if system is not None:
@@ -58,8 +58,7 @@ class Prompting:
         return self.chat_ids(tokenizer, turns)
 
     def chat_ids(self, tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Returns the token ids of a conversation for the model to answer; needs a chat
-        template."""
+        """Returns the token ids of a conversation with the generation prompt."""
         return prompt_ids(tokenizer, turns, self.variables)
 
     @property

@@ -1,9 +1,9 @@
-"""Data sets on the Hugging Face hub: which files of a repository have the rows of a split.
+"""Finds and downloads the files of data sets on the Hugging Face hub.
 
-A name is org/name, org/name@revision, either with /configuration, any of them with :split. The
-repository's card says which files these are, or else their names do. They are downloaded unchanged,
-which can be resumed and works offline, and read like other files; programs in a repository are
-never run. If no file has a supported format, the hub's own Parquet copies are used.
+A name is org/name[@revision][/configuration][:split]. The repository's card lists the files of each
+split, or else their names tell. Files are downloaded unchanged, which can be resumed and works
+offline, and read like local ones; programs in a repository are never run. If no file has a
+supported format, the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ NAME = re.compile(
 CARD = "README.md"
 #: Parquet files that the hub has made from a repository, in one folder per split.
 CONVERTED = "refs/convert/parquet"
-#: How the names of splits begin; validation rows come from the first that exists.
+#: Prefixes of the names of splits; validation rows come from the first that exists.
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")
 #: Files about the repository, without rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: Most bytes of a card, since cards may be long.
+#: The parser written in C, if there is one, since cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The files of each split, in order.
 Splits = dict[str, list[str]]
@@ -45,7 +45,7 @@ Splits = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Named:
-    """A data set on the hub, with an optional configuration and split."""
+    """A data set on the hub; configuration and split are optional."""
 
     repository: hub.Repository
     config: str | None = None
@@ -57,20 +57,20 @@ class Named:
 
 
 def named(text: str | Path) -> Named | None:
-    """Returns the data set that a text names, if no such path exists."""
+    """Returns the data set that a text names; None if it is a path or no name."""
     found = NAME.fullmatch(str(text))
     if found is None or Path(text).exists():
         return None
     repository = hub.named(found["id"], "dataset")
-    if repository is None:  # there is such a folder
+    if repository is None:  # a folder has this name
         return None
     own = replace(repository, revision=found["revision"])
     return Named(own, found["config"], found["split"])
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """Returns a data set's name with the commit that a folder of the hub's cache has; a name of
-    another data set, or with a revision, is unchanged."""
+    """Adds to a data set's name the commit of a folder in the hub's cache. Returns a name of
+    another data set, or with a revision, unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -85,10 +85,11 @@ def fetch(
     *,
     ask: bool = True,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Returns the files of the training rows and of the validation rows, if there are any, by name.
+    """Returns the files of the training rows and, if there are any, of the validation rows, by
+    name.
 
     `readable` returns the format of a file by its name, or None. Without `ask` only the cache is
-    used. Raises InputError for what does not exist.
+    used. Raises InputError if the data set, configuration or split does not exist.
     """
     tell = tell or (lambda event: None)
     configs: dict[str, Splits] = {}
@@ -136,7 +137,7 @@ def _has_rows(file: str, readable: Callable[[str], str | None]) -> bool:
 
 
 def _card(folder: Path) -> Any:
-    """Returns the metadata at the head of the card; empty if there is none that can be read."""
+    """Returns the metadata at the head of the card; {} if it is missing or cannot be parsed."""
     try:
         text = read_at_most(folder / CARD, 4 << 20)
         head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
@@ -170,7 +171,7 @@ def _configurations(
 
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
-    """Resolves `data_files` of a card: patterns, alone or by split."""
+    """Returns the files that match `data_files` of a card: patterns, alone or by split."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]
@@ -188,8 +189,7 @@ def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
 
 
 def _pattern(text: str, below: str) -> Any:
-    """Converts a pattern as a shell reads it: * within a name, ** across folders, ? and [] for a
-    character."""
+    """Compiles a shell pattern: * within a name, ** across folders, ? and [] for a character."""
     text = "/".join(filter(None, [below, text[:1000].removeprefix("./")]))
     made = ""
     for part in re.findall(r"\*\*/?|\*|\?|\[[^]/]+\]|.", text, re.DOTALL):
@@ -211,8 +211,7 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """Groups files by words in their names and folders; with several formats, uses the most
-    frequent one."""
+    """Groups the files of the most frequent format by words in their names and folders."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:
@@ -259,7 +258,7 @@ def _list(words: Iterable[str]) -> str:
 
 
 def _training(name: Named, splits: Splits) -> str:
-    """Returns the split called train, else the first that begins so, else the only one."""
+    """Returns the split called train, else the first with such a prefix, else the only split."""
     found = [own for own in splits if own in TRAIN] or [own for own in splits if _is(own, TRAIN)]
     if found:
         return found[0]
@@ -276,6 +275,6 @@ def _is(split: str, words: Iterable[str]) -> bool:
 
 
 def _validation(train: str, splits: Splits) -> str | None:
-    """Returns the validation split that belongs to a training split: test_sft to train_sft."""
+    """Returns the validation split for a training split: test_sft for train_sft."""
     rest = re.sub(rf"^(?:{'|'.join(reversed(TRAIN))})", "", train)
     return next((f"{word}{rest}" for word in VALID if f"{word}{rest}" in splits), None)

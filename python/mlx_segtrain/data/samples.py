@@ -1,6 +1,6 @@
 """The samples of a source as Arrow record batches, one for each block of its rows.
 
-A batch holds all that was read: tokens, and weights as runs of equal weights. What depends on
+A batch holds whole samples: their tokens, and weights as runs of equal weights. What depends on
 max_seq_length is computed on access, for all samples at once.
 """
 
@@ -21,7 +21,7 @@ from ..config import ROWS
 from ..errors import InputError, either
 from .columns import Columns
 from .encoding import Encoder, Options, Pair, Row, sequences
-from .formats import FORMATS, SIDES, Record, checked, encode, format_for, quoted
+from .formats import FORMATS, SIDES, Record, checked, encode, quoted
 from .notes import FINDINGS, MOST_NAMED, Notes
 from .template import Tokenizer
 
@@ -31,24 +31,21 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-# How many texts the tokenizer gets at once: enough for its threads, small in memory.
+#: Rows that are tokenized at once: enough for the tokenizer's threads, small in memory.
 ROWS_PER_CALL = 512
-#: The bit of each finding.
+#: The findings in the order of their bits.
 BITS = tuple(FINDINGS)
 ABOUT = b"about"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
-    """Yields the records of a block; puts the first row of each format into `first`.
+    """Yields the records of a block; adds the first row of each format to `first`.
 
-    Raises InputError for a row that cannot be read or does not suit the method (None: any), or for
+    Raises InputError for a row that cannot be read or that the method does not accept, and for
     pairs mixed with other rows.
     """
-    format = options.data_format
-    if format == "auto":
-        format = format_for(options.method)
     for source, row in block.rows():
-        record = checked(row, source, format, options.columns)
+        record = checked(row, source, options.format, options.columns)
         if record.format not in first:
             check_method({record.format: record.source}, options.method)
             check_mixed({**first, record.format: record.source})
@@ -57,7 +54,7 @@ def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterato
 
 
 def count(source: Source, options: Options) -> Counter[str]:
-    """Counts a source's rows by format, without tokenizing. Raises InputError."""
+    """Counts the rows of a source by format, without tokenizing. Raises InputError."""
     first: dict[str, str] = {}
     records = (own for block in source.blocks() for own in records_of(block, options, first))
     found = Counter(record.format for record in records)
@@ -67,12 +64,12 @@ def count(source: Source, options: Options) -> Counter[str]:
 
 
 def format_of(formats: Collection[str]) -> str:
-    """Returns the format of rows that have these, or mixed."""
+    """Returns the only one of these formats, or mixed."""
     return next(iter(formats)) if len(formats) == 1 else "mixed"
 
 
 def check_method(first: dict[str, str], method: str | None) -> None:
-    """Raises InputError if one of these formats does not suit the method."""
+    """Raises InputError if the method does not accept one of these formats."""
     for name, source in first.items():
         own = FORMATS[name]
         if method is None or ROWS[method] in own.rows:
@@ -89,8 +86,7 @@ def check_method(first: dict[str, str], method: str | None) -> None:
 
 
 def check_mixed(first: dict[str, str]) -> None:
-    """Returns the formats in order of appearance. Raises InputError if pairs are mixed with other
-    rows."""
+    """Raises InputError if pairs are mixed with other rows."""
     kinds = {FORMATS[name].rows[0] == "pair" for name in first}
     if len(kinds) > 1:
         *_, last = first.values()
@@ -100,11 +96,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch whose metadata says what was found. Raises
-    InputError.
-
-    The result depends on this block only.
-    """
+    """Returns the samples of a block as a batch, with its notes and formats as metadata. Raises
+    InputError. The result depends on this block only."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []
@@ -123,7 +116,7 @@ def batch_of(
 
 
 def _content(record: Record) -> int:
-    """Returns a hash of what is read of a row: equal rows have equal hashes."""
+    """Returns a hash of the keys of a row that are read: equal rows have equal hashes."""
     own = FORMATS[record.format]
     keys = record.row if own.reads_all else (*own.keys, *own.means, *own.more)
     named = {key: record.row.get(key) for key in keys}
@@ -157,8 +150,8 @@ def _batch(
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the columns of sequences, with weights as runs: each ends at `ends`, counted from the
-    start of the row."""
+    """Returns the columns of sequences; `ends` has the end of each run of equal weights, counted
+    from the start of its row."""
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
@@ -191,11 +184,11 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
     return pa.ListArray.from_arrays(_column(bounds.astype(np.int32)), values)
 
 
-# Arrow's own conversions import pandas where it is installed, which takes half a second.
+# Arrow's conversions import pandas if it is installed, which takes half a second.
 
 
 def _column(array: np.ndarray) -> Any:
-    """Returns a column of Arrow that shares the memory of an array."""
+    """Returns an Arrow column that shares the memory of an array."""
     import pyarrow as pa
 
     values = pa.py_buffer(np.ascontiguousarray(array))
@@ -203,7 +196,7 @@ def _column(array: np.ndarray) -> Any:
 
 
 def _texts(texts: Sequence[str]) -> Any:
-    """Returns a column of Arrow."""
+    """Returns an Arrow column of strings."""
     import pyarrow as pa
 
     encoded = [text.encode() for text in texts]
@@ -213,12 +206,13 @@ def _texts(texts: Sequence[str]) -> Any:
 
 
 def _numbers(array: Any) -> np.ndarray:
-    """Returns the memory of a column without nulls."""
+    """Returns an array that shares the memory of a column without nulls."""
     return np.from_dlpack(array)
 
 
 def beginnings(ascending: np.ndarray) -> np.ndarray:
-    """Returns where each new number begins among ascending non-negative ones, int64."""
+    """Returns the index of the first of each run of equal numbers, given ascending non-negative
+    numbers; int64."""
     return np.flatnonzero(np.diff(ascending, prepend=-1))
 
 
@@ -319,21 +313,14 @@ class Samples:
 
     @cached_property
     def content(self) -> np.ndarray:
-        """Hashes of what is read of each sample's row, uint64 [n]."""
+        """The hash of each sample's row (_content), uint64 [n]."""
         return self._column("content")
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The index of each sample's row among all rows read, from 0, ascending: int64."""
-        before = np.cumsum([0, *(own.notes.rows for own in self._shards)])
-        return np.concatenate(
-            [
-                before[k] + _numbers(own.batch.column("record")).astype(np.int64)
-                for k, own in enumerate(self._shards)
-                if own.n
-            ]
-            or [np.zeros(0, np.int64)]
-        )
+        """The index of each sample's row among all rows read, ascending, int64 [n]."""
+        before = np.cumsum([0, *(own.notes.rows for own in self._shards)])[:-1]
+        return self._column("record").astype(np.int64) + np.repeat(before, np.diff(self._starts))
 
     @property
     def n_rows(self) -> int:
@@ -342,20 +329,20 @@ class Samples:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """The tokens of each sample's sequences, int64 [n, s]."""
+        """The number of tokens of each sample's sequences, int64 [n, s]."""
         own = [np.stack([np.diff(side.bounds) for side in x.sides], 1) for x in self._shards if x.n]
         return np.concatenate(own or [np.zeros((0, 1))]).astype(np.int64)
 
     @cached_property
     def shared(self) -> np.ndarray:
-        """How many tokens both sequences of a pair start with, 0 for other samples; int64 [n]."""
+        """The shared tokens of pairs (Pair.shared), 0 for other samples; int64 [n]."""
         if any(len(own.sides) == 2 for own in self._shards):
             return self._column("shared").astype(np.int64)
         return np.zeros(len(self), np.int64)
 
     @property
     def size(self) -> int:
-        """Bytes of the source that they were read from."""
+        """The number of bytes that were read for them."""
         return sum(own.size for own in self._shards)
 
     @property
@@ -364,11 +351,9 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """Returns the columns of all samples when truncated to `most` tokens; `top` covers all
-        tokens, so that they need not be read.
-
-        `shared` ignores truncation. For pairs, which are also truncated on the left, everything
-        holds only if both sequences have at most `most` tokens.
+        """Returns the columns of all samples when truncated on the right to `most` tokens, except
+        `shared` and `top`, which cover all tokens. Pairs are truncated on the left, too: their
+        columns are right only if both sequences have at most `most` tokens.
         """
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
@@ -379,10 +364,8 @@ class Samples:
         return Columns(length, first, trained, top, self.shared.copy(), signs)
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
-        """Returns what was found in samples, by ascending index; None: in all.
-
-        Ignored columns count in all rows.
-        """
+        """Returns the findings and counts of samples, by ascending index, or of all. `ignored`,
+        `repeated`, `unwanted` and `formats` always count all rows."""
         notes = Notes()
         for own in self._shards:
             notes.add(own.notes)

@@ -1,8 +1,8 @@
 """The sources of a data set's rows: files of the usual formats, and Python data.
 
-A source gives its rows in blocks of a few MB (blocks.py), which one process reads in order and any
-process can parse. Files are read by textfiles.py and tables.py. They may be untrusted: memory is
-bounded (limits.py), and whatever is wrong with a file is an InputError.
+A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
+process can parse them. textfiles.py and tables.py read files, which may be untrusted: memory is
+bounded (limits.py), and any fault of a file raises InputError.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..config import flag
 from ..errors import InputError, reason, shown
 from ..events import OnEvent
 from ..files import known_sha256, open_regular, read_json
-from . import arrow, repository, tables, textfiles
+from . import repository, tables, textfiles
 from .blocks import Block, Row, grouped
 from .limits import told, within
 from .messages import KINDS
@@ -30,8 +30,8 @@ from .messages import KINDS
 class Source(Protocol):
     """The rows of one split.
 
-    `name` is for people, `size` the bytes of its files (to which the sizes of its blocks add up),
-    `files` are those by a name that stays when their folder is moved.
+    `name` is for messages. `size` is the size of its files in bytes, which is also the sum of its
+    blocks' sizes. `files` has the files by a name that does not change when their folder moves.
     """
 
     @property
@@ -46,7 +46,7 @@ class Source(Protocol):
         ...
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
-        """Always the same blocks, but for the first `start`; InputError."""
+        """Yields the blocks from number `start` on, the same at every call. Raises InputError."""
         ...
 
 
@@ -87,7 +87,7 @@ class Files:
 class Table:
     """The rows of a table in memory, or of one that `datasets` maps from files.
 
-    `batches(n)` gives record batches of at most n rows, always the same ones.
+    `batches(n)` returns record batches of at most n rows, the same at every call.
     """
 
     name: str
@@ -99,6 +99,8 @@ class Table:
         return _digest(*(block.payload for block in self.blocks()))
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
+        from . import arrow
+
         with told(self.name):
             batches = ((batch, 0) for batch in self.batches(arrow.ROWS))
             yield from islice(arrow.blocks_of(self.name, batches), start, None)
@@ -106,7 +108,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows of Python, kept as lines of JSON: what becomes of the objects later changes nothing."""
+    """Rows from Python, stored as lines of JSON, so that later changes to the objects have no
+    effect."""
 
     name: str
     made: tuple[Block, ...]
@@ -114,8 +117,7 @@ class Lines:
 
     @classmethod
     def of(cls, rows: Iterable[Any], name: str) -> Lines:
-        """Creates a source from rows. Raises InputError for a row that is not a dict of JSON
-        values."""
+        """Creates a source from rows. Raises InputError for one that is no dict of JSON values."""
         lines = (_line_of(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
         return cls(name, tuple(grouped(lines, name)))
 
@@ -142,8 +144,7 @@ def _digest(*parts: bytes) -> str:
 
 def format_of(path: Path) -> str | None:
     """Returns a file's extension, without that of its compression; None if it cannot have rows."""
-    name = path.name.lower()
-    *_, before, ending = ("", *Path(name).suffixes) if Path(name).suffix else ("", "")
+    *_, before, ending = ("", "", *Path(path.name.lower()).suffixes)
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
     return ending if ending in READERS and not path.name.startswith(".") else None
 
@@ -156,11 +157,11 @@ SHARD = re.compile(r"(?P<split>.+?)-(?P<index>\d{1,5})-of-(?P<count>\d{1,5})")
 def sources_of(
     data: Any, valid: Any = None, tell: OnEvent | None = None, *, ask: bool = True
 ) -> tuple[Source, Source | None]:
-    """Returns training rows and, if there are any, validation rows. Raises InputError if there are
-    none.
+    """Returns the training rows and, if there are any, the validation rows. Raises InputError if
+    there are no training rows.
 
     `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
-    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. `valid` are the
+    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. `valid` holds the
     validation rows if `data` has none. `tell` receives the progress of downloads; without `ask`
     nothing is downloaded.
     """
@@ -194,12 +195,12 @@ def sources_of(
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yields all rows, each with its name. Raises InputError."""
+    """Yields the name of each row, and the row. Raises InputError."""
     return (row for block in source.blocks() for row in block.rows())
 
 
 def source_of(path: Path) -> Source:
-    """Returns the rows of one file. Raises InputError if there are none that can be read."""
+    """Returns the rows of one file. Raises InputError if its format is not supported."""
     if not path.exists():
         raise InputError(f"The data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
@@ -218,7 +219,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
         return source_of(place), None
     if (place / "state.json").is_file():  # one split of `save_to_disk`
         return Files(_saved(place, "")), None
-    for folder in (place, place / "data"):  # as repositories of data sets have it
+    for folder in (place, place / "data"):  # the layouts of repositories of data sets
         if train := split_in(place, folder, "train"):
             valid = split_in(place, folder, "valid")
             return Files(train), Files(valid) if valid else None
@@ -244,7 +245,7 @@ def stem_of(path: Path) -> str:
 
 
 def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
-    """Returns the files of a split in a folder, by their names from `place`. Raises InputError if
+    """Returns the files of a split in a folder, by path relative to `place`. Raises InputError if
     there are several candidates."""
     found: dict[str, list[Path]] = {}
     with told(folder):
@@ -298,6 +299,8 @@ def _python(data: Any, name: str) -> Source:
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
     if hasattr(data, "__arrow_c_stream__"):  # of pandas, polars and others
+        from . import arrow
+
         data = arrow.table_of(data)
     if hasattr(data, "to_batches") and hasattr(data, "schema"):  # a table of Arrow
         return Table(name, data.to_batches, data.nbytes)

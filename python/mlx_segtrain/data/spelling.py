@@ -1,9 +1,9 @@
-"""The ways to spell a conversation's messages, of which a chat template understands some.
+"""The spellings of messages: a chat template understands some of them.
 
-Rows come in OpenAI's form, which leaves open what templates read: arguments of tool calls as JSON
+Rows have OpenAI's form, but templates differ in what they read: arguments of tool calls as JSON
 text or as a mapping, missing content as no key or as "", reasoning under one of three keys or in
-the content between tags, content as text or as a list of parts, ids of calls in any form or with
-nine letters, and the role of a developer's message.
+the content between tags, content as text or as a list of parts, ids of calls of any form or of nine
+letters and digits, and developer messages as they are or as system messages.
 """
 
 import json
@@ -19,8 +19,8 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class Spelling:
-    """One of the ways; the defaults are what most templates understand. Each field is a difference
-    between templates, named after the part of a message."""
+    """A spelling. Each field is a difference between templates, named after the part of a message;
+    most templates understand the defaults."""
 
     ids: Literal["given", "short"] = "given"  #: short ids, as Mistral's templates need
     arguments: Literal["mapping", "text"] = "mapping"
@@ -35,7 +35,7 @@ CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items
 
 
 def traits(messages: Messages) -> frozenset[str]:
-    """Returns which choices make a difference to these messages."""
+    """Returns the fields of Spelling that make a difference for these messages."""
     found = {"content"}
     for message in messages:
         if message.get("tool_calls"):
@@ -57,7 +57,7 @@ def spellings(of: frozenset[str]) -> Iterator[Spelling]:
 
 
 def spell(messages: Messages, spelling: Spelling) -> list[dict[str, Any]]:
-    """Returns the messages in a spelling."""
+    """Converts messages to a spelling."""
     return [_spelled(message, spelling) for message in messages]
 
 
@@ -100,13 +100,13 @@ def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """Returns nine letters and digits for an id: Mistral's templates refuse others."""
+    """Converts an id to nine letters and digits: Mistral's templates reject others."""
     plain = "".join(char for char in id if char.isascii() and char.isalnum())
     return plain[-9:].rjust(9, "0")
 
 
 def arguments(call: Message) -> Any:
-    """Returns the arguments of a call, decoded if they are the text of a JSON object."""
+    """Returns the arguments of a call, decoded if they are a JSON object as text."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
         try:
@@ -118,10 +118,8 @@ def arguments(call: Message) -> Any:
 
 
 def reasoning(message: Message) -> tuple[str, str]:
-    """Returns the reasoning and the answer of a message, without whitespace around tags.
-
-    Reasoning is under its own key, or at the start of the content between tags.
-    """
+    """Returns the reasoning and the answer of a message, without whitespace around tags. Reasoning
+    has a separate key, or is at the start of the content between tags."""
     content = message.get("content")
     text = content if isinstance(content, str) else ""
     for key in REASONING:
@@ -135,5 +133,5 @@ def reasoning(message: Message) -> tuple[str, str]:
     return "", text
 
 
-#: Tags between which rows have reasoning in the content.
+#: The tags around reasoning in the content.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))

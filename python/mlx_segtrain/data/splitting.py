@@ -1,15 +1,14 @@
-"""Decides by content which rows are held out, repeated, or in two sets.
+"""Decides by content which rows are held out, which are duplicates, and which are in two sets.
 
-So the order of rows does not matter, equal rows are on one side, and a resumed run has the same
-split.
+So the order of rows does not matter, equal rows are in the same split, and a resumed run has the
+same split.
 """
 
 import numpy as np
 
 from .samples import Samples, beginnings
 
-#: The default split: the fraction that is held out, at most this many rows, and the number of rows
-#: up to which there are none.
+#: The default split: this fraction is held out, at most MOST rows, and none of up to FEW rows.
 SHARE, MOST, FEW = 0.05, 500, 100
 
 
@@ -30,11 +29,11 @@ def in_both(samples: Samples, other: Samples) -> int:
 
 
 def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int) -> np.ndarray:
-    """Returns whether each of the samples, by ascending index, is held out for validation: bool
+    """Returns whether each chosen sample, by ascending index, is held out for validation: bool
     [len(chosen)].
 
-    `asked` is a fraction below 1, a number of rows, or auto. Equal rows stay together, so there may
-    be slightly fewer.
+    `asked` is a fraction below 1, a number of rows, or auto. Equal rows stay together, so slightly
+    fewer rows may be held out.
     """
     content = samples.content[chosen]
     at = beginnings(samples.record[chosen])
@@ -52,7 +51,7 @@ def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int
 
 
 def _mixed(content: np.ndarray, seed: int) -> np.ndarray:
-    """Mixes the content with the seed, the same for equal content (the end of splitmix64)."""
+    """Hashes the content with the seed (the last steps of splitmix64)."""
     x = content ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     with np.errstate(over="ignore"):
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,4 +1,4 @@
-"""The system message that the rows of a data set have in common."""
+"""Finds the system message that the rows of a data set have in common."""
 
 from collections.abc import Mapping
 from itertools import islice
@@ -8,16 +8,13 @@ from .encoding import Options
 from .formats import checked
 from .sources import Source, rows_of
 
-#: Rows that are looked at.
+#: The number of rows that are read.
 LOOKED_AT = 64
 
 
 def system_message(source: Source, options: Options) -> str | None:
-    """Returns the system message that the first rows all begin with; None if they differ or have
-    none. Raises InputError if the rows cannot be read.
-
-    Raises InputError if the rows cannot be read.
-    """
+    """Returns the system message that all of the first rows begin with; None if they differ or have
+    none. Raises InputError if the rows cannot be read."""
     found: set[str | None] = set()
     for name, row in islice(rows_of(source), LOOKED_AT):
         record = checked(dict(row), name, options.data_format, options.columns)

@@ -1,7 +1,7 @@
-"""Parquet and Arrow files, which a separate process with a limit of memory reads.
+"""Reads Parquet and Arrow files in a separate process whose memory is limited.
 
-A small file may unpack to a large one, and Arrow believes what a file's headers say: it allocates
-as much, and aborts the process if it cannot. So a separate process maps the file and sends its
+A small file may unpack to a large one, and Arrow trusts the sizes in a file's headers: it allocates
+that much, and aborts the process if it cannot. So a separate process maps the file and sends its
 blocks, and the operating system limits the memory of that process.
 """
 
@@ -21,16 +21,17 @@ from typing import Any
 from .. import processes
 from ..errors import InputError
 from ..files import open_regular
-from . import arrow, limits
+from . import limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: For readers: they compute on one thread, and Arrow returns its memory to the C library.
+#: The environment of a reader: it computes on one thread, and Arrow frees memory at once.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: a long text may be in all rows, and once in the file.
+#: Rows of Parquet that are read at once: few, because a file may hold a long text once for all
+#: of its rows.
 FEW = 16
 
 
@@ -47,7 +48,7 @@ class _Reader:
         self.process.wait()
 
 
-#: Readers that wait for the next file.
+#: Readers that are free for the next file.
 _idle: list[_Reader] = []
 atexit.register(lambda: [reader.close() for reader in _idle])
 os.register_at_fork(after_in_child=_idle.clear)
@@ -66,7 +67,7 @@ def read(path: Path) -> Iterator[Block]:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
         try:
-            # The limits as they are in this process, which may have changed them.
+            # This process may have changed its limits.
             own = {name: value for name, value in vars(limits).items() if name.isupper()}
             reader.wire.send_bytes(json.dumps([str(path), most, own]).encode())
             send_handle(reader.wire, file.fileno(), reader.process.pid)
@@ -96,7 +97,7 @@ def read(path: Path) -> Iterator[Block]:
 
 
 def main(number: str) -> None:
-    """Reads the files that arrive through the socket with this number, until it is closed."""
+    """Reads files whose descriptors arrive through the socket `number`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire: Any = Connection(int(number))
     while True:
@@ -111,29 +112,39 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns a sentence if something is wrong with it."""
+    """Sends the blocks of a file. Returns None, or the sentence of an InputError."""
     import pyarrow as pa
     import pyarrow.parquet  # before memory is limited
 
+    from . import arrow
+
     try:
-        # Before the file is mapped: the limit that the last file has left may be too low for it.
+        # Before the file is mapped: the previous file's limit may be too low for it.
         size = os.fstat(file).st_size
         processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
-            batches = _parquet if path.suffix.lower() == ".parquet" else _arrow
-            for block in arrow.blocks_of(path.name, batches(mapped, path.name, size), size):
+            opened = _parquet if path.suffix.lower() == ".parquet" else _arrow
+            schema, batches = opened(mapped, path.name, size)
+            for block in arrow.blocks_of(path.name, batches, size, schema):
                 wire.send_bytes(json.dumps([block.first, block.size]).encode())
                 wire.send_bytes(block.payload)
     except InputError as error:
         if isinstance(error.__cause__, MemoryError):
-            os._exit(1)  # which frees what Arrow still holds
+            os._exit(1)  # frees what Arrow still holds
         return str(error)
     return None
 
 
-def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Yields each batch and, roughly, the bytes of the file that have been read with it."""
+#: The schema of a table; and its batches, each with the bytes of the file read so far, roughly.
+Opened = tuple[Any, Iterator[tuple[Any, int]]]
+
+
+def _parquet(file: Any, name: str, size: int) -> Opened:
+    """Opens a Parquet file. Its batches lack columns of which nothing reads the values, such as
+    images, if these have a value in every row."""
     import pyarrow.parquet as pq
+
+    from . import arrow
 
     reader = pq.ParquetFile(file, pre_buffer=False)
     metadata, total = reader.metadata, reader.metadata.num_rows
@@ -142,14 +153,35 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
         raise ValueError("its numbers of rows are wrong")
     check_growth(name, VALUE * total, size)
-    rows = 0
-    for batch in reader.iter_batches(FEW, use_threads=False):
-        rows += batch.num_rows
-        yield batch, size * rows // max(total, rows)
+    schema, full = reader.schema_arrow, set[str]()
+    if not any("." in own for own in schema.names):  # the paths of leaves would be ambiguous
+        full = _full(metadata)
+    names = [own.name for own in schema if arrow.is_json(own.type) or own.name not in full]
+
+    def batches() -> Iterator[tuple[Any, int]]:
+        rows = 0
+        for batch in reader.iter_batches(FEW, columns=names or None, use_threads=False):
+            rows += batch.num_rows
+            yield batch, size * rows // max(total, rows)
+
+    return schema, batches()
 
 
-def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, for an Arrow file, which begins with a magic word, or a stream."""
+def _full(metadata: Any) -> set[str]:
+    """Returns the columns that have a value in every row: the statistics of each row group count no
+    nulls in one of their leaves. Leaves in lists do not show whether a list is null."""
+    columns = range(metadata.num_columns)
+    flat = [i for i in columns if metadata.schema.column(i).max_repetition_level == 0]
+    found: list[set[str]] = []
+    for i in range(metadata.num_row_groups):
+        leaves = map(metadata.row_group(i).column, flat)
+        known = (own for own in leaves if own.statistics and own.statistics.null_count == 0)
+        found.append({own.path_in_schema.partition(".")[0] for own in known})
+    return set.intersection(*found) if found else set()
+
+
+def _arrow(file: Any, name: str, size: int) -> Opened:
+    """Opens an Arrow stream, or an Arrow file, which begins with a magic word."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -158,7 +190,6 @@ def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
     reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file, options=options)
     check_columns(name, len(reader.schema))
     if is_file:
-        count = reader.num_record_batches
-        yield from ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
-    else:
-        yield from ((batch, file.tell()) for batch in reader)
+        n = reader.num_record_batches
+        return reader.schema, ((reader.get_batch(i), size * (i + 1) // n) for i in range(n))
+    return reader.schema, ((batch, file.tell()) for batch in reader)

@@ -1,5 +1,5 @@
-"""A tokenizer's chat template: renders with it, and finds out what the template itself says about
-turns."""
+"""Renders messages with a tokenizer's chat template, and finds the text that it writes around
+them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,8 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Returns the ids of the messages with the generation prompt; `kwargs` are variables of the
-    template.
-
-    The messages' content must be text, if there is any. Raises whatever the template raises.
-    """
+    """Returns the token ids of messages, whose content is text or missing, with the generation
+    prompt. `kwargs` are variables of the template. Raises whatever the template raises."""
     if wants_parts(tokenizer, kwargs):
         messages = [
             {**own, **content(own["content"], True)} if isinstance(own.get("content"), str) else own
@@ -38,8 +35,7 @@ def prompt_ids(
 
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the ids of a text outside a chat, after what the tokenizer puts before a text, with
-    BOS once."""
+    """Returns the token ids of a text outside a chat, with BOS only once if the text has it."""
     bos = tokenizer.bos_token
     bare = bos is not None and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not bare))
@@ -65,7 +61,7 @@ def content(text: str, parts: bool) -> dict[str, Any]:
 
 #: Renders messages whose values are all strings, with or without the generation prompt.
 Direct = Callable[[Sequence[Message], bool], str]
-#: A typical conversation, by which two ways to render are compared.
+#: A typical conversation, to compare two ways of rendering.
 PROBE = [
     {"role": "system", "content": "Be\ue000"},
     *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],
@@ -73,12 +69,12 @@ PROBE = [
 
 
 def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
-    """Returns the template as compiled by the library, without the library's preparation of message
-    objects, which takes as long as the rendering. None if the results differ."""
+    """Returns the template as compiled by transformers, without its preparation of message objects,
+    which takes as long as the rendering; None if the results differ."""
     own = tokenizer._tokenizer
     variables = dict(kwargs)
     try:
-        if tokenizer._chat_template is not None:  # is Python
+        if tokenizer._chat_template is not None:  # it is a Python function
             return None
         if tokenizer._thinking_kwarg != "enable_thinking" and "enable_thinking" in variables:
             variables[tokenizer._thinking_kwarg] = variables.pop("enable_thinking")
@@ -87,7 +83,7 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
         render = _compile_jinja_template(own.get_chat_template()).render
         variables = {"tools": None, "documents": None, **own.special_tokens_map, **variables}
-    except Exception:  # with other versions of the libraries
+    except Exception:  # other versions of the libraries may differ
         return None
 
     def rendered(messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -98,7 +94,7 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
     for n in range(1, len(PROBE) + 1):
         for messages in (PROBE[:n], PROBE[1:n]):
             for prompt in (False, True) if messages else ():
-                with suppress(TemplateError):  # some accept no system message
+                with suppress(TemplateError):  # some templates accept no system message
                     if slow(messages, prompt) != rendered(messages, prompt):
                         return None
                     same += 1
@@ -106,13 +102,12 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
 
 class TemplateError(Exception):
-    """Why the template, which is a program, cannot be used for a row: a sentence that continues
-    after the row's place."""
+    """The template cannot be used for a row. The message is a sentence without the row's name."""
 
 
 class ChatTemplate:
-    """Renders one conversation; `kwargs` are the template's variables, including tools. `direct`
-    renders with the same variables."""
+    """Renders conversations; `kwargs` are the variables of the template, including tools. `direct`,
+    if given, renders with the same variables."""
 
     def __init__(
         self, tokenizer: Tokenizer, kwargs: Mapping[str, Any], direct: Direct | None = None
@@ -137,16 +132,14 @@ class ChatTemplate:
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
-        """Returns the text before the content of the last message; None if content is not
-        rendered."""
+        """Returns the rendering up to the content of the last message; None if it lacks content."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
         before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)
         return before_mark if found else None
 
     def transition(self, messages: Sequence[Message], following: Message) -> str:
-        """Returns the text between an answer to `messages` and the content of the message after
-        it."""
+        """Returns the text between an answer to `messages` and the content that follows it."""
         answer = {"role": "assistant", **_like(following)}
         after = {**following, **_like(following)}
         try:
@@ -156,10 +149,10 @@ class ChatTemplate:
         return parts[1] if len(parts) == 3 else ""
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
-        """Returns what ends the thinking block that `context`, the rendering of `messages` for
-        generation, opens; None if it opens none.
+        """Returns the text that ends the thinking block that `context`, the rendering of `messages`
+        with the generation prompt, opens; None if it opens none.
 
-        A template that renders reasoning shows it; otherwise it follows from the opening tag.
+        It is found in the rendering of an answer with reasoning, or else follows from the tag.
         """
         reasoned = {"role": "assistant", "content": MARK * 2, **dict.fromkeys(REASONING, MARK)}
         pattern = f"([^{MARK}]*){MARK}([^{MARK}]+){MARK}{MARK}"
@@ -189,7 +182,7 @@ class ChatTemplate:
 
 
 def _plain(messages: Sequence[Message]) -> bool:
-    """Returns whether all values are strings, and none has a name that the library also reads."""
+    """Returns whether all values are strings, and none has a key that mlx-lm reads."""
     return all(
         type(value) is str and key not in REASONING
         for message in messages
@@ -198,5 +191,5 @@ def _plain(messages: Sequence[Message]) -> bool:
 
 
 def _like(message: Message) -> dict[str, Any]:
-    """Returns the mark as content, in the form that a message's content has."""
+    """Returns the mark as content, in the same form as the content of a message."""
     return content(MARK, isinstance(message.get("content"), list))

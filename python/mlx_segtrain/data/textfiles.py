@@ -1,4 +1,4 @@
-"""Reads the rows of text files as blocks of lines: JSON lines, JSON lists, CSV and TSV."""
+"""Reads text files as blocks of lines: JSON lines, JSON lists, CSV and TSV."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The unpacked content of a compressed file, up to the limit that rules out bombs."""
+    """The content of a compressed file, up to the limit on decompression bombs."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -32,7 +32,7 @@ class _Unpacked(io.RawIOBase):
         self._unpacked, self._size, self._name = 0, size, name
 
     def close(self) -> None:
-        # Its buffers are large, and an exception may keep this object alive for a while.
+        # Its buffers are large, and an exception may keep this object alive for some time.
         self._stream = None
         super().close()
 
@@ -40,7 +40,7 @@ class _Unpacked(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        got = self._stream.readinto(buffer)  # read() would lose its bytes at an error
+        got = self._stream.readinto(buffer)  # read() loses data if an error follows
         self._unpacked += got
         check_growth(self._name, self._unpacked, self._size)
         return got
@@ -48,8 +48,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Opens a file, unpacked; also returns a function for the bytes of the file read since its last
-    call."""
+    """Opens a file, decompressed. Also returns a function that returns the number of bytes of the
+    file that were read since its last call."""
     with open_regular(path) as raw:
         told = 0
 
@@ -68,7 +68,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
 
 
 def read_lines(path: Path) -> Iterator[Block]:
-    """Yields blocks of a file whose rows are lines."""
+    """Yields the blocks of a file of JSON lines."""
     with _opened(path) as (file, read):
         yield from _whole_lines(file, read, path.name)
 
@@ -88,7 +88,7 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Reads a list of objects, or lines, which often have the ending .json too."""
+    """Yields the blocks of a JSON list, or of JSON lines, which often have this extension too."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():
@@ -104,7 +104,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Yields the items of a JSON list, each on one line; holds one item in memory at a time."""
+    """Yields the items of a JSON list, each as one line; has one of them in memory at a time."""
     decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
     text, at, ended, number = "", 0, False, 0
 
@@ -173,7 +173,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Block]:
-    """Reads CSV: the first line names the columns, and every cell is text."""
+    """Yields the blocks of a CSV file whose first line names the columns; all cells are text."""
     with _opened(path) as (file, read):
         yield from grouped(_cells(file, path.name, delimiter), path.name, read)
 
@@ -203,7 +203,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
     csv.field_size_limit(limits.MOST_BYTES)
     source = lines()
     first = next(source, "")
-    # Where the comma is a decimal separator.
+    # Semicolons are usual in countries where the comma is the decimal separator.
     if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"
     rows = csv.reader(chain([first], source), delimiter=delimiter, strict=True)

@@ -1,9 +1,9 @@
-"""Byte-level BPE by words: a word that was seen before, as nearly all were, is looked up.
+"""Byte-level BPE with a cache of words.
 
-The library's tokenizer cuts a text into words by a pattern, and merges within each. Most of its
-time goes into cutting. For ASCII text Python cuts in the same way several times as fast, and the
-library only gets new words. Other texts, and tokenizers with other patterns, go to the library
-whole.
+The tokenizers library splits a text into words by a pattern, which takes most of its time, and
+merges within each word. For ASCII text, Python splits in the same way several times as fast, and
+only new words go to the library. Other texts, and tokenizers with other patterns, are left to the
+library.
 """
 
 import re
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Patterns of tokenizer.json, and their equivalents in ASCII (where \p{L} and \p{N} are few).
+#: Patterns of tokenizer.json, and their equivalents for ASCII, without \p{L} and \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -32,10 +32,10 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The first pattern after every digit has been split off: text before a digit then counts as an
-#: end.
+#: The equivalent of the first pattern if digits have been split off, so that a text ends before
+#: every digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
-#: Words that are cached, and the most characters of one.
+#: The maximum number of cached words, and of characters of one.
 MOST, LONGEST = 1 << 18, 64
 
 
@@ -47,7 +47,7 @@ class Words(dict[str, list[int]]):
         self._words, self._model = re.compile(pattern, re.ASCII).findall, backend.model
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
         self._added = {text: [i] for text, i in added.items() if text}
-        # The longest of the special tokens that start at a position, as in the library.
+        # Of the added tokens that start at a position the longest one counts, as in the library.
         texts = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(texts)})" if texts else "((?!))").split
         cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -55,29 +55,9 @@ class Words(dict[str, list[int]]):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Words | None":
-        """Returns the words for a lossless tokenizer (lossless.py), shared by all callers; None for
-        others."""
+        """Returns the words of a lossless tokenizer (lossless.py), shared by all callers; None if
+        its pattern is unknown."""
         return _words_of(tokenizer, len(tokenizer))
-
-    @classmethod
-    def made_for(cls, tokenizer: Any) -> "Words | None":
-        """Returns an empty instance for the tokenizer; None if its pattern is unknown."""
-        backend = tokenizer.backend_tokenizer
-        steps = parts_of(backend.pre_tokenizer)
-        added = tokenizer.added_tokens_decoder.values()
-        if any(token.normalized for token in added) or backend.encode_special_tokens:
-            return None
-        match [step["type"] for step in steps]:
-            case ["ByteLevel"] if steps[0]["use_regex"]:
-                return cls(tokenizer, ASCII[GPT_2])
-            case ["Digits", "ByteLevel"] if steps[0]["individual_digits"] and steps[1]["use_regex"]:
-                return cls(tokenizer, DIGITS)
-            case ["Split", "ByteLevel"] if not steps[1]["use_regex"]:
-                split = steps[0]
-                pattern = ASCII.get(split["pattern"].get("Regex"))
-                plain = split["behavior"] == "Isolated" and not split["invert"]
-                return cls(tokenizer, pattern) if plain and pattern else None
-        return None
 
     def __missing__(self, word: str) -> list[int]:
         found = [token.id for token in self._model.tokenize(word.translate(self._bytes))]
@@ -98,4 +78,20 @@ class Words(dict[str, list[int]]):
 
 @lru_cache(2)
 def _words_of(tokenizer: Any, size: int) -> Words | None:
-    return Words.made_for(tokenizer)
+    """Returns Words.of; a tokenizer whose size has changed has new added tokens."""
+    backend = tokenizer.backend_tokenizer
+    steps = parts_of(backend.pre_tokenizer)
+    added = tokenizer.added_tokens_decoder.values()
+    if any(token.normalized for token in added) or backend.encode_special_tokens:
+        return None
+    match [step["type"] for step in steps]:
+        case ["ByteLevel"] if steps[0]["use_regex"]:
+            return Words(tokenizer, ASCII[GPT_2])
+        case ["Digits", "ByteLevel"] if steps[0]["individual_digits"] and steps[1]["use_regex"]:
+            return Words(tokenizer, DIGITS)
+        case ["Split", "ByteLevel"] if not steps[1]["use_regex"]:
+            split = steps[0]
+            pattern = ASCII.get(split["pattern"].get("Regex"))
+            plain = split["behavior"] == "Isolated" and not split["invert"]
+            return Words(tokenizer, pattern) if plain and pattern else None
+    return None

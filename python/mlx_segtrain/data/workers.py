@@ -1,4 +1,4 @@
-"""Turns blocks into batches, in this process or in several, each into a file if wanted."""
+"""Tokenizes blocks, in this process or in several, into files or into memory."""
 
 import gc
 import os
@@ -21,21 +21,21 @@ from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
 
-#: Environment of a worker: its own threads would only get in the way of the other workers.
+#: The environment of a worker, which uses one thread, because the other workers need the cores.
 SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: Blocks that a worker has at once: the next one waits while it works on the first.
+#: Blocks that a worker has at once: while it tokenizes one, the next one waits.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a block: a file, or an Arrow stream of the same, or why there is none.
+    """The result of a block: its samples in a file, or as `content`, or why there are none.
 
-    `first` holds the formats that were found, each with its first row; `unwritten` says why there
-    is no file; `fault` is the sentence of an InputError, or None.
+    `first` has the first row of each format; `unwritten` says why the file could not be written;
+    `fault` is the sentence of an InputError, or None.
     """
 
     index: int
@@ -50,8 +50,8 @@ class Done:
 def tokenized(
     index: int, block: Block, file: Path | None, tokenizer: Any, options: Options
 ) -> Done:
-    """Tokenizes a block: returns its samples in `file` or, if that is None or cannot be written, in
-    the result."""
+    """Tokenizes a block and writes its samples to `file`; if that is None or cannot be written, the
+    result has them."""
     import pyarrow as pa
 
     first: dict[str, str] = {}
@@ -83,10 +83,8 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Does the same for many blocks in `count` processes; yields them as they finish.
-
-    Raises RunError if one of the processes was killed.
-    """
+    """Like `tokenized`, for many blocks in `count` processes; yields results as they arrive. Raises
+    RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
     try:
@@ -109,7 +107,7 @@ def in_workers(
 
 
 class _Worker:
-    """A process, and the number of blocks that it has."""
+    """A process that tokenizes, and the number of blocks that it has."""
 
     def __init__(self, setup: bytes):
         self.has = 0
@@ -148,11 +146,9 @@ class _Worker:
 
 
 def main(number: str) -> None:
-    """Tokenizes blocks; `number` is that of a socket to the parent.
-
-    The process ends as soon as its parent does, for whatever reason and whatever it is doing.
-    """
-    # Ctrl-C in a terminal: the parent decides when to end.
+    """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
+    parent does, whatever it is doing."""
+    # The parent decides when to end, also after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))

@@ -1,7 +1,7 @@
-"""Chooses a run's plan of the segmented backward pass from shapes alone, before anything is loaded.
+"""Plans the segmented backward pass of a run from shapes alone, before anything is loaded.
 
-`read_shape` reads config.json and the headers of the weights; `costs_of` gives the cost of each
-stage; csrc/schedule/planner.cpp finds the plan of least work within the budget.
+`read_shape` reads config.json and the headers of the weights; `costs_of` computes the cost of each
+stage; csrc/schedule/planner.cpp finds the plan with the least work within the budget.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ __all__ = [
 
 #: Sequence lengths are planned in multiples of this.
 STEP = 128
-#: On CUDA the host runs ahead of the device, so a step takes more than its moves do. These are
-#: parts of what MLX may allocate above its limit (`overshoot`), measured on an H200 (bench/LOG.md):
-#: AHEAD where MLX waits at the plan's own peak, LEAST where it waits so early that most ops wait.
+#: On CUDA the host launches ops ahead of the device, so a step needs more memory than its moves.
+#: These are fractions of `overshoot`, measured on an H200 (bench/LOG.md): AHEAD if MLX waits at the
+#: peak of the plan, LEAST if it waits so early that most ops wait.
 AHEAD, LEAST = 0.8, 0.5
-#: Bytes of freed buffers that MLX then keeps for reuse. Without them it keeps freeing and
-#: reallocating, which costs a tenth of a step when the host is the bottleneck. The first size that
-#: costs no recomputation is taken.
+#: Bytes of freed buffers that MLX then keeps for reuse. Without them it frees and reallocates all
+#: the time, which costs a tenth of a step if the host is the bottleneck. The first size that costs
+#: no recomputation is used.
 BUFFERS = (256 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The cuts of a chain, and what a step with them takes: bytes and floating-point operations.
+    """The cuts of a chain, and the memory (bytes) and work (FLOPs) of a step with them.
 
-    `text` is the plan in words. `parts` divides the bytes of the peak by purpose; `moves` are the
-    bytes alive at the peak of each move, everything included. `limit` is where MLX should wait for
-    the device: what it allocates ahead of the device stays below `peak`.
+    `text` is the plan in words. `parts` has the bytes of the peak by purpose; `moves` has the total
+    bytes at the peak of each move, and `lines` describes the moves. At `limit` bytes MLX must wait
+    for the device, so that allocations ahead of the device stay below `peak`. `again` is the part
+    of `work` that is recomputation.
     """
 
     cuts: Cuts
@@ -67,13 +68,13 @@ class Planned:
 
     @property
     def recomputed(self) -> float:
-        """Returns the ratio of recomputed work to necessary work."""
+        """The ratio of recomputed work to necessary work."""
         return self.again / (self.work - self.again)
 
 
 def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
-    """Describes cuts in words. `layers` are the ends of the chain's layers; nothing before `first`
-    is trained."""
+    """Describes cuts in words. `layers` has the ends of the chain's layers; stages before `first`
+    need no backward pass."""
 
     def within(start: int, end: int) -> int:
         return sum(start < layer <= end for layer in layers)
@@ -92,7 +93,7 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     if max(end - start for start, end in back) == 1:
         words = "half layers"
     text = f"{words} recomputed"
-    # Groups that are run forward a second time; the last group is not.
+    # Groups that run forward a second time: all of several segments, except the last one.
     groups = [
         (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
@@ -113,11 +114,11 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
 def planned(
     costs: Any, cuts: Any, above: int, ahead: int = 0, buffers: int | None = None
 ) -> Planned:
-    """Returns what these cuts take, with `ahead` bytes for what the host launches before the device
-    gets to it, and `buffers` that MLX keeps for reuse.
+    """Returns the plan with these cuts, with `ahead` bytes for what the host launches ahead of the
+    device, and `buffers` bytes that MLX keeps for reuse.
 
-    MLX may allocate up to `above` bytes more than its limit; if there is no room for buffers, the
-    limit is lower by that much.
+    MLX may allocate up to `above` bytes more than its limit; without room for buffers, the limit is
+    lower by that much.
     """
     chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
     plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
@@ -156,9 +157,9 @@ def overshoot(
 ) -> int:
     """Returns the bytes that MLX may allocate above the limit at which it waits.
 
-    It waits before an op, for what it has allocated ahead of the device. The largest arrays are
-    gate and up of all tokens; where the MLP is tiled, attention's backward pass makes several that
-    are as large together. An adapted head's dequantized weight may be larger. On the CPU the head
+    It waits before an op, and then allocates the op's outputs. The largest are gate and up of all
+    tokens; if the MLP is tiled, the backward pass of attention allocates several arrays of the same
+    total size. The dequantized weight of an adapted head may be larger. On the CPU the head
     allocates when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
@@ -178,11 +179,10 @@ def choose(
     budget: int,
     part: Part | None = None,
 ) -> Planned:
-    """Returns the plan of least work whose peak is within `budget` bytes, or that of least peak if
-    there is none.
+    """Returns the plan with the least work whose peak is within `budget` bytes, or if there is none
+    the plan with the lowest peak. In a pipeline it is that of a rank's `part`.
 
-    Of a model over several ranks it is that of a `part`. On CUDA with room for the host to launch
-    ahead of the device, if there is a plan with it.
+    On CUDA the plan has room for what the host launches ahead of the device, if possible.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
@@ -199,7 +199,7 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the least bytes that the host launches ahead of the device."""
+    """Returns the minimum of bytes that the host launches ahead of the device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 
@@ -211,7 +211,7 @@ def named(
     size: int,
     part: Part | None = None,
 ) -> Planned:
-    """Returns the plan of `segment_size: size`."""
+    """Returns the plan with `segment_size: size`."""
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
@@ -221,8 +221,8 @@ def named(
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """Returns the largest number of tokens per row that fits, in steps of 128 and to within a part
-    in 256; 0 if none does."""
+    """Returns the largest number of tokens per row that fits, a multiple of STEP, with a relative
+    error of up to 1/256; 0 if none fits."""
     if not fits(STEP):
         return 0
     low, high = 1, 2
@@ -235,6 +235,5 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 
 def ranks_of(model: ModelShape, *, model_dir: Path = Path(), **how: Any) -> dict[str, int]:
-    """Returns the rank of every linear layer to adapt, chosen by ranks.choose_ranks from the
-    headers."""
+    """Like ranks.choose_ranks, for the layers of a model's shape."""
     return choose_ranks(model.linears, model.bits, model_dir=model_dir, outer=model.outer, **how)

@@ -1,4 +1,4 @@
-"""Finds how many bytes a run may take on this machine."""
+"""Finds how much memory a run may use on this machine."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,13 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, WORKSPACE, Device
 
-#: Left for other users of the same memory; on a CPU that includes the interpreter and its
-#: libraries.
+#: The fraction of memory that is left to others; on a CPU also bytes for the interpreter.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
 def device(deterministic: bool = False, size: int = 2) -> Device:
-    """Returns what the estimate needs to know of MLX's default device; a number takes `size` bytes
-    on a GPU."""
+    """Returns MLX's default device for the estimate; a number takes `size` bytes on a GPU."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
@@ -27,20 +25,17 @@ def device(deterministic: bool = False, size: int = 2) -> Device:
 
 
 def working_set() -> int | None:
-    """Returns the working set in bytes that Metal recommends for a process and lets it wire; None
-    on other devices."""
+    """Returns Metal's recommended working set in bytes, which is also the most that a process may
+    wire; None on other devices."""
     if mx.default_device() == mx.Device(mx.cpu) or not mx.metal.is_available():
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def budget_bytes(gb: float | None = None) -> int:
-    """Returns `gb` · 10⁹ bytes, or by default what this machine has available now.
-
-    That is the recommended working set on Metal, all of which a run wires, the free memory on CUDA,
-    and on a CPU the available memory within the limits of the process's control groups; in each
-    case less a margin.
-    """
+    """Returns `gb` · 10⁹ bytes, or by default the bytes that are available now, less a margin: the
+    recommended working set on Metal, the free memory on CUDA, and on a CPU the available memory
+    within the limits of the process's control groups."""
     if gb is not None:
         return int(min(gb, 1e8) * 1e9)
     if mx.default_device() == mx.Device(mx.cpu):
@@ -68,7 +63,7 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """Yields what the process's control groups and their parents leave it (cgroups v1 and v2)."""
+    """Returns the free bytes of the process's control groups and their parents (cgroups v1, v2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -98,8 +93,7 @@ def _group_limits(root: Path) -> list[int]:
 
 
 def _file_cache(group: Path) -> int:
-    """Returns the bytes of file cache that the kernel keeps for a group and drops under memory
-    pressure."""
+    """Returns the bytes of a group's file cache, which the kernel frees under memory pressure."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
         stat = {name: int(n) for name, n in (line.split() for line in lines)}

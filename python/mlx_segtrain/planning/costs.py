@@ -1,9 +1,8 @@
-"""Bytes and work of every stage of a fast family at one batch shape, computed from the model's
-shape.
+"""Computes bytes and work of every stage of a fast family from the shapes of model and batch.
 
-What an op holds internally is reported by the op, which depends on the implementation it chooses
-(csrc/core/cost.h). This module counts what is alive around the ops, in numbers per token, as
-measured (bench/memory.py). Work counts the floating-point operations of matrix products.
+An op reports the memory that it needs internally, which depends on its implementation
+(csrc/core/cost.h). This module counts the arrays around the ops, in numbers per token, as measured
+(bench/memory.py). Work counts the floating-point operations of matrix products.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: What heads read besides h and its rows: a few numbers per token in the loss.
+#: Inputs of heads besides h and its rows: a few numbers per token in the loss.
 COUNTED = ("targets", "weights")
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """One stage of one stream, with `parameters` trainable numbers."""
+    """A stage of a stream, with `parameters` trainable numbers."""
 
     model: ModelShape
     batch: BatchShape
@@ -51,10 +50,9 @@ class _Stage:
         saved: int = 0,
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
-        """Returns the cost in bytes, without the gradients of its parameters: among the stages of
-        several streams those of the last stream hold the gradients, and the others are added to
-        them. `work` is that of the forward pass, of recomputing it, of the part that saved values
-        spare, and of the backward pass."""
+        """Returns the cost, from bytes without the gradients of the parameters; these are held by
+        the stages of the last stream. `work` is that of the forward pass, of recomputing it, of the
+        part that need not be recomputed with saved values, and of the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -70,18 +68,22 @@ class _Stage:
         )
 
 
+def parameters_of(model: ModelShape, ranks: Mapping[str, int], dora: bool) -> dict[str, int]:
+    """Returns the number of trainable numbers of each adapted layer, by path."""
+    return {
+        path: sum(model.widths[path]) * rank + dora * model.widths[path][1]
+        for path, rank in ranks.items()
+    }
+
+
 def costs_of(
     model: ModelShape,
     batch: BatchShape,
     ranks: Mapping[str, int],
     device: Device,
 ) -> _core.Costs:
-    """Returns everything that a plan depends on. `ranks` maps each adapted linear layer's module
-    path to its rank."""
-    parameters = {
-        path: sum(model.widths[path]) * rank + batch.dora * model.widths[path][1]
-        for path, rank in ranks.items()
-    }
+    """Returns everything on which a plan depends; `ranks` are those of adapted layers by path."""
+    parameters = parameters_of(model, ranks, batch.dora)
     owned: Counter[str] = Counter()
     for layer, paths in zip(model.layers, model.linears, strict=True):
         for path in paths:
@@ -115,7 +117,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # For pairs, also which of the two sequences of a row a token belongs to.
+    # For pairs, also to which of the two sequences of a row a token belongs.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -138,30 +140,30 @@ def costs_of(
 
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
-    """Counts the (query, key) pairs of the last `rows` of `keys` positions, causal and in the
-    window."""
+    """Counts the causal (query, key) pairs within the window, for the last `rows` of `keys`
+    positions."""
     seen = window or keys
-    full = max(0, min(rows, keys - seen))  # queries that see a whole window
+    full = max(0, min(rows, keys - seen))  # queries that attend to a whole window
     ramp = rows - full
     first = keys - rows + 1
     return full * seen + ramp * (first + min(keys, seen)) / 2 if ramp else full * seen
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the pairs of a whole sequence that attends to itself."""
+    """Counts the pairs of a whole sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of attention for `after` queries per row over all keys. Numbers per token:
-    H, q of all heads, k of the layer's own."""
+    """Returns the cost of attention for `after` queries per row over all keys. A token has h
+    numbers of the residual stream, q of all queries, and k of the layer's own keys."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
     tokens = rows * shape.length if k else out
-    # Keys that the branch attends to have an array to themselves; so does o of both parts.
+    # The keys of the branch are copied to a separate array, as are the outputs of both parts.
     behind = rows * (shape.shared + shape.branch) if shape.branch else 0
     both = out * (shape.branch > 0)
     op = _core.attention_cost(
@@ -179,9 +181,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA one pass splits the joint product into heads (`lora_qkv`), which frees it unless norms
-    # read it again; values have their own array. On other devices RoPE reads the product's columns
-    # and, without a norm in between, copies them first.
+    # On CUDA one pass splits the joint product into heads (`lora_qkv`). Then the product is freed,
+    # unless norms read it again; values are a copy. On other devices RoPE reads columns of the
+    # product and, without a norm in between, copies them first.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -198,9 +200,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         donor = next(other for other in stage.model.layers if other.name == layer.donor)
         backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
-    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # what it writes is counted apart
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` counts these
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
-    if dora:  # each linear layer's output is kept besides its rescaled copy
+    if dora:  # the output of each linear layer is kept besides its rescaled copy
         given = out * (q + h) + 2 * tokens * k
         kept, forward, backward = kept + given, forward + given, backward + given + out * q
     dropped = _core.dropout_bytes(device, max(tokens * h, out * q)) if batch.dropout else 0
@@ -228,12 +230,12 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of the MLP. Numbers per token: H, F."""
+    """Returns the cost of the MLP. A token has h numbers of the residual stream and f inside."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size
     dora = batch.dora and stage.parameters > 0
-    in_parts = batch.dropout or dora  # not as one op
+    in_parts = batch.dropout or dora  # these are not supported by the fused op
     op = _core.lora_glu_mlp_cost(
         device, rows=tokens, inputs=h, hidden=f, tile_rows=None if in_parts else MLP_ROWS
     )
@@ -242,7 +244,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + h * layer.after_norms + own + experts)
     forward = 2 * tokens * h * size + op.forward
     more = tokens * (own + 2 * experts)
-    if device.gpu:  # plus a sixth of the dequantized weights for a norm, as measured
+    if device.gpu:  # with norms, a fraction of the dequantized weights, as measured
         more += 0.8 * f * h * layer.after_norms
     around = (2 if device.gpu else 1) * tokens * h
     backward = max(forward, (around + more) * size + op.backward)
@@ -252,7 +254,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     if batch.dropout:
         masks = _core.dropout_bytes(device, f * tokens) + f * tokens * size
         forward, backward = forward + masks, backward + masks
-    if dora:  # each linear layer's output is kept besides its rescaled copy
+    if dora:  # the output of each linear layer is kept besides its rescaled copy
         kept += tokens * (2 * f + h) * size
         forward += tokens * 2 * f * size
         backward += tokens * (4 * f + h) * size
@@ -269,13 +271,12 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _factors(stage: _Stage) -> float:
-    """Returns the bytes of half-precision factors that CUDA's products keep; those of one input are
-    padded."""
+    """Returns the bytes of the half-precision factors that products on CUDA keep, with padding."""
     return 1.5 * stage.device.size * stage.parameters * (stage.device.name == "cuda")
 
 
 def _embedding(stage: _Stage) -> _core.StageCost:
-    """Returns the cost of an adapted embedding: rows of the table, and of the update in float32."""
+    """Returns the cost of an adapted embedding: its rows, and those of the update in float32."""
     size = stage.device.size
     numbers = stage.batch.rows * stage.stream.length * stage.model.width
     inside = numbers * (size + 4)
@@ -285,10 +286,8 @@ def _embedding(stage: _Stage) -> _core.StageCost:
 def _head(
     model: ModelShape, batch: BatchShape, parameters: int, device: Device
 ) -> tuple[int, float]:
-    """Returns the peak bytes (inside the op, h, dh) and the work of the head.
-
-    A head with an update computes its logits twice.
-    """
+    """Returns the peak bytes (inside the op, h, dh) and the work of the head. An adapted head
+    computes its logits twice."""
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary
@@ -310,6 +309,6 @@ def head_weight(model: ModelShape, device: Device) -> int:
 
 
 def head_op(model: ModelShape, batch: BatchShape, device: Device) -> int:
-    """Returns the peak bytes inside the op of a head without an update."""
+    """Returns the peak bytes inside the op of a head that is not adapted."""
     shape = {"rows": batch.loss, "inputs": model.width, "vocabulary": model.vocabulary}
     return _core.head_cost(device, **shape).backward

@@ -1,4 +1,4 @@
-"""Decides whether packing rows pays, from the predicted time of an epoch with and without it."""
+"""Decides whether packing saves time, from the predicted time of an epoch with and without it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LOOKED_AT = 64
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Returns whether an epoch takes less time packed. False where the family cannot pack, or
-    packed rows do not fit into memory."""
+    """Returns whether an epoch takes less time packed; False if the family does not support packed
+    rows, or if they do not fit into memory."""
     if not read_shape(config.model_dir).fast:
         return False
-    if config.method == "grpo":  # whose data is generated in each step
+    if config.method == "grpo":  # its rows are unknown, since they are generated
         return True
     if config.method != "sft":
         return False
@@ -51,7 +51,7 @@ def epoch_s(data: Dataset, run: RunPlan) -> float:
 
 
 def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
-    """Groups an epoch's batches by similar shape; returns each group's size and typical shape."""
+    """Groups the batches of an epoch by shape; returns the size and mean shape of each group."""
     columns = data.columns
     lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
     if data.packed:

@@ -1,8 +1,8 @@
-"""A model over several ranks: which layers each has, what it holds and what it sends.
+"""Pipeline parallelism: the layers of each rank, and the memory and the transfers that they need.
 
-Rank r runs its layers for one micro-batch after the other. It runs N − r of them forward before
-the first comes back from the ranks after it (one forward, one backward: Narayanan et al. 2021,
-arXiv:2104.04473), so what a batch keeps between its two passes counts that many times.
+Rank r of N runs N − r micro-batches forward before its first backward pass, and then alternates
+between the two (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So it needs N − r times the memory
+that a micro-batch keeps between its two passes.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from .costs import Device
 
 @dataclass(frozen=True)
 class Part:
-    """Layers [begin, end) of `layers`, which are those of a rank; `batches` of a step go through
-    it."""
+    """A rank's layers [begin, end) of `layers`. A step has `batches` micro-batches."""
 
     rank: int
     ranks: int
@@ -38,12 +37,12 @@ class Part:
 
     @property
     def under_way(self) -> int:
-        """Returns the largest number of micro-batches that have run forward here but not back."""
+        """The maximum number of micro-batches that have run forward here, but not backward."""
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:
-        """Returns whether a weight belongs to these layers; a weight of no layer is read where it
-        is needed."""
+        """Returns whether a weight belongs to these layers. Weights outside of layers are read when
+        they are needed."""
         layer = layer_number(name)
         return layer is not None and self.begin <= layer < self.end
 
@@ -52,8 +51,8 @@ class Part:
 
 
 def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
-    """Returns the bytes of the weights that a rank loads: those of its layers, the embedding on the
-    first rank, the head on the last."""
+    """Returns the bytes of the weights that a rank loads: its layers, on the first rank the
+    embedding, on the last one the head."""
     own_inputs = any(layer.own_input for layer in model.layers)
 
     def loads(name: str) -> bool:
@@ -71,7 +70,7 @@ def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
 def costs_of_part(
     costs: _core.Costs, model: ModelShape, batch: BatchShape, device: Device, part: Part | None
 ) -> _core.Costs:
-    """Returns the costs of a rank's stages; without a part those of the whole chain."""
+    """Returns the costs of a rank's stages, or without a part those of the whole chain."""
     if part is None:
         return costs
     layer_of = _layers_of(costs, part)
@@ -87,7 +86,7 @@ def costs_of_part(
     read = {name for i in own for name in costs.stages[i].reads} | set(head_reads)
     inputs = received | {n: sizes[n] for n in costs.inputs if n in read and n not in received}
     gradients = sum(costs.costs[i].gradients for i in own)
-    if part.last:  # of an adapted head, which is no stage
+    if part.last:  # an adapted head is no stage
         gradients += costs.update // 5 - sum(cost.gradients for cost in costs.costs)
     at_hand = sum(received.values()) + _bytes(costs, layer_of, part, left)
     ends = [i + 1 for i, stage in enumerate(own) if stage + 1 in costs.layers]
@@ -102,7 +101,7 @@ def costs_of_part(
         head=costs.head if part.last else 0,
         ahead=costs.ahead if part.last else 0,
         head_work=costs.head_work if part.last else 0.0,
-        # What the next batch brings is received, and what the last one gave is sent, meanwhile.
+        # Meanwhile the values of the next batch are received, and those of the last one are sent.
         fixed=weight_bytes(model, part, not device.gpu)
         + (3 + batch.accumulates) * gradients
         + (12 << 20) * device.gpu
@@ -114,7 +113,7 @@ def costs_of_part(
 
 
 def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
-    """Returns the bytes that a batch sends to the next rank, and to the rank before."""
+    """Returns the bytes that a rank sends to the next and to the previous rank for a batch."""
     layer_of = _layers_of(costs, part)
     given, left = (_border(costs, part, at) for at in (part.begin, part.end))
 
@@ -140,7 +139,7 @@ def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
 
 
 def _border(costs: _core.Costs, part: Part, at: int) -> Border:
-    """Returns the values that are sent on before layer `at`."""
+    """Returns the values that are sent between the layers before `at` and those from there on."""
     if at in (0, part.layers):
         return Border((), (), frozenset())
     before = [layer < at for layer in _layers_of(costs, part)]
@@ -148,7 +147,7 @@ def _border(costs: _core.Costs, part: Part, at: int) -> Border:
 
 
 def _bytes(costs: _core.Costs, layer_of: list[int], part: Part, left: Border) -> int:
-    """Returns the bytes of values as they leave a part."""
+    """Returns the bytes of the values that leave a part."""
     sizes: dict[str, int] = {}
     for i, layer in enumerate(layer_of):
         if layer < part.end:

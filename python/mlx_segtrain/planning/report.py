@@ -12,8 +12,8 @@ from .splitting import Held, held
 
 @dataclass(frozen=True)
 class Alternative:
-    """The plan under another budget. Bytes; `slower` is its work relative to the chosen plan's,
-    minus 1."""
+    """The plan for another budget, in bytes. `slower` is the relative increase of its work over
+    that of the chosen plan."""
 
     budget: int
     fits: bool
@@ -25,14 +25,15 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The plan of a run with its context. Bytes and tokens.
+    """The plan of a run, in bytes and tokens.
 
-    `tokens` counts a row of the data, including its last token, which is only predicted; `longest`
-    is what fits, up to `max_length`, the model's context length; `recomputed` is the ratio of
-    recomputed to necessary work. `predicted` is False for families whose memory the planner does
-    not know; for them only weights and budget are given. With a method that generates completions,
-    `rollout_batch` of them are generated at once, which takes `rollout_peak` bytes. `ranks` are
-    of parallel data; with a `pipeline` the rest is about the rank that is nearest to its budget.
+    `tokens` counts a row of the data, with its last token, which is only predicted. `longest` is
+    the longest row that fits, up to `max_length`, the context length of the model. `recomputed` is
+    the ratio of recomputed to necessary work. If `predicted` is False, the planner does not know
+    the family, and the report has only weights and budget. With a method that generates,
+    `rollout_batch` completions are generated at once, which takes `rollout_peak` bytes. `ranks` are
+    predictions for data parallelism. With a `pipeline`, the other fields are about the rank that is
+    nearest to its budget.
     """
 
     family: str
@@ -57,7 +58,7 @@ class PlanReport:
 
 
 def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
-    """Returns the report of a model over several ranks."""
+    """Returns the report of a pipeline."""
     most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
     return replace(of(most), pipeline=held(runs))
 

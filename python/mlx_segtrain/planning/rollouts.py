@@ -1,4 +1,4 @@
-"""Decides how many completions are generated at once, from what their caches and logits take."""
+"""Decides how many completions are generated at once, from the memory of caches and logits."""
 
 from __future__ import annotations
 
@@ -8,31 +8,30 @@ from ..hub import title
 from ..models.form import LayerForm
 from ..models.headers import ModelShape, read_shape
 from .budget import budget_bytes, device
-from .costs import Device
-from .run import adapter_numbers, resting_shape
+from .costs import Device, parameters_of
+from .run import adapter_ranks, resting_shape
 
-#: Tokens of a prompt that are computed at once.
+#: Tokens of a prompt that are processed at once.
 PREFILL = 2048
 #: mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
-#: Arrays of a row's logits in float32 that exist at the same time, most of them while a token is
-#: sampled.
+#: The number of float32 arrays of a row's logits that exist at the same time, while sampling.
 LOGITS = 6
-#: Bytes that the layers hold for one token of each row, and bytes of compiled kernels.
+#: Bytes for the layers at one token of each row, and for compiled kernels.
 SLACK = 64 << 20
 
 
 def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the bytes of a sequence's keys and values, counting layers with a window as if they
-    had none. A batch starts at the length of its longest prompt and grows from there."""
+    """Returns the bytes of a sequence's keys and values, as if no layer had a window. Caches start
+    at the length of the longest prompt of a batch."""
     length = tokens + CACHE_STEP
     own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
     return 2 * length * own * device.size
 
 
 def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
-    """Returns the peak of generating `at_once` completions that end with this many tokens, prompts
-    included; None where memory is not predicted."""
+    """Returns the peak bytes of generating `at_once` completions of up to `tokens` tokens with
+    their prompts; None if memory is not predicted."""
     shape = resting_shape(config)
     if not shape.fast:
         return None
@@ -41,7 +40,7 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
 
 
 def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
-    """Returns how many of `every` fit into the run's budget; raises NoRoom if not even one does."""
+    """Returns how many of `every` completions fit into the budget. Raises NoRoom if none does."""
     shape = resting_shape(config)
     if not shape.fast:
         return every
@@ -71,8 +70,8 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
 
 
 def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
-    """Returns how many completions are generated at once if they reach max_seq_length with their
-    prompts, and their peak in bytes if it is predicted. Raises NoRoom if not even one fits."""
+    """Returns how many completions of max_seq_length tokens with their prompts are generated at
+    once, and the peak in bytes if it is predicted. Raises NoRoom if none fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
         at_once = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
@@ -80,16 +79,17 @@ def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
 
 
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
-    """Returns the fixed bytes, and the bytes per completion. While one layer's cache grows, its old
-    and its new array exist. A prompt is computed while the current completions are in memory."""
+    """Returns the fixed bytes, and the bytes per completion. While the cache of a layer grows, its
+    old and its new array exist. Prompts are processed beside the current completions."""
     on = device(config.deterministic, shape.float_size)
-    # The factors with the optimizer's state, and the factors in the model's dtype.
-    fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * adapter_numbers(config, shape)
+    # The factors with the optimizer state, and the factors in the model's dtype.
+    numbers = sum(parameters_of(shape, adapter_ranks(config, shape), dora=False).values())
+    fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * numbers
     cache = cache_bytes(shape, tokens, on)
-    # A later turn of a conversation begins with all that has been said.
+    # A later turn of a conversation has all earlier turns as its prompt.
     prompt = tokens - (config.max_completion_tokens if config.environment is None else 0)
     reading = _reading_bytes(shape, max(prompt, 1), on)
-    if config.reward_model is not None:  # which reads when the caches of the completions are gone
+    if config.reward_model is not None:  # it reads after the caches of completions are freed
         judge = read_shape(config.reward_model)
         if judge.fast:
             reading = max(reading, _reading_bytes(judge, tokens, on))
@@ -98,19 +98,14 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
     return fixed, cache + cache // max(layers, 1) + LOGITS * 4 * shape.vocabulary
 
 
-def _reading_bytes(shape: ModelShape, tokens: int, on: Device) -> int:
-    """Returns the bytes of the cache of a text, and of what a layer holds while it reads a part."""
-    return cache_bytes(shape, tokens, on) + _prefill_bytes(shape, tokens, on)
-
-
-def _prefill_bytes(shape: ModelShape, prompt: int, device: Device) -> int:
-    """Returns the most that a layer holds for a part of a prompt; without fused attention (CPU)
-    that includes the scores of all heads."""
-    part = min(prompt, PREFILL)
+def _reading_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
+    """Returns the bytes of the cache of a text, and the most that a layer needs for PREFILL tokens;
+    without fused attention (CPU) that includes the scores of all heads."""
 
     def numbers(layer: LayerForm) -> int:
-        scores = 0 if device.gpu else layer.query // layer.head * prompt
+        scores = 0 if device.gpu else layer.query // layer.head * tokens
         attention = 3 * layer.query + 2 * layer.key_value + scores
         return 3 * shape.width + max(attention, 3 * (layer.hidden + layer.experts))
 
-    return part * device.size * max(map(numbers, shape.layers))
+    layer = min(tokens, PREFILL) * device.size * max(map(numbers, shape.layers))
+    return cache_bytes(shape, tokens, device) + layer

@@ -1,4 +1,4 @@
-"""The memory plan of one run, from its configuration and its longest batch."""
+"""The memory plan of a run, from its configuration and its largest batches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The resources that a run needs, by its largest batches: one for each number of streams.
+    """The memory plan of a run, from its largest batch for each number of streams.
 
-    `plans` belong to these batches. There are none where memory cannot be predicted, which is so
-    for families on the generic path, whose layers are mlx-lm's: they use one layer per segment
-    unless the configuration sets a size.
+    `plans` are those of `batches`; () for families on the generic path, whose memory cannot be
+    predicted, since their layers are mlx-lm's. They use one layer per segment, unless the
+    configuration sets a size.
     """
 
     shape: ModelShape
@@ -48,11 +48,11 @@ class RunPlan:
     budget: int
     size: int | None  #: layers per segment from the configuration; None: the planner chooses
     plans: tuple[Planned, ...]
-    part: Part | None = None  #: of a model over several ranks, the layers of this one
+    part: Part | None = None  #: this rank's layers in a pipeline
 
     @property
     def planned(self) -> Planned | None:
-        """The plan that takes the most memory."""
+        """The plan with the highest peak, if there is one."""
         return max(self.plans, key=lambda plan: plan.peak, default=None)
 
     @property
@@ -63,7 +63,7 @@ class RunPlan:
         return self.batches[self.plans.index(self.planned)]
 
     def cuts(self, chain: Chain, streams: Sequence[Stream]) -> Cuts:
-        """Returns how a batch with these streams is cut."""
+        """Returns the cuts of a batch with these streams."""
         for batch, plan in zip(self.batches, self.plans, strict=False):
             if len(batch.streams) == len(streams):
                 return plan.cuts
@@ -84,7 +84,7 @@ class RunPlan:
         return self.planned is None or self.planned.peak <= self.budget
 
     def no_room(self, name: str) -> NoRoom:
-        """Returns the error to raise if the plan does not fit; `name` is the model's."""
+        """Returns the error for a plan that does not fit; `name` is that of the model."""
         assert self.planned is not None
         least = "at least " if self.size is None else f"with segment_size {self.size} "
         most = self.longest()
@@ -101,8 +101,8 @@ class RunPlan:
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """Returns the largest number of tokens per row that fits, up to the model's context length,
-        with the configured plan or else with any."""
+        """Returns the largest number of tokens per row that fits with the configured segment size,
+        or with any plan, up to the context length of the model."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
@@ -112,8 +112,8 @@ class RunPlan:
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def least_peak(self, batch: BatchShape) -> int:
-        """Returns the bytes that a batch takes with the requested plan, or the fewest with any
-        plan."""
+        """Returns the peak bytes of a batch with the configured segment size, or the lowest peak of
+        any plan."""
         what = self._of(batch)
         if self.size is not None:
             return named(*what, self.size, self.part).peak
@@ -122,39 +122,37 @@ class RunPlan:
         return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
 
     def filled(self) -> RunPlan:
-        """Returns this run with the plans of its batches, for its budget and configuration."""
+        """Returns this run with plans for its budget and configuration."""
         if not self.shape.fast:
             return self
         return self.within(self.budget) if self.size is None else self.of_size(self.size)
 
     def within(self, budget: int) -> RunPlan:
-        """Returns this run with the fastest plans within the budget."""
+        """Returns this run with the fastest plans within `budget` bytes."""
         plans = tuple(choose(*self._of(batch), budget, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
-        """Returns this run with this many layers per segment."""
+        """Returns this run with `size` layers per segment."""
         plans = tuple(named(*self._of(batch), size, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """Returns the plan of a rank that has these layers of the model."""
+        """Returns the plan of a rank with these layers."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
-        """Returns what the plan of a batch depends on."""
+        """Returns everything on which the plan of a batch depends."""
         return self.shape, batch, self.ranks, self.device
 
     def tightened(self, measured: int) -> RunPlan | None:
-        """Returns the next cheaper plan if `measured` bytes exceed the budget; None if there is
-        none."""
+        """Returns a plan with a lower peak if `measured` bytes exceed the budget, or else None."""
         if self.planned is None or measured <= self.budget:
             return None
         return self._cheaper(int(self.budget * min(self.planned.peak / measured, 0.95)))
 
     def cheaper(self) -> RunPlan | None:
-        """Returns the next plan that takes less memory; None if there is none or the configuration
-        sets one."""
+        """Returns a plan with a lower peak; None if there is none or the segment size is set."""
         return self.planned and self._cheaper(int(0.95 * self.planned.peak))
 
     def _cheaper(self, budget: int) -> RunPlan | None:
@@ -166,8 +164,7 @@ class RunPlan:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """While it is active, MLX waits for the device at the plan's limit and keeps few freed
-        buffers."""
+        """Makes MLX wait for the device at the plan's limit and keep few freed buffers."""
         if self.planned is None:
             yield
             return
@@ -187,8 +184,7 @@ class RunPlan:
 
 
 def _ways(config: TrainConfig) -> dict[str, bool]:
-    """Returns the parts of a BatchShape that follow from the configuration and the adapter to start
-    from."""
+    """Returns the fields of a BatchShape that follow from the configuration and warm_start."""
     from ..adapters import is_dora
 
     return {
@@ -199,13 +195,11 @@ def _ways(config: TrainConfig) -> dict[str, bool]:
 
 
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
-    """Returns a batch of rows of max_seq_length, of which the last part `loss` is in the loss.
-
-    The first part `shared` of both sequences of a pair is the same.
-    """
+    """Returns a batch of rows of max_seq_length tokens, the last fraction `loss` of which is in the
+    loss. The sequences of a pair share their first fraction `shared`."""
     # The last token is only predicted. Packed rows are neither padded nor trimmed.
     packs, rows = config.packing is True, config.batch_size
-    if ROWS[config.method] == "prompt":  # here batch_size counts prompts, not the rows of a pass
+    if ROWS[config.method] == "prompt":  # batch_size is the number of prompts
         packs, rows = False, 1
     length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
@@ -217,8 +211,8 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
     """Returns the plan for batches of up to these shapes, each with a different number of streams.
 
-    Raises NoRoom, before anything is loaded, if one does not fit, and InputError if the model
-    cannot take them.
+    Raises NoRoom, before anything is loaded, if one does not fit, and InputError if the model does
+    not support them.
     """
     return first_that_fits(config, [batches], tuple)[1]
 
@@ -230,11 +224,8 @@ def first_that_fits(
     *,
     measures: bool = False,
 ) -> tuple[T, RunPlan]:
-    """Returns the first choice whose shapes fit, with its plan; raises what plan_run raises for the
-    first choice.
-
-    With `measures`, as in a run, a Mac may first measure its attention kernels.
-    """
+    """Returns the first choice whose shapes fit, with its plan. If none fits, raises the error of
+    plan_run for the first one. With `measures`, a Mac may first measure its attention kernels."""
     plans = []
     for own in choices:
         plans.append(planned(config, shapes(own), measures=measures))
@@ -244,7 +235,7 @@ def first_that_fits(
 
 
 def resting_shape(config: TrainConfig) -> ModelShape:
-    """Returns the model's shape, including the weights of a reward model."""
+    """Returns the shape of the model, with the weights of a reward model."""
     shape = read_shape(config.model_dir)
     if config.reward_model is None:
         return shape
@@ -259,10 +250,8 @@ def planned(
     measures: bool = False,
     fills: bool = True,
 ) -> RunPlan:
-    """The plan, which may not fit. Raises NoRoom if the weights alone do not.
-
-    `fills` is False where only a part of the model is to be planned.
-    """
+    """Returns the plan, which may not fit; without plans of batches if `fills` is False. Raises
+    InputError, or NoRoom if the weights alone do not fit."""
     shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
@@ -276,7 +265,7 @@ def planned(
             "packed rows: leave it out and set a batch_size, which groups rows of similar length.",
             field="packing",
         )
-    ranks = _ranks(config, shape) if shape.fast else {}
+    ranks = adapter_ranks(config, shape) if shape.fast else {}
     given = config.memory_budget_gb
     budget = budget_bytes(None if given == "auto" else given)
     size = None if config.segment_size == "auto" else config.segment_size
@@ -298,21 +287,21 @@ def planned(
     return run.filled() if fills else run
 
 
-#: From this many tokens on, one launch may take a good part of a second on a small GPU.
+#: From this many tokens on, a kernel may take much of a second on a small GPU.
 LONG = 16384
-#: Launches that Metal then gets at a time: macOS aborts work that blocks the display for too long.
+#: Kernels per command buffer then: macOS aborts work that blocks the display for too long.
 LAUNCHES = "4"
 
 
 def short_buffers(tokens: int) -> None:
-    """Puts few launches into each command buffer for long rows. Must run before MLX first uses the
+    """Limits the kernels per command buffer if rows are long. Must run before MLX first uses the
     GPU of a Mac."""
     if tokens >= LONG:
         os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", LAUNCHES)
 
 
 def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
-    """Returns the kinds of attention calls that a model's layers make."""
+    """Returns the distinct kinds of attention calls of a model's layers."""
     dtype = mx.float32 if shape.float_size == 4 else mx.bfloat16
     by_name = {form.name: form for form in shape.layers}
     kinds = []
@@ -324,12 +313,8 @@ def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
     return list(dict.fromkeys(kinds))
 
 
-def adapter_numbers(config: TrainConfig, shape: ModelShape) -> int:
-    """Counts the numbers in the run's adapter, without DoRA's magnitudes."""
-    return sum(sum(shape.widths[path]) * rank for path, rank in _ranks(config, shape).items())
-
-
-def _ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
+    """Returns the rank of each layer that the run adapts, by path. Raises InputError."""
     if config.warm_start is None:
         return ranks_of(shape, **asked(config))
     from ..adapters import ranks_in

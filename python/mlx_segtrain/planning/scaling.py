@@ -1,4 +1,4 @@
-"""Predicts what several ranks gain: the time to compute against the time to sum gradients.
+"""Predicts the speedup of data parallelism, from the times to compute and to sum gradients.
 
 A ring of N ranks sums B bytes in 2(N − 1) rounds, in each of which every rank sends B/N bytes
 (Patarasuk & Yuan 2009): 2(N − 1)/N·B bytes per rank, and one latency per round.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import InputError
+from .costs import parameters_of
 from .run import RunPlan
 from .speeds import SPEEDS
 
@@ -22,8 +23,8 @@ LINK = 1.25
 
 @dataclass(frozen=True)
 class Scaled:
-    """A step on this many ranks with a batch on each: bytes that each rank sends, seconds to
-    compute and to sum gradients, and the speedup over one rank."""
+    """A step with one batch per rank: the bytes that a rank sends, the seconds to compute and to
+    sum gradients, and the speedup over one rank."""
 
     ranks: int
     sent: int
@@ -32,19 +33,12 @@ class Scaled:
     speedup: float
 
 
-def numbers_of(run: RunPlan) -> int:
-    """Counts the numbers in the adapter, each of which has a gradient."""
-    widths, dora = run.shape.widths, run.batch.dora
-    pairs = ((rank, *widths[path]) for path, rank in run.ranks.items())
-    return sum(rank * (inputs + outputs) + dora * outputs for rank, inputs, outputs in pairs)
-
-
 def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
     """Predicts steps on 2 to 256 ranks and on `ranks`, over links of `link_gb_s` · 10⁹ bytes per
     second.
 
-    `batch_s` is the time of a batch on one rank; the default follows from the planner's figures for
-    the device. Raises InputError for models whose work is not predicted, unless batch_s is given.
+    `batch_s` is the time of a batch on one rank, by default predicted (speeds.py). Raises
+    InputError for models whose adapter and work are not predicted.
     """
     if run.planned is None:
         raise InputError(
@@ -54,10 +48,9 @@ def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) ->
     if batch_s is None:
         speed = SPEEDS[run.device.name]
         batch_s = run.planned.work / speed.work_per_s + speed.layer_s * len(run.shape.layers)
-    return [
-        _scaled(n, 4 * numbers_of(run), link_gb_s * 1e9, batch_s)
-        for n in sorted({ranks, *SIZES} - {1})
-    ]
+    gradient = 4 * sum(parameters_of(run.shape, run.ranks, run.batch.dora).values())
+    sizes = sorted({ranks, *SIZES} - {1})
+    return [_scaled(n, gradient, link_gb_s * 1e9, batch_s) for n in sizes]
 
 
 def _scaled(n: int, size: int, link: float, batch_s: float) -> Scaled:

@@ -1,19 +1,19 @@
-"""What devices do in a second, roughly."""
+"""Rough speeds of the kinds of devices."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Speed:
-    """The cost of a step besides its matrix products: host seconds per layer, and the
-    operations per weight that are done once a step; also the speed of products per second."""
+    """The speed of matrix products in FLOPs per second; and the cost of a step besides them: host
+    seconds per layer, and operations per weight."""
 
     layer_s: float
     unpacking: float
     work_per_s: float
 
 
-#: By kind of device, from bench/LOG.md. Only their proportions matter here.
+#: The speeds by kind of device, from bench/LOG.md. Mostly their ratios matter.
 SPEEDS = {
     "cpu": Speed(0.0, 30.0, 1e11),
     "cuda": Speed(55e-3 / 24, 0.0, 3e14),

@@ -1,4 +1,4 @@
-"""Which layers of a model each of several ranks gets: by the memory and the speed of its device."""
+"""Divides the layers of a model between ranks, by the memory and the speed of their devices."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .pipeline import Part, sent, weight_bytes
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Bisection steps for the time of the slowest rank, and an upper bound of it in seconds.
+#: Bisection steps for the time of the slowest rank, and an upper bound of that time.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 
 @dataclass(frozen=True)
 class Member:
-    """A rank's memory in bytes, the kind of its device, and bytes of a floating number there."""
+    """A rank's memory in bytes, the kind of its device, and the bytes of a number there."""
 
     budget: int
     device: str
@@ -31,11 +31,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """The share of one rank of a pipeline. Bytes.
+    """The share of a rank in a pipeline, in bytes.
 
-    `sent` is a micro-batch's, to the next rank and to the one before. `seconds` of a micro-batch
-    and `busy`, the part of a step in which the rank computes, are by the planner's figures of
-    devices. `peak` is None where it is not predicted.
+    For a micro-batch, `sent` goes to the next and to the previous rank, and `seconds` is its time;
+    `busy` is the fraction of a step in which the rank computes. Times are predicted (speeds.py).
+    `peak` is None if it is not predicted.
     """
 
     rank: int
@@ -49,10 +49,8 @@ class Held:
 
 
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
-    """Returns the plan of each of these ranks, through which `batches` of a step go.
-
-    Raises InputError if there are more ranks than layers, NoRoom if they have not enough memory.
-    """
+    """Returns the plan of each of these ranks, for steps of `batches` micro-batches. Raises
+    InputError if there are more ranks than layers, NoRoom if they do not have enough memory."""
     layers = run.shape.n_layers
     if layers == 0:
         raise InputError(
@@ -68,19 +66,20 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
             device = Device(member.device, member.size)
         return replace(run, part=part, budget=member.budget, device=device, plans=())
 
-    of_parts = split(
-        layers, len(members), batches, lambda p: has_room(bare(p)), quick_seconds(bare)
-    )
-    return [bare(part).filled() for part in of_parts]
+    def quick_seconds(part: Part) -> float:
+        """Returns the seconds without recomputation, which takes much longer to plan."""
+        own = bare(part)
+        return seconds(own.of_size(0) if own.shape.fast else own)
+
+    parts = split(layers, len(members), batches, lambda p: has_room(bare(p)), quick_seconds)
+    return [bare(part).filled() for part in parts]
 
 
 def pipeline_runs(
     config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
 ) -> list[RunPlan]:
-    """Returns the plan of each of `ranks` devices like this one, as split_run does.
-
-    `budgets` are theirs in 10⁹ bytes; by default all have what this one has.
-    """
+    """Returns the plan of each of `ranks` devices like this one. `budgets` are in 10⁹ bytes, by
+    default that of this device."""
     if budgets and len(budgets) != ranks:
         raise InputError(
             f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: pass one per rank."
@@ -92,21 +91,16 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Returns whether some plan fits; where memory is not predicted, whether the weights fit."""
+    """Returns whether a plan fits or, if memory is not predicted, the weights."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget
     return all(run.least_peak(batch) <= run.budget for batch in run.batches)
 
 
-def quick_seconds(bare: Callable[[Part], RunPlan]) -> Callable[[Part], float]:
-    """Returns the seconds of a part without recomputation, which takes much longer to plan."""
-    return lambda part: seconds(bare(part).of_size(0) if bare(part).shape.fast else bare(part))
-
-
 def seconds(run: RunPlan) -> float:
-    """Returns the seconds of a batch on this rank by the planner's figures; without a prediction of
-    its work only a number in proportion."""
+    """Returns the predicted seconds of a batch on this rank; if its work is not predicted, a number
+    that is proportional to them."""
     assert run.part is not None
     layers, speed = run.part.end - run.part.begin, SPEEDS[run.device.name]
     if run.planned is None:
@@ -146,10 +140,10 @@ def split(
     fits: Callable[[Part], bool],
     seconds: Callable[[Part], float],
 ) -> list[Part]:
-    """Returns the parts whose slowest takes the least time for a batch, each within its memory.
+    """Returns the parts, each within its memory, that minimize the time of the slowest part.
 
-    More layers never take less time or memory. Raises InputError for more ranks than layers, NoRoom
-    if no cut fits.
+    Time and memory must not decrease with more layers. Raises InputError for more ranks than
+    layers, NoRoom if no division fits.
     """
     if ranks > layers:
         raise InputError(
@@ -160,12 +154,12 @@ def split(
 
     @cache
     def takes(part: Part) -> float:
-        """Returns the seconds of a part, infinite if it does not fit."""
+        """Returns the seconds of a part, or infinity if it does not fit."""
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Gives each rank as many layers as fit the limit; fewer parts than ranks if layers are
-        left over."""
+        """Assigns to each rank as many layers as it runs within `limit` seconds. Returns fewer
+        parts than ranks if layers are left over."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 

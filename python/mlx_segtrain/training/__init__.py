@@ -1,4 +1,4 @@
-"""Training: the loop, its optimizer step, checkpoints, evaluation and the probe."""
+"""The training loop, its optimizer step, checkpoints, evaluation and the probe."""
 
 from .evaluation import EvalResult, evaluate
 from .loop import train

@@ -1,11 +1,11 @@
 """Checkpoints: the complete state of a run between two steps, in folders written atomically.
 
-    state/step-00050/state.safetensors  factors and the optimizer's state; its metadata is
-                                        the rest, as JSON
+    state/step-00050/state.safetensors  factors and optimizer state; everything else is in its
+                                        metadata, as JSON
     state/step-00050/manifest.json      size and SHA-256 of that file
 
-The order of rows, dropout masks and the learning rate follow from the configuration and the step:
-there is no other random state.
+The order of rows, dropout masks and the learning rate follow from the configuration and the step,
+so there is no random state to save.
 """
 
 import json
@@ -30,10 +30,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read.
+    """A checkpoint in memory.
 
-    `record` is what the run was made of, `log_bytes` the size of metrics.jsonl at that time,
-    `apart` whether pairs ran as two sequences.
+    `record` is that of the run (record.py), `log_bytes` the size of metrics.jsonl at that time, and
+    `apart` says whether pairs ran as two sequences.
     """
 
     folder: Path
@@ -45,8 +45,8 @@ class Checkpoint:
     apart: bool
 
     def iterate(self, fresh: Iterate) -> Iterate:
-        """Returns the state of the run at this checkpoint. Raises InputError if its structure
-        differs from that of `fresh`, the state of a new run."""
+        """Returns the factors and the optimizer state. Raises InputError if their structure differs
+        from that of `fresh`, the state of a new run."""
 
         def stored(name: str, like: mx.array) -> mx.array:
             found = self.tensors.get(name)
@@ -65,8 +65,8 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run. Keeps only the newest `keep`, and removes
-    those of later steps, since the run may reach these steps in a different state.
+    """Writes a checkpoint below the folder of a run. Then removes all except the newest `keep`, and
+    checkpoints of later steps, since the run may reach these steps in a different state.
 
     Raises OSError if it cannot be written; nothing is lost then.
     """
@@ -94,7 +94,7 @@ def save(
 
 
 def found(run: Path) -> dict[int, Path]:
-    """Returns the folders of checkpoints by step, newest first; they may be damaged."""
+    """Returns the folders of all checkpoints by step, newest first; some may be damaged."""
     named = {
         int(match[1]): path
         for path in (run / STATE).glob("step-*")
@@ -104,8 +104,7 @@ def found(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Returns the newest undamaged checkpoint of a run, or None; calls `warn` for each damaged
-    one."""
+    """Returns the newest intact checkpoint of a run, or None. Calls `warn` for damaged ones."""
     for folder in found(run).values():
         fault = torn(folder)
         if fault is None:
@@ -115,7 +114,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
-    """Returns rank 0's checkpoint on every rank, so that the others need no access to its disk."""
+    """Returns the checkpoint of rank 0 on every rank: the others need no access to its disk."""
     (name, *_) = ranks.gather(own and own.folder.name)
     if ranks.size == 1 or name is None:
         return own
@@ -128,7 +127,7 @@ def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
 
 
 def torn(folder: Path) -> str | None:
-    """Returns why a checkpoint is not what was written; None if it is intact."""
+    """Returns how a checkpoint is damaged; None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         own = files[TENSORS]

@@ -1,21 +1,20 @@
-"""Detects when the wall clock disagrees with the time that has passed."""
+"""Detects jumps of the wall clock."""
 
 import time
 
-#: Seconds by which the two may drift apart between checks: clocks are adjusted in small steps.
+#: Seconds by which wall clock and elapsed time may drift apart: clocks are adjusted gradually.
 SLACK = 60
 
 
 class Clock:
-    """Remembers the offset between the wall clock and elapsed time. Sleep of the machine shows as a
-    jump."""
+    """Remembers the offset between the wall clock and elapsed time. When the machine sleeps, the
+    clock jumps."""
 
     def __init__(self) -> None:
         self.apart = time.time() - time.monotonic()
 
     def jumped(self) -> float:
-        """Returns the seconds by which the wall clock ran ahead since the last call; 0 if only
-        about none."""
+        """Returns the seconds by which the wall clock has jumped since the last call, or 0."""
         before, self.apart = self.apart, time.time() - time.monotonic()
         moved = self.apart - before
         return moved if abs(moved) > SLACK else 0.0

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Standard errors that chance does not explain, given that the test is repeated at every step.
+#: Chance does not explain this many standard errors, even if the test is repeated at every step.
 ERRORS = 5
 
 
 def collapsed(steps: Sequence[float], window: int) -> str | None:
-    """Returns how the rewards collapsed, as part of a sentence; None if they did not. `steps` are
-    the mean rewards of all steps.
+    """Returns part of a sentence about a collapse of the rewards, or None. `steps` are the mean
+    rewards of all steps.
 
-    They collapsed if the mean of the last `window` steps (0: never) has lost more than half of what
-    the best such mean had gained over the first, and more than chance explains.
+    Rewards have collapsed if the mean of the last `window` steps (0: no check) has lost more than
+    half of the gain of the best such mean over the first, and more than chance explains.
     """
     if not window or len(steps) <= window:
         return None
@@ -32,7 +32,7 @@ def collapsed(steps: Sequence[float], window: int) -> str | None:
 
 
 def _variance(*parts: np.ndarray) -> float:
-    """Returns the variance of a step's mean reward, including the choice of prompts: half the mean
-    square of the differences between consecutive steps, which a trend changes little."""
+    """Returns the variance of a step's mean reward, including that of the prompts: half the mean
+    squared difference between consecutive steps, on which a trend has little influence."""
     moves = np.concatenate([np.diff(own) for own in parts])
     return float(np.square(moves).mean()) / 2 if moves.size else 0.0

@@ -11,19 +11,19 @@ from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
-#: The length in bytes of the longest line that is read back.
+#: The maximum length in bytes of a line that is read back.
 MOST_LINE = 16 << 20
 
 
 class CompletionLog:
-    """The file of a run; a failed write gives one warning."""
+    """The file of a run. Only the first write that fails causes a warning."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Keeps lines up to this step, or removes the file if a run is new. Raises InputError for a
-        file that no run has written, and OSError."""
+        """Removes lines after this step, or the whole file for step 0. Raises InputError if no run
+        has written the file, and OSError."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -45,8 +45,7 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes all of the lines or none: `begin` would mistake part of a step for the end of the
-        file and remove the lines after it."""
+        """Writes all lines or none: at a partial line, `begin` would end the file."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
@@ -67,8 +66,8 @@ class CompletionLog:
 
 def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[str, Any]]]:
     """Returns the last step in a file, and up to `most` lines of a step, by default of the last
-    one; (0, []) if there is no complete line. Steps only rise, so little of a long file is read.
-    Raises OSError."""
+    one; (0, []) if there is no complete line. Uses binary search, since steps are in ascending
+    order. Raises OSError."""
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
         last = 0
@@ -82,7 +81,7 @@ def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[s
         wanted = last if step is None else step
         found: list[dict[str, Any]] = []
         low, high = 0, end
-        while high - low > 1 << 16:  # the step begins after low, and not after high
+        while high - low > 1 << 16:  # the step begins between low and high
             middle = (low + high) // 2
             first = next(_lines(file, middle), None)
             if first is None or first["step"] >= wanted:
@@ -98,7 +97,7 @@ def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[s
 
 
 def _lines(file: IO[bytes], start: int) -> Iterator[dict[str, Any]]:
-    """Yields the complete lines that start at this place or after it."""
+    """Yields the complete lines that start at or after byte `start`."""
     file.seek(max(0, start - 1))
     if start:
         while (part := file.readline(MOST_LINE)) and not part.endswith(b"\n"):

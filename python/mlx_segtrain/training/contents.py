@@ -1,5 +1,4 @@
-"""Checks that what a run would remove from its folder was written by a run, by the contents of
-folders and not by their names."""
+"""Checks that a run removes from its folder only files that a run has written."""
 
 import re
 from pathlib import Path
@@ -9,10 +8,10 @@ from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-#: Folders of a run that a run replacing it removes.
+#: Folders of an earlier run that a new run in the same folder removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
-#: What a run writes below them; `evaluated_name` gives the names of the folders below checkpoints/.
+#: The paths that a run writes there; `evaluated_name` returns the names of folders in checkpoints/.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
     rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"
@@ -21,13 +20,12 @@ OWN = re.compile(
 
 
 def evaluated_name(step: int, loss: float | None) -> str:
-    """Returns the name of the folder in which the adapter of an evaluation is kept."""
+    """Returns the name of the folder for the adapter of an evaluation."""
     return f"step-{step:05d}" + ("" if loss is None else f"-val{loss:.4f}")
 
 
 def check_own(run: Path) -> None:
-    """Raises InputError if a folder that would be removed holds something that no run has
-    written."""
+    """Raises InputError if a folder to remove contains something that no run has written."""
     waiting = [run / name for name in REMOVED]
     for place in waiting:
         if place.is_symlink() or (place.exists() and not place.is_dir()):

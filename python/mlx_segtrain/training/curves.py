@@ -18,14 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-
-
 #: Step and loss of every training report (`train`) and every evaluation (`val`).
 Points = dict[str, list[tuple[int, float]]]
 
 
 def metrics(log: Path) -> list[events.Event]:
-    """Returns the metrics in a metrics.jsonl; empty if no step was finished."""
+    """Returns the metrics in a metrics.jsonl; [] if it does not exist."""
     if not log.exists():
         return []
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
@@ -57,8 +55,7 @@ def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
 
 
 def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
-    """Draws loss.png and loss.svg beside a metrics.jsonl. Raises OSError if they cannot be
-    written."""
+    """Draws loss.png and loss.svg in the folder of a metrics.jsonl. Raises OSError."""
     figure = figure_of(points(metrics(log)), title, unit)
     files = [log.with_name(f"loss.{form}") for form in FORMATS]
     for file in files:
@@ -68,7 +65,7 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
-    """Draws the curves of a finished run; a failure only gives a warning."""
+    """Draws the curves of a finished run; only warns if that fails."""
     heading = title(config.model_dir)
     heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:

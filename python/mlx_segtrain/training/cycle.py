@@ -1,8 +1,8 @@
-"""A step of grpo: generates completions with the current adapter, scores them, and updates on them.
+"""A step of grpo: generates completions with the current adapter, scores them, and trains on them.
 
-The base model is not moved: its linear layers get the adapter for the completions, and the chain of
-the updates uses the same weights. All random numbers follow from the seed of the run, the step, the
-prompt and the number of the completion.
+Generation and updates share the weights of the base model: for generation the adapter is attached
+to its linear layers. All random numbers follow from the seed of the run, the step, the prompt and
+the number of the completion.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def rewards_of(
     functions: Sequence[Function] = (),
     environment: Callable[[], Any] | None = None,
 ) -> Rewards | None:
-    """Returns the rewards of a run whose rows are prompts; None for other methods. Raises
-    InputError."""
+    """Returns the rewards of a run; None if its rows are not prompts. Raises InputError."""
     if ROWS[config.method] == "prompt":
         return Rewards.of(config, functions, environment)
     if functions:
@@ -50,8 +49,8 @@ def rewards_of(
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of each prompt and their scores, in the same order; and the conversations,
-    where there is an environment."""
+    """The completions of each prompt, and in the same order their scores and, if there is an
+    environment, their conversations."""
 
     rows: list[Row]
     completions: list[list[Completion]]
@@ -64,17 +63,17 @@ class Rollouts:
 
     @property
     def rewards(self) -> np.ndarray:
-        """The rewards [P, G]."""
+        """The rewards, float64 [prompts, completions of each]."""
         return np.array(self.scores.total).reshape(len(self.rows), -1)
 
     @property
     def truncated(self) -> float:
-        """The part of completions that did not end by themselves."""
+        """The fraction of completions that reached the maximum length."""
         return float(np.mean([own.finish != "stop" for own in self.flat]))
 
     def means(self) -> dict[str, float]:
         """Returns the mean reward, the mean of each reward, and the mean length; for conversations
-        also the mean number of turns, and the part of tool calls that failed."""
+        also the mean number of turns, and the fraction of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.scores.by_name) > 1:
             found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
@@ -95,8 +94,7 @@ def roll_out(
     rows: list[Row],
     options: list[list[Options]],
 ) -> Rollouts:
-    """Generates completions of prompts with a base model and an adapter, and scores them. Raises
-    RunError."""
+    """Generates completions with a base model and an adapter, and scores them. Raises RunError."""
     assert isinstance(config.rollout_batch, int)
     talks: list[list[Talk]] = []
     for row, own in zip(rows, options, strict=True):
@@ -109,7 +107,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU, for the head over many rows, our op takes a fourth of the time of MLX's own.
+    # On a CPU our op takes a quarter of the time of MLX's for the head of many rows.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -121,8 +119,8 @@ def roll_out(
 
 
 def _within(options: Options, talk: Talk, row: Row) -> Options:
-    """Returns the options with the number of tokens that are left for a completion after `reset`
-    has added to its prompt."""
+    """Subtracts the tokens that `reset` has added to the prompt from max_tokens. Raises RunError if
+    none are left."""
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
@@ -133,14 +131,14 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
-    """Returns how a completion is sampled."""
+    """Returns the sampling options of a completion."""
     how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
     return Options(max_tokens=config.max_completion_tokens, **how)
 
 
 @dataclass
 class Cycle(Stepper):
-    """Takes steps whose data is generated within them; a batch provides the prompts."""
+    """Takes steps on generated data; batches provide the prompts."""
 
     rewards: Rewards = field(kw_only=True)
 
@@ -155,7 +153,7 @@ class Cycle(Stepper):
         return self._made
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Does nothing: the kernels that a step needs are unknown until it has completions."""
+        """Does nothing: which kernels a step needs depends on its completions."""
 
     def __call__(
         self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
@@ -178,7 +176,7 @@ class Cycle(Stepper):
         try:
             batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
             start, new, outcome = at, at, None
-            for _ in range(config.updates_per_step):  # all at this step's learning rate
+            for _ in range(config.updates_per_step):  # all with this step's learning rate
                 new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
         finally:
             self.setup = prompts
@@ -188,8 +186,7 @@ class Cycle(Stepper):
         return new, replace(outcome, metrics=metrics)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns minus the mean reward of one greedy completion per prompt, as a loss, and the
-        rewards."""
+        """Returns minus the mean reward of one greedy completion per prompt, and the means."""
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
@@ -202,9 +199,8 @@ class Cycle(Stepper):
     def _roll_out(
         self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
     ) -> Rollouts:
-        """Generates with these factors of the adapter. Raises NoMemory. MLX may use the whole
-        budget, not only what the plan of the updates takes; the caches of the completions are freed
-        at the end."""
+        """Generates with these factors of the adapter, within the whole memory budget and not only
+        the peak of the updates' plan. Raises NoMemory."""
         setup, plan = self.setup, self.setup.plan
         policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
         adapter = with_params(setup.chain, setup.scales, params)
@@ -220,10 +216,10 @@ class Cycle(Stepper):
             if before is not None:
                 mx.set_memory_limit(before)
             mx.clear_cache()
-            # The memory of the updates is measured separately, because their plan is judged by it.
+            # The peak of the updates is measured separately, to compare it with their plan.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Outside of the handler, because the exception's frames hold arrays.
+        # Raised outside of the handler, because the exception's frames hold arrays.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "
@@ -232,13 +228,13 @@ class Cycle(Stepper):
         )
 
     def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
-        """Returns the completions that the loss depends on, as rows."""
+        """Returns the rows of the completions on which the loss depends."""
         config, flat = self.setup.config, found.flat
         kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
         lengths = np.array([own.length for own in flat])
         weights = self.objective.weights(lengths, kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
-        if not counted.any():  # the optimizer still needs one row, for a zero gradient
+        if not counted.any():  # the step needs at least one row, for a gradient of zero
             shortest = int(np.argmin([len(own.tokens) for own in flat]))
             weights[shortest], counted[shortest] = NOTHING, True
         rows = []
@@ -247,7 +243,7 @@ class Cycle(Stepper):
             before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
-                """0 where a token was not drawn: it is context."""
+                """Returns values that are 0 for tokens of context."""
                 return np.concatenate([before, np.where(own.drawn, values, 0).astype(np.float32)])
 
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
@@ -257,7 +253,7 @@ class Cycle(Stepper):
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Returns the batches: packed into passes of max_seq_length tokens, or padded."""
+        """Returns the rows in packed batches of max_seq_length tokens, or in padded batches."""
         most = self.setup.config.max_seq_length
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
@@ -266,7 +262,8 @@ class Cycle(Stepper):
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
-        """Adds the log-probabilities that the loss compares with, if it does."""
+        """Adds the log-probabilities under the old policy and the reference, if the loss needs
+        them."""
         setup, config = self.setup, self.setup.config
         wanted: list[tuple[str, Any, Any]] = []
         if config.updates_per_step > 1:

@@ -1,4 +1,4 @@
-"""Finds why a step must not be taken: which row, and where numbers first became non-finite."""
+"""Finds the row and the tensor in which numbers first become non-finite."""
 
 import math
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from .state import Iterate
 class Fault:
     """The report of a step that was not taken: `step` counts from 1, rows are "file:line".
 
-    `tensor` is the first that is not finite: a factor of the adapter, the output of a layer, or the
-    gradient of a factor. `losses` are those before a spike.
+    `tensor` is the first non-finite one: a factor of the adapter, the output of a layer, or the
+    gradient of a factor. `losses` are those of the steps before a spike.
     """
 
     kind: str  #: nonfinite or spike
@@ -33,14 +33,14 @@ class Fault:
 
     @property
     def place(self) -> str:
-        """The rows and the tensor in words."""
+        """The rows and the tensor, as part of a sentence."""
         more = f" and {len(self.rows) - 3} more" if len(self.rows) > 3 else ""
         where = f" (first in {self.tensor})" if self.tensor else ""
         return f"on {', '.join(self.rows[:3])}{more}{where}"
 
 
 def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
-    """Returns the rows of these batches by index, as "file:line"."""
+    """Returns the names of these batches' rows ("file:line") by index."""
     indices = sorted({int(i) for batch in accumulated for i in batch.rows})
     return {i: setup.train.rows[i].source for i in indices}
 
@@ -48,10 +48,10 @@ def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
 def first_nonfinite(
     setup: Setup, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
 ) -> tuple[list[str], str | None]:
-    """Returns the row, and the tensor, where numbers first become non-finite.
+    """Returns the row and the tensor in which numbers first become non-finite.
 
-    Runs each row alone, forward only, until one is non-finite. Returns all rows if none is, or if
-    there is no memory to check.
+    Runs the rows one by one, forward only. Returns all rows if none of them has non-finite numbers,
+    or if there is not enough memory.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names
     if bad := names(~mx.isfinite(at.vector)):
@@ -68,8 +68,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """Combines what several ranks found in their shares of a step: the row and tensor that one of
-    them found in a forward pass, or all rows if none did."""
+    """Combines the results of several ranks: the row and tensor that one of them found in a forward
+    pass, or else all rows."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor
@@ -77,8 +77,7 @@ def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], 
 
 
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
-    """Returns the name of the first non-finite output of a layer or the head; None if there is
-    none."""
+    """Returns the name of the first non-finite output of a stage, the loss, or None."""
     found: list[str] = []
 
     def watched(stage: Stage) -> Stage:

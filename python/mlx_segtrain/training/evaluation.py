@@ -1,4 +1,4 @@
-"""Evaluation: the mean loss per token, pair or row over a whole data set."""
+"""Computes the mean loss per token, pair or row over a whole data set."""
 
 import time
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from ..adapters import read_adapter
 from ..config import ROWS, TrainConfig
 from ..data import Dataset, Options, eval_batches, load_split
 from ..data.dataset import Split
+from ..data.template import Tokenizer
 from ..errors import InputError
 from ..lora import Adapter
 from ..models import Chain, adapting, load_tokenizer
@@ -20,7 +21,7 @@ from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
-#: Seconds between two events that say how far an evaluation is.
+#: Seconds between two progress events.
 TELL_S = 0.5
 
 
@@ -52,8 +53,8 @@ def measure(
     value: Value = value,
     tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Computes the loss and metrics of an objective over all rows, forward only; each rank runs its
-    share. `tell` receives the progress from time to time."""
+    """Returns the loss and metrics of an objective over all rows, forward only. Each rank runs its
+    share. `tell` receives the progress."""
     every = list(eval_batches(dataset, batch_size))
     batches, total = ranks.share(every), objective.total(every)
     own = baseline_of(objective, chain, scales, params, batches, total, value)
@@ -71,6 +72,23 @@ def measure(
     return sums[0], named(objective, sums[1:])
 
 
+def load_rows(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    options: Options,
+    split: Split,
+    on_event: events.OnEvent | None,
+) -> Dataset:
+    """Reads a split of the configured data. Raises InputError if it has no rows."""
+    found = load_split(config.data_dir, tokenizer, options, split, config.model_dir, on_event)
+    if found is None:
+        raise InputError(
+            f"data_dir {config.data_dir} has no validation rows: evaluate on the training rows "
+            "with --split train, add a file valid.jsonl, or set val_split."
+        )
+    return found
+
+
 def evaluate(
     config: TrainConfig,
     adapter_path: Path | None = None,
@@ -78,11 +96,10 @@ def evaluate(
     split: Split = "valid",
     on_event: events.OnEvent | None = None,
 ) -> EvalResult:
-    """Computes the loss of a model, with or without an adapter, on a split of the configuration's
-    data.
+    """Computes the loss of a model, with or without an adapter, on a split of the configured data.
 
-    `on_event` receives the progress of downloads and of the evaluation. Raises InputError for what
-    cannot be read or does not fit.
+    `on_event` receives the progress of downloads and of the evaluation. Raises InputError if model,
+    adapter or data cannot be read or do not belong together.
     """
     if ROWS[config.method] == "prompt":
         raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")
@@ -91,13 +108,8 @@ def evaluate(
     if adapter_path:
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
-        how = (load_tokenizer(config.model_dir), Options.of(config), split, config.model_dir)
-        dataset = load_split(config.data_dir, *how, on_event)
-        if dataset is None:
-            raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: evaluate on the training rows "
-                "with --split train, add a file valid.jsonl, or set val_split."
-            )
+        tokenizer = load_tokenizer(config.model_dir)
+        dataset = load_rows(config, tokenizer, Options.of(config), split, on_event)
         _, chain = load_chain(config, dataset)
         adapter = read_adapter(adapter_path, chain) if adapter_path else Adapter({}, {})
         objective = objective_of(config)

@@ -1,4 +1,4 @@
-"""Divides factors between ranks for a step, by their layers, and joins them for a file."""
+"""Divides factors between the ranks of a pipeline by layers, and joins them for a file."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -15,13 +15,13 @@ from .optimizer import Optimizer
 from .ranks import Ranks
 from .state import Iterate
 
-#: Begins the path of what an optimizer remembers of a vector of factors; others have a name.
+#: The first part of the path of an optimizer's moments for a vector of factors.
 VECTOR = "factors"
 
 
 @dataclass(frozen=True)
 class Holding:
-    """The factors of a rank: `own`, a part of `whole`."""
+    """The layout of a rank's factors, `own`, which is a part of `whole`."""
 
     config: TrainConfig
     whole: Layout
@@ -29,19 +29,19 @@ class Holding:
     ranks: Ranks
 
     def apart(self, at: Iterate) -> Iterate:
-        """Returns this rank's part of all factors and of the optimizer's state."""
+        """Returns this rank's part of the factors and the optimizer state."""
         if self.own == self.whole:
             return at
         pieces = {name: x for own in self._sets(at, self.whole) for name, x in own.items()}
         return self._joined(pieces, self.own, at.step)
 
     def together(self, at: Iterate, moments: bool = True) -> Iterate:
-        """Returns all of them on rank 0, which alone writes, and a part on the others; without
-        `moments` the factors alone.
+        """Returns the factors and the optimizer state of all ranks on rank 0, which writes files,
+        and only a part on the others; without `moments` only factors.
 
-        They are gathered in main memory, a set at a time: the device has only the result.
+        They are gathered in main memory, one set at a time; only the result is on the device.
         """
-        if not self.ranks.pipeline:  # one rank that has all of them must send them, too
+        if not self.ranks.pipeline:  # not if own == whole: such a rank may have to send all
             return at
         if not moments:
             at = replace(at, moments=[])
@@ -56,12 +56,13 @@ class Holding:
         return self._joined(found, self.whole, at.step, moments) if self.ranks.first else at
 
     def fresh(self, layout: Layout | None = None) -> Iterate:
-        """Returns an iterate of a layout (by default of all factors) whose numbers are 0."""
+        """Returns an iterate of zeros for a layout, by default that of all factors."""
         layout = layout or self.whole
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _sets(self, at: Iterate, layout: Layout) -> Iterator[dict[str, mx.array]]:
-        """Yields the parts of an iterate by a name of their own, in as many sets on each rank."""
+        """Yields the arrays of an iterate by unique names, in the same number of sets on all
+        ranks."""
         yield dict(_cut(VECTOR, at.vector, layout))
         parts = layout.parts(len(at.moments)) if at.moments else []
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

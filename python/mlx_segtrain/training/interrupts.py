@@ -1,7 +1,6 @@
-"""Signals that end a run: handled at once while it computes, held back while it writes.
+"""Handles signals that end a run: at once while it computes, later while it writes.
 
-With several ranks, which must end after the same step, signals are held back until all ranks know
-of them.
+With several ranks, which must end after the same step, signals wait until all ranks know of them.
 """
 
 import signal
@@ -14,8 +13,8 @@ from typing import Any
 
 from .ranks import ALONE, Ranks
 
-#: Ctrl-C, the system's request to end, and the closing of the terminal; and their default handlers,
-#: which apply unless somebody has set others (as nohup does).
+#: The signals (Ctrl-C, a request to terminate, and a closed terminal) and their default handlers;
+#: other handlers, such as those of nohup, are not replaced.
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -26,11 +25,10 @@ PATIENCE = 2.0
 
 
 class Interrupts:
-    """While it is active, a signal raises KeyboardInterrupt inside the current or the next
-    `allowed`.
+    """Makes signals raise KeyboardInterrupt in the current or the next `allowed` block.
 
-    A second signal, PATIENCE seconds later or after that, kills the process, which costs no more
-    than a power cut. Only the main thread receives signals; in other threads this does nothing.
+    A second signal, at least PATIENCE seconds later, kills the process, which costs no more than a
+    power cut. Does nothing outside of the main thread, which alone receives signals.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:

@@ -16,13 +16,12 @@ from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
 
-#: (model with adapter, tokenizer) → a number, or several by name.
+#: Maps the model with the adapter, and the tokenizer, to a number or several numbers by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
 def numbers(found: Any) -> dict[str, float]:
-    """Returns a score as numbers by name. Raises ValueError if it is something else or not
-    finite."""
+    """Returns a score as finite numbers by name. Raises ValueError if it is something else."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
         if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
@@ -31,11 +30,8 @@ def numbers(found: Any) -> dict[str, float]:
 
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
-    """Returns the scores that `eval_command` prints for the adapter, or a sentence that says why
-    there are none.
-
-    A command that fails does not end the run. Raises InputError if it cannot be started at all.
-    """
+    """Returns the scores that `eval_command` prints for the adapter, or why there are none: a
+    command that fails does not end the run. Raises InputError if it cannot be started."""
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
         try:

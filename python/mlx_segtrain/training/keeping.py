@@ -1,4 +1,4 @@
-"""What a run writes to its folder besides the log: checkpoints, adapters, reports."""
+"""Writes the files of a run besides its log: checkpoints, adapters and reports."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +22,9 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. A failed write is only a warning where the run can do without the file.
+    """The folder of a run. If the run can do without a file, a failed write is only a warning.
 
-    `unwritten` is the best adapter with the data of its card, until it can be written.
+    `unwritten` is the best adapter and the data of its card, until it is written.
     """
 
     setup: Setup
@@ -41,11 +41,11 @@ class Keeper:
         self.completions = CompletionLog(self.path, self.warn)
 
     def open(self, state: State, start: Start, same: bool) -> None:
-        """Restores the folder to its state at the checkpoint; or removes what an overwritten run
-        has left, except its adapter, which stays until there is another.
+        """Restores the folder to its state at the checkpoint. Without one, removes the files of an
+        earlier run, except its adapter, which stays until it is replaced.
 
-        `same`: the run continues exactly as it would have, so adapters of later steps stay. Raises
-        InputError if nothing can be written, or if another run has used the folder meanwhile.
+        If the resumed run is the `same`, it reaches the same adapters, so those of later steps
+        stay. Raises InputError if the folder cannot be written, or if another run has used it.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
@@ -62,7 +62,7 @@ class Keeper:
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()
             elif not same:
-                # State has this rank's factors alone, and the checkpoint those of all.
+                # The state has only this rank's factors, the checkpoint those of all ranks.
                 whole = replace(state.at, vector=resumed.tensors["factors"])
                 self._forget(replace(state, at=whole))
             (path / "metrics.json").unlink(missing_ok=True)
@@ -78,11 +78,8 @@ class Keeper:
         self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
     def _forget(self, state: State) -> None:
-        """Removes adapters of later steps, because the run may now reach these steps in a different
-        state.
-
-        If this step's adapter was the best before them, it becomes the best again.
-        """
+        """Removes adapters of later steps, because the run may reach these steps in a different
+        state. If the adapter of this step was the best before, it becomes the best again."""
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > state.step:
                 remove_folder(folder)
@@ -98,7 +95,7 @@ class Keeper:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Returns the adapter's ranks by path."""
+        """The LoRA rank of each adapted layer, by path."""
         found = self.setup.layout.entries
         return {
             name.removesuffix(".lora_a"): shape[1]
@@ -107,7 +104,7 @@ class Keeper:
         }
 
     def _about(self, state: State) -> About:
-        """Returns what the model card says of the current adapter."""
+        """Returns the data of the current adapter's model card."""
         setup, progress = self.setup, state.progress
         facts = {"data": self.made_of.data, "trained on": setup.train.summary}
         if setup.remarks:
@@ -121,13 +118,13 @@ class Keeper:
         return About.of(setup.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
-        """Writes the state. Then raises RunError if the model's files have changed."""
+        """Writes the state; then raises RunError if the model's files have changed."""
         self._write_best()
         if self._attempt(self.path, lambda: self._write(state)):
             self.made_of.check_model(state.step)
 
     def last(self, state: State) -> None:
-        """Saves the last finished step for good. Raises RunError if it cannot be written."""
+        """Writes the final state of the run. Raises RunError if it cannot be written."""
         self._write_best()
         try:
             self.log.ensure()
@@ -156,7 +153,7 @@ class Keeper:
             self.made_of.write()
 
     def best(self, state: State) -> None:
-        """Saves the adapter as the best one; a failed write is retried later."""
+        """Saves the adapter as the best one. A failed write is retried later."""
         self.unwritten = self.adapter(state), self._about(state)
         self._write_best()
 
@@ -168,7 +165,7 @@ class Keeper:
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
-        """Saves the adapter of an evaluation, completely or not at all."""
+        """Saves the adapter of an evaluation atomically."""
         folder = self.path / "checkpoints" / name
 
         def write() -> None:
@@ -208,16 +205,11 @@ class Keeper:
         return True
 
 
-def _nothing(*_: Any) -> None:
-    pass
-
-
-NOTHING: Any = _nothing
+NOTHING: Any = lambda *_: None  # noqa: E731 - as one name, it replaces methods of any type
 
 
 class Bystander(Keeper):
-    """The Keeper of a rank that writes nothing: the folder belongs to rank 0, which may be on
-    another machine."""
+    """The Keeper of a rank that writes nothing: only rank 0, perhaps on another machine, does."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)

@@ -1,5 +1,4 @@
-"""An adapter's factors as one vector, so that an optimizer step takes a few kernels and not a few
-per factor."""
+"""Stores an adapter's factors in one vector, so that an optimizer step takes only a few kernels."""
 
 import math
 from collections.abc import Container
@@ -13,7 +12,7 @@ from ..schedule import Grads, Params
 
 @dataclass(frozen=True)
 class Layout:
-    """The position of each factor in the vector: stage, name, shape; first every A, then every
+    """The stage, name and shape of each factor, in the order of the vector: every A, then every
     B."""
 
     entries: tuple[tuple[str, str, tuple[int, ...]], ...]
@@ -29,7 +28,7 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """Numbers in the vector."""
+        """The length of the vector."""
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def parts(self, count: int) -> list["Layout"]:
@@ -45,14 +44,9 @@ class Layout:
         """Returns the factors of these stages."""
         return Layout(tuple(own for own in self.entries if own[0] in owners))
 
-    @property
-    def first_b(self) -> int:
-        """The position of the first B."""
-        return sum(math.prod(s) for _, name, s in self.entries if not name.endswith("lora_b"))
-
     def join(self, params: Params) -> mx.array:
         """Returns the factors, or their gradients, as a float32 vector."""
-        if not self.entries:  # of a rank in whose layers nothing learns
+        if not self.entries:  # a rank of a pipeline without adapted layers
             return mx.zeros((0,))
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
@@ -67,7 +61,7 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Returns the names of the factors that have a marked element."""
+        """Returns the names of the factors with a marked element."""
         return [
             name
             for own in self.split(marked).values()

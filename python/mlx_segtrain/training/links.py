@@ -1,7 +1,7 @@
-"""Connections between the ranks of a run, besides MLX's own, which report lost ranks (watch.py).
+"""Connections between ranks, besides those of MLX, to find out which rank is lost (watch.py).
 
-Each rank listens on one address until all others have connected, and never again. A connection is
-accepted only with the secret that the ranks exchange through MLX.
+Each rank listens on one address, only until all others have connected. A connection is accepted
+only with the secret that the ranks exchange through MLX.
 """
 
 import hmac
@@ -18,7 +18,7 @@ from typing import Any
 from . import watch
 from .watch import Lost, Watch
 
-#: Seconds in which all ranks must connect, and the maximum bytes of a message.
+#: Seconds in which all ranks must connect, and the maximum size of a message in bytes.
 TO_CONNECT, MOST = 60.0, 1 << 16
 #: Seconds in which a peer that connects must identify itself.
 TO_GREET = 5.0
@@ -27,10 +27,10 @@ LOOK = 0.1
 
 
 class Links:
-    """A thread that runs a Watch, from the moment when all ranks are connected.
+    """A thread that runs a Watch once all ranks are connected.
 
-    `gather` sends what each rank says to all, and returns it by rank; the thread calls `on_lost`
-    once. Raises OSError if not all ranks can be reached.
+    `gather` sends a value to all ranks and returns the values by rank. The thread calls `on_lost`
+    when the ranks have agreed on a lost one. Raises OSError if a rank cannot be reached.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Links:
         return made
 
     def _accept(self, server: socket.socket, missing: set[int]) -> None:
-        """Accepts peers that know the secret and hangs up on others."""
+        """Accepts peers that know the secret, and closes other connections."""
         deadline = time.monotonic() + TO_CONNECT
         while missing:
             server.settimeout(max(0.1, deadline - time.monotonic()))
@@ -110,7 +110,7 @@ class Links:
                     self.on_lost()
 
     def _read(self, r: int) -> bool:
-        """Reads what has arrived; returns False at the end of the connection."""
+        """Handles the messages that have arrived. Returns False at the end of the connection."""
         try:
             found = self._sockets[r].recv(MOST)
         except BlockingIOError:
@@ -124,7 +124,7 @@ class Links:
         return bool(found) and len(rest) <= MOST
 
     def _flush(self) -> None:
-        """Sends the watch's messages; those for a rank that does not read wait here."""
+        """Sends the messages of the watch; those to a rank that does not read stay buffered."""
         for to, message in self.watch.out:
             line = json.dumps(message).encode() + b"\n"
             for r in to:
@@ -147,12 +147,12 @@ class Links:
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Returns the ranks that others wait for, which themselves wait for nobody."""
+        """Returns the ranks that are not waiting: the others wait for them."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property
     def suspects(self) -> bool:
-        """Whether a rank is lost, even if the ranks have not yet agreed on which one to name."""
+        """Whether a rank is lost, even if the ranks have not agreed yet on which one."""
         return bool(self.watch.lost)
 
     @property
@@ -160,15 +160,14 @@ class Links:
         return self.watch.decided
 
     def fail(self, why: str) -> None:
-        """Tells all others that this rank cannot continue, unless they know which rank is lost."""
+        """Reports to all ranks that this one cannot continue, unless another one is lost."""
         with self._lock:
             if self.watch.decided is None:
                 self.watch.fail(why, time.monotonic())
                 self._flush()
 
     def close(self) -> None:
-        """Leaves. A rank that failed, or found a lost one, stays until all others have been
-        told."""
+        """Closes the connections. If a rank is lost, first waits until all ranks know it."""
         deadline = time.monotonic() + 2 * self.watch.settle
         while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
             time.sleep(LOOK)

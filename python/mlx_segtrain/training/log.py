@@ -1,4 +1,4 @@
-"""metrics.jsonl: every event of a run on one line. Its lock shows which run uses the folder."""
+"""metrics.jsonl: every event of a run on one line. A run locks it while it uses the folder."""
 
 import json
 import os
@@ -17,7 +17,7 @@ NAME = "metrics.jsonl"
 def check_free(folder: Path) -> None:
     """Raises InputError if a running run uses this folder, or if that cannot be determined."""
     try:
-        # Opened for writing, because some network file systems lock nothing else.
+        # Opened for writing, because some network file systems lock only such files.
         with open(folder / NAME, "r+b") as file:
             _claim(file, folder)
     except FileNotFoundError:
@@ -55,9 +55,9 @@ class NoLog:
 
 
 class RunLog:
-    """The log of a run: open, with the folder locked, from the first line to the end of the run.
+    """The log of a run, which stays open and locked until the end of the run.
 
-    What cannot be written waits in memory for the next event, and `warn` is called once.
+    Lines that cannot be written stay in memory until the next event; `warn` is called once.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
@@ -71,7 +71,7 @@ class RunLog:
             raise InputError(_cannot(folder, error)) from None
 
     def _open(self, flags: int = 0) -> Any:
-        # Not O_APPEND, which some network file systems do not implement reliably.
+        # Without O_APPEND, which some network file systems do not implement reliably.
         number = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | flags, 0o644)
         file = os.fdopen(number, "r+b", 0)
         try:
@@ -82,7 +82,7 @@ class RunLog:
         return file
 
     def begin(self, keep: int) -> None:
-        """Cuts the file after the last whole line of its first `keep` bytes."""
+        """Truncates the file after the last complete line of its first `keep` bytes."""
         head = self.file.read(keep)
         self.file.truncate(head.rfind(b"\n") + 1)
         self.file.seek(0, os.SEEK_END)
@@ -105,8 +105,7 @@ class RunLog:
             self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}); its lines wait")
 
     def sync(self) -> int:
-        """Waits until all lines are on disk; returns their bytes, including lines that are still
-        waiting."""
+        """Waits until the lines are on disk. Returns their size in bytes, with lines that wait."""
         self._flush()
         try:
             sync_open(self.file.fileno())
@@ -115,10 +114,10 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """Checks that the folder exists and belongs to this run, before something is written to it.
+        """Checks, before a write, that the folder exists and belongs to this run.
 
-        If it was deleted, it is recreated with the whole log. Raises OSError if that fails,
-        RunError if somebody else now has a folder of this name.
+        If it was deleted, recreates it with the whole log. Raises OSError if that fails, and
+        RunError if another run uses a folder of this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)

@@ -68,19 +68,19 @@ def train(
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
-    `train_data` are the rows if they do not come from `config.data_dir`: a list or an iterator of
-    dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` are the
-    validation rows. `on_event` receives the run's events (mlx_segtrain.events) as they happen;
-    metrics.jsonl gets the same. `score(model, tokenizer)` is called at every evaluation with
-    mlx-lm's model, the adapter attached, and returns a number or a dict of numbers. `rewards` are
-    functions that score completions of method grpo (docs/grpo.md), in addition to those of the
-    configuration, and `environment` is the class that the configuration names, given by Python.
-    `on_step` receives the training metrics of every step and `on_eval` those of every evaluation;
-    one that returns True ends the run after saving (`stopped_early`). `model` is the model loaded
-    from `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP
-    end the run after saving the last finished step (`interrupted`). Raises InputError, before
-    anything is written, for input that cannot be used, and RunError if the run cannot continue,
-    after saving the last good step.
+    `train_data` has the rows if they do not come from `config.data_dir`: a list or an iterator of
+    dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` has the
+    validation rows. `on_event` receives the run's events (mlx_segtrain.events) as they happen; they
+    are also written to metrics.jsonl. `score(model, tokenizer)` is called at every evaluation with
+    mlx-lm's model, which has the adapter attached, and returns a number or a dict of numbers.
+    `rewards` are functions that score completions of method grpo (docs/grpo.md), in addition to
+    the configured ones; `environment` is a class that replaces the configured one. `on_step`
+    receives the training metrics of every step and `on_eval` those of every evaluation; if one of
+    them returns True, the run ends after saving (`stopped_early`). `model` is the model loaded from
+    `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP end the
+    run after saving the last finished step (`interrupted`). Raises InputError, before anything is
+    written, for input that cannot be used, and RunError if the run cannot continue, after saving
+    the last good step.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -153,11 +153,12 @@ def _train(
     state = State(at, progress, Memory(progress.peak))
     first = state.step * config.grad_accumulation_steps
     source = batches(setup.train, config.batch_size, config.seed, first)
-    with setup.plan.limits(), closing(_log(config, warn, ranks)) as log:
+    log: Any = RunLog(config.adapter_path, warn) if ranks.first else NoLog()
+    with closing(log), setup.plan.limits():
         keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
-        # Otherwise the initial values would stay in memory until the end of the run.
+        # Frees the initial values, which are not needed any more.
         del at, vector, inputs, resumed, start
         tracking = tracked(trackers, made_of.values["id"], warn)
         with tracking as track, Interrupts(ranks) as interrupts:
@@ -191,7 +192,7 @@ class Calls:
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """Passes on only warnings, for ranks other than the first: rank 0 reports everything else."""
+    """Returns a callback for ranks other than 0 that passes on only warnings."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -200,17 +201,10 @@ def warnings_only(tell: events.OnEvent) -> events.OnEvent:
     return some
 
 
-def _log(config: TrainConfig, warn: Callable[[str], None], ranks: Ranks) -> Any:
-    return RunLog(config.adapter_path, warn) if ranks.first else NoLog()
-
-
 @dataclass
 class Run:
-    """A run whose model is loaded and whose folder is locked.
-
-    Signals may end it while it computes (`interrupts.allowed`), not while it changes its state or
-    writes.
-    """
+    """A run whose model is loaded and whose folder is locked. Signals may end it while it computes
+    (`interrupts.allowed`), but not while it changes its state or writes."""
 
     config: TrainConfig
     setup: Setup
@@ -224,8 +218,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.pace = Pace()
-        # Requested by a callback of this rank; and by one of any rank, as all ranks know after the
-        # next sum.
+        # Whether a callback of this rank wants to stop the run; and whether one of any rank does,
+        # which all ranks learn in the next sum.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -239,7 +233,8 @@ class Run:
         self.ending = 0.0  # number of ranks that got a signal to end
         interrupted = stopped_early = False
         try:
-            # What is due after a step is done before the next step, also in a resumed run.
+            # Reports, evaluations and checkpoints that are due come before the next step, so that a
+            # resumed run makes up for them.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -250,7 +245,7 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
-                if self._asked_to_end():
+                if self.ending > 0:  # on one device, the signal raises this at once
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
@@ -258,7 +253,7 @@ class Run:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
             if self.step.keeps(error):
-                self._save()  # whatever it was, no step was half taken
+                self._save()  # an error never leaves a step half done
             if isinstance(error, LostRank):
                 raise self._kept(error) from error
             raise
@@ -273,7 +268,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        self._measure()  # the memory of files, for which factors are gathered, is not the step's
+        self._measure()  # gathering factors for files is not part of the step's memory
         started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
@@ -305,7 +300,7 @@ class Run:
             self._ask(self.calls.on_step, self._metric())
 
     def _measure(self, step: int | None = None) -> int:
-        """Returns the peak since the last call, without the peak of generating completions."""
+        """Returns the peak in bytes since the last call, without that of generating completions."""
         memory = self.state.memory
         memory.peak = max(memory.peak, self.step.rollout_peak)
         return memory.measure(step)
@@ -316,9 +311,8 @@ class Run:
             self.asked_to_stop = self.wants_to_stop
 
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
-        """Returns the state after the next step. The ranks sum all their results in one operation:
-        a rank that retries a part does so before or after it, otherwise the ranks would sum
-        different things."""
+        """Returns the state after the next step, and its outcome. The ranks sum all their results
+        in one operation, so that a rank may retry what comes before or after it."""
         step, at = self.step, self.state.at
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
@@ -341,17 +335,9 @@ class Run:
         found = replace(found, outputs=outputs)
         return self._in_memory(lambda: step(at, accumulated, losses, found))
 
-    def _asked_to_end(self) -> bool:
-        """Returns whether a rank got a signal to end; on one device the signal is raised at once
-        instead."""
-        return self.ending > 0
-
     def _in_memory(self, what: Callable[[], T]) -> T:
-        """Runs a part of the step; as long as the device has no memory for it, retries with cheaper
-        plans.
-
-        A step changes nothing before its end. Raises NoMemory if no cheaper plan is left.
-        """
+        """Runs a part of the step; if the device is out of memory, retries with cheaper plans,
+        since a step changes nothing before its end. Raises NoMemory if no plan is left."""
         while True:
             try:
                 return what()
@@ -360,10 +346,10 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                # In a pipeline others wait for what was under way: it cannot be done again.
+                # In a pipeline other ranks wait for transfers, so the part cannot be repeated.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # Outside of the handler: the exception's frames hold arrays of the step.
+            # Outside of the handler, because the exception's frames hold arrays of the step.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -405,8 +391,8 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Returns the seconds of the last step in which this rank computed, or waited for others,
-        and its memory."""
+        """Returns the seconds that this rank computed and waited in the last step, and its memory
+        in GB."""
         last, waited = self.state.progress.last, self.ranks.waited
         assert last is not None
         return {
@@ -444,7 +430,7 @@ class Run:
         return self.pace.left(last - step, evaluations, checkpoints)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluates the adapter, has it answer prompts, scores it, and keeps it, as configured."""
+        """Evaluates the adapter, samples from it, scores it, and saves it, as configured."""
         config, setup, state, progress = self.config, self.setup, self.state, self.state.progress
         if state.step == progress.evaluated or not self._is_due(config.steps_per_eval, 0):
             return
@@ -480,12 +466,12 @@ class Run:
 
     @property
     def _judges(self) -> bool:
-        """Whether an evaluation samples answers or scores, besides the loss."""
+        """Whether an evaluation also samples answers or computes scores."""
         config = self.config
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
     def _judged(self, state: State) -> Iterator[events.Event]:
-        """Answers of the adapter, and its scores by the callable and the command."""
+        """Yields answers of the adapter, and its scores by `score` and `eval_command`."""
         from mlx_lm.generate import generate
 
         config, setup, step = self.config, self.setup, state.step
@@ -512,7 +498,8 @@ class Run:
         return found is not None
 
     def _save_if_due(self) -> None:
-        """Saves at the configured interval, and whenever an evaluation keeps its adapter."""
+        """Writes a checkpoint at the configured interval, and after an evaluation that saved an
+        adapter."""
         every, step = self.config.steps_per_save, self.state.step
         if step != self.saved and (self.owed or (every and step % every == 0)):
             self.saved, self.owed = step, False
@@ -522,7 +509,7 @@ class Run:
                 self.keeper.checkpoint(self._whole())
 
     def _save(self) -> None:
-        """Saves the last finished step for good; before the first step there is nothing to save."""
+        """Writes the final state, unless no step is finished."""
         if self.state.step == 0:
             return
         self._count()
@@ -541,12 +528,12 @@ class Run:
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _whole(self, moments: bool = True) -> State:
-        """The state with the factors of all ranks, on rank 0: all of them call this at the same
-        time. Without `moments` it has not the optimizer's state."""
+        """Returns the state with the factors of all ranks on rank 0. All ranks must call this.
+        Without `moments` it lacks the optimizer state."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
-        """Returns the error that ends the run when a rank is lost."""
+        """Returns the error that ends the run when a rank is lost, with what is saved."""
         step, kept = self.state.step, "nothing has been trained yet"
         if step and self.ranks.pipeline:
             kept = "its factors are lost, so the run resumes from the last checkpoint"
@@ -557,7 +544,7 @@ class Run:
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:
-        """Adds the time and memory up to now to the progress."""
+        """Updates the progress with the time and the memory up to now."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before

@@ -1,4 +1,4 @@
-"""The optimizer of a run: one of MLX's over all factors, with a learning rate schedule."""
+"""Applies one of MLX's optimizers to all factors, with a learning rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: How each is made, and whether it applies decoupled weight decay by itself.
+#: Creates an optimizer of MLX; and whether it applies decoupled weight decay itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),
@@ -28,9 +28,7 @@ OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
 }
 #: Optimizers that treat a factor as a matrix; for the others all factors are one vector.
 BY_MATRIX = ("adafactor", "muon")
-
-
-#: The learning rate divided by its peak, as a function of the part p of the steps after the warmup.
+#: The ratio of the learning rate to its peak after a fraction p of the steps that follow warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - 0.9 * p,
@@ -40,8 +38,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Returns the learning rate of a step, counted from 0: a linear warmup, then the schedule down
-    to a tenth of the peak."""
+    """Returns the learning rate of a step, counted from 0: a linear warmup, then the schedule."""
     peak, warmup = config.learning_rate, config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -50,18 +47,14 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Updates the vector of all factors. `lora_plus_ratio` is B's learning rate divided by that of
-    the others.
-
-    The ratio is from Hayou et al. 2024, arXiv:2402.12354.
-    """
+    """Updates the vector of all factors. The learning rate of B is `lora_plus_ratio` times that of
+    other factors (LoRA+: Hayou et al. 2024, arXiv:2402.12354)."""
 
     def __init__(self, config: TrainConfig, layout: Layout):
         self.config, self.layout = config, layout
         make, self.decays = OPTIMIZERS[config.optimizer]
         ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
-        #: One optimizer for all factors, or one for A and one for B, with the multiplier of its
-        #: rate.
+        #: An optimizer for all factors, or one for A and one for B; with the ratio of its rate.
         self.parts = [(make(config), ratio) for ratio in ratios]
 
     def start(self, vector: mx.array) -> Iterate:
@@ -77,7 +70,7 @@ class Optimizer:
         for (optimizer, ratio), g, p, state in zip(
             self.parts, self._split(gradient), self._split(at.vector), at.moments, strict=True
         ):
-            optimizer.state = tree_map(lambda x: x, state)  # it modifies the dicts that it gets
+            optimizer.state = tree_map(lambda x: x, state)  # a copy, because it modifies the dicts
             optimizer.learning_rate = rate * ratio
             if not self.decays:
                 keep = 1 - rate * ratio * self.config.weight_decay
@@ -90,14 +83,12 @@ class Optimizer:
         return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:
-        """Splits the vector by part: as it is, or into matrices by name in the vector's order."""
-        border = self.layout.first_b
-        if self.config.optimizer not in BY_MATRIX:
-            if len(self.parts) == 1:
-                return [{"factors": vector}]
-            return [{"factors": vector[:border]}, {"factors": vector[border:]}]
-        factors = self.layout.split(vector)
-        named = [(name, factors[stage][name]) for stage, name, _ in self.layout.entries]
-        if len(self.parts) == 1:
-            return [dict(named)]
-        return [dict(i for i in named if i[0].endswith("lora_b") is b) for b in (False, True)]
+        """Returns the factors of each part, as a vector or as matrices in the vector's order."""
+        parts = self.layout.parts(len(self.parts))
+        if self.config.optimizer in BY_MATRIX:
+            factors = self.layout.split(vector)
+            return [{name: factors[stage][name] for stage, name, _ in x.entries} for x in parts]
+        if len(parts) == 1:
+            return [{"factors": vector}]
+        border = parts[0].size
+        return [{"factors": vector[:border]}, {"factors": vector[border:]}]

@@ -1,4 +1,4 @@
-"""Predicts how long the rest of a run takes, from what its parts have taken so far."""
+"""Predicts the remaining time of a run from the times of its parts so far."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ WINDOW = 32
 
 
 def due(after: int, last: int, every: int) -> int:
-    """Counts the steps from `after` + 1 to `last` that are multiples of `every` (0: none) or the
-    last."""
+    """Counts the steps from `after` + 1 to `last` that are multiples of `every` (0: no multiples)
+    or the last one."""
     if after >= last:
         return 0
     multiples = last // every - after // every if every else 0
@@ -21,7 +21,7 @@ def due(after: int, last: int, every: int) -> int:
 
 
 class Pace:
-    """Seconds that steps, evaluations and checkpoints have taken in this process."""
+    """The seconds that steps, evaluations and checkpoints have taken in this process."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[Part, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
@@ -37,14 +37,14 @@ class Pace:
         self.add(part, perf_counter() - begin)
 
     def mean(self, part: Part) -> float:
-        """Returns the mean seconds of a part, 0 if there was none. The first one also compiles
+        """Returns the mean seconds of a part, or 0. The first time includes the compilation of
         kernels, so it is left out once there are others."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen
         return sum(own) / len(own) if own else 0.0
 
     def left(self, steps: int, evaluations: int, checkpoints: int) -> float:
-        """Returns the seconds that this many of each will take."""
+        """Returns the predicted seconds of this many steps, evaluations and checkpoints."""
         return (
             steps * self.mean("step")
             + evaluations * self.mean("evaluation")

@@ -1,8 +1,8 @@
-"""Batches through a model of which each rank has some layers: forward, and back.
+"""Runs batches forward and backward through a model whose layers are divided between ranks.
 
-A rank runs its stages on the boundary values that the rank before sends, and sends on what the
-ranks after it read; the cotangents of these come back the same way. All ranks have the batches, so
-that what does not depend on weights need not be sent.
+A rank runs its stages on the boundary values that the previous rank sends, and sends on what later
+ranks read. Cotangents come back the same way. All ranks have the batches, so values that do not
+depend on weights need not be sent.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -17,49 +17,46 @@ from ..planning.pipeline import Part
 from ..schedule import Border, Cuts, Params, Passes, Stage, border, forward, passes_of, specs_of
 from ..streams import Stream, head_reads
 from .ranks import Ranks
-from .transfers import Form, Transfers, transfers_of
+from .transfers import Form, Transfers
 
 
 @dataclass(frozen=True)
 class Own:
-    """The work of one rank on a batch: its stages, what they are given and what they give."""
+    """The work of one rank on a batch: its stages, and the borders to the ranks beside it."""
 
     stages: list[Stage]
-    head: Callable[..., Any] | None  #: that of the last rank
+    head: Callable[..., Any] | None  #: on the last rank
     head_reads: tuple[str, ...]
     recordings: Any
-    values: dict[str, mx.array]  #: that the batch itself gives
+    values: dict[str, mx.array]  #: inputs that follow from the batch
     given: Border
     left: Border
     streams: tuple[Stream, ...]
-    shapes: Any  #: which batches are alike
+    shapes: Any  #: the same for batches whose transfers have the same forms
 
 
 @dataclass
 class Pipe:
-    """The layers of a part, and the way to the ranks beside it."""
+    """A rank's part of the layers, and its transfers to and from the ranks beside it."""
 
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: What crosses each border, by border and by the shapes of a batch.
+    #: The forms of the arrays that cross each border, by border and by the shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
-    #: What the next batch brings, as far as it was asked for.
+    #: The values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None
 
-    @classmethod
-    def of(cls, ranks: Ranks, part: Part) -> "Pipe":
-        return cls(ranks, part, transfers_of(ranks))
-
     def owners(self, chain: Chain) -> set[str]:
-        """Returns the owners of the parameters that this rank has."""
+        """Returns the owners of this rank's parameters."""
         own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
         return own | ({"head"} if self.part.last else set())
 
     def own(
         self, functions: Functions, batch: Any, total: Any, trainable: Container[str] = ()
     ) -> Own:
-        """`trainable` are the owners, on all ranks, that have parameters."""
+        """Returns this rank's work on a batch. `trainable` are the owners with parameters, on all
+        ranks."""
         part, chain, objective = self.part, functions.chain, functions.objective
         streams = objective.streams(chain, batch)
         stages, head, recordings = functions(streams)
@@ -89,7 +86,7 @@ class Pipe:
         self, objective: Objective, chain: Chain, scales: Mapping[str, float], params: Params,
         batch: Any, total: Any,
     ) -> list[mx.array]:  # fmt: skip
-        """Returns objectives.value; the outputs are zeros on all ranks but the last."""
+        """Like objectives.value; only the last rank returns outputs, the others return zeros."""
         own = self.own(Functions(objective, chain, scales), batch, total)
         values = own.values | self.receive(own)
         scope = forward(own.stages, params, values, keep=own.head_reads)
@@ -103,7 +100,8 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """Returns the values that the rank before sends for a batch, and asks for the next ones."""
+        """Returns the values that the previous rank sends for a batch; starts to receive those of
+        the following one."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)
@@ -112,7 +110,7 @@ class Pipe:
         return found
 
     def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
-        """Sends to the rank after what it and others read."""
+        """Sends the values that later ranks read to the next rank."""
         arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
         key = ("left", own.shapes)
         if key not in self.known:
@@ -121,7 +119,7 @@ class Pipe:
         self.transfers.send(arrays, to)
 
     def receive_back(self, own: Own) -> list[mx.array]:
-        """Returns the cotangents of what this rank has sent."""
+        """Returns the cotangents of the values that this rank has sent."""
         if self.part.last or not own.left.differentiable:
             return []
         forms = dict(zip(own.left.values, self.known["left", own.shapes], strict=True))
@@ -135,7 +133,7 @@ class Pipe:
         return found
 
     def send_back(self, own: Own, cotangents: Mapping[str, mx.array]) -> None:
-        """Sends the cotangents of the values that this rank was given, in the type that is read."""
+        """Sends the cotangents of the received values, in the dtypes that receive_back expects."""
         if own.given.differentiable:
             forms = dict(zip(own.given.values, self.known["given", own.shapes], strict=True))
             arrays = [
@@ -161,8 +159,7 @@ class Pipe:
         cuts: Cuts,
         watch: Callable[[], None] | None,
     ) -> Passes:
-        """Returns a batch's passes through this rank's stages; `params` are the parameters of its
-        owners."""
+        """Returns the passes of a batch through this rank's stages, with its parameters."""
         chain = functions.chain
         of_head = chain.of_head(params) if self.part.last else {}
         begin = passes_of(

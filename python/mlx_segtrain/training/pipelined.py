@@ -1,4 +1,4 @@
-"""One optimizer step of a model over several ranks: micro-batches fill the pipe."""
+"""An optimizer step of a model whose layers are divided between ranks: pipeline parallelism."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,10 @@ from .step import Found, Halted, Stepper
 
 
 class Pipelined(Stepper):
-    """Steps of which each rank computes its layers, and holds their factors.
+    """Takes steps in which each rank runs its layers and has their factors.
 
-    Rank r of N runs N − r micro-batches forward before the first comes back; from then on one
-    forward, one backward.
+    Rank r of N runs N − r micro-batches forward before the first backward pass; from then on it
+    alternates between forward and backward passes.
     """
 
     @property
@@ -50,7 +50,7 @@ class Pipelined(Stepper):
         while following is not None:
             (own, functions), following = following, next_one()
             values = own.values | pipe.receive(own, following[0] if following else None)
-            own.values.clear()  # the passes hold them for as long as they need them
+            own.values.clear()  # the passes hold them as long as they need them
             cuts = self.plan.cuts(setup.chain, own.streams)
             passes = pipe.passes(functions, params, own, values, cuts, self.watch)
             del values
@@ -61,24 +61,23 @@ class Pipelined(Stepper):
             del found, passes
             while under_way and (len(under_way) == pipe.part.under_way or following is None):
                 outputs, part = self._back(*under_way.popleft())
-                if outputs:  # of the last rank
+                if outputs:  # on the last rank
                     sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
                 gradient = part if gradient is None else gradient + part
-                mx.eval(gradient)  # or the next one would begin before this one's memory is free
+                mx.eval(gradient)  # otherwise the next one starts before this one's memory is free
         pipe.transfers.settle()
         assert gradient is not None
         return sums, gradient
 
     def _back(self, own: Own, passes: Passes) -> tuple[tuple[mx.array, ...], mx.array]:
-        """Returns the outputs, on the last rank, and the gradient of a micro-batch that has run
-        forward."""
+        """Runs a micro-batch backward. Returns its outputs, on the last rank, and its gradient."""
         pipe = self.pipe
         outputs, grads, cotangents = passes.backward(pipe.receive_back(own))
         pipe.send_back(own, cotangents)
         return outputs, self.setup.own.join(with_head(self.functions.chain, grads))
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> Found:
-        """Returns the sums over all ranks, and this rank's part of the gradient."""
+        """Returns the sums of the outputs over all ranks, and this rank's part of the gradient."""
         square = float(mx.square(gradient).sum())
         (*sums, square), _ = self.ranks.add([*outputs, square], mx.zeros((0,)))
         return Found(sums, gradient, mx.sqrt(mx.array(square)))
@@ -96,9 +95,8 @@ class Pipelined(Stepper):
         return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
 
     def keeps(self, error: Exception) -> bool:
-        """Returns whether the state can be saved: only if all ranks have ended at the same step."""
+        """Returns whether the state can be saved: only if all ranks stopped at the same step."""
         return isinstance(error, Halted) and error.fault is not None
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Does nothing: kernels are compiled at first use, because what a batch brings is not known
-        before."""
+        """Does nothing: the shapes of received values are unknown before the first batch."""

@@ -1,4 +1,4 @@
-"""What a run sets in MLX for the whole process while it computes."""
+"""Process-wide settings of MLX while a run computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +12,17 @@ from ..planning.budget import working_set
 
 @contextmanager
 def run_policy(config: TrainConfig) -> Iterator[None]:
-    """While it is active, a run loads and computes: training, probes, evaluation, references,
-    charts.
-
-    If the run is `deterministic`, `auto` takes only implementations that repeat bit for bit; on
-    Metal, what MLX allocates stays in memory. RunPlan.limits sets further limits once there is a
-    plan.
-    """
+    """Applies these settings while a run loads and computes: with `deterministic`, `auto` takes
+    only implementations that are bit-identical between runs; on Metal, MLX's memory is wired.
+    RunPlan.limits sets further limits once there is a plan."""
     with ops.repeatable(config.deterministic), wired():
         yield
 
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """On Metal, keeps arrays from being paged out: sets MLX's wired limit to the working set.
-
-    The planner takes its budget from the same figure. The previous limit is restored at the end.
-    Does nothing on other devices.
-    """
+    """On Metal, keeps arrays from being paged out: sets MLX's wired limit to the working set, from
+    which the planner also takes its budget. Restores the previous limit at the end."""
     before = wire()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Takes a few steps to measure what a run would take."""
+"""Takes a few steps to measure the memory and the time of a run."""
 
 import math
 import time
@@ -21,11 +21,8 @@ from .step import Halted, Stepper
 
 
 def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
-    """Takes two steps on the longest rows of the data: memory, time, and whether all numbers are
-    finite.
-
-    Writes nothing. Raises InputError for input that cannot be used.
-    """
+    """Takes two steps on the longest rows of the data. Measures memory and time, and checks that
+    all numbers are finite. Writes nothing. Raises InputError for input that cannot be used."""
     tell = on_event or (lambda event: None)
     with run_policy(config):
         config = located(config, tell)

@@ -1,9 +1,9 @@
-"""The processes of one run: `mlx.launch` starts them, MLX's collectives connect them.
+"""The processes of a run, which `mlx.launch` starts and MLX's collectives connect.
 
-A step's micro-batches are shared out by rank, and their gradients added up; or, in a pipeline, all
-of them go through the layers of one rank after the other. Whatever is decided follows from numbers
-that are the same on all ranks, bit for bit; so all take the same steps, save for that rank 0 alone
-writes. A run on one device has a group of one, which does nothing.
+The micro-batches of a step are divided between the ranks, and their gradients are summed; in a
+pipeline, each micro-batch runs through the layers of all ranks instead. All decisions follow from
+numbers that are bit-identical on all ranks, so all of them take the same steps. Only rank 0 writes
+files. A run on one device has a group of one rank.
 """
 
 import faulthandler
@@ -31,22 +31,22 @@ from .links import Links
 
 T = TypeVar("T")
 
-#: What mlx.launch and MLX's back ends set for a rank: no part of what a run is.
+#: Variables that mlx.launch and MLX's back ends set for a rank; they are not settings of a run.
 LAUNCH = (
     *("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_RING_VERBOSE"),
     *("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_NCCL_TIMEOUT"),
 )
-#: Seconds between two looks at who is lost, and after which a rank that others wait for is named.
+#: Seconds between two checks for lost ranks, and after which a warning names a slow rank.
 LOOK, SLOW = 0.05, 60.0
-#: Bytes that are gathered in one sum, a multiple of 4: MLX holds no more of a file at a time.
+#: Bytes that are gathered in one sum, a multiple of 4, to limit the memory that MLX needs.
 PIECE = 1 << 28
-#: Seconds that a rank has to save and to end after it has learned of a loss, and after which it
-#: ends if Python's lock has not been free for so long.
+#: Seconds in which a rank must save and end after a rank is lost; after which the process ends if
+#: the GIL was not free meanwhile; and between two checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
 class LostRank(RunError):
-    """Another rank has failed, has ended or does not answer."""
+    """A rank has failed, has ended or does not answer."""
 
 
 class Diverged(RunError):
@@ -54,14 +54,13 @@ class Diverged(RunError):
 
 
 def launched() -> int | None:
-    """Returns the rank that mlx.launch has given this process; None if mlx.launch did not start
-    it."""
+    """Returns the rank of this process; None if mlx.launch did not start it."""
     rank = os.environ.get("MLX_RANK", "")
     return int(rank) if rank.isdecimal() and _backend() else None
 
 
 def _backend() -> str | None:
-    """MLX's back end, by what mlx.launch sets for it; None for one process alone."""
+    """Returns MLX's back end, from the variables of mlx.launch; None for a single process."""
     if os.environ.get("NCCL_HOST_IP") and os.environ.get("MLX_WORLD_SIZE", "1") != "1":
         return "nccl"
     if os.environ.get("MLX_IBV_DEVICES") and os.environ.get("MLX_JACCL_COORDINATOR"):
@@ -73,13 +72,13 @@ def _hosts() -> list[list[str]]:
     """Returns the addresses of each rank of a ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
-    except (KeyError, OSError, ValueError):  # one host alone has an empty file
+    except (KeyError, OSError, ValueError):  # the file is empty for a single host
         return []
     return [own if isinstance(own, list) else [own] for own in hosts]
 
 
 def address_of(ranks: "Ranks") -> str:
-    """Returns this rank's address in the network that MLX uses."""
+    """Returns the address of this rank in the network that MLX uses."""
     backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
@@ -95,43 +94,39 @@ def address_of(ranks: "Ranks") -> str:
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; of one by default. `warn` gets a sentence about slow ranks."""
+    """A group of processes, by default of one. `warn` receives a sentence about slow ranks."""
 
     rank: int = 0
     size: int = 1
     backend: str = ""
     group: Any = None
     stream: Any = None
-    pipeline: bool = False  #: every rank has a part of the model, and all micro-batches
-    ring: list[list[str]] = field(default_factory=list)  #: one that we have set up, by rank
+    pipeline: bool = False  #: every rank has some layers, and runs all micro-batches
+    #: Addresses by rank of a ring that transfers.py has created.
+    ring: list[list[str]] = field(default_factory=list)
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
-    #: Called before each sum: waits for what is on its way, or it would depend on the back end
-    #: which of both comes first.
+    #: Called before each sum: waits for transfers, because back ends may reorder them with sums.
     settle: Callable[[], None] = lambda: None
-    waited: float = 0.0  #: seconds, for others
-    saving: bool = False  #: a state is being written, which must not be broken off
+    waited: float = 0.0  #: seconds spent waiting for other ranks
+    saving: bool = False  #: the state is being written, so the process must not end
 
     @property
     def first(self) -> bool:
-        """Whether this rank writes and prints."""
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     @property
     def ends(self) -> bool:
-        """Whether this rank has the outputs of batches: in a pipeline only the last one does."""
+        """Whether this rank has the outputs of batches; in a pipeline only the last one has."""
         return not self.pipeline or self.rank == self.size - 1
 
     def name(self, rank: int) -> str:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns this rank's share of a step's items: the item of its number, and every `size`-th
-        after it. In a pipeline it is all of them.
-
-        In a pipeline it is all of them.
-        """
+        """Returns this rank's share of a step's items: every `size`-th, or all in a pipeline."""
         return items if self.pipeline else items[self.rank :: self.size]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
@@ -142,25 +137,25 @@ class Ranks:
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns a JSON value from each rank, by rank."""
+        """Returns the JSON values of all ranks, by rank."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
         return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
-        """Returns everything that the ranks have found, by name."""
+        """Returns the union of the mappings of all ranks."""
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
-        """Returns rank 0's value."""
+        """Returns the content that rank 0 has."""
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """What each rank has, by rank."""
+        """Returns the contents of all ranks, by rank."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
-        # One rank alone gives each number: sums of its halves, or of four of its bytes, are exact.
+        # Each number is 0 on all ranks except one, so sums of its int32 halves are exact.
         total = np.array(self._sum(mx.array(lengths.view(np.int32))))
         ends = np.cumsum(total.view(np.int64)).tolist()
         begin, found = ends[self.rank] - len(content), bytearray()
@@ -175,8 +170,7 @@ class Ranks:
         return [bytes(found[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
-        """Adds an array up over all ranks. Raises LostRank if one of them cannot take part any
-        more."""
+        """Returns the sum of an array over all ranks. Raises LostRank if one is lost."""
         if self.links and self.links.suspects:
             self._blame(None)
         self.settle()
@@ -187,17 +181,17 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Has MLX begin to send or receive. Raises LostRank if it cannot."""
+        """Starts the transfers of arrays. Raises LostRank if MLX cannot."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:
             self._blame(error)
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Waits until MLX has received from other ranks. Raises LostRank if it no longer can.
+        """Waits for arrays that depend on other ranks. Raises LostRank if one of them is lost.
 
-        Another thread waits, for a stream that nothing else uses: this one looks after the others
-        meanwhile, and can go on without the arrays.
+        Another thread waits, on a stream that nothing else uses. Meanwhile this one checks for lost
+        ranks, and can stop waiting.
         """
         done, failures = threading.Event(), list[BaseException]()
         begin = time.perf_counter()
@@ -217,7 +211,7 @@ class Ranks:
         except RuntimeError as error:
             failures.append(error)
         except LostRank as lost:
-            # At once: what ends this process may keep Python's lock, see _end_in_time.
+            # Printed at once, because ending this process may block the GIL, see _end_in_time.
             print(f"mlx-segtrain: {lost}: ending", file=sys.stderr, flush=True)
             _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
@@ -237,13 +231,14 @@ class Ranks:
             slow = self.links.behind() if self.links else []
             if not warned and slow and time.monotonic() - started > SLOW:
                 warned = True
-                # Only one of the waiting ranks reports it.
+                # Only one of the waiting ranks warns.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
 
     def _blame(self, error: BaseException | None) -> None:
-        """Raises who is lost, once that is decided: MLX says no more than that a connection is."""
+        """Waits until the ranks agree on the lost one, and raises LostRank: MLX reports only that a
+        connection is lost."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:
@@ -252,7 +247,7 @@ class Ranks:
         raise RunError(f"the ranks cannot reach each other any more: {error}") from error
 
     def lost(self) -> LostRank | None:
-        """The lost rank without which the run cannot continue, if there is one."""
+        """Returns the error that names the lost rank, if there is one."""
         if self.links is None or (lost := self.links.lost) is None:
             return None
         if lost.rank == self.rank:
@@ -260,7 +255,7 @@ class Ranks:
         return LostRank(f"{self.name(lost.rank)} {lost.why}")
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raises RunError, with rank and field, if a rank's values differ from rank 0's."""
+        """Raises RunError if the values of a rank differ from those of rank 0."""
         every = self.gather(dict(values))
         for r, own in enumerate(every):
             for name in [*every[0], *(n for n in own if n not in every[0])]:
@@ -273,9 +268,9 @@ class Ranks:
                     )
 
     def check_factors(self, step: int, digest: str) -> None:
-        """Raises Diverged if a rank's factors differ from those of most ranks."""
+        """Raises Diverged if the factors of a rank differ from those of most ranks."""
         every = self.gather(digest)
-        most = max(every, key=every.count)  # the first of these
+        most = max(every, key=every.count)  # the first one in a tie
         odd = [self.name(r) for r, own in enumerate(every) if own != most]
         if odd:
             raise Diverged(
@@ -285,16 +280,16 @@ class Ranks:
             )
 
 
-#: A run of one process.
+#: The group of a single process.
 ALONE = Ranks()
 
 
 @contextmanager
 def joined(tell: events.OnEvent) -> Iterator[Ranks]:
-    """The ranks that this process was launched with, until its run ends; ALONE without others.
+    """Connects the ranks of a run; yields ALONE if there are no others.
 
-    An exception ends the run on all of them, with the name of this one. Raises RunError if they do
-    not find each other.
+    An exception ends the run on all ranks, with a message that names this one. Raises RunError if
+    the ranks cannot connect.
     """
     rank, backend = launched(), _backend()
     if rank is None or backend is None:
@@ -318,7 +313,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     threading.Thread(target=_end_in_time, args=(ranks, given_up), daemon=True).start()
     try:
         yield ranks
-        ranks.gather(None)  # nobody leaves before rank 0 has saved
+        ranks.gather(None)  # no rank leaves before rank 0 has saved
     except LostRank:
         raise
     except BaseException as error:
@@ -330,11 +325,11 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """Ends this process if it cannot end by itself once a rank is lost, because a back end waits
-    for that rank. While a state is written, the process is not ended.
+    """Ends this process if a rank is lost and it does not end by itself, because a back end waits
+    for that rank; but not while it writes the state.
 
-    If the back end waits with Python's lock, as MLX may when it frees memory while NCCL sums,
-    this thread does not run any more: faulthandler's does, which needs no lock.
+    If the back end holds the GIL while it waits, as MLX may when it frees memory during a sum of
+    NCCL, this thread does not run any more, but that of faulthandler does.
     """
     waited = 0.0
     try:
@@ -353,23 +348,23 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
 
 
 def exit_later(seconds: float) -> None:
-    """Ends this process after that time, whoever has Python's lock, unless faulthandler is called
-    again or its dump is cancelled."""
-    with suppress(OSError, AttributeError):  # a stderr that is no file
+    """Ends this process after that time, even if the GIL is blocked, unless this is called again or
+    faulthandler's dump is cancelled."""
+    with suppress(OSError, AttributeError):  # stderr is no file
         faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _hang_up(hosts: list[list[str]]) -> None:
-    """Closes the connections of MLX's ring of these addresses, which are known by their ports.
+    """Closes the sockets of MLX's ring, which are found by the ports of these addresses.
 
-    Or its threads would wait for a lost rank for ever, and MLX waits for all streams where it frees
-    memory.
+    Otherwise its threads would wait for a lost rank forever, and so would MLX when it frees memory,
+    because it waits for all streams.
     """
     ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)
-        except OSError:  # that of the listing
+        except OSError:  # the descriptor of the listing itself
             continue
         try:
             own = socket.socket(fileno=copy)
@@ -384,7 +379,7 @@ def _hang_up(hosts: list[list[str]]) -> None:
 
 
 def _wake() -> None:
-    """Has the main thread look who is lost, if its signals are those of a run (interrupts.py)."""
+    """Makes the main thread check for lost ranks, if it handles the signals of a run."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     if hasattr(handler, "allowed"):
         interrupt_main(signal.SIGTERM)

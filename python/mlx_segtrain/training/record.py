@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, so that it can be resumed, verified and repeated."""
+"""run.json: the inputs and the environment of a run, to resume, verify and repeat it."""
 
 import json
 import os
@@ -29,7 +29,7 @@ NAME = "run.json"
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
 #: Parts of a record that are objects.
 PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
-#: Parts of a record that can change the last bits of a run.
+#: Parts of a record on which the last bits of a run may depend.
 OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
@@ -37,8 +37,8 @@ PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizer
 def files_of(
     config: TrainConfig, sources: tuple[Source, Source | None]
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Returns the files that a run reads, under names that stay the same when their folder is
-    moved; and the folders, by the first part of these names."""
+    """Returns the files that a run reads, by names that do not change when their folder moves; and
+    the folders, by the first part of these names."""
     files, folders = _files_in("model", config.model_dir, OF_MODEL), {"model": config.model_dir}
     for part, source in zip(("data", "valid"), sources, strict=True):
         for name, path in source.files.items() if source else ():
@@ -54,7 +54,7 @@ def files_of(
         files |= _files_in("reward_model", config.reward_model, OF_MODEL)
     specs = [*config.reward_functions, *filter(None, [config.environment])]
     own = dict.fromkeys(filter(None, map(file_of, specs)))
-    for i, path in enumerate(own, 1):  # each has its own part: folders may differ
+    for i, path in enumerate(own, 1):  # a part for each, since their folders may differ
         part = "rewards" if i == 1 else f"rewards {i}"
         folders[part] = path.parent
         files[f"{part}/{path.name}"] = path
@@ -62,7 +62,7 @@ def files_of(
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Returns the files with these endings, by part and name; none if the folder does not exist."""
+    """Returns the files with these suffixes, by part and name; {} if there is no such folder."""
     return {
         f"{part}/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
@@ -71,12 +71,12 @@ def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]
 
 
 def machine() -> dict[str, Any]:
-    """Returns the versions, device and settings of this machine."""
+    """Returns the versions, device and settings that this process uses."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # some are dependencies of others
+        except PackageNotFoundError:  # an optional one
             continue
     device = mx.default_device()
     info = {
@@ -93,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Reads the record of a run. Raises InputError if there is none that can be read."""
+    """Reads the record of a run. Raises InputError if it is missing or not valid."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
         if "id" not in record or not all(isinstance(record[part], dict) for part in PARTS):
@@ -108,7 +108,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 class Record:
-    """The contents of a run's run.json, and the inputs as they were at its start."""
+    """The content of run.json, and the state of the inputs at the start of the run."""
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class Record:
         ranks.check_same(self._in_common())
 
     def _in_common(self) -> dict[str, Any]:
-        """Returns what must be the same on all ranks, by name."""
+        """Returns the values that must be the same on all ranks, by name."""
         apart = {*PATHS, *(name for name, own in FACETS.items() if own.group == "Memory")}
         config = {k: x for k, x in self.values["config"].items() if k not in apart}
         versions = self.values["versions"]
@@ -157,18 +157,18 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Notes that the run was resumed after this step."""
+        """Records that the run was resumed after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
-        """Notes what the run has produced, for `verify`."""
+        """Records the hashes of the run's adapters, for `verify`."""
         files = hashes(_made(self.folder))
         self.values["made"] = {"step": step, "at": events.now(), "files": files}
         self.write()
 
     def check_model(self, step: int) -> None:
-        """Raises RunError if a file of the model has changed since the run began; the state of this
-        step has already been kept."""
+        """Raises RunError if a file of the model has changed since the run began. The state of this
+        step must have been saved."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -177,7 +177,7 @@ class Record:
                 if now and sha256(path) == self.inputs[name]:
                     self.stats[name] = now
                     continue
-            except OSError:  # unknown: the next checkpoint checks again
+            except OSError:  # the next checkpoint checks again
                 continue
             what = "was changed" if now else "was removed"
             raise RunError(
@@ -187,7 +187,7 @@ class Record:
 
 
 def _made(run: Path) -> dict[str, Path]:
-    """Returns the files of a run's adapters, by their path in its folder."""
+    """Returns the files of a run's adapters, by path relative to its folder."""
     own = {file.name: file for file in _files_in("", run, OF_ADAPTER).values()}
     return own | _files_in("best", run / "best", OF_ADAPTER)
 
@@ -202,9 +202,9 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Returns whether a resumed run continues exactly as it would have. Raises InputError if it
-    cannot continue with this configuration and these files. Calls `warn` with what makes its
-    further steps differ."""
+    """Returns whether a resumed run will take the same steps as without the interruption. Raises
+    InputError if it cannot continue with this configuration and these files. Calls `warn` for every
+    change that makes its steps differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
@@ -221,7 +221,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
             warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue
-        # mlx-lm reads weights under any such name, and of the other files only those it knows.
+        # New files do not matter, except weights, which mlx-lm reads under any name.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
                 f"{what} {differs} since the run in {run} began: restore it, or start a new run."
@@ -232,12 +232,12 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: Marks a file that did not exist before.
+#: The difference of a value that did not exist before.
 COME = "was added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns in words what has changed, by name."""
+    """Returns the changes by name, each as a predicate such as "was added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -253,10 +253,10 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 @dataclass(frozen=True)
 class Verified:
     """The changes since a run, in sentences, by part: model, data, warm_start, rewards, versions,
-    device, settings, adapter, checkpoints; [] for an unchanged part."""
+    device, settings, adapter, checkpoints. An unchanged part has []."""
 
     run: Path
-    step: int | None  #: the adapter's step; None for a run that has not ended
+    step: int | None  #: that of the adapter; None if the run has not ended
     iters: int
     parts: dict[str, list[str]]
 
@@ -266,11 +266,8 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares a run's record with what is there now, reading every file. Raises InputError if
-    there is no record.
-
-    It looks for model and data where the run found them.
-    """
+    """Compares the record of a run with the current files, all of which are read. Model and data
+    must be where they were. Raises InputError if there is no record."""
     record = read(run)
     parts: dict[str, list[str]] = {}
     for part, folder in record["folders"].items():

@@ -1,8 +1,8 @@
-"""What the model without an adapter gives for rows: computed once, cached by content.
+"""Computes log-probabilities under the model without an adapter, and caches them by content.
 
-The cache directory has a file for each model. For each row that a run has seen, one sequence of
-tokens or a pair of them, it holds the log-probabilities of the responses. A row that is truncated
-elsewhere, rendered by another template or tokenized differently counts as another row.
+The cache directory has a file for each model. It contains the log-probabilities of the responses of
+each row that a run has used. A row that is truncated, rendered or tokenized differently counts as
+another row.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..models import Chain
 from ..objectives import Objective, Value, value
 from .ranks import ALONE, Ranks
 
-#: Bytes of a key.
+#: The size of a key in bytes.
 KEY = 16
 
 
@@ -38,11 +38,11 @@ def with_references(
     ranks: Ranks = ALONE,
     value: Value = value,
 ) -> Dataset:
-    """Returns the data, with the outputs of the objective's reference for the wanted rows (default:
-    all); unchanged if the objective has no reference.
+    """Adds the outputs of the objective's reference to the wanted rows, by default all. Returns the
+    data unchanged if the objective has no reference.
 
-    Each row is computed alone, because its numbers must not depend on the rows beside it. The ranks
-    divide the rows that at least one of them lacks, and all keep the results.
+    Each row is run alone, because its numbers must not depend on other rows. Rows that are missing
+    in the cache of a rank are divided between the ranks, and all ranks cache the results.
     """
     reference = objective.reference
     if reference is None:
@@ -57,7 +57,7 @@ def with_references(
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         found = {}
         for i in ranks.share(missing):
-            if keys[i] not in known or ranks.pipeline:  # there no rank knows it without the others
+            if keys[i] not in known or ranks.pipeline:  # in a pipeline all ranks have to take part
                 batch = one_row(data, i)
                 sums = value(reference, chain, {}, {}, batch, reference.total([batch]))
                 if not ranks.ends:
@@ -75,12 +75,8 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Returns a key of the configuration and weights as they are in the folder, and of what
-    computes with them.
-
-    Weights count by name, size and modification time, so gigabytes need not be read. Whether the
-    numbers are repeatable follows from what computes them, not from the configuration.
-    """
+    """Returns a hash of the files of the model, by name, size and modification time, so that
+    gigabytes need not be read; and of MLX's version, the device and the kind of kernels."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()
@@ -93,7 +89,7 @@ def model_key(config: TrainConfig) -> str:
 
 
 def row_key(whole: Row | Pair) -> bytes:
-    """Returns a key of the tokens of a row's sequences, and of which of them are the response."""
+    """Returns a hash of a row's tokens, and of which of them are the response."""
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
@@ -102,8 +98,7 @@ def row_key(whole: Row | Pair) -> bytes:
 
 
 def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
-    """Returns what is cached; nothing if the file cannot be read, since it can be computed
-    again."""
+    """Returns the content of the cache; {} if the file cannot be read."""
     try:
         with np.load(file) as stored:
             parts = np.split(stored["values"], np.cumsum(stored["counts"])[:-1])

@@ -8,9 +8,9 @@ from pathlib import Path
 class TrainResult:
     """The result of a run. Losses are in nats per token, or per pair with preference methods.
 
-    In 10⁹ bytes: peak_gb of MLX's active memory, planned_gb the prediction for it (None for a
-    family that the planner does not know), process_gb of the process's main memory. After a resume
-    (`resumed_from` is the step), every figure but process_gb covers the whole run.
+    In GB (10⁹ bytes): peak_gb is the peak of MLX's active memory, planned_gb its prediction (None
+    for a family that the planner does not know), process_gb the peak of the process's main memory.
+    After a resume after step `resumed_from`, every figure except process_gb covers the whole run.
     """
 
     adapter_path: Path
@@ -36,7 +36,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The result of two steps on the longest rows. resting_gb: the loaded model alone."""
+    """The result of two steps on the longest rows. resting_gb is the memory of the loaded model."""
 
     step_s: float
     first_step_s: float

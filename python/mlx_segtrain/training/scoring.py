@@ -1,4 +1,4 @@
-"""Rewards of a model's completions over a whole data set: their mean, and pass@k."""
+"""Computes the mean reward and pass@k of a model's completions over a whole data set."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import numpy as np
 from .. import events, hub
 from ..adapters import read_adapter
 from ..config import TrainConfig
-from ..data import Options, load_split
+from ..data import Options
 from ..data.dataset import Split
-from ..errors import InputError
 from ..generation.rollouts import Policy, seed_of
 from ..lora import Adapter
 from ..models import load_tokenizer
 from ..planning.rollouts import check_rollouts, rollouts_at_once
 from ..rewards import Function, Rewards
 from .cycle import options_of, roll_out
+from .evaluation import load_rows
 from .policy import run_policy
 from .setup import load_chain
 
-#: Rewards are sums of products: one that should be 1 may be slightly smaller.
+#: A tolerance, because rewards are sums of products that may be slightly too small.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Means over `rows` prompts of `completions` completions each. `pass_at` has, for each k, the
-    probability that one of k completions passes; `truncated` is the fraction that reached the
-    maximum length."""
+    """Means over `rows` prompts with `completions` completions each. `pass_at` has for each k the
+    probability that at least one of k completions passes; `truncated` is the fraction that reached
+    the maximum length."""
 
     reward: float
     reward_std: float
@@ -55,11 +55,12 @@ def score(
     environment: Callable[[], Any] | None = None,
     on_event: events.OnEvent | None = None,
 ) -> ScoreResult:
-    """Samples group_size completions of each prompt of a split and scores them by the rewards of
-    the configuration and `rewards`; `environment` is the class that the configuration names, where
-    Python has it. A completion passes if its reward is at least `passes`.
+    """Samples group_size completions of each prompt of a split, and scores them with the configured
+    rewards and `rewards`. `environment` is a class that replaces the configured one. A completion
+    passes if its reward is at least `passes`.
 
-    Raises InputError for what cannot be read or does not fit, RunError if a reward fails.
+    Raises InputError if model, adapter or data cannot be read or do not belong together, and
+    RunError if a reward fails.
     """
     tell = on_event or (lambda event: None)
     scoring = Rewards.of(config, rewards, environment)
@@ -68,13 +69,7 @@ def score(
         adapter_path = hub.adapter(adapter_path, tell)
     with run_policy(config):
         tokenizer = load_tokenizer(config.model_dir)
-        how = (tokenizer, Options.of(config, scoring.tools), split, config.model_dir)
-        data = load_split(config.data_dir, *how, on_event)
-        if data is None:
-            raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: add a file valid.jsonl, set "
-                "val_split, or evaluate with --split train."
-            )
+        data = load_rows(config, tokenizer, Options.of(config, scoring.tools), split, on_event)
         rows = list(data.rows)
         scoring.check(config, tokenizer, rows)
         tokens = int(data.columns.length.max()) + config.max_completion_tokens
@@ -106,6 +101,6 @@ def score(
 
 
 def pass_at(k: int, n: int, right: Sequence[int]) -> float:
-    """Returns the mean probability that one of k completions passes, given how many of n did (Chen
-    et al. 2021, arXiv:2107.03374)."""
+    """Returns the mean probability that at least one of k completions passes; `right` has for each
+    prompt how many of n passed (Chen et al. 2021, arXiv:2107.03374)."""
     return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]))

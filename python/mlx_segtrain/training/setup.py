@@ -1,5 +1,4 @@
-"""Turns a configuration into everything that a run needs, with every check before anything is
-written."""
+"""Loads and checks everything that a run needs, before anything is written."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +45,12 @@ from .pipe import Pipe
 from .ranks import ALONE, Ranks
 from .record import read
 from .references import with_references
+from .transfers import transfers_of
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs that are read before a model is loaded. `config` has its epochs converted to
+    """The inputs that are read before the model is loaded. The epochs of `config` are converted to
     steps; `remarks` are sentences about data that is left out or wrong."""
 
     config: TrainConfig
@@ -62,10 +62,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """The inputs, a loaded model, its objective, the scales of its adapter, and the layout of the
-    adapter's factors in a vector; for a model over several ranks also the `pipe`. `apart`: pairs
-    share nothing. `rollout_peak` is the memory in bytes of generating completions, if the method
-    does that and memory is predicted."""
+    """The inputs, the loaded model, and what a step needs besides them.
+
+    `layout` is that of the adapter's factors in a vector; a pipeline has a `pipe`. If pairs run
+    `apart`, they share no tokens. `rollout_peak` is the peak in bytes of generating completions, if
+    the method generates and memory is predicted.
+    """
 
     plan: RunPlan
     model: Any
@@ -79,39 +81,38 @@ class Setup(Inputs):
 
     @cached_property
     def own(self) -> Layout:
-        """The layout of the factors that this rank has."""
+        """The layout of this rank's factors."""
         return self.layout.of_owners(self.pipe.owners(self.chain)) if self.pipe else self.layout
 
     @property
     def value(self) -> Value:
-        """objectives.value, through all ranks that have a part of the model."""
+        """objectives.value, or its equivalent for a pipeline."""
         return self.pipe.value if self.pipe else value
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint that a run continues from, if any, and what its folder held when that was
-    found."""
+    """The checkpoint from which a run continues, if any, and the trace of its folder then."""
 
     resumed: Checkpoint | None
     seen: Any
 
     @staticmethod
     def trace(path: Path) -> Any:
-        """Returns what shows whether another run has used the folder."""
+        """Returns a value that changes when a run uses the folder."""
         log = path / "metrics.jsonl"
         return list(found(path)), log.stat().st_size if log.exists() else 0
 
 
 def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
-    """Raises InputError if adapter_path cannot take the run."""
+    """Returns how the run starts. Raises InputError if it cannot use adapter_path."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: it must be a folder.")
     check_free(path)
     if config.resume:
         with suppress(OSError):
-            clean(path / STATE)  # a checkpoint that was about to be rewritten
+            clean(path / STATE)  # restores a checkpoint that was being replaced
     seen = Start.trace(path)
     if config.resume:
         checkpoint = newest(path, warn)
@@ -146,9 +147,9 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
-    """Returns the configuration with micro-batches for every rank, which divide those of a step. A
-    run that began on several ranks keeps its number, whatever the number of ranks now. Raises
-    InputError if there are fewer micro-batches than ranks."""
+    """Returns the configuration with a micro-batch for each rank, unless it sets their number. A
+    resumed run keeps that number, if it has or had several ranks. Raises InputError if there are
+    fewer micro-batches than ranks."""
     name, count = "grad_accumulation_steps", config.grad_accumulation_steps
     earlier = resumed.record if resumed else {}
     if name not in config.model_fields_set:
@@ -180,8 +181,8 @@ def read_inputs(
     resumed: Checkpoint | None = None,
     rewards: Rewards | None = None,
 ) -> Inputs:
-    """Reads the data. Raises InputError if it cannot be used. Decides what `auto` leaves open; a
-    resumed run keeps its decisions. A run on prompts has rewards."""
+    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its values. A
+    run on prompts has rewards. Raises InputError for data that cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -216,10 +217,9 @@ def read_inputs(
 
 
 def with_rollouts(config: TrainConfig, tokens: int, resumed: Checkpoint | None) -> TrainConfig:
-    """Returns the configuration with the number of completions that are generated at once, each up
-    to `tokens` long with its prompt: as many as fit. A resumed run keeps its number, also one that
-    ended before its first checkpoint, because sums over other batches round differently. Raises
-    NoRoom if the number is configured and does not fit."""
+    """Replaces `rollout_batch: auto` with the number of completions, of up to `tokens` tokens with
+    their prompts, that fit into memory. A resumed run keeps its number, even without a checkpoint,
+    because rounding depends on it. Raises NoRoom if a configured number does not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config
@@ -240,10 +240,10 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model if needed, and creates the factors of its adapter as a vector.
+    """Plans a run, loads its model if needed, and returns the factors of its adapter as a vector.
 
-    Pairs run as in the run that is resumed. Raises InputError, before weights are loaded, for
-    whatever does not fit, including memory.
+    A resumed run shares tokens of pairs as before. Raises InputError before weights are loaded,
+    also if memory does not suffice.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -267,7 +267,7 @@ def prepare(
         train = choices[i]
     else:
         train, plan = fitting(choices)
-        # The order of rows follows from the choice: all run what the rank with least memory can.
+        # The order of rows depends on the choice, so the rank with the least memory decides.
         own = next(i for i, choice in enumerate(choices) if choice is train)
         if (agreed := max(ranks.gather(own))) != own:
             train, plan = fitting(choices[agreed:])
@@ -299,8 +299,8 @@ def prepare(
 def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
-    """The first choice of batches for which the ranks have room, and the plan of this one's part of
-    the model: rank 0 shares it out. InputError or NoRoom if it cannot."""
+    """Returns the index of the first choice of batches for which the ranks have enough memory, and
+    the plan of this rank's layers, which rank 0 assigns. Raises InputError or NoRoom."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
@@ -328,21 +328,21 @@ def fitting_part(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """Returns the first linear layer with DoRA whose width mlx-lm computes wrongly."""
+    """Returns the first layer with DoRA that stock mlx-lm cannot load, or None."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
 
 
 def _longest(config: TrainConfig, *prompts: Dataset | None) -> int:
-    """Returns the tokens of the longest prompt plus the longest completion."""
+    """Returns the number of tokens of the longest prompt and the longest completion together."""
     longest = max(int(own.columns.length.max()) for own in prompts if own)
     return longest + config.max_completion_tokens
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
-    """Returns the configuration with its epochs converted to steps, rounded up. Raises InputError
-    if the warmup takes all of them."""
+    """Converts the epochs of a configuration to steps, rounded up. Raises InputError if warmup
+    takes all of them."""
     if config.epochs is None:
         return config
     batches = batches_in_epoch(train, config.batch_size)
@@ -366,11 +366,11 @@ def load_chain(
     loaded: nn.Module | None = None,
     part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """The model of a configuration, loaded if it is not yet, and its chain; only the layers of a
-    part are read.
+    """Loads the configured model, or takes the `loaded` one, and returns it with its chain. With a
+    `part`, reads only its layers.
 
-    Raises InputError if rows could exceed the model's context length, or if a token of the data has
-    no row in its tables: MLX would read past their end.
+    Raises InputError if max_seq_length exceeds the model's context length, or if a token of the
+    data is not in its embedding or head: MLX would read past their end.
     """
     reads = part.reads if part else lambda name: True
     model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
@@ -395,14 +395,11 @@ def load_chain(
 def load_setup(
     inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None, ranks: Ranks = ALONE
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights; returns the factors of a new adapter, or of the adapter to start from, as
-    a vector.
-
-    For a model over several ranks, only those of this rank's layers.
-    """
+    """Loads the weights. Also returns the factors of a new adapter, or of `warm_start`, as a
+    vector; in a pipeline only those of this rank's layers."""
     config, part = inputs.config, plan.part
     model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
-    pipe = Pipe.of(ranks, part) if part else None
+    pipe = Pipe(ranks, part, transfers_of(ranks)) if part else None
     if config.warm_start is not None:
         adapter = read_adapter(config.warm_start, chain)
     else:
@@ -417,7 +414,7 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        plan = replace(plan, plans=())  # the family turns out to take the generic path
+        plan = replace(plan, plans=())  # unlike its headers, the model needs the generic path
     if inputs.train.packed and not chain.branches:
         raise InputError(
             f"packing is not supported for {config.model_dir.name}, whose layers are mlx-lm's and "
@@ -436,7 +433,7 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """Returns the error for an adapted embedding that is also the head: two ranks would have it."""
+    """Returns the error for an adapted embedding that is also the head: two ranks have it."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
         "on the first and the last rank of a pipeline: leave it out of target_modules, or train "
@@ -446,7 +443,7 @@ def tied_head(config: TrainConfig, chain: Chain) -> InputError:
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
-    """Adds what the model without the adapter gives for the rows that the run will see."""
+    """Adds the references of the rows that the run will use."""
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
@@ -461,7 +458,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
 
 
 def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
-    """Returns the adapter with these factors, by stage."""
+    """Returns the adapter with these factors, which are grouped by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     arrays = {
         path: {name: flat[f"{path}.{name}"] for name in ARRAYS if f"{path}.{name}" in flat}

@@ -1,24 +1,24 @@
-"""Decides from recent steps when a loss is a spike."""
+"""Decides whether a loss is a spike, from the losses of recent steps."""
 
 from collections.abc import Sequence
 from statistics import median
 
-#: Number of recent steps that count, and how many of them there must be.
+#: The number of recent steps that count, and the minimum for a decision.
 WINDOW, LEAST = 64, 16
-#: Deviations above the median, in units of a normal distribution's: 1.4826 times the median
-#: deviation.
+#: A spike is this many standard deviations above the median; one is 1.4826 times the median
+#: absolute deviation, as for a normal distribution.
 DEVIATIONS = 6
-#: Most steps that are skipped in a row: after that it is no spike, but the new level of the loss.
+#: After this many skipped steps in a row, a high loss is not a spike, but the new level.
 MOST_SKIPPED = 8
-#: Nats above the median that never count as a spike, and the multiple of the window's largest loss.
+#: A spike is more than SLACK nats above the median, and above MULTIPLE times the largest loss.
 SLACK, MULTIPLE = 1.0, 1.5
 
 
 def spike_bound(losses: Sequence[float]) -> float:
     """Returns the loss above which a step is a spike, given recent losses; infinite at first.
 
-    Spikes that were taken do not move the median and the median deviation, but they do move the
-    largest loss, so a loss that stays high is reported only once or twice.
+    Steps with a spike hardly change the median and the deviation, but they do change the largest
+    loss, so a loss that stays high is reported only once or twice.
     """
     if len(losses) < LEAST:
         return float("inf")

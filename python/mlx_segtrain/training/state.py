@@ -1,4 +1,4 @@
-"""What changes during a run, and the part of it that a checkpoint holds."""
+"""The state that changes during a run, most of which is in its checkpoints."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,14 +9,13 @@ import mlx.core as mx
 
 from .memory import Memory
 
-#: The states of MLX's optimizers, one for each part of the factors.
+#: The states of MLX's optimizers, one for all factors, or one for A and one for B.
 Moments = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """All factors, the optimizer's state, and the number of steps that led to them: they change
-    together."""
+    """The factors, the optimizer state, and the number of finished steps, which change together."""
 
     vector: mx.array
     moments: Moments
@@ -25,11 +24,10 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a step: loss, gradient norm before clipping, and what else the objective
-    measures.
+    """The outcome of a step: loss, gradient norm before clipping, and the objective's metrics.
 
-    `rate` is the learning rate, `tokens` counts tokens without padding, and `supervised` those of
-    them in the loss. `bound` is the loss above which the step was a spike; None if it was none.
+    `rate` is the learning rate. `tokens` counts tokens without padding, `supervised` tokens in the
+    loss. `bound` is the loss above which the step was a spike; None if it was no spike.
     """
 
     loss: float
@@ -44,14 +42,13 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """How far a run has come, apart from its factors: numbers and lists of them, so that JSON can
-    hold it.
+    """The progress of a run besides its factors. It can be written as JSON.
 
-    `reported` and `evaluated` are the last steps at which that was done. `recent` are the outcomes
-    of the last `steps_per_report` steps, whose mean is the training loss; `losses` are those that
-    define what a spike is, `skipped` counts the last steps in a row that were skipped. `rewards`
-    are the mean rewards of the steps' completions, for collapse.py. After a resume, seconds and the
-    peak, in bytes, cover the whole run.
+    `reported` and `evaluated` are the steps of the last report and the last evaluation. `recent`
+    has the outcomes of the last `steps_per_report` steps, whose mean is the training loss. `losses`
+    are for spikes.py; `skipped` counts the last steps in a row that were skipped. `rewards` has the
+    mean reward of each step, for collapse.py. After a resume, seconds and the peak, in bytes, cover
+    the whole run.
     """
 
     reported: int = 0
@@ -70,19 +67,19 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """The training loss as it is reported everywhere: the mean of `recent`."""
+        """The training loss of all reports: the mean of `recent`."""
         return sum(own.loss for own in self.recent) / len(self.recent) if self.recent else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The objective's other metrics: means over the recent steps that have them."""
+        """The objective's metrics: means over the recent steps that have them."""
         found = [own.metrics for own in self.recent]
         names = dict.fromkeys(name for own in found for name in own)
         return {name: fmean(own[name] for own in found if name in own) for name in names}
 
     @property
     def best(self) -> dict[str, float] | None:
-        """Step and loss of the evaluation with the lowest loss, the first one in a tie."""
+        """The evaluation with the lowest loss, the first one in a tie."""
         return min(
             self.vals,
             key=lambda v: math.inf if math.isnan(v["loss"]) else v["loss"],
@@ -96,7 +93,7 @@ class Progress:
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
 
     def per_s(self, tokens: int) -> float:
-        """Returns a count over all steps divided by the seconds that they took."""
+        """Returns tokens per second, given their number over all steps."""
         return tokens / self.train_s if self.train_s else 0.0
 
     @classmethod

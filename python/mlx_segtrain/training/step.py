@@ -1,4 +1,4 @@
-"""One optimizer step: the gradients of its micro-batches, the checks, the update."""
+"""An optimizer step: the gradients of its micro-batches, the checks, and the update."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from .state import Iterate, Outcome
 
 
 class Halted(RunError):
-    """A step that cannot or must not be taken; `fault`, if any, is the report to write."""
+    """A step cannot or must not be taken; `fault`, if any, is the report to write."""
 
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)
@@ -34,7 +34,8 @@ class Halted(RunError):
 
 @dataclass(frozen=True)
 class Found:
-    """Outputs and gradient of a step; `length` of the gradient, if a rank has a part of it only."""
+    """The outputs and the gradient of a step; in a pipeline also the norm of the whole gradient,
+    of which a rank has only a part."""
 
     outputs: Sequence[Any]
     gradient: mx.array
@@ -43,12 +44,12 @@ class Found:
 
 @dataclass
 class Stepper:
-    """Takes steps by a plan. `watch` is called after each move of the plan."""
+    """Takes steps with a memory plan. `watch` is called after each move of the plan."""
 
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    #: Bytes that generating has taken, if the method generates.
+    #: The peak in bytes of generating completions, if the method generates.
     rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -65,18 +66,17 @@ class Stepper:
         losses: Sequence[float] = (),
         found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
-        """Takes one step: the new state, and how the step was; `losses` of the steps before tell
-        what a spike is. `found` is what all ranks together have come to.
+        """Takes a step and returns the new state with the outcome. The `losses` of earlier steps
+        define what a spike is. `found` has the sums over all ranks, if there are several.
 
-        Raises Halted if the loss or the gradient is not finite, or at a spike if the configuration
-        says so.
+        Raises Halted if the loss or the gradient is not finite, or for a spike if on_spike is stop.
         """
         setup, config = self.setup, self.setup.config
         found = found or Found(*self.gradient(at, accumulated))
         outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
         length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
-        # The whole step is queued on the device before the first of its numbers is waited for.
+        # The whole step is queued on the device before the host waits for its first number.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
@@ -109,27 +109,27 @@ class Stepper:
         return new, outcome
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
-        """Returns the sums over all ranks, each of which passes its part."""
+        """Returns the sums of outputs and gradients over all ranks."""
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """Returns the first factor of a vector that is not finite, if there is one."""
+        """Returns the name of the first non-finite factor of a vector; None without a vector."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(
         self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
     ) -> tuple[list[str], str | None]:
-        """Returns where the numbers of a step first stop being finite: rows, and the tensor."""
+        """Returns the rows and the tensor in which numbers first become non-finite."""
         own = first_nonfinite(self.setup, at, self.ranks.share(accumulated), gradient)
         return together(self.ranks.gather(own))
 
     def keeps(self, error: Exception) -> bool:
-        """Returns whether the state of the last step can be saved after this one."""
+        """Returns whether the state of the last step can be saved after this error."""
         return not isinstance(error, Diverged)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """Returns the completions of the last step, if the method generates any."""
+        """The completions of the last step, if the method generates."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
@@ -141,36 +141,33 @@ class Stepper:
         return measure(*what, setup.config.batch_size, self.ranks, setup.value)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Compiles the kernels for steps on batches like the first of these (CUDA)."""
+        """On CUDA, compiles the kernels for steps on batches like the first of these."""
 
         def write_down() -> None:
             batch = next(source)
             params = self.setup.own.split(at.vector)
-            self._value_and_grad(params, batch, self.setup.objective.total([batch]), 0)
+            self._part(params, batch, self.setup.objective.total([batch]), 0)
 
         compile_together(write_down)
 
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
-        """Returns the part of a step's baseline that is of this rank's share of micro-batches."""
+        """Returns the part of a step's baseline from this rank's share of micro-batches."""
         setup, params = self.setup, self.setup.own.split(at.vector)
         own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
         return baseline_of(*what, own, total, setup.value)
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
-        """Returns the divisor of the losses of a step, with the baselines of all ranks."""
+        """Returns the total of a step, with the sum of all ranks' baselines."""
         objective = self.setup.objective
         return with_baseline(objective, objective.total(accumulated), sum(baselines))
 
     def gradient(
         self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
     ) -> tuple[list[float] | list[mx.array], mx.array]:
-        """Outputs of the objective and gradient of its loss over this rank's share of the
-        micro-batches, as parts of those over all. `total` is that of the step; by default of a run
-        on one device.
-
-        With a single micro-batch they may not be computed yet when this returns.
-        """
+        """Returns this rank's part of a step's outputs and gradient, from its share of the
+        micro-batches; a single one may not be evaluated yet. `total` is that of the step, by
+        default computed as for one device."""
         params = self.setup.own.split(at.vector)
         if total is None:
             total = self.total(accumulated, [self.baseline(at, accumulated)])
@@ -178,7 +175,7 @@ class Stepper:
         (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
-            mx.eval(gradient)  # otherwise the next one would start before this one's memory is free
+            mx.eval(gradient)  # otherwise the next one starts before this one's memory is free
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
@@ -187,14 +184,8 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Returns the part of one micro-batch; `draw` is its number in the run."""
-        outputs, grads = self._value_and_grad(params, batch, total, draw)
-        return list(outputs), self.setup.own.join(grads)
-
-    def _value_and_grad(
-        self, params: Grads, batch: AnyBatch, total: Any, draw: int
-    ) -> tuple[tuple[mx.array, ...], Grads]:
-        return value_and_grad(
+        """Returns the part of a micro-batch, whose number in the run is `draw`."""
+        outputs, grads = value_and_grad(
             self.functions_of(draw),
             params,
             batch,
@@ -202,9 +193,10 @@ class Stepper:
             cuts=lambda streams: self.plan.cuts(self.setup.chain, streams),
             watch=self.watch,
         )
+        return list(outputs), self.setup.own.join(grads)
 
     def functions_of(self, draw: int) -> Functions:
-        """Returns the functions of a micro-batch; with dropout each micro-batch has its own."""
+        """Returns the functions of a micro-batch, which depend on `draw` only with dropout."""
         setup, config = self.setup, self.setup.config
         if not config.lora_dropout:
             return self.functions
@@ -220,8 +212,7 @@ def _halted(
     tensor: str | None = None,
     losses: Sequence[float] = (),
 ) -> Halted:
-    """Returns the error that ends a run at a step whose numbers are not finite, or that is a spike
-    after `losses`."""
+    """Returns the error for a step with non-finite numbers, or with a spike after `losses`."""
     kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
     numbers = (outcome.loss, outcome.norm, outcome.rate)
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))

@@ -1,4 +1,4 @@
-"""Passes the metrics to external trackers. A tracker that fails never stops a run."""
+"""Passes metrics to external trackers. A tracker that fails does not stop the run."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -27,8 +27,7 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
 
 
 def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Logs to a Weights & Biases run, which a resumed run continues. Its WANDB_* variables
-    apply."""
+    """Logs to a Weights & Biases run, which a resumed run continues. WANDB_* variables apply."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
         id=run_id,
@@ -73,7 +72,7 @@ def check_installed(config: TrainConfig) -> None:
 def tracked(
     config: TrainConfig, run_id: str, warn: Callable[[str], None]
 ) -> Iterator[events.OnEvent]:
-    """Passes an event to the configured trackers; one that fails gets no further events."""
+    """Yields a function that passes events to the trackers; one that fails gets no more."""
     live: dict[str, tuple[events.OnEvent, Close]] = {}
 
     def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:

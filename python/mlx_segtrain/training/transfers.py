@@ -1,7 +1,7 @@
-"""Arrays from one rank to the one beside it, through MLX, while both compute.
+"""Sends arrays from one rank to another through MLX, while both compute.
 
-Sender and receiver name their transfers in the same order, so the same code serves messages and
-collectives. A transfer runs on a stream of its own; nobody waits for one that is sent.
+Sender and receiver start their transfers in the same order, so messages and collectives can be used
+in the same way. Each direction has a stream, and the sender does not wait for a transfer.
 """
 
 import faulthandler
@@ -25,18 +25,18 @@ from .ranks import Ranks, address_of, exit_later
 #: Shape and type of an array.
 Form = tuple[tuple[int, ...], mx.Dtype]
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.uint32, mx.int64, mx.bool_)
-#: Seconds in which the ranks must have connected a ring.
+#: Seconds in which the ranks must connect a ring.
 CONNECT = 60.0
-#: The ring of this process, besides another back end, and the addresses of its ranks.
+#: The ring of this process that is used besides another back end, and the addresses of its ranks.
 _ring: tuple[Any, list[list[str]]] | None = None
-#: Numbers that say a form: its type, how many axes it has, and these.
+#: A form is sent as its dtype, its number of axes, and this many sizes.
 AXES = 6
 
 
 @dataclass
 class Transfers:
-    """The transfers of one rank. Each direction has its own stream: a transfer that is waited for
-    must not hold up another."""
+    """The transfers of one rank. Each direction has a stream, so that a transfer that waits for
+    another rank does not delay others."""
 
     ranks: Ranks
     group: Any
@@ -44,27 +44,27 @@ class Transfers:
     sent: deque[list[mx.array]] = field(default_factory=deque)
 
     def send(self, arrays: Sequence[mx.array], to: int) -> None:
-        """Gives arrays to a rank that receives as many."""
+        """Starts to send arrays to a rank."""
         stream = self._stream(self.ranks.rank, to)
-        # What is kept to wait for is one number, or it would keep what was sent.
+        # `settle` waits for one number of each array, because keeping the array would take memory.
         ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
         ends = [mx.add(x, x, stream=stream) for x in ends]
         self.ranks.start(ends)
         self.sent.append(ends)
 
     def post(self, forms: Sequence[Form], source: int) -> list[mx.array]:
-        """Returns arrays that another rank sends; they may not have arrived yet."""
+        """Starts to receive arrays; they may not have arrived when this returns."""
         moved = [self._received(shape, dtype, source) for shape, dtype in forms]
         self.ranks.start(moved)
         return moved
 
     def settle(self, left: int = 0) -> None:
-        """Waits until at most `left` transfers are on their way to others."""
+        """Waits until at most `left` calls of `send` are not finished."""
         while len(self.sent) > left:
             self.ranks.wait_for(self.sent.popleft())
 
     def send_forms(self, arrays: Sequence[mx.array], to: int) -> None:
-        """Tells what is sent next."""
+        """Sends the forms of the arrays that are sent next."""
         rows = [[TYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (AXES - x.ndim)] for x in arrays]
         self.send([mx.array(rows, mx.int32)], to)
 
@@ -90,7 +90,7 @@ class Transfers:
 
 
 class Sums(Transfers):
-    """Between two GPUs, where MLX has no messages: a sum with zeros, on one stream."""
+    """Transfers between two GPUs, where MLX has no messages: sums with zeros, on one stream."""
 
     def _sent(self, x: mx.array, to: int) -> mx.array:
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
@@ -106,9 +106,11 @@ class Sums(Transfers):
 
 
 def transfers_of(ranks: Ranks) -> Transfers:
-    """Returns the transfers of a rank, by messages of MLX's ring. NCCL has none in MLX 0.32.4, and
-    those of JACCL take the end of a message that is sent for that of one that is received, as both
-    are under way at once: these ranks use a ring besides, save for that two of NCCL add up."""
+    """Returns the transfers of a rank: messages of MLX's ring, or sums between two ranks of NCCL.
+
+    In MLX 0.32.4, NCCL has no messages, and JACCL confuses the completions of messages that are
+    sent and received at the same time, so ranks of these back ends also create a ring.
+    """
     if ranks.backend == "nccl" and ranks.size == 2:
         found: Transfers = Sums(ranks, ranks.group)
     else:
@@ -119,9 +121,9 @@ def transfers_of(ranks: Ranks) -> Transfers:
 
 
 def ring_of(ranks: Ranks) -> Any:
-    """A ring over TCP between ranks that another back end connects. RunError if it fails.
+    """Returns a ring over TCP between ranks of another back end. Raises RunError if it fails.
 
-    MLX makes one for each process, which all runs of the process use.
+    MLX creates one for each process, which all runs of the process use.
     """
     global _ring
     if _ring is None:
@@ -131,14 +133,14 @@ def ring_of(ranks: Ranks) -> Any:
 
 
 def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
-    """A new ring, and the addresses of its ranks. The process ends if it is not there in time: MLX
-    may wait for another rank for ever, with Python's lock."""
+    """Returns a new ring and the addresses of its ranks. Ends the process if that takes too long:
+    MLX may wait for another rank forever while it holds the GIL."""
     address = address_of(ranks)
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]
     host = f"[{address}]" if ":" in address else address
     ring = [[own] for own in ranks.gather(f"{host}:{port}")]
-    if ranks.first:  # now, since nothing can be said while MLX has the lock
+    if ranks.first:  # printed now, because nothing can be printed while MLX holds the GIL
         places = ", ".join(f"rank {r} at {own}" for r, (own,) in enumerate(ring))
         said = f"connecting a ring of {places}: each must reach the next one by TCP"
         print(f"mlx-segtrain: {said} within {CONNECT:.0f} s", file=sys.stderr, flush=True)

@@ -1,25 +1,26 @@
-"""Detects which process of a group is lost, and makes all of them name the same one.
+"""Detects which rank of a group is lost, and makes all ranks agree on it.
 
-A state machine without clock and sockets: messages and the time are its inputs, and `out` holds
-what it wants to send. Every rank has one. Each sends a beat to all others every BEAT seconds. A
-rank that finds that another one has ended or is silent tells the judges, which are the JUDGES
-lowest ranks that are not lost; a rank that fails tells all. The first judge decides `settle`
-seconds later, and each further judge as much later again if it has heard of no decision by then. A
-decision goes to all; a rank that hears of it tells the judges, and a judge tells all. So a decision
-that reaches anybody reaches everybody, even if its author is lost while sending it, as long as a
-judge is left.
+A watch is a state machine without clock and sockets: messages and the time are its inputs, and
+`out` has the messages to send. Every rank has one, and sends a beat to all others every BEAT
+seconds. A rank that finds another one ended or silent reports it to the judges, which are the
+JUDGES lowest ranks that are not lost; a rank that fails reports it to all. The first judge decides
+`settle` seconds later. Each further judge waits as long again, and decides if it has received no
+decision by then. A decision goes to all ranks. A rank that receives one passes it to the judges,
+and a judge passes it to all. So a decision that reaches one rank reaches all of them, even if its
+author is lost while sending it, as long as a judge is left.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: Seconds: between two beats; without a beat until a rank is lost; and from the first loss to the
-#: decision, which is several times what a message takes.
+#: Seconds between two beats; without a beat until a rank is lost; and from the first loss to the
+#: decision, which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
-#: Number of ranks that may decide, one after the other.
+#: The number of ranks that may decide, one after the other.
 JUDGES = 3
 
-#: How a rank is lost, the most certain first: it says so, its connections are closed, it is silent.
+#: The ways to lose a rank, the most certain first: it reports it, its connections are closed, or it
+#: sends nothing.
 How = Literal["failed", "ended", "silent"]
 SUREST: tuple[How, ...] = ("failed", "ended", "silent")
 
@@ -34,7 +35,7 @@ class Lost:
 
 
 class Watch:
-    """The state of the other ranks as this one knows it. Messages are JSON objects."""
+    """The state of the other ranks, as far as this one knows it. Messages are JSON objects."""
 
     def __init__(
         self,
@@ -49,10 +50,10 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: How many times each rank has begun or ceased to wait for others; whether this one waits.
+        #: How many times each rank has started or stopped to wait; whether this one is waiting.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
-        #: Ranks that left at the end of the run, and when this rank heard of it.
+        #: Ranks that left at the end of the run, and when this rank received that message.
         self.left: dict[int, float] = {}
         #: Ranks that are lost, as far as this rank knows.
         self.lost: dict[int, Lost] = {}
@@ -60,7 +61,7 @@ class Watch:
         self.decided: Lost | None = None
         #: Messages to send: recipient and content.
         self.out: list[tuple[list[int], dict[str, Any]]] = []
-        self._since = now  # when the loss was heard of that a decision has to wait for
+        self._since = now  # the time from which the judges count
         self._ticked, self._due = now, now + beat
 
     def receive(self, source: int, message: dict[str, Any], now: float) -> None:
@@ -73,7 +74,7 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # A rank that was declared lost may have slept; meanwhile the others continued.
+            # If this rank was declared lost, it may have slept, and the others have decided.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
             self.left.setdefault(source, now)
@@ -84,20 +85,18 @@ class Watch:
             self._note(Lost(source, "ended", "has ended"), now)
 
     def fail(self, why: str, now: float) -> None:
-        """Notes that this rank cannot continue."""
+        """Reports that this rank cannot continue."""
         self._note(Lost(self.rank, "failed", why), now)
 
     def leave(self) -> None:
-        """Notes that this rank has finished its run, or has named the one that is lost."""
+        """Reports that this rank has finished its run, or has reported the lost rank."""
         self.out.append((self.others, {"left": True}))
 
     def tick(self, now: float) -> None:
-        """Handles the passing of time. To be called several times per beat, after everything that
-        has arrived."""
+        """Handles the passing of time. Must be called several times per beat, after all messages
+        that have arrived are handled."""
         slept, self._ticked = now - self._ticked, now
-        if (
-            slept > 2 * self.beat
-        ):  # this process slept, so others may have sent meanwhile: give them time again
+        if slept > 2 * self.beat:  # while this process slept, messages may have arrived
             self.heard = {r: at + slept for r, at in self.heard.items()}
         if self.decided is not None:
             return
@@ -108,8 +107,7 @@ class Watch:
         if self.lost:
             turn = min([*self.judges, self.rank].index(self.rank), JUDGES)
             if now - self._since > self.settle * (1 + turn):
-                # Of several lost ranks the most certain one: the others are lost because of it, or
-                # of a cable.
+                # The most certain loss is the cause: others follow from it, or from a cable.
                 surest = min(self.lost.values(), key=lambda x: (SUREST.index(x.how), x.rank))
                 self._decide(surest, self.others)
 
@@ -122,7 +120,7 @@ class Watch:
                 self._note(Lost(r, "silent", f"has not answered for {self.patience:g} s"), now)
 
     def _note(self, lost: Lost, now: float) -> None:
-        """Keeps the most certain loss of each rank, and passes it on."""
+        """Keeps the most certain loss of each rank, and reports it."""
         known = self.lost.get(lost.rank)
         if self.decided is not None:
             return
@@ -131,11 +129,11 @@ class Watch:
         before, first = self.judges, not self.lost
         self.lost[lost.rank] = lost
         self.judges = [r for r in range(len(self.at)) if r not in self.lost][:JUDGES]
-        if first or self.judges != before:  # a lost judge's decision may still arrive
+        if first or self.judges != before:  # the decision of a lost judge may still arrive
             self._since = now
         told = self.others if lost.rank == self.rank else self.judges
         self._send(lost, told)
-        for other in self.lost.values():  # the new judges know nothing yet
+        for other in self.lost.values():  # new judges have received nothing yet
             self._send(other, [r for r in self.judges if r not in before])
 
     def _decide(self, lost: Lost, tell: list[int]) -> None:
@@ -143,6 +141,6 @@ class Watch:
         self.out.append((tell, {"decided": [lost.rank, lost.how, lost.why]}))
 
     def _send(self, lost: Lost, to: list[int]) -> None:
-        """Reports a loss to others."""
+        """Sends a loss to other ranks."""
         if to := [r for r in to if r != self.rank]:
             self.out.append((to, {"lost": [lost.rank, lost.how, lost.why]}))
