@@ -553,4 +553,5 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
 
     sizes = asyncio.run(main())
     engine.close()
-    assert sizes[-1] <= sizes[0], sizes
+    # The loop's variables may hold the last batch's few numbers; 4 bytes per request would be 800.
+    assert sizes[-1] <= sizes[0] + 256, sizes
