@@ -631,6 +631,15 @@ def test_the_system_message_that_rows_have_in_common(rows: list[Any], message: A
     assert system_message(sources_of(rows)[0], data.Options()) == (message or None)
 
 
+def test_prompts_with_other_columns_have_a_system_message_too() -> None:
+    from mlx_segtrain.data.sources import sources_of
+    from mlx_segtrain.data.system import system_message
+
+    prompt = [{"role": "system", "content": "S"}, {"role": "user", "content": "u"}]
+    rows = sources_of([{"prompt": prompt, "answer": "4"}])[0]
+    assert system_message(rows, data.Options(method="grpo")) == "S"
+
+
 def test_a_run_that_fails_says_how_it_is_continued(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(training, "train", Mock(side_effect=RunError("step 3: the disk is full.")))
     Path("a/state/step-00002").mkdir(parents=True)

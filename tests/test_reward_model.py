@@ -42,6 +42,12 @@ def texts_of(tokenizer, answers):
         yield tokenizer.apply_chat_template(turns, tokenize=False)
 
 
+def test_prompts_and_completions_are_as_many(tmp_path):
+    own = judge(scorer(tmp_path / "m"))
+    with pytest.raises(ValueError, match="zip"):
+        own(["Is it?", "Was it?"], ["yes"])
+
+
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
     """In batches of several lengths, in parts where a text is long, and before padding."""
     model = hf.write_scorer(tmp_path / "m")

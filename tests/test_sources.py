@@ -425,6 +425,20 @@ def test_columns_of_parquet_whose_values_nothing_reads(tmp_path):
     assert [row for _, row in rows_of(source_of(path))] == [{"when": Other("timestamp[ms]")}] * 3
 
 
+def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
+    """Those of columns that are read anyway are not looked at: pyarrow ends its process."""
+    table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)
+    whole = path.read_bytes()
+    at = whole.rindex(b"\x04\x44\x33\x22\x11")  # a binary of 4 bytes, in the footer
+    size = int.from_bytes(whole[-8:-4], "little") - 2
+    broken = whole[:at] + b"\x02\x44\x33" + whole[at + 5 : -8] + size.to_bytes(4, "little")
+    path.write_bytes(broken + b"PAR1")
+    with pytest.raises(InputError, match=r"a\.parquet .*cannot be read: .*stream"):
+        list(rows_of(source_of(path)))
+
+
 def test_rows_of_many_values(tmp_path):
     """Commas and brackets of a text are none."""
     long = {"text": '[,"\\' * 1_000_000}

@@ -17,7 +17,7 @@ def system_message(source: Source, options: Options) -> str | None:
     none. Raises InputError if the rows cannot be read."""
     found: set[str | None] = set()
     for name, row in islice(rows_of(source), LOOKED_AT):
-        record = checked(dict(row), name, options.data_format, options.columns)
+        record = checked(dict(row), name, options.format, options.columns)
         found.add(_system_of(record.row))
         if len(found) > 1:
             return None

@@ -153,10 +153,12 @@ def _parquet(file: Any, name: str, size: int) -> Opened:
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
         raise ValueError("its numbers of rows are wrong")
     check_growth(name, VALUE * total, size)
-    schema, full = reader.schema_arrow, set[str]()
-    if not any("." in own for own in schema.names):  # the paths of leaves would be ambiguous
-        full = _full(metadata)
-    names = [own.name for own in schema if arrow.is_json(own.type) or own.name not in full]
+    schema = reader.schema_arrow
+    other = {own.name for own in schema if not arrow.is_json(own.type)}
+    if any("." in own for own in schema.names):  # the paths of leaves would be ambiguous
+        other.clear()
+    skipped = _full(metadata, other)
+    names = [own for own in schema.names if own not in skipped]
 
     def batches() -> Iterator[tuple[Any, int]]:
         rows = 0
@@ -167,16 +169,22 @@ def _parquet(file: Any, name: str, size: int) -> Opened:
     return schema, batches()
 
 
-def _full(metadata: Any) -> set[str]:
-    """Returns the columns that have a value in every row: the statistics of each row group count no
-    nulls in one of their leaves. Leaves in lists do not show whether a list is null."""
-    columns = range(metadata.num_columns)
-    flat = [i for i in columns if metadata.schema.column(i).max_repetition_level == 0]
+def _full(metadata: Any, columns: set[str]) -> set[str]:
+    """Returns those of the columns that have a value in every row: the statistics of each row group
+    count no nulls in one of their leaves.
+
+    Leaves in lists do not show whether a list is null. Statistics of other columns are not read,
+    since pyarrow ends the process if they are broken.
+    """
+    tops = {
+        i: metadata.schema.column(i).path.partition(".")[0] for i in range(metadata.num_columns)
+    }
+    flat = [i for i in tops if metadata.schema.column(i).max_repetition_level == 0]
+    wanted = [i for i in flat if tops[i] in columns]
     found: list[set[str]] = []
-    for i in range(metadata.num_row_groups):
-        leaves = map(metadata.row_group(i).column, flat)
-        known = (own for own in leaves if own.statistics and own.statistics.null_count == 0)
-        found.append({own.path_in_schema.partition(".")[0] for own in known})
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        known = ((tops[i], group.column(i).statistics) for i in wanted)
+        found.append({top for top, own in known if own and own.null_count == 0})
     return set.intersection(*found) if found else set()
 
 

@@ -14,7 +14,7 @@ Kind = Literal["content", "reasoning", "call"]
 
 @dataclass(frozen=True)
 class Tags:
-    """The texts that start and end reasoning and tool calls; None if the model has neither.
+    """The texts that start and end reasoning and tool calls, each None if the model has none.
 
     If the end of a call is empty, a call ends where the next one begins.
     """

@@ -28,8 +28,9 @@ def choose_ranks(
 ) -> dict[str, int]:
     """Returns the rank of every linear layer to adapt, by path.
 
-    These are the layers in the last `num_layers` layers whose path is a target or ends with one;
-    the target "all-linear" means all of them. `layers` are the paths of each layer's linear layers,
+    These are the linear layers in the last `num_layers` layers, and embedding and head, whose path
+    is a target or ends with one; the target "all-linear" means all except embedding and head.
+    `layers` are the paths of each layer's linear layers,
     `outer` those of embedding and head, and `bits` the bits of the quantized ones.
 
     `constant` gives max(2, rank); `by_bits` max(2, ⌈rank·bits / 4⌉), or `rank` if the layer is not

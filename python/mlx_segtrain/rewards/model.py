@@ -83,7 +83,8 @@ class RewardModel:
         """Returns the scores of completions, or of conversations, whose `messages` follow the
         prompts."""
         answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
-        texts = map(self._text, prompts, system or [None] * len(prompts), answers)
+        rows = zip(prompts, system or [None] * len(prompts), answers, strict=True)
+        texts = [self._text(*row) for row in rows]
         encoded = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
         scores = np.zeros(len(encoded))
         for rows in _passes([len(own) for own in encoded]):
