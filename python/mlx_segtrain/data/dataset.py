@@ -69,7 +69,7 @@ class Dataset:
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with `change(index, row)` as each row; the columns must not change."""
+        """Returns the data set with `change(index, row)` as its rows. Columns must not change."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
