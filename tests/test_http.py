@@ -615,8 +615,12 @@ def test_metrics_and_the_log_tell_what_was_answered(server):
     ids = [own.headers["x-request-id"] for own in (*answers, stream, refused)]
     assert len(set(ids)) == 4 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
     usage = answers[0].json()["usage"]
-    after = values()
-    assert after['segtrain_requests_total{adapter="m",finish="length"}'] == 3
+    answered = 'segtrain_requests_total{adapter="m",finish="length"}'
+    end = time.monotonic() + 10  # a stream's end may be read before the server has counted it
+    while (after := values())[answered] < 3:
+        assert time.monotonic() < end, after
+        time.sleep(0.05)
+    assert after[answered] == 3
     assert after['segtrain_generated_tokens_total{adapter="m"}'] == 15
     assert after['segtrain_prompt_tokens_total{adapter="m"}'] == 3 * usage["prompt_tokens"]
     assert after['segtrain_time_to_first_token_seconds_count{adapter="m"}'] == 3

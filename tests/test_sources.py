@@ -383,50 +383,8 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
     assert two == {**dict.fromkeys(columns), "runs": one["runs"], "text": "b"}
 
 
-def test_columns_of_parquet_whose_values_nothing_reads(tmp_path):
-    """They are not decoded if the file's statistics say that each row has a value; the rows are the
-    same. Lists, and columns with nulls, are decoded; so is everything if there is a dot in a name,
-    or without statistics."""
-    image = pa.struct([pa.field("bytes", pa.binary(), nullable=False), ("path", pa.string())])
-    pairs = pa.map_(pa.string(), pa.string())
-    columns = {
-        "image": pa.array([{"bytes": b"x", "path": None}] * 3, image),
-        "some": pa.array([{"bytes": b"x", "path": "a"}, None, {"bytes": b"y"}], image),
-        "bytes": pa.array([b"x" * (1 << 16)] * 3),
-        "when": pa.array([0, 1, 2], pa.timestamp("s")),
-        "once": pa.array([0, None, 2], pa.timestamp("s")),
-        "map": pa.array([[("a", "b")]] * 3, pairs),
-        "maps": pa.array([[("a", "b")], None, []], pairs),
-        "text": pa.array(["a", "b", None]),
-    }
-    table = pa.table(columns)
-    path, rest = tmp_path / "a.parquet", ["some", "once", "map", "maps", "text"]
-
-    def expected(table):
-        """Rows in which values that JSON does not have are the types of the file."""
-        kinds = {own.name: Other(str(own.type)[:60]) for own in pq.read_schema(path)}
-        del kinds["text"]
-        for row in table.to_pylist():
-            yield {name: x if x is None else kinds.get(name, x) for name, x in row.items()}
-
-    for how, read in (
-        ({"row_group_size": 2}, rest),
-        ({"write_statistics": False}, list(columns)),
-    ):
-        pq.write_table(table, path, **how)
-        assert [row for _, row in rows_of(source_of(path))] == list(expected(table))
-        schema, batches = tables._parquet(path, path.name, path.stat().st_size)
-        assert schema.names == list(columns)
-        assert {tuple(batch.schema.names) for batch, _ in batches} == {tuple(read)}
-    dotted = table.rename_columns({"bytes": "image.bytes"})
-    pq.write_table(dotted, path)
-    assert [row for _, row in rows_of(source_of(path))] == list(expected(dotted))
-    pq.write_table(pa.table({"when": columns["when"]}), path)  # nothing is left to read
-    assert [row for _, row in rows_of(source_of(path))] == [{"when": Other("timestamp[ms]")}] * 3
-
-
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
-    """Those of columns that are read anyway are not looked at: pyarrow ends its process."""
+    """Nothing looks at them: pyarrow ends its process."""
     table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)

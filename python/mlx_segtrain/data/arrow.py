@@ -30,13 +30,12 @@ def table_of(data: Any) -> Any:
 
 
 def blocks_of(
-    name: str, batches: Iterable[tuple[Any, int]], size: int | None = None, schema: Any = None
+    name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
 ) -> Iterator[Block]:
     """Yields the blocks of record batches. Each batch comes with the number of bytes of the file
     that have been read so far; `size` is that of the file, None for a table in memory.
 
-    Columns of `schema` that a batch lacks have a value in every row, which nothing needs. Raises
-    InputError for a batch that is not well formed, and for a decompression bomb.
+    Raises InputError for a batch that is not well formed, and for a decompression bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []
@@ -47,13 +46,13 @@ def blocks_of(
 
     for batch, read in batches:
         batch.validate(full=True)
-        names = (schema or batch.schema).names
+        names = batch.schema.names
         check_columns(name, len(names))
         if len({*names}) != len(names):
             raise InputError(f"{name}: two columns have the same name; rename one of them.")
         if size is not None:  # even empty rows take memory
             check_growth(name, weighed + VALUE * batch.num_rows, size)
-        for part, weight in _parts(batch, schema or batch.schema, name, first + rows):
+        for part, weight in _parts(batch, name, first + rows):
             weighed += weight
             if size is not None:
                 check_growth(name, weighed, size)
@@ -66,27 +65,25 @@ def blocks_of(
         yield block()
 
 
-def _of_json(batch: Any, schema: Any) -> Any:
+def _of_json(batch: Any) -> Any:
     """Replaces columns of types that JSON does not have, such as images, with booleans: whether
     there is a value. Nothing reads the values, and their size is unknown."""
     fields, columns = [], []
-    for field in schema:
-        place = batch.schema.get_field_index(field.name)
-        if is_json(field.type):
+    for field, column in zip(batch.schema, batch.columns, strict=True):
+        if _is_json(field.type):
             fields.append(pa.field(field.name, field.type))
-            columns.append(batch.column(place))
+            columns.append(column)
         else:
             kind = {OTHER: str(field.type)[:60].encode()}
             fields.append(pa.field(field.name, pa.bool_(), metadata=kind))
-            there = _called("is_valid", batch.column(place)) if place >= 0 else None
-            columns.append(pa.repeat(True, batch.num_rows) if there is None else there)
+            columns.append(_called("is_valid", column))
     return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields)) if columns else batch
 
 
-def _parts(batch: Any, schema: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
+def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
     """Yields slices of a batch that are small when written out, each with its size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
-        waiting = [_of_json(batch.slice(at, ROWS), schema)]
+        waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:
             part = waiting.pop()
             weight, n = _weight(part.to_struct_array()), part.num_rows
@@ -144,12 +141,12 @@ def _plain(kind: Any) -> Any:
 # ---- types
 
 
-def is_json(kind: Any) -> bool:
+def _is_json(kind: Any) -> bool:
     """Returns whether JSON has the values of a type."""
     if _is_list(kind):
-        return is_json(kind.value_type)
+        return _is_json(kind.value_type)
     if types.is_struct(kind):
-        return all(is_json(own.type) for own in kind)
+        return all(_is_json(own.type) for own in kind)
     if types.is_dictionary(kind):  # only bombs have dictionaries of lists
         kind = kind.value_type
     plain = (types.is_boolean, types.is_integer, types.is_floating, types.is_null, _is_text)

@@ -123,9 +123,8 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
         size = os.fstat(file).st_size
         processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
-            opened = _parquet if path.suffix.lower() == ".parquet" else _arrow
-            schema, batches = opened(mapped, path.name, size)
-            for block in arrow.blocks_of(path.name, batches, size, schema):
+            batches = _parquet if path.suffix.lower() == ".parquet" else _arrow
+            for block in arrow.blocks_of(path.name, batches(mapped, path.name, size), size):
                 wire.send_bytes(json.dumps([block.first, block.size]).encode())
                 wire.send_bytes(block.payload)
     except InputError as error:
@@ -135,16 +134,9 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     return None
 
 
-#: The schema of a table; and its batches, each with the bytes of the file read so far, roughly.
-Opened = tuple[Any, Iterator[tuple[Any, int]]]
-
-
-def _parquet(file: Any, name: str, size: int) -> Opened:
-    """Opens a Parquet file. Its batches lack columns of which nothing reads the values, such as
-    images, if these have a value in every row."""
+def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
+    """Yields each batch with the number of bytes of the file that have been read, roughly."""
     import pyarrow.parquet as pq
-
-    from . import arrow
 
     reader = pq.ParquetFile(file, pre_buffer=False)
     metadata, total = reader.metadata, reader.metadata.num_rows
@@ -153,43 +145,14 @@ def _parquet(file: Any, name: str, size: int) -> Opened:
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
         raise ValueError("its numbers of rows are wrong")
     check_growth(name, VALUE * total, size)
-    schema = reader.schema_arrow
-    other = {own.name for own in schema if not arrow.is_json(own.type)}
-    if any("." in own for own in schema.names):  # the paths of leaves would be ambiguous
-        other.clear()
-    skipped = _full(metadata, other)
-    names = [own for own in schema.names if own not in skipped]
-
-    def batches() -> Iterator[tuple[Any, int]]:
-        rows = 0
-        for batch in reader.iter_batches(FEW, columns=names or None, use_threads=False):
-            rows += batch.num_rows
-            yield batch, size * rows // max(total, rows)
-
-    return schema, batches()
+    rows = 0
+    for batch in reader.iter_batches(FEW, use_threads=False):
+        rows += batch.num_rows
+        yield batch, size * rows // max(total, rows)
 
 
-def _full(metadata: Any, columns: set[str]) -> set[str]:
-    """Returns those of the columns that have a value in every row: the statistics of each row group
-    count no nulls in one of their leaves.
-
-    Leaves in lists do not show whether a list is null. Statistics of other columns are not read,
-    since pyarrow ends the process if they are broken.
-    """
-    tops = {
-        i: metadata.schema.column(i).path.partition(".")[0] for i in range(metadata.num_columns)
-    }
-    flat = [i for i in tops if metadata.schema.column(i).max_repetition_level == 0]
-    wanted = [i for i in flat if tops[i] in columns]
-    found: list[set[str]] = []
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        known = ((tops[i], group.column(i).statistics) for i in wanted)
-        found.append({top for top, own in known if own and own.null_count == 0})
-    return set.intersection(*found) if found else set()
-
-
-def _arrow(file: Any, name: str, size: int) -> Opened:
-    """Opens an Arrow stream, or an Arrow file, which begins with a magic word."""
+def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
+    """Like `_parquet`, for an Arrow stream, or an Arrow file, which begins with a magic word."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)
@@ -198,6 +161,7 @@ def _arrow(file: Any, name: str, size: int) -> Opened:
     reader = (pa.ipc.open_file if is_file else pa.ipc.open_stream)(file, options=options)
     check_columns(name, len(reader.schema))
     if is_file:
-        n = reader.num_record_batches
-        return reader.schema, ((reader.get_batch(i), size * (i + 1) // n) for i in range(n))
-    return reader.schema, ((batch, file.tell()) for batch in reader)
+        count = reader.num_record_batches
+        yield from ((reader.get_batch(i), size * (i + 1) // count) for i in range(count))
+    else:
+        yield from ((batch, file.tell()) for batch in reader)
