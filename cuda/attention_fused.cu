@@ -12,7 +12,7 @@
 
 namespace segtrain {
 
-// ---- who waits for whom: barriers in shared memory (mbarrier), whose phases alternate
+// ---- synchronization: barriers in shared memory (mbarrier), whose phases alternate
 
 __device__ inline void init_barrier(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
@@ -20,12 +20,12 @@ __device__ inline void init_barrier(unsigned at, int arrivals) {
 __device__ inline void arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/// One arrival of a warp whose threads are all that far.
+/// One arrival for a warp, when all of its threads are here.
 __device__ inline void warp_arrives(unsigned at) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(at);
 }
-/// Arrives when this thread's copies so far have.
+/// Arrives when all copies that this thread has started are complete.
 __device__ inline void arrive_with_copies(unsigned at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
@@ -34,18 +34,18 @@ __device__ inline void wait(unsigned at, unsigned phase) {
                ::"r"(at), "r"(phase) : "memory");
 }
 
-/// What was written to shared memory, as this thread knows, is what tensor cores and bulk copies read behind this.
+/// Makes the writes to shared memory that this thread sees visible to later reads by tensor cores and bulk copies.
 __device__ inline void publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-/// Tells by `to` what `from` told, published. The fence waits for the products of the threads that it is called by: it is
-/// left to one that has none (threads that multiply lost a quarter of their time by it).
+/// Waits for `from`, publishes the data, and arrives at `to`. The fence waits for the products of the calling threads, so
+/// threads without products call it (in threads that multiply it took a quarter of their time).
 __device__ inline void relay(unsigned from, unsigned to, unsigned phase) {
   wait(from, phase);
   publish();
   arrive(to);
 }
 
-/// A barrier of some of the block's warps; and one that is told of, but not waited for.
+/// A barrier for some of the block's warps; the second function arrives at it without waiting.
 __device__ inline void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ inline void tell(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -370,14 +370,14 @@ __device__ void begin_vjp(const T* o, const T* d_o, Call c, float* delta, int* c
   for (int i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256) counts[i] = 0;
 }
 
-/// A number of each of a tile's rows by a warp. Rows beyond repeat the last, or are zeros.
+/// One value for each row of a tile, copied by a warp. Rows beyond the end repeat the last row, or are zeros.
 template <int ROWS, bool REPEAT, typename X>
 __device__ inline void copy_numbers(unsigned to, const X* x, int rows, int lane) {
 #pragma unroll
   for (int i = lane; i < ROWS; i += 32) copy_async<4>(to + i * 4, x + min(i, rows - 1), REPEAT || i < rows);
 }
 
-/// Until `turn` others have added; and this one has, too.
+/// Waits until `turn` others have added; the second function reports that this one has added, too.
 __device__ inline void wait_for_turn(const int* count, int turn) {
   for (;;) {
     int now;
@@ -388,7 +388,7 @@ __device__ inline void wait_for_turn(const int* count, int turn) {
 }
 __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
 
-/// Starts to [bytes / 4] = or += numbers in shared memory, by one thread.
+/// One thread starts copying or adding values in shared memory to `to` [bytes / 4].
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
@@ -676,7 +676,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
     warp_arrives(q_done);
   }
-  meet(1, 256);  // No one reads the tiles any more.
+  meet(1, 256);  // The tiles are no longer read.
   store_sums(k_tile, dk);
   store_sums(q_tiles, dv);
   warp_arrives(sums_written);
@@ -684,9 +684,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
 
 // ---- sums, rounded
 
-/// y [heads, rows, D] ← scale·sum, or zeros where no one has `added`. A tile has ROWS·DP numbers as store_sums writes them,
-/// of two groups: SIDE by side, of half of its columns each, or one below the other. 256 threads take 4096 numbers, each
-/// eight columns of two rows.
+/// y [heads, rows, D] ← scale·sum, or zeros where no block has `added`. A tile has ROWS·DP elements in the order of store_sums,
+/// of two groups: SIDE by side, with half of the columns each, or one below the other. 256 threads process 4096 elements, each
+/// thread eight columns of two rows.
 template <int ROWS, int D, bool SIDE, typename T, typename Added>
 __device__ inline void round_tiles(const float* sum, int rows, float scale, int job, Added added, T* y) {
   constexpr int PIECES = (D + 63) / 64 * 8, PARTS = ROWS * PIECES / 512, OF_GROUP = SIDE ? PIECES / 2 : PIECES;
@@ -726,7 +726,7 @@ __device__ void round_sums(const float* dq_sum, const float* dk_sum, const float
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention_fused: q k v first at args -> o lse

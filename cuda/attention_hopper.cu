@@ -10,7 +10,7 @@
 //
 // Scratch and sums are written in place by a chain of launches although MLX sees them as inputs: MLX keeps what a graph
 // allocates until the graph is done, and a new scratch for each range would be as large as all of P. Small outputs
-// (`done`) order the chain: who reads scratch or sums takes the last of them as an input too.
+// (`done`) order the chain: a kernel that reads scratch or sums has the last of them as an input, too.
 
 namespace segtrain {
 
@@ -34,7 +34,7 @@ __device__ inline int copy_row() { return threadIdx.x / 8; }
 
 __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// All but the last AHEAD groups of copies have arrived, for every thread and for the tensor cores.
+/// Waits for all groups of copies except the last AHEAD, and makes them visible to every thread and the tensor cores.
 template <int AHEAD>
 __device__ inline void copies_here() {
   asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
@@ -80,7 +80,7 @@ struct Ring {
 
 // ---- o, lse
 
-/// Queries, P, a ring of keys and values, and what the two warpgroups tell each other.
+/// Queries, P, a ring of keys and values, and the values that the two warpgroups exchange.
 template <int D>
 struct ForwardTiles {
   static constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128;
@@ -218,11 +218,11 @@ constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // queries or keys of a tile
 /// of keys.
 struct Range {
   int group, groups, tile, tiles, width;
-  bool first;  ///< of its groups: sums begin here
+  bool first;  ///< the first range of its groups: sums begin here
 };
 __device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
 
-/// A thread's numbers of a row of P lie in pairs, eight columns apart. Written in the order that this turns into theirs,
+/// A thread's elements of a row of P are in pairs, eight columns apart. Written in the order that this turns into theirs,
 /// and back, the pairs of four such columns are sixteen bytes in a row.
 __device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
 
@@ -361,7 +361,7 @@ __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float
   const int end = min(h.tile + h.tiles, (queries_before(c, k0 + TILE) + TILE - 1) / TILE);
   const int tiles = begin < end && key_tile < KeyTiles(c, end - 1).end ? end - begin : 0;
   if (tiles == 0 && !h.first) return;
-  const int steps = max(1, share * tiles * 2);  // a step of zeros where no one looks
+  const int steps = max(1, share * tiles * 2);  // one step of zeros if no query sees it
   const size_t bg = h.group + group;
 
   typename X::Tiles ring{tiles_begin()};
@@ -462,7 +462,7 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
 
 //: attention_hopper: q k v first at args -> o lse
