@@ -175,9 +175,9 @@ struct Heads {
   std::vector<std::optional<HeadNorm>> norms;  ///< of q, k and v, or empty
 };
 
-/// q, k and v from linear layers that read the same x [B, T, ·] → [B, H, T, D], [B, G, T, D], [B, G, T, D]. q
-/// and k are normed and rotated, v is normed. With two layers, the second gives both keys and values; with
-/// one, only q is returned.
+/// q, k and v from linear layers that read the same x [B, T, ·] → [B, H, T, D], [B, G, T, D], [B, G, T, D].
+/// Each is normed if it has a norm; q and k are rotated. With two layers, the second gives both keys and
+/// values; with one, only q is returned.
 Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s);
 
@@ -190,7 +190,7 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s);
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// down(act(gate(x))·up(x)), where act is the tanh form of GELU or SiLU. x [..., H] → [..., H]. Keeps x, gate
+/// down(act(gate(x))·up(x)), where act is SiLU or the tanh form of GELU. x [..., H] → [..., H]. Keeps x, gate
 /// and up for the backward pass. With `tile_rows` it keeps only x: it computes that many rows at a time, and
 /// recomputes them in the backward pass.
 mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,

@@ -18,7 +18,8 @@ namespace segtrain {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-/// A static Binding in a file has `add` called when the module is imported.
+/// Registers `add`, which is called when the module is imported. Each file with bindings has a static
+/// Binding.
 struct Binding {
   using Add = void (*)(nb::module_&);
   explicit Binding(Add add) { all().push_back(add); }

@@ -43,7 +43,7 @@ class DryKernel : public mx::Primitive {
   std::string name_;
 };
 
-/// Arrays not computed yet that `outputs` depend on, each after its inputs; only one of siblings.
+/// The uncomputed arrays that `outputs` depend on, each after its inputs; of siblings only one.
 Arrays in_order(const Arrays& outputs) {
   Arrays order;
   std::set<std::uintptr_t> seen;

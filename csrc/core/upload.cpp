@@ -24,7 +24,8 @@ struct Buffer {
   mx::array copy;  ///< the last copy made of `host`
 };
 
-/// Fills the next buffer of the right size, or replaces it by a new one if its last copy was never evaluated.
+/// Fills the next buffer of the right size, or replaces it with a new one if its last copy was never
+/// evaluated.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;
@@ -34,7 +35,7 @@ mx::array device_copy(const T* numbers, size_t count) {
   auto& own = buffers[room];
   if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
   if (own.size() < TURNS) {
-    const std::vector<T> zeros(room);  // MLX copies them to host memory, which stays ours
+    const std::vector<T> zeros(room);  // MLX copies them to host memory, which we keep
     const mx::array host(zeros.begin(), {static_cast<int>(room)});
     own.push_front({host, host});
   }

@@ -8,7 +8,7 @@
 namespace segtrain::cpu {
 
 struct Rows {
-  /// Columns [begin, end) of a row packed with `bits` per value: out[i] = scale[group]·q + bias[group].
+  /// Columns [begin, end) of a row packed with `bits` bits per value: out[i] = scale[group]·q + bias[group].
   /// begin and end are multiples of 32, or end is the row's length.
   void (*dequantize)(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
                      int begin, int end, float* out);

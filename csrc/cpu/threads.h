@@ -16,8 +16,8 @@ int n_threads();
 /// Jobs are handed out in order, so results must not depend on which thread takes one.
 void parallel_for(int n, const std::function<void(int)>& job);
 
-/// Splits n items into equal runs of about `most` items or fewer, such that every thread is busy. Returns the
-/// length of a run, a multiple of `align`.
+/// Splits n items into equal runs that keep every thread busy. Returns the length of a run: at most `most`,
+/// then rounded up to a multiple of `align`.
 int split(int n, int most, int align);
 
 constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< floats that make an elementwise pass worth a thread

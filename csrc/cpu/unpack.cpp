@@ -1,4 +1,4 @@
-// Compiled like rows.cpp, but with -ffp-contract=off. For the same reason, it includes no C++ library header.
+// Compiled like rows.cpp, but with -ffp-contract=off. Like rows.cpp, it includes no C++ library header.
 #include "cpu/unpack.h"
 
 #include <string.h>

@@ -41,8 +41,8 @@ struct Move {
   int end;
   std::vector<int> reads = {};       ///< boundary values that it needs
   std::vector<int> writes = {};      ///< values that it computes, or (backward) whose cotangents it needs
-  std::vector<int> cotangents = {};  ///< differentiable ones of `reads`; it computes their cotangents
-  std::vector<int> drops = {};  ///< values that are not needed after it, or not until they are recomputed
+  std::vector<int> cotangents = {};  ///< differentiable `reads`, whose cotangents it computes
+  std::vector<int> drops = {};       ///< values not needed after the move, or not until they are recomputed
   std::vector<int> saves = {};  ///< stages that save arrays for their backward pass, which is their next run
 };
 

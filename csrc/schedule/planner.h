@@ -19,7 +19,7 @@ struct StageCost {
   int64_t gradients = 0;  ///< of its parameters
   double forward_work = 0;
   double again_work = 0;  ///< of recomputation, which omits the last product: only later stages need it
-  double saved_work = 0;  ///< the part of `again_work` that is avoided if it has saved
+  double saved_work = 0;  ///< the part of `again_work` that saved arrays make unnecessary
   double backward_work = 0;
 };
 

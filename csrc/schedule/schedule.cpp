@@ -182,7 +182,7 @@ class Runner {
     return made;
   }
 
-  /// Replaces the head if the caller has computed its cotangents.
+  /// Used instead of with_head: the caller provides the cotangents of the values that the head reads.
   Arrays with_cotangents(const Move& move, const Arrays& cotangents) {
     auto given = cotangents.begin();
     for (int value : plan_.head_reads) {
@@ -196,7 +196,7 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Launches `made` and the arrays of `values` before their whole move is traced.
+  /// Launches `made` and the arrays of `values` before the rest of their move is traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
@@ -255,9 +255,8 @@ class Runner {
 
   /// Traces the function of a stage. Returns its writes, what it saves, placeholders for the cotangents of
   /// the values `cotangents`, and the gradients of its parameters and differentiable reads. It is traced
-  /// under vjp even if it has no backward pass, so that its results are the same in both cases: under vjp,
-  /// mx.compile does not fuse ops, which may round differently, and MLX's ops may choose other
-  /// implementations.
+  /// under vjp even if no backward pass follows, so that the results are the same in both cases: without vjp,
+  /// mx.compile fuses ops, which may change rounding, and MLX's ops may choose other implementations.
   Arrays write_down(int i, bool save, const std::vector<int>& cotangents) {
     const auto& stage = plan_.stages[i];
     Arrays primals = params_[owners_[i]];

@@ -209,7 +209,7 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float
 
 mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s) {
   if (!base.scales) return matmul(x, mx::astype(base.weight, x.dtype(), s), false, transpose, 1, s);
-  // On CUDA, MLX's quantized GEMM has a quarter of the speed of unpacking once and calling cuBLAS, and takes
+  // On CUDA, MLX's quantized GEMM is four times slower than unpacking once and calling cuBLAS, and takes
   // minutes to compile. On Metal it is as fast as a dense GEMM.
   bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
   if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);

@@ -72,7 +72,7 @@ std::pair<mx::array, mx::array> JointLinear::product(const mx::array& x, bool tr
                                                      const mx::array& beside, const mx::array& other) const {
   const int m = x.shape(0), in = transpose ? k_ : n_, out = transpose ? n_ : k_;
   const Template arguments{{"T", dtype_}, {"R", r_}};
-  const int at_once = r_ == 16 ? 4 : 1;  // a larger R needs too many registers for 4
+  const int at_once = r_ == 16 ? 4 : 1;  // with a larger R, 4 blocks need too many registers
   const bool sum = in <= out, columns = sum == transpose;
   auto w = unpack(bases_, dtype_, columns ? std::optional(beside) : std::nullopt,
                   columns ? std::nullopt : std::optional(beside), s_);

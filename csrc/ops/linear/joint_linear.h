@@ -56,15 +56,15 @@ class JointLinear {
   mx::StreamOrDevice s_;
 };
 
-/// How the joint product y of linear layers is divided: `split` computes `n` arrays from y, and `join`
-/// computes the gradient of y from theirs and, if `keeps_y`, from y, which is then kept for the backward
-/// pass. x is [M, in].
+/// `split` computes `n` arrays from y, the joint product of linear layers. `join` computes the gradient of y
+/// from those of the arrays and, if `keeps_y`, from y, which is then kept for the backward pass.
 struct Parts {
   size_t n;
   std::function<Arrays(const mx::array& y)> split;
   std::function<mx::array(const Arrays& dys, const std::optional<mx::array>& y)> join;
   bool keeps_y = false;
 };
+/// The arrays that `parts.split` computes, for linear layers that read x [M, in].
 Arrays joint_linears(const mx::array& x, const std::vector<Linear>& linears, const Parts& parts,
                      mx::StreamOrDevice s);
 

@@ -155,8 +155,8 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
 
 namespace {
 
-/// The cost of linear layers with this many outputs in total. On GPUs these are the unpacked weights and the
-/// workspace of the library, as measured by bench/memory.py.
+/// The cost of linear layers with this many outputs in total. On GPUs: the unpacked weights and the library's
+/// workspace, as measured by bench/memory.py.
 OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   if (device.gpu() == Gpu::none)
     return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),

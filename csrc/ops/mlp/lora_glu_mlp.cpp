@@ -1,6 +1,6 @@
 // y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is recomputed.
 //   dh by lora_linear (down);  dgate, dup by glu;  dx by lora_linears (gate and up)
-// On CUDA gate and up are one array, which one product computes and which has one gradient.
+// On CUDA one product computes gate and up as one array; its gradient is one array, too.
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"

@@ -27,8 +27,8 @@ namespace fe = cudnn_frontend;
 
 DeviceInts* device_ints;  // points to the core's function
 
-/// For older versions, the frontend works around lengths that are not multiples of 128 with copies. A CUDA
-/// graph would repeat these copies from memory that is freed by then.
+/// With older versions, the frontend makes copies if a length is not a multiple of 128. A CUDA graph would
+/// repeat them from memory that has been freed.
 constexpr size_t CUDNN_MIN = 91600;
 
 /// The parameters that a plan is built for.
@@ -379,6 +379,6 @@ __attribute__((visibility("default"))) const segtrain::CudnnAttention* segtrain_
   using namespace segtrain;
   static const CudnnAttention attention{unfit, {forward, vjp}};
   segtrain::device_ints = device_ints;
-  fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);  // returns the loaded library
+  fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);  // libmlx.so has loaded it
   return fe::cudnn_dlhandle ? &attention : nullptr;
 }
