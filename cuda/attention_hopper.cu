@@ -17,7 +17,7 @@ namespace segtrain {
 // ---- copies of tiles
 
 /// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
-/// x: threadIdx.x / 8, or what stands there in another order.
+/// x: threadIdx.x / 8, or the row that another order puts there.
 template <int ROWS, int BLOCKS, typename T>
 __device__ inline void copy_tile(unsigned tile, const T* x, int ld, int rows, int cols, int my_row) {
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -43,9 +43,9 @@ __device__ inline void copies_here() {
 }
 
 /// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
-/// starts the copies of the next step, and does nothing behind the last. A stage is written again when every warpgroup has
-/// seen its products done: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's gaps),
-/// else one step later.
+/// starts the copies of the next step, and does nothing after the last. A stage is overwritten when the products that read it
+/// are done in every warpgroup: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's
+/// gaps), otherwise one step later.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
@@ -244,7 +244,7 @@ __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse,
   const int head = blockIdx.x / h.width / h.tiles, tile = h.tile + blockIdx.x / h.width % h.tiles;
   const int share = c.H / c.G, q0 = tile * TILE;
   const KeyTiles keys(c, tile);
-  // A tile of keys stands at its number modulo the width, whichever query tile looks at it.
+  // A tile of keys is at its index modulo the width, for every query tile.
   const int slot = blockIdx.x % h.width, behind = slot - keys.begin % h.width;
   const int k0 = (keys.begin + behind + (behind < 0 ? h.width : 0)) * TILE;
   if (k0 >= keys.end * TILE) return;

@@ -1,4 +1,4 @@
-// Compiled like rows.cpp, but with -ffp-contract=off. Like rows.cpp, it includes no C++ library header.
+// Compiled like rows.cpp, but with -ffp-contract=off. It includes no C++ library header either.
 #include "cpu/unpack.h"
 
 #include <string.h>

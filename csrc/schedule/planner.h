@@ -69,9 +69,9 @@ struct Choice {
 /// Returns the cuts with the least work whose peak is at most `budget`, or else those with the least peak.
 ///
 /// It tries segments of one layer or of one stage. The values between them are kept, or the segments are put
-/// into groups that are run again: either all of them, or only as many as necessary. In each case it keeps
-/// everything of as many of the last layers as fit, and lets as many stages save as fit, first those that
-/// avoid the most work per byte.
+/// into groups that are run again: either all of them, or only as many as necessary. In each case, as
+/// many of the last layers as fit are kept whole, and as many stages as fit save, first those that avoid the
+/// most work per byte.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
 /// Returns the least peak of cuts that keep little. It is close to that of choose_cuts with a budget of 0,
