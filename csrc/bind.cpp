@@ -1,4 +1,4 @@
-// The module, and what Python sees of plans; of an op it sees what core/binding.h tells.
+// The Python module and the bindings of plans. The bindings of an op are in its file (core/binding.h).
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -23,7 +23,7 @@ Gpu Device::gpu() const {
 
 NB_MODULE(_core, m) {
   m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
-  nb::module_::import_("mlx.core");  // brings mx.array's type, and libmlx
+  nb::module_::import_("mlx.core");  // loads libmlx and the type mx.array
   keep_freed_memory();
   nb::class_<Device>(m, "Device", "What of a device the memory of ops depends on; csrc/core/cost.h.")
       .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
@@ -135,8 +135,8 @@ NB_MODULE(_core, m) {
         "Ends it: compiles those that are not there yet, all at once. Returns how many.");
 
   nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
-      // Copies of handles: a reference into the result would keep all of it, so that whoever holds the loss
-      // would hold every gradient.
+      // Copies of handles: a reference into the result would keep all of it alive, so that holding the loss
+      // would mean holding every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
@@ -156,13 +156,13 @@ NB_MODULE(_core, m) {
       [](const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
          const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
-        // Others run while MLX computes, or waits before it takes more, which may take long. Not around all
-        // of it: what MLX calls back while it differentiates (mx.checkpoint, mx.custom_function) takes the
-        // lock for granted.
+        // The GIL is released while MLX computes, and while it waits before it accepts more work, which may
+        // take long. It is not released around the whole step, because callbacks that MLX makes while it
+        // differentiates (mx.checkpoint, mx.custom_function) assume that it is held.
         auto wait = [](const Arrays& made) {
           {
             nb::gil_scoped_release others;
-            // mx::eval would also wait for what the device was given after them.
+            // mx::eval would also wait for work that was launched after these arrays.
             for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();

@@ -73,7 +73,7 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 
 // ---- the tiles
 
-/// Tile shapes by head size, for 227 KB of shared memory and 255 registers a thread.
+/// Tile shapes by head size, for 227 KB of shared memory and 255 registers per thread.
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
@@ -340,7 +340,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   store_rows(dv + out, D, c.S - k0 - wm, D - wn * ND * 8, sum_v, 1);
 }
 
-/// y [B·G, n] = Σ over parts of x [B·G, parts, n], four numbers a thread.
+/// y [B·G, n] = Σ over parts of x [B·G, parts, n], four elements per thread.
 template <typename T>
 __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) {
   const size_t from = at / n * parts * n + at % n;
@@ -354,7 +354,7 @@ __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) 
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take D and CAP.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take D and CAP.
 // at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention: q k v first at args -> o lse

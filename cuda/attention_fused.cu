@@ -1,18 +1,18 @@
 // Attention on Hopper with scores that never leave the core. docs/attention.md, "hopper"; launch:
 // csrc/ops/attention/hopper_fused.cpp. The ideas are those of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): some
-// warps copy, others multiply; products of one tile run while the softmax of another is worked out.
+// warps copy, others multiply; products of one tile run while the softmax of another is computed.
 //
 // attention_fused: one block per (192 or 128 queries, b, h); each of its groups of 128 threads owns 64 of them.
 //
-// attention_fused_vjp: one block per (128 keys, b, h). It has dk and dv of its keys in registers and goes through the queries
-// that see them, the last ones first; dq is summed up in memory. Whatever several blocks add to is added in one order, so
-// that the same call gives the same bits: dq in the order of the keys, dk and dv of a group in the order of its heads. A
-// block waits for its turn. It cannot wait for ever, because blocks take their work by a ticket: everything it waits for has
-// an earlier ticket, and so is running or done.
+// attention_fused_vjp: one block per (128 keys, b, h). It holds dk and dv of its keys in registers and iterates over the
+// queries that see them, the last ones first; dq is summed in memory. Sums to which several blocks add have a fixed order, so
+// that results are bit-identical: dq in the order of the keys, dk and dv of a group in the order of its heads. A block waits
+// for its turn. It cannot wait forever, because blocks take tickets for their work: everything that it waits for has an earlier
+// ticket, and so is running or done.
 
 namespace segtrain {
 
-// ---- who waits for whom: barriers in shared memory (mbarrier), whose phases alternate
+// ---- synchronization: barriers in shared memory (mbarrier), whose phases alternate
 
 __device__ inline void init_barrier(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
@@ -20,12 +20,12 @@ __device__ inline void init_barrier(unsigned at, int arrivals) {
 __device__ inline void arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/// One arrival of a warp whose threads are all that far.
+/// One arrival for a warp, when all of its threads are here.
 __device__ inline void warp_arrives(unsigned at) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(at);
 }
-/// Arrives when this thread's copies so far have.
+/// Arrives when all copies that this thread has started are complete.
 __device__ inline void arrive_with_copies(unsigned at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
@@ -34,18 +34,18 @@ __device__ inline void wait(unsigned at, unsigned phase) {
                ::"r"(at), "r"(phase) : "memory");
 }
 
-/// What was written to shared memory, as this thread knows, is what tensor cores and bulk copies read behind this.
+/// Makes the writes to shared memory that this thread sees visible to later reads by tensor cores and bulk copies.
 __device__ inline void publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-/// Tells by `to` what `from` told, published. The fence waits for the products of the threads that it is called by: it is
-/// left to one that has none (threads that multiply lost a quarter of their time by it).
+/// Waits for `from`, publishes the data, and arrives at `to`. The fence waits for the products of the calling threads, so
+/// threads without products call it (in threads that multiply it took a quarter of their time).
 __device__ inline void relay(unsigned from, unsigned to, unsigned phase) {
   wait(from, phase);
   publish();
   arrive(to);
 }
 
-/// A barrier of some of the block's warps; and one that is told of, but not waited for.
+/// A barrier for some of the block's warps; the second function arrives at it without waiting.
 __device__ inline void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ inline void tell(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -83,7 +83,7 @@ __device__ inline void copy_rows(unsigned tile, const T* x, int rows, int thread
                        r < rows && (D % 64 == 0 || piece * 8 + block * 64 < D));
 }
 
-/// Where piece `col` of a row lies in a tile.
+/// The address of piece `col` of a row in a tile.
 __device__ inline unsigned piece_at(int row, int col, int block) {
   return col / 8 * block + row * 128 + ((col % 8 ^ row % 8) << 4);
 }
@@ -174,7 +174,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
   more_registers<X::REGISTERS>();
   const int group = warpgroup() - 1, q0 = t.q0 + group * 64;
-  // Scores are kept as products; `fold` makes powers of two of them. It is above 0, so that the largest stays so and −∞, too.
+  // Scores are kept as plain products; `fold` turns them into exponents of two. It is above 0, so that order and −∞ are kept.
   const float fold = CAP ? 1 : fmaxf(fabsf(c.scale) * LOG2E, 1e-30f);
   const Score<CAP> score(c);
   const int seen_from = c.first_of(q0 + 63), seen_to = c.q_start + q0 + 1;
@@ -264,7 +264,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     end_products();
   };
 
-  // Two groups take turns in starting products, so that one works out its softmax while those of the other run.
+  // Two groups take turns in starting products, so that one computes its softmax while the products of the other run.
   constexpr bool TURNS = X::GROUPS == 2;
   wait(q_here, 0);
   if (tiles > 0) {
@@ -310,7 +310,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     if (threadIdx.x % 4 == 0 && row < t.rows)
       lse[t.bh * c.T + t.q0 + row] = l[r] > 0 ? m[r] * fold * LN2 + logf(l[r]) : -infinity();
   }
-  // Through the place of this warp's queries, which no one else reads, to write whole lines.
+  // Staged in the memory of this warp's queries, which no other warp reads, so that whole lines are written.
 #pragma unroll
   for (int n = 0; n < DP / 8; n += 2) {
     const unsigned block[4] = {pack2<T>(sum[n * 4] * inverse[0], sum[n * 4 + 1] * inverse[0]),
@@ -331,7 +331,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
 // ---- dq, dk, dv
 
-/// Tiles of the queries and keys of a head that meet. Both bounds never fall with the tile.
+/// The tiles of queries and keys of a head that see each other. Neither bound ever falls with the tile.
 template <int BQ, int BK>
 struct Pairs {
   const Call& c;
@@ -351,8 +351,8 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // Blocks between which heads of a group are worked on at once: heads wait for each other at the end of a block, tiles of
-  // keys of one head at its begin.
+  // More heads of a group are processed at once until this many blocks have work. Heads wait for each other at the end of a
+  // block, key tiles of one head at its beginning.
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
@@ -362,7 +362,7 @@ struct Backward {
   static_assert(2 * KEY_BYTES >= SUM_SIZE * 4 && (Q_STAGES + DO_STAGES) * QUERY_BYTES >= SUM_SIZE * 4);
 };
 
-/// delta = Σ o·do, and zeros to count from.
+/// delta = Σ o·do, and sets the counts to zero.
 template <int D, typename T>
 __device__ void begin_vjp(const T* o, const T* d_o, Call c, float* delta, int* counts) {
   row_dot(o, d_o, c.B * c.H * c.T, D, delta);
@@ -370,14 +370,14 @@ __device__ void begin_vjp(const T* o, const T* d_o, Call c, float* delta, int* c
   for (int i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256) counts[i] = 0;
 }
 
-/// A number of each of a tile's rows by a warp. Rows beyond repeat the last, or are zeros.
+/// One value for each row of a tile, copied by a warp. Rows beyond the end repeat the last row, or are zeros.
 template <int ROWS, bool REPEAT, typename X>
 __device__ inline void copy_numbers(unsigned to, const X* x, int rows, int lane) {
 #pragma unroll
   for (int i = lane; i < ROWS; i += 32) copy_async<4>(to + i * 4, x + min(i, rows - 1), REPEAT || i < rows);
 }
 
-/// Until `turn` others have added; and this one has, too.
+/// Waits until `turn` others have added; the second function reports that this one has added, too.
 __device__ inline void wait_for_turn(const int* count, int turn) {
   for (;;) {
     int now;
@@ -388,7 +388,7 @@ __device__ inline void wait_for_turn(const int* count, int turn) {
 }
 __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
 
-/// Starts to [bytes / 4] = or += numbers in shared memory, by one thread.
+/// One thread starts copying or adding values in shared memory to `to` [bytes / 4].
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
@@ -448,7 +448,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(ticket_at), "r"(atomicAdd(counts, 1)) : "memory");
   }
   __syncthreads();
-  // Tickets: some heads of each group and all their keys, the first first, which a causal triangle sees most; then the next.
+  // Tickets: some heads of each group with all of their keys, the first keys first (in a causal triangle most queries see
+  // them); then the next heads.
   const int ticket = read_shared<int>(ticket_at), share = c.H / c.G, groups = c.B * c.G, key_tiles = pairs.key_tiles();
   int at_once = 1;
   while (share % (2 * at_once) == 0 && at_once * groups * key_tiles < X::AT_ONCE) at_once *= 2;
@@ -488,7 +489,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
       }
       wait_copies();
     } else if (warp == 2 && lane == 0) {
-      // dq in the order of the keys that see it. Who is first writes.
+      // dq in the order of the keys that it sees. The first block writes, the others add.
       int* count = counts + 1 + bh * pairs.query_tiles();
       float* to = dq_sum + bh * pairs.query_tiles() * (BQ * DP);
       unsigned phase = 0;
@@ -574,8 +575,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     products_done<0>();
     keep(s);
   }
-  // Products run behind one another without a gap: dP while P is worked out, dV while dS is, dK and the next step's S while dQ
-  // is written. Each wait for all of them lets the compiler use their registers again.
+  // Products run one after another without a gap: dP while P is computed, dV while dS is, dK and the next step's S while dQ is
+  // written. Each wait for all of them lets the compiler reuse their registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
@@ -610,7 +611,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
         }
       }
     }
-    // For dS P stays in half precision, with the slope of the cap: there are no registers for more.
+    // P is kept for dS in half precision, multiplied by the slope of the cap: there are no registers for more.
     unsigned short_p[BQ / 4];
 #pragma unroll
     for (int i = 0; i < BQ / 4; ++i) {
@@ -664,7 +665,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     const unsigned q_done = q_free + 8 * turn.stage;
     turn.next();
     if (step + 1 < steps) wait(q_here + 8 * turn.stage, turn.phase);
-    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // behind the last step, of what lies there
+    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // after the last step, of stale data
     products_done<2>();
     keep(dq);
     wait(dq_free, step % 2 ^ 1);
@@ -676,7 +677,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
     warp_arrives(q_done);
   }
-  meet(1, 256);  // No one reads the tiles any more.
+  meet(1, 256);  // The tiles are no longer read.
   store_sums(k_tile, dk);
   store_sums(q_tiles, dv);
   warp_arrives(sums_written);
@@ -684,9 +685,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
 
 // ---- sums, rounded
 
-/// y [heads, rows, D] ← scale·sum, or zeros where no one has `added`. A tile has ROWS·DP numbers as store_sums writes them,
-/// of two groups: SIDE by side, of half of its columns each, or one below the other. 256 threads take 4096 numbers, each
-/// eight columns of two rows.
+/// y [heads, rows, D] ← scale·sum, or zeros where no block has `added`. A tile has ROWS·DP elements in the order of store_sums,
+/// of two groups: SIDE by side, with half of the columns each, or one below the other. 256 threads process 4096 elements, each
+/// thread eight columns of two rows.
 template <int ROWS, int D, bool SIDE, typename T, typename Added>
 __device__ inline void round_tiles(const float* sum, int rows, float scale, int job, Added added, T* y) {
   constexpr int PIECES = (D + 63) / 64 * 8, PARTS = ROWS * PIECES / 512, OF_GROUP = SIDE ? PIECES / 2 : PIECES;
@@ -726,7 +727,7 @@ __device__ void round_sums(const float* dq_sum, const float* dk_sum, const float
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention_fused: q k v first at args -> o lse

@@ -10,14 +10,14 @@
 //
 // Scratch and sums are written in place by a chain of launches although MLX sees them as inputs: MLX keeps what a graph
 // allocates until the graph is done, and a new scratch for each range would be as large as all of P. Small outputs
-// (`done`) order the chain: who reads scratch or sums takes the last of them as an input too.
+// (`done`) order the chain: a kernel that reads scratch or sums has the last of them as an input, too.
 
 namespace segtrain {
 
 // ---- copies of tiles
 
 /// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
-/// x: threadIdx.x / 8, or what stands there in another order.
+/// x: threadIdx.x / 8, or the row that another order puts there.
 template <int ROWS, int BLOCKS, typename T>
 __device__ inline void copy_tile(unsigned tile, const T* x, int ld, int rows, int cols, int my_row) {
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -34,7 +34,7 @@ __device__ inline int copy_row() { return threadIdx.x / 8; }
 
 __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// All but the last AHEAD groups of copies have arrived, for every thread and for the tensor cores.
+/// Waits for all groups of copies except the last AHEAD, and makes them visible to every thread and the tensor cores.
 template <int AHEAD>
 __device__ inline void copies_here() {
   asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
@@ -43,9 +43,9 @@ __device__ inline void copies_here() {
 }
 
 /// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
-/// starts the copies of the next step, and does nothing behind the last. A stage is written again when every warpgroup has
-/// seen its products done: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's gaps),
-/// else one step later.
+/// starts the copies of the next step, and does nothing after the last. A stage is overwritten when the products that read it
+/// are done in every warpgroup: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's
+/// gaps), otherwise one step later.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
@@ -80,7 +80,7 @@ struct Ring {
 
 // ---- o, lse
 
-/// Queries, P, a ring of keys and values, and what the two warpgroups tell each other.
+/// Queries, P, a ring of keys and values, and the values that the two warpgroups exchange.
 template <int D>
 struct ForwardTiles {
   static constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128;
@@ -218,11 +218,11 @@ constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // queries or keys of a tile
 /// of keys.
 struct Range {
   int group, groups, tile, tiles, width;
-  bool first;  ///< of its groups: sums begin here
+  bool first;  ///< the first range of its groups: sums begin here
 };
 __device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
 
-/// A thread's numbers of a row of P lie in pairs, eight columns apart. Written in the order that this turns into theirs,
+/// A thread's elements of a row of P are in pairs, eight columns apart. Written in the order that this turns into theirs,
 /// and back, the pairs of four such columns are sixteen bytes in a row.
 __device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
 
@@ -244,7 +244,7 @@ __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse,
   const int head = blockIdx.x / h.width / h.tiles, tile = h.tile + blockIdx.x / h.width % h.tiles;
   const int share = c.H / c.G, q0 = tile * TILE;
   const KeyTiles keys(c, tile);
-  // A tile of keys stands at its number modulo the width, whichever query tile looks at it.
+  // A tile of keys is at its index modulo the width, for every query tile.
   const int slot = blockIdx.x % h.width, behind = slot - keys.begin % h.width;
   const int k0 = (keys.begin + behind + (behind < 0 ? h.width : 0)) * TILE;
   if (k0 >= keys.end * TILE) return;
@@ -361,7 +361,7 @@ __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float
   const int end = min(h.tile + h.tiles, (queries_before(c, k0 + TILE) + TILE - 1) / TILE);
   const int tiles = begin < end && key_tile < KeyTiles(c, end - 1).end ? end - begin : 0;
   if (tiles == 0 && !h.first) return;
-  const int steps = max(1, share * tiles * 2);  // a step of zeros where no one looks
+  const int steps = max(1, share * tiles * 2);  // one step of zeros if no query sees it
   const size_t bg = h.group + group;
 
   typename X::Tiles ring{tiles_begin()};
@@ -462,7 +462,7 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
 
 //: attention_hopper: q k v first at args -> o lse

@@ -149,7 +149,7 @@ __device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, cons
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take S, T and CAP.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take S, T and CAP.
 
 //: softmax_rows: s first at args -> p lse
 softmax_rows<S, T, CAP>(s, first, at, args, p, lse, at[5]);

@@ -1,11 +1,12 @@
-// Linear layers that read the same few rows, as a step of generation has them: up to three frozen weights, each with the
-// update of the adapter that a row has, in one launch. Host: csrc/ops/linear/decode_linears.cpp.
+// Linear layers that read the same few rows in a decoding step: one launch for up to three frozen weights, each with the
+// update of the adapter that a row picks. Host: csrc/ops/linear/decode_linears.cpp.
 //
-// y_j [m, n_j] in T, one after the other, = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ; x [m, k] in T, a [E, R, k] and
-// b_j [E, n_j, R_j] of the adapters in T, gain_j [E, n_j], bias_j [n_j], picks [m] the adapter of a row. Arithmetic in float32.
-// A warp has OUT numbers of each row at a time; its lanes share a weight's row, 16 neighbours each.
+// y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ. All y_j are in T, one after the other in one output; x [m,
+// k], and a [E, R, k] and b_j [E, n_j, R_j] of the adapters are in T; gain_j [E, n_j], bias_j [n_j]; picks [m]: the adapter of
+// a row. Arithmetic in float32. A warp computes OUT elements of each row at a time; its lanes share a weight's row, 16
+// neighbours each.
 //
-// BITS of a quantized weight, in groups of GROUP; 0: dense.
+// BITS per value of a quantized weight, in groups of GROUP; BITS = 0: dense.
 
 namespace segtrain {
 
@@ -40,7 +41,7 @@ __device__ inline void load_codes(const unsigned* row, int column, float (&x)[PI
     x[i] = static_cast<float>((words.w[i * BITS / 32] >> (i * BITS % 32)) & ((1u << BITS) - 1));
 }
 
-/// The sum over k of the products of two rows, in every lane.
+/// The dot product of two rows of k elements, in every lane.
 template <typename T>
 __device__ inline float row_product(const T* x, const T* y, int k) {
   float sum = 0;
@@ -53,7 +54,7 @@ __device__ inline float row_product(const T* x, const T* y, int k) {
   return warp_sum(sum);
 }
 
-/// z [m, R] = x·aᵀ, a warp for each number.
+/// z [m, R] = x·aᵀ, one warp per element.
 template <typename T>
 __device__ void decode_factors(const T* x, const T* a, const unsigned* picks, int m, int k, int ranks, float* z) {
   const int i = blockIdx.x * WARPS + threadIdx.x / 32;
@@ -69,12 +70,12 @@ struct Part {
   const S *scales, *biases;
   const T *b, *bias;
   const float* gain;
-  int n, rank, begin;  ///< of `ranks` those from `begin` on are its own
+  int n, rank, begin;  ///< its ranks are [begin, begin + rank) of all
   bool has_bias, has_gain;
   T* y;
 };
 
-/// Rows up to ROWS. Without `z` a block computes what it needs of it, of a single row.
+/// For up to ROWS rows. If `z` is null there is a single row, and each block computes the part of z that it needs.
 template <int BITS, int GROUP, int ROWS, typename T, typename S, typename W>
 __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a, const float* z, const unsigned* picks, int m,
                               int k, int ranks, int block, int blocks) {
@@ -140,8 +141,8 @@ __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a,
   }
 }
 
-/// Which of three parts a block has, and its number there; at = {k, ranks, z is given, then of each part: blocks, n, rank, begin,
-/// has_bias, has_gain}.
+/// Finds which of the three parts a block works on, and its index there; at = {k, ranks, z is given, then for each part:
+/// blocks, n, rank, begin, has_bias, has_gain}.
 template <int BITS, int GROUP, int ROWS, typename T, typename S, typename W>
 __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                                const T* const (&bs)[3], const float* const (&gains)[3], const T* const (&bias)[3], const T* a,
@@ -160,7 +161,7 @@ __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 
 //: decode_factors: x a picks at rows -> low
 decode_factors(x, a, picks, rows[0], at[0], at[1], low);

@@ -1,10 +1,10 @@
-// A frozen weight in T, with room for low-rank factors: csrc/ops/linear/joint_linear.cpp says what they are good for. And rows
-// of a frozen table: csrc/ops/embedding/embedding.cpp.
+// Unpacks a frozen weight to T, with low-rank factors appended (csrc/ops/linear/joint_linear.h explains why), and rows of a
+// frozen table (csrc/ops/embedding/embedding.cpp).
 //
-// A thread has eight neighbours of w at a time, which lie in one group: BITS bytes of codes.
-// Up to three weights of one kind stand one below the other: those of projections that read the same x.
+// A thread unpacks eight neighbours of w at a time, which are in one group: BITS bytes of codes.
+// Up to three weights of one kind, of projections that read the same x, are stacked.
 //
-//   w = [ W  columns ]   [n + below, k + beside], beside or below 0 where no factor stands there
+//   w = [ W  columns ]   [n + below, k + beside]; without a factor, beside or below is 0
 //       [ rows      0 ]
 
 namespace segtrain {
@@ -18,7 +18,7 @@ __device__ inline float e4m3(unsigned code) {
   const float x = exponent ? __uint_as_float((exponent + 120) << 23 | mantissa << 20) : mantissa * 0x1p-9f;
   return code & 128 ? -x : x;
 }
-/// E8M0: a power of two, 2^(code − 127); all ones is NaN, as MLX has it on CUDA (on a CPU it is ∞ there).
+/// E8M0: a power of two, 2^(code − 127); all ones is NaN, the same as in MLX on CUDA (on the CPU, MLX has ∞).
 __device__ inline float e8m0(unsigned code) { return __uint_as_float(code == 255 ? 0x7fc00000 : code ? code << 23 : 0x400000); }
 /// E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
 __device__ inline float e2m1(unsigned code) {
@@ -37,7 +37,7 @@ __device__ inline unsigned long long eight_codes(const unsigned char* bytes) {
   return codes;
 }
 
-/// What a thread reads for eight values of a row, and what they are.
+/// The data that a thread reads for eight values of a row, and their conversion.
 template <int MODE, int BITS, int GROUP, typename W, typename S>
 struct Eight {
   unsigned long long codes;
@@ -82,7 +82,7 @@ struct Eight {
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                            const T* columns, const T* rows, const int* at, T* w) {
-  constexpr int AT_ONCE = 2;  // reads in flight of a thread
+  constexpr int AT_ONCE = 2;  // reads in flight per thread
   const unsigned ends[3] = {0u + at[0], 0u + at[0] + at[1], 0u + at[0] + at[1] + at[2]};
   const unsigned k = at[3], beside = at[4], packs = (k + beside) / 8, all = (ends[2] + at[5]) * packs;
   Eight<MODE, BITS, GROUP, W, S> eight[AT_ONCE];
@@ -131,7 +131,7 @@ __device__ void embedded_rows(const W* w, const S* scales, const S* biases, cons
   reinterpret_cast<Pack<T>*>(y)[i] = pack;
 }
 
-/// y [rows, columns] <- (norm(x·f0) + rows·f1)·f2, rounded after every step as by ops one after the other. One block a row.
+/// y [rows, columns] <- (norm(x·f0) + rows·f1)·f2, rounded after every step like a sequence of ops. One block per row.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void own_input(const T* x, const T* weight, const W* w, const S* scales, const S* biases, const int* index, const int* at,
                           float eps, const float* factors, T* y) {
@@ -160,13 +160,13 @@ __device__ void own_input(const T* x, const T* weight, const W* w, const S* scal
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
-// at = {rows of each of three weights, k, beside, below}. Where columns or rows are not there, any array stands for them.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
+// at = {rows of each of three weights, k, beside, below}. If there are no columns or rows, any array is passed instead.
 
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
 dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),
                                   reinterpret_cast<const T*>(rows), at, w);
-// Of one table; at = {rows, k, begin, columns}, args = factors.
+// For one table; at = {rows, k, begin, columns}, args = factors.
 //: embedded_rows: w scales biases index at args -> embedded
 embedded_rows<MODE, BITS, GROUP, T>(w, scales, biases, index, at, args[0], embedded);
 //: own_input: x weight w scales biases index at eps args -> own

@@ -1,18 +1,18 @@
 // Gated linear units: y = act(gate)·up, and both gradients in one pass. Metal twin: metal/glu.metal; CPU: csrc/cpu/rows.cpp.
 //
-// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A thread has
-// eight neighbours, in sixteen-byte pieces where all arrays begin on such an address (a slice may not).
+// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A thread processes
+// eight neighbours, in sixteen-byte pieces if all arrays begin at a multiple of 16 bytes (a slice may not).
 
 namespace segtrain {
 
-/// s = sigmoid(u), bend = g·ds/dg. The exponential of −|u| neither overflows nor loses digits of 1 − s.
+/// s = sigmoid(u), bend = g·ds/dg. exp(−|u|) cannot overflow, and with it 1 − s loses no digits.
 struct Gate {
   float s, bend;
 };
 template <bool GELU>
 __device__ inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // Beyond |g| = 32 e is 0, and a q without bound would make 0·∞.
+  // Beyond |g| = 32, e is 0; q is limited because an infinite q would give 0·∞.
   const float q = fminf(g * g, 1024.0f);
   const float u = GELU ? k * g * (1 + cubic * q) : g;
   const float du = GELU ? k * (1 + 3 * cubic * q) : 1;
@@ -91,9 +91,9 @@ __device__ void glu_vjp(const T* gate, const T* up, const T* dy, T* dgate, T* du
   store(dup, at, d);
 }
 
-// ---- gate and up side by side in one array [rows, 2·f], f a multiple of 8: what one product of both leaves
+// ---- gate and up side by side in one array [rows, 2·f], the result of one product; f is a multiple of 8
 
-/// A thread's eight gates; their ups are f further on.
+/// The offset of a thread's eight gates; their ups are f elements further.
 __device__ inline size_t joint_gates(unsigned begin, unsigned f) { return static_cast<size_t>(begin / f) * 2 * f + begin % f; }
 
 template <bool GELU, typename T>
@@ -130,7 +130,8 @@ __device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, int n,
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T and GELU; at = {n}, joint {n, f}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take T and GELU;
+// at = {n}, for joint kernels {n, f}.
 
 //: glu: gate up at -> y
 glu<GELU>(gate, up, y, at[0]);

@@ -1,7 +1,7 @@
-// Losses of rows and their gradients over tiles of the vocabulary, one after another: csrc/ops/head/head.cpp derives it.
-// CPU: csrc/ops/head/cpu.cpp, which has whole rows.
+// Losses of rows and their gradients, one tile of the vocabulary after another; csrc/ops/head/head.cpp explains the algorithm.
+// CPU: csrc/ops/head/cpu.cpp, which computes whole rows.
 //
-// A row's state, float32 [3, m]: max, Σ over other tokens than the target of exp(z − max), and the target's z.
+// The state of rows, float32 [3, m]: max, Σ exp(z − max) over all tokens except the target, and the target's z.
 
 namespace segtrain {
 
@@ -24,7 +24,7 @@ __device__ void head_tile(const T* z, const float* bias, const int* targets, con
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, to_float(mine[k].x[i]) + (BIAS ? bias[col + i] : 0));
   }
-  // The cap rises with z: that of the largest is the largest.
+  // The cap is monotonic: the largest z gives the largest capped z.
   auto capped = [&](float x) { return CAP ? cap * tanh_of(x / cap) : x; };
   const float max_before = before[row], max_now = fmaxf(max_before, capped(block_reduce<true>(most)));
   float sum = 0;
@@ -77,7 +77,8 @@ __device__ void head_loss(const float* state, const int* targets, int m, int voc
               : ahead > 0 ? ahead + logf(others + own) : log1pf(others);
 }
 
-/// dh of a row's loss: (Σ p·w)/s − (1 − p[target])·(dz/dlogit)[target]·w[target], w [m, h] the targets' rows of the head.
+/// dh of a row's loss: (Σ p·w)/s − (1 − p[target])·(dz/dlogit)[target]·w[target], where w [m, h] are the targets' rows of the
+/// head.
 template <bool CAP, typename T>
 __device__ void head_dh(const float* sum, const float* state, const int* targets, const T* w, int m, int h, int vocabulary,
                         float cap, T* dh) {
@@ -98,7 +99,7 @@ __device__ void head_dh(const float* sum, const float* state, const int* targets
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 // at = {m, tokens of the tile, its first token, h, vocabulary}, args = {cap}.
 
 //: head_tile: z bias targets before at args -> p state rescale

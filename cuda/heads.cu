@@ -1,12 +1,12 @@
-// The heads of q, k and v from their common product, each perhaps through an RMS norm, q and k then rotated:
-// csrc/ops/heads/lora_qkv.cpp. The arithmetic is that of rope.cu and of norm.cu, rounded where those round.
+// The heads of q, k and v from their joint product, each with an optional RMS norm; q and k are then rotated. Host:
+// csrc/ops/heads/lora_qkv.cpp. The arithmetic is that of rope.cu and norm.cu, with the same rounding.
 //
-// joint [B*T, heads*D] and q [B,H,T,D], k and v [B,G,T,D] in T, arithmetic in float32; the way back goes from their gradients
-// to joint's. joint's heads are those of q, of k and of v; where values are the keys (SAME) it has none of v, and G = 0 where
-// there is q alone. A warp has a token and AT_ONCE heads. A lane has slots lane, lane + 32, … of each head: pairs of numbers,
-// of which the first dims/2 are rotated.
+// joint [B*T, heads*D] and q [B,H,T,D], k and v [B,G,T,D] in T, arithmetic in float32. The backward kernel computes the
+// gradient of joint from theirs. joint has the heads of q, then k, then v; if the values are the keys (SAME) it has none of v,
+// and with q alone G = 0. A warp processes a token and AT_ONCE heads. A lane has slots lane, lane + 32, … of each head: pairs
+// of elements, of which the first dims/2 are rotated.
 //
-// positions [T] if PACKED, else token t stands at offset + t; freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// positions [T] if PACKED, otherwise token t is at offset + t; freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
 // NORMS has a bit for each of q, k and v.
 
 namespace segtrain {
@@ -113,13 +113,13 @@ struct Heads {
     const int t = row % at[1];
     return args[0] * static_cast<float>(PACKED ? positions[t] : at[5] + t);
   }
-  /// 0, 1 or 2: of q, k or v.
+  /// 0, 1 or 2: a head of q, k or v.
   __device__ int kind(int head) const { return (head >= at[2]) + (head >= at[2] + at[3]); }
   __device__ Norm<T> norm(int kind) const {
     const T* const weights[3] = {q_weight, k_weight, v_weight};
     return {pick(weights, kind), args[1 + kind]};
   }
-  /// Of q, k or v, where the head of joint's order lies that is one of this kind.
+  /// The offset in q, k or v of a row of the head with this index in joint.
   __device__ size_t place(int kind, int head, int row, int D) const {
     const int own = head - (kind > 0 ? at[2] : 0) - (kind > 1 ? at[3] : 0), all = kind > 0 ? at[3] : at[2];
     return ((static_cast<size_t>(row / at[1]) * all + own) * at[1] + row % at[1]) * D;
@@ -177,7 +177,7 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
       if (kind < 2) mine.round(g);
       mine.norm_back(x, g, c.norm(kind));
     }
-    if (SAME && kind == 1) {  // which are values, too
+    if (SAME && kind == 1) {  // these keys are also values
       float2 more[Mine::N];
       mine.load(v + c.place(1, head, row, D), more);
       if (NORMS >> 2 & 1) mine.norm_back(x, more, c.norm(2));
@@ -192,9 +192,9 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, dims, offset}, args = {scale
-// and three eps}. What is not there has any array of T in its place: weights of no norm, joint where no norm takes it back, k
-// and v of q alone.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, dims, offset}, args =
+// {scale and three eps}. For inputs that are not needed, any array of T is passed: weights of absent norms, joint without a
+// norm, k and v with q alone.
 
 //: heads: joint q_weight k_weight v_weight freqs positions at args -> q k v
 heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});

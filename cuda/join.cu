@@ -1,6 +1,6 @@
-// Up to 64 arrays one behind the other, as one: csrc/core/join.cpp.
+// Concatenates up to 64 arrays: csrc/core/join.cpp.
 //
-// joined [ends[last]]; array i goes to ends[i - 1] … ends[i]. A row of blocks has an array, a thread 16 of its numbers.
+// joined [ends[last]]; array i goes to ends[i - 1] … ends[i]. A row of blocks copies one array, a thread 16 elements of it.
 
 namespace segtrain {
 
@@ -9,7 +9,7 @@ constexpr int ARRAYS = 64;
 __device__ inline void join(const float* const (&arrays)[ARRAYS], const int* ends, float* joined) {
   const float* x = nullptr;
 #pragma unroll
-  for (int i = 0; i < ARRAYS; ++i)  // an index known at run time would put all of them into memory
+  for (int i = 0; i < ARRAYS; ++i)  // an index known only at run time would put all pointers into local memory
     if (i == blockIdx.y) x = arrays[i];
   const int begin = blockIdx.y ? ends[blockIdx.y - 1] : 0, n = ends[blockIdx.y] - begin;
 #pragma unroll
@@ -21,7 +21,7 @@ __device__ inline void join(const float* const (&arrays)[ARRAYS], const int* end
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
 
 //: join: x0 x1 x2 x3 x4 x5 x6 x7 x8 x9 x10 x11 x12 x13 x14 x15 x16 x17 x18 x19 x20 x21 x22 x23 x24 x25 x26 x27 x28 x29 x30 x31 x32 x33 x34 x35 x36 x37 x38 x39 x40 x41 x42 x43 x44 x45 x46 x47 x48 x49 x50 x51 x52 x53 x54 x55 x56 x57 x58 x59 x60 x61 x62 x63 ends -> joined
 join({x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15, x16, x17, x18, x19, x20, x21, x22, x23, x24,

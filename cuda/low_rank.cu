@@ -1,7 +1,8 @@
 // The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/ops/linear/joint_linear.cpp.
 //
-// A product of R columns is bound by what it reads, so tensor cores wait for memory whatever the tiles: fragments come
-// straight from global memory, sixteen bytes a thread. That permutes the summed index (or the columns), alike on both sides.
+// A product of R columns is limited by its reads, so tensor cores wait for memory whatever the tiles are. Fragments are
+// therefore read directly from global memory, sixteen bytes per thread. That permutes the summed index (or the columns) of both
+// operands in the same way.
 // R is a multiple of 16 up to 96.
 
 namespace segtrain {
@@ -12,8 +13,8 @@ struct alignas(16) Words {
   unsigned w[4];  // eight values
 };
 
-/// z [m, R] = x·lᵀ, x [m, k], l [R, k], and wide [m, k + R] = [x z]. A threadgroup has 16 rows of x, whose columns its
-/// warps share.
+/// z [m, R] = x·lᵀ, x [m, k], l [R, k], and wide [m, k + R] = [x z]. A threadgroup processes 16 rows of x; its warps divide the
+/// columns among them.
 template <int R, typename T>
 __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T* z) {
   constexpr int NT = R / 8;
@@ -57,8 +58,8 @@ __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T*
   }
 }
 
-/// y [m, n] = y0 + z·lᵀ with [y0 z] in wide [m, n + R], l [n, R]; z [m, R] is copied out. A threadgroup has 32 rows, a warp
-/// 32 columns at a time.
+/// y [m, n] = y0 + z·lᵀ with [y0 z] in wide [m, n + R], l [n, R]; z [m, R] is copied out. A threadgroup processes 32 rows, a
+/// warp 32 columns at a time.
 template <int R, typename T>
 __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z) {
   constexpr int STEPS = R / 16;
@@ -112,7 +113,7 @@ struct Projections {
   const int *ranks, *widths;
   int k;
 
-  /// The projection that has rank r of all, 3 if none has; r becomes its own.
+  /// The projection to which rank r of all belongs, or 3; r becomes its index within that projection.
   __device__ int of_rank(int& r) const {
     int part = 0;
     while (part < 3 && r >= (ranks[part] + 7) / 8 * 8) r -= (ranks[part++] + 7) / 8 * 8;
@@ -120,9 +121,9 @@ struct Projections {
   }
 };
 
-/// Part `blockIdx.y` of the sums over rows that are the gradients of all projections' factors, one behind the other: da [k, r] =
-/// xᵀ·u and db [r, width] = scale·zᵀ·dy of each. x [m, k], dy [m, n], z and u [m, R]. A threadgroup has 128 columns of x or dy, a
-/// warp 16.
+/// Part `blockIdx.y` of the sums over rows that give the gradients of all projections' factors, concatenated: da [k, r] = xᵀ·u
+/// and db [r, width] = scale·zᵀ·dy of each. x [m, k], dy [m, n], z and u [m, R]. A threadgroup processes 128 columns of x or
+/// dy, a warp 16.
 template <int R, typename T>
 __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, const Projections& all, int m, const float* scales,
                                float* sums) {
@@ -191,9 +192,9 @@ __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, 
     }
 }
 
-/// The factors of all projections as one: a side by side as rows [R, k], scale·b as blocks of a diagonal as columns [n, R], and
-/// what the way back takes besides: a as columns [k, R] if OF_A, else b as rows [R, n]. A thread has eight ranks of one column
-/// of a or b.
+/// The joint factors of all projections: a, concatenated, as rows [R, k]; scale·b, block-diagonal, as columns [n, R]; and for
+/// the backward pass a as columns [k, R] if OF_A, otherwise b as rows [R, n]. A thread processes eight ranks of one column of a
+/// or b.
 template <int R, bool OF_A, typename T>
 __device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const Projections& all, const float* scales,
                                  T* a_rows, T* b_columns, T* back) {
@@ -224,8 +225,8 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take R.
-// at = {m, k}, where it is of projections {their three ranks, their widths, k, m}; args = {scales}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take R.
+// at = {m, k}, or for kernels that know the projections {three ranks, three widths, k, m}; args = {scales}.
 
 //: low_rank_widen: x l at -> wide z
 low_rank_widen<R>(x, l, at[0], at[1], wide, z);

@@ -1,8 +1,9 @@
-// RMS norm of rows, its way back, and the sums that stand beside norms in a layer. Host: csrc/ops/norm/norm.cpp; CPU:
+// RMS norm of rows, its backward pass, and the sums next to norms in a layer. Host: csrc/ops/norm/norm.cpp; CPU:
 // csrc/cpu/rows.cpp.
 //
-// One block a row of n numbers, a multiple of 8; a thread has PACKS times eight neighbours. Numbers are in T, arithmetic in
-// float32. As in MLX's own kernels x·r is rounded before it meets the weight, and dx once; sums are of rounded numbers.
+// One block per row of n elements, a multiple of 8; a thread processes PACKS times eight neighbours. Elements are in T,
+// arithmetic in float32. As in MLX's kernels, x·r is rounded before it is multiplied by the weight, and dx is rounded once;
+// sums are of rounded values.
 
 namespace segtrain {
 
@@ -52,7 +53,7 @@ struct Row {
 
 __device__ inline size_t row_begin(int n) { return static_cast<size_t>(blockIdx.x) * n; }
 
-/// y [m, n] <- norm of x, and with ADDED h + norm, with FACTOR that times factor [1].
+/// y [m, n] <- norm of x; if ADDED, h + norm of x; if FACTOR, this is multiplied by factor [1].
 template <int PACKS, bool ADDED, bool FACTOR, typename T, typename F>
 __device__ void rms_norm(const T* x, const T* weight, const T* h, const F* factor, float eps, int n, T* y) {
   Row<PACKS, T> own, w, other;
@@ -66,7 +67,7 @@ __device__ void rms_norm(const T* x, const T* weight, const T* h, const F* facto
   own.store(y + row_begin(n), n);
 }
 
-/// dx [m, n] <- of dy, with FACTOR that times factor [1], which is dh; with BESIDE dh + dx is dx.
+/// dx [m, n] <- dy. If FACTOR, dy is first multiplied by factor [1], and the product is also dh. If BESIDE, dh is added to dx.
 template <int PACKS, bool BESIDE, bool FACTOR, typename T, typename F>
 __device__ void rms_norm_back(const T* x, const T* weight, const T* dy, const T* beside, const F* factor, float eps, int n, T* dx, T* dh) {
   Row<PACKS, T> own, g, other;
@@ -90,7 +91,7 @@ __device__ void rms_norm_back(const T* x, const T* weight, const T* dy, const T*
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {n}, args = {eps}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {n}, args = {eps}.
 
 //: rms_norm: x weight at args -> normed
 rms_norm<PACKS, false, false>(x, weight, x, args, args[0], at[0], normed);

@@ -1,11 +1,11 @@
-// What the kernels share: numbers, copies into shared memory, and what a call of attention asks for. Goes before each text.
+// Code shared by the kernels: number formats, copies into shared memory, and the parameters of attention. Precedes each text.
 namespace segtrain {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-// CUDA's own half types would take a header, and its path.
+// CUDA's half types would need a header, and its path.
 struct half {
   unsigned short bits;
 };
@@ -25,7 +25,7 @@ __device__ inline void put(float& y, float x) { y = x; }
 __device__ inline void put(half& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ inline void put(bfloat16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
-/// x as T holds it.
+/// x rounded to T.
 template <typename T>
 __device__ inline float rounded(float x) {
   T y;
@@ -40,7 +40,7 @@ __device__ inline float exp2_of(float x) {
   return y;
 }
 
-// Absolute error near 1e-7. The hardware's tanh has 5e-4, which a cap of 50 would turn into 2 % of a probability.
+// Absolute error near 1e-7. That of the hardware's tanh is 5e-4, which a cap of 50 would turn into 2 % of a probability.
 __device__ inline float tanh_of(float x) { return 1 - __fdividef(2.0f, 1 + exp2_of(2 * LOG2E * x)); }
 
 /// Eight neighbours of a row, moved in sixteen-byte pieces.
@@ -54,7 +54,7 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
-/// Two numbers of half precision, x in the low bits.
+/// Two half-precision values, x in the low bits.
 template <typename T>
 __device__ inline unsigned pack2(float x, float y) {
   unsigned pair;
@@ -185,7 +185,8 @@ __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned lo
   }
 }
 
-/// The same with a in registers, as a warp holds a 16×16 block: two numbers each of rows 0 and 8 of columns 0–7, then of 8–15.
+/// The same with a in registers, in a warp's layout of a 16×16 block: two values each of rows 0 and 8 in columns 0–7, then in
+/// 8–15.
 template <bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -202,7 +203,7 @@ __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long 
   }
 }
 
-/// The compiler does not know that a product still writes to its registers, or reads them: it may not touch them until this.
+/// The compiler does not know that products still read or write these registers; it must not use them before this point.
 template <int N>
 __device__ inline void keep(float (&c)[N]) {
 #pragma unroll
@@ -216,7 +217,7 @@ __device__ inline void keep(unsigned (&c)[N]) {
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-/// All but the last AHEAD groups of this warpgroup's products are done.
+/// Waits for this warpgroup's products, except for the last AHEAD groups.
 template <int AHEAD>
 __device__ inline void products_done() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
@@ -256,7 +257,8 @@ struct Score {
   __device__ float slope(float y) const { return CAP ? 1 - (y / out) * (y / out) : 1; }
 };
 
-/// What the threadgroup of a tile of queries works on. Long rows first: a causal triangle's last tiles are heaviest.
+/// The work of a threadgroup for a tile of queries. Long rows come first, since a causal triangle's last tiles are the
+/// heaviest.
 struct QueryTile {
   size_t bh, bg;
   int q0, rows, k_begin, k_end;
@@ -282,7 +284,7 @@ __device__ inline int queries_before(const Call& c, int key) {
   return low;
 }
 
-/// three[i]. An index that is no constant would put the array into memory.
+/// three[i]. A non-constant index would put the array into local memory.
 template <typename P>
 __device__ inline P pick(P const (&three)[3], int i) {
   return i == 0 ? three[0] : i == 1 ? three[1] : three[2];

@@ -1,7 +1,8 @@
 // Rotary embedding of packed rows. Metal twin: metal/rope.metal; CPU: csrc/ops/rope/rope.cpp.
 //
-// x and rotated in T, arithmetic in float32, rounded once. Forward x is [B,T,H,D] and rotated [B,H,T,D]; BACK is the
-// rotation back, of [B,H,T,D] to [B,T,H,D]. A thread has one pair of a row, or one element after the first `dims`.
+// x and rotated in T, arithmetic in float32, rounded once. In the forward pass x is [B,T,H,D] and rotated [B,H,T,D]; BACK is
+// the inverse rotation, from [B,H,T,D] to [B,T,H,D]. A thread processes one pair of a row, or one element after the first
+// `dims`.
 //
 // positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
 
@@ -32,7 +33,7 @@ __device__ void rope(const T* x, const float* freqs, const int* positions, T* ro
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
 
 //: rope: x freqs positions at args -> rotated
 rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0]);

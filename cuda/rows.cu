@@ -1,6 +1,6 @@
-// Rows of a table by index, and the way back. Host: csrc/ops/rows/rows.cpp.
+// Rows of a table by index, and the gradient. Host: csrc/ops/rows/rows.cpp.
 //
-// One block a row of the output. x and y in T, index [m] int32 of rows of x [n, W].
+// One block per row of the output. x and y in T, index [m] int32 of rows of x [n, W].
 
 namespace segtrain {
 
@@ -12,7 +12,7 @@ __device__ void take_rows(const T* x, const int* index, T* y, int width) {
   for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-/// y [n, W] <- the sum of the rows of x [m, W] for which index names this one, in their order.
+/// y [n, W]: row i is the sum, in order, of the rows of x [m, W] whose index is i.
 template <typename T>
 __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
   const int row = blockIdx.x;
@@ -35,7 +35,7 @@ __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {m, W}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {m, W}.
 
 //: take_rows: x index at -> taken
 take_rows(x, index, taken, at[1]);

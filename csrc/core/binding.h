@@ -1,4 +1,4 @@
-// What Python sees of an op stands at the end of its file: names, defaults and docstrings, no logic.
+// Each op's Python binding is at the end of its file: names, defaults and docstrings, no logic.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,7 +18,8 @@ namespace segtrain {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-/// A static one in a file adds what `add` defines when the module is imported.
+/// Registers `add`, which is called when the module is imported. Each file with bindings has a static
+/// Binding.
 struct Binding {
   using Add = void (*)(nb::module_&);
   explicit Binding(Add add) { all().push_back(add); }

@@ -1,5 +1,5 @@
-// What ops take in memory. Each says it in its own files, of shapes and of a device that need not be here,
-// and through the choice of implementation that a call goes through; planning/costs.py adds it up.
+// Memory that ops need. Each op computes it in its own files, from shapes and a device that this machine need
+// not have, and for the implementation that a call would choose. planning/costs.py adds it up.
 #pragma once
 
 #include "core/kernel.h"
@@ -8,21 +8,21 @@ namespace segtrain {
 
 struct Device {
   std::string name;         ///< "cpu", "metal" or "cuda"
-  int size;                 ///< bytes of a number in training
-  int64_t workspace = 0;    ///< bytes that a library's products may take
-  bool cudnn = false;       ///< the package has cuDNN's attention
-  bool nax = false;         ///< MLX's own attention has kernels for neural accelerators
-  bool repeatable = false;  ///< implementations whose bits vary are not taken
+  int size;                 ///< bytes per element in training
+  int64_t workspace = 0;    ///< bytes of workspace that library matrix products may need
+  bool cudnn = false;       ///< the package includes cuDNN's attention
+  bool nax = false;         ///< MLX's attention has kernels for the neural accelerators
+  bool repeatable = false;  ///< use only implementations whose results are bit-identical when repeated
 
   Gpu gpu() const;
   mx::Dtype dtype() const { return size == 4 ? mx::float32 : mx::bfloat16; }
 };
 
-/// Bytes inside one call of an op, beyond what goes in and what comes out.
+/// Bytes that one call of an op needs, besides its inputs and outputs.
 struct OpCost {
-  int64_t forward = 0;   ///< most while it runs
-  int64_t backward = 0;  ///< most while it goes back, with what it kept
-  int64_t kept = 0;      ///< from the one to the other
+  int64_t forward = 0;   ///< peak during its forward pass
+  int64_t backward = 0;  ///< peak during its backward pass, including what the forward pass kept
+  int64_t kept = 0;      ///< held between the two
 };
 
 }  // namespace segtrain

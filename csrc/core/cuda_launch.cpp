@@ -8,8 +8,9 @@
 
 #include "mlx/primitives.h"
 
-// What libmlx.so of mlx-cuda exports, as its header mlx/backend/cuda/device.h has it, which needs CUDA's.
-// Weak: the libmlx.so of other devices has none of it.
+// Symbols exported by libmlx.so of mlx-cuda. They are declared here because MLX's header for them,
+// mlx/backend/cuda/device.h, needs CUDA's headers. Weak, because libmlx.so for other devices does not have
+// them.
 struct CUfunc_st;
 struct dim3 {
   unsigned x, y, z;
@@ -33,7 +34,7 @@ namespace segtrain {
 
 namespace {
 
-/// The functions of CUDA's driver that we call; its header is not needed to build.
+/// The CUDA driver functions that we call, declared here so that building does not need CUDA's header.
 struct Driver {
   int (*load)(void** module, const void* image) = nullptr;
   int (*function)(CUfunc_st** function, void* module, const char* name) = nullptr;
@@ -57,7 +58,7 @@ const Driver& driver() {
   return own;
 }
 
-/// The kernel loaded on the device that is current; nullptr if that fails.
+/// Returns the kernel loaded on the current device; nullptr if loading fails.
 CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
   constexpr int MOST_DYNAMIC_SHARED_MEMORY = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
   static std::mutex lock;
@@ -72,15 +73,15 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
         (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory))) {
       found->second = function;
     } else {
-      known.erase(found);  // a device that was full may have room the next time
+      known.erase(found);  // a device that is full now may have room next time
       return nullptr;
     }
   }
   return found->second;
 }
 
-/// MLX's allocator of the device's memory is hidden, and a concatenation of nothing does no more than call
-/// it.
+/// MLX does not export its allocator of device memory, so we call it through a concatenation of no arrays,
+/// which does nothing but allocate its output.
 mx::Primitive& allocation(mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
@@ -139,7 +140,7 @@ class CudaKernel : public mx::Primitive {
                                 grid_.shared_memory, arguments.data());
   }
 
-  /// Copies what does not lie in rows, and says what is wrong with a binary that does not load.
+  /// Launches through MLX, which copies non-contiguous inputs and reports why a binary does not load.
   void by_mlx(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
@@ -158,7 +159,7 @@ class CudaKernel : public mx::Primitive {
   const char* name() const override { return binary_.name.c_str(); }
 
  private:
-  /// What mlx/backend/cuda/allocator.h keeps of an array's memory begins with its address.
+  /// The struct that describes an array's memory in mlx/backend/cuda/allocator.h begins with its address.
   static void* address(const mx::array& x) {
     struct Memory {
       char* data;

@@ -1,5 +1,5 @@
-// What stands in the place of kernels where there is no GPU: of CUDA's in a dry run, which counts what a
-// device would launch; of Metal's what a test gives.
+// Replacements for kernels on machines without a GPU: for CUDA's kernels a dry run, which counts the launches
+// that a device would make; for Metal's kernels a function that a test provides.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -43,7 +43,7 @@ class DryKernel : public mx::Primitive {
   std::string name_;
 };
 
-/// Arrays without their memory that these are made of, each behind its inputs; siblings once.
+/// The uncomputed arrays that `outputs` depend on, each after its inputs; of siblings only one.
 Arrays in_order(const Arrays& outputs) {
   Arrays order;
   std::set<std::uintptr_t> seen;
@@ -67,14 +67,15 @@ Arrays in_order(const Arrays& outputs) {
   return order;
 }
 
-/// Kernels that a CUDA device would launch for these arrays, by name. What shares the memory of its input
-/// launches none; one of ours copies inputs that do not lie in rows; a concatenation copies each.
+/// The number of kernels, by name, that a CUDA device would launch for these arrays. An op whose output
+/// shares its input's memory launches none. Our kernels also copy inputs that are not row-contiguous. A
+/// concatenation launches a copy for each input.
 std::map<std::string, int> launches(const Arrays& outputs) {
   check(dry_run(), "[launches] counts in a dry run only.");
   std::map<std::string, int> counts;
   const auto order = in_order(outputs);
   std::vector<Arrays> inputs;
-  for (const auto& x : order) inputs.push_back(x.inputs());  // which evaluation takes from them
+  for (const auto& x : order) inputs.push_back(x.inputs());  // before evaluation removes them
   for (size_t i = 0; i < order.size(); ++i) {
     auto x = order[i];
     const auto primitive = x.primitive_ptr();

@@ -1,5 +1,5 @@
-// What is said when macOS ends work on the GPU. MLX throws where nobody can catch, on a thread of Metal's:
-// the process ends with Metal's own words, which name a constant.
+// Explains the failure when macOS ends work on the GPU. MLX then throws on a thread of Metal's, where the
+// exception cannot be caught, and the process ends with Metal's message, which only names an error constant.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -11,7 +11,7 @@ namespace segtrain {
 
 namespace {
 
-/// One sentence for a message of MLX's about its command buffers; empty if it is none.
+/// A sentence that explains MLX's message about a failed command buffer; empty for other messages.
 std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
   if (!has("Command buffer execution failed")) return "";

@@ -50,11 +50,11 @@ std::vector<std::string> words(const std::string& line) {
   return all;
 }
 
-/// A file is a header and, each behind a line "//: name: inputs -> outputs", the bodies of its kernels.
+/// A file has a header and then its kernels: for each a line "//: name: inputs -> outputs" and its body.
 void parse(const std::string& file, const std::string& prelude, std::map<std::string, Text>& kernels) {
   const std::string mark = "\n//: ";
   size_t at = file.find(mark);
-  const std::string header = prelude + file.substr(0, at + 1);  // with the end of its last line
+  const std::string header = prelude + file.substr(0, at + 1);  // with its last newline
   while (at != std::string::npos) {
     size_t begin = at + mark.size(), colon = file.find(": ", begin), arrow = file.find(" -> ", colon);
     size_t line_end = file.find('\n', arrow);
@@ -84,20 +84,20 @@ std::map<std::string, std::string> off;  // kernel → reason
 template <typename T>
 mx::array device_numbers(const std::vector<T>& values) {
   static std::mutex lock;
-  static auto& known = *new std::map<std::vector<T>, mx::array>;  // outlives MLX's own statics
+  static auto& known = *new std::map<std::vector<T>, mx::array>;  // never destroyed: outlives MLX's statics
   static size_t held = 0;
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;
-  // Those of rows that are long or packed are others in every step.
+  // The arrays for long or packed rows are different in every step, so the cache must be limited.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
   auto array = upload(values);
-  array.eval();  // other threads and streams find it, too
+  array.eval();  // other threads and streams may use it
   return known.emplace(values, array).first->second;
 }
 
-/// A dtype as the text of cuda/ calls it.
+/// The name of a dtype in the kernels of cuda/.
 std::string cuda_type(const mx::Dtype& dtype) {
   if (dtype == mx::bool_) return "bool";
   if (dtype == mx::uint8) return "unsigned char";
@@ -109,8 +109,9 @@ std::string cuda_type(const mx::Dtype& dtype) {
   return "bfloat16";
 }
 
-/// The text as one function with the template's arguments as constants. So are what the host has worked out
-/// of the kernel's tiles, threads and bytes of shared memory: the text asserts that it needs the same.
+/// The kernel's text as one function, with the template arguments as constants. Its numbers of threads and
+/// bytes of shared memory, which the host has computed, are constants too; the text asserts that they are
+/// what it needs.
 std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
                         const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
   std::string source =
@@ -134,9 +135,9 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
   return source + text.source + "\n}\n}\n";
 }
 
-/// Binaries for this device, compiled once a process; and the sources of those that a graph needs which is
-/// only written down. MLX's own JIT would put two seconds of headers before every kernel, and has no place
-/// for launch bounds.
+/// Binaries for this device, each compiled once per process, and the sources of collected kernels, which are
+/// not compiled yet. MLX's JIT is not used: it would compile two seconds of headers with every kernel, and
+/// does not support launch bounds.
 struct Binaries {
   struct Source {
     std::string name, text;
@@ -146,18 +147,18 @@ struct Binaries {
   std::unordered_map<std::string, Source> wanted;
 };
 Binaries& binaries() {
-  static auto& all = *new Binaries;  // graphs refer to it, also those that are left at the process' end
+  static auto& all = *new Binaries;  // never destroyed: graphs that exist at exit refer to it
   return all;
 }
 
-/// Whether calls of this thread only say what they need. Another thread's go on as they are.
+/// Whether calls on this thread only record the kernels that they need. Other threads are not affected.
 thread_local bool collects = false;
 
-/// The kernel's binary; nullptr if it is wanted and will be compiled later.
+/// Returns the kernel's binary; nullptr if kernels are being collected and this one is still to be compiled.
 const CudaBinary* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                               const Grid& grid) {
-  std::string key = name + ' ';  // and numbers: printing them would take longer than the launch
+  std::string key = name + ' ';  // raw bytes follow: formatting numbers would take longer than the launch
   auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
   for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
   for (const auto& x : inputs) add(x.dtype().val());
@@ -229,7 +230,7 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
   auto told = arguments;
   told.push_back({"THREADS", grid.threads});
   if (emulates_metal()) return emulated_launch(name, text, inputs, shapes, dtypes, told, threads, group);
-  // MLX keeps compiled kernels by name: the text is part of the name.
+  // MLX caches compiled kernels by name, so a hash of the text is part of the name.
   auto unique = name + "_" + std::to_string(std::hash<std::string>{}(text.header + text.source) & 0xffffffff);
   auto kernel = mx::fast::metal_kernel(unique, text.inputs, text.outputs, text.source, text.header);
   return kernel(inputs, shapes, dtypes, threads, group, told, std::nullopt, false, s);
@@ -245,7 +246,7 @@ PreparedLaunch::PreparedLaunch(const std::string& name, std::map<std::string, mx
   for (const auto& input : open)
     open_.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
   binary_ = cuda_binary(name, text, inputs_, {dtype}, arguments, grid);
-  for (size_t i : open_) inputs_[i] = device_ints({0});  // holds no array of the first call
+  for (size_t i : open_) inputs_[i] = device_ints({0});  // so as not to keep the arrays of `like` alive
 }
 
 Arrays PreparedLaunch::operator()(const Arrays& open, std::vector<mx::Shape> shapes,
@@ -277,7 +278,7 @@ size_t compile_kernels() {
     for (size_t i; (i = next++) < wanted.size();) try {
         made[i] = {wanted[i].first,
                    compile_cuda(wanted[i].second.name, wanted[i].second.text, compute_capability())};
-      } catch (const std::runtime_error&) {  // the call that needs it says so
+      } catch (const std::runtime_error&) {  // the call that needs it reports the error
       }
   };
   const size_t threads = std::min<size_t>(wanted.size(), std::max(1u, std::thread::hardware_concurrency()));

@@ -1,4 +1,4 @@
-// Many small arrays as one: on CUDA some launches for all of them, where MLX copies each by itself.
+// Concatenates many small arrays. On CUDA a launch copies up to 64 arrays, where MLX needs 64 launches.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "segtrain.h"
@@ -6,7 +6,7 @@
 namespace segtrain {
 
 mx::array join(const Arrays& arrays, mx::StreamOrDevice s) {
-  constexpr size_t AT_ONCE = 64;  // as cuda/join.cu has inputs
+  constexpr size_t AT_ONCE = 64;  // the number of inputs of cuda/join.cu
   constexpr int THREADS = 256, OF_A_THREAD = 16;
   check(!arrays.empty(), "[join] expected at least one array.");
   Arrays flat;

@@ -46,7 +46,7 @@ class CpuOp : public mx::Primitive {
       y.set_data(mx::allocator::malloc(y.nbytes()));
       out.push_back(y.data<float>());
     }
-    // MLX holds inputs and outputs until the tasks of their primitive are done.
+    // MLX keeps inputs and outputs alive until the tasks of their primitive are done.
     mx::cpu::get_command_encoder(stream()).dispatch([run = run_, in, out] { (*run)(in, out); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -99,8 +99,8 @@ Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vj
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  // By default the C library returns large blocks to the system at once, and every page of an op's outputs is
-  // cleared by the kernel again: four fifths of the time of a pass over 50 MB.
+  // By default the C library returns large blocks to the system at once, so the system clears every page of
+  // an op's outputs again. That takes four fifths of the time of a pass over 50 MB.
   constexpr int most = 1 << 30;
   mallopt(M_MMAP_THRESHOLD, most);
   mallopt(M_TRIM_THRESHOLD, most);

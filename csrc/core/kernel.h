@@ -19,7 +19,8 @@ inline std::ostream& operator<<(std::ostream& os, const mx::Shape& shape) {
   return os << ")";
 }
 
-/// Throws std::invalid_argument, which Python sees as ValueError, with the parts put together.
+/// Unless `ok`, throws std::invalid_argument (ValueError in Python) with the concatenated parts as its
+/// message.
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
   if (ok) return;
@@ -30,30 +31,31 @@ void check(bool ok, const Parts&... parts) {
 
 enum class Gpu { none, metal, cuda };
 
-/// One way to compute an op, and whether it serves the arguments at hand.
+/// One way to compute an op, and whether it supports the given arguments.
 struct Way {
   std::string name;
   bool ok;
   std::string reason;  ///< why not
 };
 
-/// The name of the way to take: "auto" takes the first that serves; a named one that does not throws its
-/// reason.
+/// Returns the name of the way to use: for "auto" the first that is ok, otherwise the one named `impl`. If
+/// that one is not ok, throws its reason.
 std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
 
-/// $MLX_SEGTRAIN_DRY_RUN_CUDA, for tests: calls take the ways of a CUDA device of this compute capability.
-/// Its kernels are compiled and not run: they give zeros. 0 if it is not set.
+/// The compute capability in $MLX_SEGTRAIN_DRY_RUN_CUDA; 0 if it is not set. If it is set, which is for
+/// tests, calls choose implementations as on such a CUDA device. Kernels are compiled but not run, and return
+/// zeros.
 int dry_run();
 
-/// Does something stand in for a Metal device in this thread? core/gpu.h
+/// Whether this thread emulates a Metal device; see emulate_metal in core/gpu.h.
 bool emulates_metal();
 
 bool on_cpu(mx::StreamOrDevice s);
 
-/// "kernel" of an op whose only kernel is the C++ one for the CPU.
+/// The implementation "kernel" of an op whose only kernel is the C++ one for the CPU.
 Way cpu_kernel(mx::StreamOrDevice s);
 
-/// Row-major memory of a CPU kernel's inputs, in order. Most are floats.
+/// Pointers to a CPU kernel's row-major inputs, in order. Most inputs are floats.
 struct Inputs : std::vector<const void*> {
   const float* operator[](size_t i) const { return as<float>(i); }
   template <class T>
@@ -65,23 +67,23 @@ struct Inputs : std::vector<const void*> {
 /// Fills the outputs, in order. Runs on the stream's thread.
 using CpuRun = std::function<void(const Inputs& in, const std::vector<float*>& out)>;
 
-/// float32 arrays that `run` will fill on the CPU. Floating inputs are made float32 and row-major first,
-/// others row-major.
+/// Returns float32 arrays that `run` fills on the CPU. Floating inputs are first converted to float32, and
+/// all inputs are made row-major.
 Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> shapes, CpuRun run,
               mx::StreamOrDevice s);
 
 using Forward = std::function<Arrays(const Arrays& x)>;
 using Vjp = std::function<Arrays(const Arrays& x, const Arrays& dy, const Arrays& made)>;
 
-/// The first n arrays of forward(x), all of which go to `vjp` as `made`. With mx::custom_vjp a backward pass
-/// that uses one of them makes all of them again; here it makes those that it uses.
+/// Returns the first n arrays of forward(x); `vjp` gets all of them as `made`. With mx::custom_vjp, a
+/// backward pass that uses one of them recomputes all of them; here, only those that it uses.
 Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp);
 
-/// Lets the C library keep up to 1 GB that was freed for what is asked for next. For the whole process.
+/// Lets the C library keep up to 1 GB of freed memory for later allocations, in the whole process.
 void keep_freed_memory();
 
-/// x, which exists once `others` do. MLX leaves to the end what only results of a graph need, such as
-/// gradients of factors, and keeps until then what they are made of.
+/// Returns x, but makes it available only after `others` are computed. Otherwise MLX leaves results that no
+/// other op reads, such as gradients of factors, to the end, and keeps their inputs alive until then.
 mx::array after(const mx::array& x, const Arrays& others);
 
 /// x as float32.

@@ -15,25 +15,27 @@ namespace segtrain {
 
 namespace {
 
-/// Buffers of a size that are filled in turns, so that the host seldom waits for the device to have read one.
+/// The number of buffers of each size. They are filled in turn, so that the host seldom has to wait until the
+/// device has read one.
 constexpr size_t TURNS = 4;
 
 struct Buffer {
   mx::array host;
-  mx::array copy;  ///< the last one that was made of it
+  mx::array copy;  ///< the last copy made of `host`
 };
 
-/// Fills the next of these buffers, or a new one in its place where its last copy was never made.
+/// Fills the next buffer of the right size, or replaces it with a new one if its last copy was never
+/// evaluated.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;
-  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives MLX's own statics
+  static auto& buffers = *new std::map<size_t, std::deque<Buffer>>;  // by size; outlives MLX's statics
   std::lock_guard guard(lock);
   const size_t room = std::bit_ceil(std::max<size_t>(count, 16));
   auto& own = buffers[room];
   if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
   if (own.size() < TURNS) {
-    const std::vector<T> zeros(room);  // in memory of the host, which MLX will not hand out again
+    const std::vector<T> zeros(room);  // MLX copies them to host memory, which we keep
     const mx::array host(zeros.begin(), {static_cast<int>(room)});
     own.push_front({host, host});
   }

@@ -1,15 +1,15 @@
-// Numbers of the host on the device.
+// Copies of host data on the device.
 #pragma once
 
 #include "segtrain.h"
 
 namespace segtrain {
 
-/// Numbers as an array [n] on the device, for the caller to evaluate.
+/// Returns the values as an array [n] on the device. The caller evaluates it.
 ///
-/// An array that MLX makes of the host's numbers gets memory that both sides reach, which CUDA takes more
-/// than a millisecond to give, each time: MLX takes a buffer of the device from its cache and converts it.
-/// The memory here is kept and used again. On other devices an array is made as MLX does.
+/// When MLX makes an array from host data on CUDA, it takes a device buffer from its cache and converts it to
+/// memory that host and device can access, which takes more than a millisecond each time. Here this memory is
+/// kept and reused. On other devices the array is made the way MLX makes it.
 mx::array upload(const std::vector<int32_t>& numbers);
 mx::array upload(const std::vector<float>& numbers);
 

@@ -16,7 +16,7 @@ namespace segtrain::cpu {
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
                  int ldb, float beta, float* c, int ldc) {
 #ifndef __APPLE__
-  // The library is ours alone in this process: NumPy and SciPy carry their own copies under other names.
+  // No other code here uses this copy of the library: NumPy and SciPy have theirs under other names.
   static const bool single = (scipy_openblas_set_num_threads(1), true);
   (void)single;
 #endif

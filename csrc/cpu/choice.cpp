@@ -1,4 +1,4 @@
-// The choice of the loops that this processor runs.
+// Chooses the fastest loops that this processor supports.
 #include "cpu/rows.h"
 
 namespace segtrain::cpu {

@@ -1,6 +1,6 @@
-// Compiled with SEGTRAIN_ISA = baseline, avx2, avx512. Includes no C++ library header: an inline function
-// from one could be the copy that the linker keeps for the whole program, and would then run on processors
-// without AVX.
+// Compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. Includes no C++ library header: of
+// each inline function the linker keeps one copy for the whole program. If that copy were compiled here with
+// AVX, it would also run on processors without AVX.
 #include "cpu/rows.h"
 
 #include <math.h>
@@ -14,7 +14,7 @@ namespace segtrain::cpu {
 
 namespace {
 
-/// exp to 1 ulp or so over float's normal range; below it 0 (subnormals flushed), above it inf.
+/// exp, accurate to about 1 ulp if the result is a normal float; 0 below that range, inf above.
 inline float exp1(float x) {
   float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
   // Adding 1.5·2²³ rounds to the nearest integer.
@@ -39,7 +39,7 @@ inline float exp1(float x) {
 }
 
 inline float tanh1(float x) {
-  // For small |x| the form by exp loses digits: there the series is used.
+  // For small |x| the formula with exp loses digits, so a series is used.
   float x2 = x * x;
   float small =
       x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
@@ -48,7 +48,7 @@ inline float tanh1(float x) {
 }
 
 float max(const float* x, int n) {
-  // One maximum a lane: a maximum of floats over a loop Clang computes one at a time, because of NaN.
+  // One maximum per lane: Clang does not vectorize a max reduction of floats, because of NaN.
   constexpr int LANES = 16;
   float tops[LANES];
   for (float& top : tops) top = -INFINITY;
@@ -140,14 +140,14 @@ void softmax_vjp(float* dp, const float* p, const float* capped, int n, float de
   }
 }
 
-/// s = sigmoid(u), bend = g·ds/dg. The exponential of −|u| neither overflows nor loses digits of 1 − s.
+/// s = sigmoid(u), bend = g·ds/dg. exp(−|u|) cannot overflow, and with it 1 − s loses no digits.
 struct Gate {
   float s, bend;
 };
 template <bool GELU>
 inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // Beyond |g| = 32 e is 0, and a q without bound would make 0·∞.
+  // Beyond |g| = 32, e is 0; q is limited because an infinite q would give 0·∞.
   float q = g * g < 1024.0f ? g * g : 1024.0f;
   float u = GELU ? k * g * (1.0f + cubic * q) : g;
   float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;

@@ -1,5 +1,5 @@
-// Loops over rows of floats, compiled once per instruction set (baseline, AVX2, AVX-512) and chosen at run
-// time.
+// Loops over rows of floats, compiled once per instruction set (baseline, AVX2, AVX-512), one of which is
+// chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -8,30 +8,31 @@
 namespace segtrain::cpu {
 
 struct Rows {
-  /// Columns [begin, end) of a row packed at `bits` a value: out[i] = scale[group]·q + bias[group].
+  /// Columns [begin, end) of a row packed with `bits` bits per value: out[i] = scale[group]·q + bias[group].
   /// begin and end are multiples of 32, or end is the row's length.
   void (*dequantize)(const uint32_t* packed, const float* scales, const float* biases, int bits, int group,
                      int begin, int end, float* out);
-  /// The same of E2M1 (4 bits) or E4M3 (8 bits) values: out[i] = scale[group]·value. Scales are E4M3 in
-  /// groups of 16, else E8M0.
+  /// The same for E2M1 (4 bits) or E4M3 (8 bits) values: out[i] = scale[group]·value. Scales are E4M3 in
+  /// groups of 16, otherwise E8M0.
   void (*dequantize_fp)(const uint32_t* packed, const uint8_t* scales, int bits, int group, int begin,
                         int end, float* out);
   float (*max)(const float* x, int n);
   /// x = exp(x − shift); returns the sum.
   float (*exp_sum)(float* x, int n, float shift);
-  /// Sum of exp(x − shift), x kept.
+  /// Sum of exp(x − shift); leaves x unchanged.
   float (*sum_exp)(const float* x, int n, float shift);
   double (*sum)(const float* x, int n);
   /// x = exp(x − shift)·w.
   void (*exp_scale)(float* x, int n, float shift, float w);
   /// x = cap·tanh(x / cap).
   void (*softcap)(float* x, int n, float cap);
-  /// Logits x, capped if cap > 0, become w·(exp(x − lse) − (1 − smoothing)·[i = target] − smoothing/n)·(1 −
-  /// (x / cap)²).
+  /// x = w·(exp(x − lse) − (1 − smoothing)·[i = target] − smoothing/n), times 1 − (x / cap)² if cap > 0. x
+  /// holds logits, which are already capped.
   void (*cross_entropy_vjp)(float* x, int n, float lse, float w, int target, float smoothing, float cap);
   void (*scale)(float* x, int n, float factor);
   float (*dot)(const float* x, const float* y, int n);
-  /// ds = p·(dp − delta)·factor, into dp; `capped` (the capped scores, or null) adds the factor 1 − (s/cap)².
+  /// ds = p·(dp − delta)·factor, written to dp. If the capped scores s are given as `capped`, ds is also
+  /// multiplied by 1 − (s/cap)².
   void (*softmax_vjp)(float* dp, const float* p, const float* capped, int n, float delta, float factor,
                       float cap);
   /// silu(gate)·up, and gelu(gate)·up.
@@ -45,7 +46,7 @@ struct Rows {
                  bool traditional);
 };
 
-/// The best set of loops this processor runs.
+/// The best set of loops that this processor supports.
 const Rows& rows();
 
 }  // namespace segtrain::cpu

@@ -30,7 +30,7 @@ int n_threads() {
 
 namespace {
 
-/// A batch of jobs. Lives until its last helper has left it, hence shared.
+/// A batch of jobs. It is shared, because it must live until the last helper has left it.
 struct Batch {
   const std::function<void(int)>* job;
   int n;
@@ -52,7 +52,7 @@ struct Batch {
   }
 };
 
-/// Helper threads that sleep between batches. One batch at a time: kernels run on a stream's single thread.
+/// Helper threads that sleep between batches. They run one batch at a time.
 class Pool {
  public:
   Pool() {

@@ -9,20 +9,20 @@
 
 namespace segtrain::cpu {
 
-/// Processors this process may use, or MLX_SEGTRAIN_THREADS.
+/// The number of processors that this process may use, or $MLX_SEGTRAIN_THREADS if it is set.
 int n_threads();
 
 /// Runs job(0) … job(n − 1) on all threads, the caller's included; returns when all are done.
 /// Jobs are handed out in order, so results must not depend on which thread takes one.
 void parallel_for(int n, const std::function<void(int)>& job);
 
-/// Splits n things into equal runs of at most `most`, a multiple of `align`, with every thread busy: length
-/// of a run.
+/// Splits n items into equal runs that keep every thread busy. Returns the length of a run: at most `most`,
+/// then rounded up to a multiple of `align`.
 int split(int n, int most, int align);
 
-constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< floats of an elementwise pass
+constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< floats that make an elementwise pass worth a thread
 
-/// run(begin, end) over [0, n), in runs long enough to be worth a thread.
+/// Calls run(begin, end) in parallel for ranges that cover [0, n), each of at least `least` items.
 template <class Run>
 void over(size_t n, size_t least, const Run& run) {
   size_t runs = std::clamp<size_t>(n / std::max<size_t>(least, 1), 1, 4 * n_threads());
@@ -33,7 +33,7 @@ void over(size_t n, size_t least, const Run& run) {
   });
 }
 
-/// Floats from MLX's allocator, so that scratch shows in mx.get_peak_memory().
+/// Floats from MLX's allocator, so that mx.get_peak_memory() includes scratch memory.
 class Scratch {
  public:
   explicit Scratch(size_t n) : data_(mlx::core::allocator::malloc(n * sizeof(float))) {}

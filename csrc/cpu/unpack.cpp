@@ -1,4 +1,4 @@
-// Compiled as rows.cpp is, but with -ffp-contract=off; includes no C++ library header for the reason there.
+// Compiled like rows.cpp, but with -ffp-contract=off. It includes no C++ library header either.
 #include "cpu/unpack.h"
 
 #include <string.h>
@@ -33,7 +33,7 @@ inline float e8m0(uint32_t code) {
   return from_bits(code ? code << 23 : 0x400000);
 }
 
-/// 32 values of a little-endian stream in which a value may straddle words.
+/// Unpacks 32 values from a little-endian stream in which a value may straddle words.
 template <int BITS>
 inline void unpack32(const uint32_t* word, int32_t* q) {
 #pragma GCC unroll 32
@@ -45,7 +45,7 @@ inline void unpack32(const uint32_t* word, int32_t* q) {
   }
 }
 
-/// n values, a multiple of 32, of one group.
+/// Dequantizes n values of one group; n is a multiple of 32.
 template <int BITS>
 inline void dequantize_group(const uint32_t* word, float scale, float bias, int n, float* y) {
   for (int j0 = 0; j0 < n; j0 += 32, word += BITS) {
@@ -107,7 +107,7 @@ void SEGTRAIN_FOR_ISA(dequantize_fp_)(const uint32_t* packed, const uint8_t* sca
       for (int w = 0; w < group / 8; ++w)
 #pragma omp simd
         for (int j = 0; j < 8; ++j) {
-          // The digits are 2·(0, 0.5, 1, 1.5, 2, 3, 4, 6), E2M1's magnitudes.
+          // The digits of 0xC8643210 are twice the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
           uint32_t code = word[w] >> (4 * j), twice = (0xC8643210u >> (4 * (code & 7))) & 15u;
           y[w * 8 + j] = flip_sign((float)(int32_t)twice * half, (code & 8) << 28);
         }

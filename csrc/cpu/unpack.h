@@ -1,5 +1,6 @@
-// Rows of a quantized weight as floats, once per instruction set. Multiplication and addition round each by
-// itself, as MLX's do, so these loops are compiled apart from rows.cpp, where the two may fuse.
+// Unpacks rows of a quantized weight to floats; compiled once per instruction set. The multiplication and the
+// addition are rounded separately, as in MLX, so these loops are compiled apart from rows.cpp, where the
+// compiler may fuse the two.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +12,7 @@
 
 namespace segtrain::cpu {
 
-/// As Rows::dequantize and Rows::dequantize_fp.
+/// The implementations of Rows::dequantize and Rows::dequantize_fp.
 void SEGTRAIN_FOR_ISA(dequantize_)(const uint32_t* packed, const float* scales, const float* biases, int bits,
                                    int group, int begin, int end, float* out);
 void SEGTRAIN_FOR_ISA(dequantize_fp_)(const uint32_t* packed, const uint8_t* scales, int bits, int group,

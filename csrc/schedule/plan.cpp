@@ -14,7 +14,7 @@ struct Segment {
   int begin, end;
 };
 
-/// Ranges between rising ends, the last of which must be n. The last range may be empty.
+/// The ranges between ascending ends, the last of which must be n. The last range may be empty.
 std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
   std::vector<Segment> ranges;
   for (int begin = 0; int end : ends) {
@@ -32,7 +32,7 @@ void add_unique(std::vector<int>& list, int value) {
   if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
 }
 
-/// The chain of a plan without moves.
+/// Returns a plan with the chain, but without moves.
 Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
              const std::vector<std::string>& head_reads, const std::vector<std::string>& incoming) {
   Plan plan;
@@ -67,7 +67,7 @@ Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string
   return plan;
 }
 
-/// What stages [begin, end) read of what stages [from, to) write, in the order in which they read it.
+/// The values that stages [begin, end) read and stages [from, to) write, in the order in which they are read.
 std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to) {
   std::vector<int> found;
   for (int i = begin; i < end; ++i)
@@ -90,7 +90,7 @@ Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   return move;
 }
 
-/// What nobody needs after a move, or not before it is made again.
+/// Finds the values that are not needed after a move, or not until they are recomputed.
 void assign_drops(Plan& plan) {
   std::set<int> needed;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move) {
@@ -101,7 +101,7 @@ void assign_drops(Plan& plan) {
   }
 }
 
-/// A stage saves in the last forward move before it goes back; one that never goes back saves nothing.
+/// A stage saves in the last forward move before its backward pass; without a backward pass it saves nothing.
 void assign_saves(Plan& plan, const std::vector<int>& saves) {
   std::set<int> wanted;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
@@ -139,7 +139,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
   auto forward = [&](Segment s) { plan.moves.push_back(move_over(plan, Move::Kind::forward, s)); };
   auto backward = [&](int i) {
     auto move = move_over(plan, Move::Kind::backward, segments[i]);
-    // Below the first parameter nothing has a cotangent to pass on.
+    // Stages before the first parameter have no backward pass.
     if (!move.writes.empty()) plan.moves.push_back(move);
   };
   const auto last = groups.back();
@@ -153,9 +153,9 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
     if (move_over(plan, Move::Kind::backward, whole).writes.empty()) continue;
     for (int i = group->begin; i + 1 < group->end; ++i) {
       auto move = move_over(plan, Move::Kind::forward, segments[i]);
-      // Of what it makes only the group's own segments read again.
+      // Keep only the values that later segments of this group read.
       std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
-      // What no segment of the group reads again need not run, unless something is saved in it.
+      // If there are none, the segment need not run, unless one of its stages saves.
       const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
                                      [&](int stage) { return stage >= move.begin && stage < move.end; });
       if (!move.writes.empty() || saves) plan.moves.push_back(move);

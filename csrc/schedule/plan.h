@@ -1,4 +1,5 @@
-// The order of a segmented backward pass, as data. Knows names, not arrays: only the standard library.
+// The order of a segmented backward pass, as data. It handles names instead of arrays, and so needs only the
+// standard library.
 #pragma once
 
 #include <string>
@@ -22,62 +23,61 @@ struct Stage {
 
 /// One version of a boundary value: `h` written by stage `layers.3` is `h@layers.3`, an input `h@input`.
 struct Value {
-  std::string version;  ///< name@producer
-  int producer;         ///< index of the stage, -1 for an input
-  bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
-  std::vector<int>
-      readers;  ///< stages in their order, once for each read; the head is the one after the last
+  std::string version;       ///< name@producer
+  int producer;              ///< index of the stage, -1 for an input
+  bool differentiable;       ///< depends on a parameter, so a cotangent must reach it
+  std::vector<int> readers;  ///< stages in order, once for each read; the head is the stage after the last
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
 struct Move {
   enum class Kind {
-    forward,   ///< run, keep `writes`, keep nothing of the inside
-    head,      ///< run the last segment and the head with everything kept, and go back through both at once
-    backward,  ///< run again under vjp with the cotangents of `writes`
+    forward,   ///< run the stages; keep `writes`, but no intermediate values
+    head,      ///< run the last segment and the head with everything kept, then the backward pass of both
+    backward,  ///< run the stages again under vjp, with the cotangents of `writes`
   };
   Kind kind;
   int begin;
   int end;
-  std::vector<int> reads = {};   ///< boundary values it needs
-  std::vector<int> writes = {};  ///< boundary values it makes (forward), or whose cotangents enter (backward)
-  std::vector<int> cotangents = {};  ///< the differentiable ones among `reads`: their cotangents come out
-  std::vector<int> drops = {};  ///< values that nobody reads after this move, or that are made again first
-  std::vector<int> saves =
-      {};  ///< stages that save something for their backward pass, the next time they run
+  std::vector<int> reads = {};       ///< boundary values that it needs
+  std::vector<int> writes = {};      ///< values that it computes, or (backward) whose cotangents it needs
+  std::vector<int> cotangents = {};  ///< differentiable `reads`, whose cotangents it computes
+  std::vector<int> drops = {};       ///< values not needed after the move, or not until they are recomputed
+  std::vector<int> saves = {};  ///< stages that save arrays for their backward pass, which is their next run
 };
 
-/// The stage after the last one that runs in a move, the head among them.
+/// One past the last stage that runs in a move; the head counts as a stage.
 int end_of(const Move& move);
 
 /// The chain with its names resolved, and the moves over it.
 struct Plan {
-  std::vector<Value> values;  ///< the inputs, then what stages write, in the order of both
+  std::vector<Value> values;  ///< the inputs, then the values that stages write, both in order
   std::vector<Stage> stages;
   std::vector<int> head_reads;
   std::vector<Move> moves;
 
   /// How often stages [begin, end) read a value; the head is the stage after the last.
   int readers(int value, int begin, int end) const;
-  /// Whether several cotangents meet at a value: they are added in float32.
+  /// Whether several cotangents arrive at a value; if so, they are added in float32.
   bool is_summed(int value) const { return values[value].readers.size() > 1; }
 };
 
-/// Where the chain is cut. Stages between two cuts are a segment; segments may be put into groups.
+/// Where the chain is cut. The stages between two cuts are a segment; segments may be put into groups.
 struct Cuts {
-  std::vector<int> segments;    ///< the stage behind each segment, rising to the number of stages
-  std::vector<int> groups;      ///< the segment behind each group, rising to the number of segments
-  std::vector<int> saves = {};  ///< stages that save something in the last run before their backward pass
+  std::vector<int> segments;  ///< one past the last stage of each segment, ascending to the number of stages
+  std::vector<int> groups;  ///< one past the last segment of each group, ascending to the number of segments
+  std::vector<int> saves = {};  ///< stages that save arrays in the last run before their backward pass
 };
 
-/// The plan that keeps the boundary values of groups, and of a group's segments while it goes back.
+/// Returns the plan that keeps the boundary values of groups, and those of a group's segments during the
+/// group's backward pass.
 ///
-/// The last segment is joined to the head and never recomputed; it may have no stage. A group of several
-/// segments is run forward once more to rebuild the values between them (but the last group, which keeps
-/// them). Segments on which no parameter depends run forward only. The last move that needs a value drops it.
-/// Inputs that are `incoming` depend on parameters of stages before these, so a cotangent of each comes out.
-/// Throws std::invalid_argument if cuts do not rise to the end, or a stage reads a name that is neither an
-/// input nor written before it.
+/// The last segment runs together with the head and is never recomputed; it may have no stage. A group of
+/// several segments is run forward once more to rebuild the values between them, except the last group, which
+/// keeps them. Segments that depend on no parameter run forward only. The last move that needs a value drops
+/// it. The `incoming` inputs depend on parameters of stages before this chain, so the plan computes their
+/// cotangents. Throws std::invalid_argument if the cuts do not ascend to the end of the chain, or a stage
+/// reads a name that is neither an input nor written by an earlier stage.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
                const std::vector<std::string>& head_reads, const Cuts& cuts,
                const std::vector<std::string>& incoming = {});

@@ -10,7 +10,7 @@ namespace segtrain {
 
 namespace {
 
-/// Those that a parameter stands in or before. The others run forward and keep nothing.
+/// Marks the stages that have a parameter in or before them. The others run forward only and keep nothing.
 std::vector<bool> stages_that_go_back(const Plan& plan) {
   std::vector<bool> back(plan.stages.size());
   for (const auto& value : plan.values)
@@ -18,7 +18,7 @@ std::vector<bool> stages_that_go_back(const Plan& plan) {
   return back;
 }
 
-/// Walks through a plan with what is alive.
+/// Follows the moves of a plan and counts the bytes that are alive.
 class Walk {
  public:
   Walk(const Plan& plan, const Costs& costs)
@@ -72,8 +72,8 @@ class Walk {
     return std::find(move.saves.begin(), move.saves.end(), stage) != move.saves.end();
   }
 
-  /// Bytes of values made in the move before `stage` that it or a later stage of the move reads; those that
-  /// the move keeps are counted apart.
+  /// Bytes of the values that earlier stages of the move have computed and that `stage` or a later stage of
+  /// the move reads. Values that the move keeps are counted elsewhere.
   int64_t passing(const Move& move, int stage) const {
     int64_t bytes = 0;
     for (size_t v = 0; v < bytes_.size(); ++v) {
@@ -86,7 +86,8 @@ class Walk {
     return bytes;
   }
 
-  /// Most inside a forward move: what is kept of it, what later stages of it read, and the stage.
+  /// Peak inside a forward move: values that it keeps, values that its later stages read, and the stage
+  /// itself.
   int64_t forward(const Move& move) {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
@@ -100,7 +101,7 @@ class Walk {
     return most;
   }
 
-  /// Most while the stages of a move run with everything kept and go back from the last to the first.
+  /// Peak while a move's stages run with everything kept, and then their backward passes, last stage first.
   int64_t backward(const Move& move) {
     const bool head = move.kind == Move::Kind::head;
     int64_t most = 0, kept = 0;
@@ -113,7 +114,8 @@ class Walk {
       }
       if (i > move.begin && !goes_back_[i - 1]) kept += passing(move, i);
       const bool last = i + 1 == move.end && !head;
-      // What it saved is counted already, and what arrives for an inner stage is as large as what it wrote.
+      // What the stage saved is already counted. The cotangents that arrive at an inner stage are as large as
+      // its writes.
       most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
       kept += cost.kept - saved_[i] + (last ? 0 : written(i));
       double again = (last ? cost.again_work : cost.forward_work) - (saved_[i] ? cost.saved_work : 0);
@@ -145,23 +147,23 @@ class Walk {
         gradients_ += costs_.costs[i].gradients;
       }
     for (int value : move.drops)
-      if (plan_.values[value].producer >= 0) made_[value] = false;  // whoever calls a step holds its inputs
+      if (plan_.values[value].producer >= 0) made_[value] = false;  // the caller holds the inputs of a step
   }
 
   const Plan& plan_;
   const Costs& costs_;
   std::vector<int64_t> bytes_;       ///< of each value
   std::vector<int64_t> saved_;       ///< by stage
-  std::vector<bool> made_;           ///< values that are there
+  std::vector<bool> made_;           ///< values that are in memory
   std::vector<int64_t> cotangents_;  ///< by value
   std::vector<bool> goes_back_;      ///< by stage
   std::set<int> ran_;
   int64_t gradients_ = 0, kept_by_head_ = 0;
-  int64_t waiting_ = 0;  ///< of a batch between its two passes
+  int64_t waiting_ = 0;  ///< bytes of a batch between its two passes
   double work_ = 0, again_ = 0;
 };
 
-/// The largest n of [0, most] for which `fits`, which holds for 0 and up to some n.
+/// The largest n in [0, most] for which `fits` is true. It is assumed to be true for 0 and monotonic.
 int largest(int most, const std::function<bool(int)>& fits) {
   int low = 0, high = most;
   while (low < high) {
@@ -196,14 +198,14 @@ class Search {
         for (int saves : {0, all}) {
           try_tails({halves, group, layers, 0, saves});
           if (group < 2) continue;
-          // Only as many layers in groups as must be.
+          // Put only as many layers into groups as necessary.
           auto free = largest(layers, [&](int n) { return fits({halves, group, layers - n, 0, saves}); });
           try_tails({halves, group, layers - free, 0, saves});
         }
     return found_ ? best_ : least_;
   }
 
-  /// With nothing saved and next to nothing kept.
+  /// The least peak if nothing is saved and almost nothing is kept.
   int64_t least() {
     try_least();
     return least_.estimate.peak;
@@ -217,9 +219,10 @@ class Search {
         for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
   }
 
-  /// Segments of a layer or a stage (halves). What lies between them is kept (group 0), or they are in groups
-  /// of so many layers; of these only the first `grouped` are, the others in groups of one if they are
-  /// halves. The last `tail` layers are kept whole, with the head. The first `saves` of savers_ save.
+  /// The segments are layers or, with `halves`, single stages. If `group` is 0, the values between them are
+  /// kept. Otherwise the first `grouped` layers are in groups of `group` layers, and each other layer is its
+  /// own group. The last `tail` layers run with the head, with everything kept. The first `saves` of savers_
+  /// save.
   struct Form {
     bool halves;
     int group, grouped, tail, saves;
@@ -232,7 +235,7 @@ class Search {
     return sizes;
   }
 
-  /// As many layers kept whole as fit, or half of them, and as many stages that save.
+  /// Tries the largest tail that fits, and half of it; each with as many saving stages as fit.
   void try_tails(Form form) {
     auto most = [&](int Form::* what, int limit) {
       return largest(limit, [this, form, what](int n) mutable {
@@ -252,7 +255,7 @@ class Search {
   Cuts cuts(const Form& form) const {
     const auto& ends = costs_.layers;
     const int n = static_cast<int>(costs_.stages.size()), layers = static_cast<int>(ends.size());
-    // The stage at which the last segment begins: it may be the head alone.
+    // The first stage of the last segment, which may consist of the head alone.
     const int at = form.tail >= layers ? 0 : ends[layers - form.tail - 1];
     Cuts cuts;
     if (form.halves)
@@ -262,7 +265,7 @@ class Search {
         if (end <= at) cuts.segments.push_back(end);
     const int segments = static_cast<int>(cuts.segments.size());
     cuts.segments.push_back(n);
-    auto segments_of = [&](int layer) {  // up to the end of a layer
+    auto segments_of = [&](int layer) {  // number of segments up to the end of a layer
       auto end = std::upper_bound(cuts.segments.begin(), cuts.segments.end() - 1, ends[layer]);
       return static_cast<int>(end - cuts.segments.begin());
     };
@@ -273,7 +276,7 @@ class Search {
     }
     if (!form.group)
       for (int i = 1; i <= segments; ++i) cuts.groups.push_back(i);
-    // Behind the last group comes the head's, which keeps what lies between its segments.
+    // The last group is the head's, which keeps the values between its segments.
     cuts.groups.push_back(segments + 1);
     for (int i = 0; i < form.saves; ++i)
       if (savers_[i] < at) cuts.saves.push_back(savers_[i]);
@@ -298,8 +301,8 @@ class Search {
 
   const Costs& costs_;
   int64_t budget_;
-  std::vector<int> savers_;  ///< those first that spare most work a byte
-  int adapted_ = 0;          ///< layers from the first one on that goes back
+  std::vector<int> savers_;  ///< stages that can save, first those that avoid the most work per byte
+  int adapted_ = 0;          ///< number of layers with a backward pass
   bool found_ = false;
   Choice best_, least_;
 };

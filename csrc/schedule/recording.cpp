@@ -10,11 +10,11 @@ namespace segtrain {
 
 namespace {
 
-/// A constant of up to so many bytes is compared by its numbers, since it may be made anew in each call.
+/// Constants of up to this many bytes are compared by value, since each call may create them again.
 constexpr size_t SMALL = 256;
 
-/// The input that an op passes on as it is: what only marks a graph for its derivatives has no part in a
-/// recording, and would keep alive what its functions refer to.
+/// The input that an op returns unchanged, or nullptr. Ops that only affect derivatives are left out of a
+/// recording: they are not needed, and they would keep alive what their functions refer to.
 const mx::array* passed_on(const mx::array& x) {
   const std::string name = x.primitive().name();
   const auto& inputs = x.inputs();
@@ -39,11 +39,11 @@ bool equal(const mx::array& x, const mx::array& y) {
 }  // namespace
 
 Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(inputs.size()) {
-  std::unordered_map<std::uintptr_t, int> number;  // constants from -1 down until their count is known
-  Arrays held;                                     // ids are those of arrays that are alive
+  std::unordered_map<std::uintptr_t, int> number;  // constants count down from -1 until all are known
+  Arrays held;                                     // an id is unique only while its array is alive
   for (size_t i = 0; i < inputs.size(); ++i) {
     number.insert({inputs[i].id(), static_cast<int>(i)});
-    // MLX traces through a copy that it made itself.
+    // MLX traces a copy of the input, which it makes itself.
     if (is_computed(inputs[i]) && !std::strcmp(inputs[i].primitive().name(), "Copy"))
       number.insert({inputs[i].inputs()[0].id(), static_cast<int>(i)});
   }
@@ -59,7 +59,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
     constants_.push_back(x);
     number[x.id()] = -static_cast<int>(constants_.size());
   };
-  constexpr int OPS = 1 << 24;  // outputs of ops are numbered from here on until then
+  constexpr int OPS = 1 << 24;  // until then, outputs of ops are numbered from here
   auto leave = [&](const mx::array& x) {
     if (auto same = passed_on(x)) {
       number[x.id()] = number.at(same->id());
@@ -79,7 +79,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
     for (enter(y); !path.empty();) {
       auto& [x, next] = path.back();
       if (number.count(x.id())) {
-        path.pop_back();  // a sibling's op, or reached twice
+        path.pop_back();  // recorded already, with a sibling or on another path
       } else if (next < x.inputs().size()) {
         enter(mx::array(x.inputs()[next++]));
       } else {
@@ -117,7 +117,7 @@ Arrays Recording::operator()(const Arrays& inputs) const {
 }
 
 bool Recording::alike(const Recording& other) const {
-  // A primitive that is not even equivalent to itself does not say what it holds.
+  // A primitive that is not equivalent to itself does not implement the comparison.
   auto same_primitive = [](const mx::Primitive& a, const mx::Primitive& b) {
     return !a.is_equivalent(a) || a.is_equivalent(b);
   };

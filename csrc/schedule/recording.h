@@ -1,5 +1,5 @@
-// The graphs of stages, kept from one step to the next. For a few hundred rows, to trace a stage (Python,
-// checks, derivatives) takes the host longer than a GPU needs to run it; to build its graph again does not.
+// The graphs of stages, kept from one step to the next. For a few hundred rows, tracing a stage (Python,
+// checks, derivatives) takes the host longer than running it takes a GPU. Rebuilding its graph does not.
 #pragma once
 
 #include <map>
@@ -12,19 +12,20 @@ namespace segtrain {
 /// A graph without its inputs.
 class Recording {
  public:
-  /// That of `outputs` down to `inputs`, which are what it was made of.
+  /// Records the graph that computes `outputs` from `inputs`.
   Recording(const Arrays& inputs, const Arrays& outputs);
 
-  /// The same graph of other inputs, of the same shapes and types.
+  /// Builds the same graph for other inputs of the same shapes and types.
   Arrays operator()(const Arrays& inputs) const;
 
-  /// Whether both compute the same: the same primitives, as far as these can say so, on the same constants.
-  /// What a function reads besides its inputs is a constant here, so a function that is to be recorded must
-  /// be seen twice.
+  /// Whether both recordings compute the same: the same primitives (as far as primitives can be compared) on
+  /// the same constants. Arrays that a function reads besides its inputs are recorded as constants, so a
+  /// recording may be used only after two calls of the function have been compared.
   bool alike(const Recording& other) const;
 
  private:
-  /// An op. Its inputs are numbers of arrays: inputs first, then constants, then outputs of ops in order.
+  /// An op. Its inputs are indices of arrays: the graph's inputs, then constants, then outputs of ops in
+  /// order.
   struct Op {
     std::shared_ptr<mx::Primitive> primitive;
     std::vector<int> inputs;
@@ -38,17 +39,18 @@ class Recording {
   std::vector<int> outputs_;
 };
 
-/// Recordings by what tells calls apart. One is made of a key's second call (the first evaluates what is kept
-/// for later calls), compared with its third, and used from then on.
+/// Recordings by a key that tells calls apart. The second call with a key is recorded (the first may evaluate
+/// arrays that are kept for later calls) and compared with the third; if they are alike, the recording is
+/// used from then on.
 class Recordings {
  public:
-  /// The recording of a call with this key; nullptr as long as there is none.
+  /// The recording of calls with this key; nullptr as long as there is none to use.
   const Recording* find(const std::string& key) const;
-  /// A call that was written down.
+  /// Reports the inputs and outputs of a call that was traced.
   void see(const std::string& key, const Arrays& inputs, const Arrays& outputs);
 
  private:
-  static constexpr size_t MOST = 1024;  ///< some shapes of all stages of a model
+  static constexpr size_t MOST = 1024;  ///< enough for several shapes of all stages of a model
 
   struct Entry {
     int calls = 0;
@@ -58,7 +60,7 @@ class Recordings {
   std::map<std::string, Entry> entries_;
 };
 
-/// Adds shape and type of an array to a key.
+/// Appends the type and shape of an array to a key.
 void add_form(std::string& key, const mx::array& x);
 
 }  // namespace segtrain

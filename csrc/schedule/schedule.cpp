@@ -1,4 +1,4 @@
-// Runs a plan over callables. The whole training step passes through a Runner, top to bottom.
+// Runs a plan over callables. A Runner executes the whole training step.
 #include <deque>
 #include <set>
 
@@ -11,7 +11,7 @@ namespace segtrain {
 
 namespace {
 
-/// An array whose input is given later, and which it then is.
+/// The primitive of a placeholder array: its input is set later, and is then its value.
 class Later : public mx::Primitive {
  public:
   using Primitive::Primitive;
@@ -23,16 +23,17 @@ class Later : public mx::Primitive {
   const char* name() const override { return "Later"; }
 };
 
-/// Stages that the device is given at a time where nothing is recomputed: one layer of most models. It then
-/// works while the host writes down the next; fewer would be more graphs to launch, and more a later start.
+/// The number of stages per launch where nothing is recomputed: one layer of most models. The device works on
+/// them while the host traces the next ones. Fewer would mean more launches, more would mean a later start.
 constexpr int AT_A_TIME = 2;
 
-/// Of these, how many a CPU has at most to do: what it was given it does, also when a user has interrupted
-/// the step, and whatever is to be saved then waits for it.
+/// The maximum number of these launches that are pending on a CPU. Launched work cannot be cancelled: if a
+/// user interrupts the step, saving a checkpoint has to wait for it.
 constexpr size_t UNDER_WAY = 2;
 
-/// Moves that CUDA is given at a time, so that it has the next one when it is done with one. Memory is
-/// bounded by MLX's limit, which is that of the plan: above it MLX waits for each op.
+/// The number of moves that are launched at a time on CUDA, so that the next one is ready when one ends.
+/// Memory stays within the plan, because MLX's memory limit is set to it: above the limit, MLX waits for each
+/// op.
 constexpr size_t CUDA_MOVES = 2;
 
 bool contains(const std::vector<int>& values, int value) {
@@ -63,7 +64,7 @@ class Runner {
     result_.grads.resize(params.size());
   }
 
-  /// The moves before the head, and the stages that run with it.
+  /// Runs the moves before the head, and the stages that run together with the head.
   Arrays forward() {
     for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_)
       finish(plan_.moves[at_], forward(plan_.moves[at_]));
@@ -73,7 +74,7 @@ class Runner {
       if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
     const Arrays made = found(plan_.head_reads, values_);
-    if (!head_)  // others read them now; of what is kept, the graph of `kept_` holds what it needs
+    if (!head_)  // the caller holds them now, and the graphs in `kept_` hold what they need
       for (int value : move.drops) values_[value].reset();
     return made;
   }
@@ -84,7 +85,7 @@ class Runner {
     for (; at_ < plan_.moves.size(); ++at_) finish(plan_.moves[at_], backward(plan_.moves[at_]));
     settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
-      if (result_.grads[i].empty())  // nothing that the loss depends on
+      if (result_.grads[i].empty())  // the loss does not depend on them
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
     for (size_t i = 0; i < plan_.values.size() && plan_.values[i].producer < 0; ++i)
       if (plan_.values[i].differentiable && cotangents_[i]) result_.incoming.push_back(*cotangents_[i]);
@@ -92,27 +93,27 @@ class Runner {
   }
 
  private:
-  /// A stage that has run, and its backward pass for cotangents that are yet to come.
+  /// A stage that has run, and the graph of its backward pass for cotangents that are not known yet.
   struct Kept {
     int stage;
     std::vector<int> writes = {};  ///< those of its writes that get a cotangent
-    Arrays cotangents = {};        ///< of these: what they are is said when it is known
+    Arrays cotangents = {};        ///< placeholders for these cotangents
     Arrays grads = {};             ///< of its parameters, then of its differentiable reads
   };
 
-  /// Gives the device what a move has made.
+  /// Launches the results of a move.
   void finish(const Move& move, const Arrays& made) {
     for (int value : move.drops) values_[value].reset();
     settle(at_a_time_ - 1);
     begin(made);
-    // Cotangents are not held: what the next move uses up would stay until it has run.
+    // Cotangents are not held here, so that the next move can free the ones that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
     running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
   }
 
-  /// Waits until at most `left` earlier moves are still running; the inner arrays of the others are then
-  /// gone.
+  /// Waits until at most `left` earlier moves are still running; the intermediate arrays of the others are
+  /// then freed.
   void settle(size_t left) {
     if (running_.size() <= left) wait_({});
     while (running_.size() > left) {
@@ -122,18 +123,18 @@ class Runner {
     }
   }
 
-  /// Gives the device a move stage by stage, so that it has the first while the host launches the others.
-  /// Nothing runs of a graph that is only written down.
+  /// Launches a move stage by stage, so that the device runs the first stages while the host launches the
+  /// others. While kernels are collected, nothing is launched.
   void begin(const Arrays& made) {
     for (auto& part : parts_) {
       if (!collects_kernels() && !part.empty()) launch_(part);
-      part.clear();  // or it would stay until all of the move is launched
+      part.clear();  // or its arrays would stay alive until the whole move is launched
     }
     parts_.clear();
     if (!collects_kernels()) launch_(made);
   }
 
-  /// What there is of values.
+  /// The arrays of those `values` that have one.
   static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     Arrays all;
     for (int value : values)
@@ -181,7 +182,7 @@ class Runner {
     return made;
   }
 
-  /// In the place of the head: its cotangents, which others have formed.
+  /// Used instead of with_head: the caller provides the cotangents of the values that the head reads.
   Arrays with_cotangents(const Move& move, const Arrays& cotangents) {
     auto given = cotangents.begin();
     for (int value : plan_.head_reads) {
@@ -195,7 +196,7 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Lets the device begin with arrays and what there is of values, before their move is written down whole.
+  /// Launches `made` and the arrays of `values` before the rest of their move is traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
@@ -235,7 +236,7 @@ class Runner {
     const Arrays all =
         recorded(key, params, stage.reads, saved_[i], [&] { return write_down(i, save, kept.writes); });
 
-    // What it writes, what it saves, cotangents that are yet to come, gradients.
+    // `all` holds the writes, the saved arrays, the placeholders of cotangents, and the gradients.
     auto at = all.begin();
     for (int value : stage.writes) values_[value] = *at++;
     const auto late = all.end() - n_grads - kept.writes.size();
@@ -252,10 +253,10 @@ class Runner {
     return kept;
   }
 
-  /// A stage by its function: what it writes, what it saves, the cotangents of `cotangents`, which are yet to
-  /// come, and gradients of its parameters and differentiable reads. Under vjp also where it does not go
-  /// back: mx.compile leaves functions as they are there, and what it fuses elsewhere may round in another
-  /// way; MLX's own ops choose by it, too.
+  /// Traces the function of a stage. Returns its writes, what it saves, placeholders for the cotangents of
+  /// the values `cotangents`, and the gradients of its parameters and differentiable reads. It is traced
+  /// under vjp even if no backward pass follows, so that the results are the same in both cases: without vjp,
+  /// mx.compile fuses ops, which may change rounding, and MLX's ops may choose other implementations.
   Arrays write_down(int i, bool save, const std::vector<int>& cotangents) {
     const auto& stage = plan_.stages[i];
     Arrays primals = params_[owners_[i]];
@@ -279,14 +280,14 @@ class Runner {
       }
       return out;
     };
-    // vjp looks at the cotangents after it has called fn, which makes them.
+    // vjp reads `late` only after it has called fn, which fills it.
     auto [all, grads] = mx::vjp(fn, primals, late);
     for (const auto* more : {&saved, &late, &grads}) all.insert(all.end(), more->begin(), more->end());
     return all;
   }
 
-  /// What `run` makes of parameters, values and what was saved, by the recording of such a call if there is
-  /// one.
+  /// Returns what `run` computes from the parameters, reads and saved arrays. If there is a recording of such
+  /// a call, it is replayed instead.
   Arrays recorded(std::string key, const Arrays& params, const std::vector<int>& reads, const Arrays& saved,
                   const std::function<Arrays()>& run) {
     if (!recordings_) return run();
@@ -300,20 +301,20 @@ class Runner {
     return outputs;
   }
 
-  /// The backward passes of a move's stages, for the cotangents that have arrived. Returns the gradients of
-  /// their parameters and the cotangents that leave the move, as they have become.
+  /// Runs the backward passes of a move's stages, for the cotangents that have arrived. Returns the gradients
+  /// of their parameters and the cotangents of the values that the move reads, both as accumulated so far.
   Arrays go_back(const Move& move, std::vector<Kept>& kept) {
     std::set<int> owners;
     for (auto stage = kept.rbegin(); stage != kept.rend(); ++stage) {
       for (size_t j = 0; j < stage->writes.size(); ++j) {
         auto& sum = cotangents_[stage->writes[j]];
         auto& arriving = stage->cotangents[j];
-        // Nothing has arrived if no reader of the value is read itself.
+        // No cotangent has arrived if the outputs of the value's readers are not read.
         arriving.inputs() = {sum ? mx::astype(*sum, arriving.dtype())
                                  : mx::zeros(arriving.shape(), arriving.dtype())};
         sum.reset();
       }
-      // Stages that share parameters add up from the last to the first, whatever the cuts between them.
+      // Gradients of shared parameters are added from the last stage to the first, wherever the cuts are.
       const int owner = owners_[stage->stage];
       auto& sums = result_.grads[owner];
       const size_t n = params_[owner].size();
@@ -327,7 +328,7 @@ class Runner {
       const auto& reads = plan_.stages[stage->stage].reads;
       accumulate(reads, stage->grads);
       saved_[stage->stage].clear();
-      stage->grads.clear();  // or they would hold what is inside of them until the move ends
+      stage->grads.clear();  // or they would keep intermediate arrays alive until the move ends
       if (move.kind != Move::Kind::head) {
         parts_.push_back(found(reads, cotangents_));
         parts_.back().insert(parts_.back().end(), sums.begin(), sums.end());
@@ -348,7 +349,7 @@ class Runner {
       if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
   }
 
-  /// The reads, with the differentiable ones taken from the primals, from `next` on.
+  /// The arrays of `reads`, of which the differentiable ones are taken from `primals`, starting at `next`.
   Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
     Arrays all;
     for (int value : reads)
@@ -356,8 +357,9 @@ class Runner {
     return all;
   }
 
-  /// Adds the last of `grads`, those of the differentiable reads, to the cotangents that arrived before: of
-  /// several readers in float32, from the last one to the first, whatever the cuts between them.
+  /// Adds the gradients of the differentiable reads, which are the last of `grads`, to the cotangents that
+  /// have arrived before. If a value has several readers, they are added in float32 from the last reader to
+  /// the first, wherever the cuts are.
   void accumulate(const std::vector<int>& reads, const Arrays& grads) {
     auto grad = grads.rbegin();
     for (auto read = reads.rbegin(); read != reads.rend(); ++read) {
@@ -379,15 +381,15 @@ class Runner {
   const Launch launch_;
   const Watch watch_;
   Recordings* recordings_;
-  size_t at_ = 0;              ///< the move that is next
-  std::vector<Kept> kept_;     ///< stages that have run with everything kept, and have not gone back
-  size_t at_a_time_;           ///< moves
+  size_t at_ = 0;              ///< index of the next move
+  std::vector<Kept> kept_;     ///< stages of the head's move that have run, before their backward pass
+  size_t at_a_time_;           ///< maximum number of moves that are launched at a time
   std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
-  std::vector<Arrays> parts_;     ///< what the move that is written down makes, by stage
-  std::deque<Arrays> running_;    ///< what moves that the device was given make
-  std::deque<Arrays> under_way_;  ///< what a CPU was given of the move that is written down
+  std::vector<Arrays> parts_;     ///< results of the move that is being traced, by stage
+  std::deque<Arrays> running_;    ///< results of the moves that have been launched
+  std::deque<Arrays> under_way_;  ///< launches that are pending on a CPU
   StepResult result_;
 };
 

@@ -25,7 +25,7 @@ Seen seen(const Attention& a, int query, int k0, int k1) {
   return {std::clamp(a.first[query] - k0, 0, k1 - k0), std::clamp(last - k0, 0, k1 - k0)};
 }
 
-/// Tiles of keys that the queries [q0, q1) see.
+/// The range of key tiles that queries [q0, q1) see.
 Seen tiles(const Attention& a, int q0, int q1) {
   return {a.first[q0] / BK, (a.q_start + q1 + BK - 1) / BK};
 }
@@ -36,7 +36,7 @@ void scores(const Attention& a, const float* q, const float* k, int nq, int nk, 
   if (a.cap > 0) rows().softcap(s, nq * nk, a.cap);
 }
 
-/// x outside [begin, end) becomes 0.
+/// Sets x outside [begin, end) to 0.
 void keep_only(float* x, int n, Seen s) {
   std::fill(x, x + s.begin, 0.0f);
   std::fill(x + std::max(s.begin, s.end), x + n, 0.0f);

@@ -7,23 +7,23 @@ namespace segtrain {
 
 namespace {
 
-constexpr int TILE = 128, TILE_BYTES = 2 * TILE * TILE * 2;  // of queries or keys; of P and dS
+constexpr int TILE = 128, TILE_BYTES = 2 * TILE * TILE * 2;  // rows; bytes of P and dS
 
-/// Shared memory is aligned to 1024 bytes by the kernel.
+/// The kernel aligns its shared memory to 1024 bytes.
 constexpr int ALIGN = 1024;
 
 int forward_bytes(const Call& c) {
   return 64 * tiles(c.D, 128) * 128 * 2 + 64 * TILE * 2 + 4 * TILE * 128 * 2 + 2 * 64 * 4 + ALIGN;
 }
 
-/// Columns of dk, dv and dq that a block sums: with fewer, two blocks share a core, which pays where a head
-/// has few.
+/// The maximum number of columns of dk, dv and dq that a block sums. With fewer columns two blocks share a
+/// core, which is faster for small heads.
 int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
 
-/// As struct Columns in the text, which checks it: the columns that a block of the sums takes, and its ring
-/// of tiles.
+/// The same as struct Columns in the kernel's text, which checks it: the number of blocks over which the
+/// columns are distributed, and the bytes of each block's ring of tiles.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {
@@ -33,7 +33,7 @@ struct Columns {
   }
 };
 
-/// A range of query tiles of some groups, and the most key tiles that one of them sees.
+/// A range of query tiles of some groups. `width` is the maximum number of key tiles that a query tile sees.
 struct Range {
   int group, groups, tile, tiles, width;
 };
@@ -43,8 +43,8 @@ int key_tiles(const Call& c, int tile) {
   return std::max(1, tiles(c.q_start + std::min(c.T, (tile + 1) * TILE), TILE) - begin);
 }
 
-/// Cuts the queries into ranges whose tiles of P and dS take at most `bytes`, or one row of tiles of one
-/// group.
+/// Cuts the queries into ranges whose tiles of P and dS take at most `bytes`. A range has at least one row of
+/// tiles of one group.
 std::vector<Range> ranges(const Call& c, size_t bytes) {
   const int rows = tiles(c.T, TILE), all = c.B * c.G;
   std::vector<int> width(rows);
@@ -67,8 +67,9 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
   return list;
 }
 
-/// Scratch for P and dS. Every range reads and writes the sums of all keys that it sees: where that is most
-/// of them, and where small heads leave little to do between launches, few large ranges pay.
+/// Bytes of scratch for P and dS. Each range reads and writes the sums of all keys that it sees. Few large
+/// ranges are faster if a range sees most keys, or if heads are small, so that there is little work between
+/// launches.
 size_t scratch_bytes(const Call& c) {
   constexpr size_t some = 48 << 20, most = 256 << 20;
   if (std::max(c.D, c.Dv) <= 128) return most;
@@ -129,7 +130,7 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
   values.insert(
       {{"delta", begun[0]}, {"p", begun[1]}, {"ds", begun[2]}, {"dk_sum", begun[3]}, {"dv_sum", begun[4]}});
 
-  // The chain that orders the writes: scores wait for the sums of the range before, sums for the scores.
+  // The chain that orders the writes: scores wait for the previous range's sums, and sums for the scores.
   auto keys_done = values.at("args"), queries_done = x[0];
   Arrays parts, groups;
   for (const auto& r : list) {
@@ -152,7 +153,7 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
     groups.push_back(parts.size() == 1 ? parts[0] : mx::concatenate(parts, 1, c.s));
     parts.clear();
   }
-  // `done` is 0: adding it makes the sums wait for their last range.
+  // `keys_done` is 0: adding it makes the results wait for the sums of the last range.
   auto rounded = [&](const char* sum) {
     return mx::astype(mx::add(values.at(sum), keys_done, c.s), c.dtype, c.s);
   };

@@ -9,7 +9,8 @@ namespace {
 
 constexpr int ALIGN = 1024, BARRIERS = 256, BK = 128;
 
-/// A launch by head size, as the structs Forward and Backward in the text, which checks it.
+/// Launch parameters by head size. They equal those of the structs Forward and Backward in the kernel's text,
+/// which checks them.
 struct Launch {
   int bq, threads, bytes;
 };
@@ -29,7 +30,7 @@ Launch backward_launch(int D) {
           ALIGN + rows * padded(D) * 2 + 2 * BK * bq * 2 + bq * padded(D) * 4 + 8 * bq * 4 + BARRIERS};
 }
 
-/// Tiles of queries of all heads, and of keys.
+/// The number of query tiles of all query heads, and of key tiles of all key/value heads.
 struct Tiles {
   int queries, keys;
   explicit Tiles(const Call& c)

@@ -1,5 +1,5 @@
-// Rows of a frozen table, dense or quantized, and what Gemma 4 makes of them for each layer. On CUDA a kernel
-// each, cuda/dequantize.cu; elsewhere MLX's own ops, one after the other.
+// Rows of a frozen table, dense or quantized, and the per-layer inputs that Gemma 4 computes from them. On
+// CUDA each of the two is one kernel (cuda/dequantize.cu); elsewhere it is a sequence of MLX's ops.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
@@ -37,7 +37,7 @@ std::string unfit(const Rows& c) {
   return unpack_unfit({c.table}, c.dtype());
 }
 
-/// A factor as MLX's ops round it before they multiply.
+/// The factor, rounded the way MLX's ops round it before they multiply.
 float rounded(float x, mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return static_cast<float>(mx::bfloat16_t(x));
   return dtype == mx::float16 ? static_cast<float>(mx::float16_t(x)) : x;
@@ -57,10 +57,10 @@ mx::array run(const Rows& c, const char* kernel, std::map<std::string, mx::array
 
 mx::array stock(const Rows& c, float factor) {
   const int width = c.table.in(), parts = c.columns() ? width / c.columns() : 1;
-  // Parts of rows, alike and of whole groups, are the rows of a longer table.
+  // Equal parts of rows, if they consist of whole quantization groups, are the rows of a longer table.
   const bool alike = parts * c.columns() == width && c.begin % c.columns() == 0 &&
                      (!c.table.scales || c.table.scales->shape(1) % parts == 0);
-  auto at = mx::astype(c.index, mx::int32, c.s);  // a narrower type may not hold the longer table's rows
+  auto at = mx::astype(c.index, mx::int32, c.s);  // a narrower type may not hold the new indices
   if (alike && parts > 1)
     at = mx::add(mx::multiply(at, mx::array(parts), c.s), mx::array(c.begin / c.columns()), c.s);
   auto take = [&](const mx::array& x) {

@@ -1,4 +1,4 @@
-// Gated linear units by one kernel a direction: csrc/cpu/rows.cpp, metal/glu.metal, cuda/glu.cu.
+// Gated linear units, with one kernel per direction: csrc/cpu/rows.cpp, metal/glu.metal, cuda/glu.cu.
 //
 // Both activations are g·σ(u): u = g is SiLU, and u = k·(g + 0.044715·g³) with k = 2·√(2/π) is the tanh form
 // of GELU, since (1 + tanh z)/2 = σ(2z). Without a tanh, large negative gates lose no digits.
@@ -47,9 +47,9 @@ Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 // ---- GPU
 
 constexpr int THREADS = 256;
-constexpr int OF_A_THREAD_METAL = 4, OF_A_THREAD_CUDA = 8;  ///< elements
+constexpr int OF_A_THREAD_METAL = 4, OF_A_THREAD_CUDA = 8;  ///< elements per thread
 
-/// n may be the largest int.
+/// n may be INT_MAX.
 int groups_for(int n, int of_a_thread) {
   return (n - 1) / (THREADS * of_a_thread) + 1;
 }
@@ -84,7 +84,7 @@ Arrays gpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
                     2);
 }
 
-/// Of gate_up [rows, 2·f].
+/// Launches a kernel on gate_up [rows, 2·f].
 mx::array joint_launch(const std::string& name, bool gelu, std::map<std::string, mx::array> values,
                        const mx::Shape& shape, mx::StreamOrDevice s) {
   const auto& gate_up = values.at("gate_up");
@@ -103,11 +103,11 @@ mx::array scaled(const mx::array& x, float factor, mx::StreamOrDevice s) {
 
 constexpr float K = 1.5957691216f, CUBIC = 0.044715f;
 
-/// u, and du/dg.
+/// {u, du/dg}.
 std::pair<mx::array, mx::array> inner(const Glu& c, const mx::array& g) {
   auto one = mx::array(1.0f);
   if (!c.gelu) return {g, one};
-  // Beyond |g| = 32 σ is 0 or 1, and an infinite du would make 0·∞.
+  // Beyond |g| = 32, σ is 0 or 1; q is limited because an infinite du would give 0·∞.
   auto q = mx::minimum(mx::square(g, c.s), mx::array(1024.0f), c.s);
   auto u = mx::multiply(scaled(g, K, c.s), mx::add(one, scaled(q, CUBIC, c.s), c.s), c.s);
   return {u, scaled(mx::add(one, scaled(q, 3 * CUBIC, c.s), c.s), K, c.s)};

@@ -1,4 +1,4 @@
-// Gated linear units whose gate and up are one array, side by side: what one product of both leaves. CUDA.
+// Gated linear units on CUDA, with gate and up side by side in one array, the result of one product.
 #pragma once
 
 #include "core/kernel.h"

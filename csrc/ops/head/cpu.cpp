@@ -13,19 +13,19 @@ namespace segtrain::cpu {
 
 namespace {
 
-constexpr int TILE_ROWS = 256;               // of the head, unpacked at a time
+constexpr int TILE_ROWS = 256;               // rows of the head that are unpacked at a time
 constexpr size_t LOGITS = size_t{16} << 20;  // floats of one chunk of logits: 64 MB
 
-/// Rows whose logits are there at a time.
+/// The number of rows whose logits are in memory at a time.
 int chunk_of(int rows, int vocabulary) {
   return std::min(rows, static_cast<int>(std::clamp<size_t>(LOGITS / vocabulary, 16, 256)));
 }
 
-/// The i-th row in turn, its logits z (capped) [V], and its target.
+/// Called with the index of a row, its (capped) logits z [V], and its target.
 using RowJob = std::function<void(int i, float* z, int target)>;
 
-/// Runs `job` on the logits of the rows `live` (rising), chunk by chunk. With `dh` [m, hidden] the job leaves
-/// dz in the place of z, and dh = dz·W; rows that are not live get 0.
+/// Runs `job` on the logits of the rows `live` (ascending), chunk by chunk. If `dh` [m, hidden] is given, the
+/// job replaces z with dz, and dh = dz·W; rows that are not live get 0.
 void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
                   const RowJob& job) {
   const int v = head.n, hidden = head.k, n_live = static_cast<int>(live.size());
@@ -39,7 +39,7 @@ void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int
   for (int m0 = 0; m0 < n_live; m0 += chunk) {
     const int m = std::min(chunk, n_live - m0);
     const int* at = live.data() + m0;
-    // Rows in one run are used where they are.
+    // Contiguous rows are used in place.
     const bool run = at[m - 1] - at[0] == m - 1;
     const float* h = run ? in.h + at[0] * row : gathered;
     if (!run)

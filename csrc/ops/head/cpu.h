@@ -5,13 +5,13 @@
 
 namespace segtrain::cpu {
 
-/// What meets a head [V, hidden]. A target of V or above makes its row's results NaN.
+/// The inputs of a loss of a head [V, hidden]. A target of V or above makes the results of its row NaN.
 struct HeadInput {
   int m;
-  float cap;               ///< of the logits; 0: none
+  float cap;               ///< softcap of the logits; 0: none
   const float* h;          ///< [m, hidden]
   const float* bias;       ///< [V], or null
-  const int32_t* targets;  ///< [m]; below 0: the row is not touched
+  const int32_t* targets;  ///< [m]; a row with a target below 0 is skipped
 };
 
 struct CrossEntropy {
@@ -28,7 +28,7 @@ void log_probs(const Weight& head, const HeadInput& in, float* log_p, float* lse
 /// dh [m, hidden] from log_probs' lse and the cotangent [m].
 void log_probs_vjp(const Weight& head, const HeadInput& in, const float* lse, const float* dlog_p, float* dh);
 
-/// Bytes of scratch on all threads for m rows that count, the head being packed.
+/// Bytes of scratch, over all threads, for m rows with a target and a packed head.
 size_t head_scratch(int m, int vocabulary, int hidden);
 
 }  // namespace segtrain::cpu

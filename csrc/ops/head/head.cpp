@@ -68,9 +68,9 @@ mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx
 
 // ---- tiles of the vocabulary
 //
-// As in a flash kernel, Σ exp(z − max)·w of a row is kept over the tiles, and rescaled when the maximum
-// rises: each tile of the head is unpacked once, and its logits are gone with it. What belongs to the target
-// stays out of the sums, since (1 − p) of a row that is nearly certain has no digits left as a difference.
+// As in flash attention, Σ exp(z − max)·w of a row is accumulated over the tiles, and rescaled when the
+// maximum rises. Each tile of the head is unpacked once, and its logits are freed after it. The sums leave
+// out the target: if the target is nearly certain, 1 − p would lose all digits as a difference.
 
 namespace {
 
@@ -102,7 +102,7 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
     const int v = std::min(TILE, vocabulary - v0);
     auto part = rows_of(call.head,
                         [&](const mx::array& x) { return mx::slice(x, {v0, 0}, {v0 + v, x.shape(1)}, s); });
-    // One tile at a time.
+    // Only one tile is in memory at a time.
     if (v0) part.weight = mx::depends({part.weight}, needs_grad ? Arrays{sum, state} : Arrays{state})[0];
     auto w = unpack({part}, dtype, {}, {}, s);
     auto z = mx::matmul(h, mx::transpose(w, s), s);
@@ -173,7 +173,7 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad) 
 
 namespace {
 
-/// On a GPU a tile of the weight, and logits and their cotangents of some rows.
+/// On a GPU: a tile of the weight, and for a chunk of rows the tile's logits, their gradients, and dh.
 OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
   int64_t most = cpu::head_scratch(rows, vocabulary, inputs);
   if (device.gpu() != Gpu::none) {

@@ -1,4 +1,4 @@
-// What the ops of a head have in common: they never hold logits of all rows.
+// Code shared by the ops of a head. They never hold the logits of all rows.
 #pragma once
 
 #include "ops/head/cpu.h"
@@ -6,7 +6,7 @@
 
 namespace segtrain {
 
-/// Checks and casts. `targets` come out as int32.
+/// The checked arguments of a call; `targets` are cast to int32.
 struct HeadCall {
   Base head;
   mx::array targets;
@@ -18,9 +18,10 @@ struct HeadCall {
            std::optional<float> softcap, mx::StreamOrDevice s);
 };
 
-/// The inputs of a cpu_op that every kernel of a head takes, and a way to read them there.
+/// The inputs of a cpu_op that all kernels of a head have in common, and functions to read them in its
+/// kernel.
 struct HeadKernel {
-  Arrays arrays;  ///< to be taken out, since an op that kept them would keep h
+  Arrays arrays;  ///< the caller moves them out, so that the op does not keep h alive
   CpuBase base;
   int m;
   float cap;
@@ -40,27 +41,27 @@ struct RowBlock {
   mx::array onehot;  ///< [rows, V]
 };
 
-/// Calls `use` with each block of rows in turn. What it returns is made before the next block's logits are.
+/// Calls `use` with each block of rows in turn. What it returns is computed before the next block's logits.
 void for_each_block(const HeadCall& call, const mx::array& h,
                     const std::function<Arrays(const RowBlock&)>& use);
 
-/// x [M] as a column, the part of a block.
+/// The part of x [M] that belongs to a block, as a column.
 mx::array column(const mx::array& x, const RowBlock& block, mx::StreamOrDevice s);
 
-/// dz·W·cap'(z) in float32, for dz [rows, V] with respect to capped logits.
+/// (dz·cap'(z))·W in float32, where dz [rows, V] is the gradient with respect to the capped logits.
 mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx::Dtype dtype);
 
-/// The loss lse(z) − z[target] of each row, [M] float32, by one pass over tiles of the vocabulary on CUDA, in
-/// which dh is formed too if `needs_grad`: cuda/head.cu.
+/// The loss lse(z) − z[target] of each row, [M] float32, in one pass over tiles of the vocabulary on CUDA
+/// (cuda/head.cu). If `needs_grad`, the pass also computes dh.
 mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
-/// Why it cannot; empty if it can.
+/// Why row_losses does not support a call; empty if it does.
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
 
-/// The rows with a target, as indices; none if that is all of them, as where nothing is
-/// `padded`, or while the targets cannot be read. The host waits for padded targets, and so for all that the
-/// device was given before.
+/// The indices of the rows with a target; nullopt if all rows are used: nothing is `padded`, every row has a
+/// target, or MLX is tracing, so that the targets cannot be read. For padded targets the host waits until
+/// they are computed, and so for all work that was launched before.
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded);
-/// The call with these rows only.
+/// The call restricted to these rows.
 HeadCall some_rows(HeadCall call, const mx::array& index);
 
 }  // namespace segtrain

@@ -1,7 +1,6 @@
 // loss = Σ w·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = cap(h·Wᵀ + bias);
 // dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·cap'(z);  dh = dz·W.
-// dh is formed while a chunk's z is at hand, so that neither z nor a second product with W is ever kept or
-// repeated.
+// dh is computed while the z of a chunk is in memory, so that z is neither kept nor recomputed.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"
@@ -16,7 +15,7 @@ struct Loss {
   bool needs_grad;
 };
 
-/// {loss, dh}: cpu.cpp
+/// {loss, dh} by the kernel of cpu.cpp.
 Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   HeadKernel head(call, h);
   Arrays inputs = std::exchange(head.arrays, {});
@@ -33,7 +32,7 @@ Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
       call.s);
 }
 
-/// {loss, dh} by whole products over chunks of rows.
+/// {loss, dh} by MLX's ops on blocks of rows.
 Arrays blocked_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   const auto& s = call.s;
   auto total = mx::array(0.0f);

@@ -1,5 +1,5 @@
 // log_p = z[target] − lse(z), z = cap(h·Wᵀ + bias).
-//   dz = dlog_p·(onehot − exp(z − lse))·cap'(z), dh = dz·W   with z recomputed, chunk of rows by chunk
+//   dz = dlog_p·(onehot − exp(z − lse))·cap'(z), dh = dz·W   with z recomputed, one chunk of rows at a time
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"
@@ -8,7 +8,7 @@ namespace segtrain {
 
 namespace {
 
-/// {log_p, lse}: cpu.cpp
+/// {log_p, lse} by the kernel of cpu.cpp.
 Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
   HeadKernel head(call, h);
   const Arrays inputs = std::exchange(head.arrays, {});
@@ -32,7 +32,7 @@ mx::array kernel_vjp(const HeadCall& call, const mx::array& h, const mx::array& 
       call.s)[0];
 }
 
-/// {log_p, lse} by whole products over chunks of rows.
+/// {log_p, lse} by MLX's ops on blocks of rows.
 Arrays blocked_forward(const HeadCall& call, const mx::array& h) {
   const auto& s = call.s;
   Arrays log_ps, lses;
@@ -81,7 +81,8 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   };
   if (kernel && cpu) return run(whole, h);
 
-  // The C++ kernel leaves rows without a target out by itself; here the shapes of the graph must say so.
+  // The C++ kernel skips rows without a target. The other implementations compute all rows that they get, so
+  // the rows with a target are selected first.
   auto index = rows_with_target(whole, padded);
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);

@@ -1,7 +1,7 @@
-// q, k and v of attention from the x that they read: lora_linears, rms_norm of each head where there is one,
-// the heads one after the other, rope of q and k.
-// On CUDA one kernel makes the heads of the common product, and one makes its gradient of theirs:
-// cuda/heads.cu. The product is kept where a norm reads it.
+// q, k and v of attention from x: lora_linears, rms_norm of each head if it has one, a transpose to
+// [B, heads, T, D], and rope of q and k.
+// On CUDA one kernel computes the heads from the joint product, and one computes the gradient of the product
+// from those of the heads (cuda/heads.cu). The product is kept for the backward pass if there is a norm.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/joint_linear.h"
@@ -37,7 +37,7 @@ constexpr int WARPS = 8, MOST_D = 512;
 Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
   const bool same = linears.size() == 2;
   const int groups = linears.size() == 1 ? 0 : c.groups, given = c.heads + (same ? 1 : 2) * groups;
-  const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // numbers of a lane are registers
+  const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // a lane's elements are in registers
   const mx::Shape of_q{c.B, c.heads, c.T, c.D}, of_k{c.B, groups, c.T, c.D};
   const auto at = device_ints({c.B, c.T, c.heads, groups, c.dims, c.offset});
   int bits = 0;
@@ -83,7 +83,7 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
   return joint_linears(mx::reshape(x, {c.B * c.T, -1}, c.s), linears, parts, c.s);
 }
 
-/// Why the kernels cannot serve; empty if they can.
+/// Why the kernels do not support a call; empty if they do.
 std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
   if (c.D % 2 || c.D > MOST_D) return "its heads have an even number of dimensions, 512 or less";
   for (size_t i = 0; i < c.norms.size(); ++i)
@@ -130,7 +130,7 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s) {
   check(o.ndim() == 4, "[merge_heads] expected o [B,H,T,D]; got ", o.shape(), ".");
   const int B = o.shape(0), H = o.shape(1), T = o.shape(2), D = o.shape(3);
   auto turned = [s](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}, s); };
-  // Attention's kernels want its gradient in rows: one copy, not one for each of them.
+  // Attention's kernels need a row-contiguous gradient. This makes one copy instead of one for each kernel.
   auto op = mx::custom_vjp(
       [=](const Arrays& in) -> Arrays { return {mx::reshape(turned(in[0]), {B, T, H * D}, s)}; },
       [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays {

@@ -1,4 +1,4 @@
-// Products with a frozen weight, dense or quantized, on either kind of device.
+// Products with a frozen weight, dense or quantized, on CPUs and GPUs.
 #pragma once
 
 #include "core/gpu.h"
@@ -6,15 +6,17 @@
 
 namespace segtrain {
 
-/// Throws unless the base's arrays fit one another.
+/// Throws unless the shapes and types of the base's arrays match.
 void check_base(const std::string& op, const Base& base);
 
 void check_linear(const std::string& op, const Linear& linear);
 
-/// What such an op is differentiated by: x, and a and b of the linears that have them.
+/// The arrays with respect to which an op of linear layers is differentiated: x, and a and b of each layer
+/// that has them.
 Arrays primals_of(const mx::array& x, const std::vector<Linear>& linears);
 
-/// A base as the CPU kernels take it: `arrays` are inputs of a cpu_op, from `first` on of all.
+/// A base in the form that CPU kernels use. `arrays` are consecutive inputs of a cpu_op; `first` is the index
+/// of the first one.
 struct CpuBase {
   Arrays arrays;
   int bits, group, n, k;
@@ -24,20 +26,20 @@ struct CpuBase {
   cpu::Weight weight(const Inputs& in, int first) const;
 };
 
-/// Up to three weights of one kind below one another as [n, k] of `dtype` on CUDA, with `columns` [n, R]
-/// beside them and `rows` [R, k] below: cuda/dequantize.cu.
+/// On CUDA, unpacks up to three weights of one kind and stacks them as [n, k] of `dtype`, with `columns` [n,
+/// R] appended on the right, or `rows` [R, k] below (cuda/dequantize.cu).
 mx::array unpack(const std::vector<Base>& bases, mx::Dtype dtype, const std::optional<mx::array>& columns,
                  const std::optional<mx::array>& rows, mx::StreamOrDevice s);
-/// A weight as the kernels of cuda/dequantize.cu take a single one.
+/// The inputs and template arguments of a kernel of cuda/dequantize.cu that reads a single weight.
 struct UnpackTable {
   std::map<std::string, mx::array> values;
   Template arguments;
 };
 UnpackTable unpack_table(const Base& base, mx::Dtype dtype);
-/// Why they cannot; empty if they can.
+/// Why these kernels do not support the weights; empty if they do.
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype);
 
-/// x·Wᵀ, or x·W if not transposed; x [..., in] or [..., out]. MLX's own ops.
+/// x·Wᵀ, or x·W if not `transpose`, by MLX's ops; x [..., in] or [..., out].
 mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s);
 
 }  // namespace segtrain

@@ -38,7 +38,7 @@ void dequantize(const Weight& w, float* out) {
 
 void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b,
             float* c) {
-  // Cut the longer side of c, so that a skinny product (LoRA's) still fills the threads.
+  // Cut the longer side of c, so that a narrow product (LoRA's) still keeps all threads busy.
   bool by_rows = m >= n;
   int length = split(by_rows ? m : n, 1024, 16);
   int runs = ((by_rows ? m : n) + length - 1) / length;

@@ -6,8 +6,8 @@
 
 namespace segtrain::cpu {
 
-/// A frozen weight [n, k]: dense, or packed with scales [n, k / group], which are floats beside biases
-/// (affine modes) and bytes without (floating-point modes).
+/// A frozen weight [n, k]: dense, or packed with scales [n, k / group]. Scales are floats if there are biases
+/// (the affine mode), otherwise bytes (floating-point modes).
 struct Weight {
   const float* dense;
   const uint32_t* packed;
@@ -38,7 +38,7 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y);
 
-/// Bytes of scratch that it takes on all threads, w being packed.
+/// Bytes of scratch that `linear` needs, over all threads, for a packed w.
 size_t linear_scratch(int n, int k);
 
 /// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.

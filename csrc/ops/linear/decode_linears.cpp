@@ -1,6 +1,6 @@
-// Linear layers of a step of generation. There the host is what is waited for: MLX's own ops are a launch for
-// each product, two more for each update. On CUDA one launch for the linear layers that read the same x,
-// cuda/decode.cu; elsewhere MLX's ops.
+// Linear layers in a decoding step, which is limited by the launches of the host. MLX's ops need a launch for
+// each product and two more for each update. On CUDA, one launch computes all linear layers that read the
+// same x (cuda/decode.cu); elsewhere we use MLX's ops.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
@@ -9,10 +9,10 @@ namespace segtrain {
 
 namespace {
 
-constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // as cuda/decode.cu has them
+constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in cuda/decode.cu
 constexpr size_t MOST_PARTS = 3;
-constexpr int BLOCKS = 1024;  ///< of a part at most: what a block computes of z serves several numbers then
-const std::vector<int> ROWS{1, 4, 16};  ///< a kernel each
+constexpr int BLOCKS = 1024;            ///< maximum per layer, so that a block reuses its z
+const std::vector<int> ROWS{1, 4, 16};  ///< each has a kernel
 
 int rank_of(const std::optional<mx::array>& b) {
   return b ? b->shape(2) : 0;
@@ -118,7 +118,7 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   if (high && a_)
     own->factors = PreparedLaunch("decode_factors", values, {"x", "picks", "rows"}, {none, picks, some},
                                   mx::float32, {}, {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
-  if (!collects_kernels()) calls_[key] = own;  // else its kernels are not there yet
+  if (!collects_kernels()) calls_[key] = own;  // otherwise its kernels are not compiled yet
   return own;
 }
 

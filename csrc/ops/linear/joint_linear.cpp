@@ -12,7 +12,7 @@ int up_to(int n, int multiple) {
   return tiles(n, multiple) * multiple;
 }
 
-/// Columns of all low-rank branches: each begins at a multiple of 8.
+/// The number of columns of all low-rank branches, where each branch begins at a multiple of 8.
 int padded_ranks(const std::vector<int>& ranks) {
   int all = 0;
   for (int r : ranks) all += up_to(r, 8);
@@ -72,7 +72,7 @@ std::pair<mx::array, mx::array> JointLinear::product(const mx::array& x, bool tr
                                                      const mx::array& beside, const mx::array& other) const {
   const int m = x.shape(0), in = transpose ? k_ : n_, out = transpose ? n_ : k_;
   const Template arguments{{"T", dtype_}, {"R", r_}};
-  const int at_once = r_ == 16 ? 4 : 1;  // more would not have the registers
+  const int at_once = r_ == 16 ? 4 : 1;  // with a larger R, 4 blocks need too many registers
   const bool sum = in <= out, columns = sum == transpose;
   auto w = unpack(bases_, dtype_, columns ? std::optional(beside) : std::nullopt,
                   columns ? std::nullopt : std::optional(beside), s_);
@@ -114,8 +114,8 @@ JointLinear::Forward JointLinear::forward(const mx::array& x, const Arrays& ab) 
         {{"a" + number, f32(ab[has ? next : 0], s_)}, {"b" + number, f32(ab[has ? next + 1 : 1], s_)}});
     if (has) next += 2;
   }
-  // With x the narrower side [x z]·[W b]ᵀ, and back dy·[W b] = [dx u]; else x·[W; aᵀ]ᵀ and [dy u]·[W; aᵀ].
-  // Of as many columns x is widened, and so is dy.
+  // If x is narrower than y: [x z]·[W b]ᵀ, and in the backward pass dy·[W b] = [dx u]. If it is wider: x·[W;
+  // aᵀ]ᵀ and [dy u]·[W; aᵀ]. If they are equally wide, both x and dy are widened.
   const bool of_a = k_ < n_;
   auto made =
       launch("low_rank_factors", values, {{r_, k_}, {n_, r_}, of_a ? mx::Shape{k_, r_} : mx::Shape{r_, n_}},

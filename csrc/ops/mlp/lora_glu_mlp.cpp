@@ -1,6 +1,6 @@
-// y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is made again.
-//   dh, of down by lora_linear;  dgate, dup of h by glu;  dx of both by lora_linears
-// On CUDA gate and up are one array from their common product to their common gradient.
+// y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is recomputed.
+//   dh by lora_linear (down);  dgate, dup by glu;  dx by lora_linears (gate and up)
+// On CUDA one product computes gate and up as one array; its gradient is one array, too.
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -21,11 +21,11 @@ struct Mlp {
   size_t at_up() const { return gate.a ? 3 : 1; }
   size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
 
-  /// The linear with other factors, if it has any: those from `at` on.
+  /// The layer with p[at] and p[at + 1] as its factors, if it has factors.
   static Linear with(const Linear& linear, const Arrays& p, size_t at) {
     return linear.a ? linear.with_factors(p[at], p[at + 1]) : linear;
   }
-  /// The whole with other primals in the factors' places.
+  /// The MLP with its factors replaced by those in the primals `p`.
   Mlp with(const Arrays& p) const {
     return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
   }
@@ -68,9 +68,9 @@ mx::array by_joint_kernels(const Mlp& c, const mx::array& x) {
     auto d_both = glu_joint_vjp(c.gelu, y[1], dh, c.s);
     Arrays of_both, of_down;
     if (u_down) {
-      auto h = glu_joint(c.gelu, after(y[1], {d_both}), c.s);  // when dh is free
+      auto h = glu_joint(c.gelu, after(y[1], {d_both}), c.s);  // after dh is freed
       of_down = down.gradients(factors(p, true), h, dy, kept_down[0], *u_down);
-      d_both = after(d_both, of_down);  // when h and gate_up are
+      d_both = after(d_both, of_down);  // after h and gate_up are freed
     }
     auto [dx, u] = both.dx(d_both, kept);
     if (u) of_both = both.gradients(factors(p, false), p[0], d_both, kept[0], *u);
@@ -92,7 +92,8 @@ mx::array whole(const Mlp& c, const mx::array& x) {
   return joint ? by_joint_kernels(c, x) : by_ops(c, x);
 }
 
-/// Tile by tile, keeping x only; a tile waits for the one before, so that one is in memory at a time.
+/// Computes tile by tile, and keeps only x. Each tile waits for the previous one, so that one tile is in
+/// memory at a time.
 mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
   auto slice = [s = c.s](const mx::array& y, int begin, int end) {
     return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
@@ -159,7 +160,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
                          std::optional<int> tile_rows) {
   const int tile = std::min(rows, tile_rows.value_or(rows));
   const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
-  // Tiles keep x alone. What they make is joined at the end; on a GPU twice that was measured.
+  // Tiles keep only x. Their outputs are concatenated at the end; on a GPU, twice their size was measured.
   const int64_t kept = tile < rows ? 0 : 2 * f;
   const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
   const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;
@@ -171,7 +172,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
             .backward = 6 * f + joined + either(cpu::linear_dx_scratch),
             .kept = kept};
   }
-  // The first product has its weights unpacked beside it, and what the library lays out there.
+  // During the first product, its unpacked weights and the library's workspace are in memory, too.
   const auto weights = static_cast<int64_t>(1.6 * 2 * static_cast<double>(h * inputs));
   const int64_t first = 2 * f + weights + device.workspace;
   return {.forward = std::max(first, 3 * f) + joined, .backward = 5 * f + joined, .kept = kept};

@@ -1,6 +1,7 @@
-// RMS norm, by itself and with the sum that stands beside it in a layer: ours on the CPU, where MLX's is a
-// chain of small ops, and on CUDA (cuda/norm.cu), where MLX's also makes the weight's gradient, which nobody
-// needs, and each sum is a launch more; MLX's own on Metal.
+// RMS norm, alone and together with the sum next to it in a layer. On the CPU we use our kernel, because
+// MLX's norm is a chain of small ops there. On CUDA we use ours (cuda/norm.cu), because MLX's also computes
+// the gradient of the weight, which is not needed, and takes one more launch for each sum. On Metal we use
+// MLX's.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "cpu/rows.h"
@@ -18,7 +19,7 @@ struct Norm {
   mx::StreamOrDevice s;
 };
 
-/// Calls run(i) for each of the rows, on all threads.
+/// Calls run(i) for each row i, on all threads.
 template <class Run>
 void each_row(int m, int n, const Run& run) {
   cpu::over(m, cpu::WORTH_A_THREAD / n, [&](size_t i, size_t end) {
@@ -68,7 +69,7 @@ bool by_cuda(const Norm& c, const mx::array& x) {
   return !on_cpu(c.s) && way_of(c, x).ok;
 }
 
-/// `n` arrays like x.
+/// Launches a kernel with `n` outputs, each like x.
 Arrays cuda_norm(const Norm& c, const char* kernel, const mx::array& x,
                  std::map<std::string, mx::array> more = {}, size_t n = 1) {
   more.insert({{"x", x}, {"weight", c.weight}, {"at", device_ints({c.n})}, {"args", device_floats({c.eps})}});

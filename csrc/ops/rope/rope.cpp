@@ -1,5 +1,6 @@
-// Rotary embedding: MLX's own on GPUs; on the CPU, where that is a chain of small ops, ours. MLX's knows no
-// segments: with them it is ours on GPUs too, metal/rope.metal and cuda/rope.cu.
+// Rotary embedding. On the CPU we use our kernel, because MLX's rope is a chain of small ops there. On GPUs
+// we use MLX's, except with segments, which it does not support: then we use metal/rope.metal or
+// cuda/rope.cu.
 #include "ops/rope/rope.h"
 
 #include <climits>
@@ -42,9 +43,9 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
   });
 }
 
-constexpr int THREADS = 256;  ///< of a group
+constexpr int THREADS = 256;  ///< per group
 
-/// What rotates, besides x and the divisors.
+/// The parameters of a rotation, besides x and the divisors.
 struct Rope {
   int dims;
   bool traditional;
@@ -64,11 +65,11 @@ mx::array cpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
       c.s)[0];
 }
 
-/// Heads stand together by token where they come from a product and where their gradient goes; attention has
-/// them one after the other. The kernel reads and writes them so, which spares copies.
+/// The product that computes the heads, and the one that reads their gradient, use [B, T, H, D]; attention
+/// uses [B, H, T, D]. The kernel reads one layout and writes the other, which avoids copies.
 mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
   const int B = x.shape(0), H = x.shape(1), T = x.shape(2), D = x.shape(3), items = D - c.dims / 2;
-  // MLX passes inputs of fewer than 8 elements to Metal in another address space: `positions` never are.
+  // MLX passes inputs of fewer than 8 elements to Metal in another address space: pad `positions` to 8.
   auto positions = c.positions;
   positions.resize(std::max<size_t>(positions.size(), 8));
   auto by_token = [&](const mx::array& y) { return mx::transpose(y, {0, 2, 1, 3}, c.s); };
@@ -86,7 +87,7 @@ mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
 
 std::string gpu_unfit(const mx::array& x) {
   if (x.size() == 0) return "x is empty";
-  // Threads are counted in an int, whole groups of them.
+  // The number of threads, in whole groups, must fit in an int.
   return x.size() > INT_MAX - THREADS ? "x has up to 2³¹ − 257 elements" : "";
 }
 
@@ -138,7 +139,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
     if (!cpu) return gpu_rotate(c, mx::astype(y, dtype, s), divisors, back);
     return mx::astype(cpu_rotate(c, y, divisors, back), dtype, s);
   };
-  // A rotation's transpose is the rotation back.
+  // The transpose of a rotation is its inverse.
   auto op = mx::custom_vjp(
       [=](const Arrays& in) -> Arrays { return {rotate(in[0], false)}; },
       [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays { return {rotate(dy[0], true)}; });

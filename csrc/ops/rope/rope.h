@@ -1,14 +1,15 @@
-// What rotates, for ops that rotate as part of more.
+// Inputs of rotary embeddings, for ops that include one.
 #pragma once
 
 #include "core/kernel.h"
 
 namespace segtrain {
 
-/// Of tokens from `offset` on, in their segments; what is in none of them counts on.
+/// The positions of n tokens from `offset` on. They count from the start of each segment; a token outside all
+/// segments has its index as its position.
 std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments);
 
-/// The divisors of positions: base^(2i / dims), of which a GPU has one array for all layers, or `freqs`.
+/// The divisors of positions: `freqs`, or base^(2i / dims) in an array that all layers share.
 mx::array device_divisors(int dims, std::optional<float> base, const std::optional<mx::array>& freqs,
                           mx::StreamOrDevice s);
 

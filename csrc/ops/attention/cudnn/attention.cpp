@@ -1,8 +1,8 @@
-// Causal attention, of packed segments too, through cuDNN's graph API: MLX's own binding is slower, and stops
-// at D = 128.
+// Causal attention, also of packed segments, through cuDNN's graph API. MLX's own use of cuDNN is slower, and
+// is limited to D ≤ 128.
 //
-// Nothing of CUDA is linked. cuDNN is the one that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
-// runtime by itself. The symbols of MLX are those that it exports.
+// No CUDA library is linked. We use the cuDNN that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
+// runtime by itself. Of MLX we use only exported symbols.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
@@ -25,19 +25,19 @@ namespace {
 
 namespace fe = cudnn_frontend;
 
-DeviceInts* device_ints;  // the core's
+DeviceInts* device_ints;  // points to the core's function
 
-/// Before it, the frontend repairs lengths that are no multiple of 128 by copies that a CUDA graph would
-/// repeat from freed memory.
+/// With older versions, the frontend makes copies if a length is not a multiple of 128. A CUDA graph would
+/// repeat them from memory that has been freed.
 constexpr size_t CUDNN_MIN = 91600;
 
-/// What a plan is built for.
+/// The parameters that a plan is built for.
 struct Problem {
   int device;
   mx::Dtype::Val dtype;
   int B, H, G, T, D, Dv;
-  int segments;  ///< for which it has room, over all rows of the batch; 0: each row is one
-  int longest;   ///< segment that has room; T where each row is one
+  int segments;  ///< maximum number of segments in the whole batch; 0: each row is one segment
+  int longest;   ///< maximum length of a segment; T if each row is one segment
   bool backward;
 
   auto operator<=>(const Problem&) const = default;
@@ -49,7 +49,7 @@ struct Plan {
   std::string error;
 };
 
-std::mutex lock;  // over handles and plans: cuDNN's are not for two threads at a time
+std::mutex lock;  // guards handles and plans, which cuDNN does not let two threads use at once
 
 template <class F>
 F* cudnn_function(const char* name) {
@@ -68,7 +68,7 @@ void check_cudnn(fe::error_t status) {
 }
 
 cudnnHandle_t handle_of(mx::cu::Device& device) {
-  static auto& handles = *new std::map<int, cudnnHandle_t>;  // outlives CUDA, which is gone at exit
+  static auto& handles = *new std::map<int, cudnnHandle_t>;  // never destroyed: CUDA is gone at exit
   auto [found, fresh] = handles.try_emplace(device.cuda_device());
   if (fresh) {
     device.make_current();
@@ -77,8 +77,8 @@ cudnnHandle_t handle_of(mx::cu::Device& device) {
   return found->second;
 }
 
-/// Names of tensors. The last five are those of packed segments: their lengths, and where each begins in q,
-/// k, v, o.
+/// Names of tensors. The last five describe packed segments: their lengths, and their offsets in q, k, v and
+/// o.
 enum Uid { Q, K, V, O, LSE, D_O, D_Q, D_K, D_V, SCALE, LENGTHS, AT_Q, AT_K, AT_V, AT_O };
 
 using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
@@ -143,8 +143,8 @@ void add_nodes(fe::graph::Graph& graph, const Problem& p) {
     lse->set_output(true);
     return;
   }
-  // Its deterministic algorithm keeps dP, an array of T × S for each head, or needs cuDNN 9.25: dq is added
-  // up in any order.
+  // We use cuDNN's nondeterministic algorithm, which sums dq in any order: the deterministic one keeps dP, a
+  // T × S array for each head, or needs cuDNN 9.25.
   fe::graph::Tensor_attributes kept;
   of_rows(kept);
   auto o = input(O, AT_O, p.H, p.Dv), lse = graph.tensor(kept), d_o = input(D_O, AT_O, p.H, p.Dv);
@@ -159,7 +159,7 @@ Plan build(const Problem& p, cudnnHandle_t handle) {
   Plan plan;
   try {
     auto graph = std::make_shared<fe::graph::Graph>();
-    // Plans are never freed, so CUDA graphs need not hold on to them.
+    // Plans are never freed, so CUDA graphs need not keep them alive.
     graph->set_cuda_graph_retention(fe::CudaGraphRetention_t::NONE);
     add_nodes(*graph, p);
     check_cudnn(graph->validate());
@@ -176,7 +176,8 @@ Plan build(const Problem& p, cudnnHandle_t handle) {
   return plan;
 }
 
-/// Built once; never freed, since CUDA graphs that MLX keeps refer to its code.
+/// Returns the plan for p, which is built once. Plans are never freed, since CUDA graphs that MLX caches
+/// refer to their code.
 const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   static auto& plans = *new std::map<Problem, Plan>;
   std::lock_guard guard(lock);
@@ -188,8 +189,8 @@ const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   return found->second;
 }
 
-/// MLX's allocator is hidden, but a kernel's outputs come from it: this is the primitive of one that does
-/// nothing.
+/// The primitive of a kernel that does nothing. MLX does not export its allocator, so we use this primitive
+/// to allocate outputs.
 std::shared_ptr<mx::Primitive> allocation(mx::Stream s) {
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
   std::lock_guard guard(lock);
@@ -236,7 +237,7 @@ class CudnnOp : public mx::Primitive {
     std::lock_guard guard(lock);
     auto handle = handle_of(encoder.device());
     mx::cu::CommandEncoder::CaptureContext capture(encoder);
-    capture.discard = true;  // until all of it is in
+    capture.discard = true;  // until everything is captured
     check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
     std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
     auto uid = uids_.begin();
@@ -249,7 +250,7 @@ class CudnnOp : public mx::Primitive {
   const char* name() const override { return problem_.backward ? "CudnnAttentionVJP" : "CudnnAttention"; }
 
  private:
-  /// Counted in 8 bytes, as the int of a shape ends at 2 GiB.
+  /// An array of 8-byte elements, since sizes in a shape are ints, which would limit bytes to 2 GiB.
   static mx::array scratch(int64_t bytes) {
     return mx::array({static_cast<int>((bytes + 7) / 8)}, mx::uint64, nullptr, {});
   }
@@ -276,7 +277,8 @@ Ranges segments_of(const Call& c) {
   return ranges;
 }
 
-/// A plan costs a second and serves what fits it: with round numbers a run of packed rows needs few.
+/// Building a plan takes a second, and a plan works for all smaller sizes. With sizes rounded up to powers of
+/// two, a run with packed rows needs few plans.
 int round_up(int n, int least) {
   int power = least;
   while (power < n) power *= 2;
@@ -312,7 +314,7 @@ std::string unfit(const Call& c) {
   return "";
 }
 
-/// What tells cuDNN of packed segments, in the order LENGTHS … AT_O.
+/// The arrays that describe packed segments to cuDNN, in the order LENGTHS … AT_O.
 Arrays packing(const Call& c, const Problem& p) {
   const auto ranges = segments_of(c);
   std::vector<int32_t> lengths;
@@ -345,7 +347,7 @@ Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<Uid> u
   auto stream = mx::to_stream(c.s);
   auto ys = mx::array::make_arrays(std::move(shapes), dtypes,
                                    std::make_shared<CudnnOp>(stream, problem, plan, c.scale, uids), rows);
-  // What no segment has is not written.
+  // cuDNN does not write positions outside all segments: set them to 0.
   std::vector<int32_t> seen;
   for (int t = 0; t < c.T; ++t) seen.push_back(c.first[t] <= t);
   if (std::find(seen.begin(), seen.end(), 0) != seen.end()) {
@@ -377,6 +379,6 @@ __attribute__((visibility("default"))) const segtrain::CudnnAttention* segtrain_
   using namespace segtrain;
   static const CudnnAttention attention{unfit, {forward, vjp}};
   segtrain::device_ints = device_ints;
-  fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);  // by its name: the one that is loaded
+  fe::cudnn_dlhandle = dlopen("libcudnn.so.9", RTLD_NOW | RTLD_LOCAL);  // libmlx.so has loaded it
   return fe::cudnn_dlhandle ? &attention : nullptr;
 }

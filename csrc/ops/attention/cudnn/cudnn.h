@@ -1,5 +1,5 @@
-// cuDNN's attention lives in a shared library of its own, mlx_segtrain/_cudnn.so: only where MLX drives CUDA
-// are the symbols there that it needs, and the rest of the package must load everywhere.
+// cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so: it needs symbols that only MLX's
+// CUDA build has, and the rest of the package must load everywhere.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -7,21 +7,21 @@
 namespace segtrain {
 
 struct CudnnAttention {
-  std::string (*unfit)(const Call&);  ///< why it cannot serve a call; empty if it can
+  std::string (*unfit)(const Call&);  ///< why it does not support a call; empty if it does
   AttentionWay way;
 };
 
-/// That of gpu.h: the library cannot link the core.
+/// The type of device_ints in gpu.h. The library gets a pointer to it, because it cannot link the core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
-/// Does the package have the library, and does it load?
+/// Whether the package has the library and it can be loaded.
 bool has_cudnn();
 
-/// "cudnn": serves if the package has the library, cuDNN takes the call, and the self-check did not fail.
-/// Asking takes a second for a new shape: both directions are planned.
+/// The implementation "cudnn": ok if the package has the library, cuDNN supports the call, and the self-check
+/// did not fail. This takes a second for a new shape, because the plans of both directions are built.
 Way cudnn_way(const Call& c);
 
-/// Why cuDNN takes no such call on any device; empty if it may.
+/// Why cuDNN does not support the call on any device; empty if it may support it.
 inline std::string cudnn_call_unfit(const Call& c) {
   if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN takes half precision only";
   if (c.window || c.cap || c.T != c.S) return "it is for causal calls without window or cap, with T = S";
@@ -30,10 +30,10 @@ inline std::string cudnn_call_unfit(const Call& c) {
   return fits ? "" : "its head sizes are multiples of 8 up to 256";
 }
 
-/// The implementation, where cudnn_way is ok.
+/// The implementation. May be called only if cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 
 }  // namespace segtrain
 
-/// What the library defines; found by name.
+/// The entry point of the library, which is looked up by name.
 extern "C" const segtrain::CudnnAttention* segtrain_cudnn_attention(segtrain::DeviceInts* device_ints);

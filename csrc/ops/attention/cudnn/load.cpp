@@ -1,4 +1,4 @@
-// The part of csrc/ops/attention/cudnn/ that belongs to _core: finds the library beside it, on first use.
+// The part of csrc/ops/attention/cudnn/ that belongs to _core: loads the library beside it on first use.
 #include <dlfcn.h>
 
 #include "core/gpu.h"

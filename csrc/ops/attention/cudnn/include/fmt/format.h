@@ -1,4 +1,4 @@
-// Stands in for the fmt library: mlx/backend/cuda/lru_cache.h names it in code that only MLX itself compiles.
+// Replaces the fmt library, which mlx/backend/cuda/lru_cache.h uses in code that only MLX itself compiles.
 #pragma once
 
 #include <string>
