@@ -12,6 +12,7 @@ from lib import oracle
 from metal_emulator import (
     HERE,
     MetalError,
+    costs,
     emulate,
     kernel_text,
     kernels,
@@ -260,6 +261,16 @@ def test_the_attention_of_mlx_runs_here(size):
     seen = np.where(oracle.visible(64, 64), np.exp(s), 0)
     oracle.assert_close("lse", values(lse), np.log(seen.sum(-1)), 1e-6)
     assert counts["products"] == (1 + 2) * 32 * 32 * 2 * size / 512
+
+
+def test_the_documentation_has_what_is_counted():
+    """The rows of D = 64, which take the least time, and those of other kernels."""
+    page = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    with mx.stream(mx.cpu):
+        tables = [*costs.tables_of((64,)).values(), costs.table_of_others()]
+    lines = [line for table in tables for line in table.split("\n")]
+    assert len(lines) == 3 * 2 + 2 * 6 + 6 + 5
+    assert [line for line in lines if line not in page.split("\n")] == []
 
 
 # ---- planted faults

@@ -35,6 +35,8 @@ ACCELERATOR = 512
 #: What a launch of docs/performance.md is predicted for.
 HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
+#: Head sizes and windows, as Gemma's layers have them.
+WINDOWS = ((128, 512), (256, 512))
 #: Clocks of a part of a core that 32 lanes' instruction takes; and how many instructions of
 #: arithmetic a score takes beside its products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
@@ -54,16 +56,22 @@ COLUMNS = {
 Counts = Mapping[str, float]
 
 
-def launches(d: int, tokens: int) -> dict[str, dict[str, int]]:
-    """Counts of our kernels, and of MLX's forward pass; causal, one head, T = S = tokens."""
+def launches(d: int, tokens: int, window: int | None = None) -> dict[str, dict[str, int]]:
+    """Counts of our kernels, causal, one head, T = S = tokens."""
     q, k, v, do = (mx.random.normal((1, 1, tokens, d)).astype(DTYPE) for _ in range(4))
     counts: list[dict[str, int]] = []
+
+    def attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        return ops.attention(q, k, v, scale=d**-0.5, window=window, impl="kernel")
+
     with emulated(orders=(0,), counts=counts) as launched:
-        mx.eval(
-            mx.vjp(lambda *x: ops.attention(*x, scale=d**-0.5, impl="kernel"), [q, k, v], [do])[1]
-        )
-    found = {launch.name: own for launch, own in zip(launched, counts, strict=True)}
-    return found | {"MLX's forward": mlx_attention.run(q, k, v, d**-0.5)[2]}
+        mx.eval(mx.vjp(attention, [q, k, v], [do])[1])
+    return {launch.name: own for launch, own in zip(launched, counts, strict=True)}
+
+
+def launches_of_mlx(d: int, tokens: int) -> dict[str, dict[str, int]]:
+    q, k, v = (mx.random.normal((1, 1, tokens, d)).astype(DTYPE) for _ in range(3))
+    return {"MLX's forward": mlx_attention.run(q, k, v, d**-0.5)[2]}
 
 
 def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> dict[str, float]:
@@ -124,11 +132,62 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
     `memory` are bytes that no cache can save: of numbers that are as many as scores.
     """
-    few, many = (launches(d, tokens) for tokens in TOKENS)
+    few, many = (launches(d, tokens) | launches_of_mlx(d, tokens) for tokens in TOKENS)
     found = {name: per_score(few[name], many[name], length) for name in few}
     for name, x in found.items():
         x["memory"] = DTYPE.size if name.endswith("_ds") else 0
     return found | mlx_backward(d, length)
+
+
+def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
+    """What `blocked` does at D = 512, for each score: MLX's products, and scores written down.
+
+    S, and dP, are written in float32, read once (forward: twice) and give P, and dS, in half
+    precision. `rows`: queries of a block, as csrc/ops/attention/blocked.cpp has them for 8 heads.
+    """
+    whole = (length + rows) / length
+    five = mlx_backward(512, length)["MLX's backward: products"]
+    scale = whole * length / (length + MLX_BLOCK) / 5
+    made = {}
+    for name, products, memory, functions in (
+        ("forward", 2, 4 + 8 + 2 + 2, 2),
+        ("backward", 5, 8 + 8 + 4 + 6, 1),
+    ):
+        made[name] = {key: x * products * scale for key, x in five.items()} | {"memory": 0.0}
+        rest = dict.fromkeys(five, 0.0) | {
+            "device_accesses": 4 * whole,
+            "functions": functions * whole,
+            "memory": memory * whole,
+        }
+        made[name + ", the rest"] = rest
+    return made
+
+
+def in_window(d: int, window: int) -> dict[str, float]:
+    """Multiply-adds of each of our kernels for a score that is seen, of a query far from the begin.
+
+    Under a window counts grow by the same for each further query.
+    """
+    few, many = (launches(d, window + more, window) for more in (128, 256))
+    return {
+        name: 512 * (many[name]["products"] - few[name]["products"]) / (128 * window)
+        for name in few
+    }
+
+
+def of_other_kernels() -> dict[str, dict[str, float]]:
+    """Counts for each number of what a kernel gives: one of its outputs."""
+    n = 4096
+    counts: list[dict[str, int]] = []
+    x, y, z = (mx.random.normal((n,)).astype(DTYPE) for _ in range(3))
+    rows = mx.random.normal((1, 2, n // 256, 128)).astype(DTYPE)
+    with emulated(orders=(0,), counts=counts) as launched:
+        mx.eval(mx.vjp(lambda *x: ops.geglu(*x, impl="kernel"), [x, y], [z]))
+        mx.eval(ops.rope(rows, 128, freqs=mx.ones((64,)), segments=[0, 3, 16], impl="kernel"))
+    return {
+        launch.name: {name: value / n for name, value in own.items()}
+        for launch, own in zip(launched, counts, strict=True)
+    }
 
 
 def scores(heads: int = HEADS, length: int = LENGTH) -> float:
@@ -156,37 +215,101 @@ def predicted_ms(x: Counts, device: str) -> float:
     return scores() * max(computes, x["memory"] / bandwidth / 1e9) * 1e3
 
 
+def accelerated_ms(multiply_adds: float, device: str) -> float:
+    """As floor_ms, through neural accelerators."""
+    cores, ghz, _ = DEVICES[device]
+    return multiply_adds * scores() / (cores * ACCELERATOR * ghz * 1e9) * 1e3
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return (
-        "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        .replace("| --- ", "|---")
-        .replace("|--- |", "|---|")
-    )
+    lines = [" | ".join(head), "|".join(["---"] * len(head)), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"|{line}|" if line.startswith("---") else f"| {line} |" for line in lines)
 
 
 def number(x: float) -> str:
-    return f"{x:.0f}" if x >= 20 else f"{x:.1f}" if x >= 0.95 else f"{x:.3f}" if x else "0"
+    return f"{x:.0f}" if x >= 20 else f"{x:.1f}" if x >= 0.95 else f"{x:.2g}" if x else "0"
+
+
+def tables_of(sizes: tuple[int, ...]) -> dict[str, str]:
+    rows: dict[str, list[list[str]]] = defaultdict(list)
+    for d in sizes:
+        kernels = counted(d)
+        for kernel, x in kernels.items():
+            start = [str(d), f"`{kernel}`" if kernel.startswith("attention") else kernel]
+            rows["counts"].append([*start, *(number(f(x)) for f in COLUMNS.values())])
+            rows["floors"].append(
+                [*start, *(f"{floor_ms(512 * x['products'], device):.0f}" for device in DEVICES)]
+            )
+        parts = {
+            "forward": [["attention"], ["MLX's forward"]],
+            "backward": [
+                [x for x in kernels if x.endswith("_ds")],
+                [x for x in kernels if x.startswith("MLX's backward")],
+            ],
+        }
+        for name, both in parts.items():
+            ours, theirs = (
+                [sum(predicted_ms(kernels[x], device) for x in own) for device in DEVICES]
+                for own in both
+            )
+            for whose, times in (("ours", ours), ("MLX's", theirs)):
+                rows["predicted"].append([str(d), name, whose, *(f"{x:.0f}" for x in times)])
+            ratios = [f"{x / y:.2f}" for x, y in zip(ours, theirs, strict=True)]
+            rows["predicted"].append([str(d), name, "ratio", *ratios])
+    kernel_heads = {"counts": list(COLUMNS), "floors": list(DEVICES)}
+    found = {name: table(["D", "kernel", *kernel_heads[name]], rows[name]) for name in kernel_heads}
+    head = ["D", "pass", "whose", *DEVICES]
+    return found | {"predicted": table(head, rows["predicted"])}
+
+
+def table_of_others() -> str:
+    columns = ["accesses", "device bytes", "conversions", "functions"]
+    rows = [
+        [f"`{kernel}`", *(number(COLUMNS[name](x)) for name in columns)]
+        for kernel, x in of_other_kernels().items()
+    ]
+    return table(["kernel", *columns], rows)
 
 
 def tables() -> str:
-    all_rows = defaultdict(list)
-    for d in SIZES:
-        for kernel, x in counted(d).items():
-            name = f"`{kernel}`" if kernel.startswith("attention") else kernel
-            start = [str(d), name]
-            all_rows["counts"].append([*start, *(number(f(x)) for f in COLUMNS.values())])
-            all_rows["floors"].append(
-                [*start, *(f"{floor_ms(512 * x['products'], device):.0f}" for device in DEVICES)]
-            )
-            all_rows["predicted"].append(
-                [*start, *(f"{predicted_ms(x, device):.0f}" for device in DEVICES)]
-            )
-    heads = {"counts": list(COLUMNS), "floors": list(DEVICES), "predicted": list(DEVICES)}
+    windows = [
+        [
+            str(d),
+            str(window),
+            *(f"{x:.0f} ({x / (n * d):.2f})" for n, x in zip((2, 4, 1), own, strict=True)),
+        ]
+        for d, window in WINDOWS
+        for own in [in_window(d, window).values()]
+    ]
+    accelerators = [
+        [str(d), name, *(f"{accelerated_ms(n * d, device):.1f}" for device in ("M5", "M5 Max"))]
+        for d in (*SIZES, 512)
+        for name, n in (("forward", 2), ("backward", 5))
+    ]
+    wide = blocked_512()
+    blocked = [
+        [
+            name,
+            *(
+                f"{sum(predicted_ms(wide[x], device) for x in (name, f'{name}, the rest')):.0f}"
+                f" ({floor_ms(512 * n, device):.0f})"
+                for device in DEVICES
+            ),
+        ]
+        for name, n in (("forward", 2), ("backward", 5))
+    ]
+    own = ["attention", "attention_vjp_kv_ds", "attention_vjp_q_ds"]
     return "\n\n".join(
-        table(["D", "kernel", *heads[name]], rows) for name, rows in all_rows.items()
+        [
+            *tables_of(SIZES).values(),
+            table(["D", "window", *(f"`{x}`" for x in own)], windows),
+            table(["pass", *DEVICES], blocked),
+            table(["D", "pass", "M5", "M5 Max"], accelerators),
+            table_of_others(),
+        ]
     )
 
 
 if __name__ == "__main__":
+    mx.set_default_device(mx.Device(mx.cpu))
     print(tables())

@@ -198,7 +198,8 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
-/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save.
+/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save, but
+/// for constant memory.
 struct Counts {
   int64_t products;                                                            ///< of matrices of 8 × 8
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
@@ -311,7 +312,14 @@ struct ptr<const T, Space> {
     if (at % ptrdiff_t(alignof(T)) || at % std::min<ptrdiff_t>(BYTES, 16))
       fail("%s is cast out of alignment", block->name.c_str());
   }
-  T operator[](ptrdiff_t i) const { return ref<T>{block, at + i * BYTES}; }
+  T operator[](ptrdiff_t i) const {
+    const ref<T> element{block, at + i * BYTES};
+    if constexpr (!std::is_same_v<Space, Constant>) return element;
+    const Counts counts = machine.counts;  // what is constant is read once for all, if at all
+    const T x = element;
+    machine.counts = counts;
+    return x;
+  }
   T operator*() const { return (*this)[0]; }
   const T* operator->() const { return reinterpret_cast<const T*>(block->data + at); }
   ptr operator+(ptrdiff_t n) const { return {block, at + n * BYTES}; }

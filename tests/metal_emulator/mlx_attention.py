@@ -52,7 +52,6 @@ CONSTANTS = {
     "has_mask": False,
     "do_causal": True,
     "has_sinks": False,
-    "save_lse": True,
 }
 
 
@@ -75,15 +74,15 @@ def shape_of_groups(d: int) -> tuple[int, int, int]:
 
     A tile has 32 queries. Without neural accelerators; steel_attention.metal and the host's choice.
     """
-    return (32 if d < 128 else 16), 4, 1
+    return (16 if d in (128, 192) else 32), 4, 2 if d == 256 else 1
 
 
-def text_of(kernel: str) -> str:
+def text_of(kernel: str, save_lse: bool) -> str:
     """Its header files as one text, without their includes."""
     text = PRELUDE + "".join((HEADERS / file).read_text() for file in FILES)
     text = re.sub(r"^#(include|pragma)[^\n]*$", "", text, flags=re.M)
     body = re.sub(r"^#(include|pragma)[^\n]*$", "", (HEADERS / kernel).read_text(), flags=re.M)
-    for name, value in CONSTANTS.items():
+    for name, value in (CONSTANTS | {"save_lse": save_lse}).items():
         body = re.sub(
             rf"constant bool {name} \[\[[^\]]*\]\];",
             f"static constexpr bool {name} = {str(value).lower()};",
@@ -98,7 +97,8 @@ def text_of(kernel: str) -> str:
 def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array, dict]:
     """o, lse and counts of plain causal attention by MLX's kernel.
 
-    q, k, v [1,1,T,D], T a multiple of 32.
+    q, k, v [1,1,T,D], T a multiple of 32. lse is zeros where two simdgroups share a row: both would
+    write it.
     """
     tokens, d = q.shape[2:]
     bk, wm, wn = shape_of_groups(d)
@@ -118,7 +118,7 @@ def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, 
         "emu::ptr<const mlx::steel::AttnMaskParams, emu::Constant>()",
         none,
         "emu::ptr<const bfloat16_t, emu::Device>()",
-        pointer("float", 5),
+        pointer("float", 5) if wn == 1 else "emu::ptr<float, emu::Device>()",
         "at.thread_index_in_simdgroup",
         "at.simdgroup_index_in_threadgroup",
         "at.threadgroup_position_in_grid",
@@ -126,12 +126,14 @@ def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, 
     ]
     values = f"bfloat16_t, 32, {bk}, {d}, {d}, {wm}, {wn}"
     cxx = (
-        f"{text_of(KERNEL)}\nstatic void kernel() {{\n  const auto& at = emu::self().at;\n"
+        f"{text_of(KERNEL, wn == 1)}\nstatic void kernel() {{\n  const auto& at = emu::self().at;\n"
         f"  attention<{values}>({', '.join(arguments)});\n}}\n{EXPORTS}"
     )
     inputs = {"q": q, "k": k, "v": v, "params": mx.array(np.frombuffer(bytes(params), np.uint8))}
-    outputs = {"o": (q.shape, mx.bfloat16), "lse": (q.shape[:3], mx.float32)}
+    outputs = {"o": (q.shape, mx.bfloat16)}
+    if wn == 1:
+        outputs["lse"] = (q.shape[:3], mx.float32)
     counts: list[dict[str, int]] = []
     grid = (32 * (tokens // 32), wm, wn)
-    o, lse = execute("mlx", cxx, inputs, outputs, grid, (32, wm, wn), (0,), counts)
-    return o, lse, counts[0]
+    o, *rest = execute("mlx", cxx, inputs, outputs, grid, (32, wm, wn), (0,), counts)
+    return o, rest[0] if rest else mx.zeros(q.shape[:3]), counts[0]
