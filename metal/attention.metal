@@ -9,8 +9,8 @@
 //   attention_vjp_kv_ds    256                  256*ceil(S/32), G, B      32 keys           8 keys, for dv or for dk
 //   attention_vjp_q_ds 128                  128*ceil(T/rows), H, B    32 R queries      8 R queries; R = 4, 2, 1
 //
-// The backward pass takes five products: attention_vjp_kv_ds writes the dS that it makes down in T, and
-// attention_vjp_q_ds multiplies it by K. Own rows are read by one simdgroup only, so straight from device memory:
+// The backward pass takes five products: attention_vjp_kv_ds writes the dS that it makes down in W, and
+// attention_vjp_q_ds multiplies it by K. W is T, or float32 for half, whose range a share of a gradient may leave. Own rows are read by one simdgroup only, so straight from device memory:
 // once, where registers have room for them. The rows of the other side are staged in threadgroup memory for all.
 // Operands are matrices of T, sums and what P and dK are made of are float32: but for the dS of dQ nothing is rounded.
 
@@ -326,10 +326,11 @@ constexpr int in_block(int query, int key, int lane) {
 
 // Simdgroups 0 to 3 make p and dv, simdgroups 4 to 7 dp and dk of the same keys: either holds one sum of [8, D].
 // Simdgroup 4 + i takes p from simdgroup i through `weights`.
-template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad>
+template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad,
+          typename W>
 void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
                         const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
-                        Shape shape, device Grad* dk, device Grad* dv, device T* ds, threadgroup T* tiles,
+                        Shape shape, device Grad* dk, device Grad* dv, device W* ds, threadgroup T* tiles,
                         threadgroup float* weights, uint3 group, uint simd, uint lane) {
   constexpr int BQ = Tile<T, D>::rows, N = BQ / 8, E = N == 1 ? 2 : 4;
   const Place at(lane);
@@ -383,12 +384,12 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (makes_dk) {
-        device T* block = ds + (bh * blocks + size_t(index[k0 / BLOCK] + q0 / BLOCK)) * BLOCK_SIZE;
+        device W* block = ds + (bh * blocks + size_t(index[k0 / BLOCK] + q0 / BLOCK)) * BLOCK_SIZE;
         UNROLL
         for (int n = 0; n < N; n += E / 2) {
-          vec<T, E> rounded;
+          vec<W, E> rounded;
           UNROLL
-          for (int e = 0; e < E; ++e) rounded[e] = T(0.0f);
+          for (int e = 0; e < E; ++e) rounded[e] = W(0.0f);
           if (seen) {
             const vec<float, E> shares = read<E>(weights + n * 64);
             UNROLL
@@ -396,7 +397,7 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
               const int t = min(q0 + 8 * (n + e / 2) + at.col + e % 2, shape.queries - 1);
               const float x_e = shares[e] * (x[n + e / 2].thread_elements()[e % 2] - delta[bht + t]);
               x[n + e / 2].thread_elements()[e % 2] = x_e;
-              rounded[e] = T(x_e);
+              rounded[e] = W(x_e);
             }
           }
           write<E>(block + in_block(q0 % BLOCK + 8 * n, own, lane), rounded);
@@ -413,11 +414,11 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 }
 
 // dQ^T = K^T dS^T: so dS is read as it was written, and dQ's columns are the matrices' rows.
-template <int D, typename T, typename Ints, typename Index>
-void attention_vjp_q_ds(const device T* k, const device T* ds, Ints first, Index index, int blocks, int q_start,
+template <int D, typename T, typename W, typename Ints, typename Index>
+void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
                            float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
                            uint lane) {
-  constexpr int BK = Tile<T, D>::rows, W = wide_of(D), C = D / 8, R = queries_blocks(D), ROWS = 8 * R * SIMDS,
+  constexpr int BK = Tile<T, D>::rows, WIDE = wide_of(D), C = D / 8, R = queries_blocks(D), ROWS = 8 * R * SIMDS,
                 E = R == 1 ? 2 : 4;
   const Place at(lane);
   const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
@@ -441,22 +442,22 @@ void attention_vjp_q_ds(const device T* k, const device T* ds, Ints first, Index
     if (from < own_begin || from >= own_end) continue;
 
     /// dQ += dS K
-    const device T* block = ds + size_t(index[k0 / BLOCK] + own_block) * BLOCK_SIZE;
+    const device W* block = ds + size_t(index[k0 / BLOCK] + own_block) * BLOCK_SIZE;
     UNROLL
     for (int n = 0; n < BK / 8; ++n) {
-      simdgroup_matrix<T, 8, 8> b[R];
+      simdgroup_matrix<W, 8, 8> b[R];
       UNROLL
       for (int r = 0; r < R; r += E / 2) {
-        const vec<T, E> shares = read<E>(block + in_block(own % BLOCK + 8 * r, k0 % BLOCK + 8 * n, lane));
+        const vec<W, E> shares = read<E>(block + in_block(own % BLOCK + 8 * r, k0 % BLOCK + 8 * n, lane));
         UNROLL
         for (int e = 0; e < E; ++e) b[r + e / 2].thread_elements()[e % 2] = shares[e];
       }
       UNROLL
-      for (int d = 0; d < C; d += W) {
-        simdgroup_matrix<T, 8, 8> a[W];
-        across<W>(a, tile + 8 * n * Tile<T, D>::stride + 8 * d, Tile<T, D>::stride, at);
+      for (int d = 0; d < C; d += WIDE) {
+        simdgroup_matrix<T, 8, 8> a[WIDE];
+        across<WIDE>(a, tile + 8 * n * Tile<T, D>::stride + 8 * d, Tile<T, D>::stride, at);
         UNROLL
-        for (int f = 0; f < W; ++f) {
+        for (int f = 0; f < WIDE; ++f) {
           UNROLL
           for (int r = 0; r < R; ++r)
             simdgroup_multiply_accumulate(sum[r * C + d + f], a[f], b[r], sum[r * C + d + f]);
@@ -473,11 +474,11 @@ void attention_vjp_q_ds(const device T* k, const device T* ds, Ints first, Index
       const int t = own + 8 * r + at.col + e;
       if (t >= q1) continue;
       UNROLL
-      for (int d = 0; d < C; d += W) {
-        vec<T, W> some;
+      for (int d = 0; d < C; d += WIDE) {
+        vec<T, WIDE> some;
         UNROLL
-        for (int f = 0; f < W; ++f) some[f] = T(sum[r * C + d + f].thread_elements()[e] * scale);
-        write<W>(dq + size_t(t) * D + 8 * d + W * at.row, some);
+        for (int f = 0; f < WIDE; ++f) some[f] = T(sum[r * C + d + f].thread_elements()[e] * scale);
+        write<WIDE>(dq + size_t(t) * D + 8 * d + WIDE * at.row, some);
       }
     }
   }

@@ -107,6 +107,21 @@ def test_same_call_is_bitwise_equal():
         assert mx.array_equal(x, y)
 
 
+def check_small_shares(*changes):
+    """Each of many keys has a part of a gradient that half precision cannot hold."""
+    q, k, v, do, options = setup(Attention(1, 1, 1, 32, 2048, 64), "float16")
+    q, do = q * 0.1, do * 2.0**-10
+    dq = launch(q, k, v, do, options, *changes)[2]
+    truth = oracle.attention_vjp(*map(f64, (q, k, v, do)), **options)[0]
+    oracle.assert_close("dq", f64(dq), truth, oracle.EPS["float16"])
+
+
+def test_small_shares_of_a_gradient():
+    check_small_shares()
+    with pytest.raises(AssertionError, match="dq: relative L2"):
+        check_small_shares(Change("attention_vjp_kv_ds", "W(x_e)", "W(T(x_e))"))
+
+
 # ---- the tests themselves: broken text does not pass
 
 RAGGED = Attention(1, 2, 1, 45, 77, 64), "float32"
@@ -161,7 +176,7 @@ ACROSS = "at.col * stride + W * at.row"
         (FORWARD, "l[r] * shrink + ", "l[r] + "),
         (DKV, " - delta[bht + t])", ")"),
         (DKV, "row > q_start + t ||", "row > q_start + t + 1 ||"),
-        (DKV, "rounded[e] = T(x_e)", "rounded[e] = T(shares[e])"),
+        (DKV, "rounded[e] = W(x_e)", "rounded[e] = W(shares[e])"),
         (DQ, "index[k0 / BLOCK] + own_block", "index[k0 / BLOCK]"),
         (DQ, "(own_block + 1) * BLOCK", "own_block * BLOCK"),
         (DKV, "makes_dk ? scale : 1", "scale"),

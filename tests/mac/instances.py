@@ -40,10 +40,13 @@ class Instance:
         rows = name.startswith("softmax")
         long_ = 1 if self.small else 300
 
+        sums = self.arguments.get("SUM", self.arguments["T"])
+        scores = mx.float32 if self.arguments["T"] == mx.float16 else self.arguments["T"]
+        dtypes = {"lse": mx.float32, "dk": sums, "dv": sums, "ds": scores}
+
         def array(key: str) -> mx.array:
-            dtype = (
-                mx.int32 if key in INTS else mx.float32 if key in FLOATS else self.arguments["T"]
-            )
+            dtype = dtypes.get(key, self.arguments["T"])
+            dtype = mx.int32 if key in INTS else mx.float32 if key in FLOATS else dtype
             if key in SCALARS:
                 return mx.array(0, dtype)
             if key in SHORT:
@@ -59,8 +62,6 @@ class Instance:
             shape = (1, 1, long_, self.arguments.get("D", 64))
             return mx.zeros(shape[:3] if key in ("lse", "delta") else shape, dtype)
 
-        sums = self.arguments.get("SUM", self.arguments["T"])
-        dtypes = {"lse": mx.float32, "dk": sums, "dv": sums}
         outputs = {key: ((8,), dtypes.get(key, self.arguments["T"])) for key in kernel.outputs}
         inputs = {key: array(key) for key in kernel.inputs}
         return kernel_text(name, kernel.source, kernel.header, inputs, outputs, self.arguments)[0]

@@ -326,8 +326,7 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
     fused = fused && way == "hopper" && fused_vjp_fits(c);
     if (fused) sums += fused_vjp_scratch(c);
     cost.saved += static_cast<int64_t>(rows) * heads * c.T * (head * device.size + 4);
-    if (c.device == Gpu::metal && way == "kernel")
-      written = std::max(written, metal_vjp_scratch(c, device.size));
+    if (c.device == Gpu::metal && way == "kernel") written = std::max(written, metal_vjp_scratch(c));
     if (c.device != Gpu::none) continue;
     auto own = cpu_attention_cost(c);
     cost.forward += own.forward;

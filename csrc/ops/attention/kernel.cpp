@@ -138,8 +138,9 @@ Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
                  {"blocks", mx::array(blocks.count, mx::int32)}});
   auto with_sums = gpu_template(c, METAL_ROWS);
   with_sums.push_back({"SUM", sums});
+  const auto kept = metal_score_dtype(c.dtype);
   auto of_keys = launch("attention_vjp_kv_ds", values, {of_k, of_k, {c.B * c.H, blocks.count, SCORE_BLOCK}},
-                        {sums, sums, c.dtype}, with_sums, {{tiles(c.S, METAL_ROWS), c.G, c.B}, 256}, c.s);
+                        {sums, sums, kept}, with_sums, {{tiles(c.S, METAL_ROWS), c.G, c.B}, 256}, c.s);
   values.insert({"ds", of_keys[2]});
   const int rows = metal_vjp_rows(c.D);
   auto dq = launch("attention_vjp_q_ds", values, {of_q}, {c.dtype},

@@ -66,7 +66,11 @@ Ranges forward_parts(const Call& c) {
 
 Ranges vjp_parts(const Call& c) {
   return grouped(c, metal_vjp_rows(c.D), DKV_PRODUCTS, SCORE_BYTES,
-                 static_cast<int64_t>(mx::size_of(c.dtype)));
+                 static_cast<int64_t>(mx::size_of(metal_score_dtype(c.dtype))));
+}
+
+mx::Dtype metal_score_dtype(mx::Dtype dtype) {
+  return dtype == mx::float16 ? mx::float32 : dtype;
 }
 
 ScoreBlocks score_blocks(const Call& c) {
@@ -83,9 +87,9 @@ ScoreBlocks score_blocks(const Call& c) {
   return blocks;
 }
 
-int64_t metal_vjp_scratch(const Call& c, int size) {
+int64_t metal_vjp_scratch(const Call& c) {
   const int64_t keys = std::min<int64_t>(c.S, (c.window ? c.window : c.S) + metal_vjp_rows(c.D));
-  return std::min(SCORE_BYTES, static_cast<int64_t>(size) * c.B * c.H * c.T * keys);
+  return std::min(SCORE_BYTES, int64_t{4} * c.B * c.H * c.T * keys);
 }
 
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries) {

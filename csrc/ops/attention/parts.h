@@ -42,8 +42,11 @@ struct ScoreBlocks {
 };
 ScoreBlocks score_blocks(const Call& c);
 
+/// The dtype that dS is written in: a half's range ends where shares of small gradients begin.
+mx::Dtype metal_score_dtype(mx::Dtype dtype);
+
 /// Bytes that the backward pass takes at most beside what it reads and gives.
-int64_t metal_vjp_scratch(const Call& c, int size);
+int64_t metal_vjp_scratch(const Call& c);
 
 /// Keys that some queries see, from a multiple of METAL_ROWS on; at least one.
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries);
