@@ -4,15 +4,17 @@
 // first[t] to q_start + t, and first never falls with t. D is a multiple of 16, H of G; rows begin at multiples of 8
 // bytes.
 //
-//   function              threads of a group   grid                      a group owns      a simdgroup owns
-//   attention             128                  128*ceil(T/rows), H, B    32 R queries      8 R queries; R = 2 for D <= 64
-//   attention_vjp_kv_ds    256                  256*ceil(S/32), G, B      32 keys           8 keys, for dv or for dk
-//   attention_vjp_q_ds 128                  128*ceil(T/rows), H, B    32 R queries      8 R queries; R = 4, 2, 1
+//   function              threads of a group   grid                         a group owns   a simdgroup owns
+//   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
+//   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
+//   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //
 // The backward pass takes five products: attention_vjp_kv_ds writes the dS that it makes down in W, and
-// attention_vjp_q_ds multiplies it by K. W is T, or float32 for half, whose range a share of a gradient may leave. Own rows are read by one simdgroup only, so straight from device memory:
-// once, where registers have room for them. The rows of the other side are staged in threadgroup memory for all.
-// Operands are matrices of T, sums and what P and dK are made of are float32: but for the dS of dQ nothing is rounded.
+// attention_vjp_q_ds multiplies it by K. W is T, but float32 for half, below whose range shares of a gradient may be.
+//
+// Own rows are read by one simdgroup only, so straight from device memory: once, where registers have room for them.
+// The rows of the other side are staged in threadgroup memory for all. Operands of products are matrices of T, sums
+// and scores are float32: except for the dS of dQ nothing is rounded.
 
 using namespace metal;
 
@@ -36,7 +38,7 @@ constant constexpr int SIMDS = 4;         // of a group that owns queries, and o
 constant constexpr int BLOCK = 32;        // queries, and keys, of a block of dS
 constant constexpr int KEYS = 8 * SIMDS;  // that a group owns
 
-// Rows of a simdgroup in eights: as many as registers have room for.
+// R: rows of a simdgroup in eights, as many as registers have room for.
 constexpr int forward_blocks(int D) {
   return D <= 64 ? 2 : 1;
 }
@@ -326,12 +328,11 @@ constexpr int in_block(int query, int key, int lane) {
 
 // Simdgroups 0 to 3 make p and dv, simdgroups 4 to 7 dp and dk of the same keys: either holds one sum of [8, D].
 // Simdgroup 4 + i takes p from simdgroup i through `weights`.
-template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad,
-          typename W>
+template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad, typename W>
 void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
-                        const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
-                        Shape shape, device Grad* dk, device Grad* dv, device W* ds, threadgroup T* tiles,
-                        threadgroup float* weights, uint3 group, uint simd, uint lane) {
+                         const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
+                         Shape shape, device Grad* dk, device Grad* dv, device W* ds, threadgroup T* tiles,
+                         threadgroup float* weights, uint3 group, uint simd, uint lane) {
   constexpr int BQ = Tile<T, D>::rows, N = BQ / 8, E = N == 1 ? 2 : 4;
   const Place at(lane);
   const bool makes_dk = simd >= SIMDS;
@@ -416,8 +417,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 // dQ^T = K^T dS^T: so dS is read as it was written, and dQ's columns are the matrices' rows.
 template <int D, typename T, typename W, typename Ints, typename Index>
 void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
-                           float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
-                           uint lane) {
+                        float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
+                        uint lane) {
   constexpr int BK = Tile<T, D>::rows, WIDE = wide_of(D), C = D / 8, R = queries_blocks(D), ROWS = 8 * R * SIMDS,
                 E = R == 1 ? 2 : 4;
   const Place at(lane);
