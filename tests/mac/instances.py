@@ -42,7 +42,9 @@ class Instance:
 
         sums = self.arguments.get("SUM", self.arguments["T"])
         scores = mx.float32 if self.arguments["T"] == mx.float16 else self.arguments["T"]
-        dtypes = {"lse": mx.float32, "dk": sums, "dv": sums, "ds": scores}
+        dtypes = {"lse": mx.float32, "dk": sums, "dv": sums}
+        if name.startswith("attention"):
+            dtypes["ds"] = scores
 
         def array(key: str) -> mx.array:
             dtype = dtypes.get(key, self.arguments["T"])

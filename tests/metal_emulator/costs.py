@@ -128,7 +128,7 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
 
 
 def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
-    """Of each kernel, for a score that is seen, plain causal attention of this length.
+    """Counts of each kernel for a score that is seen, plain causal attention of this length.
 
     `memory` are bytes that no cache can save: of numbers that are as many as scores.
     """
@@ -140,7 +140,7 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """What `blocked` does at D = 512, for each score: MLX's products, and scores written down.
+    """Counts of `blocked` at D = 512 for each score: MLX's products, and scores written down.
 
     S, and dP, are written in float32, read once (forward: twice) and give P, and dS, in half
     precision. `rows`: queries of a block, as csrc/ops/attention/blocked.cpp has them for 8 heads.
