@@ -1,16 +1,20 @@
-// Attention in tiles of queries x keys: forward, dq, and dk with dv. Twin: csrc/ops/attention/cpu.cpp.
+// Attention in tiles of queries x keys: forward, dk with dv, and dq. Twin: csrc/ops/attention/cpu.cpp.
 //
 // q, o, d_o [B,H,T,D], k, v [B,G,S,D] in T; lse, delta [B,H,T] float32; first [T] int32. Query t sees the keys
-// first[t] to q_start + t, and first never falls with t. D is a multiple of 8, H of G.
+// first[t] to q_start + t, and first never falls with t. D is a multiple of 16, H of G; rows begin at multiples of 8
+// bytes.
 //
-//   function           threads of a group   grid                   a group owns   a simdgroup owns
-//   attention          128                  128*ceil(T/32), H, B   32 queries     8 queries
-//   attention_vjp_q    128                  128*ceil(T/32), H, B   32 queries     8 queries
-//   attention_vjp_kv   256                  256*ceil(S/32), G, B   32 keys        8 keys, for dv or for dk
+//   function              threads of a group   grid                         a group owns   a simdgroup owns
+//   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
+//   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
+//   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //
-// Own rows are read by one simdgroup only, so straight from device memory: once, where registers have room for them. The
-// rows of the other side are staged in threadgroup memory for all. Products are of float32 matrices, as in MLX's own
-// attention: p and ds are never rounded.
+// The backward pass takes five products: attention_vjp_kv_ds writes the dS that it makes down in W, and
+// attention_vjp_q_ds multiplies it by K. W is T, but float32 for half, below whose range shares of a gradient may be.
+//
+// Own rows are read by one simdgroup only, so straight from device memory: once, where registers have room for them.
+// The rows of the other side are staged in threadgroup memory for all. Operands of products are matrices of T, sums
+// and scores are float32: except for the dS of dQ nothing is rounded.
 
 using namespace metal;
 
@@ -30,7 +34,17 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int OWN = 32, SIMDS = OWN / 8;  // rows of a group, 8 for each simdgroup
+constant constexpr int SIMDS = 4;         // of a group that owns queries, and of either half of one that owns keys
+constant constexpr int BLOCK = 32;        // queries, and keys, of a block of dS
+constant constexpr int KEYS = 8 * SIMDS;  // that a group owns
+
+// R: rows of a simdgroup in eights, as many as registers have room for.
+constexpr int forward_blocks(int D) {
+  return D <= 64 ? 2 : 1;
+}
+constexpr int queries_blocks(int D) {
+  return D <= 64 ? 4 : D <= 128 ? 2 : 1;
+}
 
 // The element of a matrix that a lane holds; it holds the next one of the row as well.
 struct Place {
@@ -48,15 +62,30 @@ struct Shape {
   int share() thread { return heads / groups; }
 };
 
+template <int N, typename T>
+vec<T, N> read(const device T* x) {
+  return *reinterpret_cast<const device vec<T, N>*>(x);
+}
+template <int N, typename T>
+vec<T, N> read(const threadgroup T* x) {
+  return *reinterpret_cast<const threadgroup vec<T, N>*>(x);
+}
+template <int N, typename T>
+void write(device T* x, vec<T, N> values) {
+  *reinterpret_cast<device vec<T, N>*>(x) = values;
+}
+template <int N, typename T>
+void write(threadgroup T* x, vec<T, N> values) {
+  *reinterpret_cast<threadgroup vec<T, N>*>(x) = values;
+}
+
 // tile = rows [begin, begin + Tile::rows) of x; past the end the last row, which is masked or not stored.
 template <int D, typename T>
 void stage(threadgroup T* tile, const device T* x, int begin, int end, uint simd, uint simds, uint lane) {
-  for (int row = simd; row < Tile<T, D>::rows; row += simds) {
-    const device T* from = x + size_t(min(begin + row, end - 1)) * D;
-    for (int col = 2 * lane; col < D; col += 64) {
-      tile[row * Tile<T, D>::stride + col] = from[col];
-      tile[row * Tile<T, D>::stride + col + 1] = from[col + 1];
-    }
+  constexpr int fours = D / 4;
+  for (int i = 32 * simd + lane; i < Tile<T, D>::rows * fours; i += 32 * simds) {
+    const int row = i / fours, col = i % fours * 4;
+    write<4>(tile + row * Tile<T, D>::stride + col, read<4>(x + size_t(min(begin + row, end - 1)) * D + col));
   }
 }
 
@@ -66,71 +95,106 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// A lane's part of 8 columns of a row.
-template <typename T>
-void part(thread Matrix& a, const device T* row, int d, Place at) {
-  a.thread_elements()[0] = float(row[d + at.col]);
-  a.thread_elements()[1] = float(row[d + at.col + 1]);
+// In which order a product adds up is free, and so is the order of a sum's columns. So neighbours in memory go to
+// different matrices, and a lane reads several of its numbers at once: of `wide` matrices, matrix f has the columns
+// wide i + f, i < 8.
+constexpr int wide_of(int D) {
+  return D % 32 == 0 ? 4 : 2;
 }
 
-// Matrices that hold a row of D numbers in registers: none where there is no room for them.
-constexpr int kept_of(int D, int most) {
-  return D <= most ? D / 8 : 0;
+// W matrices of the rows of which this lane's is `row`.
+template <int W, typename T>
+void along(thread simdgroup_matrix<T, 8, 8>* a, const device T* row, Place at) {
+  const vec<T, W> left = read<W>(row + W * at.col), right = read<W>(row + W * at.col + W);
+  UNROLL
+  for (int f = 0; f < W; ++f) {
+    a[f].thread_elements()[0] = left[f];
+    a[f].thread_elements()[1] = right[f];
+  }
+}
+
+// W matrices of 8 staged rows, transposed.
+template <int W, typename T>
+void across(thread simdgroup_matrix<T, 8, 8>* b, const threadgroup T* rows, int stride, Place at) {
+  const threadgroup T* from = rows + at.col * stride + W * at.row;
+  const vec<T, W> left = read<W>(from), right = read<W>(from + stride);
+  UNROLL
+  for (int f = 0; f < W; ++f) {
+    b[f].thread_elements()[0] = left[f];
+    b[f].thread_elements()[1] = right[f];
+  }
+}
+
+// Matrices that hold a row of D numbers in registers: none where there is no room for them beside R sums.
+template <typename T>
+constexpr int kept_of(int D, int R) {
+  return R * D / 4 + R * D / 16 * int(sizeof(T)) <= 80 ? D / 8 : 0;
 }
 
 // kept = own; `own` is this lane's row.
-template <int KEPT, typename T>
-void keep(thread Matrix* kept, const device T* own, Place at) {
+template <int KEPT, int W, typename T>
+void keep(thread simdgroup_matrix<T, 8, 8>* kept, const device T* own, Place at) {
   UNROLL
-  for (int n = 0; n < KEPT; ++n) part(kept[n], own, 8 * n, at);
+  for (int n = 0; n < KEPT; n += W) along<W>(kept + n, own + 8 * n, at);
 }
 
-// x = own tile^T [8, Tile::rows]; `own` is this lane's row, and `kept` the same if KEPT.
-template <int D, int KEPT, typename T>
-void product(thread Matrix* x, const device T* own, thread Matrix* kept, const threadgroup T* tile, Place at) {
-  fill<Tile<T, D>::rows / 8>(x, 0);
+// x = own tile^T [8 R, Tile::rows]; `kept` are R times KEPT matrices, or `own` is this lane's row of 8.
+template <int D, int R, int KEPT, typename T>
+void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8, 8>* kept, const threadgroup T* tile,
+             Place at) {
+  constexpr int N = Tile<T, D>::rows / 8, W = wide_of(D);
+  static_assert(KEPT > 0 || R == 1, "only 8 rows are read again");
+  fill<R * N>(x, 0);
   UNROLL
-  for (int d = 0; d < D; d += 8) {
-    Matrix a, b;
-    if (KEPT > 0) {
-      a = kept[d / 8];
-    } else {
-      part(a, own, d, at);
-    }
+  for (int d = 0; d < D; d += 8 * W) {
+    simdgroup_matrix<T, 8, 8> a[R * W], b[N * W];
     UNROLL
-    for (int n = 0; n < Tile<T, D>::rows / 8; ++n) {
-      const threadgroup T* across = tile + (8 * n + at.col) * Tile<T, D>::stride + d + at.row;
-      b.thread_elements()[0] = float(across[0]);
-      b.thread_elements()[1] = float(across[Tile<T, D>::stride]);
-      simdgroup_multiply_accumulate(x[n], a, b, x[n]);
+    for (int n = 0; n < N; ++n) across<W>(b + n * W, tile + 8 * n * Tile<T, D>::stride + d, Tile<T, D>::stride, at);
+    if (KEPT == 0) along<W>(a, own + d, at);
+    UNROLL
+    for (int f = 0; f < W; ++f) {
+      UNROLL
+      for (int r = 0; r < R; ++r) {
+        if (KEPT > 0) a[r * W + f] = kept[r * KEPT + d / 8 + f];
+        UNROLL
+        for (int n = 0; n < N; ++n)
+          simdgroup_multiply_accumulate(x[r * N + n], a[r * W + f], b[n * W + f], x[r * N + n]);
+      }
     }
   }
 }
 
-// sum += x tile [8, D]
-template <int D, typename T>
+// sum += x tile [8 R, D]; of two neighbouring matrices, the first has the columns 4 i and 4 i + 1, i < 4.
+template <int D, int R, typename T>
 void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile, Place at) {
+  constexpr int N = Tile<T, D>::rows / 8;
   UNROLL
-  for (int n = 0; n < Tile<T, D>::rows / 8; ++n) {
+  for (int n = 0; n < N; ++n) {
     UNROLL
-    for (int d = 0; d < D / 8; ++d) {
-      const threadgroup T* from = tile + (8 * n + at.row) * Tile<T, D>::stride + 8 * d + at.col;
-      const vec<T, 2> two = *reinterpret_cast<const threadgroup vec<T, 2>*>(from);
-      Matrix b;
-      b.thread_elements()[0] = float(two[0]);
-      b.thread_elements()[1] = float(two[1]);
-      simdgroup_multiply_accumulate(sum[d], x[n], b, sum[d]);
+    for (int d = 0; d < D / 8; d += 2) {
+      const vec<T, 4> four = read<4>(tile + (8 * n + at.row) * Tile<T, D>::stride + 8 * d + 2 * at.col);
+      UNROLL
+      for (int f = 0; f < 2; ++f) {
+        simdgroup_matrix<T, 8, 8> b;
+        b.thread_elements()[0] = four[2 * f];
+        b.thread_elements()[1] = four[2 * f + 1];
+        UNROLL
+        for (int r = 0; r < R; ++r)
+          simdgroup_multiply_accumulate(sum[r * (D / 8) + d + f], x[r * N + n], b, sum[r * (D / 8) + d + f]);
+      }
     }
   }
 }
 
-// to = sum * factor; `to` is this lane's row.
+// to = sum * factor, of a sum as `accumulate` makes it; `to` is this lane's row.
 template <int D, typename T>
 void store(device T* to, thread Matrix* sum, float factor, Place at) {
   UNROLL
-  for (int d = 0; d < D / 8; ++d) {
-    to[8 * d + at.col] = T(sum[d].thread_elements()[0] * factor);
-    to[8 * d + at.col + 1] = T(sum[d].thread_elements()[1] * factor);
+  for (int d = 0; d < D / 8; d += 2) {
+    vec<T, 4> four;
+    UNROLL
+    for (int e = 0; e < 4; ++e) four[e] = T(sum[d + e / 2].thread_elements()[e % 2] * factor);
+    write<4>(to + 8 * d + 2 * at.col, four);
   }
 }
 
@@ -161,227 +225,288 @@ template <int D, bool CAP, typename T, typename Ints>
 void attention(const device T* q, const device T* k, const device T* v, Ints first, int q_start, float scale,
                float cap, Shape shape, device T* o, device float* lse, threadgroup T* tiles, uint3 group, uint simd,
                uint lane) {
-  constexpr int BK = Tile<T, D>::rows, N = BK / 8;
+  constexpr int BK = Tile<T, D>::rows, N = BK / 8, R = forward_blocks(D), ROWS = 8 * R * SIMDS;
   const Place at(lane);
   // Long rows first: the last tiles of a causal triangle are the heaviest.
-  const int q0 = ((shape.queries - 1) / OWN - int(group.x)) * OWN, q1 = min(q0 + OWN, shape.queries);
-  const int row = q0 + 8 * int(simd) + at.row, t = min(row, q1 - 1);
+  const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
+  const int own0 = min(q0 + 8 * R * int(simd), q1 - 1), own1 = min(own0 + 8 * R, q1);
   const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
-  const device T* q_row = q + (bh * shape.queries + t) * D;
+  q += bh * shape.queries * D;
+  o += bh * shape.queries * D;
+  lse += bh * shape.queries;
   k += bg * shape.keys * D;
   v += bg * shape.keys * D;
   threadgroup T* k_tile = tiles;
   threadgroup T* v_tile = tiles + Tile<T, D>::size;
-  const int begin = first[t], end = q_start + t + 1, last_begin = first[q1 - 1];
-  float m = -INFINITY, l = 0;
-  constexpr int KEPT = kept_of(D, 128);
-  Matrix sum[D / 8], s[N], q_kept[KEPT + 1];
-  fill<D / 8>(sum, 0);
-  keep<KEPT>(q_kept, q_row, at);
+  constexpr int KEPT = kept_of<T>(D, R), C = D / 8;
+  Matrix sum[R * C], s[R * N];
+  simdgroup_matrix<T, 8, 8> q_kept[R * KEPT + 1];
+  fill<R * C>(sum, 0);
+  int row[R], t[R], begin[R];
+  float m[R], l[R];
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    row[r] = q0 + 8 * (R * int(simd) + r) + at.row;
+    t[r] = min(row[r], q1 - 1);
+    begin[r] = first[t[r]];
+    m[r] = -INFINITY;
+    l[r] = 0;
+    keep<KEPT, wide_of(D)>(q_kept + r * KEPT, q + size_t(t[r]) * D, at);
+  }
+  // Of this simdgroup's rows: a key before which none sees any, the last that all see so far, the last that one sees.
+  const int own_begin = first[own0], all_begin = first[own1 - 1], all_end = q_start + own0 + 1,
+            own_end = q_start + own1;
 
   for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
     stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    if (k0 >= own_end || k0 + BK <= own_begin) continue;
 
     /// S = scale q k^T, capped
-    product<D, KEPT>(s, q_row, q_kept, k_tile, at);
-    const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
-    float top = m;
+    product<D, R, KEPT>(s, q + size_t(t[0]) * D, q_kept, k_tile, at);
+    const bool edge = k0 < all_begin || k0 + BK > all_end;
     UNROLL
-    for (int n = 0; n < N; ++n) {
+    for (int r = 0; r < R; ++r) {
+      float top = m[r];
       UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int key = k0 + 8 * n + at.col + e;
-        float slope, x = score<CAP>(s[n].thread_elements()[e], scale, cap, slope);
-        if (edge && (key < begin || key >= end)) x = -INFINITY;
-        s[n].thread_elements()[e] = x;
-        top = max(top, x);
+      for (int n = 0; n < N; ++n) {
+        UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const int key = k0 + 8 * n + at.col + e;
+          float slope, x = score<CAP>(s[r * N + n].thread_elements()[e], scale, cap, slope);
+          if (edge && (key < begin[r] || key > q_start + t[r])) x = -INFINITY;
+          s[r * N + n].thread_elements()[e] = x;
+          top = max(top, x);
+        }
       }
-    }
 
-    /// Online softmax: what is summed so far was relative to the old maximum.
-    top = of_row(top, Max());
-    const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
-    const float shrink = fast::exp(m - base);
-    float part = 0;
-    UNROLL
-    for (int n = 0; n < N; ++n) {
+      /// Online softmax: what is summed so far was relative to the old maximum.
+      top = of_row(top, Max());
+      const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
+      const float shrink = fast::exp(m[r] - base);
+      float part = 0;
       UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float p = fast::exp(s[n].thread_elements()[e] - base);
-        s[n].thread_elements()[e] = p;
-        part += p;
+      for (int n = 0; n < N; ++n) {
+        UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const float p = fast::exp(s[r * N + n].thread_elements()[e] - base);
+          s[r * N + n].thread_elements()[e] = p;
+          part += p;
+        }
+      }
+      l[r] = l[r] * shrink + of_row(part, Sum());
+      m[r] = top;
+      UNROLL
+      for (int d = 0; d < C; ++d) {
+        sum[r * C + d].thread_elements()[0] *= shrink;
+        sum[r * C + d].thread_elements()[1] *= shrink;
       }
     }
-    l = l * shrink + of_row(part, Sum());
-    m = top;
 
     /// O += P V
-    UNROLL
-    for (int d = 0; d < D / 8; ++d) {
-      sum[d].thread_elements()[0] *= shrink;
-      sum[d].thread_elements()[1] *= shrink;
-    }
-    accumulate<D>(sum, s, v_tile, at);
+    accumulate<D, R>(sum, s, v_tile, at);
   }
 
   /// O/l, lse = m + log l
-  if (row >= q1) return;
-  store<D>(o + (bh * shape.queries + t) * D, sum, l > 0 ? 1 / l : 0, at);
-  if (at.col == 0) lse[bh * shape.queries + t] = l > 0 ? m + log(l) : -INFINITY;
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    if (row[r] >= q1) continue;
+    store<D>(o + size_t(t[r]) * D, sum + r * C, l[r] > 0 ? 1 / l[r] : 0, at);
+    if (at.col == 0) lse[t[r]] = l[r] > 0 ? m[r] + log(l[r]) : -INFINITY;
+  }
 }
 
-template <int D, bool CAP, typename T, typename Rows, typename Ints>
-void attention_vjp_q(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta, const device T* d_o,
-                     Ints first, int q_start, float scale, float cap, Shape shape, device T* dq, threadgroup T* tiles,
-                     uint3 group, uint simd, uint lane) {
-  constexpr int BK = Tile<T, D>::rows, N = BK / 8;
-  const Place at(lane);
-  const int q0 = ((shape.queries - 1) / OWN - int(group.x)) * OWN, q1 = min(q0 + OWN, shape.queries);
-  const int row = q0 + 8 * int(simd) + at.row, t = min(row, q1 - 1);
-  const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
-  const size_t bht = bh * shape.queries + t;
-  const device T* q_row = q + bht * D;
-  const device T* do_row = d_o + bht * D;
-  k += bg * shape.keys * D;
-  v += bg * shape.keys * D;
-  threadgroup T* k_tile = tiles;
-  threadgroup T* v_tile = tiles + Tile<T, D>::size;
-  const int begin = first[t], end = q_start + t + 1, last_begin = first[q1 - 1];
-  const float lse_row = lse[bht], delta_row = delta[bht];
-  constexpr int KEPT_Q = kept_of(D, 128), KEPT_DO = kept_of(D, 64);
-  Matrix sum[D / 8], s[N], dp[N], q_kept[KEPT_Q + 1], do_kept[KEPT_DO + 1];
-  fill<D / 8>(sum, 0);
-  keep<KEPT_Q>(q_kept, q_row, at);
-  keep<KEPT_DO>(do_kept, do_row, at);
-
-  for (int k0 = first[q0] / BK * BK; k0 < q_start + q1; k0 += BK) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    stage<D>(k_tile, k, k0, shape.keys, simd, SIMDS, lane);
-    stage<D>(v_tile, v, k0, shape.keys, simd, SIMDS, lane);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
-    /// P = exp(S - lse), dP = dO V^T
-    product<D, KEPT_Q>(s, q_row, q_kept, k_tile, at);
-    product<D, KEPT_DO>(dp, do_row, do_kept, v_tile, at);
-
-    /// dS = P (dP - delta)
-    const bool edge = k0 < last_begin || k0 + BK > q_start + q0 + 1;
-    UNROLL
-    for (int n = 0; n < N; ++n) {
-      UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const int key = k0 + 8 * n + at.col + e;
-        float slope, x = score<CAP>(s[n].thread_elements()[e], scale, cap, slope);
-        float p = fast::exp(x - lse_row);
-        if (edge && (key < begin || key >= end)) p = 0;
-        s[n].thread_elements()[e] = p * (dp[n].thread_elements()[e] - delta_row) * slope;
-      }
-    }
-
-    /// dQ += dS K
-    accumulate<D>(sum, s, k_tile, at);
-  }
-
-  /// dQ scale
-  if (row < q1) store<D>(dq + bht * D, sum, scale, at);
+// dS of one head is in blocks of 32 keys x 32 queries. Those of the keys 32 i to 32 i + 31 follow each other, of the
+// queries that see one of them: block index[i] + j has the queries from 32 j on. Within a block a lane's numbers of two
+// matrices, whose rows are keys, follow each other: [two of queries][four of keys][lane][4].
+constant constexpr int BLOCK_SIZE = BLOCK * BLOCK;
+constexpr int in_block(int query, int key, int lane) {
+  return ((query / 16 * (BLOCK / 8) + key / 8) * 32 + lane) * 4 + query / 8 % 2 * 2;
 }
 
 // Simdgroups 0 to 3 make p and dv, simdgroups 4 to 7 dp and dk of the same keys: either holds one sum of [8, D].
 // Simdgroup 4 + i takes p from simdgroup i through `weights`.
-template <int D, bool CAP, typename T, typename Rows, typename Ints>
-void attention_vjp_kv(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
-                      const device T* d_o, Ints first, int q_start, float scale, float cap, Shape shape, device T* dk,
-                      device T* dv, threadgroup T* tiles, threadgroup float* weights, uint3 group, uint simd,
-                      uint lane) {
-  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8;
+template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad, typename W>
+void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
+                         const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
+                         Shape shape, device Grad* dk, device Grad* dv, device W* ds, threadgroup T* tiles,
+                         threadgroup float* weights, uint3 group, uint simd, uint lane) {
+  constexpr int BQ = Tile<T, D>::rows, N = BQ / 8, E = N == 1 ? 2 : 4;
   const Place at(lane);
   const bool makes_dk = simd >= SIMDS;
-  const int k0 = int(group.x) * OWN, k1 = min(k0 + OWN, shape.keys);
-  const int row = k0 + 8 * int(simd % SIMDS) + at.row, key = min(row, k1 - 1);
-  const size_t bg = shape.k_head(group.z, group.y), own = (bg * shape.keys + key) * D;
-  const device T* own_row = (makes_dk ? v : k) + own;
+  const int own = 8 * int(simd % SIMDS), k0 = int(group.x) * KEYS, k1 = min(k0 + KEYS, shape.keys);
+  const int row = k0 + own + at.row, key = min(row, k1 - 1);
+  const size_t bg = shape.k_head(group.z, group.y), at_key = (bg * shape.keys + key) * D;
+  const device T* own_row = (makes_dk ? v : k) + at_key;
   threadgroup T* q_tile = tiles;
   threadgroup T* do_tile = tiles + Tile<T, D>::size;
-  weights += simd % SIMDS * (N * 64) + lane;
-  constexpr int KEPT = kept_of(D, 128);
-  Matrix sum[D / 8], x[N], kept[KEPT + 1];
+  weights += simd % SIMDS * (N * 64) + lane * E;
+  constexpr int KEPT = kept_of<T>(D, 1);
+  Matrix sum[D / 8], x[N];
+  simdgroup_matrix<T, 8, 8> kept[KEPT + 1];
   fill<D / 8>(sum, 0);
-  keep<KEPT>(kept, own_row, at);
+  keep<KEPT, wide_of(D)>(kept, own_row, at);
 
   for (int h = 0; h < shape.share(); ++h) {
-    const size_t bht = shape.q_head(group.z, group.y * shape.share() + h) * shape.queries;
+    const size_t bh = shape.q_head(group.z, group.y * shape.share() + h), bht = bh * shape.queries;
 
-    for (int q0 = max(0, k0 - q_start) / BQ * BQ; q0 < shape.queries; q0 += BQ) {
+    for (int q0 = max(0, k0 - q_start) / BLOCK * BLOCK; q0 < (shape.queries + BLOCK - 1) / BLOCK * BLOCK; q0 += BQ) {
       const int q1 = min(q0 + BQ, shape.queries);
-      if (first[q0] >= k1) break;  // nor does any later query see them
+      if (q0 % BLOCK == 0 && first[q0] >= k1) break;  // nor does any later query see them
       threadgroup_barrier(mem_flags::mem_threadgroup);
       stage<D>(q_tile, q + bht * D, q0, shape.queries, simd, 2 * SIMDS, lane);
       stage<D>(do_tile, d_o + bht * D, q0, shape.queries, simd, 2 * SIMDS, lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
+      const bool seen = q1 > q0 && q_start + q1 > k0 + own && first[q0] < k0 + own + 8;
 
       /// P = exp(S - lse), dP = dO V^T, both transposed
-      product<D, KEPT>(x, own_row, kept, makes_dk ? do_tile : q_tile, at);
+      if (seen) product<D, 1, KEPT>(x, own_row, kept, makes_dk ? do_tile : q_tile, at);
 
       /// dS = P (dP - delta)
-      if (!makes_dk) {
-        const bool edge = first[q1 - 1] > k0 || k0 + OWN > q_start + q0 + 1 || q0 + BQ > shape.queries;
+      if (seen && !makes_dk) {
+        // Rows past the last key lie after every query's position.
+        const bool edge = first[q1 - 1] > k0 + own || k0 + own + 8 > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
-        for (int n = 0; n < N; ++n) {
+        for (int n = 0; n < N; n += E / 2) {
+          vec<float, E> shares;
           UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int col = q0 + 8 * n + at.col + e, t = min(col, shape.queries - 1);
-            float slope, s = score<CAP>(x[n].thread_elements()[e], scale, cap, slope);
+          for (int e = 0; e < E; ++e) {
+            const int col = q0 + 8 * (n + e / 2) + at.col + e % 2, t = min(col, shape.queries - 1);
+            float slope, s = score<CAP>(x[n + e / 2].thread_elements()[e % 2], scale, cap, slope);
             float p = fast::exp(s - lse[bht + t]);
-            if (edge && (key < first[t] || key > q_start + t || col >= shape.queries)) p = 0;
-            x[n].thread_elements()[e] = p;
-            weights[(2 * n + e) * 32] = p * slope;
+            if (edge && (row < first[t] || row > q_start + t || col >= shape.queries)) p = 0;
+            x[n + e / 2].thread_elements()[e % 2] = p;
+            shares[e] = p * slope;
           }
+          write<E>(weights + n * 64, shares);
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (makes_dk) {
+        device W* block = ds + (bh * blocks + size_t(index[k0 / BLOCK] + q0 / BLOCK)) * BLOCK_SIZE;
         UNROLL
-        for (int n = 0; n < N; ++n) {
+        for (int n = 0; n < N; n += E / 2) {
+          vec<W, E> rounded;
           UNROLL
-          for (int e = 0; e < 2; ++e) {
-            const int t = min(q0 + 8 * n + at.col + e, shape.queries - 1);
-            x[n].thread_elements()[e] = weights[(2 * n + e) * 32] * (x[n].thread_elements()[e] - delta[bht + t]);
+          for (int e = 0; e < E; ++e) rounded[e] = W(0.0f);
+          if (seen) {
+            const vec<float, E> shares = read<E>(weights + n * 64);
+            UNROLL
+            for (int e = 0; e < E; ++e) {
+              const int t = min(q0 + 8 * (n + e / 2) + at.col + e % 2, shape.queries - 1);
+              const float x_e = shares[e] * (x[n + e / 2].thread_elements()[e % 2] - delta[bht + t]);
+              x[n + e / 2].thread_elements()[e % 2] = x_e;
+              rounded[e] = W(x_e);
+            }
           }
+          write<E>(block + in_block(q0 % BLOCK + 8 * n, own, lane), rounded);
         }
       }
 
       /// dV += P^T dO, dK += dS^T Q
-      accumulate<D>(sum, x, makes_dk ? q_tile : do_tile, at);
+      if (seen) accumulate<D, 1>(sum, x, makes_dk ? q_tile : do_tile, at);
     }
   }
 
   /// dK scale
-  if (row < k1) store<D>((makes_dk ? dk : dv) + own, sum, makes_dk ? scale : 1, at);
+  if (row < k1) store<D>((makes_dk ? dk : dv) + at_key, sum, makes_dk ? scale : 1, at);
+}
+
+// dQ^T = K^T dS^T: so dS is read as it was written, and dQ's columns are the matrices' rows.
+template <int D, typename T, typename W, typename Ints, typename Index>
+void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
+                        float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
+                        uint lane) {
+  constexpr int BK = Tile<T, D>::rows, WIDE = wide_of(D), C = D / 8, R = queries_blocks(D), ROWS = 8 * R * SIMDS,
+                E = R == 1 ? 2 : 4;
+  const Place at(lane);
+  const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
+  const int own = q0 + 8 * R * int(simd), own_block = own / BLOCK;
+  const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
+  k += bg * shape.keys * D;
+  dq += bh * shape.queries * D;
+  ds += bh * blocks * BLOCK_SIZE;
+  Matrix sum[R * C];
+  fill<R * C>(sum, 0);
+  // Of the keys these have blocks with this simdgroup's queries.
+  const int own_begin = first[min(own_block * BLOCK, q1 - 1)] / BLOCK * BLOCK,
+            own_end = own < q1 ? q_start + (own_block + 1) * BLOCK : 0;
+  const int end = min(q_start + (q1 + BLOCK - 1) / BLOCK * BLOCK, shape.keys);
+
+  for (int k0 = first[q0] / BLOCK * BLOCK; k0 < end; k0 += BK) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    stage<D>(tile, k, k0, shape.keys, simd, SIMDS, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const int from = k0 / BLOCK * BLOCK;
+    if (from < own_begin || from >= own_end) continue;
+
+    /// dQ += dS K
+    const device W* block = ds + size_t(index[k0 / BLOCK] + own_block) * BLOCK_SIZE;
+    UNROLL
+    for (int n = 0; n < BK / 8; ++n) {
+      simdgroup_matrix<W, 8, 8> b[R];
+      UNROLL
+      for (int r = 0; r < R; r += E / 2) {
+        const vec<W, E> shares = read<E>(block + in_block(own % BLOCK + 8 * r, k0 % BLOCK + 8 * n, lane));
+        UNROLL
+        for (int e = 0; e < E; ++e) b[r + e / 2].thread_elements()[e % 2] = shares[e];
+      }
+      UNROLL
+      for (int d = 0; d < C; d += WIDE) {
+        simdgroup_matrix<T, 8, 8> a[WIDE];
+        across<WIDE>(a, tile + 8 * n * Tile<T, D>::stride + 8 * d, Tile<T, D>::stride, at);
+        UNROLL
+        for (int f = 0; f < WIDE; ++f) {
+          UNROLL
+          for (int r = 0; r < R; ++r)
+            simdgroup_multiply_accumulate(sum[r * C + d + f], a[f], b[r], sum[r * C + d + f]);
+        }
+      }
+    }
+  }
+
+  /// dQ scale
+  UNROLL
+  for (int r = 0; r < R; ++r) {
+    UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const int t = own + 8 * r + at.col + e;
+      if (t >= q1) continue;
+      UNROLL
+      for (int d = 0; d < C; d += WIDE) {
+        vec<T, WIDE> some;
+        UNROLL
+        for (int f = 0; f < WIDE; ++f) some[f] = T(sum[r * C + d + f].thread_elements()[e] * scale);
+        write<WIDE>(dq + size_t(t) * D + 8 * d + WIDE * at.row, some);
+      }
+    }
+  }
 }
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T, D and CAP, and ROWS
-// of a group and its THREADS, by which the host counts.
+// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T and D, and ROWS of a group
+// and its THREADS, by which the host counts.
 //: attention: q k v first q_start scale cap -> o lse
-static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
+static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
+              "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention<D, CAP>(
     q, k, v, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), o, lse, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-//: attention_vjp_q: q k v lse delta d_o first q_start scale cap -> dq
-static_assert(ROWS == segtrain::OWN && THREADS == 32 * segtrain::SIMDS, "the host launches other groups");
+//: attention_vjp_kv_ds: q k v lse delta d_o first index blocks q_start scale cap -> dk dv ds
+static_assert(ROWS == segtrain::KEYS && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches other groups");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
-segtrain::attention_vjp_q<D, CAP>(
-    q, k, v, lse, delta, d_o, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), dq, tiles,
-    threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
-//: attention_vjp_kv: q k v lse delta d_o first q_start scale cap -> dk dv
-static_assert(ROWS == segtrain::OWN && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches other groups");
-threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
-threadgroup float weights[segtrain::OWN * segtrain::Tile<T, D>::rows];
-segtrain::attention_vjp_kv<D, CAP>(
-    q, k, v, lse, delta, d_o, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), dk, dv, tiles, weights,
+threadgroup float weights[segtrain::KEYS * segtrain::Tile<T, D>::rows];
+segtrain::attention_vjp_kv_ds<D, CAP>(
+    q, k, v, lse, delta, d_o, first, index, blocks, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), dk, dv, ds,
+    tiles, weights, threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+//: attention_vjp_q_ds: lse k ds first index blocks q_start scale -> dq
+static_assert(ROWS == 8 * segtrain::queries_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
+              "the host launches other groups");
+threadgroup T tile[segtrain::Tile<T, D>::size];
+segtrain::attention_vjp_q_ds<D>(
+    k, ds, first, index, blocks, q_start, scale, segtrain::Shape(lse_shape, k_shape), dq, tile,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

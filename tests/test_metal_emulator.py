@@ -8,12 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from lib import oracle
 from metal_emulator import (
     HERE,
     MetalError,
+    costs,
     emulate,
     kernel_text,
     kernels,
+    mlx_attention,
 )
 
 pytestmark = pytest.mark.acceptance
@@ -69,8 +72,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
     shapes = {"first": (queries,), "lse": (1, 2, queries), "delta": (1, 2, queries)}
     shapes |= dict.fromkeys(("s", "dp"), (2, queries))
     shapes |= dict.fromkeys(("gate", "up", "dy"), (queries,))
-    shapes |= dict.fromkeys(("q_start", "q0", "k0", "nq", "period", "scale", "cap"), ())
-    ints = {"first", "q_start", "q0", "k0", "nq", "period"}
+    shapes |= dict.fromkeys(("q_start", "blocks", "q0", "k0", "nq", "period", "scale", "cap"), ())
+    ints = {"first", "index", "q_start", "blocks", "q0", "k0", "nq", "period"}
     inputs = {
         n: mx.zeros(shapes.get(n, (1, 2, queries, 64)), mx.int32 if n in ints else mx.float16)
         for n in kernel.inputs
@@ -215,11 +218,59 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
             "device_written": 64 * 4,
             "threadgroup_read": 64 * 4 * 2,
             "threadgroup_written": 64 * 4,
+            "device_accesses": 64 * (3 + 1),
             "threadgroup_reads": 64 * 2,
+            "threadgroup_writes": 64,
             "barriers": 1,
             "functions": 64,
+            "conversions": 0,
         }
     ]
+
+
+def test_conversions_are_counted_and_wide_reads_are_one():
+    """Not what the emulator itself does: a new matrix, a product of bfloats."""
+    body = """
+      const device vec<bfloat, 4>* four = reinterpret_cast<const device vec<bfloat, 4>*>(x);
+      const vec<bfloat, 4> own = four[i];
+      simdgroup_matrix<bfloat, 8, 8> a, b;
+      a.thread_elements()[0] = own[0];
+      a.thread_elements()[1] = own[1];
+      b.thread_elements()[0] = own[2];
+      b.thread_elements()[1] = own[3];
+      simdgroup_matrix<float, 8, 8> sum = make_filled_simdgroup_matrix<float, 8, 8>(0);
+      simdgroup_multiply_accumulate(sum, a, b, sum);
+      y[i] = sum.thread_elements()[0] + float(own[0]) + float(bfloat(sum.thread_elements()[1]));
+    """
+    counts = []
+    run(I + body, {"y": 32}, {"x": mx.ones((128,), mx.bfloat16)}, counts=counts)
+    assert counts[0]["conversions"] == 32 * 3
+    assert counts[0]["device_read"] == 32 * 8
+    assert counts[0]["device_accesses"] == 32 * 2
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_attention_of_mlx_runs_here(size):
+    """Its text, as the installed package has it, to be counted beside ours."""
+    rng = np.random.default_rng(2)
+    q, k, v = (mx.array(rng.standard_normal((1, 1, 64, size))).astype(mx.bfloat16) for _ in "qkv")
+    o, lse, counts = mlx_attention.run(q, k, v, size**-0.5)
+    wide = [np.array(x.astype(mx.float32)).astype(np.float64) for x in (q, k, v)]
+    oracle.assert_close("o", values(o), oracle.attention(*wide, scale=size**-0.5), 2.0**-8)
+    s = wide[0] @ wide[1].swapaxes(-1, -2) * size**-0.5
+    seen = np.where(oracle.visible(64, 64), np.exp(s), 0)
+    oracle.assert_close("lse", values(lse), np.log(seen.sum(-1)), 1e-6)
+    assert counts["products"] == (1 + 2) * 32 * 32 * 2 * size / 512
+
+
+def test_the_documentation_has_what_is_counted():
+    """The rows of D = 64, which take the least time, and those of other kernels."""
+    page = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
+    with mx.stream(mx.cpu):
+        tables = [*costs.tables_of((64,)).values(), costs.table_of_others()]
+    lines = [line for table in tables for line in table.split("\n")]
+    assert len(lines) == 3 * 2 + 2 * 6 + 6 + 5
+    assert [line for line in lines if line not in page.split("\n")] == []
 
 
 # ---- planted faults

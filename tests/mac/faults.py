@@ -210,11 +210,11 @@ METAL = [
         "threadgroup T tiles[2 * segtrain::Tile<T, D>::size + 1];", "out of alignment",
     ),
     Text(
-        "other groups than the host's", "attention", "SIMDS = OWN / 8", "SIMDS = OWN / 4",
+        "other groups than the host's", "attention", "int SIMDS = 4;", "int SIMDS = 8;",
         "the host launches other groups",
     ),
     Text(
-        "double", "attention", "l > 0 ? 1 / l : 0, at", "l > 0 ? 1.0 / l : 0.0, at",
+        "double", "attention", "l[r] > 0 ? 1 / l[r] : 0, at", "l[r] > 0 ? 1.0 / l[r] : 0.0, at",
         "implicit conversion (increases floating-point precision|loses floating-point precision)",
     ),
     Text(
@@ -222,7 +222,7 @@ METAL = [
         "y[i] = g * at.s * float(up[i]);", "no viable overloaded '='|implicit conversion loses",
     ),
     Text(
-        "minimum of int and uint", "attention", "min(row, q1 - 1)", "min(row, uint(q1 - 1))",
+        "minimum of int and uint", "attention", "min(row[r], q1 - 1)", "min(row[r], uint(q1 - 1))",
         "call to 'min' is ambiguous",
     ),
     Text(
@@ -238,8 +238,8 @@ METAL = [
         "simd_shuffle_xor(size_t(x), ushort(1))", "call to 'simd_shuffle_xor' is ambiguous",
     ),
     Text(
-        "global variable of no space", "attention", "constant constexpr int OWN = 32,",
-        "int other = 32;\nconstant constexpr int OWN = 32,",
+        "global variable of no space", "attention", "constant constexpr int SIMDS = 4;",
+        "int other = 32;\nconstant constexpr int SIMDS = 4;",
         "is a variable outside of constant memory",
     ),
     Text(

@@ -13,13 +13,13 @@ from metal_emulator.kernels import KERNELS
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 #: csrc/ops/attention/kernel.cpp
 HEADS = (64, 80, 96, 128, 192, 256)
-SCALARS = {"q_start", "q0", "k0", "nq", "period", "scale", "cap"}
+SCALARS = {"q_start", "blocks", "q0", "k0", "nq", "period", "scale", "cap"}
 #: Integers, whatever T is.
-INTS = {"first", "positions", "at", "q_start", "q0", "k0", "nq", "period"}
+INTS = {"first", "index", "positions", "at", "q_start", "blocks", "q0", "k0", "nq", "period"}
 #: float32, whatever T is.
 FLOATS = {"s", "dp", "lse", "delta", "freqs", "args", "scale", "cap"}
 #: Arrays that the host never makes shorter than 8 elements, and those that always are.
-LONG, SHORT = {"first", "positions"}, {"at", "args"}
+LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ class Instance:
         rows = name.startswith("softmax")
         long_ = 1 if self.small else 300
 
+        sums = self.arguments.get("SUM", self.arguments["T"])
+        scores = mx.float32 if self.arguments["T"] == mx.float16 else self.arguments["T"]
+        dtypes = {"lse": mx.float32, "dk": sums, "dv": sums}
+        if name.startswith("attention"):
+            dtypes["ds"] = scores
+
         def array(key: str) -> mx.array:
-            dtype = (
-                mx.int32 if key in INTS else mx.float32 if key in FLOATS else self.arguments["T"]
-            )
+            dtype = dtypes.get(key, self.arguments["T"])
+            dtype = mx.int32 if key in INTS else mx.float32 if key in FLOATS else dtype
             if key in SCALARS:
                 return mx.array(0, dtype)
             if key in SHORT:
@@ -59,10 +64,7 @@ class Instance:
             shape = (1, 1, long_, self.arguments.get("D", 64))
             return mx.zeros(shape[:3] if key in ("lse", "delta") else shape, dtype)
 
-        outputs = {
-            key: ((8,), mx.float32 if key == "lse" else self.arguments["T"])
-            for key in kernel.outputs
-        }
+        outputs = {key: ((8,), dtypes.get(key, self.arguments["T"])) for key in kernel.outputs}
         inputs = {key: array(key) for key in kernel.inputs}
         return kernel_text(name, kernel.source, kernel.header, inputs, outputs, self.arguments)[0]
 
@@ -71,10 +73,16 @@ def instances() -> Iterator[Instance]:
     both = (False, True)
     for dtype, small in product(DTYPES, both):
         for d, cap in product(HEADS, both):
-            for name in ("attention", "attention_vjp_q", "attention_vjp_kv"):
-                threads = 256 if name.endswith("kv") else 128
-                own = {"T": dtype, "D": d, "CAP": cap, "ROWS": 32, "THREADS": threads}
-                yield Instance(name, own, small)
+            own = {"T": dtype, "D": d, "CAP": cap}
+            rows = 64 if d <= 64 else 32
+            yield Instance("attention", own | {"ROWS": rows, "THREADS": 128}, small)
+            for sums in {dtype, mx.float32}:
+                of_keys = own | {"ROWS": 32, "SUM": sums, "THREADS": 256}
+                yield Instance("attention_vjp_kv_ds", of_keys, small)
+        for d in HEADS:
+            rows = 128 if d <= 64 else 64 if d <= 128 else 32
+            own = {"T": dtype, "D": d, "ROWS": rows, "THREADS": 128}
+            yield Instance("attention_vjp_q_ds", own, small)
         for cap, name in product(both, ("softmax_rows", "softmax_vjp_rows")):
             yield Instance(name, {"S": mx.float32, "T": dtype, "CAP": cap, "THREADS": 256}, small)
         for gelu, name in product(both, ("glu", "glu_vjp")):

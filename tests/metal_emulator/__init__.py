@@ -230,9 +230,12 @@ class Counts(ctypes.Structure):
             "device_written",
             "threadgroup_read",
             "threadgroup_written",
+            "device_accesses",
             "threadgroup_reads",
+            "threadgroup_writes",
             "barriers",
             "functions",
+            "conversions",
         )
     )
 
@@ -275,6 +278,14 @@ def to_bytes(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
 
 
+#: What a built kernel exports, after `static void kernel()`.
+EXPORTS = (
+    'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
+    " { return emu::launch(kernel, args, n, *at); }\n"
+    'extern "C" const emu::Counts* counted() { return &emu::machine.counts; }\n'
+)
+
+
 def to_cxx(
     name: str,
     source: str,
@@ -288,10 +299,7 @@ def to_cxx(
     body = rewrite(text, body_begins=len(header))
     return (
         f'#line 1 "{name}"\n{body}\n'
-        f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n"
-        'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
-        " { return emu::launch(kernel, args, n, *at); }\n"
-        'extern "C" const emu::Counts* counted() { return &emu::machine.counts; }\n'
+        f"static void kernel() {{ {full}({', '.join(arguments)}); }}\n{EXPORTS}"
     )
 
 
@@ -313,7 +321,22 @@ def emulate(
     mx arrays come back because NumPy has no bfloat16. Raises MetalError.
     """
     arrays = {k: x if isinstance(x, mx.array) else mx.array(x) for k, x in inputs.items()}
-    library = build(to_cxx(name, source, header, arrays, outputs, template))
+    cxx = to_cxx(name, source, header, arrays, outputs, template)
+    return execute(name, cxx, arrays, outputs, grid, threadgroup, orders, counts)
+
+
+def execute(
+    name: str,
+    cxx: str,
+    arrays: Mapping[str, mx.array],
+    outputs: Outputs,
+    grid: Sequence[int],
+    threadgroup: Sequence[int],
+    orders: Sequence[int],
+    counts: list[dict[str, int]] | None,
+) -> list[mx.array]:
+    """Builds what `to_cxx` gives and runs it: its arguments are `arrays`, then `outputs`."""
+    library = build(cxx)
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:
         raise MetalError(f"{name}: a threadgroup of {math.prod(group)} threads is over 1024")

@@ -38,15 +38,23 @@ constexpr half operator""h(long double x) {
   return static_cast<half>(x);
 }
 
+namespace emu {
+extern int64_t conversions;  ///< of bfloat to float or back
+}
+
 /// As in Metal, a float becomes a bfloat only where the text says so.
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
   explicit bfloat(float x) {
+    ++emu::conversions;
     auto u = std::bit_cast<uint32_t>(x);
     bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
   }
-  operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+  operator float() const {
+    ++emu::conversions;
+    return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+  }
 };
 using bfloat16_t = bfloat;
 
@@ -190,13 +198,15 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
-/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save.
+/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save, but
+/// for constant memory.
 struct Counts {
   int64_t products;                                                            ///< of matrices of 8 × 8
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
-  int64_t threadgroup_reads;                                                   ///< of one lane each
+  int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< of one lane each
   int64_t barriers;                                                            ///< of a threadgroup
-  int64_t functions;  ///< exp, log, tanh and alike, of one lane each
+  int64_t functions;    ///< exp, log, tanh and alike, of one lane each
+  int64_t conversions;  ///< of bfloat to float or back, of one lane each
 };
 
 struct Machine {
@@ -302,8 +312,16 @@ struct ptr<const T, Space> {
     if (at % ptrdiff_t(alignof(T)) || at % std::min<ptrdiff_t>(BYTES, 16))
       fail("%s is cast out of alignment", block->name.c_str());
   }
-  T operator[](ptrdiff_t i) const { return ref<T>{block, at + i * BYTES}; }
+  T operator[](ptrdiff_t i) const {
+    const ref<T> element{block, at + i * BYTES};
+    if constexpr (!std::is_same_v<Space, Constant>) return element;
+    const Counts counts = machine.counts;  // what is constant is read once for all, if at all
+    const T x = element;
+    machine.counts = counts;
+    return x;
+  }
   T operator*() const { return (*this)[0]; }
+  const T* operator->() const { return reinterpret_cast<const T*>(block->data + at); }
   ptr operator+(ptrdiff_t n) const { return {block, at + n * BYTES}; }
   ptr operator-(ptrdiff_t n) const { return {block, at - n * BYTES}; }
   ptrdiff_t operator-(ptr other) const { return (at - other.at) / BYTES; }
@@ -477,7 +495,11 @@ template <typename T, int Cols, int Rows>
 struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
-  simdgroup_matrix() : elements(T(NAN)) {}
+  simdgroup_matrix() {
+    const auto conversions = emu::conversions;  // no text asked for this one
+    elements = vec<T, 2>(T(NAN));
+    emu::conversions = conversions;
+  }
   explicit simdgroup_matrix(T diagonal) {
     const int lane = emu_lane();
     for (int i = 0; i < 2; ++i) elements[i] = emu_row(lane) == emu_col(lane) + i ? diagonal : T(0);
@@ -542,6 +564,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
       "simdgroup_multiply_accumulate", EmuProduct<A, B, C>{a.elements, b.elements, c.elements},
       [](auto in, auto out, int lanes) {
         ++emu::machine.counts.products;
+        const auto conversions = emu::conversions;  // those of the product itself are the unit's
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
@@ -554,6 +577,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
             for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) (*out[l])[i] = D(c[emu_row(l)][emu_col(l) + i]);
+        emu::conversions = conversions;
       },
       where);
 }

@@ -14,6 +14,7 @@
 namespace emu {
 
 Machine machine;
+int64_t conversions;
 
 void fail(const char* format, ...) {
   char text[400];
@@ -63,9 +64,10 @@ static void count(const Block& b, size_t bytes, bool write) {
   Counts& c = machine.counts;
   if (b.kind == Block::SHARED) {
     (write ? c.threadgroup_written : c.threadgroup_read) += bytes;
-    c.threadgroup_reads += !write;
+    ++(write ? c.threadgroup_writes : c.threadgroup_reads);
   } else {
     (write ? c.device_written : c.device_read) += bytes;
+    ++c.device_accesses;
   }
 }
 
@@ -170,6 +172,7 @@ static bool run(void (*kernel)(), const Launch& launch) {
   m.kernel = kernel;
   m.error.clear();
   m.counts = {};
+  conversions = 0;
   std::mt19937 random(launch.order);
   auto vec3 = [](const int* x) { return uint3(x[0], x[1], x[2]); };
   const uint3 grid = vec3(launch.grid), size = vec3(launch.threadgroup);
@@ -242,6 +245,7 @@ const char* launch(void (*kernel)(), const Argument* args, int n, const Launch& 
     if (a->output) b.writers.resize(b.size);
   }
   if (!run(kernel, at)) return machine.error.c_str();
+  machine.counts.conversions = conversions;
   for (int i = 0; i < n; ++i) {
     auto& w = blocks[i].writers;
     auto hole = std::find(w.begin(), w.end(), 0);

@@ -142,6 +142,11 @@ mx::array sum_share(const mx::array& x, const Call& c) {
   return mx::sum(mx::reshape(x, {c.B, c.G, c.share(), c.S, x.shape(3)}, c.s), 2, false, c.s);
 }
 
+mx::array add_rows(const mx::array& sum, const mx::array& part, int begin, mx::StreamOrDevice s) {
+  const mx::Shape from{0, 0, begin, 0}, to{sum.shape(0), sum.shape(1), begin + part.shape(2), sum.shape(3)};
+  return mx::slice_update(sum, mx::add(mx::slice(sum, from, to, s), part, s), from, to, s);
+}
+
 mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o) {
   return mx::sum(mx::multiply(f32(o, c.s), f32(d_o, c.s), c.s), -1, false, c.s);
 }
@@ -314,13 +319,14 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
   if (branch) calls.push_back(call(std::min(branch, queries), shared + branch));
   AttentionCost cost;
   bool gives = true, fused = true;
-  int64_t sums = 0;
+  int64_t sums = 0, written = 0;
   for (const auto& c : calls) {
     const auto way = planned_way(device, c);
     gives = gives && way != "stock";
     fused = fused && way == "hopper" && fused_vjp_fits(c);
     if (fused) sums += fused_vjp_scratch(c);
     cost.saved += static_cast<int64_t>(rows) * heads * c.T * (head * device.size + 4);
+    if (c.device == Gpu::metal && way == "kernel") written = std::max(written, metal_vjp_scratch(c));
     if (c.device != Gpu::none) continue;
     auto own = cpu_attention_cost(c);
     cost.forward += own.forward;
@@ -333,6 +339,7 @@ AttentionCost attention_cost(const Device& device, int rows, int heads, int grou
   else if (device.gpu() != Gpu::none)
     static_cast<OpCost&>(cost) =
         gpu_attention_cost(device, calls[0], groups ? keys : 0, branch ? shared + branch : 0);
+  cost.backward += written;
   return cost;
 }
 

@@ -49,6 +49,9 @@ int64_t fused_vjp_scratch(const Call& c);
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].
 mx::array sum_share(const mx::array& x, const Call& c);
 
+/// sum [B,G,S,d] with part [B,G,n,d] added to its rows from `begin` on.
+mx::array add_rows(const mx::array& sum, const mx::array& part, int begin, mx::StreamOrDevice s);
+
 /// delta = Σ o·do over a row. [B,H,T,Dv] → [B,H,T] float32.
 mx::array row_delta(const Call& c, const mx::array& o, const mx::array& d_o);
 

@@ -234,11 +234,7 @@ class KeySum {
   const mx::array& sum() const { return sum_; }
 
  private:
-  void add(const mx::array& part, int begin) {
-    int end = begin + part.shape(2);
-    sum_ = mx::slice_update(sum_, mx::add(cut(sum_, begin, end, c_), part, c_.s), mx::Shape{0, 0, begin, 0},
-                            mx::Shape{c_.B, c_.G, end, sum_.shape(3)}, c_.s);
-  }
+  void add(const mx::array& part, int begin) { sum_ = add_rows(sum_, part, begin, c_.s); }
 
   const Call& c_;
   mx::array sum_;

@@ -73,27 +73,30 @@ Template gpu_template(const Call& c, int rows = 0) {
 }
 
 int query_rows(const Call& c) {
-  return c.device == Gpu::metal ? METAL_ROWS : CudaTiles(c.D).bq;
+  return c.device == Gpu::metal ? metal_forward_rows(c.D) : CudaTiles(c.D).bq;
 }
 
 Grid query_grid(const Call& c, bool backward) {
-  if (c.device == Gpu::metal) return {{tiles(c.T, METAL_ROWS), c.H, c.B}, 128};
+  if (c.device == Gpu::metal) return {{tiles(c.T, query_rows(c)), c.H, c.B}, 128};
   CudaTiles t(c.D);
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
 
-/// Rows [begin, end) of arrays [B, ·, rows, ...].
-mx::array rows_of(const mx::array& x, std::pair<int, int> part, mx::StreamOrDevice s) {
-  if (part.first == 0 && part.second == x.shape(2)) return x;
+/// [begin, end) along an axis: of heads, 1, or of rows, 2.
+mx::array part_of(const mx::array& x, int axis, std::pair<int, int> part, mx::StreamOrDevice s) {
+  if (part.first == 0 && part.second == x.shape(axis)) return x;
   mx::Shape begin(x.ndim(), 0), end = x.shape();
-  begin[2] = part.first;
-  end[2] = part.second;
+  begin[axis] = part.first;
+  end[axis] = part.second;
   return mx::slice(x, begin, end, s);
 }
+mx::array rows_of(const mx::array& x, std::pair<int, int> part, mx::StreamOrDevice s) {
+  return part_of(x, 2, part, s);
+}
 
-/// What `launches` gives for each part, put together along the rows.
+/// What `launches` gives for each part, put together along an axis.
 template <class Launches>
-Arrays of_parts(const Ranges& parts, const Launches& launches, mx::StreamOrDevice s) {
+Arrays of_parts(const Ranges& parts, int axis, const Launches& launches, mx::StreamOrDevice s) {
   if (parts.size() == 1) return launches(parts[0]);
   std::vector<Arrays> pieces;
   for (const auto& part : parts) {
@@ -102,7 +105,7 @@ Arrays of_parts(const Ranges& parts, const Launches& launches, mx::StreamOrDevic
     for (size_t i = 0; i < made.size(); ++i) pieces[i].push_back(made[i]);
   }
   Arrays whole;
-  for (const auto& piece : pieces) whole.push_back(mx::concatenate(piece, 2, s));
+  for (const auto& piece : pieces) whole.push_back(mx::concatenate(piece, axis, s));
   return whole;
 }
 
@@ -117,34 +120,74 @@ Arrays gpu_forward(const Call& c, const Arrays& x) {
                   {{c.B, c.H, own.T, c.Dv}, {c.B, c.H, own.T}}, {c.dtype, mx::float32},
                   gpu_template(c, query_rows(c)), query_grid(own, false), c.s);
   };
-  return of_parts(c.device == Gpu::metal ? query_parts(c, FORWARD_PRODUCTS) : whole(c.T), part, c.s);
+  return of_parts(c.device == Gpu::metal ? forward_parts(c) : whole(c.T), 2, part, c.s);
 }
 
-/// `values`: of the whole call.
-Arrays metal_vjp(const Call& c, const Arrays& x, const std::map<std::string, mx::array>& values) {
-  auto with = [&](const Call& own, const Arrays& qkv, std::pair<int, int> queries) {
-    auto all = gpu_values(own, qkv, 1);
-    for (const char* name : {"lse", "delta", "d_o"})
-      all.insert({name, rows_of(values.at(name), queries, c.s)});
-    return all;
+/// dq, dk, dv of the queries of one launch; dk and dv in `sums`, of all keys of the call. `x` is q, k, v,
+/// lse, delta, d_o.
+Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
+  const auto blocks = score_blocks(c);
+  const mx::Shape of_q{c.B, c.H, c.T, c.D}, of_k{c.B, c.G, c.S, c.D};
+  if (blocks.count == 0)  // no query sees a key
+    return {mx::zeros(of_q, c.dtype, c.s), mx::zeros(of_k, sums, c.s), mx::zeros(of_k, sums, c.s)};
+  auto values = gpu_values(c, {x[0], x[1], x[2]}, 1);
+  values.insert({{"lse", x[3]},
+                 {"delta", x[4]},
+                 {"d_o", x[5]},
+                 {"index", device_ints(blocks.index)},
+                 {"blocks", mx::array(blocks.count, mx::int32)}});
+  auto with_sums = gpu_template(c, METAL_ROWS);
+  with_sums.push_back({"SUM", sums});
+  const auto kept = metal_score_dtype(c.dtype);
+  auto of_keys = launch("attention_vjp_kv_ds", values, {of_k, of_k, {c.B * c.H, blocks.count, SCORE_BLOCK}},
+                        {sums, sums, kept}, with_sums, {{tiles(c.S, METAL_ROWS), c.G, c.B}, 256}, c.s);
+  values.insert({"ds", of_keys[2]});
+  const int rows = metal_vjp_rows(c.D);
+  auto dq = launch("attention_vjp_q_ds", values, {of_q}, {c.dtype},
+                   {{"T", c.dtype}, {"D", c.D}, {"ROWS", rows}}, {{tiles(c.T, rows), c.H, c.B}, 128}, c.s);
+  // Who asks for dk first shall not have the dS of all launches waiting for dq.
+  auto sum = mx::depends({of_keys[0], of_keys[1]}, {dq[0]});
+  return {dq[0], sum[0], sum[1]};
+}
+
+/// dq, dk, dv. Ranges of queries follow each other, so that only one has its dS at a time.
+Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
+  if (parts.size() == 1) return metal_vjp_launches(c, x, c.dtype);
+  auto zero = mx::zeros({c.B, c.G, c.S, c.D}, mx::float32, c.s), dk = zero, dv = zero;
+  Arrays dqs;
+  for (const auto& queries : parts) {
+    if (!dqs.empty()) x[0] = mx::depends({x[0]}, {dqs.back(), dk, dv})[0];
+    const auto keys = keys_of_queries(c, queries);
+    Arrays own = x;
+    for (int i : {0, 3, 4, 5}) own[i] = rows_of(x[i], queries, c.s);
+    for (int i : {1, 2}) own[i] = rows_of(x[i], keys, c.s);
+    auto made = metal_vjp_launches(of_keys(of_queries(c, queries), keys), own, mx::float32);
+    dqs.push_back(made[0]);
+    dk = add_rows(dk, made[1], keys.first, c.s);
+    dv = add_rows(dv, made[2], keys.first, c.s);
+  }
+  return {mx::concatenate(dqs, 2, c.s), dk, dv};
+}
+
+/// `x` is q, k, v, lse, delta, d_o.
+Arrays metal_vjp(const Call& c, const Arrays& x) {
+  // A few groups of heads at a time, where all of them at once would leave each launch few queries.
+  int groups = c.G;
+  auto parts = vjp_parts(c);
+  while (groups % 2 == 0 && parts.size() > 1 && c.T < 1024 * static_cast<int>(parts.size())) {
+    groups /= 2;
+    parts = vjp_parts(of_groups(c, groups));
+  }
+  Ranges heads;
+  for (int g = 0; g < c.G; g += groups) heads.push_back({g, g + groups});
+  auto some = [&](std::pair<int, int> part) {
+    const std::pair<int, int> of_q{part.first * c.share(), part.second * c.share()};
+    Arrays own;
+    for (size_t i = 0; i < x.size(); ++i)
+      own.push_back(part_of(x[i], 1, i == 1 || i == 2 ? part : of_q, c.s));
+    return metal_vjp_of_heads(of_groups(c, groups), own, parts);
   };
-  auto dq = [&](std::pair<int, int> queries) {
-    const Call own = of_queries(c, queries);
-    return launch("attention_vjp_q", with(own, {rows_of(x[0], queries, c.s), x[1], x[2]}, queries),
-                  {{c.B, c.H, own.T, c.D}}, {c.dtype}, gpu_template(c, METAL_ROWS), query_grid(own, true),
-                  c.s);
-  };
-  auto dkv = [&](std::pair<int, int> keys) {
-    const Call own = of_keys(c, keys);
-    const mx::Shape shape{c.B, c.G, own.S, c.D};
-    return launch("attention_vjp_kv",
-                  with(own, {x[0], rows_of(x[1], keys, c.s), rows_of(x[2], keys, c.s)}, {0, c.T}),
-                  {shape, shape}, {c.dtype, c.dtype}, gpu_template(c, METAL_ROWS),
-                  {{tiles(own.S, METAL_ROWS), c.G, c.B}, 256}, c.s);
-  };
-  auto of_q = of_parts(query_parts(c, DQ_PRODUCTS), dq, c.s);
-  auto of_kv = of_parts(key_parts(c, DKV_PRODUCTS), dkv, c.s);
-  return {of_q[0], of_kv[0], of_kv[1]};
+  return of_parts(heads, 1, some, c.s);
 }
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
@@ -163,7 +206,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
                      : launch("attention_delta", values, {{c.B, c.H, c.T}}, {mx::float32}, gpu_template(c),
                               {{tiles(c.B * c.H * c.T, 8), 1, 1}, 256}, c.s)[0];
   values.insert({"delta", delta});
-  if (metal) return metal_vjp(c, x, values);
+  if (metal) return metal_vjp(c, {x[0], x[1], x[2], lse, delta, values.at("d_o")});
   auto dq = launch("attention_vjp_q", values, {{c.B, c.H, c.T, c.D}}, {c.dtype}, gpu_template(c, t.bq),
                    query_grid(c, true), c.s)[0];
   auto dtype = parts > 1 ? mx::float32 : c.dtype;

@@ -19,16 +19,18 @@ double seconds(const Call& c, int products, double pairs) {
   return pairs * products * c.D * c.H * c.B / M1_RATE;
 }
 
-/// Neighbouring groups of METAL_ROWS of n rows, as many together as fit; `pairs(begin, end)` of a group: how
-/// many scores it makes for one head.
-template <class Pairs>
-Ranges grouped(const Call& c, int products, int n, const Pairs& pairs) {
+/// Neighbouring groups of `unit` queries, as many together as fit into the time and into `bytes`. The scores
+/// that a group makes for one head, of each of which `each` bytes are written down, are counted whole.
+Ranges grouped(const Call& c, int unit, int products, int64_t bytes, int64_t each) {
   Ranges parts;
   double sum = 0;
-  for (int begin = 0; begin < n; begin += METAL_ROWS) {
-    const int end = std::min(begin + METAL_ROWS, n);
-    const double own = seconds(c, products, pairs(begin, end));
-    if (parts.empty() || sum + own > longest) {
+  for (int begin = 0; begin < c.T; begin += unit) {
+    const int end = std::min(begin + unit, c.T);
+    // Keys from the first that a query of the group sees to the last, for each of the group's rows.
+    const double pairs = static_cast<double>(unit) * std::max(0, c.q_start + end - c.first[begin]);
+    const double own = std::max(seconds(c, products, pairs) / longest,
+                                pairs * c.H * c.B * static_cast<double>(each) / static_cast<double>(bytes));
+    if (parts.empty() || !(sum + own <= 1)) {  // longest may be 0
       parts.push_back({begin, end});
       sum = own;
     } else {
@@ -37,19 +39,6 @@ Ranges grouped(const Call& c, int products, int n, const Pairs& pairs) {
     }
   }
   return parts;
-}
-
-/// Keys from the first that a query of the group sees to the last, for each of the group's rows.
-double pairs_of_queries(const Call& c, int begin, int end) {
-  return static_cast<double>(METAL_ROWS) * std::max(0, c.q_start + end - c.first[begin]);
-}
-
-/// Queries from the first that is not before the group's keys to the last that sees one, for each of its
-/// rows.
-double pairs_of_keys(const Call& c, int begin, int end) {
-  const auto after = std::lower_bound(c.first.begin(), c.first.end(), end) - c.first.begin();
-  const auto from = std::max(0, begin - c.q_start);
-  return static_cast<double>(METAL_ROWS) * std::max<double>(0, static_cast<double>(after - from));
 }
 
 }  // namespace
@@ -71,12 +60,41 @@ double m1s_of_gpu() {
   return many;
 }
 
-Ranges query_parts(const Call& c, int products) {
-  return grouped(c, products, c.T, [&](int begin, int end) { return pairs_of_queries(c, begin, end); });
+Ranges forward_parts(const Call& c) {
+  return grouped(c, metal_forward_rows(c.D), FORWARD_PRODUCTS, SCORE_BYTES, 0);
 }
 
-Ranges key_parts(const Call& c, int products) {
-  return grouped(c, products, c.S, [&](int begin, int end) { return pairs_of_keys(c, begin, end); });
+Ranges vjp_parts(const Call& c) {
+  return grouped(c, metal_vjp_rows(c.D), DKV_PRODUCTS, SCORE_BYTES,
+                 static_cast<int64_t>(mx::size_of(metal_score_dtype(c.dtype))));
+}
+
+mx::Dtype metal_score_dtype(mx::Dtype dtype) {
+  return dtype == mx::float16 ? mx::float32 : dtype;
+}
+
+ScoreBlocks score_blocks(const Call& c) {
+  ScoreBlocks blocks;
+  for (int key = 0; key < c.S; key += METAL_ROWS) {
+    // A block's queries see its keys if the first of them sees none after all of these.
+    const int from = std::max(0, key - c.q_start) / METAL_ROWS, end = std::min(key + METAL_ROWS, c.S);
+    int to = from;
+    while (to * METAL_ROWS < c.T && c.first[to * METAL_ROWS] < end) ++to;
+    blocks.index.push_back(blocks.count - from);
+    blocks.count += to - from;
+  }
+  blocks.index.resize(std::max<size_t>(blocks.index.size(), 8));
+  return blocks;
+}
+
+int64_t metal_vjp_scratch(const Call& c) {
+  const int64_t keys = std::min<int64_t>(c.S, (c.window ? c.window : c.S) + metal_vjp_rows(c.D));
+  return std::min(SCORE_BYTES, int64_t{4} * c.B * c.H * c.T * keys);
+}
+
+std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries) {
+  const int first = std::min(c.first[queries.first], c.q_start + queries.first);
+  return {first / METAL_ROWS * METAL_ROWS, c.q_start + queries.second};
 }
 
 Call of_queries(const Call& c, std::pair<int, int> part) {
@@ -92,6 +110,13 @@ Call of_keys(const Call& c, std::pair<int, int> part) {
   own.S = part.second - part.first;
   own.q_start -= part.first;
   for (auto& key : own.first) key -= part.first;
+  return own;
+}
+
+Call of_groups(const Call& c, int groups) {
+  Call own = c;
+  own.H = groups * c.share();
+  own.G = groups;
   return own;
 }
 
