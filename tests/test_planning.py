@@ -359,7 +359,9 @@ def test_predicted_peak_is_the_measured_one(packed):
         losses.add(loss.item())
         mx.set_memory_limit(limit)
         measured = mx.get_peak_memory() - others
-        assert -0.02 < plan.peak / measured - 1 < 0.05, plan
+        # On a CPU MLX waits for tasks of ten ops each: of packed rows, whose ops are more, the host
+        # may have allocated for some that no task counts yet.
+        assert (-0.03 if packed else -0.02) < plan.peak / measured - 1 < 0.05, plan
     assert len(losses) == 1
 
 
