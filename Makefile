@@ -15,10 +15,8 @@ PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
 # A file's tests share servers and trained models, so one process runs them all, in the order of conftest.py: slow files
-# first. One process more than there are cores, because many tests wait for a server or a browser. torch gets one thread
-# beside the others.
-WORKERS = $(shell $(PYTHON) -c 'import os; print(min(5, os.cpu_count() + 1))')
-IN_PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# first. torch gets one thread beside the others.
+IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
 # What `pip install` gets of the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
