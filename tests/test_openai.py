@@ -636,7 +636,7 @@ def test_no_model_and_a_job_that_trains(folder, said):
         assert ask(server).choices
         server.trains = True
         answer = server.http.post("/v1/chat/completions", json=CHAT)
-        check(answer, 503, "waits for a training job")
+        check(answer, 503, "is waiting for a training job")
         assert answer.headers["retry-after"] == "30"
         assert server.http.get("/v1/models").json()["data"]
 

@@ -179,7 +179,11 @@ def test_a_column_that_is_missing():
     [
         ({"rewards": ["exact:answer"]}, {"other": 1}, 'f:2: the row has no column "answer"'),
         ({"rewards": ["length:1", "number:n"]}, {}, 'no column "n", which the reward number:n'),
-        ({}, {"completions": 1}, 'f:2: the row has a column "completions", but rewards get'),
+        (
+            {},
+            {"completions": 1},
+            'f:2: the row has a column "completions", but rewards get another',
+        ),
         ({}, {"prompts": 1}, 'a column "prompts"'),
         ({}, {"completion_tokens": 1}, 'a column "completion_tokens"'),
         ({"reward_command": "true"}, {"completion": 1}, 'a column "completion"'),

@@ -234,7 +234,7 @@ def _given(
         elif config is None:
             raise InputError(
                 "model_dir is missing: the tokenizer does not say which folder it was loaded from, "
-                "so pass model_dir too."
+                "so pass model_dir as well."
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):

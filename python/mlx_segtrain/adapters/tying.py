@@ -74,8 +74,8 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if heads and not folder.peft:
         raise InputError(
-            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: its "
-            "embedding is its head."
+            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: it "
+            "uses the embedding as its head."
         )
     if heads and not embeds:
         raise InputError(
@@ -120,8 +120,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
     tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, but {base.folder} has no separate head: its embedding is its "
-            "head."
+            f"'{heads[0]}' is a head, but {base.folder} has no separate head: it uses the "
+            "embedding as its head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no separate head" if tied else "a separate head"

@@ -102,7 +102,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step, as probe measures it, to estimate the time of an epoch",
+        help="seconds per step, as measured by probe, to estimate the time of an epoch",
     )
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
@@ -174,15 +174,15 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
-        help="what happens to requests while a job computes. Default: serve.",
+        help="what happens to requests while a job is computing. Default: serve.",
     )
     added.add_argument(
         "--prompt-cache-gb",
         type=float,
         default=1.0,
         metavar="GB",
-        help="memory for prompts that later requests begin with, in 10⁹ bytes; free while a job "
-        "computes. Default: 1.",
+        help="memory for cached beginnings of prompts, in 10⁹ bytes; freed while a job is "
+        "computing. Default: 1.",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
@@ -280,7 +280,7 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("mlx_segtrain"):
-            raise  # a bug of ours: installing packages would not help
+            raise  # our own bug: installing packages would not help
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'

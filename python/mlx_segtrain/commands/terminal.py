@@ -150,7 +150,7 @@ class Terminal:
             return
         try:
             show(what)
-        except (OSError, SystemExit):  # rich raises SystemExit if nobody reads a pipe
+        except (OSError, SystemExit):  # rich raises SystemExit if a pipe is closed
             self.gone = True
 
     def _say(self, text: str) -> None:

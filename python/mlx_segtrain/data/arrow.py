@@ -68,7 +68,7 @@ def blocks_of(
 
 def _of_json(batch: Any, schema: Any) -> Any:
     """Replaces columns of types that JSON does not have, such as images, with booleans: whether
-    there is a value. Nothing reads the values, and their size is unknown."""
+    there is a value. The values are not needed, and their size is unknown."""
     fields, columns = [], []
     for field in schema:
         place = batch.schema.get_field_index(field.name)

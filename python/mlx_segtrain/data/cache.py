@@ -266,7 +266,7 @@ def _all_done(
                     return
                 if index not in have:
                     yield index, block, store and _file(store, index)
-        except InputError as error:  # reported later, since an earlier row may have a fault too
+        except InputError as error:  # reported later, since an earlier row may also have a fault
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
@@ -350,7 +350,7 @@ class _Progress:
         self.tell(
             events.warning(
                 f"the tokens of {self.source.name} cannot be cached in {folder()} ({reason}): they "
-                "stay in memory and are computed again next time"
+                "stay in memory and will be recomputed next time"
             )
         )
 

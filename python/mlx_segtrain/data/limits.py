@@ -13,7 +13,8 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens
-#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects count too.
+#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects also
+#: count.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block

@@ -140,7 +140,7 @@ Opened = tuple[Any, Iterator[tuple[Any, int]]]
 
 
 def _parquet(file: Any, name: str, size: int) -> Opened:
-    """Opens a Parquet file. Its batches lack columns of which nothing reads the values, such as
+    """Opens a Parquet file. Its batches lack columns whose values are not needed, such as
     images, if these have a value in every row."""
     import pyarrow.parquet as pq
 
@@ -151,7 +151,7 @@ def _parquet(file: Any, name: str, size: int) -> Opened:
     check_columns(name, metadata.num_columns)
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
-        raise ValueError("its numbers of rows are wrong")
+        raise ValueError("its row counts are wrong")
     check_growth(name, VALUE * total, size)
     schema, full = reader.schema_arrow, set[str]()
     if not any("." in own for own in schema.names):  # the paths of leaves would be ambiguous

@@ -184,8 +184,8 @@ class LoRAEmbedding(LoRALinear):
 
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
-    """Replaces the linear layer or embedding at `path` below `parent` with a module of ours, which
-    has no update yet; one of ours stays."""
+    """Replaces the linear layer or embedding at `path` below `parent` with one of our modules,
+    which has no update yet, unless it is one already."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:

@@ -149,7 +149,7 @@ class _Experts(Mlp):
     """The dense MLP and the experts side by side; router and experts are frozen.
 
     Gradients flow through the experts and the weights of the router, not through its choice, which
-    some versions of mlx-lm's own router would differentiate too.
+    some versions of mlx-lm's own router would also differentiate.
     """
 
     layer: Any = None

@@ -294,8 +294,8 @@ class Layer:
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
-    factor: mx.array | None = None  #: one number
-    #: Takes the tokens [B, T], too, from which it makes an input of the width `own_input`.
+    factor: mx.array | None = None  #: a scalar
+    #: Also takes the tokens [B, T], from which it computes an input of the width `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
     donor: str | None = None
@@ -435,7 +435,7 @@ def chain(
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
-    # The layers' own inputs are made from the embedding, too.
+    # The layers' own inputs are also computed from the embedding.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head

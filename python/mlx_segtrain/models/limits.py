@@ -11,7 +11,7 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens has 40 MB.
+#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens takes 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts of a layer.

@@ -16,7 +16,7 @@ from ..files import read_json
 from ..lora.paths import spellings
 from ..safetensors import FLOATS, Tensors, read_header
 
-#: Maximum numbers of tensors and layers of a model.
+#: Maximum number of tensors and of layers in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
 #: MLX's modes whose scales are not floating-point numbers, with their bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}

@@ -104,7 +104,7 @@ def _face(
 
 
 def upload(x: np.ndarray) -> mx.array:
-    """Copies an array to the device: as int32, or as float32 if its numbers are not integers.
+    """Copies an array to the device: as int32, or as float32 if its values are not integers.
 
     On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may not be finished when
     this returns.
@@ -179,7 +179,7 @@ def attention_forward(
 ) -> list[mx.array]:
     """Returns the `saved` of `attention` with these options: o, and what its backward pass needs.
 
-    It has no gradient, and is empty if the implementation that serves the call has nothing to save
+    It has no gradient, and is empty if the chosen implementation has nothing to save
     (`stock`).
     """
     _check_device()
@@ -240,7 +240,7 @@ def add_rms_norm(
     """y = (h + rms_norm(x))·factor, as at the end of a layer's branch. h, x, y [..., H], weight
     [H].
 
-    `factor` is an array of one number; it and the weight are frozen, without gradient. On CUDA
+    `factor` is an array of one element; it and the weight are frozen, without gradient. On CUDA
     there is one kernel per direction.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)

@@ -50,7 +50,7 @@ class Environments:
                 raise TypeError("it has no method reset")
             tools = [] if callable(getattr(own, "step", None)) else _tools_of(own)
             if not tools and not hasattr(own, "step"):
-                raise TypeError("it has neither a method step nor a public method, which is a tool")
+                raise TypeError("it has neither a method step nor a public method to use as a tool")
         except Exception as error:  # the user's class may fail in any way
             raise InputError(
                 f"environment: {config.environment} cannot be used ({reason(error, 300)}).",

@@ -117,7 +117,7 @@ class RunLog:
         """Checks, before a write, that the folder exists and belongs to this run.
 
         If it was deleted, recreates it with the whole log. Raises OSError if that fails, and
-        RunError if another run uses a folder of this name.
+        RunError if another run is using a folder of this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)

@@ -346,7 +346,8 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                # In a pipeline other ranks wait for transfers, so the part cannot be repeated.
+                # In a pipeline, other ranks are waiting for transfers, so the part cannot be
+                # repeated.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
             # Outside of the handler, because the exception's frames hold arrays of the step.

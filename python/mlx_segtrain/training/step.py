@@ -49,7 +49,7 @@ class Stepper:
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    #: The peak in bytes of generating completions, if the method generates.
+    #: The peak in bytes while completions are generated, if the method generates.
     rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

@@ -50,7 +50,7 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: How many times each rank has started or stopped to wait; whether this one is waiting.
+        #: How many times each rank has started or stopped waiting; whether this one is waiting.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
         #: Ranks that left at the end of the run, and when this rank received that message.

@@ -41,22 +41,23 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most requests that generate at once, and that wait.
+#: Maximum number of requests that are generating, and of requests that are waiting.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: Seconds of a request's turn while others wait: then it waits and keeps its cache, up to this many
-#: caches. Seconds after which a request that has not started is refused.
+#: Seconds of a request's turn while others are waiting: then it waits and keeps its cache, up to
+#: this many caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which loading a model waits for running answers, and for which loading is refused
-#: after it has waited in vain: no request can start while it waits.
+#: Seconds for which loading a model waits for answers in progress, and for which loading is refused
+#: after it has waited in vain: no request can start while it is waiting.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: The most tokens of a prompt that are computed at once, and the fewest while answers are decoded.
+#: Maximum tokens of a prompt that are computed at once, and minimum while answers are being
+#: decoded.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
 #: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: The most mounted adapters, and the most bytes of all of them.
+#: Maximum number of mounted adapters, and of bytes for all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
-#: The most cached prompts.
+#: Maximum number of cached prompts.
 MOST_PROMPTS = 32
 
 #: The pool for tokenizers, which are loaded before their model.
@@ -134,7 +135,7 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # in a thread: closing waits for a tokenizer that still loads
+        except BaseException:  # in a thread: closing waits for a tokenizer that is still loading
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
@@ -184,7 +185,7 @@ class Engine:
         """Returns the answer to a prompt, piece by piece; call it in a running event loop.
 
         Raises InputError if the prompt is empty, too long, or has unknown tokens, and Busy if too
-        many requests wait.
+        many requests are waiting.
         """
         base = selected.base
         base.check(prompt, options.logit_bias)

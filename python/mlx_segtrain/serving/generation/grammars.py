@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import InputError
 
-#: The most characters of a grammar, and the most places where a rule, a group or a subschema may
+#: Maximum number of characters in a grammar, and of places where a rule, a group or a subschema may
 #: start. llguidance recurses from each to the next, and a stack overflow kills the process: a stack
 #: of 8 MB suffices for about 2000.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000

@@ -31,13 +31,13 @@ from .store import now as clock
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most jobs at once that do not compute.
+#: Maximum number of running jobs that do not need the accelerator.
 OTHERS = 2
-#: The most waiting jobs.
+#: Maximum number of jobs that are running or waiting.
 LONGEST_QUEUE = 200
 #: Seconds between checks of a running job.
 POLL_S = 0.1
-#: The most characters of a message or an error in a row.
+#: Maximum characters of a message or an error in a row.
 LONGEST_TEXT = 4000
 #: Seconds after which another cancellation kills the job.
 KILLED_AFTER_S = 10.0
@@ -53,7 +53,7 @@ class Conflict(InputError):
 
 @dataclass
 class Live:
-    """A job that waits or runs. `changed` is set, and replaced, at every change."""
+    """A job that is waiting or running. `changed` is set, and replaced, at every change."""
 
     pid: int | None = None
     interrupted: float = 0.0  #: the time of the first signal
@@ -236,7 +236,8 @@ class Jobs:
         """Raises InputError if the queue is full, Conflict if a live job writes to `output`."""
         if len(self.live) >= LONGEST_QUEUE:
             raise InputError(
-                f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
+                f"{LONGEST_QUEUE} jobs are running or waiting: cancel some, or try again later.",
+                status=429,
             )
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):

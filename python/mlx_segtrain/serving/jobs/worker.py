@@ -25,7 +25,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: The most printed characters that are logged: per line, and per job.
+#: Maximum number of printed characters that are logged: per line, and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 

@@ -106,7 +106,7 @@ export default async function after(row, values, schema) {
       "Merge both", () => {
         if (other.value === null) throw new Error("choose the other adapter.");
         const scales = [own, its].map(({ value }) => Number(value.trim() || 1));
-        if (!scales.every(Number.isFinite)) throw new Error("a weight is a number, as 0.5.");
+        if (!scales.every(Number.isFinite)) throw new Error("a weight must be a number, such as 0.5.");
         const both = { adapter_a: adapter, adapter_b: other.value };
         return [["/api/finetune/merge", { ...both, scales, output_dir: given() }]];
       });
@@ -131,7 +131,7 @@ export default async function after(row, values, schema) {
     h("div.actions", button("Chat with it", () => location.assign(chat), "primary"),
       h("a.button", { href: archive("adapters", adapter), download: "" }, "Download")),
     h("div", evaluate(), fold(), exported(), merge(),
-      expansion("Push to the Hugging Face hub", "a repository of yours",
+      expansion("Push to the Hugging Face hub", "to your own repository",
         await pushing(adapter, refresh), "after")),
     jobs,
   ];

@@ -96,7 +96,7 @@ export default async function library(main) {
     const bring = h("form.row-line", { novalidate: true, onsubmit: (event) => {
       event.preventDefault();
       fails(async () => {
-        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, as org/name.");
+        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, such as org/name.");
         await download(own.moved, name.value.trim(), own.hub);
       })();
     } }, field("Name on the Hugging Face hub", name), button("Download", null));
@@ -141,7 +141,7 @@ export default async function library(main) {
     if (!path.startsWith(`${uploads}/${kind}/`)) return null;
     const act = own.try(() => api(`/api/${kind}/${tail(path)}`, undefined, { method: "DELETE" }));
     const ask = async () => {
-      if (await confirm(`Delete ${tail(path)}?`, `${path} is removed from the server.`, "Delete it")) act();
+      if (await confirm(`Delete ${tail(path)}?`, `${path} will be deleted from the server.`, "Delete it")) act();
     };
     return h("button.small.danger", { type: "button", "aria-label": `Delete ${tail(path)}`, onclick: ask }, "Delete");
   }

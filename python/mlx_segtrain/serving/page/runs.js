@@ -17,7 +17,7 @@ const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "
 const lower = (a, b) => (b[1] < a[1] ? b : a);
 const higher = (a, b) => (b[1] > a[1] ? b : a);
 
-// A curve of any length; a long one is drawn in buckets of equal numbers of points.
+// A curve of any length; a long one is drawn in buckets with the same number of points.
 export class Curve {
   all = [];
 
