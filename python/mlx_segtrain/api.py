@@ -259,7 +259,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Provides the receivers of events and of steps, with a progress bar if somebody sees it."""
+    """Provides the receivers of events and of steps, with a progress bar if it would be visible."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook

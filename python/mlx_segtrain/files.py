@@ -296,7 +296,7 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns numbers of which at least one differs after a file has changed: programs can set the
+    """Returns values of which at least one differs after a file has changed: programs can set the
     modification time, but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns

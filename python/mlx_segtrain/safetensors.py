@@ -19,7 +19,7 @@ from .files import open_regular
 #: By tensor name: the dtype as safetensors writes it (U32, BF16, …) and the shape.
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-#: Bytes of a number, by dtype.
+#: Bytes per element, by dtype.
 SIZES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},

@@ -35,7 +35,7 @@ def blocks_of(
     """Yields the blocks of record batches. Each batch comes with the number of bytes of the file
     that have been read so far; `size` is that of the file, None for a table in memory.
 
-    Columns of `schema` that a batch lacks have a value in every row, which nothing needs. Raises
+    Columns of `schema` that a batch lacks have a value in every row, which is not needed. Raises
     InputError for a batch that is not well formed, and for a decompression bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0

@@ -482,7 +482,7 @@ def _labelled_chat(key: str) -> Format:
 
 
 PLAIN = ("prompt", "completion")
-#: Every format, by name; a row has the first whose marks it has.
+#: Every format, by name; a row has the first format whose marks it has.
 FORMATS: dict[str, Format] = {
     "preference": Format(
         _check_pair,

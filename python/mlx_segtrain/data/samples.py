@@ -59,7 +59,7 @@ def count(source: Source, options: Options) -> Counter[str]:
     records = (own for block in source.blocks() for own in records_of(block, options, first))
     found = Counter(record.format for record in records)
     if not found:
-        raise InputError(f"{source.name} has no rows; put some there.")
+        raise InputError(f"{source.name} has no rows; add some.")
     return found
 
 

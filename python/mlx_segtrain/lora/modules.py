@@ -22,7 +22,7 @@ MOST_CASTS = 8
 
 
 def few(rows: int) -> bool:
-    """Returns whether a GPU computes this many rows, such as those of a step of generation, sooner
+    """Returns whether a GPU computes this many rows, such as those of a step of generation, faster
     with MLX's own products."""
     return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 

@@ -33,7 +33,7 @@ class ModelShape:
     outer: tuple[str, ...]  #: paths of the adaptable ones of embedding and separate head
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: bits of quantized linear layers, by path
-    float_size: int  #: bytes of a floating-point number in the weights
+    float_size: int  #: bytes of a floating-point element in the weights
     tensors: Tensors
     max_length: int | None
 

@@ -160,8 +160,8 @@ class Attention:
         """Maps x [B, T, H] to the output of the last `rows` rows [B, rows, H], and keys and values
         [B, G, T, D].
 
-        `given` keys and values of another layer replace those of x. The third result is to be kept
-        and passed as `saved` when this is recomputed.
+        `given` keys and values of another layer replace those of x. Pass the third result as
+        `saved` when this is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream

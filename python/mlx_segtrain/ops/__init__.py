@@ -1,9 +1,10 @@
 """Differentiable ops of a transformer layer, each with a hand-written backward pass.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
-width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that serves
-the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the
-reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
+width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that
+supports the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with
+the reason if it does not support the call. Wrong shapes and dtypes raise ValueError when the graph
+is built.
 """
 
 import functools

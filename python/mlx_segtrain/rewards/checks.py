@@ -1,4 +1,4 @@
-"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no code of others."""
+"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no untrusted code."""
 
 import json
 import math

@@ -384,7 +384,8 @@ class Service:
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """Checks the paths of a job that starts: the roots may have changed since it was queued."""
+        """Checks the paths of a job before it starts: the roots may have changed since it was
+        queued."""
         for name in JOB_PATHS:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:

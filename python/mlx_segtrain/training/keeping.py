@@ -50,7 +50,8 @@ class Keeper:
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
             raise InputError(
-                f"adapter_path {path} was used by another run while this one loaded: start again."
+                f"adapter_path {path} was used by another run while this one was loading: start "
+                "again."
             )
         try:
             for folder in (path, path / "best", path / "checkpoints", path / checkpoint.STATE):

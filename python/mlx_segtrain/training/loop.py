@@ -203,8 +203,8 @@ def warnings_only(tell: events.OnEvent) -> events.OnEvent:
 
 @dataclass
 class Run:
-    """A run whose model is loaded and whose folder is locked. Signals may end it while it computes
-    (`interrupts.allowed`), but not while it changes its state or writes."""
+    """A run whose model is loaded and whose folder is locked. Signals may end it while it is
+    computing (`interrupts.allowed`), but not while it is changing its state or writing."""
 
     config: TrainConfig
     setup: Setup

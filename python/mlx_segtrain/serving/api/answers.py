@@ -94,7 +94,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed the answers differ, but repeat
+                for i in range(body.n or 1):  # with a seed they differ, but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)

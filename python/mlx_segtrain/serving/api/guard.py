@@ -243,7 +243,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads and drops the rest: otherwise a client that still sends would get no answer."""
+        """Drops the rest: otherwise a client that is still sending would get no answer."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):

@@ -1,4 +1,4 @@
-"""/api: the routes for training, data, models and jobs (docs/http.md)."""
+"""/api: the routes for training, data, models and jobs (docs/serving.md)."""
 
 import json
 from collections.abc import AsyncIterator
@@ -230,7 +230,7 @@ async def has_hf_token(service: Used) -> forms.HasHfToken:
 
 @router.post("/api/settings/hf-token", tags=["server"])
 async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
-    """Sets the hub token while the server runs; it is not written to disk."""
+    """Sets the hub token until the server stops; it is not written to disk."""
     service.jobs.environment["HF_TOKEN"] = body.token
     return forms.Answer()
 

@@ -82,7 +82,7 @@ class Ended(RunError):
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: whether it waits until nothing generates
+    alone: bool = False  #: whether it waits until no answer is being generated
     since: float = field(default_factory=time.monotonic)
 
 
@@ -125,9 +125,10 @@ class Engine:
     # Called from an event loop
 
     async def load(self, model_dir: Path) -> Base:
-        """Replaces the base model once nothing generates, and drops adapters and cached prompts.
+        """Replaces the base model once no answer is being generated, and drops adapters and cached
+        prompts.
 
-        Raises InputError if the new model cannot be read: the old one stays then.
+        Raises InputError if the new model cannot be read: then the old one stays.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -202,7 +203,7 @@ class Engine:
         return Generation(request.outbox)
 
     async def tidy(self) -> None:
-        """Returns freed memory to the system, unless something generates."""
+        """Returns freed memory to the system, unless an answer is being generated."""
         if not self._active and not self._stopped:
             await self.call(_free)
 
@@ -224,8 +225,8 @@ class Engine:
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds. `alone`: once nothing
-        generates; raises Busy if that takes too long."""
+        """Runs a function on the engine's thread, between two rounds. `alone`: once no
+        answer is being generated; raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()

@@ -85,15 +85,15 @@ class Jobs:
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
-                f"another server has the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE to "
-                "another folder."
+                f"another server is using the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE "
+                "to another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
         #: Environment variables for the kinds of jobs that need them; never written to a file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
         self.begun = asyncio.Event()  #: set whenever a job has started
-        #: Name, inputs and method of a job: lists need them, and rows of lists lack them.
+        #: Name, inputs and method of a job, which lists show but the rows for lists lack.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
         )
@@ -127,7 +127,7 @@ class Jobs:
 
     @property
     def training(self) -> bool:
-        """Whether a job has the accelerator."""
+        """Whether a job is using the accelerator."""
         return any(row.job_kind.computes for row in self.running())
 
     # Used by clients
@@ -254,7 +254,7 @@ class Jobs:
                 others += self._run(row)
 
     def _run(self, row: Row) -> bool:
-        """Starts a job's process; returns whether it runs."""
+        """Starts a job's process; returns whether it is running."""
         path, values = self.log(row.id), self.get(row.id).values
         try:
             self.check(values)
@@ -263,7 +263,7 @@ class Jobs:
             with ExitStack() as opened:
                 lock = eventlog.claim(path)
                 if lock is None:
-                    raise OSError(f"{path} is written by another process")
+                    raise OSError(f"{path} is being written by another process")
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)

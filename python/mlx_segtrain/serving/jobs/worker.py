@@ -44,7 +44,7 @@ class Printed(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if self.left > 0 and line.strip():
-            # Of a progress bar, only the last state.
+            # Only the last state of a progress bar is kept.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
             tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
