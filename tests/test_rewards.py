@@ -118,7 +118,7 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         ({"reward_functions": ["json"]}, "write module:function"),
         ({"reward_command": "score 'x"}, r"is not a valid command line \(No closing quotation\)"),
         ({"reward_command": " "}, "reward_command is empty"),
-        ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
+        ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 values for 1 rewards"),
     ],
 )
 def test_rewards_that_cannot_be_used(changes, says):

@@ -457,7 +457,7 @@ def test_parquet_that_ends_a_process(tmp_path):
     rows = b"\x16\x00\x16\x00\x26"
     assert content.count(rows) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(rows, b"\x16\x00\x16\x3f\x26"))
-    with pytest.raises(InputError, match="its numbers of rows are wrong"):
+    with pytest.raises(InputError, match="its row counts are wrong"):
         list(source_of(tmp_path / "a.parquet").blocks())
     table = pa.table({"text": ["a"] * 5000})
     pq.write_table(table, tmp_path / "b.parquet", store_schema=False)

@@ -101,8 +101,8 @@ export default async function after(row, values, schema) {
     const [other, [where, given]] = [combobox(), folder("merged")];
     const [own, its] = [input("1"), input("1")];
     other.offer(others.map((path) => [path, tail(path, 2)]));
-    const fields = [field("Other adapter", other), field("Weight of this one", own)];
-    return part(title, about, [fields, field("Weight of the other", its), where],
+    const fields = [field("Other adapter", other), field("Weight of this adapter", own)];
+    return part(title, about, [fields, field("Weight of the other adapter", its), where],
       "Merge both", () => {
         if (other.value === null) throw new Error("choose the other adapter.");
         const scales = [own, its].map(({ value }) => Number(value.trim() || 1));

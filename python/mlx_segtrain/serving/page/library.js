@@ -41,7 +41,7 @@ export async function pushing(path, pushed = () => {}) {
     pushed();
   }
   return h("form.stack", { novalidate: true, onsubmit: submit },
-    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; created if it does not exist." }),
+    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; it is created if it does not exist." }),
       field("Visibility", open)),
     h("div.actions", push), problem, result);
 }
