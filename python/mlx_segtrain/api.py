@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Fields by short name, which is the one of a flag.
+#: Fields by their short names, which are those of flags.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()

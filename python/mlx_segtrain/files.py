@@ -152,10 +152,10 @@ def private(path: str, flags: int) -> int:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could wait
+    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could block
     forever."""
 
-    def at_once(name: str, flags: int) -> int:  # opening a pipe would wait
+    def at_once(name: str, flags: int) -> int:  # opening a pipe would block
         return os.open(name, flags | os.O_NONBLOCK)
 
     file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it

@@ -59,7 +59,9 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         tensors = {name: _checked(name, entry) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if whole and end != total - 8 - size:
-            raise ValueError(f"its tensors take {end} bytes, but {total - 8 - size} are there")
+            raise ValueError(
+                f"its tensors take {end} bytes, but the file has {total - 8 - size} of data"
+            )
         return tensors
     except (OSError, ValueError, struct.error, RecursionError) as error:
         said = getattr(error, "strerror", None) or reason(error)

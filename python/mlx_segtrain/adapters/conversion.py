@@ -136,7 +136,7 @@ def about_of(adapter_path: Path | Folder) -> About:
     return About(" ".join(model.split())[:1000], float(dropout), run, step)
 
 
-#: Maximum change by rounding, relative to the largest update.
+#: Maximum change from rounding, relative to the largest update.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 

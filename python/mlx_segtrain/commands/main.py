@@ -195,7 +195,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="ops and shapes whose name contains one of these",
+        help="only ops and shapes whose names contain one of these words",
     )
     added.add_argument(
         "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."

@@ -165,7 +165,7 @@ class Batch(Generic[A]):
 
     @property
     def alone(self) -> bool:
-        """Whether no other answer may join."""
+        """Whether the batch is closed to other answers."""
         return any(answer.alone for answer in self.answers)
 
     def takes(self, answer: A, others: Sequence[A] = ()) -> bool:

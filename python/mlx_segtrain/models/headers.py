@@ -62,7 +62,7 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers by the names of the weights, for any family."""
+        """The number of layers, derived from the names of the weights, for any family."""
         return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 

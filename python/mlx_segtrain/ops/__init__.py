@@ -329,12 +329,12 @@ def lora_linear(
 ) -> mx.array:
     """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
 
-    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
-    Keeps x and x·a; neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
-    function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
-    0 ≤ dropout < 1, and above 0 a, b and the key are needed. Gradients of x, a and b; those of a
-    and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
-    group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
+    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out]. Keeps
+    x and x·a, but neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
+    function of `key` (`dropout_key`) and x's shape, so that recomputation gives the same mask; 0 ≤
+    dropout < 1, and above 0 a, b and the key are needed. It has gradients for x, a and b; those of
+    a and b are in their own dtype. It supports every quantization of mx.quantize; ValueError names
+    mode, bits and group size if the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]

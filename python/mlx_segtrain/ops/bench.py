@@ -82,7 +82,7 @@ class Row:
 
 
 def dtype() -> mx.Dtype:
-    """Returns the dtype in which the device trains."""
+    """Returns the dtype of activations in training on this device."""
     return mx.bfloat16 if on_gpu() else mx.float32
 
 

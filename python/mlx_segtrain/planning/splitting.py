@@ -91,7 +91,7 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Returns whether a plan fits or, if memory is not predicted, the weights."""
+    """Returns whether a plan fits or, if memory is not predicted, whether the weights do."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget

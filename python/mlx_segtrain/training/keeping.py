@@ -135,7 +135,7 @@ class Keeper:
             reason = error.strerror or error
             raise RunError(
                 f"step {state.step}: {self.path} cannot be written ({reason}): free disk space or "
-                "change permissions, and resume from the last checkpoint there."
+                "change permissions, and resume from the last checkpoint."
             ) from error
 
     def _write(self, state: State) -> None:

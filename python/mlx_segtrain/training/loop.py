@@ -510,7 +510,7 @@ class Run:
                 self.keeper.checkpoint(self._whole())
 
     def _save(self) -> None:
-        """Writes the final state, unless no step is finished."""
+        """Writes the final state if at least one step is finished."""
         if self.state.step == 0:
             return
         self._count()

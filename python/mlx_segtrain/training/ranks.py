@@ -181,7 +181,7 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Starts the transfers of arrays. Raises LostRank if MLX cannot."""
+        """Starts the transfers of arrays. Raises LostRank if MLX cannot start them."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:

@@ -167,7 +167,7 @@ class _Root:
         return self.process
 
     def close(self) -> None:
-        """Ends it and its descendants."""
+        """Ends the process and its descendants."""
         if self.popen is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)

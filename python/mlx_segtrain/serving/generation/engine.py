@@ -208,7 +208,7 @@ class Engine:
             await self.call(_free)
 
     async def spare(self, short: bool) -> None:
-        """Sets whether a job needs the memory of cached prompts: then none is cached."""
+        """Sets whether a job needs the memory of cached prompts; while it does, none are cached."""
         self._short = short
         if short and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))

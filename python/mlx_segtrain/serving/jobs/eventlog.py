@@ -25,7 +25,8 @@ LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """Returns a line as the JSON of an event; a line that is none becomes an event of type log."""
+    """Returns a line as the JSON of an event; a line that is not an event becomes an event of type
+    log."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 
