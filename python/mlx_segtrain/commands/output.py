@@ -95,8 +95,8 @@ def uncopied(stream: TextIO) -> TextIO:
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
-    """Applies --quiet, --verbose and --log-file while a command runs. The log file gets a copy of
-    what the command prints, and of the error with which it fails."""
+    """Applies --quiet, --verbose and --log-file while a command is running. The log file gets a
+    copy of what the command prints, and of the error with which it fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)

@@ -36,7 +36,7 @@ class Talk(Protocol):
         ...
 
     def end(self, text: str) -> None:
-        """Receives the text of a last turn that was truncated and gets no answer."""
+        """Receives the text of the last turn if that was truncated, so that no answer follows."""
         ...
 
 

@@ -80,7 +80,7 @@ class Snapshot:
 
     @contextmanager
     def consistent(self) -> Iterator[None]:
-        """Raises InputError where config.json and the headers contradict each other."""
+        """Raises InputError if config.json and the headers contradict each other."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

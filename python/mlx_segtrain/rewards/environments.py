@@ -152,7 +152,7 @@ class Conversation:
         return tokens
 
     def end(self, text: str) -> None:
-        """Adds the text of a last turn that was truncated and gets no answer."""
+        """Adds the text of the last turn if that was truncated, so that no answer follows."""
         self._add({"role": "assistant", "content": text}, [])
 
     def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:

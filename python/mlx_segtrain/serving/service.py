@@ -410,7 +410,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Returns the resident memory of this process in bytes; None where it is not known."""
+    """Returns the resident memory of this process in bytes; None if it is not known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):

@@ -182,7 +182,7 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Merges two adapters into one, without loss; or one into its base model, as a job."""
+    """Merges two adapters into one without loss, or one into its base model, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
         row = service.enqueue("fold", **body.model_dump(exclude=of_two))
@@ -224,7 +224,7 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
 
 @router.get("/api/settings/hf-token", tags=["server"])
 async def has_hf_token(service: Used) -> forms.HasHfToken:
-    """Whether the server has a hub token; never the token itself."""
+    """Whether the server has a hub token; the token itself is never returned."""
     return forms.HasHfToken(hasToken=service.has_hf_token)
 
 

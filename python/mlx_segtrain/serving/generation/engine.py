@@ -282,7 +282,8 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """Recovers from an error of no single request: running requests fail, waiting ones stay."""
+        """Recovers from an error that belongs to no single request: running requests fail, waiting
+        ones stay."""
         logger.error("the engine failed and restarts without the running requests", exc_info=error)
         failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []

@@ -109,7 +109,7 @@ class Grammars:
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
                 f"{field}: this model does not write calls as JSON between tags, so calls match "
-                "their schema only where tool_choice is required or names a tool: leave strict "
+                "their schema only if tool_choice is required or names a tool: leave strict "
                 "out."
             )
         begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end

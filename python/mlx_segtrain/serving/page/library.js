@@ -17,7 +17,7 @@ export async function pushing(path, pushed = () => {}) {
   const token = input("hf_…", { type: "password", autocomplete: "off" });
   const repo = input("me/my-adapter");
   const open = select([["yes", "private"], ["no", "public"]]);
-  const about = "Kept in the server's memory until it stops; never written to a file.";
+  const about = "It is kept in memory until the server stops, and is never written to a file.";
   const tokenField = field("Token of the hub", token, { about });
   const push = button("Push", null, "primary");
   tokenField.hidden = hasToken;
