@@ -507,8 +507,8 @@ def test_adapter_routes(folder, said, tmp_path):
             check(http.post("/v1/adapters", json=body), status, says)
         assert list(server.engine.adapters) == ["a"]
         assert http.delete("/v1/adapters/a").json() == {"id": "a", "removed_layers": n}
-        check(http.delete("/v1/adapters/a"), 404, "adapter a not mounted")
-        check(http.delete("/v1/adapters/a%2Fb"), 404, "adapter a/b not mounted")
+        check(http.delete("/v1/adapters/a"), 404, "adapter a is not mounted")
+        check(http.delete("/v1/adapters/a%2Fb"), 404, "adapter a/b is not mounted")
 
 
 def test_remounting_under_the_same_id(folder, said):

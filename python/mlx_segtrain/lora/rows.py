@@ -173,7 +173,7 @@ class Rows:
         return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
 
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Returns whether exactly these adapters were put in."""
+        """Returns whether the rows have exactly these adapters now."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:

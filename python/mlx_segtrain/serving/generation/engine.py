@@ -576,7 +576,7 @@ class Engine:
     def _unmount(self, id: str) -> int:
         mounted = self.adapters.get(id)
         if mounted is None:
-            raise InputError(f"adapter {id} not mounted", status=404)
+            raise InputError(f"adapter {id} is not mounted", status=404)
         self.adapters = {key: x for key, x in self.adapters.items() if key != id}
         if self.default is not None and id in self.default.replace("+", ",").split(","):
             self.default = None
