@@ -17,7 +17,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands; `command(name, run, text)` creates the parser of each."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
-    added.add_argument("words", nargs="+", metavar="WORD", help="words of the name")
+    added.add_argument("words", nargs="+", metavar="WORD", help="words in the name")
     added.add_argument("--datasets", action="store_true", help="search data sets, not models")
 
     text = "upload an adapter or a model to the Hugging Face hub"

@@ -135,7 +135,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added = command("serve", _serve, "serve models, adapters, training jobs and a web page")
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter for requests that name none"
+        "--adapter", type=Path, metavar="DIR", help="adapter for requests that do not name one"
     )
     added.add_argument(
         "--host",
@@ -156,7 +156,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         default=[],
         metavar="DIR",
         help="directory below which clients may name paths; repeatable. Default: the current "
-        "directory and the Hugging Face cache. The server's own is always allowed.",
+        "directory and the Hugging Face cache. The server's own folder is always allowed.",
     )
     added.add_argument(
         "--allow-host",
@@ -204,7 +204,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
     )
     added.add_argument(
-        "--report", action="store_true", help=f"{report}; it also has the times of steps"
+        "--report", action="store_true", help=f"{report}, including the times of steps"
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
