@@ -204,7 +204,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
     )
     added.add_argument(
-        "--report", action="store_true", help=f"{report}, including the times of steps"
+        "--report", action="store_true", help=f"{report}; the file also has the times of steps"
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
