@@ -174,8 +174,8 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
-    """Returns rewards [P, G] of P prompts minus the mean of their group, float64; divided by the
-    standard deviation of the group, or of all rewards, plus 1e-4; or not divided."""
+    """Returns rewards [P, G] of P prompts minus the mean of their group, float64. They are
+    divided by the standard deviation of the group, or of all rewards, plus 1e-4, or not divided."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

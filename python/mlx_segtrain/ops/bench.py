@@ -178,7 +178,7 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # MLX's own products and copies on the CPU are slower than the CPU could be.
+    # MLX's own products and copies do not reach the CPU's full speed.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():
