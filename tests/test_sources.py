@@ -236,7 +236,7 @@ def test_what_would_grow(tmp_path, monkeypatch):
                 pass
     empty = pa.FixedSizeListArray.from_arrays(pa.nulls(10**9), 10**9)
     write_arrow(tmp_path / "b.arrow", pa.table({"messages": empty}))
-    with pytest.raises(InputError, match=r"b.arrow:1: the row has more than 16 MiB"):
+    with pytest.raises(InputError, match=r"b.arrow:1: the row is larger than 16 MiB"):
         list(source_of(tmp_path / "b.arrow").blocks())
 
 

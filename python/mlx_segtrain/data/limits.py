@@ -49,7 +49,7 @@ def check_length(length: int, source: str) -> None:
     """Raises InputError if a row has too many bytes."""
     if length > MOST_BYTES:
         raise InputError(
-            f"{source}: the row has more than {MOST_BYTES >> 20} MiB; split it into several."
+            f"{source}: the row is larger than {MOST_BYTES >> 20} MiB; split it into several."
         )
 
 

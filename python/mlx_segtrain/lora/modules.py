@@ -91,7 +91,7 @@ class LoRALinear(nn.Module):
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         """Returns the factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # the cache keeps both, so that no other array gets their id
+        key = id(a), id(b), self.scale  # the cache keeps both, so that their ids are not reused
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
