@@ -193,7 +193,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.csv", "a,a\n1,2\n", "a.csv: two columns have the same name"),
         ("a.csv", b"a,b\n1,2\n1,\xff\n", "a.csv:2: the row is not UTF-8"),
         ("a.csv", "a\n" + "x" * 99, "a.csv:1: the row is larger than"),
-        ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row has more"),
+        ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row is larger"),
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row is larger than"),
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
@@ -605,7 +605,7 @@ def test_python_data_that_cannot_be_used(data, says):
 
 def test_a_row_of_python_that_is_too_long(monkeypatch):
     monkeypatch.setattr(limits, "MOST_BYTES", 9)
-    with pytest.raises(InputError, match="train_data:1: the row has more than"):
+    with pytest.raises(InputError, match="train_data:1: the row is larger than"):
         sources_of([{"text": "a" * 9}])
 
 
