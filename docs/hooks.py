@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
-#: Folders have no page of their own.
+#: Folders have no page.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
 #: What a block needs that not every machine has: the word in its fence, and the text for readers.
 NEEDS = {
@@ -36,7 +36,7 @@ def on_files(files: Files, config) -> Files:
         files.append(File.generated(config, uri, content=text))
     todo = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     todo += [ROOT / page.removeprefix("repository/") for page in _pages(config["nav"])]
-    for source in todo:  # grows in the loop: linked pages have links, too
+    for source in todo:  # grows in the loop: linked pages also have links
         if not source.is_file():
             continue
         path = PurePosixPath(source.relative_to(ROOT).as_posix())

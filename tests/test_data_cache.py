@@ -296,7 +296,7 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
             if "mlx_segtrain.data.workers" in " ".join(child.cmdline()):
                 child.kill()
 
-    with pytest.raises(RunError, match=r"a tokenizing process was killed by SIGKILL: the same "):
+    with pytest.raises(RunError, match=r"a tokenizing process was killed by SIGKILL: run the "):
         load_dataset(data, tokenizer, of("messages"), model, kill)
     load_dataset(data, tokenizer, of("messages"), model)
 

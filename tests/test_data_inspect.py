@@ -73,7 +73,7 @@ def test_errors_are_in_the_report(tmp_path):
     # What is never trained is still shown, so that one sees why.
     write(tmp_path / "train.jsonl", {"messages": chat("Hello")}, {"prompt": "a", "completion": ""})
     report = inspect(tmp_path, byte_level(), Options(append_eos=False, prompt_format="raw"))
-    assert not report.ok and "nothing to train" in (report.error or "")
+    assert not report.ok and "anything to train on" in (report.error or "")
     assert len(report.previews) == 2 and report.n_train == 2
     write(tmp_path / "train.jsonl", {"text": "a"})
     write(tmp_path / "valid.jsonl", {"messages": [{}]})

@@ -286,7 +286,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
         (text_pair("x", 7, "b"), '"chosen" must be a string like "prompt", not a number'),
         (
             text_pair("x", "a", [USER, says("b")]),
-            'not a list; if "rejected" holds the prompt too, remove "prompt"',
+            'not a list; if "rejected" also holds the prompt, remove "prompt"',
         ),
         (text_pair(None, "a", "b"), '"prompt" must be a string or a list, not null'),
         (text_pair(7, "a", "b"), '"prompt" must be a string or a list, not a number'),
@@ -297,10 +297,10 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "the pair has no prompt"),
         (
             {"chosen": [USER, says("a")], "rejected": [USER]},
-            '"rejected" has no assistant message of its own',
+            '"rejected" adds no assistant message to the prompt',
         ),
-        ({"chosen": [USER, says("a")], "rejected": [USER, says("a")]}, "of its own; add a"),
-        (text_pair([USER], [USER], "b"), '"chosen" has no assistant message of its own'),
+        ({"chosen": [USER, says("a")], "rejected": [USER, says("a")]}, "to the prompt; add a"),
+        (text_pair([USER], [USER], "b"), '"chosen" adds no assistant message to the prompt'),
         (text_pair([{**USER, "train": False}], "a", "b"), "have no effect on responses"),
         (
             {"prompt": [USER], "chosen": [{**says("a"), "weight": 2}], "rejected": "b"},

@@ -288,7 +288,7 @@ def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
 
 def test_one_server_has_a_folder(place, tmp_path):
     async def use(jobs):
-        with pytest.raises(InputError, match="another server has the jobs"):
+        with pytest.raises(InputError, match="another server is using the jobs"):
             Jobs(tmp_path / "store")
 
     served(tmp_path / "store", use)

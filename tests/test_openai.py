@@ -507,8 +507,8 @@ def test_adapter_routes(folder, said, tmp_path):
             check(http.post("/v1/adapters", json=body), status, says)
         assert list(server.engine.adapters) == ["a"]
         assert http.delete("/v1/adapters/a").json() == {"id": "a", "removed_layers": n}
-        check(http.delete("/v1/adapters/a"), 404, "adapter a not mounted")
-        check(http.delete("/v1/adapters/a%2Fb"), 404, "adapter a/b not mounted")
+        check(http.delete("/v1/adapters/a"), 404, "adapter a is not mounted")
+        check(http.delete("/v1/adapters/a%2Fb"), 404, "adapter a/b is not mounted")
 
 
 def test_remounting_under_the_same_id(folder, said):
@@ -636,7 +636,7 @@ def test_no_model_and_a_job_that_trains(folder, said):
         assert ask(server).choices
         server.trains = True
         answer = server.http.post("/v1/chat/completions", json=CHAT)
-        check(answer, 503, "waits for a training job")
+        check(answer, 503, "is waiting for a training job")
         assert answer.headers["retry-after"] == "30"
         assert server.http.get("/v1/models").json()["data"]
 

@@ -260,7 +260,9 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
     monkeypatch.setattr(type(model.model), "__call__", skips)
     assert len(chain_of(model, range(0, 2)).layers) == 3  # nothing that is read by layer 2
     for layers in (range(1, 3), range(2, 3)):
-        with pytest.raises(InputError, match="run layer by layer it gives different h"):
+        with pytest.raises(
+            InputError, match="run layer by layer, it gives different hidden states"
+        ):
             chain_of(model, layers)
 
 

@@ -118,7 +118,7 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         ({"reward_functions": ["json"]}, "write module:function"),
         ({"reward_command": "score 'x"}, r"is not a valid command line \(No closing quotation\)"),
         ({"reward_command": " "}, "reward_command is empty"),
-        ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 numbers for 1 rewards"),
+        ({"rewards": ["length:3"], "reward_weights": [1, 2]}, "2 values for 1 rewards"),
     ],
 )
 def test_rewards_that_cannot_be_used(changes, says):
@@ -179,7 +179,11 @@ def test_a_column_that_is_missing():
     [
         ({"rewards": ["exact:answer"]}, {"other": 1}, 'f:2: the row has no column "answer"'),
         ({"rewards": ["length:1", "number:n"]}, {}, 'no column "n", which the reward number:n'),
-        ({}, {"completions": 1}, 'f:2: the row has a column "completions", but rewards get'),
+        (
+            {},
+            {"completions": 1},
+            'f:2: the row has a column "completions", but rewards get another',
+        ),
         ({}, {"prompts": 1}, 'a column "prompts"'),
         ({}, {"completion_tokens": 1}, 'a column "completion_tokens"'),
         ({"reward_command": "true"}, {"completion": 1}, 'a column "completion"'),

@@ -313,7 +313,7 @@ def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):
         )
         text = (await anext(running)).text
         assert await fresh.unmount("x") == len(fresh.base.chain.linears)
-        with pytest.raises(InputError, match="adapter x not mounted"):
+        with pytest.raises(InputError, match="adapter x is not mounted"):
             await fresh.unmount("x")
         await fresh.mount("x", adapters["b"])
         assert len(fresh._active) == 1  # else there is nothing to see here

@@ -193,7 +193,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.csv", "a,a\n1,2\n", "a.csv: two columns have the same name"),
         ("a.csv", b"a,b\n1,2\n1,\xff\n", "a.csv:2: the row is not UTF-8"),
         ("a.csv", "a\n" + "x" * 99, "a.csv:1: the row is larger than"),
-        ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row has more"),
+        ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row is larger"),
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row is larger than"),
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
@@ -236,7 +236,7 @@ def test_what_would_grow(tmp_path, monkeypatch):
                 pass
     empty = pa.FixedSizeListArray.from_arrays(pa.nulls(10**9), 10**9)
     write_arrow(tmp_path / "b.arrow", pa.table({"messages": empty}))
-    with pytest.raises(InputError, match=r"b.arrow:1: the row has more than 16 MiB"):
+    with pytest.raises(InputError, match=r"b.arrow:1: the row is larger than 16 MiB"):
         list(source_of(tmp_path / "b.arrow").blocks())
 
 
@@ -429,7 +429,7 @@ def test_parquet_that_ends_a_process(tmp_path):
     rows = b"\x16\x00\x16\x00\x26"
     assert content.count(rows) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(rows, b"\x16\x00\x16\x3f\x26"))
-    with pytest.raises(InputError, match="its numbers of rows are wrong"):
+    with pytest.raises(InputError, match="its row counts are wrong"):
         list(source_of(tmp_path / "a.parquet").blocks())
     table = pa.table({"text": ["a"] * 5000})
     pq.write_table(table, tmp_path / "b.parquet", store_schema=False)
@@ -577,7 +577,7 @@ def test_python_data_that_cannot_be_used(data, says):
 
 def test_a_row_of_python_that_is_too_long(monkeypatch):
     monkeypatch.setattr(limits, "MOST_BYTES", 9)
-    with pytest.raises(InputError, match="train_data:1: the row has more than"):
+    with pytest.raises(InputError, match="train_data:1: the row is larger than"):
         sources_of([{"text": "a" * 9}])
 
 

@@ -88,8 +88,8 @@ def header_of(**entry):
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        (header_of(), 15, "its tensors take 16 bytes, but 15 are there"),
-        (header_of(), 17, "its tensors take 16 bytes, but 17 are there"),
+        (header_of(), 15, "its tensors take 16 bytes, but the file has 15"),
+        (header_of(), 17, "its tensors take 16 bytes, but the file has 17"),
         (header_of(shape=[2, 3]), 16, "invalid shape, data type, or offset for tensor"),
         (header_of(shape=[-2, -2]), 16, "integer `-2`, expected usize"),
         (header_of(shape=[4, *[1] * 8]), 16, "a has no valid shape"),

@@ -66,8 +66,8 @@ def _require_mlx() -> None:
 
 
 if sys.platform == "linux":
-    # On CUDA, MLX collects work that reads up to a thousand million numbers before it launches it:
-    # the device idles at first, and memory is freed late. 32 million are a large op or a few small
+    # On CUDA, MLX collects work that reads up to 10⁹ elements before it launches it: the device
+    # idles at first, and memory is freed late. 32 million elements are a large op or a few small
     # ones (bench/LOG.md, 2026-11-25). MLX reads this variable when it first uses the device.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
 

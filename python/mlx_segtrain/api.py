@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Fields by short name, which is the one of a flag.
+#: Fields by their short names, which are those of flags.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -234,7 +234,7 @@ def _given(
         elif config is None:
             raise InputError(
                 "model_dir is missing: the tokenizer does not say which folder it was loaded from, "
-                "so pass model_dir too."
+                "so pass model_dir as well."
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
@@ -259,7 +259,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Provides the receivers of events and of steps, with a progress bar if somebody sees it."""
+    """Provides the receivers of events and of steps, with a progress bar if it would be visible."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook

@@ -141,8 +141,8 @@ class TrainConfig(BaseModel):
     target_modules: Annotated[list[Name], Distinct] = option(
         PROJECTIONS, ADAPTER | FRESH | SIZE, title="Target modules", min_length=1
     )
-    """Linear layers that get an adapter, by the end of their module path; all-linear means all of
-    them. embed_tokens and lm_head have to be named."""
+    """Linear layers that get an adapter, given by the end of their module path; all-linear means
+    all of them, except embed_tokens and lm_head, which must be listed explicitly."""
     num_layers: LayerCount = option(
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
@@ -221,7 +221,7 @@ class TrainConfig(BaseModel):
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
     """How strongly kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
-    """Loss of kto; apo_zero_unpaired uses 0 instead of an estimated KL divergence."""
+    """Variant of kto's loss; apo_zero_unpaired uses 0 instead of an estimated KL divergence."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
     """Weight of rows whose label is true in kto's loss."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
@@ -293,8 +293,8 @@ class TrainConfig(BaseModel):
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
     """Variant of grpo's loss: how ratios are clipped and how tokens are averaged."""
     advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
-    """What advantages are divided by: the standard deviation of the rewards within each group, over
-    the whole step (batch), or nothing (none). The default for dr_grpo is none."""
+    """Divisor of the advantages: the standard deviation of the rewards within each group (group) or
+    over the whole step (batch), or nothing (none). The default for dr_grpo is none."""
     clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
     """How far the ratio of new to old probability may fall below 1. The default for gspo is
     3e-4."""
@@ -310,7 +310,7 @@ class TrainConfig(BaseModel):
     """Optimizer updates per step, all on the same completions."""
     importance_cap: Float = option(2.0, GRPO, ge=0)
     """Upper bound of the importance weights, which correct for differences between the
-    probabilities of generation and training; 0 turns the correction off."""
+    probabilities computed in generation and in training; 0 turns the correction off."""
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
@@ -443,7 +443,7 @@ class TrainConfig(BaseModel):
         values="a JSON object whose keys are variables of the template",
     )
     """Variables of the chat template, such as {"enable_thinking": false}; a row may set its own.
-    Generation with the adapter uses them too."""
+    Generation with the adapter also uses them."""
     val_split: Share = option(
         "auto",
         DATA,

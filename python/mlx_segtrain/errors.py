@@ -67,7 +67,7 @@ def reason(error: BaseException, most: int = 200) -> str:
 
 
 def named_reason(error: BaseException) -> str:
-    """Returns the class and the message of an error of someone else's code, in one line."""
+    """Returns the class and the message of an error that other code raised, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

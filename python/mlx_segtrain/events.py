@@ -151,5 +151,5 @@ def run_progress(step: int, iters: int) -> float:
 
 
 def perplexity(loss: float) -> float | None:
-    """Returns exp(loss), or None where that is not a finite float (JSON has no infinity)."""
+    """Returns exp(loss), or None if that is not a finite float (JSON has no infinity)."""
     return math.exp(loss) if loss < 700 else None

@@ -50,7 +50,7 @@ class Facets:
     aliases: tuple[str, ...] = ()  #: other flags with the same meaning
     refused: str = ""  #: why clients of the server may not set it; empty: they may
     on_card: bool = False  #: whether an adapter's model card shows it
-    values: str = ""  #: the allowed values, where the type does not give them
+    values: str = ""  #: the allowed values, if the type does not give them
     texts: bool = False  #: whether it is a list of texts, not of names: the page takes one per line
     group: Group | None = "More"  #: its section of the form; None: the form does not have the field
 

@@ -152,10 +152,10 @@ def private(path: str, flags: int) -> int:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could wait
+    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could block
     forever."""
 
-    def at_once(name: str, flags: int) -> int:  # opening a pipe would wait
+    def at_once(name: str, flags: int) -> int:  # opening a pipe would block
         return os.open(name, flags | os.O_NONBLOCK)
 
     file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it
@@ -296,7 +296,7 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns numbers of which at least one differs after a file has changed: programs can set the
+    """Returns values of which at least one differs after a file has changed: programs can set the
     modification time, but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns

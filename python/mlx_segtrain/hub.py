@@ -372,8 +372,8 @@ def _answers(repository: Repository) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"{repository.id}: the disk of {cache()} is full: free some space and start again, "
-                "which continues the download, or set HF_HOME to a folder on another disk."
+                f"{repository.id}: the disk of {cache()} is full: free some space and start again "
+                "to continue the download, or set HF_HOME to a folder on another disk."
             ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
             raise InputError(
@@ -470,7 +470,7 @@ def _download(
     except _Unreachable as error:
         raise InputError(
             f"the download of {repository} stopped after {amount(meter.there)} of {amount(total)} "
-            f"({error}): start again, which continues it."
+            f"({error}): start again to continue the download."
         ) from None
 
 

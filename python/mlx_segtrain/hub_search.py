@@ -45,6 +45,6 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
         raise InputError(f"the hub answers {status} to a search: {wait}.") from None
     except Exception as error:  # the exceptions depend on the client's HTTP library
         raise InputError(
-            f"the hub does not answer ({reason(error)}): check the network, or use a full name, as "
-            "in org/name."
+            f"the hub does not answer ({reason(error)}): check the network, or use a full name, "
+            "such as org/name."
         ) from None

@@ -1,9 +1,9 @@
 """Starts our own processes, with a safe module path and few environment variables.
 
-`python -m` puts the folder in which it starts first on the path: a `yaml.py` there would replace
-the library. So our processes start in another folder, in isolated mode (which Python 3.10 has,
-too), and get this process's module path without the folder in which it was started. They get only
-the environment variables that they need.
+`python -m` puts the current folder at the front of the module path, and a `yaml.py` in it would
+replace the library. So our processes start in another folder and in isolated mode (which Python
+3.10 also has), and get this process's module path without the folder in which it was started. They
+get only the environment variables that they need.
 """
 
 import os
@@ -85,7 +85,7 @@ def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]
 def start(
     module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
 ) -> subprocess.Popen[Any]:
-    """Runs `main(*args)` of a module of ours in a process that inherits these open files.
+    """Runs `main(*args)` of one of our modules in a process that inherits these open files.
 
     It has its own session, so Ctrl-C in a terminal reaches only this process, which ends the
     others.

@@ -19,7 +19,7 @@ from .files import open_regular
 #: By tensor name: the dtype as safetensors writes it (U32, BF16, …) and the shape.
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-#: Bytes of a number, by dtype.
+#: Bytes per element, by dtype.
 SIZES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
@@ -59,7 +59,9 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         tensors = {name: _checked(name, entry) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if whole and end != total - 8 - size:
-            raise ValueError(f"its tensors take {end} bytes, but {total - 8 - size} are there")
+            raise ValueError(
+                f"its tensors take {end} bytes, but the file has {total - 8 - size} of data"
+            )
         return tensors
     except (OSError, ValueError, struct.error, RecursionError) as error:
         said = getattr(error, "strerror", None) or reason(error)

@@ -49,8 +49,8 @@ class Cuts:
     """Cuts of a chain into segments, which are recomputed as a whole, and groups of segments, which
     are recomputed in two passes.
 
-    `segments` are the numbers of stages after which the segments end, rising to the number of all
-    stages, and `groups` the numbers of segments after which the groups end. Values between groups
+    `segments` lists the number of stages after which each segment ends, rising to the number of all
+    stages, and `groups` the number of segments after which each group ends. Values between groups
     are kept from the forward pass on; values between the segments of a group are recomputed when
     the backward pass reaches the group. The last group keeps the values between its segments; the
     last segment is never recomputed. `saves` are the stages that keep arrays (attention its output)
@@ -68,8 +68,8 @@ class Cuts:
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Returns cuts into segments of `size` layers (0: one segment), each a group; `ends` are
-        the numbers of stages after which the layers end."""
+        """Returns cuts into segments of `size` layers (0: one segment), each a group; `ends`
+        lists the number of stages after which each layer ends."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))

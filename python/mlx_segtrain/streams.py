@@ -21,8 +21,9 @@ class Stream:
     """A sequence that runs through the layers; `name` is part of the names of its boundary values.
 
     With `branch`, this many rows at the end are a second sequence, which continues after the first
-    `shared` rows as if the rows between were absent. With `parts`, it consists of packed sequences
-    of these numbers of rows: each starts at position 0 and attends only to itself.
+    `shared` rows as if the rows between were absent. With `parts`, it consists of packed sequences;
+    `parts` has the number of rows of each. A sequence starts at position 0 and attends only to
+    itself.
     """
 
     name: str = ""

@@ -58,7 +58,7 @@ def test_a_line_of_400_mb_and_one_without_an_end(tmp_path, model):
     data = huge_row(tmp_path / "data")
     for command in (["inspect", data], ["inspect", data, "--model", model]):
         code, said = segtrain(*command)
-        assert code == 2 and "train.jsonl:1: the row has more than 16 MiB" in said, said
+        assert code == 2 and "train.jsonl:1: the row is larger than 16 MiB" in said, said
     os.unlink(data / "train.jsonl")
     os.mkfifo(data / "train.jsonl")
     begun = time.monotonic()
@@ -71,7 +71,7 @@ def test_training_takes_no_such_line_either(tmp_path, model):
     data = huge_row(tmp_path / "data")
     args = ["--model", model, "--data", data, "--adapter-path", tmp_path / "out"]
     code, said = segtrain("train", *args)
-    assert code == 2 and "the row has more than 16 MiB" in said, said
+    assert code == 2 and "the row is larger than 16 MiB" in said, said
 
 
 def header(file, text):

@@ -23,7 +23,7 @@ from .writing import common_scale, mlx_lm_config, padded, write_adapter
 
 Format = Literal["peft", "mlx-lm", "gguf"]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-#: Number of random inputs by which two adapters are compared.
+#: Number of random inputs with which two adapters are compared.
 PROBES = 8
 
 
@@ -136,7 +136,7 @@ def about_of(adapter_path: Path | Folder) -> About:
     return About(" ".join(model.split())[:1000], float(dropout), run, step)
 
 
-#: The largest change by rounding, relative to the largest update.
+#: Maximum change from rounding, relative to the largest update.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
@@ -174,7 +174,7 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         m, n = one.more.get(path), other.more.get(twin)
         if (m is None) != (n is None):
             kind = one.kind if n is None else other.kind
-            raise InputError(f"'{path}' has {kind.called} in only one of the two.")
+            raise InputError(f"'{path}' has {kind.called} in only one of the two adapters.")
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference

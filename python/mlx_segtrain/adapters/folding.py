@@ -134,7 +134,7 @@ def fold(
 
 def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
     """Returns the path of each adapted layer in the adapter, by its path in the base's files.
-    Raises InputError if a layer does not exist there."""
+    Raises InputError if a layer does not exist in the base."""
     found: dict[str, str] = {}
     for name in adapter.tensors:
         path = base.spelled(name)

@@ -76,7 +76,7 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # If prompts were not rendered the same way for all, generation uses its defaults.
+    # If prompts were not rendered in the same way for all adapters, generation uses its defaults.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
     about = About(abouts[0].model, run=run, facts={"merged from": sources})

@@ -41,7 +41,7 @@ _OUR_ENDS, _PEFT_ENDS = (
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
-    """Reads an adapter folder of ours, mlx-lm, OptiQ, mlx-bun or PEFT, for this model.
+    """Reads an adapter of this package, mlx-lm, OptiQ, mlx-bun or PEFT for this model.
 
     Raises InputError if files are missing or unreadable, names or shapes do not fit the model, or
     the adapter is more than a LoRA of linear layers.

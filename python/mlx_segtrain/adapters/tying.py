@@ -4,8 +4,8 @@ In mlx-lm, and so in our files, an update of the embedding changes its weight: a
 own weight also computes with it. In PEFT it changes the module: the head keeps the base's weight
 unless it has an update as well. With `ensure_weight_tying` PEFT gives the head the embedding's
 update, and writes its factors a second time, transposed, under the head's name. So PEFT's adapters
-for such a base can be read only if both have the same update. In our files `segtrain.tied` says for
-which kind of base the update of an embedding is.
+for such a base can be read only if both have the same update. In our files `segtrain.tied` says
+whether the base on which an embedding was trained uses it as its head.
 """
 
 from collections.abc import Mapping
@@ -55,8 +55,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
-    """Returns the tensors to read, and the path of the head's update by that of the embedding's if
-    the base has one weight for both: then the head's update is left out.
+    """Returns the tensors to read, and a dict from the path of the embedding's update to that of
+    the head's if the base has one weight for both: then the head's update is left out.
 
     Decides by names only: `check_twins` tests whether both updates are equal. Raises InputError if
     the adapter updates only one of the two, or belongs to another kind of base.
@@ -74,8 +74,8 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if heads and not folder.peft:
         raise InputError(
-            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: its "
-            "embedding is its head."
+            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: it "
+            "uses the embedding as its head."
         )
     if heads and not embeds:
         raise InputError(
@@ -120,8 +120,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
     tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, but {base.folder} has no separate head: its embedding is its "
-            "head."
+            f"'{heads[0]}' is a head, but {base.folder} has no separate head: it uses the "
+            "embedding as its head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no separate head" if tied else "a separate head"

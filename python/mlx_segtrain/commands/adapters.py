@@ -33,8 +33,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="module names for PEFT: those of a text model, or of a model for text and images. "
-        "Default: as the base's config.json says.",
+        help="module names for PEFT, as in a text model or in a model for text and images. "
+        "Default: according to the base's config.json.",
     )
     added.add_argument("--dtype", choices=KINDS, default="float32", help="dtype. Default: float32.")
 

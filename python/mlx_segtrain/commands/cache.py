@@ -20,20 +20,23 @@ def add_commands(command: Callable[..., Any]) -> None:
     parts = added.add_subparsers(metavar="", title="actions; the default is list")
     for name, run, text in (
         ("list", _list, "list data sets, sizes, and when each was last used"),
-        ("size", _size, "total size"),
-        ("prune", _prune, "remove some of them; running jobs are not affected"),
+        ("size", _size, "show the total size"),
+        ("prune", _prune, "remove cached tokens; running jobs are not affected"),
     ):
         own = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         own.set_defaults(run=run)
         if run is _prune:
             which = own.add_mutually_exclusive_group(required=True)
             which.add_argument(
-                "keys", nargs="*", default=[], metavar="KEY", help="key, as list shows it"
+                "keys", nargs="*", default=[], metavar="KEY", help="key, as shown by list"
             )
             which.add_argument(
-                "--older", type=float, metavar="DAYS", help="those not used for this many days"
+                "--older",
+                type=float,
+                metavar="DAYS",
+                help="cached tokens that were not used for this many days",
             )
-            which.add_argument("--all", action="store_true", help="all of them")
+            which.add_argument("--all", action="store_true", help="all cached tokens")
         else:
             own.add_argument("--json", action="store_true", help="print JSON")
 

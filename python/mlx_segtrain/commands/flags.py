@@ -15,7 +15,7 @@ from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, mea
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
-#: The most columns of a help text: longer lines are hard to read.
+#: Maximum number of columns of a help text: longer lines are hard to read.
 WIDEST = 100
 #: Groups of `--help`; all others are in `--help-all`.
 DATA, FIRST = "model and data", "training"

@@ -17,13 +17,15 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands; `command(name, run, text)` creates the parser of each."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
-    added.add_argument("words", nargs="+", metavar="WORD", help="words of the name")
+    added.add_argument("words", nargs="+", metavar="WORD", help="words in the name")
     added.add_argument("--datasets", action="store_true", help="search data sets, not models")
 
     text = "upload an adapter or a model to the Hugging Face hub"
     added = command("push", _push, text, json=True)
     added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
-    added.add_argument("repo", metavar="ORG/NAME", help="repository; created if it does not exist")
+    added.add_argument(
+        "repo", metavar="ORG/NAME", help="repository; it is created if it does not exist"
+    )
     added.add_argument("--public", action="store_true", help="create a public repository")
 
 
@@ -53,7 +55,7 @@ def _push(args: argparse.Namespace) -> int:
     folder = args.folder.expanduser().resolve()
     if not folder.is_dir():
         raise InputError(
-            f"{args.folder} is not a directory: pass the one of an adapter or a model."
+            f"{args.folder} is not a directory: pass the directory of an adapter or a model."
         )
     if get_token() is None:
         raise InputError("no hub token: log in with `hf auth login`, or set HF_TOKEN.")

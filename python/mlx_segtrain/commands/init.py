@@ -71,7 +71,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _asked(name: str) -> str:
-    """Returns the user's answer, or the default where nobody can answer."""
+    """Returns the user's answer, or the default if stdin is not a terminal."""
     question, otherwise = QUESTIONS[name]
     if not sys.stdin.isatty():
         if otherwise is None:

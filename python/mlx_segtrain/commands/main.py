@@ -102,7 +102,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step, as probe measures it, to estimate the time of an epoch",
+        help="seconds per step, as measured by probe, to estimate the time of an epoch",
     )
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
@@ -135,7 +135,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added = command("serve", _serve, "serve models, adapters, training jobs and a web page")
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter for requests that name none"
+        "--adapter", type=Path, metavar="DIR", help="adapter for requests that do not name one"
     )
     added.add_argument(
         "--host",
@@ -156,7 +156,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         default=[],
         metavar="DIR",
         help="directory below which clients may name paths; repeatable. Default: the current "
-        "directory and the Hugging Face cache. The server's own is always allowed.",
+        "directory and the Hugging Face cache. The server's own folder is always allowed.",
     )
     added.add_argument(
         "--allow-host",
@@ -174,15 +174,15 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
-        help="what happens to requests while a job computes. Default: serve.",
+        help="what happens to requests while a job is computing. Default: serve.",
     )
     added.add_argument(
         "--prompt-cache-gb",
         type=float,
         default=1.0,
         metavar="GB",
-        help="memory for prompts that later requests begin with, in 10⁹ bytes; free while a job "
-        "computes. Default: 1.",
+        help="memory for cached beginnings of prompts, in 10⁹ bytes; freed while a job is "
+        "computing. Default: 1.",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
@@ -195,7 +195,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="ops and shapes whose name contains one of these",
+        help="only ops and shapes whose names contain one of these words",
     )
     added.add_argument(
         "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
@@ -204,7 +204,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
     )
     added.add_argument(
-        "--report", action="store_true", help=f"{report}; it also has the times of steps"
+        "--report", action="store_true", help=f"{report}; the file also has the times of steps"
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
@@ -280,7 +280,7 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("mlx_segtrain"):
-            raise  # a bug of ours: installing packages would not help
+            raise  # our own bug: installing packages would not help
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'

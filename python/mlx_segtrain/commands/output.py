@@ -95,8 +95,8 @@ def uncopied(stream: TextIO) -> TextIO:
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
-    """Applies --quiet, --verbose and --log-file while a command runs. The log file gets a copy of
-    what the command prints, and of the error with which it fails."""
+    """Applies --quiet, --verbose and --log-file while a command is running. The log file gets a
+    copy of what the command prints, and of the error with which it fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)
@@ -114,7 +114,7 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Passes each line that is printed to stdout or stderr to `note`, too."""
+    """Also passes each line that is printed to stdout or stderr to `note`."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: The default folder of an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: The most characters of a system message that is shown in a command.
+#: Maximum characters of a system message that is shown in a command.
 MOST_SYSTEM = 300
 
 
@@ -84,7 +84,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
         type=share,
         default=0.0,
         metavar="X",
-        help="fraction of a row that both sequences of a pair begin with. Default: 0.",
+        help="fraction of a row that is a prefix shared by both sequences of a pair. Default: 0.",
     )
     added.add_argument(
         "--ranks",
@@ -96,20 +96,21 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--link",
         type=seconds,
         metavar="X",
-        help="network speed between them, in 10⁹ bytes per second. Default: 1.25.",
+        help="network speed between the processes, in 10⁹ bytes per second. Default: 1.25.",
     )
     added.add_argument(
         "--rank-budgets",
         type=seconds,
         nargs="+",
         metavar="GB",
-        help="memory of each of them, with parallel pipeline. Default: that of this machine.",
+        help="memory of each process, in 10⁹ bytes, with parallel pipeline. Default: the memory of "
+        "this machine.",
     )
     added.add_argument(
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step on one of them, as probe measures it. Default: an estimate.",
+        help="seconds per step on one process, as measured by probe. Default: an estimate.",
     )
     added.add_argument(
         "--plot",

@@ -20,7 +20,7 @@ from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
 from mlx_segtrain.events import Event, speed
 
-#: Columns from which on the bar has all figures beside it.
+#: Minimum columns for all figures to be shown beside the bar.
 WIDE = 110
 #: Columns at the end of the bar's line that stay empty.
 ROOM = 3
@@ -40,7 +40,7 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
 
 
 def width_of(console: Console) -> int:
-    """Returns the width of a terminal; elsewhere one at which no line is wrapped."""
+    """Returns the width of a terminal; elsewhere a width at which no line is wrapped."""
     return console.width if console.is_terminal else 10**6
 
 
@@ -150,7 +150,7 @@ class Terminal:
             return
         try:
             show(what)
-        except (OSError, SystemExit):  # rich raises SystemExit if nobody reads a pipe
+        except (OSError, SystemExit):  # rich raises SystemExit if a pipe is closed
             self.gone = True
 
     def _say(self, text: str) -> None:

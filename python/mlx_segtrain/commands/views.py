@@ -264,7 +264,7 @@ def show_made(made: Made) -> None:
 
 
 def wide() -> Console:
-    """Returns a console that is wide enough for names where there is no terminal."""
+    """Returns a console that is wide enough for names if there is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 

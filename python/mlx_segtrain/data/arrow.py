@@ -67,7 +67,7 @@ def blocks_of(
 
 def _of_json(batch: Any) -> Any:
     """Replaces columns of types that JSON does not have, such as images, with booleans: whether
-    there is a value. Nothing reads the values, and their size is unknown."""
+    there is a value. The values are not needed, and their size is unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):

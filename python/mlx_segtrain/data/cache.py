@@ -42,7 +42,7 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Fewer bytes of rows are not worth a cache; fewer are not worth more than one process.
+#: Minimum bytes of rows for which a cache, and more than one process, are worthwhile.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: File name extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -76,7 +76,7 @@ def read_samples(
 ) -> Samples:
     """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    Caches them if `model_dir`, the folder of the tokenizer's model, is given and they are many.
+    Caches them if `model_dir`, the folder of the tokenizer's model, is given and there are many.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -266,7 +266,7 @@ def _all_done(
                     return
                 if index not in have:
                     yield index, block, store and _file(store, index)
-        except InputError as error:  # reported later, since an earlier row may have a fault too
+        except InputError as error:  # reported later, since an earlier row may also have a fault
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
@@ -350,7 +350,7 @@ class _Progress:
         self.tell(
             events.warning(
                 f"the tokens of {self.source.name} cannot be cached in {folder()} ({reason}): they "
-                "stay in memory and are computed again next time"
+                "stay in memory and will be recomputed next time"
             )
         )
 

@@ -21,8 +21,8 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: To find a generation prompt in another rendering, its last characters are searched: this many,
-#: the longest text first.
+#: To find a generation prompt in another rendering, its last characters are searched for: this
+#: many, the longest text first.
 ANCHORS = range(40, 3, -1)
 #: If no spelling is lossless, all of them are tried for this many rows with the same traits.
 MOST_SEARCHES = 20

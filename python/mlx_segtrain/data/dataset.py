@@ -293,7 +293,9 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
             if longest
             else "no row has an assistant turn or text in the loss"
         )
-        raise InputError(f"{name} has nothing to train on in {notes.rows} rows: {reason}.")
+        raise InputError(
+            f"none of the {notes.rows} rows of {name} has anything to train on: {reason}."
+        )
     rows = chosen[kept]
     return Dataset(
         rows=Lazy(len(rows), lambda i: shorten(samples.row(int(rows[i])), encoder)[0]),

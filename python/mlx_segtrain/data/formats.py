@@ -35,7 +35,7 @@ class Record:
     """A checked row of a format; `source` is "file:line".
 
     `row` is the result of the format's check: prompt and responses are either all strings, with an
-    optional `system` string, or all lists of messages. `ignored` lists the keys that nothing reads.
+    optional `system` string, or all lists of messages. `ignored` lists the keys that are not used.
     """
 
     source: str
@@ -205,7 +205,7 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
     if not isinstance(label, str | bool | int) or label not in LABELS:
         raise InputError(
             f'{source}: "label" must be true or false, for a desirable or undesirable response; '
-            f"if it is something else, set data_format {plain}."
+            f"if this column means something else, set data_format {plain}."
         )
     return LABELS[label]
 
@@ -239,7 +239,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
                 kind = kind_of(row[key])
                 raise InputError(
                     f'{source}: "{key}" must be a string like "prompt", not {kind}; if "{key}" '
-                    'holds the prompt too, remove "prompt".'
+                    'also holds the prompt, remove "prompt".'
                 )
     else:
         row = {**row, **_dialogues(row, source)}
@@ -263,8 +263,7 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
     for key, messages in sides.items():
         if not _answers(messages):
             raise InputError(
-                f'{source}: "{key}" has no assistant message of its own; add a response after '
-                "the prompt."
+                f'{source}: "{key}" adds no assistant message to the prompt; add a response.'
             )
     _check_whole([*prompt, *sides["chosen"], *sides["rejected"]], source)
     return {"prompt": prompt, **sides}
@@ -483,7 +482,7 @@ def _labelled_chat(key: str) -> Format:
 
 
 PLAIN = ("prompt", "completion")
-#: Every format, by name; a row has the first whose marks it has.
+#: Every format, by name; a row has the first format whose marks it has.
 FORMATS: dict[str, Format] = {
     "preference": Format(
         _check_pair,

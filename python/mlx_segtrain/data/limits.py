@@ -13,7 +13,8 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # of a row: four million tokens
-#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects count too.
+#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects also
+#: count.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
@@ -48,7 +49,7 @@ def check_length(length: int, source: str) -> None:
     """Raises InputError if a row has too many bytes."""
     if length > MOST_BYTES:
         raise InputError(
-            f"{source}: the row has more than {MOST_BYTES >> 20} MiB; split it into several."
+            f"{source}: the row is larger than {MOST_BYTES >> 20} MiB; split it into several."
         )
 
 
@@ -79,6 +80,6 @@ def check_growth(name: str, unpacked: int, size: int) -> None:
     """Raises InputError if a file of this size unpacks to too many bytes."""
     if unpacked > SLACK + MOST_UNPACKED * size:
         raise InputError(
-            f"{name} unpacks to more than {MOST_UNPACKED} times its size; write it in another "
-            "format if that is right."
+            f"{name} unpacks to more than {MOST_UNPACKED} times its size; if the file "
+            "is valid, write it in another format."
         )

@@ -1,7 +1,7 @@
 """Decides from a tokenizer's structure whether it is lossless, for whole texts and for pieces.
 
-Knows two structures of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁ for
-spaces and bytes for unknown characters, if it adds no space before a text (Gemma).
+Two structures of tokenizer.json are known: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁
+for spaces and bytes for unknown characters, if it adds no space before a text (Gemma).
 """
 
 import json
@@ -18,7 +18,7 @@ Holds = Callable[[str], bool]
 
 def lossless(tokenizer: Any) -> Holds | None:
     """Returns a function that says whether the tokens of a text's pieces decode to the same text as
-    the tokens of the whole; None if that is not known of this transformers tokenizer."""
+    the tokens of the whole; None if that is not known for this transformers tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):

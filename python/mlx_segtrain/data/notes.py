@@ -23,7 +23,7 @@ class Notes:
     """Counts over the rows of one source.
 
     `rows`, `samples` and `turns` (in the loss) are totals. `findings` counts samples by finding,
-    and `where` names the first rows of each. `ignored` counts rows by a key that nothing reads,
+    and `where` names the first rows of each. `ignored` counts rows by a key that is not used,
     `repeated` pairs whose sides repeat the prompt, `unwanted` rows whose label is false, and
     `formats` rows by format. `prompt_format` is chat or raw if there are plain prompts.
     """

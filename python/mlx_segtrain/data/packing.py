@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: A row has at least this many units of length, if it has as many tokens. Lengths are rounded up
-#: to units, so that many samples have the same size and can be swapped.
+#: Minimum number of units in a row, if it has at least as many tokens. Lengths are rounded up to
+#: units, so that many samples have the same size and can be swapped.
 UNITS = 1024
 
 

@@ -1,9 +1,9 @@
 """Finds and downloads the files of data sets on the Hugging Face hub.
 
 A name is org/name[@revision][/configuration][:split]. The repository's card lists the files of each
-split, or else their names tell. Files are downloaded unchanged, which can be resumed and works
-offline, and read like local ones; programs in a repository are never run. If no file has a
-supported format, the hub's own Parquet copies are used.
+split, or else they follow from the names of the files. Files are downloaded unchanged, which can be
+resumed and works offline, and read like local ones; programs in a repository are never run. If no
+file has a supported format, the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def count(source: Source, options: Options) -> Counter[str]:
     records = (own for block in source.blocks() for own in records_of(block, options, first))
     found = Counter(record.format for record in records)
     if not found:
-        raise InputError(f"{source.name} has no rows; put some there.")
+        raise InputError(f"{source.name} has no rows; add some.")
     return found
 
 
@@ -342,7 +342,7 @@ class Samples:
 
     @property
     def size(self) -> int:
-        """The number of bytes that were read for them."""
+        """The number of bytes of data from which the samples were read."""
         return sum(own.size for own in self._shards)
 
     @property
@@ -352,7 +352,7 @@ class Samples:
 
     def columns(self, most: int) -> Columns:
         """Returns the columns of all samples when truncated on the right to `most` tokens, except
-        `shared` and `top`, which cover all tokens. Pairs are truncated on the left, too: their
+        `shared` and `top`, which cover all tokens. Pairs are also truncated on the left: their
         columns are right only if both sequences have at most `most` tokens.
         """
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]

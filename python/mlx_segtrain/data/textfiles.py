@@ -88,7 +88,7 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a JSON list, or of JSON lines, which often have this extension too."""
+    """Yields the blocks of a JSON list, or of JSON lines, which also often have this extension."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():

@@ -26,7 +26,7 @@ SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: Blocks that a worker has at once: while it tokenizes one, the next one waits.
+#: Blocks that a worker has at once: while it is tokenizing one, the next one is waiting.
 AHEAD = 2
 
 
@@ -140,8 +140,8 @@ class _Worker:
             else f"was killed by {signal.Signals(-code).name}"
         )
         return RunError(
-            f"a tokenizing process {how}: the same command continues from what is "
-            "done; if memory is short, limit the processors (taskset)."
+            f"a tokenizing process {how}: run the same command again, which continues from what is "
+            "done; if memory is short, limit the number of processors (taskset)."
         )
 
 

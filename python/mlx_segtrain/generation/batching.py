@@ -112,7 +112,7 @@ class Answer:
             self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
-        """Frees the cache, which can be computed again from the tokens."""
+        """Frees the cache, which can be recomputed from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
         if self.key is not None:  # so that no random number is used twice
             self.key = mx.random.split(self.key, 3)[2]
@@ -165,7 +165,7 @@ class Batch(Generic[A]):
 
     @property
     def alone(self) -> bool:
-        """Whether no other answer may join."""
+        """Whether the batch is closed to other answers."""
         return any(answer.alone for answer in self.answers)
 
     def takes(self, answer: A, others: Sequence[A] = ()) -> bool:

@@ -63,7 +63,7 @@ Told = tuple[float, dict[int, float]]
 
 @dataclass(frozen=True)
 class Piece:
-    """A further piece of an answer's text, with the numbers of `tokens` of the answer so far and of
+    """A further piece of an answer's text, with the number of `tokens` of the answer so far and of
     `cached` tokens of the prompt. The last piece has `finish`: stop at an end-of-sequence token or
     a stop string, or length at the maximum number of tokens."""
 

@@ -36,7 +36,7 @@ class Talk(Protocol):
         ...
 
     def end(self, text: str) -> None:
-        """Receives the text of a last turn that was truncated and gets no answer."""
+        """Receives the text of the last turn if that was truncated, so that no answer follows."""
         ...
 
 
@@ -188,7 +188,7 @@ def complete(
     turns in a talk.
 
     Options need a seed, and `logprobs` 0. A prompt is computed once for consecutive talks that
-    share it. The tokens before a later turn are computed again, since keeping their cache would
+    share it. The tokens before a later turn are recomputed, since keeping their cache would
     take memory while others are decoded.
     """
     rollouts = [

@@ -22,7 +22,7 @@ MOST_CASTS = 8
 
 
 def few(rows: int) -> bool:
-    """Returns whether a GPU computes this many rows, such as those of a step of generation, sooner
+    """Returns whether a GPU computes this many rows, such as those of a step of generation, faster
     with MLX's own products."""
     return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 
@@ -91,7 +91,7 @@ class LoRALinear(nn.Module):
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
         """Returns the factors in this dtype, with the multiplier in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # the cache keeps both, so that no other array gets their id
+        key = id(a), id(b), self.scale  # the cache keeps both, so that their ids are not reused
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
@@ -184,8 +184,8 @@ class LoRAEmbedding(LoRALinear):
 
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
-    """Replaces the linear layer or embedding at `path` below `parent` with a module of ours, which
-    has no update yet; one of ours stays."""
+    """Replaces the linear layer or embedding at `path` below `parent` with one of our modules,
+    which has no update yet, unless it is one already."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:

@@ -6,7 +6,7 @@ stacked, and each row gathers its own:
     y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply the result
 
 The a's of linear layers that read the same x (q, k and v; gate and up) are concatenated, so that
-one product serves them all. Adapters of similar ranks are padded to the largest of them and
+one product computes them all. Adapters of similar ranks are padded to the largest of them and
 stacked; other ranks have another stack, which other rows use.
 """
 
@@ -173,7 +173,7 @@ class Rows:
         return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
 
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Returns whether exactly these adapters were put in."""
+        """Returns whether the rows have exactly these adapters now."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:

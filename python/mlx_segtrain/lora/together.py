@@ -35,7 +35,7 @@ class Together:
 
     def read(self, index: int, x: mx.array) -> mx.array | None:
         """Returns the output of one layer with its update; None if the group has no update, for
-        which MLX's own products are as fast, or if no kernel serves it."""
+        which MLX's own products are as fast, or if no kernel supports it."""
         if self._x is not x:
             self._x, self._ys, self._left = x, self._all(x), len(self.modules)
         ys, self._left = self._ys, self._left - 1
@@ -83,7 +83,7 @@ class Together:
         if key not in self._kept:
             if len(self._kept) == MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            # Keeps the arrays, too, so that no others get their ids.
+            # Also keeps the arrays, so that their ids are not reused.
             self._kept[key] = self._made(), arrays
         return self._kept[key][0]
 
@@ -105,7 +105,7 @@ class Together:
 
 
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
-    """Returns whether a kernel serves steps of up to FEW rows."""
+    """Returns whether a kernel supports steps of up to FEW rows."""
     return not op.unfit(dtype, FEW)
 
 

@@ -158,7 +158,7 @@ def load_headless(
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """Returns the text model of a model that may read images, too."""
+    """Returns the text model of a model that may also read images."""
     return model.get("language_model", model)
 
 

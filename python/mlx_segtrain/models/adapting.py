@@ -88,8 +88,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every adaptable module of the layers with one of ours. Of embedding and head, only
-    adapted ones are replaced, or with `whole` all that are adaptable."""
+    """Replaces every adaptable module of the layers with one of our modules. Of embedding and head,
+    only adapted ones are replaced, or with `whole` all that are adaptable."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):

@@ -15,7 +15,7 @@ from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-#: Rows of logits that exist at a time if none of our ops serves the head.
+#: Rows of logits that exist at a time if none of our ops supports the head.
 HEAD_ROWS = 256
 
 
@@ -72,7 +72,7 @@ class Head:
         self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
     ) -> tuple[mx.array, ops.Base, float | None] | None:
         """Returns x, the weight and the cap with which our ops compute this head, with logits
-        divided by the temperature; None if they do not serve it."""
+        divided by the temperature; None if they do not support it."""
         return None
 
     def cross_entropy(
@@ -103,7 +103,7 @@ class Head:
         """Returns the log-probabilities of the target tokens [M] given h [M, H]: float32 [M], from
         logits divided by the temperature.
 
-        A head that our ops do not serve runs HEAD_ROWS rows at a time in both directions, and in
+        A head that our ops do not support runs HEAD_ROWS rows at a time in both directions, and in
         this order, since MLX might otherwise keep the logits of all rows. The backward pass
         recomputes them.
         """
@@ -202,8 +202,8 @@ class Chain:
         return replace(chain, head=chain.head.adapting(Updates(scales, dropout)))
 
     def of_head(self, params: Params) -> dict[str, mx.array]:
-        """Returns the factors of the head's update; those of an embedding may belong to another
-        stage too."""
+        """Returns the factors of the head's update; those of an embedding may also
+        belong to another stage."""
         own = params.get(self.stage_of.get(self.head.path, ""), {})
         return {name: x for name, x in own.items() if name.rpartition(".")[0] == self.head.path}
 

@@ -119,8 +119,8 @@ class LayerHeaders:
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
     """Returns the forms of all layers with the links between them, `gives` and `trims`."""
     donors = {form.donor for form in forms}
-    # After the last layer with its own keys, nothing reads the rows before the first one with a
-    # loss.
+    # After the last layer with its own keys, the rows before the first one with a loss are not
+    # needed.
     last = max(i for i, form in enumerate(forms) if form.key_value)
     return tuple(
         replace(form, gives=form.name in donors, trims=i == last) for i, form in enumerate(forms)

@@ -19,7 +19,7 @@ from .form import LayerForm, LayerHeaders
 from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
-#: mlx-lm's defaults where config.json has no value, by the beginning of `model_type`.
+#: mlx-lm's defaults if config.json has no value, by the beginning of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
@@ -149,7 +149,7 @@ class _Experts(Mlp):
     """The dense MLP and the experts side by side; router and experts are frozen.
 
     Gradients flow through the experts and the weights of the router, not through its choice, which
-    some versions of mlx-lm's own router would differentiate too.
+    some versions of mlx-lm's own router would also differentiate.
     """
 
     layer: Any = None

@@ -267,8 +267,8 @@ def _check_close(
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
     if not far < bound:
         raise InputError(
-            f"{refused} run layer by layer it gives different {what} (relative L2 {far:.1g}), so "
-            "its layers share more than h."
+            f"{refused} run layer by layer, it gives different {what} (relative L2 error "
+            f"{far:.1g}), so its layers share more than the hidden state."
         )
 
 
@@ -311,5 +311,5 @@ def _try_part(body: _Body, layers: range) -> int:
 
     h = _through(body, layers, tokens, given(0) if layers.start else None, refused)
     for seed in (1, 1001):
-        _check_close(refused, h, together(seed), "h")
+        _check_close(refused, h, together(seed), "hidden states")
     return vocabulary

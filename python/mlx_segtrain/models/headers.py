@@ -33,7 +33,7 @@ class ModelShape:
     outer: tuple[str, ...]  #: paths of the adaptable ones of embedding and separate head
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: bits of quantized linear layers, by path
-    float_size: int  #: bytes of a floating-point number in the weights
+    float_size: int  #: bytes of a floating-point element in the weights
     tensors: Tensors
     max_length: int | None
 
@@ -62,7 +62,7 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers by the names of the weights, for any family."""
+        """The number of layers, derived from the names of the weights, for any family."""
         return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 

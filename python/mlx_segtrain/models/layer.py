@@ -160,8 +160,8 @@ class Attention:
         """Maps x [B, T, H] to the output of the last `rows` rows [B, rows, H], and keys and values
         [B, G, T, D].
 
-        `given` keys and values of another layer replace those of x. The third result is to be kept
-        and passed as `saved` when this is recomputed.
+        `given` keys and values of another layer replace those of x. Pass the third result as
+        `saved` when this is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -294,8 +294,8 @@ class Layer:
     before_mlp: Norm | None = None
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
-    factor: mx.array | None = None  #: one number
-    #: Takes the tokens [B, T], too, from which it makes an input of the width `own_input`.
+    factor: mx.array | None = None  #: a scalar
+    #: Also takes the tokens [B, T], from which it computes an input of the width `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
     donor: str | None = None
@@ -435,7 +435,7 @@ def chain(
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
-    # The layers' own inputs are made from the embedding, too.
+    # The layers' own inputs are also computed from the embedding.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head

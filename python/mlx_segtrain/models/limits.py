@@ -11,15 +11,15 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens has 40 MB.
+#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens takes 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts of a layer.
 MOST_EXPERTS = 65_536
-#: Numbers of a configuration that decide how many modules are created.
+#: Values in a configuration that decide how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Numbers of a configuration that repeat work for each token, and their maximum.
+#: Values in a configuration that repeat work for each token, and their maximum.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
 #: Settings of a tokenizer that are text, even if a file has that name.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")

@@ -16,7 +16,7 @@ from ..files import read_json
 from ..lora.paths import spellings
 from ..safetensors import FLOATS, Tensors, read_header
 
-#: Maximum numbers of tensors and layers of a model.
+#: Maximum number of tensors and of layers in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
 #: MLX's modes whose scales are not floating-point numbers, with their bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
@@ -80,7 +80,7 @@ class Snapshot:
 
     @contextmanager
     def consistent(self) -> Iterator[None]:
-        """Raises InputError where config.json and the headers contradict each other."""
+        """Raises InputError if config.json and the headers contradict each other."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

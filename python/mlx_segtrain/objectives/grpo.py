@@ -1,7 +1,7 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
 A row is a prompt with one completion, whose tokens are in the loss. Each token has a weight and
-numbers that were computed before: the advantage, and its log-probability when it was sampled
+values that were computed before: the advantage, and its log-probability when it was sampled
 (`rollout`), before the first update (`old`) and without the adapter (`reference`).
 """
 
@@ -19,7 +19,7 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: Numbers of a token in the loss.
+#: Values of each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
 #: A weight that marks a token as in the loss although it adds nothing to it.
 NOTHING = 1e-30
@@ -115,7 +115,7 @@ class Grpo(Objective):
             owner = b
         members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
         members /= np.maximum(members.sum(1, keepdims=True), 1)
-        nothing = np.full_like(batch.weights, np.nan)  # for numbers that were not computed
+        nothing = np.full_like(batch.weights, np.nan)  # for values that were not computed
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
             "targets": ops.upload(batch.tokens[places]),
@@ -174,8 +174,8 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
-    """Returns rewards [P, G] of P prompts minus the mean of their group, float64; divided by the
-    standard deviation of the group, or of all rewards, plus 1e-4; or not divided."""
+    """Returns rewards [P, G] of P prompts minus the mean of their group, float64. They are
+    divided by the standard deviation of the group, or of all rewards, plus 1e-4, or not divided."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

@@ -21,7 +21,7 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: The paper's range for the ratio of the weighted numbers of desirable and other rows (eq. 8).
+#: The paper's range for the weighted ratio of desirable to other rows (eq. 8).
 ADVISED = (1.0, 4 / 3)
 
 
@@ -53,8 +53,8 @@ class Responses(Objective):
         for the tokens of a response.
 
         `labels` [B] are 1 or −1; `reference` [B] are the log-probabilities of the model without its
-        adapter; `kl` is the estimate of the divergence; `parts` [3] are 1 over the numbers of all,
-        desirable and other rows of the step, NaN for none.
+        adapter; `kl` is the estimate of the divergence; `parts` [3] are 1 over the number of all,
+        of desirable and of other rows in the step, NaN for none.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])

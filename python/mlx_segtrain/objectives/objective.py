@@ -20,7 +20,7 @@ class Objective:
     is NaN if the batches have nothing that it measures.
     """
 
-    options: tuple[str, ...] = ()  #: fields of the configuration, in the order of its own fields
+    options: tuple[str, ...] = ()  #: fields of the configuration, in its order
     unit: str  #: the loss's unit, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: values that the head reads after h and rows of each stream

@@ -30,7 +30,7 @@ DISCOPOP_TAU = 0.05
 
 @dataclass(frozen=True)
 class Total:
-    """The numbers of pairs, and of the chosen sequences' tokens in a cross-entropy term."""
+    """The number of pairs, and of the chosen sequences' tokens in a cross-entropy term."""
 
     pairs: int
     tokens: float
@@ -39,7 +39,7 @@ class Total:
 @dataclass(frozen=True)
 class Answers:
     """Log-probabilities of the responses of B pairs, float32 [B], with the adapter and without
-    (`ref_`), and the responses' numbers of tokens (`n_`).
+    (`ref_`), and the number of tokens of each response (`n_`).
 
     `likelihood` is this batch's part of the cross-entropy term, a scalar; `part` is 1 over the
     number of pairs of the step.
@@ -201,7 +201,7 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Returns the largest numbers of tokens of one side, and of tokens that may be in the loss,
+    """Returns the maximum number of tokens of one side, and of tokens that may be in the loss,
     which are all of them for `full` sequences."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)

@@ -1,9 +1,10 @@
 """Differentiable ops of a transformer layer, each with a hand-written backward pass.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
-width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that serves
-the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with the
-reason where it cannot. Wrong shapes and dtypes raise ValueError when the graph is built.
+width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that
+supports the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with
+the reason if it does not support the call. Wrong shapes and dtypes raise ValueError when the graph
+is built.
 """
 
 import functools
@@ -104,7 +105,7 @@ def _face(
 
 
 def upload(x: np.ndarray) -> mx.array:
-    """Copies an array to the device: as int32, or as float32 if its numbers are not integers.
+    """Copies an array to the device: as int32, or as float32 if its values are not integers.
 
     On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may not be finished when
     this returns.
@@ -179,7 +180,7 @@ def attention_forward(
 ) -> list[mx.array]:
     """Returns the `saved` of `attention` with these options: o, and what its backward pass needs.
 
-    It has no gradient, and is empty if the implementation that serves the call has nothing to save
+    It has no gradient, and is empty if the chosen implementation has nothing to save
     (`stock`).
     """
     _check_device()
@@ -240,7 +241,7 @@ def add_rms_norm(
     """y = (h + rms_norm(x))·factor, as at the end of a layer's branch. h, x, y [..., H], weight
     [H].
 
-    `factor` is an array of one number; it and the weight are frozen, without gradient. On CUDA
+    `factor` is an array of one element; it and the weight are frozen, without gradient. On CUDA
     there is one kernel per direction.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
@@ -328,12 +329,12 @@ def lora_linear(
 ) -> mx.array:
     """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
 
-    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out].
-    Keeps x and x·a; neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
-    function of `key` (`dropout_key`) and x's shape, so that recomputation draws it again;
-    0 ≤ dropout < 1, and above 0 a, b and the key are needed. Gradients of x, a and b; those of a
-    and b in their own dtype. Every quantization of mx.quantize; ValueError names mode, bits and
-    group size where the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
+    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out]. Keeps
+    x and x·a, but neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
+    function of `key` (`dropout_key`) and x's shape, so that recomputation gives the same mask; 0 ≤
+    dropout < 1, and above 0 a, b and the key are needed. It has gradients for x, a and b; those of
+    a and b are in their own dtype. It supports every quantization of mx.quantize; ValueError names
+    mode, bits and group size if the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
     """
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]

@@ -82,7 +82,7 @@ class Row:
 
 
 def dtype() -> mx.Dtype:
-    """Returns the dtype in which the device trains."""
+    """Returns the dtype of activations in training on this device."""
     return mx.bfloat16 if on_gpu() else mx.float32
 
 
@@ -178,7 +178,7 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # MLX's own products and copies on the CPU are slower than the CPU could be.
+    # MLX's own products and copies do not reach the CPU's full speed.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():

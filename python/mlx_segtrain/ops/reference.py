@@ -241,7 +241,7 @@ def _picked(z, targets):
 
 
 def take_rows(x, index):
-    """x[index], as a product with a one-hot matrix, so that the gradient is a product too"""
+    """x[index], as a product with a one-hot matrix, so that the gradient is also a product"""
     rows = _onehot(index.reshape(-1), x.shape[0]).astype(x.dtype) @ x.reshape(x.shape[0], -1)
     return rows.reshape(*index.shape, *x.shape[1:])
 

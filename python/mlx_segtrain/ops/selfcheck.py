@@ -3,7 +3,7 @@
 On a GPU this happens once per device, before first use: a kernel that does not compile or does not
 agree is switched off with a warning, and the next implementation takes its place. The result is
 kept in the cache folder, by device and by the version of the core. `mlx-segtrain doctor` repeats
-the check, on a CPU too, and measures times.
+the check, also on a CPU, and measures times.
 """
 
 import functools

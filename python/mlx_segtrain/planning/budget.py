@@ -15,7 +15,7 @@ INTERPRETER = 1 << 29
 
 
 def device(deterministic: bool = False, size: int = 2) -> Device:
-    """Returns MLX's default device for the estimate; a number takes `size` bytes on a GPU."""
+    """Returns MLX's default device for the estimate; an element takes `size` bytes on a GPU."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
@@ -25,8 +25,8 @@ def device(deterministic: bool = False, size: int = 2) -> Device:
 
 
 def working_set() -> int | None:
-    """Returns Metal's recommended working set in bytes, which is also the most that a process may
-    wire; None on other devices."""
+    """Returns Metal's recommended working set in bytes, which is also the maximum that a process
+    may wire; None on other devices."""
     if mx.default_device() == mx.Device(mx.cpu) or not mx.metal.is_available():
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])

@@ -1,7 +1,7 @@
 """Computes bytes and work of every stage of a fast family from the shapes of model and batch.
 
 An op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module counts the arrays around the ops, in numbers per token, as measured
+(csrc/core/cost.h). This module counts the arrays around the ops, in elements per token, as measured
 (bench/memory.py). Work counts the floating-point operations of matrix products.
 """
 
@@ -27,13 +27,13 @@ CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: Inputs of heads besides h and its rows: a few numbers per token in the loss.
+#: Inputs of heads besides h and its rows: a few values per token in the loss.
 COUNTED = ("targets", "weights")
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage of a stream, with `parameters` trainable numbers."""
+    """A stage of a stream; `parameters` is the number of its trainable parameters."""
 
     model: ModelShape
     batch: BatchShape
@@ -69,7 +69,7 @@ class _Stage:
 
 
 def parameters_of(model: ModelShape, ranks: Mapping[str, int], dora: bool) -> dict[str, int]:
-    """Returns the number of trainable numbers of each adapted layer, by path."""
+    """Returns the number of trainable parameters of each adapted layer, by path."""
     return {
         path: sum(model.widths[path]) * rank + dora * model.widths[path][1]
         for path, rank in ranks.items()
@@ -156,8 +156,8 @@ def pairs_within(length: float, window: int | None) -> float:
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of attention for `after` queries per row over all keys. A token has h
-    numbers of the residual stream, q of all queries, and k of the layer's own keys."""
+    """Returns the cost of attention for `after` queries per row over all keys. A token takes
+    h elements in the residual stream, q for all queries, and k for the layer's own keys."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
@@ -230,7 +230,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of the MLP. A token has h numbers of the residual stream and f inside."""
+    """Returns the cost of the MLP. A token takes h elements in the residual stream, f inside."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size

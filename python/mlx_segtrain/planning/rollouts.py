@@ -99,8 +99,8 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
 
 
 def _reading_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the bytes of the cache of a text, and the most that a layer needs for PREFILL tokens;
-    without fused attention (CPU) that includes the scores of all heads."""
+    """Returns the bytes of the cache of a text, and the maximum that a layer needs for PREFILL
+    tokens; without fused attention (CPU) that includes the scores of all heads."""
 
     def numbers(layer: LayerForm) -> int:
         scores = 0 if device.gpu else layer.query // layer.head * tokens

@@ -22,7 +22,7 @@ HALVINGS, MOST_SECONDS = 24, 1e300
 
 @dataclass(frozen=True)
 class Member:
-    """A rank's memory in bytes, the kind of its device, and the bytes of a number there."""
+    """The memory of a rank in bytes, the type of its device, and the bytes per element there."""
 
     budget: int
     device: str
@@ -82,7 +82,7 @@ def pipeline_runs(
     default that of this device."""
     if budgets and len(budgets) != ranks:
         raise InputError(
-            f"--rank-budgets has {len(budgets)} numbers, but --ranks is {ranks}: pass one per rank."
+            f"--rank-budgets has {len(budgets)} values, but --ranks is {ranks}: pass one per rank."
         )
     run = planned(config, [batch], fills=False)
     own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks
@@ -91,7 +91,7 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Returns whether a plan fits or, if memory is not predicted, the weights."""
+    """Returns whether a plan fits or, if memory is not predicted, whether the weights do."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget

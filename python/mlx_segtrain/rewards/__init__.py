@@ -27,7 +27,7 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 #: Arguments of a reward besides the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: (prompts, completions, **columns) → a number for each completion; columns are lists too.
+#: (prompts, completions, **columns) → a number for each completion; columns are also lists.
 Function = Callable[..., Sequence[float]]
 
 
@@ -80,7 +80,7 @@ class Rewards:
         weights = list(config.reward_weights) or [1.0] * len(named)
         if len(weights) != len(named):
             raise InputError(
-                f"reward_weights has {len(weights)} numbers for {len(named)} rewards: set one for "
+                f"reward_weights has {len(weights)} values for {len(named)} rewards: set one for "
                 "each.",
                 field="reward_weights",
             )
@@ -191,6 +191,6 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
                 )
         if found := [name for name in taken if name in given]:
             raise InputError(
-                f'{row.source}: the row has a column "{found[0]}", but rewards get something else '
-                "by this name: rename the column, or leave it out."
+                f'{row.source}: the row has a column "{found[0]}", but rewards get another '
+                "argument of this name: rename the column, or leave it out."
             )

@@ -1,4 +1,4 @@
-"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no code of others."""
+"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no untrusted code."""
 
 import json
 import math
@@ -98,7 +98,7 @@ def _json_schema(text: str) -> Check:
             '"mlx-segtrain[rewards]".'
         ) from None
     try:
-        # References are not followed: schemas come from clients of the server too.
+        # References are not followed: schemas may come from clients of the server.
         validator = validator_for(json.loads(text), offline=True)
     except Exception as error:  # the library raises errors of several kinds
         raise _fault(f"{shown(text, 80)} is not a valid JSON schema ({reason(error)}).") from None

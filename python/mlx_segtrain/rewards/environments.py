@@ -50,7 +50,7 @@ class Environments:
                 raise TypeError("it has no method reset")
             tools = [] if callable(getattr(own, "step", None)) else _tools_of(own)
             if not tools and not hasattr(own, "step"):
-                raise TypeError("it has neither a method step nor a public method, which is a tool")
+                raise TypeError("it has neither a method step nor a public method to use as a tool")
         except Exception as error:  # the user's class may fail in any way
             raise InputError(
                 f"environment: {config.environment} cannot be used ({reason(error, 300)}).",
@@ -152,7 +152,7 @@ class Conversation:
         return tokens
 
     def end(self, text: str) -> None:
-        """Adds the text of a last turn that was truncated and gets no answer."""
+        """Adds the text of the last turn if that was truncated, so that no answer follows."""
         self._add({"role": "assistant", "content": text}, [])
 
     def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: The most connections at once; further ones get 503.
+#: Maximum number of connections at once; further ones get 503.
 CONNECTIONS = 2000
 #: The limit of open files, if the system allows it: each client that follows a job needs one.
 OPEN_FILES = 65536

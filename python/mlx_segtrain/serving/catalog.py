@@ -19,7 +19,7 @@ from .roots import CLOSED
 
 #: The depth below a root to which folders are searched, and their maximum number.
 DEPTH, MOST = 6, 20_000
-#: The most unreadable folders that are reported.
+#: Maximum number of unreadable folders that are reported.
 MOST_FAULTS = 100
 #: Names of folders without data of a user.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}

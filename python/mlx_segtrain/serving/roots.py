@@ -9,11 +9,11 @@ from ..files import ASIDE
 
 #: Prefixes of names that are not allowed below a root.
 CLOSED = (".", "datasets--", "spaces--")
-#: The most bytes of a path, as on Linux.
+#: Maximum bytes of a path, as on Linux.
 LONGEST_PATH = 4096
-#: The most files and folders below a client's folder: each may be a link.
+#: Maximum number of files and folders below a client's folder: each may be a link.
 MOST_BELOW = 20_000
-#: The most links among these, and the longest chain of links: following them takes time.
+#: Maximum number of links among these, and in a chain of links: following them takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -127,7 +127,9 @@ class Roots:
             if not step.is_symlink():
                 break
         else:
-            raise InputError(f"{link} is a long chain of links: link to the file directly.")
+            raise InputError(
+                f"{link} leads through more than {MOST_STEPS} links: link to the file directly."
+            )
         target = link.resolve()
         self.check(link, target)
         return target

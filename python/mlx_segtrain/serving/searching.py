@@ -7,9 +7,9 @@ from ..hub import Kind
 from ..hub_search import Hit, search
 from .pools import Busy, Pool
 
-#: The seconds for which results are cached, and the most cached results.
+#: Seconds for which results are cached, and maximum number of cached results.
 KEPT_S, KEPT = 300.0, 200
-#: The most requests to the hub per minute.
+#: Maximum number of requests to the hub per minute.
 PER_MINUTE = 60
 
 

@@ -50,11 +50,11 @@ logger = logging.getLogger("mlx_segtrain.serving")
 JOB_PATHS = tuple(
     dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
 )
-#: The most tokenizers that stay loaded for inspections, besides that of the served model.
+#: Maximum number of tokenizers that stay loaded for inspections, besides the served model's.
 MOST_CONFINED = 2
 #: Seconds between two checks of memory, and the growth in bytes after which it is freed.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: The most bytes of a job's configuration.
+#: Maximum bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
 #: How an operator can provide a model.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
@@ -73,7 +73,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """The device that jobs compute on; `memory_bytes` is its total memory."""
+    """The device on which jobs run; `memory_bytes` is its total memory."""
 
     name: str
     type: str
@@ -134,7 +134,7 @@ class Service:
 
     async def _tidy(self) -> None:
         """Returns freed memory to the system from time to time, and frees cached prompts while a
-        job computes."""
+        job is using the accelerator."""
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
@@ -154,7 +154,7 @@ class Service:
 
     @property
     def waits(self) -> bool:
-        """Whether answers wait for a job that computes."""
+        """Whether requests are refused until the current job has ended."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
     # What is on disk
@@ -384,7 +384,8 @@ class Service:
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """Checks the paths of a job that starts: the roots may have changed since it was queued."""
+        """Checks the paths of a job before it starts: the roots may have changed since it was
+        queued."""
         for name in JOB_PATHS:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:
@@ -409,7 +410,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Returns the resident memory of this process in bytes; None where it is not known."""
+    """Returns the resident memory of this process in bytes; None if it is not known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):

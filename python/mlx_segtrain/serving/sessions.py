@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: The most sessions at once; another one ends the oldest.
+#: Maximum number of sessions at once; another one ends the oldest.
 MOST = 1000
 
 

@@ -11,7 +11,8 @@ from .checkpoint import MANIFEST, STATE, TENSORS
 #: Folders of an earlier run that a new run in the same folder removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
-#: The paths that a run writes there; `evaluated_name` returns the names of folders in checkpoints/.
+#: The paths that a run writes in its folder; `evaluated_name` returns the names of folders in
+#: checkpoints/.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
     rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"

@@ -1,4 +1,4 @@
-"""Handles signals that end a run: at once while it computes, later while it writes.
+"""Handles signals that end a run: at once while it is computing, later while it is writing.
 
 With several ranks, which must end after the same step, signals wait until all ranks know of them.
 """

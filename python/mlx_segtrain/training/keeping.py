@@ -50,7 +50,8 @@ class Keeper:
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
             raise InputError(
-                f"adapter_path {path} was used by another run while this one loaded: start again."
+                f"adapter_path {path} was used by another run while this one was loading: start "
+                "again."
             )
         try:
             for folder in (path, path / "best", path / "checkpoints", path / checkpoint.STATE):
@@ -134,7 +135,7 @@ class Keeper:
             reason = error.strerror or error
             raise RunError(
                 f"step {state.step}: {self.path} cannot be written ({reason}): free disk space or "
-                "change permissions, and resume from the last checkpoint there."
+                "change permissions, and resume from the last checkpoint."
             ) from error
 
     def _write(self, state: State) -> None:

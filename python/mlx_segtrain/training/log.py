@@ -1,4 +1,4 @@
-"""metrics.jsonl: every event of a run on one line. A run locks it while it uses the folder."""
+"""metrics.jsonl: every event of a run on one line, in a file that the run keeps locked."""
 
 import json
 import os
@@ -15,7 +15,7 @@ NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError if a running run uses this folder, or if that cannot be determined."""
+    """Raises InputError if a run is using this folder, or if that cannot be determined."""
     try:
         # Opened for writing, because some network file systems lock only such files.
         with open(folder / NAME, "r+b") as file:
@@ -75,7 +75,7 @@ class RunLog:
         number = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | flags, 0o644)
         file = os.fdopen(number, "r+b", 0)
         try:
-            _claim(file, self.folder)  # again: another run may have started while this one loaded
+            _claim(file, self.folder)  # another run may have started meanwhile
         except InputError:
             file.close()
             raise
@@ -117,7 +117,7 @@ class RunLog:
         """Checks, before a write, that the folder exists and belongs to this run.
 
         If it was deleted, recreates it with the whole log. Raises OSError if that fails, and
-        RunError if another run uses a folder of this name.
+        RunError if another run is using a folder of this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)

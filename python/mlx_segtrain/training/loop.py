@@ -203,8 +203,8 @@ def warnings_only(tell: events.OnEvent) -> events.OnEvent:
 
 @dataclass
 class Run:
-    """A run whose model is loaded and whose folder is locked. Signals may end it while it computes
-    (`interrupts.allowed`), but not while it changes its state or writes."""
+    """A run whose model is loaded and whose folder is locked. Signals may end it while it is
+    computing (`interrupts.allowed`), but not while it is changing its state or writing."""
 
     config: TrainConfig
     setup: Setup
@@ -346,7 +346,8 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                # In a pipeline other ranks wait for transfers, so the part cannot be repeated.
+                # In a pipeline, other ranks are waiting for transfers, so the part cannot be
+                # repeated.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
             # Outside of the handler, because the exception's frames hold arrays of the step.
@@ -509,7 +510,7 @@ class Run:
                 self.keeper.checkpoint(self._whole())
 
     def _save(self) -> None:
-        """Writes the final state, unless no step is finished."""
+        """Writes the final state if at least one step is finished."""
         if self.state.step == 0:
             return
         self._count()

@@ -12,7 +12,7 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: Creates an optimizer of MLX; and whether it applies decoupled weight decay itself.
+#: A function that creates MLX's optimizer, and whether that applies decoupled weight decay itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),

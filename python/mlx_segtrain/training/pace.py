@@ -7,7 +7,7 @@ from time import perf_counter
 from typing import Literal
 
 Part = Literal["step", "evaluation", "checkpoint"]
-#: The number of most recent times that count, per part.
+#: Number of most recent times of a part from which its mean is computed.
 WINDOW = 32
 
 

@@ -1,4 +1,4 @@
-"""Process-wide settings of MLX while a run computes."""
+"""Process-wide settings of MLX during a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from ..planning.budget import working_set
 
 @contextmanager
 def run_policy(config: TrainConfig) -> Iterator[None]:
-    """Applies these settings while a run loads and computes: with `deterministic`, `auto` takes
-    only implementations that are bit-identical between runs; on Metal, MLX's memory is wired.
+    """Applies these settings while a run is loading and training: with `deterministic`, `auto`
+    takes only implementations that are bit-identical between runs; on Metal, MLX's memory is wired.
     RunPlan.limits sets further limits once there is a plan."""
     with ops.repeatable(config.deterministic), wired():
         yield

@@ -2,7 +2,7 @@
 
 The micro-batches of a step are divided between the ranks, and their gradients are summed; in a
 pipeline, each micro-batch runs through the layers of all ranks instead. All decisions follow from
-numbers that are bit-identical on all ranks, so all of them take the same steps. Only rank 0 writes
+values that are bit-identical on all ranks, so all of them take the same steps. Only rank 0 writes
 files. A run on one device has a group of one rank.
 """
 
@@ -181,7 +181,7 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Starts the transfers of arrays. Raises LostRank if MLX cannot."""
+        """Starts the transfers of arrays. Raises LostRank if MLX cannot start them."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:
@@ -326,7 +326,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     """Ends this process if a rank is lost and it does not end by itself, because a back end waits
-    for that rank; but not while it writes the state.
+    for that rank; but not while it is writing the state.
 
     If the back end holds the GIL while it waits, as MLX may when it frees memory during a sum of
     NCCL, this thread does not run any more, but that of faulthandler does.

@@ -41,7 +41,7 @@ def with_references(
     """Adds the outputs of the objective's reference to the wanted rows, by default all. Returns the
     data unchanged if the objective has no reference.
 
-    Each row is run alone, because its numbers must not depend on other rows. Rows that are missing
+    Each row is run alone, because its values must not depend on other rows. Rows that are missing
     in the cache of a rank are divided between the ranks, and all ranks cache the results.
     """
     reference = objective.reference

@@ -99,7 +99,7 @@ class Start:
 
     @staticmethod
     def trace(path: Path) -> Any:
-        """Returns a value that changes when a run uses the folder."""
+        """Returns a value that changes when a run writes to the folder."""
         log = path / "metrics.jsonl"
         return list(found(path)), log.stat().st_size if log.exists() else 0
 
@@ -433,11 +433,11 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """Returns the error for an adapted embedding that is also the head: two ranks have it."""
+    """Returns the error for adapting an embedding that is also the head, which two ranks have."""
     return InputError(
-        f"{chain.head.path} of {title(config.model_dir)} is its embedding and its head, which are "
-        "on the first and the last rank of a pipeline: leave it out of target_modules, or train "
-        "with parallel data.",
+        f"{chain.head.path} of {title(config.model_dir)} is both its embedding and its head, "
+        "which a pipeline needs on the first and the last rank: leave it out of target_modules, or "
+        "train with parallel data.",
         field="target_modules",
     )
 

@@ -49,7 +49,7 @@ class Stepper:
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    #: The peak in bytes of generating completions, if the method generates.
+    #: The peak in bytes while completions are generated, if the method generates.
     rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Stepper:
         outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
         length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
-        # The whole step is queued on the device before the host waits for its first number.
+        # The whole step is queued on the device before the host waits for its first value.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)

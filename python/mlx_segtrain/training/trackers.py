@@ -48,7 +48,7 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def scalars(event: events.Event) -> dict[str, float]:
-    """Returns the numbers of a metric by name, such as train/loss; none for other events."""
+    """Returns the values of a metric by name, such as train/loss; none for other events."""
     if event["type"] != "metric":
         return {}
     values: dict[str, Any] = event.get("scores", event)

@@ -46,7 +46,7 @@ class Transfers:
     def send(self, arrays: Sequence[mx.array], to: int) -> None:
         """Starts to send arrays to a rank."""
         stream = self._stream(self.ranks.rank, to)
-        # `settle` waits for one number of each array, because keeping the array would take memory.
+        # `settle` waits for one element of each array, because keeping the array would take memory.
         ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
         ends = [mx.add(x, x, stream=stream) for x in ends]
         self.ranks.start(ends)

@@ -2,12 +2,12 @@
 
 A watch is a state machine without clock and sockets: messages and the time are its inputs, and
 `out` has the messages to send. Every rank has one, and sends a beat to all others every BEAT
-seconds. A rank that finds another one ended or silent reports it to the judges, which are the
-JUDGES lowest ranks that are not lost; a rank that fails reports it to all. The first judge decides
-`settle` seconds later. Each further judge waits as long again, and decides if it has received no
-decision by then. A decision goes to all ranks. A rank that receives one passes it to the judges,
-and a judge passes it to all. So a decision that reaches one rank reaches all of them, even if its
-author is lost while sending it, as long as a judge is left.
+seconds. A rank that finds that another one has ended or is silent reports it to the judges, which
+are the JUDGES lowest ranks that are not lost; a rank that fails reports it to all. The first judge
+decides `settle` seconds later. Each further judge waits as long again, and decides if it has
+received no decision by then. A decision goes to all ranks. A rank that receives one passes it to
+the judges, and a judge passes it to all. So a decision that reaches one rank reaches all of them,
+even if its author is lost while sending it, as long as a judge is left.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: How many times each rank has started or stopped to wait; whether this one is waiting.
+        #: How many times each rank has started or stopped waiting; whether this one is waiting.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
         #: Ranks that left at the end of the run, and when this rank received that message.

@@ -168,7 +168,8 @@ def _config(weights: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, Any
 
 
 def _tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """Creates a byte-level BPE tokenizer with single digits, and its tokenizer_config.json."""
+    """Creates a byte-level BPE tokenizer that splits numbers into digits, and its
+    tokenizer_config.json."""
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}

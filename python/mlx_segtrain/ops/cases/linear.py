@@ -30,7 +30,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def frozen(out: int, width: int, bits: int, group: int, seed: int = 0) -> ops.Base:
-    """Returns a quantized weight of normally distributed numbers."""
+    """Returns a quantized weight of normally distributed values."""
     w = bench.normal(out, width, seed=seed) / width**0.5
     packed = mx.quantize(w, group_size=group, bits=bits)
     mx.eval(packed)  # otherwise a compiled call would quantize

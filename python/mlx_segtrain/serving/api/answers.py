@@ -27,12 +27,12 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between checks whether a client that waits for a whole answer is still connected.
+#: Seconds between checks whether a client that is waiting for a whole answer is still connected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: The most tokens of a request, including alternatives, whose log p is returned.
+#: Maximum number of tokens in a request, including alternatives, whose log p is returned.
 MOST_TOLD = 1_000_000
-#: The most seconds that tool calls wait for a process that parses them.
+#: Maximum seconds that tool calls wait for a process to parse them.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -94,7 +94,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed the answers differ, but repeat
+                for i in range(body.n or 1):  # with a seed they differ, but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)

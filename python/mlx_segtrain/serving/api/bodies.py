@@ -21,7 +21,7 @@ SMALL = 1 << 16
 
 @dataclass(frozen=True)
 class Most:
-    """The most containers (objects and lists), names in objects, and values of a large body."""
+    """Maximum number of containers (objects and lists), names in objects, and values in a body."""
 
     containers: int
     names: int

@@ -3,7 +3,7 @@
 import logging
 import time
 
-#: The most warnings in the log: at once, and per second.
+#: Maximum number of warnings in the log: at once, and per second.
 LINES, LINES_PER_S = 100, 2.0
 
 

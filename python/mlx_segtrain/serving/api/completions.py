@@ -15,7 +15,7 @@ from .dependencies import Used
 from .forms import Answer
 from .routes import problems
 
-#: The most completions of an answer, and the most characters of each text.
+#: Maximum number of completions in an answer, and of characters in each text.
 MOST, LONGEST = 256, 20_000
 
 router = APIRouter(route_class=JsonRoute, responses=problems(400, 401, 403, 404, 429))

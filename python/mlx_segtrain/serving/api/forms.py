@@ -78,7 +78,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
     title: str = Field(description="The kind, in words.")
     name: str = Field(description="Its label, or a short description of its inputs.")
     trains: bool = Field(description="Whether it is a training run, which has checkpoints.")
-    computes: bool = Field(description="Whether it waits for the accelerator.")
+    computes: bool = Field(description="Whether it needs the accelerator.")
     cancelling: bool = Field(description="Whether it has been cancelled and has not ended yet.")
     loss_unit: str | None = Field(
         description="The unit of the losses in its events and its result."
@@ -326,7 +326,7 @@ class Served(Answer):
 
 
 class DeviceRow(_answer(Device)):
-    """The device that jobs compute on."""
+    """The device on which jobs run."""
 
     free_bytes: int = Field(description="Memory that a run could take now.")
 
@@ -335,7 +335,7 @@ class State(Answer):
     """The state of the server."""
 
     served: Served | None
-    waits: bool = Field(description="Whether answers wait for a job that computes.")
+    waits: bool = Field(description="Whether requests are refused until the current job has ended.")
     training: bool = Field(description="Whether a job has the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")

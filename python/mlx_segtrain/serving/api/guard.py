@@ -23,21 +23,21 @@ from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most bytes of a body: a prompt of a million tokens has about 4 MB.
+#: Maximum bytes of a body: a prompt of a million tokens takes about 4 MB.
 MOST_BYTES = 8 << 20
 #: Lower limits by path: a token is short.
 SMALL_BODIES = {"/login": 4096}
-#: The most bytes of all bodies in memory, not counting the first FREE bytes of each.
+#: Maximum bytes of all bodies in memory, not counting the first FREE bytes of each.
 MOST_HELD, FREE = 32 << 20, 1 << 16
-#: The most seconds for the next part of a body, and for a whole body.
+#: Maximum seconds for the next part of a body, and for a whole body.
 PART_S, BODY_S = 10.0, 60.0
 #: Paths whose bodies are written to disk as they arrive (transfers.py), and not kept in memory.
 UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
 UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
-#: The most seconds for reading the rest of a refused body.
+#: Maximum seconds for reading the rest of a refused body.
 DRAIN_S = 2.0
-#: Seconds after which a wrong token is answered, and the most answers that wait at once. Further
-#: ones are refused immediately. Requests with the right token never wait.
+#: Seconds after which a wrong token is answered, and maximum number of such answers that are
+#: waiting. Further ones are refused immediately. Requests with the right token never wait.
 WRONG_S, MOST_WRONG = 1.0, 16
 #: Statuses of answers that are logged.
 REFUSALS = (400, 401, 403, 422, 429)
@@ -243,7 +243,7 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads and drops the rest: otherwise a client that still sends would get no answer."""
+        """Drops the rest: otherwise a client that is still sending would get no answer."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):

@@ -42,7 +42,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "the body is too large",
         429: "too many requests are waiting: try again in a moment",
         500: "the generation failed",
-        503: "no model is loaded, the server is set to wait for a training job, or memory is short",
+        503: "no model is loaded, a job is running (--while-training refuse), or memory is short",
         "4XX": "a refused request: not allowed, not found, or not valid",
     }
     return {x: {"model": forms.Error, "description": descriptions[x]} for x in (*statuses, "4XX")}
@@ -105,7 +105,9 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
     """Starts to answer a request. Raises InputError if that is not possible, or Busy."""
     base = _base(service)
     if service.waits:
-        raise Unserved("this server waits for a training job: try again later.", 503, "training")
+        raise Unserved(
+            "this server is waiting for a training job to end: try again later.", 503, "training"
+        )
     id = request.scope.get("mlx_segtrain.request", "-")
     try:
         body.check()

@@ -107,9 +107,9 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: The most biases, turns of a chat, answers to a prompt, and answers of a request.
+#: Maximum number of biases, turns of a chat, answers to a prompt, and answers of a request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
-#: The most alternatives to a token whose log p is returned.
+#: Maximum number of alternatives to a token whose log p is returned.
 TOP = 20
 
 
@@ -178,7 +178,7 @@ class Generate(Request):
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
         max_length=BIASES,
-        description="numbers to add to the logits of tokens, by token id",
+        description="values to add to the logits of tokens, by token id",
     )
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from ...errors import InputError
 from .openai_fields import Request
 
-#: The most tools of a request, and the most calls of a message.
+#: Maximum number of tools in a request, and of calls in a message.
 TOOLS, CALLS = 128, 128
 
 

@@ -8,7 +8,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most seconds and bytes of a request's head.
+#: Maximum seconds and bytes for the head of a request.
 HEAD_S, HEAD_BYTES = 10.0, 64 << 10
 
 

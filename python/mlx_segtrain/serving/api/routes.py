@@ -1,4 +1,4 @@
-"""/api: the routes for training, data, models and jobs (docs/http.md)."""
+"""/api: the routes for training, data, models and jobs (docs/serving.md)."""
 
 import json
 from collections.abc import AsyncIterator
@@ -182,7 +182,7 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Merges two adapters into one, without loss; or one into its base model, as a job."""
+    """Merges two adapters into one without loss, or one into its base model, as a job."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
         row = service.enqueue("fold", **body.model_dump(exclude=of_two))
@@ -224,13 +224,13 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
 
 @router.get("/api/settings/hf-token", tags=["server"])
 async def has_hf_token(service: Used) -> forms.HasHfToken:
-    """Whether the server has a hub token; never the token itself."""
+    """Whether the server has a hub token; the token itself is never returned."""
     return forms.HasHfToken(hasToken=service.has_hf_token)
 
 
 @router.post("/api/settings/hf-token", tags=["server"])
 async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
-    """Sets the hub token while the server runs; it is not written to disk."""
+    """Sets the hub token until the server stops; it is not written to disk."""
     service.jobs.environment["HF_TOKEN"] = body.token
     return forms.Answer()
 

@@ -29,13 +29,13 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: The most tokens of a data set's rows in a report.
+#: Maximum number of tokens of a data set's rows in a report.
 SHOWN = 100_000
-#: The most characters of a token: an answer could consist of the longest one only.
+#: Maximum characters of a token: an answer could consist of the longest one only.
 LONGEST_TOKEN = 2000
-#: The most times by which the replacements of a decoder may lengthen a text.
+#: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
-#: The most characters of an error message.
+#: Maximum characters of an error message.
 LONGEST = 500
 
 
@@ -200,7 +200,7 @@ def main(file: str, store: str = "", *folders: str) -> None:
     """Runs the process. `file` is the number of the socket; the others are opening.confined()."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
-    # Ctrl-C in the terminal reaches this process, too, but the server decides when it ends.
+    # Ctrl-C in the terminal also reaches this process, but the server decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setrecursionlimit(1000)
     hide_torch()

@@ -26,13 +26,13 @@ from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 
-#: Seconds after which a command counts as slow, and the most slow ones at once.
+#: Seconds after which a command counts as slow, and maximum number of slow ones at once.
 SLICE_S, MOST_SLOW = 0.5, 3
-#: The most idle workers of a model.
+#: Maximum number of idle workers per model.
 MOST_IDLE = 2
 #: Seconds for loading the libraries, which may be slow on a busy machine, and for a fork.
 START_S, FORK_S = 120.0, 30.0
-#: Characters above which only one prompt is encoded at a time; the most memory (bytes) for it.
+#: Characters above which only one prompt is encoded at a time; maximum bytes of memory for it.
 LARGE, MOST_MEMORY = 1 << 16, 448 << 20
 
 _PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
@@ -167,7 +167,7 @@ class _Root:
         return self.process
 
     def close(self) -> None:
-        """Ends it and its descendants."""
+        """Ends the process and its descendants."""
         if self.popen is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)

@@ -41,22 +41,23 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most requests that generate at once, and that wait.
+#: Maximum number of requests that are generating, and of requests that are waiting.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: Seconds of a request's turn while others wait: then it waits and keeps its cache, up to this many
-#: caches. Seconds after which a request that has not started is refused.
+#: Seconds of a request's turn while others are waiting: then it waits and keeps its cache, up to
+#: this many caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which loading a model waits for running answers, and for which loading is refused
-#: after it has waited in vain: no request can start while it waits.
+#: Seconds for which loading a model waits for answers in progress, and for which loading is refused
+#: after it has waited in vain: no request can start while it is waiting.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: The most tokens of a prompt that are computed at once, and the fewest while answers are decoded.
+#: Maximum tokens of a prompt that are computed at once, and minimum while answers are being
+#: decoded.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
 #: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: The most mounted adapters, and the most bytes of all of them.
+#: Maximum number of mounted adapters, and of bytes for all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
-#: The most cached prompts.
+#: Maximum number of cached prompts.
 MOST_PROMPTS = 32
 
 #: The pool for tokenizers, which are loaded before their model.
@@ -81,7 +82,7 @@ class Ended(RunError):
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: whether it waits until nothing generates
+    alone: bool = False  #: whether it waits until no answer is being generated
     since: float = field(default_factory=time.monotonic)
 
 
@@ -124,9 +125,10 @@ class Engine:
     # Called from an event loop
 
     async def load(self, model_dir: Path) -> Base:
-        """Replaces the base model once nothing generates, and drops adapters and cached prompts.
+        """Replaces the base model once no answer is being generated, and drops adapters and cached
+        prompts.
 
-        Raises InputError if the new model cannot be read: the old one stays then.
+        Raises InputError if the new model cannot be read: then the old one stays.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -134,7 +136,7 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # in a thread: closing waits for a tokenizer that still loads
+        except BaseException:  # in a thread: closing waits for a tokenizer that is still loading
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
@@ -184,7 +186,7 @@ class Engine:
         """Returns the answer to a prompt, piece by piece; call it in a running event loop.
 
         Raises InputError if the prompt is empty, too long, or has unknown tokens, and Busy if too
-        many requests wait.
+        many requests are waiting.
         """
         base = selected.base
         base.check(prompt, options.logit_bias)
@@ -201,12 +203,12 @@ class Engine:
         return Generation(request.outbox)
 
     async def tidy(self) -> None:
-        """Returns freed memory to the system, unless something generates."""
+        """Returns freed memory to the system, unless an answer is being generated."""
         if not self._active and not self._stopped:
             await self.call(_free)
 
     async def spare(self, short: bool) -> None:
-        """Sets whether a job needs the memory of cached prompts: then none is cached."""
+        """Sets whether a job needs the memory of cached prompts; while it does, none are cached."""
         self._short = short
         if short and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
@@ -223,8 +225,8 @@ class Engine:
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds. `alone`: once nothing
-        generates; raises Busy if that takes too long."""
+        """Runs a function on the engine's thread, between two rounds. `alone`: once no
+        answer is being generated; raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -280,7 +282,8 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """Recovers from an error of no single request: running requests fail, waiting ones stay."""
+        """Recovers from an error that belongs to no single request: running requests fail, waiting
+        ones stay."""
         logger.error("the engine failed and restarts without the running requests", exc_info=error)
         failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
@@ -573,7 +576,7 @@ class Engine:
     def _unmount(self, id: str) -> int:
         mounted = self.adapters.get(id)
         if mounted is None:
-            raise InputError(f"adapter {id} not mounted", status=404)
+            raise InputError(f"adapter {id} is not mounted", status=404)
         self.adapters = {key: x for key, x in self.adapters.items() if key != id}
         if self.default is not None and id in self.default.replace("+", ",").split(","):
             self.default = None

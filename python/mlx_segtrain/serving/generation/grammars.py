@@ -16,7 +16,7 @@ import numpy as np
 
 from ...errors import InputError
 
-#: The most characters of a grammar, and the most places where a rule, a group or a subschema may
+#: Maximum number of characters in a grammar, and of places where a rule, a group or a subschema may
 #: start. llguidance recurses from each to the next, and a stack overflow kills the process: a stack
 #: of 8 MB suffices for about 2000.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000
@@ -109,7 +109,7 @@ class Grammars:
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
                 f"{field}: this model does not write calls as JSON between tags, so calls match "
-                "their schema only where tool_choice is required or names a tool: leave strict "
+                "their schema only if tool_choice is required or names a tool: leave strict "
                 "out."
             )
         begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end

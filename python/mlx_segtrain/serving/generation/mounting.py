@@ -29,9 +29,9 @@ from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
 from .grammars import Grammars
 
-#: The most tokens of a prompt to a model without a known context length.
+#: Maximum tokens of a prompt to a model without a known context length.
 MOST_TOKENS = 1 << 20
-#: The most bytes of cached sums of adapters; the last sum is cached in any case.
+#: Maximum bytes of cached sums of adapters; the last sum is cached in any case.
 MOST_SUM_BYTES = 1 << 30
 
 

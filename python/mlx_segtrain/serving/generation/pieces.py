@@ -41,7 +41,7 @@ class Generation(AsyncIterator[Piece]):
         return item
 
     async def aclose(self) -> None:
-        """Ends the answer, also for a reader that waits in another task."""
+        """Ends the answer, also for a reader that is waiting in another task."""
         if not self._outbox.closed:
             self._outbox.closed = True
             self._outbox.queue.put_nowait(None)

@@ -16,16 +16,17 @@ from ...files import lock, private, to_json
 
 #: Bytes that are read at once.
 BLOCK = 1 << 16
-#: The most bytes of a line; the rest is not shown.
+#: Maximum bytes of a line; the rest is not shown.
 LONGEST = 1 << 16
-#: The most bytes of a line that is cached for other readers.
+#: Maximum bytes of a line that is cached for other readers.
 SHORT = 1 << 11
 #: Types of the last event of an attempt at a job.
 LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """Returns a line as the JSON of an event; a line that is none becomes an event of type log."""
+    """Returns a line as the JSON of an event; a line that is not an event becomes an event of type
+    log."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 
@@ -45,7 +46,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
     """Returns some events after an offset, as (id, JSON), and the offset after them.
 
-    `ended`: nothing will be written any more, so an incomplete last line counts, too.
+    `ended`: nothing more will be written, so an incomplete last line also counts.
     """
     try:
         with open(path, "rb") as file:

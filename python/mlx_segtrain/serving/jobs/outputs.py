@@ -31,7 +31,8 @@ class Outputs:
             path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
         ):
             raise InputError(
-                f"adapter_path {path} is used for other things: choose a separate folder.",
+                f"adapter_path {path} is already used for something else: choose a separate "
+                "folder.",
                 field="adapter_path",
             )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):

@@ -35,7 +35,7 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: The most bytes of a text file of a model, and of an adapter (the limit of files.read_json).
+#: Maximum bytes of a text file of a model, and of an adapter (the limit of files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
 #: Advice for the hub's status codes.

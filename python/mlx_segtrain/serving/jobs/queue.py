@@ -31,13 +31,13 @@ from .store import now as clock
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The most jobs at once that do not compute.
+#: Maximum number of running jobs that do not need the accelerator.
 OTHERS = 2
-#: The most waiting jobs.
+#: Maximum number of jobs that are running or waiting.
 LONGEST_QUEUE = 200
 #: Seconds between checks of a running job.
 POLL_S = 0.1
-#: The most characters of a message or an error in a row.
+#: Maximum characters of a message or an error in a row.
 LONGEST_TEXT = 4000
 #: Seconds after which another cancellation kills the job.
 KILLED_AFTER_S = 10.0
@@ -53,7 +53,7 @@ class Conflict(InputError):
 
 @dataclass
 class Live:
-    """A job that waits or runs. `changed` is set, and replaced, at every change."""
+    """A job that is waiting or running. `changed` is set, and replaced, at every change."""
 
     pid: int | None = None
     interrupted: float = 0.0  #: the time of the first signal
@@ -85,15 +85,15 @@ class Jobs:
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
-                f"another server has the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE to "
-                "another folder."
+                f"another server is using the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE "
+                "to another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
         #: Environment variables for the kinds of jobs that need them; never written to a file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
         self.begun = asyncio.Event()  #: set whenever a job has started
-        #: Name, inputs and method of a job: lists need them, and rows of lists lack them.
+        #: Name, inputs and method of a job, which lists show but the rows for lists lack.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
         )
@@ -127,7 +127,7 @@ class Jobs:
 
     @property
     def training(self) -> bool:
-        """Whether a job has the accelerator."""
+        """Whether a job is using the accelerator."""
         return any(row.job_kind.computes for row in self.running())
 
     # Used by clients
@@ -236,7 +236,8 @@ class Jobs:
         """Raises InputError if the queue is full, Conflict if a live job writes to `output`."""
         if len(self.live) >= LONGEST_QUEUE:
             raise InputError(
-                f"{LONGEST_QUEUE} jobs run or wait: cancel some, or come back later.", status=429
+                f"{LONGEST_QUEUE} jobs are running or waiting: cancel some, or try again later.",
+                status=429,
             )
         rows = (self.store.get(id) for id in self.live)
         if output is not None and any(row and row.output_path == str(output) for row in rows):
@@ -253,7 +254,7 @@ class Jobs:
                 others += self._run(row)
 
     def _run(self, row: Row) -> bool:
-        """Starts a job's process; returns whether it runs."""
+        """Starts a job's process; returns whether it is running."""
         path, values = self.log(row.id), self.get(row.id).values
         try:
             self.check(values)
@@ -262,7 +263,7 @@ class Jobs:
             with ExitStack() as opened:
                 lock = eventlog.claim(path)
                 if lock is None:
-                    raise OSError(f"{path} is written by another process")
+                    raise OSError(f"{path} is being written by another process")
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)

@@ -49,7 +49,7 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The configuration; empty in rows of lists."""
+        """The configuration; empty in rows for lists."""
         return json.loads(self.config_json or "{}")
 
     @property

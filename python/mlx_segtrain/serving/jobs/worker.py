@@ -25,7 +25,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: The most printed characters that are logged: per line, and per job.
+#: Maximum number of printed characters that are logged: per line, and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -44,7 +44,7 @@ class Printed(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if self.left > 0 and line.strip():
-            # Of a progress bar, only the last state.
+            # Only the last state of a progress bar is kept.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
             tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})

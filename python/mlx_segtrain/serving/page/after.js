@@ -101,12 +101,12 @@ export default async function after(row, values, schema) {
     const [other, [where, given]] = [combobox(), folder("merged")];
     const [own, its] = [input("1"), input("1")];
     other.offer(others.map((path) => [path, tail(path, 2)]));
-    const fields = [field("Other adapter", other), field("Weight of this one", own)];
-    return part(title, about, [fields, field("Weight of the other", its), where],
+    const fields = [field("Other adapter", other), field("Weight of this adapter", own)];
+    return part(title, about, [fields, field("Weight of the other adapter", its), where],
       "Merge both", () => {
         if (other.value === null) throw new Error("choose the other adapter.");
         const scales = [own, its].map(({ value }) => Number(value.trim() || 1));
-        if (!scales.every(Number.isFinite)) throw new Error("a weight is a number, as 0.5.");
+        if (!scales.every(Number.isFinite)) throw new Error("a weight must be a number, such as 0.5.");
         const both = { adapter_a: adapter, adapter_b: other.value };
         return [["/api/finetune/merge", { ...both, scales, output_dir: given() }]];
       });
@@ -131,7 +131,7 @@ export default async function after(row, values, schema) {
     h("div.actions", button("Chat with it", () => location.assign(chat), "primary"),
       h("a.button", { href: archive("adapters", adapter), download: "" }, "Download")),
     h("div", evaluate(), fold(), exported(), merge(),
-      expansion("Push to the Hugging Face hub", "a repository of yours",
+      expansion("Push to the Hugging Face hub", "to your own repository",
         await pushing(adapter, refresh), "after")),
     jobs,
   ];

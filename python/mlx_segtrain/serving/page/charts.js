@@ -6,7 +6,7 @@ import { save } from "./text.js";
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
 // Distinguish lines for people who cannot distinguish the colours.
 export const DASHES = ["", "6 4"];
-// The most points of a marked line that are drawn as points.
+// Maximum number of points of a marked line that are drawn as points.
 const FEW = 60;
 const { uPlot } = globalThis;
 const shown = new Set(); // functions that redraw charts when the theme changes

@@ -5,21 +5,21 @@ import { announce, button, card, combobox, empty, expansion } from "./dom.js";
 import { field, h, input, labelled, link, notice, select, show } from "./dom.js";
 import { counted, described, fixed, sentence, tail } from "./text.js";
 
-const ASK = "Ask something: both sides answer.";
+const ASK = "Ask something: both sides will answer.";
 const WAITS = "A job is running: the chat waits until it ends.";
 const BASE = "none"; // the id for the base model
 const NOBODY = ""; // the value of a side that does not answer
-// The key of the chat in local storage, and the most turns that are stored.
+// The key of the chat in local storage, and the maximum number of turns that are stored.
 const PLACE = "mlx-segtrain chat";
 const KEPT = 50;
 // Sampling options: name, title, default and help.
 const SAMPLING = [
   ["temperature", "Temperature", "0", "0 is greedy decoding."],
   ["max_tokens", "Max tokens", "256", "Maximum length of an answer."],
-  ["top_p", "Top p", "1", "Draws from the most likely tokens of this total probability."],
-  ["top_k", "Top k", "0", "Draws from this number of most likely tokens; 0: all."],
-  ["min_p", "Min p", "0", "Leaves out tokens less likely than this share of the most likely one."],
-  ["repetition_penalty", "Repetition penalty", "1", "Above 1, tokens are repeated less."],
+  ["top_p", "Top p", "1", "Samples from the most likely tokens that together have this probability."],
+  ["top_k", "Top k", "0", "Samples from this number of most likely tokens; 0: all of them."],
+  ["min_p", "Min p", "0", "Leaves out tokens whose probability is below this fraction of the most likely one's."],
+  ["repetition_penalty", "Repetition penalty", "1", "Values above 1 make repetition less likely."],
   ["seed", "Seed", "", "The same seed gives the same answer."],
 ];
 

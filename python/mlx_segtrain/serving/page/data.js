@@ -3,7 +3,7 @@
 import { expansion, facts, h, notice } from "./dom.js";
 import { count, counted, percent, sentence } from "./text.js";
 
-// The most tokens of a row that are shown.
+// Maximum number of tokens that are shown of a row.
 const SHOWN = 1500;
 
 // Shows a successful answer of /api/finetune/inspect-dataset.

@@ -208,7 +208,7 @@ export const select = (pairs, onchange = () => {}) =>
   h("select", { onchange }, pairs.map(([value, text]) => h("option", { value }, text)));
 
 // An input with a list of options, filtered by the typed words. `value` is null if no option is chosen. A text that
-// matches `takes` can be chosen, too; `called` describes it. `seek` returns more options for the typed words, a
+// matches `takes` can also be chosen; `called` describes it. `seek` returns more options for the typed words, a
 // while after the last key; its errors are shown below the input.
 export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "", seek = null) {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,

@@ -168,8 +168,8 @@ export default async function jobPage(main, id) {
   }
 
   async function remove() {
-    const kept = row.output_path ? ` What it wrote stays in ${row.output_path}.` : "";
-    const said = `The job and its log are deleted.${kept}`;
+    const kept = row.output_path ? ` Its output will stay in ${row.output_path}.` : "";
+    const said = `The job and its log will be deleted.${kept}`;
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
@@ -231,7 +231,7 @@ export default async function jobPage(main, id) {
     if (trains && run.iters && !waits) {
       parts.push(`Step ${count(run.step)} of ${count(run.iters)}`);
     } else if (!waits && !broken(row)) parts.push(percent(share));
-    else if (row.computes && training) parts.push("Waiting for the job that runs now");
+    else if (row.computes && training) parts.push("Waiting for the current job");
     else parts.push("Starts in a moment");
     if (row.status === "running") {
       if (row.cancelling) parts.push("stopping after the current step");

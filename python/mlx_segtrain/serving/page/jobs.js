@@ -8,7 +8,7 @@ import { broken, ended, inShort, judged } from "./results.js";
 import { Run } from "./runs.js";
 import { ago, count, fixed, gb, percent, save, tail, took } from "./text.js";
 
-// The number of jobs per page, and the most runs in a comparison.
+// The number of jobs per page, and the maximum number of runs in a comparison.
 const LISTED = 100;
 const COMPARED = 6;
 const COLUMNS = ["Compare", "Job", "Status", "Progress", "Outcome", "Created", "Ran"];

@@ -17,7 +17,7 @@ export async function pushing(path, pushed = () => {}) {
   const token = input("hf_…", { type: "password", autocomplete: "off" });
   const repo = input("me/my-adapter");
   const open = select([["yes", "private"], ["no", "public"]]);
-  const about = "Kept in the server's memory until it stops; never written to a file.";
+  const about = "It is kept in memory until the server stops, and is never written to a file.";
   const tokenField = field("Token of the hub", token, { about });
   const push = button("Push", null, "primary");
   tokenField.hidden = hasToken;
@@ -41,7 +41,7 @@ export async function pushing(path, pushed = () => {}) {
     pushed();
   }
   return h("form.stack", { novalidate: true, onsubmit: submit },
-    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; created if it does not exist." }),
+    h("div.fields", tokenField, field("Repository", repo, { about: "As org/name; it is created if it does not exist." }),
       field("Visibility", open)),
     h("div.actions", push), problem, result);
 }
@@ -96,7 +96,7 @@ export default async function library(main) {
     const bring = h("form.row-line", { novalidate: true, onsubmit: (event) => {
       event.preventDefault();
       fails(async () => {
-        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, as org/name.");
+        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, such as org/name.");
         await download(own.moved, name.value.trim(), own.hub);
       })();
     } }, field("Name on the Hugging Face hub", name), button("Download", null));
@@ -141,7 +141,7 @@ export default async function library(main) {
     if (!path.startsWith(`${uploads}/${kind}/`)) return null;
     const act = own.try(() => api(`/api/${kind}/${tail(path)}`, undefined, { method: "DELETE" }));
     const ask = async () => {
-      if (await confirm(`Delete ${tail(path)}?`, `${path} is removed from the server.`, "Delete it")) act();
+      if (await confirm(`Delete ${tail(path)}?`, `${path} will be deleted from the server.`, "Delete it")) act();
     };
     return h("button.small.danger", { type: "button", "aria-label": `Delete ${tail(path)}`, onclick: ask }, "Delete");
   }

@@ -3,7 +3,7 @@
 import { follow } from "./api.js";
 import { line } from "./text.js";
 
-// The most points of a drawn curve, and the most warnings and samples that are kept.
+// Maximum number of points of a drawn curve, and of warnings and samples that are kept.
 export const MOST = 600;
 const KEPT = 200;
 // Training metrics with a curve, besides the loss; a pattern for the names of others, and fields without a curve.
@@ -17,7 +17,7 @@ const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "
 const lower = (a, b) => (b[1] < a[1] ? b : a);
 const higher = (a, b) => (b[1] > a[1] ? b : a);
 
-// A curve of any length; a long one is drawn in buckets of equal numbers of points.
+// A curve of any length; a long one is drawn in buckets with the same number of points.
 export class Curve {
   all = [];
 

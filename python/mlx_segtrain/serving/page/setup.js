@@ -11,9 +11,9 @@ import { count, described, percent, sentence, size, tail } from "./text.js";
 
 // Milliseconds after a change until the run is planned and the data inspected.
 const PAUSE = 350;
-// The most bytes of a data set that is inspected automatically.
+// Maximum bytes of a data set that is inspected automatically.
 const AT_ONCE = 64e6;
-// The most bytes of a YAML file.
+// Maximum bytes of a YAML file.
 const MOST_YAML = 1 << 16;
 // Settings that are not copied from another run.
 const OWN = ["model_dir", "data_dir", "adapter_path", "resume", "overwrite"];
@@ -237,7 +237,7 @@ export default async function setup(main) {
         ...others.map(({ message }) => message),
         ...lost.map((name) => `${name} is ${own[name]}, which is not a path on this server from its root: choose it above`),
       ];
-      show(loaded, notice(`${file.name} is loaded${left.length ? `, without ${left.join(" and ")}, which each run has of its own` : ""}.`, "good"),
+      show(loaded, notice(`${file.name} is loaded${left.length ? `, without ${left.join(" and ")}, which each run sets separately` : ""}.`, "good"),
         said.map((text) => notice(sentence(text), "warn")));
       changedModel();
       changedData();
