@@ -47,7 +47,8 @@ def prompts(size: int) -> Pool:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a command: seconds of CPU time, and bytes of additional memory."""
+    """The limits of a command: seconds of CPU time (and four times as many by the clock), and bytes of
+    additional memory."""
 
     seconds: float
     memory: int

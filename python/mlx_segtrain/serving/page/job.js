@@ -225,7 +225,7 @@ export default async function jobPage(main, id) {
 
   function showProgress() {
     const waits = row.status === "queued";
-    // The row of a run that has ended has progress 1.
+    // A run that failed or was cancelled shows its steps: its row's progress also counts loading.
     const share = broken(row) && run.iters ? run.step / run.iters : row.progress;
     const parts = [];
     if (trains && run.iters && !waits) {

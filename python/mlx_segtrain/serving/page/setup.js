@@ -113,8 +113,10 @@ export default async function setup(main) {
   }
 
   const sent = (files) => upload(() => sendRows(moved, files));
-  const sentValid = ([file]) => upload(() =>
-    send(moved, "datasets", tail(data.value), [[file, namedAs("valid", file)]]));
+  const sentValid = ([file]) => upload(async () => {
+    await send(moved, "datasets", tail(data.value), [[file, namedAs("valid", file)]]);
+    return data.value; // another data set may have been chosen meanwhile
+  });
 
   async function hasData(path) {
     ({ datasets } = await api("/api/datasets"));
