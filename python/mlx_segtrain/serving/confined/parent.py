@@ -47,7 +47,7 @@ def prompts(size: int) -> Pool:
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a command: seconds of CPU time (and four times as many by the clock), and bytes of
+    """The limits of a command: seconds of CPU time (four times as many by the clock), and bytes of
     additional memory."""
 
     seconds: float
