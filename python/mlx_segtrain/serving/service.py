@@ -331,7 +331,8 @@ class Service:
         if with_base and "adapter_path" not in stated:
             raise InputError(
                 "with_base compares an adapter with its base model: add adapter_path.",
-                status=422, field="with_base",
+                status=422,
+                field="with_base",
             )
         return self._submit("evaluate", {**stated, "split": split, "with_base": with_base}, None)
 
