@@ -103,8 +103,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         type=seconds,
         nargs="+",
         metavar="GB",
-        help="memory of each process, in 10⁹ bytes, with parallel pipeline. Default: the memory of "
-        "this machine.",
+        help="with --parallel pipeline: memory of each process, in 10⁹ bytes. Default: the memory "
+        "of this machine.",
     )
     added.add_argument(
         "--step-seconds",

@@ -235,7 +235,7 @@ class Encoder:
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
-        weights[:1] = 0  # nothing precedes the first token to predict it from
+        weights[:1] = 0  # the first token has no predecessor from which to predict it
         return Row(
             np.array(ids, np.int32),
             weights,

@@ -304,7 +304,7 @@ def rope(
     segments: Segments | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs, position offset + t.
+    """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs; position = offset + t.
 
     freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
     With `segments` of the offset + T tokens, as `attention` takes them, positions count from the

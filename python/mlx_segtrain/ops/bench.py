@@ -41,11 +41,11 @@ class Work:
 class Case:
     """An op at a shape: `run(impl)` returns the functions to time, by direction.
 
-    "mlx" is MLX's own, "products" only the two matrix products of a head with a dense weight.
-    `flops` or `moved` (bytes that must be read or written) have the directions to time, and
-    determine the minimum time of each. With a memory limit (MB above the current use) the host
-    waits for the device instead of exceeding the limit; without one it runs ahead, so the peak
-    memory of a call cannot be measured on a GPU.
+    "mlx" is MLX's own, "products" only the two matrix products of a head with a dense weight. The
+    keys of `flops` or `moved` (bytes that must be read or written) are the directions to time, and
+    their values determine the minimum time of each. With a memory limit (MB above the current use)
+    the host waits for the device instead of exceeding the limit; without one it runs ahead, so the
+    peak memory of a call cannot be measured on a GPU.
     """
 
     op: str
