@@ -129,7 +129,7 @@ def change_data(run):
 
 def lose_data(run):
     (run.parent / "data" / "train.jsonl").unlink()
-    return "data", "data/train.jsonl is missing"
+    return "data", "data/train.jsonl has been removed"
 
 
 def change_model(run):
@@ -139,7 +139,7 @@ def change_model(run):
 
 def add_to_model(run):
     (run.parent / "model" / "model-2.safetensors").write_bytes(b"x")
-    return "model", "model/model-2.safetensors was added"
+    return "model", "model/model-2.safetensors has been added"
 
 
 def change_adapter(run):
@@ -166,7 +166,7 @@ def other_setting(run):
     record = json.loads((run / "run.json").read_text())
     record["settings"]["MLX_ENABLE_TF32"] = "0"
     (run / "run.json").write_text(json.dumps(record))
-    return "settings", "MLX_ENABLE_TF32 is missing"
+    return "settings", "MLX_ENABLE_TF32 has been removed"
 
 
 CHANGES = [change_data, lose_data, change_model, add_to_model, change_adapter, tear_checkpoint]

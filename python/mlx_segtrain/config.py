@@ -451,8 +451,8 @@ class TrainConfig(BaseModel):
         values="auto, a share below 1, or a number of rows",
     )
     """Training rows to hold out for validation, chosen by their content, if there is no validation
-    file: a share, a number, or 0 for none; auto takes a twentieth of more than 100 rows, at most
-    500."""
+    file: a share, a number, or 0 for none; auto takes a twentieth, at most 500, if there are more
+    than 100 rows."""
     dedup: bool = option(False, DATA, title="Drop repeated rows")
     """Drop training rows that repeat an earlier one."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")

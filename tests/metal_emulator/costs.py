@@ -38,7 +38,7 @@ SIZES = (64, 128, 256)
 #: Head sizes and windows, as Gemma's layers have them.
 WINDOWS = ((128, 512), (256, 512))
 #: Clocks of a part of a core that 32 lanes' instruction takes; and how many instructions of
-#: arithmetic a score takes beside its products: scale, compare, maximum, subtract, add, multiply.
+#: arithmetic a score takes besides its products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
 #: Tokens at which kernels are counted: twice, which tells what grows with their square.
 TOKENS = (128, 256)

@@ -289,8 +289,9 @@ std::string planned_way(const Device& device, const Call& c) {
   return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
 }
 
-/// As bench/memory.py measured it on an H100, whatever serves but hopper's fused kernels: dk and dv in
-/// float32 or, by cuDNN, of each query head, and what the kernel for wide heads writes down of its scores.
+/// As measured by bench/memory.py on an H100, for every implementation but hopper's fused kernels: dk and dv
+/// in float32 (with cuDNN, those of each query head), and the scores that the kernel for wide heads writes to
+/// memory.
 OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
   const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
   const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);

@@ -43,7 +43,7 @@ bool fused_vjp_fits(const Call& c);
 Arrays fused_forward(const Call& c, const Arrays& qkv);
 Arrays fused_vjp(const Call& c, const Arrays& qkv, const mx::array& d_o, const mx::array& o,
                  const mx::array& lse);
-/// Bytes that fused_vjp takes beside what it reads and gives.
+/// Bytes that fused_vjp takes besides what it reads and gives.
 int64_t fused_vjp_scratch(const Call& c);
 
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].

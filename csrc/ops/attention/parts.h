@@ -45,7 +45,7 @@ ScoreBlocks score_blocks(const Call& c);
 /// The dtype that dS is written in: a half's range ends where shares of small gradients begin.
 mx::Dtype metal_score_dtype(mx::Dtype dtype);
 
-/// Bytes that the backward pass takes at most beside what it reads and gives.
+/// Bytes that the backward pass takes at most besides what it reads and gives.
 int64_t metal_vjp_scratch(const Call& c);
 
 /// Keys that some queries see, from a multiple of METAL_ROWS on; at least one.

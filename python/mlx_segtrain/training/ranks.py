@@ -348,7 +348,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
 
 
 def exit_later(seconds: float) -> None:
-    """Ends this process after that time, even if the GIL is blocked, unless this is called again or
+    """Ends this process after `seconds`, even if the GIL is blocked, unless this is called again or
     faulthandler's dump is cancelled."""
     with suppress(OSError, AttributeError):  # stderr is no file
         faulthandler.dump_traceback_later(seconds, exit=True)

@@ -224,7 +224,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         # New files do not matter, except weights, which mlx-lm reads under any name.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
-                f"{what} {differs} since the run in {run} began: restore it, or start a new run."
+                f"{what} {differs} since the run in {run} began: undo that, or start a new run."
             )
     for part in OF_MACHINE:
         for what, differs in differences(record.values[part], earlier[part]).items():
@@ -233,15 +233,15 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
 
 
 #: The difference of a value that did not exist before.
-COME = "was added"
+COME = "has been added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the changes by name, each as a predicate such as "was added"."""
+    """Returns the changes by name, each as a predicate such as "has been added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
-            found[name] = "is missing"
+            found[name] = "has been removed"
         elif name not in then:
             found[name] = COME
         elif now[name] != then[name]:

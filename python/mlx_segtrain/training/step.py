@@ -184,7 +184,7 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Returns the part of a micro-batch, whose number in the run is `draw`."""
+        """Returns a micro-batch's part of outputs and gradient; `draw` is its number in the run."""
         outputs, grads = value_and_grad(
             self.functions_of(draw),
             params,

@@ -39,7 +39,7 @@ IN_BOTH: Neutral = {
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    # Functions in the format before tools
+    # Function calling as it was before `tools`
     "function_call": ("none", "auto"),
     # The format of the answer
     "modalities": (["text"],),

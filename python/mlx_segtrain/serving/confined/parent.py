@@ -101,7 +101,7 @@ class _Process:
         send(self.wire, {"op": op, **limited, **values})
 
     def says_something(self, seconds: float) -> bool:
-        """Returns whether an answer arrives, or the socket closes, in this time."""
+        """Returns whether an answer arrives, or the socket closes, within `seconds`."""
         wait = select.poll()
         wait.register(self.wire, select.POLLIN)
         return bool(wait.poll(1000 * seconds))

@@ -82,7 +82,7 @@ class Grammars:
 
                 if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
                     raise InputError(
-                        "the model's tokenizer cannot be guided: it is not a fast tokenizer."
+                        "answers cannot be constrained: the model's tokenizer is not a fast one."
                     )
                 self._known = from_tokenizer(
                     self._tokenizer, n_vocab=self._tokens, eos_token=self._ends

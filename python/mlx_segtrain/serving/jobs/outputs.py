@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ...config import TrainConfig
-from ...errors import InputError
+from ...errors import InputError, either
 from ...training import record
 from ...training.contents import check_own
 from ..roots import Roots
@@ -67,9 +67,8 @@ class Outputs:
         if out.is_relative_to(store):
             parts = out.relative_to(store).parts
             if len(parts) < 2 or parts[0] not in OUTPUTS:
-                names = ", ".join(OUTPUTS)
                 raise InputError(
-                    f"{out} is reserved by the store: choose a folder below its {names}."
+                    f"{out} is reserved by the store: choose a folder below its {either(OUTPUTS)}."
                 )
 
     def new(self, kind: str) -> Path:
