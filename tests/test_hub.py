@@ -92,7 +92,7 @@ def test_a_connection_that_ends_again_and_again(hub, tiny, monkeypatch):
 def test_a_connection_that_brings_nothing(hub, tiny, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda s: None)
     hub.breaks_after = 0
-    with pytest.raises(InputError, match=r"stopped after 0\.0 MB of 0\.1 MB .*continues it"):
+    with pytest.raises(InputError, match=r"stopped after 0\.0 MB of 0\.1 MB .*to continue"):
         hubs.model("org/tiny-4bit")
     assert len(hub.files_asked()) == hubs.TRIES
 
