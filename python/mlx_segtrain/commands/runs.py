@@ -303,7 +303,7 @@ def _plan(args: argparse.Namespace) -> int:
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)  # also in place of --config's
     if config.parallel == "pipeline" and args.ranks is None:
-        raise InputError("parallel pipeline is planned for several ranks: add --ranks N")
+        raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")
     from mlx_segtrain.commands.terminal import answer, waiting
     from mlx_segtrain.commands.views import show_plan
     from mlx_segtrain.hub import located, model, outline

@@ -20,7 +20,7 @@ from ..models import Chain
 from ..streams import PAIR, BatchShape, Stream, StreamShape, joined, padded, trim_start
 from .objective import Objective, stream_values
 
-#: Pairs that share fewer tokens at their beginning run as two streams.
+#: Pairs whose common prefix is shorter than this many tokens run as two streams.
 SHARED_LEAST = 64
 #: Lower bound of 1 − p in log-odds, which are infinite for p = 1.
 LEAST_REST = 1e-7

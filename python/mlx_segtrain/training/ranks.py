@@ -40,8 +40,8 @@ LAUNCH = (
 LOOK, SLOW = 0.05, 60.0
 #: Bytes that are gathered in one sum, a multiple of 4, to limit the memory that MLX needs.
 PIECE = 1 << 28
-#: Seconds in which a rank must save and end after a rank is lost; after which the process ends if
-#: the GIL was not free meanwhile; and between two checks.
+#: Seconds that a rank may take to end after another rank is lost, without the time of saving; that
+#: the GIL may stay blocked before the process is ended; and between two checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 

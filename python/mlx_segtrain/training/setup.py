@@ -258,7 +258,7 @@ def prepare(
         except NoRoom as error:
             if config.parallel == "data":
                 raise
-            said = "parallel pipeline needs several ranks, started with mlx.launch -n N"
+            said = "`parallel: pipeline` needs several ranks, started with mlx.launch -n N"
             raise NoRoom(f"{str(error).rstrip('.')}; {said}.") from error
 
     if ranks.pipeline:
