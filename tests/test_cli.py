@@ -339,6 +339,7 @@ def test_bad_input_of_a_run(
     ("argv", "expected"),
     [
         (["train"], "model_dir is missing: set it in the YAML file or with --model"),
+        (["plan", "--data", "d"], "plan does not know --data. These commands do: init, train, "),
         (["trian"], "there is no command trian. Did you mean train? (see mlx-segtrain --help)"),
         (["fuse", "--model", "m"], "there is no command fuse. Did you mean merge?"),
         (["xyz"], "there is no command xyz. (see"),

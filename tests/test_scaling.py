@@ -57,7 +57,7 @@ def test_options_without_ranks_are_refused(llama, capsys):
     assert "have no effect without --ranks" in capsys.readouterr().err
     pipeline = ["plan", "--model", str(llama), "--max-seq-length", "100", "--parallel", "pipeline"]
     for more, said in {
-        ("--rank-budgets", "1"): "a plan for `parallel: pipeline` needs the number of ranks: add --ranks N",
+        ("--rank-budgets", "1"): "a plan for `parallel: pipeline` needs the number of ranks",
         ("--ranks", "2", "--rank-budgets", "1"): "--rank-budgets has 1 values, but --ranks is 2",
         ("--ranks", "2", "--link", "3"): "--link and --step-seconds only apply to parallel data",
         ("--ranks", "4"): "there are 4 ranks for 3 layers: start at most 3 ranks",
