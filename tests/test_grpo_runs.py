@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from lib.runs import Crash, assert_twins, checkpoint_of, config_of
+from lib.runs import Crash, assert_twins, checkpoint_of, config_of, existing_bytes
 from mlx_segtrain import InputError, RunError, TrainConfig, train
 from mlx_segtrain.commands.main import main
 from mlx_segtrain.data.sources import sources_of
@@ -252,9 +252,9 @@ def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, t
     made = config(llama4, prompts, tmp_path / "a", max_completion_tokens=40, max_seq_length=6000)
     model, tokenizer = load_model(llama4)[0], load_tokenizer(llama4)
     how = [Options(max_tokens=40, temperature=1.0, seed=i, logprobs=0) for i in range(12)]
+    before = existing_bytes() - read_shape(llama4).weight_bytes(True)
     mx.clear_cache()
     mx.reset_peak_memory()
-    before = mx.get_active_memory() - read_shape(llama4).weight_bytes(True)
     complete(Policy(model, tokenizer, None), [[Monologue([1] * prompt)] * 12], [how], 12)
     peak = mx.get_peak_memory() - before
     planned = rollout_bytes(made, prompt + 40, 12)

@@ -92,9 +92,18 @@ class Parser(argparse.ArgumentParser):
         """Returns all flags."""
         return [name for action in self._actions for name in action.option_strings]
 
-    def meant(self, name: str) -> str:
+    def knows(self, word: str) -> bool:
+        """Returns whether a word, with or without a value, is one of the flags."""
+        return _name(word) in self.names()
+
+    def meant(self, word: str) -> str:
         """Returns "Did you mean …?" if a flag has a similar name, else an empty string."""
-        return meant(name.split("=")[0], self.names(), flag)
+        return meant(_name(word), self.names(), flag)
+
+
+def _name(word: str) -> str:
+    """Returns the flag of a word such as --rank=8."""
+    return word.partition("=")[0]
 
 
 class HelpAll(argparse.Action):

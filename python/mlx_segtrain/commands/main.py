@@ -51,8 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if rest:
             hint = commands[args.command].meant(rest[0])
-            word = rest[0].partition("=")[0]
-            others = [name for name, own in commands.items() if word in own.names()]
+            others = [name for name, own in commands.items() if own.knows(rest[0])]
             if others and not hint:
                 hint = f" These commands do: {', '.join(others)}."
             raise InputError(f"{args.command} does not know {rest[0]}.{hint}")
