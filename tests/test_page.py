@@ -362,6 +362,18 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
     until(lambda: points(page, 2) >= 20)
 
 
+def test_a_result_that_is_missing_has_no_difference(user, runs):
+    """The second run has failed before its first step."""
+    page = user.open("/finetune/jobs")
+    for id in (runs[0], runs[2]):
+        page.get_by_label(f"Compare {id}").click()
+    until(lambda: points(page) >= 20)
+    second = page.get_by_role("row").nth(2)
+    expect(second).to_contain_text("–")
+    cells = [own.inner_text() for own in second.get_by_role("cell").all()]
+    assert "–" in cells and not [text for text in cells if text.startswith("–\n")], cells
+
+
 def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.site, hub.pause_s = hub_site, 0.2
     page = user.open()

@@ -209,7 +209,8 @@ export default async function jobsPage(main) {
       differ.map((name) => h("td", valueOf(one, name))),
       figures.map(([, valueOf, said, measure]) => {
         const [first, value] = [valueOf(own[0]), valueOf(one)];
-        return h("td.num", said(value), i > 0 && delta(value - first, said, measure));
+        const both = i > 0 && first != null && value != null;
+        return h("td.num", said(value), both && delta(value - first, said, measure));
       })));
     return table("", "The runs that are compared", ["Run", ...differ, ...figures.map(([x]) => x)], rows);
   }
