@@ -1,8 +1,11 @@
-"""Kills runs of grpo at random moments and resumes them: do they end with the same bytes?
+"""Kills runs at random moments and resumes them: do they end with the same bytes?
 
-    python bench/kills.py [--kills 50] [--seed 0]
+    python bench/kills.py [--kills 50] [--seed 0] [--shape SHAPE [--length 8192]]
 
-The model is tiny, random and on the CPU, its reward is a check, and each step writes a checkpoint.
+By default the runs are of grpo, the model is tiny, random and on the CPU, the reward is a check,
+and each step writes a checkpoint. With --shape they are of sft, on a GPU if there is one: 30 steps
+of rows of --length tokens, with a model of this shape of bench/step.py and a checkpoint every five
+steps; a kill comes after the first step.
 Each run is a process that gets SIGKILL after a random time, and is started again with --resume auto
 until it has ended. Then its adapter and its completions are compared with those of a run that was
 never killed, and the next run begins. Prints the part of a step in which each kill came, then the
@@ -11,6 +14,7 @@ count.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -19,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -29,9 +34,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # n
 from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
 from mlx_segtrain import TrainConfig, training
 from mlx_segtrain.training import checkpoint, cycle, keeping
+from ranks import write_inputs
 
 FILES = ("adapters.safetensors", "completions.jsonl")
 ITERS = 4
+LONG_ITERS = 30
 
 
 def train(model, out, state):
@@ -62,6 +69,25 @@ def train(model, out, state):
     training.train(config, train_data=rows)
 
 
+def train_long(place, shape, length, out, state):
+    """Trains a run of long rows, or the rest of it."""
+    model, data = write_inputs(place, shape, length)
+    wrap(state)
+    config = TrainConfig(
+        model_dir=model,
+        data_dir=data,
+        adapter_path=out,
+        max_seq_length=length,
+        rank=16,
+        iters=LONG_ITERS,
+        steps_per_save=5,
+        steps_per_report=1,
+        val_split=0,
+        resume="auto",
+    )
+    training.train(config)
+
+
 def wrap(state):
     """Makes a run write what it is doing to a file: it cannot do so when it is killed."""
 
@@ -85,7 +111,7 @@ def wrap(state):
     told(checkpoint, "newest", "resuming")
 
 
-def started(model, out, state):
+def started(out, state, work):
     """Starts the process of a run, which has the libraries but has not computed anything."""
     state.write_text("setup")
     pid = os.fork()
@@ -94,19 +120,23 @@ def started(model, out, state):
     code = 1
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet):
-            train(model, out, state)
+            work(out, state)
         code = 0
     finally:
         os._exit(code)
 
 
-def waited(pid, seconds=None):
-    """Returns the exit status of a process, or None if it was killed after `seconds`."""
-    end = None if seconds is None else time.monotonic() + seconds
+def waited(pid, seconds=None, first=None):
+    """Returns the exit status of a process, or None if it was killed after `seconds`, which are
+    counted from the moment when the file `first` has a new line."""
+    end = None if seconds is None or first else time.monotonic() + seconds
+    before = size_of(first)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return status
+        if end is None and seconds is not None and size_of(first) not in (0, before):
+            end = time.monotonic() + seconds
         if end is not None and time.monotonic() >= end:
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
@@ -115,38 +145,64 @@ def waited(pid, seconds=None):
 
 
 def content(out):
-    return {name: (out / name).read_bytes() for name in FILES}
+    return {name: (out / name).read_bytes() for name in FILES if (out / name).exists()}
+
+
+def size_of(file):
+    return file.stat().st_size if file and file.exists() else 0
+
+
+def execute(*what):
+    """Replaces this process, which was forked, by one in which a GPU can be used."""
+    os.execv(sys.executable, [sys.executable, __file__, "--work", *map(str, what)])
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Kills runs of grpo and resumes them.")
+    parser = argparse.ArgumentParser(description="Kills runs at random moments and resumes them.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--shape", help="a shape of bench/step.py: kills runs of sft with long rows"
+    )
+    parser.add_argument("--length", type=int, default=8192, help="tokens of a row, with --shape")
+    parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.work:
+        place, shape, length, out, state = args.work
+        train_long(Path(place), shape, int(length), Path(out), Path(state))
+        return
     rng, places = random.Random(args.seed), Counter()
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         os.environ["MLX_SEGTRAIN_CACHE"] = str(place / "cache")
-        if not (pid := os.fork()):  # the parent must compute nothing, or it could not fork
-            write_llama(place / "model", bits=4)
-            os._exit(0)
-        assert waited(pid) == 0
-        model, state, plain = place / "model", place / "state", place / "plain"
+        state, plain = place / "state", place / "plain"
+        if args.shape:
+            work = partial(execute, place, args.shape, args.length)
+        else:
+            if not (pid := os.fork()):  # the parent must compute nothing, or it could not fork
+                write_llama(place / "model", bits=4)
+                os._exit(0)
+            assert waited(pid) == 0
+            work = partial(train, place / "model")
         begun = time.monotonic()
-        assert waited(started(model, plain, state)) == 0, "the run itself fails"
+        assert waited(started(plain, state, work)) == 0, "the run itself fails"
         whole, runs, kills = time.monotonic() - begun, 0, 0
+        if args.shape:
+            lines = map(json.loads, (plain / "metrics.jsonl").read_text().splitlines())
+            whole = sum(own["step_s"] for own in lines if own.get("kind") == "train")
         wanted = content(plain)
         while kills < args.kills:
             out = place / f"run{runs}"
+            first = out / "metrics.jsonl" if args.shape else None
             while True:
-                status = waited(started(model, out, state), rng.uniform(0, whole))
+                status = waited(started(out, state, work), rng.uniform(0, whole), first)
                 if status is not None:
                     assert status == 0, f"run {runs} failed after {kills} kills"
                     break
                 kills += 1
                 places[state.read_text() or "between"] += 1
                 if kills == args.kills:
-                    assert waited(started(model, out, state)) == 0, "the last run failed"
+                    assert waited(started(out, state, work)) == 0, "the last run failed"
                     break
             assert content(out) == wanted, f"run {runs} ended with other bytes"
             shutil.rmtree(out)

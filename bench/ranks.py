@@ -45,6 +45,8 @@ def write_inputs(folder, shape, length, rows=64):
         config = {**step.SHAPES[shape], **quantization, "max_position_embeddings": 1 << 17}
         write_model(model, config, step.load(shape)[0])
     data = folder / f"rows-{length}"
+    if (data / "train.jsonl").exists():
+        return model, data
     data.mkdir(exist_ok=True)
     letters = np.random.default_rng(0).integers(97, 123, (rows, length)).astype(np.uint8)
     lines = [json.dumps({"text": own.tobytes().decode()}) + "\n" for own in letters]

@@ -3,7 +3,7 @@
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA of rank 16 on all seven projections, batch 1, the last --loss-rows of each row in the loss.
+LoRA of rank 16 on all seven projections, batch 1, the last part --loss-rows of each row in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
     segtrain:N    this package, N layers per segment (0: off)
     segtrain:XGB  the fastest plan within this much memory; segtrain:min the least memory,
@@ -492,6 +492,8 @@ def main():
     )
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not 0 < args.loss_rows <= 1:
+        parser.error(f"--loss-rows is a part of the rows, above 0 and at most 1: {args.loss_rows}")
     if args.model is None:
         from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
         from mlx_segtrain.files import cache_dir

@@ -39,7 +39,32 @@ def fsync(file):
 
 os.fsync = fsync
 
-# The CPU is what every machine has; DEVICE=gpu runs the same tests there.
+
+def stay_on_own_processors():
+    """Gives each process of the tests, with its children, an equal share of the processors.
+
+    MLX's threads and the caller's take turns, and in tiny runs the kernel moves them between
+    processors each time. The kernels of this package still have as many threads as there are
+    processors.
+    """
+    worker, count = (
+        os.environ.get("PYTEST_XDIST_WORKER"),
+        os.environ.get("PYTEST_XDIST_WORKER_COUNT"),
+    )
+    if worker is None or count is None or not hasattr(os, "sched_setaffinity"):
+        return
+    allowed = sorted(os.sched_getaffinity(0))
+    os.environ.setdefault("MLX_SEGTRAIN_THREADS", str(len(allowed)))
+    if len(allowed) >= int(count):
+        os.sched_setaffinity(0, allowed[int(worker.removeprefix("gw")) :: int(count)])
+
+
+stay_on_own_processors()
+
+# The CPU is what every machine has; DEVICE=gpu runs the same tests there. MLX's products of float32
+# would be TF32 on CUDA, which is less exact than what is compared.
+if os.environ.get("DEVICE") == "gpu":
+    os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
 # How long an example takes depends on what else the machine does.
