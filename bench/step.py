@@ -3,7 +3,7 @@
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA of rank 16 on all seven projections, batch 1, the last part --loss-rows of each row in the loss.
+LoRA of rank 16 on all seven projections, batch 1, the last part --loss-rows of a row in the loss.
 SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
     segtrain:N    this package, N layers per segment (0: off)
     segtrain:XGB  the fastest plan within this much memory; segtrain:min the least memory,
