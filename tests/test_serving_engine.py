@@ -206,6 +206,24 @@ def test_prompts_make_room_for_a_job(fresh):
     assert first > 0 and none == [0, 0] and last_empty == 0 and last > 0
 
 
+def test_a_job_gets_most_of_the_device_s_time(fresh, monkeypatch):
+    """Each round is followed by a rest, but only while a job is computing."""
+    monkeypatch.setattr(module, "REST", 1e6)
+    monkeypatch.setattr(module, "LONGEST_REST_S", 0.1)
+
+    async def timed(job):
+        await fresh.spare(job)
+        begun = time.monotonic()
+        await ask(fresh, n=8)
+        return time.monotonic() - begun
+
+    async def main():
+        return [await timed(job) for job in (False, True, False)]
+
+    before, during, after = asyncio.run(main())
+    assert during >= 0.8 > max(before, after)
+
+
 def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
     """Not at the next look; and whatever fails once is in the log, and no end of the looks."""
 

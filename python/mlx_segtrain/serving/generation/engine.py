@@ -55,6 +55,10 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
 #: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
+#: While a job is computing: seconds for which the device is left to it, for each second of a round,
+#: in which both share it. The job's steps then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times as
+#: long as alone. A pause is limited, so that no answer stalls.
+REST, LONGEST_REST_S = 1.5, 0.15
 #: Maximum number of mounted adapters, and of bytes for all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
@@ -94,7 +98,7 @@ class Engine:
         self.adapters: dict[str, Mounted] = {}  # replaced and never modified: others read it
         self.default: str | None = None  #: for requests that name no adapter
         self._cache_bytes = cache_bytes
-        self._short = False  # whether a job needs the memory: no prompt is cached then
+        self._job = False  # whether a job is computing, which needs memory and the device
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[Request] = deque()
@@ -207,10 +211,11 @@ class Engine:
         if not self._active and not self._stopped:
             await self.call(_free)
 
-    async def spare(self, short: bool) -> None:
-        """Sets whether a job needs the memory of cached prompts; while it does, none are cached."""
-        self._short = short
-        if short and self._kept_bytes() and not self._stopped:
+    async def spare(self, job: bool) -> None:
+        """Sets whether a job is computing; while it is, no prompts are cached, and it gets most of
+        the device's time."""
+        self._job = job
+        if job and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
 
     def _kept_bytes(self) -> int:
@@ -275,8 +280,12 @@ class Engine:
     def _turn(self) -> None:
         self._run_commands()
         self._admit()
+        begun = time.monotonic()
         self._round()
         with self._wake:
+            if self._job:
+                rest = min(REST * (time.monotonic() - begun), LONGEST_REST_S)
+                self._wake.wait_for(lambda: self._stopped or self._commands, rest)
             self._wake.wait_for(
                 lambda: self._stopped or self._commands or self._waiting or self._active
             )
@@ -519,7 +528,7 @@ class Engine:
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
         """Keeps a cache for prompts with the same beginning. Deterministic requests share none."""
-        if request.done and not request.options.deterministic and not self._short:
+        if request.done and not request.options.deterministic and not self._job:
             # The key precedes the tokens; as the cache's model name it would never be freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)

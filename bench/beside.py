@@ -1,0 +1,143 @@
+"""Times the steps of a job while clients chat with the same server, beside the job alone.
+
+    python bench/beside.py [--model DIR|SHAPE] [--length 2048] [--clients 8] [--steps 20]
+                           [--tokens 128] [--budget GB]
+
+SHAPE is one of bench/step.py's, with random 4-bit weights. A server (`mlx-segtrain serve`) gets the
+same job three times: the first run compiles and reads the data, the second is alone, and during the
+third, each client asks for one completion after the other. Rows have --length tokens, LoRA has rank
+16. Prints the median of the steps after the first four, the peak memory of the job, and the speed
+and the longest wait of the clients without and with the job.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+import httpx
+
+from lib.served import Server  # pyright: ignore[reportMissingImports]
+from ranks import WARM_UP, metrics, write_inputs
+from step import SHAPES
+
+#: Seconds for which the clients are timed without a job.
+ALONE_S = 8.0
+
+
+class Clients:
+    """Threads of which each streams one completion after the other while it is entered."""
+
+    def __init__(self, url, count, tokens):
+        self.url, self.count, self.tokens = url, count, tokens
+        self.stopped, self.arrived, self.faults = False, [], []
+
+    def chat(self, number):
+        with httpx.Client(base_url=self.url, timeout=300) as http:
+            asked = 0
+            while not self.stopped:
+                prompt = f"Client {number}, question {asked}: " + list(topics.values())[asked][:500]
+                body = {"prompt": prompt, "max_tokens": self.tokens, "stream": True}
+                try:
+                    self.stream(http, body)
+                except (httpx.HTTPError, KeyError, AssertionError) as error:
+                    self.faults.append(f"{type(error).__name__}: {error}")
+                    return
+                asked = (asked + 1) % len(topics)
+
+    def stream(self, http, body):
+        before = None  # of an answer: the wait for its first token is another matter
+        with http.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, answer.read()
+            for line in answer.iter_lines():
+                if self.stopped:
+                    return
+                if line.startswith("data: {"):
+                    now = time.monotonic()
+                    self.arrived.append((now, 0.0 if before is None else now - before))
+                    before = now
+
+    def __enter__(self):
+        self.threads = [threading.Thread(target=self.chat, args=(i,)) for i in range(self.count)]
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped = True
+        for thread in self.threads:
+            thread.join()
+
+    def figures(self, begin, end):
+        waits = [wait for now, wait in self.arrived if begin <= now <= end]
+        assert waits and not self.faults, self.faults
+        speed = len(waits) / (end - begin)
+        return f"{speed:,.0f} pieces/s, longest wait {max(waits) * 1e3:,.0f} ms"
+
+
+def run(server, model, data, args):
+    """Returns the lines of a run's steps, and when the first and the last of them were seen."""
+    config = {
+        "model_dir": str(model), "data_dir": str(data), "max_seq_length": args.length, "rank": 16,
+        "iters": args.steps, "steps_per_report": 1, "steps_per_save": 0, "val_split": 0,
+        **({"memory_budget_gb": args.budget} if args.budget else {}),
+    }  # fmt: skip
+    answer = server.http.post("/api/finetune/submit", json=config)
+    assert answer.is_success, answer.text
+    job, out, begin = answer.json()["job_id"], Path(answer.json()["adapter_path"]), None
+    while (now := server.job(job))["status"] in ("queued", "running"):
+        if begin is None and len(metrics(out)) >= WARM_UP:
+            begin = time.monotonic()
+        time.sleep(0.05)
+    assert now["status"] == "done", now
+    return metrics(out)[WARM_UP:], begin, time.monotonic()
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Times a job while clients chat.")
+    parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=128, help="of a completion")
+    parser.add_argument("--budget", type=float, help="memory budget of the job in GB")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        if args.model in SHAPES:
+            model, data = write_inputs(place, args.model, args.length)
+        else:
+            model, data = Path(args.model), place / "rows"
+            data.mkdir()
+            text = "\n".join(topics.values())
+            size = 6 * args.length  # characters: more than a row has, the rest is cut off
+            rows = [text[i : i + size] for i in range(0, len(text) - size, size // 8)]
+            lines = [json.dumps({"text": row}) + "\n" for row in rows]
+            (data / "train.jsonl").write_text("".join(lines))
+        with Server(place, model.resolve(), "--root", place, "--root", model.parent) as server:
+            run(server, model, data, args)
+            steps, _, _ = run(server, model, data, args)
+            alone = statistics.median(own["step_s"] for own in steps)
+            with Clients(server.url, args.clients, args.tokens) as clients:
+                time.sleep(ALONE_S)
+                begin = time.monotonic()
+                time.sleep(ALONE_S)
+                without = clients.figures(begin, time.monotonic())
+                steps, begin, end = run(server, model, data, args)
+                beside = statistics.median(own["step_s"] for own in steps)
+                during = clients.figures(begin, end)
+    print(f"{Path(args.model).name}, rows of {args.length} tokens, {args.clients} clients")
+    print(f"a step alone {alone * 1e3:,.0f} ms, beside the clients {beside * 1e3:,.0f} ms", end="")
+    print(f" ({beside / alone:.2f} times); peak {max(own['peak_gb'] for own in steps):.2f} GB")
+    print(f"clients without the job: {without}; with it: {during}")
+
+
+if __name__ == "__main__":
+    main()
