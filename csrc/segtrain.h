@@ -70,7 +70,7 @@ class DecodeLinears {
   std::vector<Base> bases_;
   std::optional<mx::array> a_;
   std::vector<std::optional<mx::array>> b_, gains_;
-  std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and maximum number of rows
+  std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and number of rows
 };
 
 /// Query t is at position q_start + t (q_start is S − T by default). It sees the keys up to its position;

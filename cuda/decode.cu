@@ -3,8 +3,9 @@
 //
 // y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ. All y_j are in T, one after the other in one output; x [m,
 // k], and a [E, R, k] and b_j [E, n_j, R_j] of the adapters are in T; gain_j [E, n_j], bias_j [n_j]; picks [m]: the adapter of
-// a row. Arithmetic in float32. A warp computes OUT elements of each row at a time; its lanes share a weight's row, 16
-// neighbours each.
+// a row. Arithmetic in float32. decode_linear: a warp computes OUT elements of each row at a time; its lanes
+// share a weight's row, 16 neighbours each. decode_product, for several rows in half precision: by the tensor cores,
+// whose products of codes and x are exact.
 //
 // BITS per value of a quantized weight, in groups of GROUP; BITS = 0: dense.
 
@@ -62,6 +63,21 @@ __device__ void decode_factors(const T* x, const T* a, const unsigned* picks, in
   const int row = i / ranks, r = i % ranks;
   const float sum = row_product(x + static_cast<size_t>(row) * k, a + (static_cast<size_t>(picks[row]) * ranks + r) * k, k);
   if (threadIdx.x % 32 == 0) z[i] = sum;
+}
+
+/// Σ z_j·b_j of one output and row.
+template <typename T>
+__device__ inline float update(const float* z, const T* b, int rank) {
+  float sum = 0;
+  int j = 0;
+  if (rank % 8 == 0)
+    for (; j < rank; j += 8) {
+      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(b + j);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += z[j + i] * to_float(pack.x[i]);
+    }
+  for (; j < rank; ++j) sum += z[j] * to_float(b[j]);
+  return sum;
 }
 
 template <typename T, typename S, typename W>
@@ -141,9 +157,138 @@ __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a,
   }
 }
 
+// ---- several rows, by the tensor cores
+
+/// N neighbours of a weight's row as they are stored: codes, or pairs of numbers.
+template <int BITS, int N>
+struct Share {
+  static constexpr int BYTES = N * (BITS ? BITS : 16) / 8, WORDS = (BYTES + 3) / 4, AT_ONCE = WORDS < 4 ? WORDS : 4;
+  unsigned words[WORDS] = {};
+
+  template <typename W>
+  __device__ void load(const W* row, int column) {
+    struct alignas(4 * AT_ONCE) Words {
+      unsigned w[AT_ONCE];
+    };
+    const char* from = reinterpret_cast<const char*>(row) + static_cast<size_t>(column) * BYTES / N;
+    if constexpr (BYTES == 2) {
+      words[0] = *reinterpret_cast<const unsigned short*>(from);
+    } else {
+#pragma unroll
+      for (int i = 0; i < WORDS; i += AT_ONCE) {
+        const Words some = *reinterpret_cast<const Words*>(from + 4 * i);
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) words[i + j] = some.w[j];
+      }
+    }
+  }
+
+  /// Numbers 2i and 2i + 1 in T.
+  template <typename T>
+  __device__ unsigned pair(int i) const {
+    if constexpr (BITS == 0) {
+      return words[i];
+    } else {
+      const unsigned word = words[2 * i * BITS / 32] >> (2 * i * BITS % 32);
+      const unsigned low = word & ((1u << BITS) - 1), high = word >> BITS & ((1u << BITS) - 1);
+      if constexpr (BITS == 8) return pack2<T>(static_cast<float>(low), static_cast<float>(high));
+      else return small_pair<T>(low | high << 16);
+    }
+  }
+};
+
+/// The products of a block: TILES tiles of 16 outputs with up to ROWS rows, ROWS a multiple of 8. The warps share k, in chunks
+/// that lie within a group; of a chunk a lane holds N neighbours of two outputs and of a row, which are the elements of the
+/// tensor cores' operands for lanes of its place if columns are numbered in another order. A warp's sums, and their order,
+/// depend on k only, and a row's on no other row.
+template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
+__device__ void decode_product(const T* x, const Part<T, S, W>& part, const float* z, const unsigned* picks, int m, int k,
+                               int ranks, int block) {
+  constexpr int N = BITS && GROUP < 64 ? 8 : 16, CHUNK = 4 * N, NEXT = WARPS * CHUNK, AHEAD = 4 / TILES, OUTS = 16 * TILES;
+  constexpr unsigned ONES = is_bfloat16<T> ? 0x3f803f80 : 0x3c003c00;
+  __shared__ float sums[WARPS][ROWS][OUTS + 4];
+  const int warp = threadIdx.x / 32, row = threadIdx.x % 32 / 4, first = block * OUTS;
+  float total[TILES][ROWS / 8][4] = {};
+  for (int begin = warp * CHUNK; begin < k; begin += AHEAD * NEXT) {
+    Share<BITS, N> weights[AHEAD][TILES][2];
+    float scale[AHEAD][TILES][2] = {}, bias[AHEAD][TILES][2] = {};
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) {
+      const int column = begin + s * NEXT + threadIdx.x % 4 * N;
+      if (column >= k) continue;
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const size_t out = min(first + 16 * i + 8 * h + row, part.n - 1);
+          if constexpr (BITS == 0) {
+            weights[s][i][h].load(part.weight + out * k, column);
+          } else {
+            weights[s][i][h].load(part.weight + out * (k / 32 * BITS), column);
+            const size_t at = out * (k / GROUP) + column / GROUP;
+            scale[s][i][h] = to_float(part.scales[at]), bias[s][i][h] = to_float(part.biases[at]);
+          }
+        }
+    }
+#pragma unroll
+    for (int s = 0; s < AHEAD; ++s) {
+      if (begin + s * NEXT >= k) break;
+      const int column = begin + s * NEXT + threadIdx.x % 4 * N;
+      Share<0, N> v[ROWS / 8];
+      if (column < k)
+#pragma unroll
+        for (int c = 0; c < ROWS / 8; ++c) v[c].load(x + static_cast<size_t>(min(8 * c + row, m - 1)) * k, column);
+      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // all: the sums of x
+#pragma unroll
+      for (int j = 0; j < N / 2; j += 2) {
+        if constexpr (BITS != 0) {
+          const unsigned ones[4] = {ONES, ONES, ONES, ONES};
+#pragma unroll
+          for (int c = 0; c < ROWS / 8; ++c) multiply_add<T>(all[c], ones, v[c].words[j], v[c].words[j + 1]);
+        }
+#pragma unroll
+        for (int i = 0; i < TILES; ++i) {
+          const auto& w = weights[s][i];
+          const unsigned a[4] = {w[0].template pair<T>(j), w[1].template pair<T>(j), w[0].template pair<T>(j + 1),
+                                 w[1].template pair<T>(j + 1)};
+#pragma unroll
+          for (int c = 0; c < ROWS / 8; ++c) multiply_add<T>(own[i][c], a, v[c].words[j], v[c].words[j + 1]);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int c = 0; c < ROWS / 8; ++c)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            if constexpr (BITS == 0) total[i][c][e] += own[i][c][e];
+            else total[i][c][e] += scale[s][i][e / 2] * own[i][c][e] + bias[s][i][e / 2] * all[c][e];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < TILES; ++i)
+#pragma unroll
+    for (int c = 0; c < ROWS / 8; ++c)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[warp][8 * c + col_of(e)][16 * i + row_of(e)] = total[i][c][e];
+  __syncthreads();
+  for (int i = threadIdx.x; i < m * OUTS; i += 32 * WARPS) {
+    const int r = i / OUTS, out = first + i % OUTS;
+    if (out >= part.n) continue;
+    float y = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) y += sums[w][r][i % OUTS];
+    const size_t pick = part.rank || part.has_gain ? picks[r] : 0;
+    if (part.rank) y += update(z + r * ranks + part.begin, part.b + (pick * part.n + out) * part.rank, part.rank);
+    if (part.has_gain) y *= part.gain[pick * part.n + out];
+    if (part.has_bias) y += to_float(part.bias[out]);
+    put(part.y[static_cast<size_t>(r) * part.n + out], y);
+  }
+}
+
 /// Finds which of the three parts a block works on, and its index there; at = {k, ranks, z is given, then for each part:
-/// blocks, n, rank, begin, has_bias, has_gain}.
-template <int BITS, int GROUP, int ROWS, typename T, typename S, typename W>
+/// blocks, n, rank, begin, has_bias, has_gain}. TILES = 0: not by the tensor cores.
+template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                                const T* const (&bs)[3], const float* const (&gains)[3], const T* const (&bias)[3], const T* a,
                                const float* z, const unsigned* picks, const int* at, int m, T* y) {
@@ -156,7 +301,9 @@ __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S
   const int* own = at + 3 + 6 * part;
   const Part<T, S, W> of{pick(weights, part), pick(scales, part), pick(biases, part), pick(bs, part), pick(bias, part),
                          pick(gains, part), own[1], own[2], own[3], own[4] != 0, own[5] != 0, y};
-  decode_linear<BITS, GROUP, ROWS>(x, of, a, at[2] ? z : nullptr, picks, m, at[0], at[1], block, own[0]);
+  if constexpr (TILES == 0)
+    decode_linear<BITS, GROUP, ROWS>(x, of, a, at[2] ? z : nullptr, picks, m, at[0], at[1], block, own[0]);
+  else decode_product<BITS, GROUP, ROWS, TILES>(x, of, z, picks, m, at[0], at[1], block);
 }
 
 }  // namespace segtrain
@@ -166,5 +313,6 @@ __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S
 //: decode_factors: x a picks at rows -> low
 decode_factors(x, a, picks, rows[0], at[0], at[1], low);
 //: decode_linears: x w0 scales0 biases0 b0 gain0 bias0 w1 scales1 biases1 b1 gain1 bias1 w2 scales2 biases2 b2 gain2 bias2 a z picks at rows -> outs
-decode_linears<BITS, GROUP, ROWS>(x, {w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, {b0, b1, b2},
-                                  {gain0, gain1, gain2}, {bias0, bias1, bias2}, a, z, picks, at, rows[0], outs);
+decode_linears<BITS, GROUP, ROWS, TILES>(x, {w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2},
+                                         {b0, b1, b2}, {gain0, gain1, gain2}, {bias0, bias1, bias2}, a, z, picks, at, rows[0],
+                                         outs);

@@ -63,6 +63,16 @@ __device__ inline unsigned pack2(float x, float y) {
   return pair;
 }
 
+/// Two whole numbers below 128, each in the low bits of a half, as half-precision values: exact, without a conversion.
+template <typename T>
+__device__ inline unsigned small_pair(unsigned numbers) {
+  unsigned pair;  // 1·(128 + x) − 128; for float16 1024
+  if constexpr (is_bfloat16<T>)
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(numbers | 0x43004300), "r"(0x3f803f80), "r"(0xc300c300));
+  else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(numbers | 0x64006400), "r"(0x3c003c00), "r"(0xe400e400));
+  return pair;
+}
+
 template <typename T>
 __device__ inline float2 unpack2(unsigned bits) {
   struct alignas(4) Pair {

@@ -151,13 +151,17 @@ def decoding(dtype):
 
     rng = np.random.default_rng(0)
     four, eight = ("affine", 4, 64), ("affine", 8, 32)
-    calls = ((None, (8,), 1), (four, (8, 0, 8), 1), (four, (8, 0, 8), 16), (eight, (96, 8), 3))
+    two = ("affine", 2, 32)
+    calls = [(None, (8,), 1), (four, (8, 0, 8), 1), (four, (8, 0, 8), 16), (eight, (96, 8), 7)]
+    calls += [(None, (8, 0), 9), (two, (8,), 5), (four, (0,), 16)]
     for kind, ranks, rows in calls:
-        bases = [base_of(rng, 64, 128, kind)[0] for _ in ranks]
+        out = 17000 if ranks == (0,) else 64  # a head's tiles are others
+        bases = [base_of(rng, out, 128, kind)[0] for _ in ranks]
         if kind is None:
             bases = [ops.Base(bases[0].weight.astype(dtype))]
         b = [mx.zeros((2, 64, rank), dtype) if rank else None for rank in ranks]
-        op = ops.decode_linears(bases, mx.zeros((2, sum(ranks), 128), dtype), b)
+        a = mx.zeros((2, sum(ranks), 128), dtype) if sum(ranks) else None
+        op = ops.decode_linears(bases, a, b)
         mx.eval(op(mx.zeros((rows, 128), dtype), mx.zeros(rows, mx.uint32), impl="kernel"))
 
 
@@ -174,6 +178,7 @@ def compile_all():
     layer_ops(mx.bfloat16)
     layer_ops(mx.float16)
     decoding(mx.bfloat16)
+    decoding(mx.float16)
     print("compiled")
 
 

@@ -16,14 +16,14 @@ WIDTH, ADAPTERS = 64, 3
 KINDS = [None, ("affine", 4, 64), ("affine", 8, 32), ("affine", 3, 64), ("mxfp4", 4, 32)]
 
 
-def layers(kind, ranks, dtype=mx.float32, seed=0):
+def layers(kind, ranks, dtype=mx.float32, seed=0, width=WIDTH, outs=(40, 20, 10)):
     """The op's arguments, and its outputs of x and picks in float64."""
     rng = np.random.default_rng(seed)
     bases, weights, b, gains = [], [], [], []
     for i, rank in enumerate(ranks):
-        out = 40 >> i
+        out = outs[i]
         bias = rand(rng, out)[0].astype(dtype) if i == 1 else None
-        base, weight = base_of(rng, out, WIDTH, kind, bias)
+        base, weight = base_of(rng, out, width, kind, bias)
         if kind is None:
             base = ops.Base(base.weight.astype(dtype), bias=bias)
             weight = f64(base.weight)
@@ -31,7 +31,7 @@ def layers(kind, ranks, dtype=mx.float32, seed=0):
         weights.append(weight)
         b.append(rand(rng, ADAPTERS, out, rank)[0].astype(dtype) if rank else None)
         gains.append(rand(rng, ADAPTERS, out)[0] if i == 0 else None)
-    a = rand(rng, ADAPTERS, sum(ranks), WIDTH)[0].astype(dtype) if sum(ranks) else None
+    a = rand(rng, ADAPTERS, sum(ranks), width)[0].astype(dtype) if sum(ranks) else None
 
     def exact(x, picks):
         ys, begin = [], 0
@@ -64,6 +64,35 @@ def test_each_row_has_its_adapter(kind, ranks, rows):
         for found in (y, other):
             error = np.linalg.norm(f64(found) - right) / np.linalg.norm(right)
             assert error < (1e-2 if on_gpu() else 1e-5), error
+
+
+HALVES = [
+    *((("affine", bits, group), mx.bfloat16) for bits in (2, 4, 8) for group in (32, 64, 128)),
+    (("affine", 4, 64), mx.float16),
+    (("affine", 8, 32), mx.float16),
+    (None, mx.bfloat16),
+    (None, mx.float16),
+]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), HALVES, ids=str)
+def test_rows_in_half_precision(kind, dtype):
+    """Any number of rows, of widths that fill no tile and no chunk; a row's answer is the same in
+    any batch of several."""
+    ranks, outs, width = (16, 3, 8), (72, 40, 8), 16 * 7 if kind is None else 128 * 3
+    arguments, exact = layers(kind, ranks, dtype, width=width, outs=outs)
+    op = ops.decode_linears(*arguments)
+    x = rand(np.random.default_rng(1), 16, width)[0].astype(dtype)
+    picks = [(2 * i + 1) % ADAPTERS for i in range(16)]
+    wanted, bound = exact(x, picks), 0.01 if dtype == mx.bfloat16 else 2e-3
+    whole = op(x, mx.array(picks, mx.uint32))
+    for rows in (1, 2, 5, 8, 9, 16):
+        ours = op(x[:rows], mx.array(picks[:rows], mx.uint32))
+        for y, right, other in zip(ours, wanted, whole, strict=True):
+            error = np.linalg.norm(f64(y) - right[:rows]) / np.linalg.norm(right[:rows])
+            assert y.dtype == dtype and error < bound, (rows, error)
+            if on_gpu() and rows > 1:
+                assert mx.array_equal(y, other[:rows]), rows
 
 
 def test_a_device_s_cases_fit_its_kernel():

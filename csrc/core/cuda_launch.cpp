@@ -1,5 +1,21 @@
 #include "core/cuda_launch.h"
 
+#include "mlx/allocator.h"
+#include "mlx/transforms.h"
+
+namespace segtrain {
+
+FixedInputs::FixedInputs(Arrays all, std::vector<size_t> open)
+    : inputs(std::move(all)), open(std::move(open)), keeper(mx::array({0})) {
+  for (auto& x : inputs) x = mx::contiguous(x);
+  mx::eval(inputs);
+  auto& memory = mx::allocator::allocator();
+  auto release = [kept = inputs, &memory](mx::allocator::Buffer own) { memory.free(own); };
+  keeper = mx::array(mx::allocator::Data(memory.malloc(sizeof(int32_t)), release), {1}, mx::int32);
+}
+
+}  // namespace segtrain
+
 #ifdef __linux__
 #include <dlfcn.h>
 
@@ -96,15 +112,16 @@ mx::Primitive& allocation(mx::Stream s) {
 
 class CudaKernel : public mx::Primitive {
  public:
-  CudaKernel(mx::Stream s, const CudaBinary& binary, const Grid& grid, bool joined)
-      : Primitive(s), binary_(binary), grid_(grid), joined_(joined) {}
+  CudaKernel(mx::Stream s, const CudaBinary& binary, const Grid& grid,
+             std::shared_ptr<const FixedInputs> fixed)
+      : Primitive(s), binary_(binary), grid_(grid), fixed_(std::move(fixed)) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::logic_error("[" + binary_.name + "] is for CUDA.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
-    if (!joined_) return run(inputs, outputs);
+    if (!fixed_) return run(inputs, outputs);
     int64_t size = 0;
     for (const auto& y : outputs) size += y.size();
     Arrays whole{mx::array({static_cast<int>(size)}, outputs[0].dtype(), nullptr, {})};
@@ -122,15 +139,17 @@ class CudaKernel : public mx::Primitive {
     auto* function = driver().found() ? loaded(binary_, stream().device.index, grid_.shared_memory) : nullptr;
     bool rows = function;
     for (const auto& x : inputs) rows = rows && x.flags().row_contiguous;
-    if (!rows) return by_mlx(inputs, outputs);
+    if (!rows) return by_mlx(fixed_ ? completed(inputs) : inputs, outputs);
     for (auto& y : outputs) {
       Arrays one{y};
       allocation(stream()).eval_gpu({}, one);
     }
     auto& encoder = mx::cu::get_command_encoder(stream());
     std::vector<void*> pointers, arguments;
-    for (const auto* arrays : {&inputs, static_cast<const std::vector<mx::array>*>(&outputs)})
-      for (const auto& x : *arrays) pointers.push_back(address(x));
+    for (const auto& x : fixed_ ? fixed_->inputs : inputs) pointers.push_back(address(x));
+    if (fixed_)
+      for (size_t i = 0; i < fixed_->open.size(); ++i) pointers[fixed_->open[i]] = address(inputs[i]);
+    for (const auto& y : outputs) pointers.push_back(address(y));
     for (auto& pointer : pointers) arguments.push_back(&pointer);
     for (const auto& x : inputs) encoder.set_input_array(x);
     for (const auto& y : outputs) encoder.set_output_array(y);
@@ -159,6 +178,13 @@ class CudaKernel : public mx::Primitive {
   const char* name() const override { return binary_.name.c_str(); }
 
  private:
+  /// All inputs of the kernel.
+  Arrays completed(const Arrays& inputs) const {
+    Arrays all = fixed_->inputs;
+    for (size_t i = 0; i < fixed_->open.size(); ++i) all[fixed_->open[i]] = inputs[i];
+    return all;
+  }
+
   /// The struct that describes an array's memory in mlx/backend/cuda/allocator.h begins with its address.
   static void* address(const mx::array& x) {
     struct Memory {
@@ -169,16 +195,18 @@ class CudaKernel : public mx::Primitive {
 
   const CudaBinary& binary_;
   Grid grid_;
-  bool joined_;
+  std::shared_ptr<const FixedInputs> fixed_;
 };
 
 }  // namespace
 
-Arrays cuda_launch(const CudaBinary& binary, const Arrays& inputs, std::vector<mx::Shape> shapes,
-                   std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s, bool joined) {
-  if (!driver().found() && !joined)
+Arrays cuda_launch(const CudaBinary& binary, Arrays inputs, std::vector<mx::Shape> shapes,
+                   std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s,
+                   std::shared_ptr<const FixedInputs> fixed) {
+  if (!driver().found() && !fixed)
     return CudaKernel::mlx_kernel(binary, inputs, std::move(shapes), std::move(dtypes), grid, s);
-  auto kernel = std::make_shared<CudaKernel>(mx::to_stream(s), binary, grid, joined);
+  if (fixed) inputs.push_back(fixed->keeper);
+  auto kernel = std::make_shared<CudaKernel>(mx::to_stream(s), binary, grid, std::move(fixed));
   return mx::array::make_arrays(std::move(shapes), dtypes, std::move(kernel), inputs);
 }
 
@@ -188,8 +216,8 @@ Arrays cuda_launch(const CudaBinary& binary, const Arrays& inputs, std::vector<m
 
 namespace segtrain {
 
-Arrays cuda_launch(const CudaBinary& binary, const Arrays&, std::vector<mx::Shape>, std::vector<mx::Dtype>,
-                   const Grid&, mx::StreamOrDevice, bool) {
+Arrays cuda_launch(const CudaBinary& binary, Arrays, std::vector<mx::Shape>, std::vector<mx::Dtype>,
+                   const Grid&, mx::StreamOrDevice, std::shared_ptr<const FixedInputs>) {
   throw std::logic_error("[" + binary.name + "] is for CUDA.");
 }
 

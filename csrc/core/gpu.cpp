@@ -242,20 +242,21 @@ PreparedLaunch::PreparedLaunch(const std::string& name, std::map<std::string, mx
     : name_(name), dtype_(dtype), grid_(grid) {
   const auto& text = text_of(name);
   for (size_t i = 0; i < open.size(); ++i) values.insert_or_assign(open[i], like[i]);
-  for (const auto& input : text.inputs) inputs_.push_back(values.at(input));
+  Arrays inputs;
+  for (const auto& input : text.inputs) inputs.push_back(values.at(input));
+  std::vector<size_t> places;
   for (const auto& input : open)
-    open_.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
-  binary_ = cuda_binary(name, text, inputs_, {dtype}, arguments, grid);
-  for (size_t i : open_) inputs_[i] = device_ints({0});  // so as not to keep the arrays of `like` alive
+    places.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
+  binary_ = cuda_binary(name, text, inputs, {dtype}, arguments, grid);
+  for (size_t i : places) inputs[i] = device_ints({0});  // so as not to keep the arrays of `like` alive
+  inputs_ = std::make_shared<FixedInputs>(std::move(inputs), std::move(places));
 }
 
 Arrays PreparedLaunch::operator()(const Arrays& open, std::vector<mx::Shape> shapes,
                                   mx::StreamOrDevice s) const {
-  Arrays inputs = inputs_;
-  for (size_t i = 0; i < open_.size(); ++i) inputs[open_[i]] = open[i];
   std::vector<mx::Dtype> dtypes(shapes.size(), dtype_);
-  if (dry_run() || !binary_) return dry_launch(name_, inputs, std::move(shapes), std::move(dtypes), s);
-  return cuda_launch(*binary_, inputs, std::move(shapes), std::move(dtypes), grid_, s, true);
+  if (dry_run() || !binary_) return dry_launch(name_, open, std::move(shapes), std::move(dtypes), s);
+  return cuda_launch(*binary_, open, std::move(shapes), std::move(dtypes), grid_, s, inputs_);
 }
 
 bool collects_kernels() {

@@ -46,8 +46,8 @@ Arrays launch(const std::string& name, const std::map<std::string, mx::array>& v
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
-/// A CUDA launch whose kernel and fixed inputs are looked up once. It is used in decoding, where many short
-/// launches make the host the bottleneck.
+/// A CUDA launch whose kernel and fixed inputs are looked up and evaluated once. It is used in decoding,
+/// where many short launches make the host the bottleneck.
 class PreparedLaunch {
  public:
   /// `values` are as in launch(), except for the inputs named `open`, which each call passes; their types are
@@ -61,8 +61,7 @@ class PreparedLaunch {
 
  private:
   std::string name_;
-  Arrays inputs_;
-  std::vector<size_t> open_;
+  std::shared_ptr<const struct FixedInputs> inputs_;
   mx::Dtype dtype_;
   Grid grid_;
   const struct CudaBinary* binary_;  ///< nullptr while kernels are collected

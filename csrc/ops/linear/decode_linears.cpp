@@ -11,8 +11,21 @@ namespace {
 
 constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in cuda/decode.cu
 constexpr size_t MOST_PARTS = 3;
-constexpr int BLOCKS = 1024;            ///< maximum per layer, so that a block reuses its z
-const std::vector<int> ROWS{1, 4, 16};  ///< each has a kernel
+constexpr int BLOCKS = 1024;  ///< maximum per layer, so that a block reuses its z
+constexpr int MOST_ROWS = 16;
+constexpr int MANY_OUTS = 16384;  ///< from which a block of the tensor cores has two tiles, which share x
+
+/// Tensor cores multiply two and more rows, so that a row's result is the same in any such batch.
+bool by_tensor_cores(mx::Dtype dtype, int rows) {
+  return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
+}
+
+/// The number of rows for which the kernel that serves this many is compiled.
+int kernel_rows(mx::Dtype dtype, int rows) {
+  if (rows == 1) return 1;
+  const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;
+  return rows <= fewer ? fewer : MOST_ROWS;
+}
 
 int rank_of(const std::optional<mx::array>& b) {
   return b ? b->shape(2) : 0;
@@ -23,6 +36,7 @@ int rank_of(const std::optional<mx::array>& b) {
 struct DecodeLinears::Calls {
   PreparedLaunch linears;
   std::optional<PreparedLaunch> factors;
+  bool picks;  ///< whether `linears` takes them
 };
 
 DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a,
@@ -55,7 +69,7 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
   if (gpu() != Gpu::cuda) return "it is for CUDA";
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
     return "it takes float32, float16 or bfloat16";
-  if (rows < 1 || rows > ROWS.back()) return "it takes 1 to " + std::to_string(ROWS.back()) + " rows";
+  if (rows < 1 || rows > MOST_ROWS) return "it takes 1 to " + std::to_string(MOST_ROWS) + " rows";
   if (bases_.size() > MOST_PARTS) return "it takes up to three linear layers";
   const auto& first = bases_[0];
   if (first.in() % PIECE) return "the width is no multiple of 16";
@@ -84,18 +98,23 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   const auto& first = bases_[0];
   const bool dense = !first.scales;
   const auto none = mx::zeros({1}, dtype), zero = device_floats({0}), picks = mx::zeros({1}, mx::uint32);
-  const auto some = device_ints({1});
+  int outs = 0;
+  for (const auto& base : bases_) outs += base.out();
+  const int out_tiles = !by_tensor_cores(dtype, rows) ? 0 : dense || outs < MANY_OUTS ? 1 : 2;  // of 16 each
   bool high = rows > 1;
   int ranks = 0, blocks = 0;
   for (const auto& b : b_) ranks += rank_of(b), high = high || rank_of(b) > MOST_RANK;
   std::vector<int32_t> at{first.in(), ranks, high && a_};
-  std::map<std::string, mx::array> values{{"a", a_.value_or(none)}};
+  std::map<std::string, mx::array> values{
+      {"a", a_.value_or(none)}, {"z", zero}, {"picks", picks}, {"rows", device_ints({rows})}};
   int begin = 0;
   for (size_t j = 0; j < MOST_PARTS; ++j) {
     const bool there = j < bases_.size();
     const auto& base = bases_[there ? j : 0];
     const auto b = there ? b_[j] : std::nullopt, gain = there ? gains_[j] : std::nullopt;
-    const int needed = there ? std::min(tiles(base.out(), WARPS * OUT), BLOCKS) : 0;
+    const int needed = !there      ? 0
+                       : out_tiles ? tiles(base.out(), 16 * out_tiles)
+                                   : std::min(tiles(base.out(), WARPS * OUT), BLOCKS);
     const auto number = std::to_string(j);
     const auto scales = base.scales.value_or(base.weight);
     values.insert({{"w" + number, base.weight},
@@ -109,15 +128,23 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
     blocks += needed;
   }
   values.insert({"at", device_ints(at)});
-  const Template kind{
-      {"BITS", dense ? 0 : first.bits}, {"GROUP", dense ? 32 : first.group_size}, {"ROWS", rows}};
+  const Template kind{{"BITS", dense ? 0 : first.bits},
+                      {"GROUP", dense ? 32 : first.group_size},
+                      {"ROWS", kernel_rows(dtype, rows)},
+                      {"TILES", out_tiles}};
+  const Grid grid{{blocks, 1, 1}, WARPS * 32, 0, out_tiles ? 2 : 1};
+  std::vector<std::string> open{"x"};
+  Arrays like{none};
+  const bool picked = a_ || std::ranges::any_of(gains_, [](const auto& gain) { return gain.has_value(); });
+  if (picked) open.push_back("picks"), like.push_back(picks);
+  std::optional<PreparedLaunch> factors;
+  if (high && a_) {
+    factors = PreparedLaunch("decode_factors", values, open, like, mx::float32, {},
+                             {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
+    open.push_back("z"), like.push_back(zero);
+  }
   auto own = std::make_shared<Calls>(
-      Calls{PreparedLaunch("decode_linears", values, {"x", "z", "picks", "rows"}, {none, zero, picks, some},
-                           dtype, kind, {{blocks, 1, 1}, WARPS * 32}),
-            std::nullopt});
-  if (high && a_)
-    own->factors = PreparedLaunch("decode_factors", values, {"x", "picks", "rows"}, {none, picks, some},
-                                  mx::float32, {}, {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
+      Calls{PreparedLaunch("decode_linears", values, open, like, dtype, kind, grid), factors, picked});
   if (!collects_kernels()) calls_[key] = own;  // otherwise its kernels are not compiled yet
   return own;
 }
@@ -159,16 +186,16 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
   const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it is for CUDA"}
                                           : gpu_kernel("decode_linears", unfit(x.dtype(), m));
   if (choose("DecodeLinears", impl, {way, {"stock", true, ""}}) == "stock") return plain(x, picks, s);
-  const auto own = calls(x.dtype(), *std::lower_bound(ROWS.begin(), ROWS.end(), m));
-  const auto rows = device_ints({m});
-  auto z = device_floats({0});
-  if (own->factors) z = (*own->factors)({x, picks, rows}, {{m, a_->shape(1)}}, s)[0];
+  const auto own = calls(x.dtype(), m);
+  Arrays inputs{x};
+  if (own->picks) inputs.push_back(picks);
+  if (own->factors) inputs.push_back((*own->factors)(inputs, {{m, a_->shape(1)}}, s)[0]);
   std::vector<mx::Shape> shapes;
   for (const auto& base : bases_) {
     shapes.push_back(x.shape());
     shapes.back().back() = base.out();
   }
-  return own->linears({x, z, picks, rows}, std::move(shapes), s);
+  return own->linears(inputs, std::move(shapes), s);
 }
 
 const Binding binding([](nb::module_& m) {

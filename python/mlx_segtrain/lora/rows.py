@@ -163,8 +163,10 @@ class Rows:
     def _together(self, index: int, group: _Group | None, together: Together) -> Any:
         paths = self._readers[index].paths
         known = [id(x) for x in together.modules]
-        if group is None or known != [id(self._modules[path]) for path in paths]:
-            return None  # no update, or some layers were added later
+        if known != [id(self._modules[path]) for path in paths]:
+            return None  # some layers were added later
+        if group is None:
+            return together.bare
         b, gains = [], []
         for path in paths:
             own = group.factors.get(path)

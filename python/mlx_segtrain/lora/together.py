@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .. import ops
 from .adapter import ARRAYS, KINDS
@@ -15,6 +16,10 @@ from .modules import FEW, LoRALinear
 
 #: Maximum number of adapters whose factors a group caches in the kernel's layout.
 MOST_KEPT = 8
+#: The dtypes whose products of several rows take tensor cores.
+HALVES = mx.bfloat16, mx.float16
+
+_picks: dict[int, mx.array] = {}
 
 
 class Together:
@@ -26,16 +31,15 @@ class Together:
     def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
         self.modules, self.dtype = modules, dtype
         self.bases = [ops.base_of(module.linear) for module in modules]
-        self.served = serves(ops.decode_linears(self.bases), dtype)
+        self.bare = ops.decode_linears(self.bases)  #: the layers without updates
+        self.served = serves(self.bare, dtype)
         self._kept: dict[tuple[Any, ...], tuple[ops.DecodeLinears | None, Any]] = {}
-        self._picks: dict[int, mx.array] = {}
         self._x: mx.array | None = None
         self._ys: list[mx.array] | None = None
         self._left = 0
 
     def read(self, index: int, x: mx.array) -> mx.array | None:
-        """Returns the output of one layer with its update; None if the group has no update, for
-        which MLX's own products are as fast, or if no kernel supports it."""
+        """Returns the output of one layer with its update; None if no kernel supports it."""
         if self._x is not x:
             self._x, self._ys, self._left = x, self._all(x), len(self.modules)
         ys, self._left = self._ys, self._left - 1
@@ -61,23 +65,20 @@ class Together:
         if x.dtype != self.dtype:
             return None
         rows = self.modules[0].rows
-        if rows is not None and rows.on:
+        if rows is None or not rows.on:
+            op, picks = self._in_place(), None
+        elif rows.any:
             op, picks = rows.decoding(self.modules[0])
         else:
-            op, picks = self._in_place(), None
+            op, picks = self.bare, None
         if op is None:
             return None
-        if picks is None:
-            n = x.size // x.shape[-1]
-            if n not in self._picks:
-                self._picks[n] = mx.zeros(n, mx.uint32)
-            picks = self._picks[n]
-        return op(x, picks)
+        return op(x, no_picks(x.size // x.shape[-1]) if picks is None else picks)
 
     def _in_place(self) -> ops.DecodeLinears | None:
-        """Returns the layers with their current updates; None if they have none."""
+        """Returns the layers with their current updates; None if no kernel supports them."""
         if not any("lora_a" in module for module in self.modules):
-            return None
+            return self.bare
         arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
         key = tuple(id(x) for own in arrays for x in own), tuple(x.scale for x in self.modules)
         if key not in self._kept:
@@ -107,6 +108,29 @@ class Together:
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
     """Returns whether a kernel supports steps of up to FEW rows."""
     return not op.unfit(dtype, FEW)
+
+
+def no_picks(rows: int) -> mx.array:
+    """Returns the first adapter for each row."""
+    if rows not in _picks:
+        _picks[rows] = mx.zeros(rows, mx.uint32)
+        mx.eval(_picks[rows])  # other threads may use it
+    return _picks[rows]
+
+
+def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
+    """Returns a function that computes a frozen linear layer, `stock`, or several rows of it by our
+    kernel: MLX's product of x [rows, 1, in] reads the weight once for each row."""
+    op = ops.decode_linears([ops.base_of(linear)])
+    served = {dtype for dtype in HALVES if serves(op, dtype)}
+    if not served:
+        return stock
+
+    def product(x: mx.array) -> mx.array:
+        rows = x.size // x.shape[-1]
+        return op(x, no_picks(rows))[0] if rows > 1 and x.dtype in served else stock(x)
+
+    return product
 
 
 class _Recorder:

@@ -1,5 +1,6 @@
 """A model's twin for steps of a few tokens on a GPU: the same weights and updates, with less Python
-for each linear layer, because such a step takes as long as the host needs to launch it."""
+and fewer launches for its linear layers, because such a step takes as long as the host needs to
+launch it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +9,15 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .adapter import KINDS
-from .modules import LoRALinear
-from .together import put_together
+from .modules import EMBEDDINGS, LoRALinear
+from .together import put_together, several
+
+LINEARS = nn.Linear, nn.QuantizedLinear
 
 
 def twin_of(model: nn.Module) -> Any:
     """Returns the twin, for up to FEW tokens on a GPU. It gives the same bits as the model, except
-    where linear layers run together (on CUDA).
+    where our kernels run linear layers (on CUDA).
 
     It is called like the model. Updates may be put into the model's modules at any time; modules
     that are added to the model later are not in its twin.
@@ -32,6 +35,10 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
         new = _Linear(x)
     elif isinstance(x, LoRALinear):
         new = x
+    elif type(x) in (*LINEARS, *EMBEDDINGS):
+        stock = x.as_linear if isinstance(x, EMBEDDINGS) else x
+        product = several(x, stock)
+        new = x if product is stock else _Frozen(x, product)
     elif isinstance(x, nn.Module):
         new = nn.Module.__new__(type(x))
         vars(new).update(vars(x))
@@ -52,24 +59,36 @@ class _Linear:
     __slots__ = ("_module", "_product")
 
     def __init__(self, module: LoRALinear):
-        self._module, self._product = module, _product(module.linear)
+        self._module = module
+        self._product = several(module.linear, _product(module.linear))
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
-        rows: Any = module.rows if module.rows is not None and module.rows.on else None
-        if rows is not None and not rows.any:
-            return self._product(x)
         if module.together is not None:
             y = module.together.read(module.place, x)
             if y is not None:
                 return y
-        if rows is not None:
-            return rows(module, x, self._product(x))
+        if module.rows is not None and module.rows.on:
+            return module.rows(module, x, self._product(x))
         for kind in KINDS:
             if kind.array in module:
                 return module(x)
         y = self._product(x)
         return module.updated(x, y) if "lora_a" in module else y
+
+
+class _Frozen:
+    """Replaces a linear layer without updates, or an embedding that is also the head."""
+
+    def __init__(self, module: nn.Module, product: Callable[[mx.array], mx.array]):
+        self._module, self.as_linear = module, product
+        self._run = module if isinstance(module, EMBEDDINGS) else product
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._run(x)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:

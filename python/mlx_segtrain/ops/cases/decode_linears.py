@@ -5,16 +5,20 @@ from typing import Any
 
 import mlx.core as mx
 
-from ... import _core
-from .. import reference, selfcheck
+from ... import _core, ops
+from .. import bench, reference, selfcheck
+from .linear import frozen, mlx_product
 
 #: Bits of a weight, group size, rows of x, ranks of the linear layers (0: no update).
 CASES = (
     (4, 64, 1, (8, 0, 8)),
     (4, 32, 4, (16, 3)),
+    (4, 64, 7, (16, 8, 8)),
     (8, 128, 16, (40, 8, 8)),
     (2, 64, 1, (96,)),
+    (2, 32, 12, (8,)),
     (0, 0, 3, (16, 16)),
+    (0, 0, 16, (8,)),
 )
 
 
@@ -53,3 +57,35 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         case = f"{bits or 16} bits, {m} rows, ranks {', '.join(map(str, ranks))}"
         one = mx.ones((m, sum(base.out_dims for base in bases)), mx.bfloat16)
         yield selfcheck.Call("decode_linears", case, run, plain, [one])
+
+
+def linears(name: str, outs: tuple[int, ...], width: int, rank: int, rows: int) -> bench.Case:
+    """Returns layers of 4 bits that read the same rows, of which each has one of three adapters;
+    MLX's are without updates."""
+
+    def run(impl: str) -> dict[str, bench.Work]:
+        bases = [frozen(out, width, 4, 64, seed=i) for i, out in enumerate(outs)]
+        x, picks = bench.normal(rows, 1, width), (mx.arange(rows) % 3).astype(mx.uint32)
+        mx.eval(x, picks)
+        if impl == "mlx":
+            return {"forward": bench.Work(lambda x: [mlx_product(x, w) for w in bases], (x,))}
+        a = bench.normal(3, rank * len(outs), width) if rank else None
+        b = [bench.normal(3, out, rank) if rank else None for out in outs]
+        op = ops.decode_linears(bases, a, b)
+        return {"forward": bench.Work(lambda x: op(x, picks, impl=impl), (x,))}
+
+    moved = sum(outs) * width * (4 + 32 / 64) / 8
+    shape = f"{name} {rows}×{width}, rank {rank}"
+    return bench.Case("decode_linears", shape, ["kernel", "mlx"], run, moved={"forward": moved})
+
+
+def cases(gpu: bool) -> list[bench.Case]:
+    """Returns the layers of MiniCPM5-1B."""
+    layers = (
+        ("q, k, v", (2048, 256, 256), 1536, 16),
+        ("o", (1536,), 2048, 16),
+        ("gate, up", (4608, 4608), 1536, 16),
+        ("down", (1536,), 4608, 16),
+        ("head", (130560,), 1536, 0),
+    )
+    return [linears(*layer, rows) for layer in layers for rows in (1, 4, 8, 16)] if gpu else []
