@@ -15,7 +15,7 @@ from mlx_segtrain.generation.rollouts import Policy, complete
 from mlx_segtrain.models import chain_of, load_model, load_tokenizer
 from mlx_segtrain.models.adapting import init, stage_params
 from mlx_segtrain.objectives import Functions, objective_of, value_and_grad
-from mlx_segtrain.rewards import Rewards, check_rows
+from mlx_segtrain.rewards import Rewards, Scores, check_rows
 from mlx_segtrain.rewards.environments import Conversation, Environments
 from mlx_segtrain.training import cycle
 
@@ -227,12 +227,12 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
     chain = chain_of(model)
     config = configured(grpo_beta=0.0, max_completion_tokens=400, max_seq_length=600)
     found = cycle.Rollouts(
-        [Row(np.array(made[0].prompt, np.int32), None, "made:1")], [made], None, []
+        [Row(np.array(made[0].prompt, np.int32), None, "made:1")], [made], Scores({}, [0.0] * 6), []
     )
     own = object.__new__(cycle.Cycle)
     own.objective = objective_of(config)
     own.setup = type("Setup", (), {"config": config, "train": type("T", (), {"pad_id": 0})})
-    data = cycle.Cycle._trained(own, found, np.arange(6.0)[None] - 2.5)
+    data = cycle.Cycle._trained(own, found, found.made, np.arange(6.0)[None] - 2.5)
     rows = data.rows
     for row, one in zip(rows, made, strict=True):
         inside = np.concatenate([np.zeros(len(one.prompt), bool), one.drawn])

@@ -129,6 +129,11 @@ class Ranks:
         """Returns this rank's share of a step's items: every `size`-th, or all in a pipeline."""
         return items if self.pipeline else items[self.rank :: self.size]
 
+    def unshared(self, own: Sequence[T]) -> list[T]:
+        """Returns JSON values of all ranks in the order of the items that `share` has divided."""
+        every = self.gather(list(own))
+        return [every[i % self.size][i // self.size] for i in range(sum(map(len, every)))]
+
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
         """Returns the sums over all ranks, bit-identical on each."""
         n = gradient.size
