@@ -18,6 +18,7 @@ from mlx_segtrain.objectives import Functions, objective_of, value_and_grad
 from mlx_segtrain.rewards import Rewards, Scores, check_rows
 from mlx_segtrain.rewards.environments import Conversation, Environments
 from mlx_segtrain.training import cycle
+from mlx_segtrain.training.ranks import LostRank
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -135,6 +136,25 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
     ]
     assert (talk.calls, talk.failed) == (4, 3)
     assert talk.asked == "Begin. Go." and talk.said == talk.messages[1:]
+
+
+def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
+    """The signal arrives in whatever code runs."""
+
+    class Lost(Shelf):
+        def add(self, a: int, b: int) -> int:
+            """Adds two numbers.
+
+            Args:
+                a: The first.
+                b: The second.
+            """
+            raise LostRank("rank 1 has ended")
+
+    talk = conversation(load_tokenizer(with_tools), Lost)
+    call = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    with pytest.raises(LostRank):
+        talk.reply(f"<tool_call>{json.dumps(call)}</tool_call>")
 
 
 def test_calls_that_the_template_cannot_write(with_tools):

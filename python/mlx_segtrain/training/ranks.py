@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -386,5 +385,7 @@ def _hang_up(hosts: list[list[str]]) -> None:
 def _wake() -> None:
     """Makes the main thread check for lost ranks, if it handles the signals of a run."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if hasattr(handler, "allowed"):
-        interrupt_main(signal.SIGTERM)
+    main = threading.main_thread().ident
+    if main and hasattr(handler, "allowed"):
+        # A real signal also interrupts a wait for something else, such as a reward's command.
+        signal.pthread_kill(main, signal.SIGTERM)
