@@ -55,7 +55,7 @@ def rewards_of(
 
 @dataclass(frozen=True)
 class Made:
-    """The completions of each prompt as all ranks know them: JSON values, of Rollouts.made."""
+    """The completions of each prompt as all ranks know them: JSON values, from Rollouts.made."""
 
     groups: list[list[dict[str, Any]]]
 
@@ -123,7 +123,7 @@ class Rollouts:
 
     @property
     def made(self) -> Made:
-        """The completions without their tokens and log-probabilities."""
+        """The completions without what only their own rank needs."""
         scores, talks, groups = self.scores, self.talks, list[list[dict[str, Any]]]()
         for row, group in zip(self.rows, self.completions, strict=True):
             groups.append([])
@@ -211,7 +211,7 @@ class Cycle(Stepper):
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
         self._lines: list[dict[str, Any]] = []
-        #: Tokens of a step on all ranks: in the loss for metrics, that are run, and in the loss.
+        #: Of a step on all ranks: the total, the tokens that are run, and those in the loss.
         self._counts: list[Any] = []
 
     @property

@@ -1,9 +1,9 @@
 """The processes of a run, which `mlx.launch` starts and MLX's collectives connect.
 
-The micro-batches of a step are divided between the ranks, and their gradients are summed; in a
-pipeline, each micro-batch runs through the layers of all ranks instead. All decisions follow from
-values that are bit-identical on all ranks, so all of them take the same steps. Only rank 0 writes
-files. A run on one device has a group of one rank.
+The micro-batches of a step, or its prompts if completions are generated, are divided between the
+ranks, and their gradients are summed; in a pipeline, each micro-batch runs through the layers of
+all ranks instead. All decisions follow from values that are bit-identical on all ranks, so all of
+them take the same steps. Only rank 0 writes files. A run on one device has a group of one rank.
 """
 
 import faulthandler
