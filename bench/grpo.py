@@ -137,7 +137,7 @@ def cycles_of(args):
         with cycle.plan.limits():
             for _ in range(1 + args.cycles):
                 begin = time.perf_counter()
-                at, outcome = cycle(at, [prompts])
+                at, outcome = cycle.take(at, [prompts], cycle, lambda part: part())
                 whole, (rollout, peak) = time.perf_counter() - begin, cycle.rollouts[-1]
                 found.append((rollout, whole - rollout, peak, mx.get_peak_memory()))
         print(f"mismatch {outcome.metrics['mismatch']:.2g}")

@@ -15,9 +15,10 @@ from mlx_segtrain.generation.rollouts import Policy, complete
 from mlx_segtrain.models import chain_of, load_model, load_tokenizer
 from mlx_segtrain.models.adapting import init, stage_params
 from mlx_segtrain.objectives import Functions, objective_of, value_and_grad
-from mlx_segtrain.rewards import Rewards, check_rows
+from mlx_segtrain.rewards import Rewards, Scores, check_rows
 from mlx_segtrain.rewards.environments import Conversation, Environments
 from mlx_segtrain.training import cycle
+from mlx_segtrain.training.ranks import LostRank
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -137,6 +138,25 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
     assert talk.asked == "Begin. Go." and talk.said == talk.messages[1:]
 
 
+def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
+    """The signal arrives in whatever code runs."""
+
+    class Lost(Shelf):
+        def add(self, a: int, b: int) -> int:
+            """Adds two numbers.
+
+            Args:
+                a: The first.
+                b: The second.
+            """
+            raise LostRank("rank 1 has ended")
+
+    talk = conversation(load_tokenizer(with_tools), Lost)
+    call = {"name": "add", "arguments": {"a": 1, "b": 2}}
+    with pytest.raises(LostRank):
+        talk.reply(f"<tool_call>{json.dumps(call)}</tool_call>")
+
+
 def test_calls_that_the_template_cannot_write(with_tools):
     """Arguments that are no mapping, and several calls in a turn, end no conversation."""
     tokenizer = load_tokenizer(with_tools)
@@ -227,12 +247,12 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
     chain = chain_of(model)
     config = configured(grpo_beta=0.0, max_completion_tokens=400, max_seq_length=600)
     found = cycle.Rollouts(
-        [Row(np.array(made[0].prompt, np.int32), None, "made:1")], [made], None, []
+        [Row(np.array(made[0].prompt, np.int32), None, "made:1")], [made], Scores({}, [0.0] * 6), []
     )
     own = object.__new__(cycle.Cycle)
     own.objective = objective_of(config)
     own.setup = type("Setup", (), {"config": config, "train": type("T", (), {"pad_id": 0})})
-    data = cycle.Cycle._trained(own, found, np.arange(6.0)[None] - 2.5)
+    data = cycle.Cycle._trained(own, found, found.made, np.arange(6.0)[None] - 2.5)
     rows = data.rows
     for row, one in zip(rows, made, strict=True):
         inside = np.concatenate([np.zeros(len(one.prompt), bool), one.drawn])

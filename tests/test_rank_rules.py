@@ -64,6 +64,29 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
         count(plain, 3, resumed(tmp_path, 2, 2))
 
 
+def test_ranks_divide_the_prompts_of_a_step(tmp_path, monkeypatch):
+    prompts = config_of("m", "d", tmp_path, method="grpo", batch_size=5, max_completion_tokens=9)
+    own = accumulating(prompts, Ranks(size=5), None, pytest.fail)
+    assert (own.batch_size, own.grad_accumulation_steps) == (5, 1)
+    with pytest.raises(
+        InputError, match=r"batch_size = 5, but there are 6 ranks.*a prompt in.*at most 5 ranks, or"
+    ):
+        accumulating(prompts, Ranks(size=6), None, pytest.fail)
+    # All generate as many completions at once as the one with the least memory can.
+    monkeypatch.setattr(setup, "rollouts_at_once", lambda config, tokens, every: every)
+    assert setup.with_rollouts(prompts, 50, None, Ranks()).rollout_batch == 5 * 8
+    ranks, asked = Ranks(rank=1, size=2), []
+    ranks.gather = lambda own: asked.append(own) or ([None, own] if own is None else [7, own])
+    assert setup.with_rollouts(prompts, 50, None, ranks).rollout_batch == 7
+    assert asked == [None, 3 * 8]
+    ranks.gather = lambda own: [11, own]  # rank 0 has found what an earlier run recorded
+    assert setup.with_rollouts(prompts, 50, None, ranks).rollout_batch == 11
+    with pytest.raises(
+        InputError, match=r"parallel has no effect with method grpo, .* whole model"
+    ):
+        config_of("m", "d", tmp_path, method="grpo", max_completion_tokens=9, parallel="pipeline")
+
+
 def test_a_pipeline_that_is_filled_badly_is_warned_of(tmp_path):
     def told(count, rank=0):
         found = []
@@ -101,6 +124,9 @@ def test_every_batch_is_some_ranks():
         shares = [Ranks(rank, n).share(list(range(7))) for rank in range(n)]
         assert sorted(x for own in shares for x in own) == list(range(7))
         assert all(own[0] == rank for rank, own in enumerate(shares))
+        every = Ranks(0, n)
+        every.gather = lambda own, shares=shares: shares
+        assert every.unshared(shares[0]) == list(range(7))
 
 
 def test_other_inputs_are_named_with_rank_and_field():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lib.folders import write_llama, write_pairs, write_rows
-from lib.launched import ends, ranks_of, said, wait_for_step
+from lib.launched import FACTORS, ends, ranks_of, said, wait_for_step
 from lib.oracle import assert_close
 from lib.runs import checkpoint_of, config_of, weights_of
 from mlx_segtrain import train
@@ -42,20 +42,6 @@ def alike(one, many, bound=1e-6):
             assert x["step"] == y["step"]
             for name in names:
                 assert y[name] == pytest.approx(x[name], rel=bound), (x["step"], name)
-
-
-#: Each rank writes its factors to a file of its own, as the last thing of a run.
-FACTORS = """
-import numpy as np
-from pathlib import Path
-from mlx_segtrain.training import loop
-own = loop.Run._result
-def result(self, *args):
-    path = Path(self.config.adapter_path).parent / f"{self.config.adapter_path.name}-{rank}.npy"
-    np.save(path, np.array(self.state.at.vector))
-    return own(self, *args)
-loop.Run._result = result
-"""
 
 
 @pytest.mark.parametrize("n", [2, 4])

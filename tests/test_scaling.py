@@ -52,6 +52,13 @@ def test_the_table_has_a_line_for_each_number(llama, capsys):
     assert table[0].endswith("1.96 times (98%)")
 
 
+def test_what_is_not_counted_of_grpo(llama, capsys):
+    how = ["--method", "grpo", "--max-completion-tokens", "40", "--batch-size", "5"]
+    text = planned(capsys, llama, *how, "--ranks", "2")
+    assert " 24 completions at once" in text, "three of the prompts"
+    assert text.splitlines()[-1].strip().startswith("Only an update with one pass on each rank")
+
+
 def test_options_without_ranks_are_refused(llama, capsys):
     assert main(["plan", "--model", str(llama), "--link", "3"]) == 2
     assert "have no effect without --ranks" in capsys.readouterr().err

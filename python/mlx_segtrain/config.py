@@ -94,6 +94,11 @@ GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
+#: For parallel, whose other value splits the layers.
+WHOLE = Facets(
+    holds=lambda config: config.method != "grpo",
+    otherwise="with method grpo, which generates with the whole model on every device",
+)
 CODE = "it runs code, which only the command line and Python may do"
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
@@ -343,7 +348,7 @@ class TrainConfig(BaseModel):
     )
     """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
-        "data", OPTIMIZER | FREE | SIZE | GIVEN, title="Several devices share"
+        "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Several devices share"
     )
     """How work is split across devices: data (each has the whole model and some of the batches)
     or pipeline (each has some of the layers)."""

@@ -13,6 +13,19 @@ from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import ranks, watch
 
+#: Each rank writes its factors to a file of its own, as the last thing of a run.
+FACTORS = """
+import numpy as np
+from pathlib import Path
+from mlx_segtrain.training import loop
+own = loop.Run._result
+def result(self, *args):
+    path = Path(self.config.adapter_path).parent / f"{self.config.adapter_path.name}-{rank}.npy"
+    np.save(path, np.array(self.state.at.vector))
+    return own(self, *args)
+loop.Run._result = result
+"""
+
 
 def run(rank, folder, given, before, environment):
     """Trains one configuration after the other. `before` is code that a test runs first."""

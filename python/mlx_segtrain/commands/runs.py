@@ -332,7 +332,7 @@ def _plan(args: argparse.Namespace) -> int:
     run = plan_run(config, batch)
     found = report.of(run)
     if ROWS[config.method] == "prompt":
-        at_once, peak = full_rollouts(config)
+        at_once, peak = full_rollouts(config, args.ranks or 1)
         found = replace(found, rollout_batch=at_once, rollout_peak=peak)
     if args.ranks is not None:
         found = replace(found, ranks=scaled(run, args.ranks, args.link or LINK, args.step_seconds))

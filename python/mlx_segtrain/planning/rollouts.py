@@ -69,12 +69,17 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
         )
 
 
-def full_rollouts(config: TrainConfig) -> tuple[int, int | None]:
-    """Returns how many completions of max_seq_length tokens with their prompts are generated at
-    once, and the peak in bytes if it is predicted. Raises NoRoom if none fits."""
+def completions_of(config: TrainConfig, ranks: int) -> int:
+    """Returns the largest number of completions that one of several ranks generates in a step."""
+    return -(-config.batch_size // ranks) * config.group_size
+
+
+def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
+    """Returns how many completions of max_seq_length tokens with their prompts a rank generates at
+    once, and its peak in bytes if it is predicted. Raises NoRoom if none fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
-        at_once = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
+        at_once = rollouts_at_once(config, tokens, completions_of(config, ranks))
     return at_once, rollout_bytes(config, tokens, at_once)
 
 

@@ -199,6 +199,8 @@ class Conversation:
                 arguments = json.loads(arguments or "{}")
             found = getattr(self.environment, name)(**arguments)
             return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+        except RunError:  # another rank was lost meanwhile
+            raise
         except Exception as error:
             self.failed += 1
             return f"error: {named_reason(error)}"

@@ -3,13 +3,17 @@
 Generation and updates share the weights of the base model: for generation the adapter is attached
 to its linear layers. All random numbers follow from the seed of the run, the step, the prompt and
 the number of the completion.
+
+Several ranks divide the prompts of a step. A rank generates, scores and trains on the completions
+of its prompts, and learns of all others what advantages, weights and metrics depend on. So a step
+of several ranks is that of one, up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +33,9 @@ from ..rewards.environments import Conversation
 from ..schedule import Grads
 from .setup import with_params
 from .state import Iterate, Outcome
-from .step import Stepper
+from .step import Attempt, Stepper, Update
+
+T = TypeVar("T")
 
 
 def rewards_of(
@@ -48,6 +54,64 @@ def rewards_of(
 
 
 @dataclass(frozen=True)
+class Made:
+    """The completions of each prompt as all ranks know them: JSON values, from Rollouts.made."""
+
+    groups: list[list[dict[str, Any]]]
+
+    def all(self, name: str) -> list[Any]:
+        """Returns a value of every completion, those of a prompt one after the other."""
+        return [own[name] for group in self.groups for own in group]
+
+    @property
+    def rewards(self) -> np.ndarray:
+        """The rewards, float64 [prompts, completions of each]."""
+        return np.array(self.all("reward")).reshape(len(self.groups), -1)
+
+    @property
+    def by_name(self) -> dict[str, float]:
+        """The mean of each reward."""
+        every = self.all("rewards")
+        return {name: float(np.mean([own[name] for own in every])) for name in every[0]}
+
+    @property
+    def truncated(self) -> float:
+        """The fraction of completions that reached the maximum length."""
+        return float(np.mean([own != "stop" for own in self.all("finish")]))
+
+    def means(self) -> dict[str, float]:
+        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
+        also the mean number of turns, and the fraction of tool calls that failed."""
+        found = {"reward": float(self.rewards.mean())}
+        if len(self.by_name) > 1:
+            found |= {f"reward {name}": x for name, x in self.by_name.items()}
+        found["length"] = float(np.mean(self.all("tokens")))
+        if any("messages" in own for group in self.groups for own in group):
+            found["turns"] = float(np.mean(self.all("turns")))
+        if calls := sum(self.all("calls")):
+            found["failed_calls"] = sum(self.all("failed")) / calls
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the metrics of a training step."""
+        spread = self.rewards.std(1)
+        return {
+            **self.means(),
+            "reward_std": float(spread.mean()),
+            "equal_groups": float(np.mean(spread == 0)),
+            "truncated": self.truncated,
+        }
+
+    def lines(self, step: int, gains: np.ndarray) -> Iterator[dict[str, Any]]:
+        """Yields the lines of a step for completions.jsonl, given the advantages."""
+        first = ("row", "completion", "prompt", "text", "tokens", "finish", "reward", "rewards")
+        for group, own_gains in zip(self.groups, gains.tolist(), strict=True):
+            for own, gain in zip(group, own_gains, strict=True):
+                line = {"step": step, **{name: own[name] for name in first}, "advantage": gain}
+                yield line | {name: own[name] for name in ("messages",) if name in own}
+
+
+@dataclass(frozen=True)
 class Rollouts:
     """The completions of each prompt, and in the same order their scores and, if there is an
     environment, their conversations."""
@@ -58,31 +122,29 @@ class Rollouts:
     talks: list[Conversation]
 
     @property
-    def flat(self) -> list[Completion]:
-        return [own for group in self.completions for own in group]
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """The rewards, float64 [prompts, completions of each]."""
-        return np.array(self.scores.total).reshape(len(self.rows), -1)
-
-    @property
-    def truncated(self) -> float:
-        """The fraction of completions that reached the maximum length."""
-        return float(np.mean([own.finish != "stop" for own in self.flat]))
-
-    def means(self) -> dict[str, float]:
-        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
-        also the mean number of turns, and the fraction of tool calls that failed."""
-        found = {"reward": float(self.rewards.mean())}
-        if len(self.scores.by_name) > 1:
-            found |= {f"reward {k}": float(np.mean(x)) for k, x in self.scores.by_name.items()}
-        found["length"] = float(np.mean([own.length for own in self.flat]))
-        if self.talks:
-            found["turns"] = float(np.mean([own.turns for own in self.flat]))
-        if calls := sum(own.calls for own in self.talks):
-            found["failed_calls"] = sum(own.failed for own in self.talks) / calls
-        return found
+    def made(self) -> Made:
+        """The completions without what only their own rank needs."""
+        scores, talks, groups = self.scores, self.talks, list[list[dict[str, Any]]]()
+        for row, group in zip(self.rows, self.completions, strict=True):
+            groups.append([])
+            begin = sum(map(len, groups))
+            for i, own in enumerate(group, begin):
+                value: dict[str, Any] = {
+                    "row": row.source,
+                    "completion": i - begin + 1,
+                    "prompt": talks[i].asked if talks else (row.given or {}).get("prompt"),
+                    "text": own.text,
+                    "tokens": own.length,
+                    "finish": own.finish,
+                    "reward": scores.total[i],
+                    "rewards": {name: values[i] for name, values in scores.by_name.items()},
+                    "all_tokens": len(own.tokens),
+                    "turns": own.turns,
+                    "calls": talks[i].calls if talks else 0,
+                    "failed": talks[i].failed if talks else 0,
+                }
+                groups[-1].append(value | ({"messages": talks[i].said} if talks else {}))
+        return Made(groups)
 
 
 def roll_out(
@@ -96,6 +158,8 @@ def roll_out(
 ) -> Rollouts:
     """Generates completions with a base model and an adapter, and scores them. Raises RunError."""
     assert isinstance(config.rollout_batch, int)
+    if not rows:  # an evaluation may have fewer prompts than there are ranks
+        return Rollouts([], [], Scores({}, []), [])
     talks: list[list[Talk]] = []
     for row, own in zip(rows, options, strict=True):
         if rewards.environments is None:
@@ -146,20 +210,27 @@ class Cycle(Stepper):
         super().__post_init__()
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
-        self._made: list[dict[str, Any]] = []
+        self._lines: list[dict[str, Any]] = []
+        #: Of a step on all ranks: the total, the tokens that are run, and those in the loss.
+        self._counts: list[Any] = []
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        return self._made
+        return self._lines
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
         """Does nothing: which kernels a step needs depends on its completions."""
 
-    def __call__(
-        self, at: Iterate, accumulated: list[AnyBatch], losses: Sequence[float] = ()
+    def take(
+        self,
+        at: Iterate,
+        accumulated: list[AnyBatch],
+        update: Update,
+        attempt: Attempt,
     ) -> tuple[Iterate, Outcome]:
+        """Takes a step: generates completions of the prompts, and takes updates on them."""
         config, prompts = self.setup.config, self.setup
-        indices = [int(i) for batch in accumulated for i in batch.rows]
+        indices = self.ranks.share([int(i) for batch in accumulated for i in batch.rows])
         options = [
             [
                 options_of(config, seed_of(config.seed, at.step, i, j))
@@ -169,32 +240,64 @@ class Cycle(Stepper):
         ]
         rows = [prompts.train.rows[i] for i in indices]
         params = prompts.layout.split(at.vector)
-        found = self._roll_out(at.step + 1, params, rows, options)
-        gains = advantages(found.rewards, config.advantage_scaling)
-        data = self._trained(found, gains)
+        found = attempt(lambda: self._roll_out(at.step + 1, params, rows, options))
+        made = self._of_all(found)
+        gains = advantages(made.rewards, config.advantage_scaling)
+        data = self._trained(found, made, gains)
+        batches = self._batches(data)
+        run, trained = int(data.columns.run.sum()), int(data.columns.trained.sum())
+        every = self.ranks.gather([self.objective.total(batches), run, trained])
+        self._counts = [sum(own) for own in zip(*every, strict=True)]
         self.setup = replace(prompts, train=data)
         try:
-            batches: list[AnyBatch] = [*self._with_references(params, self._batches(data))]
-            start, new, outcome = at, at, None
+            known = attempt(lambda: self._with_references(params, batches))
+            new, outcome = at, None
             for _ in range(config.updates_per_step):  # all with this step's learning rate
-                new, outcome = super().__call__(replace(new, step=start.step), batches, losses)
+                new, outcome = update(replace(new, step=at.step), [*known])
         finally:
             self.setup = prompts
         assert outcome is not None
-        self._made = list(_lines(at.step + 1, found, gains))
-        metrics = {**self._metrics(found), **outcome.metrics}
-        return new, replace(outcome, metrics=metrics)
+        self._lines = list(made.lines(at.step + 1, gains))
+        return new, replace(outcome, metrics={**made.metrics(), **outcome.metrics})
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Returns all micro-batches, which have only completions of this rank."""
+        return items
+
+    def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> float:
+        return self._counts[0]
+
+    def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
+        return self._counts[1], self._counts[2]
+
+    def rows(self, accumulated: Sequence[AnyBatch]) -> list[str]:
+        return [row for own in self.ranks.gather(super().rows(accumulated)) for row in own]
+
+    def gradient(
+        self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
+    ) -> tuple[list[float] | list[mx.array], mx.array]:
+        if accumulated:
+            return super().gradient(at, accumulated, total)
+        # The advantages of all completions of this rank are 0.
+        return [0.0] * (1 + len(self.objective.metrics)), mx.zeros_like(at.vector)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns minus the mean reward of one greedy completion per prompt, and the means."""
+        """Returns minus the mean reward of one greedy completion per prompt, and the means. Each
+        rank generates its share."""
         setup = self.setup
         assert setup.valid is not None
-        rows = list(setup.valid.rows)
-        seeds = (seed_of(setup.config.seed, i) for i in range(len(rows)))
+        indices = self.ranks.share(range(len(setup.valid.rows)))
+        rows = [setup.valid.rows[i] for i in indices]
+        seeds = (seed_of(setup.config.seed, i) for i in indices)
         options = [[replace(options_of(setup.config, x), temperature=0.0)] for x in seeds]
         params = setup.layout.split(at.vector)
-        means = self._roll_out(at.step, params, rows, options).means()
+        means = self._of_all(self._roll_out(at.step, params, rows, options)).means()
         return -means["reward"], means
+
+    def _of_all(self, found: Rollouts) -> Made:
+        """Returns the completions of all ranks, in the order of their prompts. Texts take a few
+        bytes for each token, which is little beside the time to generate it."""
+        return Made(self.ranks.unshared(found.made.groups))
 
     def _roll_out(
         self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
@@ -227,19 +330,21 @@ class Cycle(Stepper):
             "with a lower max_completion_tokens."
         )
 
-    def _trained(self, found: Rollouts, gains: np.ndarray) -> Dataset:
-        """Returns the rows of the completions on which the loss depends."""
-        config, flat = self.setup.config, found.flat
-        kept = np.array([own.finish == "stop" or not config.mask_truncated for own in flat])
-        lengths = np.array([own.length for own in flat])
-        weights = self.objective.weights(lengths, kept)
+    def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:
+        """Returns the rows of this rank's completions on which the loss depends, given the
+        completions of all ranks and their advantages."""
+        config = self.setup.config
+        kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
+        weights = self.objective.weights(np.array(made.all("tokens")), kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
         if not counted.any():  # the step needs at least one row, for a gradient of zero
-            shortest = int(np.argmin([len(own.tokens) for own in flat]))
+            shortest = int(np.argmin(made.all("all_tokens")))
             weights[shortest], counted[shortest] = NOTHING, True
+        mine, shape = list(self.ranks.share(range(len(gains)))), gains.shape
+        gains, weights, counted = (x.reshape(shape)[mine] for x in (gains, weights, counted))
         rows = []
-        for i in np.flatnonzero(counted):
-            own, (p, j) = flat[i], divmod(int(i), gains.shape[1])
+        for p, j in np.argwhere(counted).tolist():
+            own = found.completions[p][j]
             before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
@@ -249,11 +354,13 @@ class Cycle(Stepper):
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
             ids = np.array([*own.prompt, *own.tokens], np.int32)
             source = f"{found.rows[p].source}, completion {j + 1}"
-            rows.append(Row(ids, after(weights[i]), source, numbers=numbers))
+            rows.append(Row(ids, after(weights[p, j]), source, numbers=numbers))
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
         """Returns the rows in packed batches of max_seq_length tokens, or in padded batches."""
+        if not len(data):
+            return []
         most = self.setup.config.max_seq_length
         if self.setup.config.packing:
             found: Any = eval_batches(data.in_rows_of(most), 1)
@@ -277,34 +384,3 @@ class Cycle(Stepper):
                 batch = with_log_probs(batch, name, np.array(log_p))
             found.append(batch)
         return found
-
-    def _metrics(self, found: Rollouts) -> dict[str, float]:
-        spread = found.rewards.std(1)
-        return {
-            **found.means(),
-            "reward_std": float(spread.mean()),
-            "equal_groups": float(np.mean(spread == 0)),
-            "truncated": found.truncated,
-        }
-
-
-def _lines(step: int, found: Rollouts, gains: np.ndarray) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a step for completions.jsonl."""
-    scores = found.scores
-    for i, own in enumerate(found.flat):
-        p, j = divmod(i, gains.shape[1])
-        line = {
-            "step": step,
-            "row": found.rows[p].source,
-            "completion": j + 1,
-            "prompt": (found.rows[p].given or {}).get("prompt"),
-            "text": own.text,
-            "tokens": own.length,
-            "finish": own.finish,
-            "reward": scores.total[i],
-            "rewards": {name: values[i] for name, values in scores.by_name.items()},
-            "advantage": float(gains[p, j]),
-        }
-        if found.talks:
-            line |= {"prompt": found.talks[i].asked, "messages": found.talks[i].said}
-        yield line

@@ -175,6 +175,10 @@ class Keeper:
 
         self._attempt(folder, write)
 
+    def generated(self, lines: list[dict[str, Any]]) -> None:
+        """Adds completions to completions.jsonl."""
+        self.completions.write(lines)
+
     def fault(self, fault: Fault) -> None:
         file = self.path / f"fault-step-{fault.step:05d}.json"
         self._attempt(file, lambda: write_json(file, asdict(fault)))
@@ -215,4 +219,4 @@ class Bystander(Keeper):
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)
 
-    open = last = best = evaluated = fault = result = NOTHING
+    open = last = best = evaluated = generated = fault = result = NOTHING

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -116,8 +117,6 @@ def _train(
     trackers = config if ranks.first else config.model_copy(update={"report_to": []})
     check_installed(trackers)
     scoring = rewards_of(config, calls.rewards, calls.environment)
-    if scoring is not None and ranks.size > 1:
-        raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
     ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
     if ranks.pipeline and (config.sample_prompts or calls.score):
         what = "sample_prompts" if config.sample_prompts else "score"
@@ -132,7 +131,7 @@ def _train(
     earlier = resumed.record["folders"] if resumed else {}
     sources = sources_of(pinned(data, earlier.get("data")), valid_data, tell)
     config = located(config, tell, earlier)
-    inputs = read_inputs(config, sources, tell, resumed, scoring)
+    inputs = read_inputs(config, sources, tell, resumed, scoring, ranks)
     config = inputs.config
     made_of = Record(config, sources, resumed.record if resumed else None, ranks)
     if resumed is not None:
@@ -144,7 +143,8 @@ def _train(
             )
     setup, vector = prepare(inputs, tell, resumed, model, ranks)
     kind = Pipelined if setup.pipe else Stepper
-    step = Cycle(setup, rewards=scoring) if scoring else kind(setup, ranks=ranks)
+    how: Any = {"ranks": ranks}
+    step = Cycle(setup, rewards=scoring, **how) if scoring else kind(setup, **how)
     at, progress, resumed_from = step.optimizer.start(vector), Progress(), None
     if resumed is not None:
         at = step.holding.apart(resumed.iterate(step.holding.fresh()))
@@ -276,7 +276,7 @@ class Run:
             at, outcome = self._next(accumulated, losses)
         state.at = at
         if self.step.completions:
-            self.keeper.completions.write(self.step.completions)
+            self.keeper.generated(self.step.completions)
             own = [line["reward"] for line in self.step.completions]
             progress.rewards = [*progress.rewards, math.fsum(own) / len(own)]
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
@@ -311,16 +311,24 @@ class Run:
             self.asked_to_stop = self.wants_to_stop
 
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
-        """Returns the state after the next step, and its outcome. The ranks sum all their results
-        in one operation, so that a rank may retry what comes before or after it."""
-        step, at = self.step, self.state.at
+        """Returns the state after the next step, and its outcome."""
+        update = partial(self._update, losses=losses)
+        return self.step.take(self.state.at, accumulated, update, self._in_memory)
+
+    def _update(
+        self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
+    ) -> tuple[Iterate, Outcome]:
+        """Returns the state after an optimizer update, and its outcome. The ranks sum all their
+        results in one operation, so that a rank may retry what comes before or after it."""
+        step = self.step
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
 
-        total = self.setup.objective.total(accumulated)
+        baselines = [0.0]
         if self.setup.objective.baseline is not None:
             own = self._in_memory(lambda: step.baseline(at, accumulated))
-            total = step.total(accumulated, self.ranks.gather(own))
+            baselines = self.ranks.gather(own)
+        total = step.total(accumulated, baselines)
 
         def gradients() -> tuple[Any, mx.array]:
             outputs, gradient = step.gradient(at, accumulated, total)

@@ -1,9 +1,9 @@
 """The processes of a run, which `mlx.launch` starts and MLX's collectives connect.
 
-The micro-batches of a step are divided between the ranks, and their gradients are summed; in a
-pipeline, each micro-batch runs through the layers of all ranks instead. All decisions follow from
-values that are bit-identical on all ranks, so all of them take the same steps. Only rank 0 writes
-files. A run on one device has a group of one rank.
+The micro-batches of a step, or its prompts if completions are generated, are divided between the
+ranks, and their gradients are summed; in a pipeline, each micro-batch runs through the layers of
+all ranks instead. All decisions follow from values that are bit-identical on all ranks, so all of
+them take the same steps. Only rank 0 writes files. A run on one device has a group of one rank.
 """
 
 import faulthandler
@@ -14,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -128,6 +127,11 @@ class Ranks:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Returns this rank's share of a step's items: every `size`-th, or all in a pipeline."""
         return items if self.pipeline else items[self.rank :: self.size]
+
+    def unshared(self, own: Sequence[T]) -> list[T]:
+        """Returns JSON values of all ranks in the order of the items that `share` has divided."""
+        every = self.gather(list(own))
+        return [every[i % self.size][i // self.size] for i in range(sum(map(len, every)))]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
         """Returns the sums over all ranks, bit-identical on each."""
@@ -381,5 +385,7 @@ def _hang_up(hosts: list[list[str]]) -> None:
 def _wake() -> None:
     """Makes the main thread check for lost ranks, if it handles the signals of a run."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    if hasattr(handler, "allowed"):
-        interrupt_main(signal.SIGTERM)
+    main = threading.main_thread().ident
+    if main and hasattr(handler, "allowed"):
+        # A real signal also interrupts a wait for something else, such as a reward's command.
+        signal.pthread_kill(main, signal.SIGTERM)

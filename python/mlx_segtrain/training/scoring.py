@@ -85,13 +85,13 @@ def score(
             for i in range(len(rows))
         ]
         policy = Policy(model, tokenizer, chain.max_length)
-        found = roll_out(config, policy, chain, adapter, scoring, rows, options)
+        found = roll_out(config, policy, chain, adapter, scoring, rows, options).made
     right = (found.rewards >= passes - ROUNDING).sum(1)
     counts = [k for k in (2**e for e in range(16)) if k <= config.group_size]
     return ScoreResult(
         reward=float(found.rewards.mean()),
         reward_std=float(found.rewards.std()),
-        rewards={name: float(np.mean(x)) for name, x in found.scores.by_name.items()},
+        rewards=found.by_name,
         pass_at={k: pass_at(k, config.group_size, right.tolist()) for k in counts},
         length=found.means()["length"],
         truncated=found.truncated,

@@ -31,7 +31,7 @@ from ..models.tables import tables_of
 from ..objectives import Objective, Value, objective_of, value
 from ..planning.packing import pays
 from ..planning.pipeline import Part
-from ..planning.rollouts import check_rollouts, rollout_bytes, rollouts_at_once
+from ..planning.rollouts import check_rollouts, completions_of, rollout_bytes, rollouts_at_once
 from ..planning.run import RunPlan, first_that_fits, planned
 from ..planning.splitting import Member, split_run
 from ..rewards import Rewards
@@ -148,11 +148,14 @@ def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
     """Returns the configuration with a micro-batch for each rank, unless it sets their number. A
-    resumed run keeps that number, if it has or had several ranks. Raises InputError if there are
-    fewer micro-batches than ranks."""
-    name, count = "grad_accumulation_steps", config.grad_accumulation_steps
+    resumed run keeps that number, if it has or had several ranks. If completions are generated,
+    ranks divide the prompts of a batch. Raises InputError if a rank would get nothing."""
+    name, unit = "grad_accumulation_steps", "batch"
+    if generates := ROWS[config.method] == "prompt":
+        name, unit = "batch_size", "prompt"
+    count = getattr(config, name)
     earlier = resumed.record if resumed else {}
-    if name not in config.model_fields_set:
+    if name not in config.model_fields_set and not generates:
         if resumed and max(ranks.size, earlier.get("ranks", 1)) > 1:
             count = earlier["config"][name]
         elif ranks.size > 1 and not ranks.pipeline:
@@ -161,7 +164,7 @@ def accumulating(
             tell(events.stage("setup", 0.0, said))
     if count < ranks.size and not ranks.pipeline:
         raise InputError(
-            f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a batch in "
+            f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a {unit} in "
             f"every step: start at most {count} ranks, or "
             + ("start a new run." if resumed else "raise it."),
             field=name,
@@ -180,6 +183,7 @@ def read_inputs(
     on_event: events.OnEvent,
     resumed: Checkpoint | None = None,
     rewards: Rewards | None = None,
+    ranks: Ranks = ALONE,
 ) -> Inputs:
     """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its values. A
     run on prompts has rewards. Raises InputError for data that cannot be used."""
@@ -209,17 +213,20 @@ def read_inputs(
         for data in filter(None, (train, valid)):
             if rewards is not None:
                 rewards.check(config, tokenizer, data.rows)
-        config = with_rollouts(config, _longest(config, train, valid), resumed)
+        config = with_rollouts(config, _longest(config, train, valid), resumed, ranks)
     elif config.packing:
         train, valid = (x and x.in_rows_of(config.max_seq_length) for x in (train, valid))
         assert train is not None
     return Inputs(with_iters(config, train), tokenizer, train, valid, said)
 
 
-def with_rollouts(config: TrainConfig, tokens: int, resumed: Checkpoint | None) -> TrainConfig:
+def with_rollouts(
+    config: TrainConfig, tokens: int, resumed: Checkpoint | None, ranks: Ranks = ALONE
+) -> TrainConfig:
     """Replaces `rollout_batch: auto` with the number of completions, of up to `tokens` tokens with
-    their prompts, that fit into memory. A resumed run keeps its number, even without a checkpoint,
-    because rounding depends on it. Raises NoRoom if a configured number does not fit."""
+    their prompts, that fit into the memory of every rank. A resumed run keeps its number, even
+    without a checkpoint, because rounding depends on it. Raises NoRoom if a configured number does
+    not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config
@@ -227,9 +234,11 @@ def with_rollouts(config: TrainConfig, tokens: int, resumed: Checkpoint | None) 
     if not resumed and config.resume:
         with suppress(InputError):
             earlier = read(config.adapter_path)
-    known = earlier.get("config", {}).get("rollout_batch")
+    # Rank 0 has the folder of the run.
+    known = ranks.gather(earlier.get("config", {}).get("rollout_batch"))[0]
     if not isinstance(known, int):
-        known = rollouts_at_once(config, tokens, config.batch_size * config.group_size)
+        every = completions_of(config, ranks.size)
+        known = min(ranks.gather(rollouts_at_once(config, tokens, every)))
     return config.model_copy(update={"rollout_batch": known})
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -22,6 +22,16 @@ from .ranks import ALONE, Diverged, Ranks
 from .setup import Setup
 from .spikes import spike_bound
 from .state import Iterate, Outcome
+
+T = TypeVar("T")
+#: Takes an optimizer update on batches, together with the other ranks.
+Update = Callable[[Iterate, list[AnyBatch]], tuple[Iterate, Outcome]]
+
+
+class Attempt(Protocol):
+    """Runs a part of a step, and repeats that if the device was out of memory."""
+
+    def __call__(self, part: Callable[[], T], /) -> T: ...
 
 
 class Halted(RunError):
@@ -59,6 +69,16 @@ class Stepper:
         self.optimizer = Optimizer(setup.config, setup.own)
         self.holding = Holding(setup.config, setup.layout, setup.own, self.ranks)
 
+    def take(
+        self,
+        at: Iterate,
+        accumulated: list[AnyBatch],
+        update: Update,
+        attempt: Attempt,
+    ) -> tuple[Iterate, Outcome]:
+        """Takes a whole step, here of one update."""
+        return update(at, accumulated)
+
     def __call__(
         self,
         at: Iterate,
@@ -66,7 +86,7 @@ class Stepper:
         losses: Sequence[float] = (),
         found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
-        """Takes a step and returns the new state with the outcome. The `losses` of earlier steps
+        """Takes an update and returns the new state with the outcome. The `losses` of earlier steps
         define what a spike is. `found` has the sums over all ranks, if there are several.
 
         Raises Halted if the loss or the gradient is not finite, or for a spike if on_spike is stop.
@@ -82,16 +102,15 @@ class Stepper:
         mx.eval(outputs, length, finite, new.vector, new.moments)
         loss, metrics = float(outputs[0]), named(setup.objective, outputs[1:])
         norm = float(length)
-        columns = setup.train.columns.take(np.concatenate([batch.rows for batch in accumulated]))
+        tokens, supervised = self.counts(accumulated)
         outcome = Outcome(
             loss=loss,
             norm=norm,
             metrics=metrics,
             rate=learning_rate(config, at.step),
-            tokens=int(columns.run.sum()),
-            supervised=int(columns.trained.sum()),
+            tokens=tokens,
+            supervised=supervised,
         )
-        rows = list(rows_of(setup, accumulated).values())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             said = f"the loss is {loss} and the gradient norm {norm}"
             raise _halted(at, outcome, said, *self.fault(at, accumulated, gradient))
@@ -101,12 +120,27 @@ class Stepper:
             if config.on_spike == "stop":
                 said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} that the last "
                 said += f"{len(losses)} steps set"
-                raise _halted(at, outcome, said, rows, losses=losses)
+                raise _halted(at, outcome, said, self.rows(accumulated), losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
         if bad := self.nonfinite(None if finite else new.vector):
+            rows = self.rows(accumulated)
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Returns this rank's share of the micro-batches of an update."""
+        return self.ranks.share(items)
+
+    def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
+        """Returns how many tokens all ranks run in an update, and how many are in the loss."""
+        rows = np.concatenate([batch.rows for batch in accumulated])
+        columns = self.setup.train.columns.take(rows)
+        return int(columns.run.sum()), int(columns.trained.sum())
+
+    def rows(self, accumulated: Sequence[AnyBatch]) -> list[str]:
+        """Returns the names of the rows of all ranks in an update."""
+        return list(rows_of(self.setup, accumulated).values())
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
         """Returns the sums of outputs and gradients over all ranks."""
@@ -120,7 +154,7 @@ class Stepper:
         self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
     ) -> tuple[list[str], str | None]:
         """Returns the rows and the tensor in which numbers first become non-finite."""
-        own = first_nonfinite(self.setup, at, self.ranks.share(accumulated), gradient)
+        own = first_nonfinite(self.setup, at, self.share(accumulated), gradient)
         return together(self.ranks.gather(own))
 
     def keeps(self, error: Exception) -> bool:
@@ -153,7 +187,7 @@ class Stepper:
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
         """Returns the part of a step's baseline from this rank's share of micro-batches."""
         setup, params = self.setup, self.setup.own.split(at.vector)
-        own, total = self.ranks.share(accumulated), setup.objective.total(accumulated)
+        own, total = self.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
         return baseline_of(*what, own, total, setup.value)
 
@@ -172,7 +206,7 @@ class Stepper:
         if total is None:
             total = self.total(accumulated, [self.baseline(at, accumulated)])
         first = at.step * self.setup.config.grad_accumulation_steps
-        (draw, batch), *more = self.ranks.share(list(enumerate(accumulated, first)))
+        (draw, batch), *more = self.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
             mx.eval(gradient)  # otherwise the next one starts before this one's memory is free
