@@ -18,7 +18,17 @@ FLOORS = (
 )
 #: Of the server's own rooms, the same.
 SERVING = (
-    *("settings", "roots", "sessions", "pools", "searching", "opening", "confined", "catalog"),
+    *(
+        "hosts",
+        "settings",
+        "roots",
+        "sessions",
+        "pools",
+        "searching",
+        "opening",
+        "confined",
+        "catalog",
+    ),
     *("jobs", "generation", "service", "api", "app"),
 )
 

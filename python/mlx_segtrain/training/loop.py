@@ -42,7 +42,16 @@ from .policy import run_policy
 from .ranks import LostRank, Ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
+from .setup import (
+    Setup,
+    Start,
+    accumulating,
+    check_output,
+    check_ranks,
+    plan_event,
+    prepare,
+    read_inputs,
+)
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
@@ -116,16 +125,8 @@ def _train(
     trackers = config if ranks.first else config.model_copy(update={"report_to": []})
     check_installed(trackers)
     scoring = rewards_of(config, calls.rewards, calls.environment)
-    if scoring is not None and ranks.size > 1:
-        raise InputError("grpo runs on one device: start it without mlx.launch.", field="method")
     ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
-    if ranks.pipeline and (config.sample_prompts or calls.score):
-        what = "sample_prompts" if config.sample_prompts else "score"
-        raise InputError(
-            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
-            "it out.",
-            field="sample_prompts" if config.sample_prompts else None,
-        )
+    check_ranks(config, ranks, calls.score is not None)
     start = check_output(config, warn) if ranks.first else Start(None, None)
     resumed, same = shared(start.resumed, ranks), True
     config = accumulating(config, ranks, resumed, tell)

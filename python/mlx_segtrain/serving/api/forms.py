@@ -19,6 +19,10 @@ from ..service import Device
 INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
 
 
+#: Maximum number of ranks in a request.
+MOST_RANKS = 10_000
+
+
 class Answer(BaseModel):
     ok: Literal[True] = True
 
@@ -50,20 +54,26 @@ def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
     return create_model(record.__name__, **own)
 
 
-class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
+class RunRequest(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
     """A training run (docs/configuration.md), checked as on the command line. Without adapter_path,
     the server chooses a folder."""
 
     adapter_path: str | None = None
 
 
-class PlanRequest(FinetuneSubmit):
+class FinetuneSubmit(RunRequest):
+    """A training run, and the number of its processes (docs/distributed.md)."""
+
+    ranks: int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+
+
+class PlanRequest(RunRequest):
     """A training run; data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
 
 
-class EvaluateRequest(FinetuneSubmit):
+class EvaluateRequest(RunRequest):
     """A model, data, and settings that affect the loss; without adapter_path, the base model."""
 
     split: Literal["valid", "train"] = "valid"
@@ -339,6 +349,7 @@ class State(Answer):
     training: bool = Field(description="Whether a job has the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")
+    ranks: int = Field(description="The maximum number of processes of a training run.")
     device: DeviceRow
     uploads: str = Field(description="The folder of uploads.")
     running: list[JobRow]

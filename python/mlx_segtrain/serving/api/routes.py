@@ -62,6 +62,7 @@ async def state(service: Used) -> forms.State:
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
         downloads=service.settings.downloads,
+        ranks=len(service.hosts.hosts),
         device=forms.DeviceRow(**vars(device), free_bytes=device.free_bytes),
         uploads=str(service.uploads),
         running=[_shown(service, row) for row in running],
@@ -167,7 +168,7 @@ async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
     """Starts a training run, as a job."""
-    row = service.submit(body.model_dump(exclude_unset=True))
+    row = service.submit(body.model_dump(exclude_unset=True, exclude={"ranks"}), body.ranks)
     return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
 
