@@ -12,11 +12,11 @@ from ...fields import Group, choices, is_list, kind
 from ...hub_search import Hit
 from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
-from ..jobs.row import Row
+from ..jobs.row import Figures, Row
 from ..service import Device
 
 #: Columns of a job that clients do not see.
-INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
+INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json", "ranks_json")
 
 
 #: Maximum number of ranks in a request.
@@ -100,6 +100,9 @@ class JobRow(_answer(Row, but=INTERNAL)):
     inputs: list[str] = Field(description="Folders that it reads.")
     tags: list[str]
     log_path: str
+    ranks: Figures | None = Field(
+        description="What each process of a training run with several ranks last reported."
+    )
     result: Any = None
 
 

@@ -316,7 +316,7 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
     unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
     values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}
-    return forms.JobRow(**values, tags=row.tags, log_path=log)
+    return forms.JobRow(**values, tags=row.tags, ranks=row.ranks, log_path=log)
 
 
 def _served(base: Base) -> forms.Served:

@@ -20,13 +20,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ... import processes
 from ...errors import InputError
 from ...events import Event, failed, now
 from ...files import make_private, private, write_text
 from ..hosts import Hosts, local
 from . import eventlog
-from .row import Row
+from .row import Figures, Row
 from .store import Store
 from .store import now as clock
 
@@ -338,6 +340,9 @@ class Jobs:
                 news["progress"] = float(progress)
             if event.get("stage") == "train":
                 news["opened"] = 1
+            if "ranks" in event:
+                with suppress(ValidationError):  # a line that a library printed
+                    news["ranks_json"] = Figures.model_validate(event).model_dump_json()
             if event["type"] in ("stage", "step") or event.get("kind") == "train":
                 news["message"] = _text(event.get("message"))
         row = self.get(id)
