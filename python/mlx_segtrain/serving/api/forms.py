@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field, create_model, model_validator
 
 from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default
 from ...data import Report
-from ...fields import Group, choices, is_list, kind
+from ...fields import Group, Int, choices, is_list, kind
 from ...hub_search import Hit
 from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
@@ -64,7 +64,7 @@ class RunRequest(_fields(name for name in TrainConfig.model_fields if name not i
 class FinetuneSubmit(RunRequest):
     """A training run, and the number of its processes (docs/distributed.md)."""
 
-    ranks: int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
 
 
 class PlanRequest(RunRequest):
