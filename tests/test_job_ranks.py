@@ -186,8 +186,8 @@ def test_a_job_that_waited_for_a_server_with_fewer_ranks_fails(tmp_path):
     assert row.status == "failed" and "this server trains with one process" in row.error
 
 
-HERE = {"ssh": "127.0.0.1", "ips": ["10.0.0.1"], "rdma": [None, "a"]}
-THERE = {"ssh": "box2", "ips": ["10.0.0.2"], "rdma": ["a", None]}
+HERE = {"ssh": "127.0.0.1", "ips": ["10.0.0.1"], "rdma": [None, "a", "b"]}
+THERE = {"ssh": "box2", "ips": ["10.0.0.2"], "rdma": ["a", "b", None]}
 
 
 def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
@@ -200,7 +200,7 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
         assert (own.repeats, own.ports) == (2, 3)
         file.write_text(own.first(2).model_dump_json())
         read = Hostfile.from_file(file)
-        assert read.to_json()["hosts"] == [HERE, HERE]
+        assert read.to_json()["hosts"] == [{**HERE, "rdma": [None, "a"]}] * 2
         assert read.backend == (given["backend"] if isinstance(given, dict) else "")
 
 

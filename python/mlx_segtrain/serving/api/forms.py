@@ -61,16 +61,24 @@ class RunRequest(_fields(name for name in TrainConfig.model_fields if name not i
     adapter_path: str | None = None
 
 
-class FinetuneSubmit(RunRequest):
-    """A training run, and the number of its processes (docs/distributed.md)."""
+class Ranked(BaseModel):
+    """The number of processes of a training run (docs/distributed.md)."""
 
     ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+
+
+class FinetuneSubmit(RunRequest, Ranked):
+    """A training run, and the number of its processes."""
 
 
 class PlanRequest(RunRequest):
     """A training run; data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
+
+
+class CopyRequest(PlanRequest, Ranked):
+    """A training run to copy."""
 
 
 class EvaluateRequest(RunRequest):

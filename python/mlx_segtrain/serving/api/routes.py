@@ -146,12 +146,13 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
 
 
 @router.post("/api/finetune/copy", tags=["training"])
-async def copy(body: forms.PlanRequest) -> forms.Copies:
+async def copy(body: forms.CopyRequest) -> forms.Copies:
     """A run as a command, a YAML file and a Python program."""
-    values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    given = {"exclude_none": True, "exclude_unset": True, "exclude": {"ranks"}}
+    values = body.model_dump(mode="json", **given)
     values.setdefault("adapter_path", "adapters")  # the default is a folder of this server
     return forms.Copies(
-        command=copies.command(values),
+        command=copies.command(values, body.ranks),
         yaml=copies.as_yaml(values),
         python=copies.as_python(values),
     )
