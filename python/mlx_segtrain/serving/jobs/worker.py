@@ -1,7 +1,8 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
 FILE has the job's configuration and the folders that it may read; LOCK is the descriptor of a lock
-file, which stays locked as long as the process lives.
+file, which stays locked as long as the process lives. A job with several ranks runs in other
+processes, which this one starts and follows (group.py).
 
 The process writes events to stdout, one per line, and the first before it imports anything heavy.
 The server may have ended meanwhile. Lines that libraries print become events of type log: a file
