@@ -20,7 +20,7 @@ from typing import Any
 from ... import events, processes
 from ...errors import RunError
 from ...files import to_json
-from ..hosts import Hosts
+from ..hosts import HERE, Hosts
 from .kinds import tell
 
 #: mlx.launch's first port, and the maximum characters of a line of the configuration, because a
@@ -47,7 +47,7 @@ def run(kind: str, given: dict[str, Any]) -> events.Event:
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
         )
         os.close(watched)
-        group = Group(process, len(hosts.hosts), to_json(given, ascii=True))
+        group = Group(process, [own.ssh for own in hosts.hosts], to_json(given, ascii=True))
         signal.signal(signal.SIGTERM, group.stop)
         try:
             assert process.stdout is not None
@@ -74,8 +74,9 @@ def _free_port(count: int) -> int:
 class Group:
     """The ranks of a job, as far as their output says."""
 
-    def __init__(self, process: "subprocess.Popen[bytes]", size: int, given: str):
-        self.process, self.size, self.given = process, size, given
+    def __init__(self, process: "subprocess.Popen[bytes]", hosts: list[str], given: str):
+        self.process, self.hosts, self.given = process, hosts, given
+        self.size = len(hosts)
         self.pids: dict[int, int] = {}
         self.ready = 0  # the number of ranks that have read their configuration
         self.ends: dict[int, events.Event] = {}
@@ -96,13 +97,17 @@ class Group:
     def hear(self, line: bytes) -> None:
         """Handles a line that mlx.launch or a rank has printed."""
         try:
-            event = json.loads(line)
-            kind = event["type"]
-        except (ValueError, TypeError, KeyError):
-            self.printed = line.decode("utf-8", "replace").strip() or self.printed
-            return print(line.decode("utf-8", "replace").rstrip())
+            self._take(json.loads(line))
+        except (ValueError, TypeError, KeyError):  # no event
+            text = line.decode("utf-8", "replace").strip()
+            if text and "[WARN]" not in text:  # mlx.launch only says that ranks have ended
+                self.printed = text
+            print(text)
+
+    def _take(self, event: events.Event) -> None:
+        kind = event["type"]
         if kind == "rank":
-            self._meet(event)
+            self._meet(event["rank"], event["pid"], event["host"])
         elif kind == "end":
             self.ends[event["rank"]] = event["event"]
         elif kind == "ready":
@@ -112,10 +117,11 @@ class Group:
         else:
             tell(event)
 
-    def _meet(self, event: events.Event) -> None:
-        rank, pid = event["rank"], event["pid"]
+    def _meet(self, rank: int, pid: int, host: str) -> None:
+        if len(self.pids) == self.size:  # a file that a rank has read may look like this event
+            return
         self.pids[rank] = pid
-        print(f"rank {rank} is process {pid} on {event['host']}")
+        print(f"rank {rank} is process {pid} on {host}")
         if rank == 0 and self.stopped:
             self._signal()
         if len(self.pids) == self.size:  # before, a terminal could still echo its input
@@ -137,10 +143,14 @@ class Group:
             return {"type": "cancelled", "ts": events.now(), "message": message}
         if self.ends:
             return self.ends[min(self.ends)]
-        missing = sorted({*range(self.size)} - {*self.pids})
-        what = "all ranks were killed"
+        missing = [rank for rank in range(self.size) if rank not in self.pids]
+        error = "all ranks were killed"
         if missing:
-            what = f"rank {missing[0]} did not start: `ssh HOST true` must print nothing"
-        said = f" (the last output was: {self.printed[:200]})" if self.printed else ""
-        error = f"{what}{said}; resume the job when that is repaired"
+            host = self.hosts[missing[0]]
+            error = f"rank {missing[0]} did not start"
+            if host != HERE:
+                error += f" on {host}: `ssh {host} true` must print nothing"
+        if self.printed:
+            error += f" (the last output was: {self.printed[:200]})"
+        error += "; resume the job when that is repaired"
         return {"type": "failed", "ts": events.now(), "error": error, "fault": "killed"}
