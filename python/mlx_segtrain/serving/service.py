@@ -29,9 +29,9 @@ from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.budget import budget_bytes
 from ..planning.run import full_batch, plan_run
-from ..training.ranks import Ranks
+from ..training.ranks import Ranks, check_ranks
 from ..training.record import machine
-from ..training.setup import accumulating, check_ranks
+from ..training.setup import accumulating
 from . import catalog
 from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine

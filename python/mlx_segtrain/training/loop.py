@@ -39,19 +39,10 @@ from .memory import Memory, process_peak
 from .pace import Pace, Work, due
 from .pipelined import Pipelined
 from .policy import run_policy
-from .ranks import LostRank, Ranks, joined, launched
+from .ranks import LostRank, Ranks, check_ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
-from .setup import (
-    Setup,
-    Start,
-    accumulating,
-    check_output,
-    check_ranks,
-    plan_event,
-    prepare,
-    read_inputs,
-)
+from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
 from .spikes import MOST_SKIPPED, WINDOW
 from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper

@@ -144,22 +144,6 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
     return Start(None, seen)
 
 
-def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None:
-    """Raises InputError if these ranks cannot train like this; `scores`: with a function that
-    scores the model."""
-    if ROWS[config.method] == "prompt" and ranks.size > 1:
-        raise InputError(
-            "grpo runs on one device: start one process, without mlx.launch.", field="method"
-        )
-    if ranks.pipeline and (config.sample_prompts or scores):
-        what = "sample_prompts" if config.sample_prompts else "score"
-        raise InputError(
-            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
-            "it out.",
-            field="sample_prompts" if config.sample_prompts else None,
-        )
-
-
 def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
