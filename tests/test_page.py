@@ -24,6 +24,7 @@ from lib.kinds import of_each_kind
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.config import load_config
+from mlx_segtrain.events import train_metric, with_ranks
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.planning.run import full_batch, plan_run
 from mlx_segtrain.serving.api.pages import FILES, VERSION
@@ -60,7 +61,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
         path = work / "docstrings" / f"{name}.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines(True)[:most]
         path.write_text("".join(json.dumps(row) + "\n" for row in first) + "".join(rows), "utf-8")
-    with serving(work, cache) as own:
+    with serving(work, cache, "--ranks", "2") as own:
         yield own
 
 
@@ -514,6 +515,46 @@ def test_a_failed_job_offers_what_helps(user, site):
         expect(half).to_have_value("48")
     finally:
         for id in ids.values():
+            jobs.remove(id)
+        jobs.close()
+
+
+def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
+    """On a server that may start two processes, as a run of another one with three had."""
+    config = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
+    config |= {"max_seq_length": 64}
+    figures = dict.fromkeys(("tokens_per_sec", "supervised_tokens_per_sec", "left_s"), 1.0)
+    ranks = [
+        {"busy_s": x, "waited_s": 1 - x, "tokens_per_sec": 1000 / x, "peak_gb": x, "active_gb": x}
+        for x in (0.25, 0.5, 0.375)
+    ]
+    metric = with_ranks(train_metric(1, 2, loss=2.0, metrics={}, **figures), ranks)
+    jobs = Store(site.cache / "jobs.sqlite")
+    ids = [jobs.add("finetune", json.dumps({**config, "ranks": n}), None).id for n in (2, 3)]
+    try:
+        for id in ids:
+            jobs.update(id, status="done")
+            (site.cache / "jobs" / f"{id}.log").write_text(json.dumps(metric) + "\n")
+        page = user.open(f"/finetune/job/{ids[1]}")
+        card = page.get_by_role("region", name="Ranks")
+        expect(card).to_contain_text("Rank 1 is the slowest: the others wait for it.")
+        expect(card).to_contain_text("takes 0.250 s longer per step")
+        rows = card.locator("tbody tr").all_inner_texts()
+        assert rows[0].split("\t") == ["Rank 0", "4,000", "0.250 s", "0.750 s", "250\u00a0MB"]
+        assert len(rows) == 3
+        expect(page.get_by_role("heading", name="Skew of ranks 0.250 s")).to_be_visible()
+        user.shot(page, "ranks")
+        for id, wanted in zip(ids, ("2", ""), strict=True):
+            user.open(f"/finetune?origin={id}", page=page)
+            expect(page.get_by_label("Processes")).to_have_value(wanted)
+        page.get_by_label("Processes").fill("3")
+        page.get_by_role("button", name="Start training").click()
+        wrong = page.locator(".field.invalid", has_text="a job of this server can have at most 2")
+        expect(wrong).to_be_in_viewport()
+        page.get_by_role("button", name="Command").click()
+        expect(page.get_by_label("Command")).to_have_value(re.compile("^mlx.launch -n 3 -- "))
+    finally:
+        for id in ids:
             jobs.remove(id)
         jobs.close()
 

@@ -154,6 +154,10 @@ def test_a_slow_rank_is_waited_for_and_one_that_fails_is_named(model, rows, tmp_
     (waited,) = warnings
     assert waited.startswith("all ranks have waited 1 s for rank 1 (process ")
     assert found[2] == ["failed", "RuntimeError", "a cable"]
+    slow = lines(tmp_path / "run", "train")[2]
+    assert slow["step"] == 3 and slow["slowest"] == 1 and slow["skew_s"] > 5
+    assert slow["ranks"][1]["busy_s"] > 6 > slow["ranks"][1]["waited_s"]
+    assert all(slow["ranks"][r]["waited_s"] > 5 > slow["ranks"][r]["busy_s"] for r in (0, 2))
     for rank in (0, 1):
         kind, name, text = found[rank]
         assert (kind, name) == ("failed", "LostRank")

@@ -18,8 +18,8 @@ FLOORS = (
 )
 #: Of the server's own rooms, the same.
 SERVING = (
-    *("settings", "roots", "sessions", "pools", "searching", "opening", "confined", "catalog"),
-    *("jobs", "generation", "service", "api", "app"),
+    *("hosts", "settings", "roots", "sessions", "pools", "searching", "opening", "confined"),
+    *("catalog", "jobs", "generation", "service", "api", "app"),
 )
 
 

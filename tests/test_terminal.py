@@ -145,6 +145,23 @@ def test_verbose_shows_every_step_on_a_line_once() -> None:
         assert "rate 0.0001  gradient 1" in text
 
 
+def test_ranks_are_compared_in_a_line() -> None:
+    names = ("busy_s", "waited_s", "tokens_per_sec", "peak_gb")
+    figures = [(0.5, 0.25, 2000.0, 1.0), (0.6, 0.15, 1500.0, 1.25), (0.4, 0.35, 2500.0, 1.0)]
+    ranks = [dict(zip(names, own, strict=True)) for own in figures]
+    metric = events.with_ranks(run_events()[4], ranks)
+    assert (metric["slowest"], metric["skew_s"]) == (1, pytest.approx(0.2))
+    for how in ({}, {"verbose": True}):
+        out = io.StringIO()
+        with Terminal(Console(file=out), Output(**how)) as terminal:
+            terminal(metric)
+        assert out.getvalue().splitlines()[-1] == (
+            "rank 1 is the slowest of 3: 0.600 s of work per step, 50% more than rank 2; the ranks "
+            "wait 0.150 to 0.350 s, work at 1,500 to 2,500 tokens/s, and have peaks of 1.00 to "
+            "1.25 GB"
+        )
+
+
 def test_a_log_file_gets_lines_with_times(tmp_path: Path) -> None:
     for _ in range(2):
         show(80, terminal=True, steps=True, log_file=tmp_path / "run.log")

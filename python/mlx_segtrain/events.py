@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +90,35 @@ def train_metric(
         "progress": run_progress(step, iters),
         "message": f"step {step}/{iters} loss {loss:.4f} {speed(figures)}",
     }
+
+
+def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
+    """Adds the figures of each rank to a training metric.
+
+    They are busy_s and waited_s, the mean seconds per step since the last report in which the rank
+    did its own work and waited for others; tokens_per_sec of its own work; peak_gb and active_gb.
+    `skew_s` is the difference in busy_s between the slowest rank and the fastest; the others wait
+    for the rank `slowest`.
+    """
+    busy = [own["busy_s"] for own in ranks]
+    slowest = busy.index(max(busy))
+    skew = {"skew_s": busy[slowest] - min(busy), "slowest": slowest}
+    return {**metric, "ranks": [dict(own) for own in ranks], **skew}
+
+
+def about_ranks(metric: Event) -> str:
+    """Describes the figures of with_ranks in one line."""
+    ranks, slowest = metric["ranks"], metric["slowest"]
+    busy, waited, speed, peak = (
+        [own[name] for own in ranks] for name in ("busy_s", "waited_s", "tokens_per_sec", "peak_gb")
+    )
+    skew = metric["skew_s"] / min(busy)
+    return (
+        f"rank {slowest} is the slowest of {len(ranks)}: {busy[slowest]:.3f} s of work per step, "
+        f"{skew:.0%} more than rank {busy.index(min(busy))}; the ranks wait {min(waited):.3f} to "
+        f"{max(waited):.3f} s, work at {min(speed):,.0f} to {max(speed):,.0f} tokens/s, and have "
+        f"peaks of {min(peak):.2f} to {max(peak):.2f} GB"
+    )
 
 
 def step(metric: Event) -> Event:

@@ -234,9 +234,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def to_json(value: Any, indent: int | None = None) -> str:
-    """Converts a value to JSON; infinity and NaN become null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+def to_json(value: Any, indent: int | None = None, *, ascii: bool = False) -> str:
+    """Converts a value to JSON; infinity and NaN become null. `ascii`: other characters are
+    escaped."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -187,6 +187,21 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         help="memory for cached beginnings of prompts, in 10⁹ bytes; freed while a job is "
         "computing. Default: 1.",
     )
+    added.add_argument(
+        "--ranks",
+        type=count(1),
+        default=1,
+        metavar="N",
+        help="maximum number of processes of a training job, all on this machine, for example one "
+        "per GPU. Default: 1.",
+    )
+    added.add_argument(
+        "--hostfile",
+        type=Path,
+        metavar="FILE",
+        help="mlx.launch's host file: a training job may have one process on each of these hosts "
+        "(docs/distributed.md)",
+    )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
     report = "also write a small file, without paths or names, to attach to an issue"
@@ -304,6 +319,8 @@ def _serve(args: argparse.Namespace) -> int:
             downloads=args.allow_downloads,
             while_training=args.while_training,
             prompt_cache_gb=args.prompt_cache_gb,
+            ranks=args.ranks,
+            hostfile=args.hostfile,
         ),
         logging.WARNING if args.quiet else logging.DEBUG if args.verbose else logging.INFO,
     )

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
-from mlx_segtrain.events import Event, speed
+from mlx_segtrain.events import Event, about_ranks, speed
 
 #: Minimum columns for all figures to be shown beside the bar.
 WIDE = 110
@@ -189,13 +189,17 @@ class Terminal:
         elif event["type"] == "sample":
             self._line(f"step {event['step']}: {event['prompt']}")
             self._line(f"  -> {event['text'].strip()}")
-        elif event["type"] == "metric" and not self.verbose:
-            text = f"step {event['step']}/{self.iters}: {self._figures(event, wide=True)}"
+        elif event["type"] == "metric":
+            self._report(event)
+
+    def _report(self, event: Event) -> None:
+        line = self._note if self._draws else self._line
+        if not self.verbose:  # otherwise _step has shown it
+            line(f"step {event['step']}/{self.iters}: {self._figures(event, wide=True)}")
             if self._draws:
-                self._note(text)
                 self._step(event)
-            else:
-                self._line(text)
+        if "ranks" in event:
+            line(about_ranks(event))
 
     def _stage(self, event: Event) -> None:
         if "share" in event:

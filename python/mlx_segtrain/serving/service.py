@@ -29,7 +29,9 @@ from ..models.snapshot import Snapshot
 from ..planning import report as plan_report
 from ..planning.budget import budget_bytes
 from ..planning.run import full_batch, plan_run
+from ..training.ranks import Ranks, check_ranks
 from ..training.record import machine
+from ..training.setup import accumulating
 from . import catalog
 from .confined.parent import INSPECTING, INSPECTIONS, Confined
 from .generation.engine import Engine
@@ -104,7 +106,8 @@ class Service:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.roots = Roots(settings.folders, settings.store)
-        self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders)
+        self.hosts = settings.hosts()
+        self.jobs = Jobs(settings.store, self._check_paths, self.roots.folders, self.hosts)
         self.outputs = Outputs(settings.store, self.roots, self.jobs)
         self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
@@ -303,11 +306,20 @@ class Service:
 
     # Jobs
 
-    def submit(self, values: Mapping[str, Any]) -> Row:
-        """Submits a training run."""
+    def submit(self, values: Mapping[str, Any], ranks: int = 1) -> Row:
+        """Submits a training run on this many ranks."""
+        self.hosts.first(ranks)
         fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
         config, stated = self._checked({**values, **fill}, "train")
         self.outputs.check_run(config)
+        if ranks > 1:
+            stated["ranks"] = ranks
+            group = Ranks(size=ranks, pipeline=config.parallel == "pipeline")
+            try:
+                check_ranks(config, group)
+                accumulating(config, group, None, lambda event: None)
+            except InputError as error:
+                raise InputError(str(error), status=422, field=error.field) from None
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:

@@ -7,6 +7,7 @@ from typing import Literal
 from .. import hub
 from ..errors import InputError
 from ..files import cache_dir
+from . import hosts
 
 PORT = 8090
 #: Names of this machine that other machines cannot reach.
@@ -27,6 +28,8 @@ class Settings:
     downloads: bool = False  #: whether clients may download from the hub
     while_training: Literal["serve", "refuse"] = "serve"
     prompt_cache_gb: float = 1.0  #: limit of cached prompts, in 10⁹ bytes
+    ranks: int = 1  #: maximum number of a training job's processes on this machine
+    hostfile: Path | None = None  #: hosts for the processes of a training job
     store: Path = field(default_factory=cache_dir)
 
     def __post_init__(self) -> None:
@@ -43,6 +46,15 @@ class Settings:
             )
         if self.adapter is not None and self.model_dir is None:
             raise InputError("--adapter needs a MODEL: add it.")
+        if self.ranks > 1 and self.hostfile is not None:
+            raise InputError(
+                "--ranks is the number of processes on this machine, and --hostfile names one host "
+                "for each process: leave one of them out."
+            )
+
+    def hosts(self) -> hosts.Hosts:
+        """Returns the hosts for the processes of a training job. Raises InputError."""
+        return hosts.local(self.ranks) if self.hostfile is None else hosts.read(self.hostfile)
 
     @property
     def folders(self) -> tuple[Path, ...]:

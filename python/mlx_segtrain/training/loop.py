@@ -37,10 +37,10 @@ from .judging import Score, command_score, numbers
 from .keeping import Bystander, Keeper
 from .log import NoLog, RunLog
 from .memory import Memory, process_peak
-from .pace import Pace, due
+from .pace import Pace, Work, due
 from .pipelined import Pipelined
 from .policy import run_policy
-from .ranks import LostRank, Ranks, joined, launched
+from .ranks import LostRank, Ranks, check_ranks, joined, launched
 from .record import Record, check_same
 from .results import TrainResult
 from .setup import Setup, Start, accumulating, check_output, plan_event, prepare, read_inputs
@@ -118,13 +118,7 @@ def _train(
     check_installed(trackers)
     scoring = rewards_of(config, calls.rewards, calls.environment)
     ranks.pipeline = ranks.size > 1 and config.parallel == "pipeline"
-    if ranks.pipeline and (config.sample_prompts or calls.score):
-        what = "sample_prompts" if config.sample_prompts else "score"
-        raise InputError(
-            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
-            "it out.",
-            field="sample_prompts" if config.sample_prompts else None,
-        )
+    check_ranks(config, ranks, calls.score is not None)
     start = check_output(config, warn) if ranks.first else Start(None, None)
     resumed, same = shared(start.resumed, ranks), True
     config = accumulating(config, ranks, resumed, tell)
@@ -217,7 +211,7 @@ class Run:
     ranks: Ranks
 
     def __post_init__(self) -> None:
-        self.pace = Pace()
+        self.pace, self.work = Pace(), Work()
         # Whether a callback of this rank wants to stop the run; and whether one of any rank does,
         # which all ranks learn in the next sum.
         self.wants_to_stop = self.asked_to_stop = False
@@ -282,6 +276,10 @@ class Run:
         progress.last = replace(outcome, seconds=time.perf_counter() - started)
         progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
         self.pace.add("step", progress.last.seconds)
+        if self.ranks.size > 1:
+            rows = np.concatenate([own.rows for own in self.ranks.share(accumulated)])
+            tokens = int(self.setup.train.columns.take(rows).run.sum())
+            self.work.add(progress.last.seconds, self.ranks.waited, tokens)
         left_out = outcome.bound is not None and config.on_spike == "skip"
         progress.skipped = progress.skipped + 1 if left_out else 0
         if not left_out:
@@ -390,8 +388,9 @@ class Run:
             return
         progress.reported = step
         metric = self._metric()
-        if self.ranks.size > 1:
-            metric["ranks"] = self.ranks.gather(self._own_figures())
+        if self.work.steps:  # on all ranks or on none
+            metric = events.with_ranks(metric, self.ranks.gather(self._own_figures()))
+            self.work = Work()
         self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
@@ -400,13 +399,9 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Returns the seconds that this rank computed and waited in the last step, and its memory
-        in GB."""
-        last, waited = self.state.progress.last, self.ranks.waited
-        assert last is not None
+        """Returns the figures of this rank for a report: its times, speed and memory in GB."""
         return {
-            "busy_s": last.seconds - waited,
-            "waited_s": waited,
+            **self.work.figures(),
             "peak_gb": self.state.memory.peak / 1e9,
             "active_gb": mx.get_active_memory() / 1e9,
         }
@@ -550,6 +545,8 @@ class Run:
             kept = f"the state of step {step} is kept"
             if not self.ranks.first:
                 kept = "rank 0 saves its last step if it can"
+                if (lost := self.ranks.links and self.ranks.links.lost) and lost.rank == 0:
+                    kept = "rank 0 can save nothing, so the run resumes from the last checkpoint"
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:

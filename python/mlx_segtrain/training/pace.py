@@ -1,8 +1,9 @@
-"""Predicts the remaining time of a run from the times of its parts so far."""
+"""Predicts the remaining time of a run from the times of its parts so far; measures a rank."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
@@ -50,3 +51,28 @@ class Pace:
             + evaluations * self.mean("evaluation")
             + checkpoints * self.mean("checkpoint")
         )
+
+
+@dataclass
+class Work:
+    """The work of a rank in the steps since the last report."""
+
+    steps: int = 0
+    busy_s: float = 0.0  #: spent on its own work
+    waited_s: float = 0.0  #: spent waiting for other ranks, and for transfers
+    tokens: int = 0
+
+    def add(self, seconds: float, waited_s: float, tokens: int) -> None:
+        """Adds a step of this many seconds, including those spent waiting."""
+        self.steps += 1
+        self.busy_s += seconds - waited_s
+        self.waited_s += waited_s
+        self.tokens += tokens
+
+    def figures(self) -> dict[str, float]:
+        """Returns the means per step, and the tokens per second of the rank's own work."""
+        return {
+            "busy_s": self.busy_s / self.steps,
+            "waited_s": self.waited_s / self.steps,
+            "tokens_per_sec": self.tokens / self.busy_s,
+        }

@@ -24,7 +24,8 @@ import mlx.core as mx
 import numpy as np
 
 from .. import events
-from ..errors import RunError
+from ..config import ROWS, TrainConfig
+from ..errors import InputError, RunError
 from . import watch
 from .links import Links
 
@@ -286,6 +287,22 @@ class Ranks:
 
 #: The group of a single process.
 ALONE = Ranks()
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None:
+    """Raises InputError if these ranks cannot train like this; `scores`: with a function that
+    scores the model."""
+    if ROWS[config.method] == "prompt" and ranks.size > 1:
+        raise InputError(
+            "grpo runs on one device: start one process, without mlx.launch.", field="method"
+        )
+    if ranks.pipeline and (config.sample_prompts or scores):
+        what = "sample_prompts" if config.sample_prompts else "score"
+        raise InputError(
+            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
+            "it out.",
+            field="sample_prompts" if config.sample_prompts else None,
+        )
 
 
 @contextmanager

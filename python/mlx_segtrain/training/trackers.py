@@ -55,7 +55,7 @@ def scalars(event: events.Event) -> dict[str, float]:
     return {
         f"{event['kind']}/{name}": float(x)
         for name, x in values.items()
-        if isinstance(x, int | float) and name not in ("step", "progress")
+        if isinstance(x, int | float) and name not in ("step", "progress", "slowest")
     }
 
 

@@ -22,10 +22,13 @@ CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 DEEP = 100
 
 
-def command(values: Mapping[str, Any]) -> str:
-    """Returns the command line of a run, one option per line."""
+def command(values: Mapping[str, Any], ranks: int = 1) -> str:
+    """Returns the command line of a run, one option per line; several ranks are on one machine."""
     words = [_option(name, value) for name, value in values.items()]
-    return " \\\n  ".join(["mlx-segtrain train", *words])
+    start = "mlx-segtrain train"
+    if ranks > 1:
+        start = f'mlx.launch -n {ranks} -- "$(which mlx-segtrain)" train'
+    return " \\\n  ".join([start, *words])
 
 
 def _option(name: str, value: Any) -> str:

@@ -8,15 +8,19 @@ from pydantic import BaseModel, Field, create_model, model_validator
 
 from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default
 from ...data import Report
-from ...fields import Group, choices, is_list, kind
+from ...fields import Group, Int, choices, is_list, kind
 from ...hub_search import Hit
 from ...objectives import OBJECTIVES
 from ..catalog import DataFolder, Model, Unreadable
-from ..jobs.row import Row
+from ..jobs.row import Figures, Row
 from ..service import Device
 
 #: Columns of a job that clients do not see.
-INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json")
+INTERNAL = ("place", "result_json", "begins", "cancelling", "opened", "tags_json", "ranks_json")
+
+
+#: Maximum number of ranks in a request.
+MOST_RANKS = 10_000
 
 
 class Answer(BaseModel):
@@ -50,20 +54,34 @@ def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
     return create_model(record.__name__, **own)
 
 
-class FinetuneSubmit(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
+class RunRequest(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
     """A training run (docs/configuration.md), checked as on the command line. Without adapter_path,
     the server chooses a folder."""
 
     adapter_path: str | None = None
 
 
-class PlanRequest(FinetuneSubmit):
+class Ranked(BaseModel):
+    """The number of processes of a training run (docs/distributed.md)."""
+
+    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+
+
+class FinetuneSubmit(RunRequest, Ranked):
+    """A training run, and the number of its processes."""
+
+
+class PlanRequest(RunRequest):
     """A training run; data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
 
 
-class EvaluateRequest(FinetuneSubmit):
+class CopyRequest(PlanRequest, Ranked):
+    """A training run to copy."""
+
+
+class EvaluateRequest(RunRequest):
     """A model, data, and settings that affect the loss; without adapter_path, the base model."""
 
     split: Literal["valid", "train"] = "valid"
@@ -90,6 +108,9 @@ class JobRow(_answer(Row, but=INTERNAL)):
     inputs: list[str] = Field(description="Folders that it reads.")
     tags: list[str]
     log_path: str
+    ranks: Figures | None = Field(
+        description="What each process of a training run with several ranks last reported."
+    )
     result: Any = None
 
 
@@ -339,6 +360,7 @@ class State(Answer):
     training: bool = Field(description="Whether a job has the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")
+    ranks: int = Field(description="The maximum number of processes of a training run.")
     device: DeviceRow
     uploads: str = Field(description="The folder of uploads.")
     running: list[JobRow]

@@ -62,6 +62,7 @@ async def state(service: Used) -> forms.State:
         training=service.jobs.training,
         needs_token=service.settings.token is not None,
         downloads=service.settings.downloads,
+        ranks=len(service.hosts.hosts),
         device=forms.DeviceRow(**vars(device), free_bytes=device.free_bytes),
         uploads=str(service.uploads),
         running=[_shown(service, row) for row in running],
@@ -145,12 +146,13 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
 
 
 @router.post("/api/finetune/copy", tags=["training"])
-async def copy(body: forms.PlanRequest) -> forms.Copies:
+async def copy(body: forms.CopyRequest) -> forms.Copies:
     """A run as a command, a YAML file and a Python program."""
-    values = body.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    given = {"exclude_none": True, "exclude_unset": True, "exclude": {"ranks"}}
+    values = body.model_dump(mode="json", **given)
     values.setdefault("adapter_path", "adapters")  # the default is a folder of this server
     return forms.Copies(
-        command=copies.command(values),
+        command=copies.command(values, body.ranks),
         yaml=copies.as_yaml(values),
         python=copies.as_python(values),
     )
@@ -167,7 +169,7 @@ async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
     """Starts a training run, as a job."""
-    row = service.submit(body.model_dump(exclude_unset=True))
+    row = service.submit(body.model_dump(exclude_unset=True, exclude={"ranks"}), body.ranks)
     return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
 
@@ -315,7 +317,7 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
     unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
     values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}
-    return forms.JobRow(**values, tags=row.tags, log_path=log)
+    return forms.JobRow(**values, tags=row.tags, ranks=row.ranks, log_path=log)
 
 
 def _served(base: Base) -> forms.Served:

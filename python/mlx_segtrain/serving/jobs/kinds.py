@@ -51,8 +51,10 @@ class JobKind:
 
 
 def tell(event: events.Event) -> None:
-    """Writes an event to stdout, as one line."""
-    os.write(1, (to_json(event) + "\n").encode())
+    """Writes an event to stdout, as one line of ASCII."""
+    line = memoryview(to_json(event, ascii=True).encode() + b"\n")
+    while line:  # a signal may interrupt writing to a pipe
+        line = line[os.write(1, line) :]
 
 
 def done(output_dir: str | Path | None, **result: Any) -> events.Event:
@@ -64,7 +66,9 @@ def finetune(values: Values) -> events.Event:
     from ...config import load_config
     from ...training import train
     from ...training.curves import draw_run
+    from ...training.ranks import launched
 
+    values.pop("ranks", None)  # group.py has started them
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
@@ -81,8 +85,10 @@ def finetune(values: Values) -> events.Event:
             told = now
             tell(events.step(metric))
 
-    result = train(config, pass_on, on_step=step)
-    draw_run(config, lambda message: tell(events.warning(message)))
+    first = not launched()  # rank 0, or the only process
+    result = train(config, pass_on, on_step=step if first else None)
+    if first:
+        draw_run(config, lambda message: tell(events.warning(message)))
     if result.interrupted:
         kept = f"step {result.steps} is kept in {result.adapter_path}" if result.steps else ""
         return {"type": "cancelled", "ts": events.now(), "step": result.steps, "message": kept}

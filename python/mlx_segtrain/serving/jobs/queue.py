@@ -20,12 +20,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ... import processes
 from ...errors import InputError
 from ...events import Event, failed, now
 from ...files import make_private, private, write_text
+from ..hosts import Hosts, local
 from . import eventlog
-from .row import Row
+from .row import Figures, Row
 from .store import Store
 from .store import now as clock
 
@@ -73,10 +76,12 @@ class Jobs:
         folder: Path,
         check: Callable[[dict[str, Any]], None] = lambda values: None,
         roots: Sequence[Path] = (),
+        hosts: Hosts | None = None,
     ):
         """`check` raises InputError for a configuration that must not run; `roots` are the folders
-        in which jobs follow no link that leads out of them."""
+        in which jobs follow no link that leads out of them; `hosts` are those of ranks."""
         self.check, self.roots, self.folder = check, roots, folder
+        self.hosts = hosts or local(1)
         self.logs = folder / "jobs"
         for place in (folder, self.logs):
             make_private(place)
@@ -259,6 +264,8 @@ class Jobs:
         try:
             self.check(values)
             given = {"values": values, "roots": [*map(str, self.roots)], "store": str(self.folder)}
+            if (count := values.get("ranks", 1)) > 1:
+                given["hosts"] = self.hosts.first(count).model_dump()
             write_text(self._config(row.id), json.dumps(given), private)
             with ExitStack() as opened:
                 lock = eventlog.claim(path)
@@ -333,6 +340,9 @@ class Jobs:
                 news["progress"] = float(progress)
             if event.get("stage") == "train":
                 news["opened"] = 1
+            if "ranks" in event:
+                with suppress(ValidationError):  # a line that a library printed
+                    news["ranks_json"] = Figures.model_validate(event).model_dump_json()
             if event["type"] in ("stage", "step") or event.get("kind") == "train":
                 news["message"] = _text(event.get("message"))
         row = self.get(id)
@@ -353,7 +363,7 @@ class Jobs:
             with suppress(ProcessLookupError):
                 if moment - live.interrupted < KILLED_AFTER_S:
                     os.kill(live.pid, signal.SIGTERM)
-                else:  # compiled code may ignore SIGTERM; the job's session has all its processes
+                else:  # compiled code may ignore SIGTERM; ranks end with this group (launcher.py)
                     os.killpg(live.pid, signal.SIGKILL)
             self.store.update(id, cancelling=SIGNALLED)
 

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import BaseModel, Field
+
 from ...config import PATHS
 from ...errors import Fault
 from .kinds import JobKind, kind_of
@@ -11,6 +13,25 @@ from .kinds import JobKind, kind_of
 Status = Literal["queued", "running", "done", "failed", "cancelled"]
 #: The statuses of jobs that have ended.
 ENDED = ("done", "failed", "cancelled")
+
+
+class RankFigures(BaseModel):
+    """The figures of a rank: means per step since the report before, and its memory."""
+
+    busy_s: float = Field(description="Seconds of its own work.")
+    waited_s: float = Field(description="Seconds in which it waited for other ranks.")
+    tokens_per_sec: float = Field(description="The speed of its own work.")
+    peak_gb: float
+    active_gb: float
+
+
+class Figures(BaseModel):
+    """The figures of a run's ranks at its last report (events.with_ranks)."""
+
+    step: int
+    skew_s: float = Field(description="busy_s of the slowest rank minus that of the fastest.")
+    slowest: int = Field(description="The rank for which the others wait.")
+    ranks: list[RankFigures] = Field(description="By rank.")
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class Row:
     label: str
     note: str
     tags_json: str
+    ranks_json: str | None
 
     @property
     def job_kind(self) -> JobKind:
@@ -61,6 +83,11 @@ class Row:
     def tags(self) -> list[str]:
         """The tags that people gave it."""
         return json.loads(self.tags_json)
+
+    @property
+    def ranks(self) -> Figures | None:
+        """The last figures of its ranks, if it has several."""
+        return None if self.ranks_json is None else Figures.model_validate_json(self.ranks_json)
 
     @property
     def method(self) -> str | None:

@@ -38,6 +38,7 @@ ADDED = {
     "label": "TEXT NOT NULL DEFAULT ''",  # a name from the user
     "note": "TEXT NOT NULL DEFAULT ''",
     "tags_json": "TEXT NOT NULL DEFAULT '[]'",
+    "ranks_json": "TEXT",  # the last figures of its ranks, if it has several
 }
 #: Indexes for lists and the queue: without them each query would read all jobs.
 INDEXES = (
@@ -95,7 +96,7 @@ class Store:
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
             " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
-            " cancelling = 0 WHERE id = ?",
+            " cancelling = 0, ranks_json = NULL WHERE id = ?",
             (config_json, id),
         )
 

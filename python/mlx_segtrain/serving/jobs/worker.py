@@ -1,7 +1,8 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
 FILE has the job's configuration and the folders that it may read; LOCK is the descriptor of a lock
-file, which stays locked as long as the process lives.
+file, which stays locked as long as the process lives. A job with several ranks runs in other
+processes, which this one starts and follows (group.py).
 
 The process writes events to stdout, one per line, and the first before it imports anything heavy.
 The server may have ended meanwhile. Lines that libraries print become events of type log: a file
@@ -16,7 +17,9 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ... import events
 from ...errors import InputError, RunError
@@ -61,18 +64,38 @@ def main(kind: str, file: str, lock: str) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     sys.stdout = sys.stderr = printed = Printed()
-    own = kind_of(kind)
-    if not own.trains:  # a training run handles the signal itself
+    if not kind_of(kind).trains:  # a training run handles the signal itself
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end = last_event(lambda: _run(kind, Path(file)))
+    printed.end()
+    tell(end)
+    return {"done": 0, "failed": 1, "cancelled": 130}[end["type"]]
+
+
+def _run(kind: str, file: Path) -> events.Event:
+    given = json.loads(file.read_text(encoding="utf-8"))
+    if "hosts" not in given:
+        return run_confined(kind, given)
+    from . import group
+
+    return group.run(kind, given)
+
+
+def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
+    """Runs a job in this process, which can only read below the roots from now on."""
+    if given["roots"]:
+        confine(Roots(map(Path, given["roots"]), Path(given["store"])))
+    return kind_of(kind).run(given["values"])
+
+
+def last_event(run: Callable[[], events.Event]) -> events.Event:
+    """Returns the last event of a job that `run` runs, also if that raises an exception."""
     try:
-        given = json.loads(Path(file).read_text(encoding="utf-8"))
-        if given["roots"]:
-            confine(Roots(map(Path, given["roots"]), Path(given["store"])))
-        end = own.run(given["values"])
+        return run()
     except KeyboardInterrupt:
-        end = {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
+        return {"type": "cancelled", "ts": events.now(), "message": "nothing was written"}
     except (InputError, RunError) as error:
-        end = {**events.failed(error), "error": str(error)}
+        return {**events.failed(error), "error": str(error)}
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
@@ -80,7 +103,4 @@ def main(kind: str, file: str, lock: str) -> int:
         import traceback
 
         traceback.print_exc()
-        end = events.failed(error)
-    printed.end()
-    tell(end)
-    return {"done": 0, "failed": 1, "cancelled": 130}[end["type"]]
+        return events.failed(error)

@@ -6,7 +6,7 @@ import { COLORS, DASHES, chart, linesOf } from "./charts.js";
 import { completionsView } from "./completions.js";
 import { copies } from "./copies.js";
 import { announce, badge, button, card, confirm, dialog, empty } from "./dom.js";
-import { facts, field, h, input, link, meter, notice, show } from "./dom.js";
+import { facts, field, h, input, link, meter, notice, show, table } from "./dom.js";
 import { logView } from "./log.js";
 import { broken, ended, judged, shownResult } from "./results.js";
 import { Run } from "./runs.js";
@@ -19,6 +19,7 @@ const SMALL = [
     (n) => `${count(n)} tokens/s`],
   ["Gradient norm", { grad_norm: "Gradient norm" }, "", (x) => fixed(x, 3)],
   ["Memory", { peak_gb: "peak", active_gb: "now" }, " GB", gb],
+  ["Skew of ranks", { skew_s: "Skew" }, " s", (x) => `${fixed(x, 3)} s`],
 ];
 const DRAWN = SMALL.flatMap(([, names]) => Object.keys(names));
 
@@ -55,6 +56,7 @@ export default async function jobPage(main, id) {
     "aria-valuemax": 100 }, filled);
   const progress = h("p.wrap", "Reading the log …");
   const memory = h("div");
+  const ranks = h("div");
   const tiles = h("div");
   const outcome = h("div.stack");
   const use = h("div.stack");
@@ -80,6 +82,7 @@ export default async function jobPage(main, id) {
     outcome,
     trains ? losses : "",
     use,
+    ranks,
     trains ? over : "",
     made ? made.element : "",
     remarks,
@@ -216,6 +219,7 @@ export default async function jobPage(main, id) {
     if (trains) {
       showTiles();
       showMemory();
+      showRanks();
       showCurves();
     }
     if (made) made.draw(run);
@@ -275,6 +279,20 @@ export default async function jobPage(main, id) {
       `planned ${gb(plan)} of ${gb(budget)}`].filter(Boolean).join(", ");
     show(memory, meter((used ?? plan) / budget, { role: "img", "aria-label": `Memory: ${words}` }),
       h("p.small.muted", `Memory on ${device.name}: ${words}`));
+  }
+
+  // Shows what each process of a run has last reported.
+  function showRanks() {
+    const { ranks: own, slowest, skew_s } = run.train;
+    if (!Array.isArray(own)) return;
+    const seconds = (x) => `${fixed(x, 3)} s`;
+    const rows = own.map((x, i) => h("tr", h("td", `Rank ${i}`),
+      [count(x.tokens_per_sec), seconds(x.busy_s), seconds(x.waited_s), gb(x.peak_gb)].map((text) =>
+        h("td", text))));
+    const names = ["Process", "Tokens/s", "Works, per step", "Waits, per step", "Peak memory"];
+    show(ranks, card("Ranks", h("p", `Rank ${slowest} is the slowest: the others wait for it. Its work ` +
+      `takes ${seconds(skew_s)} longer per step than that of the fastest.`),
+    h("div.scroll", table("", "Figures of each rank", names, rows))));
   }
 
   function showCurves() {

@@ -9,9 +9,11 @@ const KEPT = 200;
 // Training metrics with a curve, besides the loss; a pattern for the names of others, and fields without a curve.
 const DRAWN = [
   "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
+  "skew_s",
 ];
 const METRIC = /^[a-z][\w ]{0,79}$/;
-const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts", ...DRAWN];
+const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts",
+  "ranks", "slowest", ...DRAWN];
 
 // Of two points, the one with the lower or the higher value.
 const lower = (a, b) => (b[1] < a[1] ? b : a);

@@ -204,6 +204,9 @@ export default async function setup(main) {
   const verdict = h("div.stack");
   const problem = h("div", { role: "alert" });
   const name = input("optional", { maxlength: 120 });
+  const ranks = input("1", { type: "number", min: 1, max: state.ranks });
+  const ranksField = labelled("Processes", ranks, { key: "ranks",
+    about: `Up to ${state.ranks}. "Several devices share" says what each of them does.` });
   const start = button("Start training", null, "primary.wide");
 
   function changed() {
@@ -215,8 +218,9 @@ export default async function setup(main) {
 
   // Shows a fault at its field; returns the field, if there is one.
   function complain(fault) {
-    const own = { model_dir: modelField, data_dir: dataField }[fault?.field];
+    const own = { model_dir: modelField, data_dir: dataField, ranks: ranksField }[fault?.field];
     modelField.complain(own === modelField && sentence(fault.message));
+    ranksField.complain(own === ranksField && sentence(fault.message));
     if (own === dataField) dataField.complain(sentence(fault.message));
     return form.complain(fault) ?? own;
   }
@@ -251,6 +255,7 @@ export default async function setup(main) {
   }
 
   const values = () => ({ ...form.values, model_dir: model.value, data_dir: data.value });
+  const run = () => (ranks.value ? { ...values(), ranks: Number(ranks.value) } : values());
 
   async function plan() {
     const own = ++asked;
@@ -285,7 +290,7 @@ export default async function setup(main) {
     try {
       const { data_dir, ...rest } = values();
       await api("/api/finetune/plan", rest); // otherwise the job would fail a while later
-      const { job_id } = await api("/api/finetune/submit", values());
+      const { job_id } = await api("/api/finetune/submit", run());
       const label = name.value.trim();
       if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
       location.assign(`/finetune/job/${job_id}`);
@@ -338,8 +343,8 @@ export default async function setup(main) {
       h("div.stack.stick", card("Plan", verdict,
         h("p.small.muted", `${device.name}: ${size(device.free_bytes)} of `,
           `${size(device.memory_bytes)} free for a run`)),
-      card("Start", labelled("Name of the run", name).element, problem, start,
-        copies(() => values())))));
+      card("Start", labelled("Name of the run", name).element, state.ranks > 1 && ranksField.element,
+        problem, start, copies(run)))));
 
   // Initial values: those of an earlier run, of the address, or the only model.
   const only = (all) => (all.length === 1 ? all[0].path : null);
@@ -349,6 +354,7 @@ export default async function setup(main) {
     data.set(own.data_dir);
     const { error, fault_field: field } = earlier.job;
     OWN.forEach((key) => delete own[key]);
+    if (own.ranks <= state.ranks) ranks.value = own.ranks;
     form.put(own);
     if (given.get("less") !== null) lessMemory(own);
     changedModel();

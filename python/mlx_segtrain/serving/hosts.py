@@ -1,0 +1,110 @@
+"""The hosts on which a training job may run several processes, which mlx.launch starts."""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from pathlib import Path
+
+from pydantic import BaseModel, Field, ValidationError
+
+from ..errors import InputError, either
+
+#: The name of this machine for which mlx.launch uses no SSH.
+HERE = "127.0.0.1"
+#: MLX's back ends; the first two also connect ranks without special hardware.
+BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
+
+
+class Host(BaseModel):
+    """A host as in mlx.launch's host file: its name for SSH, its addresses for the other ranks, and
+    for JACCL the device for each rank."""
+
+    ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read -x as an option
+    ips: list[str] = []
+    rdma: list[str | list[str] | None] = []
+
+
+class Hosts(BaseModel):
+    """The content of mlx.launch's host file, one host per rank."""
+
+    hosts: list[Host]
+    backend: str = ""  #: by default nccl with CUDA, otherwise ring
+    envs: list[str] = []
+
+    def first(self, count: int) -> Hosts:
+        """Returns the hosts of the first ranks. Raises InputError if there are not as many."""
+        most = len(self.hosts)
+        if most == 1 < count:
+            raise InputError(
+                "this server trains with one process: leave ranks out, or start the server with "
+                "--ranks or --hostfile.",
+                status=403,
+                field="ranks",
+            )
+        if count > most:
+            raise InputError(
+                f"ranks = {count}, but a job of this server can have at most {most}: choose fewer.",
+                status=422,
+                field="ranks",
+            )
+        hosts = [own.model_copy(update={"rdma": own.rdma[:count]}) for own in self.hosts[:count]]
+        return self.model_copy(update={"hosts": hosts})
+
+    @property
+    def repeats(self) -> int:
+        """The number of ranks per host, if the file lists each host several times in a row."""
+        return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
+
+    @property
+    def ports(self) -> int:
+        """The number of ports that mlx.launch uses, counting from its --starting-port."""
+        return max(1, sum(len(own.ips) for own in self.hosts))
+
+
+def local(count: int) -> Hosts:
+    """Returns the hosts for this many ranks on this machine."""
+    return Hosts(hosts=[Host(ssh=HERE, ips=[HERE])] * count)
+
+
+def read(file: Path) -> Hosts:
+    """Reads a host file in mlx.launch's format. Raises InputError."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        own = Hosts.model_validate({"hosts": found} if isinstance(found, list) else found)
+    except OSError as error:
+        raise InputError(
+            f"--hostfile {file} cannot be read ({error.strerror}): name another file."
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise InputError(
+            f"--hostfile {file} is not a host file of mlx.launch: {where}: {first['msg']}."
+        ) from None
+    except ValueError as error:
+        raise InputError(f"--hostfile {file} is not JSON ({error}): repair it.") from None
+    return _checked(own, file)
+
+
+def _checked(own: Hosts, file: Path) -> Hosts:
+    if len(own.hosts) < 2:
+        raise InputError(
+            f"--hostfile {file} has fewer than 2 hosts: add some, or leave it out, because one "
+            "process needs no hosts."
+        )
+    if own.backend and own.backend not in BACKENDS:
+        raise InputError(
+            f"--hostfile {file} has the backend {own.backend!r}: choose {either(BACKENDS)}."
+        )
+    if own.hosts[0].ssh != HERE:
+        raise InputError(
+            f'--hostfile {file} begins with the host "{own.hosts[0].ssh}": the first one is rank '
+            f'0, which writes the files of a job, so it has to be this machine, as "ssh": "{HERE}".'
+        )
+    if any(not host.ips for host in own.hosts):
+        raise InputError(
+            f"--hostfile {file} has a host without ips: add the address at which the other hosts "
+            "reach it."
+        )
+    return own

@@ -1,0 +1,24 @@
+"""Runs mlx.launch for a job with several ranks (group.py): main(WATCHED, *ARGUMENTS).
+
+mlx.launch does not end the ranks if it is killed itself, or if the job's process is. So it runs in
+a process group with its local ranks, which ends when the pipe WATCHED is closed: the job's process
+holds the other end.
+"""
+
+import os
+import signal
+import sys
+import threading
+
+from mlx._distributed_utils.launch import main as launch
+
+
+def main(watched: str, *arguments: str) -> None:
+    threading.Thread(target=_end_with, args=(int(watched),), daemon=True).start()
+    sys.argv[1:] = arguments
+    launch()
+
+
+def _end_with(watched: int) -> None:
+    os.read(watched, 1)
+    os.killpg(0, signal.SIGKILL)

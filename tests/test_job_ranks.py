@@ -1,0 +1,228 @@
+"""Jobs of a server on several ranks, which mlx.launch starts on this machine."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lib.served import Server, write_place
+from mlx_segtrain.errors import InputError
+from mlx_segtrain.serving import hosts
+from mlx_segtrain.serving.jobs.queue import Jobs
+from mlx_segtrain.serving.service import Service
+from mlx_segtrain.serving.settings import Settings
+
+
+def until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < end, "it never held"
+        time.sleep(0.05)
+    return found
+
+
+def running(id):
+    """The processes below this one, by the last word of their commands but one."""
+    found = {}
+    for own in psutil.Process(id).children(recursive=True):
+        found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
+    return found
+
+
+def ended(all_):
+    return not psutil.wait_procs([x for own in all_.values() for x in own], timeout=10)[1]
+
+
+@pytest.mark.acceptance
+def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp_path):
+    place = write_place(tmp_path)
+    with Server(place, "--ranks", 2) as server:
+        assert server.http.get("/api/state").json()["ranks"] == 2
+        refused = {"hostfile": "x", "hosts": ["x"], "backend": "x", "ranks": True}
+        for name, value in refused.items():
+            body = {"model_dir": str(place / "model"), "data_dir": str(place / "data"), name: value}
+            answer = server.http.post("/api/finetune/submit", json=body)
+            assert (answer.status_code, answer.json()["field"]) == (422, name)
+
+        how = {"iters": 100_000, "steps_per_report": 5, "steps_per_eval": 100_000}
+        id = server.submit(ranks=2, adapter_path=str(place / "out"), **how)
+        found = until(lambda: server.job(id)["ranks"])
+        busy = [own["busy_s"] for own in found["ranks"]]
+        assert len(busy) == 2 and found["slowest"] == busy.index(max(busy))
+        assert found["skew_s"] == pytest.approx(max(busy) - min(busy))
+        for own in found["ranks"]:
+            assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
+        every = running(server.process.pid)
+        assert len(every["rank"]) == 3  # mlx.launch's command ends with theirs
+
+        server.http.post(f"/api/jobs/{id}/cancel")
+        job = server.ended(id)
+        kept = re.fullmatch(r"step (\d+) is kept in .*/out", job["message"])
+        assert job["status"] == "cancelled" and kept and ended(every), job
+        metrics = [own for own in server.events(id) if own["type"] == "metric"]
+        logged = (place / "out" / "metrics.jsonl").read_text().splitlines()
+        assert metrics == [own for own in map(json.loads, logged) if own["type"] == "metric"]
+
+        assert server.http.post(f"/api/jobs/{id}/resume").json()["job"]["ranks"] is None
+        found = until(lambda: server.job(id)["ranks"])
+        assert found["step"] > int(kept[1])
+        every = running(server.process.pid)
+        pid = re.findall(r"rank 1 is process (\d+)", Path(job["log_path"]).read_text())[-1]
+        os.kill(int(pid), signal.SIGKILL)
+        job = server.ended(id)
+        assert (job["status"], job["fault"]) == ("failed", "run")
+        lost = rf"step \d+: rank 1 \(process {pid} on .*\) has ended: the state of step \d+ is kept"
+        assert re.match(lost, job["error"]), job
+        assert ended(every)
+
+
+#: Runs a job whose ranks are FAKE, and prints its last event.
+RUN = """
+import json, sys
+from mlx_segtrain import processes
+from mlx_segtrain.serving import hosts
+from mlx_segtrain.serving.jobs import group
+real = processes.command
+processes.command = lambda module, *args: (
+    [sys.executable, "-c", *sys.argv[1:], "rank", ""] if module.endswith(".rank")
+    else real(module, *args)
+)
+given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000}
+print(json.dumps(group.run("finetune", given)), flush=True)
+"""
+#: Tells what it has read, and waits; or ends at once, as if SSH could not log in.
+FAKE = """
+import json, os, sys, time
+def tell(**event):
+    os.write(1, json.dumps(event).encode() + b"\\n")
+rank = int(os.environ["MLX_RANK"])
+if sys.argv[1] == "missing" and rank == 1:
+    sys.exit("no such host")
+tell(type="rank", rank=rank, pid=os.getpid(), host="here")
+text = "".join(iter(lambda: sys.stdin.readline().rstrip("\\n"), ""))
+tell(type="warning", message=json.loads(text)["values"])
+time.sleep(600)
+"""
+
+
+@contextmanager
+def fakes(how):
+    command = [sys.executable, "-c", RUN, FAKE, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_ranks_end_with_the_process_of_their_job():
+    with fakes("all") as process:
+        events = (json.loads(line) for line in process.stdout if line.startswith("{"))
+        assert [next(events)["message"] for _ in range(2)] == ["é\n" * 3000] * 2
+        every = running(process.pid)
+        assert len(every["rank"]) == 3
+        process.kill()
+        assert ended(every)
+
+
+def test_a_rank_that_does_not_start_is_named():
+    with fakes("missing") as process:
+        *_, last = process.stdout.read().splitlines()
+    event = json.loads(last)
+    assert (event["type"], event["fault"]) == ("failed", "killed")
+    assert event["error"].startswith("rank 1 did not start (the last output was: no such host);")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.mark.parametrize(
+    "most, ranks, more, status, field, words",
+    [
+        (1, 2, {}, 403, "ranks", "trains with one process: leave ranks out"),
+        (4, 5, {}, 422, "ranks", "ranks = 5, but a job of this server can have at most 4"),
+        (2, 2, {"method": "grpo"}, 422, "method", "grpo runs on one device"),
+        (2, 2, {"grad_accumulation_steps": 1}, 422, "grad_accumulation_steps", "there are 2 ranks"),
+        (
+            *(2, 2, {"parallel": "pipeline", "sample_prompts": ["a"]}, 422, "sample_prompts"),
+            "needs the whole model",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_said_at_once(
+    place, tmp_path, most, ranks, more, status, field, words
+):
+    service = Service(Settings(store=tmp_path / "store", roots=(place,), ranks=most))
+    values = {"model_dir": str(place / "model"), "data_dir": str(place / "data"), **more}
+    try:
+        with pytest.raises(InputError, match=words) as found:
+            service.submit(values, ranks)
+        assert (found.value.status, found.value.field) == (status, field)
+    finally:
+        asyncio.run(service.close())
+
+
+def test_a_job_that_waited_for_a_server_with_fewer_ranks_fails(tmp_path):
+    async def run():
+        jobs = Jobs(tmp_path)
+        await jobs.start()
+        try:
+            return jobs.submit("finetune", {"ranks": 2})
+        finally:
+            await jobs.close()
+
+    row = asyncio.run(run())
+    assert row.status == "failed" and "this server trains with one process" in row.error
+
+
+HERE = {"ssh": "127.0.0.1", "ips": ["10.0.0.1"], "rdma": [None, "a", "b"]}
+THERE = {"ssh": "box2", "ips": ["10.0.0.2"], "rdma": ["a", "b", None]}
+
+
+def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
+    from mlx._distributed_utils.common import Hostfile
+
+    file = tmp_path / "hosts.json"
+    for given in ([HERE, HERE, THERE], {"hosts": [HERE, HERE, THERE], "backend": "jaccl"}):
+        file.write_text(json.dumps(given))
+        own = hosts.read(file)
+        assert (own.repeats, own.ports) == (2, 3)
+        file.write_text(own.first(2).model_dump_json())
+        read = Hostfile.from_file(file)
+        assert read.to_json()["hosts"] == [{**HERE, "rdma": [None, "a"]}] * 2
+        assert read.backend == (given["backend"] if isinstance(given, dict) else "")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ({"hosts": 3}, "is not a host file of mlx.launch: hosts: "),
+        ([HERE, {"ips": []}], "hosts.1.ssh: "),
+        ([HERE, {**THERE, "ssh": "-oProxyCommand=x"}], "hosts.1.ssh: "),
+        ([HERE], "fewer than 2 hosts"),
+        ({"hosts": [HERE, THERE], "backend": "mpi"}, "choose ring, nccl, jaccl or jaccl-ring"),
+        ([THERE, HERE], "the first one is rank 0, which writes"),
+        ([HERE, {**THERE, "ips": []}], "has a host without ips"),
+    ],
+)
+def test_a_host_file_that_cannot_be_used(tmp_path, given, words):
+    file = tmp_path / "hosts.json"
+    if given is not None:
+        file.write_text(given if isinstance(given, str) else json.dumps(given))
+    with pytest.raises(InputError, match=words):
+        Settings(hostfile=file).hosts()
+    with pytest.raises(InputError, match="leave one of them out"):
+        Settings(hostfile=file, ranks=2)
