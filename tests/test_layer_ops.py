@@ -92,7 +92,7 @@ def test_lora_linears(impl, case, base, dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
     if segments and impl == "stock":
-        pytest.skip("MLX's own rope takes no segments")
+        pytest.skip("MLX's rope does not support segments")
     heads, groups, d, rows = 4, 2, 16, 65
     freqs = 1e3 ** (np.arange(0, dims, 2) / dims)
     how = {"traditional": traditional, "base": 1e4, "freqs": None}
@@ -155,7 +155,7 @@ HEADS = {
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
     if packed and impl == "stock":
-        pytest.skip("MLX's own rope takes no segments")
+        pytest.skip("MLX's rope does not support segments")
     n, d, dims, normed, offset = HEADS[case]
     heads, groups, rows, eps = 3, 2, 37, 1e-4
     rng = np.random.default_rng(28)

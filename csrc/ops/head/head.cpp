@@ -187,7 +187,8 @@ OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
 
 const Binding binding([](nb::module_& m) {
   m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
-        "What linear_cross_entropy or linear_log_probs takes on a device, for rows with a target.");
+        "Returns the memory that linear_cross_entropy or linear_log_probs needs on a device, for rows with a "
+        "target.");
 });
 
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded) {

@@ -96,11 +96,11 @@ std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& 
 Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s) {
   check(x.ndim() == 3 && !linears.empty() && linears.size() <= 3,
-        "[lora_qkv] expected x [B,T,H] and one to three linears; got ", x.shape(), " and ", linears.size(),
-        ".");
+        "[lora_qkv] expected x [B,T,H] and one to three linear layers; got ", x.shape(), " and ",
+        linears.size(), ".");
   check(heads.heads > 0 && heads.groups >= 0,
-        "[lora_qkv] expected one head or more, and no fewer than no groups; got ", heads.heads, " and ",
-        heads.groups, ".");
+        "[lora_qkv] expected at least one head and a non-negative number of groups; got ", heads.heads,
+        " and ", heads.groups, ".");
   for (const auto& linear : linears) check_linear("lora_qkv", linear);
   const int D = linears[0].base.out() / heads.heads;
   bool fits = linears[0].base.out() == heads.heads * D;
