@@ -1,4 +1,4 @@
-"""The fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
+"""Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
 They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. Install
 what they need on the GPU machine: torch, transformers, peft and bitsandbytes; liger-kernel; unsloth

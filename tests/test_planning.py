@@ -208,7 +208,7 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
-    together = estimate(costs, [1, 4], [1, 2])  # not widened if they share a segment
+    together = estimate(costs, [1, 4], [1, 2])  # just as wide if they share a segment
     assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 

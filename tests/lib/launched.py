@@ -15,7 +15,7 @@ from mlx_segtrain.training import ranks, watch
 
 
 def run(rank, folder, given, before, environment):
-    """Trains one configuration after the other. `before` is code that a test runs first."""
+    """Trains one configuration after another. `before` is code of the test that runs first."""
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(("out", "err"), 1):

@@ -1,4 +1,4 @@
-"""A server as users have it: `mlx-segtrain serve` in a separate process."""
+"""A server as users run it: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
-    """Runs a server while it is entered; `http` is a client of it, `cache` holds its store."""
+    """Runs a server while it is active; `http` is a client, and `cache` contains its store."""
 
     def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
         self.cwd, self.args, self.port = cwd, args, port
