@@ -34,17 +34,17 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult(training.TrainResult):
-    """The result of a run; losses are in nats per token, with preference methods per pair.
+    """The result of a run. Losses are in nats per token, or per pair with preference methods.
 
-    `config` is the run's. `model` and `tokenizer` are the ones passed to the run, or are loaded on
-    first use; the model has the adapter.
+    `config` is the configuration of the run. `model` and `tokenizer` are the ones passed to the
+    run, or are loaded on first use; the model has the adapter.
     """
 
     config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics of the run as it reported them: `kind` is train, val or score."""
+        """The metrics that the run has reported: `kind` is train, val or score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")

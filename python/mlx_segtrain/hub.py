@@ -37,7 +37,7 @@ FOLDER = re.compile(
 #: A hash by which the cache names a file's content.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: Endings of the files that are needed of a model.
+#: Endings of the names of the files that a model needs.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: Folders in a repository whose files are needed.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
@@ -45,7 +45,8 @@ WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
 #: Largest file that the hub serves in one piece; Xet's own client downloads larger ones.
 MOST_AT_ONCE = 50_000_000_000
-#: Bytes to leave free on the disk; seconds to wait for a first answer; seconds between two events.
+#: Bytes to leave free on the disk; the timeout of a first answer in seconds; seconds between two
+#: events.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
 #: Bytes of the first request for a weight file's header, and the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20

@@ -1,5 +1,4 @@
-"""A local stand-in for the Hugging Face hub, with models and data sets to download; accepts
-pushes."""
+"""A simulated Hugging Face hub on this machine: models and data sets to download, and uploads."""
 
 import base64
 import hashlib

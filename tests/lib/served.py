@@ -88,7 +88,7 @@ class Server:
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
-    """Returns (id, event) of a stream, up to its end."""
+    """Returns the id and the content of each event of a stream, up to its end."""
     headers = {"last-event-id": last_id} if last_id else {}
     found, own = [], ""
     with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:

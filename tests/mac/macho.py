@@ -1,4 +1,4 @@
-"""The symbols of a Mach-O file: those that it needs, and those that it defines."""
+"""The symbols that a Mach-O file needs, and the symbols that it defines."""
 
 import struct
 from pathlib import Path

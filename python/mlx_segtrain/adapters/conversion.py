@@ -123,7 +123,7 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
 
 
 def about_of(adapter_path: Path | Folder) -> About:
-    """Returns the metadata in an adapter's folder; what the folder lacks is empty."""
+    """Returns the metadata in an adapter's folder; missing values are empty."""
     folder = open_folder(adapter_path)
     config = folder.config
     run = dict(ours(config))

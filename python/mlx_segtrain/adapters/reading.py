@@ -6,7 +6,8 @@
                                divided by the rank, layer by layer
     DoRA                       also <path>.m [out], ….lora_magnitude_vector [out]
 
-Each has an adapter_config.json. Anything more than a low-rank update is refused by name.
+Each has an adapter_config.json. Other tensors than those of low-rank updates are refused with an
+error that names them.
 """
 
 import math
@@ -81,7 +82,7 @@ def read_stored(
 
     `tied`: the base has no separate head; by default that is looked up where it matters, in
     `model_dir` or the base that the adapter names. Raises InputError like read_adapter, except for
-    faults that only the model shows, and if `tied` cannot be determined.
+    faults that require the model to be found, and if `tied` cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -146,7 +147,7 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     """Returns the rank of each adapted layer by its path in mlx-lm; reads only the header.
 
     `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, but
-    not for faults that only the model or the factors show.
+    not for faults that require the model or the factors to be found.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 

@@ -61,7 +61,7 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model, which answers with any of several voices."""
+    """A conversation with one model, which can answer with each of several voices."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of

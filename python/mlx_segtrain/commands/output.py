@@ -89,7 +89,7 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream, for callers that log their own lines (a progress bar)."""
+    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 

@@ -62,8 +62,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns free. A terminal echoes ^C there: it would wrap a full line, and the
-    bar would be drawn a second time below it."""
+    """Leaves the last columns free, because a terminal echoes ^C there: a full line would be
+    wrapped, and the bar would be drawn a second time below it."""
 
     inner: RenderableType
 

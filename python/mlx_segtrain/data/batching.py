@@ -34,7 +34,7 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """Tokens that only pad rows to the longest one."""
+        """The number of tokens that only pad rows to the longest one."""
         return self.tokens.size - int(self.lengths.sum())
 
 

@@ -131,8 +131,8 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is what sources_of takes or returns. With the folder of the tokenizer's model the tokens
-    are cached (cache.py). `on_event` receives the progress.
+    `data` is an argument of sources_of, or its result. With the folder of the tokenizer's model the
+    tokens are cached (cache.py). `on_event` receives the progress.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))

@@ -117,7 +117,8 @@ class Lines:
 
     @classmethod
     def of(cls, rows: Iterable[Any], name: str) -> Lines:
-        """Creates a source from rows. Raises InputError for one that is no dict of JSON values."""
+        """Creates a source from rows. Raises InputError for a row that is not a dict of JSON
+        values."""
         lines = (_line_of(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
         return cls(name, tuple(grouped(lines, name)))
 

@@ -201,7 +201,7 @@ class Batch(Generic[A]):
         self._take_in()
 
     def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
-        """Removes answers; with `keep`, each gets its cache."""
+        """Removes answers; with `keep`, each gets its own cache back."""
         if not gone:
             return
         self._give_out()

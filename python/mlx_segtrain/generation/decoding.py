@@ -53,8 +53,8 @@ class Options:
     stop: tuple[str, ...] = ()
     continues: bool = False  #: the text continues the prompt's, so a space between them matters
     logprobs: int | None = None  #: number of most likely tokens to return log p of; None: no log p
-    deterministic: bool = False  #: bit for bit as if it were alone
-    constraint: "Constraint | None" = None  #: what the text has to be
+    deterministic: bool = False  #: bit-identical to the answer of a single request
+    constraint: "Constraint | None" = None  #: the format of the text
 
 
 #: log p of the chosen token, and log p of the most likely ones by token.

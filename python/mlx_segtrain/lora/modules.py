@@ -56,7 +56,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are no parameters
+        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are not parameters
         self.rows: Any = None  #: updates by rows of a batch (rows.py)
         self.together: Any = None  #: the layers that read the same x (together.py)
         self.place = 0  #: the index among them
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
             self.pop(name, None)
 
     def clear(self) -> None:
-        """Removes the update for good."""
+        """Removes the update permanently."""
         self.take_out()
         self.forget_casts()
 

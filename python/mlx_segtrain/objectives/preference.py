@@ -81,7 +81,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        if apart.shared.size and rows > 1:  # a batch shares what all of its pairs share: nothing
+        # A batch can only share tokens that all of its pairs share, and these share none.
+        if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
         if apart.shared.size:

@@ -107,8 +107,8 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     """Makes 'auto' take the fastest implementation for these heads from now on; returns their
     times, measured now or earlier.
 
-    Implementations that failed the self-check are neither used nor timed. Without `measures`, for
-    when another process may be computing, nothing is checked or timed, and only stored times are
+    Implementations that failed the self-check are neither used nor timed. If `measures` is false,
+    because another process may be computing, nothing is checked or timed, and only stored times are
     used.
     """
     heads = list(dict.fromkeys(wanted))

@@ -56,7 +56,7 @@ MOST_CONFINED = 2
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: Maximum bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
-#: How an operator can provide a model.
+#: How the operator can make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
 #: Jobs that clients may submit at once, and per minute.
 BURST, PER_MINUTE = 60, 60
@@ -157,7 +157,7 @@ class Service:
         """Whether requests are refused until the current job has ended."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
-    # What is on disk
+    # Models, data and adapters on disk
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
         """Returns models that can be read; unreadable ones are added to `faults`."""

@@ -311,8 +311,8 @@ class Run:
             self.asked_to_stop = self.wants_to_stop
 
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
-        """Returns the state after the next step, and its outcome. The ranks sum all their results
-        in one operation, so that a rank may retry what comes before or after it."""
+        """Returns the state after the next step, and its outcome. The ranks sum all results in one
+        operation, so that a rank may retry the parts of the step before and after it."""
         step, at = self.step, self.state.at
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))

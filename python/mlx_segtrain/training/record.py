@@ -217,7 +217,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         warn(f"{change}: the rest of the run differs from what it would have been")
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
-        if what.startswith("rewards"):  # the user may have fixed a reward that failed
+        if what.startswith("rewards"):  # the user may have repaired a reward that failed
             warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue

@@ -27,7 +27,7 @@ from mlx_segtrain.training.curves import draw
 # A step of 4 short rows takes two seconds on 2 cores; after 20 the loss has fallen by a quarter.
 ITERS = 20
 SHOWN = 3  # held-out questions that are answered before and after
-ANSWER_TOKENS = 30  # docstrings take 12 on average
+ANSWER_TOKENS = 30  # tokens; docstrings take 12 on average
 
 
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:

@@ -19,7 +19,7 @@ from ...errors import InputError, word
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
-#: Fields that may be false, and fields that may be empty lists.
+#: Values of fields that may be false, and of fields that may be empty lists.
 OFF = (
     *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),

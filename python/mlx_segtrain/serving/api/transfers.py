@@ -200,7 +200,7 @@ async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[
         if kind == "adapters":
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
-        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to arrive
+        _check_unused(service, path.parent, ADVICE)  # the upload may have taken an hour
         await run_in_threadpool(written.close)  # the disk may take long
     return size
 

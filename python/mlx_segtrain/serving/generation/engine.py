@@ -91,7 +91,8 @@ class Engine:
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
-        self.adapters: dict[str, Mounted] = {}  # replaced and never modified: others read it
+        # Replaced and never modified, because other threads read it.
+        self.adapters: dict[str, Mounted] = {}
         self.default: str | None = None  #: for requests that name no adapter
         self._cache_bytes = cache_bytes
         self._short = False  # whether a job needs the memory: no prompt is cached then
@@ -374,7 +375,7 @@ class Engine:
                     if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # until here generate() must see the command
+                self._commands.popleft()  # generate() must see the command until here
             if command.future.cancelled():
                 continue
             if error is None:
