@@ -284,7 +284,7 @@ BAD = [
     (by_segments(np.array([0, 2, 5])), r"array of 5 integer ids; got an array \[3\] of int64"),
     (by_segments(mx.array([0.0] * 5)), r"array of 5 integer ids; got an array \[5\] of .*float32"),
     (by_segments(mx.zeros((5, 1), mx.int32)), r"got an array \[5, 1\] of .*int32"),
-    (by_segments(np.array([1, 2, 2, -1, 1])), r"each segment's id in one run; got 1 in more"),
+    (by_segments(np.array([1, 2, 2, -1, 1])), r"equal ids to be adjacent; got 1 in two places"),
 ]
 
 

@@ -145,7 +145,7 @@ def test_times_are_those_of_the_work():
 def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
     break_kernel(monkeypatch, op, fault)
     found = doctor.failed(doctor.check())
-    assert list(found) == [op] and found[op].endswith("e-02 away from the plain code")
+    assert list(found) == [op] and found[op].endswith("e-02 against the plain code")
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
@@ -230,7 +230,7 @@ def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
     assert wrong["error"] == pytest.approx(0.01, rel=0.1)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "rms_norm: 1.0e-02 away from the plain code" in out and " wrong " in out
+    assert "rms_norm: relative error 1.0e-02 against the plain code" in out and " wrong " in out
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])

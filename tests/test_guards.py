@@ -326,7 +326,7 @@ def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch)
 
     train(config_of(llama4, data, tmp_path / "a"), on_event)
     (text,) = warnings_of(told)
-    assert "metrics.jsonl cannot be written (No space left on device); its lines wait" in text
+    assert "metrics.jsonl cannot be written (No space left on device); trying again" in text
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
 
 

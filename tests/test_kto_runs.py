@@ -40,7 +40,7 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
     warnings = [event["message"] for event in seen if event["type"] == "warning"]
-    said = "9 rows are wanted and 3 are not; with these weights that is 3.00 to 1"
+    said = "9 rows are desirable and 3 are not; with these weights that is 3.00 to 1"
     assert any(said in w and "set a desirable_weight of 0.333 to 0.444" in w for w in warnings)
     steps = [event for event in seen if event.get("kind") == "train"]
     kinds = [("desirable_reward" in s, "undesirable_reward" in s) for s in steps]

@@ -234,7 +234,7 @@ def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
         task.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 10))
-    assert "memory was not given back" in caplog.text
+    assert "memory could not be freed" in caplog.text
 
 
 # Counters, and replacing the model

@@ -186,7 +186,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", '[{"a": 1}] x', "a.json continues after the end of its list"),
         ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
         ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row holds a lone surrogate"),
-        ("a.json", b'[{"a": "\xff"}]', "a.json:1: the row or one after it is not UTF-8"),
+        ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not UTF-8"),
         ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not JSON"),
         ("a.csv", "a,b\n1,2\n\n1\n", "a.csv:2: the row has 1 cells, but the header has 2"),
         ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "a.csv:2: the row is not CSV"),
@@ -565,7 +565,7 @@ def test_splits_of_python(tmp_path):
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),
-        ({"test": []}, "has no \"train\": it needs that split, but has 'test'"),
+        ({"test": []}, "has no split \"train\", only 'test'"),
     ],
 )
 def test_python_data_that_cannot_be_used(data, says):

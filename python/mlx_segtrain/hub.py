@@ -224,7 +224,7 @@ def fetch(
 ) -> Path:
     """Returns the cache's snapshot of a repository, with all wanted files.
 
-    `tell` gets events of the stage load, with the `share` of the download, at most four a second.
+    `tell` gets events of the stage load, with the `share` of the download, at most four per second.
     `check` raises InputError for a repository whose files (bytes by name) are unusable. Without
     `ask` no request is sent.
     """
@@ -507,7 +507,9 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
-        raise InputError(f"{repository.id}: the hub has no checksum of {name}.")
+        raise InputError(
+            f"{repository.id}: the hub has no checksum of {name}, so it cannot be verified."
+        )
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
     _fill(repository, name, url, blob, facts.size, meter)
@@ -619,7 +621,8 @@ def _header(repository: Repository, name: str) -> bytes:
 
 
 def _is(file: BinaryIO, etag: str) -> bool:
-    """Returns whether the hash of a file, git's or SHA-256, is the etag; True for other etags."""
+    """Returns whether the file matches the etag if that is a hash (git's or SHA-256); True for
+    other etags."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if len(etag) == 64:

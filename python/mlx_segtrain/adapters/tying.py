@@ -49,8 +49,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights}: whether the embedding is also the head is unknown without "
-        "the base model: add its folder with --model."
+        f"{folder.weights}: the base model must show whether the embedding is also the head: add "
+        "its folder with --model."
     )
 
 

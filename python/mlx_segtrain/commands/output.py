@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet`: warnings and results only. `verbose`: one line for every step and event.
+    """`quiet` shows only warnings and results; `verbose` shows a line for every step and event.
 
     Raises InputError if `log_file` cannot be opened.
     """

@@ -178,7 +178,7 @@ def show_result(
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
         better = "higher reward" if rewarded else "lower validation loss"
-        state = f"no {better} any more: stopped after"
+        state = f"stopped early, without a {better}, after"
     show.say(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     if result.interrupted and not result.steps:
         show.say("nothing was saved: no step was finished")

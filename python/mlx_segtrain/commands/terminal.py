@@ -105,9 +105,9 @@ class Terminal:
         self._task: TaskID | None = None
         self._waiting: TaskID | None = None
         self._told = 0.0
-        self._budget: float | None = None  # in 10⁹ bytes, of the plan
-        self._loss = ""  # of the last evaluation
-        self._last: Event | None = None  # what the bar shows
+        self._budget: float | None = None  # the budget of the memory plan, in 10⁹ bytes
+        self._loss = ""  # the loss of the last evaluation
+        self._last: Event | None = None  # the event whose figures the bar shows
 
     def __enter__(self) -> Terminal:
         self._bar.start()

@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both sequences of each pair, whole. In every pair the first `shared` tokens of the two
+    """Both complete sequences of each pair. In every pair the first `shared` tokens of the two
     sequences are the same. `reference` is float32 [2B], chosen ones first, or None."""
 
     chosen: Batch

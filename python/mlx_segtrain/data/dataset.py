@@ -80,7 +80,7 @@ class Dataset:
         return replace(self, rows=picked, columns=self.columns.take(chosen))
 
     def in_rows_of(self, tokens: int) -> "Dataset":
-        """Returns the samples, none of them longer, packed into rows of this many tokens."""
+        """Returns the samples packed into rows of this many tokens; no sample may be longer."""
         return replace(self, packed=tokens)
 
     @cached_property

@@ -74,7 +74,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
         raise InputError(
-            f'{where} asks to be in the loss, but its role is "{known}" and only "assistant" '
+            f'{where} should be in the loss, but its role is "{known}" and only "assistant" '
             'messages can be; remove "train" and "weight".'
         )
     content = message.get("content")

@@ -79,7 +79,7 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature that divides logits before log-probabilities are taken."""
+        """The temperature that divides logits before log-probabilities are computed."""
         return 1.0
 
     @property

@@ -1,4 +1,4 @@
-"""From logits to text: chooses tokens, and decodes text as far as it is final."""
+"""Chooses tokens from logits, and decodes them to text as far as the text is final."""
 
 import math
 import os

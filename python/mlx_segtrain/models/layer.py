@@ -79,8 +79,8 @@ class Linears:
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors; for kinds with an array, which then adds the
-        bias, the base has none."""
+        """Returns the linear layer with its factors. For kinds with another array, its base has no
+        bias, because the object that applies the array adds it."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)

@@ -115,8 +115,8 @@ class Alone(Responses):
 
 @dataclass(frozen=True)
 class Divergence(Responses):
-    """Outputs the log-ratio of the model with and without its adapter for responses of other rows,
-    as this batch's part of the mean over the rows of a step, and no loss."""
+    """Outputs no loss, but the log-ratio of the model with its adapter to the model without it, for
+    responses of other rows: this batch's part of the mean over the rows of a step."""
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
@@ -167,9 +167,9 @@ class Kto(Responses):
             return []
         ends = [self.undesirable * rows[1] * end / rows[0] for end in ADVISED]
         return [
-            f"{data.name}: {rows[0]:,} rows are wanted and {rows[1]:,} are not; with these weights "
-            f"that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to 1.33: "
-            f"set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
+            f"{data.name}: {rows[0]:,} rows are desirable and {rows[1]:,} are not; with these "
+            f"weights that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to "
+            f"1.33: set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
         ]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:

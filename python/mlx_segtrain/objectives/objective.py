@@ -76,8 +76,8 @@ class Objective:
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams as which a batch runs; by default one of single sequences, padded or
-        packed."""
+        """Returns the streams in which a batch runs; by default one stream of single sequences,
+        padded or packed."""
         if not batch.packed:
             return SINGLE
         # The last token of a sequence is only predicted, and its first one is never.

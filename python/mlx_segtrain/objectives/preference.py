@@ -81,7 +81,7 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # A batch can only share tokens that all of its pairs share, and these share none.
+        # A batch can only share tokens that all of its pairs share; these pairs share none.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []

@@ -31,7 +31,7 @@ HALVES = (mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Heads:
-    """A kind of attention calls; `causal`: without window, segments or softcap."""
+    """A kind of attention call; `causal` calls have no window, segments or softcap."""
 
     heads: int
     groups: int

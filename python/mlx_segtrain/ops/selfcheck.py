@@ -158,7 +158,7 @@ def check_call(call: Call) -> Check:
     bound = call.bound
     if bound is None:
         bound = FLOAT_BOUND if call.args[0].dtype == mx.float32 else HALF_BOUND
-    reason = "" if error <= bound else f"{error:.1e} away from the plain code"
+    reason = "" if error <= bound else f"relative error {error:.1e} against the plain code"
     return Check(call.op, call.case, error, reason=reason)
 
 

@@ -130,7 +130,7 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # Factors and AdamW's two moments; on a GPU, plus a measured constant.
+        # The factors and AdamW's two moments; on a GPU also a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,

@@ -64,7 +64,7 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits, in a sentence, and the plan if it does."""
+    """Whether a run fits, as a sentence, and the plan if it does."""
 
     fits: bool
     message: str
@@ -150,7 +150,7 @@ class Service:
             except RunError:  # the engine is busy, or has ended and logged that
                 continue
             except Exception:
-                logger.exception("memory was not given back")
+                logger.exception("memory could not be freed")
 
     @property
     def waits(self) -> bool:

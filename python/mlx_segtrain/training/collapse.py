@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Chance does not explain this many standard errors, even if the test is repeated at every step.
+#: A loss of this many standard errors is not due to chance, even if the test is repeated at every
+#: step.
 ERRORS = 5
 
 

@@ -186,7 +186,8 @@ class Cycle(Stepper):
         return new, replace(outcome, metrics=metrics)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns minus the mean reward of one greedy completion per prompt, and the means."""
+        """Returns the negated mean reward of one greedy completion per prompt, and the metrics
+        (Rollouts.means)."""
         setup = self.setup
         assert setup.valid is not None
         rows = list(setup.valid.rows)
@@ -219,7 +220,7 @@ class Cycle(Stepper):
             # The peak of the updates is measured separately, to compare it with their plan.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Raised outside of the handler, because the exception's frames hold arrays.
+        # Raised outside of the handler, because the caught exception's frames keep arrays alive.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "

@@ -102,7 +102,8 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Returns greedy answers; each prompt reuses the cache of what it shares with the last one."""
+    """Returns greedy answers; each prompt reuses the cache of the tokens that it shares with the
+    previous one."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 

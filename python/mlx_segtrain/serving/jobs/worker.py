@@ -47,7 +47,7 @@ class Printed(io.TextIOBase):
             # Only the last state of a progress bar is kept.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
-            tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
+            tell({"type": "log", "line": line if self.left > 0 else "further output is not logged"})
 
     def end(self) -> None:
         self._tell(self.rest)
