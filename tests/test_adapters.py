@@ -343,7 +343,7 @@ def test_factors_that_make_no_sense(chain, tmp_path):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """Written by mlx_lm.lora; with keys null, mlx-lm adapts every linear layer."""
+    """mlx_lm.lora writes the adapter; if keys is null, it adapts every linear layer."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

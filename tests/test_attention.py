@@ -303,7 +303,7 @@ def test_the_core_checks_its_ranges():
 
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_the_same_bits_again(head):
-    """Rows are long enough for a GPU's libraries, which by default sum in any order."""
+    """Rows are so long that libraries on a GPU would by default sum in any order."""
     length = 8192 if ON_GPU else 256
     rng = np.random.default_rng(0)
     (q, _), (k, _), (do, _) = (

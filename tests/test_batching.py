@@ -332,7 +332,8 @@ def test_no_request_s_adapter_reaches_another(shared, said):
 
 
 def test_logprobs_are_the_model_s(shared, said):
-    """For the chosen and the most likely tokens, alone and in a batch, up to rounding."""
+    """The log-probabilities of the chosen and the most likely tokens are those of the model, alone
+    and in a batch, up to rounding."""
 
     async def main():
         crowd = [ask(shared, name, logprobs=i) for i, name in enumerate(["b", "none", "dora"])]
@@ -356,7 +357,7 @@ def test_logprobs_are_the_model_s(shared, said):
 
 
 def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
-    """Neither concurrent requests nor cached prompts change them."""
+    """Neither concurrent requests nor cached prompts change a deterministic answer."""
     long = [97 + (7 * i) % 26 for i in range(300)]
 
     def bits(pieces):
@@ -553,5 +554,6 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
 
     sizes = asyncio.run(main())
     engine.close()
-    # The loop's variables may hold the last batch's few numbers; 4 bytes per request would be 800.
+    # The loop's variables may hold a few numbers of the last batch; if 4 bytes per request were
+    # kept, there would be 800.
     assert sizes[-1] <= sizes[0] + 256, sizes

@@ -113,7 +113,7 @@ def assert_same(a, b):
 def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     tmp_path, tokenizer, model, kept, form, part
 ):
-    """Also if rows are truncated to a length that only some of them exceed."""
+    """This also holds if rows are truncated to a length that only some of them exceed."""
     data = write(tmp_path / "data", rows_of(form, 90))
     plain, _ = load_dataset(data, tokenizer, of(form, max_seq_length=4096))
     how = of(form, max_seq_length=int(np.percentile(plain.columns.length, part)))

@@ -119,7 +119,7 @@ def test_the_system_s_text_twice(tmp_path):
         read(tmp_path, {"conversations": messages, "system": "Be quick."})
 
 
-#: A row with the keys of several formats has the first of them.
+#: A row with the keys of several formats has the first of these formats.
 ORDER = [
     ({"prompt", "chosen", "rejected"}, "preference"),
     ({"prompt", "completion", "label"}, "kto"),

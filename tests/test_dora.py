@@ -63,7 +63,8 @@ def run(chain, adapter, batch, cuts, dropout=None):
 @pytest.mark.parametrize("dtype,bound", [("float32", 2e-6), ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_formula(quantized, dtype, bound):
-    """Compared with float64, where the gradient treats the norm as a constant."""
+    """The layer is compared with the formula in float64, where the gradient treats the norm as a
+    constant."""
     rng = np.random.default_rng(0)
     linear = nn.Linear(64, 1100, bias=True)
     if quantized:

@@ -190,7 +190,8 @@ def talkative(monkeypatch):
 
 
 def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
-    """Also if other conversations with turns of other lengths are decoded in the same batch."""
+    """This also holds if other conversations, with turns of other lengths, are decoded in the same
+    batch."""
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt

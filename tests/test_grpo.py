@@ -127,7 +127,7 @@ def test_advantages():
 
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
 def test_a_token_that_was_certain_counts(kind):
-    """Its log-probability was 0, which must not be treated as missing."""
+    """The token's log-probability was 0, which must not be treated as missing."""
     own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
     reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
     loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
@@ -401,7 +401,7 @@ def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_full_pass_is_of_max_seq_length(packing):
-    """Its size does not depend on the number of prompts per step."""
+    """The size of a full pass does not depend on the number of prompts per step."""
     how = {"max_completion_tokens": 80, "max_seq_length": 200, "packing": packing}
     one, many = (full_batch(config_of(batch_size=n, **how)) for n in (1, 9))
     assert one == many and 150 < one.rows * one.streams[0].length < 200

@@ -342,7 +342,7 @@ def test_the_last_write_that_fails_is_said(llama4, data, tmp_path, monkeypatch):
 
 
 def test_training_in_a_thread(llama4, data, tmp_path):
-    """In a thread, which gets no signals."""
+    """A run also works in a thread, which gets no signals."""
     found = []
     config = config_of(llama4, data, tmp_path / "a", iters=2)
     thread = threading.Thread(target=lambda: found.append(train(config).steps))

@@ -140,7 +140,7 @@ def plain(name, objective, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["kto", "below 0", "apo_zero_unpaired"])
 def test_loss_and_gradients_are_trls_in_float64(name, kind):
-    """With a divergence above 0, one below 0, which is clipped, and none."""
+    """Tests a divergence above 0, one below 0, which is clipped, and none."""
     own = "apo_zero_unpaired" if kind == "apo_zero_unpaired" else "kto"
     objective, batch = Kto(BETA, own, 1.3, 0.7), batch_of(own)
     if own == "kto":

@@ -35,7 +35,8 @@ def config(model, rows, out, **changes):
 
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
-    """A step without rows of a kind has no reward of it; a warning names the paper's weights."""
+    """A step without desirable (or undesirable) rows reports no reward for them; a warning names
+    the range of weights in the paper."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
@@ -51,7 +52,7 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     seen = []
     train(config(llama4, rows, tmp_path / "b", **how, steps_per_report=12), seen.append)
     (_, whole) = [event for event in seen if event.get("kind") == "train"]
-    # The means over the steps of this report that have a row of the kind.
+    # The means over the steps of this report that have such a row.
     for name in ("desirable_reward", "undesirable_reward", "kl"):
         own = [s[name] for s in steps if name in s]
         assert whole[name] == pytest.approx(sum(own) / len(own), rel=1e-5)

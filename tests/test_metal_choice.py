@@ -120,7 +120,7 @@ def test_the_order_that_is_built_in_decides_between_equals():
 
 
 def test_what_does_not_serve_has_no_time(monkeypatch):
-    """On this machine, with few tokens: MLX's attention is not used on a CPU."""
+    """Measures on this machine with few tokens; MLX's attention is not used on a CPU."""
     monkeypatch.setattr(choice, "TOKENS", 40)
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))

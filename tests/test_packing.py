@@ -228,7 +228,7 @@ def write_data(folder, lengths=(3, 30, 9, 50, 12, 5, 22, 40, 7, 16)):
 
 
 def test_an_epoch_of_packed_rows(llama4, tmp_path):
-    """It has every row, in fewer steps, and evaluations give the loss of single rows."""
+    """An epoch has every row, in fewer steps, and evaluations give the loss of single rows."""
     data, told = write_data(tmp_path / "data"), []
     how = {"epochs": 1.0, "max_seq_length": 64, "learning_rate": 1e-6}
     packed = train(config_of(llama4, data, tmp_path / "a", packing=True, **how), told.append)

@@ -222,8 +222,8 @@ def test_every_family_is_as_mlx_lms(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 @pytest.mark.parametrize("shared", [1, 5, 9, 12, 15])
 def test_a_shared_prefix_is_two_forwards(name, shared):
-    """Also if the ends of the prompts differ (5 of 9), or the responses begin with the same
-    tokens."""
+    """This also holds if the ends of the prompts differ (only 5 of 9 tokens are shared), or if the
+    responses begin with the same tokens."""
     for objective in (OBJECTIVES["sigmoid"], OBJECTIVES["orpo"]):
         batch = pair_batch(shared)
         apart = PairBatch(batch.chosen, batch.rejected, 0, batch.rows, batch.reference)
@@ -267,7 +267,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7, 2)])
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "orpo"])
 def test_every_cut_gives_the_same_bits(name, dropout, kind):
-    """Also with dropout: recomputation uses the same masks."""
+    """This also holds with dropout, because recomputation uses the same masks."""
     objective = Sft() if kind == "sft" else OBJECTIVES[kind]
     batch = pair_batch(9)
     batch = batch.chosen if kind == "sft" else batch

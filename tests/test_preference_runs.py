@@ -165,8 +165,8 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_warm_start_goes_on_from_an_adapter(method, llama_mixed, data, pairs, tmp_path):
-    """It keeps the adapter's ranks (4 and 8) and multipliers; the first loss is the last one of the
-    earlier run."""
+    """The run keeps the adapter's ranks (4 and 8) and multipliers; its first loss is the last one
+    of the earlier run."""
     first = setup_of(method, llama_mixed, data, pairs, tmp_path / "a", rank=4, rs_lora=True)
     before = train(first)
     more = {"warm_start": tmp_path / "a", "iters": 3}

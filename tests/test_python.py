@@ -52,7 +52,7 @@ def test_callbacks_get_the_metrics_of_every_step_and_evaluation(trained):
 
 
 def test_the_training_loss_is_the_same_mean_wherever_it_is_shown(trained, llama4, tmp_path):
-    """It is the mean over the last steps_per_report steps, here 4."""
+    """The training loss is the mean over the last steps_per_report steps, here 4."""
     result, steps, _ = trained
     single = []
     config = {**result.config.model_dump(exclude_unset=True), "adapter_path": tmp_path / "a"}

@@ -151,7 +151,8 @@ def test_what_a_primitive_holds_is_compared():
 
 
 def test_nothing_of_a_step_stays():
-    """Not even arrays to which a function with a custom derivative refers."""
+    """No array of a step stays in memory, not even one to which a function with a custom derivative
+    refers."""
 
     def own(params, h):
         @mx.custom_function

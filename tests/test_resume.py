@@ -418,7 +418,7 @@ def test_fewer_steps_than_there_were(llama4, data, tmp_path):
 
 
 def test_another_future_has_its_own_best(llama4, data, tmp_path):
-    """Nothing stays of later steps, which the run may reach in another state."""
+    """Nothing of later steps is kept, because the run may reach these steps in another state."""
     options = {"iters": 8, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama4, data, tmp_path / "a", **options))
     shutil.rmtree(checkpoint_of(tmp_path / "a"))

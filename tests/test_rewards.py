@@ -59,7 +59,7 @@ def test_a_pattern_takes_linear_time():
 
 
 def test_functions_may_import_torch(tmp_path, monkeypatch):
-    """They can even in a command, which hides torch from transformers."""
+    """Reward functions may import torch even in a command, which hides torch from transformers."""
     (tmp_path / "torch.py").write_text("length = len\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)  # as hide_torch() does

@@ -205,8 +205,8 @@ def test_every_move_traces_what_mx_compile_would_fuse():
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU works too fast for it")
 def test_a_step_is_interrupted_between_layers():
-    """Also while the CPU computes and Python waits; only a small part of the step is then
-    pending."""
+    """This also works while the CPU computes and Python waits, because only a small part of the
+    step is pending at a time."""
     x = mx.random.normal((140, 140), key=mx.random.key(0)) / 12
 
     def layer(p, h):

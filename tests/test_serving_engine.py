@@ -170,7 +170,7 @@ def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
 
 
 def test_no_adapter_gets_the_prompts_of_another(shared, fresh, adapters, said):
-    """Nor does an adapter that is mounted later under the same id."""
+    """An adapter that is mounted later under the same id does not get them, either."""
     prompt = list(b"An id is a name and no more")
     for name in ("a", "b"):
         asyncio.run(fresh.mount("x", adapters[name]))
@@ -208,7 +208,7 @@ def test_prompts_make_room_for_a_job(fresh):
 
 
 def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
-    """They are freed at once, not at the next check; a failed check is logged, and checks
+    """Cached prompts are freed at once, not at the next check; a failed check is logged, and checks
     continue."""
 
     class Fake:
@@ -280,7 +280,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
 
 
 def test_who_stops_waiting_for_a_model_holds_up_nobody(model, monkeypatch):
-    """Its tokenizer keeps loading for seconds; only the thread that closes it waits for that."""
+    """The model's tokenizer keeps loading for seconds; only the thread that closes it waits for
+    that."""
     loads, goes_on = threading.Event(), threading.Event()
 
     def start(confined):

@@ -291,8 +291,8 @@ def test_peft_computes_with_one_update_of_both_as_we_do(tie, hf, bases, tmp_path
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "apart"])
 def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
-    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not on the
-    tied."""
+    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not like ours on
+    the tied one."""
     folder = peft_folder(tmp_path / "theirs", kind)
     theirs = peft_logits(hf, bases["tied"], folder)
     assert_close("as beside a head", logits(bases["untied"], folder), theirs, 1e-4)

@@ -128,7 +128,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def lora_linear(x, w, bias, a, b, scale, mask=1.0):
-    """mask: 0 or 1 / (1 − dropout)."""
+    """The elements of `mask` are 0 or 1 / (1 − dropout)."""
     return x @ w.T + bias + scale * (mask * x) @ a @ b
 
 

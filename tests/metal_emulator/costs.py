@@ -38,7 +38,7 @@ HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
 #: Head sizes and windows, as Gemma's layers have them.
 WINDOWS = ((128, 512), (256, 512))
-#: The clocks that a part of a core needs for an instruction of 32 lanes; and the arithmetic
+#: The clock cycles that a part of a core needs for an instruction for 32 lanes; and the arithmetic
 #: instructions per score besides products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
 #: Two lengths at which kernels are counted, to separate the terms that grow with their square.

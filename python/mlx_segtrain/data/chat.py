@@ -21,8 +21,8 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: A generation prompt is found in another rendering by its last characters: these numbers of
-#: characters are tried, the longest text first.
+#: A generation prompt is located in another rendering by its last characters. These numbers of
+#: characters are tried, beginning with the largest.
 ANCHORS = range(40, 3, -1)
 #: If no spelling is lossless, all of them are tried for this many rows with the same traits.
 MOST_SEARCHES = 20
