@@ -80,9 +80,9 @@ def read_stored(
 ) -> Adapter:
     """Reads an adapter folder without its model; layers get the names that mlx-lm gives them.
 
-    `tied`: the base has no separate head; by default that is looked up where it matters, in
-    `model_dir` or the base that the adapter names. Raises InputError like read_adapter, except for
-    faults that require the model to be found, and if `tied` cannot be determined.
+    `tied` says whether the base lacks a separate head; by default, this is looked up in `model_dir`
+    or in the base that the adapter names, if it matters. Raises InputError like read_adapter,
+    except for faults that require the model to be found, and if `tied` cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)

@@ -247,7 +247,8 @@ class Terminal:
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
     def _figures(self, event: Event, wide: bool) -> str:
-        """Returns loss, speed, memory and remaining time; fewer details unless `wide`."""
+        """Returns loss, speed, memory and remaining time, with fewer details unless `wide` is
+        set."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
         of = "" if self._budget is None else f" of {self._budget:.2f}"

@@ -277,7 +277,7 @@ def _common(a: str, b: str) -> int:
 
 class _Stops:
     """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`),
-    and the text that is appended to a response without a stop (None: no text)."""
+    and the text that is appended to a response without a stop, or None for no text."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}

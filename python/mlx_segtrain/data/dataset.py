@@ -227,7 +227,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split = {asked} is less than one row of {train.name}, counting equal rows "
+                f"val_split = {asked} is less than one row of {train.name}, with equal rows kept "
                 "together: raise it.",
                 field="val_split",
             )

@@ -77,8 +77,8 @@ class Grpo(Objective):
         return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
     def _shape(self, longest: int, shortest: int) -> BatchShape:
-        """Returns the largest pass of completions that, with their prompts, have `shortest` to
-        `longest` tokens."""
+        """Returns the shape of the largest pass, given that completions with their prompts have
+        `shortest` to `longest` tokens."""
         if self.packs:
             whole, rest = divmod(self.length, shortest + self.most)
             loss = whole * self.most + max(rest - shortest, 0)

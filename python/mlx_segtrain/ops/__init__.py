@@ -498,6 +498,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Returns a quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the
-    CPU."""
+    """Returns a quantized weight as an array [out, in] of `dtype`. Equals mx.dequantize, which on
+    the CPU computes in float32."""
     return _core.dequantize(base, dtype)

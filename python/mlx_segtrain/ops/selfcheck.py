@@ -35,8 +35,8 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 class Call:
     """A kernel and the plain code, to be called with the same arrays.
 
-    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; None: it
-    depends on the dtype.
+    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; if it is
+    None, the maximum depends on the dtype.
     """
 
     op: str

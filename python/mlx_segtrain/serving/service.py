@@ -326,7 +326,7 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation, with or without an adapter; `with_base`: both."""
+        """Submits an evaluation with or without an adapter, or both if `with_base` is set."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(

@@ -227,8 +227,8 @@ class Engine:
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds. `alone`: once no
-        answer is being generated; raises Busy if that takes too long."""
+        """Runs a function on the engine's thread, between two rounds. With `alone`, it first waits
+        until no answer is being generated, and raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -499,7 +499,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out of their batches; `keep`: they keep their caches."""
+        """Takes requests out of their batches; with `keep`, they keep their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:

@@ -37,7 +37,8 @@ MOST_SUM_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model. `created`: seconds since 1970. `max_length`: tokens, None if not known."""
+    """A loaded model. `created` is a time in seconds since 1970; `max_length` is in tokens, or None
+    if it is not known."""
 
     id: str
     path: Path
@@ -84,7 +85,7 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Mounted:
-    """An adapter in memory. `rank`: the largest; `scale`: the multiplier of most layers."""
+    """An adapter in memory. `rank` is its largest rank, `scale` the multiplier of most layers."""
 
     id: str
     path: Path

@@ -46,7 +46,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
     """Returns some events after an offset, as (id, JSON), and the offset after them.
 
-    `ended`: nothing more will be written, so an incomplete last line also counts.
+    `ended` says that nothing more will be written, so an incomplete last line also counts.
     """
     try:
         with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """The kinds of jobs: everything that depends on a job's kind is declared here.
 
 The functions that run jobs are called in a job's process (worker.py), which sends its first event
-before it imports anything heavy; so these functions import what they need.
+before it imports large packages; so these functions import what they need.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 FILE has the job's configuration and the folders that it may read; LOCK is the descriptor of a lock
 file, which stays locked as long as the process lives.
 
-The process writes events to stdout, one per line, and the first before it imports anything heavy.
-The server may have ended meanwhile. Lines that libraries print become events of type log: a file
-that they read could contain lines that look like our events.
+The process writes events to stdout, one per line; it writes the first event before it imports large
+packages. The server may have ended meanwhile. Lines that libraries print become events of type log:
+a file that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
