@@ -4,7 +4,7 @@
 // keys first[t] to q_start + t, and first is non-decreasing. D is a multiple of 16, and H of G; rows begin at
 // multiples of 8 bytes.
 //
-//   function              threads of a group   grid                         a group owns   a simdgroup owns
+//   function              threads per group    grid                         per group      per simdgroup
 //   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
 //   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
@@ -37,7 +37,7 @@ struct Tile {
 
 constant constexpr int SIMDS = 4;         // in a threadgroup that owns queries, or in half of one that owns keys
 constant constexpr int BLOCK = 32;        // number of queries and of keys of a block of dS
-constant constexpr int KEYS = 8 * SIMDS;  // of a threadgroup
+constant constexpr int KEYS = 8 * SIMDS;  // keys of a threadgroup
 
 // R: the rows of a simdgroup divided by 8, as many as fit in registers.
 constexpr int forward_blocks(int D) {
@@ -257,7 +257,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
     l[r] = 0;
     keep<KEPT, wide_of(D)>(q_kept + r * KEPT, q + size_t(t[r]) * D, at);
   }
-  // Of this simdgroup's rows: no row sees a key before own_begin, all rows see the keys [all_begin, all_end),
+  // No row of this simdgroup sees a key before own_begin, all rows see the keys [all_begin, all_end),
   // and no row sees a key from own_end on.
   const int own_begin = first[own0], all_begin = first[own1 - 1], all_end = q_start + own0 + 1,
             own_end = q_start + own1;

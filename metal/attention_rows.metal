@@ -6,7 +6,7 @@
 // to q_start + t; `first` has at least q0 + nq elements. s, dp [R, nk] in T or float32; p, ds [R, nk] in T;
 // lse, delta [R] float32; first int32.
 //
-//   function           threads of a group   grid        a group owns
+//   function           threads per group    grid        per group
 //   softmax_rows       256                  256, R      a row
 //   softmax_vjp_rows   256                  256, R      a row
 

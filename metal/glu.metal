@@ -4,7 +4,7 @@
 // thread has PER elements that are THREADS apart, so that a simdgroup always reads neighbours, whatever the
 // arrays' alignment.
 //
-//   function   threads of a group   grid              a group owns
+//   function   threads per group    grid              per group
 //   glu        256                  ceil(n / 1024)    1024 elements
 //   glu_vjp    256                  ceil(n / 1024)    1024 elements
 

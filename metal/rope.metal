@@ -6,7 +6,7 @@
 //
 // positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
 //
-//   function   threads of a group   grid                               a group owns
+//   function   threads per group    grid                               per group
 //   rope       256                  ceil(B*T*H * (D - dims/2) / 256)   256 pairs or single elements
 
 using namespace metal;

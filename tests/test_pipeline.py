@@ -35,7 +35,7 @@ def gradient(self, at, accumulated, total=None):
         np.savez(f"{self.setup.config.adapter_path}-{rank}.npz", **parts)
     return outputs, gradient
 def result(self, *args):
-    gc.collect()  # of the runs before
+    gc.collect()  # frees arrays of earlier runs
     plan = self.step.plan
     share = weight_bytes(plan.shape, plan.part, True) + 3 * 4 * self.setup.own.size
     most = plan.planned.peak if plan.planned else 0

@@ -24,7 +24,7 @@ using Template = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
 
 struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
-  int threads;                       ///< per group
+  int threads;                       ///< threads per group
   int shared_memory = 0;             ///< bytes, CUDA only
   int at_once = 1;                   ///< blocks that must fit on a core, which limits registers; CUDA only
 };

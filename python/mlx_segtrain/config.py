@@ -535,7 +535,7 @@ class TrainConfig(BaseModel):
 
 for _field in TrainConfig.model_fields.values():  # a docstring may take several lines
     _field.description = " ".join((_field.description or "").split())
-TrainConfig.model_rebuild(force=True)  # for its JSON schema
+TrainConfig.model_rebuild(force=True)  # the JSON schema must have the descriptions
 
 #: The facets of every field.
 FACETS: dict[str, Facets] = {

@@ -40,7 +40,7 @@ constexpr half operator""h(long double x) {
 }
 
 namespace emu {
-extern int64_t conversions;  ///< of bfloat to float or back
+extern int64_t conversions;  ///< conversions of bfloat to float or back
 }
 
 /// As in Metal, a float becomes a bfloat only by an explicit conversion.
@@ -202,19 +202,19 @@ struct Block {
 /// The work of a launch. Bytes count every read and write, although a cache would save some, except reads of
 /// constant memory.
 struct Counts {
-  int64_t products;                                                            ///< of matrices of 8 × 8
+  int64_t products;                                                            ///< products of 8 × 8 matrices
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
-  int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< of one lane each
-  int64_t barriers;                                                            ///< of a threadgroup
-  int64_t functions;    ///< exp, log, tanh and alike, of one lane each
-  int64_t conversions;  ///< of bfloat to float or back, of one lane each
+  int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< accesses, each by one lane
+  int64_t barriers;                                                            ///< barriers of a threadgroup
+  int64_t functions;    ///< exp, log, tanh and similar functions, each by one lane
+  int64_t conversions;  ///< conversions of bfloat to float or back, each by one lane
 };
 
 struct Machine {
   Counts counts;
   std::vector<Fiber> fibers;
   std::vector<Simd> simds;
-  std::deque<Block> blocks;  ///< of the launch's arguments
+  std::deque<Block> blocks;  ///< memory of the launch's arguments
   std::deque<Block> shared;
   Fiber* self;
   jmp_buf scheduler;
@@ -359,7 +359,7 @@ ptr<T, Threadgroup> shared(const char* name) {
 
 struct Launch {
   int grid[3], threadgroup[3];
-  int order;  ///< of simdgroups and their lanes: 0 rising, 1 falling, else the seed of a random one
+  int order;  ///< order of simdgroups and lanes: 0 ascending, 1 descending, else a random seed
 };
 
 /// The description of one argument that Python passes.

@@ -190,7 +190,7 @@ static bool run(void (*kernel)(), const Launch& launch) {
   const int n_groups = groups.x * groups.y * groups.z;
   for (int g : order_of(n_groups, launch.order, random)) {
     uint3 at(g % groups.x, g / groups.x % groups.y, g / groups.x / groups.y), here;
-    // Metal cuts the groups at the end of the grid.
+    // Metal truncates the groups at the end of the grid.
     for (int i = 0; i < 3; ++i) here[i] = std::min(size[i], grid[i] - at[i] * size[i]);
     const int n = here.x * here.y * here.z;
     const uint n_simds = (n + LANES - 1) / LANES;

@@ -15,8 +15,8 @@ namespace segtrain {
 
 namespace {
 
-/// Whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function that tells,
-/// so we make a call that requires a fused kernel: it throws at once if there is none.
+/// Whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function for
+/// this, so we make a call that requires a fused kernel; it throws at once if there is none.
 bool has_nax() {
   static const bool has = [] {
     if (!mx::metal::is_available()) return false;

@@ -43,7 +43,7 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
   });
 }
 
-constexpr int THREADS = 256;  ///< per group
+constexpr int THREADS = 256;  ///< threads per group
 
 /// The parameters of a rotation, besides x and the divisors.
 struct Rope {

@@ -55,7 +55,7 @@ def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
 
     An item goes into the row that then has the least room left; equal items are placed together.
     """
-    open_rows: dict[int, list[np.ndarray]] = {}  # by the remaining room
+    open_rows: dict[int, list[np.ndarray]] = {}  # rows by their remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]
     n_rows = 0
 

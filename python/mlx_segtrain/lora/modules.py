@@ -37,7 +37,7 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
-    if isinstance(module, EMBEDDINGS):  # from a token to its vector
+    if isinstance(module, EMBEDDINGS):  # maps a token to its vector
         return (base.out_dims, rank), (rank, base.in_dims)
     return (base.in_dims, rank), (rank, base.out_dims)
 

@@ -237,7 +237,7 @@ class CudnnOp : public mx::Primitive {
     std::lock_guard guard(lock);
     auto handle = handle_of(encoder.device());
     mx::cu::CommandEncoder::CaptureContext capture(encoder);
-    capture.discard = true;  // until everything is captured
+    capture.discard = true;  // discards the graph unless everything is captured
     check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
     std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
     auto uid = uids_.begin();
@@ -258,7 +258,7 @@ class CudnnOp : public mx::Primitive {
   Problem problem_;
   const Plan& plan_;
   float scale_;
-  std::vector<Uid> uids_;  ///< of inputs, then of outputs
+  std::vector<Uid> uids_;  ///< the names of the inputs, then of the outputs
   std::shared_ptr<mx::Primitive> allocation_;
 };
 

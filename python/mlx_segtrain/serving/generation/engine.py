@@ -429,7 +429,7 @@ class Engine:
         mx.eval([layer.state for layer in cache])
         self._rate = (end - request.done) / max(time.monotonic() - begun, 1e-6)
         request.done = end
-        if end == last:  # for requests with the same prompt
+        if end == last:  # other requests may have the same prompt
             self._keep(request, copy.deepcopy(cache))
         return end == last
 
@@ -532,7 +532,7 @@ class Engine:
             return
         self._take_out([request], keep=False)
         failure: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
-        if isinstance(error, InputError):  # from the request's grammar
+        if isinstance(error, InputError):  # the request's grammar raised it
             failure = error
         elif failure is None:
             logger.error("a generation failed", exc_info=error)

@@ -238,7 +238,7 @@ class Linears:
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
-        self.key = None  # until all layers have their updates
+        self.key = None  # unknown until all layers have their updates
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:
