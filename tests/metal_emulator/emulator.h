@@ -497,7 +497,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions = emu::conversions;  // this address space is not used
+    const auto conversions = emu::conversions;  // the kernel's text does not contain this conversion
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }

@@ -41,8 +41,8 @@ class Family(Protocol):
 
     @property
     def TYPES(self) -> Collection[str]:
-        """The `model_type`s of its models and of models for text and images that contain one, and
-        the names of mlx-lm's modules for them."""
+        """The `model_type`s of the family's models, and of multimodal models that contain such a
+        model; and the names of mlx-lm's modules for them."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:

@@ -485,12 +485,11 @@ def linear_log_probs(
     """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0
-    and no gradient, and is not computed; for that, on a GPU, the host waits for the targets when
-    the graph is built. If they are traced, or with `padded=False`, every row is computed. `softcap`
-    c replaces z by c·tanh(z / c).
-    On CUDA dh of each row is computed in the forward pass and kept, and `needs_grad=False` skips
-    it; elsewhere the backward pass computes z again, one chunk of rows at a time.
-    For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+    and no gradient, and is not computed. To find such rows on a GPU, the host waits for the targets
+    when the graph is built. If they are traced, or with `padded=False`, every row is computed.
+    `softcap` c replaces z by c·tanh(z / c). On CUDA dh of each row is computed in the forward pass
+    and kept, and `needs_grad=False` skips it; elsewhere the backward pass computes z again, one
+    chunk of rows at a time. For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     return _core.linear_log_probs(
         h, head, targets, softcap=softcap, needs_grad=needs_grad, padded=padded, impl=impl

@@ -15,7 +15,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings. Raises InputError for wrong ones, and for a server that anyone could use."""
+    """The settings. Raises InputError for wrong settings, and for a server that anyone could
+    use."""
 
     model_dir: Path | None = None
     adapter: Path | None = None
