@@ -582,8 +582,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     products_done<0>();
     keep(s);
   }
-  // Products run one after another without a gap: dP while P is computed, dV while dS is, dK and the next step's S while dQ is
-  // written. Each wait for all of them lets the compiler reuse their registers.
+  // Products run one after another without a gap: dP runs while P is computed, dV while dS is computed, dK
+  // and the next step's S while dQ is written. Each wait for all of them lets the compiler reuse their
+  // registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;

@@ -14,8 +14,8 @@ from mlx_segtrain.ops import reference
 
 IMPLS = ["kernel", "stock", "auto"]
 DTYPES = specs.DTYPES
-#: in, widths, ranks (0: no update). On CUDA the update's columns are appended to the narrower of x
-#: and y.
+#: in, widths, ranks (0 means no update). On CUDA the update's columns are appended to the narrower
+#: of x and y.
 PROJECTIONS = {
     "one wide": (128, [264], [16]),
     "one narrow": (264, [64], [6]),

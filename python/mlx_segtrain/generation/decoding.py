@@ -35,8 +35,8 @@ class Options:
     """How tokens are chosen, and when a sequence ends.
 
     The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, given the model's own
-    probabilities; one of them is sampled with the temperature (0: the most likely one). The
-    repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
+    probabilities; one of them is sampled with the temperature, or, if that is 0, the most likely
+    one is taken. The repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
     arXiv:1909.05858), the other two penalties to tokens of the answer.
     """
 

@@ -530,7 +530,7 @@ def layer_of(
     q_norm = normed("self_attn.q_norm")
     before, between = normed("input_layernorm"), normed("post_attention_layernorm")
     before_mlp = normed("pre_feedforward_layernorm")
-    if before and not before_mlp:  # what comes after attention is then the norm before the MLP
+    if before and not before_mlp:  # the norm after attention is then the norm before the MLP
         before_mlp, between = between, None
     return Layer(
         name=name,

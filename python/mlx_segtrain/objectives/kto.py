@@ -60,7 +60,7 @@ class Responses(Objective):
         b, t = np.nonzero(own.weights[:, 1:])
         unwanted = total.rows - total.wanted
         parts = [1 / n if n else nan for n in (total.rows, total.wanted, unwanted)]
-        # The last token of a sequence is only predicted.
+        # The last token of a sequence is a target, but not an input.
         return {
             **stream_values(chain, SINGLE[0], own.tokens[:, :-1], b, t),
             "targets": ops.upload(own.tokens[b, t + 1]),

@@ -175,7 +175,7 @@ class Pairs(Objective):
         """Returns the tokens [B, T] of a stream, and its rows in the loss as _rows describes
         them."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
-        if not stream.branch:  # the last token of a sequence is only predicted
+        if not stream.branch:  # the last token of a sequence is not an input
             return sides[stream.name], self._rows(batch, stream.name)
         chosen, rejected = self._rows(batch, "chosen"), self._rows(batch, "rejected")
         shared, length = stream.shared, sides["chosen"].shape[1]

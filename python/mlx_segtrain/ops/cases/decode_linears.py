@@ -8,7 +8,7 @@ import mlx.core as mx
 from ... import _core
 from .. import reference, selfcheck
 
-#: Bits of a weight, group size, rows of x, ranks of the linear layers (0: no update).
+#: Bits of a weight, group size, rows of x, ranks of the linear layers (0 means no update).
 CASES = (
     (4, 64, 1, (8, 0, 8)),
     (4, 32, 4, (16, 3)),
