@@ -619,7 +619,7 @@ def test_failures(server, monkeypatch):
     answer = server.http.post("/v1/chat/completions", json=CHAT | {"seed": 1})
     check(answer, 503, "too little memory")
     check(server.http.post("/v1/chat/completions", json=CHAT), 500, "RuntimeError: a bug")
-    with pytest.raises(openai.APIError, match="a bug"):  # when the status has already been sent
+    with pytest.raises(openai.APIError, match="a bug"):  # the status has already been sent
         list(ask(server, stream=True))
     monkeypatch.undo()
     ask(server)

@@ -54,7 +54,7 @@ def test_stages_below_the_first_parameter_run_forward_only_and_are_dropped_at_on
 
 
 def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_back():
-    """As with shared keys and values: b writes kv, and c and d read it."""
+    """kv is like shared keys and values: b writes it, and c and d read it."""
     stages = [
         StageSpec("a", ["h"], ["h"], True),
         StageSpec("b", ["h"], ["h", "kv"], True),

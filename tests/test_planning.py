@@ -265,7 +265,7 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
 
 
 def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
-    """The room costs no recomputation; without it, MLX waits earlier, and needs less memory."""
+    """This room causes no recomputation; without it, MLX waits earlier, and needs less memory."""
     shape = read_shape(llama4)
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
     ranks = ranks_of(shape, **how)

@@ -30,7 +30,7 @@ def configure() -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPython_INCLUDE_DIR={BUILD / 'headers'}",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        # -O3 would take a third longer, and the result does not run. With -O0, zig would add
+        # -O3 would take a third longer, and the compiled code is never run. With -O0, zig would add
         # checks.
         "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
     ]

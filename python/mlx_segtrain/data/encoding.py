@@ -117,8 +117,8 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations whose
-    turns in the loss follow from `train_on`; for `responses` all assistant turns are in the loss.
+    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations, and puts
+    turns into the loss according to `train_on`; `responses` puts all assistant turns into the loss.
     `notes` counts what was read; `bos` are the tokens that the tokenizer adds before a text.
     """
 

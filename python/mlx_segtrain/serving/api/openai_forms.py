@@ -319,7 +319,8 @@ class ChatRequest(Generate):
         None,
         ge=-1,
         le=TOP,
-        description="with logprobs: also return log p of this many alternatives to each token; -1 and 0 mean none",
+        description="with logprobs: also return log p of this many alternatives to each token; "
+        "-1 and 0 mean none",
     )
     neutral = IN_CHAT
     most = 512
