@@ -241,7 +241,7 @@ def test_ranks_are_padded_in_groups(model):
     sizes = {size: stack.groups[0].a.shape[-1] for size, stack in base.rows._stacks.items()}
     assert sizes == {16: 3 * 16, 32: 3 * 20, 64: 3 * 64}
     stacks = dict(base.rows._stacks)
-    base.check([1, 16, 1])  # with adapters that are already stacked
+    base.check([1, 16, 1])  # these adapters are already stacked
     assert base.rows._stacks[16] is stacks[16] and set(base.rows._stacks) == {16}
     base.rows.forget()
     assert not base.rows._stacks and not base.rows.holds([1, 16, 1])

@@ -388,7 +388,7 @@ def test_probe(
         tokens=512,
     )
     probe = replace(monkeypatch, "probe", result)
-    assert cli.main(["probe", *REQUIRED[:4]]) == code  # without --adapter-path
+    assert cli.main(["probe", *REQUIRED[:4]]) == code  # probe needs no --adapter-path
     out = capsys.readouterr().out.split()
     for word in ("1.50", "3.00", "0.500", "0.750", "1,024", "2.2500", "0.1250"):
         assert word in out

@@ -246,7 +246,8 @@ limits.BLOCK = 1500
 load_dataset(Path(sys.argv[1]), load_tokenizer(sys.argv[2]), Options(val_split=0),
              Path(sys.argv[2]), lambda event: print(event["message"], flush=True))
 print("done")
-"""  # without `if __name__ == "__main__"`: our processes do not import the program that starts them
+# No `if __name__ == "__main__"`, since our processes do not import the program that starts them.
+"""
 
 
 def start(data, model):
@@ -387,7 +388,8 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert main(["cache", "prune", "--older", "1"]) == 0
     assert "removed 0 of 1" in capsys.readouterr().out
     assert main(["cache", "prune", "nothing"]) == 2
-    with open(kept / key / "lock", "a", encoding="utf-8") as file:  # as a writing process does
+    # A writing process holds this lock.
+    with open(kept / key / "lock", "a", encoding="utf-8") as file:
         assert cache.lock(file)
         assert main(["cache", "prune", "--all"]) == 0
         assert f"{key} stays" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
         again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
-        assert_close(form, again, ours, 1e-5)  # with padded ranks, sums have another order
+        assert_close(form, again, ours, 1e-5)  # sums over padded ranks have another order
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -34,7 +34,8 @@ def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
     fake.chmod(0o755)
     done = subprocess.run(
         ["make", "-n", "-C", ROOT, f"VENV={folder / 'venv'}", *words],
-        env={"PATH": f"{folder}:{os.environ['PATH']}"},  # without the MAKEFLAGS of `make test`
+        # Must not contain the MAKEFLAGS of `make test`.
+        env={"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
@@ -68,7 +69,7 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
         return
-    if target == "release-check":  # only tools, which check files that were built before
+    if target == "release-check":  # installs only tools, which check files that were built before
         names = {word.partition(">=")[0] for word in got}
         assert names == {"auditwheel", "build", "check-wheel-contents", "twine"}
         return
@@ -88,7 +89,7 @@ def test_peers_that_are_missing_are_said(monkeypatch):
     monkeypatch.setenv("PEERS", "")
     with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
         peers.load_peers()
-    monkeypatch.setenv("PEERS", "1")  # if they are required, nothing is skipped
+    monkeypatch.setenv("PEERS", "1")  # nothing is skipped if they are required
     monkeypatch.setitem(sys.modules, "lib.hf_peers", None)
     with pytest.raises(ImportError):
         peers.load_peers()

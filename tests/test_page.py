@@ -429,7 +429,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     page.get_by_role("button", name="Download", exact=True).first.click()
     failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
-    page.close()  # before the server ends
+    page.close()  # must be closed before the server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):
@@ -745,7 +745,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
 def test_files_of_rows_are_told_apart_by_their_names(browser, names, expected):
     page = browser.new_page()
 
-    def give(route: Any) -> None:  # only the modules, without a server
+    def give(route: Any) -> None:  # provides only the modules, without a server
         name = route.request.url.rpartition("/")[2]
         if name:
             route.fulfill(path=FILES / name, content_type="text/javascript")
@@ -831,7 +831,7 @@ def test_a_job_that_ends_is_told_on_other_pages(user, site):
     )
     user.open("/finetune/library", page=page)
     expect(page.get_by_role("button", name=re.compile("Notifications are on"))).to_be_visible()
-    page.evaluate("globalThis.away = true")  # as if another tab were visible
+    page.evaluate("globalThis.away = true")  # simulates that another tab is visible
     folders = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     id = site.api("/api/finetune/submit", **folders, iters=300, max_seq_length=64)["job_id"]
     expect(page.locator(".now")).to_be_visible(timeout=LONG)
@@ -954,5 +954,5 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}
         urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
-        page.wait_for_url("**/login")  # also on an open page
+        page.wait_for_url("**/login")  # an open page changes, too
         page.context.close()

@@ -31,7 +31,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
     better, worse = ("desirable", "undesirable") if method == "kto" else ("chosen", "rejected")
     assert last[f"{better}_reward"] > last[f"{worse}_reward"]
     assert result.final_val_accuracy == last["accuracy"]
-    if method == "dpo":  # before the first step the model is its own reference
+    if method == "dpo":  # the model is its own reference before the first step
         assert math.isclose(first["loss"], math.log(2), rel_tol=1e-5)
         assert abs(first["margin"]) < 1e-4
     step = next(event for event in seen if event.get("kind") == "train")
@@ -66,7 +66,7 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert run("b", iters=14)[0] == 2
     assert run("b", model=llama, iters=14)[0] == 14 + 6
     weights = llama / "model.safetensors"
-    os.utime(weights, ns=(1, 1))  # as if it had been rewritten
+    os.utime(weights, ns=(1, 1))  # simulates that the file was rewritten
     assert run("b", model=llama)[0] > 0
     assert run("b", reference_free=True)[0] == 0
     for file in (tmp_path / "cache" / "references").iterdir():

@@ -62,7 +62,7 @@ def test_functions_may_import_torch(tmp_path, monkeypatch):
     """Reward functions may import torch even in a command, which hides torch from transformers."""
     (tmp_path / "torch.py").write_text("length = len\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "torch", None)  # as hide_torch() does
+    monkeypatch.setitem(sys.modules, "torch", None)  # hide_torch() does the same
     own = tmp_path / "own.py"
     own.write_text(
         "def longer(completions):\n    import torch\n    return [*map(torch.length, completions)]\n"

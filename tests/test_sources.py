@@ -319,7 +319,7 @@ def test_a_reader_that_has_read_a_smaller_file(tmp_path, monkeypatch):
     write_parquet(small, ROWS)
     content = small.read_bytes()
     footer = 8 + struct.unpack("<I", content[-8:-4])[0]
-    with large.open("wb") as file:  # with zeros before the footer, as a sparse file
+    with large.open("wb") as file:  # a sparse file with zeros before the footer
         file.write(content[:-footer])
         file.seek(1 << 30)
         file.write(content[-footer:])

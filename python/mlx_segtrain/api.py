@@ -238,7 +238,7 @@ def _given(
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)  # as load does
+        model.set_dtype(mx.float32)  # load does the same
     model.train()
     return model, tokenizer, fields
 

@@ -207,7 +207,7 @@ def shared_schema(depth: int, padding: int) -> bytes:
     def target(at: int) -> int:
         return at + struct.unpack_from("<I", content, at)[0]
 
-    message = target(8)  # after the length
+    message = target(8)  # the message follows its length
     items = target(field(target(field(message, 2)), 1)) + 4  # the schema's fields
     for _ in range(depth):
         items = target(field(target(items), 5)) + 4

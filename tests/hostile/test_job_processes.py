@@ -39,7 +39,7 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
     monkeypatch.chdir(start)
     monkeypatch.setenv("PYTHONPATH", "")  # Python treats this as the working directory
     monkeypatch.setattr(processes, "STARTED_IN", str(start))
-    for first in ("", str(start), "."):  # as `python -m` has it
+    for first in ("", str(start), "."):  # the first entry of the path with `python -m`
         with monkeypatch.context() as patch:
             patch.setattr(sys, "path", [first, *sys.path])
             values = {"model_dir": "/nowhere", "data_dir": "/nowhere", "split": "valid"}
@@ -126,7 +126,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
     assert told["args"][:2] == ["mlx_segtrain.serving.jobs.worker", kind]
-    assert told["files"] == [int(told["args"][3])]  # only the lock
+    assert told["files"] == [int(told["args"][3])]  # the job inherits only the lock
 
 
 #: Replaces a job's process; ignores SIGTERM, as compiled code may.

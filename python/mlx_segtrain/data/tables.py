@@ -114,7 +114,7 @@ def main(number: str) -> None:
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     """Sends the blocks of a file. Returns None, or the sentence of an InputError."""
     import pyarrow as pa
-    import pyarrow.parquet  # before memory is limited
+    import pyarrow.parquet  # must be imported before memory is limited
 
     from . import arrow
 

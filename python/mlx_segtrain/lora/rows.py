@@ -262,7 +262,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: bfloat16 is too coarse for a gain near 1
+            if gain is not None:  # bfloat16 is too coarse for a gain near 1 (see dora.py)
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:

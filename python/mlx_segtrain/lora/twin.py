@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> Any:
     that are added to the model later are not in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
-    if not all(module.grouped for module in modules):  # or modules were added since then
+    if not all(module.grouped for module in modules):  # modules were added since then
         put_together(modules, model)
     return _twin(model, {})
 

@@ -107,7 +107,7 @@ def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
 
 def _modules(stdlib: Path) -> list[tuple[str, Path]]:
     found = []
-    for name in sys.stdlib_module_names:  # not the whole folder: it also has site-packages
+    for name in sys.stdlib_module_names:  # does not list the folder, which also has site-packages
         for path in (stdlib / f"{name}.py", *(stdlib / name).rglob("*.py")):
             parts = path.relative_to(stdlib).with_suffix("").parts
             if parts[-1] == "__init__":

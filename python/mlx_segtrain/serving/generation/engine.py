@@ -269,7 +269,7 @@ class Engine:
             while not self._stopped:
                 try:
                     self._turn()
-                except BaseException as error:  # also a panic in Rust; the thread must continue
+                except BaseException as error:  # includes panics in Rust; the thread must continue
                     self._start_over(error)
             self._give_up(Busy("the server is shutting down: try again later."))
         mx.clear_streams()
