@@ -234,6 +234,7 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
         assert_same(again, whole)
 
 
+#: Needs no `if __name__ == "__main__"`: our processes do not import the program that starts them.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -246,7 +247,6 @@ limits.BLOCK = 1500
 load_dataset(Path(sys.argv[1]), load_tokenizer(sys.argv[2]), Options(val_split=0),
              Path(sys.argv[2]), lambda event: print(event["message"], flush=True))
 print("done")
-# No `if __name__ == "__main__"`, since our processes do not import the program that starts them.
 """
 
 
