@@ -86,7 +86,7 @@ def test_equal_rows_are_on_one_side(tmp_path):
     # If all rows are equal, or a row is repeated more often than val_split, none are held out, with
     # a message.
     assert load(tmp_path, [row(1)] * 200)[1] is None
-    with pytest.raises(InputError, match=r"val_split = 3 is less than one row of train\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)
     with pytest.raises(InputError, match=r"val_split = 200 holds out all rows of train\.jsonl"):
         load(tmp_path, rows, val_split=200)

@@ -200,7 +200,8 @@ def test_parts_of_a_plan_hold_their_layers(family):
 
 
 def test_a_part_waits_with_what_its_batches_keep():
-    """Two more batches between their passes take twice the memory that a batch keeps."""
+    """If two more batches wait between their two passes, they take twice the memory that one batch
+    keeps."""
     model = tiny_models.build("llama", num_hidden_layers=4)
     shape = shape_of(tiny_models.config("llama", num_hidden_layers=4), headers(model))
     ranks = dict.fromkeys((path for own in shape.linears for path in own), 4)

@@ -227,8 +227,8 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split = {asked} is less than one row of {train.name}, with equal rows kept "
-                "together: raise it.",
+                f"val_split = {asked} would hold out no row of {train.name}, because equal rows "
+                "stay together: raise it.",
                 field="val_split",
             )
         return replace(own, said=(*own.said, *said)), None

@@ -287,7 +287,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the updates of the adapter in one place, as views."""
+    """Returns the updates of the adapter at one place of the stack, as views."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])

@@ -261,7 +261,8 @@ class Confined:
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            with suppress(OSError):  # the thread that waits for it gets an error, and kills it
+            # The thread that waits for this worker gets an error and kills the worker.
+            with suppress(OSError):
                 worst.wire.shutdown(socket.SHUT_RDWR)
 
     def _give_back(self, worker: _Process, *, failed: bool) -> None:
