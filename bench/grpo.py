@@ -112,7 +112,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Returns for each cycle of TRL's trainer what `cycles_of` returns for ours."""
+    """Like `cycles_of`, for TRL's trainer."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -129,7 +129,8 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Returns for each cycle the seconds of its rollouts and update, and their peaks in bytes."""
+    """Returns the seconds of the rollouts and the update of each cycle, and their peaks in
+    bytes."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

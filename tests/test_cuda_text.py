@@ -275,7 +275,8 @@ def launches(form):
 
 
 def kept(family):
-    """Returns by stage the ratio of the bytes that it keeps for its backward pass to the plan's."""
+    """Returns, for each stage, the bytes that it keeps for its backward pass divided by the
+    plan's."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of

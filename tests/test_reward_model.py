@@ -1,4 +1,5 @@
-"""A reward model: scores of dense and quantized models, like transformers', and its memory."""
+"""A reward model: its scores, dense or quantized, equal those of transformers, and its memory is as
+planned."""
 
 import json
 

@@ -136,9 +136,9 @@ def train(
     `on_event` is given, which receives the run's events (mlx_segtrain.events). `on_step` and
     `on_eval` receive the metrics of every step and every evaluation as a dict; one that returns
     True ends the run after saving. `score(model, tokenizer)` is called at every evaluation and
-    returns a number or a dict of numbers. `rewards` of method grpo are names of checks, as in the
-    field, and functions that score completions; `environment` is a class, or the field
-    (docs/grpo.md).
+    returns a number or a dict of numbers. For method grpo, `rewards` are functions that score
+    completions, and names of checks as in the field `rewards`; `environment` is a class, or a
+    string as in the field `environment` (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. Raises InputError, before anything is written, for input that cannot be used, and RunError

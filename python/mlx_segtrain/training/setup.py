@@ -181,8 +181,9 @@ def read_inputs(
     resumed: Checkpoint | None = None,
     rewards: Rewards | None = None,
 ) -> Inputs:
-    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its values. A
-    run on prompts has rewards. Raises InputError for data that cannot be used."""
+    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its earlier
+    values. `rewards` is given if the rows are prompts. Raises InputError for data that cannot be
+    used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)

@@ -71,7 +71,8 @@ class Base:
         return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """Raises InputError for an empty or too long prompt, or for unknown tokens in either."""
+        """Raises InputError if the prompt is empty or too long, or if it or the biases contain
+        unknown tokens."""
         if not prompt:
             raise InputError("the prompt has no tokens: add some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
