@@ -147,7 +147,7 @@ class Passes:
     """The passes of a batch through stages: `forward`, and then `backward`."""
 
     _run: _core.Passes
-    _keys: Mapping[str, list[str]]  #: of parameters, by owner
+    _keys: Mapping[str, list[str]]  #: names of parameters, by owner
     _reads: tuple[str, ...]
     _incoming: tuple[str, ...]
 

@@ -39,8 +39,10 @@ OPENCL = [
 class Mode:
     name: str
     flags: list[str]
-    utils: bool  #: with the text that MLX puts before every kernel
-    kernels: bool  #: as kernels whose template arguments are constants; otherwise as templates
+    utils: bool  #: whether MLX's own text precedes the kernel
+    kernels: (
+        bool  #: whether template arguments are constants of a kernel, or a template is compiled
+    )
 
 
 MODES = [

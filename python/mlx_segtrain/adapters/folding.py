@@ -38,7 +38,7 @@ class Folded:
     """
 
     path: str
-    bits: int | None  #: of the merged weight; None: not quantized
+    bits: int | None  #: bits of the merged weight; None if it is not quantized
     update: float
     weight: float
     lost: float

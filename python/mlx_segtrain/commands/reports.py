@@ -61,7 +61,7 @@ class Step:
     model: str
     tokens: int
     first_s: float
-    ms: float  #: median of three
+    ms: float  #: median of three runs
     peak_gb: float
 
 

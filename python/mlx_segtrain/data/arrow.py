@@ -17,7 +17,7 @@ from . import limits
 from .blocks import OTHER, Block
 from .limits import VALUE, check_columns, check_growth, check_length
 
-ROWS = 1024  #: the maximum per batch
+ROWS = 1024  #: maximum rows per batch
 
 
 def table_of(data: Any) -> Any:

@@ -52,7 +52,9 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False  #: the text continues the prompt's, so a space between them matters
-    logprobs: int | None = None  #: number of most likely tokens to return log p of; None: no log p
+    logprobs: int | None = (
+        None  #: number of most likely tokens whose log p is returned; None: no log p
+    )
     deterministic: bool = False  #: bit-identical to the answer of a single request
     constraint: "Constraint | None" = None  #: the format of the text
 

@@ -57,10 +57,10 @@ class LoRALinear(nn.Module):
         self.scale = scale
         self.dropout = 0.0
         self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are not parameters
-        self.rows: Any = None  #: updates by rows of a batch (rows.py)
+        self.rows: Any = None  #: the updates of the rows of a batch (rows.py)
         self.together: Any = None  #: the layers that read the same x (together.py)
-        self.place = 0  #: the index among them
-        self.grouped = False  #: whether the model was searched for such layers
+        self.place = 0  #: the index of this layer among them
+        self.grouped = False  #: whether `together` and `place` have been determined
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 

@@ -61,10 +61,10 @@ class _Use:
     adapter, and the groups' arrays are that adapter's, without the axis E."""
 
     stack: _Stack
-    places: mx.array  #: uint32 [rows], in the stack
+    places: mx.array  #: uint32 [rows], each row's place in the stack
     groups: list[_Group | None]
-    picks: mx.array | None  #: uint32 [rows], the place of each
-    rows: mx.array | None  #: uint32
+    picks: mx.array | None  #: uint32 [rows], the place of each row's adapter
+    rows: mx.array | None  #: uint32, the indices of the rows
 
 
 @dataclass(eq=False)

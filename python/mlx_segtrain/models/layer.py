@@ -133,8 +133,10 @@ class Attention:
     """Causal attention of one layer, from its input to its output projection."""
 
     q: Projection
-    k: Projection | None  #: None: it reads keys and values of another layer
-    v: Projection | None  #: None with k: the values are the keys before norm and rotation
+    k: Projection | None  #: None if it reads keys and values of another layer
+    v: (
+        Projection | None
+    )  #: None, although k is given, if the values are the keys before norm and rotation
     o: Projection
     heads: int
     kv_heads: int

@@ -46,7 +46,7 @@ class Grpo(Objective):
     most: int = 256  #: maximum tokens of a completion
     length: int = 512  #: maximum tokens of a pass
     packs: bool | Literal["auto"] = True
-    temperature: float = 1.0  #: at which completions are sampled; it divides all logits
+    temperature: float = 1.0  #: the sampling temperature; divides all logits
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
     options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")

@@ -131,7 +131,9 @@ class Record:
                 self.inputs[name] = source.fingerprint()
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
-        self.data = f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: for people to read
+        self.data = (
+            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a description for people
+        )
         earlier = resumed or {}
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
@@ -256,7 +258,7 @@ class Verified:
     device, settings, adapter, checkpoints. An unchanged part has []."""
 
     run: Path
-    step: int | None  #: that of the adapter; None if the run has not ended
+    step: int | None  #: the step of the adapter; None if the run has not ended
     iters: int
     parts: dict[str, list[str]]
 

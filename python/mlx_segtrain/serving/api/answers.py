@@ -45,7 +45,7 @@ class Delta:
     index: int
     content: str = ""
     reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)  #: in OpenAI's format
+    calls: list[dict[str, Any]] = field(default_factory=list)  #: tool calls in OpenAI's format
     told: list[tuple[int, Told]] = field(default_factory=list)
     finish: Finish | None = None
 

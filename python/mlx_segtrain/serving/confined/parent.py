@@ -76,7 +76,7 @@ class _Process:
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when it got its current command
+    begun: float = 0.0  #: when the process got its current command
     seconds: float = 1.0  #: its time limit
     evicted: bool = False  #: whether it is killed because too many are slow
 

@@ -93,9 +93,9 @@ class Engine:
         self.base: Base | None = None
         # Replaced and never modified, because other threads read it.
         self.adapters: dict[str, Mounted] = {}
-        self.default: str | None = None #: the adapter for requests that name none
+        self.default: str | None = None  #: the adapter for requests that name none
         self._cache_bytes = cache_bytes
-        self._short = False # if a job needs the memory, no prompt is cached
+        self._short = False  # if a job needs the memory, no prompt is cached
         self._wake = threading.Condition()
         self._commands: deque[_Command] = deque()
         self._waiting: deque[Request] = deque()

@@ -38,7 +38,7 @@ class JobKind:
     """A kind of job."""
 
     name: str
-    title: str  #: for people
+    title: str  #: the kind in words
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
     computes: bool = False  #: whether it needs the accelerator, which one job has at a time
