@@ -115,8 +115,8 @@ def read_stored(
             )
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
-                f"{folder.weights}: '{stored}' has {folder.kind.called} {more[0].shape} for lora_b "
-                f"{b.shape}."
+                f"{folder.weights}: '{stored}' has {folder.kind.called} of shape {more[0].shape}, "
+                f"which do not fit lora_b {b.shape}."
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *more)):
             raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")

@@ -21,7 +21,8 @@ from .words import Words
 @dataclass(frozen=True)
 class Options:
     """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` of
-    every prompt, as chat templates take them. Without a method, rows may be for any method."""
+    every prompt, as chat templates take them. If no method is set, rows for any method are
+    accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256

@@ -273,7 +273,7 @@ class FieldRow(BaseModel):
     )
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="The default for methods that have another one.")
+    defaults: dict[str, str] = Field(description="The defaults of methods whose default differs.")
     required: bool
     methods: list[str]
     affects: list[str]
@@ -333,7 +333,7 @@ class Served(Answer):
 class DeviceRow(_answer(Device)):
     """The device on which jobs run."""
 
-    free_bytes: int = Field(description="Memory that a run could take now.")
+    free_bytes: int = Field(description="The memory that a run could use now.")
 
 
 class State(Answer):

@@ -71,7 +71,7 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
     hub = HfApi(endpoint=endpoint())
     tell(events.stage("load", 0.05, f"{folder} to {endpoint()}/{repo}"))
     with opened(folder) as files:
-        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
+        tell(events.stage("load", 0.1, f"sending {', '.join(files)}"))
         try:
             made = hub.create_repo(repo, private=private, exist_ok=True)
             commit = hub.create_commit(
