@@ -44,9 +44,9 @@ __device__ inline void copies_here() {
 }
 
 /// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
-/// starts the copies of the next step, and does nothing after the last. A stage is overwritten when the products that read it
-/// are done in every warpgroup: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's
-/// gaps), otherwise one step later.
+/// starts the copies of the next step, and does nothing after the last. A stage is overwritten once the
+/// products that read it are done in every warpgroup. With DRAIN, each step waits for its own products
+/// (blocks that share a core fill each other's gaps); otherwise it waits for those of the previous step.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.skipif(
     mx.default_device() != mx.Device(mx.cpu), reason="bench/memory.py measures GPUs"
 )
 
-#: Bounds of measured to reported memory. It may be a little more, because ops do not count low-rank
-#: branches, and less if not all threads work at once or the host is not ahead of the device.
+#: Bounds of the ratio of measured to reported memory. The measured memory may be a little more,
+#: because ops do not count low-rank branches, and less if not all threads work at once or the host
+#: is not ahead of the device.
 LEAST, MOST = 0.5, 1.1
 #: The number of calls, of which the largest peak counts: threads overlap by chance.
 TRIES = 3

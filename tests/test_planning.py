@@ -159,8 +159,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # h@input, then one more value per move; in the head's move, the last stage, its output, the
-    # head
+    # Each move adds a value to h@input. The head's move has the last stage, its output, and the
+    # head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]

@@ -220,7 +220,7 @@ def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
 
 def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
     """Stores results in that file, under this device's key or another one."""
-    with suppress(OSError):  # failing to write the cache costs the next process a check
+    with suppress(OSError):  # without a cache, the next process repeats the check
         make_folder(cache_dir())
         write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
 

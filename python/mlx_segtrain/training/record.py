@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # an optional one
+        except PackageNotFoundError:  # an optional package
             continue
     device = mx.default_device()
     info = {

@@ -114,7 +114,7 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
     for question in questions:
         turns = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        # At least one token has to be left: its logits start the answer.
+        # At least one token must be processed, because its logits start the answer.
         known = shared(last, ids[:-1])
         trim_prompt_cache(cache, cache[0].offset - known)
         text = generate(model, tokenizer, ids[known:], max_tokens=ANSWER_TOKENS, prompt_cache=cache)
