@@ -62,7 +62,7 @@ def make(out: Path, count: int) -> None:
 
 
 class Watched:
-    """Runs `mlx-segtrain train`; records its lines with the time when they came, and its memory."""
+    """Runs `mlx-segtrain train`; records each line of its output with the time, and its memory."""
 
     def __init__(self, *args: str, cache: Path):
         self.lines: list[tuple[float, str]] = []

@@ -380,8 +380,8 @@ def counted(tmp_path_factory):
 
 @pytest.mark.parametrize("form", MOST_LAUNCHES)
 def test_launches_of_a_layer(form, counted):
-    """The time of a short step depends on their number. Gemma 4's per-layer input has two adapted
-    linear layers here."""
+    """The time of a short step depends on the number of launches. Gemma 4's per-layer input has two
+    adapted linear layers here."""
     counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8

@@ -46,7 +46,8 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
 
 
 def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_path, monkeypatch):
-    """Cached references equal computed ones; other data, lengths and models have other ones."""
+    """Cached references equal computed ones; they are not used for other data, lengths or
+    models."""
     counted = counted_references(monkeypatch)
 
     def run(name, model=llama4, data=pairs, **changes):

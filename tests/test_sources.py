@@ -286,7 +286,7 @@ def test_parquet_of_other_writers(how, tmp_path):
 
 
 def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
-    """The file has each text once, and a row has it up to twice."""
+    """The file stores the text once, although many rows contain it, some of them twice."""
     rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows

@@ -130,7 +130,8 @@ def test_health_says_when_the_engine_has_ended(model, tmp_path, monkeypatch):
 
 
 def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
-    """mlx-lm reads text_config of a multimodal model, so the outer values may be anything."""
+    """For a multimodal model, mlx-lm reads the values in text_config, so those outside of it may be
+    anything."""
     path = write_llama(tmp_path / "false")
     config = json.loads((path / "config.json").read_text())
     outer = {"model_type": "mistral3", "vocab_size": 10**6, "max_position_embeddings": 10**6}

@@ -94,7 +94,8 @@ def address_of(ranks: "Ranks") -> str:
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes, by default of one. `warn` receives a sentence about slow ranks."""
+    """A group of processes; by default, it consists of this process only. `warn` receives a
+    sentence about slow ranks."""
 
     rank: int = 0
     size: int = 1

@@ -250,8 +250,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A ZIP file of open files. `held` is closed at its end: the files, and a slot for transfers.
-    A client that reads too slowly is disconnected."""
+    """A ZIP file of open files. At its end, `held` is closed, which frees the files and a slot for
+    transfers. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
