@@ -395,7 +395,8 @@ class speaking:
 
 
 def test_reasoning_is_told_apart(folder, said, tmp_path):
-    """Reasoning is found by the tags of mlx-lm's tokenizer, opened in the prompt or later."""
+    """Reasoning is recognized by the tags of mlx-lm's tokenizer, whether the prompt or the answer
+    opens it."""
     model = shutil.copytree(said.model, tmp_path / "ORG-Thinker")
     with serving(folder, model) as server:
         tokenizer = server.engine.base.tokenizer

@@ -447,7 +447,7 @@ def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp
 
 
 def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
-    """A run with another configuration overwrites it, and the disk is full."""
+    """A run with another configuration is about to overwrite the adapter when the disk is full."""
     train(config_of(llama4, data, tmp_path / "a"))
     before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
 

@@ -113,7 +113,7 @@ def check_twins(
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
     """Raises InputError if the adapter updates a separate head that the base lacks, or an embedding
-    of the other kind of base."""
+    that is tied to the head only in one of adapter and base."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return

@@ -130,8 +130,8 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """Returns the fraction of an epoch's tokens, of both sequences for pairs, that is padding; for
-    packed data, the fraction of its rows that is empty."""
+    """Returns the fraction of an epoch's tokens that is padding, counting both sequences of pairs;
+    for packed data, the fraction of its rows that is empty."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns

@@ -154,8 +154,8 @@ def _check(done: Done, before: dict[str, str]) -> None:
 
 
 def _mapped(file: Path | bytes) -> "pa.RecordBatch":
-    """Returns the batch in a file, which is mapped, or in the content of one. Raises OSError or
-    ValueError if it is damaged."""
+    """Returns the batch in a file, which is mapped into memory, or in the content of such a file.
+    Raises OSError or ValueError if it is damaged."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)

@@ -133,8 +133,8 @@ class Kto(Responses):
 
     With r = log π − log ref, sums over the response, and the KL divergence z ≥ 0 as a constant:
     λ_D·(1 − σ(β(r − z))) for a desirable row, λ_U·(1 − σ(β(z − r))) for another. With z = 0 that is
-    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). A reward is βr; a desirable row
-    is right if that is above βz, another one if it is below.
+    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). The reward of a row is βr. It
+    is right if it is above βz for a desirable row, or below βz for another row.
     """
 
     beta: float = 0.1

@@ -330,7 +330,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     for that rank; but not while it is writing the state.
 
     If the back end holds the GIL while it waits, as MLX may when it frees memory during a sum of
-    NCCL, this thread does not run any more, but that of faulthandler does.
+    NCCL, this thread cannot run; then faulthandler's thread ends the process.
     """
     waited = 0.0
     try:
