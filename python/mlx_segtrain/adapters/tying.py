@@ -59,7 +59,7 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     the head's if the base has one weight for both: then the head's update is left out.
 
     Decides by names only: `check_twins` tests whether both updates are equal. Raises InputError if
-    the adapter updates only one of the two, or belongs to another kind of base.
+    the adapter updates only one of the two, or was trained on a base that is tied unlike this one.
     """
     if tied is None:
         return found, {}
