@@ -29,7 +29,7 @@ class Dataset:
 
     `rows` are Row or Pair, and may be created on access: code that needs all of them uses
     `columns`. `format` is a name of formats.FORMATS, or mixed. `n_rows` counts the rows that were
-    read, `truncated` the rows here that were truncated (pairs that lost part of a response),
+    read. `truncated` counts the truncated rows (for pairs, those that lost part of a response),
     `prompts_cut` the rows that lost the beginning of their prompt, and `dropped` the samples
     without a token left in the loss. `pad_id` fills short rows. `notes` has the findings about the
     rows, `said` sentences about rows that were dropped or held out. `name` is that of the source.

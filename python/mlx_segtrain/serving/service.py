@@ -402,7 +402,7 @@ class Service:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Sets the field of an InputError that is raised inside it and has none."""
+    """While it is active, an InputError that is raised without a field gets this field."""
     try:
         yield
     except InputError as error:
