@@ -76,7 +76,7 @@ def test_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shapes_are_models():
-    """The shapes have the numbers of weights in the models' names, in millions."""
+    """Each shape has about the number of weights (in millions) that the model's name says."""
     for name, millions in (("SmolLM2-135M", 135), ("MiniCPM5-1B", 1080)):
         made = REAL[name]
         width, heads = made["hidden_size"], made["num_attention_heads"]

@@ -161,7 +161,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def dropped(x, dropout, key):
-    """mask∘x / (1 − dropout); without a key x"""
+    """mask∘x / (1 − dropout), or x without a key"""
     if key is None:
         return x
     keep = 1 - dropout
