@@ -107,12 +107,12 @@ std::string stock_heads_unfit(const Call& c) {
 Way stock_way(const Call& c) {
   if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
   if (!c.causal_only)
-    return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
+    return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
   // The forward and the backward pass are one launch each, which cannot be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
-    unfit = "one launch of it would take so long that macOS might end the program";
+    unfit = "a single launch would take so long that macOS might end the program";
   Way way = c.device == Gpu::metal ? gpu_kernel("attention_stock", unfit, c.device)
                                    : Way{"stock", unfit.empty(), unfit};
   way.name = "stock";

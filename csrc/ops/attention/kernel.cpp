@@ -238,12 +238,12 @@ std::string gpu_attention_unfit(const Call& c) {
   if (c.D != c.Dv) return "D and Dv differ";
   if (c.device == Gpu::metal) {
     bool fits = c.D == 64 || c.D == 80 || c.D == 96 || c.D == 128 || c.D == 192 || c.D == 256;
-    return fits ? "" : "its head sizes are 64, 80, 96, 128, 192 and 256";
+    return fits ? "" : "it supports head sizes of 64, 80, 96, 128, 192 and 256";
   }
-  if (c.dtype == mx::float32) return "its matrix units take half precision only";
+  if (c.dtype == mx::float32) return "its matrix units support half precision only";
   CudaTiles t(c.D);
   bool fits = c.D % 8 == 0 && c.D <= 256 && std::max({t.forward, t.dq, t.dkv}) <= CUDA_BYTES;
-  return fits ? "" : "its head sizes are multiples of 8 up to 256";
+  return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
 const AttentionWay cpu_attention{cpu_forward, cpu_vjp}, gpu_attention{gpu_forward, gpu_vjp};

@@ -140,10 +140,10 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
 }  // namespace
 
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h) {
-  if (on_cpu(call.s) || gpu() != Gpu::cuda) return "it is for CUDA";
+  if (on_cpu(call.s) || gpu() != Gpu::cuda) return "it needs CUDA";
   if (h.dtype() != mx::float16 && h.dtype() != mx::bfloat16)
-    return "its matrix units take half precision only";
-  if (call.head.out() % PACK) return "its vocabulary is a multiple of 8";
+    return "its matrix units support half precision only";
+  if (call.head.out() % PACK) return "the size of the vocabulary must be a multiple of 8";
   return unpack_unfit({call.head}, h.dtype());
 }
 

@@ -85,9 +85,10 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
 
 /// Why the kernels do not support a call; empty if they do.
 std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
-  if (c.D % 2 || c.D > MOST_D) return "its heads have an even number of dimensions, 512 or less";
+  if (c.D % 2 || c.D > MOST_D) return "it supports heads with an even number of dimensions up to 512";
   for (size_t i = 0; i < c.norms.size(); ++i)
-    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype()) return "weights of norms have x's dtype";
+    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype())
+      return "the weights of norms must have x's dtype";
   return JointLinear::unfit(linears, c.B * c.T, x.dtype(), c.s);
 }
 

@@ -109,11 +109,11 @@ cpu::Weight CpuBase::weight(const Inputs& in, int first) const {
 
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
   const auto& first = bases[0];
-  auto way = gpu_kernel("dequantize", gpu() == Gpu::cuda ? "" : "it is for CUDA");
+  auto way = gpu_kernel("dequantize", gpu() == Gpu::cuda ? "" : "it needs CUDA");
   if (!way.ok) return way.reason;
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it makes float32, float16 or bfloat16";
-  if (bases.size() > 3) return "it takes up to three weights";
+    return "its output must be float32, float16 or bfloat16";
+  if (bases.size() > 3) return "it supports up to three weights";
   for (const auto& base : bases) {
     if (base.in() != first.in() || base.in() % 8) return "their widths are not multiples of 8, or differ";
     bool alike = base.weight.dtype() == first.weight.dtype() && base.mode == first.mode &&

@@ -52,11 +52,11 @@ DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a
 }
 
 std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
-  if (gpu() != Gpu::cuda) return "it is for CUDA";
+  if (gpu() != Gpu::cuda) return "it needs CUDA";
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it takes float32, float16 or bfloat16";
-  if (rows < 1 || rows > ROWS.back()) return "it takes 1 to " + std::to_string(ROWS.back()) + " rows";
-  if (bases_.size() > MOST_PARTS) return "it takes up to three linear layers";
+    return "it supports float32, float16 and bfloat16";
+  if (rows < 1 || rows > ROWS.back()) return "it supports 1 to " + std::to_string(ROWS.back()) + " rows";
+  if (bases_.size() > MOST_PARTS) return "it supports up to three linear layers";
   const auto& first = bases_[0];
   if (first.in() % PIECE) return "the width is not a multiple of 16";
   for (const auto& base : bases_) {
@@ -156,7 +156,7 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
   check(picks.dtype() == mx::uint32 && static_cast<int>(picks.size()) == m,
         "[DecodeLinears] expected picks [", m, "] of uint32; got ", picks.shape(), " of ", picks.dtype(),
         ".");
-  const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it is for CUDA"}
+  const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it needs CUDA"}
                                           : gpu_kernel("decode_linears", unfit(x.dtype(), m));
   if (choose("DecodeLinears", impl, {way, {"stock", true, ""}}) == "stock") return plain(x, picks, s);
   const auto own = calls(x.dtype(), *std::lower_bound(ROWS.begin(), ROWS.end(), m));

@@ -130,7 +130,7 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
   for (size_t i = 0; i < linears.size(); ++i) check_call(x, linears[i], dropout, key(i));
   int in = linears[0].base.in(), rows = static_cast<int>(x.size() / in);
   auto unfit = [&](const std::vector<Linear>& some) {
-    return dropout > 0 ? "it takes no dropout" : JointLinear::unfit(some, rows, x.dtype(), s);
+    return dropout > 0 ? "it does not support dropout" : JointLinear::unfit(some, rows, x.dtype(), s);
   };
   auto flat = mx::reshape(x, {rows, in}, s);
   auto run = [&](const std::vector<Linear>& some, size_t first) {

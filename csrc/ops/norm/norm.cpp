@@ -54,10 +54,10 @@ constexpr int MOST_THREADS = 256, MOST_PACKS = 8;
 std::string cuda_unfit(const Norm& c, const mx::array& x) {
   const auto dtype = x.dtype();
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it takes float32, float16 or bfloat16";
+    return "it supports float32, float16 and bfloat16";
   if (c.weight.dtype() != dtype) return "the weight and x have different dtypes";
   if (c.n % 8 || c.n > 8 * MOST_THREADS * MOST_PACKS)
-    return "its rows are multiples of 8 up to " + std::to_string(8 * MOST_THREADS * MOST_PACKS);
+    return "the width of rows must be a multiple of 8 up to " + std::to_string(8 * MOST_THREADS * MOST_PACKS);
   return c.m ? "" : "x is empty";
 }
 
