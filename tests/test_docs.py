@@ -115,7 +115,7 @@ def test_the_rows_of_mlx_bun_are_our_fields() -> None:
     text = (ROOT / "docs" / "coming_from_mlx_bun.md").read_text(encoding="utf-8")
     table = text[text.index("## Configuration") : text.index("## Environment variables")]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", table, re.M)
-    assert len(rows) == 21  # besides three required ones
+    assert len(rows) == 21  # three required fields are not in the table
     for name, theirs, ours in rows:
         own = CALLED.get(name, name)
         assert own in TrainConfig.model_fields or name.startswith("dpo_"), name

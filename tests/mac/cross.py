@@ -22,7 +22,7 @@ def tool(name: str) -> Path:
 
 
 def configure() -> None:
-    """Configures CMakeLists.txt as on a Mac."""
+    """Runs CMake with the settings that it would have on a Mac."""
     command = [
         *(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", CMAKE),
         f"-DCMAKE_TOOLCHAIN_FILE={HERE / 'toolchain.cmake'}",

@@ -129,8 +129,8 @@ def load_model(
 def load_headless(
     model_dir: str | Path, instead: str
 ) -> tuple[nn.Module, dict[str, Any], mx.array]:
-    """Loads mlx-lm's model without its head, its configuration, and the tensor `instead` that the
-    files have instead of a head. Raises InputError like load_base."""
+    """Loads mlx-lm's model without its head. Also returns its configuration, and the tensor
+    `instead`, which the files have instead of a head. Raises InputError like load_base."""
     snapshot = opened(model_dir)
     from mlx_lm.utils import _get_classes, load_model
 
