@@ -184,7 +184,7 @@ def test_the_base_that_an_adapter_names_is_looked_at(bases, tmp_path):
 def test_without_a_base_it_cannot_be_told(tmp_path):
     for kind in ("embedding", "apart", "twins"):
         folder = peft_folder(tmp_path / kind, kind, Path("nobody/knows"))
-        with pytest.raises(InputError, match="is unknown without the base"):
+        with pytest.raises(InputError, match="the base model must show whether"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # Without the base, the configuration and the two equal updates show that they are tied.
