@@ -1,24 +1,24 @@
-# Everything happens in .venv, which is made on first use and again when a source file changed.
+# Every target uses the environment .venv, which is made on first use and updated when a source file has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# Python compiles a file when it is first imported. pip would compile all 18,000, which takes a minute.
+# pip would compile all 18,000 Python files, which takes a minute. Python compiles a file when it is first imported.
 INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
-# On Linux MLX's back end is an extra, on macOS it comes with MLX.
+# On Linux, MLX's backend is an extra; on macOS it comes with MLX.
 CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
-# PEERS=1: with torch and PEFT, which are large, and the tests that compare with them.
+# PEERS=1 also installs torch and PEFT, which are large, and runs the tests that compare with them.
 PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
-# A file's tests share servers and trained models, so one process runs them all, in the order of conftest.py: slow files
-# first. torch gets one thread beside the others.
+# The tests of a file share servers and trained models, so one process runs all of them. Slow files start first
+# (conftest.py). OMP_NUM_THREADS limits torch to one thread per process.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
-# What `pip install` gets of the wheel that was built, with these extras.
+# The argument of `pip install` for the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
 RELEASE_TOOLS = $(shell sed -nE '/^release = /,/^\]/ s/^ *"([a-z-]+>=[0-9.]+).*/\1/p' pyproject.toml)
@@ -35,41 +35,41 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-# After `make dev` edits work at once: nothing is built again.
+# After `make dev`, edits of Python files have an effect without another build.
 check: $(if $(wildcard $(VENV)/editable),,$(TOOLS)) ## Run the fast tests, in under 3 minutes
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not acceptance"
 
-test: $(TOOLS) $(VENV)/browser ## Run all tests; PEERS=1: those that compare with torch too
+test: $(TOOLS) $(VENV)/browser ## Run all tests; with PEERS=1 also those that compare with torch
 	$(BIN)/python -m pytest -q $(IN_PARALLEL)
 
-lint: $(TOOLS) ## Check format, style and types
+lint: $(TOOLS) ## Check formatting, style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 	@cp $(VENV)/lib/python*/site-packages/mlx_segtrain/_core.pyi python/mlx_segtrain/
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-mac: $(VENV)/for_mac ## Compile everything for macOS on Linux, and plant faults that must be found
+mac: $(VENV)/for_mac ## Compile everything for macOS on Linux, and check that planted faults are found
 	cd tests && ../$(BIN)/python -m mac
 
 docs: $(TOOLS) ## Build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(TOOLS) ## Time attention, and training steps beside peers that are installed
+bench: $(TOOLS) ## Time attention, and training steps next to other trainers that are installed
 	$(BIN)/python bench/ops.py
 	$(BIN)/python bench/step.py
 
-models: $(TOOLS) ## Write the table of docs/models.md anew
+models: $(TOOLS) ## Update the table in docs/models.md
 	$(BIN)/python tests/model_table.py
 
-dev: $(VENV)/made ## Install editable: Python edits work at once, run it again after C++ edits
+dev: $(VENV)/made ## Install in editable mode; run it again after C++ edits
 	$(INSTALL) --editable '.[$(subst $(SPACE),$(COMMA),$(strip $(CPU) dev $(PEER_EXTRA)))]'
 	@touch $(VENV)/editable $(VENV)/built $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
-# What is in dist/ already is checked as it is.
+# Files that are already in dist/ are checked without another build.
 release-check: $(VENV)/release $(if $(wildcard dist/*),,wheel) ## Check the wheels and the sdist in dist/
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
@@ -86,7 +86,7 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# Built once, whatever is installed with it. --force-reinstall: the version is that of the one before.
+# The package is built once for all sets of extras. It needs --force-reinstall, because the version has not changed.
 $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "Building the package (a few minutes the first time)"
 	@rm -rf $(VENV)/wheel $(VENV)/editable
@@ -104,7 +104,8 @@ $(TOOLS): $(VENV)/built
 	$(INSTALL) $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
-# A compiler for macOS and for the text of Metal, and what the text is made with: of the package nothing is built.
+# Installs compilers for macOS and for the Metal kernels, and the packages that generate the kernels' text. The package
+# itself is not built.
 $(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
 	@echo "Installing compilers for macOS into $(VENV)"
 	$(INSTALL) -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
@@ -115,7 +116,7 @@ $(VENV)/release: $(VENV)/made pyproject.toml
 	$(PIP) install --quiet $(foreach tool,$(RELEASE_TOOLS),'$(tool)')
 	@touch $@
 
-# The tests of the page look at it with a browser: one that is there, else Debian's.
+# The tests of the page need a browser: an installed one, or Debian's chromium.
 $(VENV)/browser: $(VENV)/made
 	@for name in chromium chromium-browser google-chrome; do \
 	  command -v $$name >/dev/null && exec touch $@; done; \

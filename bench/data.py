@@ -1,4 +1,4 @@
-"""Measures a million rows: time of the first and the second start, memory, and how runs end.
+"""Measures runs on a million rows: the first and the second start, memory, and interruptions.
 
     python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
     python bench/data.py run --data DIR --model MODEL      # two starts, Ctrl-C, resume
@@ -62,7 +62,7 @@ def make(out: Path, count: int) -> None:
 
 
 class Watched:
-    """Runs `mlx-segtrain train`; records its lines with the time when they came, and its memory."""
+    """Runs `mlx-segtrain train`; records each line of its output with the time, and its memory."""
 
     def __init__(self, *args: str, cache: Path):
         self.lines: list[tuple[float, str]] = []
@@ -169,7 +169,7 @@ def run(data: Path, model: str, iters: int) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # Set by nohup, and a run would inherit it.
+    # nohup ignores SIGHUP, and a run would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -5,13 +5,13 @@
                          [--beta 0] [--budget-gb X] [--trl 4]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA has rank 16 on all projections. No
-token ends a completion, so that each has --tokens; all have different rewards, so that all are in
-the loss. --at-once completions are generated together, then packed into passes of --pass-tokens.
-The first cycle, which compiles, is shown separately, then the median of the others. Peaks are MLX's
-active memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers' own generation,
-in a separate process: bfloat16, N sequences per pass. The defaults are 16 × 2048 tokens; for 16K
-tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens 16512
---budget-gb 24 --cycles 0.
+token ends a completion, so each has --tokens tokens. All have different rewards, so all are in the
+loss. --at-once completions are generated together, then packed into passes of --pass-tokens. The
+first cycle, which includes compilation, is shown separately, then the median of the others. Peaks
+are MLX's active memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers'
+generation, in a separate process, in bfloat16 with N sequences per pass. The defaults are 16 × 2048
+tokens; for 16K tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens
+16512 --budget-gb 24 --cycles 0.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Returns for each cycle of TRL's trainer what `cycles_of` returns for ours."""
+    """Like `cycles_of`, for TRL's trainer."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -129,7 +129,8 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Returns for each cycle the seconds of its rollouts and update, and their peaks in bytes."""
+    """Returns the seconds of the rollouts and the update of each cycle, and their peaks in
+    bytes."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

@@ -1,4 +1,4 @@
-"""Kills runs at random moments and resumes them: do they end with the same bytes?
+"""Kills runs at random moments, resumes them, and checks that they end bit-identically.
 
     python bench/kills.py [--kills 50] [--seed 0] [--shape SHAPE [--length 8192]]
 
@@ -8,8 +8,8 @@ of rows of --length tokens, with a model of this shape of bench/step.py and a ch
 steps; a kill comes after the first step.
 Each run is a process that gets SIGKILL after a random time, and is started again with --resume auto
 until it has ended. Then its adapter and its completions are compared with those of a run that was
-never killed, and the next run begins. Prints the part of a step in which each kill came, then the
-count.
+never killed, and the next run begins. Prints the part of a step in which each kill came, and the
+number of kills.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def main():
                 if kills == args.kills:
                     assert waited(started(out, state, work)) == 0, "the last run failed"
                     break
-            assert content(out) == wanted, f"run {runs} ended with other bytes"
+            assert content(out) == wanted, f"run {runs} ended with different bytes"
             shutil.rmtree(out)
             runs += 1
             print(

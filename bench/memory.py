@@ -4,10 +4,10 @@
                            [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
 
 Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, including the
-optimizer (at least two: it has no state in the first), after the previous cell's memory has been
-freed. `--moves` prints every move of the plan, predicted and measured. `--pairs` takes steps on DPO
-pairs, with the share that both sequences have in common. `--adapter` is lora, dora, dropout (0.1),
-or embeddings, which adapts the embedding and the head too.
+optimizer (at least two, because the optimizer has no state in the first), after the memory of the
+previous cell has been freed. `--moves` prints every move of the plan, predicted and measured.
+`--pairs` takes steps on DPO pairs whose sequences share this fraction. `--adapter`
+is lora, dora, dropout (0.1), or embeddings, which adapts the embedding and the head too.
 """
 
 import argparse

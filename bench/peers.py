@@ -1,4 +1,4 @@
-"""The fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
+"""Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
 They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. Install
 what they need on the GPU machine: torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
@@ -53,8 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Steps of transformers and PEFT with Liger's kernels; nf4 or bf16, each also with
-    checkpointing: nf4-ckpt."""
+    """Steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16, or with
+    checkpointing nf4-ckpt or bf16-ckpt."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training

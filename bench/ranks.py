@@ -7,10 +7,10 @@
 A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
 --folder once. LoRA has rank 16 on all projections, and a step has one row for each rank. With CUDA,
 NCCL connects the ranks, otherwise MLX's ring over the loopback. Prints the median of the steps
-after the first four, and the speed divided by that of one rank; a group that has not enough memory
-says so. With --signal the last rank of the largest group gets this signal after its fourth step;
-prints what each rank then says, and after how long. With --transfer nothing is trained: arrays of
-MB · 10⁶ bytes go from rank 0 to rank 1 and back, by each method that this group has.
+after the first four, and the speed divided by that of one rank; a group without enough memory says
+so. With --signal, the last rank of the largest group gets this signal after its fourth step, and
+the output of each rank is printed with the time until it ended. With --transfer nothing is trained:
+arrays of MB · 10⁶ bytes are sent from rank 0 to rank 1 and back, by each available method.
 """
 
 import argparse

@@ -1,21 +1,18 @@
-"""Compares generation with many adapters to stock mlx-lm: tokens/s, stalls, time of a swap.
+"""Compares generation with many adapters to stock mlx-lm: tokens/s, stalls, and the time of a swap.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2]
 
 SHAPE is one of bench/step.py's, with random 4-bit weights. Everything runs in one process, with
-greedy decoding, each cell after its own warm-up; all prompts differ, and none is cached. Every
-round runs all cells, so that other load on the machine affects them equally; prints the best round
-of each cell.
-Cells:
-    mlx-lm            generate_step, the model as mlx-lm loads it
-    mlx-lm, adapter   the same with mlx-lm's own LoRA layers
-    mlx-lm, N         its BatchGenerator with N prompts; all with one adapter if it has one
-    alone             one request to our engine, without and with an adapter
-    deterministic     the same with "deterministic": true
-    N at once         N requests to our engine, without adapters, and with three adapters in turn
-Columns: seconds to the first token of the median request; tokens/s of all requests after the first
-token, and over the whole run with its prompts; the longest wait between two tokens of one answer.
+greedy decoding, each cell after its own warm-up. All prompts differ, and none is cached. Every
+round runs all cells, so that other load on the machine affects them equally. The best round of each
+cell is printed. Cells: mlx-lm            generate_step, the model as mlx-lm loads it mlx-lm,
+adapter   the same with mlx-lm's own LoRA layers mlx-lm, N         its BatchGenerator with N
+prompts; all with one adapter if it has one alone             one request to our engine, without and
+with an adapter deterministic     the same with "deterministic": true N at once         N requests
+to our engine, without adapters, and with three adapters in turn Columns: seconds to the first token
+of the median request; tokens/s of all requests after the first token, and over the whole run with
+its prompts; the longest wait between two tokens of one answer.
 """
 
 import argparse

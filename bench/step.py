@@ -1,4 +1,5 @@
-"""Times a step of this package and of other trainers: same model and tokens, one process per cell.
+"""Times a step of this package and of other trainers on the same model and tokens, in one process
+per cell.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
@@ -317,7 +318,7 @@ def traced(step, work, seconds):
     events = [e for e in trace.events() or [] if e.device_type == DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy = end = 0
-    for first, last in spans:  # kernels of a graph also run side by side
+    for first, last in spans:  # kernels of a graph may also run at the same time
         busy += max(0, last - max(first, end))
         end = max(end, last)
     n, times = 8192, []

@@ -25,38 +25,42 @@ NB_MODULE(_core, m) {
   m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
   nb::module_::import_("mlx.core");  // loads libmlx and the type mx.array
   keep_freed_memory();
-  nb::class_<Device>(m, "Device", "What of a device the memory of ops depends on; csrc/core/cost.h.")
+  nb::class_<Device>(m, "Device",
+                     "Properties of a device that the memory of ops depends on; csrc/core/cost.h.")
       .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
            nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false)
       .def_ro("name", &Device::name)
       .def_ro("size", &Device::size)
       .def_ro("workspace", &Device::workspace)
       .def_prop_ro("gpu", [](const Device& device) { return device.gpu() != Gpu::none; });
-  nb::class_<OpCost>(m, "OpCost", "Bytes inside one call of an op; csrc/core/cost.h.")
+  nb::class_<OpCost>(m, "OpCost", "Bytes that one call of an op needs; csrc/core/cost.h.")
       .def_ro("forward", &OpCost::forward)
       .def_ro("backward", &OpCost::backward)
       .def_ro("kept", &OpCost::kept);
   for (auto add : Binding::all()) add(m);
 
   m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,
-        "Never choose a kernel again in this process: it failed the self-check on this device.");
+        "Stops choosing a kernel in this process, because it failed the self-check on this device.");
 
-  nb::class_<StageSpec>(m, "StageSpec", "A stage as the plan sees it.")
+  nb::class_<StageSpec>(m, "StageSpec",
+                        "The names that a stage reads and writes, and whether it has parameters.")
       .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,
            "reads"_a, "writes"_a, "trainable"_a)
       .def_ro("name", &StageSpec::name)
       .def_ro("reads", &StageSpec::reads)
       .def_ro("writes", &StageSpec::writes)
       .def_ro("trainable", &StageSpec::trainable);
-  nb::class_<Stage>(m, "Stage", "A stage of a plan: the values it reads and writes, as numbers.")
+  nb::class_<Stage>(m, "Stage", "A stage of a plan: the indices of the values that it reads and writes.")
       .def_ro("reads", &Stage::reads)
       .def_ro("writes", &Stage::writes);
   nb::class_<Plan>(m, "Plan", "The order of a segmented backward pass, as data.")
       .def_ro("stages", &Plan::stages)
       .def_ro("head_reads", &Plan::head_reads)
       .def("readers", nb::overload_cast<int, int, int>(&Plan::readers, nb::const_), "value"_a, "begin"_a,
-           "end"_a, "How often stages [begin, end) read a value; the head is the stage after the last.")
-      .def("describe", &describe, "One line per move: what it runs, reads, keeps, takes, gives and drops.");
+           "end"_a,
+           "Returns how often stages [begin, end) read a value; the head is the stage after the last.")
+      .def("describe", &describe,
+           "Returns one line per move: what it runs, reads, keeps, takes, gives and drops.");
   m.def(
       "make_plan",
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
@@ -67,10 +71,12 @@ NB_MODULE(_core, m) {
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
       "incoming"_a = std::vector<std::string>{},
-      "The plan for cuts after these stages, groups that end after these segments, and saving stages; "
+      "Returns the plan for cuts after these stages, groups that end after these segments, and saving "
+      "stages; "
       "`incoming` inputs depend on parameters of other stages.");
 
-  nb::class_<Cuts>(m, "Cuts", "Where a chain is cut: ends of segments and groups, stages that save.")
+  nb::class_<Cuts>(m, "Cuts",
+                   "Where a chain is cut: the ends of segments and groups, and the stages that save.")
       .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>>(), "segments"_a, "groups"_a,
            "saves"_a = std::vector<int>{})
       .def_ro("segments", &Cuts::segments)
@@ -86,8 +92,8 @@ NB_MODULE(_core, m) {
       .def_ro("saved", &StageCost::saved)
       .def_ro("saved_work", &StageCost::saved_work)
       .def_ro("gradients", &StageCost::gradients);
-  nb::class_<Costs>(m, "Costs",
-                    "A chain of stages with all that a plan for it depends on; csrc/schedule/planner.h.")
+  nb::class_<Costs>(
+      m, "Costs", "A chain of stages with everything that a plan for it depends on; csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
                     std::vector<int64_t>, std::vector<std::string>, std::vector<int>, std::vector<StageCost>,
                     int64_t, int64_t, double, int64_t, int64_t, double, int>(),
@@ -107,49 +113,52 @@ NB_MODULE(_core, m) {
       .def_ro("widened", &Costs::widened)
       .def_ro("fixed", &Costs::fixed)
       .def_ro("update", &Costs::update);
-  nb::class_<Alive>(m, "Alive", "Bytes alive at the peak of a move, beyond what is there all the time.")
+  nb::class_<Alive>(m, "Alive",
+                    "Bytes alive at the peak of a move, besides the memory that is always in use.")
       .def_ro("values", &Alive::values)
       .def_ro("saved", &Alive::saved)
       .def_ro("cotangents", &Alive::cotangents)
       .def_ro("gradients", &Alive::gradients)
       .def_ro("working", &Alive::working)
       .def_prop_ro("total", &Alive::total);
-  nb::class_<Estimate>(m, "Estimate", "What a plan takes.")
+  nb::class_<Estimate>(m, "Estimate", "The memory and work of a plan.")
       .def_ro("moves", &Estimate::moves)
       .def_ro("peak", &Estimate::peak)
       .def_ro("work", &Estimate::work)
       .def_ro("again", &Estimate::again);
-  m.def("estimate", &estimate, "plan"_a, "costs"_a, "Bytes and work of a plan.");
-  nb::class_<Choice>(m, "Choice", "Cuts, and what a plan with them takes.")
+  m.def("estimate", &estimate, "plan"_a, "costs"_a, "Estimates the bytes and work of a plan.");
+  nb::class_<Choice>(m, "Choice", "Cuts, and the estimate of the plan with them.")
       .def_ro("cuts", &Choice::cuts)
       .def_ro("estimate", &Choice::estimate);
   m.def("choose_cuts", &choose_cuts, "costs"_a, "budget"_a,
-        "The cuts of least work whose peak is at most `budget` bytes; those of the least peak if none has.");
+        "Returns the cuts with the least work whose peak is at most `budget` bytes, or else the least peak.");
 
-  m.def("least_peak", &least_peak, "costs"_a, "The least peak of cuts that keep little, in bytes.");
+  m.def("least_peak", &least_peak, "costs"_a, "Returns the least peak of cuts that keep little, in bytes.");
 
   m.def("collect_kernels", &collect_kernels,
-        "From now on calls of this thread only say which kernels they need, and give zeros that nobody is to "
+        "Makes calls on this thread only record which kernels they need, and return zeros that must not be "
         "evaluate.");
   m.def("compile_kernels", &compile_kernels, nb::call_guard<nb::gil_scoped_release>(),
-        "Ends it: compiles those that are not there yet, all at once. Returns how many.");
+        "Ends recording: compiles the recorded kernels in parallel, and returns how many it compiled.");
 
-  nb::class_<StepResult>(m, "StepResult", "Outputs of the head and gradients of every parameter.")
+  nb::class_<StepResult>(m, "StepResult", "The outputs of the head and the gradients of all parameters.")
       // Copies of handles: a reference into the result would keep all of it alive, so that holding the loss
       // would mean holding every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
       .def_ro("incoming", &StepResult::incoming, nb::rv_policy::copy);
-  nb::class_<Passes>(m, "Passes", "A plan that is to run, in two calls; csrc/segtrain.h.")
+  nb::class_<Passes>(m, "Passes", "Runs a plan in two calls; csrc/segtrain.h.")
       .def(
-          "forward", [](const Passes& passes) { return passes.forward(); }, "What the head reads.")
+          "forward", [](const Passes& passes) { return passes.forward(); },
+          "Returns the values that the head reads.")
       .def(
           "backward",
           [](const Passes& passes, const Arrays& cotangents) { return passes.backward(cotangents); },
-          "cotangents"_a = Arrays{}, "The result; `cotangents` of what leaves, if there is no head.");
+          "cotangents"_a = Arrays{},
+          "Returns the result; without a head, pass the `cotangents` of the values that leave.");
   nb::class_<Recordings>(m, "Recordings",
-                         "Graphs of the functions of a plan, for steps that call the same functions.")
+                         "Graphs of a plan's functions, reused by steps that call the same functions.")
       .def(nb::init<>());
   m.def(
       "passes_of",
@@ -176,6 +185,6 @@ NB_MODULE(_core, m) {
       },
       "plan"_a, "fns"_a, "head"_a.none(), "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
       "watch"_a = nb::none(), "recordings"_a.none() = nb::none(), nb::keep_alive<0, 9>(),
-      "A plan over callables (params, reads) → writes; a stage has the params of its owner. `watch` is "
-      "called when a move is through.");
+      "Prepares a plan over callables (params, reads) → writes; a stage gets its owner's params. `watch` is "
+      "called after each move.");
 }

@@ -111,8 +111,8 @@ bool set_repeatable(bool on);
 bool is_repeatable();
 
 /// The implementation that 'auto' chooses for plain causal attention over many tokens on a device ("cpu",
-/// "metal", "cuda"), which this machine need not have. `cudnn`: the package includes cuDNN's attention
-/// (CUDA); `nax`: the GPU has neural accelerators (Metal); `repeats`: as in set_repeatable.
+/// "metal", "cuda"), which this machine need not have. `cudnn` says that the package includes cuDNN's
+/// attention (CUDA), `nax` that the GPU has neural accelerators (Metal); `repeats` is as in set_repeatable.
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
                           bool repeats);
 
@@ -172,7 +172,7 @@ struct Heads {
   int offset = 0;
   std::optional<mx::array> freqs;
   std::optional<Ranges> segments;
-  std::vector<std::optional<HeadNorm>> norms;  ///< of q, k and v, or empty
+  std::vector<std::optional<HeadNorm>> norms;  ///< the norms of q, k and v, or empty
 };
 
 /// q, k and v from linear layers that read the same x [B, T, ·] → [B, H, T, D], [B, G, T, D], [B, G, T, D].
@@ -243,7 +243,7 @@ using Watch = std::function<void()>;
 class Recordings;
 
 struct StepResult {
-  Arrays outputs;             ///< of the head, loss first
+  Arrays outputs;             ///< the outputs of the head, loss first
   std::vector<Arrays> grads;  ///< for each owner, in the order of its parameters
   Arrays head_grads;
   Arrays incoming;  ///< cotangents of the inputs that have one, in input order

@@ -3,8 +3,8 @@
 // attention, attention_dq: one threadgroup per (tile of queries, b, h), 16·MT queries per warp; p and ds stay in
 // registers. attention_dkv: one threadgroup per (tile of keys, b, g, part of the group's heads), so that each of dk
 // and dv has one writer; its warps form a WM × WN grid and swap pᵀ and dsᵀ through shared memory.
-// Query t sees the keys first[t] … q_start + t, and first never falls: the tiles that see each other are one range.
-// The tile shapes and the launch follow from D alone: struct Shapes.
+// Query t sees the keys first[t] … q_start + t, and first is non-decreasing, so the tiles that see each other
+// are one range. The tile shapes and the launch follow from D alone: struct Shapes.
 //
 // For every GPU with tensor cores; Hopper has attention_hopper.cu, whose products have about 1.6 times the peak of these.
 
@@ -137,7 +137,7 @@ __device__ void attention(const T* q, const T* k, const T* v, Call c, T* o, floa
         }
     }
 
-    /// Online softmax: what is summed so far was relative to the old maximum.
+    /// Online softmax: the sums so far were relative to the old maximum.
 #pragma unroll
     for (int a = 0; a < MT; ++a)
 #pragma unroll

@@ -1,6 +1,7 @@
-// Attention on Hopper with scores that never leave the core. docs/attention.md, "hopper"; launch:
-// csrc/ops/attention/hopper_fused.cpp. The ideas are those of FlashAttention-3 (Shah et al. 2024, arXiv:2407.08608): some
-// warps copy, others multiply; products of one tile run while the softmax of another is computed.
+// Attention on Hopper with scores that stay on the chip. docs/attention.md, "hopper"; launch:
+// csrc/ops/attention/hopper_fused.cpp. The ideas are those of FlashAttention-3 (Shah et al. 2024,
+// arXiv:2407.08608): some warps copy while others multiply, and products of one tile run while the softmax of
+// another is computed.
 //
 // attention_fused: one block per (192 or 128 queries, b, h); each of its groups of 128 threads owns 64 of them.
 //
@@ -20,7 +21,7 @@ __device__ inline void init_barrier(unsigned at, int arrivals) {
 __device__ inline void arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/// One arrival for a warp, when all of its threads are here.
+/// Arrives once for a warp, when all of its threads have reached this point.
 __device__ inline void warp_arrives(unsigned at) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(at);
@@ -37,8 +38,9 @@ __device__ inline void wait(unsigned at, unsigned phase) {
 /// Makes the writes to shared memory that this thread sees visible to later reads by tensor cores and bulk copies.
 __device__ inline void publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-/// Waits for `from`, publishes the data, and arrives at `to`. The fence waits for the products of the calling threads, so
-/// threads without products call it (in threads that multiply it took a quarter of their time).
+/// Waits for `from`, publishes the data, and arrives at `to`. The fence waits for the products of the calling
+/// threads, so it is called by threads that have no products (it took a quarter of the time of threads that
+/// multiply).
 __device__ inline void relay(unsigned from, unsigned to, unsigned phase) {
   wait(from, phase);
   publish();
@@ -114,8 +116,8 @@ __device__ inline float2 read_floats(unsigned at) {
 
 // ---- o, lse
 
-/// By head size: groups of threads that multiply, queries and keys of a tile, and what setmaxnreg makes of the registers that
-/// the block starts with, 128 or 168 a thread.
+/// By head size: the number of thread groups that multiply, the queries and keys of a tile, and the registers
+/// per thread after setmaxnreg (a block starts with 128 or 168 per thread).
 template <int D>
 struct Forward {
   static constexpr int DP = (D + 63) / 64 * 64, GROUPS = DP == 64 ? 3 : 2, BQ = 64 * GROUPS, BK = DP <= 128 ? 128 : 64;
@@ -174,7 +176,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
   more_registers<X::REGISTERS>();
   const int group = warpgroup() - 1, q0 = t.q0 + group * 64;
-  // Scores are kept as plain products; `fold` turns them into exponents of two. It is above 0, so that order and −∞ are kept.
+  // Scores are kept as plain products; multiplying by `fold` turns them into exponents of 2. It is positive,
+  // so that order and −∞ are preserved.
   const float fold = CAP ? 1 : fmaxf(fabsf(c.scale) * LOG2E, 1e-30f);
   const Score<CAP> score(c);
   const int seen_from = c.first_of(q0 + 63), seen_to = c.q_start + q0 + 1;
@@ -208,7 +211,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     k_turn.next();
   };
 
-  /// Online softmax: what is summed so far was relative to the old maximum.
+  /// Online softmax: the sums so far were relative to the old maximum.
   auto softmax = [&](int k0) {
     if (CAP || c.scale < 0)
 #pragma unroll
@@ -264,7 +267,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     end_products();
   };
 
-  // Two groups take turns in starting products, so that one computes its softmax while the products of the other run.
+  // Two groups start their products in turn, so that one computes its softmax while the products of the other
+  // run.
   constexpr bool TURNS = X::GROUPS == 2;
   wait(q_here, 0);
   if (tiles > 0) {
@@ -310,7 +314,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     if (threadIdx.x % 4 == 0 && row < t.rows)
       lse[t.bh * c.T + t.q0 + row] = l[r] > 0 ? m[r] * fold * LN2 + logf(l[r]) : -infinity();
   }
-  // Staged in the memory of this warp's queries, which no other warp reads, so that whole lines are written.
+  // The output is staged in the memory of this warp's queries, which no other warp reads, so that whole lines
+  // are written.
 #pragma unroll
   for (int n = 0; n < DP / 8; n += 2) {
     const unsigned block[4] = {pack2<T>(sum[n * 4] * inverse[0], sum[n * 4 + 1] * inverse[0]),
@@ -331,7 +336,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
 // ---- dq, dk, dv
 
-/// The tiles of queries and keys of a head that see each other. Neither bound ever falls with the tile.
+/// The tiles of queries and keys of a head that see each other. Both bounds are non-decreasing in the tile.
 template <int BQ, int BK>
 struct Pairs {
   const Call& c;
@@ -343,7 +348,7 @@ struct Pairs {
   __device__ int queries_end(int key_tile) const {
     return key_tile < keys_end(query_tiles() - 1) ? (queries_before(c, (key_tile + 1) * BK) + BQ - 1) / BQ : 0;
   }
-  /// Tickets, and how many have added to each tile of dq, and of dk and dv.
+  /// Tickets, and how many blocks have added to each tile of dq, and of dk and dv.
   __device__ int counts() const { return 1 + c.B * c.H * query_tiles() + c.B * c.G * key_tiles(); }
 };
 
@@ -377,7 +382,7 @@ __device__ inline void copy_numbers(unsigned to, const X* x, int rows, int lane)
   for (int i = lane; i < ROWS; i += 32) copy_async<4>(to + i * 4, x + min(i, rows - 1), REPEAT || i < rows);
 }
 
-/// Waits until `turn` others have added; the second function reports that this one has added, too.
+/// Waits until `turn` other blocks have added; the second function reports that this block has added.
 __device__ inline void wait_for_turn(const int* count, int turn) {
   for (;;) {
     int now;
@@ -388,7 +393,7 @@ __device__ inline void wait_for_turn(const int* count, int turn) {
 }
 __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
 
-/// One thread starts copying or adding values in shared memory to `to` [bytes / 4].
+/// One thread starts a copy of values in shared memory to `to` [bytes / 4], or adds them to it.
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
@@ -404,7 +409,8 @@ __device__ inline void stores_done() {
   publish();
 }
 
-/// Accumulators as float4 of a thread, one after another for each group: neighbours write neighbours.
+/// The accumulators of a group, as one float4 per thread after another, so that neighbouring threads write
+/// neighbouring memory.
 template <int N>
 __device__ inline void store_sums(unsigned tile, const float (&x)[N]) {
   const unsigned to = tile + (warpgroup() - 1) * N * 512 + threadIdx.x % 128 * 16;
@@ -420,7 +426,8 @@ __device__ inline auto& pick_array(float (&a)[N], float (&b)[M]) {
   else return b;
 }
 
-/// counts: as Pairs says, zeros. dq_sum, dk_sum, dv_sum: tiles in the order of the threads that hold them; without scale.
+/// counts has the layout of Pairs and begins with zeros. dq_sum, dk_sum and dv_sum are tiles in the order of
+/// the threads that hold them, without the scale.
 template <int D, bool CAP, typename T>
 __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
                           int* counts, float* dq_sum, float* dk_sum, float* dv_sum) {
@@ -489,7 +496,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
       }
       wait_copies();
     } else if (warp == 2 && lane == 0) {
-      // dq in the order of the keys that it sees. The first block writes, the others add.
+      // dq is summed in the order of its keys. The first block writes, the others add.
       int* count = counts + 1 + bh * pairs.query_tiles();
       float* to = dq_sum + bh * pairs.query_tiles() * (BQ * DP);
       unsigned phase = 0;
@@ -505,7 +512,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
         stores_done();
         end_turn(count + tile);
       }
-      // dk and dv in the order of the heads
+      // dk and dv are summed in the order of the heads
       count = counts + 1 + groups * share * pairs.query_tiles() + bg * key_tiles + key_tile;
       const size_t at = (static_cast<size_t>(bg) * key_tiles + key_tile) * X::SUM_SIZE;
       wait(sums_written, 0);
@@ -542,7 +549,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   unsigned p[BQ / 4], ds[BQ / 4];
 #pragma unroll
   for (int i = 0; i < DP / 2; ++i) dk[i] = dv[i] = 0;
-  // Transposed, keys down: to = rows of k or v · rows of q or do, and to += a · q or do
+  // Products are transposed, with keys as rows: to = k or v · (q or do)ᵀ, and to += a · q or do
   auto multiply_rows = [&](float (&to)[BQ / 2], unsigned keys, unsigned queries) {
     keep(to);
     begin_products();
@@ -575,8 +582,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     products_done<0>();
     keep(s);
   }
-  // Products run one after another without a gap: dP while P is computed, dV while dS is, dK and the next step's S while dQ is
-  // written. Each wait for all of them lets the compiler reuse their registers.
+  // Products run one after another without a gap: dP runs while P is computed, dV while dS is computed, dK
+  // and the next step's S while dQ is written. Each wait for all of them lets the compiler reuse their
+  // registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
@@ -646,7 +654,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(p);
     warp_arrives(do_free + 8 * stage);
 
-    /// dQ = dS·K of this tile of keys: of half of its columns, or of half of the queries where there are more of those
+    /// dQ = dS·K of this tile of keys, for half of the columns, or for half of the queries if there are more
+    /// of them
     float more[BQ == 128 ? 32 : 1];
     float(&dq)[32] = pick_array<BQ == 128>(more, dp);
     keep(dq);
@@ -665,7 +674,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     const unsigned q_done = q_free + 8 * turn.stage;
     turn.next();
     if (step + 1 < steps) wait(q_here + 8 * turn.stage, turn.phase);
-    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // after the last step, of stale data
+    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // not used after the last step
     products_done<2>();
     keep(dq);
     wait(dq_free, step % 2 ^ 1);

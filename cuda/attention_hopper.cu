@@ -4,9 +4,10 @@
 // of the columns of O, and swap P through shared memory.
 //
 // The backward pass works on a bounded range of queries at a time, in three steps over a scratch of 16-bit tiles:
-// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, attention_queries_vjp sums dQ. Each is a
-// product of whole tiles with one writer for every output: five products of tiles where a kernel that keeps P and dS in
-// registers needs seven, for any head size, at the price of writing P and dS once.
+// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, attention_queries_vjp sums dQ.
+// Each is a product of whole tiles with one writer for every output. This takes five products of tiles for
+// any head size, instead of the seven of a kernel that keeps P and dS in registers, but P and dS are written
+// to memory once.
 //
 // Scratch and sums are written in place by a chain of launches although MLX sees them as inputs: MLX keeps what a graph
 // allocates until the graph is done, and a new scratch for each range would be as large as all of P. Small outputs
@@ -16,8 +17,8 @@ namespace segtrain {
 
 // ---- copies of tiles
 
-/// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the thread's row of the first 32, in
-/// x: threadIdx.x / 8, or the row that another order puts there.
+/// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the row of x that the
+/// thread copies first: threadIdx.x / 8, or another one if the rows are permuted.
 template <int ROWS, int BLOCKS, typename T>
 __device__ inline void copy_tile(unsigned tile, const T* x, int ld, int rows, int cols, int my_row) {
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -43,9 +44,9 @@ __device__ inline void copies_here() {
 }
 
 /// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
-/// starts the copies of the next step, and does nothing after the last. A stage is overwritten when the products that read it
-/// are done in every warpgroup: with DRAIN at the end of its step (for blocks that share a core, and so fill each other's
-/// gaps), otherwise one step later.
+/// starts the copies of the next step, and does nothing after the last. A stage is overwritten once the
+/// products that read it are done in every warpgroup. With DRAIN, each step waits for its own products
+/// (blocks that share a core fill each other's gaps); otherwise it waits for those of the previous step.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
@@ -153,7 +154,7 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
     }
     __syncthreads();
 
-    /// Online softmax: what is summed so far was relative to the old maximum.
+    /// Online softmax: the sums so far were relative to the old maximum.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float both = fmaxf(m[r], fmaxf(top[r], shared[(1 - warpgroup()) * BQ + result_row(r)]));
@@ -222,8 +223,8 @@ struct Range {
 };
 __device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
 
-/// A thread's elements of a row of P are in pairs, eight columns apart. Written in the order that this turns into theirs,
-/// and back, the pairs of four such columns are sixteen bytes in a row.
+/// A thread's elements of a row of P are in pairs, eight columns apart. This function maps their order to
+/// another one and back, in which the pairs of four such columns are sixteen consecutive bytes.
 __device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
 
 struct KeyTiles {

@@ -2,9 +2,9 @@
 // csrc/ops/attention/blocked.cpp does the same in MLX's ops.
 //
 // softmax_rows, softmax_vjp_rows: one threadgroup per row of s [R, cols]. Row r is query q0 + r % nq and sees the
-// columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: every `period` queries
-// k0 moves on as far, as bands of a window do. `args` = {scale, cap}. Blocks differ in their inputs and share one
-// compiled kernel.
+// columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: after every
+// `period` queries k0 increases by `period`, as in the bands of a window. `args` = {scale, cap}. Blocks
+// differ in their inputs and share one compiled kernel.
 
 namespace segtrain {
 
@@ -22,7 +22,7 @@ __device__ inline Seen seen(const int* first, const int* at, int row, int cols) 
   return {min(end, max(0, first[query] - k0)), end};
 }
 
-/// x[col … col + 8) as float32; what the row does not see is `other` and is not read.
+/// x[col … col + 8) as float32. Columns that the row does not see are `other`, and are not read.
 template <typename T>
 __device__ void load(const T* x, int col, Seen see, bool aligned, float other, float (&y)[8]) {
   if (aligned) {
@@ -45,7 +45,7 @@ __device__ void store(T* y, int col, int cols, bool aligned, const float (&x)[8]
   }
 }
 
-/// Zeros in the packs outside [begin, end).
+/// Writes zeros to the packs outside [begin, end).
 template <typename T>
 __device__ void store_zeros(T* y, int begin, int end, int cols, bool aligned) {
   const float zeros[8] = {};

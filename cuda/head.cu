@@ -7,8 +7,8 @@ namespace segtrain {
 
 constexpr int HEAD_THREADS = 256;
 
-/// One row a threadgroup: z [m, v] without the bias [v], of tokens v0 … → p = exp(z − max)·dz/dlogit, 0 at the target; rescale [m] for what was
-/// summed before.
+/// One threadgroup per row. z [m, v], the logits of tokens v0 … without the bias [v] → p = exp(z −
+/// max)·dz/dlogit, 0 at the target, and rescale [m], the factor for the earlier sums.
 template <int PACKS, bool CAP, bool BIAS, typename T>
 __device__ void head_tile(const T* z, const float* bias, const int* targets, const float* before, int m, int v, int v0, float cap,
                           T* p, float* state, float* rescale) {

@@ -1,9 +1,8 @@
 // The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/ops/linear/joint_linear.cpp.
 //
-// A product of R columns is limited by its reads, so tensor cores wait for memory whatever the tiles are. Fragments are
-// therefore read directly from global memory, sixteen bytes per thread. That permutes the summed index (or the columns) of both
-// operands in the same way.
-// R is a multiple of 16 up to 96.
+// A product of R columns is limited by its reads: tensor cores wait for memory whatever the tile sizes are.
+// Fragments are therefore read directly from global memory, sixteen bytes per thread. That permutes the
+// summed index (or the columns) of both operands in the same way. R is a multiple of 16 up to 96.
 
 namespace segtrain {
 

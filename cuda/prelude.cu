@@ -5,7 +5,7 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-// CUDA's half types would need a header, and its path.
+// CUDA's half types would need a header and the path to it.
 struct half {
   unsigned short bits;
 };
@@ -40,7 +40,8 @@ __device__ inline float exp2_of(float x) {
   return y;
 }
 
-// Absolute error near 1e-7. That of the hardware's tanh is 5e-4, which a cap of 50 would turn into 2 % of a probability.
+// The absolute error is near 1e-7. That of the hardware's tanh is 5e-4, which with a cap of 50 changes a
+// probability by 2 %.
 __device__ inline float tanh_of(float x) { return 1 - __fdividef(2.0f, 1 + exp2_of(2 * LOG2E * x)); }
 
 /// Eight neighbours of a row, moved in sixteen-byte pieces.
@@ -156,8 +157,9 @@ constexpr int ALIGN = 1024;
 __device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
 constexpr int block_bytes(int rows) { return rows * 128; }
 
-/// What wgmma reads at an address: `next_block` bytes lie between blocks of 64 columns where columns are the rows or
-/// columns of the result, else it counts nothing; eight rows lie 1024 bytes apart.
+/// The descriptor of a matrix for wgmma. `next_block` is the distance in bytes between blocks of 64 columns;
+/// it is used only if these columns are rows or columns of the result. Groups of eight rows are 1024 bytes
+/// apart.
 __device__ inline unsigned long long operand(unsigned address, int next_block = 16) {
   return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(next_block >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -179,8 +181,8 @@ __device__ inline unsigned long long operand(unsigned address, int next_block = 
   if constexpr (is_bfloat16<T>) WGMMA(from, n, "bf16", numbers, inputs, add_at, __VA_ARGS__); \
   else WGMMA(from, n, "f16", numbers, inputs, add_at, __VA_ARGS__)
 
-/// c [64, 2·N] += a [64, 16]·b [16, 2·N], or = where ADD is false. A row-wise operand has its 16 along a row, one that is
-/// DOWN along a column.
+/// c [64, 2·N] += a [64, 16]·b [16, 2·N], or = if ADD is false. The axis of 16 runs along the rows of an
+/// operand, or along its columns if it is DOWN.
 template <bool A_DOWN, bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -233,7 +235,7 @@ __device__ inline void products_done() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
 }
 
-/// Where accumulator i of a thread lies in its warpgroup's result: n·8 + column of row 0 or 1.
+/// The position of a thread's accumulator i in the warpgroup's result: n·8 + column, in row 0 or 1.
 __device__ inline int warpgroup() { return threadIdx.x / 128; }
 __device__ inline int result_row(int r) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + r * 8; }
 __device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
@@ -258,7 +260,7 @@ __device__ inline Call make_call(const int* first, const int* at, const float* a
   return {at[2], at[3], at[4], at[5], at[6], at[0], args[0], args[1], first};
 }
 
-/// s' = cap·tanh(s·scale/cap) in units of log 2, and ds'/ds over scale.
+/// s' = cap·tanh(s·scale/cap) in units of log 2, and (ds'/ds) / scale.
 template <bool CAP>
 struct Score {
   float in, out;

@@ -1,20 +1,21 @@
-// Attention in tiles of queries x keys: forward, dk with dv, and dq. Twin: csrc/ops/attention/cpu.cpp.
+// Attention in tiles of queries x keys: forward, dk with dv, and dq. CPU twin: csrc/ops/attention/cpu.cpp.
 //
-// q, o, d_o [B,H,T,D], k, v [B,G,S,D] in T; lse, delta [B,H,T] float32; first [T] int32. Query t sees the keys
-// first[t] to q_start + t, and first never falls with t. D is a multiple of 16, H of G; rows begin at multiples of 8
-// bytes.
+// q, o, d_o [B,H,T,D], k, v [B,G,S,D] in T; lse, delta [B,H,T] float32; first [T] int32. Query t sees the
+// keys first[t] to q_start + t, and first is non-decreasing. D is a multiple of 16, and H of G; rows begin at
+// multiples of 8 bytes.
 //
-//   function              threads of a group   grid                         a group owns   a simdgroup owns
+//   function              threads per group    grid                         per group      per simdgroup
 //   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
 //   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //
-// The backward pass takes five products: attention_vjp_kv_ds writes the dS that it makes down in W, and
-// attention_vjp_q_ds multiplies it by K. W is T, but float32 for half, below whose range shares of a gradient may be.
+// The backward pass takes five products: attention_vjp_kv_ds writes dS to memory in the type W, and
+// attention_vjp_q_ds multiplies it by K. W is T, except that it is float32 for half, in which small gradients
+// would underflow.
 //
-// Own rows are read by one simdgroup only, so straight from device memory: once, where registers have room for them.
-// The rows of the other side are staged in threadgroup memory for all. Operands of products are matrices of T, sums
-// and scores are float32: except for the dS of dQ nothing is rounded.
+// Only one simdgroup reads its own rows, so it reads them directly from device memory, and only once if they
+// fit in registers. The rows of the other side are staged in threadgroup memory for all simdgroups. Operands
+// of products are matrices of T; sums and scores are float32, and nothing except the dS for dQ is rounded.
 
 using namespace metal;
 
@@ -34,11 +35,11 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int SIMDS = 4;         // of a group that owns queries, and of either half of one that owns keys
-constant constexpr int BLOCK = 32;        // queries, and keys, of a block of dS
-constant constexpr int KEYS = 8 * SIMDS;  // that a group owns
+constant constexpr int SIMDS = 4;         // in a threadgroup that owns queries, or in half of one that owns keys
+constant constexpr int BLOCK = 32;        // number of queries and of keys of a block of dS
+constant constexpr int KEYS = 8 * SIMDS;  // keys of a threadgroup
 
-// R: rows of a simdgroup in eights, as many as registers have room for.
+// R: the rows of a simdgroup divided by 8, as many as fit in registers.
 constexpr int forward_blocks(int D) {
   return D <= 64 ? 2 : 1;
 }
@@ -46,13 +47,13 @@ constexpr int queries_blocks(int D) {
   return D <= 64 ? 4 : D <= 128 ? 2 : 1;
 }
 
-// The element of a matrix that a lane holds; it holds the next one of the row as well.
+// The first of the two neighbouring elements of a matrix that a lane holds.
 struct Place {
   int row, col;
   Place(uint lane) : row((lane / 4 & 4) + lane / 2 % 4), col((lane / 4 & 2) * 2 + lane % 2 * 2) {}
 };
 
-// What the arrays' shapes say, and which heads a group of threads works on.
+// The sizes of a call, and the offsets of heads.
 struct Shape {
   int heads, groups, queries, keys;
   Shape(const constant int* q_shape, const constant int* k_shape)
@@ -79,7 +80,8 @@ void write(threadgroup T* x, vec<T, N> values) {
   *reinterpret_cast<threadgroup vec<T, N>*>(x) = values;
 }
 
-// tile = rows [begin, begin + Tile::rows) of x; past the end the last row, which is masked or not stored.
+// tile = rows [begin, begin + Tile::rows) of x. Rows beyond the end repeat the last row; they are masked or
+// not stored.
 template <int D, typename T>
 void stage(threadgroup T* tile, const device T* x, int begin, int end, uint simd, uint simds, uint lane) {
   constexpr int fours = D / 4;
@@ -95,14 +97,14 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// In which order a product adds up is free, and so is the order of a sum's columns. So neighbours in memory go to
-// different matrices, and a lane reads several of its numbers at once: of `wide` matrices, matrix f has the columns
-// wide i + f, i < 8.
+// A product may sum in any order, and the columns of a sum may be in any order. So neighbours in memory go to
+// different matrices, and a lane reads several of its elements at once: of `wide` matrices, matrix f has the
+// columns wide i + f, i < 8.
 constexpr int wide_of(int D) {
   return D % 32 == 0 ? 4 : 2;
 }
 
-// W matrices of the rows of which this lane's is `row`.
+// W matrices of 8 rows in device memory; `row` is this lane's row.
 template <int W, typename T>
 void along(thread simdgroup_matrix<T, 8, 8>* a, const device T* row, Place at) {
   const vec<T, W> left = read<W>(row + W * at.col), right = read<W>(row + W * at.col + W);
@@ -125,20 +127,21 @@ void across(thread simdgroup_matrix<T, 8, 8>* b, const threadgroup T* rows, int 
   }
 }
 
-// Matrices that hold a row of D numbers in registers: none where there is no room for them beside R sums.
+// The number of matrices that hold 8 rows of D elements in registers; 0 if they do not fit beside R sums.
 template <typename T>
 constexpr int kept_of(int D, int R) {
   return R * D / 4 + R * D / 16 * int(sizeof(T)) <= 80 ? D / 8 : 0;
 }
 
-// kept = own; `own` is this lane's row.
+// Loads the simdgroup's rows into registers; `own` is this lane's row.
 template <int KEPT, int W, typename T>
 void keep(thread simdgroup_matrix<T, 8, 8>* kept, const device T* own, Place at) {
   UNROLL
   for (int n = 0; n < KEPT; n += W) along<W>(kept + n, own + 8 * n, at);
 }
 
-// x = own tile^T [8 R, Tile::rows]; `kept` are R times KEPT matrices, or `own` is this lane's row of 8.
+// x = own tile^T [8 R, Tile::rows]. Own rows are read from `kept`, R times KEPT matrices, or from `own`, this
+// lane's row of 8, if nothing is kept.
 template <int D, int R, int KEPT, typename T>
 void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8, 8>* kept, const threadgroup T* tile,
              Place at) {
@@ -164,7 +167,8 @@ void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8
   }
 }
 
-// sum += x tile [8 R, D]; of two neighbouring matrices, the first has the columns 4 i and 4 i + 1, i < 4.
+// sum += x tile [8 R, D]. Of each two neighbouring matrices, the first has the columns 4 i and 4 i + 1, i <
+// 4.
 template <int D, int R, typename T>
 void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile, Place at) {
   constexpr int N = Tile<T, D>::rows / 8;
@@ -186,7 +190,7 @@ void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile,
   }
 }
 
-// to = sum * factor, of a sum as `accumulate` makes it; `to` is this lane's row.
+// to = sum * factor, for a sum with the column order of `accumulate`; `to` is this lane's row.
 template <int D, typename T>
 void store(device T* to, thread Matrix* sum, float factor, Place at) {
   UNROLL
@@ -208,7 +212,7 @@ float score(float qk, float scale, float cap, thread float& slope) {
   return cap * t;
 }
 
-// f over the lanes that hold one row: their numbers differ in bits 0 and 3.
+// Reduces with f over the lanes that hold one row: their indices differ in bits 0 and 3.
 template <typename F>
 float of_row(float x, F f) {
   x = f(x, simd_shuffle_xor(x, ushort(1)));
@@ -253,7 +257,8 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
     l[r] = 0;
     keep<KEPT, wide_of(D)>(q_kept + r * KEPT, q + size_t(t[r]) * D, at);
   }
-  // Of this simdgroup's rows: a key before which none sees any, the last that all see so far, the last that one sees.
+  // No row of this simdgroup sees a key before own_begin, all rows see the keys [all_begin, all_end),
+  // and no row sees a key from own_end on.
   const int own_begin = first[own0], all_begin = first[own1 - 1], all_end = q_start + own0 + 1,
             own_end = q_start + own1;
 
@@ -282,7 +287,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
         }
       }
 
-      /// Online softmax: what is summed so far was relative to the old maximum.
+      /// Online softmax: the sums so far were relative to the old maximum.
       top = of_row(top, Max());
       const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
       const float shrink = fast::exp(m[r] - base);
@@ -318,16 +323,17 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
   }
 }
 
-// dS of one head is in blocks of 32 keys x 32 queries. Those of the keys 32 i to 32 i + 31 follow each other, of the
-// queries that see one of them: block index[i] + j has the queries from 32 j on. Within a block a lane's numbers of two
-// matrices, whose rows are keys, follow each other: [two of queries][four of keys][lane][4].
+// dS of one head is stored in blocks of 32 keys x 32 queries. The blocks of the keys 32 i to 32 i + 31 are
+// consecutive, for the queries that see one of these keys: block index[i] + j has the queries from 32 j on.
+// Within a block, a lane's elements of two matrices, whose rows are keys, are consecutive: [two of
+// queries][four of keys][lane][4].
 constant constexpr int BLOCK_SIZE = BLOCK * BLOCK;
 constexpr int in_block(int query, int key, int lane) {
   return ((query / 16 * (BLOCK / 8) + key / 8) * 32 + lane) * 4 + query / 8 % 2 * 2;
 }
 
-// Simdgroups 0 to 3 make p and dv, simdgroups 4 to 7 dp and dk of the same keys: either holds one sum of [8, D].
-// Simdgroup 4 + i takes p from simdgroup i through `weights`.
+// Simdgroups 0 to 3 compute p and dv, simdgroups 4 to 7 dp and dk of the same keys, so that each holds only
+// one sum [8, D]. Simdgroup 4 + i gets p from simdgroup i through `weights`.
 template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad, typename W>
 void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
                          const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
@@ -354,7 +360,7 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 
     for (int q0 = max(0, k0 - q_start) / BLOCK * BLOCK; q0 < (shape.queries + BLOCK - 1) / BLOCK * BLOCK; q0 += BQ) {
       const int q1 = min(q0 + BQ, shape.queries);
-      if (q0 % BLOCK == 0 && first[q0] >= k1) break;  // nor does any later query see them
+      if (q0 % BLOCK == 0 && first[q0] >= k1) break;  // no later query sees these keys either
       threadgroup_barrier(mem_flags::mem_threadgroup);
       stage<D>(q_tile, q + bht * D, q0, shape.queries, simd, 2 * SIMDS, lane);
       stage<D>(do_tile, d_o + bht * D, q0, shape.queries, simd, 2 * SIMDS, lane);
@@ -414,7 +420,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
   if (row < k1) store<D>((makes_dk ? dk : dv) + at_key, sum, makes_dk ? scale : 1, at);
 }
 
-// dQ^T = K^T dS^T: so dS is read as it was written, and dQ's columns are the matrices' rows.
+// Computes dQ^T = K^T dS^T, so that dS is read in the layout in which it was written; dQ's columns are rows
+// of the matrices.
 template <int D, typename T, typename W, typename Ints, typename Index>
 void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
                         float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
@@ -430,7 +437,7 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
   ds += bh * blocks * BLOCK_SIZE;
   Matrix sum[R * C];
   fill<R * C>(sum, 0);
-  // Of the keys these have blocks with this simdgroup's queries.
+  // Only these keys have blocks with this simdgroup's queries.
   const int own_begin = first[min(own_block * BLOCK, q1 - 1)] / BLOCK * BLOCK,
             own_end = own < q1 ? q_start + (own_block + 1) * BLOCK : 0;
   const int end = min(q_start + (q1 + BLOCK - 1) / BLOCK * BLOCK, shape.keys);
@@ -487,8 +494,8 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; all take T and D, and ROWS of a group
-// and its THREADS, by which the host counts.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs. All take T and D, and
+// the ROWS and THREADS of a threadgroup, which must agree with the host's.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
               "the host launches other groups");

@@ -1,18 +1,20 @@
 // Rotary embedding of packed rows. CUDA twin: cuda/rope.cu; CPU: csrc/ops/rope/rope.cpp.
 //
-// x and rotated in T, arithmetic in float32, rounded once. Forward x is [B,T,H,D] and rotated [B,H,T,D]; BACK is the
-// rotation back, of [B,H,T,D] to [B,T,H,D]. A thread has one pair of a row, or one element after the first `dims`.
+// x and rotated in T, arithmetic in float32, rounded once. In the forward pass x is [B,T,H,D] and rotated
+// [B,H,T,D]; BACK is the inverse rotation, from [B,H,T,D] to [B,T,H,D]. A thread processes one pair of a row,
+// or one element after the first `dims`.
 //
 // positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
 //
-//   function   threads of a group   grid                               a group owns
+//   function   threads per group    grid                               per group
 //   rope       256                  ceil(B*T*H * (D - dims/2) / 256)   256 pairs or single elements
 
 using namespace metal;
 
 namespace segtrain {
 
-// Arrays of fewer than 8 elements lie in constant memory: In, Freqs and Ints are pointers there or on the device.
+// Arrays of fewer than 8 elements are in constant memory, so In, Freqs and Ints are pointers to constant or
+// to device memory.
 template <bool TRADITIONAL, bool BACK, typename T, typename In, typename Freqs, typename Ints>
 void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Ints at, float scale, uint i) {
   const int B = at[0], H = at[1], N = at[2], D = at[3], dims = at[4], half_dims = dims / 2, items = D - half_dims;
@@ -37,7 +39,8 @@ void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Int
 
 }  // namespace segtrain
 
-// Bodies, each behind a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, H, T, D,
+// dims}, args = {scale}.
 //: rope: x freqs positions at args -> rotated
 segtrain::rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0],
                                   threadgroup_position_in_grid.x * THREADS + thread_index_in_threadgroup);

@@ -1,4 +1,4 @@
-# Turns environment variables into flags of mlx-segtrain. Variables that are not set leave the recipe's values alone.
+# Turns environment variables into flags of mlx-segtrain. If a variable is not set, the recipe's value applies.
 #
 #   MODEL       model_dir: a folder, or a name on the hub
 #   DATA        data_dir: a folder with train.jsonl, or a name on the hub

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# KTO on rows with a label, or on pairs, which count as two rows each. Without DATA it takes the model and pairs of dpo.sh.
+# KTO on rows with a label, or on pairs, which count as two rows each. Without DATA it uses the model and the pairs of dpo.sh.
 #   MODEL=/path/to/model DATA=/path/to/rows ITERS=40 RANK=16 recipes/kto.sh [FLAG ...]
 # Flags of `mlx-segtrain train` come last and take precedence: --overwrite replaces an adapter.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a length costs, before anything is trained: the memory plan at several budgets. Loads no weights.
+# Shows what a context length costs: the memory plan at several budgets. Trains nothing and loads no weights.
 #   recipes/long.sh                                         SmolLM2-135M at 8192 tokens
 #   MODEL=org/name SEQ=32768 BUDGETS="24 8 4" recipes/long.sh [FLAG ...]
 # Flags of `mlx-segtrain plan` come last and take precedence.

@@ -1,4 +1,4 @@
-"""What every test gets: a process without the settings of its user, tiny models and data."""
+"""Fixtures for all tests: a process without the user's settings, tiny models, and data."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from lib.folders import write_llama, write_pairs, write_rows
 from lib.hub import serve_hub
 from lib.peers import load_peers
 
-# What a terminal or an account on this machine has set is not what the tests are about, nor their
-# children: widths, colours, settings of a hub or a tracker.
+# Tests and their child processes must not depend on what a user or a terminal has set: widths,
+# colours, settings of the hub or of a tracker.
 OURS = (
     r"COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*"
     r"|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
@@ -22,17 +22,17 @@ OURS = (
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 
-# A shell ignores Ctrl-C for what it starts in the background, and nohup a closed terminal; what
-# tests start would inherit that. A handler is not inherited.
+# A shell ignores SIGINT for background jobs, and nohup ignores SIGHUP. Processes that tests start
+# would inherit that. They do not inherit a handler.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
 
 def fsync(file):
-    """Refuses what is not open, as the system's does, and waits for no disk.
+    """Raises OSError for a closed file, like the system's fsync, but does not wait for the disk.
 
-    No test cuts the power, and half of a tiny run was this wait.
+    The wait was half the time of a tiny run, and no test cuts the power.
     """
     os.fstat(file if isinstance(file, int) else file.fileno())
 
@@ -47,40 +47,37 @@ def stay_on_own_processors():
     processors each time. The kernels of this package still have as many threads as there are
     processors.
     """
-    worker, count = (
-        os.environ.get("PYTEST_XDIST_WORKER"),
-        os.environ.get("PYTEST_XDIST_WORKER_COUNT"),
-    )
-    if worker is None or count is None or not hasattr(os, "sched_setaffinity"):
+    if "PYTEST_XDIST_WORKER" not in os.environ or not hasattr(os, "sched_setaffinity"):
         return
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     allowed = sorted(os.sched_getaffinity(0))
     os.environ.setdefault("MLX_SEGTRAIN_THREADS", str(len(allowed)))
-    if len(allowed) >= int(count):
-        os.sched_setaffinity(0, allowed[int(worker.removeprefix("gw")) :: int(count)])
+    if len(allowed) >= count:
+        os.sched_setaffinity(0, allowed[worker::count])
 
 
 stay_on_own_processors()
 
-# The CPU is what every machine has; DEVICE=gpu runs the same tests there. MLX's products of float32
-# would be TF32 on CUDA, which is less exact than what is compared.
+# Every machine has a CPU; DEVICE=gpu runs the same tests on a GPU. There, MLX would multiply
+# float32 as TF32, which is less exact than the bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":
     os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
-# How long an example takes depends on what else the machine does.
+# The time of an example depends on the other load of the machine.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-#: Bytes of address space of tests that attack, and of their servers.
+#: Maximum bytes of address space of the tests that attack a server, and of their servers.
 MOST_OF_ATTACKS = 24 << 30
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Attacks and comparisons with torch are acceptance tests, as are files that say so.
+    """Marks attacks and comparisons with torch as acceptance tests, as some files mark themselves.
 
-    Files with acceptance tests run first: whatever is slow and comes last, all other processes
-    wait for.
+    Files with acceptance tests run first: a slow file at the end would leave other processes idle.
     """
     for item in items:
         if "hostile" in item.path.parts or "hf" in getattr(item, "fixturenames", ()):
@@ -118,7 +115,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded(request):
-    """An attack that succeeds takes memory without end: not this machine's."""
+    """Limits the memory of tests that attack a server: a successful attack may take any amount."""
     if "hostile" not in request.path.parts:
         yield
         return
@@ -132,7 +129,7 @@ def bounded(request):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """A cache folder that only this test uses."""
+    """Returns a cache folder that only this test uses."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 

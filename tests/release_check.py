@@ -1,6 +1,6 @@
-"""The files of a release: `python tests/release_check.py dist/*` says what is wrong with them.
+"""Checks the files of a release: `python tests/release_check.py dist/*` prints what is wrong.
 
-`make release-check` runs this besides twine, check-wheel-contents and auditwheel.
+`make release-check` also runs twine, check-wheel-contents and auditwheel.
 """
 
 import json
@@ -12,12 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOST_MB = 10
-#: What every wheel must have in its .dist-info.
+#: The files that every wheel must have in its .dist-info.
 NOTICES = ("LICENSE", "nanobind", "robin_map", "mlx", "uPlot")
 
 
 def project(name: str, text: str | None = None) -> str:
-    """A plain value of pyproject.toml (Python 3.10 cannot read TOML)."""
+    """Returns a plain value from pyproject.toml (Python 3.10 cannot parse TOML)."""
     text = text or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(rf'^{name} = "(.*)"', text, re.M)
     assert found, name
@@ -25,7 +25,7 @@ def project(name: str, text: str | None = None) -> str:
 
 
 def faults_of_sources() -> list[str]:
-    """Where the changelog, the citation, the SBOM and pyproject.toml disagree."""
+    """Returns sentences about disagreements of changelog, citation, SBOM and pyproject.toml."""
     version = project("version")
     faults = []
     if f"## [{version}]" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
@@ -47,7 +47,7 @@ def faults_of_sources() -> list[str]:
 
 
 def faults_of(file: Path) -> list[str]:
-    """What is wrong with a wheel or an sdist."""
+    """Returns the faults of a wheel or an sdist."""
     version = project("version")
     faults = []
     if file.stat().st_size > MOST_MB * 10**6:

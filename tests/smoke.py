@@ -1,4 +1,5 @@
-"""An installed wheel: `python tests/smoke.py` shows the help and trains a tiny model on the CPU."""
+"""Tests an installed wheel: `python tests/smoke.py` shows the help and trains a tiny model on the
+CPU."""
 
 import subprocess
 import sys

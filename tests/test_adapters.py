@@ -1,4 +1,4 @@
-"""Adapters of others: the same factors in every format, what is refused, and mlx-lm's own."""
+"""Adapters of other tools: the same factors in every format, refused kinds, and mlx-lm's own."""
 
 import math
 import struct
@@ -40,7 +40,7 @@ def chain(llama):
 
 @pytest.fixture(scope="module")
 def gemma4(tmp_path_factory):
-    """A text model within one for text and images."""
+    """Returns a multimodal model, which contains a text model."""
     return write_tiny(tmp_path_factory.mktemp("models") / "gemma4", "gemma4")
 
 
@@ -66,7 +66,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def expected_logits(llama, chain, tmp_path_factory):
-    """Stock mlx-lm's."""
+    """Returns the logits of stock mlx-lm."""
     factors = factors_of(chain, dict.fromkeys(chain.linears, RANK))
     folder = write_mlx(tmp_path_factory.mktemp("adapters") / "stock", factors)
     return mlx_lm.load(str(llama), adapter_path=str(folder))[0](TOKENS)
@@ -126,7 +126,7 @@ def test_rs_lora_is_over_the_root_of_each_rank(config, optiq, chain, tmp_path):
     folder = write_mlx(tmp_path / "a", factors, config, optiq=optiq)
     want = {Q0: SCALE / math.sqrt(2), DOWN1: SCALE / math.sqrt(8)}
     assert read_adapter(folder, chain).scales == pytest.approx(want)
-    # Ours holds the root already, in the scale or in B.
+    # In our adapters, the scale or B already includes the square root.
     ours = write_mlx(tmp_path / "b", factors, {**config, "segtrain": {}}, optiq=optiq)
     assert read_adapter(ours, chain).scales == {Q0: SCALE, DOWN1: SCALE}
 
@@ -138,7 +138,7 @@ K0, Q1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"
     "patterns,ranks,alphas",
     [
         ({"rank_pattern": {"q_proj": 2}}, (2, 4, 2), (6, 6, 6)),
-        # The first that matches counts, from a dot on: neither "roj" nor "0.self_attn" is an end.
+        # The first pattern that matches after a dot counts: "roj" and "0.self_attn" do not.
         (
             {"rank_pattern": {"roj": 9, "0.self_attn": 9, r"layers\.1\..*": 8, "q_proj": 2}},
             (2, 4, 8),
@@ -176,7 +176,7 @@ def test_a_text_model_stands_alone_or_in_a_larger_one(stored, chain, gemma4, tmp
         path = f"{prefix}.0.self_attn.q_proj"
         factors = factors_of(model, {path: RANK})
         renamed = {path.replace(prefix, stored): factors[path]}
-        pattern = {f"^{stored}.0.self_attn.q_proj": 20}  # of the path as it is stored
+        pattern = {f"^{stored}.0.self_attn.q_proj": 20}  # the pattern is for the stored path
         for folder, scale in (
             (write_mlx(tmp_path / prefix / "mlx", renamed), SCALE),
             (write_peft(tmp_path / prefix / "peft", renamed, alpha_pattern=pattern), 20 / RANK),
@@ -222,7 +222,7 @@ REFUSED = {
 
 
 def says(folder, chain, message, ranks_too=True):
-    """The InputError, one sentence that names the folder."""
+    """Checks that reading raises InputError: one sentence that names the folder."""
     readers = [lambda: read_adapter(folder, chain)] + [lambda: ranks_in(folder)] * ranks_too
     for read in readers:
         with pytest.raises(InputError, match=message) as error:
@@ -343,7 +343,7 @@ def test_factors_that_make_no_sense(chain, tmp_path):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """As mlx_lm.lora writes it; with keys null mlx-lm takes every linear of its layers."""
+    """mlx_lm.lora writes the adapter; if keys is null, it adapts every linear layer."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

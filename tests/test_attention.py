@@ -1,4 +1,4 @@
-"""Attention against the float64 oracle: every implementation, every shape, every way to call it."""
+"""Attention against the float64 oracle: every implementation, shape, and way to call it."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
 from mlx_segtrain.ops import reference
 
 IMPLS = _core.attention_impls()
-#: What every implementation takes.
+#: A dtype that every implementation supports, and its error bound.
 DTYPE, BOUND = ("bfloat16", 1e-2) if ON_GPU else ("float32", 1e-6)
 
 
@@ -36,7 +36,7 @@ def test_oracle_attention_vjp_is_the_complex_step(spec):
 
 @pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
 def test_reference_is_the_oracle(spec):
-    """On the CPU, whose float32 products are of float32."""
+    """On the CPU, float32 products are not rounded to TF32."""
     d_v = spec.Dv or spec.D
     options = {"scale": spec.D**-0.5, **spec.options}
     for dtype in specs.DTYPES:
@@ -92,7 +92,7 @@ def test_attention(impl, spec, dtype):
     rng = np.random.default_rng(spec.T)
     d_v = spec.Dv or spec.D
     q, q64 = rand(rng, spec.B, spec.H, spec.T, spec.D, dtype=dtype)
-    # Keys and values are cut from longer buffers with loud garbage after them.
+    # Keys and values are slices of longer buffers with large garbage after them.
     k, _ = rand(rng, spec.B, spec.G, spec.S + 3, spec.D, dtype=dtype)
     v, _ = rand(rng, spec.B, spec.G, spec.S + 3, d_v, dtype=dtype)
     k[:, :, spec.S :], v[:, :, spec.S :] = 1e4, 1e4
@@ -155,7 +155,7 @@ def test_padding_sees_nothing_and_is_seen_by_nothing(impl, window):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
-    """Rows beyond the last query are no queries: exp(0 − lse) of the last would be infinite."""
+    """Padding rows after the last query must not be computed: their exp(0 − lse) would overflow."""
     rng = np.random.default_rng(7)
     q, k, v, do = (rand(rng, 1, 2, 131, 64, dtype=DTYPE)[0] for _ in range(4))
     q, k = q / 64 - 1, k / 64 + 1  # each score near −4·64
@@ -169,7 +169,7 @@ def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
     truth = [true, *oracle.attention_vjp(f64(q), f64(k), f64(v), f64(do), scale=4.0)]
     for name, x, y in zip(("o", "dq", "dk", "dv"), got, truth, strict=True):
         assert np.isfinite(f64(x)).all(), name
-        if name != "dq":  # sums of dS, which are 0, times keys that hardly differ
+        if name != "dq":  # dq is nearly 0: dS sums to 0 and the keys hardly differ
             oracle.assert_close(name, f64(x), y, 5e-2 if ON_GPU else 1e-3)
 
 
@@ -198,7 +198,7 @@ def test_under_compile_checkpoint_and_vjp_of_a_closure(options, impl):
         return [f(q, k, v), *grads(mx.checkpoint(f), [q, k, v], do)]
 
     def of_closures(q, k, v, do):
-        """What is not differentiated is captured, and attention is not all that is done."""
+        """Differentiates functions that capture other arrays and do more than attention."""
         (dq,) = grads(lambda x: f(2 * x, k, v), [q / 2], do)
         dk, dv = grads(lambda k, v: f(q, k, v * 2), [k, v / 2], do)
         return [f(q, k, v), dq / 2, dk, dv / 2]
@@ -246,7 +246,7 @@ def test_inside_the_scheduler(options, impl):
 
 
 def test_attention_memory_is_linear():
-    """At T = 2048 an array of scores of 4 heads would be 67 MB."""
+    """At T = 2048 the scores of 4 heads would take 67 MB."""
     q = mx.random.normal((1, 4, 2048, 32)).astype(getattr(mx, DTYPE))
     mx.eval(q)
 
@@ -284,7 +284,7 @@ BAD = [
     (by_segments(np.array([0, 2, 5])), r"array of 5 integer ids; got an array \[3\] of int64"),
     (by_segments(mx.array([0.0] * 5)), r"array of 5 integer ids; got an array \[5\] of .*float32"),
     (by_segments(mx.zeros((5, 1), mx.int32)), r"got an array \[5, 1\] of .*int32"),
-    (by_segments(np.array([1, 2, 2, -1, 1])), r"each segment's id in one run; got 1 in more"),
+    (by_segments(np.array([1, 2, 2, -1, 1])), r"equal ids to be adjacent; got 1 in two places"),
 ]
 
 
@@ -303,7 +303,7 @@ def test_the_core_checks_its_ranges():
 
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_the_same_bits_again(head):
-    """Long enough for the libraries of a GPU, whose sums come in any order unless it is asked."""
+    """Rows are so long that libraries on a GPU would by default sum in any order."""
     length = 8192 if ON_GPU else 256
     rng = np.random.default_rng(0)
     (q, _), (k, _), (do, _) = (

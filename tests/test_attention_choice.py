@@ -1,4 +1,4 @@
-"""Which implementation of attention 'auto' takes on a device that need not be here."""
+"""The attention implementation that 'auto' chooses on a device, which need not be present."""
 
 import mlx.core as mx
 import pytest
@@ -10,10 +10,10 @@ from mlx_segtrain.planning import shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, METAL, Device, costs_of
 from mlx_segtrain.streams import BatchShape
 
-#: What MLX 0.32.4's Metal library names in the sentence that refuses other heads.
+#: The head sizes that MLX 0.32.4's Metal library names when it refuses others.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]
-#: What heads that MLX's own takes get on CUDA: on a Hopper GPU, where wide ones get hopper, that is
-#: the faster for them, too.
+#: The implementation on CUDA for heads that MLX's attention supports. On a Hopper GPU, it is hopper
+#: as for wide heads, since that is faster.
 ON_CUDA = "hopper" if _core.attention_way("cuda", 256) == "hopper" else "stock"
 OTHERS_ON_METAL = [8, 32, 40, 48, 56, 63, 65, 88, 100, 104, 112, 120, 136, 160, 224, 248, 257, 320]
 
@@ -51,7 +51,7 @@ def test_on_cuda_mlx_has_heads_in_eights_up_to_128():
 
 
 def test_a_repeatable_run_on_metal_keeps_mlx_own():
-    """Its bits are the same each time there: set_repeatable is about CUDA."""
+    """MLX's attention is deterministic on Metal, so set_repeatable only matters on CUDA."""
     assert _core.attention_way("metal", 128, repeatable=True) == "stock"
 
 
@@ -65,7 +65,7 @@ def test_a_device_that_is_none_is_refused():
 
 
 def test_what_is_asked_for_here_is_what_is_chosen_here():
-    """The question and a call go through one choice."""
+    """attention_way and a real call make the same choice."""
     here = mx.default_device() != mx.Device(mx.cpu)
     name = ("cuda" if mx.cuda.is_available() else "metal") if here else "cpu"
     x = mx.zeros((1, 1, 128, 40), mx.bfloat16)
@@ -77,7 +77,7 @@ def test_what_is_asked_for_here_is_what_is_chosen_here():
 
 
 def attention_cost(head: int, device: Device) -> _core.StageCost:
-    """Of a layer with two heads of this size and 256 tokens."""
+    """Returns the planned cost of attention with two heads of this size and 256 tokens."""
     options = {"head_dim": head, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = tiny_models.build("llama", **options)
     shape = shape_of(tiny_models.config("llama", **options), headers(model))
@@ -87,7 +87,8 @@ def attention_cost(head: int, device: Device) -> _core.StageCost:
     return costs.costs[at]
 
 
-#: Bytes that attention saves for its backward pass: o in half precision, lse in float32, two heads.
+#: Bytes that attention saves for its backward pass: o in half precision, and lse in float32, for
+#: two heads.
 def kept(head: int) -> int:
     return 256 * 2 * (2 * head + 4)
 
@@ -96,7 +97,7 @@ def kept(head: int) -> int:
     "head", [*STOCK_ON_METAL, *(d for d in OTHERS_ON_METAL if d % 2 == 0), 512]
 )
 def test_the_plan_on_metal_is_for_what_runs_there(head):
-    """MLX's own leaves nothing to save; our kernels and products save o and lse."""
+    """MLX's attention has nothing to save; our kernels and blocked products save o and lse."""
     cost = attention_cost(head, METAL)
     assert cost.saved == (0 if head in STOCK_ON_METAL else kept(head))
     assert (cost.saved_work > 0) == (head not in STOCK_ON_METAL)
@@ -106,16 +107,17 @@ def test_the_plan_follows_what_the_device_has():
     nax = Device("metal", size=2, nax=True)
     plain = Device("cuda", size=2)
     assert attention_cost(512, nax).saved == 0
-    assert attention_cost(64, CUDA).saved == kept(64)  # cuDNN's, called by us
+    # Our own call of cuDNN saves them.
+    assert attention_cost(64, CUDA).saved == kept(64)
     assert attention_cost(64, plain).saved == (0 if ON_CUDA == "stock" else kept(64))
     assert attention_cost(100, plain).saved == kept(100)
     assert attention_cost(64, Device("cuda", size=2, repeatable=True)).saved == kept(64)
-    assert attention_cost(64, Device("cuda", size=4)).saved > 0  # no float32 there
+    assert attention_cost(64, Device("cuda", size=4)).saved > 0  # MLX has no float32 kernel there
     assert attention_cost(64, CPU).saved > 0
 
 
 def test_what_is_saved_is_what_both_calls_give():
-    """A window that covers all is not for cuDNN. A branch is a call of its own."""
+    """cuDNN is not used for a window, even if it covers all keys. A branch is a separate call."""
     shape = {"rows": 1, "heads": 2, "groups": 1, "head": 64, "queries": 256, "keys": 256}
     assert _core.attention_cost(CUDA, **shape, window=255).saved == kept(64)
     plain = _core.attention_cost(CUDA, **shape, window=256).saved

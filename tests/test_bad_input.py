@@ -18,7 +18,7 @@ from mlx_segtrain.models import _reading, chain_of, load_base
 
 @pytest.fixture
 def world(tmp_path, llama4, data):
-    """Flags of a run that would work, to be spoiled one at a time."""
+    """Returns a folder with the inputs of a valid run, of which each test breaks one."""
     shutil.copytree(llama4, tmp_path / "model")
     shutil.copytree(data, tmp_path / "data")
     return tmp_path
@@ -42,7 +42,7 @@ def flags(world, **changes):
 
 
 def exit_code(argv):
-    """Of the command, returned or raised: argparse exits by itself."""
+    """Returns the command's exit code, even if argparse raises SystemExit."""
     try:
         return cli.main(argv)
     except SystemExit as exit:
@@ -177,7 +177,7 @@ def test_adapters_that_do_not_fit(world, llama):
     ],
 )
 def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
-    """A stand-in mlx comes first on the path: without its library, or of another version."""
+    """A fake mlx comes first on the path: one without its library, or another version."""
     dist = tmp_path / "mlx-0.1.0.dist-info"
     if stub:
         (tmp_path / "mlx").mkdir()
@@ -197,7 +197,7 @@ def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
 
 
 def test_a_signal_while_a_file_is_opened_is_no_fault_of_the_file(tmp_path):
-    """Ctrl-C within contextlib's own code closes the generator."""
+    """A Ctrl-C within contextlib's code closes the generator."""
     reading = _reading(tmp_path)
     reading.__enter__()
     reading.gen.close()

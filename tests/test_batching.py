@@ -1,4 +1,4 @@
-"""Answers of several adapters in one forward pass: each row gets its own update, and no other's."""
+"""Answers with several adapters in one forward pass: each row gets its own update only."""
 
 import asyncio
 import gc
@@ -60,7 +60,7 @@ def shared(model, adapters):
 
 @pytest.mark.parametrize("kind", ["rows", "in place", "DoRA in place"])
 def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
-    """With updates that were put in before and after it was made; as on a GPU."""
+    """Updates are attached before and after the twin is created; runs as on a GPU."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     base = read_base(model, Confined(model))
     try:
@@ -91,7 +91,7 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["rows", "one of rows", "in place", "DoRA in place", "none"])
 def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
-    """As where a kernel serves them: q, k and v are one call, and give what the model gives."""
+    """If a kernel supports them, q, k and v are one call with the model's results."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     calls = []
@@ -129,7 +129,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
-    """A twin that was made before the model had all its layers is followed by one with all."""
+    """If layers are added after the twin was created, another twin replaces it."""
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     base = read_base(model, Confined(model))
     try:
@@ -144,7 +144,7 @@ def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
 
 
 def counted(run, calls):
-    """`run`, whose calls note how many layers they compute."""
+    """Wraps `run` so that each call records the layers that it computes."""
 
     def call(self, x):
         ys = run(self, x)
@@ -155,7 +155,7 @@ def counted(run, calls):
 
 
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
-    """The text and the pieces."""
+    """Returns the text and the pieces of an answer."""
     chosen, pieces = engine.select(adapter), []
     async for piece in engine.generate(list(prompt), chosen, Options(max_tokens=n, **options)):
         pieces.append(piece)
@@ -166,7 +166,7 @@ async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
 
 
 class Base:
-    """A base, adapters of it by name, and what it gives with each alone."""
+    """A base model, its adapters by name, and its results with each adapter alone."""
 
     def __init__(self, model, mounted):
         self.base = read_base(model, Confined(model))
@@ -190,7 +190,7 @@ class Base:
 
 
 class Mounted:
-    """As much of one as Linears reads."""
+    """The part of a mounted adapter that Linears reads."""
 
     def __init__(self, name, adapter):
         self.id, self.adapter, self.serial = name, adapter, hash(name)
@@ -222,7 +222,7 @@ def test_each_row_gets_its_own_update(base, names):
 
 
 def test_ranks_are_padded_in_groups(model):
-    """A large rank makes no small one large."""
+    """Adapters of small rank are not padded to a large one."""
 
     def mounted(base):
         made = {}
@@ -241,7 +241,7 @@ def test_ranks_are_padded_in_groups(model):
     sizes = {size: stack.groups[0].a.shape[-1] for size, stack in base.rows._stacks.items()}
     assert sizes == {16: 3 * 16, 32: 3 * 20, 64: 3 * 64}
     stacks = dict(base.rows._stacks)
-    base.check([1, 16, 1])  # of what is stacked already
+    base.check([1, 16, 1])  # these adapters are already stacked
     assert base.rows._stacks[16] is stacks[16] and set(base.rows._stacks) == {16}
     base.rows.forget()
     assert not base.rows._stacks and not base.rows.holds([1, 16, 1])
@@ -261,7 +261,7 @@ def test_linears_that_read_the_same_share_a_product(base, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_row(model):
-    """Of an adapter that was trained badly, or is a stranger's."""
+    """A badly trained or untrusted adapter may contain NaN."""
 
     def mounted(base):
         good = random_adapter(base.chain, dict.fromkeys(base.chain.linears, 4), 1.0, 0.1)
@@ -287,7 +287,7 @@ NAMES = [None, "a", "b", "c", "dora", "outer", "ab"]
 
 
 def test_no_request_s_adapter_reaches_another(shared, said):
-    """A thousand random mixes, in waves of random size, length and beginning."""
+    """A thousand requests with random adapters, in waves of random size and length."""
     rng = random.Random(0)
     prompts = [list(f"{'x' * (i % 3 * 11)}Prompt {i}".encode()) for i in range(12)]
     asked = [(rng.choice(NAMES), rng.randrange(12), rng.randrange(1, 9)) for _ in range(1000)]
@@ -321,7 +321,7 @@ def test_no_request_s_adapter_reaches_another(shared, said):
     for (name, i, n), text in zip(asked, answers, strict=True):
         wanted = said(prompts[i], name, n)
         tokens += len(wanted)
-        if text != wanted:  # only where two tokens were as likely, up to the last bits
+        if text != wanted:  # allowed only if two tokens were equally likely, up to rounding
             at = next(k for k, (x, y) in enumerate(zip(text, wanted, strict=False)) if x != y)
             begun = [*prompts[i], *said.tokens(prompts[i], name, n)[:at]]
             best = mx.sort(said.models[name](mx.array([begun]))[0, -1])[-2:]
@@ -332,7 +332,8 @@ def test_no_request_s_adapter_reaches_another(shared, said):
 
 
 def test_logprobs_are_the_model_s(shared, said):
-    """Of the taken token and of the likeliest, alone and in a crowd, up to the last bits."""
+    """The log-probabilities of the chosen and the most likely tokens are those of the model, alone
+    and in a batch, up to rounding."""
 
     async def main():
         crowd = [ask(shared, name, logprobs=i) for i, name in enumerate(["b", "none", "dora"])]
@@ -356,7 +357,7 @@ def test_logprobs_are_the_model_s(shared, said):
 
 
 def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
-    """Whatever runs beside them, and whatever was asked before."""
+    """Neither concurrent requests nor cached prompts change a deterministic answer."""
     long = [97 + (7 * i) % 26 for i in range(300)]
 
     def bits(pieces):
@@ -386,7 +387,7 @@ def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
 
 
 def test_caches_go_with_their_batch():
-    """At once, and not when Python next looks for objects that refer to each other."""
+    """Caches are freed immediately, not at the next run of the garbage collector."""
     batch = Batch(None)
     batch._cache = [BatchKVCache([0, 0])]
     batch._leave_masks_out()
@@ -425,7 +426,7 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
     def step(batch):
         lengths = [request.length for request in batch.answers]
         seen.add(len(shared._batches))
-        assert max(lengths) <= 2 * min(lengths) + 40  # by what is made meanwhile
+        assert max(lengths) <= 2 * min(lengths) + 40  # they have grown since they were batched
         return plain(batch)
 
     monkeypatch.setattr(Batch, "step", step)
@@ -440,7 +441,7 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
 
 
 def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
-    """Between two parts of it each stream gets a token; the parts are as long as time allows."""
+    """Each stream gets a token between two parts of the prompt, whose size adapts to the time."""
     monkeypatch.setattr(module, "PROMPTS_S", 0.0)
     engine = Engine()
     asyncio.run(engine.load(model))
@@ -475,7 +476,7 @@ def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
 
 
 def failing(monkeypatch, error, when):
-    """Steps of batches fail, at the end, when `when(batch)`."""
+    """Makes steps of batches fail at their end if `when(batch)` is true."""
     plain = Batch.step
 
     def step(batch):
@@ -502,7 +503,7 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """Whose fault it is nothing says: each goes on alone, with what it has said."""
+    """The failing request is unknown, so each one continues alone from its tokens so far."""
     failing(
         monkeypatch,
         ValueError("a bug"),
@@ -553,5 +554,6 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
 
     sizes = asyncio.run(main())
     engine.close()
-    # The loop's variables may hold the last batch's few numbers; 4 bytes per request would be 800.
+    # The loop's variables may hold a few numbers of the last batch; if 4 bytes per request were
+    # kept, there would be 800.
     assert sizes[-1] <= sizes[0] + 256, sizes

@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal, with the model alone and with adapters."""
+"""`chat`: a conversation in the terminal, with the base model and with adapters."""
 
 import io
 import json
@@ -21,13 +21,13 @@ from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
 TOKENS = 8
-#: What `chat` is given of sampling if no flag is.
+#: The sampling options of `chat` without flags.
 NOTHING = {f"draw_{name}": None for name in generate.DRAWING}
 
 
 @pytest.fixture(scope="module")
 def adapters(llama4, tmp_path_factory):
-    """Two adapters that answer differently."""
+    """Returns two adapters that answer differently."""
     root = tmp_path_factory.mktemp("adapters")
     data = write_rows(root / "data")
     for name, seed in (("one", 0), ("two", 1)):
@@ -36,7 +36,7 @@ def adapters(llama4, tmp_path_factory):
 
 
 def told(monkeypatch, capsys, model, lines, *argv):
-    """What is printed when these lines are typed."""
+    """Runs `chat` with these lines as input; returns its output."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     how = ["--model", str(model), "--max-tokens", str(TOKENS)]
     assert cli.main(["chat", *how, *map(str, argv)]) == 0
@@ -44,7 +44,7 @@ def told(monkeypatch, capsys, model, lines, *argv):
 
 
 def answer(model_dir, adapter, turns):
-    """What mlx-lm answers with a model of ours, without a cache of earlier turns."""
+    """Returns mlx-lm's answer with a model of ours, without a cache of earlier turns."""
     model, tokenizer = load(model_dir, adapter)
     prompt = Prompting().chat_ids(tokenizer, turns)
     return mlx_lm.generate(model, tokenizer, prompt, max_tokens=TOKENS)
@@ -159,7 +159,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_pena
 
 @pytest.mark.parametrize("how", [DRAWN, PENALTIES, DRAWN | PENALTIES])
 def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsys, how):
-    """Options have the same names in `chat`, in `generate` and in requests."""
+    """`chat`, `generate` and requests have the same sampling options."""
     taken, own = [], generate.stream
 
     def stream(*args, **more):

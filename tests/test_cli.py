@@ -44,7 +44,7 @@ TRAINED = training.TrainResult(
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> Mock:
-    """Replace a function of training by one of the same signature that returns result."""
+    """Replaces a function of training with a mock of the same signature that returns `result`."""
     mock = create_autospec(getattr(training, name), return_value=result)
     monkeypatch.setattr(training, name, mock)
     return mock
@@ -61,7 +61,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """The one sentence that a command with bad input prints; nothing may have been written."""
+    """Runs a command with bad input; returns its one-sentence error. Nothing may be written."""
     before = sorted(Path().rglob("*"))
     assert cli.main(argv) == 2
     assert sorted(Path().rglob("*")) == before
@@ -113,7 +113,7 @@ GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout", "parallel")
 
 
 def changed(method: str) -> dict[str, Any]:
-    """Fields away from their defaults, that all have an effect with this method."""
+    """Returns values that differ from the defaults, for fields that affect this method."""
     common = {
         "model_dir": "m1",
         "data_dir": "d1",
@@ -182,7 +182,7 @@ def changed(method: str) -> dict[str, Any]:
             **{"packing": True, "lr_schedule": "linear"},
         },
     }[method]
-    if method == "grpo":  # its completions are generated, and their probabilities compared
+    if method == "grpo":  # these fields have no effect with grpo
         common = {k: x for k, x in common.items() if k not in GIVEN}
     return {**common, **own, **({} if method == "sft" else {"method": method})}
 
@@ -192,7 +192,7 @@ METHODS = get_args(TrainConfig.model_fields["method"].annotation)
 
 def test_every_field_is_tried() -> None:
     tried = {name for method in METHODS for name in changed(method)}
-    # Beside segment_size, and beside overwrite, they are errors.
+    # These two contradict segment_size and overwrite.
     assert tried | {"grad_checkpoint", "resume"} == set(TrainConfig.model_fields)
 
 
@@ -388,7 +388,7 @@ def test_probe(
         tokens=512,
     )
     probe = replace(monkeypatch, "probe", result)
-    assert cli.main(["probe", *REQUIRED[:4]]) == code  # without --adapter-path
+    assert cli.main(["probe", *REQUIRED[:4]]) == code  # probe needs no --adapter-path
     out = capsys.readouterr().out.split()
     for word in ("1.50", "3.00", "0.500", "0.750", "1,024", "2.2500", "0.1250"):
         assert word in out
@@ -567,7 +567,7 @@ def test_ctrl_c_shows_the_command_that_continues(
         out = capsys.readouterr().out
         command = out.split("continue with:\n")[1].strip()
         assert command == f"mlx-segtrain train --model m --data d --adapter-path a {want}"
-        assert cli.main(command.split()[1:]) == 130  # it is one that can be given
+        assert cli.main(command.split()[1:]) == 130  # the printed command works
         capsys.readouterr()
         assert train.call_args.args[0].resume is True
         assert "generate" not in out

@@ -1,6 +1,6 @@
-"""The text of cuda/ compiles for the devices it names, on a machine without one.
+"""The kernels of cuda/ compile for the devices they support, on a machine without a GPU.
 
-What runs here are the host's part of each call and CUDA's own compiler; only a GPU runs the rest.
+Only the host's part of each call and CUDA's compiler run here; the kernels need a GPU.
 """
 
 import ctypes
@@ -32,15 +32,15 @@ COMPILER = "nvidia-cuda-nvrtc"
 
 
 def load_compiler():
-    """Brings the package's libraries into the process, where the core finds them by name."""
-    # The package's own files: a torch for CUDA brings more libraries into folders beside them.
+    """Loads the compiler's libraries into the process, where the core finds them by name."""
+    # Only files of the package: a torch for CUDA installs more libraries next to them.
     files = {file.name.partition(".so.")[0]: file for file in metadata.files(COMPILER) or []}
     for name in ("libnvrtc-builtins", "libnvrtc"):
         ctypes.CDLL(str(files[name].locate()), mode=ctypes.RTLD_GLOBAL)
 
 
 def differentiate(f, *args):
-    """Writes forward and backward pass down, which compiles their kernels."""
+    """Builds the graphs of the forward and backward pass, which compiles their kernels."""
     y = f(*args)
     ys = list(y) if isinstance(y, list | tuple) else [y]
     mx.vjp(f, list(args), [mx.zeros_like(x) for x in ys])
@@ -54,9 +54,9 @@ def attention(impl, dtype, d, **options):
 
 
 def the_plan_counts_sums():
-    """Of dq, dk and dv in float32, by the kernel that a repeatable run takes on Hopper.
+    """The plan counts dq, dk and dv in float32 for the deterministic kernel on Hopper.
 
-    Besides them it takes no more than a few numbers a query.
+    Besides these the kernel needs only a few values per query.
     """
     from mlx_segtrain import _core
     from mlx_segtrain.planning.costs import Device
@@ -85,7 +85,7 @@ def layer_ops(dtype):
     name = str(dtype).split(".")[-1]
     bases = [*BASES, ("affine", 2, 64), ("affine", 3, 128), ("affine", 5, 32), ("affine", 8, 32)]
     shapes = [([264], [16]), ([64], [6]), ([128, 32, 32], [40, 8, 3])]
-    # A base is a kernel's that unpacks, ranks are one's that multiplies: each is there once.
+    # The unpacking kernels depend on the base, the products on the ranks: test each of them once.
     for base, (widths, ranks) in zip(bases, cycle(shapes), strict=False):
         linears, _ = linears_of(rng, 128, widths, ranks, base, name)
         differentiate(
@@ -145,7 +145,7 @@ def layer_ops(dtype):
 
 
 def decoding(dtype):
-    """Steps of generation, by one row and by several, with updates and without."""
+    """Decoding steps of one row and of several rows, with and without updates."""
     from lib.linears import base_of
     from mlx_segtrain import ops
 
@@ -183,7 +183,7 @@ def compile_all():
 
 
 def compile_together():
-    """What is collected is compiled once, and found when it is called."""
+    """Collected kernels are compiled once, and later calls find them."""
     from mlx_segtrain import _core, ops
 
     load_compiler()
@@ -211,7 +211,7 @@ GEMMA = {
 
 
 def model_of(family, args):
-    """A small one, quantized."""
+    """Returns a small quantized model."""
     import mlx.nn as nn
 
     module = import_module(f"mlx_lm.models.{family}")
@@ -223,7 +223,8 @@ def model_of(family, args):
 
 
 def launches_of_model(family, args):
-    """Of all layers of a small model with all linears adapted that may be, forward and back."""
+    """Counts the launches of all layers of a small model whose linear layers are all adapted, in
+    the forward and backward pass."""
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
 
@@ -247,13 +248,13 @@ def launches_of_model(family, args):
 
     h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
     mx.eval(h, tokens, factors)
-    mx.eval(run(h, *factors))  # and what it takes that is made once
+    mx.eval(run(h, *factors))  # also creates the arrays that are cached
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
     return Counter(_core.launches([y, dh, *grads]))
 
 
 def launches(form):
-    """Of one more layer of a form, by name."""
+    """Returns the launches that one more layer of this form adds, by name."""
     slides, full = "sliding_attention", "full_attention"
     alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
     types = {
@@ -279,7 +280,8 @@ def launches(form):
 
 
 def kept(family):
-    """Over what the plan says a stage keeps, by its name: what each does for its backward pass."""
+    """Returns, for each stage, the bytes that it keeps for its backward pass divided by the
+    plan's."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
@@ -330,11 +332,11 @@ def kept(family):
         taken = mx.get_active_memory() - before - sum(x.nbytes for x in made)
         found[stage.name] = taken / kept
         values |= dict(zip(stage.writes, made, strict=True))
-        del given, reads, run, made, gradients, cotangents  # or the next would free some of them
+        del given, reads, run, made, gradients, cotangents  # freed before the next measurement
     return found
 
 
-#: Forms of layers, and the kernels of one that are not too many.
+#: The maximum number of launches of a layer, by form.
 MOST_LAUNCHES = {
     **{"llama": 50, "qwen3": 50},
     **{"slides": 80, "full": 80, "shares": 80, "keys are values": 60},
@@ -343,10 +345,10 @@ FAMILIES = ["llama", "qwen3", "gemma4_text"]
 
 
 def count_all():
-    """Of every form its launches, of every family what its stages keep: one process for all."""
+    """Counts the launches of every form, and what stages of every family keep, in one process."""
     from mlx_segtrain import _core
 
-    _core.collect_kernels()  # nothing runs: nothing need be compiled
+    _core.collect_kernels()  # kernels do not run, so they need not be compiled
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
     counts = {form: launches(form) for form in MOST_LAUNCHES}
@@ -354,11 +356,11 @@ def count_all():
 
 
 def dry_run(call, folder):
-    """What a function of this file prints in a process where calls take the ways of a Hopper."""
+    """Runs a function of this file in a process that emulates a Hopper GPU; returns its output."""
     code = (
         f"import test_cuda_text as own, mlx_segtrain.torchless as x; x.hide_torch(); own.{call}()"
     )
-    for other in ("cudnn", "cusparselt"):  # which come with a torch for CUDA
+    for other in ("cudnn", "cusparselt"):  # a torch for CUDA installs these
         (folder / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, DEVICE: "90", "PYTHONPATH": os.pathsep.join(folders)}
@@ -383,7 +385,8 @@ def counted(tmp_path_factory):
 
 @pytest.mark.parametrize("form", MOST_LAUNCHES)
 def test_launches_of_a_layer(form, counted):
-    """What a short step takes is their number. Gemma 4's own input has two adapted linears here."""
+    """The time of a short step depends on the number of launches. Gemma 4's per-layer input has two
+    adapted linear layers here."""
     counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8
@@ -392,7 +395,7 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """Besides a few numbers a token, which widths of real models outweigh."""
+    """Up to a few values per token, which are negligible at the widths of real models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

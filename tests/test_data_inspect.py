@@ -70,7 +70,7 @@ def test_errors_are_in_the_report(tmp_path):
     write(tmp_path / "train.jsonl", {"text": "a"}, {"txt": "b"})
     report = inspect(tmp_path)
     assert not report.ok and (report.error or "").startswith("train.jsonl:2: ")
-    # What is never trained is still shown, so that one sees why.
+    # Rows without tokens in the loss are still shown, so that the reason is visible.
     write(tmp_path / "train.jsonl", {"messages": chat("Hello")}, {"prompt": "a", "completion": ""})
     report = inspect(tmp_path, byte_level(), Options(append_eos=False, prompt_format="raw"))
     assert not report.ok and "anything to train on" in (report.error or "")
@@ -82,8 +82,8 @@ def test_errors_are_in_the_report(tmp_path):
 
 
 def test_what_an_epoch_takes(tmp_path):
-    """As the rows are and packed; lengths, the longest rows, and rows that are there twice."""
-    rows = [{"text": "W" * n} for n in (1, 1, 2, 5, 30, 14, 6, 1)]  # and <s>, </s>
+    """An epoch, unpacked and packed; also lengths, the longest rows, and duplicates."""
+    rows = [{"text": "W" * n} for n in (1, 1, 2, 5, 30, 14, 6, 1)]  # plus <s> and </s>
     path = write(tmp_path / "data.jsonl", *rows)
     how = {"batch_size": 2, "accumulation": 2, "step_s": 3.0}
     report = inspect(path, byte_level(), Options(max_seq_length=16), **how)
@@ -114,7 +114,7 @@ def test_the_lengths_of_one_row(tmp_path):
 
 
 class Page(HTMLParser):
-    """The names of a page's elements and their attributes, and its text."""
+    """Parses a page: the names of its elements, their attributes, and its text."""
 
     def __init__(self, text):
         super().__init__()
@@ -130,7 +130,7 @@ class Page(HTMLParser):
 
 
 def test_a_page_to_pass_on(tmp_path):
-    """What a row, a column or a name of a file holds stays text."""
+    """HTML in a row, a column name or a file name stays text."""
     evil = "<script>alert(1)</script><img src=x onerror=y>"
     row = {"prompt": evil, "completion": f"fine {evil} & " + "W" * 300, evil: 1}
     path = write(tmp_path / "<b>&.jsonl", row, row)

@@ -1,4 +1,4 @@
-"""Files that are not as they should be: one clear sentence with file and line."""
+"""Invalid files give one clear sentence with file and line."""
 
 import json
 
@@ -65,7 +65,7 @@ def message(**fields):
 def test_a_bad_row_is_named(tmp_path, tokenizer, line, says):
     if not isinstance(line, bytes):
         line = (line if isinstance(line, str) else json.dumps(line)).encode()
-    # A form feed and a line separator within a row are no ends of lines; blank lines count.
+    # A line separator within a row does not end the line; blank lines are counted.
     (tmp_path / "train.jsonl").write_bytes(
         GOOD + '{"text": "\u2028"}\n\n \r\n'.encode() + line + b"\n" + GOOD
     )

@@ -1,4 +1,4 @@
-"""Rows with a label: their forms, the sign of their weights, how they are cut, and bad ones."""
+"""Rows with a label: their formats, the sign of their weights, truncation, and bad rows."""
 
 import json
 from dataclasses import replace
@@ -27,7 +27,7 @@ def tokenizer():
 
 
 def trained(row, tokenizer):
-    """The texts whose weights are not 0."""
+    """Returns the texts whose weights are not 0."""
     return chats.trained(replace(row, weights=abs(row.weights)), tokenizer)
 
 
@@ -86,7 +86,7 @@ def test_a_pair_is_two_rows(tmp_path, tokenizer):
 
 
 def test_a_label_is_of_the_last_turn(tmp_path, tokenizer):
-    """Where nobody learns from it, all turns of a row that is wanted are trained as ever."""
+    """With a method that ignores labels, all turns of a desirable row are in the loss as usual."""
     rows = [
         {"messages": [USER, says("one"), MORE, says("two")], "label": label}
         for label in (True, False)
@@ -181,7 +181,7 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
 
 
 def test_tokens_are_kept_by_what_is_learned(tmp_path, tokenizer):
-    """The same file has other tokens for sft and for kto, and the same for all others."""
+    """The same file has different tokens for sft and for kto; all other methods share sft's."""
     row = {"prompt": "a", "completion": "b", "label": False}
     source, _ = sources_of(write(tmp_path, row))
     model = tmp_path / "model"

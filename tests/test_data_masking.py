@@ -1,4 +1,4 @@
-"""Which tokens are trained: real tokenizers built here, chat templates of known families."""
+"""Which tokens are in the loss, with real tokenizers and chat templates of known families."""
 
 import numpy as np
 import pytest
@@ -108,8 +108,8 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
-    # "▁fine" holds the space of the prompt and the answer; a token with any answer is trained.
-    # The newline is its end of turn, there being no special token and none to be appended.
+    # "▁fine" contains the prompt's space and the answer: a token with any part of the answer is in
+    # the loss. The newline ends the turn, because there is no special token, and none is appended.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 
@@ -117,7 +117,7 @@ def test_a_turn_without_special_token_is_trained_whole(tmp_path):
     tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     messages = chat("Hello", "I say <|im_end|> here", "Bye", "fine")
     data = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False)
-    # Without a generation prompt, the model writes the name of the speaker too.
+    # Without a generation prompt, the model also writes the name of the speaker.
     assert trained(data.rows[0], tokenizer) == [
         "assistant: I say <|im_end|> here\n",
         "assistant: fine\n",

@@ -1,4 +1,4 @@
-"""Prompt/completion and text rows, BOS and EOS, truncation, and what leaves nothing to train."""
+"""Prompt/completion and text rows, BOS and EOS, truncation, and rows without any loss."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Runs on files that are no folders of JSON lines, and on rows of Python."""
+"""Runs on other files than JSON lines, and on rows from Python."""
 
 import json
 import shutil
@@ -26,8 +26,8 @@ def weights(folder):
 
 
 def test_the_same_rows_in_any_form_are_the_same_run(llama4, tmp_path):
-    """From a folder, a Parquet file, a list, and an Arrow table; and each is resumed with the same
-    rows only."""
+    """A folder, a Parquet file, a list and an Arrow table give the same run, which resumes only
+    with the same rows."""
     data = write_rows(tmp_path / "data", 12)
     rows = rows_in(data)
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")

@@ -1,4 +1,4 @@
-"""The forms that rows come in, from files of several kinds: what is trained of each."""
+"""The formats of rows, from several kinds of files, and which of their tokens are in the loss."""
 
 import csv
 import json
@@ -21,7 +21,7 @@ CHAT = chat("Hello", "fine")
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]
 ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-#: A row, its format, what the user is heard to say, and the response.
+#: A row, its format, the user's message, and the response.
 SHAPES = {
     "messages": ({"messages": CHAT}, "messages", "Hello", "fine"),
     "messages as JSON": ({"messages": json.dumps(CHAT)}, "messages", "Hello", "fine"),
@@ -52,7 +52,8 @@ def write_csv(path, row):
 
 
 def write_table(path, row):
-    """With a column more, which is null: as of a table that has other rows, too."""
+    """Writes a table with two more columns, which are null, as in a table that also has other
+    rows."""
     path.unlink(missing_ok=True)
     pq.write_table(pa.Table.from_pylist([{**row, "system": None, "tools": None}]), path)
 
@@ -74,7 +75,7 @@ def read(folder, *rows, **options):
 def test_what_is_trained_of_a_row(name, file, tmp_path):
     row, format, prompt, response = SHAPES[name]
     if name == "lists" and file == "train.csv":
-        return  # a string is what the user says
+        return  # a string would be the user's message
     WRITERS[file](tmp_path / file, row)
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert (data.format, data.notes.formats) == (format, {format: 1})
@@ -118,7 +119,7 @@ def test_the_system_s_text_twice(tmp_path):
         read(tmp_path, {"conversations": messages, "system": "Be quick."})
 
 
-#: In this order; a row that has the keys of several is of the first.
+#: A row with the keys of several formats has the first of these formats.
 ORDER = [
     ({"prompt", "chosen", "rejected"}, "preference"),
     ({"prompt", "completion", "label"}, "kto"),
@@ -147,9 +148,9 @@ def test_which_format_a_row_with_several_is_of():
         later = {key for other, _ in ORDER[i + 1 :] for key in other}
         row = {key: values[key] for key in keys | later}
         first = next(own for marks, own in ORDER if marks <= row.keys())
-        assert checked(row, "a:1").format == first  # later ones may make an earlier one whole
+        assert checked(row, "a:1").format == first  # more keys may complete an earlier format
         assert checked({key: values[key] for key in keys}, "a:1").format == name
-        # Null is not there.
+        # A null value counts as absent.
         nothing = dict.fromkeys(values.keys() - keys)
         assert checked({**nothing, **{key: values[key] for key in keys}}, "a:1").format == name
 
@@ -195,7 +196,7 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_rows_with_a_label(tmp_path):
-    """Those that are not wanted are not trained, and that is said."""
+    """Undesirable rows are dropped with sft, with a message."""
     rows = [
         {"prompt": "Q", "completion": f"A{i}", "label": label}
         for i, label in enumerate([True, False, 1, 0, "true", " False ", "1", "0"])
@@ -238,7 +239,7 @@ def test_rows_that_are_wrong(row, says, tmp_path):
 
 
 def test_values_of_a_table_that_are_no_text(tmp_path):
-    """Numbers, times and bytes where a text is expected; elsewhere they are ignored."""
+    """Numbers, times and bytes are errors if a text is expected, and ignored elsewhere."""
     times = pa.array([1, 2], pa.timestamp("ms"))
     columns = {"text": ["a", None], "when": times, "raw": pa.array([b"a", b"b"])}
     pq.write_table(pa.table({**columns, "text": ["a", "b"]}), tmp_path / "train.parquet")

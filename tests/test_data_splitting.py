@@ -1,4 +1,4 @@
-"""Rows that are held out, repeated, or in both sets, decided by their content."""
+"""Held-out rows, duplicates, and rows in both sets, which are determined by content."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
         texts(load(tmp_path, rows, method=method, val_split=0)[0])
     )
     held = set(texts(valid))
-    # In another order, with columns that nothing reads, and beside rows that are added.
+    # The same rows in another order, with columns that nothing reads, and with additional rows.
     random.Random(0).shuffle(rows)
     others = [{"id": i, **own} for i, own in enumerate(rows)]
     assert set(texts(load(tmp_path, others, method=method)[1])) == held
@@ -55,7 +55,7 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
     more = [make(n) for n in range(200, 400)]
     again = set(texts(load(tmp_path, [*rows, *more], method=method, val_split=10)[1]))
     assert again & held and len(again) == 10
-    # Another seed takes others.
+    # Another seed holds out other rows.
     other = set(texts(load(tmp_path, rows, method=method, seed=1)[1]))
     assert len(other) == 10 and other != held
 
@@ -81,11 +81,12 @@ def test_equal_rows_are_on_one_side(tmp_path):
     train, valid = load(tmp_path, rows, val_split=0.2)
     assert not set(texts(train)) & set(texts(valid))
     assert valid.n_rows == 40
-    train, valid = load(tmp_path, rows, val_split=7)  # one row, five times; two would be ten
+    train, valid = load(tmp_path, rows, val_split=7)  # one row, five times: two would be 10
     assert valid.n_rows == 5
-    # Rows that are all the same, or more often there than what is asked for: none, which is said.
+    # If all rows are equal, or a row is repeated more often than val_split, none are held out, with
+    # a message.
     assert load(tmp_path, [row(1)] * 200)[1] is None
-    with pytest.raises(InputError, match=r"val_split = 3 is less than one row of train\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)
     with pytest.raises(InputError, match=r"val_split = 200 holds out all rows of train\.jsonl"):
         load(tmp_path, rows, val_split=200)
@@ -124,7 +125,7 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
 
 
 def test_a_row_of_several_samples_is_one_row(tmp_path):
-    """A template that drops earlier reasoning makes a sequence of each turn."""
+    """A template that drops earlier reasoning turns each turn into a separate sample."""
     tokenizer = byte_level(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"

@@ -1,4 +1,4 @@
-"""What a row says is what is trained, whatever its chat template does."""
+"""The text of a row is in the loss, whatever its chat template does."""
 
 import json
 
@@ -49,7 +49,8 @@ def spans(data, tokenizer):
 
 
 def check_contexts(data, tokenizer, messages, **kwargs):
-    """Every sequence begins with what generation is given before its trained turns."""
+    """Checks that the context of each turn in the loss is the prompt from which generation
+    starts."""
     prompts = [
         tokenizer.apply_chat_template(
             messages[:i], tokenize=False, add_generation_prompt=True, **kwargs
@@ -62,7 +63,7 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         assert any(own.startswith(prompt) for own in whole), prompt
 
 
-# 1. The context is the one that generation gives
+# 1. The context is the prompt from which generation starts
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         (PARTS, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
-@pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])  # also in <|im_end|>
+@pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])  # letters in <|im_end|>
 def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(
     tmp_path, template, answers, answers_are
 ):
@@ -113,7 +114,7 @@ def test_template_variables_of_the_run_and_of_a_row(tmp_path):
             load(tmp_path, tokenizer, rows[0] | {"chat_template_kwargs": bad})
 
 
-# 2. It ends with a token that stops generation
+# 2. A response ends with a token that stops generation
 
 
 def test_a_call_ends_with_the_header_of_its_result(tmp_path):
@@ -153,7 +154,7 @@ def test_special_tokens_in_a_text_are_reported(tmp_path):
     assert data.notes.findings == {"special": 1}
 
 
-# 3. Nothing of the row is lost
+# 3. No text of the row is lost
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", None])
@@ -174,7 +175,7 @@ def test_reasoning_is_trained_however_row_and_template_spell_it(tmp_path, key, t
     own = says("one", **{key: "hm"}) if key else says("<think>\nhm\n</think>\n\none")
     row = {"messages": [asks("a"), own, asks("b"), says("two")]}
     data = load(tmp_path, tokenizer, row, train_on="assistant")
-    if key is None and "m.reasoning }}" in template:  # which keeps tags in the content as well
+    if key is None and "m.reasoning }}" in template:  # this template also keeps tags in the content
         expected = "/<think>\nhm\n</think>\n\none<|im_end|>"
     assert spans(data, tokenizer)[0] == expected
     assert "reasoning" not in data.notes.findings
@@ -373,7 +374,7 @@ def test_sides_that_are_the_same_are_refused(tmp_path, prompt):
         load(tmp_path, byte_level(), row, method="dpo")
 
 
-# 8. What is left out is said
+# 8. Omissions are reported
 
 
 def test_what_is_left_out_of_a_folder_is_said(tmp_path):

@@ -1,4 +1,4 @@
-"""Linear layers of a step of generation, computed together, with updates by rows."""
+"""Linear layers of a decoding step, computed in one call with a different adapter per row."""
 
 import inspect
 
@@ -17,7 +17,7 @@ KINDS = [None, ("affine", 4, 64), ("affine", 8, 32), ("affine", 3, 64), ("mxfp4"
 
 
 def layers(kind, ranks, dtype=mx.float32, seed=0, width=WIDTH, outs=(40, 20, 10)):
-    """The op's arguments, and its outputs of x and picks in float64."""
+    """Returns the op's arguments, and a function of x and picks that computes it in float64."""
     rng = np.random.default_rng(seed)
     bases, weights, b, gains = [], [], [], []
     for i, rank in enumerate(ranks):
@@ -96,7 +96,7 @@ def test_rows_in_half_precision(kind, dtype):
 
 
 def test_a_device_s_cases_fit_its_kernel():
-    """What the self-check gives the kernel, the kernel takes: else it would be switched off."""
+    """The kernel supports the calls of the self-check; otherwise it would be switched off."""
     for call in decode_linears.checks("cuda", 64):
         values = inspect.signature(call.kernel).parameters
         x, op, picks = (values[name].default for name in ("x", "kernel", "picks"))

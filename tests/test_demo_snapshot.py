@@ -1,4 +1,4 @@
-"""The demo's snapshot: numbers of the GGUF, a tokenizer that agrees, a model that answers."""
+"""The demo's snapshot: weights of the GGUF, a matching tokenizer, and a model that answers."""
 
 import hashlib
 import zipfile
@@ -74,14 +74,15 @@ def test_dequantized_values_are_those_of_the_gguf(snapshot_dir: Path, gguf: Path
     for theirs, ours in names.items():
         expected, got = values(arrays, theirs), values(weights, ours)
         heads = {"attn_q": 9, "attn_k": 3}.get(theirs.rpartition(".")[2])
-        if heads:  # row i of a head's first half is row 2i of the GGUF, of its second half 2i + 1
+        if heads:  # rows i of a head's halves are rows 2i and 2i + 1 of the GGUF
             head = [*range(0, 64, 2), *range(1, 64, 2)]
             expected = expected[mx.array([64 * h + row for h in range(heads) for row in head])]
         assert mx.array_equal(expected, got), theirs
 
 
 def values(tensors: dict[str, mx.array], name: str) -> mx.array:
-    """A tensor in float32, in which a scale of float16 times an integer plus a bias is exact."""
+    """Returns a tensor in float32, in which a float16 scale times an integer plus a bias is
+    exact."""
     weight = tensors[f"{name}.weight"]
     if f"{name}.scales" not in tensors:
         return weight.astype(mx.float32)
@@ -115,7 +116,7 @@ def test_text_survives_the_tokenizer(tokenizer: Any, text: str):
 
 
 def test_digits_are_single_tokens(tokenizer: Any):
-    # The two spaces tell: were digits not split off first, the second would go with the number.
+    # If digits were not split off first, the second space would belong to the number.
     ids = tokenizer.encode("in  1234 x")
     assert [tokenizer.decode([i]) for i in ids] == ["in", "  ", "1", "2", "3", "4", " x"]
 

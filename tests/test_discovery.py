@@ -1,4 +1,4 @@
-"""What adapters there are, what their folders say, and the commands that make others of them."""
+"""Listing adapters, their model cards, and the commands that convert them."""
 
 import json
 import shutil
@@ -23,7 +23,8 @@ def run(*argv):
 
 @pytest.fixture(scope="module")
 def root(llama_mixed, data, tmp_path_factory):
-    """A run with its best and its checkpoints, an export of it, and something broken."""
+    """Returns a folder with a run, its best adapter and checkpoints, an export, and a broken
+    one."""
     root = tmp_path_factory.mktemp("adapters")
     options = {"iters": 4, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama_mixed, data, root / "one", **options))
@@ -105,7 +106,7 @@ def test_curves(root, tmp_path):
 
 
 def test_the_commands(root, llama_mixed, data, tmp_path):
-    """From a run to PEFT and back, to a sum, and into the model."""
+    """Exports a run to PEFT, imports it again, merges adapters, and merges into the base model."""
     done = run(
         "export", root / "one", "--to", "peft", "--names", "text", "--out", tmp_path / "peft"
     )

@@ -1,4 +1,4 @@
-"""The form of the documentation: lines, blocks, and commands that exist, whatever they need."""
+"""The form of the documentation: line lengths, blocks, and commands, which must exist."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from mlx_segtrain.config import CALLED, TrainConfig
 EVERY = [(block, block.place) for page in PAGES for block in blocks(page)]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
-#: Commands of others that pages show.
+#: Commands of other programs that pages show.
 OTHERS = {
     *("pip", "python", "python3", "python3.12", "make", "curl", "apt", "git", "cd", "export"),
     *("caffeinate", "sudo", "xcode-select", "ssh", "hf", "mlx.launch", "mlx.distributed_config"),
@@ -37,7 +37,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_in_fences(page: Path) -> None:
-    """A block that is only indented is text, which nothing runs: formulas and listings."""
+    """Indented blocks are for formulas and listings: no test runs them."""
     command = re.compile(r" {4,}(mlx-segtrain|pip|python3?|make|curl|mlx\.launch|from|import) ")
     assert not [n for n, line in prose(page) if command.match(line)]
 
@@ -57,8 +57,8 @@ def test_a_block_is_what_it_says(block) -> None:
 
 
 def check_command(words: list[str], place: str) -> None:
-    """That a command of ours parses, and what others are given exists."""
-    while words and re.match(r"[A-Z_]+=", words[0]):  # variables of its environment
+    """Checks that a command of ours parses, and that the files and targets of others exist."""
+    while words and re.match(r"[A-Z_]+=", words[0]):  # environment variables
         words = words[1:]
     own = next((i for i, word in enumerate(words) if word.endswith("mlx-segtrain")), None)
     if "$(which mlx-segtrain)" in words:
@@ -84,7 +84,7 @@ def check_command(words: list[str], place: str) -> None:
 
 
 def sentences() -> list[str]:
-    """Every text in the package's Python with … for what is put into it."""
+    """Returns every f-string in the package, with … for its values."""
     found = []
     for file in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -97,7 +97,7 @@ def sentences() -> list[str]:
 
 
 def test_errors_that_are_explained_exist() -> None:
-    """The headings of docs/troubleshooting.md are sentences of the program."""
+    """The headings of docs/troubleshooting.md are messages of the program."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     headings = re.findall(r"^### `(.*)`$", text, re.M)
     assert len(headings) >= 15
@@ -111,11 +111,11 @@ def _pattern(heading: str) -> re.Pattern[str]:
 
 
 def test_the_rows_of_mlx_bun_are_our_fields() -> None:
-    """docs/coming_from_mlx_bun.md: each field of its table exists, with the default it says."""
+    """Each field in the table of docs/coming_from_mlx_bun.md exists, with the stated default."""
     text = (ROOT / "docs" / "coming_from_mlx_bun.md").read_text(encoding="utf-8")
     table = text[text.index("## Configuration") : text.index("## Environment variables")]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", table, re.M)
-    assert len(rows) == 21  # and three that are required
+    assert len(rows) == 21  # three required fields are not in the table
     for name, theirs, ours in rows:
         own = CALLED.get(name, name)
         assert own in TrainConfig.model_fields or name.startswith("dpo_"), name

@@ -1,4 +1,4 @@
-"""Every block of the documentation runs as it is printed, unless it says what it needs.
+"""Every block of the documentation runs as printed, unless it says what it needs.
 
 Each page has a folder with a tiny model called MODEL, rows called data, and the things that the
 page names as given. Commands of ours run in this process.
@@ -23,7 +23,7 @@ from mlx_segtrain.commands.demo.sums import write_sums
 
 pytestmark = pytest.mark.acceptance
 
-#: A word of a shell that this process does not understand.
+#: Shell syntax that this process cannot interpret.
 SHELL = re.compile(r"[|<>&;`]|\$\(")
 FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py))$")
 ADDRESS = "localhost:8090"
@@ -31,7 +31,7 @@ ADDRESS = "localhost:8090"
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with whatever a page may have when it begins."""
+    """Returns a folder with everything that a page may assume to exist."""
     path = tmp_path_factory.mktemp("things")
     write_llama(path / "MODEL", bits=4, layers=2, max_position_embeddings=65536)
     write_rows(path / "data", 12)
@@ -62,7 +62,7 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "stdin", sys.stdin)  # put back afterwards
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # restored afterwards
     names: dict[str, object] = {"__name__": page.stem}
     with contextlib.ExitStack() as stack:
         address = ADDRESS
@@ -81,7 +81,7 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
 
 
 def run(block: Block, text: str) -> None:
-    """The commands of a shell block, one after the other."""
+    """Runs the commands of a shell block, one after another."""
     for line, words in commands(text):
         if words[:2] == ["mlx-segtrain", "serve"]:  # servers have tests of their own
             assert cli.parsers()[0].parse_known_args(words[1:])[1] == []

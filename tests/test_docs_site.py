@@ -12,12 +12,12 @@ from lib.pages import PAGES, ROOT
 
 pytestmark = pytest.mark.acceptance
 
-#: Elements that make a browser fetch something, and where they say what.
+#: Attributes with addresses that a browser fetches.
 FETCHED = {"src", "srcset", "poster", "data", "action"}
 
 
 class Resources(HTMLParser):
-    """What a page makes a browser load."""
+    """Collects the addresses that a page makes a browser load."""
 
     def __init__(self) -> None:
         super().__init__()

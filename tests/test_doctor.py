@@ -1,4 +1,4 @@
-"""Checks of kernels on a device: those of the CPU, which stand in for a GPU's too."""
+"""The self-check of kernels on a device. The CPU's kernels stand in for those of a GPU, too."""
 
 import json
 
@@ -27,7 +27,7 @@ SOUND = {op: getattr(_core, op) for op in [*CPU_KERNELS, "lora_linears"] if op !
 
 
 def function_of(op):
-    """The name of the function that a check of `op` calls."""
+    """Returns the name of the function that a check of `op` calls."""
     if op == "lora_linear":
         return "lora_linears"
     return "attention" if op.startswith("attention") else op
@@ -40,9 +40,10 @@ def sound_checks():
 
 @pytest.fixture
 def off(monkeypatch, tmp_path, sound_checks):
-    """What is switched off, without touching this process; the cache is an empty folder.
+    """Returns the list of ops that are switched off; they stay on in this process. The cache is
+    empty.
 
-    No times are taken, and a kernel that no test has broken is checked once.
+    Nothing is timed, and a kernel that no test has broken is checked only once.
     """
     seen, plain = [], doctor.check_call
 
@@ -105,7 +106,7 @@ def test_a_broken_cache_is_no_obstacle(off, tmp_path):
 
 
 def break_kernel(monkeypatch, op, fault):
-    """Replaces the value, or only the gradient, of a kernel by one that is 1 % wrong."""
+    """Makes the value of a kernel, or only its gradient, wrong by 1 %."""
     name = "lora_linears" if op == "lora_linear" else op
     sound = getattr(_core, name)
 
@@ -134,7 +135,7 @@ def test_every_kernel_of_the_cpu_is_checked_and_timed(off, monkeypatch):
 
 
 def test_times_are_those_of_the_work():
-    """6·512³ operations, and not of writing them down."""
+    """The time is that of 6·512³ operations, not that of building the graph."""
     x = mx.ones((512, 512))
     assert doctor.milliseconds(lambda x: x @ x, [x], x) > 0.1
 
@@ -144,11 +145,11 @@ def test_times_are_those_of_the_work():
 def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
     break_kernel(monkeypatch, op, fault)
     found = doctor.failed(doctor.check())
-    assert list(found) == [op] and found[op].endswith("e-02 away from the plain code")
+    assert list(found) == [op] and found[op].endswith("e-02 against the plain code")
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
-    """A Mac's implementations, which a CPU plays here: heads of each size in each dtype."""
+    """The CPU stands in for the implementations on a Mac: each head size in each dtype."""
     sound = _core.attention
 
     def played(*x, impl, **options):
@@ -175,7 +176,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
             for dtype in ("bfloat16", "float32")
         ),
     ]
-    # bfloat16 is far from the plain code
+    # bfloat16 differs from the plain code by rounding
     half = [x for x in report.checks if "float32" not in x.case]
     assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
     assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if "float32" in x.case)
@@ -218,7 +219,7 @@ def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "stand-in (CPU)" in out and out.endswith("every kernel agrees with the plain code\n")
-    # attention has a row a case, and lora_linear two
+    # attention has a row per case, and lora_linear two rows
     assert out.count(" ok ") == len(CPU_KERNELS) + len(attention.CASES)
     break_kernel(monkeypatch, "rms_norm", "value")
     assert cli.main(["doctor", "--json"]) == 1
@@ -229,7 +230,7 @@ def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
     assert wrong["error"] == pytest.approx(0.01, rel=0.1)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "rms_norm: 1.0e-02 away from the plain code" in out and " wrong " in out
+    assert "rms_norm: relative error 1.0e-02 against the plain code" in out and " wrong " in out
 
 
 @pytest.mark.parametrize("fault", [float("nan"), float("inf")])

@@ -1,4 +1,4 @@
-"""DoRA: the formula, mlx-lm's own, every cut and method, files of ours, mlx-lm's and PEFT's."""
+"""DoRA: the formula, every cut and method, and the files of mlx-lm, PEFT and this package."""
 
 import copy
 import functools
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def stretched(chain, ranks=None):
-    """A random adapter, the lengths of whose rows have moved by up to a fifth."""
+    """Returns a random adapter whose magnitudes differ from the initial ones by up to a fifth."""
     ranks = ranks or dict.fromkeys(chain.linears, RANK)
     adapter = random_adapter(chain, ranks, SCALE, 0.1)
     fresh = adapting.init(chain, ranks, SCALE, 0, dora=True)
@@ -63,7 +63,8 @@ def run(chain, adapter, batch, cuts, dropout=None):
 @pytest.mark.parametrize("dtype,bound", [("float32", 2e-6), ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_formula(quantized, dtype, bound):
-    """In float64, the norm held constant for the gradient."""
+    """The layer is compared with the formula in float64, where the gradient treats the norm as a
+    constant."""
     rng = np.random.default_rng(0)
     linear = nn.Linear(64, 1100, bias=True)
     if quantized:
@@ -179,7 +180,7 @@ def written(folder, adapter):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_stock_mlx_lm_loads_what_we_write(padded, llama4, tmp_path):
-    """Ranks and multipliers that differ become one of each."""
+    """Different ranks are padded, and different multipliers become one."""
     chain = chain_of(load_base(llama4)[0])
     ranks = {path: 2 + i % 3 if padded else RANK for i, path in enumerate(chain.linears)}
     adapter = stretched(chain, ranks)
@@ -244,7 +245,10 @@ def test_magnitudes_that_do_not_fit(llama, tmp_path):
         with pytest.raises(InputError, match=message):
             read_adapter(folder, chain)
 
-    refused({**tensors, f"{path}.m": mx.ones(3)}, r"magnitudes \(3,\) for lora_b \(4, 64\)")
+    refused(
+        {**tensors, f"{path}.m": mx.ones(3)},
+        r"magnitudes of shape \(3,\), which do not fit lora_b \(4, 64\)",
+    )
     without = {key: x for key, x in tensors.items() if not key.endswith(".m")}
     refused(without, "has lora_a, lora_b but no magnitudes")
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""Conversations of grpo: an environment's turns and tools, whose tokens nothing is learnt from."""
+"""Conversations of grpo: an environment's turns and tools, whose tokens are not in the loss."""
 
 import json
 
@@ -22,7 +22,7 @@ from mlx_segtrain.training.ranks import LostRank
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-#: How Hermes' and Qwen's templates write tools, by which mlx-lm knows how calls are read.
+#: Tools as in the templates of Hermes and Qwen, from which mlx-lm infers how to parse calls.
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -33,7 +33,7 @@ TOOLS = (
 
 
 class Guess:
-    """Says whether a number is too low or too high."""
+    """An environment that tells whether a guessed number is too low or too high."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed
@@ -47,7 +47,7 @@ class Guess:
 
 
 class Shelf:
-    """Tools over one row's column."""
+    """An environment with tools that read a column of the row."""
 
     def reset(self, **columns):
         self.seen = columns["answer"]
@@ -86,7 +86,7 @@ def tokenizer(llama4):
 
 @pytest.fixture(scope="module")
 def with_tools(llama4, tmp_path_factory):
-    """A model whose template has tools."""
+    """Returns a model whose template supports tools."""
     path = tmp_path_factory.mktemp("tools") / "model"
     path.mkdir()
     for file in llama4.iterdir():
@@ -158,7 +158,7 @@ def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
 
 
 def test_calls_that_the_template_cannot_write(with_tools):
-    """Arguments that are no mapping, and several calls in a turn, end no conversation."""
+    """Arguments that are not a mapping, or several calls in a turn, do not end a conversation."""
     tokenizer = load_tokenizer(with_tools)
     strict = TOOLS.replace(
         "{{ tool_call.name }}",
@@ -199,7 +199,7 @@ def rolled(model, options, kind=Guess, at_once=4, turns=8, **tokens):
 
 @pytest.fixture
 def talkative(monkeypatch):
-    """Turns of three tokens each."""
+    """Makes every turn three tokens long."""
 
     def add(self, token):
         self.count = getattr(self, "count", 0) + 1
@@ -210,7 +210,8 @@ def talkative(monkeypatch):
 
 
 def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
-    """Also where others are decoded beside it, and turns are of several lengths."""
+    """This also holds if other conversations, with turns of other lengths, are decoded in the same
+    batch."""
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt
@@ -232,7 +233,7 @@ def test_what_ends_a_conversation(llama4, talkative):
         ["assistant", "user", "assistant"]
     ] * 6
     _, talks, made = rolled(llama4, {}, max_tokens=2)
-    for talk, own in zip(talks, made, strict=True):  # cut off, unless it ended by itself
+    for talk, own in zip(talks, made, strict=True):  # truncated, unless it ended by itself
         assert talk.said[0] == {"role": "assistant", "content": own.text}
         assert own.finish == "length" and len(talk.said) == own.turns == 1
     _, talks, made = rolled(llama4, {}, max_tokens=20)
@@ -241,8 +242,8 @@ def test_what_ends_a_conversation(llama4, talkative):
 
 
 def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatch):
-    """The gradient of the loss by the log-probabilities of all tokens, and the loss itself, are the
-    same whatever the environment's tokens are worth; no position that predicts one is in it."""
+    """Loss and gradient do not depend on the values of the environment's tokens, and no position
+    that predicts such a token is in the loss."""
     model, _, made = rolled(llama4, {}, max_tokens=400)
     chain = chain_of(model)
     config = configured(grpo_beta=0.0, max_completion_tokens=400, max_seq_length=600)
@@ -277,7 +278,7 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
 
 
 def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
-    """By Python; its rewards see the environments, and the log the conversation."""
+    """The environment is a Python class; rewards get the environments, and the log the messages."""
     rows = [{"prompt": f"Guess {i}.", "answer": i} for i in range(4)]
 
     def run(out, iters, **more):
@@ -306,7 +307,7 @@ def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
 
 
 class Silent:
-    """Neither talks nor has tools."""
+    """An environment with neither `step` nor tools."""
 
     def reset(self): ...
 

@@ -1,4 +1,4 @@
-"""Families of models: loss and every LoRA gradient equal those of mlx-lm and of HF transformers."""
+"""Model families: loss and every LoRA gradient equal those of mlx-lm and HF transformers."""
 
 import itertools
 from dataclasses import replace
@@ -22,7 +22,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
 
-#: Those of HF's whose gradients are compared as well.
+#: Families whose gradients are also compared with transformers.
 WITH_HF = [
     *("llama", "qwen3", "gemma3", "gemma4-E4B", "gemma4-K=V", "gemma4-experts"),
     *("qwen2", "phi3", "olmo2", "smollm3", "granite", "gemma2"),
@@ -30,7 +30,7 @@ WITH_HF = [
 
 
 def of_mlx_lm(model, chain, adapter, batch):
-    """The model's own code, with LoRA in its linear layers; leaves it there."""
+    """Attaches LoRA to the model's linear layers, and differentiates the model's own code."""
     adapting.attach(model, chain, adapter)
     model.freeze()
     names = [f"{path}.lora_{ab}" for path in adapter.tensors for ab in "ab"]
@@ -92,7 +92,7 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(name, rows, hf):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B", "gemma4-experts", "phi3"])
 def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
-    """Trimmed or not: the same loss and gradients; and what is trimmed is not computed."""
+    """Trimming does not change loss and gradients, and trimmed rows are not computed."""
     family, overrides = FAST[name]
     chain = chain_of(tiny_models.build(family, **overrides))
     adapter, batch = adapter_of(chain), batch_of(rows, prompt=8)
@@ -115,7 +115,7 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
-    """Of 6 layers the last 3 have no keys of their own, and layer 2 needs its own of all rows."""
+    """The last 3 of 6 layers have no keys of their own; layer 2 needs its keys for all rows."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)
@@ -151,10 +151,11 @@ def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
-    """Weights are bfloat16; the truth is the same in float32. Segments part donors and readers.
+    """Weights are bfloat16; the reference is the same model in float32. Donor layers and the layers
+    that read their keys are in different segments.
 
-    Errors of a tensor over several models and batches: of a single one they are half again as
-    large or small by chance.
+    The errors of a tensor are averaged over several models and batches, since those of a single one
+    vary by half by chance.
     """
     family, overrides = FAST[name]
     errors = {}
@@ -190,7 +191,7 @@ def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
 
 @pytest.mark.parametrize("name", ["gemma4-E4B", "gemma4-experts"])
 def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
-    """20 steps; then token by token, with sliding caches and shared keys, through mlx-lm."""
+    """Trains 20 steps, and then decodes with mlx-lm, with sliding caches and shared keys."""
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -218,7 +219,8 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B", "phi3"])
 def test_every_linear_may_be_quantized_its_own_way(name):
-    """Of 4 and 8 bits, other groups and modes, and dense; embeddings and tied heads too."""
+    """Layers have 4 or 8 bits, other groups and modes, or are dense, also embeddings and tied
+    heads."""
     kinds = itertools.cycle(
         [
             {"group_size": 32, "bits": 4, "mode": "affine"},
@@ -265,7 +267,7 @@ def test_what_is_saved_is_not_computed_again(monkeypatch):
 
         monkeypatch.setattr(ops, name, counted)
     run(chain, adapter, batch, cuts=replace(chain.cuts(1), saves=(0, 2, 4, 6)))
-    # Three layers save and are run again; the last is with the head.
+    # Three layers save and are recomputed; the last one runs with the head.
     saving, again, with_head = (calls.count(x) for x in SAVED_CALLS)
     assert (saving, again, with_head, len(calls)) == (3, 3, 1, 7)
 
@@ -276,7 +278,8 @@ SAVED_CALLS = [("attention_forward", False), ("attention", True), ("attention", 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
 def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
-    """Half layers, groups that are run forward again, cuts between a donor and its four readers."""
+    """Cuts within layers, recomputed groups, and cuts between a donor layer and its four
+    readers."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     types = ["full_attention", *["sliding_attention"] * 5]
     shared = {"num_kv_shared_layers": 4, "layer_types": types}

@@ -1,8 +1,8 @@
-"""What happens to a run on its way: killed at any moment, disks that are full or broken, the power
-cut. Nothing but what was being written may be lost.
+"""Runs that are killed at any moment, full or broken disks, and power cuts. Only what was being
+written may be lost.
 
-A tiny run with everything that is ever written, in processes that are forked from one which has
-imported all. KILLS and FAULTS are how many moments are tried, all of them if FAULTS is 0.
+A tiny run writes every kind of file, in processes forked from one that has imported everything.
+KILLS and FAULTS are the numbers of moments to try; FAULTS=0 tries all of them.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ def config(model, data, folder, **more):
 
 
 def in_child(queue, model, data, folder, fault, more):
-    """Ends with 0 if the run does, and tells the calls that changed something, or what went
-    wrong."""
+    """Trains in a forked process; sends the number of calls that changed something, or the
+    error."""
     mx.set_default_device(mx.cpu)
     os.environ.update(fault)
     told = []
@@ -52,7 +52,7 @@ def in_child(queue, model, data, folder, fault, more):
 
 
 class Forks:
-    """Starts runs in processes of their own."""
+    """Starts runs in separate processes."""
 
     def __init__(self, model, data):
         self.model, self.data, self.context = model, data, processes()
@@ -65,7 +65,7 @@ class Forks:
         return process, queue
 
     def run(self, folder, fault=None, more=None):
-        """Exit code, and what the run said: (error, calls, warnings); None if it was killed."""
+        """Returns the exit code, and (error, calls, warnings), or None if the run was killed."""
         process, queue = self.start(folder, fault, more)
         process.join(60)
         assert process.exitcode is not None, "a run hangs"
@@ -81,14 +81,14 @@ def forks(llama4, data):
 
 @pytest.fixture(scope="module")
 def whole(forks, tmp_path_factory):
-    """The folder of a run to which nothing happened."""
+    """Returns the folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert forks.run(folder)[0] == 0
     return folder
 
 
 def assert_nothing_torn(run):
-    """Whatever has its name is whole; the log's last line may be half."""
+    """Checks that every file with its final name is complete, except the log's last line."""
     for path in run.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(run).parts):
             continue
@@ -106,7 +106,7 @@ def assert_nothing_torn(run):
 
 
 def assert_ends_as(run, whole, lost=()):
-    """The same products, but for the folders of `lost`, and nothing left over."""
+    """Checks that a run has the same files as `whole`, except the folders `lost`, and no others."""
     mine, its = (
         {name: x for name, x in files_of(folder).items() if "state" not in name.parts}
         for folder in (run, whole)
@@ -129,7 +129,7 @@ def assert_ends_as(run, whole, lost=()):
 
 
 def test_killed_at_random_moments(forks, whole, tmp_path):
-    """SIGKILL, again and again, until a run ends; then the next one."""
+    """Kills and resumes a run until it ends, and then starts the next one."""
     chance = random.Random(0)
     began = time.monotonic()
     assert forks.run(tmp_path / "timed")[0] == 0
@@ -156,14 +156,14 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Some of the calls, evenly, or all of them."""
+    """Returns the numbers of some calls, evenly spaced, or of all."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 
 
 @pytest.fixture(scope="module")
 def calls(forks, tmp_path_factory):
-    """How many calls of a run change something."""
+    """Returns the number of calls in a run that change something."""
     folder = tmp_path_factory.mktemp("counted") / "run"
     code, (_, calls, _) = forks.run(folder, {"FAULT_ROOT": str(folder)})
     assert code == 0 and calls > 100
@@ -173,7 +173,7 @@ def calls(forks, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["kill", str(errno.ENOSPC)])
 @pytest.mark.parametrize("more", [{"keep_checkpoints": 1}, {"overwrite": True, "resume": False}])
 def test_faults_over_a_run_that_is_there(more, kind, forks, whole, tmp_path):
-    """A finished file is written again, or another takes its place."""
+    """A finished run is overwritten or resumed while faults occur."""
 
     def copy(name):
         return shutil.copytree(whole, tmp_path / name)
@@ -214,12 +214,13 @@ def test_killed_at_every_write(kind, forks, whole, calls, tmp_path):
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, calls, tmp_path):
-    """Once: the run continues, or says in a sentence why not. For good: what was there stays."""
+    """After one failure, the run continues or ends with a sentence. If all later writes fail too,
+    existing files stay intact."""
     for at in points(calls):
         folder = tmp_path / f"run-{at}"
         fault = {"FAULT_ROOT": str(folder), "FAULT_AT": str(at), "FAULT_KIND": str(number)}
         code, said = forks.run(folder, {**fault, "FAULT_STAYS": str(int(stays))})
-        assert said is not None, (at, code)  # neither a traceback nor a crash
+        assert said is not None, (at, code)  # there was neither a traceback nor a crash
         error, _, warnings = said
         assert (code == 0) == (not error)
         assert os.strerror(number) in f"{error} {warnings}" or not (error or stays), (at, said)
@@ -229,7 +230,7 @@ def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, call
         again, (error, _, _) = forks.run(folder)
         assert again == 0 and not error, (at, error)
         lost = set()
-        if code == 0:  # an evaluation's adapter is not written later
+        if code == 0:  # the adapter of an evaluation is not written later
             assert kept[0] == 5
             mine, its = ({x.name for x in (f / "checkpoints").iterdir()} for f in (folder, whole))
             lost = {Path("checkpoints") / name for name in its - mine}
@@ -238,16 +239,16 @@ def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, call
         shutil.rmtree(folder)
 
 
-# ---- the power cut: what was not synced is gone
+# ---- power cuts: unsynced data is lost
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read in /proc")
 
 
 class Disk:
-    """What a folder would hold if the power went, at each fsync and after each rename.
+    """Simulates the content of a folder after a power cut, at each fsync and after each rename.
 
-    Content counts as on the disk once its file was synced. Names count with their folder's sync, or
-    at once: a disk may do either.
+    Content is on the disk once its file is synced. Names are on the disk once their folder is
+    synced, or at once: a disk may do either.
     """
 
     def __init__(self, root, monkeypatch):
@@ -261,7 +262,7 @@ class Disk:
             real_sync(fd)
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
             if path == self.root.parent or self.root in (path, *path.parents):
-                self.held.append(os.dup(fd))  # so that no other file gets its number
+                self.held.append(os.dup(fd))  # otherwise another file could get the same inode
                 number = os.fstat(fd).st_ino
                 if path.is_dir():
                     self.names[number] = {x.name: self.hold(x) for x in path.iterdir()}
@@ -349,7 +350,7 @@ def test_the_power_goes(llama4, data, whole, tmp_path, monkeypatch):
 
 @linux
 def test_a_rename_without_a_sync_would_be_seen(llama4, data, tmp_path, monkeypatch):
-    """The simulation has teeth: without syncs the checkpoints are torn."""
+    """Shows that the simulation finds faults: without syncs, checkpoints are torn."""
     (tmp_path / "disk").mkdir()
     disk = Disk(tmp_path / "disk" / "run", monkeypatch)
     monkeypatch.setattr(files, "sync", lambda path: None)

@@ -1,4 +1,4 @@
-"""Adapters merged into one, and into their base model: what is exact, and what rounding loses."""
+"""Merging adapters into one, and into their base model: what is exact, and what rounding loses."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
 def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
-    """A random adapter of these layers, with different multipliers."""
+    """Returns a random adapter of these layers, with different multipliers."""
     chain = chain_of(load_base(model_dir)[0])
     mx.random.seed(seed)
     fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
@@ -65,7 +65,7 @@ def logits(model_dir, adapter=None):
 
 
 def test_a_merged_adapter_is_the_weighted_sum(llama4, tmp_path):
-    """Adapters of different layers, ranks and multipliers, to the last rounding; in mlx-lm too."""
+    """Adapters of different layers, ranks and multipliers are summed exactly, in mlx-lm too."""
     one = random_adapter(llama4, ranks_of(llama4, "q_proj", "down_proj"))
     two = random_adapter(llama4, ranks_of(llama4, "q_proj", "v_proj", ranks=(8, 2)), seed=1)
     a, b = written(tmp_path / "a", one), written(tmp_path / "b", two)
@@ -119,7 +119,7 @@ def test_what_cannot_be_merged(llama4, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-# ---- folding
+# ---- merging into the base
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "embedding and head", "experts", "dense"])
@@ -149,7 +149,7 @@ def test_a_dense_fold_has_the_logits_of_base_and_adapter(kind, llama, llama4, tm
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_fold_loads_in_transformers(tied, hf, tmp_path):
-    """As it is, by its config.json: so do programs that read Hugging Face's format."""
+    """transformers loads the merged model unchanged, like other programs that read this format."""
     model = write_llama(tmp_path / "model", bits=4, tied=tied)
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj", "down_proj")))
     fold(weighted([folder]), model, tmp_path / "out", dequantize=True, dtype=mx.float32)
@@ -179,7 +179,7 @@ def same_bits(x, y):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_quantized_fold(bits, llama_mixed, tmp_path):
-    """The same grid, layer by layer, or another for what is adapted; the rest bit for bit."""
+    """Layers keep their quantization, or adapted ones get other bits; the rest is bit-identical."""
     ends = ("q_proj", "down_proj")
     adapter = random_adapter(llama_mixed, ranks_of(llama_mixed, *ends), size=0.3)
     folder = written(tmp_path / "a", adapter)
@@ -198,7 +198,7 @@ def test_a_quantized_fold(bits, llama_mixed, tmp_path):
         was = 8 if "down_proj" in own.path else 4
         assert own.bits == (bits or was)
         assert (config.get(own.path) or config)["bits"] == own.bits
-        # Against an independent sum in float64.
+        # Compare with an independent sum in float64.
         a, b = (np.array(x, np.float64) for x in adapter.tensors[own.path])
         delta = adapter.scales[own.path] * (a @ b).T
         how = dict(group_size=32, bits=was)
@@ -224,7 +224,7 @@ def parts(tensors, path):
 
 
 def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
-    """A grid that is the same again: what moves a weight by less than half a step is gone."""
+    """With the same quantization, an update of less than half a quantization step is lost."""
     llama4 = quantized(tmp_path, "mxfp4")
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=1e-3)
     folder = written(tmp_path / "a", adapter)
@@ -247,7 +247,7 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     assert "Merge with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
     names = [line.split(" ")[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
     before, after = ["adapter", "into", "weights", "writes"], ["model", "merged", "copied", "lost"]
-    assert names[:8] == before + after  # a summary, before the layers
+    assert names[:8] == before + after  # a summary comes before the layers
     assert "layers.0.self_attn.q_proj" in done.stdout
 
 
@@ -258,7 +258,7 @@ def test_other_quantizations(mode, tmp_path):
     adapter = random_adapter(model_dir, ranks_of(model_dir, "down_proj"), size=0.3)
     folder = written(tmp_path / "a", adapter)
     fold(weighted([folder]), model_dir, tmp_path / "dense", dequantize=True)
-    # The dense weight is in the dtype that the configuration names.
+    # The dense weights have the dtype in the configuration.
     assert_close("logits", logits(tmp_path / "dense"), logits(model_dir, folder), 1e-3)
     report = fold(weighted([folder]), model_dir, tmp_path / "out")
     assert all(own.bits == bits for own in report.linears)
@@ -267,12 +267,13 @@ def test_other_quantizations(mode, tmp_path):
 
 
 def test_shards_are_written_one_at_a_time(llama4, tmp_path, monkeypatch):
-    """A base in several files, merged into several others: the same tensors; memory of one."""
+    """A base in several files gives several files with the same tensors, in the memory of one
+    file."""
     model = shutil.copytree(llama4, tmp_path / "m")
     tensors = tensors_of(llama4)
     names = sorted(tensors)
     (model / "model.safetensors").unlink()
-    for i in range(3):  # a module may be cut between two files
+    for i in range(3):  # the tensors of a module may be in two files
         own = {name: tensors[name] for name in names[i::3]}
         mx.save_safetensors(str(model / f"model-0000{i + 1}-of-00003.safetensors"), own)
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj", "up_proj"))
@@ -336,14 +337,15 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
 
 
 def test_the_demo_s_model_is_folded(tmp_path):
-    """SmolLM2: dense equals base and adapter; with 4 bits the report says what was lost."""
+    """SmolLM2: a dense merge equals base plus adapter; with 4 bits the report says what was
+    lost."""
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
     options = {"iters": 2, "rank": 4, "learning_rate": 1e-3, "max_seq_length": 48}
     train(config_of(model, data, tmp_path / "a", **options))
     adapter = weighted([tmp_path / "a"])
     fold(adapter, model, tmp_path / "dense", dequantize=True, dtype=mx.float32)
-    fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, as the base computes
+    fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, the dtype of the base
     tokens = mx.array([[1, 504, 3575]])
     both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
     alone = mlx_segtrain.load(model)[0](tokens)
@@ -356,17 +358,17 @@ def test_the_demo_s_model_is_folded(tmp_path):
     assert len(report.linears) == 210 and all(own.lost > 0 for own in report.linears[:1])
     for folder, own in (("dense", dense), ("half", half), ("four", None)):
         answer, tokenizer = mlx_lm.load(str(tmp_path / folder))
-        logits = answer(tokens[:, :1])  # of one token: half precision is slow on a CPU
+        logits = answer(tokens[:, :1])  # one token, because half precision is slow on a CPU
         assert tokenizer.encode("Once") and mx.isfinite(logits).all()
         if own is not None:
             assert_close(folder, logits, own[:, :1], 1e-3 if folder == "dense" else 2e-2)
 
 
-# ---- what a review found
+# ---- found by a review
 
 
 def test_an_update_that_is_rounded_away_is_swallowed(tmp_path):
-    """W' = W: nothing is left of it."""
+    """W' = W: the whole update is lost."""
     model = quantized(tmp_path, "mxfp4")
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj"), size=1e-5))
     report = fold(weighted([folder]), model, tmp_path / "out")
@@ -396,7 +398,7 @@ def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
 
 
 def test_other_bits_of_a_linear_without_an_update(llama4, tmp_path):
-    """What config.json says of it and its weights go together."""
+    """The bits in config.json match the weights of this layer."""
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
     fold(adapter, llama4, tmp_path / "out", bits=8)
     stock, _ = mlx_lm.load(str(tmp_path / "out"))
@@ -416,7 +418,7 @@ def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
 @pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="this mlx-lm takes them as configured")
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_path):
-    """mlx-lm reckons them from the shapes."""
+    """mlx-lm computes them from the shapes."""
     model = shutil.copytree(llama_mixed, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
     config["quantization"] = {"group_size": 32, "bits": 4}
@@ -469,7 +471,7 @@ def test_names_with_and_without_the_wrapper_are_one_linear(llama4, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
-    """A model of many tensors where no more than 64 may be."""
+    """A model with many tensors can be merged with at most 64 open files."""
     model = write_llama(tmp_path / "m", layers=24)
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj")))
     code = (

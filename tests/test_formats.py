@@ -1,4 +1,4 @@
-"""Adapters that we trained, in stock mlx-lm and in HF PEFT; theirs in ours; round trips."""
+"""Our adapters in stock mlx-lm and HF PEFT, their adapters here, and round trips."""
 
 import functools
 import json
@@ -29,7 +29,7 @@ from mlx_segtrain.models import chain_of, load_base
 
 pytestmark = pytest.mark.acceptance
 
-#: Name of the model, and how it is adapted.
+#: The name of the model, and the options of the run.
 RUNS = {
     "constant": ("llama", {"rank_scaling": "constant"}),
     "by bits": ("mixed", {}),
@@ -72,14 +72,16 @@ def trained(name, models, data, folder):
 
 @pytest.fixture(scope="module")
 def adapters(models, data, tmp_path_factory):
-    """Name of a run → its model and its folder, which is only read; each is trained once."""
+    """Returns a function from a run's name to its model and folder, which tests must not change.
+    Each run is trained once."""
     place = tmp_path_factory.mktemp("adapters")
     return functools.cache(lambda name: trained(name, models, data, place / name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """From our folder and from an export, with our logits; and back, from either format."""
+    """mlx-lm computes our logits from our folder and from an export; both formats can be
+    imported."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -94,12 +96,12 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
 
     done = export(folder, tmp_path / "peft", "peft", names="text")
-    # A multiplier is alpha over the rank there.
+    # In PEFT the multiplier is alpha divided by the rank.
     assert done.difference <= 1e-6 * done.update
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
         again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
-        assert_close(form, again, ours, 1e-5)  # padded ranks add up in another order
+        assert_close(form, again, ours, 1e-5)  # sums over padded ranks have another order
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -110,7 +112,7 @@ def test_a_trained_adapter_loads_in_peft(name, hf, adapters, tmp_path):
     assert_close("PEFT", peft_logits(hf, model_dir, tmp_path / "peft"), ours, 1e-4)
 
 
-#: How SmolLM2 is adapted, and the tokens of a text in its own vocabulary.
+#: Options of runs on SmolLM2, and the tokens of a text in its vocabulary.
 SMOLLM2 = {
     "dora": {"use_dora": True},
     "rslora of the last layers": {"rs_lora": True, "num_layers": 4, "target_modules": ["q_proj"]},
@@ -120,7 +122,7 @@ TEXT = [[1, 504, 3575, 282, 4649, 314]]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Name of SMOLLM2 → the real model, its adapter's folder, and that folder for PEFT."""
+    """Returns a function from a name in SMOLLM2 to the model, the adapter, and its PEFT export."""
     place = tmp_path_factory.mktemp("smollm2")
     model_dir = snapshot.smollm2_snapshot(cache_dir())
     rows = write_rows(place / "data", 8)
@@ -155,11 +157,11 @@ def test_an_adapter_of_smollm2_loads_in_peft(name, hf, smollm2):
 
 
 def in_float32(x):
-    """As our loader has it on the CPU."""
+    """Converts floating-point arrays to float32, as our loader does on the CPU."""
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
-# ---- theirs
+# ---- adapters of other tools
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_an_adapter_that_peft_made_is_imported(how, hf, models, tmp_path):
 
 
 def test_an_adapter_of_a_model_for_text_and_images(hf, tmp_path):
-    """In transformers the text model is within the model, in mlx-lm around it."""
+    """transformers and mlx-lm nest the text model of a multimodal model in different ways."""
     text_config = {**tiny_models.config("gemma3_text"), "model_type": "gemma3_text"}
     base = hf.gemma3_with_images({**text_config, "query_pre_attn_scalar": 16})
     names = {name for name, _ in base.named_modules()}
@@ -245,7 +247,7 @@ def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
 
 
 def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
-    """Exported with the ranks 4 and 8 at 8: what was added has a gradient from the first step."""
+    """Ranks 4 and 8 are exported as 8: the added columns get a gradient from the first step."""
     model_dir, folder = trained("by bits", models, data, tmp_path / "a")
     export(folder, tmp_path / "mlx", "mlx-lm")
     tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))
@@ -262,7 +264,7 @@ def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
     for name, x in further.items():
         axis = 0 if name.endswith("lora_a") else 1
         moved = mx.abs(x - tensors[name]).max(axis)
-        # A's new columns wait for B, which moves at once, until the second step.
+        # B's new rows change in the first step, and A's new columns in the second one.
         assert (moved > 0).all(), name
 
 
@@ -293,7 +295,8 @@ def test_gguf(name, models, data, tmp_path):
         delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
         want = np.array(own.scales[path] * (a @ b).T)
         heads = {"q_proj": 4, "k_proj": 2}.get(kind)
-        if heads:  # row 2i is of the first half of a head, 2i + 1 its partner of the second
+        # Row 2i is in the first half of a head, and 2i + 1 is its partner in the second half.
+        if heads:
             half = want.shape[0] // heads // 2
             rows = [
                 h * 2 * half + i + j * half
@@ -306,7 +309,7 @@ def test_gguf(name, models, data, tmp_path):
 
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
-    """SmolLM2's own file, whose rows the snapshot puts back."""
+    """The order is the same as in SmolLM2's GGUF, whose rows the snapshot reorders."""
     from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]
@@ -329,7 +332,7 @@ def test_what_gguf_has_not(models, data, tmp_path):
         export(tmp_path / "c", tmp_path / "out", "gguf")
 
 
-# ---- what is compared
+# ---- the comparison with the source
 
 
 def test_a_difference_is_seen():
@@ -364,14 +367,14 @@ def test_peft_s_embedding_adapters_are_read(models, tmp_path):
     assert all(map(mx.array_equal, found.tensors["model.embed_tokens"], (a, b)))
 
 
-# ---- what a review found
+# ---- found by a review
 
 
 def test_whether_the_head_is_the_embedding_must_be_known(models, tmp_path):
     pair = mx.ones((300, 4)), mx.ones((4, 64))
     adapter = lora.Adapter({"model.embed_tokens": pair}, {"model.embed_tokens": 1.0})
     write_adapter(tmp_path / "a", adapter, About("nowhere"))
-    with pytest.raises(InputError, match="is unknown without the base"):
+    with pytest.raises(InputError, match="the base model must show whether"):
         export(tmp_path / "a", tmp_path / "out", "peft")
     for model in ("gemma4_text", "untied"):
         out = tmp_path / model
@@ -390,7 +393,8 @@ def test_which_names_must_be_known(tmp_path):
 
 
 def test_unpadded_factors_of_an_earlier_adapter_are_not_read(models, data, tmp_path):
-    """Somebody trains on in place with mlx-lm, which writes adapters.safetensors alone."""
+    """If a user continues training with mlx-lm in the same folder, it only writes
+    adapters.safetensors."""
     _, folder = trained("by bits", models, data, tmp_path / "a")
     assert set(read_stored(folder).ranks.values()) == {4, 8}
     file = folder / "adapters.safetensors"
@@ -411,7 +415,7 @@ def test_numbers_that_are_none_are_refused(models, data, tmp_path):
     with pytest.raises(InputError, match="has factors that are not finite"):
         import_(folder, tmp_path / "out")
     mx.save_safetensors(str(file), good | {name: good[name] + 1e6})
-    with pytest.raises(InputError, match=r"not finite|would be off by"):
+    with pytest.raises(InputError, match=r"not finite|would differ by"):
         export(folder, tmp_path / "out", "peft", dtype="float16")
     assert not (tmp_path / "out").exists()
 

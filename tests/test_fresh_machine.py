@@ -1,6 +1,6 @@
-"""What `make` and the tests need of a machine: nothing that only a developer's has.
+"""`make` and the tests must not need anything that only a developer's machine has.
 
-`.ci/run` is the rest of the proof: it runs the README's commands with an empty environment.
+`.ci/run` tests the rest: it runs the README's commands with an empty environment.
 """
 
 import ast
@@ -18,7 +18,7 @@ from lib import peers
 
 ROOT = Path(__file__).parents[1]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
-#: Extras that a target installs, besides `cpu` where the system has it; None: it installs nothing.
+#: The extras that a target installs, besides `cpu` on Linux; None: it installs nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None, "mac": []},
     **{name: ["dev"] for name in ("check", "test", "lint", "docs", "bench", "models")},
@@ -27,13 +27,15 @@ TARGETS = {
 
 
 def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
-    """The commands of `make -n` where `uname` says `system` and no environment is there yet."""
+    """Returns the commands of `make -n` if `uname` prints `system` and there is no environment
+    yet."""
     fake = folder / "uname"
     fake.write_text(f"#!/bin/sh\necho {system}\n")
     fake.chmod(0o755)
     done = subprocess.run(
         ["make", "-n", "-C", ROOT, f"VENV={folder / 'venv'}", *words],
-        env={"PATH": f"{folder}:{os.environ['PATH']}"},  # without the MAKEFLAGS of `make test`
+        # Must not contain the MAKEFLAGS of `make test`.
+        env={"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         check=True,
@@ -43,7 +45,7 @@ def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
 
 
 def installed(commands: list[list[str]]) -> list[str]:
-    """What `pip install` is given, without options."""
+    """Returns the arguments of `pip install`, without options."""
     found = []
     for words in commands:
         if "install" in words:
@@ -63,17 +65,17 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if extras is None:
         assert got == []
         return
-    if target == "mac":  # compilers, and MLX for its headers and symbols: of the package nothing
+    if target == "mac":  # compilers, and MLX for its headers and symbols, but not the package
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
         return
-    if target == "release-check":  # tools alone, which look at files that were built before
+    if target == "release-check":  # installs only tools, which check files that were built before
         names = {word.partition(">=")[0] for word in got}
         assert names == {"auditwheel", "build", "check-wheel-contents", "twine"}
         return
-    cpu = ["cpu"] if system == "Linux" else []  # on macOS MLX has no such extra
+    cpu = ["cpu"] if system == "Linux" else []  # MLX has no such extra on macOS
     extras = [*cpu, *extras, *(["peers"] if peers and extras else [])]
-    bracket = f"[{','.join(extras)}]" if extras else ""  # pip takes no empty brackets
+    bracket = f"[{','.join(extras)}]" if extras else ""  # pip does not accept empty brackets
     assert got == ([f".{bracket}"] if target == "dev" else [wheel, wheel + bracket])
 
 
@@ -87,14 +89,14 @@ def test_peers_that_are_missing_are_said(monkeypatch):
     monkeypatch.setenv("PEERS", "")
     with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
         peers.load_peers()
-    monkeypatch.setenv("PEERS", "1")  # where they must be, nothing is skipped
+    monkeypatch.setenv("PEERS", "1")  # nothing is skipped if they are required
     monkeypatch.setitem(sys.modules, "lib.hf_peers", None)
     with pytest.raises(ImportError):
         peers.load_peers()
 
 
 def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
-    """The texts in a file, without docstrings, and the packages that it imports."""
+    """Returns the strings in a file, without docstrings, and the packages that it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     texts, packages = set(), set()
@@ -108,7 +110,7 @@ def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
     return texts, packages
 
 
-#: Files that name the language of code blocks.
+#: Files that contain the names of languages of code blocks.
 FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 
 

@@ -1,4 +1,5 @@
-"""GRPO's losses: TRL's formulas in float64 with complex steps, weights, packing, and cuts."""
+"""GRPO's losses compared with TRL's formulas in float64 with complex steps; weights, packing and
+cuts."""
 
 import json
 import math
@@ -50,7 +51,7 @@ OWNER = np.repeat(np.arange(4), LENGTHS)
 
 
 def trl(own, log_p, old, rollout, reference, gains):
-    """The loss [] as TRL 1.16 has it: [B, T] with a mask. Takes complex log-probabilities."""
+    """Returns the loss [] as in TRL 1.16: [B, T] with a mask. Accepts complex log-probabilities."""
     mask = np.arange(LENGTHS.max()) < LENGTHS[:, None]
 
     def table(x):
@@ -126,11 +127,12 @@ def test_advantages():
 
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
 def test_a_token_that_was_certain_counts(kind):
-    """Its log-probability was 0, which is a number like any other."""
+    """The token's log-probability was 0, which must not be treated as missing."""
     own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
     reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
     loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
-    ratio = math.exp(-0.7)  # below the clip, where a token that should be less likely stops
+    # Below the lower clip, so the gradient of a token with a negative advantage is 0.
+    ratio = math.exp(-0.7)
     assert math.isclose(float(loss), 1 - own.low + 0.1 * float(kl), rel_tol=1e-6)
     assert math.isclose(float(kl), 1 / ratio - 0.7 - 1, rel_tol=1e-6) and float(clipped) == 1
     *_, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero - 0.5, zero)
@@ -138,7 +140,7 @@ def test_a_token_that_was_certain_counts(kind):
 
 
 def test_a_token_that_only_marks_its_row_has_no_gradient():
-    """Or an optimizer that looks at signs would take a full step."""
+    """Otherwise an optimizer that uses signs would take a full step."""
     own = Grpo(beta=0.1)
     reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
     loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))
@@ -146,7 +148,7 @@ def test_a_token_that_only_marks_its_row_has_no_gradient():
 
 
 def completions():
-    """Four rows with everything that a loss reads."""
+    """Returns four rows with everything that a loss reads."""
     rng = np.random.default_rng(5)
     weights = Grpo().weights(LENGTHS, np.ones(4, bool))
     rows = []
@@ -173,7 +175,7 @@ def model():
 
 
 def run(model, objective, batches, size):
-    """Loss, metrics and gradients over batches."""
+    """Returns loss, metrics and gradients over batches."""
     chain, adapter, params = model
     functions, total = Functions(objective, chain, adapter.scales), objective.total(batches)
     sums, grads = np.zeros(4), {}
@@ -208,7 +210,7 @@ def test_segments_and_packing_change_nothing(name, model):
 
 
 def test_without_old_ones_the_ratio_is_one(model):
-    """And the gradient is that with the model's own as the old ones."""
+    """The gradient is the same as with the model's own log-probabilities as the old ones."""
     chain, adapter, params = model
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
@@ -228,9 +230,10 @@ def test_collapse():
     fallen = [*rising, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     assert collapsed(fallen, 0) is None
     assert "fell from 0.700 to 0.225" in collapsed(fallen, 4)
-    assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None  # less than half of the gain
+    # It has lost less than half of the gain.
+    assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None
     noisy = [x + 0.2 * (-1) ** i for i, x in enumerate(fallen)]
-    assert collapsed(noisy, 4) is None  # chance explains it
+    assert collapsed(noisy, 4) is None  # chance explains the loss
 
 
 CURVES = {
@@ -242,7 +245,7 @@ CURVES = {
 
 @pytest.mark.parametrize("name", CURVES)
 def test_chance_is_no_collapse(name):
-    """Of runs with prompts of all degrees of difficulty, 4 in a step with 8 completions of each."""
+    """Simulates runs with prompts of any difficulty, 4 per step, with 8 completions each."""
     rng, stopped = np.random.default_rng(8), 0
     for _ in range(20):
         chances = np.clip(CURVES[name][:, None] + rng.normal(0, 0.3, (100, 4)), 0, 1)
@@ -253,7 +256,7 @@ def test_chance_is_no_collapse(name):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
 def test_log_probs_at_a_temperature(family):
-    """Of the ops' head, one with a cap, and one of mlx-lm's own; their gradients, too."""
+    """Values and gradients for a head of our ops, one with a cap, and one of mlx-lm."""
     model, rng = tiny_models.build(family), np.random.default_rng(4)
     chain = chain_of(model)
     h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
@@ -328,7 +331,7 @@ def test_rewards_of_python_are_checks_and_functions(monkeypatch):
 
 
 def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
-    """Here beyond the size that a file may have, as on a disk that is full."""
+    """A limit on the size of files stands for a full disk."""
     said = []
     log = CompletionLog(tmp_path, said.append)
     log.write([{"step": 1, "text": "a"}])
@@ -346,7 +349,7 @@ def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
 
 
 def test_files_of_rewards_are_in_the_record(tmp_path):
-    """Of each folder one of the same name; who changed one is told of it, and may go on."""
+    """Files of the same name in two folders; after a change, a resume warns and continues."""
     paths = [tmp_path / name / "own.py" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -369,7 +372,7 @@ def test_files_of_rewards_are_in_the_record(tmp_path):
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 60), (3, 4), (40, 90), (70, 110)])
 def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
-    """Of prompts and completions of all lengths, up to the longest."""
+    """Checked for prompts and completions of all lengths up to the maximum."""
     config = config_of(packing=packs, max_completion_tokens=80, max_seq_length=200)
     own, rng = objective_of(config), np.random.default_rng(2)
 
@@ -398,7 +401,7 @@ def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_full_pass_is_of_max_seq_length(packing):
-    """However many prompts a step has."""
+    """The size of a full pass does not depend on the number of prompts per step."""
     how = {"max_completion_tokens": 80, "max_seq_length": 200, "packing": packing}
     one, many = (full_batch(config_of(batch_size=n, **how)) for n in (1, 9))
     assert one == many and 150 < one.rows * one.streams[0].length < 200
@@ -410,7 +413,7 @@ def test_dropout_is_refused():
 
 
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
-    """Killed before its first checkpoint; what is free by then is something else."""
+    """A run is killed before its first checkpoint, and when it restarts, other memory is free."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
     monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
@@ -418,7 +421,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
     def found(**more):
         return setup.with_rollouts(TrainConfig(**how, **more), 9, None).rollout_batch
 
-    assert found(resume="auto") == 5  # there is no run
+    assert found(resume="auto") == 5  # there is no earlier run
     record = {"id": "a", **{part: {} for part in PARTS}, "config": {"rollout_batch": 3}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert found(resume="auto") == 3
@@ -428,7 +431,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
 
 
 def rolling(monkeypatch, roll_out):
-    """A cycle that generates by this function."""
+    """Returns a cycle that generates with this function."""
     monkeypatch.setattr(cycle, "roll_out", roll_out)
     monkeypatch.setattr(cycle, "with_params", lambda *_: None)
     names = ("model", "tokenizer", "chain", "scales")

@@ -1,5 +1,4 @@
-"""What a run does when something goes wrong around it: stop or continue, with one sentence and
-its state kept."""
+"""When something goes wrong, a run stops or continues, with one sentence, and keeps its state."""
 
 import gc
 import json
@@ -40,11 +39,11 @@ def same(a, b):
     return all(mx.array_equal(weights_of(a)[key], x) for key, x in weights_of(b).items())
 
 
-# ---- numbers that are not finite
+# ---- non-finite numbers
 
 
 def poisoned(tmp_path):
-    """A model whose embedding of '7' is not a number."""
+    """Writes a model whose embedding of '7' is NaN."""
     model = write_llama(tmp_path / "model", tied=False)
     weights = mx.load(str(model / "model.safetensors"))
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
@@ -105,15 +104,15 @@ def test_a_gradient_that_is_not_finite_is_named(llama4, data, tmp_path, monkeypa
 def test_what_a_spike_is():
     calm = [2.0 + 0.1 * math.sin(i) for i in range(spikes.WINDOW)]
     assert spikes.spike_bound(calm[: spikes.LEAST - 1]) == math.inf
-    assert 3.0 < spikes.spike_bound(calm) < 3.3  # 1.5 times the largest
+    assert 3.0 < spikes.spike_bound(calm) < 3.3  # 1.5 times the largest loss
     wild = [5.0 + 3 * math.sin(i) for i in range(spikes.WINDOW)]
     assert spikes.spike_bound(wild) > 12
-    # Losses that stay high are spikes no more once they have been seen.
+    # Losses that stay high are not spikes any more once there was one of them.
     assert spikes.spike_bound([*calm[1:], 8.0]) > 8.0
 
 
 def spiking(monkeypatch, at):
-    """Losses of which that of this step is a hundred times as high."""
+    """Makes the loss of this step a hundred times as high."""
     original, calls = step.Stepper.gradient, []
 
     def gradient(self, it, batches):
@@ -147,7 +146,7 @@ def test_a_spike_is_left_out(llama4, data, tmp_path, monkeypatch):
     assert text.endswith("the step was skipped")
     train(config_of(llama4, data, tmp_path / "b", **{**options, "iters": 19}))
     assert same(tmp_path / "a", tmp_path / "b")
-    # The step counts: its batch does not come again, and the next one is another.
+    # A skipped step counts: the next step gets another batch.
     seen = []
     train(config_of(llama4, data, tmp_path / "c", **options), seen.append)
     assert [e["step"] for e in seen if e.get("kind") == "train"] == list(range(1, 23))
@@ -300,7 +299,7 @@ def test_a_clock_that_jumps_is_told_once(llama4, data, tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch):
-    """The lines are written once it can be, and no step waits for them."""
+    """Lines are written later, when the log can be written again; no step waits for them."""
     train(config_of(llama4, data, tmp_path / "b"))
     broken = []
     original = log.RunLog._open
@@ -315,7 +314,7 @@ def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch)
         def write(self, data):
             if broken:
                 raise OSError(28, "No space left on device")
-            return self.file.write(data[:7])  # a write may take a part
+            return self.file.write(data[:7])  # a partial write
 
     monkeypatch.setattr(log.RunLog, "_open", lambda self, *flags: File(original(self, *flags)))
     told = []
@@ -327,7 +326,7 @@ def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch)
 
     train(config_of(llama4, data, tmp_path / "a"), on_event)
     (text,) = warnings_of(told)
-    assert "metrics.jsonl cannot be written (No space left on device); its lines wait" in text
+    assert "metrics.jsonl cannot be written (No space left on device); trying again" in text
     assert lines_of(tmp_path / "a") == lines_of(tmp_path / "b")
 
 
@@ -343,7 +342,7 @@ def test_the_last_write_that_fails_is_said(llama4, data, tmp_path, monkeypatch):
 
 
 def test_training_in_a_thread(llama4, data, tmp_path):
-    """Where there are no signals."""
+    """A run also works in a thread, which gets no signals."""
     found = []
     config = config_of(llama4, data, tmp_path / "a", iters=2)
     thread = threading.Thread(target=lambda: found.append(train(config).steps))
@@ -356,7 +355,8 @@ def test_training_in_a_thread(llama4, data, tmp_path):
 
 
 def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
-    """Open files, threads, main memory and MLX's memory, with a checkpoint at every step."""
+    """Open files, threads, main memory and MLX's memory stay constant, with a checkpoint per
+    step."""
     steps = int(os.environ.get("STEPS", 150))
     seen = []
 
@@ -370,7 +370,7 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("read as Linux shows it")
-    gc.collect()  # what earlier tests left would be counted, and freed at some step
+    gc.collect()  # otherwise garbage of earlier tests would be counted, and freed at some step
     options = {"steps_per_save": 1, "steps_per_eval": steps // 5, "keep_best": True}
     train(config_of(llama4, data, tmp_path / "a", iters=steps, **options), on_event)
     assert len(seen) == 10
@@ -383,7 +383,7 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
 
 
 def test_crash_keeps_what_was_saved(llama4, data, tmp_path):
-    """An error of the caller's own goes through; the last checkpoint stays."""
+    """An exception in a caller's callback is raised; the last checkpoint stays."""
     with pytest.raises(Crash):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=2), crash_behind(3))
     assert list(checkpoint.found(tmp_path / "a")) == [2]
@@ -415,7 +415,7 @@ def test_a_validation_loss_that_is_no_number(llama4, data, tmp_path, monkeypatch
 
 
 def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
-    """Losses that stay high are what losses are by now."""
+    """If losses stay high, they are the new level."""
     original = step.Stepper.gradient
 
     def gradient(self, at, batches):
@@ -431,7 +431,7 @@ def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
 
 
 def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
-    """In a callable of the user's, in an evaluation: whatever it is."""
+    """Any error in a user's callable, here during an evaluation, keeps the state."""
 
     def score(model, tokenizer):
         if calls:
@@ -448,7 +448,7 @@ def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
 
 
 def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
-    """What that one made stays."""
+    """The files of the other run are not overwritten."""
     other = config_of(llama4, data, tmp_path / "a", seed=5)
 
     def take():

@@ -1,4 +1,4 @@
-"""Help in groups, other names of flags, what an unknown one may mean, and completion of shells."""
+"""Help in groups, aliases of flags, suggestions for unknown flags, and shell completion."""
 
 import os
 import pty
@@ -77,7 +77,7 @@ def test_flags_of_mlx_lm_beside_the_long_names() -> None:
         ("train", "--output-dir", "--adapter-path"),
         ("train", "--learning-rat", "--learning-rate"),
         ("plan", "--max-length", "--max-seq-length"),
-        ("plan", "--lr", ""),  # plan has none: nothing else is offered in its place
+        ("plan", "--lr", ""),  # plan has no learning rate, so nothing is suggested
     ],
 )
 def test_an_unknown_flag_is_understood_by_its_meaning(command, given, meant, capsys) -> None:
@@ -103,7 +103,8 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def completed(request, capsys, tmp_path: Path):
-    """Completes words in a shell by our script for it, in a folder with a file."""
+    """Returns a function that completes words in a shell with our script, in a folder with a
+    file."""
     shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
@@ -137,7 +138,8 @@ def in_fish(words: str, place: Path, _: str) -> str:
 
 
 def in_zsh(words: str, place: Path, wanted: str) -> str:
-    """zsh completes only what is typed on a terminal: what it shows until that is there."""
+    """Types words on a terminal, since zsh only completes there; returns its output up to
+    `wanted`."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(place)

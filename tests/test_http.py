@@ -1,4 +1,4 @@
-"""The HTTP contract, against a server as users have it."""
+"""The HTTP API, tested on a server that runs as for users."""
 
 import json
 import re
@@ -34,12 +34,12 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(server):
-    """A run that is done: its job."""
+    """Returns the job of a finished run."""
     return server.ended(server.submit(iters=4, steps_per_report=1, scale=20, learning_rate=0.01))
 
 
 def test_the_curl_lines_of_users(server, tmp_path):
-    """As documentation prints them: with comments, over several lines."""
+    """Bodies as in the documentation: with comments, over several lines."""
     body = """{
       "model_dir": "/path/to/snapshot",
       "data_dir": "/path/to/dataset",      // dir with train.jsonl (+ optional valid.jsonl)
@@ -50,7 +50,7 @@ def test_the_curl_lines_of_users(server, tmp_path):
         ("/path/to/snapshot", server.cwd / "model"),
         ("/path/to/dataset", server.cwd / "data"),
         ("/path/to/output-adapter", server.cwd / "curled"),
-        *(("300", 3), ("2048", 128)),  # the tiny model was made for no more
+        *(("300", 3), ("2048", 128)),  # the context length of the tiny model
     ):
         body = body.replace(theirs, str(ours))
 
@@ -236,7 +236,7 @@ def test_cancel_and_resume(server):
 
 
 def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch):
-    """FOLLOWERS of one job, whose connections drop, beside 200 other requests."""
+    """FOLLOWERS clients follow one job with dropped connections, besides 200 other requests."""
     import os
 
     n = int(os.environ.get("FOLLOWERS", "60"))
@@ -246,7 +246,7 @@ def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch
     with httpx.Client(base_url=server.url, timeout=120, limits=limits) as http:
 
         def follow(i):
-            """Every third breaks its connection off now and then."""
+            """Follows the job; every third client drops its connection now and then."""
             found, last_id = [], ""
             while True:
                 headers = {"last-event-id": last_id} if last_id else {}
@@ -316,7 +316,7 @@ def test_a_server_that_is_killed_finds_its_jobs_again(tmp_path):
 
 
 def test_security_against_a_real_server(tmp_path):
-    """What tests/test_guard.py tests of the guard alone, as clients meet it."""
+    """Repeats tests of tests/test_guard.py on a real server."""
     import socket
 
     place = write_place(tmp_path)
@@ -336,7 +336,7 @@ def test_security_against_a_real_server(tmp_path):
         entered = http.post("/login", data={"token": secret})
         cookie = entered.headers["set-cookie"]
         assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
-        assert http.get("/api/jobs").status_code == 200  # by the cookie
+        assert http.get("/api/jobs").status_code == 200  # with the cookie
         http.cookies.clear()
         http.headers.update(good)
         assert http.get("/api/jobs", headers={"host": "evil.example"}).status_code == 403
@@ -355,7 +355,7 @@ def test_security_against_a_real_server(tmp_path):
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
-        # A body of 1 GB, said or not.
+        # A body of 1 GB, with and without a content-length.
         huge = {"content-length": str(10**9), "content-type": "application/json"}
         answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413")
@@ -368,8 +368,8 @@ def test_security_against_a_real_server(tmp_path):
             refused = http.post("/api/finetune/submit", content=gigabyte())
             assert refused.status_code == 413
         except httpx.TransportError:
-            pass  # the server closed, whatever more was to come
-        # Clients that take their time: a head, and a body, that never end.
+            pass  # the server has closed the connection before the end of the body
+        # Slow clients: a head and a body that never end.
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
         late = threading.Thread(target=_trickle, args=(slow,), daemon=True)
@@ -380,7 +380,7 @@ def test_security_against_a_real_server(tmp_path):
         assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 15
         late.join(15)
         assert not late.is_alive()
-        # More submits than it takes.
+        # More jobs than the limit.
         many = {"adapter_path": str(place / "none"), "base_model": str(place / "model")}
         limit = [http.post("/api/finetune/export", json=many).status_code for _ in range(1)]
         assert set(limit) == {400}
@@ -402,7 +402,7 @@ def _raw(server, more, request, headers, body):
 
 
 def _trickle(wire):
-    """A byte now and then, until the server has enough of it."""
+    """Sends a byte now and then, until the server closes the connection."""
     try:
         while True:
             time.sleep(0.5)
@@ -423,7 +423,7 @@ def test_serving_without_its_packages_says_what_to_install(tmp_path):
 
 
 def test_a_run_gets_a_folder_of_its_own(server, run):
-    """A run clears its folder by name: nothing of others is to lie there."""
+    """A run removes files from its folder, so the folder must not contain a user's files."""
     body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
     mine = server.cwd / "mine"
     (mine / "state").mkdir(parents=True)
@@ -445,7 +445,7 @@ def test_a_run_gets_a_folder_of_its_own(server, run):
 
 
 def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
-    """It comes in two writes, and the second would wait 40 ms on a connection that is kept open."""
+    """An answer is sent in two writes; on a kept connection the second one would wait 40 ms."""
 
     def seconds() -> float:
         began = time.perf_counter()
@@ -453,11 +453,11 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
         return time.perf_counter() - began
 
     took = [seconds() for _ in range(40)]
-    assert min(took[20:]) < 0.03  # the first are acknowledged at once
+    assert min(took[20:]) < 0.03  # the first answers are acknowledged at once
 
 
 def test_what_a_client_sends_keeps_nobody_waiting(server):
-    """A string without an end, long configurations, and text that is none."""
+    """An unterminated string, long configurations, and invalid text."""
     http, as_json = server.http, {"content-type": "application/json"}
     begun = time.monotonic()
     for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):
@@ -557,13 +557,13 @@ def test_push_to_a_hub(tmp_path, hub):
 @pytest.mark.parametrize(
     ("soft", "hard", "allows", "then"),
     [
-        (1024, 4096, 4096, 4096),  # less than we would like
+        (1024, 4096, 4096, 4096),  # the hard limit is lower than what we want
         (1024, 524288, 524288, 65536),
         (1024, None, 2**62, 65536),
         (256, None, 24576, 24576),  # macOS: the hard limit says infinity, kern.maxfilesperproc less
         (256, None, 10240, 10240),
-        (256, None, 256, 256),  # nothing more is allowed
-        (100_000, None, 10240, 100_000),  # there are more already
+        (256, None, 256, 256),  # no more is allowed
+        (100_000, None, 10240, 100_000),  # the limit is already higher
         (None, None, 10240, None),
     ],
 )
@@ -585,7 +585,7 @@ def test_as_many_open_files_as_are_allowed(monkeypatch, infinity, soft, hard, al
 
 
 def test_lists_have_jobs_of_each_kind(server):
-    """A job whose kind the server does not know took the list of all jobs with it."""
+    """A job of an unknown kind once broke the list of all jobs."""
     with of_each_kind(server.cache) as jobs:
         listed = {row["id"]: row for row in server.http.get("/api/jobs").json()["jobs"]}
         for id, (kind, title, name) in jobs.items():
@@ -594,7 +594,7 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """By request: its id is in a header of every answer. Adapters that are gone leave nothing."""
+    """Each request's id is in a header of its answer. Unmounted adapters leave no counters."""
 
     def values():
         answer = server.http.get("/metrics")
@@ -616,7 +616,8 @@ def test_metrics_and_the_log_tell_what_was_answered(server):
     assert len(set(ids)) == 4 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
     usage = answers[0].json()["usage"]
     answered = 'segtrain_requests_total{adapter="m",finish="length"}'
-    end = time.monotonic() + 10  # a stream's end may be read before the server has counted it
+    # A client may read the end of a stream before the server has counted it.
+    end = time.monotonic() + 10
     while (after := values())[answered] < 3:
         assert time.monotonic() < end, after
         time.sleep(0.05)

@@ -1,5 +1,5 @@
-"""Models by name: from a hub on this machine, broken off and continued, from the cache, and what
-cannot be had, in a sentence each."""
+"""Models by name: downloads from a local hub, interrupted and continued, the cache, and
+one-sentence errors."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from mlx_segtrain.training import evaluate
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """A user's hub cache that is empty, and the hub that is asked."""
+    """Sets an empty hub cache and the local hub; returns the cache's home folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -45,7 +45,7 @@ def test_a_model_by_its_name(hub, tiny, llama4):
     hub.requests.clear()
     assert hubs.model("org/tiny-4bit") == folder
     assert hubs.model(f"org/tiny-4bit@{tiny.commit}") == folder
-    assert not hub.requests  # the cache has it
+    assert not hub.requests  # it is in the cache
 
 
 def test_what_the_hubs_own_client_has_fetched_is_taken(hub, tiny, home, monkeypatch):
@@ -134,7 +134,8 @@ def test_without_a_network(hub, tiny, home, monkeypatch, cache):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     folder = hubs.model("org/tiny-4bit")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    hubs._listing(hubs.Repository("org/tiny-4bit"), folder.name).unlink()  # another tool's
+    # As if another tool had downloaded it.
+    hubs._listing(hubs.Repository("org/tiny-4bit"), folder.name).unlink()
     assert hubs.model("org/tiny-4bit") == folder
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="hub cannot be reached"):
@@ -216,7 +217,7 @@ def test_a_run_by_name(hub, tiny, home, data, tmp_path, capsys):
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["hub"] == {"model": f"org/tiny-4bit@{tiny.commit}"}
     assert open_folder(tmp_path / "a").base_folder == hubs.model("org/tiny-4bit")
-    # The hub has a newer one, and so has the cache: a run stays with its own.
+    # Hub and cache have a newer commit, but a resumed run keeps its own.
     other = hub.add("org/tiny-4bit", {**tiny.files, "config.json": b"{}"})
     (home / "hub" / "models--org--tiny-4bit" / "refs" / "main").write_text(other.commit)
     assert main([*argv, "--iters", "3", "--resume"]) == 0
@@ -241,12 +242,13 @@ def test_commands_take_names(hub, tiny, home, data, capsys, command):
     said = capsys.readouterr()
     assert "downloading org/tiny-4bit" in said.err and "downloading" not in said.out
     weights = list(home.rglob("model.safetensors"))
-    assert bool(weights) == (command[0] in ("generate", "adapters"))  # else headers, or a tokenizer
+    # The others need only headers or a tokenizer.
+    assert bool(weights) == (command[0] in ("generate", "adapters"))
 
 
 def test_a_plan_needs_no_weights(hub, tiny, home, llama4, capsys, monkeypatch):
     argv = ["plan", "--max-seq-length", "100", "--json", "--model"]
-    monkeypatch.setattr(hubs, "HEADER", 100)  # the header is longer
+    monkeypatch.setattr(hubs, "HEADER", 100)  # shorter than the header
     assert main([*argv, "org/tiny-4bit"]) == 0
     by_name = json.loads(capsys.readouterr().out)
     assert hub.sent < 30_000 < len(tiny.files["model.safetensors"])

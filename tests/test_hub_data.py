@@ -1,4 +1,5 @@
-"""Data sets by name: which files of a repository are taken, broken off and continued, offline."""
+"""Data sets by name: which files of a repository are used, interrupted downloads, and offline
+use."""
 
 import io
 import json
@@ -16,7 +17,7 @@ from mlx_segtrain.data.sources import rows_of, sources_of
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """A user's hub cache that is empty, and the hub that is asked."""
+    """Sets an empty hub cache and the local hub; returns the cache's home folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -37,7 +38,7 @@ def texts(source):
 
 
 def found(name, **how):
-    """Texts of the training and of the validation rows."""
+    """Returns the texts of the training and of the validation rows."""
     return tuple(map(texts, sources_of(name, **how)))
 
 
@@ -85,7 +86,8 @@ def chat(hub, home):
 def test_the_card_says_which_files(chat, hub, name, training, validation):
     assert found(name) == (training, validation)
     asked = [file for file in hub.files_asked() if file != "README.md"]
-    assert len(asked) == {"org/chat": 3, "org/chat/small": 2}.get(name, 1)  # and no others
+    # No other file is requested.
+    assert len(asked) == {"org/chat": 3, "org/chat/small": 2}.get(name, 1)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,8 @@ def test_a_run_stays_with_its_revision(chat, hub, home, llama4, tmp_path, capsys
     assert train(config.model_copy(update={"iters": 3, "resume": True})).steps == 3
     again = json.loads((tmp_path / "a" / "run.json").read_text())
     assert again["inputs"] == record["inputs"] and again["hub"] == record["hub"]
-    assert main(["inspect", "org/chat/small", "--json"]) == 2  # the newer one has none
+    # The newer commit has no such configuration.
+    assert main(["inspect", "org/chat/small", "--json"]) == 2
     assert main(["inspect", f"org/chat@{chat.commit}/small"]) == 0
     assert "rows     1 to train, 1 to validate" in capsys.readouterr().out
 

@@ -9,7 +9,7 @@ from mlx_segtrain.commands import main as cli
 from mlx_segtrain.commands.init import text_of
 from mlx_segtrain.config import TrainConfig, load_config
 
-#: Of which one would have no effect beside others.
+#: Fields that exclude each other.
 ALONE = {"iters", "epochs", "grad_checkpoint", "segment_size", "resume", "overwrite"}
 
 
@@ -25,7 +25,7 @@ def test_three_questions(monkeypatch, capsys) -> None:
     assert cli.main(["init"]) == 0
     assert [text.split("?")[0] for text in asked] == [
         "Which model",
-        "Which model",  # there is no default
+        "Which model",  # asked again, because there is no default
         "Which data",
         "How many passes over the data",
     ]

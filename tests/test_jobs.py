@@ -41,7 +41,7 @@ def submit(jobs, place, out, **more):
 
 
 def served(folder, use):
-    """What `use(jobs)` gives, within a server's life."""
+    """Starts a queue, and returns the result of `use(jobs)`."""
 
     async def run():
         jobs = Jobs(folder)
@@ -67,7 +67,7 @@ def kinds(events):
 
 
 async def events(jobs, id, after=0):
-    """What a follower of a job reads, one by one."""
+    """Yields the events that a follower of a job reads, one by one."""
     async for found in jobs.follow(id, after):
         for event in found:
             yield event
@@ -99,7 +99,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 
 
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
-    """The page shows memory and steps that move, and a log of many days stays short."""
+    """The page can show the current memory and step, while the log of a long run stays short."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
     assert job_kinds.finetune(run)["type"] == "done"
@@ -121,7 +121,7 @@ def test_followers_get_every_event_once_from_any_place(place, tmp_path):
         row = submit(jobs, place, tmp_path / "out")
 
         async def follow_in_pieces():
-            """As a client whose connection drops after each third event."""
+            """Follows a job like a client whose connection drops after every third event."""
             seen, frames = 0, []
             while True:
                 count = 0
@@ -164,10 +164,10 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     assert eventlog.last(log, 0) == {"type": "done"}
     (rest,), end = eventlog.read(log, place, ended=True)
     assert json.loads(rest[1]) == {"type": "log", "line": "half a li"} and end == rest[0]
-    eventlog.append(log, {"type": "failed"})  # on a line of its own
+    eventlog.append(log, {"type": "failed"})  # on a new line
     (more,), _ = eventlog.read(log, end, ended=True)
     assert json.loads(more[1]) == {"type": "failed"}
-    # From every event, and from within lines, what follows is the same.
+    # Reading from any event, or from within a line, gives the same following events.
     whole = eventlog.events(log)
     for i, (place, _) in enumerate(running[:-1]):
         assert eventlog.events(log, place) == whole[i + 1 :]
@@ -229,7 +229,7 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path):
 
 
 def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
-    """Not the run that it was to replace."""
+    """A resume must not continue the run that the job was to replace."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "out", iters=3, seed=1)
@@ -251,7 +251,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
 
 
 def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
-    """A job's news that cannot be written now are written later, and the next job runs."""
+    """Updates of a job that cannot be written now are written later, and the next job runs."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "one", iters=30)
@@ -272,7 +272,7 @@ def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
 
 
 def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
-    """A library's process that lives longer has its output, not its lock."""
+    """A library's process that lives longer inherits the job's output, but not its lock."""
     log = tmp_path / "x.log"
     lock, out = eventlog.claim(log), eventlog.open_end(log)
     script = "import os, subprocess, sys; os.set_inheritable(int(sys.argv[1]), False); "
@@ -311,7 +311,7 @@ asyncio.run(main())
 
 
 def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
-    """SIGKILL of the server or of the job's process at random moments, KILLS of them."""
+    """Kills the server or the job's process at KILLS random moments."""
     rng, store = random.Random(0), tmp_path / "store"
     iters = {}
 
@@ -320,7 +320,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
             iters[submit(jobs, place, tmp_path / f"out{i}", iters=30).id] = 30
         await asyncio.sleep(0)
 
-    served(store, fill)  # the first of them runs on
+    served(store, fill)  # the first job continues
     killed_jobs = 0
     for _ in range(int(os.environ.get("KILLS", "5"))):
         server = subprocess.Popen(
@@ -352,7 +352,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
     for row in rows:
         events = eventlog.events(store / "jobs" / f"{row.id}.log")
         steps = [event["step"] for event in events if event.get("kind") == "train"]
-        # Each attempt ended before the next began: nothing ran beside itself.
+        # Each attempt ended before the next one began, so no job ran twice at the same time.
         assert kinds(events).count("done") == 1 and steps[-1] == 30
         attempts, n = [], 0
         for event in events:
@@ -368,7 +368,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
 
 
 def pids(store, ids):
-    """Processes of jobs that run."""
+    """Yields the process ids of running jobs."""
     for id in ids:
         log = store / "jobs" / f"{id}.log"
         if eventlog.is_written(log):

@@ -1,4 +1,5 @@
-"""KTO on tiny models: TRL's formula on mlx-lm's own model in float64; cuts, micro-batches, rows."""
+"""KTO on tiny models, compared with TRL's formula on mlx-lm's model in float64; cuts, micro-batches
+and rows."""
 
 import functools
 from dataclasses import replace
@@ -28,13 +29,13 @@ FAMILIES = {
     "gemma3": ("gemma3_text", {}),
     "generic": ("gpt_neox", {}),
 }
-#: Prompt, response and label of each row, in tokens.
+#: For each row, the numbers of tokens of prompt and response, and the label.
 ROWS = [(9, 12, 1), (7, 8, -1), (5, 11, -1), (12, 9, 1), (6, 13, -1)]
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Streams are trimmed and padded at single tokens here."""
+    """Makes streams be trimmed and padded in small steps."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.streams.PAD_MULTIPLE", 4)
 
@@ -50,7 +51,7 @@ def rows_of(*shapes) -> Dataset:
 
 
 def data_of(kind: str = "kto") -> Dataset:
-    """Rows with references near what the models give."""
+    """Returns rows with references near the models' log-probabilities."""
     data = rows_of(*ROWS)
     data = mismatched(data, 30) if kind == "kto" else data
     sides = 2 if kind == "kto" else 1
@@ -89,7 +90,7 @@ def run(name, objective, batch, size=1, total=None, cuts=None, dropout=None):
 
 
 def plain(name, objective, batch):
-    """TRL's loss in float64, of mlx-lm's own model and LoRA layers, each row by itself."""
+    """Returns TRL's loss in float64 with mlx-lm's model and LoRA layers, each row alone."""
     _, adapter, _ = setup(name)
     model = model_of(name)
     model.set_dtype(mx.float64)
@@ -139,16 +140,17 @@ def plain(name, objective, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["kto", "below 0", "apo_zero_unpaired"])
 def test_loss_and_gradients_are_trls_in_float64(name, kind):
-    """With a divergence above 0, one below, which is clipped, and without one."""
+    """Tests a divergence above 0, one below 0, which is clipped, and none."""
     own = "apo_zero_unpaired" if kind == "apo_zero_unpaired" else "kto"
     objective, batch = Kto(BETA, own, 1.3, 0.7), batch_of(own)
     if own == "kto":
         batch.reference[len(ROWS) :] -= -40 if kind == "below 0" else 20
-    with mx.stream(mx.cpu):  # no GPU has float64
+    with mx.stream(mx.cpu):  # GPUs do not support float64
         truth, true_grads = plain(name, objective, batch)
     assert (truth[-1] > 1) == (kind == "kto")
     outputs, grads = run(name, objective, batch)
-    count = len(truth) if own == "kto" else len(truth) - 1  # without a divergence it is not told
+    # Without a divergence there is no such metric.
+    count = len(truth) if own == "kto" else len(truth) - 1
     np.testing.assert_allclose(outputs[:count], truth[:count], rtol=1e-4)
     if own != "kto":
         assert "kl" not in named(objective, outputs[1:])
@@ -172,7 +174,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
     for cuts in (None, halves):
         outputs, grads = run(name, objective, batch, 1, total, cuts, dropout)
         if name == "generic" and mx.default_device() != mx.Device(mx.cpu):
-            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's own ops
+            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's ops
             continue
         assert outputs == expected
         for path, grad in expected_grads.items():
@@ -180,7 +182,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 
 
 def test_micro_batches_add_up_to_one_batch():
-    """The divergence is that of all of them, whatever their size."""
+    """The divergence is that of all micro-batches, whatever their size."""
     objective, data = Kto(BETA), data_of()
     chain, adapter, params = setup("llama")
     measure = functools.partial(total_of, objective, chain, adapter.scales, params)
@@ -204,7 +206,7 @@ def test_a_step_without_a_row_of_one_kind_tells_nothing_of_it():
 
 @pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
 def test_with_its_own_reference_nothing_has_been_learned(kind):
-    """The reference's numbers are those of the model without an adapter."""
+    """The reference is the model without an adapter."""
     objective, batch = Kto(BETA, kind), batch_of(kind)
     chain = setup("llama")[0]
     reference = objective.reference
@@ -217,7 +219,7 @@ def test_with_its_own_reference_nothing_has_been_learned(kind):
 
 
 def test_each_row_gets_the_response_of_another_prompt():
-    """Here two rows each have the same prompt and responses of about the same length."""
+    """Pairs of rows share a prompt, and their responses have about the same length."""
     plain = rows_of(*((9, 12 + i // 2, 1 - 2 * (i % 2)) for i in range(8)))
     own = [plain.rows[i] for i in range(8)]
     for i in range(1, 8, 2):
@@ -236,7 +238,7 @@ def test_each_row_gets_the_response_of_another_prompt():
 
 @pytest.mark.parametrize("tokens", [18, 30])
 def test_columns_and_shapes_are_those_of_the_rows(tokens):
-    """A response that does not fit after another prompt is cut."""
+    """A response that does not fit after another prompt is truncated."""
     data = mismatched(rows_of(*((p, min(r, 18 - p), s) for p, r, s in ROWS)), tokens)
     for i, pair in enumerate(data.rows):
         assert [len(pair.chosen), len(pair.rejected)] == data.columns.length[i].tolist()
@@ -253,7 +255,7 @@ def test_columns_and_shapes_are_those_of_the_rows(tokens):
 
 
 def test_a_full_batch_is_planned_as_rows_of_that_shape():
-    """300 tokens run, of which the last 100 are trained."""
+    """300 tokens are run, and the last 100 are in the loss."""
     data = rows_of((201, 100, 1), (201, 100, -1))
     for own in (data, mismatched(data, 301)):
         assert Kto().batch_shapes(own, 1) == [Kto().full_shape(1, 300, 100, 0)]
@@ -271,7 +273,7 @@ def test_batches_have_both_kinds_though_one_is_longer():
 def test_what_the_weights_should_be_is_said():
     data = rows_of(*[(5, 6, 1)] * 2, *[(5, 6, -1)] * 6)
     (said,) = Kto().remarks(data)
-    assert "2 rows are wanted and 6 are not" in said and "desirable_weight of 3 to 4" in said
+    assert "2 rows are desirable and 6 are not" in said and "desirable_weight of 3 to 4" in said
     assert Kto(desirable=3.5).remarks(data) == [] and Kto(desirable=0).remarks(data) == []
     (said,) = Kto().remarks(data.take(np.arange(2)))
     assert said.endswith("the label of every row is true")

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Three quarters of the responses are wanted, and much the same for all prompts."""
+    """Three quarters of the responses are desirable, and similar for all prompts."""
     folder = tmp_path_factory.mktemp("labelled")
     for name, first, count in (("train", 10, 12), ("valid", 50, 5)):
         own = [
@@ -35,12 +35,13 @@ def config(model, rows, out, **changes):
 
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
-    """Rewards of a kind only where a step has rows of it; the weights that the paper advises."""
+    """A step without desirable (or undesirable) rows reports no reward for them; a warning names
+    the range of weights in the paper."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
     warnings = [event["message"] for event in seen if event["type"] == "warning"]
-    said = "9 rows are wanted and 3 are not; with these weights that is 3.00 to 1"
+    said = "9 rows are desirable and 3 are not; with these weights that is 3.00 to 1"
     assert any(said in w and "set a desirable_weight of 0.333 to 0.444" in w for w in warnings)
     steps = [event for event in seen if event.get("kind") == "train"]
     kinds = [("desirable_reward" in s, "undesirable_reward" in s) for s in steps]
@@ -51,14 +52,14 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     seen = []
     train(config(llama4, rows, tmp_path / "b", **how, steps_per_report=12), seen.append)
     (_, whole) = [event for event in seen if event.get("kind") == "train"]
-    # The means over those of the last steps_per_report steps that have a row of the kind.
+    # The means over the steps of this report that have such a row.
     for name in ("desirable_reward", "undesirable_reward", "kl"):
         own = [s[name] for s in steps if name in s]
         assert whole[name] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
-    """The divergence is that of all rows."""
+    """The divergence is computed over all rows."""
     how = {"iters": 8, "steps_per_eval": 8}
     result = train(config(llama4, rows, tmp_path / "a", **how))
     found = [
@@ -72,7 +73,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
 
 
 def test_references_are_computed_once(llama4, rows, pairs, tmp_path, monkeypatch):
-    """Beside those of pairs, and of rows that are compared with nothing, in one file."""
+    """One file also has the references of pairs and of rows without a mismatched response."""
     counted = counted_references(monkeypatch)
 
     def run(name, data=rows, method="kto", **changes):
@@ -101,12 +102,12 @@ def test_weights_of_kinds_act(llama4, rows, tmp_path):
             ("c", {"undesirable_weight": 2.0, "desirable_weight": 3.0}),
         )
     ]
-    # Before the first step every row loses a half.
+    # Before the first step the loss of every row is one half.
     assert losses == pytest.approx([0.5, 3 / 24, (3 * 2 + 9 * 3) / 24], rel=1e-4)
 
 
 def test_a_run_stays_within_its_plan(llama4, rows, tmp_path):
-    """Plans need headers only; that of a run counts the longest mismatched response too."""
+    """A plan needs only headers; a run's plan also counts the longest mismatched response."""
     own = config(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)
     plan = plan_run(own, full_batch(own, 0.5))
     single = config_of(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)

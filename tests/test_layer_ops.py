@@ -1,4 +1,4 @@
-"""Ops of several parts against the oracle: projections of one x, MLP, norm of a sum, heads."""
+"""Composite ops against the oracle: projections of one x, MLP, norm of a sum, heads."""
 
 import functools
 
@@ -14,7 +14,8 @@ from mlx_segtrain.ops import reference
 
 IMPLS = ["kernel", "stock", "auto"]
 DTYPES = specs.DTYPES
-#: in, widths, ranks (0: no update). On CUDA the rank rides with the narrower of x and y.
+#: in, widths, ranks (0 means no update). On CUDA the update's columns are appended to the narrower
+#: of x and y.
 PROJECTIONS = {
     "one wide": (128, [264], [16]),
     "one narrow": (264, [64], [6]),
@@ -38,10 +39,11 @@ def exact_linear_vjp(x, w, _, a, b, scale, dy):
 
 
 def compare(f, plain, args, cotangents, truth, dtype, compiled):
-    """Values and gradients of functions with several outputs; twice, and bitwise the same.
+    """Checks values and gradients of a function with several outputs, and that they are
+    deterministic.
 
-    Where asked for, also compiled by MLX, which on a CPU runs a C++ compiler for every new group of
-    elementwise ops: of ops of ours only, and not again where just the numbers differ.
+    With `compiled`, also under mx.compile. On a CPU this runs a C++ compiler for every new group of
+    elementwise ops, so it is used for our ops only, and not if only the numbers differ.
     """
 
     def run(g):
@@ -92,7 +94,7 @@ def test_lora_linears(impl, case, base, dtype):
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
     if segments and impl == "stock":
-        pytest.skip("MLX's own rope takes no segments")
+        pytest.skip("MLX's rope does not support segments")
     heads, groups, d, rows = 4, 2, 16, 65
     freqs = 1e3 ** (np.arange(0, dims, 2) / dims)
     how = {"traditional": traditional, "base": 1e4, "freqs": None}
@@ -137,7 +139,8 @@ def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
     )
 
 
-#: Linears, head size, dims that rotate, which of q, k and v have norms, and the first position.
+#: The number of linear layers, the head size, the rotated dims, which of q, k and v have norms, and
+#: the first position.
 HEADS = {
     "q, k, v": (3, 64, 64, "qk", 0),
     "all have norms": (3, 128, 32, "qkv", 0),
@@ -155,7 +158,7 @@ HEADS = {
 @pytest.mark.parametrize("impl", IMPLS)
 def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
     if packed and impl == "stock":
-        pytest.skip("MLX's own rope takes no segments")
+        pytest.skip("MLX's rope does not support segments")
     n, d, dims, normed, offset = HEADS[case]
     heads, groups, rows, eps = 3, 2, 37, 1e-4
     rng = np.random.default_rng(28)
@@ -213,7 +216,7 @@ def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 328), (70, 4104)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_norms_with_sums(impl, shape, stretched, dtype):
-    """A branch of a layer from its norm to the sum after another one."""
+    """A branch of a layer, from its first norm to the sum after its second norm."""
     rng = np.random.default_rng(29)
     (h, h64), (dy, dy64) = rand(rng, *shape, dtype=dtype), rand(rng, *shape, dtype=dtype)
     (w, w64), (v, v64) = (rand(rng, shape[-1], dtype=dtype) for _ in range(2))
@@ -248,7 +251,7 @@ def test_merge_heads():
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_join(n):
-    """Of shapes and dtypes that differ, one of them no row of memory."""
+    """Arrays of different shapes and dtypes, one of which is not contiguous."""
     rng = np.random.default_rng(n)
     arrays, exact = zip(*(rand(rng, 1 + i % 5, 3 * i % 4 + 1) for i in range(n)), strict=True)
     arrays, exact = [arrays[0].T.astype(mx.float16), *arrays], [exact[0].T, *exact]
@@ -296,7 +299,8 @@ def test_lora_glu_mlp(impl, gelu, base, ranks, tile_rows, dtype):
 
 @pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
 def test_lora_glu_mlp_in_tiles_keeps_x_only():
-    """Gates and ups of all rows would be 67 MB; a tile of them is 4, and two are at work."""
+    """Gate and up of all rows would take 67 MB; those of a tile take 4, and two tiles are in
+    use."""
     x = mx.random.normal((4096, 32))
     w = [ops.Linear(ops.Base(mx.random.normal(s))) for s in ((2048, 32), (2048, 32), (32, 2048))]
     mx.eval(x, *(linear.base.weight for linear in w))
@@ -312,7 +316,7 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("impl", ["kernel", "blocked"])
 def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
-    """A certain row's gradient is small, and as many digits of it are right."""
+    """If the target is nearly certain, the gradient is small, but has as many correct digits."""
     rng = np.random.default_rng(23)
     bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
     head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)

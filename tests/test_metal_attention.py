@@ -1,4 +1,4 @@
-"""Attention as the host launches it on Metal, run on the CPU, against the float64 oracle.
+"""Attention as launched on Metal, run on the CPU and compared with the float64 oracle.
 
 docs/metal_on_linux.md
 """
@@ -19,7 +19,7 @@ from mlx_segtrain.ops import reference
 pytestmark = pytest.mark.acceptance
 
 SPECS = [
-    # Under 8 queries `first`, and here lse and delta too, lie in constant memory.
+    # With fewer than 8 queries, `first` and here also lse and delta are in constant memory.
     (Attention(1, 2, 1, 3, 5, 64), "float32"),
     (Attention(1, 2, 1, 64, 64, 64), "float16"),
     (Attention(1, 3, 1, 33, 33, 64), "bfloat16"),
@@ -32,7 +32,8 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
-    # Padding: of a tile and more in the middle, under a window, after the last offset, of all.
+    # Padding: more than a tile in the middle, under a window, after the last offset, and
+    # everywhere.
     (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
     (
         Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),
@@ -59,7 +60,7 @@ def setup(spec, dtype, seed=0):
 
 
 def launch(q, k, v, do, options, *changes, impl="kernel"):
-    """o, lse, dq, dk, dv"""
+    """Returns o, lse, dq, dk, dv."""
     with emulated(*changes):
         o, lse = ops.attention_forward(q, k, v, impl=impl, **options)
 
@@ -108,7 +109,7 @@ def test_same_call_is_bitwise_equal():
 
 
 def check_small_shares(*changes):
-    """Each of many keys has a part of a gradient that half precision cannot hold."""
+    """Checks a gradient whose parts from many keys would underflow in half precision."""
     q, k, v, do, options = setup(Attention(1, 1, 1, 32, 2048, 64), "float16")
     q, do = q * 0.1, do * 2.0**-10
     dq = launch(q, k, v, do, options, *changes)[2]
@@ -122,7 +123,7 @@ def test_small_shares_of_a_gradient():
         check_small_shares(Change("attention_vjp_kv_ds", "W(x_e)", "W(T(x_e))"))
 
 
-# ---- the tests themselves: broken text does not pass
+# ---- planted faults must be found
 
 RAGGED = Attention(1, 2, 1, 45, 77, 64), "float32"
 
@@ -209,7 +210,7 @@ def test_padding_that_is_seen(name, old, new):
 
 
 def test_launches():
-    """Of 45 queries and 77 keys, in tiles of 32."""
+    """The launches for 45 queries and 77 keys, in tiles of 32."""
     spec, dtype = RAGGED
     q, k, v, do, options = setup(spec, dtype)
     with emulated() as launches:
@@ -245,7 +246,7 @@ def one_group_a_launch():
     ids=str,
 )
 def test_parts_add_up(spec, dtype, one_group_a_launch):
-    """Each launch is one of few rows and heads: o, lse and dq are those of one launch.
+    """If each launch has few rows and heads, o, lse and dq are the same as with one launch.
 
     dk and dv are sums over the launches.
     """
@@ -260,7 +261,7 @@ def test_parts_add_up(spec, dtype, one_group_a_launch):
             oracle.assert_close(name, f64(y), f64(x), 2 * oracle.EPS[dtype])
 
 
-#: Products of a block of scores with rows of D numbers.
+#: The number of matrix products per block of scores.
 PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
 
 
@@ -268,7 +269,8 @@ PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
     "options", [{}, {"window": 4096}, {"segments": [0, 1000, 90000, 131072]}], ids=str
 )
 def test_no_launch_takes_long_on_an_m1(options):
-    """131,072 tokens of 32 heads: by the speed that docs/performance.md predicts, 0.3 s each."""
+    """131,072 tokens with 32 heads: at the speed predicted in docs/performance.md, at most 0.3
+    s."""
     heads, groups, t, d = 32, 8, 131072, 128
     q = mx.zeros((1, heads, t, d), mx.bfloat16)
     k = mx.zeros((1, groups, t, d), mx.bfloat16)
@@ -288,7 +290,8 @@ def test_no_launch_takes_long_on_an_m1(options):
         assert pairs * PRODUCTS[x.name] * d * own_heads / 5e11 < 0.3
         for name, shape, dtype in x.outputs:
             if name == "ds":
-                assert np.prod(shape) * dtype.size <= 160 << 20  # 128 and what sticks out
+                # 128 MB, and partial blocks at the edges.
+                assert np.prod(shape) * dtype.size <= 160 << 20
     assert covered == dict.fromkeys(PRODUCTS, t * heads)
     assert len(launches) > 2 * len(PRODUCTS)
 
@@ -306,7 +309,7 @@ ROWS = [
     (Attention(1, 2, 1, 9, 40, 8, options={"softcap": 2.0}), "float32"),
     (Attention(1, 2, 2, 40, 40, 24, options={"segments": ids(23, -17)}), "float16"),
     (Attention(1, 2, 1, 4, 601, 8), "bfloat16"),
-    # Bands of a window of 128 queries each, the last one ragged.
+    # A window in bands of 128 queries; the last one is shorter.
     (Attention(1, 1, 1, 270, 300, 8, options={"window": 6}), "float32"),
     (Attention(1, 1, 1, 1, 4, 8), "float32"),  # every array in constant memory
 ]

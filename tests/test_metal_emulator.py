@@ -1,4 +1,4 @@
-"""The emulator: its text is MLX's, its operations are right, planted faults are found."""
+"""The emulator: its text equals MLX's, its operations are right, and planted faults are found."""
 
 import os
 import subprocess
@@ -25,7 +25,7 @@ I = "const uint i = thread_position_in_grid.x;\n"  # noqa: E741
 
 
 def run(source, outputs, inputs=None, threads=32, group=None, template=None, header="", **rest):
-    """One-dimensional; `outputs` is name → count of float32."""
+    """Runs a kernel on a one-dimensional grid; `outputs` maps names to counts of float32."""
     out = {k: x if isinstance(x, tuple) else ((x,), mx.float32) for k, x in outputs.items()}
     grid, size = (threads, 1, 1), (group or threads, 1, 1)
     return emulate("test", source, header, inputs or {}, out, template or {}, grid, size, **rest)
@@ -35,11 +35,11 @@ def values(x):
     return np.array(x.astype(mx.float32))
 
 
-# ---- the text is MLX's
+# ---- the text equals MLX's
 
 
 def metal_text(kernel, inputs, outputs, template, capfd):
-    """What MLX itself writes: it does so while a function is exported, without a GPU too."""
+    """Returns the text that MLX generates when a function is exported, which needs no GPU."""
     function = mx.fast.metal_kernel(
         name=kernel.name,
         input_names=kernel.inputs,
@@ -89,7 +89,7 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's does unless told otherwise, and glibc then ends a process that jumps to a fiber."""
+    """Ubuntu's compiler hardens by default; glibc then aborts a process that jumps to a fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
@@ -141,7 +141,8 @@ def test_simd_operations():
 
 
 def test_lanes_of_a_matrix():
-    """Row 4·bit4 + bits 1–2, columns 4·bit3 + 2·bit0 and the next, as in MLX's get_coord."""
+    """A lane has row 4·bit4 + bits 1–2, and columns 4·bit3 + 2·bit0 and the next one, as in MLX's
+    get_coord."""
     body = """
       simdgroup_matrix<float, 8, 8> m;
       m.thread_elements()[0] = float(i);
@@ -213,7 +214,7 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
     run(I + body, {"y": 64}, {"x": np.zeros(64, np.float32)}, threads=64, counts=counts)
     assert counts == [
         {
-            "products": 2,  # of each simdgroup one
+            "products": 2,  # one for each simdgroup
             "device_read": 64 * 4 * 3,
             "device_written": 64 * 4,
             "threadgroup_read": 64 * 4 * 2,
@@ -229,7 +230,7 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
 
 
 def test_conversions_are_counted_and_wide_reads_are_one():
-    """Not what the emulator itself does: a new matrix, a product of bfloats."""
+    """Conversions by the emulator itself, in new matrices or products of bfloats, do not count."""
     body = """
       const device vec<bfloat, 4>* four = reinterpret_cast<const device vec<bfloat, 4>*>(x);
       const vec<bfloat, 4> own = four[i];
@@ -251,7 +252,7 @@ def test_conversions_are_counted_and_wide_reads_are_one():
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_attention_of_mlx_runs_here(size):
-    """Its text, as the installed package has it, to be counted beside ours."""
+    """The emulator runs the text in the installed package, so that its work can be counted."""
     rng = np.random.default_rng(2)
     q, k, v = (mx.array(rng.standard_normal((1, 1, 64, size))).astype(mx.bfloat16) for _ in "qkv")
     o, lse, counts = mlx_attention.run(q, k, v, size**-0.5)
@@ -264,7 +265,7 @@ def test_the_attention_of_mlx_runs_here(size):
 
 
 def test_the_documentation_has_what_is_counted():
-    """The rows of D = 64, which take the least time, and those of other kernels."""
+    """Checks the rows for D = 64, which are the fastest to count, and those of other kernels."""
     page = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
     with mx.stream(mx.cpu):
         tables = [*costs.tables_of((64,)).values(), costs.table_of_others()]
@@ -346,7 +347,7 @@ def test_right_barriers_pass():
 
 
 def test_orders_find_what_one_order_does_not():
-    """Two readers of an address are kept; here the third counts, in the other simdgroup."""
+    """Two readers of an address are recorded; here a third one, in the other simdgroup, races."""
     body = """
       tile[i] = i;
       threadgroup_barrier(mem_flags::mem_threadgroup);

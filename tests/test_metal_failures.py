@@ -1,4 +1,4 @@
-"""What is said when macOS ends work on the GPU, which MLX tells from a thread of Metal's."""
+"""The message when macOS ends work on the GPU, which MLX reports on a thread of Metal."""
 
 import shutil
 import subprocess
@@ -37,7 +37,7 @@ def test_other_errors_are_not_explained():
 
 @pytest.mark.parametrize("reason", ["Impacting Interactivity", "Insufficient Memory"])
 def test_a_run_ends_with_the_sentence(reason):
-    """Without memory it first takes a cheaper plan."""
+    """If memory is short, the run first tries a cheaper plan."""
     asked = []
 
     def step(*what):

@@ -1,4 +1,4 @@
-"""Gated units as the host launches them on Metal, run on the CPU, against the oracle.
+"""Gated linear units as launched on Metal, run on the CPU and compared with the oracle.
 
 docs/metal_on_linux.md
 """
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.acceptance
 
 
 def launch(op, gate, up, dy, *changes):
-    """y, dgate, dup"""
+    """Returns y, dgate, dup."""
     with emulated(*changes):
 
         def unit(gate, up):
@@ -47,7 +47,7 @@ def grads_of(op, arrays):
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)
-@pytest.mark.parametrize("n", [1, 7, 8, 255, 1024, 1025, 3000])  # under 8: constant memory
+@pytest.mark.parametrize("n", [1, 7, 8, 255, 1024, 1025, 3000])  # below 8: constant memory
 @pytest.mark.parametrize("op", ["swiglu", "geglu"])
 def test_glu(op, n, dtype):
     check(op, n, dtype)
@@ -70,7 +70,7 @@ def test_same_call_is_bitwise_equal():
         assert mx.array_equal(x, y)
 
 
-# ---- the tests themselves: broken text does not pass
+# ---- planted faults must be found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Rotary embedding as the host launches it on Metal, run on the CPU, against the oracle.
+"""Rotary embedding as launched on Metal, run on the CPU and compared with the oracle.
 
 docs/metal_on_linux.md
 """
@@ -47,7 +47,7 @@ def test_rope(dims, t, offset, traditional, dtype):
     check(dims, traditional, dtype, t=t, offset=offset)
 
 
-# ---- the tests themselves: broken text does not pass
+# ---- planted faults must be found
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every family of mlx-lm: three steps with its losses, or a refusal that docs/models.md has."""
+"""Every family of mlx-lm trains three steps with mlx-lm's losses, or is refused as docs/models.md
+says."""
 
 import mlx_lm
 import pytest

@@ -1,4 +1,4 @@
-"""What an op says that a call holds inside, against what a call on the CPU takes."""
+"""Compares the memory that an op reports for a call with the memory that it takes on the CPU."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,14 +14,15 @@ pytestmark = pytest.mark.skipif(
     mx.default_device() != mx.Device(mx.cpu), reason="bench/memory.py measures GPUs"
 )
 
-#: What a call takes, over what its op says: little more, for low-rank branches, which no op counts;
-#: less where a thread has two jobs while another sleeps, or the host is not ahead of the device.
+#: Bounds of the ratio of measured to reported memory. The measured memory may be a little more,
+#: because ops do not count low-rank branches, and less if not all threads work at once or the host
+#: is not ahead of the device.
 LEAST, MOST = 0.5, 1.1
-#: Calls, of which the largest counts: how many threads work at once is chance.
+#: The number of calls, of which the largest peak counts: threads overlap by chance.
 TRIES = 3
 
 some = settings(max_examples=8, deadline=None)
-#: Large enough beside what each thread takes.
+#: Large compared with the memory of each thread.
 rows = st.integers(900, 1100)
 widths = st.sampled_from([256, 384, 512])
 
@@ -33,7 +34,7 @@ def array(*shape: int) -> mx.array:
 
 
 def peak(make: Callable[[], Sequence[mx.array]]) -> int:
-    """Bytes beyond what is there before. MLX waits for each op, as above a limit."""
+    """Returns the peak bytes of the evaluation. A limit of 1 byte makes MLX wait for each op."""
     mx.synchronize()
     before = mx.get_active_memory()
     limit = mx.set_memory_limit(1)
@@ -77,7 +78,7 @@ def test_attention(batch, groups, share, head, queries, more, softcap):
         return ops.attention(q, k, v, scale=0.1, softcap=30.0 if softcap else None)
 
     check(cost.forward, q.nbytes, lambda: [run(q, k, v)])
-    # o is kept, dq is as large, and dk and dv are as k and v.
+    # o is kept, dq has its size, and dk and dv have those of k and v.
     gradients = 2 * q.nbytes + 2 * k.nbytes
     check(cost.backward, gradients, lambda: mx.vjp(run, [q, k, v], [do])[1])
     saved = ops.attention_forward(q, k, v, scale=0.1)

@@ -58,7 +58,7 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    # Without a token clients may be strangers to each other; tests/hostile has one with a token.
+    # Without a token, clients may not trust each other; tests/hostile tests a server with a token.
     assert ask(server, "b").usage.prompt_tokens_details is None
 
 
@@ -153,8 +153,8 @@ def test_models(server):
         server.client.models.retrieve("ORG/other")
 
 
-#: What a field of another server's requests does here: nothing, which is true there too with this
-#: value; or it is refused with this one.
+#: Fields of other servers' requests, with values that have no effect there either, and values that
+#: are refused here.
 NEUTRAL = {
     "OpenAI": {
         **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},
@@ -268,7 +268,8 @@ def test_template_variables_are_of_chats(server):
 def test_fields_that_change_nothing_are_taken(server, source):
     fields = NEUTRAL[source]
     body = CHAT | fields
-    body |= dict.fromkeys(REFUSED[source].keys() - fields.keys())  # null is as if left out
+    # Null means the same as omitting a field.
+    body |= dict.fromkeys(REFUSED[source].keys() - fields.keys())
     answer = server.http.post("/v1/chat/completions", json=body | {"add_special_tokens": False})
     assert answer.status_code == 200, answer.text
     body = {key: value for key, value in body.items() if key != "messages"} | {"prompt": "x"}
@@ -302,7 +303,8 @@ def test_fields_within_fields_are_refused_too(server):
     answer = server.http.post("/v1/adapters", json={"id": "a", "path": "a", "scale": 2})
     check(answer, 400, "unknown field scale")
     own = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
-    turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}  # as OpenAI answers
+    # As in OpenAI's answers.
+    turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}
     cached = {"role": "user", "content": [part | {"cache_control": {"type": "ephemeral"}}]}
     answer = ask(server, messages=[hello, turn, cached])
     assert answer.choices[0].message.content
@@ -483,7 +485,7 @@ def test_adapter_routes(folder, said, tmp_path):
         mounted = server.engine.adapters["a"]
         n = mounted.mounted_layers
         assert answer.json() == {"id": "a", "mounted_layers": n, "rank": 2, "scale": 1.0}
-        # What is mounted stays.
+        # An adapter that is already mounted stays.
         assert http.post("/v1/adapters", json={"id": "a", "path": "b"}).json() == answer.json()
         (row,) = http.get("/v1/adapters").json()["adapters"]
         assert row == {
@@ -512,7 +514,7 @@ def test_adapter_routes(folder, said, tmp_path):
 
 
 def test_remounting_under_the_same_id(folder, said):
-    """Prompts that were kept are of the weights, not of the name."""
+    """Cached prompts belong to an adapter's weights, not to its id."""
     with serving(folder, said.model) as server:
         for name in ("a", "b", "a"):
             server.http.post("/v1/adapters", json={"id": "x", "path": name})
@@ -528,14 +530,14 @@ def test_unmounting_under_a_stream(folder, said):
         stream = ask(server, "a", 150, stream=True, **NEVER_ENDS)
         text = next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
         assert server.http.delete("/v1/adapters/a").status_code == 200
-        assert server.engine._active  # else there is nothing to see here
+        assert server.engine._active  # otherwise the test would check nothing
         check(server.http.post("/v1/completions", json={"prompt": "x", "adapter": "a"}), 400, "a")
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == said(chat_tokens(said), "a", 150, goes_on=True)
 
 
 def test_swaps_under_load(server, said):
-    """Eight clients and three adapters: over 100 requests, each with its own answer."""
+    """Eight clients send over 100 requests with three adapters; each must get the right answer."""
     names = ["a", "b", "c", None]
     prompts = [[{"role": "user", "content": f"Tell me about {x}"}] for x in ("you", "it")]
     jobs = [(name, i) for name in names for i in range(2)]
@@ -571,7 +573,7 @@ def test_swaps_under_load(server, said):
         later, much_later = load(13)
     finally:
         del linears.put_in
-    assert swaps > 30  # by those who have asked no such prompt before
+    assert swaps > 30  # in requests whose prompts were not cached
     assert later - active < 1 << 20 and much_later - resident < 24 << 20
     assert len(server.engine._prompts) <= module.MOST_PROMPTS
     server.idle()
@@ -589,7 +591,7 @@ def test_seeds_under_load(server):
 
 
 def test_clients_that_go_free_their_place(server):
-    """An answer of 15,000 tokens would take a minute."""
+    """If it were not cancelled, an answer of 15,000 tokens would take a minute."""
     stream = ask(server, "a", 15_000, stream=True, **NEVER_ENDS)
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert server.engine._active
@@ -617,7 +619,7 @@ def test_failures(server, monkeypatch):
     answer = server.http.post("/v1/chat/completions", json=CHAT | {"seed": 1})
     check(answer, 503, "too little memory")
     check(server.http.post("/v1/chat/completions", json=CHAT), 500, "RuntimeError: a bug")
-    with pytest.raises(openai.APIError, match="a bug"):  # where the status is out already
+    with pytest.raises(openai.APIError, match="a bug"):  # the status has already been sent
         list(ask(server, stream=True))
     monkeypatch.undo()
     ask(server)

@@ -1,4 +1,4 @@
-"""Tools, answers of a form, log probabilities and /v1/responses, by OpenAI's own client."""
+"""Tools, answer formats, log probabilities and /v1/responses, with OpenAI's official client."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
-#: Qwen's and Hermes' way: mlx-lm knows by it how calls are written.
+#: A template like those of Qwen and Hermes, from which mlx-lm infers how to parse calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
 You may call:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
 {% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -79,7 +79,7 @@ def ask(server, messages=HELLO, n=300, extra=None, **more):
     )
 
 
-# Answers of a form
+# Answer formats
 
 
 class Person(pydantic.BaseModel):
@@ -89,7 +89,7 @@ class Person(pydantic.BaseModel):
 
 
 def test_a_schema_by_the_official_client(server):
-    """Of a model that knows no JSON, in a crowd, with adapters and by chance."""
+    """A model that was never trained on JSON follows the schema, sampled and with an adapter."""
     for more in ({}, {"temperature": 2.0, "seed": 3}, {"extra_body": {"adapter": "a"}}):
         answer = server.client.chat.completions.parse(
             model="ORG-Model", messages=HELLO, response_format=Person, max_tokens=300, **more
@@ -164,7 +164,7 @@ def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
 
 
 def chained(n, groups=0):
-    """Rules of which each has the next, in groups; from a few thousand on a stack overflows."""
+    """Returns a grammar of nested rules; a few thousand of them would overflow the stack."""
     begin, end = "(" * groups + '"a"', ")?" * groups
     rules = [f"r{i}: {begin} r{i + 1}{end}" for i in range(n)]
     return "\n".join(["start: r0", *rules, f'r{n}: "b"'])
@@ -237,7 +237,7 @@ class Place(pydantic.BaseModel, extra="forbid"):
 
 
 class Trip(pydantic.BaseModel, extra="forbid"):
-    """Its schema has a reference to Place, in $defs of its own."""
+    """A model whose schema refers to Place in its own $defs."""
 
     start: Place
     ends: Annotated[list[Place], pydantic.Field(min_length=1, max_length=2)]
@@ -248,7 +248,8 @@ class Walk(pydantic.BaseModel, extra="forbid"):
 
 
 def test_tools_whose_parameters_refer_to_their_own(server):
-    """Each to its own definitions, which may have the name of another's."""
+    """Each schema refers to its own $defs, even if another schema has definitions of the same
+    name."""
     other = {"$defs": {"Place": {"const": {"$ref": "#/x"}}}, "$ref": "#/$defs/Place"}
     kinds = {"trip": Trip.model_json_schema(), "walk": Walk.model_json_schema(), "other": other}
     tools = [
@@ -283,7 +284,7 @@ def test_a_tool_that_has_to_be_called(server, stream):
 
 
 def test_calls_in_a_model_s_own_form(server, said):
-    """The model says what we want by its biases; it reasons, speaks and calls."""
+    """The model is forced to write this text: reasoning, content and calls."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
     bad = "<tool_call>\nno JSON\n</tool_call>"
     whole = f"Well. {call}\n{bad}{call}"
@@ -312,7 +313,7 @@ STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
 
 
 def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
-    """What it begins as a call is one, of the schema; what it says otherwise stays."""
+    """If the model starts a call, it must match the schema; other text is unchanged."""
     bad = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
     other = '<tool_call>\n{"name": "clock", "arguments": {"x": 1}}\n</tool_call>'
     tools = {"tools": [STRICT, CLOCK]}
@@ -340,7 +341,7 @@ def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
 
 @pytest.mark.parametrize("stays", [False, True])
 def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
-    """Its calls are read a little later; for who waits too long it is the text that was said."""
+    """Calls are parsed a little later; after a timeout, the client gets them as text."""
     monkeypatch.setattr(answers, "CALLS_S", 0.3)
     confined, asked = server.engine.base.confined, []
     plain = confined.ask
@@ -363,7 +364,7 @@ def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
 
 
 class speaking:
-    """The model says a text, token by token."""
+    """Makes the model write this text, token by token."""
 
     def __init__(self, server, text):
         self.server, self.tokens = server, [*text.encode(), END]
@@ -394,7 +395,8 @@ class speaking:
 
 
 def test_reasoning_is_told_apart(folder, said, tmp_path):
-    """By the tags of mlx-lm's tokenizer, from the prompt's end on or later."""
+    """Reasoning is recognized by the tags of mlx-lm's tokenizer, whether the prompt or the answer
+    opens it."""
     model = shutil.copytree(said.model, tmp_path / "ORG-Thinker")
     with serving(folder, model) as server:
         tokenizer = server.engine.base.tokenizer
@@ -410,7 +412,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "<think>hm, 2</think>\n\nTwo.") as body:
             closed = ask(server, **body)
             chunks = list(ask(server, stream=True, **body))
-            # What names no form is no form.
+            # A false format is no format.
             free = ask(server, extra={"structured_outputs": {"json_object": False}}, **body)
         opened = {"chat_template_kwargs": {"enable_thinking": "open"}}
         with speaking(server, "hm, 3</think>Three.") as body:
@@ -420,7 +422,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     assert free.choices[0].message.reasoning_content == "hm, 2"
-    # A byte is a token: the last one of the tag that begins it, its text, and the tag of its end.
+    # Each byte is a token: the last byte of the opening tag, the text, and the closing tag.
     assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
     assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
     assert plain.usage.completion_tokens_details.reasoning_tokens == 0
@@ -483,7 +485,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         check(server.http.post(CHATS, json=body), 400, "arguments is not JSON")
     deep = {"type": "function", "function": {"name": "f", "parameters": {"a": "DEEP"}}}
     text, header = json.dumps(CHAT | {"tools": [deep]}), {"content-type": "application/json"}
-    for n in range(900, 1000, 3):  # some of these can be read, and not be written
+    for n in range(900, 1000, 3):  # some of these can be parsed, but not serialized
         body = text.replace('"DEEP"', '{"a":' * n + "1" + "}" * n)
         assert server.http.post(CHATS, content=body, headers=header).status_code < 500, n
     body = CHAT | {"structured_outputs": {"json": "[" * 50_000}}
@@ -532,14 +534,14 @@ def test_logprobs_of_completions(server):
     assert "".join(told.tokens) == own.text and told.text_offset == list(range(len(told.tokens)))
     assert all(len(top) == 2 for top in told.top_logprobs)
     tops = [max(top.values()) for top in told.top_logprobs]
-    assert tops == told.token_logprobs  # it is greedy
+    assert tops == told.token_logprobs  # decoding is greedy
     chunks = list(server.client.completions.create(**how, stream=True))
     parts = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
     assert [x for part in parts for x in part.text_offset] == told.text_offset
 
 
 def test_logprobs_of_characters_of_several_tokens(server):
-    """A place is that of the character; of a part of one the bytes are told."""
+    """Offsets are those of characters; parts of a character are shown as bytes."""
     how = {"model": "default", "prompt": "x", "max_tokens": 9, "logprobs": 20, "temperature": 0}
     how["extra_body"] = {"structured_outputs": {"regex": "é€x"}}
     own = server.client.completions.create(**how).choices[0]
@@ -554,8 +556,8 @@ def test_logprobs_of_characters_of_several_tokens(server):
 
 
 def test_bytes_of_tokens():
-    """A letter is a byte in GPT-2's vocabularies and text in SentencePiece's; names of bytes are
-    bytes in those alone."""
+    """In GPT-2's vocabularies letters stand for bytes; in SentencePiece's they are text, and only
+    tokens such as <0x0A> stand for bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -584,7 +586,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
     async def main():
         body = ChatRequest.model_validate(CHAT | {"n": 4})
         engine = server.engine
-        for _ in range(2):  # the second time the prompt is known
+        for _ in range(2):  # the second time the prompt is cached
             own = await answers.Answers.begin(engine, engine.select("none"), body, "-")
             async for _ in own.deltas():
                 pass
@@ -595,7 +597,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
 
 
 def test_several_answers(server):
-    """By a seed the same ones again, and different from each other."""
+    """With a seed, answers are reproducible, and different from each other."""
     how = {"n": 12, "temperature": 1.0, "seed": 4, **NEVER_ENDS}
     body = CHAT | how | {"n": 3, "max_tokens": 12}
     first, again = (

@@ -1,4 +1,4 @@
-"""Schemathesis: what the OpenAPI document says, the server does, whatever is sent."""
+"""Schemathesis: the server follows its OpenAPI document, whatever is sent."""
 
 import os
 import subprocess
@@ -17,12 +17,13 @@ CHECKS = (
 )
 
 
-#: Of these the borders are those of /api/finetune/submit.
+#: Routes with the same boundary values as /api/finetune/submit.
 ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 
 def test_every_route_does_what_it_says(tmp_path):
-    """EXAMPLES requests of each route by chance, besides those at the borders of its schema."""
+    """Sends EXAMPLES random requests to each route, and requests with the schema's boundary
+    values."""
     place = write_place(tmp_path)
     alike = [word for path in ALIKE for word in ("--exclude-path", path)]
     with Server(place, place / "model") as server:

@@ -1,4 +1,4 @@
-"""Every op against the float64 oracle; it must be no worse than the plain code."""
+"""Every op against the float64 oracle: it must not be less accurate than the plain code."""
 
 import functools
 
@@ -108,7 +108,8 @@ def test_gradients_of_the_reference_are_the_oracles():
 
 
 def table_of(rng, base, dtype):
-    """A table [9, 384] in the dtype of its numbers or scales, and its values in float64."""
+    """Returns a table [9, 384] whose values or scales have this dtype, and its values in
+    float64."""
     table, _ = base_of(rng, 9, 384, base)
     dtype = getattr(mx, dtype)
     scales, biases = (
@@ -238,7 +239,7 @@ def test_dequantize_is_bitwise_mlx(base):
 
 @pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
 def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
-    """Zeros of both signs, subnormal numbers, what overflows, and NaN, whatever bits it has."""
+    """Includes zeros of both signs, subnormal numbers, overflow, and NaN, whose bits may differ."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     per_row = 256 * 8 // bits // group
     scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
@@ -265,7 +266,7 @@ def test_lora_linear(impl, base, dtype):
     packed, w64 = base_of(rng, 536, 256, base, bias)
     (x, x64), (dy, dy64) = rand(rng, 65, 256, dtype=dtype), rand(rng, 65, 536, dtype=dtype)
     (a, _), (b, _) = rand(rng, 256, 4), rand(rng, 4, 536)
-    # The matmuls take a and b in x's dtype: that rounding is not the op's error.
+    # Products round a and b to x's dtype; that is not an error of the op.
     a64, b64 = f64(a.astype(getattr(mx, dtype))), f64(b.astype(getattr(mx, dtype)))
     with served():
         check_op(
@@ -345,7 +346,7 @@ def test_dropout_keys_differ_by_seed_step_and_module():
     assert len({key(1, 2, "q"), key(2, 1, "q"), key(1, 3, "q"), key(1, 2, "k")}) == 4
 
 
-#: A dense head, and of every mode and width of packing one.
+#: A dense head, and a quantized one of every mode and number of bits.
 HEADS = [
     None,
     *[
@@ -357,8 +358,8 @@ HEADS = [
 
 
 def over_heads(*options):
-    """Each base with the last of these options, two with all: what is done with the logits does not
-    depend on how they are stored."""
+    """Combines each base with the last of these options, and two bases with all of them: how logits
+    are processed does not depend on how the weight is stored."""
     return [
         (base, *own)
         for base in HEADS
@@ -452,7 +453,7 @@ def test_linear_log_probs_of_half_precision(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
 def test_linear_log_probs_touches_only_rows_with_a_target(impl):
-    """The other rows may hold NaN, and none at all may have a target."""
+    """The other rows may contain NaN, and it may be that no row has a target."""
     h = mx.random.normal((9, 16)).astype(mx.bfloat16 if ON_GPU else mx.float32)
     h[::2] = mx.nan
     head = ops.Base(mx.random.normal((56, 16)))
@@ -485,7 +486,7 @@ def test_heads_compile(impl, op):
 @pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
 @pytest.mark.parametrize("op", [ops.linear_log_probs, ops.linear_cross_entropy])
 def test_memory_of_heads_has_no_rows_times_vocabulary(op):
-    """4096 rows of 32768 logits would be 537 MB; a chunk is 64 MB at most."""
+    """4096 rows of 32768 logits would take 537 MB; a chunk takes at most 64 MB."""
     h = mx.random.normal((4096, 32))
     head = ops.Base(mx.random.normal((32768, 32)))
     t = mx.zeros(4096, mx.int32)
@@ -500,7 +501,7 @@ def test_memory_of_heads_has_no_rows_times_vocabulary(op):
 
 
 def quantized(mode, bits, group):
-    """64 columns at 4 bits in groups of 32, called something else."""
+    """Returns a base of 4 bits in groups of 32 that claims to have another quantization."""
     return ops.Base(
         mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
     )
@@ -524,7 +525,7 @@ BAD = [
     (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"h like x \(1,2,5,8\); got \(2,5,8"),
     (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be one number; got"),
     (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1; got widths 8, 8"),
-    (lambda x: heads_of(x[0], [8] * 4), r"one to three linears; got \(2,5,8\) and 4"),
+    (lambda x: heads_of(x[0], [8] * 4), r"one to three linear layers; got \(2,5,8\) and 4"),
     (
         lambda x: heads_of(x[0], [8], norms=[ops.HeadNorm(mx.ones(8), 1e-5)]),
         r"weights of norms \[4\]; got \(8\)",
@@ -541,7 +542,7 @@ BAD = [
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
     (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments as offsets .* S = 5"),
-    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 5], impl="stock"), r"takes no segments"),
+    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 5], impl="stock"), r"support segments"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 9)))), r"x \[..., 9\]; got \(1,2,5,8\)"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 8))), mx.ones((8, 2))), r"both a and b"),
     (

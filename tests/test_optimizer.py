@@ -1,4 +1,4 @@
-"""Optimizers and schedules against their closed forms, in NumPy float64."""
+"""Optimizers and schedules compared with their formulas in NumPy float64."""
 
 import math
 
@@ -78,7 +78,7 @@ def adafactor(s, g, p, rate, t):
 
 
 def muon(s, g, p, rate, t):
-    """Momentum, made orthogonal by five Newton–Schulz iterations."""
+    """Momentum, orthogonalized by five Newton–Schulz iterations."""
     v = s["v"] = 0.95 * s.get("v", 0) + 0.05 * g
     x = 0.05 * g + 0.95 * v
     x = x.T if x.shape[0] > x.shape[1] else x
@@ -96,7 +96,7 @@ FORMS = {"adamw": adamw, "lion": lion, "sgd": sgd, "adafactor": adafactor, "muon
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_steps_are_those_of_the_closed_form(name, ratio):
-    """Two factors of two stages, cosine with warmup, decay apart from the gradient, LoRA+."""
+    """Two factors in each of two stages, cosine with warmup, decoupled weight decay, and LoRA+."""
     rng = np.random.default_rng(0)
     shapes = {"x.lora_a": (6, 3), "x.lora_b": (3, 5), "y.lora_a": (4, 2), "y.lora_b": (2, 7)}
     true = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
@@ -144,7 +144,8 @@ def test_runs_learn_with_each(name, llama4, data, tmp_path):
 
 
 def test_rs_lora_divides_by_the_root_of_each_rank(llama_mixed, data, tmp_path):
-    """Ranks 4 and 8: the multipliers differ, and mlx-lm, which knows one, has the same logits."""
+    """With ranks 4 and 8 the multipliers differ; mlx-lm, which has only one, gives the same
+    logits."""
     result = train(config_of(llama_mixed, data, tmp_path / "a", scale=3.0, rs_lora=True))
     assert set(result.applied_ranks.values()) == {4, 8}
     assert_same_in_mlx_lm(llama_mixed, tmp_path / "a", apart=1e-3)

@@ -1,4 +1,4 @@
-"""Packed rows: loss and gradients are those of the rows alone, and no row is split or lost."""
+"""Packed rows have the loss and gradients of single rows, and no row is split or lost."""
 
 import json
 import time
@@ -25,13 +25,13 @@ from mlx_segtrain.planning.costs import CUDA
 from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
-#: Tokens of uneven examples: longer than the window of 8 and than a tile, and the least there is.
+#: Numbers of tokens: longer than the window of 8, longer than a tile, and the minimum.
 LENGTHS = (21, 2, 9, 70, 33, 3)
 BOUND = 1e-5
 
 
 def examples(lengths=LENGTHS, prompt=2, seed=0):
-    """Rows alone, padded to one batch, and packed."""
+    """Returns rows as single batches, as one padded batch, and packed."""
     rng = np.random.default_rng(seed)
     count, ends = np.arange(len(lengths)), np.array(lengths)
     weights = rng.uniform(0.5, 1, (len(lengths), max(lengths))).astype(np.float32)
@@ -48,7 +48,7 @@ def examples(lengths=LENGTHS, prompt=2, seed=0):
 
 
 def step(chain, adapter, batch, total, size=1):
-    """Loss and gradients by path."""
+    """Returns the loss, and gradients by path."""
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, total)
     (loss,), grads = value_and_grad(
@@ -58,8 +58,9 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """As the rows alone, of whose gradients the sum is smaller than each: within BOUND, or as near
-    as a padded batch comes, where products of other shapes round more than that."""
+    """Compares packed rows with single rows. Errors must be within BOUND, or within those of a
+    padded batch: the sum of the gradients is smaller than each, and products of other shapes round
+    differently."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -106,7 +107,7 @@ def test_what_comes_before_all_losses_is_trimmed(name):
     assert_same_packed(chain, adapter_of(chain), lengths=(90, 5, 7), prompt=80, size=0)
 
 
-# ---- which rows share one
+# ---- which samples share a row
 
 
 def lengths_like_instructions(n, seed=0):
@@ -152,7 +153,7 @@ def test_every_epoch_has_every_row_once_and_none_is_over(lengths, capacity, seed
 
 
 def test_best_fit_leaves_the_least_room():
-    """By hand: 7 + 3, 6 + 4, 5 + 5, 2 alone."""
+    """Worked out by hand: 7 + 3, 6 + 4, 5 + 5, and 2 alone."""
     lengths = np.array([5, 3, 2, 7, 5, 6, 4])
     rows = [sorted(lengths[row].tolist()) for row in Packing.of(lengths, 10).epoch(0, 0)]
     assert sorted(rows) == [[2], [3, 7], [4, 6], [5, 5]]
@@ -187,7 +188,7 @@ def test_a_batch_has_whole_rows_and_no_padding():
         assert batch.tokens.tolist() == [[i for i in batch.rows for _ in range(lengths[i])]]
 
 
-# ---- whether it pays
+# ---- whether packing saves time
 
 
 @pytest.mark.parametrize(("capacity", "batch_size"), [(0, 1), (0, 4), (2048, 1), (2048, 3)])
@@ -209,7 +210,7 @@ def test_packing_pays_where_steps_cost_more_than_their_tokens(llama4, data, tmp_
         return pays(config_of(llama4, data, tmp_path, max_seq_length=64, **more), rows)
 
     assert asked(short) and not asked(full)
-    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # the others would be padded
+    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # short rows would be padded
     monkeypatch.setattr(planning_run, "device", lambda *_: CUDA)
     assert asked(short) and not asked(full)
     assert not asked(short, memory_budget_gb=0.0125)
@@ -227,7 +228,7 @@ def write_data(folder, lengths=(3, 30, 9, 50, 12, 5, 22, 40, 7, 16)):
 
 
 def test_an_epoch_of_packed_rows(llama4, tmp_path):
-    """It trains every row, in fewer steps, and evaluates to the loss of the rows alone."""
+    """An epoch has every row, in fewer steps, and evaluations give the loss of single rows."""
     data, told = write_data(tmp_path / "data"), []
     how = {"epochs": 1.0, "max_seq_length": 64, "learning_rate": 1e-6}
     packed = train(config_of(llama4, data, tmp_path / "a", packing=True, **how), told.append)
@@ -243,7 +244,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A run that is resumed where the other way would pay continues as it began."""
+    """A resumed run keeps its choice, even if the other one would now be faster."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

@@ -1,4 +1,4 @@
-"""The page as people use it: a browser, a server's process, and SmolLM2 on the demo's data."""
+"""The page in a browser, with a real server, and SmolLM2 on the demo's data."""
 
 import csv
 import io
@@ -33,13 +33,13 @@ from mlx_segtrain.training.setup import plan_event
 
 pytestmark = [
     pytest.mark.acceptance,
-    pytest.mark.skipif(BROWSER is None, reason="no browser is on the path"),
+    pytest.mark.skipif(BROWSER is None, reason="there is no browser on the path"),
 ]
-#: The first row of the data set; which docstring would come first depends on the Python.
+#: The first row of the data set, which would otherwise depend on the version of Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
-#: Milliseconds for what a model computes; other things take the default.
+#: The timeout in milliseconds if a model has to compute; otherwise the default applies.
 LONG = 240_000
-#: Where the page's modules are, for tests that ask one of them.
+#: The address of the page's modules, for tests that import one.
 OURS = f"/finetune/files/{VERSION}"
 
 
@@ -67,7 +67,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 @pytest.fixture
 def hub_site(site, hub, tmp_path, monkeypatch) -> Iterator[Site]:
-    """A server that may download from a hub, which has the tiny model."""
+    """Starts a server that may download from a hub with the tiny model."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add("org/small-4bit", site.work / "tiny")
@@ -100,7 +100,7 @@ def user(browser, site, tmp_path) -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def titles(site) -> dict[str, str]:
-    """What the form calls the fields."""
+    """Returns the labels of the fields in the form."""
     return {own["name"]: own["title"] for own in site.api("/api/finetune/defaults")["fields"]}
 
 
@@ -127,7 +127,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     before = points(page)
     until(lambda: points(page) > before)
     page.reload()
-    until(lambda: points(page) > before)  # in the middle of it, with all that was
+    until(lambda: points(page) > before)  # the run continues, and its earlier points are shown
     assert site.job(id)["status"] == "running"
     expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
@@ -154,7 +154,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     expect(page.get_by_text(re.compile("tokens?, .* tokens/s"))).to_have_count(2, timeout=LONG)
     base, own = page.locator(".answer .said").all_inner_texts()
     assert base.strip() and own.strip()
-    expect(page.get_by_text("What does <b>os.getcwd</b> do?")).to_be_visible()  # as it was typed
+    expect(page.get_by_text("What does <b>os.getcwd</b> do?")).to_be_visible()  # shown as typed
     assert fits(page)
     user.shot(page, "chat")
 
@@ -216,7 +216,7 @@ def test_between_two_reports_memory_and_steps_go_on(user):
         return [live.active_gb, live.peak_gb, step, left, lines.length, train.step];
         }""".replace("OURS", OURS)
     )
-    assert told == [1.5, 3, 7, 900, 2, 1]  # the log has the reports alone
+    assert told == [1.5, 3, 7, 900, 2, 1]  # the log has only the reports
 
 
 def test_values_have_the_unit_of_their_method(user):
@@ -252,7 +252,7 @@ def test_values_have_the_unit_of_their_method(user):
 
 
 def cpu_s(page: Any, site: Site, act: Any) -> float:
-    """Seconds of CPU time that the page's main thread and the server take for something."""
+    """Returns the CPU seconds that the page's main thread and the server need for an action."""
     cdp = page.context.new_cdp_session(page)
     cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
 
@@ -267,8 +267,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """The second is of CPU time: a busy machine takes longer. All files are fetched at once, and a
-    second load fetches none."""
+    """It needs less than a second of CPU time, which does not depend on other load. All files are
+    fetched at once, and a second load fetches none."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]
@@ -330,8 +330,8 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
-    """Two that are done and differ, and one that failed."""
-    odd = str(site.work / "<img src=x onerror=boom()>")  # names are text wherever they are shown
+    """Returns two finished runs with different settings, and a failed one."""
+    odd = str(site.work / "<img src=x onerror=boom()>")  # names must be shown as text everywhere
     return [
         site.train(rank=4),
         site.train(learning_rate=0.003, adapter_path=odd),
@@ -349,7 +349,7 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
     page.locator(".chart.tall .u-over").hover()
     expect(page.locator(".tip")).to_contain_text("<img src=x onerror=boom()>")
     cells = [own.inner_text() for own in page.get_by_role("row").nth(1).get_by_role("cell").all()]
-    assert cells[1:3] == ["4", "0.0002"]  # its default, not a word for it
+    assert cells[1:3] == ["4", "0.0002"]  # the value of the default, not the word "default"
     last = [site.job(id)["result"]["final_val_loss"] for id in runs[:2]]
     second = page.get_by_role("row").nth(2)
     expect(second).to_contain_text(f"{last[1]:.4f}\n−{last[0] - last[1]:.4f}", use_inner_text=True)
@@ -359,7 +359,7 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
     rows = list(csv.DictReader(io.StringIO(found.value.path().read_text())))
     assert [row["job"] for row in rows] == runs[:2]
     assert [float(row["validation loss"]) for row in rows] == pytest.approx(last)
-    page.reload()  # its address says what is compared
+    page.reload()  # the address contains the compared jobs
     until(lambda: points(page, 2) >= 20)
 
 
@@ -381,7 +381,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     model = page.get_by_label("Model", exact=True)
     hub.requests.clear()
     for typed in ("s", "sm", "sma", "small"):
-        model.fill(typed)  # faster than anybody would
+        model.fill(typed)  # faster than a user types
     found = page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub, 1.0 k")
     expect(found).to_be_visible()
     assert [path for _, path, _ in hub.requests].count("/api/models") == 1
@@ -430,11 +430,11 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     page.get_by_role("button", name="Download", exact=True).first.click()
     failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
-    page.close()  # before its server ends
+    page.close()  # must be closed before the server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):
-    """A job whose kind the page does not know took the list of all jobs with it."""
+    """A job of an unknown kind once broke the list of all jobs."""
     with of_each_kind(site.cache) as jobs:
         page = user.open("/finetune/jobs")
         for id, (_, title, name) in jobs.items():
@@ -460,7 +460,7 @@ def test_older_jobs_are_a_click_away(user, site):
         expect(page.get_by_text(ids[0])).to_have_count(0)
         page.get_by_role("button", name="Older jobs").click()
         expect(page.get_by_text(ids[0])).to_be_visible()
-        page.wait_for_timeout(2500)  # it stays, whatever the next looks bring
+        page.wait_for_timeout(2500)  # it stays when the list is refreshed
         expect(page.get_by_text(ids[0])).to_be_visible()
     finally:
         for id in ids:
@@ -484,7 +484,7 @@ def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, ru
 
 
 def test_a_failed_job_offers_what_helps(user, site):
-    """To resume does not help where the same thing would happen again."""
+    """Resuming is not offered if the job would fail again in the same way."""
     jobs, config = Store(site.cache / "jobs.sqlite"), {"model_dir": str(site.work / "tiny")}
     config |= {"data_dir": str(site.work / "counting"), "rank": 1, "max_seq_length": 96}
     offers = {
@@ -507,7 +507,7 @@ def test_a_failed_job_offers_what_helps(user, site):
         user.open(f"/finetune/job/{ids['input']}", page=page)
         page.get_by_role("button", name="Change the settings").click()
         wrong = page.locator(".field.invalid", has_text="rank must be >= 2")
-        expect(wrong).to_be_in_viewport()  # and its part is open
+        expect(wrong).to_be_in_viewport()  # its section is open
         user.open(f"/finetune/job/{ids['memory']}", page=page)
         page.get_by_role("button", name="New run that takes less memory").click()
         expect(page.locator("[title=max_seq_length]")).to_be_visible()
@@ -575,7 +575,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     choose(page, "Data set", "pairs")
     expect(wrong("Choose a data set first")).to_have_count(0)
     page.get_by_label(titles["max_seq_length"]).fill("64")
-    # The data goes with another method.
+    # The data fit another method.
     expect(wrong("which method sft does not accept")).to_be_visible(timeout=LONG)
     page.get_by_role("button", name="Use method dpo").click()
     expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
@@ -587,7 +587,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     expect(wrong(said)).to_be_visible()
     page.get_by_role(
         "button", name="Rank, batch size and folder"
-    ).click()  # folded, it is found all the same
+    ).click()  # the field is found although the section is collapsed
     start.click()
     expect(wrong(said)).to_be_in_viewport()
     expect(rank).to_be_focused()
@@ -615,9 +615,9 @@ def test_presets_set_what_they_say_and_a_server_takes_them(user, site, titles):
         expect(page.get_by_text(re.compile("^Fits"))).to_be_visible()
         expect(page.locator(".field.invalid")).to_have_count(0)
     expect(steps).to_have_value("20")
-    steps.fill("21")  # it is not the preset any more
+    steps.fill("21")  # the values differ from the preset
     expect(page.get_by_role("button", pressed=True).and_(page.locator(".preset"))).to_have_count(0)
-    expect(page.get_by_text("2 settings changed")).to_be_visible()  # within what is folded
+    expect(page.get_by_text("2 settings changed")).to_be_visible()  # in the collapsed section
 
     page.get_by_role("button", name="YAML", exact=True).click()
     copied = page.get_by_label("YAML", exact=True)
@@ -664,7 +664,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     box = plot.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.51, box["y"] + 50)
     tip = own.locator(".tip")
-    expect(tip).to_contain_text("training")  # of both lines, whichever has a value there
+    expect(tip).to_contain_text("training")  # the tip shows the lines that have a value there
     expect(tip).to_contain_text("validation")
     expect(tip).to_contain_text("step 10")
     page.mouse.down()
@@ -685,7 +685,8 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     until(lambda: scales()[4] == 3)
     own.get_by_label("Smoothing").fill("0.9")
     series = 'document.querySelector(".chart.tall").uplot.series.length'
-    until(lambda: page.evaluate(series) == 4)  # steps, the mean, itself faintly, validation
+    # Steps, the smoothed and the raw training loss, validation.
+    until(lambda: page.evaluate(series) == 4)
     user.shot(page, "smoothed")
     with page.expect_download() as found:
         own.get_by_role("button", name="CSV").click()
@@ -785,7 +786,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
 def test_files_of_rows_are_told_apart_by_their_names(browser, names, expected):
     page = browser.new_page()
 
-    def give(route: Any) -> None:  # the modules alone: no server is asked
+    def give(route: Any) -> None:  # provides only the modules, without a server
         name = route.request.url.rpartition("/")[2]
         if name:
             route.fulfill(path=FILES / name, content_type="text/javascript")
@@ -848,12 +849,12 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     (tmp_path / "broken" / names[0]).write_bytes(b"no weights")
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "broken" / x) for x in names])
     expect(page.get_by_role("alert").filter(has_text=names[0])).to_be_visible()
-    assert not list(site.cache.rglob("adapter-of-tiny"))  # nor what came before it
+    assert not list(site.cache.rglob("adapter-of-tiny"))  # nor are the files before it left
     sent.clear()
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
     row = page.get_by_role("row").filter(has_text="adapter-of-tiny")
     expect(row).to_be_visible()
-    # What is taken already is known before the weights have come.
+    # A name that is taken is reported before the weights are sent.
     assert [url.rpartition("/")[2] for url in sent] == [*reversed(names)]
     user.shot(page, "library")
     row.get_by_role("button", name="Delete adapter-of-tiny").click()
@@ -871,7 +872,7 @@ def test_a_job_that_ends_is_told_on_other_pages(user, site):
     )
     user.open("/finetune/library", page=page)
     expect(page.get_by_role("button", name=re.compile("Notifications are on"))).to_be_visible()
-    page.evaluate("globalThis.away = true")  # another tab is looked at
+    page.evaluate("globalThis.away = true")  # simulates that another tab is visible
     folders = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     id = site.api("/api/finetune/submit", **folders, iters=300, max_seq_length=64)["job_id"]
     expect(page.locator(".now")).to_be_visible(timeout=LONG)
@@ -936,7 +937,7 @@ def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
         page.wait_for_timeout(400)
         assert fits(page), name
         user.shot(page, f"{name}-{size['width']}-{scheme}")
-        # What is folded, too; of those of a group only one is open otherwise.
+        # Also check collapsed sections; of a group, only one would be open.
         page.evaluate(
             """() => document.querySelectorAll("details").forEach((own) => {
             own.removeAttribute("name"); own.open = true; })"""
@@ -994,5 +995,5 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}
         urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
-        page.wait_for_url("**/login")  # an open page, too
+        page.wait_for_url("**/login")  # an open page changes, too
         page.context.close()

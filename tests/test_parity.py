@@ -1,4 +1,4 @@
-"""Loss and every LoRA gradient equal stock mlx-lm's, and every segment size gives the same."""
+"""Loss and LoRA gradients equal stock mlx-lm's, and are the same for every segment size."""
 
 import functools
 
@@ -34,7 +34,8 @@ def adapter_of(chain, rank=4):
 
 
 def batch_of(vocabulary, lengths, prompt, seed=0):
-    """Random tokens; row i is lengths[i] long and trained from token `prompt` on."""
+    """Returns random tokens; row i has lengths[i] tokens, and those from `prompt` on in the
+    loss."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = rng.integers(0, vocabulary, (len(lengths), width)).astype(np.int32)
@@ -59,7 +60,8 @@ def ours(model_dir, batch, sizes):
 
 
 def theirs(model_dir, adapter, batch, prompt, dtype=mx.float32):
-    """Stock mlx-lm, its LoRA layers and its default_loss; in float64 from the unpacked weights."""
+    """Returns the loss and gradients of stock mlx-lm with its LoRA layers and default_loss; in
+    float64 from dequantized weights."""
     model, _ = mlx_lm.load(str(model_dir))
     model.set_dtype(mx.float32)
     if dtype == mx.float64:
@@ -136,10 +138,10 @@ def smollm2():
 
 
 def test_smollm2(smollm2):
-    """Where the model is certain of the next token, and is trained to say another.
+    """The model is nearly certain of the next token, and is trained on another one.
 
-    On the CPU MLX's fused cross-entropy adds 49152 exponentials in sequence. What that rounds away
-    is as large as the bound, except where one of them is nearly the whole sum.
+    On the CPU, MLX's fused cross-entropy adds 49152 exponentials in sequence. The rounding error is
+    as large as the bound, unless one of them is nearly the whole sum.
     """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     tokens = tokenizer('<div class="row">text</div>\n' * 8).input_ids[:63]
@@ -151,9 +153,10 @@ def test_smollm2(smollm2):
 
 
 def test_smollm2_in_float64(smollm2):
-    """On random tokens, against mlx-lm run in float64: there its float32 is 4e-4 from it.
+    """Compares with mlx-lm in float64 on random tokens, where mlx-lm in float32 has an error of
+    4e-4.
 
-    On longer rows ours is up to 2e-4 from float64 as well: bench/LOG.md has the distances.
+    On longer rows our error is up to 2e-4 as well; bench/LOG.md has the values.
     """
     compare(smollm2, batch_of(49152, [48], prompt=9), 9, [1, 0], mx.float64)
 

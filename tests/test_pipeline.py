@@ -1,4 +1,4 @@
-"""Models over several ranks of this machine, which MLX's ring connects over the loopback."""
+"""Models divided over several ranks on this machine, connected by MLX's ring over the loopback."""
 
 import itertools
 import json
@@ -15,11 +15,11 @@ from mlx_segtrain import train
 from mlx_segtrain.training import checkpoint, step
 
 pytestmark = pytest.mark.acceptance
-#: Seconds that ranks have on a busy machine.
+#: The timeout in seconds for ranks on a busy machine.
 WAIT = 600
 
 
-#: Each rank writes the gradients of the first step to a file, and says what it holds at the end.
+#: Each rank writes the gradients of its first step to a file, and prints its memory at the end.
 SEEN = """
 import gc
 import numpy as np
@@ -35,7 +35,7 @@ def gradient(self, at, accumulated, total=None):
         np.savez(f"{self.setup.config.adapter_path}-{rank}.npz", **parts)
     return outputs, gradient
 def result(self, *args):
-    gc.collect()  # of the runs before
+    gc.collect()  # frees arrays of earlier runs
     plan = self.step.plan
     share = weight_bytes(plan.shape, plan.part, True) + 3 * 4 * self.setup.own.size
     most = plan.planned.peak if plan.planned else 0
@@ -56,8 +56,8 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A Llama, a Gemma 4 of which layers read keys and values of others, and a model of mlx-lm's
-    own layers; the layers are most of each."""
+    """Returns a Llama, a Gemma 4 whose layers read keys and values of others, and a model on the
+    generic path. Most of their weights are in layers."""
     path, wide = tmp_path_factory.mktemp("models"), {"intermediate_size": 2048}
     return {
         "llama": write_llama(path / "llama", layers=4, **wide),
@@ -73,7 +73,7 @@ def metrics_of(run):
 
 @pytest.fixture
 def first_gradient(monkeypatch):
-    """Gradients of the first step of the runs of this process, one after the other, by name."""
+    """Returns a list that gets the gradients of the first step of each run, by name."""
     found, own = [], step.Stepper.gradient
 
     def gradient(self, at, accumulated, total=None):
@@ -135,9 +135,9 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
     ]
     for name, own in ((name, x) for run in held for (name, *_), x in zip(given, run, strict=True)):
         assert own["active"] <= 1.1 * own["share"], (name, own)
-        if own["most"]:  # of mlx-lm's own layers nothing is planned
+        if own["most"]:  # models on the generic path have no plan
             assert own["peak"] <= 1.1 * own["most"], (name, own)
-        if name == "llama":  # most of the others is what no rank shares out
+        if name == "llama":  # most memory of the others is not divided between ranks
             assert own["share"] < 0.75 * own["whole"], (name, own)
     for runs in zip(*held, strict=True):
         ends_of = [own["layers"] for own in runs]
@@ -146,8 +146,8 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
 
 
 def test_a_killed_rank_is_named_and_files_are_those_of_any_number_of_ranks(models, rows, tmp_path):
-    """One rank takes two steps, a pipeline continues until one of its ranks is killed, and one rank
-    continues from the last checkpoint."""
+    """One rank takes two steps, a pipeline continues until one of its ranks is killed, and then one
+    rank continues from the last checkpoint."""
     how = {"grad_accumulation_steps": 2, "lr_schedule": "constant", "steps_per_eval": 10000}
     out, model = tmp_path / "run", models["llama"]
     train(config_of(model, rows, out, iters=2, **how))
@@ -188,7 +188,7 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
             texts[1].startswith("model.embed_tokens of ") and "the first and the last" in texts[1]
         )
         assert texts[2].startswith(
-            "3 ranks have no room for the model: after 0 of them layer 1 of 4"
+            "the model does not fit on 3 ranks: with 0 of them full, layer 1 of 4"
         )
         assert "there are 3 ranks for 2 layers: start at most 2 ranks" in texts[3]
     assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abcd")

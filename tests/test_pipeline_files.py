@@ -1,4 +1,4 @@
-"""The files of a pipeline, without processes: rank 0 gathers for them what the ranks have."""
+"""The files of a pipeline, without processes: rank 0 gathers the factors of all ranks."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -22,11 +22,11 @@ from mlx_segtrain.training.state import Iterate, Progress, State
 
 
 def gathered(holdings, iterates, monkeypatch, **how):
-    """What rank 0 has of all, and the contents that each rank has sent."""
+    """Returns what rank 0 has gathered, and the contents that each rank has sent."""
     sent = [[] for _ in holdings]
     monkeypatch.setattr(Ranks, "every", lambda self, x: sent[self.rank].append(x) or [x])
     for holding, here in list(zip(holdings, iterates, strict=True))[1:]:
-        assert holding.together(here, **how).vector is here.vector  # it writes nothing
+        assert holding.together(here, **how).vector is here.vector  # this rank writes no files
     others = [iter(own) for own in sent[1:]]
     monkeypatch.setattr(Ranks, "every", lambda self, x: [x, *map(next, others)])
     found = holdings[0].together(iterates[0], **how)
@@ -52,7 +52,7 @@ def test_factors_come_apart_and_together(optimizer, ratio, tmp_path, monkeypatch
     ]
     mine = [holding.apart(at) for holding in own]
     assert [x.vector.size for x in mine] == [2 * 3 * (2 + 4), 2 * 3 * 12]
-    # A step of each is the step of all: the optimizer looks at no other factors.
+    # A step of each rank equals a step of one device, because updates of factors are independent.
     gradient = mx.random.normal(vector.shape)
     new = [
         Optimizer(config, x.own)(x.own.join(whole.split(gradient)), here)

@@ -54,7 +54,7 @@ def test_stages_below_the_first_parameter_run_forward_only_and_are_dropped_at_on
 
 
 def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_back():
-    """The form of shared keys and values: b writes kv, c and d read it."""
+    """kv is like shared keys and values: b writes it, and c and d read it."""
     stages = [
         StageSpec("a", ["h"], ["h"], True),
         StageSpec("b", ["h"], ["h", "kv"], True),
@@ -70,7 +70,7 @@ def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_bac
         "backward 1:2 reads h@a; takes h@b, kv@b; gives h@a; drops h@a",
         "backward 0:1 reads h@input; takes h@a; drops h@input",
     ]
-    # One segment holds the writer and all readers: kv is no boundary value.
+    # The writer and all readers are in one segment, so kv is not a boundary value.
     assert moves(stages, 2)[0] == "forward 0:2 reads h@input; keeps h@b, kv@b"
     assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
 

@@ -1,4 +1,4 @@
-"""The planner: shapes from headers, exact costs of hand-made chains, and what a step then takes."""
+"""The planner: shapes from headers, exact costs of simple chains, and the memory of real steps."""
 
 import json
 import resource
@@ -65,7 +65,7 @@ def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
         ]
         assert tuple(costs.layers) == chain.cuts(1, streams).segments
         assert [s.trainable for s in costs.stages] == [s.owner in params for s in stages]
-        # Those of several streams are added to those of the last one.
+        # The gradients of several streams are added to those of the last one.
         last = {stage.owner: stage for stage in stages}.values()
         sizes = [sum(f.nbytes for f in params.get(s.owner, {}).values()) for s in stages]
         sizes = [n if stage in last else 0 for n, stage in zip(sizes, stages, strict=True)]
@@ -104,7 +104,7 @@ def test_other_towers_are_not_counted_and_unknown_families_are_not_predicted():
 
 
 def header_only(folder, source, name="model.safetensors", **changes):
-    """config.json and the header of the weights, without the weights."""
+    """Writes config.json and the header of the weights, without the weights."""
     folder.mkdir()
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -131,7 +131,7 @@ def test_a_file_that_is_no_safetensors_is_named(content, tmp_path):
         read_header(file)
 
 
-# ---- costs of hand-made chains
+# ---- costs of simple chains
 
 
 def cost(**given):
@@ -141,7 +141,7 @@ def cost(**given):
 
 
 def chain_costs(costs, **given):
-    """A chain over h of stages that are layers of two."""
+    """Returns the costs of a chain over h whose layers have two stages each."""
     stages = [_core.StageSpec(str(i), ["h"], ["h"], True) for i in range(len(costs))]
     layers = list(range(2, len(costs) + 1, 2))
     zero = dict.fromkeys(("head", "ahead", "fixed", "update"), 0) | {"head_work": 0.0}
@@ -159,7 +159,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # h@input, then one more value a move; in the head's, the last stage kept, its output, the head
+    # Each move adds a value to h@input. The head's move has the last stage, its output, and the
+    # head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]
@@ -171,7 +172,7 @@ def test_what_is_alive_move_by_move():
 def test_a_group_holds_its_inner_values_only_when_its_turn_comes():
     costs = chain_costs([cost(forward=30, backward=100, forward_work=1.0)] * 6)
     got = estimate(costs, [1, 2, 3, 4, 5, 6, 6], [2, 4, 6, 7])
-    kinds = [4, 5, 6]  # the moves of the last group after the head: forward again, back, back
+    kinds = [4, 5, 6]  # the last group's moves after the head: one forward, two backward
     assert [m.values for m in got.moves[:4]] == [10, 20, 30, 40]
     assert [got.moves[i].values for i in kinds] == [30, 40, 30]
     assert got.again == 3
@@ -192,7 +193,7 @@ def test_stages_below_the_first_parameter_take_their_forward_pass_only():
     stages = [_core.StageSpec(str(i), ["h"], ["h"], i >= 3) for i in range(4)]
     costs = chain_costs([cost(**stage, backward_work=20.0, saved=5)] * 4, stages=stages, head=7)
     whole = estimate(costs, [4], [1])
-    assert whole.moves[0].working == 10 + 100 + 10  # its input, itself, its output
+    assert whole.moves[0].working == 10 + 100 + 10  # input, stage, output
     assert (whole.work, whole.again) == (4 * 10 + 20, 0)
     best = _core.choose_cuts(costs, 10**6)
     assert best.estimate.again == 0 and best.cuts.segments[-2:] == [2, 4]
@@ -207,7 +208,7 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
-    together = estimate(costs, [1, 4], [1, 2])  # as wide if they share a segment
+    together = estimate(costs, [1, 4], [1, 2])  # just as wide if they share a segment
     assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 
@@ -231,7 +232,7 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
-    """All segment sizes, tails and numbers of saving stages of a random chain."""
+    """Tries all segment sizes, tails and numbers of saving stages of a random chain."""
     rng = np.random.default_rng(seed)
     costs = []
     for i in range(12):
@@ -264,7 +265,7 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
 
 
 def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
-    """As much as costs no recomputation; without room MLX waits earlier, and still takes some."""
+    """This room causes no recomputation; without it, MLX waits earlier, and needs less memory."""
     shape = read_shape(llama4)
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
     ranks = ranks_of(shape, **how)
@@ -304,12 +305,12 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
         assert whole.recomputed == 0 and sum(whole.parts.values()) == whole.peak
 
 
-# ---- what it is in truth
+# ---- measured memory
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_predicted_peak_is_the_measured_one(packed):
-    """On this machine, of a step with its optimizer; bench/memory.py does whole models."""
+    """A step with its optimizer on this machine; bench/memory.py measures whole models."""
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("bench/memory.py measures GPUs")
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
@@ -343,7 +344,8 @@ def test_predicted_peak_is_the_measured_one(packed):
     losses = set()
     functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
-    for plan in plans[::3] if packed else plans:  # of rows that share a step: least and most
+    # With packed rows, only the plans with the lowest and the highest peak.
+    for plan in plans[::3] if packed else plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
         for _ in range(2):
@@ -359,8 +361,8 @@ def test_predicted_peak_is_the_measured_one(packed):
         losses.add(loss.item())
         mx.set_memory_limit(limit)
         measured = mx.get_peak_memory() - others
-        # On a CPU MLX waits for tasks of ten ops each: of packed rows, whose ops are more, the host
-        # may have allocated for some that no task counts yet.
+        # On a CPU, MLX waits for tasks of ten ops. Packed rows have more ops, so the host may have
+        # allocated outputs of ops that no task contains yet.
         assert (-0.03 if packed else -0.02) < plan.peak / measured - 1 < 0.05, plan
     assert len(losses) == 1
 
@@ -377,7 +379,7 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
     assert abs(tiled_loss - loss) < 1e-6 * abs(loss)
     for path, grad in whole.items():
         assert mx.allclose(tiled[path], grad, rtol=1e-4, atol=1e-6), path
-    for size in (0, 2):  # and every plan still gives the same bits
+    for size in (0, 2):  # every plan still gives bit-identical results
         _, again = run(chain, adapter, batch, size)
         assert all(mx.array_equal(again[path], grad) for path, grad in tiled.items())
 
@@ -434,7 +436,7 @@ def test_a_run_over_its_budget_takes_the_next_cheaper_plan(llama4, data, tmp_pat
     said = [e["message"] for e in seen if e["type"] == "stage" and e["stage"] == "setup"]
     assert len(said) == 1 and said[0].startswith(
         "memory plan: no recomputation"
-    )  # 100 × little still fits
+    )  # 100 times this small batch still fits
     peak = result.peak_gb
     budget = {"memory_budget_gb": 2 * peak}
     seen.clear()
@@ -535,7 +537,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Its processor time: what else the machine does meanwhile is not its doing.
+        # Processor time does not depend on the machine's other load.
         best = min(best, sum(ended[:2]) - sum(began[:2]))
     assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):

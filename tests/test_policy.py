@@ -1,4 +1,4 @@
-"""What a run sets in MLX for as long as it computes, and that it is one thing for all that run."""
+"""The settings of MLX during a run, which are the same for everything that runs a model."""
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,7 @@ WORKING_SET = 24 << 30
 
 @pytest.fixture
 def metal(monkeypatch):
-    """A Mac's answers; what is set as MLX's wired limit, in order."""
+    """Simulates a Mac; returns the wired limits that are set, in order."""
     limits = [0]
 
     def set_wired_limit(n):
@@ -59,11 +59,11 @@ def test_elsewhere_no_limit_is_set(missing, metal, monkeypatch):
     assert policy.wire() is None and metal == [0]
 
 
-# ---- all that run do so under the same
+# ---- everything that runs a model has the same settings
 
 
 class Spy:
-    """What is in force whenever a model is run."""
+    """Records the settings whenever a model is run."""
 
     def __init__(self, monkeypatch):
         self.seen, self.limit = [], None
@@ -143,11 +143,11 @@ def test_the_server_wires_by_the_same_helper():
     assert engine.wire is policy.wire
 
 
-# ---- what is kept on disk says under what it was computed
+# ---- stored results depend on the settings
 
 
 def test_references_are_filed_under_the_policy_that_was_in_force(llama4, data, pairs, tmp_path):
-    """Not under the one that a configuration names, whoever computes them."""
+    """References are stored under the settings that were active, not those of the configuration."""
     config = setup_of("dpo", llama4, data, pairs, tmp_path / "a", deterministic=True)
     outside = references.model_key(config)
     with policy.run_policy(config):
@@ -174,4 +174,4 @@ def test_a_run_takes_no_references_of_an_evaluation_that_was_not_repeatable(
     assert spy.in_force("references") == {(True, WORKING_SET)}
     spy.seen.clear()
     evaluate(how)
-    assert spy.in_force("references") == set()  # they are known by now
+    assert spy.in_force("references") == set()  # they are cached by now

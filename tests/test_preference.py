@@ -1,4 +1,5 @@
-"""Preference losses: TRL's formulas on the plain model in float64; streams, cuts and dropout."""
+"""Preference losses compared with TRL's formulas on mlx-lm's model in float64; streams, cuts and
+dropout."""
 
 import functools
 import math
@@ -51,7 +52,7 @@ OBJECTIVES = {
 
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
-    """Streams are split and trimmed at single tokens here."""
+    """Makes streams be split and trimmed at single tokens."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 1)
 
@@ -62,7 +63,7 @@ def model_of(name: str):
 
 
 def alone(batch: PairBatch, i: int) -> PairBatch:
-    """Pair i of a batch by itself."""
+    """Returns a batch with only pair i."""
 
     def one(branch: Batch) -> Batch:
         n = branch.lengths[i]
@@ -98,7 +99,8 @@ def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):
 
 
 def trl(objective, log_p: list, batch: PairBatch):
-    """TRL's loss of pairs, from the log-probabilities of every token [B, T] of both sides."""
+    """Returns TRL's loss of pairs, from the log-probabilities [B, T] of all tokens of both
+    sides."""
     inside = [mx.array(side.weights[:, 1:]) for side in (batch.chosen, batch.rejected)]
     sums = [(p * m).sum(1) for p, m in zip(log_p, inside, strict=True)]
     means = [s / m.sum(1) for s, m in zip(sums, inside, strict=True)]
@@ -146,9 +148,10 @@ def trl(objective, log_p: list, batch: PairBatch):
 
 
 def oracle(name, objective, batch, dtype):
-    """Of mlx-lm's own model and LoRA layers, each sequence by itself; whole arrays of logits."""
+    """Returns loss and gradients of mlx-lm's model with LoRA layers, each sequence alone, with
+    whole arrays of logits."""
     _, adapter, _ = setup(name)
-    # No GPU has float64.
+    # GPUs do not support float64.
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
         return plain(name, adapter, objective, batch, dtype)
 
@@ -186,8 +189,8 @@ def plain(name, adapter, objective, batch, dtype):
 def test_losses_and_gradients_are_trls_in_float64(kind):
     objective, batch = OBJECTIVES[kind], pair_batch(9, lengths=((21, 17), (15, 20)))
     if kind not in ("hinge", "sigmoid", "conservative", "robust", "ipo"):
-        batch.reference[:] = [-58, -60, -57, -61]  # no sigmoid is flat
-    if kind == "hinge":  # some pairs on either side of the kink
+        batch.reference[:] = [-58, -60, -57, -61]  # so that no sigmoid is saturated
+    if kind == "hinge":  # pairs on both sides of the kink
         batch.reference[:] = [-60, -40, -40, -40]
     truth, true_grads = oracle("llama", objective, batch, mx.float64)
     assert all(np.abs(g).max() > 0 for g in map(np.array, true_grads.values()))
@@ -203,13 +206,14 @@ def test_losses_and_gradients_are_trls_in_float64(kind):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_every_family_is_as_mlx_lms(name, kind):
-    """With windows of 8 that reach from the responses into the prompt, and donors of keys."""
+    """Includes windows of 8 that reach from responses into the prompt, and layers that share
+    keys."""
     objective, batch = OBJECTIVES[kind], pair_batch(9)
     truth, true_grads = oracle(name, objective, batch, mx.float32)
     outputs, grads = run(name, objective, batch)
     np.testing.assert_allclose(outputs, truth, rtol=2e-5)
     for path, grad in true_grads.items():
-        if path in grads:  # mlx-lm gives projections that nobody runs an update as well
+        if path in grads:  # mlx-lm also adapts projections that are never run
             assert_close(path, grads[path], grad, 2e-4)
         else:
             assert mx.abs(grad).max() == 0
@@ -218,7 +222,8 @@ def test_every_family_is_as_mlx_lms(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 @pytest.mark.parametrize("shared", [1, 5, 9, 12, 15])
 def test_a_shared_prefix_is_two_forwards(name, shared):
-    """Also where the prompts differ at their end (5 of 9), and where responses begin alike."""
+    """This also holds if the ends of the prompts differ (only 5 of 9 tokens are shared), or if the
+    responses begin with the same tokens."""
     for objective in (OBJECTIVES["sigmoid"], OBJECTIVES["orpo"]):
         batch = pair_batch(shared)
         apart = PairBatch(batch.chosen, batch.rejected, 0, batch.rows, batch.reference)
@@ -230,7 +235,7 @@ def test_a_shared_prefix_is_two_forwards(name, shared):
 
 
 def test_a_shared_prefix_runs_once(monkeypatch):
-    """Rows of h, and rows that meet the head."""
+    """Checks the number of rows of h, and of rows that go through the head."""
     chain = chain_of(model_of("llama"))
     objective, batch = Dpo(), pair_batch(9)
     (stream,) = objective.streams(chain, batch)
@@ -238,7 +243,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
     values = objective.values(chain, batch, objective.total([batch]))
     assert values["h of pair"].shape[1] == 20 + 7
     assert values["targets"].size == (21 - 9) + (17 - 9)
-    # After the layer that trims, h begins at row 8, which predicts both first tokens.
+    # After trimming, h begins at row 8, which predicts the first tokens of both responses.
     assert values["positions of pair"].tolist() == list(range(8, 27))
     assert values["rows of pair"].tolist() == [*range(12), 0, *range(12, 19)]
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 10)
@@ -248,7 +253,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
 @pytest.mark.parametrize("same", [0, 150])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
-    """300 tokens run, of which the last 100 are trained."""
+    """300 tokens are run, and the last 100 are in the loss."""
     weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
@@ -262,7 +267,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7, 2)])
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "orpo"])
 def test_every_cut_gives_the_same_bits(name, dropout, kind):
-    """With dropout too: what runs again draws the same masks."""
+    """This also holds with dropout, because recomputation uses the same masks."""
     objective = Sft() if kind == "sft" else OBJECTIVES[kind]
     batch = pair_batch(9)
     batch = batch.chosen if kind == "sft" else batch
@@ -276,7 +281,7 @@ def test_every_cut_gives_the_same_bits(name, dropout, kind):
     for cuts in (None, halves):
         outputs, grads = run(name, objective, batch, 1, cuts, dropout)
         if name == "generic" and mx.default_device() != mx.Device(mx.cpu):
-            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's own ops
+            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's ops
             continue
         assert outputs == expected
         for path, grad in expected_grads.items():
@@ -295,7 +300,7 @@ def test_dropout_acts_and_follows_seed_step_and_stream(name):
     ]
     assert losses[1] == losses[2]
     assert len({*losses[:5]}) == 4
-    assert abs(losses[5] - losses[0]) < 1e-3  # nearly nothing is left out
+    assert abs(losses[5] - losses[0]) < 1e-3  # the dropout probability is nearly 0
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo", "orpo, response", "simpo"])
@@ -323,7 +328,7 @@ def test_references_are_the_log_probabilities_without_an_adapter():
         log_p = -nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
         expected += (log_p * mx.array(side.weights[:, 1:])).sum(1).tolist()
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
-    # With these as reference nothing has been learned yet.
+    # With these as the reference, the model has learned nothing yet.
     batch = PairBatch(batch.chosen, batch.rejected, 9, batch.rows, np.array(sums))
     (loss, _, margin, *_) = value(Dpo(), chain, {}, {}, batch, Dpo().total([batch]))
     assert abs(float(loss) - np.log(2)) < 1e-5 and abs(float(margin)) < 1e-4

@@ -27,7 +27,7 @@ def log_sigmoid(x):
 
 
 def trl_dpo(kind, c, r):
-    """TRL's loss of each pair, from log-ratios."""
+    """Returns TRL's loss of each pair, from log-ratios."""
     z = BETA * (c - r)
     good, bad, share = log_sigmoid(z), log_sigmoid(-z), sigmoid(z / 0.05)
     return {
@@ -75,7 +75,7 @@ def test_a_loss_of_dpo_is_trls(kind):
 def test_a_loss_of_dpo_is_finite_far_from_0(kind):
     far = mx.array([-3000.0, 3000, -3000, 3000]), mx.array([3000.0, -3000, -3000, 3000])
     own, grads = mx.vjp(lambda c, r: LOSSES[kind](rewards(c, r)), [*far], [mx.ones(4)])
-    if kind == "discopop":  # exp(−z) is part of it where z is large, and 0 there
+    if kind == "discopop":  # for large z its loss contains exp(−z), which is 0
         assert own[0][1] == 0
     for x in (*own, *grads):
         assert mx.isfinite(x).all()
@@ -86,7 +86,7 @@ WEIGHTS = {"desirable": 1.3, "undesirable": 0.7}
 
 
 def trl_kto(ratios, kl):
-    """TRL's mean loss of rows, from log-ratios and the clipped divergence."""
+    """Returns TRL's mean loss of rows, from log-ratios and the clipped divergence."""
     wanted = LABELS > 0
     high = WEIGHTS["desirable"] * (1 - sigmoid(BETA * (ratios[wanted] - kl)))
     low = WEIGHTS["undesirable"] * (1 - sigmoid(BETA * (kl - ratios[~wanted])))
@@ -94,7 +94,7 @@ def trl_kto(ratios, kl):
 
 
 def outputs_of(kind, ratios, baseline, total=None):
-    """The outputs of kto for such log-ratios, whose reference is 0."""
+    """Returns the outputs of kto for these log-ratios, with a reference of 0."""
     total = total or Total(9, 3, baseline)
     parts = mx.array([1 / n for n in (total.rows, total.wanted, total.rows - total.wanted)])
     kl = mx.array(max(total.baseline, 0.0))

@@ -1,4 +1,4 @@
-"""Whole runs of DPO and ORPO on tiny models, and what every method has in common."""
+"""Whole runs of DPO and ORPO on tiny models, and features that all methods have."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
     better, worse = ("desirable", "undesirable") if method == "kto" else ("chosen", "rejected")
     assert last[f"{better}_reward"] > last[f"{worse}_reward"]
     assert result.final_val_accuracy == last["accuracy"]
-    if method == "dpo":  # before the first step the model is its own reference
+    if method == "dpo":  # the model is its own reference before the first step
         assert math.isclose(first["loss"], math.log(2), rel_tol=1e-5)
         assert abs(first["margin"]) < 1e-4
     step = next(event for event in seen if event.get("kind") == "train")
@@ -46,7 +46,8 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
 
 
 def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_path, monkeypatch):
-    """Cached ones are the fresh ones; other data, lengths and models have their own."""
+    """Cached references equal computed ones; they are not used for other data, lengths or
+    models."""
     counted = counted_references(monkeypatch)
 
     def run(name, model=llama4, data=pairs, **changes):
@@ -59,18 +60,18 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert n == 12 + 6
     n, cached = run("a")
     assert n == 0 and all(mx.array_equal(cached[key], fresh[key]) for key in fresh)
-    assert run("b", iters=30, seed=3)[0] == 0  # other order, rank, rate: the same pairs
+    assert run("b", iters=30, seed=3)[0] == 0  # another order, rank or rate, but the same pairs
     assert run("b", rank=8, learning_rate=1e-4, dpo_loss="ipo")[0] == 0
-    assert run("b", max_seq_length=60)[0] == 18  # prompts are cut
+    assert run("b", max_seq_length=60)[0] == 18  # prompts are truncated
     write_pairs(pairs, n=14)
     assert run("b", iters=14)[0] == 2
     assert run("b", model=llama, iters=14)[0] == 14 + 6
     weights = llama / "model.safetensors"
-    os.utime(weights, ns=(1, 1))  # as if written anew
+    os.utime(weights, ns=(1, 1))  # simulates that the file was rewritten
     assert run("b", model=llama)[0] > 0
     assert run("b", reference_free=True)[0] == 0
     for file in (tmp_path / "cache" / "references").iterdir():
-        file.write_bytes(file.read_bytes()[:100])  # torn
+        file.write_bytes(file.read_bytes()[:100])  # incomplete files
     assert run("a")[0] > 0
 
 
@@ -103,7 +104,7 @@ def test_dropout_acts_in_every_method_and_follows_the_seed(method, llama4, data,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_plus_and_rslora_act_in_every_method(method, llama4, data, pairs, tmp_path):
-    """One step of SGD: B has moved by its rate times its gradient, A not at all."""
+    """After one step of SGD, B has changed by its rate times its gradient, and A not at all."""
 
     def run(name, **changes):
         how = {"iters": 1, "optimizer": "sgd", "weight_decay": 0, "grad_clip_norm": 0, "rank": 4}
@@ -118,7 +119,7 @@ def test_lora_plus_and_rslora_act_in_every_method(method, llama4, data, pairs, t
         else:
             assert mx.abs(plain[key]).max() > 0
             assert mx.allclose(plus[key], 4 * plain[key], rtol=1e-5)
-            # The gradient of B has the multiplier, scale / √4.
+            # The gradient of B includes the multiplier, scale / √4.
             assert mx.allclose(root[key], 0.5 * plain[key], rtol=1e-3, atol=1e-8)
     config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["scale"] == 0.5
@@ -130,7 +131,7 @@ def adapters_of(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_by_bits_and_by_kl_in_every_method(method, llama_mixed, data, pairs, tmp_path):
-    """A base of 4 and 8 bits; OptiQ's file beside it, in a copy of the folder."""
+    """The base has 4 and 8 bits; a copy of its folder also has OptiQ's file."""
     result = train(setup_of(method, llama_mixed, data, pairs, tmp_path / "a", iters=1, rank=4))
     assert set(result.applied_ranks.values()) == {4, 8}
     model = tmp_path / "model"
@@ -165,7 +166,8 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_warm_start_goes_on_from_an_adapter(method, llama_mixed, data, pairs, tmp_path):
-    """With its ranks (4 and 8 here) and multipliers; the first loss is the last one of before."""
+    """The run keeps the adapter's ranks (4 and 8) and multipliers; its first loss is the last one
+    of the earlier run."""
     first = setup_of(method, llama_mixed, data, pairs, tmp_path / "a", rank=4, rs_lora=True)
     before = train(first)
     more = {"warm_start": tmp_path / "a", "iters": 3}
@@ -215,7 +217,7 @@ def test_answers_and_scores_at_every_evaluation(llama4, data, tmp_path):
     scores = [event["scores"] for event in seen if event.get("kind") == "score"]
     assert scores[1::2] == [{"right": 0.5, "n": 2.0}] * 3
     assert [s["score"] for s in scores[::2]] == calls and len(set(calls)) == 3
-    # Being looked at changes nothing.
+    # Scoring does not change the run.
     a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
     assert all(mx.array_equal(a[key], b[key]) for key in a) and plain.steps == 4
     lines = (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
@@ -245,7 +247,7 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
 
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):
-    """In one stream they would take more than the budget; the loss is the same."""
+    """As one stream, they would need more memory than the budget; the loss is the same."""
     from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))

@@ -1,4 +1,4 @@
-"""A model that has learned its rows by heart answers them and stops, whatever the chat template."""
+"""A model that has memorized its rows answers them and stops, whatever the chat template."""
 
 import json
 from dataclasses import replace
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.acceptance
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]
 CLOSED = "\n</think>\n\n"
-#: Template → template variables of the run, and what precedes each answer.
+#: By template: the run's template variables, and the text before each answer.
 KINDS = {
     "CHATML": ({}, ""),
     "OPEN": ({}, CLOSED),
@@ -84,7 +84,7 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, 
             chat_template_kwargs=variables,
             prompt_format="raw" if kind == "raw" else "auto",
         ),
-        on_step=lambda event: event["loss"] < 0.005,  # that is enough
+        on_step=lambda event: event["loss"] < 0.005,  # stop early
     )
     assert result.final_train_loss is not None and result.final_train_loss < 0.02
 
@@ -96,7 +96,7 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, 
         assert "".join(part.text for part in parts) == before + answer
         assert parts[-1].finish_reason == "stop"
 
-    # The server asks in the same way.
+    # The server renders prompts in the same way.
     confined = Confined(model)
     request.addfinalizer(confined.close)
     base = read_base(model, confined)

@@ -1,4 +1,4 @@
-"""`mlx_segtrain.train` as people call it: keywords, rows, a loaded model, callbacks, the result."""
+"""`mlx_segtrain.train` in Python: keywords, rows, a loaded model, callbacks, and the result."""
 
 import io
 import json
@@ -27,7 +27,7 @@ HOW = {"iters": 4, "lr": 1e-2, "rank": 4, "max_seq_length": 100}
 
 @pytest.fixture(scope="module")
 def trained(llama4, tmp_path_factory):
-    """A run on rows of Python, with keywords; its result, and what the callbacks got."""
+    """Trains on Python rows; returns the result, and what the callbacks received."""
     steps, evals = [], []
     out = tmp_path_factory.mktemp("runs") / "a"
     how = {**HOW, "iters": 6, "val_split": 3, "steps_per_eval": 3, "steps_per_report": 4}
@@ -52,7 +52,7 @@ def test_callbacks_get_the_metrics_of_every_step_and_evaluation(trained):
 
 
 def test_the_training_loss_is_the_same_mean_wherever_it_is_shown(trained, llama4, tmp_path):
-    """Of the last steps_per_report steps, here 4."""
+    """The training loss is the mean over the last steps_per_report steps, here 4."""
     result, steps, _ = trained
     single = []
     config = {**result.config.model_dump(exclude_unset=True), "adapter_path": tmp_path / "a"}
@@ -90,7 +90,7 @@ def test_a_loaded_model_gives_the_same_bytes_and_comes_back_with_the_adapter(lla
     loaded = load(llama4)
     tokens = mx.array([[1, 5, 9, 200]])
     before = loaded[0](tokens)
-    for name in ("b", "c"):  # the second time the model has the adapter of the first
+    for name in ("b", "c"):  # in the second run, the model has the adapter of the first
         result = train(model=loaded, data=ROWS, adapter=tmp_path / name, **HOW)
         assert result.model is loaded[0] and result.tokenizer is loaded[1]
         for key, x in weights_of(tmp_path / "a").items():
@@ -187,7 +187,7 @@ def test_a_bar_where_people_see_it(terminal, trained, monkeypatch):
                 step(own)
     assert ("━" in out.getvalue() and "6/6" in out.getvalue()) is terminal
     assert len(called) == (6 if terminal else 0)
-    with api._shown(print, None, None) as (tell, _):  # somebody else shows it
+    with api._shown(print, None, None) as (tell, _):  # the caller gets the events
         assert tell is print
 
 

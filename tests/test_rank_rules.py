@@ -1,4 +1,4 @@
-"""What ranks agree on, without processes: shares, micro-batches, differences and their names."""
+"""Rules for ranks, without processes: shares, micro-batches, and error messages that name ranks."""
 
 import json
 import os
@@ -28,7 +28,7 @@ from mlx_segtrain.training.state import Progress
 
 
 def group(n, rank=0, others=()):
-    """A rank of n, of which the others say these things."""
+    """Returns one of n ranks, for which the others have these values."""
     own = Ranks(rank, n, names=[f"process {i} on box{i}" for i in range(n)])
     own.gather = lambda value: [value, *others]
     return own
@@ -51,10 +51,10 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
     assert told.pop()["message"].startswith("grad_accumulation_steps is 3")
     given = config_of("m", "d", tmp_path, grad_accumulation_steps=4)
     assert count(given, 4) == 4 and count(given, 1) == 4
-    # What was recorded counts, on whatever number it goes on.
+    # A resumed run keeps the recorded number, whatever the number of ranks.
     assert count(plain, 3, resumed(tmp_path, 4, 2)) == 4
     assert count(plain, 1, resumed(tmp_path, 4, 2)) == 4
-    assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # and is refused, as ever
+    assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # refused later, like any change
     assert not told
     with pytest.raises(
         InputError, match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise it"
@@ -95,7 +95,7 @@ def test_a_pipeline_that_is_filled_badly_is_warned_of(tmp_path):
         return [own["message"] for own in found if own["type"] == "warning"]
 
     (said,) = told(3)
-    assert "= 3 fills a pipeline of 2 ranks badly" in said and "75% of the time" in said
+    assert "= 3 is too few for a pipeline of 2 ranks" in said and "75% of the time" in said
     assert not told(4) and not told(3, rank=1)
 
 
@@ -178,7 +178,7 @@ def test_contents_are_added_up_in_pieces(piece, monkeypatch):
 
 
 def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Contents of three ranks that are not there: only their lengths are asked for."""
+    """The contents of three simulated ranks, of which only the lengths are used."""
 
     class Long(bytes):
         def __len__(self):
@@ -208,7 +208,7 @@ def test_what_one_rank_saw_going_through_a_row_is_told():
     [
         ({}, None),
         ({"MLX_RANK": "1"}, None),
-        ({"MLX_RANK": "0", "MLX_HOSTFILE": ""}, None),  # of one host alone
+        ({"MLX_RANK": "0", "MLX_HOSTFILE": ""}, None),  # a single host
         ({"MLX_RANK": "1", "MLX_HOSTFILE": '[["10.0.0.1:5"], ["10.0.0.2:5"]]'}, "ring"),
         ({"MLX_RANK": "1", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "2"}, "nccl"),
         ({"MLX_RANK": "0", "NCCL_HOST_IP": "10.0.0.1", "MLX_WORLD_SIZE": "1"}, None),
@@ -233,7 +233,7 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
 
 
 def test_the_ring_is_hung_up_and_nothing_else():
-    """A socket without a name (such as a tracker's) is in nobody's way, nor is one left over."""
+    """Unnamed sockets, such as a tracker's, stay open, and no socket of the ring is left."""
     server = socket.create_server(("127.0.0.1", 0))
     ring = socket.create_connection(server.getsockname())
     peer, _ = server.accept()
@@ -262,7 +262,7 @@ def test_a_state_that_is_written_is_not_broken_off(monkeypatch):
     thread.join()
 
 
-#: A back end that waits for a lost rank with Python's lock: no other thread of Python runs.
+#: A back end that waits for a lost rank while it holds the GIL, so no other Python thread runs.
 LOCKED = """
 import ctypes, threading
 from types import SimpleNamespace
@@ -285,7 +285,7 @@ def test_a_back_end_that_keeps_the_lock_does_not_keep_the_process():
 
 
 def test_messages_use_the_ring(monkeypatch):
-    """Those of JACCL are mixed up if both directions are under way."""
+    """JACCL confuses messages if both directions are in progress."""
     monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
     found = [
         transfers.transfers_of(Ranks(0, n, backend, group="its own"))
@@ -360,7 +360,7 @@ def test_who_greets_slowly_holds_nobody_up(monkeypatch):
 
 
 def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
-    """The order of rows follows from it."""
+    """The order of rows depends on this choice."""
     choices, asked = ["shared", "apart"], []
 
     def first(config, found, shapes, **how):

@@ -1,4 +1,4 @@
-"""Who is lost, among 64 ranks with a fake transport and a fake clock: all name the same one."""
+"""Lost ranks among 64, with a simulated transport and clock: all ranks name the same one."""
 
 import random
 
@@ -9,23 +9,23 @@ from mlx_segtrain.training.watch import JUDGES, Lost, Watch
 pytestmark = pytest.mark.acceptance
 
 RANKS, PATIENCE, SETTLE, BEAT = 64, 13.0, 2.5, 6.0
-#: Seconds between two looks at the clock, and looks until a message is there: passed on, it is
-#: there before SETTLE is over.
+#: Seconds between two checks of the clock, and the number of checks until a message arrives. A
+#: message that is passed on arrives before SETTLE is over.
 LOOK, DELAYS = 0.5, (1, 1, 2)
 
 
 class World:
-    """Ranks that look at the time together, and messages under way."""
+    """Simulated ranks with a common clock, and messages in transit."""
 
     def __init__(self, n, seed):
         self.n, self.random, self.looks = n, random.Random(seed), 0
         self.under_way = {}
         self.watches = {r: self.fresh(r) for r in range(n)}
-        self.run_of = dict.fromkeys(range(n), 0)  # one that begins again is of another run
+        self.run_of = dict.fromkeys(range(n), 0)  # a restarted rank belongs to another run
         self.inbox = {r: [] for r in range(n)}
         self.sleeping = set()
         self.plans = {}
-        self.to_be_shot = 0  # of those that decide, in the middle of telling
+        self.to_be_shot = 0  # the number of judges to kill while they send a decision
         self.shot = set()
 
     @property
@@ -39,14 +39,16 @@ class World:
         self.plans.setdefault(max(self.looks + 1, round(seconds / LOOK)), []).append((what, args))
 
     def arrive(self, to, run, call, *args, delay=None):
-        """In some looks, for some sooner than for others."""
+        """Delivers a message after some checks of the clock, to some ranks sooner than to
+        others."""
         middle = self.random.randrange(len(to) + 1)
         for part in (to[:middle], to[middle:]) if delay is None else (to,):
             looks = delay or self.random.choice(DELAYS)
             self.under_way.setdefault(self.looks + looks, []).append((part, run, call, args))
 
     def die(self, r, part=1.0):
-        """Ends a rank, of whose last messages a part gets out: its own loss is no longer told."""
+        """Ends a rank. Only a part of its last messages is sent, and it cannot report its own
+        loss."""
         watch, run = self.watches.pop(r, None), self.run_of[r]
         self.sleeping.discard(r)
         if watch is None:
@@ -57,7 +59,7 @@ class World:
         for to, message in watch.out:
             reached = self.random.sample(to, round(part * len(to)))
             self.arrive(reached, run, "receive", r, message)
-        # After all that it has sent.
+        # The connections close after its messages have arrived.
         self.arrive([x for x in range(self.n) if x != r], run, "closed", r, delay=max(DELAYS))
 
     def begin_again(self, r):
@@ -105,7 +107,7 @@ class World:
             self.die(r, self.random.choice([0.0, 0.02, 0.1, 0.5]))
 
     def until_all_have_decided(self, seconds):
-        """How long that took; every rank that runs comes to a decision."""
+        """Runs until every running rank has decided; returns the seconds."""
         while self.plans or any(watch.decided is None for watch in self.watches.values()):
             assert self.now < seconds, "a rank waits for ever"
             self.step()
@@ -113,14 +115,15 @@ class World:
 
 
 def schedule(seed):
-    """Deaths, some in the middle of a message, sleeps, failures and restarts, of up to three."""
+    """Creates a world in which up to three ranks die (some while sending), sleep, fail or
+    restart."""
     world = World(RANKS, seed)
     pick = world.random
     victims = pick.sample(range(RANKS), pick.choice([1, 1, 2, 3]))
     if pick.random() < 0.3:
         victims[0] = 0
     at, slept = pick.uniform(0, 3), set()
-    # Of the judges one is left at any time: more than that nobody can promise.
+    # One judge is always left; without that, agreement cannot be guaranteed.
     world.to_be_shot = min(
         pick.choice([0, 0, 1, 2]), JUDGES - 1 - sum(r <= JUDGES for r in victims)
     )
@@ -149,7 +152,7 @@ def test_all_name_the_same_rank_in_a_thousand_schedules():
             if world.run_of[r] == 0 and r not in slept
         }
         assert len(named) == 1 and named <= {*victims, *world.shot}, (seed, named, victims)
-        for r in slept & world.watches.keys():  # that it is asked for nothing of its own
+        for r in slept & world.watches.keys():  # a rank that slept does not start a vote of its own
             assert world.run_of[r] or world.watches[r].decided.rank in {*victims, *world.shot}
 
 

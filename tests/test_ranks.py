@@ -1,4 +1,4 @@
-"""Runs on several ranks of this machine, which MLX's ring connects over the loopback."""
+"""Runs on several ranks on this machine, connected by MLX's ring over the loopback."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def lines(run, kind):
 
 
 def alike(one, many, bound=1e-6):
-    """The losses, gradient norms and validation losses of two runs, step by step."""
+    """Compares losses, gradient norms and validation losses of two runs, step by step."""
     for kind, names in (("train", ("loss", "grad_norm")), ("val", ("loss",))):
         a, b = lines(one, kind), lines(many, kind)
         assert len(a) == len(b) > 0
@@ -128,7 +128,7 @@ def test_a_frozen_rank_is_named_by_all_and_by_itself(model, rows, tmp_path):
     assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is kept" in found[0][2]
 
 
-#: The step of rank 1 takes longer than others wait for a word of it.
+#: A step of rank 1 takes longer than the others wait for its messages.
 SLOW = """
 from mlx_segtrain.training import step
 ranks.SLOW = 1.0

@@ -1,4 +1,4 @@
-"""Graphs that are kept from one step to the next: the same numbers, and functions that rest."""
+"""Graphs kept from one step to the next: results are unchanged, and functions are not called."""
 
 import functools
 from dataclasses import replace
@@ -18,7 +18,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Stage
 
 H = 16
-CALLS = 3  # by its function: what is kept for later calls, the recording, its comparison
+CALLS = 3  # one that may cache arrays, one that is recorded, and one that is compared
 
 
 def bits(outputs, grads):
@@ -28,7 +28,7 @@ def bits(outputs, grads):
 
 
 def counted(chain, calls):
-    """The chain, whose functions count their calls."""
+    """Returns the chain with functions that count their calls."""
 
     def stage_of(stage):
         def fn(*args, **more):
@@ -87,7 +87,7 @@ def chain_cuts(chain):
 
 
 def simple(outside):
-    """A chain whose one function also reads what `outside` gives."""
+    """Returns a chain whose first function also reads the result of `outside`."""
 
     def fn(params, h):
         return mx.tanh(h @ params["w"]) * outside()
@@ -132,7 +132,7 @@ def test_what_changes_outside_of_the_arrays_is_seen():
 
 
 def test_what_a_primitive_holds_is_compared():
-    """A slice that begins elsewhere in each call has the same inputs and shapes."""
+    """Slices with different starts have the same inputs and shapes, but differ."""
     starts = iter([0, 1, 2, 3, 4, 5])
     stages, params = simple(lambda: 1.0)
 
@@ -151,7 +151,8 @@ def test_what_a_primitive_holds_is_compared():
 
 
 def test_nothing_of_a_step_stays():
-    """Not even what a function with its own derivative refers to."""
+    """No array of a step stays in memory, not even one to which a function with a custom derivative
+    refers."""
 
     def own(params, h):
         @mx.custom_function

@@ -1,5 +1,4 @@
-"""Runs that end early and are gone on with: the same run, to the last bit, as its twin that was
-not."""
+"""Resumed runs are bit-identical to their twins, which were not interrupted."""
 
 import json
 import os
@@ -88,7 +87,8 @@ def models(tmp_path_factory, llama4, llama_mixed):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
-    """Crashed between two checkpoints, and interrupted: each continues to the bytes of its twin."""
+    """A run that crashed between two checkpoints, and one that was interrupted, end like the
+    twin."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"iters": 6, "steps_per_eval": 2, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
@@ -106,7 +106,7 @@ def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
     plain = train(config("plain"))
     with pytest.raises(Crash):
         train(config("a"), crash_behind(3))
-    if "dpo" in name or "kto" in name:  # what the model gives without adapter is computed again
+    if "dpo" in name or "kto" in name:  # the references are computed again
         for file in (tmp_path / "cache").rglob("*.npz"):
             file.unlink()
     assert next(iter(checkpoint.found(tmp_path / "a"))) == 2
@@ -141,7 +141,8 @@ def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
-    """Sent to the command, in the middle of a step: exit code 130, and resumable to the twin."""
+    """A signal in the middle of a step gives exit code 130, and the run can be resumed to its
+    twin."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
@@ -225,14 +226,14 @@ TWO_A_SAVE = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
 
 @pytest.fixture(scope="module")
 def plain(llama4, data, tmp_path_factory):
-    """The folder of a whole run, and what it returned."""
+    """Returns the folder of an uninterrupted run, and its result."""
     folder = tmp_path_factory.mktemp("runs") / "plain"
     return folder, train(config_of(llama4, data, folder, **TWO_A_SAVE))
 
 
 @pytest.fixture(scope="module")
 def crashed(llama4, data, tmp_path_factory):
-    """Its twin, which crashed in step 7."""
+    """Returns the folder of its twin, which crashed in step 7."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     with pytest.raises(Crash):
         train(config_of(llama4, data, folder, **TWO_A_SAVE), crash_behind(7))
@@ -267,7 +268,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)
-            if checkpoint.torn(folder) is None:  # space to another space
+            if checkpoint.torn(folder) is None:  # one whitespace character became another
                 assert name == "manifest.json"
                 assert mx.array_equal(
                     checkpoint._read(folder).tensors["factors"], whole.tensors["factors"]
@@ -417,7 +418,7 @@ def test_fewer_steps_than_there_were(llama4, data, tmp_path):
 
 
 def test_another_future_has_its_own_best(llama4, data, tmp_path):
-    """Of the steps that are not come to any more nothing stays."""
+    """Nothing of later steps is kept, because the run may reach these steps in another state."""
     options = {"iters": 8, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama4, data, tmp_path / "a", **options))
     shutil.rmtree(checkpoint_of(tmp_path / "a"))
@@ -446,7 +447,7 @@ def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp
 
 
 def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
-    """Of another configuration, on a disk that is full."""
+    """A run with another configuration is about to overwrite the adapter when the disk is full."""
     train(config_of(llama4, data, tmp_path / "a"))
     before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
 
@@ -484,7 +485,7 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished"])
 def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
-    """The reader of the output is gone: the run ends as it would have, with its state kept."""
+    """If the reader of its output is gone, the run ends as usual, with its state kept."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
@@ -498,7 +499,8 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
         if ends == "interrupted":
             time.sleep(0.3)
             run.send_signal(signal.SIGHUP)
-            run.send_signal(signal.SIGTERM)  # as a terminal that is closed does: one request
+            # Closing a terminal sends both, which counts as one request.
+            run.send_signal(signal.SIGTERM)
         run.wait(60)
     done = next(iter(checkpoint.found(tmp_path / "a")))
     assert done == 30 if ends == "finished" else done >= 10
@@ -507,7 +509,8 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
 
 
 def test_a_second_signal_later_ends_the_process(llama4, data, tmp_path):
-    """Held back while it writes, forever here; after two seconds no longer."""
+    """Signals are held back while a run writes, here forever; the second one, after two seconds,
+    kills the process."""
     code = (
         "import time, sys\n"
         "from mlx_segtrain.training.interrupts import Interrupts\n"

@@ -1,4 +1,5 @@
-"""A reward model: scores beside transformers', of whole and of quantized models; its memory."""
+"""A reward model: its scores, dense or quantized, equal those of transformers, and its memory is as
+planned."""
 
 import json
 
@@ -20,7 +21,7 @@ CHATS = ["Yes.", "No, that is wrong, and here is why: it is not so.", "", "ÄÖ<
 
 
 def scorer(path, labels=1, **how):
-    """Our own form: a quantized model of mlx-lm with a score beside its layers."""
+    """Writes a quantized model of mlx-lm with a score weight, and returns its folder."""
     write_llama(path, tied=False, **how)
     weights = mx.load(str(path / "model.safetensors"))
     rest = {name: x for name, x in weights.items() if not name.startswith("lm_head")}
@@ -49,7 +50,8 @@ def test_prompts_and_completions_are_as_many(tmp_path):
 
 
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
-    """In batches of several lengths, in parts where a text is long, and before padding."""
+    """Scores are the same in batches of several lengths, for long texts in parts, and with
+    padding."""
     model = hf.write_scorer(tmp_path / "m")
     write_tokenizer(tmp_path / "m")
     own = judge(tmp_path / "m")
@@ -63,7 +65,8 @@ def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "PREFILL", 64)
     assert np.allclose(own(prompts=["Is it?"] * 5, completions=answers), wanted, atol=2e-5)
     raw = judge(tmp_path / "m", raw=True)
-    texts = ["a b", "a b<|im_end|><|im_end|>"]  # the second ends in padding
+    # The second text ends with tokens that are also padding.
+    texts = ["a b", "a b<|im_end|><|im_end|>"]
     plain = hf.scores_of(model, [tokenizer.encode(x, add_special_tokens=False) for x in texts])
     found = raw(prompts=["a ", "a "], completions=[x[2:] for x in texts])
     assert np.allclose(found, plain, atol=2e-5) and abs(plain[0] - plain[1]) < 1e-6
@@ -78,7 +81,7 @@ def test_a_quantized_model_scores_at_the_last_token(tmp_path):
     for score, text in zip(found, texts_of(tokenizer, CHATS), strict=True):
         h = model.model(mx.array([tokenizer.encode(text, add_special_tokens=False)]))
         assert abs(score - float((h[0, -1] @ weight["score.weight"].T)[0])) < 1e-4
-    # Conversations are scored with all of their turns.
+    # Conversations are scored with all turns.
     talk = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     talk += [{"role": "assistant", "content": "Yes."}]
     (whole,) = own(prompts=["Is it?"], completions=["Yes."], messages=[talk])

@@ -1,4 +1,4 @@
-"""What `plan --ranks` says, beside a ring that is simulated and an adapter that is there."""
+"""The figures of `plan --ranks`, compared with a simulated ring and a real adapter."""
 
 import json
 
@@ -13,8 +13,8 @@ from mlx_segtrain.planning.scaling import LATENCY
 
 
 def ring(n, numbers, link, batch_s):
-    """Bytes that the busiest rank sends, and the time of a step: segments go round, to be added up
-    and then to be given to all."""
+    """Returns the bytes that the busiest rank sends, and the time of a step, by simulating a ring:
+    segments are passed around to be summed, and then to be distributed."""
     segments = [len(range(i, numbers, n)) for i in range(n)]
     sent, seconds = [0] * n, batch_s
     for turn in range(2 * (n - 1)):

@@ -1,4 +1,4 @@
-"""The segmented backward pass against MLX's gradient of the whole."""
+"""The segmented backward pass compared with MLX's gradient of the whole chain."""
 
 import gc
 import signal
@@ -17,7 +17,7 @@ N, H = 7, 16
 
 
 def shared_kv_chain(dtype=mx.float32):
-    """Layers on h; layer 1 also writes kv, which layers 3, 4 and 6 and the head read."""
+    """Returns layers over h; layer 1 also writes kv, which layers 3, 4 and 6 and the head read."""
     keys = iter(mx.random.split(mx.random.key(0), 40))
 
     def array(*shape):
@@ -87,7 +87,7 @@ def test_gradients_equal_the_whole_model(size):
 
 
 def test_sums_over_readers_are_in_float32():
-    """In bfloat16 the gradient through kv's four readers is no worse than MLX's own sum."""
+    """In bfloat16 the gradient through kv's four readers is as accurate as MLX's own sum."""
     _, truth = whole(*shared_kv_chain(mx.float32))
     true = truth["layer.1"]["v"]
     _, plain = whole(*shared_kv_chain(mx.bfloat16))
@@ -99,7 +99,8 @@ def test_sums_over_readers_are_in_float32():
 
 
 def test_many_small_cotangents_are_not_lost():
-    """A value read 256 times: each cotangent is 1, and 1 + … + 1 stops at 256 in bfloat16."""
+    """A value is read 300 times, and each cotangent is 1: in bfloat16 their sum would stop at
+    256."""
     n = 300
     for size in (0, 1, 7):
         stages = [
@@ -113,14 +114,15 @@ def test_many_small_cotangents_are_not_lost():
         params = {"donor": {"w": mx.ones(1, mx.bfloat16)}}
         (loss,), grads = step(params, {"h": mx.zeros(1)})
         assert loss.item() == n
-        # 300 itself is not a bfloat16: it rounds to an even multiple of 2.
+        # 300 is rounded when it is converted to bfloat16.
         assert grads["donor"]["w"].item() == mx.array(n, mx.bfloat16).item()
 
 
 def test_memory_grows_with_the_segment_and_not_with_depth():
-    """Each layer makes four arrays, of 4 MB or on a GPU 64; a boundary is a 16th of one.
+    """Each layer creates four arrays of 4 MB (on a GPU 64 MB); a boundary value has a 16th of that.
 
-    A GPU says late that a kernel has ended: of layers that take microseconds any number is alive.
+    A GPU reports late that a kernel has ended, so if layers took only microseconds, the arrays of
+    any number of layers would be alive.
     """
     rows = 1 << (16 if ON_GPU else 12)
 
@@ -139,7 +141,7 @@ def test_memory_grows_with_the_segment_and_not_with_depth():
         mx.eval(params, h)
         stages = [Stage(f"l{i}", layer) for i in range(n)]
         step = segmented_value_and_grad(stages, lambda p, h: (h**2).mean(), segment_size=size)
-        # What tests before this one left in a queue, a cache or a circle is neither freed nor used.
+        # Free what earlier tests have left in queues, caches and reference cycles.
         gc.collect()
         mx.synchronize()
         mx.clear_cache()
@@ -186,7 +188,7 @@ def test_misuse_is_named():
 
 
 def test_every_move_traces_what_mx_compile_would_fuse():
-    """A fused function may round in another way than the operations that vjp goes back through."""
+    """A fused function may round differently from the separate operations under vjp."""
     traces = []
 
     @mx.compile
@@ -203,7 +205,8 @@ def test_every_move_traces_what_mx_compile_would_fuse():
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU works too fast for it")
 def test_a_step_is_interrupted_between_layers():
-    """Also while the CPU works and Python waits; little of the step is then left to do."""
+    """This also works while the CPU computes and Python waits, because only a small part of the
+    step is pending at a time."""
     x = mx.random.normal((140, 140), key=mx.random.key(0)) / 12
 
     def layer(p, h):
@@ -220,7 +223,7 @@ def test_a_step_is_interrupted_between_layers():
         try:
             step(params, {"h": x})
         finally:
-            mx.eval(mx.array(1) + 1)  # what a run saves comes after all that the CPU was given
+            mx.eval(mx.array(1) + 1)  # saving has to wait for the work that was launched on the CPU
             took.append(time.perf_counter() - begun)
 
     took = []

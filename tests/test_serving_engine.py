@@ -1,4 +1,4 @@
-"""The engine: adapters that are swapped under running requests, beside mlx-lm's own generation."""
+"""The engine: adapters swapped during requests, compared with mlx-lm's own generation."""
 
 import asyncio
 import shutil
@@ -92,7 +92,8 @@ def test_each_adapter_answers_as_if_it_were_alone(shared, said, order):
 
 
 def test_an_embedding_is_the_plain_one_for_all_others(shared):
-    """Not ours without an update: other numbers might come of it for those who run beside."""
+    """Without an update, the model's own embedding is used, so other requests get the same
+    numbers."""
     outer = shared.base.chain.outer["model.embed_tokens"]
     for name, plain in (("none", True), ("outer", False), ("a", True), ("outer", False)):
         text_of(shared, name)
@@ -150,7 +151,7 @@ def test_the_default_is_for_those_who_name_none(fresh, adapters, said):
 
 
 def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
-    """Longer ones than a step of the prefill; again, longer, shorter, and with another end."""
+    """Prompts longer than a prefill step: repeated, longer, shorter, and with another end."""
     long = [97 + (7 * i) % 26 for i in range(700)]
     made = said.tokens(long)
     prompts = [
@@ -169,7 +170,7 @@ def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
 
 
 def test_no_adapter_gets_the_prompts_of_another(shared, fresh, adapters, said):
-    """Nor one that is mounted under the id of another."""
+    """An adapter that is mounted later under the same id does not get them, either."""
     prompt = list(b"An id is a name and no more")
     for name in ("a", "b"):
         asyncio.run(fresh.mount("x", adapters[name]))
@@ -225,7 +226,8 @@ def test_a_job_gets_most_of_the_device_s_time(fresh, monkeypatch):
 
 
 def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
-    """Not at the next look; and whatever fails once is in the log, and no end of the looks."""
+    """Cached prompts are freed at once, not at the next check; a failed check is logged, and checks
+    continue."""
 
     class Fake:
         training, calls = True, 0
@@ -250,10 +252,10 @@ def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
         task.cancel()
 
     asyncio.run(asyncio.wait_for(main(), 10))
-    assert "memory was not given back" in caplog.text
+    assert "memory could not be freed" in caplog.text
 
 
-# Counts, and another model
+# Counters, and replacing the model
 
 
 def test_no_adapter_is_counted_that_is_not_mounted(model, fresh, adapters):
@@ -296,7 +298,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
 
 
 def test_who_stops_waiting_for_a_model_holds_up_nobody(model, monkeypatch):
-    """Its tokenizer loads on, for seconds: what ends it waits for that, and nobody else."""
+    """The model's tokenizer keeps loading for seconds; only the thread that closes it waits for
+    that."""
     loads, goes_on = threading.Event(), threading.Event()
 
     def start(confined):
@@ -334,7 +337,7 @@ def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):
         with pytest.raises(InputError, match="adapter x is not mounted"):
             await fresh.unmount("x")
         await fresh.mount("x", adapters["b"])
-        assert len(fresh._active) == 1  # else there is nothing to see here
+        assert len(fresh._active) == 1  # otherwise the test would check nothing
         other, _ = await ask(fresh, "x")
         text += "".join([piece.text async for piece in running])
         return text, other
@@ -409,12 +412,12 @@ def test_another_base(fresh, adapters, said, llama, folder, model):
         await anext(running)
         old = fresh.select("a")
         loading = asyncio.create_task(fresh.load(llama))
-        while not fresh._commands:  # its tokenizer is tried first, while others are served
+        while not fresh._commands:  # the tokenizer is loaded first, while requests continue
             await asyncio.sleep(0.01)
         with pytest.raises(Busy, match="being replaced"):
             fresh.generate(PROMPT, old, Options())
         base = await loading
-        assert [piece async for piece in running][-1].tokens == 60  # it had its time
+        assert [piece async for piece in running][-1].tokens == 60  # it was not cut short
         assert fresh.base is base and fresh.adapters == {} and len(fresh._prompts) == 0
         with pytest.raises(Busy, match="being replaced"):
             fresh.generate(PROMPT, old, Options())
@@ -443,7 +446,7 @@ def test_a_base_that_was_replaced_is_freed(fresh, adapters):
     assert max(sizes[1:]) - sizes[0] < 100_000, sizes  # the model has 700 kB
 
 
-# What a prompt and a sequence may be
+# Limits of prompts and sequences
 
 
 def test_prompts_that_cannot_be(llama):
@@ -460,7 +463,7 @@ def test_prompts_that_cannot_be(llama):
     ]:
         with pytest.raises(InputError, match=says):
             asyncio.run(ask(engine, prompt=prompt, **options))
-    # Positions that are left bound the answer.
+    # The context length limits the answer.
     _, last = asyncio.run(ask(engine, prompt=[5] * 120, n=50, logit_bias=GOES_ON))
     assert (last.tokens, last.finish) == (8, "length")
     _, last = asyncio.run(ask(engine, prompt=[5] * 128, n=50, logit_bias=GOES_ON))
@@ -476,22 +479,23 @@ def test_eos_and_length_end_an_answer(shared, said):
 
 
 def test_stop_strings_over_borders_of_tokens(shared, said):
-    """Tokens are bytes here, so every stop string goes over some."""
+    """Tokens are bytes here, so every stop string spans several tokens."""
     whole = said(PROMPT, "a", 60, goes_on=True)
     for at, n in ((10, 4), (20, 2), (25, 7)):
         stop = whole[at : at + n]
         assert len(stop) == n
-        never = whole[at : at + n - 1] + "no"  # begins alike
+        never = whole[at : at + n - 1] + "no"  # begins with the same text
         text, last = asyncio.run(ask(shared, "a", n=60, stop=(never, stop), logit_bias=GOES_ON))
         assert text == whole[: whole.find(stop)]
         assert last.finish == "stop" and last.tokens < 60
-    # What was held back for a stop string that did not come is not lost.
+    # Text that was held back for an incomplete stop string is not lost.
     text, last = asyncio.run(ask(shared, "a", n=60, stop=(whole[-1] + "no",), logit_bias=GOES_ON))
     assert (text, last.finish) == (whole, "length")
 
 
 def test_text_is_whole_characters(shared):
-    """Byte by byte; what is out never changes, and nothing of a stop string is."""
+    """Bytes are added one by one; returned text never changes, and contains no part of a stop
+    string."""
     tokenizer = shared.base.tokenizer
     said = "naïve 🙂 – ありがとう, 한국어\n\n é"
     bytes_ = tokenizer.encode(said, add_special_tokens=False)
@@ -509,12 +513,13 @@ def test_text_is_whole_characters(shared):
                 break
         assert out == "naïve 🙂 – ありがと"
     half = decoding.Text(tokenizer, [], ())
-    assert half.add(bytes_[7]) == ""  # of four bytes
+    assert half.add(bytes_[7]) == ""  # the first of four bytes
     assert half.end() == "\ufffd"
 
 
 def test_a_space_between_prompt_and_answer(shared):
-    """Decoders of some tokenizers drop the first space of a text, which here is none."""
+    """Some decoders drop the first space of a text, which must be kept between prompt and
+    answer."""
 
     class Sentencepiece:
         def decode(self, tokens, **_):
@@ -528,7 +533,7 @@ def test_a_space_between_prompt_and_answer(shared):
     assert texts == {False: "Paris is", True: " Paris is"}
 
 
-# Chance
+# Sampling
 
 
 def test_seeds_under_load(shared):
@@ -581,7 +586,7 @@ def choice(*options):
 
 
 def test_rows_draw_as_if_they_were_alone():
-    """Those of one batch, each by its own options; and when the batch has become another."""
+    """Each row of a batch uses its own options, also after other rows have left or joined."""
     options = [
         Options(temperature=1.0, seed=1),
         Options(),
@@ -629,7 +634,8 @@ def test_penalties():
         last = mx.array([prompt[-1], *made[:n]][-1:])
         got = process(last, mx.array(logits.astype(np.float32))[None])
         assert np.abs(np.array(got[0]) - wanted).max() < 1e-5
-        again = decoding.processor(options, prompt, made[:n])  # begins with what was made
+        # Started again from the tokens so far.
+        again = decoding.processor(options, prompt, made[:n])
         assert mx.allclose(got, again(last, mx.array(logits.astype(np.float32))[None]))
     assert decoding.processor(Options(), prompt) is None
 
@@ -659,14 +665,14 @@ def test_how_many_run_and_wait(fresh, monkeypatch):
         with pytest.raises(Busy, match="3 requests are already waiting"):
             fresh.generate(PROMPT, fresh.select("none"), Options(3))
         assert len(fresh._active) == 2
-        await waiting[0].aclose()  # makes room
+        await waiting[0].aclose()  # frees a slot
         again = fresh.generate(PROMPT, fresh.select("none"), Options(3))
-        del waiting[1]  # forgotten
+        del waiting[1]  # dropped by the client
         await running[0].aclose()
         text = [piece.text async for piece in waiting[1]]
         assert text == [piece.text async for piece in again]
         assert [piece async for piece in waiting[0]] == []
-        del running, generation  # forgotten too
+        del running, generation  # dropped as well
         while fresh._active or fresh._waiting:
             await asyncio.sleep(0.01)
         assert time.perf_counter() - begun < 10
@@ -736,7 +742,8 @@ def test_closing_ends_what_runs(model):
 
 
 def test_the_process_ends_well(model, adapters):
-    """Where a thread ends just before, what MLX compiled for it could abort the process."""
+    """If the engine's thread ended just before, freeing MLX's compiled functions could abort the
+    process."""
     code = f"""
 import asyncio
 from pathlib import Path
@@ -758,7 +765,7 @@ asyncio.run(main())
 
 
 def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, monkeypatch):
-    """What MLX's own products make of few rows is what our op makes of them."""
+    """MLX's products of a few rows give the same results as our op."""
     base = read_base(llama4, Confined(llama4))
     path = "model.layers.0.self_attn.q_proj"
     linear = base.modules[path]
@@ -768,13 +775,13 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     for few in (False, True):
         monkeypatch.setattr(lora.modules, "few", lambda rows, few=few: few)
         ys = [linear(x)]
-        for i in (1, 3, 1):  # the first one again: from what was kept
+        for i in (1, 3, 1):  # the first adapter again, from the cache
             linear.lora_a = mx.random.normal((64, 4), key=keys[i])
             linear.lora_b, linear.scale = mx.random.normal((4, 64), key=keys[i + 1]), float(i)
             ys.append(linear(x))
             linear.take_out()
         found.append([*ys, linear(x)])
-    # On GPUs our products of float32 are TF32.
+    # On GPUs our float32 products use TF32.
     bound = 1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3
     for ours, few in zip(*found, strict=True):
         assert mx.abs(ours - few).max() < bound * mx.abs(ours).max()
@@ -783,4 +790,4 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     assert not linear._casts
     linear.train()
     monkeypatch.setattr(linear, "updated", None)
-    linear(x)  # in training it is ours, whose gradient is
+    linear(x)  # training uses our op and its gradient

@@ -1,4 +1,4 @@
-"""A YAML file with settings, as the page reads it: every fault of it, not only the first one."""
+"""A YAML file with settings, as the page reads it: all of its faults, not only the first one."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Rows of every kind of file, of folders of them, and of Python data."""
+"""Rows from every kind of file, from folders, and from Python data."""
 
 import csv
 import gzip
@@ -56,7 +56,7 @@ def write_parquet(path, rows, **how):
     pq.write_table(pa.Table.from_pylist(rows), path, **{"row_group_size": 11, **how})
 
 
-#: Name of a file, how it is written, and whether its cells are texts.
+#: By file name: the function that writes it, and whether all cells are text.
 FILES = {
     "a.jsonl": (lambda path, rows: path.write_bytes(lines(rows)), False),
     "a.ndjson": (lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + lines(rows)), False),
@@ -117,7 +117,7 @@ FILES = {
 
 
 def expected(name, rows):
-    """Rows as a file gives them: tables have every column in every row, and CSV has texts."""
+    """Returns rows as read from a file: tables have every column in every row, and CSV has text."""
     if FILES[name][1]:
         return [{key: row[key] for key in FLAT[0]} for row in rows]
     return [{**row, "messages": None} for row in rows] if name == "flat.parquet" else rows
@@ -126,7 +126,7 @@ def expected(name, rows):
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("name", FILES)
 def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
-    """In few blocks and in many, which name every row and add up to the file."""
+    """In few or many blocks, every row has its name, and the sizes add up to that of the file."""
     path, rows = tmp_path / name, ROWS[:n]
     FILES[name][0](path, FLAT[:n] if FILES[name][1] else rows)
     source, nothing = sources_of(path)
@@ -159,7 +159,7 @@ def test_an_empty_file(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
     try:
         assert list(rows_of(source_of(tmp_path / name))) == []
-    except InputError as error:  # what has a header cannot be empty
+    except InputError as error:  # formats with a header cannot be empty
         assert str(error).startswith(str(tmp_path / name)) and "cannot be read" in str(error)
 
 
@@ -186,7 +186,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", '[{"a": 1}] x', "a.json continues after the end of its list"),
         ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
         ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row holds a lone surrogate"),
-        ("a.json", b'[{"a": "\xff"}]', "a.json:1: the row or one after it is not UTF-8"),
+        ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not UTF-8"),
         ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not JSON"),
         ("a.csv", "a,b\n1,2\n\n1\n", "a.csv:2: the row has 1 cells, but the header has 2"),
         ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "a.csv:2: the row is not CSV"),
@@ -217,8 +217,7 @@ def dictionary(n, text):
 
 
 def test_what_would_grow(tmp_path, monkeypatch):
-    """A long text that is in many rows, once in the file; what is compressed; no rows at all,
-    but many of them."""
+    """A long text that many rows share, compressed text, and a huge number of empty rows."""
     monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
     once = pa.table({"text": dictionary(4000, "x" * 5000)})
@@ -241,7 +240,7 @@ def test_what_would_grow(tmp_path, monkeypatch):
 
 
 def test_a_table_that_is_not_well_formed(tmp_path):
-    """Offsets past the end of the texts, which reading would follow."""
+    """Offsets point past the end of the texts, and must not be followed."""
     write_arrow(tmp_path / "a.arrow", pa.table({"text": ["x" * 987_654]}))
     content = (tmp_path / "a.arrow").read_bytes()
     end, far = (struct.pack("<ii", 0, n) + b"x" for n in (987_654, 10**9))
@@ -254,7 +253,7 @@ def test_a_table_that_is_not_well_formed(tmp_path):
         list(source_of(tmp_path / "b.arrow").blocks())
 
 
-#: How writers of Parquet differ.
+#: Options by which writers of Parquet differ.
 PARQUET = {
     **{codec: {"compression": codec} for codec in ("none", "gzip", "brotli", "zstd", "lz4")},
     "version 2": {"data_page_version": "2.0"},
@@ -287,15 +286,15 @@ def test_parquet_of_other_writers(how, tmp_path):
 
 
 def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
-    """It is in the file once, and in a row twice."""
+    """The file stores the text once, although many rows contain it, some of them twice."""
     rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
 
 
 def test_a_reader_that_is_ended(tmp_path, monkeypatch):
-    """Of a file that Arrow or the system ends it at no more is said, and the next file has another
-    reader; one that was not read to its end holds nobody up."""
+    """If Arrow or the system ends a reader, the error names only the file, and the next file gets
+    another reader. A reader whose file was not read to its end does not block others."""
     for name in ("a.parquet", "b.parquet"):
         write_parquet(tmp_path / name, [{"text": "x" * 99_999}] * 100, use_dictionary=False)
     monkeypatch.setattr(limits, "BLOCK", 1 << 18)
@@ -310,17 +309,17 @@ def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     next(blocks)
     del blocks
     assert len(list(source_of(tmp_path / "b.parquet").blocks())) > 10
-    assert made == [own for own in made if own is not reader] != []  # it may be used again
+    assert made == [own for own in made if own is not reader] != []  # it may be reused
     made.pop().close()
 
 
 def test_a_reader_that_has_read_a_smaller_file(tmp_path, monkeypatch):
-    """What the smaller file may take is not the limit of the larger one."""
+    """The limit for the smaller file does not apply to the larger one."""
     small, large = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write_parquet(small, ROWS)
     content = small.read_bytes()
     footer = 8 + struct.unpack("<I", content[-8:-4])[0]
-    with large.open("wb") as file:  # zeros, which take no place on the disk, before the footer
+    with large.open("wb") as file:  # a sparse file with zeros before the footer
         file.write(content[:-footer])
         file.seek(1 << 30)
         file.write(content[-footer:])
@@ -346,7 +345,7 @@ def test_arrow_that_is_compressed(codec, kind, tmp_path):
 
 
 def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
-    """It is read as a stream, and one that ends early would be one of fewer rows."""
+    """It is read as a stream, whose early end would look like fewer rows."""
     path = tmp_path / "a.arrow"
     write_arrow(path, ROWS, pa.ipc.new_file)
     content = path.read_bytes()
@@ -362,7 +361,7 @@ def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
 
 
 def test_columns_of_what_json_has_no_values_for(tmp_path):
-    """Each is a value that is not JSON's, or null; a block does not hold it."""
+    """Such values are only marked as present or null; blocks do not contain them."""
     columns = {
         "image": pa.array([b"x" * (1 << 20), None]),
         "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
@@ -384,12 +383,12 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
 
 
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
-    """Nothing looks at them: pyarrow ends its process."""
+    """Statistics must not be read, since pyarrow would abort its process."""
     table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)
     whole = path.read_bytes()
-    at = whole.rindex(b"\x04\x44\x33\x22\x11")  # a binary of 4 bytes, in the footer
+    at = whole.rindex(b"\x04\x44\x33\x22\x11")  # a 4-byte value in the footer
     size = int.from_bytes(whole[-8:-4], "little") - 2
     broken = whole[:at] + b"\x02\x44\x33" + whole[at + 5 : -8] + size.to_bytes(4, "little")
     path.write_bytes(broken + b"PAR1")
@@ -398,7 +397,7 @@ def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
 
 
 def test_rows_of_many_values(tmp_path):
-    """Commas and brackets of a text are none."""
+    """Commas and brackets within a text do not count as values."""
     long = {"text": '[,"\\' * 1_000_000}
     (tmp_path / "a.jsonl").write_bytes(lines([long]))
     (tmp_path / "a.json").write_bytes(json.dumps([long]).encode())
@@ -423,7 +422,7 @@ def test_a_table_of_many_columns(name, tmp_path, monkeypatch):
 
 
 def test_parquet_that_ends_a_process(tmp_path):
-    """Numbers of rows that are not there, for which Arrow makes room: a fuzzer's find."""
+    """False row counts, for which Arrow allocates memory; found by a fuzzer."""
     pq.write_table(pa.table({}), tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     rows = b"\x16\x00\x16\x00\x26"
@@ -533,7 +532,7 @@ def test_rows_of_python(name, monkeypatch):
     monkeypatch.setattr(limits, "BLOCK", 600)
     train, valid = sources_of(PYTHON[name]())
     assert valid is None and not train.files and len(list(train.blocks())) > 1
-    for _ in range(2):  # a generator, too, can be read again
+    for _ in range(2):  # even a generator can be read twice
         found = list(rows_of(train))
         assert [row for _, row in found] == ROWS
         assert [where for where, _ in found] == [f"train_data:{i + 1}" for i in range(40)]
@@ -566,7 +565,7 @@ def test_splits_of_python(tmp_path):
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),
-        ({"test": []}, "has no \"train\": it needs that split, but has 'test'"),
+        ({"test": []}, "has no split \"train\", only 'test'"),
     ],
 )
 def test_python_data_that_cannot_be_used(data, says):

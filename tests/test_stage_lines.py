@@ -1,7 +1,7 @@
-"""Kernels of one op for several devices have the same stages: their `///` comments, in order.
+"""Kernels of one op for several devices have the same stages: the same `///` comments in order.
 
-Which kernels are twins follows from the texts: those with the same outputs on two devices. A
-function of a CPU kernel in csrc/ that has the name of one of them is a twin, too.
+Kernels with the same outputs on two devices are twins. A function of a CPU kernel in csrc/ with the
+name of one of them is a twin, too.
 """
 
 import functools
@@ -17,19 +17,20 @@ TEXTS = {
     for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp", "csrc/ops/*/cpu.cpp")
     for file in sorted(ROOT.glob(pattern))
 }
-#: Kernels with outputs as another's that are no twin of it, and why.
+#: Kernels that have the outputs of another kernel but are not its twin, and why.
 EXEMPT = {
     "attention_sum_parts": "adds up what parts of the heads gave attention_vjp_kv",
     "attention_queries_vjp": "one product with a dS that attention_scores_vjp wrote out",
     "attention_vjp_q_ds": "one product with a dS that attention_vjp_kv_ds wrote out",
 }
-#: Metal's text is ASCII.
+#: The text of Metal kernels is ASCII.
 ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-", "²": "^2"})
 
 
 @functools.cache
 def functions(text: str) -> dict[str, list[str]]:
-    """Name → bodies of the functions that a text defines, up to a brace at the begin of a line."""
+    """Returns the bodies of the functions in a text by name, up to a brace at the start of a
+    line."""
     found: dict[str, list[str]] = {}
     for match in re.finditer(r"^[\w ]*\bvoid (\w+)\(", text, flags=re.M):
         end = text.find("\n}", match.start())
@@ -38,7 +39,7 @@ def functions(text: str) -> dict[str, list[str]]:
 
 
 def stages(text: str, function: str) -> list[str]:
-    """The stage lines within the only function of this name, as ASCII."""
+    """Returns the stage lines of the only function with this name, in ASCII."""
     bodies = functions(text).get(function, [])
     assert len(bodies) == 1, f"{len(bodies)} functions are called {function}"
     return [line.translate(ASCII) for line in re.findall(r"^ +/// *(.*)$", bodies[0], flags=re.M)]
@@ -46,7 +47,7 @@ def stages(text: str, function: str) -> list[str]:
 
 @functools.cache
 def kernels(text: str) -> dict[str, tuple[str, str]]:
-    """Name → outputs and body of the kernels that a text holds."""
+    """Returns the outputs and the body of each kernel in a text, by name."""
     _, *parts = re.split(r"^//: ", text, flags=re.M)
     found = {}
     for part in parts:
@@ -57,12 +58,12 @@ def kernels(text: str) -> dict[str, tuple[str, str]]:
 
 
 def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Outputs → (file, function) of all twins."""
+    """Returns (file, function) of all twins, by their outputs."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for file, text in texts.items():
         for name, (outputs, body) in kernels(text).items():
             if name not in EXEMPT:
-                # What is written down for another kernel makes none of another kind.
+                # An additional output for another kernel does not make a difference.
                 outputs = outputs.removesuffix(" ds")
                 found.setdefault(outputs, []).append((file, name, body))
     shared = {}
@@ -76,21 +77,22 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
                 for name in sorted(names & functions(text).keys())
                 if file.startswith("csrc/")
             ]
-            # One with stages may be called by another of its name, which deals out the work.
+            # A function with stages may be called by one of the same name that distributes the
+            # work.
             shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
     return shared
 
 
 @functools.cache
 def called(text: str, body: str) -> str:
-    """The function of the text that a kernel's body calls."""
+    """Returns the function of the text that a kernel's body calls."""
     found = [name for name in functions(text) if re.search(rf"\b{name}\b *[<(]", body)]
     assert len(found) == 1, f"a kernel calls {found}, not one function: {body}"
     return found[0]
 
 
 def differences(texts: Mapping[str, str]) -> list[str]:
-    """What is wrong with the twins of these texts, in sentences."""
+    """Returns sentences about twins that differ or have no stages."""
     wrong = []
     for own in twins(texts).values():
         found = {f"{file}: {function}": stages(texts[file], function) for file, function in own}
@@ -108,7 +110,7 @@ def test_twins_have_the_same_stages():
 
 
 def test_what_is_known_to_be_shared_is_found():
-    """Or an empty derivation would be content."""
+    """Otherwise the test would pass if no twins were found."""
     names = {(file, function) for own in TWINS.values() for file, function in own}
     assert {file for file, _ in names} >= {
         "metal/attention.metal",
@@ -122,7 +124,7 @@ def test_what_is_known_to_be_shared_is_found():
         "csrc/cpu/rows.cpp",
     }
     for file, text in TEXTS.items():
-        if file.startswith("metal/"):  # which has nothing that CUDA has not
+        if file.startswith("metal/"):  # every Metal kernel has a CUDA twin
             for name, (outputs, _) in kernels(text).items():
                 own = outputs.removesuffix(" ds")
                 assert name in EXEMPT or own in TWINS, f"{name} of {file} has no twin"

@@ -1,6 +1,6 @@
-"""Untrusted adapter files: changed at random, they are read, or refused in a sentence.
+"""Untrusted adapter files: randomly changed files are read, or refused with one sentence.
 
-MUTATIONS is how many are tried.
+MUTATIONS is the number of files to try.
 """
 
 import json
@@ -33,7 +33,7 @@ def chain(llama):
 
 @pytest.fixture
 def folders(chain, tmp_path):
-    """One of mlx-lm's and one of PEFT's, as they should be."""
+    """Returns a valid adapter of mlx-lm and one of PEFT."""
     factors = factors_of(chain, {Q0: RANK, DOWN1: RANK})
     patterns = {"rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"layers.1.*down": 8}}
     return [
@@ -43,7 +43,7 @@ def folders(chain, tmp_path):
 
 
 def test_whatever_is_in_the_files(chain, folders, tmp_path):
-    """No traceback, no hang, nothing written: values, or one sentence."""
+    """Reading gives values or one sentence, without a traceback, a hang, or writing anything."""
     mutator = Mutator(0)
     whole = {f: {x.name: x.read_bytes() for x in f.iterdir()} for f in folders}
     listing = sorted(tmp_path.rglob("*"))
@@ -157,7 +157,7 @@ def test_pickles_are_not_read(tmp_path):
     "pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 30, ".?" * 31, r"\\\\*" * 8, "(.*)+" * 9]
 )
 def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
-    """Python's own matcher is exponential in some; what they match is told at once."""
+    """Python's regular expressions take exponential time for some of these; ours are fast."""
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={pattern: RANK, "q_proj": RANK})
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a run shows: plain lines in a pipe, a bar on a terminal, JSON-safe events."""
+"""The output of a run: plain lines in a pipe, a bar on a terminal, and events without NaN."""
 
 import io
 import json
@@ -54,7 +54,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
 
 
 def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
-    """What is shown of a run; `steps`: of every step too."""
+    """Returns the output of a run; with `steps`, also for every step."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
     with Terminal(console, Output(**how)) as terminal_:
@@ -66,7 +66,8 @@ def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
 
 
 def test_plain_lines_without_a_terminal() -> None:
-    lines = show(40, terminal=False).splitlines()  # narrower than a line: nothing may be wrapped
+    # Narrower than the lines, which must not be wrapped.
+    lines = show(40, terminal=False).splitlines()
     assert lines == [
         "loading the model",
         "training",
@@ -99,11 +100,11 @@ def test_the_bar_moves_with_every_step_and_fits_in_a_line(width: int) -> None:
         assert (task.completed, task.total) == (20, 1000)
     shown = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if "━" in line]
     assert any(line.rstrip().endswith("10/1000  " + FIGURES[width]) for line in shown)
-    # A terminal echoes ^C after the bar: in a line that is full it would begin another one.
+    # A terminal echoes ^C after the bar, which would wrap a full line.
     assert all(len(line) <= width - ROOM and "…" not in line for line in shown)
 
 
-#: Beside the bar of a step.
+#: The figures beside the bar, by width.
 FIGURES = {
     80: "loss 0.2500  12,346 tokens/s  3.25 of 8.00 GB  20m34s left",
     160: "loss 0.2500  1,234 supervised of 12,346 tokens/s  peak 3.25 of 8.00 GB  20m34s left",
@@ -121,7 +122,7 @@ def test_the_bar_ends_with_the_last_validation_and_nothing_left() -> None:
 
 
 def plain(text: str) -> str:
-    """Without escape sequences."""
+    """Removes escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
@@ -206,7 +207,7 @@ def test_events_are_json_and_progress_rises() -> None:
     progress = [event["progress"] for event in stream if "progress" in event]
     assert progress == sorted(progress) and progress[0] > 0 and progress[-1] == 1.0
     assert stream[3]["perplexity"] == pytest.approx(8.0)
-    assert stream[6]["perplexity"] is None  # e^800 is no float
+    assert stream[6]["perplexity"] is None  # e^800 is not a finite float
 
 
 @pytest.mark.parametrize(
@@ -296,7 +297,7 @@ def checks(gpu: bool, reason: str) -> str:
 
 
 def test_checks_of_kernels() -> None:
-    reason = "error: " + 40 * "long "  # longer than a line: nothing may be wrapped
+    reason = "error: " + 40 * "long "  # longer than a line, but must not be wrapped
     text = checks(gpu=True, reason=reason)
     lines = [line.split() for line in text.splitlines()]
     assert ["device", "A", "GPU", "(GPU)"] in lines

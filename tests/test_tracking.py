@@ -86,7 +86,7 @@ def test_scalars():
     assert trackers.scalars({"type": "stage"}) == {}
 
 
-# ---- the record, and whether it still holds
+# ---- the record of a run, and `verify`
 
 
 @pytest.fixture

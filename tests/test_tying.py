@@ -1,4 +1,5 @@
-"""Adapters of an embedding that is the head too: mlx-lm's meaning, PEFT's, and who refuses what."""
+"""Adapters of an embedding that is also the head: their meaning in mlx-lm and PEFT, and
+refusals."""
 
 import json
 from pathlib import Path
@@ -37,7 +38,7 @@ RANK, ALPHA = 4, 6
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, llama):
-    """The same weights for both kinds: what a head is there is the embedding here."""
+    """Returns a tied and an untied base with the same weights: the untied head is the embedding."""
     folder = tmp_path_factory.mktemp("bases")
     untied = write_llama(folder / "untied", tied=False)
     weights = dict(mx.load(str(llama / "model.safetensors")))
@@ -47,7 +48,7 @@ def bases(tmp_path_factory, llama):
 
 
 def peft_folder(path: Path, kind: str, base: Path | None = None, tie: bool = False) -> Path:
-    """As PEFT writes it."""
+    """Writes an adapter in PEFT's format, and returns its folder."""
     normal = {name: mx.random.normal((RANK, n), key=mx.random.key(i)) * 0.1
               for i, (name, n) in enumerate([("ea", 300), ("eb", 64), ("ha", 64), ("hb", 300),
                                              ("qa", 64), ("qb", 64)])}  # fmt: skip
@@ -92,7 +93,7 @@ def logits(base, folder=None):
 
 
 def readers(base, data, tmp_path):
-    """All that read an adapter for a base, by name."""
+    """Returns everything that reads an adapter for a base, by name."""
 
     def warm(run):
         def start(folder):
@@ -136,7 +137,7 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
     kind, tie, says, reader, bases, data, tmp_path
 ):
     folder = peft_folder(tmp_path / "theirs", kind, tie=tie)
-    if reader == "plan" and kind == "apart":  # which reads names alone
+    if reader == "plan" and kind == "apart":  # it reads only names
         readers(bases["tied"], data, tmp_path)[reader](folder)
     else:
         with pytest.raises(InputError, match=says):
@@ -149,7 +150,7 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("reader", READERS)
 def test_one_update_of_both_is_ours(reader, tie, bases, data, tmp_path):
-    """Whether PEFT tied them or they merely are the same: their logits are."""
+    """The logits are the same whether PEFT tied the updates or they are merely equal."""
     folder = peft_folder(tmp_path / "theirs", "twins", tie=tie)
     readers(bases["tied"], data, tmp_path)[reader](folder)
     assert [one.fits for one in adapters([folder], bases["tied"])] == [True]
@@ -183,14 +184,14 @@ def test_the_base_that_an_adapter_names_is_looked_at(bases, tmp_path):
 def test_without_a_base_it_cannot_be_told(tmp_path):
     for kind in ("embedding", "apart", "twins"):
         folder = peft_folder(tmp_path / kind, kind, Path("nobody/knows"))
-        with pytest.raises(InputError, match="is unknown without the base"):
+        with pytest.raises(InputError, match="the base model must show whether"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # Its configuration and both updates say that they are one.
+    # Without the base, the configuration and the two equal updates show that they are tied.
     folder = peft_folder(tmp_path / "tied", "twins", tie=True)
     import_(folder, tmp_path / "out")
     assert read_stored(tmp_path / "out").tied is True
-    # A head is a head; on a base that has none it is refused when that is known.
+    # An update of a head is refused as soon as the base is known to have none.
     folder = peft_folder(tmp_path / "head", "head")
     import_(folder, tmp_path / "ours")
 
@@ -200,7 +201,7 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(bases, data, tmp_path_factory):
-    """Trained on either kind, with the embedding."""
+    """Returns runs that adapt the embedding of either base."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, base in bases.items():
         how = {"target_modules": ["embed_tokens", "q_proj"], "iters": 2, "learning_rate": 2e-2}
@@ -238,7 +239,7 @@ def test_what_does_not_touch_the_embedding_is_for_both_kinds(bases, data, tmp_pa
 
 
 def test_mlx_lm_s_files_mean_the_weight(bases, tmp_path):
-    """Which is the head's of one base, and not of the other: as stock mlx-lm computes."""
+    """The changed weight is also the head's in the tied base only, as in stock mlx-lm."""
     pair = mx.random.normal((300, 4)) * 0.1, mx.random.normal((4, 64)) * 0.1
     (tmp_path / "a").mkdir()
     flat = {f"{EMBEDDING}.lora_a": pair[0], f"{EMBEDDING}.lora_b": pair[1]}
@@ -275,7 +276,7 @@ def test_a_merge_into_the_base_changes_what_the_head_computes_with(bases, tmp_pa
 
 
 def peft_logits(hf, base, folder):
-    """Of transformers' model with the folder's adapter."""
+    """Returns the logits of transformers' model with the adapter."""
     return adapter_files.peft_logits(hf, base, folder, TOKENS)
 
 
@@ -290,7 +291,8 @@ def test_peft_computes_with_one_update_of_both_as_we_do(tie, hf, bases, tmp_path
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "apart"])
 def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
-    """The tied model with PEFT's adapter is the untied one with ours; never the tied one."""
+    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not like ours on
+    the tied one."""
     folder = peft_folder(tmp_path / "theirs", kind)
     theirs = peft_logits(hf, bases["tied"], folder)
     assert_close("as beside a head", logits(bases["untied"], folder), theirs, 1e-4)
@@ -298,7 +300,7 @@ def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
 
 @pytest.mark.parametrize("knows", [True, False])
 def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
-    """In a release that knows ensure_weight_tying, and in one that does not."""
+    """Tested with and without support of ensure_weight_tying in PEFT."""
     done = export(runs / "tied", tmp_path / "peft", "peft", names="text")
     assert done.difference <= 1e-6 * done.update
     config = json.loads((tmp_path / "peft" / CONFIG).read_text())
@@ -314,7 +316,7 @@ def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
 
 
 def test_peft_s_own_tied_adapter_is_imported(hf, bases, tmp_path):
-    """Made and saved by PEFT, not by us in its form."""
+    """The adapter is created and saved by PEFT itself."""
     model = adapter_files.in_transformers(hf, bases["tied"])
     modules = ["embed_tokens", "q_proj"]
     how = {"r": 4, "lora_alpha": 6, "target_modules": modules, "ensure_weight_tying": True}

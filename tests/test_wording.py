@@ -1,4 +1,4 @@
-"""No file gets more words that a native reader stumbles over (tests/wording.py has the list)."""
+"""No file may get more of the words in tests/wording.py, over which native readers stumble."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_no_file_has_more_than_it_may() -> None:
 
 
 def test_each_kind_of_text_is_read(tmp_path: Path) -> None:
-    """A fault in a docstring, a comment, a message, a page and a script is found."""
+    """Faults in docstrings, comments, messages, pages and scripts are found."""
     for name, text in {
         "a.py": '"""It goes on."""',
         "b.py": "x = 1  # behind the step",
@@ -37,5 +37,5 @@ def test_each_kind_of_text_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_allowed_is_there() -> None:
-    """A file that was removed or renamed leaves the list."""
+    """Removed or renamed files must be removed from the list."""
     assert all((wording.ROOT / name).is_file() for name in wording.allowed())

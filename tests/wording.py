@@ -47,7 +47,7 @@ SKIPPED = ("tests/wording.py", "serving/page/vendor/", "/_core.pyi")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """What people read of a file, each text with the line that it begins on."""
+    """Yields the texts of a file that people read, each with its first line number."""
     source = file.read_text(encoding="utf-8")
     if file.suffix == ".py":
         yield from _python(source)
@@ -70,7 +70,7 @@ def _python(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _prose(source: str) -> Iterator[tuple[int, str]]:
-    """The paragraphs of a page outside its blocks."""
+    """Yields the paragraphs of a page outside its code blocks."""
     inside, begin, own = False, 1, []
     for number, line in enumerate([*source.splitlines(), ""], 1):
         if line.startswith("```") or not line.strip() or line.startswith(("|", "- ", "#")):
@@ -82,7 +82,7 @@ def _prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(file: Path) -> list[str]:
-    """Every place of a file with such a word, and what to write."""
+    """Returns every place in a file with such a word, and what to write instead."""
     found = []
     for line, text in texts(file):
         if ANY.search(text := " ".join(text.split())):
@@ -95,7 +95,7 @@ def faults(file: Path) -> list[str]:
 
 
 def files() -> list[Path]:
-    """All files with text that people read: pages, Python, and the page of the server."""
+    """Returns all files with text that people read: pages, Python, and the page of the server."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*")]
     for folder, kinds in (("python", ("py", "js", "html")), ("tests", ("py",)), ("bench", ("py",))):
         found += [file for kind in kinds for file in (ROOT / folder).rglob(f"*.{kind}")]
@@ -104,7 +104,8 @@ def files() -> list[Path]:
 
 
 def allowed() -> dict[str, int]:
-    """How many such places each file may still have; after a merge a file may be listed twice."""
+    """Returns the number of such places that each file may still have; after a merge, a file may be
+    listed twice."""
     found: dict[str, int] = {}
     for line in ALLOWED.read_text(encoding="utf-8").splitlines():
         count, name = line.split(" ", 1)

@@ -1,5 +1,6 @@
-// Memory that ops need. Each op computes it in its own files, from shapes and a device that this machine need
-// not have, and for the implementation that a call would choose. planning/costs.py adds it up.
+// Memory that ops need. Each op computes it in its own files for the implementation that a call would choose,
+// from shapes and the properties of a device, which need not be in this machine. planning/costs.py adds it
+// up.
 #pragma once
 
 #include "core/kernel.h"

@@ -35,7 +35,7 @@ class DryKernel : public mx::Primitive {
     }
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error("[" + name_ + "] is a dry run's.");
+    throw std::logic_error("[" + name_ + "] exists in a dry run only.");
   }
   const char* name() const override { return name_.c_str(); }
 
@@ -43,7 +43,8 @@ class DryKernel : public mx::Primitive {
   std::string name_;
 };
 
-/// The uncomputed arrays that `outputs` depend on, each after its inputs; of siblings only one.
+/// The uncomputed arrays that `outputs` depend on, each after its inputs. Of an op with several outputs, only
+/// one is listed.
 Arrays in_order(const Arrays& outputs) {
   Arrays order;
   std::set<std::uintptr_t> seen;
@@ -71,7 +72,7 @@ Arrays in_order(const Arrays& outputs) {
 /// shares its input's memory launches none. Our kernels also copy inputs that are not row-contiguous. A
 /// concatenation launches a copy for each input.
 std::map<std::string, int> launches(const Arrays& outputs) {
-  check(dry_run(), "[launches] counts in a dry run only.");
+  check(dry_run(), "[launches] works in a dry run only.");
   std::map<std::string, int> counts;
   const auto order = in_order(outputs);
   std::vector<Arrays> inputs;
@@ -121,10 +122,12 @@ const Binding binding([](nb::module_& m) {
   m.def(
       "emulate_metal", [](std::optional<RunMetal> run) { emulate_metal(run.value_or(nullptr)); },
       "run"_a.none(),
-      "From now on calls of this thread take the ways of Metal, and `run` gives the outputs of each launch; "
-      "None ends it. For tests.");
+      "Makes calls on this thread choose implementations as on Metal; `run` returns the outputs of each "
+      "launch. "
+      "None ends the emulation. For tests.");
   m.def("launches", &launches, "arrays"_a,
-        "Kernels by name that a CUDA device would launch for these arrays; in a dry run, which evaluates "
+        "Counts the kernels that a CUDA device would launch for these arrays, by name. In a dry run, which "
+        "evaluates "
         "them.");
 });
 

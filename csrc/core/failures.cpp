@@ -24,8 +24,8 @@ std::string explained(const std::string& what) {
   if (has("OutOfMemory") || has("Insufficient Memory"))
     return "the GPU had no memory left for the run: close other programs, or lower memory_budget_gb, "
            "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
-  return "the GPU could not finish the run's work: go on from the last checkpoint, and if it happens again "
-         "report it with what `mlx-segtrain doctor` says.";
+  return "the GPU could not finish the run's work: resume from the last checkpoint, and if it happens again "
+         "report it with the output of `mlx-segtrain doctor`.";
 }
 
 std::terminate_handler before = nullptr;
@@ -47,7 +47,8 @@ std::terminate_handler before = nullptr;
 const Binding binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
   m.def("explain_failure", &explained, "what"_a,
-        "One sentence for MLX's message that a command buffer failed on Metal; empty for any other.");
+        "Explains MLX's message that a command buffer failed on Metal, in one sentence; empty for any other "
+        "message.");
 });
 
 }  // namespace segtrain

@@ -50,7 +50,8 @@ std::vector<std::string> words(const std::string& line) {
   return all;
 }
 
-/// A file has a header and then its kernels: for each a line "//: name: inputs -> outputs" and its body.
+/// A file has a header and then its kernels. Each kernel is a line "//: name: inputs -> outputs" and its
+/// body.
 void parse(const std::string& file, const std::string& prelude, std::map<std::string, Text>& kernels) {
   const std::string mark = "\n//: ";
   size_t at = file.find(mark);
@@ -248,7 +249,7 @@ PreparedLaunch::PreparedLaunch(const std::string& name, std::map<std::string, mx
   for (const auto& input : open)
     places.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
   binary_ = cuda_binary(name, text, inputs, {dtype}, arguments, grid);
-  for (size_t i : places) inputs[i] = device_ints({0});  // so as not to keep the arrays of `like` alive
+  for (size_t i : places) inputs[i] = device_ints({0});  // otherwise the arrays of `like` would stay alive
   inputs_ = std::make_shared<FixedInputs>(std::move(inputs), std::move(places));
 }
 

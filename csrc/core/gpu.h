@@ -24,7 +24,7 @@ using Template = std::vector<std::pair<std::string, mx::fast::TemplateArg>>;
 
 struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
-  int threads;                       ///< per group
+  int threads;                       ///< threads per group
   int shared_memory = 0;             ///< bytes, CUDA only
   int at_once = 1;                   ///< blocks that must fit on a core, which limits registers; CUDA only
 };
@@ -40,8 +40,8 @@ inline int tiles(int n, int size) {
 mx::array device_ints(const std::vector<int32_t>& values);
 mx::array device_floats(const std::vector<float>& values);
 
-/// Launches kernel `name` with those of `values` that its text declares as inputs. The text gets the number
-/// of threads per group as THREADS.
+/// Launches kernel `name`. Of `values` it gets the inputs that its text declares. The text gets the number of
+/// threads per group as THREADS.
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);

@@ -34,7 +34,7 @@ mx::array join(const Arrays& arrays, mx::StreamOrDevice s) {
 
 const Binding binding([](nb::module_& m) {
   m.def("join", &join, "arrays"_a, nb::kw_only(), "stream"_a = nb::none(),
-        "The arrays' numbers one behind the other, as a float32 vector.");
+        "Concatenates the elements of all arrays into one float32 vector.");
 });
 
 }  // namespace segtrain

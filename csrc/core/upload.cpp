@@ -78,7 +78,7 @@ const Binding binding([](nb::module_& m) {
         mx::async_eval({flat});
         return flat;
       },
-      "numbers"_a, "An array of int32 or float32 in the host's memory, on the device.");
+      "numbers"_a, "Copies an array of int32 or float32 from host memory to the device.");
 });
 
 }  // namespace segtrain

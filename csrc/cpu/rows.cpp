@@ -1,6 +1,6 @@
-// Compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. Includes no C++ library header: of
-// each inline function the linker keeps one copy for the whole program. If that copy were compiled here with
-// AVX, it would also run on processors without AVX.
+// Compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. It includes no C++ library header,
+// because the linker keeps one copy of each inline function for the whole program. If that copy were compiled
+// here with AVX, it would also run on processors without AVX.
 #include "cpu/rows.h"
 
 #include <math.h>

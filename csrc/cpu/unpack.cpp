@@ -1,4 +1,5 @@
-// Compiled like rows.cpp, but with -ffp-contract=off. It includes no C++ library header either.
+// Compiled like rows.cpp, but with -ffp-contract=off. Like rows.cpp, it includes no header of the C++
+// library.
 #include "cpu/unpack.h"
 
 #include <string.h>

@@ -152,11 +152,11 @@ class Walk {
 
   const Plan& plan_;
   const Costs& costs_;
-  std::vector<int64_t> bytes_;       ///< of each value
-  std::vector<int64_t> saved_;       ///< by stage
+  std::vector<int64_t> bytes_;       ///< bytes of each value
+  std::vector<int64_t> saved_;       ///< bytes that each stage has saved
   std::vector<bool> made_;           ///< values that are in memory
-  std::vector<int64_t> cotangents_;  ///< by value
-  std::vector<bool> goes_back_;      ///< by stage
+  std::vector<int64_t> cotangents_;  ///< bytes of each value's cotangent
+  std::vector<bool> goes_back_;      ///< whether each stage has a backward pass
   std::set<int> ran_;
   int64_t gradients_ = 0, kept_by_head_ = 0;
   int64_t waiting_ = 0;  ///< bytes of a batch between its two passes

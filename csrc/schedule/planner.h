@@ -16,9 +16,9 @@ struct StageCost {
   int64_t backward = 0;   ///< peak while it is run again for its backward pass, including its cotangents
   int64_t kept = 0;       ///< the part of `backward` that is held between the two passes
   int64_t saved = 0;      ///< bytes that it can save for its backward pass; 0: it cannot save
-  int64_t gradients = 0;  ///< of its parameters
+  int64_t gradients = 0;  ///< bytes of its parameters' gradients
   double forward_work = 0;
-  double again_work = 0;  ///< of recomputation, which omits the last product: only later stages need it
+  double again_work = 0;  ///< work of recomputation; it omits the last product, which only later stages need
   double saved_work = 0;  ///< the part of `again_work` that saved arrays make unnecessary
   double backward_work = 0;
 };
@@ -27,10 +27,10 @@ struct StageCost {
 struct Costs {
   std::vector<StageSpec> stages;
   std::vector<std::string> inputs, head_reads;
-  std::vector<int64_t> input_bytes;        ///< of each input
+  std::vector<int64_t> input_bytes;        ///< bytes of each input
   std::vector<std::string> incoming = {};  ///< inputs that depend on parameters of other stages
   std::vector<int> layers;                 ///< one past the last stage of each layer
-  std::vector<StageCost> costs;            ///< of each stage
+  std::vector<StageCost> costs;            ///< cost of each stage
   int64_t head = 0;                        ///< peak while the head runs
   int64_t ahead = 0;  ///< allocated meanwhile for the backward passes that follow in the same move
   double head_work = 0;
@@ -44,16 +44,16 @@ struct Costs {
 struct Alive {
   int64_t values = 0;      ///< boundary values
   int64_t saved = 0;       ///< arrays that stages have saved for their backward pass
-  int64_t cotangents = 0;  ///< of boundary values
-  int64_t gradients = 0;   ///< of parameters, so far
-  int64_t working = 0;     ///< inside the stages of the move
+  int64_t cotangents = 0;  ///< cotangents of boundary values
+  int64_t gradients = 0;   ///< gradients of parameters, so far
+  int64_t working = 0;     ///< arrays inside the stages of the move
 
   int64_t total() const { return values + saved + cotangents + gradients + working; }
 };
 
 struct Estimate {
-  std::vector<Alive> moves;  ///< beyond `fixed`
-  int64_t peak = 0;          ///< of the whole step, including `fixed` and the optimizer's update
+  std::vector<Alive> moves;  ///< bytes beyond `fixed` at the peak of each move
+  int64_t peak = 0;          ///< peak of the whole step, including `fixed` and the optimizer's update
   double work = 0;
   double again = 0;  ///< the part of `work` that is recomputation
 };

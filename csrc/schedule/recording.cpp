@@ -59,7 +59,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
     constants_.push_back(x);
     number[x.id()] = -static_cast<int>(constants_.size());
   };
-  constexpr int OPS = 1 << 24;  // until then, outputs of ops are numbered from here
+  constexpr int OPS = 1 << 24;  // the first temporary number of an op's output
   auto leave = [&](const mx::array& x) {
     if (auto same = passed_on(x)) {
       number[x.id()] = number.at(same->id());

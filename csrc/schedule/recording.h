@@ -1,5 +1,5 @@
-// The graphs of stages, kept from one step to the next. For a few hundred rows, tracing a stage (Python,
-// checks, derivatives) takes the host longer than running it takes a GPU. Rebuilding its graph does not.
+// The graphs of stages, kept from one step to the next. For a few hundred rows, the host needs longer to
+// trace a stage (Python, checks, derivatives) than a GPU needs to run it. Rebuilding its graph is faster.
 #pragma once
 
 #include <map>

@@ -96,9 +96,9 @@ class Runner {
   /// A stage that has run, and the graph of its backward pass for cotangents that are not known yet.
   struct Kept {
     int stage;
-    std::vector<int> writes = {};  ///< those of its writes that get a cotangent
+    std::vector<int> writes = {};  ///< the writes that get a cotangent
     Arrays cotangents = {};        ///< placeholders for these cotangents
-    Arrays grads = {};             ///< of its parameters, then of its differentiable reads
+    Arrays grads = {};             ///< gradients of its parameters, then of its differentiable reads
   };
 
   /// Launches the results of a move.
@@ -374,8 +374,8 @@ class Runner {
   const Plan plan_;
   const std::vector<StageFn> fns_;
   const std::optional<HeadFn> head_;
-  const std::vector<Arrays> params_;  ///< by owner
-  const std::vector<int> owners_;     ///< by stage
+  const std::vector<Arrays> params_;  ///< parameters by owner
+  const std::vector<int> owners_;     ///< the owner of each stage
   const Arrays head_params_;
   const Wait wait_;
   const Launch launch_;
@@ -384,7 +384,7 @@ class Runner {
   size_t at_ = 0;              ///< index of the next move
   std::vector<Kept> kept_;     ///< stages of the head's move that have run, before their backward pass
   size_t at_a_time_;           ///< maximum number of moves that are launched at a time
-  std::vector<Arrays> saved_;  ///< by stage, from its last run to its backward pass
+  std::vector<Arrays> saved_;  ///< what each stage saved, from its last run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::vector<Arrays> parts_;     ///< results of the move that is being traced, by stage

@@ -34,17 +34,17 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult(training.TrainResult):
-    """The result of a run; losses are in nats per token, with preference methods per pair.
+    """The result of a run. Losses are in nats per token, or per pair with preference methods.
 
-    `config` is the run's. `model` and `tokenizer` are the ones passed to the run, or are loaded on
-    first use; the model has the adapter.
+    `config` is the configuration of the run. `model` and `tokenizer` are the ones passed to the
+    run, or are loaded on first use; the model has the adapter.
     """
 
     config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics of the run as it reported them: `kind` is train, val or score."""
+        """The metrics that the run has reported: `kind` is train, val or score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")
@@ -136,9 +136,9 @@ def train(
     `on_event` is given, which receives the run's events (mlx_segtrain.events). `on_step` and
     `on_eval` receive the metrics of every step and every evaluation as a dict; one that returns
     True ends the run after saving. `score(model, tokenizer)` is called at every evaluation and
-    returns a number or a dict of numbers. `rewards` of method grpo are names of checks, as in the
-    field, and functions that score completions; `environment` is a class, or the field
-    (docs/grpo.md).
+    returns a number or a dict of numbers. For method grpo, `rewards` are functions that score
+    completions, and names of checks as in the field `rewards`; `environment` is a class, or a
+    string as in the field `environment` (docs/grpo.md).
 
     Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
     it. Raises InputError, before anything is written, for input that cannot be used, and RunError
@@ -238,7 +238,7 @@ def _given(
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)  # as load does
+        model.set_dtype(mx.float32)  # load does the same
     model.train()
     return model, tokenizer, fields
 

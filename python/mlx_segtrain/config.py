@@ -319,7 +319,7 @@ class TrainConfig(BaseModel):
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
-    """Number of completions that are generated at once; auto: as many as fit into
+    """Number of completions that are generated at once; auto uses as many as fit into
     memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
     """Stop the run when the mean reward over this many steps has lost half of its gain, beyond what
@@ -439,8 +439,8 @@ class TrainConfig(BaseModel):
     prompt_format: Literal["auto", "chat", "raw"] = option(
         "auto", DATA, title="Format of plain prompts"
     )
-    """Whether plain prompts (strings, not lists of messages) go through the chat template; auto: if
-    the tokenizer has one."""
+    """Whether plain prompts (strings, not lists of messages) go through the chat template; auto
+    means yes if the tokenizer has one."""
     chat_template_kwargs: Variables = option(
         {},
         DATA,
@@ -540,7 +540,7 @@ class TrainConfig(BaseModel):
 
 for _field in TrainConfig.model_fields.values():  # a docstring may take several lines
     _field.description = " ".join((_field.description or "").split())
-TrainConfig.model_rebuild(force=True)  # for its JSON schema
+TrainConfig.model_rebuild(force=True)  # the JSON schema must have the descriptions
 
 #: The facets of every field.
 FACETS: dict[str, Facets] = {

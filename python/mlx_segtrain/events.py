@@ -41,15 +41,16 @@ def warning(message: str) -> Event:
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
-    """A stage of the run begins; progress 0..1. `done` has adapter_path and applied_ranks."""
+    """The start of a stage of the run; `progress` is between 0 and 1. The stage `done` has
+    adapter_path and applied_ranks."""
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """The progress of tokenizing the rows of a source: share 0..1, and the seconds left, both None
-    if unknown."""
+    """The progress of tokenizing the rows of a source: the share between 0 and 1, and the remaining
+    seconds; both are None if unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -57,7 +58,8 @@ def tokenizing(
 
 
 def evaluating(done: int, batches: int, left_s: float) -> Event:
-    """The progress of an evaluation outside of a run: share 0..1, and the seconds left."""
+    """The progress of an evaluation outside of a run: the share between 0 and 1, and the remaining
+    seconds."""
     share = done / batches
     message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
     return stage("evaluate", share, message, share=share, left_s=left_s)
@@ -156,7 +158,8 @@ def sample(step: int, prompt: str, text: str) -> Event:
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """The scores of the adapter by the user's command or function; a str is the error instead."""
+    """The scores of the adapter from the user's command or function; a str is the error if it
+    failed."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
@@ -175,7 +178,8 @@ def failed(error: BaseException) -> Event:
 
 
 def run_progress(step: int, iters: int) -> float:
-    """Returns the progress 0..1 of the whole run; loading and preparing are the first twentieth."""
+    """Returns the progress of the whole run, from 0 to 1; loading and preparing are the first
+    twentieth."""
     return 0.05 + 0.95 * step / iters
 
 

@@ -37,7 +37,7 @@ FOLDER = re.compile(
 #: A hash by which the cache names a file's content.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: Endings of the files that are needed of a model.
+#: Endings of the names of the files that a model needs.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: Folders in a repository whose files are needed.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
@@ -45,7 +45,8 @@ WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
 #: Largest file that the hub serves in one piece; Xet's own client downloads larger ones.
 MOST_AT_ONCE = 50_000_000_000
-#: Bytes to leave free on the disk; seconds to wait for a first answer; seconds between two events.
+#: Bytes to leave free on the disk; the timeout of a first answer in seconds; seconds between two
+#: events.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
 #: Bytes of the first request for a weight file's header, and the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
@@ -223,7 +224,7 @@ def fetch(
 ) -> Path:
     """Returns the cache's snapshot of a repository, with all wanted files.
 
-    `tell` gets events of the stage load, with the `share` of the download, at most four a second.
+    `tell` gets events of the stage load, with the `share` of the download, at most four per second.
     `check` raises InputError for a repository whose files (bytes by name) are unusable. Without
     `ask` no request is sent.
     """
@@ -506,7 +507,9 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     url = hf_hub_url(repository.id, name, endpoint=endpoint(), **where)
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
-        raise InputError(f"{repository.id}: the hub has no checksum of {name}.")
+        raise InputError(
+            f"{repository.id}: the hub has no checksum of {name}, so it cannot be verified."
+        )
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
     _fill(repository, name, url, blob, facts.size, meter)
@@ -618,7 +621,8 @@ def _header(repository: Repository, name: str) -> bytes:
 
 
 def _is(file: BinaryIO, etag: str) -> bool:
-    """Returns whether the hash of a file, git's or SHA-256, is the etag; True for other etags."""
+    """Returns whether the file matches the etag if that is a hash (git's or SHA-256); True for
+    other etags."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if len(etag) == 64:

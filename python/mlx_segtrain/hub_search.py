@@ -24,7 +24,9 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     """Returns repositories whose names have these words, the most downloaded first. Raises
     InputError if the hub cannot be searched."""
     if offline():
-        raise InputError("the hub is not searched: HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set.")
+        raise InputError(
+            "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids a search of the hub: unset it."
+        )
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

@@ -106,7 +106,8 @@ def start_connected(
 
 
 def set_limit(kind: int, value: int | None = None) -> None:
-    """Sets the soft limit of this process, at most to the hard limit; None: to the hard limit."""
+    """Sets the soft limit of this process to a value up to the hard limit; None means the hard
+    limit."""
     hard = resource.getrlimit(kind)[1]
     if value is None or (hard != resource.RLIM_INFINITY and value > hard):
         value = hard

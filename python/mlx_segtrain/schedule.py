@@ -63,13 +63,14 @@ class Cuts:
 
     @classmethod
     def every(cls, n: int, size: int) -> "Cuts":
-        """Returns cuts of n stages in segments of `size` (0: one segment), each a group."""
+        """Returns cuts of n stages into segments of `size` stages, or into one segment if `size` is
+        0. Each segment is its own group."""
         return cls.by_layer(range(1, n + 1), size)
 
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
-        """Returns cuts into segments of `size` layers (0: one segment), each a group; `ends`
-        lists the number of stages after which each layer ends."""
+        """Returns cuts into segments of `size` layers, or into one segment if `size` is 0. Each
+        segment is its own group; `ends` lists the number of stages after which each layer ends."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
@@ -146,7 +147,7 @@ class Passes:
     """The passes of a batch through stages: `forward`, and then `backward`."""
 
     _run: _core.Passes
-    _keys: Mapping[str, list[str]]  #: of parameters, by owner
+    _keys: Mapping[str, list[str]]  #: names of parameters, by owner
     _reads: tuple[str, ...]
     _incoming: tuple[str, ...]
 

@@ -10,7 +10,8 @@ import numpy as np
 
 Count = TypeVar("Count", int, np.ndarray)
 
-#: A chain that trims starts at a multiple of this: few distinct shapes, and whole tiles.
+#: A chain that trims starts at a multiple of this, so that there are few distinct shapes, and tiles
+#: are full.
 TRIM_MULTIPLE = 64
 #: The width of a batch of several rows is a multiple of this, so that few kernels are compiled.
 PAD_MULTIPLE = 32

@@ -1,8 +1,8 @@
-"""Small files that ask for much memory: how each is written, and what a reader makes of it.
+"""Small files that unpack to much memory (decompression bombs): writes them, and reads them.
 
     python tests/hostile/bombs.py FOLDER [NAME ...]
 
-prints a line of JSON for each: the memory and the time that reading it took, and what was said.
+prints a line of JSON for each: the memory and time that reading it took, and the error, if any.
 """
 
 import base64
@@ -28,10 +28,10 @@ from mlx_segtrain.data import tables
 from mlx_segtrain.data.sources import rows_of, source_of
 
 MB = 1 << 20
-#: What a reader that does not look would take of the test's machine, at most.
+#: Maximum memory in bytes, which protects the machine from a reader that does not check sizes.
 CONFINED = 6 << 30
 
-#: The ending of each, and how its bytes are made.
+#: The file extension of each bomb, and the function that creates its bytes.
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {}
 
 
@@ -44,7 +44,7 @@ def bomb(ending: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
 
 
 def packed(codec: str, piece: bytes, times: int, before: bytes = b"", after: bytes = b"") -> bytes:
-    """A compressed piece many times over, which is never in memory."""
+    """Compresses a piece many times over, without holding the whole text in memory."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, codec) as file:
         file.write(before)
@@ -172,7 +172,7 @@ def a_run_of_a_thousand_million() -> bytes:
 
 @bomb(".arrow")
 def images() -> bytes:
-    """Which nothing reads: an honest file."""
+    """A valid file whose images are not read."""
     return ipc(pa.table({"text": ["a"] * 300, "image": [b"x" * MB] * 300}))
 
 
@@ -189,7 +189,8 @@ def columns_that_are_shared() -> bytes:
 
 
 def shared_schema(depth: int, padding: int) -> bytes:
-    """A schema of structs of two columns, which are the same one: 2 to the depth columns."""
+    """A schema of nested structs whose two columns are the same bytes, so it has 2^depth
+    columns."""
     kind: Any = pa.int8()
     for _ in range(depth):
         kind = pa.struct([pa.field("a", kind), pa.field("b", pa.int8())])
@@ -206,7 +207,7 @@ def shared_schema(depth: int, padding: int) -> bytes:
     def target(at: int) -> int:
         return at + struct.unpack_from("<I", content, at)[0]
 
-    message = target(8)  # after the length
+    message = target(8)  # the message follows its length
     items = target(field(target(field(message, 2)), 1)) + 4  # the schema's fields
     for _ in range(depth):
         items = target(field(target(items), 5)) + 4
@@ -234,7 +235,7 @@ def signed(n: int) -> bytes:
 
 
 def thrift(value: Any) -> tuple[int, bytes]:
-    """The type of a value, and its bytes; a dict is a struct by the numbers of its fields."""
+    """Returns a value's type and bytes; a dict is a struct whose keys are field numbers."""
     if isinstance(value, int):
         return 5 if isinstance(value, I32) else 6, signed(value)
     if isinstance(value, bytes):
@@ -263,14 +264,14 @@ def element(name: bytes, kind: int | None = None, repetition: int = 0, **more: i
 
 
 def in_list(kind: int, **more: int) -> list[dict]:
-    """A column "messages", which is a list."""
+    """Returns the schema of a column "messages" whose values are lists."""
     inner = element(b"element", kind, 1, **more)
     outer = element(b"messages", None, 1, children=1, converted=3)
     return [outer, element(b"list", None, 2, children=1), inner]
 
 
 def page(count: int, content: bytes, encoding: int = 0, size: int = 0) -> bytes:
-    """A page of values; `size` of what has been compressed already."""
+    """Returns a page of values; `size` is the uncompressed size of content that is compressed."""
     own = {1: I32(count), 2: I32(encoding), 3: I32(3), 4: I32(3)}
     size, content = (size, content) if size else (len(content), squeezed(content))
     return thrift({1: I32(0), 2: I32(size), 3: I32(len(content)), 5: own})[1] + content
@@ -288,7 +289,7 @@ def squeezed(content: bytes) -> bytes:
 
 
 def run(count: int, value: int) -> bytes:
-    """The same small number, repeated."""
+    """Encodes a small number that is repeated `count` times."""
     return number(count << 1) + bytes([value])
 
 
@@ -297,7 +298,7 @@ def levels(*runs: bytes) -> bytes:
 
 
 def one_list(count: int) -> bytes:
-    """The levels of one row, which is a list of that many values."""
+    """Returns the levels of one row, which is a list of `count` values."""
     return levels(run(1, 0), run(count - 1, 1)) + levels(run(count, 3))
 
 
@@ -308,9 +309,11 @@ def parquet(
     stored: bytes = b"",
     told: dict[int, Any] | None = None,
 ) -> bytes:
-    """Columns are their type, their pages, of which the first may be a dictionary, and how many
-    values they have; their sizes are lies, and so is what is `told` of them, by field. `stored` is
-    a schema of Arrow's."""
+    """Returns a Parquet file with false sizes.
+
+    A column is its type, its pages, the first of which may be a dictionary, and the number of its
+    values. `told` replaces fields of its metadata. `stored` is a schema of Arrow.
+    """
     content, chunks = b"PAR1", []
     names = [[own[4]] for own in schema if 5 not in own]
     if any(own[4] == b"list" for own in schema):
@@ -333,13 +336,13 @@ def closed(content: bytes, footer: bytes) -> bytes:
 
 
 def text_of(mb: int) -> bytes:
-    """A page of one text."""
+    """Returns a page with one text of this size."""
     head = struct.pack("<I", mb * MB)
     return page(1, packed("zstd", b"x" * MB, mb, head), size=mb * MB + 4)
 
 
 def numbers(*values: int, count: int | None = None) -> bytes:
-    """Numbers in DELTA_BINARY_PACKED; the last one as often as it takes for them to be `count`."""
+    """Encodes numbers in DELTA_BINARY_PACKED; repeats the last one up to `count` numbers."""
     block = 128
     while count and block < count:
         block *= 2
@@ -454,7 +457,7 @@ def more_beginnings_than_values() -> bytes:
 
 @bomb(".parquet")
 def a_codec_that_is_not_known() -> bytes:
-    """To ask Arrow for it ends the process, as it does for the next one."""
+    """A file for which Arrow aborts the process, as it does for the next one."""
     column = (TEXT, [text_of(1)], 1)
     return parquet([element(b"text", TEXT)], [column], told={4: I32(-33)})
 
@@ -467,7 +470,7 @@ def counts_of_levels_that_are_not_there() -> bytes:
 
 @bomb(".parquet")
 def a_footer_of_columns() -> bytes:
-    """A million of a row group, of three bytes each."""
+    """A row group with a million columns of three bytes each."""
     schema = thrift([element(b"schema", children=1), element(b"text", TEXT)])[1]
     n = 1_000_000
     group = b"\x19\xfc" + number(n) + b"\x26\x00\x00" * n + b"\x16\x00\x16\x00\x00"
@@ -492,13 +495,13 @@ def a_schema_that_is_stored() -> bytes:
 
 
 def memory(key: str) -> int:
-    """Bytes of this process: VmRSS, resident now, or VmHWM, the most so far."""
+    """Returns bytes of this process: VmRSS (resident now) or VmHWM (the peak so far)."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(rf"{key}:\s+(\d+)", status)[0]) << 10
 
 
 def apart(work: Callable[[], None]) -> None:
-    """In a process that begins with what is imported, and no memory to use again."""
+    """Runs `work` in a fork, which has the imported modules but no freed memory to reuse."""
     if (child := os.fork()) == 0:
         work()
         sys.stdout.flush()
@@ -514,7 +517,7 @@ def read(name: str, path: Path) -> None:
             rows += 1
     except InputError as error:
         said = str(error)
-    for reader in tables._idle:  # their memory is known once they have ended
+    for reader in tables._idle:  # their peak memory is known only after they have ended
         reader.close()
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     grown = memory("VmHWM") - before + max(0, (others.ru_maxrss << 10) - before)

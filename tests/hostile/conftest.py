@@ -1,4 +1,4 @@
-"""Every attack is watched: what one client does, no other notices, and the memory comes back."""
+"""Watches every attack: it must not affect other clients, and its memory must be freed."""
 
 import time
 
@@ -8,23 +8,25 @@ from lib.attack import Watch, memory_mb, patience
 from lib.folders import write_llama
 from mlx_segtrain.models import load_tokenizer
 
-#: Memory that an attack may take over what was there, in 10⁶ bytes, and what may be left of it: a
-#: helper process that it made the server start stays.
+#: Additional memory that an attack may take, and that may remain after it, in 10⁶ bytes: a helper
+#: process that the server started for it stays.
 MOST_MB, LEFT_MB = 500, 250
-#: Seconds in which the memory comes back, and in which a server that is attacked answers: 1 where
-#: it has a processor to itself, which the attackers and other tests take here.
+#: Seconds within which the memory is freed, and within which an attacked server answers. On its own
+#: processor it takes 1 s, but attackers and other tests use the processor here.
 BACK_S, ANSWER_S = 60, 2
 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm(tmp_path_factory):
-    """Libraries are loaded as they are first used, 200 MB of them, which no attack has taken."""
+    """Loads 200 MB of libraries before the first attack, which would otherwise be blamed for
+    them."""
     load_tokenizer(write_llama(tmp_path_factory.mktemp("warm") / "model"))
 
 
 @pytest.fixture(autouse=True)
 def watched(request, warm):
-    """With a server: its /healthz, page and memory. Without one: the memory of this process."""
+    """Watches a server's /healthz, page and memory; without a server, the memory of this
+    process."""
     server = request.getfixturevalue("server") if "server" in request.fixturenames else None
     with Watch(server) as watch:
         yield

@@ -1,9 +1,9 @@
-"""Broken and hostile inputs for every reader and every route: no crash, no 500, no hang, no leak.
+"""Fuzzes every reader and every route: no input may cause a crash, a 500, a hang, or a leak.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz.py
 
-runs outside of pytest, in parts, and prints a line for each. A canary lies in a file outside of the
-server's roots: its text is in no answer, no message and no log.
+runs outside of pytest, in parts, and prints a line for each. A file outside of the server's roots
+contains a canary, whose text must not appear in any answer, message or log.
 """
 
 import json
@@ -32,9 +32,9 @@ from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
 
 CANARY = "canary-7f3a91c2"
-#: Seconds that an input may take.
+#: Maximum seconds for an input.
 LONGEST_S = 5.0
-#: Faults that are enough to stop.
+#: Number of faults after which the fuzzer stops.
 MOST_FAULTS = 20
 
 
@@ -53,7 +53,7 @@ def write_adapter_folder(path: Path) -> Path:
 
 
 class Readers:
-    """Each kind of file, changed, and what reads it."""
+    """The kinds of files, and the reader of each."""
 
     def __init__(self, place: Path, fuzzer: Mutator):
         self.fuzzer = fuzzer
@@ -71,8 +71,8 @@ class Readers:
         self.whole = {name: file.read_bytes() for name, (file, _) in self.kinds.items()}
 
     def one(self) -> str:
-        """Reads one input; what was said of it."""
-        # A tokenizer takes a process, and a hundred times as long.
+        """Changes and reads one file; returns the error, or an empty string."""
+        # A tokenizer needs a process, which takes a hundred times as long.
         names = [name for name in self.kinds if name != "tokenizer.json"]
         rare = self.fuzzer.chance.random() < 0.005
         name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)
@@ -127,7 +127,7 @@ class Readers:
 
 
 def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
-    """Method, path and a body that is right, of every route that takes one."""
+    """Returns method, path and a valid body of every route that takes a body."""
     model, data, adapter = (str(place / name) for name in ("model", "data", "adapter"))
     run = {"model_dir": model, "data_dir": data, "max_seq_length": 64, "iters": 1, "rank": 8}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "adapter": "none"}
@@ -161,7 +161,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
 
 
 class Routes:
-    """A server, and bodies for it."""
+    """A server, and the bodies to change and send."""
 
     def __init__(self, server: Server, fuzzer: Mutator, canary: Path):
         self.server, self.fuzzer = server, fuzzer
@@ -190,7 +190,7 @@ class Routes:
 
 
 def fuzz(place: Path, inputs: int, seed: int, said=print) -> None:
-    """AssertionError with the inputs that did what none may."""
+    """Fuzzes readers and routes. Raises AssertionError with the inputs that caused a fault."""
     outside = place / "outside"
     (outside / "data").mkdir(parents=True)
     canary = outside / "canary.txt"

@@ -1,9 +1,9 @@
-"""Broken and hostile data files for every reader: no exception but InputError, no hang, no bomb.
+"""Fuzzes the readers of data files: only InputError is allowed, and no hang or excessive memory.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz_data.py [KIND ...]
 
-runs outside of pytest and prints a line for each kind of file. A crash of a library ends it: the
-last file is then in the folder that it names.
+runs outside of pytest and prints a line for each kind of file. If a library crashes, the run ends,
+and the last file is in the folder that it has printed.
 """
 
 import csv
@@ -31,9 +31,9 @@ from mlx_segtrain import InputError
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.sources import rows_of, source_of
 
-#: Seconds that a file may take, and bytes of memory that all of them together may add.
+#: Maximum seconds for a file, and bytes by which all files together may increase the memory.
 LONGEST_S, ROOM = 10, 256 << 20
-#: Faults that are enough to stop.
+#: Number of faults after which the fuzzer stops.
 MOST_FAULTS = 10
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi é🎉"}]
@@ -80,7 +80,7 @@ def zst(content: bytes) -> bytes:
 
 
 def table(rows: list[Any]) -> pa.Table:
-    """Of the rows that Arrow can take together, or of the first."""
+    """Returns a table of the rows, or of the first one if Arrow cannot combine them."""
     for some in (rows, rows[:1], ROWS[:1]):
         try:
             return pa.Table.from_pylist(some)
@@ -122,7 +122,7 @@ def parquet(**how: Any) -> Callable[[list[Any]], bytes]:
 
 
 def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
-    """Of the first row, with every value as text, three times."""
+    """Returns a writer that writes the first row three times, with every value as text."""
 
     def write_texts(rows: list[Any]) -> bytes:
         own = [row for row in rows if isinstance(row, dict) and row] or ROWS[:1]
@@ -131,7 +131,7 @@ def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
     return write_texts
 
 
-#: The ending of each kind of file, and how rows are written so.
+#: The extension of each kind of file, and the function that writes rows to it.
 KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "jsonl": (".jsonl", lines),
     "jsonl.gz": (".jsonl.gz", lambda rows: gzip.compress(lines(rows), 1)),
@@ -160,7 +160,7 @@ KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
 
 
 def changed(kind: str, fuzzer: Mutator) -> bytes:
-    """A file with odd values, odd bytes, or both."""
+    """Returns a file with odd values, odd bytes, or both."""
     write = KINDS[kind][1]
     rows: list[Any] = fuzzer.chance.choices(ROWS, k=fuzzer.chance.randrange(1, 4))
     how = fuzzer.chance.random()
@@ -170,13 +170,13 @@ def changed(kind: str, fuzzer: Mutator) -> bytes:
         whole = write(rows)
     except (ValueError, TypeError, OverflowError):
         whole = write(ROWS[:2])
-    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # within the compression
+    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # changes the uncompressed bytes
         whole = (gzip.compress if kind == "jsonl.gz" else zst)(fuzzer.bytes(lines(ROWS[:3])))
     return whole if 0.2 < how < 0.4 else fuzzer.bytes(whole)
 
 
 def read(path: Path) -> str:
-    """What is said of a file; "" if all of its rows are read."""
+    """Returns the error about a file; "" if all of its rows can be read."""
     try:
         for source, row in rows_of(source_of(path)):
             checked(row, source)
@@ -191,7 +191,7 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """AssertionError with the files that did what none may; they stay in the place."""
+    """Raises AssertionError with the files that caused a fault, which stay in the folder."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Bodies that cost much more than they weigh."""
+"""Request bodies that need far more memory or time than their size suggests."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ def server(tmp_path_factory):
 
 
 def test_bodies_that_hold_millions(server):
-    """4 million bad messages took 8 GB, and nobody else was served for a minute."""
+    """4 million bad messages once took 8 GB and blocked all other clients for a minute."""
     with bystander(server) as other, httpx.Client(base_url=server.url, timeout=60) as http:
         for name, (path, body) in BODIES.items():
             kind = "x-www-form-urlencoded" if path == "/login" else "json"
@@ -73,7 +73,7 @@ def test_bodies_that_hold_millions(server):
 
 
 def test_many_large_bodies_at_once(server):
-    """What their sizes come to together is bounded, and so is what is made of them."""
+    """The total size of all bodies is limited, and so is the memory after parsing."""
     body = json.dumps({"prompt": [5] * 1_000_000, "max_tokens": 1}).encode()
     assert len(body) < 8 << 20
 
@@ -88,7 +88,7 @@ def test_many_large_bodies_at_once(server):
 
 
 def test_bodies_that_never_end_are_bounded_together(server):
-    """60 clients send 6 MB each of a body of 7, and wait."""
+    """60 clients send 6 MB of a 7 MB body each, and then wait."""
     rest, wires = memory_mb(server.process.pid), []
     head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
@@ -100,7 +100,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
             for _ in range(60):
                 wire.sendall(b" " * 100_000)
         except OSError:
-            pass  # refused, as the most must be
+            pass  # refused, as most must be
 
     threads = [threading.Thread(target=hold) for _ in range(60)]
     try:
@@ -122,7 +122,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
 
 
 def test_memory_is_given_back(tmp_path, monkeypatch):
-    """The C library keeps what is freed, up to a GB."""
+    """The C library keeps up to 1 GB of freed memory."""
     monkeypatch.setattr(service, "TIDY_S", 0.1)
     own = service.Service(Settings(store=tmp_path, roots=(tmp_path,)))
 
@@ -131,7 +131,7 @@ def test_memory_is_given_back(tmp_path, monkeypatch):
         await asyncio.sleep(0.3)
         rest = service.resident()
         blocks = [bytearray(50_000) for _ in range(6000)]
-        last = blocks[-1]  # at the end, so that nothing before it can be cut off
+        last = blocks[-1]  # keeps the end of the heap in use, so that it cannot shrink
         await asyncio.sleep(0.3)
         del blocks
         end = time.monotonic() + 10
@@ -145,7 +145,7 @@ def test_memory_is_given_back(tmp_path, monkeypatch):
 
 
 def test_a_large_prompt_is_still_a_prompt(server):
-    """The bounds are far above what chats and prompts have."""
+    """The limits are far above the sizes of real chats and prompts."""
     turns = [{"role": "user", "content": 'He said: "{[,:"\\'} for _ in range(9000)]
     answer = server.http.post(CHAT, json={"messages": turns, "max_tokens": 1})
     assert answer.status_code == 400 and "context length" in answer.json()["error"]["message"]

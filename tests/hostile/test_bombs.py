@@ -1,4 +1,4 @@
-"""Small files of every format that ask for much memory: none is given it."""
+"""Reading small files that unpack to much memory, in every format, stays within the limits."""
 
 import json
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 import bombs
 import pytest
 
-#: Bytes that reading a file may take besides the file, which may be mapped, and seconds.
+#: Maximum bytes for reading a file, besides the file itself, which may be mapped; and seconds.
 ROOM, LONGEST_S = 448 << 20, 30
 
-#: Those that are honest, or whose rows are read before they end.
+#: Valid files, and files whose rows are read before the fault.
 READ = ("images", "members_without_end", "a_schema_that_is_stored")
 
 pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="memory is measured as Linux tells of it"
+    not Path("/proc/self/status").exists(), reason="memory is read from /proc"
 )
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What reading each of them took, in a process of its own."""
+    """Returns the memory and time that reading each file took, in a separate process."""
     command = [sys.executable, bombs.__file__, str(tmp_path_factory.mktemp("bombs"))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What a hostile model may do to the engine: panics of Rust, tokens past the end of a table."""
+"""Hostile models in the engine: panics in Rust, and tokens past the end of a table."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic of tokenizers is no Exception of Python: it ended the thread, and all waited."""
+    """A panic in tokenizers is not an Exception: it once ended the thread, and requests hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)
@@ -76,7 +76,7 @@ def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
 
 
 class Panic(BaseException):
-    """As pyo3_runtime.PanicException, whose class nobody can name."""
+    """Stands for pyo3_runtime.PanicException, whose class cannot be imported."""
 
 
 def panic(*_, **__):
@@ -130,7 +130,8 @@ def test_health_says_when_the_engine_has_ended(model, tmp_path, monkeypatch):
 
 
 def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
-    """Of a model for text and images mlx-lm reads text_config; the outer number is anyone's."""
+    """For a multimodal model, mlx-lm reads the values in text_config, so those outside of it may be
+    anything."""
     path = write_llama(tmp_path / "false")
     config = json.loads((path / "config.json").read_text())
     outer = {"model_type": "mistral3", "vocab_size": 10**6, "max_position_embeddings": 10**6}
@@ -173,9 +174,9 @@ def test_training_refuses_tokens_that_the_model_has_no_rows_for(tmp_path):
         train(config, lambda event: None)
 
 
-# Others wait, for a while
+# Long answers and waiting requests
 
-LONG = {"logit_bias": {259: -100.0}}  # it never ends
+LONG = {"logit_bias": {259: -100.0}}  # the answer never ends by itself
 
 
 async def long_answer(engine, n=100):
@@ -184,7 +185,7 @@ async def long_answer(engine, n=100):
 
 
 def test_long_answers_give_way_to_those_who_wait(engine, model, monkeypatch):
-    """Whoever filled all places with long answers had them for as long as these took."""
+    """Clients with long answers once kept all slots until their answers were complete."""
     for name, value in {"MOST_ACTIVE": 2, "TURN_S": 0.1, "MOST_PAUSED": 2}.items():
         monkeypatch.setattr(module, name, value)
     asyncio.run(engine.load(model))
@@ -202,7 +203,7 @@ def test_long_answers_give_way_to_those_who_wait(engine, model, monkeypatch):
         engine._round = plain
         return await asyncio.gather(*long)
 
-    for pieces in asyncio.run(main()):  # and are what they would have been
+    for pieces in asyncio.run(main()):  # the answers are the same as without pauses
         assert [piece.text for piece in pieces] == [piece.text for piece in alone]
     assert seen[0] == [False, False]
 
@@ -243,7 +244,7 @@ def test_who_waits_too_long_is_told(engine, model, monkeypatch):
 
 
 def test_a_swap_of_models_waits_for_a_while_and_then_lets_others_on(engine, model, monkeypatch):
-    """One long answer and one swap kept all others out until the answer had ended."""
+    """A long answer and a model swap once blocked all other requests until the answer ended."""
     monkeypatch.setattr(module, "SWAP_S", 0.3)
     asyncio.run(engine.load(model))
     plain = engine._round
@@ -258,7 +259,7 @@ def test_a_swap_of_models_waits_for_a_while_and_then_lets_others_on(engine, mode
             await engine.load(model)
         assert time.monotonic() - begun < 5 and not long.done()
         assert isinstance(await ask(engine), str)
-        with pytest.raises(Busy, match="take long: try again"):  # nor again and again
+        with pytest.raises(Busy, match="take long: try again"):  # repeated attempts fail, too
             await engine.load(model)
         await long
         engine._next_swap = 0.0
@@ -309,7 +310,7 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def write_sparse(file, shapes):
-    """A file of safetensors whose data are a hole."""
+    """Writes a sparse safetensors file, whose data take no disk space."""
     header, place = {}, 0
     for name, shape in shapes.items():
         after = place + 2 * math.prod(shape)
@@ -321,7 +322,7 @@ def write_sparse(file, shapes):
 
 
 def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
-    """Of some kilobytes on disk, and as large as it says it is."""
+    """A sparse adapter takes a few kilobytes on disk, but much memory when loaded."""
     name, rank = "model.layers.0.self_attn.q_proj", 50_000_000
     shapes = {f"{name}.lora_a": [64, rank], f"{name}.lora_b": [rank, 64]}
     write_sparse(tmp_path / "adapters.safetensors", shapes)
@@ -333,7 +334,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
     with pytest.raises(InputError, match="GB of memory, but mounted adapters may take"):
         asyncio.run(engine.mount("a", tmp_path))
     assert resident_mb() - before < 100 and time.monotonic() - begun < 5
-    # Nor is it read when folders are looked at.
+    # It is not read when adapters are listed, either.
     os.truncate(tmp_path / "adapters.safetensors", 1 << 42)
     (tmp_path / "adapters_unpadded.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "adapters_unpadded.safetensors", 1 << 42)
@@ -343,7 +344,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
 
 
 def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
-    """Of four adapters there are 24 orders, and 15 choices."""
+    """Four adapters can be combined in 15 ways; the 24 orders of all four give the same sum."""
     chain = chain_of(load_base(model)[0])
     ranks = dict.fromkeys(chain.linears, 4)
     asyncio.run(engine.load(model))

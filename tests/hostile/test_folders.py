@@ -1,4 +1,4 @@
-"""Folders: what may be named below a root, what is sent to a hub, what is overwritten."""
+"""Folders: what clients may name, what is pushed to the hub, and what may be overwritten."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from mlx_segtrain.training.contents import check_own
 
 
 def write_adapter(folder):
-    """An adapter as a run leaves it, with what else is in a folder of a user's."""
+    """Writes an adapter as a run does, and other files that a user's folder may contain."""
     (folder / "state" / "step-00001").mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros((2, 2))})
     (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
@@ -35,11 +35,11 @@ def write_adapter(folder):
 ADAPTER = ["README.md", "adapter_config.json", "adapters.safetensors"]
 
 
-# What may be named
+# Paths that clients may name
 
 
 def test_the_token_of_the_hub_lies_outside(tmp_path, monkeypatch):
-    """By default the start folder is a root, and the hub's cache of models."""
+    """By default the roots are the working directory and the hub's cache of models."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
@@ -77,7 +77,7 @@ def test_links_at_any_depth(tmp_path):
     with pytest.raises(Outside, match=r"default\.jinja is not below a directory"):
         roots.resolve(model)
     link.unlink()
-    # A link to a folder within, which holds a link.
+    # A link to a folder below the root that contains a link.
     (root / "templates").mkdir()
     (root / "templates" / "default.jinja").symlink_to(outside / "default.jinja")
     (model / "additional_chat_templates").rmdir()
@@ -85,7 +85,7 @@ def test_links_at_any_depth(tmp_path):
     with pytest.raises(Outside):
         roots.resolve(model)
     (root / "templates" / "default.jinja").unlink()
-    (root / "templates" / "round").symlink_to(model)  # and back
+    (root / "templates" / "round").symlink_to(model)  # a cycle
     assert roots.resolve(model) == model
 
 
@@ -97,7 +97,7 @@ def test_a_folder_of_very_many_files_is_not_looked_through(tmp_path, monkeypatch
         Roots([tmp_path]).resolve(tmp_path)
 
 
-# What is sent
+# Files that are pushed
 
 
 def test_only_an_adapter_s_own_files_are_sent(tmp_path):
@@ -193,7 +193,7 @@ def test_a_failed_push_that_is_resumed_sends_no_link(tmp_path, monkeypatch, hub)
     assert CANARY not in str(hub)
 
 
-# What is overwritten
+# Folders that may be overwritten
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """What a run needs, and a folder of somebody's for it to take."""
+    """Returns the inputs of a run, and an existing folder of a user as its output."""
     model, data, out = (tmp_path / "root" / name for name in ("model", "data", "out"))
     for folder in (model, data, out):
         folder.mkdir(parents=True)
@@ -255,7 +255,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):
         service.submit(values)
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt"):
-        check_own(out)  # as the run itself does
+        check_own(out)  # the run's own check
     assert (out / "checkpoints" / "thesis.txt").read_text() == CANARY
 
 
@@ -308,7 +308,7 @@ def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
 
 @pytest.mark.parametrize(("chains", "length"), [(1, 20), (1500, 1)])
 def test_very_many_links_are_not_followed(tmp_path, chains, length):
-    """Resolving takes time that grows with the length of a chain of links, for each link in it."""
+    """Resolving each link of a chain takes time proportional to the chain's length."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
     for chain in range(chains):
@@ -321,7 +321,7 @@ def test_very_many_links_are_not_followed(tmp_path, chains, length):
 
 
 def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
-    """The processes of a model that is not looked at any more are ended beside all else."""
+    """Ending the processes of an unused model must not block other requests."""
     closing, closed = threading.Event(), threading.Event()
 
     def close(self):
@@ -331,7 +331,7 @@ def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(Confined, "close", close)
     service = Service(Settings(store=tmp_path / "store", roots=(tmp_path,)))
     first = service._confined(tmp_path / "0")
-    first.users = 1  # it is not ended, however many come after it
+    first.users = 1  # a tokenizer in use is never ended
     for i in range(1, 5):
         service._confined(tmp_path / str(i))
     assert closing.wait(5) and not closed.is_set()

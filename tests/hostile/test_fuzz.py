@@ -1,4 +1,4 @@
-"""A few of the inputs of fuzz.py, which takes as many as one wants."""
+"""Runs fuzz.py with a few inputs."""
 
 import os
 

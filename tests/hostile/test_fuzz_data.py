@@ -1,4 +1,4 @@
-"""A few broken files for every reader of data; fuzz_data.py makes as many as one wants."""
+"""Runs fuzz_data.py with a few files."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import fuzz_data
 
 
 def test_a_few_broken_files(tmp_path):
-    """In a process of its own, since a library might crash."""
+    """Runs in a separate process, since a library might crash."""
     done = subprocess.run(
         [sys.executable, fuzz_data.__file__],
         env={"INPUTS": "200", **os.environ, "TMPDIR": str(tmp_path)},

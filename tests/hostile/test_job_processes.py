@@ -1,4 +1,4 @@
-"""What a job's process is started with: no module of a stranger's, no secret, no file of ours."""
+"""A job's process must not get foreign modules, secrets, or open files of the server."""
 
 import asyncio
 import json
@@ -17,9 +17,9 @@ from mlx_segtrain.serving.jobs import queue as jobs_module
 from mlx_segtrain.serving.jobs.kinds import KINDS
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Modules that a job imports, of which one that lies in the way would be run.
+#: Modules that a job imports: a file of this name in the module path would be run instead.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
-#: In the place of a job's process: tells what it sees.
+#: Replaces a job's process; prints its environment, arguments and open files.
 TELLS = """
 import json, os, sys
 files = [int(name) for name in os.listdir("/dev/fd")]
@@ -37,9 +37,9 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
     for name in MODULES:
         (start / f"{name}.py").write_text(f"open({str(ran)!r}, 'a').write({name!r})\n")
     monkeypatch.chdir(start)
-    monkeypatch.setenv("PYTHONPATH", "")  # which Python takes for the folder where it starts
+    monkeypatch.setenv("PYTHONPATH", "")  # Python treats this as the working directory
     monkeypatch.setattr(processes, "STARTED_IN", str(start))
-    for first in ("", str(start), "."):  # as `python -m` has it
+    for first in ("", str(start), "."):  # the first entry of the path with `python -m`
         with monkeypatch.context() as patch:
             patch.setattr(sys, "path", [first, *sys.path])
             values = {"model_dir": "/nowhere", "data_dir": "/nowhere", "split": "valid"}
@@ -49,7 +49,7 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
 
 
 def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
-    """Wherever that is: another one may be installed."""
+    """A job runs the server's copy of the package, even if another one is installed."""
     package = tmp_path / "mlx_segtrain"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -64,7 +64,7 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """
         made = subprocess.run(
-            # Without site: an editable installation would find the package first.
+            # Without site, since otherwise an editable installation would be found first.
             [sys.executable, "-I", "-S", "-c", textwrap.dedent(script)],
             cwd=tmp_path,
             capture_output=True,
@@ -75,7 +75,8 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
 
 
 def test_what_a_file_makes_libraries_print_is_no_event(tmp_path):
-    """transformers prints some settings as they are; a progress of 10⁴⁰ stopped the queue."""
+    """transformers prints some settings verbatim; a forged progress of 10⁴⁰ once stopped the
+    queue."""
     model, data = write_llama(tmp_path / "model"), write_rows(tmp_path / "data", 3)
     forged = json.dumps({"type": "metric", "progress": 10**40, "message": {}})
     for name, change in (
@@ -125,10 +126,10 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert environment["LC_ALL"] == "C.UTF-8" and environment["PATH"] == os.environ["PATH"]
     assert told["cwd"] == str((tmp_path / "store" / "jobs").resolve())
     assert told["args"][:2] == ["mlx_segtrain.serving.jobs.worker", kind]
-    assert told["files"] == [int(told["args"][3])]  # the lock alone
+    assert told["files"] == [int(told["args"][3])]  # the job inherits only the lock
 
 
-#: In the place of a job's process: looks at no signal, as compiled code does.
+#: Replaces a job's process; ignores SIGTERM, as compiled code may.
 DEAF = """
 import json, os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -138,7 +139,7 @@ time.sleep(600)
 
 
 def test_a_job_that_looks_at_no_signal_is_killed_in_the_end(tmp_path, monkeypatch):
-    """A tokenizer's rules can keep it busy for hours, and the jobs after it waiting."""
+    """A hostile tokenizer can run for hours, while other jobs wait."""
     monkeypatch.setattr(processes, "command", lambda *args: [sys.executable, "-I", "-c", DEAF])
     monkeypatch.setattr(jobs_module, "KILLED_AFTER_S", 0.5)
 

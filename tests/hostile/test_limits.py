@@ -1,4 +1,4 @@
-"""Heads, guesses of the token, addresses that clients claim, and the log."""
+"""Limits on request heads, token guesses, claimed client addresses, and the log."""
 
 import json
 import logging
@@ -30,13 +30,13 @@ def server(tmp_path_factory):
 
 
 def raw(server, *parts, seconds=20):
-    """What comes back for bytes on a socket of their own."""
+    """Sends bytes on a new socket; returns the answer."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as wire:
         try:
             for part in parts:
                 wire.sendall(part)
         except OSError:
-            pass  # it has closed: what it said before is read
+            pass  # the server has closed the connection; its answer is read below
         found = b""
         try:
             while part := wire.recv(65536):
@@ -72,7 +72,7 @@ def test_a_head_may_have_what_browsers_send(server):
 
 
 def guess(server, path="/api/jobs"):
-    """A wrong token; status and seconds."""
+    """Sends a wrong token; returns the status and the seconds that it took."""
     begun = time.monotonic()
     if path == "/login":
         answer = httpx.post(f"{server.url}/login", data={"token": "wrong-token"}, timeout=60)
@@ -85,8 +85,8 @@ def guess(server, path="/api/jobs"):
 
 @pytest.mark.parametrize("path", ["/login", "/api/jobs"])
 def test_guesses_are_slow_and_the_owner_is_not(server, path):
-    """2,100 wrong logins, closed at once, kept the owner out for minutes; and by bearer no guess
-    took any time."""
+    """2,100 wrong logins on closed connections once blocked the owner for minutes, and wrong bearer
+    tokens were not delayed."""
     form = b"token=wrong-token"
     lines = {
         "/login": b"POST /login HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
@@ -113,7 +113,7 @@ def test_a_token_that_is_not_ascii_is_one_everywhere(server):
     with httpx.Client(base_url=server.url) as http:
         assert http.get("/api/jobs", headers=GOOD).status_code == 200
         assert http.post("/login", data={"token": TOKEN}).status_code == 303
-        assert http.get("/api/jobs").status_code == 200  # by the cookie
+        assert http.get("/api/jobs").status_code == 200  # with the cookie
 
 
 def test_nobody_says_to_be_another(server):
@@ -150,7 +150,7 @@ def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):
 
 
 def test_cookies_of_others_cost_nothing(server):
-    """Python takes time that grows with the square of a quoted cookie's length (CVE-2024-7592)."""
+    """Python's parser takes quadratic time for a long quoted cookie (CVE-2024-7592)."""
     slow = b'a="' + b"\\" * 40_000 + b'"; theme=dark'
     with (
         httpx.Client(base_url=server.url, timeout=60) as http,
@@ -163,7 +163,7 @@ def test_cookies_of_others_cost_nothing(server):
 
 
 def test_a_long_path_is_none(server):
-    """Resolving one takes time that grows with the square of its length."""
+    """Resolving a path takes time quadratic in its length."""
     with bystander(server, chats=False) as other:
         for path, field in (
             *(("/api/models/serve", "model_dir"), ("/api/finetune/submit", "model_dir")),
@@ -180,7 +180,7 @@ def test_a_long_path_is_none(server):
 
 
 def test_a_page_costs_no_memory(server):
-    """Each once took 3 MB, also of those for which nobody came."""
+    """Each page load once took 3 MB, which was not freed."""
     assert server.http.get("/finetune").status_code == 200
     rest = memory_mb(server.process.pid)
     for _ in range(120):
@@ -189,7 +189,7 @@ def test_a_page_costs_no_memory(server):
 
 
 def test_no_text_becomes_html_or_a_program():
-    """The page says what files, models and clients say; its browser makes nothing else of it."""
+    """The page shows texts from files, models and clients; the browser must not run any of them."""
     sinks = r"(inner|outer)HTML|insertAdjacentHTML|srcdoc|document\.write|\b(eval|Function)\("
     index = (pages.FILES / "index.html").read_text()
     assert "require-trusted-types-for 'script'" in index

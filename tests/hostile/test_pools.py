@@ -1,4 +1,4 @@
-"""Templates that loop or grow, and looks that wait: what one client does, others do not notice."""
+"""Templates that loop or grow, and slow inspections: they must not affect other clients."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from mlx_segtrain.serving.confined import parent as module
 from mlx_segtrain.serving.confined.parent import Confined, Failed, Limits
 from mlx_segtrain.serving.pools import Busy
 
-#: Loops, or grows, if it is asked to.
+#: Loops or grows if the message says so.
 TEMPLATE = (
     "{% set said = messages[0].content %}"
     "{% if said == 'loop' %}"
@@ -55,7 +55,7 @@ def say(server, text):
 
 
 def test_seven_chats_with_a_template_that_loops(server):
-    """They had all threads for ever."""
+    """Such chats once occupied all threads forever."""
     rest = memory_mb(server.process.pid)
     with ThreadPoolExecutor(14) as pool:
         attacks = [pool.submit(say, server, "loop") for _ in range(7)]
@@ -98,7 +98,7 @@ def test_a_dozen_inspections_and_looks(server):
             plan = {"model_dir": str(server.cwd / "model"), "max_seq_length": 64}
             assert server.http.post("/api/finetune/plan", json=plan).status_code == 200
             assert time.monotonic() - begun < 4 * patience()
-        (data / "train.jsonl").write_text("{}\n")  # those to come end soon
+        (data / "train.jsonl").write_text("{}\n")  # later inspections end soon
         codes = {attack.result().status_code for attack in attacks}
     assert codes <= {200, 429} and other.grown_mb < 500
     assert max(other.health) < patience() and max(other.answers) < 5 * patience()
@@ -252,7 +252,7 @@ def test_tokenizers_that_are_not_served(change, says, tmp_path):
 
 
 def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
-    """Not even where its server is killed."""
+    """No process is left, even if the server is killed."""
     model = write_llama(tmp_path / "model")
     code = (
         "import os, sys, time\n"
@@ -299,7 +299,7 @@ def test_pools_are_bounded():
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="too many requests for tests"):
             await pool.run(go.wait)
-        calls[0].cancel()  # its thread goes on, and counts
+        calls[0].cancel()  # its thread continues, and still counts
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):
             await pool.run(go.wait)
@@ -312,7 +312,7 @@ def test_pools_are_bounded():
 
 
 def test_an_answer_that_comes_in_parts(monkeypatch):
-    """A busy machine may stop a worker in the midst of its answer, for longer than a slice."""
+    """On a busy machine, a worker may pause within its answer for longer than a time slice."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(module, "SLICE_S", 0.05)
     monkeypatch.setattr(Confined, "start", lambda self: None)
@@ -332,7 +332,7 @@ def test_an_answer_that_comes_in_parts(monkeypatch):
 
 
 def test_an_account_with_limits_of_its_own(tmp_path):
-    """Such as `ulimit -v` and `ulimit -t` set, which cannot be raised again."""
+    """Limits that `ulimit -v` and `ulimit -t` have set cannot be raised again."""
     script = """if True:
         import resource, sys
         from mlx_segtrain.serving.confined.parent import Confined, Limits

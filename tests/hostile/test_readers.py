@@ -1,4 +1,4 @@
-"""Files that ask for more than a reader should give: in the server, in train and in inspect."""
+"""Files that would take too much memory or time, in the server, in train and in inspect."""
 
 import json
 import os
@@ -19,12 +19,12 @@ from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 
-#: Bytes of memory that a command of these may take besides what its libraries do.
+#: Maximum bytes of memory of a command, besides its libraries.
 ROOM = 3 << 30
 
 
 def segtrain(*args, seconds=60):
-    """Standard error of a command with bounded memory, and its status."""
+    """Runs a command with limited memory; returns its standard error and exit code."""
 
     def confined():
         resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
@@ -46,7 +46,7 @@ def model(tmp_path):
 
 
 def huge_row(path):
-    """A line of 400 MB, which costs nothing on the disk."""
+    """Writes a line of 400 MB as a sparse file."""
     path.mkdir()
     with open(path / "train.jsonl", "wb") as file:
         file.write(b'{"text": "')
@@ -166,7 +166,7 @@ def test_a_configuration_that_is_too_large(model):
 )
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
-    """Each line of a vocabulary is a token, which an answer can be made of."""
+    """Each line of a vocabulary becomes a token, so an answer could contain the file's text."""
     secret = tmp_path / "secret"
     secret.write_text("a\n,\nb\n[UNK]\n")
     model = write_llama(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""Adapter folders as mlx-lm and PEFT write them, and transformers models beside them."""
+"""Adapter folders in the formats of mlx-lm and PEFT, and the same models in transformers."""
 
 import json
 
@@ -94,5 +94,5 @@ def in_transformers(hf, model_dir):
 
 
 def peft_logits(hf, model_dir, folder, tokens=TOKENS):
-    """Of the model in transformers with the folder's adapter, loaded by PEFT."""
+    """Returns the logits of the model in transformers with the folder's adapter, loaded by PEFT."""
     return mx.array(hf.logits_with_adapter(in_transformers(hf, model_dir), folder, tokens))

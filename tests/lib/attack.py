@@ -1,5 +1,5 @@
-"""What attacks share: clients that only want to be served, the memory of a process, and a file
-outside a server's roots whose content nobody may see."""
+"""Code for tests that attack a server: innocent clients, the memory of a process, and a secret file
+outside of the server's roots."""
 
 import os
 import threading
@@ -13,15 +13,15 @@ CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
-    """Returns how many seconds now stand for one second on an idle machine."""
+    """Returns the factor by which the machine's current load stretches time limits."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Watch:
-    """Asks a server for /healthz and its page, and for chats, while others attack it.
+    """A client that requests /healthz, the page and chats while others attack the server.
 
     Without a server it only measures the memory of this process. `health` and `answers` are the
-    seconds that each look and each chat took, `rest` and `peak` the memory in 10⁶ bytes.
+    seconds that each check and each chat took, and `rest` and `peak` the memory in 10⁶ bytes.
     """
 
     def __init__(self, server=None, chats=False):
@@ -73,7 +73,7 @@ def bystander(server, chats=True):
     """Yields a client of a server that has been served before the attack begins."""
     with Watch(server, chats) as own:
         end = time.monotonic() + 60
-        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both have begun
+        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both threads have started
             assert time.monotonic() < end, own.failures
             time.sleep(0.02)
         yield own

@@ -1,4 +1,4 @@
-"""The page in a browser: a server with its folders, and a user who opens its pages."""
+"""Tests of the page in a browser: a server with its folders, and a user who opens its pages."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from playwright.sync_api import expect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-#: Milliseconds: on a machine that does other things, too, 5000 are few.
+#: The timeout in milliseconds, higher than the default of 5000 for busy machines.
 expect.set_options(timeout=15_000)
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
@@ -41,7 +41,7 @@ class Site:
             return json.load(answer)
 
     def train(self, **values: Any) -> str:
-        """Runs the tiny model until the run has ended."""
+        """Trains the tiny model, and waits until the run has ended."""
         own = {
             "model_dir": str(self.work / "tiny"),
             "data_dir": str(self.work / "counting"),
@@ -85,7 +85,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
 
 @dataclass
 class User:
-    """Opens pages, and records whatever a page must not do."""
+    """Opens pages, and records errors and requests to other hosts."""
 
     browser: Any
     site: Site
@@ -114,7 +114,7 @@ class User:
         page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
     def _note(self, message: Any) -> None:
-        # The browser logs each answer that is an error; the page shows it, too.
+        # The browser logs each error status, which the page shows anyway.
         refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
         asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
         if message.type in ("error", "warning") and not (refused and asked):

@@ -14,7 +14,7 @@ from mlx_segtrain.objectives.sft import Sft
 SCALE = 1.5
 
 
-#: By name: the family and what it is given. T crosses the window of 8.
+#: By name: the family and its options. T is larger than the window of 8.
 FAST = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
@@ -98,7 +98,7 @@ def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0)
 
 
 def headers(model):
-    """Returns what the files of a model would say."""
+    """Returns the tensor headers that the files of this model would have."""
     kinds = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
     return {
         name: (kinds.get(w.dtype, "F32"), tuple(w.shape))

@@ -1,4 +1,4 @@
-"""Chat templates of our own, each of which behaves like a kind that models have."""
+"""Our own chat templates, each of which behaves like those of some models."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""What tests share: random arrays and adapters, gradients, and the check of one call."""
+"""Code that tests share: random arrays and adapters, gradients, and the check of one call."""
 
 from contextlib import contextmanager
 
@@ -26,7 +26,7 @@ def served():
 
 
 def needs_router_gradient():
-    """Skips if mlx-lm chooses experts with ops without a gradient (as that of Python 3.10 does)."""
+    """Skips the test if mlx-lm's router has no gradient (as in its version for Python 3.10)."""
     if mlx_lm.__version__ < "0.32":
         pytest.skip(f"the experts' router of mlx-lm {mlx_lm.__version__} has no gradient")
 
@@ -46,7 +46,7 @@ def grads(f, args, dy):
 
 
 def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Checks value and gradients of f, that two calls agree, and each gradient alone."""
+    """Checks value and gradients of f, each gradient alone, and that two calls agree."""
     y = f(*args)
     assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
     oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)

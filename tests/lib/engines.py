@@ -1,4 +1,4 @@
-"""A model with adapters that answers, and what mlx-lm answers with each adapter alone."""
+"""An engine with a model and adapters, and mlx-lm's answers with each adapter alone."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ END = 259  # <|im_end|>
 
 
 def write_lively(path):
-    """Writes a model with room for long answers, which are printable and do not repeat for long."""
+    """Writes a model with a large context length, whose answers are printable and seldom repeat."""
     write_llama(path, tied=False, max_position_embeddings=20_000)
     file = str(path / "model.safetensors")
     weights = {k: 3 * x if "_proj" in k else x for k, x in mx.load(file).items()}
@@ -37,7 +37,7 @@ def write_adapters(folder, model):
         write_adapter(folder / name, adapter, About("model"))
 
     for i, name in enumerate("abc"):
-        linears = list(chain.linears)[i:]  # a linear layer that one adapter has and another has not
+        linears = list(chain.linears)[i:]  # a linear layer that only one of the adapters changes
         adapter = random_adapter(chain, dict.fromkeys(linears, 2 + 2 * i), 1.0 + i, 0.1)
         moved = {p: (x, mx.roll(y, i, 1)) for p, (x, y) in adapter.tensors.items()}
         write(name, lora.Adapter(moved, adapter.scales))
@@ -65,7 +65,7 @@ def mounted(model, adapters):
 
 
 class Alone:
-    """Greedy answers of mlx-lm, with a separate model for each adapter."""
+    """Computes greedy answers with mlx-lm, with a separate model for each adapter."""
 
     def __init__(self, model, adapters):
         self.model, self.adapters, self.models, self.known = model, adapters, {}, {}

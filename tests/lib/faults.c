@@ -1,9 +1,9 @@
-/* Faults at the n-th call that changes something below a folder; to be preloaded.
+/* Makes the n-th call that changes something below a folder fail. Loaded with LD_PRELOAD.
  *
  * FAULT_ROOT  the folder; unset: nothing happens
  * FAULT_AT    which call, from 1; 0: none, calls are only counted
- * FAULT_KIND  kill: SIGKILL before the call; torn: SIGKILL behind half of it; or an errno's number
- * FAULT_STAYS 1: the calls behind it fail as well
+ * FAULT_KIND  kill: SIGKILL before the call; torn: SIGKILL after half of it; or the number of an errno
+ * FAULT_STAYS 1: the calls after it fail as well
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -43,7 +43,7 @@ static int at_below(int dir, const char *path) {
 
 enum { PASS, FAIL, TORN };
 
-/* What is to happen to a call that counts. */
+/* What happens to a call that is counted. */
 static int fault(int counts) {
   if (!counts) return PASS;
   const char *at = getenv("FAULT_AT"), *kind = getenv("FAULT_KIND");
@@ -81,7 +81,7 @@ ssize_t write(int fd, const void *data, size_t n) {
 ssize_t writev(int fd, const struct iovec *parts, int n) { CALL(fd_below(fd), REAL(writev)(fd, parts, n)); }
 ssize_t pwrite(int fd, const void *data, size_t n, off_t at) { CALL(fd_below(fd), REAL(pwrite)(fd, data, n, at)); }
 ssize_t pwrite64(int fd, const void *data, size_t n, off64_t at) { CALL(fd_below(fd), REAL(pwrite64)(fd, data, n, at)); }
-/* Waits for no disk: whoever is killed loses nothing that was written, synced or not. */
+/* Does not wait for the disk: a killed process loses nothing that it has written, synced or not. */
 int fsync(int fd) { CALL(fd_below(fd), 0); }
 int ftruncate(int fd, off_t n) { CALL(fd_below(fd), REAL(ftruncate)(fd, n)); }
 int ftruncate64(int fd, off64_t n) { CALL(fd_below(fd), REAL(ftruncate64)(fd, n)); }

@@ -21,7 +21,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-#: What differs between the arguments of a family in mlx-lm and the config of transformers.
+#: Differences between a family's arguments in mlx-lm and its config in transformers.
 CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda args: {
         "layer_types": ["full_attention"] * args["num_hidden_layers"],  # mlx-lm has no window
@@ -34,8 +34,8 @@ CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
 }
 
-#: Tensors under another name, by the end of it: those of mlx-lm, joined along the axis before the
-#: last.
+#: Renamed tensors, by the end of their name in transformers: the names in mlx-lm, whose tensors are
+#: concatenated along the second last axis.
 JOINED: dict[str, tuple[str, ...]] = {
     "experts.gate_up_proj": (
         "experts.switch_glu.gate_proj.weight",

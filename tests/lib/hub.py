@@ -1,4 +1,4 @@
-"""A Hugging Face hub on this machine: models and data sets to download, and what is pushed."""
+"""A simulated Hugging Face hub on this machine: models and data sets to download, and uploads."""
 
 import base64
 import hashlib
@@ -22,8 +22,8 @@ class Repository:
     files: dict[str, bytes]
     commit: str
     refs: dict[str, str] = field(default_factory=dict)  #: other names of commits
-    readers: set[str] | None = None  #: tokens; None: anyone
-    branches: dict[str, "Repository"] = field(default_factory=dict)  #: by name
+    readers: set[str] | None = None  #: tokens of users who may read it; None means anyone
+    branches: dict[str, "Repository"] = field(default_factory=dict)  #: branches by name
 
 
 @dataclass
@@ -32,16 +32,18 @@ class Hub:
     told: dict = field(default_factory=dict)  #: bodies of requests by path
     pushed: dict = field(default_factory=dict)  #: files by name
     authorization: set = field(default_factory=set)
-    requests: list = field(default_factory=list)  #: ("GET", "/org/name/resolve/…", its Range)
-    repositories: dict = field(default_factory=dict)  #: by ("models" or "datasets", "org/name")
-    breaks_after: int | None = None  #: bytes of a file, after which the connection ends, each time
-    pause_s: float = 0.0  #: between pieces of a file
-    sent: int = 0  #: bytes of files
+    requests: list = field(default_factory=list)  #: ("GET", "/org/name/resolve/…", Range header)
+    repositories: dict = field(
+        default_factory=dict
+    )  #: keys are ("models" or "datasets", "org/name")
+    breaks_after: int | None = None  #: bytes of a file after which the connection ends
+    pause_s: float = 0.0  #: seconds between pieces of a file
+    sent: int = 0  #: number of bytes of files that were sent
     searches_fail: bool = False
-    says_more: int = 0  #: bytes by which it lies of the size of large files
+    says_more: int = 0  #: bytes that are added to the reported size of large files
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """Adds a repository with these files, or those of a folder; `branch` is one of it."""
+        """Adds a repository with these files, or those of a folder, and perhaps a branch."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):
@@ -74,7 +76,7 @@ def etag(content: bytes) -> str:
 
 
 class Broken(Exception):
-    """Ends the connection here."""
+    """Ends the connection at this point."""
 
 
 @contextmanager

@@ -48,7 +48,7 @@ OF_LATER = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
 
 @contextmanager
 def of_each_kind(store: Path) -> Iterator[dict[str, tuple[str, str, str]]]:
-    """Adds a finished job of each kind while it is entered; yields kind, title and name by id."""
+    """Adds a finished job of each kind while it is active; yields kind, title and name by id."""
     assert set(OF_EACH_KIND) == set(KINDS)
     jobs, known = Store(store / "jobs.sqlite"), {}
     try:

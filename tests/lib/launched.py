@@ -13,7 +13,7 @@ from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import ranks, watch
 
-#: Each rank writes its factors to a file of its own, as the last thing of a run.
+#: Each rank writes its factors to a separate file at the end of a run.
 FACTORS = """
 import numpy as np
 from pathlib import Path
@@ -28,7 +28,7 @@ loop.Run._result = result
 
 
 def run(rank, folder, given, before, environment):
-    """Trains one configuration after the other. `before` is code that a test runs first."""
+    """Trains one configuration after another. `before` is code of the test that runs first."""
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(("out", "err"), 1):

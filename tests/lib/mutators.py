@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-#: Values that break code which expects others.
+#: Odd values, which break code that expects ordinary ones.
 ODD = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan")),
     *(float("inf"), -1e308, "", " ", "\0", "\x00", "a", "a" * 5000, "é" * 600, "é\ud800", "\ud800"),

@@ -1,7 +1,7 @@
-"""Truth for the ops: NumPy in float64, derivatives by complex step; and every bound.
+"""The reference for the ops: NumPy in float64 with complex-step derivatives; and all error bounds.
 
-F'(x) = Im F(x + ih) / h has no subtraction and so no step size to choose (h = 1e-200). Functions
-are written so that they hold for complex arguments: no abs or max on values that vary.
+F'(x) = Im F(x + ih) / h has no subtraction, so any tiny step works (h = 1e-200). Functions also
+work for complex arguments: they use no abs or max of values that depend on x.
 """
 
 import numpy as np
@@ -31,7 +31,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    if isinstance(segments, list):  # offsets; what comes after the last one is padding
+    if isinstance(segments, list):  # offsets; tokens after the last one are padding
         ids = np.searchsorted(segments, np.arange(s), side="right")
         ids[ids == len(segments)] = -1
     else:
@@ -40,7 +40,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
 
 
 def softmax(s, seen):
-    """Over the last axis; 0 in rows that see nothing."""
+    """Softmax over the last axis; 0 in rows that see nothing."""
     top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
     p = np.exp(np.where(seen, s - np.where(np.isfinite(top), top, 0), -np.inf))
     total = p.sum(-1, keepdims=True)
@@ -128,7 +128,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def lora_linear(x, w, bias, a, b, scale, mask=1.0):
-    """mask: 0 or 1 / (1 − dropout)."""
+    """The elements of `mask` are 0 or 1 / (1 − dropout)."""
     return x @ w.T + bias + scale * (mask * x) @ a @ b
 
 
@@ -174,7 +174,7 @@ def cross_entropy_vjp(h, w, targets, weights, softcap=None, bias=0.0, smoothing=
     return (np.where(targets < 0, 0, weights)[:, None] * p * slope) @ w
 
 
-# ---- the bounds: here and nowhere else
+# ---- the only place with error bounds
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -185,17 +185,18 @@ def errors(x, truth):
     assert x.shape == truth.shape, (x.shape, truth.shape)
     assert np.isfinite(x).all()
     norm, top = np.linalg.norm(truth), np.abs(truth).max(initial=0)
-    if top < 1e-12:  # 0 as a difference of sums, whose terms are normal numbers
+    if top < 1e-12:  # a 0 that is a difference of sums has rounding errors
         norm = top = 3
     return np.linalg.norm(x - truth) / (norm or 1), np.abs(x - truth).max(initial=0) / (top or 1)
 
 
 def assert_no_worse(name, x, reference, truth, dtype):
-    """x may err twice as much as the plain code does in the same dtype, in both measures.
+    """Checks that x has at most twice the error of the plain code in the same dtype, in both
+    measures.
 
-    A rule on the largest error alone would pass a gradient that is 1 % wrong in bfloat16. The
-    allowance for one rounding has a float32 part: lse, a float32 number, scales a whole row, and
-    which order a product adds up in is the BLAS's choice by the kind of CPU.
+    A bound on the largest error alone would accept a gradient that is 1 % wrong in bfloat16. The
+    allowance for one rounding has a float32 part, because lse, a float32 number, scales a whole
+    row, and because the order of sums in a BLAS depends on the CPU.
     """
     eps = EPS[dtype]
     (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
@@ -206,13 +207,13 @@ def assert_no_worse(name, x, reference, truth, dtype):
 
 
 def assert_rounded(name, x, truth, dtype):
-    """Plain code: float32 arithmetic, and for half precision one rounding."""
+    """Checks plain code: float32 arithmetic, and for half precision one rounding."""
     l2, _ = errors(x, truth)
     bound = 16 * EPS["float32"] + (EPS[dtype] / 2 if dtype != "float32" else 0)
     assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"
 
 
 def assert_close(name, x, truth, bound):
-    """Relative L2 error at most `bound`."""
+    """Checks that the relative L2 error is at most `bound`."""
     l2, _ = errors(x, truth)
     assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 #: Pages whose blocks run unless they say what they need.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
-#: What a block may need (docs/hooks.py shows it to readers).
+#: The things that a block may need (docs/hooks.py shows them to readers).
 NEEDS = {"cuda", "mac", "network", "hosts", "packages", "server", "checkout"}
 FENCE = re.compile(r"^```(\w*)(?: needs: (\w+))?$")
 
@@ -33,7 +33,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yields a page's fenced blocks; ValueError for a fence that is not closed or understood."""
+    """Yields a page's fenced blocks. Raises ValueError for an unclosed or unknown fence."""
     begun: tuple[int, str, str | None] | None = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):

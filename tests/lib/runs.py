@@ -1,4 +1,4 @@
-"""Tiny runs: their configuration, ways to end them early, and how two of them are compared."""
+"""Tiny runs: their configuration, ways to end them early, and comparisons."""
 
 import gc
 import json
@@ -23,7 +23,7 @@ def config_of(model, data, out, **changes):
 def existing_bytes():
     """Returns the bytes of the arrays that earlier tests of the process still hold.
 
-    What only a cycle holds would be counted too, and freed during a step: it is freed here.
+    First frees reference cycles, which would otherwise be counted, and freed during a step.
     """
     gc.collect()
     return mx.get_active_memory()
@@ -58,7 +58,7 @@ def assert_same_in_mlx_lm(model_dir, adapter, apart):
 
 
 def losses_of(monkeypatch, losses):
-    """Makes evaluations return these losses, and then the last one again and again."""
+    """Makes evaluations return these losses, and then the last one forever."""
     left = list(losses)
     monkeypatch.setattr(step, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
@@ -109,7 +109,7 @@ def files_of(run):
 
 
 def assert_twins(config, resumed, plain):
-    """Asserts that two runs left the same files and returned the same."""
+    """Asserts that two runs left the same files and returned the same result."""
     (a, one), (b, two) = resumed, plain
     assert essence(one) == essence(two)
     assert lines_of(a) == lines_of(b)
@@ -122,7 +122,7 @@ def assert_twins(config, resumed, plain):
 
 
 def timeless(progress):
-    """Returns the progress without what depends on the clock."""
+    """Returns the progress without values that depend on the clock."""
     last = progress.last and replace(progress.last, seconds=0)
     recent = [replace(outcome, seconds=0) for outcome in progress.recent]
     return replace(progress, last=last, recent=recent, train_s=0, wall_s=0, peak=0)

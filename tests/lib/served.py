@@ -1,4 +1,4 @@
-"""A server as users have it: `mlx-segtrain serve` in a separate process."""
+"""A server as users run it: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
-    """Runs a server while it is entered; `http` is a client of it, `cache` holds its store."""
+    """Runs a server while it is active; `http` is a client, and `cache` contains its store."""
 
     def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
         self.cwd, self.args, self.port = cwd, args, port
@@ -88,7 +88,7 @@ class Server:
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
-    """Returns (id, event) of a stream, up to its end."""
+    """Returns the id and the content of each event of a stream, up to its end."""
     headers = {"last-event-id": last_id} if last_id else {}
     found, own = [], ""
     with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:

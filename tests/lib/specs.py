@@ -1,4 +1,4 @@
-"""Shapes for every implementation of an op: aligned, off by one, tiny, grouped, T < S, padding."""
+"""Shapes for all implementations of an op: aligned, off by one, tiny, grouped, T < S, padding."""
 
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -57,8 +57,7 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
-    # Padding: more than a tile in the middle, under bands of a window, after the last offset, and
-    # for every query.
+    # Padding: more than a tile in the middle, with a window, after the last offset, and everywhere.
     Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
     Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),
     Attention(1, 2, 1, 280, 300, 96, options={"segments": [0, 100, 130], "softcap": 3.0}),
@@ -72,8 +71,8 @@ ATTENTION_TINY = [
     Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
-#: Of gated linear units: whole groups of threads, off by one, every rank; and few elements, of
-#: which a single call may err by nothing in the plain code.
+#: Shapes for gated linear units: whole threadgroups, off by one, and any number of axes; and shapes
+#: with few elements, for which the plain code may happen to have no error.
 GLU = [(2, 5, 129), (2, 1024), (2049,), (1, 2, 3, 343), (40, 1536)]
 GLU_TINY = [(), (1, 1), (7,), (8,), (3, 3)]
 

@@ -95,7 +95,7 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# What differs from COMMON. With a text_config, that is what differs in it.
+# Differences from COMMON; with a text_config, the differences in it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},

@@ -1,4 +1,4 @@
-"""A process from which runs are forked imports this, and with it all that a run needs.
+"""Imported by processes from which runs are forked, because it imports everything a run needs.
 
 It computes nothing, since MLX's threads do not survive a fork. WARM_MODEL is a model's folder.
 """

@@ -1,1 +1,1 @@
-"""What Linux can say of a Mac: `make mac`. docs/metal_on_linux.md"""
+"""Checks on Linux that the package would build on a Mac: `make mac`. docs/metal_on_linux.md"""

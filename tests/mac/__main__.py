@@ -11,7 +11,7 @@ def main() -> None:
     with step("C++ for macOS on arm64"):
         cross.configure()
         print(f"{cross.build()} files compiled and linked")
-    with step("what the emulator makes of a kernel, for macOS"):
+    with step("the emulator's C++ of a kernel, for macOS"):
         print(f"{emulator.check()} compiled")
     with step("planted faults in C++"):
         print(f"{cross.check_host_faults()} found")

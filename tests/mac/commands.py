@@ -1,4 +1,4 @@
-"""`make -n` of every target as on a Mac: what it would run must be what a Mac has.
+"""`make -n` of every target as on a Mac: it may only run commands that a Mac has.
 
 macOS has GNU make 3.81, of 2006, and the tools of BSD.
 """
@@ -9,7 +9,7 @@ import re
 from .machine import BUILD, ROOT, Found, run
 
 MAKEFILE = ROOT / "Makefile"
-#: Of GNU make after 3.81.
+#: Features of GNU make after 3.81.
 NEWER_MAKE = {
     ".ONESHELL": r"^\.ONESHELL",
     "$(file)": r"\$\(file ",
@@ -21,7 +21,7 @@ NEWER_MAKE = {
     "private": r"^\S+: private ",
     "$(shell) with .SHELLSTATUS": r"\.SHELLSTATUS",
 }
-#: Commands, or options, that BSD's tools do not have or take otherwise.
+#: Commands or options that BSD's tools lack or interpret differently.
 NOT_ON_A_MAC = {
     "sed -i without an ending": r"\bsed (-\w+ )*-i ",
     "sed -r": r"\bsed -\w*r",
@@ -39,12 +39,12 @@ NOT_ON_A_MAC = {
     "getconf, mktemp --options": r"\bmktemp --",
     "env -0": r"\benv -0",
 }
-#: Runs only where apt-get is.
+#: A command that runs only if there is apt-get.
 LINUX_ONLY = re.compile(r"^for name in chromium.*?; fi$", re.M | re.S)
 
 
 def as_on_a_mac() -> dict[str, str]:
-    """An environment in which uname says Darwin."""
+    """Returns an environment in which uname prints Darwin."""
     folder = BUILD / "darwin"
     folder.mkdir(parents=True, exist_ok=True)
     uname = folder / "uname"

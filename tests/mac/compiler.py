@@ -1,7 +1,7 @@
-"""Called by CMake as a Mac's c++: zig's, with stand-ins for the libraries that only a Mac has.
+"""The c++ of a Mac, as called by CMake: zig's, with stand-ins for libraries that only a Mac has.
 
-A library's stand-in is a list of symbols. The C++ library's are those that MLX's own wheels for the
-same macOS need, and a few that have been there for longer.
+The stand-in of a library is a list of symbols. For the C++ library, these are the symbols that
+MLX's wheels for the same macOS need, and a few older ones.
 """
 
 import re
@@ -13,11 +13,11 @@ from .machine import BUILD, HERE, MACOS, SITE, environment, zig
 from .macho import symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
-#: Marks of what is newer than the target, which Apple's headers carry and zig's leave out.
+#: Macros that mark functions newer than the target; Apple's headers use them, zig's do not.
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
 LIBCXX = "/usr/lib/libc++.1.dylib"
-#: Of the C++ library and not among what MLX's wheels need: parts of C++98 to C++14.
+#: Symbols of the C++ library that MLX's wheels do not need: parts of C++98 to C++14.
 OLD_LIBCXX = re.compile(
     r"__ZN?K?St(11logic_error|3__1(17__assoc_sub_state|6futureIvE|6thread|17bad_function_call|"
     r"13basic_istreamI|19basic_istringstreamI))|"
@@ -33,7 +33,7 @@ FRAMEWORKS = {
 
 
 def stand_in(folder: Path, path: str, names: list[str]) -> Path:
-    """A library's list of symbols, as a linker for macOS reads it."""
+    """Writes a library's list of symbols in the format that a linker for macOS reads."""
     file = folder / f"{Path(path).stem}.tbd"
     listed = ", ".join(f"'{x}'" for x in names)
     file.write_text(
@@ -44,7 +44,7 @@ def stand_in(folder: Path, path: str, names: list[str]) -> Path:
 
 
 def libcxx(objects: list[Path]) -> list[str]:
-    """What of the C++ library these objects may need."""
+    """Returns the symbols of the C++ library that these objects may need."""
     libraries = [*(SITE / "mlx" / "lib").glob("*.dylib"), *SITE.glob("mlx/core.*.so")]
     known = {x for library in libraries for x in symbols(library)[0]}
     own = {x for file in objects for x in symbols(file)[0] if OLD_LIBCXX.match(x)}
@@ -53,7 +53,7 @@ def libcxx(objects: list[Path]) -> list[str]:
 
 
 def link(arguments: list[str]) -> list[str | Path]:
-    """zig's command for the one of a linker of Apple's."""
+    """Converts a command for Apple's linker to one for zig."""
     kept: list[str | Path] = []
     python: list[str] = []
     rest = iter(arguments)
@@ -68,9 +68,9 @@ def link(arguments: list[str]) -> list[str | Path]:
             next(rest)
         elif (
             argument == "-bundle"
-        ):  # zig has only libraries: the difference is how they may be loaded
+        ):  # zig has no bundles, only libraries, which differ in how they can be loaded
             kept.append("-shared")
-        elif argument.startswith("-Wl,@"):  # -U and a name of CPython's a line
+        elif argument.startswith("-Wl,@"):  # -U and a name of CPython on each line
             python += Path(argument.removeprefix("-Wl,@")).read_text().split()
         elif not argument.startswith(("-Wl,", "-F", "-mmacosx-version-min", "-O", "-D", "-Werror")):
             kept.append(argument)

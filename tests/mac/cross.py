@@ -1,4 +1,4 @@
-"""Every C++ file compiled and linked for macOS, and faults in them that must be found."""
+"""Compiles and links every C++ file for macOS, and plants faults that must be found."""
 
 import json
 import re
@@ -17,12 +17,12 @@ MODULE = "_core"
 
 
 def tool(name: str) -> Path:
-    """A program of this environment."""
+    """Returns a program of this environment."""
     return Path(sys.executable).with_name(name)
 
 
 def configure() -> None:
-    """CMakeLists.txt as on a Mac."""
+    """Runs CMake with the settings that it would have on a Mac."""
     command = [
         *(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", CMAKE),
         f"-DCMAKE_TOOLCHAIN_FILE={HERE / 'toolchain.cmake'}",
@@ -30,7 +30,8 @@ def configure() -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPython_INCLUDE_DIR={BUILD / 'headers'}",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        # Nothing of it runs, and -O3 takes a third longer. Not -O0, with which zig adds checks.
+        # -O3 would take a third longer, and the compiled code is never run. With -O0, zig would add
+        # checks.
         "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
     ]
     if (done := run(command, env=environment())).returncode:
@@ -38,7 +39,7 @@ def configure() -> None:
 
 
 def build() -> int:
-    """Compiles and links; returns how many files."""
+    """Compiles and links; returns the number of files."""
     done = run([tool("ninja"), "-C", CMAKE, "-k", "0", MODULE], env=environment())
     if done.returncode:
         errors = re.findall(r"^.*(?:error|warning): .*$", done.stdout, re.M)
@@ -51,7 +52,8 @@ def build() -> int:
 
 
 def compile_commands() -> dict[Path, list[str]]:
-    """The compiler's arguments for each file, without its name and the output's."""
+    """Returns the compiler's arguments for each file, without the names of the file and its
+    output."""
     commands = {}
     for entry in json.loads((CMAKE / "compile_commands.json").read_text()):
         arguments = shlex.split(entry["command"])[1:]
@@ -60,7 +62,7 @@ def compile_commands() -> dict[Path, list[str]]:
 
 
 def check_host_faults() -> int:
-    """Each fault in the text of a C++ file must be refused, with words that name it."""
+    """Checks that each fault in a C++ file causes an error that names it; returns their number."""
     folder = BUILD / "faults"
     shutil.rmtree(folder, ignore_errors=True)
     commands = compile_commands()
@@ -81,7 +83,7 @@ def check_host_faults() -> int:
 
 
 def check_symbol_faults() -> int:
-    """A module that needs a symbol which a Mac does not have must not link."""
+    """Checks that a module does not link if it needs a symbol that a Mac does not have."""
     folder = BUILD / "symbols"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -108,7 +110,7 @@ def check_symbol_faults() -> int:
 
 
 def compare(planted, said: list[str]) -> int:
-    """Raises with those that were not found by name."""
+    """Raises an error with the faults whose expected message is missing."""
     missed = [
         f"{fault.what}: expected {fault.says!r}, got {text[:500] or 'no error'}"
         for fault, text in zip(planted, said, strict=True)

@@ -1,4 +1,4 @@
-"""The emulator's C++, which tests build on a Mac too, through Apple's headers and Clang."""
+"""Compiles the emulator's C++ for macOS, where tests build it with Apple's headers and Clang."""
 
 from itertools import product
 

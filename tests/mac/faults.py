@@ -1,11 +1,11 @@
-"""Faults that a build on Linux would let pass: `make mac` plants each and must find it."""
+"""Faults that a build on Linux would not find: `make mac` plants each of them and must find it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Text:
-    """`old` of a file is replaced by `new`; the compiler says what the pattern `says` matches."""
+    """Replaces `old` in a file with `new`; the pattern `says` must match the compiler's message."""
 
     what: str
     file: str
@@ -16,7 +16,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A file is linked with the others, or a part of them is left out."""
+    """Links a file with the others, or leaves out a part of them."""
 
     what: str
     source: str
@@ -163,7 +163,7 @@ SYMBOLS = [
     ),
 ]
 
-#: In the text of a kernel, which `file` names.
+#: Faults in the text of a kernel, which `file` names.
 METAL = [
     Text(
         "threadgroup memory as the device's", "attention",
@@ -192,7 +192,7 @@ METAL = [
         "threadgroup memory in a function", "attention",
         "threadgroup T* v_tile = tiles + Tile<T, D>::size;",
         "threadgroup T v_tile[Tile<T, D>::size];",
-        "stands outside of a kernel",
+        "is declared outside of a kernel",
     ),
     Text(
         "threadgroup memory of unknown size", "attention",

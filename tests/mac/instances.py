@@ -1,4 +1,5 @@
-"""The kernels of metal/ with all arguments that the host may give them, and their text as MLX's."""
+"""The kernels of metal/ with all template arguments that the host may use, and their text as MLX
+generates it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 #: csrc/ops/attention/kernel.cpp
 HEADS = (64, 80, 96, 128, 192, 256)
 SCALARS = {"q_start", "blocks", "q0", "k0", "nq", "period", "scale", "cap"}
-#: Integers, whatever T is.
+#: Inputs that are integers for any T.
 INTS = {"first", "index", "positions", "at", "q_start", "blocks", "q0", "k0", "nq", "period"}
-#: float32, whatever T is.
+#: Inputs that are float32 for any T.
 FLOATS = {"s", "dp", "lse", "delta", "freqs", "args", "scale", "cap"}
-#: Arrays that the host never makes shorter than 8 elements, and those that always are.
+#: Arrays that always have at least 8 elements, and arrays that always have fewer.
 LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
 
 
 @dataclass(frozen=True)
 class Instance:
-    """Small: every array that may be is of fewer than 8 elements, which MLX passes as constant."""
+    """A kernel with its arguments. If `small`, all arrays that can be shorter than 8 elements are,
+    and MLX passes them in constant memory."""
 
     kernel: str
     arguments: dict[str, Any]

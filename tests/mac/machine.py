@@ -1,4 +1,4 @@
-"""Compilers, MLX's wheels for macOS and the folder that everything is built in."""
+"""Compilers, MLX's wheels for macOS, and the folder in which everything is built."""
 
 import contextlib
 import os
@@ -22,21 +22,21 @@ BUILD = ROOT / "build" / "mac"
 SITE = BUILD / "site"
 BIN = BUILD / "bin"
 CORES = os.cpu_count() or 1
-#: That of MLX's wheels, and of CMakeLists.txt.
+#: The deployment target of MLX's wheels and of CMakeLists.txt.
 MACOS = "14.0"
-#: The wheels' Python: of their C++ nothing depends on it.
+#: The Python version of the wheels, on which their C++ does not depend.
 WHEELS_OF = "3.12"
 
 A, B = TypeVar("A"), TypeVar("B")
 
 
 class Found(Exception):
-    """Something is wrong; its text says what."""
+    """A fault was found; the message says which."""
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Says how long a step took, once it is done."""
+    """Prints how long a step took when it is done."""
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -49,7 +49,7 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """For zig, whose caches stay in our folder, and for the wrappers."""
+    """Returns the environment of zig, whose caches stay in our folder, and of the wrappers."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
     return {**os.environ, **caches, "MAC_BIN": str(BIN), "PYTHONPATH": path}
@@ -60,7 +60,8 @@ def zig(*arguments: str | Path) -> list[str | Path]:
 
 
 def at_once(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """The function of each, as many at once as there are cores."""
+    """Calls the function for each item, on as many threads as there are cores; returns the
+    results."""
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(function, items))
 
@@ -83,7 +84,7 @@ def fetch() -> int:
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as file:
             file.extractall(SITE)
-    # CMakeLists.txt asks the package where it is, which loads mlx.core.
+    # CMakeLists.txt imports the package to find its folder, which would load mlx.core.
     core = SITE / "mlx" / "core" / "__init__.py"
     core.write_text("__version__ = None\n")
     done.touch()
@@ -91,7 +92,7 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """The wrappers of zig, by the names that CMake calls, and Python's headers for macOS."""
+    """Writes wrappers of zig under the names that CMake calls, and Python's headers for macOS."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),

@@ -1,15 +1,15 @@
-"""Symbols of a Mach-O file: what it needs of others, and what it gives."""
+"""The symbols that a Mach-O file needs, and the symbols that it defines."""
 
 import struct
 from pathlib import Path
 
 MAGIC, SYMTAB = 0xFEEDFACF, 2
-#: Bits of a symbol's type.
+#: The bits of a symbol's type.
 DEBUGGING, PRIVATE, TYPE, EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
 
 
 def symbols(path: Path) -> tuple[set[str], set[str]]:
-    """(needed, given) of an object or a library for 64 bits."""
+    """Returns the needed and the defined symbols of a 64-bit object or library."""
     data = path.read_bytes()
     magic, *_, n_commands = struct.unpack_from("<5I", data)
     if magic != MAGIC:

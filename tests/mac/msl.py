@@ -1,9 +1,10 @@
-"""The Metal text of every kernel, as MLX would compile it, through a compiler with address spaces.
+"""Compiles the Metal text of every kernel, as MLX would pass it, with a compiler that has address
+spaces.
 
-Clang's C++ for OpenCL has them in its types as Metal has. Two more passes, as plain C++, are for
-the language versions that Metal is built on. `says_of` finds what these let pass and Apple's
-refuses: a pointer or a reference without an address space, a variable or threadgroup memory out of
-place.
+Clang's C++ for OpenCL has address spaces in its types, like Metal. Two more passes, as plain C++,
+check the language versions on which Metal is based. `says_of` finds faults that these compilers
+accept and Apple's refuses: a pointer or reference without an address space, and variables or
+threadgroup memory outside of a kernel.
 """
 
 import re
@@ -22,7 +23,7 @@ from .machine import BUILD, HERE, SITE, Found, at_once, environment, run, zig
 
 FOLDER = BUILD / "metal"
 UTILS = SITE / "mlx" / "include" / "mlx" / "backend" / "metal" / "kernels"
-#: Bytes of threadgroup memory, threads of a group, threads of a simdgroup: of every Apple GPU.
+#: Limits of every Apple GPU: bytes of threadgroup memory, threads of a threadgroup and a simdgroup.
 MEMORY, MOST_THREADS, SIMD = 32768, 1024, 32
 WARNINGS = [
     *("-Werror", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion"),
@@ -38,8 +39,10 @@ OPENCL = [
 class Mode:
     name: str
     flags: list[str]
-    utils: bool  #: with what MLX puts before every kernel
-    kernels: bool  #: kernels as such, their template arguments as constants; else as templates
+    utils: bool  #: whether MLX's own text precedes the kernel
+    kernels: (
+        bool  #: whether template arguments are constants of a kernel, or a template is compiled
+    )
 
 
 MODES = [
@@ -60,7 +63,7 @@ SHAPE = re.compile(
 
 
 def own_words() -> str:
-    """Declarations of the functions that MLX's text takes from Apple's compiler, by their names."""
+    """Returns declarations of the functions of Apple's compiler that MLX's text uses."""
     text = (UTILS / "bf16_math.h").read_text()
     names = sorted(set(re.findall(r"__metal_\w+", text)))
     first = "template <typename T, typename... A> T first_of(T, A...);\n"
@@ -70,7 +73,7 @@ def own_words() -> str:
 
 
 def split(instance: Instance) -> tuple[str, re.Match[str]]:
-    """The header of a kernel's text, and its parts."""
+    """Returns the header of a kernel's text, and a match of its parts."""
     text = instance.text()
     match = SHAPE.search(text)
     if match is None:
@@ -79,7 +82,7 @@ def split(instance: Instance) -> tuple[str, re.Match[str]]:
 
 
 def limits(body: str, arguments: dict) -> str:
-    """What the compiler is to assert of a kernel's threadgroup memory and threads."""
+    """Returns assertions about a kernel's threadgroup memory and threads."""
     sizes = [f"sizeof({type_}) * ({n})" for type_, _, n in SHARED.findall(body)]
     asserts = [
         f'static_assert({x} % 16 == 0, "the next array is out of alignment");' for x in sizes
@@ -137,7 +140,7 @@ TYPES = {"T", "float", "int", "uint", "half", "bool", "Matrix", "Shape", "Place"
 
 
 def says_of(header: str) -> str:
-    """Of text that no compiler here refuses and Apple's does."""
+    """Returns an error for text that only Apple's compiler would refuse, or an empty string."""
     text = re.sub(r"//[^\n]*", "", header)
     for match in re.finditer(r"(\w+(?:<[^<>;{}()]*>)?)\s*([*&])\s*(\w+)(?=\s*[,)])", text):
         line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
@@ -149,11 +152,11 @@ def says_of(header: str) -> str:
         if "constant" not in match[0].split("=")[0].split():
             return f"error: {match[0]!r} is a variable outside of constant memory"
     match = SHARED.search(text)
-    return f"error: {match[0]!r} stands outside of a kernel" if match else ""
+    return f"error: {match[0]!r} is declared outside of a kernel" if match else ""
 
 
 def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str:
-    """What the compiler says; nothing if it takes the text."""
+    """Returns the compiler's errors; empty if it accepts the text."""
     start = '#include "mlx/backend/metal/kernels/utils.h"\n' if mode.utils else ""
     start = PLAIN.split("\n")[0] + "\n" + own_words() + start if mode.utils else PLAIN
     text = f'{start}#line 1 "header"\n{header}\n'
@@ -171,13 +174,13 @@ def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str
     )
     done = run(command, env=environment())
     said = done.stderr
-    # Of MLX's text C++ for OpenCL does not take all: only what comes of ours counts.
+    # C++ for OpenCL does not accept all of MLX's text, so only errors in ours count.
     errors = re.findall(r"^(?!\S*/mlx/backend/)\S+: (?:fatal )?error: .*(?:\n.*){0,2}", said, re.M)
     return "\n".join(errors) or (said if done.returncode and not mode.utils else "")
 
 
 def check() -> int:
-    """Raises with what is wrong; returns how many kernels were compiled in how many ways."""
+    """Raises an error if a kernel does not compile; returns the numbers of kernels and of modes."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     groups: dict[tuple[str, str, bool], list[Instance]] = defaultdict(list)
@@ -206,7 +209,7 @@ def check() -> int:
 
 
 def check_faults() -> int:
-    """Each fault in the text of a kernel must be refused, with words that name it."""
+    """Checks that each fault in a kernel causes an error that names it; returns their number."""
     by_name = {
         "attention": Instance(
             "attention",

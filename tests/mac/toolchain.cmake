@@ -1,4 +1,5 @@
-# CMake for macOS on arm64. Its own look at the compiler would link a program, for which zig first builds a C++ library.
+# CMake for macOS on arm64. The compiler is described here, because CMake's own check would link a program, for which zig
+# first builds a C++ library.
 set(CMAKE_SYSTEM_NAME Darwin)
 set(CMAKE_SYSTEM_PROCESSOR arm64)
 set(CMAKE_CXX_COMPILER "$ENV{MAC_BIN}/c++")
@@ -13,5 +14,5 @@ set(CMAKE_CXX_STANDARD_COMPUTED_DEFAULT 17)
 set(CMAKE_CXX_EXTENSIONS_COMPUTED_DEFAULT ON)
 set(CMAKE_CXX_COMPILE_FEATURES cxx_std_11 cxx_std_14 cxx_std_17 cxx_std_20)
 set(CMAKE_OSX_SYSROOT "$ENV{MAC_BIN}")
-# An availability mark makes a warning of what is newer than the oldest macOS that we build for.
+# Availability attributes cause a warning for each call that needs a newer macOS than the oldest one that we support.
 set(CMAKE_CXX_FLAGS_INIT -Werror)

@@ -1,7 +1,8 @@
-"""Runs the text of a Metal kernel on the CPU and checks what it does. docs/metal_on_linux.md
+"""Runs the text of a Metal kernel on the CPU, and checks its accesses. docs/metal_on_linux.md
 
-`kernel_text` writes what `mx.fast.metal_kernel` writes, `rewrite` turns it into C++ for emulator.h,
-`emulate` builds that, runs it in several orders of threads and compares the results.
+`kernel_text` generates the same text as `mx.fast.metal_kernel`, `rewrite` converts it to C++ for
+emulator.h, and `emulate` builds that, runs it in several orders of threads, and compares the
+results.
 """
 
 import ctypes
@@ -20,11 +21,11 @@ import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).parent
-#: Rising, falling, and one random order of simdgroups and lanes.
+#: Orders of simdgroups and lanes: ascending, descending, and a random one.
 ORDERS = (0, 1, 7)
 CXX = shlex.split(os.environ.get("METAL_EMULATOR_CXX", "g++"))
-#: Those of every compiler. Clang takes `1.0 * x` for a double's product, which Metal does not:
-#: the text writes `1.0f`.
+#: Flags for every compiler. For Clang `1.0 * x` is a product of doubles, unlike for Metal, so
+#: kernels write `1.0f`.
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off"),
     *("-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-deprecated-declarations"),
@@ -45,7 +46,7 @@ TYPES = {
     mx.bfloat16: "bfloat16_t",
     mx.float32: "float",
 }
-#: What a body may name, as in MLX.
+#: The attributes that a body may name, as in MLX.
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": "uint",
     "dispatch_simdgroups_per_threadgroup": "uint",
@@ -74,7 +75,7 @@ Outputs = Mapping[str, tuple[Sequence[int], mx.Dtype]]
 
 
 class MetalError(Exception):
-    """The kernel does what Metal does not allow, or what no two runs need agree on."""
+    """The kernel does something that Metal does not allow, or whose result is undefined."""
 
 
 def template_value(x: mx.Dtype | int | bool) -> str:
@@ -89,9 +90,11 @@ def kernel_text(
     outputs: Outputs,
     template: Template,
 ) -> tuple[str, str, list[str]]:
-    """The text and the kernel's name as MLX makes them, and the C++ expression of each argument."""
+    """Returns the text and the kernel's name as in MLX, and the C++ expression of each argument."""
     if not (header + source).isascii():
-        raise MetalError(f"{name}: MLX hands the text to Metal as ASCII; it has other characters")
+        raise MetalError(
+            f"{name}: MLX passes the text to Metal as ASCII, but it has other characters"
+        )
     values = ", ".join(map(template_value, template.values()))
     full = f"custom_kernel_{name}"
     if template:
@@ -136,7 +139,7 @@ def kernel_text(
 
 
 def numbers(type_: str, values: Sequence[int]) -> str:
-    """A pointer to constants that are known when the kernel is launched."""
+    """Returns the expression of a pointer to constants that are known at launch."""
     return f"emu::numbers<{type_}, {', '.join(map(str, values))}>()"
 
 
@@ -148,7 +151,7 @@ SHARED = re.compile(rf"\bthreadgroup\s+({TYPE})\s+(\w+)\s*\[([^\]]*)\]\s*;")
 
 
 def rewrite(text: str, body_begins: int) -> str:
-    """Address spaces become types; every line keeps its number."""
+    """Replaces address spaces with types; every line keeps its number."""
 
     def blank(match):
         return re.sub(r"[^\n]", " ", match[0])
@@ -176,7 +179,7 @@ def rewrite(text: str, body_begins: int) -> str:
 
 @functools.cache
 def compiler() -> tuple[list[str], str]:
-    """The command with its flags, and what the compiler says of its version."""
+    """Returns the compiler's command with its flags, and its version."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
     more = CLANG_FLAGS if "clang" in version else GCC_FLAGS
     return [*CXX, *FLAGS, *more], version
@@ -184,9 +187,10 @@ def compiler() -> tuple[list[str], str]:
 
 @functools.cache
 def build_folder() -> Path:
-    """The folder of this emulator, these flags and this compiler, with what every kernel needs.
+    """Returns a folder for this emulator, flags and compiler, with the files that every kernel
+    needs.
 
-    The header is parsed ahead, and the machine is compiled.
+    It has the precompiled header and the compiled machine.
     """
     files = {name: (HERE / name).read_text() for name in ("emulator.h", "machine.cpp")}
     key = hashlib.sha256(repr((files, compiler())).encode()).hexdigest()[:16]
@@ -220,7 +224,7 @@ def compile_cxx(source: Path, target: Path, *flags: str) -> None:
 
 
 class Counts(ctypes.Structure):
-    """What a launch asks of the hardware: `Counts` of emulator.h."""
+    """The work of a launch: `Counts` of emulator.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -278,7 +282,7 @@ def to_bytes(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
 
 
-#: What a built kernel exports, after `static void kernel()`.
+#: The functions that a built kernel exports, after `static void kernel()`.
 EXPORTS = (
     'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
     " { return emu::launch(kernel, args, n, *at); }\n"
@@ -294,7 +298,7 @@ def to_cxx(
     outputs: Outputs,
     template: Template,
 ) -> str:
-    """The C++ of a kernel, to be built with emulator.h included ahead: it exports `launch`."""
+    """Returns the C++ of a kernel that exports `launch`, to be compiled after emulator.h."""
     text, full, arguments = kernel_text(name, source, header, inputs, outputs, template)
     body = rewrite(text, body_begins=len(header))
     return (
@@ -315,10 +319,11 @@ def emulate(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> list[mx.array]:
-    """What `mx.fast.metal_kernel(...)(...)` would return; `outputs` is name → (shape, dtype).
+    """Returns what `mx.fast.metal_kernel(...)(...)` would return; `outputs` maps names to shape and
+    dtype.
 
-    What it asks of the hardware is appended to `counts`.
-    mx arrays come back because NumPy has no bfloat16. Raises MetalError.
+    Appends the work of the launch to `counts`. Returns mx arrays, because NumPy has no bfloat16.
+    Raises MetalError.
     """
     arrays = {k: x if isinstance(x, mx.array) else mx.array(x) for k, x in inputs.items()}
     cxx = to_cxx(name, source, header, arrays, outputs, template)
@@ -335,7 +340,7 @@ def execute(
     orders: Sequence[int],
     counts: list[dict[str, int]] | None,
 ) -> list[mx.array]:
-    """Builds what `to_cxx` gives and runs it: its arguments are `arrays`, then `outputs`."""
+    """Builds the result of `to_cxx` and runs it; its arguments are `arrays`, then `outputs`."""
     library = build(cxx)
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:

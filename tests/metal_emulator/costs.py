@@ -1,4 +1,4 @@
-"""What attention on Metal asks of the hardware, ours and MLX's: the tables of docs/performance.md.
+"""The work of our attention kernels on Metal and of MLX's: the tables of docs/performance.md.
 
 cd tests && python -m metal_emulator.costs
 """
@@ -14,8 +14,8 @@ from . import mlx_attention
 from .kernels import emulated
 
 DTYPE = mx.bfloat16
-#: (GPU cores, GHz, GB/s of memory) as Apple or those who measured it say; M5 Max's clock is an
-#: estimate. A core has four parts, each of which makes 32 multiply-adds a clock.
+#: GPU cores, GHz, and GB/s of memory, as published or measured; the M5 Max's clock is an estimate.
+#: A core has four parts, each of which does 32 multiply-adds per clock.
 DEVICES = {
     "M1": (8, 1.28, 68),
     "M1 Max": (32, 1.30, 400),
@@ -25,24 +25,25 @@ DEVICES = {
     "M5": (10, 1.58, 153),
     "M5 Max": (40, 1.75, 614),
 }
-#: Generations whose units take no bfloat: the compiler turns one operand of a product into float32,
-#: since the other is kept, where the text does not.
+#: Generations without bfloat units: the compiler converts an operand of a product to float32 if the
+#: text does not (the other operand is kept).
 NO_BFLOAT = ("M1", "M2")
-#: Queries and keys of a block of scores in MLX's backward pass: assumed, the package does not say.
+#: Queries and keys of a block of scores in MLX's backward pass. This is an assumption, since the
+#: package does not contain it.
 MLX_BLOCK = 1024
-#: Multiply-adds of half types that a core's neural accelerators make a clock, on M5.
+#: Half-precision multiply-adds per clock of a core's neural accelerators, on M5.
 ACCELERATOR = 512
-#: What a launch of docs/performance.md is predicted for.
+#: The size of the launches that docs/performance.md predicts.
 HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
 #: Head sizes and windows, as Gemma's layers have them.
 WINDOWS = ((128, 512), (256, 512))
-#: Clocks of a part of a core that 32 lanes' instruction takes; and how many instructions of
-#: arithmetic a score takes besides its products: scale, compare, maximum, subtract, add, multiply.
+#: The clock cycles that a part of a core needs for an instruction for 32 lanes; and the arithmetic
+#: instructions per score besides products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
-#: Tokens at which kernels are counted: twice, which tells what grows with their square.
+#: Two lengths at which kernels are counted, to separate the terms that grow with their square.
 TOKENS = (128, 256)
-#: Names of the columns, and what a launch's counts say of them.
+#: The columns, and how each is computed from a launch's counts.
 COLUMNS = {
     "multiply-adds": lambda x: 512 * x["products"],
     "threadgroup bytes": lambda x: x["threadgroup_read"] + x["threadgroup_written"],
@@ -57,7 +58,7 @@ Counts = Mapping[str, float]
 
 
 def launches(d: int, tokens: int, window: int | None = None) -> dict[str, dict[str, int]]:
-    """Counts of our kernels, causal, one head, T = S = tokens."""
+    """Returns the counts of our kernels for causal attention, one head, T = S = tokens."""
     q, k, v, do = (mx.random.normal((1, 1, tokens, d)).astype(DTYPE) for _ in range(4))
     counts: list[dict[str, int]] = []
 
@@ -75,7 +76,7 @@ def launches_of_mlx(d: int, tokens: int) -> dict[str, dict[str, int]]:
 
 
 def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> dict[str, float]:
-    """For each score that is seen at this length: a count is a·T² + b·T."""
+    """Returns counts per visible score at this length, given that a count is a·T² + b·T."""
     found = {}
     small, large = TOKENS
     for name in few:
@@ -87,16 +88,18 @@ def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> d
 
 
 def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
-    """MLX's backward pass, for each score that is seen: five products and what is between them.
+    """Returns the counts of MLX's backward pass per visible score: five products, and the passes
+    between them.
 
-    It makes blocks of S and dP, which are whole where the diagonal crosses them. A threadgroup of
-    128 threads makes 64 × 64 numbers of a product, 16 columns of the operands at a time. Each of
-    its simdgroups has 32 × 32 of them: for 16 products it reads 4 + 4 matrices from threadgroup
-    memory, by two reads of a lane, and turns them into float32.
+    It computes whole blocks of S and dP, also on the diagonal. A threadgroup of 128 threads
+    computes 64 × 64 elements of a product, 16 columns of the operands at a time. Each of its
+    simdgroups has 32 × 32 of them: for 16 matrix products it reads 4 + 4 matrices from threadgroup
+    memory, with two reads per lane, and converts them to float32.
     """
     whole = (length + MLX_BLOCK) / length
-    mma = d / 512 * whole  # of one of the five
-    staged = mma / 128 * 2 * 64 * 16  # numbers; read from the device, written, 8 at a time
+    mma = d / 512 * whole  # one of the five products
+    # Elements that are read from the device and written, 8 at a time.
+    staged = mma / 128 * 2 * 64 * 16
     one = {
         "products": mma,
         "threadgroup_read": mma * 0.5 * 64 * 2,
@@ -111,7 +114,7 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
         "barriers": mma / 128 * 2,
     }
     products = {name: 5 * x for name, x in one.items()}
-    # S and dP are written, P once and dS twice read, in half precision.
+    # S and dP are written; P is read once and dS twice, in half precision.
     products |= {"device_written": 4 * whole, "memory": (2 + 2 + 2 + 4) * whole}
     # S and dP are read, dS and P are written. For each block, dK and dV in half precision are read,
     # added to sums in float32 and written in half precision again.
@@ -128,9 +131,10 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
 
 
 def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
-    """Counts of each kernel for a score that is seen, plain causal attention of this length.
+    """Returns the counts of each kernel per visible score, for plain causal attention of this
+    length.
 
-    `memory` are bytes that no cache can save: of numbers that are as many as scores.
+    `memory` are bytes that no cache can save, because there is an element for each score.
     """
     few, many = (launches(d, tokens) | launches_of_mlx(d, tokens) for tokens in TOKENS)
     found = {name: per_score(few[name], many[name], length) for name in few}
@@ -140,10 +144,11 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Counts of `blocked` at D = 512 for each score: MLX's products, and scores written down.
+    """Returns the counts of `blocked` at D = 512 per score: MLX's products, and writing the scores.
 
-    S, and dP, are written in float32, read once (forward: twice) and give P, and dS, in half
-    precision. `rows`: queries of a block, as csrc/ops/attention/blocked.cpp has them for 8 heads.
+    S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
+    half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
+    for 8 heads.
     """
     whole = (length + rows) / length
     five = mlx_backward(512, length)["MLX's backward: products"]
@@ -164,9 +169,10 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Multiply-adds of each of our kernels for a score that is seen, of a query far from the begin.
+    """Returns the multiply-adds of each of our kernels per visible score, for a query far from the
+    start.
 
-    Under a window counts grow by the same for each further query.
+    With a window, counts grow by the same amount for each further query.
     """
     few, many = (launches(d, window + more, window) for more in (128, 256))
     return {
@@ -176,7 +182,7 @@ def in_window(d: int, window: int) -> dict[str, float]:
 
 
 def of_other_kernels() -> dict[str, dict[str, float]]:
-    """Counts for each number of what a kernel gives: one of its outputs."""
+    """Returns the counts of other kernels per element of an output."""
     n = 4096
     counts: list[dict[str, int]] = []
     x, y, z = (mx.random.normal((n,)).astype(DTYPE) for _ in range(3))
@@ -195,15 +201,16 @@ def scores(heads: int = HEADS, length: int = LENGTH) -> float:
 
 
 def floor_ms(multiply_adds: float, device: str) -> float:
-    """Milliseconds of a causal launch whose products run at the rate of all multiply-add units."""
+    """Returns the milliseconds of a causal launch whose products run at the peak rate."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * 128 * ghz * 1e9) * 1e3
 
 
 def predicted_ms(x: Counts, device: str) -> float:
-    """Milliseconds if a part of a core begins one instruction a clock, and none waits or overlaps.
+    """Returns the milliseconds if each part of a core issues one instruction per clock without
+    waiting or overlap.
 
-    Or as long as it takes to move `memory`.
+    If moving `memory` takes longer, returns that time.
     """
     cores, ghz, bandwidth = DEVICES[device]
     lanes = x["threadgroup_reads"] + x["threadgroup_writes"] + x["device_accesses"]
@@ -216,7 +223,7 @@ def predicted_ms(x: Counts, device: str) -> float:
 
 
 def accelerated_ms(multiply_adds: float, device: str) -> float:
-    """As floor_ms, through neural accelerators."""
+    """Like floor_ms, with neural accelerators."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * ACCELERATOR * ghz * 1e9) * 1e3
 

@@ -1,13 +1,14 @@
-// Metal Shading Language as C++20: the part that the kernels use. docs/metal_on_linux.md
+// Implements in C++20 the part of the Metal Shading Language that the kernels use. docs/metal_on_linux.md
 //
-// A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so a missing
-// barrier meets the worst case of both directions. Memory of the device and of the threadgroup is reached
-// through checked pointers. Each kernel is compiled with this header; machine.cpp, which depends on no
-// kernel, once.
+// A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so that a missing
+// barrier shows its worst effect in both directions. Device and threadgroup memory is accessed through
+// checked pointers. Each kernel is compiled with this header; machine.cpp does not depend on the kernel and
+// is compiled once.
 //
-// glibc's hardening, which compilers of Ubuntu turn on, takes a jump between fibers for an attack.
+// glibc's hardening, which Ubuntu's compilers enable by default, treats a jump between fibers as an attack.
 #undef _FORTIFY_SOURCE
-// Apple has fibers only where X/Open is asked for, and then nothing else unless Darwin is.
+// macOS declares fibers only with _XOPEN_SOURCE, which hides everything else unless _DARWIN_C_SOURCE is
+// defined.
 #ifdef __APPLE__
 #define _XOPEN_SOURCE 600
 #define _DARWIN_C_SOURCE
@@ -39,10 +40,10 @@ constexpr half operator""h(long double x) {
 }
 
 namespace emu {
-extern int64_t conversions;  ///< of bfloat to float or back
+extern int64_t conversions;  ///< conversions of bfloat to float or back
 }
 
-/// As in Metal, a float becomes a bfloat only where the text says so.
+/// As in Metal, a float becomes a bfloat only by an explicit conversion.
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
@@ -141,7 +142,7 @@ constexpr int LANES = 32;
 constexpr size_t SHARED_LIMIT = 32768, STACK = 128 << 10;
 using Where = std::source_location;
 
-/// What MLX passes where the body names it.
+/// The attributes of a thread, which MLX passes if the body names them.
 struct Attributes {
   uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
   uint3 dispatch_threads_per_threadgroup, grid_origin, grid_size;
@@ -171,7 +172,7 @@ struct Fiber {
   uint32_t epoch, simd_epoch;  ///< barriers passed
 };
 
-/// Lanes of a simdgroup that have come to one operation.
+/// The lanes of a simdgroup that have reached an operation.
 struct Simd {
   const void* in[LANES];
   void* out[LANES];
@@ -185,7 +186,7 @@ struct Touch {
 };
 
 struct Shadow {
-  Touch write, reads[2];  ///< the last two readers, which differ
+  Touch write, reads[2];  ///< the last two different readers
 };
 
 struct Block {
@@ -198,22 +199,22 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
-/// What a launch asks of the hardware. Bytes are those of each read and write, whatever a cache would save, but
-/// for constant memory.
+/// The work of a launch. Bytes count every read and write, although a cache would save some, except reads of
+/// constant memory.
 struct Counts {
-  int64_t products;                                                            ///< of matrices of 8 × 8
+  int64_t products;                                                            ///< products of 8 × 8 matrices
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
-  int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< of one lane each
-  int64_t barriers;                                                            ///< of a threadgroup
-  int64_t functions;    ///< exp, log, tanh and alike, of one lane each
-  int64_t conversions;  ///< of bfloat to float or back, of one lane each
+  int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< accesses, each by one lane
+  int64_t barriers;                                                            ///< barriers of a threadgroup
+  int64_t functions;    ///< exp, log, tanh and similar functions, each by one lane
+  int64_t conversions;  ///< conversions of bfloat to float or back, each by one lane
 };
 
 struct Machine {
   Counts counts;
   std::vector<Fiber> fibers;
   std::vector<Simd> simds;
-  std::deque<Block> blocks;  ///< of the launch's arguments
+  std::deque<Block> blocks;  ///< memory of the launch's arguments
   std::deque<Block> shared;
   Fiber* self;
   jmp_buf scheduler;
@@ -226,10 +227,10 @@ inline Fiber& self() {
 }
 
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
-/// The fiber that runs stops here, and another goes on.
+/// Suspends the running fiber and resumes another one.
 void wait(State state, const char* op, int line);
 
-/// Every lane gives a value; `combine(in, out, lanes)` makes every lane's result.
+/// Collects a value from every lane; `combine(in, out, lanes)` computes every lane's result.
 template <typename R, typename V, typename F>
 R collective(const char* op, V value, F combine, Where where) {
   Fiber& f = self();
@@ -254,7 +255,7 @@ R collective(const char* op, V value, F combine, Where where) {
 
 // ---- memory
 
-/// Counts an access of the fiber that runs, and fails where it may not be.
+/// Counts an access of the running fiber, and fails if it is not allowed.
 void touch(Block& b, ptrdiff_t at, size_t bytes, bool write);
 
 struct Device {};
@@ -282,7 +283,7 @@ struct ref {
   const ref& operator*=(T x) const { return *this = T(T(*this) * x); }
 };
 
-/// The type of an expression once it is read.
+/// The type of an expression after it is read.
 template <typename T>
 struct read {
   using type = T;
@@ -315,7 +316,7 @@ struct ptr<const T, Space> {
   T operator[](ptrdiff_t i) const {
     const ref<T> element{block, at + i * BYTES};
     if constexpr (!std::is_same_v<Space, Constant>) return element;
-    const Counts counts = machine.counts;  // what is constant is read once for all, if at all
+    const Counts counts = machine.counts;  // constant memory is read only once
     const T x = element;
     machine.counts = counts;
     return x;
@@ -358,10 +359,10 @@ ptr<T, Threadgroup> shared(const char* name) {
 
 struct Launch {
   int grid[3], threadgroup[3];
-  int order;  ///< of simdgroups and their lanes: 0 rising, 1 falling, else the seed of a random one
+  int order;  ///< order of simdgroups and lanes: 0 ascending, 1 descending, else a random seed
 };
 
-/// What Python hands over of one argument.
+/// The description of one argument that Python passes.
 struct Argument {
   const char* name;
   char* data;
@@ -369,7 +370,7 @@ struct Argument {
   int output;
 };
 
-/// null, or what went wrong.
+/// Returns null, or an error message.
 const char* launch(void (*kernel)(), const Argument* args, int n, const Launch& at);
 
 /// The memory of the launch's argument i.
@@ -390,7 +391,7 @@ ptr<const T, Constant> numbers() {
 
 namespace metal {
 
-// ---- simdgroups. Lanes that are not there read as themselves.
+// ---- simdgroups. A read from a lane that does not exist returns the reader's own value.
 
 #define EMU_WHERE emu::Where where = emu::Where::current()
 
@@ -482,7 +483,7 @@ V simd_broadcast(T x, ushort lane, EMU_WHERE) {
   return emu_shuffle<V>("simd_broadcast", x, lane, where);
 }
 
-// ---- 8 × 8 matrices. Lane l holds two neighbours of a row: as measured on the hardware, and used by MLX.
+// ---- 8 × 8 matrices. Lane l holds two neighbours of a row, as measured on the hardware and used by MLX.
 
 inline int emu_row(int lane) {
   return (lane / 4 & 4) + lane / 2 % 4;
@@ -496,7 +497,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions = emu::conversions;  // no text asked for this one
+    const auto conversions = emu::conversions;  // the kernel's text does not contain this conversion
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }
@@ -518,7 +519,7 @@ simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
   return m;
 }
 
-/// Column and row in memory of this lane's element i. Metal's manual leaves open what an origin means when
+/// Column and row in memory of this lane's element i. Metal's manual does not say what an origin means when
 /// transposing.
 inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
   if (transpose && (origin.x || origin.y))
@@ -564,7 +565,8 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
       "simdgroup_multiply_accumulate", EmuProduct<A, B, C>{a.elements, b.elements, c.elements},
       [](auto in, auto out, int lanes) {
         ++emu::machine.counts.products;
-        const auto conversions = emu::conversions;  // those of the product itself are the unit's
+        const auto conversions =
+            emu::conversions;  // the matrix unit does the conversions of the product itself
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
@@ -619,7 +621,7 @@ namespace precise {
 EMU_MATH_ALL
 }
 
-// One type for all arguments: where Metal would convert, the text says so.
+// All arguments have one type: where Metal would convert, our kernels convert explicitly.
 template <typename T, typename V>
 concept Same = std::is_same_v<emu::Value<T>, V>;
 
@@ -670,4 +672,4 @@ To as_type(From x) {
 
 using namespace metal;
 #define thread
-#define constant const  // what the rewriting leaves: values of program scope
+#define constant const  // the remaining uses are values of program scope

@@ -1,4 +1,4 @@
-"""The kernels of metal/ as the host launches them, with the emulator in the device's place."""
+"""The kernels of metal/ as the host launches them, run by the emulator instead of a device."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,8 @@ class Kernel:
 
 
 def load(file: Path) -> dict[str, Kernel]:
-    """A file is one header and, each after `//: name: inputs -> outputs`, the bodies."""
+    """Splits a file into its header and its bodies, each of which follows a line `//: name: inputs
+    -> outputs`."""
     header, *bodies = re.split(r"^//: ", file.read_text(), flags=re.M)
     kernels = {}
     for body in bodies:
@@ -40,7 +41,8 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Change:
-    """Occurrence `at` of `old` in the text of a kernel becomes `new`: a fault to be found."""
+    """Replaces occurrence number `at` of `old` in a kernel with `new`: a fault that must be
+    found."""
 
     kernel: str
     old: str
@@ -60,11 +62,11 @@ def emulated(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> Iterator[list]:
-    """Here calls take the ways of Metal, and the emulator runs what they launch.
+    """While it is active, calls choose implementations as on Metal, and the emulator runs them.
 
-    Gives the list of launches, which grows. Text that does not hold a change is an error, and so is
-    a launch whose template arguments `make mac` does not compile. `counts` gets what each launch
-    asks of the hardware.
+    Yields the growing list of launches. It is an error if a change does not apply to the text, or
+    if `make mac` does not compile a launch's template arguments. `counts` gets the work of each
+    launch.
     """
     from mac.instances import instances
     from mlx_segtrain import _core
@@ -103,7 +105,7 @@ def emulated(
 
 @contextmanager
 def launched() -> Iterator[list]:
-    """Here calls take the ways of Metal, and nothing runs: launches give zeros."""
+    """While it is active, calls choose implementations as on Metal, and launches return zeros."""
     from mlx_segtrain import _core
 
     launches = []

@@ -1,6 +1,7 @@
-"""MLX's own attention kernel for Metal, counted as ours are: its text runs in the emulator.
+"""Counts the work of MLX's attention kernel for Metal like that of ours, by running its text in the
+emulator.
 
-The text is that of the MLX package that is installed, which has its kernels' headers.
+The text comes from the installed MLX package, which contains the headers of its kernels.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ from . import EXPORTS, execute, rewrite
 
 PACKAGE = next(x for x in Path(mx.__file__).parents if x.name == "mlx")
 HEADERS = PACKAGE / "include" / "mlx" / "backend" / "metal" / "kernels"
-#: What the kernel needs besides Metal's library, in the order in which they include each other.
+#: The headers that the kernel needs besides Metal's library, in the order of their inclusion.
 FILES = [
     "steel/attn/params.h",
     "steel/attn/loader.h",
@@ -22,7 +23,7 @@ FILES = [
     "steel/attn/mma.h",
 ]
 KERNEL = "steel/attn/kernels/steel_attention.h"
-#: In place of MLX's macros, traits and limits, which lean on the inside of Apple's compiler.
+#: Replaces MLX's macros, traits and limits, which depend on internals of Apple's compiler.
 PRELUDE = """
 #define METAL_FUNC inline
 #define STEEL_CONST static constexpr
@@ -45,7 +46,7 @@ using Int = std::integral_constant<int, v>;
 template <typename T>
 struct Limits { static constexpr T finite_min = -std::numeric_limits<T>::max(); };
 """
-#: As the host sets them for a plain causal call whose length is a multiple of every tile.
+#: Constants as set by the host for a plain causal call whose length is a multiple of every tile.
 CONSTANTS = {
     "align_Q": True,
     "align_K": True,
@@ -70,15 +71,16 @@ class Params(ctypes.Structure):
 
 
 def shape_of_groups(d: int) -> tuple[int, int, int]:
-    """Keys of a tile, and simdgroups along rows and along D: MLX's instances for these head sizes.
+    """Returns the keys of a tile, and the simdgroups along rows and along D, in MLX's instances.
 
-    A tile has 32 queries. Without neural accelerators; steel_attention.metal and the host's choice.
+    A tile has 32 queries. These are the instances in steel_attention.metal that the host chooses
+    without neural accelerators.
     """
     return (16 if d in (128, 192) else 32), 4, 2 if d == 256 else 1
 
 
 def text_of(kernel: str, save_lse: bool) -> str:
-    """Its header files as one text, without their includes."""
+    """Returns the header files as one text, without their includes."""
     text = PRELUDE + "".join((HEADERS / file).read_text() for file in FILES)
     text = re.sub(r"^#(include|pragma)[^\n]*$", "", text, flags=re.M)
     body = re.sub(r"^#(include|pragma)[^\n]*$", "", (HEADERS / kernel).read_text(), flags=re.M)
@@ -88,16 +90,16 @@ def text_of(kernel: str, save_lse: bool) -> str:
             f"static constexpr bool {name} = {str(value).lower()};",
             body,
         )
-    # An element's address is a pointer moved on: the emulator's elements are values.
+    # Replace addresses of elements with advanced pointers: elements are values in the emulator.
     whole = re.sub(r"&\(\s*(\w+)\[([^\[\]]*)\]\)", r"(\1 + (\2))", text + body)
     whole = re.sub(r"&(\w+)\[([^\[\]]*)\]", r"(\1 + (\2))", whole)
     return rewrite(whole, body_begins=0)
 
 
 def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array, dict]:
-    """o, lse and counts of plain causal attention by MLX's kernel.
+    """Returns o, lse and the counts of plain causal attention by MLX's kernel.
 
-    q, k, v [1,1,T,D], T a multiple of 32. lse is zeros where two simdgroups share a row: both would
+    q, k, v [1,1,T,D], T a multiple of 32. lse is 0 if two simdgroups share a row, since both would
     write it.
     """
     tokens, d = q.shape[2:]

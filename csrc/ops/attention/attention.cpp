@@ -15,9 +15,8 @@ namespace segtrain {
 
 namespace {
 
-/// Does MLX's own have a kernel for this GPU's neural accelerators? Only asking for one tells: whether a
-/// kernel serves is decided when the call is written down, and a call that insists on one throws if none
-/// does.
+/// Whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function for
+/// this, so we make a call that requires a fused kernel; it throws at once if there is none.
 bool has_nax() {
   static const bool has = [] {
     if (!mx::metal::is_available()) return false;
@@ -84,9 +83,9 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   return c;
 }
 
-/// Why MLX's own would have arrays of T × S scores for heads of this size in one of its directions; empty if
-/// it has not. Read from MLX 0.32.4: has_fused_kernel in mlx/backend/metal and mlx/backend/cuda,
-/// scaled_dot_product_attention.cpp.
+/// Why MLX's attention would materialize T × S scores for this head size, in the forward or the backward
+/// pass; empty if it does not. According to MLX 0.32.4: has_fused_kernel in scaled_dot_product_attention.cpp,
+/// in mlx/backend/metal and mlx/backend/cuda.
 std::string stock_heads_unfit(const Call& c) {
   bool half = c.dtype == mx::float16 || c.dtype == mx::bfloat16;
   std::string sizes;
@@ -104,25 +103,26 @@ std::string stock_heads_unfit(const Call& c) {
   return "its memory is linear for D = Dv " + sizes + " only";
 }
 
-/// MLX's own, where both of its directions are linear in memory.
+/// MLX's attention, if both its forward and its backward pass are linear in memory.
 Way stock_way(const Call& c) {
   if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
   if (!c.causal_only)
-    return {"stock", false, "it takes windows, segments, caps and T < S as arrays of masks only"};
+    return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
-  // Each direction is one launch, which nothing makes shorter.
+  // The forward and the backward pass are one launch each, which cannot be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
-    unfit = "one launch of it would take so long that macOS might end the program";
+    unfit = "a single launch would take so long that macOS might end the program";
   Way way = c.device == Gpu::metal ? gpu_kernel("attention_stock", unfit, c.device)
                                    : Way{"stock", unfit.empty(), unfit};
   way.name = "stock";
   return way;
 }
 
-/// On CUDA MLX leaves its fused kernel when T is no multiple of 128: zeros behind the last key are seen by no
-/// query. On Metal it leaves it for wide heads where there is no backward pass, because that is faster: it is
-/// told not to. Up to 8 queries are for another kernel, which gives no backward pass, and too few to matter.
+/// On CUDA, MLX does not use its fused kernel unless T is a multiple of 128, so we append zeros, which no
+/// query sees. On Metal, MLX does not use it for wide heads without a backward pass, because another way is
+/// faster, so we require it. Up to 8 queries use another kernel, which has no backward pass; they are too few
+/// to matter.
 mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
   int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
   bool insist = c.device == Gpu::metal && c.T > 8;
@@ -180,13 +180,13 @@ bool has_neural_accelerators() {
 
 namespace {
 
-/// May MLX's own and cuDNN be taken? What is named always may.
+/// Whether MLX's attention and cuDNN may be used. An implementation that the caller names always may.
 bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// What was the fastest on this machine's GPU, by what a call must be alike in: D, dtype, and whether it is
-/// plain causal.
+/// The fastest implementation on this machine's GPU for calls with the same D and dtype, and plain causal or
+/// not.
 using Alike = std::tuple<int, mx::Dtype::Val, bool>;
 std::mutex preferred_lock;
 std::map<Alike, std::string> preferred;
@@ -195,8 +195,8 @@ Alike alike(const Call& c) {
   return {c.D, c.dtype.val(), c.causal_only};
 }
 
-/// By bench/LOG.md, H100 and H200: cuDNN as we call it, hopper's, MLX's own, ours for any GPU, whole
-/// products.
+/// The order follows the measurements in bench/LOG.md on an H100 and an H200: cuDNN as we call it, our
+/// kernels for Hopper, MLX's attention, our kernel for any GPU, and products of whole blocks.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
                                      : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
@@ -264,7 +264,7 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// A call of a plan, which says no more of the keys that a query sees.
+/// A call as the planner describes it: which keys a query sees is not known in more detail.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
           .H = H,
@@ -282,32 +282,33 @@ Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S
           .nax = device.nax};
 }
 
-/// What 'auto' takes on a device that need not be here.
+/// The implementation that 'auto' chooses on a device, which need not be in this machine.
 std::string planned_way(const Device& device, const Call& c) {
   bool libraries = may_use_libraries(c.device, "auto", device.repeatable);
   bool cudnn = libraries && device.cudnn && c.device == Gpu::cuda && cudnn_call_unfit(c).empty();
   return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
 }
 
-/// As measured by bench/memory.py on an H100, for every implementation but hopper's fused kernels: dk and dv
-/// in float32 (with cuDNN, those of each query head), and the scores that the kernel for wide heads writes to
-/// memory.
+/// As measured by bench/memory.py on an H100, for every implementation except the fused kernels for Hopper:
+/// dk and dv in float32 (for each query head with cuDNN), and the scores that the kernel for wide heads
+/// writes to memory.
 OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
   const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
   const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);
   const double parts = c.D > 128 ? 1.5 : 6;
   return {.backward = static_cast<int64_t>(parts * static_cast<double>(of_keys * device.size)) +
                       (c.D > 256 ? std::min(wide, scores) : other) +
-                      8LL * c.B * behind * c.H * c.D};  // our kernel's, of each query head in float32
+                      8LL * c.B * behind * c.H * c.D};  // our kernel sums each query head in float32
 }
 
 struct AttentionCost : OpCost {
-  int64_t saved = 0;  ///< what attention_forward gives; 0 where the implementation gives nothing
+  int64_t saved = 0;  ///< bytes that attention_forward returns for the backward pass
 };
 
-/// Attention of a stage: `queries` a row, the last of its `keys`. The last `branch` of either are a sequence
-/// of their own that goes on behind the first `shared` keys: a second call. groups 0: keys and values, and
-/// what is done with them, are another layer's. `packed`: the row is cut into segments.
+/// The cost of attention in a stage. A row has `keys` tokens, and the last `queries` of them are queries. If
+/// there is a branch, the last `branch` queries and keys are a second sequence that continues the first
+/// `shared` keys, and attention is called a second time for it. `groups` is 0 if keys and values are another
+/// layer's, which also accounts for them. `packed`: the row is cut into segments.
 AttentionCost attention_cost(const Device& device, int rows, int heads, int groups, int head, int queries,
                              int keys, std::optional<int> window, bool softcap, int branch, int shared,
                              bool packed) {
@@ -362,7 +363,8 @@ std::string attention_way(const std::string& device, int head, mx::Dtype dtype, 
 }
 
 const Binding binding([](nb::module_& m) {
-  nb::class_<AttentionOptions>(m, "AttentionOptions", "Which keys a query sees, and what scores become.")
+  nb::class_<AttentionOptions>(m, "AttentionOptions",
+                               "Which keys a query sees, and how scores are scaled and capped.")
       .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,
                     std::optional<int>>(),
            nb::kw_only(), "scale"_a, "window"_a = nb::none(), "segments"_a = nb::none(),
@@ -372,26 +374,32 @@ const Binding binding([](nb::module_& m) {
         "impl"_a = "auto", "stream"_a = nb::none(),
         "softmax(scale·q·kᵀ)·v, causal. q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].");
   m.def("attention_forward", &attention_forward, "q"_a, "k"_a, "v"_a, "options"_a, nb::kw_only(),
-        "impl"_a = "auto", "stream"_a = nb::none(), "{o, statistics}, as attention takes them as saved.");
-  m.def("attention_impls", &attention_impls, "Implementations of attention that the default device has.");
+        "impl"_a = "auto", "stream"_a = nb::none(),
+        "Returns {o, statistics}, which can be passed to attention as `saved`.");
+  m.def("attention_impls", &attention_impls,
+        "Returns the implementations of attention that the default device has.");
   m.def("prefer_attention", &prefer_attention, "head"_a, "dtype"_a, "causal"_a, "way"_a,
-        "On Metal 'auto' takes this implementation from now on where it serves calls of this kind: plain "
-        "causal ones, or those with a window, segments or a cap. Empty: the order that is built in.");
+        "Makes 'auto' prefer this implementation on Metal, where it supports the call, for calls of this "
+        "kind: plain "
+        "causal, or with a window, segments or a cap. An empty name restores the built-in order.");
   m.def("set_repeatable", &set_repeatable, "on"_a,
-        "Whether 'auto' takes only implementations that give the same bits again; what was set before.");
-  m.def("is_repeatable", &is_repeatable, "What set_repeatable set last.");
-  m.def("attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
-        "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
-        "The implementation that 'auto' takes for plain causal attention of many tokens on a device, 'cpu', "
-        "'metal' or 'cuda', which need not be here.");
-  nb::class_<AttentionCost, OpCost>(m, "AttentionCost", "And what attention_forward gives, in bytes.")
+        "Sets whether 'auto' uses only implementations with bit-identical results; returns the previous "
+        "setting.");
+  m.def("is_repeatable", &is_repeatable, "Returns the value last passed to set_repeatable.");
+  m.def(
+      "attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
+      "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+      "Returns the implementation that 'auto' chooses for plain causal attention over many tokens on 'cpu', "
+      "'metal' or 'cuda', which this machine need not have.");
+  nb::class_<AttentionCost, OpCost>(m, "AttentionCost",
+                                    "The cost of attention, with the bytes that attention_forward returns.")
       .def_ro("saved", &AttentionCost::saved);
   m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
         "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,
         "shared"_a = 0, "packed"_a = false,
-        "What attention of a stage takes on a device; csrc/ops/attention/attention.cpp.");
+        "Returns the cost of attention in a stage on a device; csrc/ops/attention/attention.cpp.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
-        "Whether MLX has attention kernels for neural accelerators on this machine's GPU.");
+        "Returns whether MLX has attention kernels for the neural accelerators of this machine's GPU.");
 });
 
 }  // namespace segtrain

@@ -1,22 +1,22 @@
-// What the implementations of attention share. Derivation and cost: docs/attention.md.
+// Code shared by the implementations of attention. Derivation and cost: docs/attention.md.
 #pragma once
 
 #include "core/cost.h"
 
 namespace segtrain {
 
-/// Everything about a call but the arrays.
+/// Everything that describes a call except the arrays.
 struct Call {
   int B, H, G, T, S, D, Dv, q_start = 0;
   float scale, cap = 0;             ///< cap 0: none
-  bool causal_only = false;         ///< every query sees all keys up to itself, there are T = S, and no cap
+  bool causal_only = false;         ///< every query sees all keys up to itself, T = S, and there is no cap
   int window = 0;                   ///< 0: none
-  std::vector<int32_t> first = {};  ///< [T], never falling: the first key that a query sees, the last being
-                                    ///< its own position; where it sees none, its position + 1
+  std::vector<int32_t> first = {};  ///< [T], non-decreasing: the first key that each query sees (the last is
+                                    ///< its own position), or its position + 1 if it sees none
   mx::Dtype dtype;
   mx::StreamOrDevice s = {};
-  Gpu device;        ///< none: the CPU
-  bool nax = false;  ///< MLX's own has kernels for this GPU's neural accelerators; known where a choice asks
+  Gpu device;        ///< Gpu::none is the CPU
+  bool nax = false;  ///< MLX has kernels for this GPU's neural accelerators; set only where it matters
 
   int share() const { return H / G; }
 };
@@ -30,20 +30,21 @@ struct AttentionWay {
 
 extern const AttentionWay cpu_attention, gpu_attention, hopper_attention, blocked_attention;
 
-/// What cpu_attention takes.
+/// The memory that cpu_attention needs.
 OpCost cpu_attention_cost(const Call& c);
 
-/// Why the GPU kernel cannot serve a call; empty if it can.
+/// Why the GPU kernel does not support a call; empty if it does.
 std::string gpu_attention_unfit(const Call& c);
 std::string hopper_attention_unfit(const Call& c);
 
-/// Hopper's kernels whose scores never leave the core, where they serve a call that hopper_attention does.
+/// The kernels for Hopper that keep scores on the chip, and whether they support a call that hopper_attention
+/// supports.
 bool fused_forward_fits(const Call& c);
 bool fused_vjp_fits(const Call& c);
 Arrays fused_forward(const Call& c, const Arrays& qkv);
 Arrays fused_vjp(const Call& c, const Arrays& qkv, const mx::array& d_o, const mx::array& o,
                  const mx::array& lse);
-/// Bytes that fused_vjp takes besides what it reads and gives.
+/// Bytes of scratch that fused_vjp needs besides its inputs and outputs.
 int64_t fused_vjp_scratch(const Call& c);
 
 /// Sums the query heads of each group: [B,H,S,d] → [B,G,S,d].

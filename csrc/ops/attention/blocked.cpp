@@ -1,8 +1,8 @@
-// Blocks of queries against the range of keys they see, as products of whole matrices. docs/attention.md,
-// "blocked".
+// Attention as plain matrix products of a block of queries with the range of keys that they see.
+// docs/attention.md, "blocked".
 //
-// Scores are float32. On CUDA a product of half-precision numbers has to be asked for in float32 to come out
-// in it: such numbers are exact in TF32, so nothing is lost but speed.
+// Scores are float32. On CUDA a product has the dtype of its operands, so half-precision operands are cast to
+// float32 first. They are exact in TF32, so this costs speed but no accuracy.
 #include <cmath>
 
 #include "core/gpu.h"
@@ -12,8 +12,9 @@ namespace segtrain {
 
 namespace {
 
-/// Queries [q0, q1), `period` of them against each run of `nk` keys; the first run begins at key k0, the next
-/// ones `period` keys further. One run of all queries is the plain case, many runs are the bands of a window.
+/// Queries [q0, q1) in runs of `period`, each against `nk` keys. The keys of the first run begin at k0, those
+/// of each following run `period` keys later. The plain case is one run of all queries; a window gives many
+/// runs (bands).
 struct Block {
   int q0, q1, k0, nk, period;
   int runs() const { return (q1 - q0) / period; }
@@ -23,9 +24,9 @@ mx::array number(int x) {
   return mx::array(x, mx::int32);
 }
 
-// ---- row passes: one kernel each on a GPU, MLX's own ops otherwise
+// ---- passes over rows: one kernel each on a GPU, otherwise MLX's ops
 
-/// What the row kernels need to know of the block their rows are in.
+/// The parameters of a block that the row kernels need.
 std::map<std::string, mx::array> row_values(const Call& c, const Block& b, const mx::array& s) {
   std::vector<int32_t> first = c.first;
   first.resize(std::max<int>(b.q1, c.T), c.S);  // a padded query sees nothing
@@ -51,7 +52,7 @@ Grid row_grid(int rows) {
   return {{rows, 1, 1}, 128};
 }
 
-/// [nq, nk] of the block's rows, in the shape [runs, period, nk]: may the query see the key?
+/// Whether each query of the block may see each key: a mask [nq, nk], in the shape [runs, period, nk].
 mx::array seen(const Call& c, const Block& b) {
   auto at = mx::reshape(mx::arange(b.q0, b.q1, mx::int32, c.s), {b.runs(), b.period, 1}, c.s);
   auto run = mx::reshape(mx::arange(0, b.runs(), mx::int32, c.s), {b.runs(), 1, 1}, c.s);
@@ -83,7 +84,7 @@ Arrays softmax_rows(const Call& c, const Block& b, const mx::array& s) {
   auto see = seen(c, b);
   auto top = mx::where(see, capped(s, c), mx::array(-INFINITY), c.s);
   auto lse = mx::logsumexp(top, -1, true, c.s);
-  // A row that sees nothing: lse = −∞, p = 0.
+  // A row that sees no key has lse = −∞ and p = 0.
   auto p = mx::where(see, mx::exp(mx::subtract(top, lse, c.s), c.s), mx::array(0.0f), c.s);
   return {mx::astype(p, c.dtype, c.s), lse};
 }
@@ -113,7 +114,7 @@ Arrays softmax_vjp_rows(const Call& c, const Block& b, const mx::array& s, const
 
 // ---- the products of a block
 
-/// The blocks of a call, and the zeros around queries and keys that make them whole.
+/// The blocks of a call, and the zeros that pad queries and keys to whole blocks.
 struct Blocks {
   std::vector<Block> list;
   int more_queries = 0, keys_before = 0, keys_behind = 0;
@@ -122,7 +123,8 @@ struct Blocks {
 Blocks blocks(const Call& c) {
   const long long heads = static_cast<long long>(c.B) * c.H;
   Blocks all;
-  // Under a window, runs of at least its width see the run before and themselves: bands, all of one shape.
+  // With a window, each run is at least as long as the window, so it sees itself and the run before it. All
+  // of these bands have the same shape.
   int run = std::max(128, (c.window - 1 + 127) / 128 * 128);
   if (c.window > 0 && c.T > 2 * run) {
     int n = (c.T + run - 1) / run;
@@ -138,7 +140,7 @@ Blocks blocks(const Call& c) {
   int rows = std::clamp(static_cast<int>((1LL << 25) / (heads * c.S)) / 128 * 128, 128, 1024);
   for (int q0 = 0; q0 < c.T; q0 += rows) {
     int q1 = std::min(c.T, q0 + rows);
-    int k0 = std::min(c.first[q0], c.q_start + q1 - 1);  // at least one key, though no query may see any
+    int k0 = std::min(c.first[q0], c.q_start + q1 - 1);  // at least one key, even if no query sees any
     all.list.push_back({q0, q1, k0, c.q_start + q1 - k0, q1 - q0});
   }
   return all;
@@ -153,15 +155,15 @@ mx::array cut(const mx::array& x, int begin, int end, const Call& c) {
   return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, c.s);
 }
 
-/// Queries of a block as operands [B,G,·,runs,·,d]: with one run the heads of a group are rows of one
-/// product.
+/// The queries of a block as operands [B,G,·,runs,·,d]. With one run, the heads of a group are rows of a
+/// single product.
 mx::array rows_of(const mx::array& x, const Block& b, const Call& c) {
   auto part = cut(x, b.q0, b.q1, c);
   if (b.runs() == 1) return mx::reshape(part, {c.B, c.G, 1, 1, c.share() * b.period, x.shape(3)}, c.s);
   return mx::reshape(part, {c.B, c.G, c.share(), b.runs(), b.period, x.shape(3)}, c.s);
 }
 
-/// Keys of a block [B,G,1,runs,nk,d]; each run's are those of the run before and its own.
+/// The keys of a block [B,G,1,runs,nk,d]: those of the previous run and of its own, for each run.
 mx::array keys_of(const mx::array& x, const Block& b, int keys_before, const Call& c) {
   int begin = b.k0 + keys_before, d = x.shape(3);
   if (b.nk != 2 * b.period || b.runs() == 1)
@@ -187,7 +189,7 @@ mx::array scores(const mx::array& a, const mx::array& b, const Block& block, con
   return mx::reshape(product(f32(a, c.s), f32(b, c.s), false, true, c), row_shape(block, c, block.nk), c.s);
 }
 
-/// Rows [B,G,share,runs,period,w] in the shape that operands have.
+/// Reshapes rows [B,G,share,runs,period,w] to the shape of operands.
 mx::array as_operand(const mx::array& x, const Block& b, const Call& c) {
   if (b.runs() > 1) return x;
   return mx::reshape(x, {c.B, c.G, 1, 1, c.share() * b.period, x.shape(5)}, c.s);
@@ -205,7 +207,7 @@ Arrays forward(const Call& c, const Arrays& x) {
   q = mx::multiply(f32(q, c.s), mx::array(c.scale), c.s);
   Arrays os, lses;
   for (const auto& b : all.list) {
-    // One block at a time: the next one's queries wait for this one's output.
+    // Only one block is in memory at a time: the next block's queries wait for this block's output.
     if (!os.empty()) q = mx::depends({q}, {os.back()})[0];
     auto y = softmax_rows(c, b, scores(rows_of(q, b, c), keys_of(k, b, all.keys_before, c), b, c));
     auto o = product(as_operand(y[0], b, c), keys_of(v, b, all.keys_before, c), false, false, c);
@@ -221,7 +223,7 @@ class KeySum {
  public:
   KeySum(const Call& c, const mx::array& like) : c_(c), sum_(mx::zeros(like.shape(), mx::float32, c.s)) {}
 
-  /// piece [B,G,·,runs,nk,d], its runs overlapping by half.
+  /// Adds a piece [B,G,·,runs,nk,d], whose runs overlap by half.
   void add(const mx::array& piece, const Block& b, int begin) {
     auto y = mx::sum(f32(piece, c_.s), 2, false, c_.s);
     if (b.runs() == 1) return add(mx::reshape(y, {c_.B, c_.G, b.nk, y.shape(4)}, c_.s), begin);

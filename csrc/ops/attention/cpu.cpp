@@ -68,7 +68,7 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
       const int k0 = j * BK, k1 = std::min(a.s, k0 + BK), nk = k1 - k0;
       /// S = scale·q·kᵀ, capped
       scores(a, q_tile, k + (bg * a.s + k0) * a.d, nq, nk, s);
-      /// Online softmax: what is summed so far was relative to the old maximum.
+      /// Online softmax: the sums so far were relative to the old maximum.
       for (int i = 0; i < nq; ++i) {
         float* row = s + static_cast<size_t>(i) * nk;
         auto see = seen(a, q0 + i, k0, k1);

@@ -165,9 +165,9 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
 
 std::string hopper_attention_unfit(const Call& c) {
   if (c.device != Gpu::cuda || compute_capability() != 90) return "it needs a GPU of compute capability 9.0";
-  if (c.dtype == mx::float32) return "its matrix units take half precision only";
+  if (c.dtype == mx::float32) return "its matrix units support half precision only";
   bool fits = c.D % 8 == 0 && c.Dv % 8 == 0 && c.D <= 512 && c.Dv <= 512;
-  return fits ? "" : "its head sizes are multiples of 8 up to 512";
+  return fits ? "" : "it supports head sizes in multiples of 8 up to 512";
 }
 
 const AttentionWay hopper_attention{forward, vjp};

@@ -1,4 +1,4 @@
-// Attention by one kernel a direction: cpu.cpp, metal/attention.metal, cuda/attention.cu.
+// Attention by our kernels: cpu.cpp, metal/attention.metal, cuda/attention.cu.
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/cpu.h"
@@ -34,9 +34,10 @@ Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 
 // ---- GPU
 
-constexpr int CUDA_BYTES = 227 * 1024;  // of shared memory that a block may ask for on Hopper
+constexpr int CUDA_BYTES = 227 * 1024;  // maximum shared memory of a block on Hopper
 
-/// The launch of a CUDA kernel follows from D, as struct Shapes in cuda/attention.cu, which checks it.
+/// The launch parameters of the CUDA kernels, computed from D in the same way as in struct Shapes of
+/// cuda/attention.cu, which checks them.
 struct CudaTiles {
   int bq, threads, bk_dkv, forward, dq, dkv;
   explicit CudaTiles(int D) {
@@ -51,7 +52,7 @@ struct CudaTiles {
 };
 
 std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int parts) {
-  // MLX passes inputs of fewer than 8 elements in another address space: `first` is never that short.
+  // MLX passes inputs of fewer than 8 elements in another address space, so `first` is padded to 8.
   std::vector<int32_t> first = c.first;
   first.resize(std::max<size_t>(first.size(), 8), c.first.back());
   return {{"q", x[0]},
@@ -65,7 +66,7 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"cap", mx::array(c.cap)}};
 }
 
-/// `rows`: queries or keys that a block takes, which the text checks.
+/// `rows` is the number of queries or keys of a block, which the kernel's text checks.
 Template gpu_template(const Call& c, int rows = 0) {
   Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
   if (rows) all.push_back({"ROWS", rows});
@@ -82,7 +83,7 @@ Grid query_grid(const Call& c, bool backward) {
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
 
-/// [begin, end) along an axis: of heads, 1, or of rows, 2.
+/// Elements [begin, end) along an axis: 1 for heads, 2 for rows.
 mx::array part_of(const mx::array& x, int axis, std::pair<int, int> part, mx::StreamOrDevice s) {
   if (part.first == 0 && part.second == x.shape(axis)) return x;
   mx::Shape begin(x.ndim(), 0), end = x.shape();
@@ -94,7 +95,7 @@ mx::array rows_of(const mx::array& x, std::pair<int, int> part, mx::StreamOrDevi
   return part_of(x, 2, part, s);
 }
 
-/// What `launches` gives for each part, put together along an axis.
+/// Calls `launches` for each part, and concatenates the results along an axis.
 template <class Launches>
 Arrays of_parts(const Ranges& parts, int axis, const Launches& launches, mx::StreamOrDevice s) {
   if (parts.size() == 1) return launches(parts[0]);
@@ -123,8 +124,8 @@ Arrays gpu_forward(const Call& c, const Arrays& x) {
   return of_parts(c.device == Gpu::metal ? forward_parts(c) : whole(c.T), 2, part, c.s);
 }
 
-/// dq, dk, dv of the queries of one launch; dk and dv in `sums`, of all keys of the call. `x` is q, k, v,
-/// lse, delta, d_o.
+/// dq, dk and dv for the queries of one launch. dk and dv cover all keys of the call and have the dtype
+/// `sums`. `x` is q, k, v, lse, delta, d_o.
 Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const auto blocks = score_blocks(c);
   const mx::Shape of_q{c.B, c.H, c.T, c.D}, of_k{c.B, c.G, c.S, c.D};
@@ -145,12 +146,13 @@ Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const int rows = metal_vjp_rows(c.D);
   auto dq = launch("attention_vjp_q_ds", values, {of_q}, {c.dtype},
                    {{"T", c.dtype}, {"D", c.D}, {"ROWS", rows}}, {{tiles(c.T, rows), c.H, c.B}, 128}, c.s);
-  // Who asks for dk first shall not have the dS of all launches waiting for dq.
+  // If a caller evaluates dk first, the dS of all launches must not stay in memory until dq is computed.
   auto sum = mx::depends({of_keys[0], of_keys[1]}, {dq[0]});
   return {dq[0], sum[0], sum[1]};
 }
 
-/// dq, dk, dv. Ranges of queries follow each other, so that only one has its dS at a time.
+/// dq, dk and dv. The ranges of queries are computed one after another, so that only one dS is in memory at a
+/// time.
 Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   if (parts.size() == 1) return metal_vjp_launches(c, x, c.dtype);
   auto zero = mx::zeros({c.B, c.G, c.S, c.D}, mx::float32, c.s), dk = zero, dv = zero;
@@ -171,7 +173,7 @@ Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
 
 /// `x` is q, k, v, lse, delta, d_o.
 Arrays metal_vjp(const Call& c, const Arrays& x) {
-  // A few groups of heads at a time, where all of them at once would leave each launch few queries.
+  // If launches over all heads could take only a few queries each, compute a few groups of heads at a time.
   int groups = c.G;
   auto parts = vjp_parts(c);
   while (groups % 2 == 0 && parts.size() > 1 && c.T < 1024 * static_cast<int>(parts.size())) {
@@ -192,8 +194,8 @@ Arrays metal_vjp(const Call& c, const Arrays& x) {
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
                const mx::array& lse) {
-  // On CUDA the heads of a group are split over `parts` blocks where there are few tiles of keys, and summed
-  // after.
+  // On CUDA, if there are few tiles of keys, the heads of a group are split over `parts` blocks, whose
+  // results are summed afterwards.
   bool metal = c.device == Gpu::metal;
   CudaTiles t(c.D);
   int parts = 1;
@@ -225,7 +227,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 }  // namespace
 
 OpCost cpu_attention_cost(const Call& c) {
-  // dk and dv of each query head, until those of a group are added up.
+  // dk and dv of each query head, until the heads of a group are summed.
   int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
   int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
           backward = cpu::attention_scratch(cpu_args(c), true);
@@ -236,12 +238,12 @@ std::string gpu_attention_unfit(const Call& c) {
   if (c.D != c.Dv) return "D and Dv differ";
   if (c.device == Gpu::metal) {
     bool fits = c.D == 64 || c.D == 80 || c.D == 96 || c.D == 128 || c.D == 192 || c.D == 256;
-    return fits ? "" : "its head sizes are 64, 80, 96, 128, 192 and 256";
+    return fits ? "" : "it supports head sizes of 64, 80, 96, 128, 192 and 256";
   }
-  if (c.dtype == mx::float32) return "its matrix units take half precision only";
+  if (c.dtype == mx::float32) return "its matrix units support half precision only";
   CudaTiles t(c.D);
   bool fits = c.D % 8 == 0 && c.D <= 256 && std::max({t.forward, t.dq, t.dkv}) <= CUDA_BYTES;
-  return fits ? "" : "its head sizes are multiples of 8 up to 256";
+  return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
 const AttentionWay cpu_attention{cpu_forward, cpu_vjp}, gpu_attention{gpu_forward, gpu_vjp};

@@ -1,15 +1,16 @@
-// How our kernels' work on Metal is cut into launches, none of which takes long: macOS ends a program whose
-// work on the GPU does not let the display have its turn.
+// Splits the work of our kernels on Metal into short launches: macOS ends a program whose work on the GPU
+// keeps the display waiting.
 #pragma once
 
 #include "ops/attention/attention.h"
 
 namespace segtrain {
 
-/// Keys that a group of threads owns; blocks of scores have as many keys and queries. metal/attention.metal
+/// The number of keys of a threadgroup, and the size of a block of scores with as many queries and keys; the
+/// same as in metal/attention.metal.
 constexpr int METAL_ROWS = 32, SCORE_BLOCK = METAL_ROWS * METAL_ROWS;
 
-/// Queries that a group of threads owns, of the forward pass and of dQ: parts begin at multiples of them.
+/// The number of queries of a threadgroup, in the forward pass and for dQ. Ranges begin at multiples of it.
 constexpr int metal_forward_rows(int D) {
   return D <= 64 ? 64 : 32;
 }
@@ -17,41 +18,43 @@ constexpr int metal_vjp_rows(int D) {
   return D <= 64 ? 128 : D <= 128 ? 64 : 32;
 }
 
-/// Products of a block of scores with rows of D numbers, in a launch of each kernel; metal/attention.metal.
+/// The number of matrix products per block of scores in a launch of each kernel; metal/attention.metal.
 constexpr int FORWARD_PRODUCTS = 2, DKV_PRODUCTS = 4;
 
-/// Bytes of dS that a launch may write down, of all its heads.
+/// The maximum bytes of dS, over all heads, that a launch may write to memory.
 constexpr int64_t SCORE_BYTES = 128 << 20;
 
-/// Seconds that so many products of a plain causal call take on an M1: predicted, docs/performance.md.
+/// The predicted seconds on an M1 for a plain causal call with this many products; docs/performance.md.
 double causal_seconds(const Call& c, int products);
 
-/// How many M1 this machine's GPU makes up for at least; 1 where there is none.
+/// A lower bound of this GPU's speed relative to an M1; 1 without a GPU.
 double m1s_of_gpu();
 
-/// Ranges of queries that cover the call and take at most 0.3 s each on an M1, or are one group's. In the
-/// backward pass each has at most SCORE_BYTES of dS as well.
+/// Ranges of queries that cover the call. Each takes at most 0.3 s on an M1, or is as short as possible (one
+/// threadgroup's queries). In the backward pass each also has at most SCORE_BYTES of dS.
 Ranges forward_parts(const Call& c);
 Ranges vjp_parts(const Call& c);
 
-/// The blocks of scores of one head that are not empty: those of a tile of keys follow each other, and
-/// index[i] + j is that of the queries from 32 j on. At least 8 numbers.
+/// The non-empty blocks of scores of one head. The blocks of a tile of keys are consecutive: block index[i] +
+/// j has the keys from 32 i on and the queries from 32 j on. `index` has at least 8 elements.
 struct ScoreBlocks {
   std::vector<int32_t> index;
   int count = 0;
 };
 ScoreBlocks score_blocks(const Call& c);
 
-/// The dtype that dS is written in: a half's range ends where shares of small gradients begin.
+/// The dtype in which dS is written to memory. It is float32 for float16, in which small gradients would
+/// underflow.
 mx::Dtype metal_score_dtype(mx::Dtype dtype);
 
-/// Bytes that the backward pass takes at most besides what it reads and gives.
+/// The maximum bytes that the backward pass needs besides its inputs and outputs.
 int64_t metal_vjp_scratch(const Call& c);
 
-/// Keys that some queries see, from a multiple of METAL_ROWS on; at least one.
+/// The range of keys that these queries see; it begins at a multiple of METAL_ROWS and is not empty.
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries);
 
-/// The call of some of its queries; of some of its keys, which all queries see that see any; of some groups.
+/// The call restricted to some queries, to some keys (which must include all keys that are seen), or to some
+/// groups.
 Call of_queries(const Call& c, std::pair<int, int> part);
 Call of_keys(const Call& c, std::pair<int, int> part);
 Call of_groups(const Call& c, int groups);

@@ -33,7 +33,7 @@ struct Rows {
 std::string unfit(const Rows& c) {
   if (gpu() != Gpu::cuda || on_cpu(c.s)) return "only CUDA has one";
   if (!c.count() || !c.columns()) return "table or index is empty";
-  if (c.begin % 8 || c.end % 8) return "the columns begin and end at multiples of 8";
+  if (c.begin % 8 || c.end % 8) return "the columns must begin and end at multiples of 8";
   return unpack_unfit({c.table}, c.dtype());
 }
 
@@ -111,8 +111,9 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
   const auto c = checked("own_input", table, index, begin, begin + x.shape(-1), s);
   check(x.shape() == c.shape(), "[own_input] expected x ", c.shape(), "; got ", x.shape(), ".");
   auto reason = unfit(c);
-  if (x.dtype() != c.dtype() || weight.dtype() != c.dtype()) reason = "x, weight and table have one dtype";
-  if (c.columns() > 8 * THREADS) reason = "it takes rows of up to " + std::to_string(8 * THREADS);
+  if (x.dtype() != c.dtype() || weight.dtype() != c.dtype())
+    reason = "x, weight and table must have the same dtype";
+  if (c.columns() > 8 * THREADS) reason = "it supports rows of up to " + std::to_string(8 * THREADS);
   if (choose("own_input", impl, {gpu_kernel("own_input", reason), {"stock", true, ""}}) == "stock") {
     auto times = [&](const mx::array& y, float factor) {
       return mx::multiply(y, mx::array(factor, y.dtype()), s);

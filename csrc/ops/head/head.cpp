@@ -140,10 +140,10 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
 }  // namespace
 
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h) {
-  if (on_cpu(call.s) || gpu() != Gpu::cuda) return "it is for CUDA";
+  if (on_cpu(call.s) || gpu() != Gpu::cuda) return "it needs CUDA";
   if (h.dtype() != mx::float16 && h.dtype() != mx::bfloat16)
-    return "its matrix units take half precision only";
-  if (call.head.out() % PACK) return "its vocabulary is a multiple of 8";
+    return "its matrix units support half precision only";
+  if (call.head.out() % PACK) return "the size of the vocabulary must be a multiple of 8";
   return unpack_unfit({call.head}, h.dtype());
 }
 
@@ -187,7 +187,8 @@ OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
 
 const Binding binding([](nb::module_& m) {
   m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
-        "What linear_cross_entropy or linear_log_probs takes on a device, for rows with a target.");
+        "Returns the memory that linear_cross_entropy or linear_log_probs needs on a device, for rows with a "
+        "target.");
 });
 
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded) {

@@ -70,7 +70,7 @@ mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::a
         "]; got ", weights ? weights->shape() : mx::Shape{}, ".");
   check(label_smoothing >= 0 && label_smoothing < 1,
         "[linear_cross_entropy] label_smoothing must be at least 0 and below 1; got ", label_smoothing, ".");
-  auto by_tiles = label_smoothing > 0 ? "it takes no label smoothing" : row_losses_unfit(call, h);
+  auto by_tiles = label_smoothing > 0 ? "it does not support label smoothing" : row_losses_unfit(call, h);
   Way way = on_cpu(s) ? cpu_kernel(s) : gpu_kernel("linear_cross_entropy", by_tiles);
   bool kernel = choose("linear_cross_entropy", impl, {way, {"blocked", true, ""}}) == "kernel";
   Loss loss{weights ? f32(*weights, s) : mx::ones({call.M}, mx::float32, s), label_smoothing, needs_grad};

@@ -85,9 +85,10 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
 
 /// Why the kernels do not support a call; empty if they do.
 std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
-  if (c.D % 2 || c.D > MOST_D) return "its heads have an even number of dimensions, 512 or less";
+  if (c.D % 2 || c.D > MOST_D) return "it supports heads with an even number of dimensions up to 512";
   for (size_t i = 0; i < c.norms.size(); ++i)
-    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype()) return "weights of norms have x's dtype";
+    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype())
+      return "the weights of norms must have x's dtype";
   return JointLinear::unfit(linears, c.B * c.T, x.dtype(), c.s);
 }
 
@@ -96,11 +97,11 @@ std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& 
 Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s) {
   check(x.ndim() == 3 && !linears.empty() && linears.size() <= 3,
-        "[lora_qkv] expected x [B,T,H] and one to three linears; got ", x.shape(), " and ", linears.size(),
-        ".");
+        "[lora_qkv] expected x [B,T,H] and one to three linear layers; got ", x.shape(), " and ",
+        linears.size(), ".");
   check(heads.heads > 0 && heads.groups >= 0,
-        "[lora_qkv] expected one head or more, and no fewer than no groups; got ", heads.heads, " and ",
-        heads.groups, ".");
+        "[lora_qkv] expected at least one head and a non-negative number of groups; got ", heads.heads,
+        " and ", heads.groups, ".");
   for (const auto& linear : linears) check_linear("lora_qkv", linear);
   const int D = linears[0].base.out() / heads.heads;
   bool fits = linears[0].base.out() == heads.heads * D;

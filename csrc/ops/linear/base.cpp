@@ -109,13 +109,13 @@ cpu::Weight CpuBase::weight(const Inputs& in, int first) const {
 
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
   const auto& first = bases[0];
-  auto way = gpu_kernel("dequantize", gpu() == Gpu::cuda ? "" : "it is for CUDA");
+  auto way = gpu_kernel("dequantize", gpu() == Gpu::cuda ? "" : "it needs CUDA");
   if (!way.ok) return way.reason;
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it makes float32, float16 or bfloat16";
-  if (bases.size() > 3) return "it takes up to three weights";
+    return "its output must be float32, float16 or bfloat16";
+  if (bases.size() > 3) return "it supports up to three weights";
   for (const auto& base : bases) {
-    if (base.in() != first.in() || base.in() % 8) return "their widths are no multiple of 8, or differ";
+    if (base.in() != first.in() || base.in() % 8) return "their widths are not multiples of 8, or differ";
     bool alike = base.weight.dtype() == first.weight.dtype() && base.mode == first.mode &&
                  base.bits == first.bits && base.group_size == first.group_size &&
                  base.scales.has_value() == first.scales.has_value() &&
@@ -239,12 +239,12 @@ const Binding binding([](nb::module_& m) {
       .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
            "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
       .def_ro("base", &Linear::base)
-      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "The same with other factors.")
+      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "Returns the same layer with other factors.")
       .def_ro("a", &Linear::a)
       .def_ro("b", &Linear::b)
       .def_ro("scale", &Linear::scale);
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
-        "A quantized weight as an array [out, in].");
+        "Dequantizes a weight to an array [out, in].");
 });
 
 }  // namespace segtrain

@@ -66,13 +66,13 @@ DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a
 }
 
 std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
-  if (gpu() != Gpu::cuda) return "it is for CUDA";
+  if (gpu() != Gpu::cuda) return "it needs CUDA";
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it takes float32, float16 or bfloat16";
-  if (rows < 1 || rows > MOST_ROWS) return "it takes 1 to " + std::to_string(MOST_ROWS) + " rows";
-  if (bases_.size() > MOST_PARTS) return "it takes up to three linear layers";
+    return "it supports float32, float16 and bfloat16";
+  if (rows < 1 || rows > MOST_ROWS) return "it supports 1 to " + std::to_string(MOST_ROWS) + " rows";
+  if (bases_.size() > MOST_PARTS) return "it supports up to three linear layers";
   const auto& first = bases_[0];
-  if (first.in() % PIECE) return "the width is no multiple of 16";
+  if (first.in() % PIECE) return "the width is not a multiple of 16";
   for (const auto& base : bases_) {
     if (base.scales.has_value() != first.scales.has_value() || base.bits != first.bits ||
         base.group_size != first.group_size)
@@ -83,7 +83,7 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
                         base.biases->dtype() != first.scales->dtype() || base.scales->dtype() == mx::float64))
       return "scales and biases must be of one type";
     if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must be of x's type";
-    if (base.out() % 8) return "its outputs are no multiple of 8, which others read in pieces";
+    if (base.out() % 8) return "its output width is not a multiple of 8";
     if (base.bias && base.bias->dtype() != dtype) return "the bias must be of x's type";
   }
   if (a_ && a_->dtype() != dtype) return "factors must be of x's type";
@@ -183,7 +183,7 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
   check(picks.dtype() == mx::uint32 && static_cast<int>(picks.size()) == m,
         "[DecodeLinears] expected picks [", m, "] of uint32; got ", picks.shape(), " of ", picks.dtype(),
         ".");
-  const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it is for CUDA"}
+  const Way way = on_cpu(s) && !dry_run() ? Way{"kernel", false, "it needs CUDA"}
                                           : gpu_kernel("decode_linears", unfit(x.dtype(), m));
   if (choose("DecodeLinears", impl, {way, {"stock", true, ""}}) == "stock") return plain(x, picks, s);
   const auto own = calls(x.dtype(), m);
@@ -200,8 +200,8 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
 
 const Binding binding([](nb::module_& m) {
   nb::class_<DecodeLinears>(m, "DecodeLinears",
-                            "Linear layers that read the same few rows in a step of generation, each with "
-                            "updates of several adapters, of which each row has one.")
+                            "Linear layers that read the same few rows in a decoding step, each with the "
+                            "updates of several adapters. Each row uses one of them.")
       .def(nb::init<std::vector<Base>, std::optional<mx::array>, std::vector<std::optional<mx::array>>,
                     std::vector<std::optional<mx::array>>>(),
            "bases"_a, "a"_a = nb::none(), "b"_a = std::vector<std::optional<mx::array>>(),
@@ -215,7 +215,7 @@ const Binding binding([](nb::module_& m) {
           [](const DecodeLinears& op, mx::Dtype dtype, int rows) {
             return gpu_kernel("decode_linears", op.unfit(dtype, rows)).reason;
           },
-          "dtype"_a, "rows"_a, "Why no kernel serves rows of this type; empty if one does.");
+          "dtype"_a, "rows"_a, "Returns why no kernel supports rows of this type; empty if one does.");
 });
 
 }  // namespace segtrain

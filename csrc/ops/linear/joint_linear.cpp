@@ -27,17 +27,17 @@ int rank_of(const Linear& linear) {
 
 std::string JointLinear::unfit(const std::vector<Linear>& linears, int rows, mx::Dtype dtype,
                                mx::StreamOrDevice s) {
-  if (on_cpu(s) || gpu() != Gpu::cuda) return "it is for CUDA";
-  if (dtype != mx::float16 && dtype != mx::bfloat16) return "its matrix units take half precision only";
-  if (rows < LEAST_ROWS) return "it takes 16 rows or more, since it unpacks the weight";
+  if (on_cpu(s) || gpu() != Gpu::cuda) return "it needs CUDA";
+  if (dtype != mx::float16 && dtype != mx::bfloat16) return "its matrix units support half precision only";
+  if (rows < LEAST_ROWS) return "it needs at least 16 rows, because it unpacks the weight";
   std::vector<Base> bases;
   std::vector<int> ranks;
   for (const auto& linear : linears) {
-    if (linear.base.out() % 8) return "its widths are multiples of 8";
+    if (linear.base.out() % 8) return "the widths must be multiples of 8";
     bases.push_back(linear.base);
     ranks.push_back(rank_of(linear));
   }
-  if (padded_ranks(ranks) > MOST_RANKS) return "its ranks are 96 or less in all";
+  if (padded_ranks(ranks) > MOST_RANKS) return "the ranks must add up to at most 96";
   return unpack_unfit(bases, dtype);
 }
 

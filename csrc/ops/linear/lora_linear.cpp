@@ -123,14 +123,14 @@ void check_call(const mx::array& x, const Linear& linear, float dropout,
 
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
                     const std::string& impl, mx::StreamOrDevice s) {
-  check(!linears.empty(), "[lora_linear] expected at least one linear.");
+  check(!linears.empty(), "[lora_linear] expected at least one linear layer.");
   check(keys.empty() || keys.size() == linears.size(), "[lora_linear] expected a key for each of ",
         linears.size(), " linears; got ", keys.size(), ".");
   auto key = [&](size_t i) { return keys.empty() ? std::nullopt : std::optional(keys[i]); };
   for (size_t i = 0; i < linears.size(); ++i) check_call(x, linears[i], dropout, key(i));
   int in = linears[0].base.in(), rows = static_cast<int>(x.size() / in);
   auto unfit = [&](const std::vector<Linear>& some) {
-    return dropout > 0 ? "it takes no dropout" : JointLinear::unfit(some, rows, x.dtype(), s);
+    return dropout > 0 ? "it does not support dropout" : JointLinear::unfit(some, rows, x.dtype(), s);
   };
   auto flat = mx::reshape(x, {rows, in}, s);
   auto run = [&](const std::vector<Linear>& some, size_t first) {
@@ -164,7 +164,7 @@ OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
 }
 
-/// Bytes that dropout of this many elements needs: for the random bits, and for x after dropout.
+/// The bytes that dropout of this many elements needs, for the random bits and for x after dropout.
 int64_t dropout_bytes(const Device& device, int64_t numbers) {
   return numbers * (4 + device.size);
 }
@@ -173,12 +173,12 @@ int64_t dropout_bytes(const Device& device, int64_t numbers) {
 
 const Binding binding([](nb::module_& m) {
   m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
-        "What linears with this many outputs together take on a device.");
+        "Returns the memory that linear layers with this many outputs in total need on a device.");
   m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
-        "What dropout of so many numbers before a linear takes while it runs.");
+        "Returns the memory that dropout of this many elements before a linear layer needs while it runs.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
-        "x·Wᵀ + bias + scale·(x·a)·b of each linear. x [..., in] → [..., out] each.");
+        "x·Wᵀ + bias + scale·(x·a)·b of each linear layer. x [..., in] → [..., out] each.");
 });
 
 }  // namespace segtrain

@@ -182,7 +182,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
 
 const Binding binding([](nb::module_& m) {
   m.def("lora_glu_mlp_cost", &lora_glu_mlp_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "hidden"_a,
-        "tile_rows"_a = nb::none(), "What the MLP takes on a device.");
+        "tile_rows"_a = nb::none(), "Returns the memory that the MLP needs on a device.");
   m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
         "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "down(act(gate(x))·up(x)). x [..., H] → [..., H].");

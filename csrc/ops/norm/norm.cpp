@@ -54,10 +54,10 @@ constexpr int MOST_THREADS = 256, MOST_PACKS = 8;
 std::string cuda_unfit(const Norm& c, const mx::array& x) {
   const auto dtype = x.dtype();
   if (dtype != mx::float32 && dtype != mx::float16 && dtype != mx::bfloat16)
-    return "it takes float32, float16 or bfloat16";
-  if (c.weight.dtype() != dtype) return "the weight has another dtype than x";
+    return "it supports float32, float16 and bfloat16";
+  if (c.weight.dtype() != dtype) return "the weight and x have different dtypes";
   if (c.n % 8 || c.n > 8 * MOST_THREADS * MOST_PACKS)
-    return "its rows are multiples of 8 up to " + std::to_string(8 * MOST_THREADS * MOST_PACKS);
+    return "the width of rows must be a multiple of 8 up to " + std::to_string(8 * MOST_THREADS * MOST_PACKS);
   return c.m ? "" : "x is empty";
 }
 
@@ -153,7 +153,8 @@ const Binding binding([](nb::module_& m) {
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rms_norm_beside", &rms_norm_beside, "h"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(),
-        "h and its norm, whose gradients are added in one pass. h [..., H], weight [H] → two of [..., H].");
+        "Returns h and its norm; the backward pass adds their gradients. h [..., H], weight [H] → two of "
+        "[..., H].");
   m.def("add_rms_norm", &add_rms_norm, "h"_a, "x"_a, "weight"_a, "eps"_a, "factor"_a = nb::none(),
         nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "(h + rms_norm(x))·factor. h, x [..., H], weight [H], factor one number, frozen → [..., H].");

@@ -43,7 +43,7 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
   });
 }
 
-constexpr int THREADS = 256;  ///< per group
+constexpr int THREADS = 256;  ///< threads per group
 
 /// The parameters of a rotation, besides x and the divisors.
 struct Rope {
@@ -130,7 +130,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   check(base.has_value() != freqs.has_value(), "[rope] give either base or freqs.");
   const bool cpu = on_cpu(s);
   const Way kernel = cpu || !segments ? cpu_kernel(s) : gpu_kernel("rope", gpu_unfit(x));
-  const Way stock{"stock", !segments, "MLX's own takes no segments"};
+  const Way stock{"stock", !segments, "MLX's rope does not support segments"};
   if (choose("rope", impl, {kernel, stock}) == "stock")
     return mx::fast::rope(x, dims, traditional, base, scale, offset, freqs, s);
   const Rope c{dims, traditional, scale, positions_of(offset, x.shape(2), segments.value_or(Ranges{})), s};

@@ -1,4 +1,4 @@
-"""Adapter directories: reads, writes and converts them.
+"""Reads, writes and converts adapter directories.
 
 writing.py describes our format, and reading.py the formats that can be read. conversion.py converts
 between formats, merging.py combines adapters, and folding.py merges one into its base model.
@@ -31,5 +31,5 @@ RUN_FILES = (
 
 
 def holds_run(path: Path) -> bool:
-    """Returns whether the folder has anything that a run writes."""
+    """Returns whether the folder contains anything that a run writes."""
     return any((path / name).exists() for name in RUN_FILES)

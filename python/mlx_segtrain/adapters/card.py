@@ -42,7 +42,8 @@ class About:
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
-    """Writes README.md, unless somebody else wrote one; `form` is ours, mlx-lm, peft or gguf."""
+    """Writes README.md unless there is one that we did not write; `form` is ours, mlx-lm, peft or
+    gguf."""
     if is_ours(folder / README):
         write_text(folder / README, card(adapter, about, form))
 

@@ -116,14 +116,14 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "whether the embedding is also the head is unknown without the base model: add its "
-            "folder with --model."
+            "the base model must show whether the embedding is also the head: add its folder with "
+            "--model."
         )
     return replace(adapter, tied=tied)
 
 
 def about_of(adapter_path: Path | Folder) -> About:
-    """Returns the metadata in an adapter's folder; what the folder lacks is empty."""
+    """Returns the metadata in an adapter's folder; missing values are empty."""
     folder = open_folder(adapter_path)
     config = folder.config
     run = dict(ours(config))
@@ -146,8 +146,8 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
-            f"as {dtype} the adapter would be off by {difference:.2g}, while the largest update is "
-            f"{update:.2g}: nothing was written."
+            f"converted to {dtype}, the adapter would differ by {difference:.2g}, while its "
+            f"largest update is {update:.2g}: nothing was written."
         )
     ranks = sorted(set(adapter.ranks.values()))
     return Converted(out, len(adapter.tensors), ranks, update, difference)

@@ -51,7 +51,7 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of the state are not adapters; those of evaluations are.
+        # Checkpoints of a run's state are not adapters, but the copies saved at evaluations are.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]

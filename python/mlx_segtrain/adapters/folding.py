@@ -18,9 +18,9 @@ from .tying import check_base
 SHARD = 4 << 30
 #: Share of an update that may be lost before the report warns.
 LOST = 0.1
-#: Tensors that a module may have if something is merged into it.
+#: The tensors that a module may have for an update to be merged into it.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Endings of the files that are not copied from the base's folder: weights, in any format.
+#: Extensions of the files that are not copied from the base's folder: weights in any format.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
@@ -38,7 +38,7 @@ class Folded:
     """
 
     path: str
-    bits: int | None  #: of the merged weight; None: not quantized
+    bits: int | None  #: bits of the merged weight; None if it is not quantized
     update: float
     weight: float
     lost: float
@@ -187,8 +187,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this many bits, which MLX lets one choose in affine mode
-    only."""
+    """Returns the quantization with this many bits, which only MLX's affine mode lets one
+    choose."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
@@ -200,12 +200,12 @@ def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """Returns the weight of a module as a dense array of this dtype; `how` it is quantized, if it
-    is."""
+    """Returns the weight of a module as a dense array of this dtype; `how` is its quantization, or
+    None."""
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
-    if biases is not None:  # MLX computes in their dtype, whichever is requested
+    if biases is not None:  # MLX computes in the dtype of the scales, whatever dtype is requested
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     options: Any = asdict(how)
     return mx.dequantize(weight, scales, biases, **options, dtype=dtype)

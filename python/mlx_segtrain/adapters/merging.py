@@ -26,7 +26,9 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[str, str] = {}  # by path without the prefix, which only some adapters may have
+    names: dict[
+        str, str
+    ] = {}  # keys are paths without the prefix, which only some adapters may have
     for adapter, weight in zip(adapters, weights, strict=True):
         if (kind := adapter.kind) is not LORA:
             raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")

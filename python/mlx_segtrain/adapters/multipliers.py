@@ -24,7 +24,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # then alpha is not for this rank either
+        if (expected := ranks(stored)) != rank:  # alpha is then for that other rank
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
                 f"say {expected:g}: the two files belong to different adapters."
@@ -64,8 +64,8 @@ def _scale(folder: Folder) -> float:
 
 
 def _is_over_root(folder: Folder) -> bool:
-    """Returns whether the scale has yet to be divided by the square root of the rank; in our own
-    adapters it already is.
+    """Returns whether the scale still has to be divided by the square root of the rank. In our own
+    adapters it has been divided.
 
     mlx-bun writes the flag into OptiQ's file only.
     """

@@ -6,7 +6,8 @@
                                divided by the rank, layer by layer
     DoRA                       also <path>.m [out], ….lora_magnitude_vector [out]
 
-Each has an adapter_config.json. Anything more than a low-rank update is refused by name.
+Each has an adapter_config.json. Other tensors than those of low-rank updates are refused with an
+error that names them.
 """
 
 import math
@@ -79,9 +80,9 @@ def read_stored(
 ) -> Adapter:
     """Reads an adapter folder without its model; layers get the names that mlx-lm gives them.
 
-    `tied`: the base has no separate head; by default that is looked up where it matters, in
-    `model_dir` or the base that the adapter names. Raises InputError like read_adapter, except for
-    faults that only the model shows, and if `tied` cannot be determined.
+    `tied` says whether the base lacks a separate head; by default, this is looked up in `model_dir`
+    or in the base that the adapter names, if it matters. Raises InputError like read_adapter,
+    except for faults that require the model to be found, and if `tied` cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -114,8 +115,8 @@ def read_stored(
             )
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
-                f"{folder.weights}: '{stored}' has {folder.kind.called} {more[0].shape} for lora_b "
-                f"{b.shape}."
+                f"{folder.weights}: '{stored}' has {folder.kind.called} of shape {more[0].shape}, "
+                f"which do not fit lora_b {b.shape}."
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *more)):
             raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
@@ -146,7 +147,7 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     """Returns the rank of each adapted layer by its path in mlx-lm; reads only the header.
 
     `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, but
-    not for faults that only the model or the factors show.
+    not for faults that require the model or the factors to be found.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 

@@ -49,8 +49,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights}: whether the embedding is also the head is unknown without "
-        "the base model: add its folder with --model."
+        f"{folder.weights}: the base model must show whether the embedding is also the head: add "
+        "its folder with --model."
     )
 
 
@@ -59,7 +59,7 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     the head's if the base has one weight for both: then the head's update is left out.
 
     Decides by names only: `check_twins` tests whether both updates are equal. Raises InputError if
-    the adapter updates only one of the two, or belongs to another kind of base.
+    the adapter updates only one of the two, or was trained on a base that is tied unlike this one.
     """
     if tied is None:
         return found, {}
@@ -113,7 +113,7 @@ def check_twins(
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
     """Raises InputError if the adapter updates a separate head that the base lacks, or an embedding
-    of the other kind of base."""
+    that is tied to the head only in one of adapter and base."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return

@@ -40,7 +40,8 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
     unless it is None."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
-        ratio = adapter.scales[module] / scale if scale else 1.0  # then all multipliers are 0
+        # If scale is 0, all multipliers are 0.
+        ratio = adapter.scales[module] / scale if scale else 1.0
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0
         if extra:
@@ -120,7 +121,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
-        if differ:  # by which a reader knows that the unpadded factors belong to these
+        if differ:  # a reader checks with this hash that both files have the same factors
             config["segtrain"]["padded"] = sha256(aside)
         before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):

@@ -42,7 +42,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     added = command("import", _import, text, json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     _out(added, "the new adapter")
-    _model(added, "model whose layer names the adapter gets. Default: its own names.")
+    _model(added, "model whose layer names the adapter gets. Default: the adapter's own names.")
 
     added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)
     added.add_argument("adapters", type=place, nargs="+", metavar="ADAPTER", help=ADAPTERS)
@@ -66,7 +66,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     )
     _out(added, "the new adapter or model")
 
-    text = "list adapters, and whether a model can take them"
+    text = "list adapters, and whether they fit a model"
     added = command("adapters", _adapters, text, json=True)
     added.add_argument(
         "roots", type=Path, nargs="*", metavar="ROOT", help="directory to search. Default: ."
@@ -178,7 +178,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
-    """Prints what is about to be merged: merging takes minutes."""
+    """Prints what is about to be merged, because merging takes minutes."""
     from mlx_segtrain.commands.views import wide
     from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot

@@ -61,7 +61,7 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model, which answers with any of several voices."""
+    """A conversation with one model, which can answer with each of several voices."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
@@ -105,7 +105,7 @@ class Chat:
 
         self._mount(voice)
         ids = self._ids(voice)
-        # At least one token has to be left: its logits start the answer.
+        # At least one token must be processed, because its logits start the answer.
         same = generate.shared(voice.ids, ids[:-1])
         surplus = len(voice.ids) - same
         if voice.cache is None or (surplus and not can_trim_prompt_cache(voice.cache)):

@@ -34,9 +34,9 @@ probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
 #: Sampling options besides the temperature, named as in the server's requests.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "top_p": (probability, "X", "draw from the most likely tokens of this total probability"),
-    "top_k": (count(0), "N", "draw from the N most likely tokens; 0 is all"),
-    "min_p": (probability, "X", "leave out tokens less likely than X times the most likely one"),
+    "top_p": (probability, "X", "sample from the most likely tokens with this total probability"),
+    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 is all"),
+    "min_p": (probability, "X", "exclude tokens less likely than X times the most likely one"),
     "repetition_penalty": (
         above_0,
         "X",
@@ -102,7 +102,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields an answer, sampled as on the server. `known`: tokens in a cache in `more`."""
+    """Yields the parts of an answer, sampled as on the server. `known` are the tokens of a cache in
+    `more`."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor

@@ -31,7 +31,7 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands that end at once, so that --quiet, --verbose and --log-file would be of no use.
+#: Commands that end at once, for which --quiet, --verbose and --log-file would be useless.
 AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
@@ -40,7 +40,7 @@ DATA = "file or directory with rows, or name of a data set on the Hugging Face h
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a signal)."""
-    if argv is None:  # this process is the command
+    if argv is None:  # this process was started as the command
         hide_torch()
     given = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -125,7 +125,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=finite,
         default=1.0,
         metavar="X",
-        help="with --reward: smallest reward with which a completion passes. Default: 1.",
+        help="with --reward: minimum reward of a completion that passes. Default: 1.",
     )
 
     generate.add_command(command)
@@ -184,7 +184,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=float,
         default=1.0,
         metavar="GB",
-        help="memory for cached beginnings of prompts, in 10⁹ bytes; freed while a job is "
+        help="memory for cached prompt prefixes, in 10⁹ bytes; freed while a job is "
         "computing. Default: 1.",
     )
     added.add_argument(
@@ -298,7 +298,7 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("mlx_segtrain"):
-            raise  # our own bug: installing packages would not help
+            raise  # a bug of ours, which installing packages would not fix
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'
@@ -347,7 +347,7 @@ def _bench(args: argparse.Namespace) -> int:
     show = (lambda _: None) if args.json else functools.partial(print, flush=True)
     rows = benchmark.run(args.only, args.impls, args.runs, show)
     if not rows:
-        raise InputError("no op, shape or implementation has these names: see bench without flags.")
+        raise InputError("no op, shape or implementation has these names: run bench without flags.")
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
     if args.report:

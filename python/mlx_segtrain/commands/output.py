@@ -18,7 +18,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet`: warnings and results only. `verbose`: one line for every step and event.
+    """`quiet` shows only warnings and results; `verbose` shows a line for every step and event.
 
     Raises InputError if `log_file` cannot be opened.
     """
@@ -89,7 +89,7 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream, for callers that log their own lines (a progress bar)."""
+    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 

@@ -49,18 +49,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-#: The tokens of a step, on a GPU and on a CPU.
+#: The number of tokens of a step, on a GPU and on a CPU.
 TOKENS, TOKENS_ON_CPU = 2048, 256
 
 
 @dataclass(frozen=True)
 class Step:
-    """Loss and gradients with LoRA of rank 16 on all linear layers, one layer per segment."""
+    """The time of loss and gradients with LoRA of rank 16 on all linear layers, one layer per
+    segment."""
 
     model: str
     tokens: int
     first_s: float
-    ms: float  #: median of three
+    ms: float  #: median of three runs
     peak_gb: float
 
 

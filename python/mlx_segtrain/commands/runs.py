@@ -178,7 +178,7 @@ def show_result(
     state = "interrupted after" if result.interrupted else "trained"
     if result.stopped_early:
         better = "higher reward" if rewarded else "lower validation loss"
-        state = f"no {better} any more: stopped after"
+        state = f"stopped early, without a {better}, after"
     show.say(f"\n{state} {result.steps} steps in {duration(result.wall_s)}")
     if result.interrupted and not result.steps:
         show.say("nothing was saved: no step was finished")
@@ -301,7 +301,8 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)  # also in place of --config's
+    # Also overrides those of --config.
+    config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")
     from mlx_segtrain.commands.terminal import answer, waiting
@@ -322,7 +323,7 @@ def _plan(args: argparse.Namespace) -> int:
             raise InputError(
                 "--link and --step-seconds only apply to parallel data: leave them out"
             )
-        assert args.ranks is not None  # otherwise it was rejected above
+        assert args.ranks is not None  # checked above
         runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])
         return answer(report.of_pipeline(runs), show_plan, args.json)
     if args.rank_budgets:

@@ -62,8 +62,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns free. A terminal echoes ^C there: it would wrap a full line, and the
-    bar would be drawn a second time below it."""
+    """Leaves the last columns free, because a terminal echoes ^C there: a full line would be
+    wrapped, and the bar would be drawn a second time below it."""
 
     inner: RenderableType
 
@@ -105,9 +105,9 @@ class Terminal:
         self._task: TaskID | None = None
         self._waiting: TaskID | None = None
         self._told = 0.0
-        self._budget: float | None = None  # in 10⁹ bytes, of the plan
-        self._loss = ""  # of the last evaluation
-        self._last: Event | None = None  # what the bar shows
+        self._budget: float | None = None  # the budget of the memory plan, in 10⁹ bytes
+        self._loss = ""  # the loss of the last evaluation
+        self._last: Event | None = None  # the event whose figures the bar shows
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -251,7 +251,8 @@ class Terminal:
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
     def _figures(self, event: Event, wide: bool) -> str:
-        """Returns loss, speed, memory and remaining time; fewer details unless `wide`."""
+        """Returns loss, speed, memory and remaining time, with fewer details unless `wide` is
+        set."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
         of = "" if self._budget is None else f" of {self._budget:.2f}"

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 #: Two alternating styles each, so that neighbouring tokens can be told apart.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
-#: Layers that the report of a merge shows.
+#: Number of layers that the report of a merge shows.
 WORST = 8
 
 
@@ -38,7 +38,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     line(f"format   {formats(report)}")
     line(f"rows     {report.n_train:,} to train, {report.n_valid:,} to validate")
     if report.samples is not None:
-        line(f"samples  {report.samples:,}, with {report.trained_turns:,} trained turns")
+        line(f"samples  {report.samples:,}, with {report.trained_turns:,} turns in the loss")
     if report.prompt_format == "chat":
         line("prompts  go through the chat template")
     elif report.prompt_format == "raw":
@@ -300,7 +300,7 @@ def show_fold(report: folding.Report) -> None:
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         say(
             f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
-            f"tenth of the update to rounding. Merge with {way}, or serve base and adapter apart."
+            f"tenth of the update to rounding. Merge with {way}, or serve them separately."
         )
 
 

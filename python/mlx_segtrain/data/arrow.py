@@ -17,7 +17,7 @@ from . import limits
 from .blocks import OTHER, Block
 from .limits import VALUE, check_columns, check_growth, check_length
 
-ROWS = 1024  #: the maximum per batch
+ROWS = 1024  #: maximum rows per batch
 
 
 def table_of(data: Any) -> Any:
@@ -66,8 +66,8 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces columns of types that JSON does not have, such as images, with booleans: whether
-    there is a value. The values are not needed, and their size is unknown."""
+    """Replaces columns of types that JSON does not have, such as images, with booleans that say
+    whether there is a value. The values are not needed, and their size is unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):
@@ -142,12 +142,12 @@ def _plain(kind: Any) -> Any:
 
 
 def _is_json(kind: Any) -> bool:
-    """Returns whether JSON has the values of a type."""
+    """Returns whether JSON can represent the values of a type."""
     if _is_list(kind):
         return _is_json(kind.value_type)
     if types.is_struct(kind):
         return all(_is_json(own.type) for own in kind)
-    if types.is_dictionary(kind):  # only bombs have dictionaries of lists
+    if types.is_dictionary(kind):  # only decompression bombs have dictionaries of lists
         kind = kind.value_type
     plain = (types.is_boolean, types.is_integer, types.is_floating, types.is_null, _is_text)
     return any(own(kind) for own in plain)

@@ -34,13 +34,13 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """Tokens that only pad rows to the longest one."""
+        """The number of tokens that only pad rows to the longest one."""
         return self.tokens.size - int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both sequences of each pair, whole. In every pair the first `shared` tokens of the two
+    """Both complete sequences of each pair. In every pair the first `shared` tokens of the two
     sequences are the same. `reference` is float32 [2B], chosen ones first, or None."""
 
     chosen: Batch
@@ -130,8 +130,8 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """Returns the fraction of an epoch's tokens, of both sequences for pairs, that is padding; for
-    packed data, the fraction of its rows that is empty."""
+    """Returns the fraction of an epoch's tokens that is padding, counting both sequences of pairs;
+    for packed data, the fraction of its rows that is empty."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns

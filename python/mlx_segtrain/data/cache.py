@@ -154,8 +154,8 @@ def _check(done: Done, before: dict[str, str]) -> None:
 
 
 def _mapped(file: Path | bytes) -> "pa.RecordBatch":
-    """Returns the batch in a file, which is mapped, or in the content of one. Raises OSError or
-    ValueError if it is damaged."""
+    """Returns the batch in a file, which is mapped into memory, or in the content of such a file.
+    Raises OSError or ValueError if it is damaged."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)
@@ -183,7 +183,7 @@ def _kept(place: Path) -> list["pa.RecordBatch"]:
 
 @dataclass(frozen=True)
 class About:
-    """The content of about.json: the sizes of the files in bytes, and facts for people."""
+    """The content of about.json: the sizes of the files in bytes, and information for users."""
 
     sizes: list[int]
     data: str
@@ -207,7 +207,7 @@ def _made(
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
-        if batches := _kept(place):  # another process has finished meanwhile
+        if batches := _kept(place):  # another process has finished in the meantime
             return batches
         store = None if fault else place
         if fault:
@@ -302,7 +302,7 @@ def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
                 while not lock(file):
                     progress.wait()
                     time.sleep(0.2)
-                if not _is_at(file, place / LOCK):  # it was removed meanwhile
+                if not _is_at(file, place / LOCK):  # it was removed in the meantime
                     file.close()
                     file = None
             clean(place)

@@ -21,8 +21,8 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: To find a generation prompt in another rendering, its last characters are searched for: this
-#: many, the longest text first.
+#: A generation prompt is located in another rendering by its last characters. These numbers of
+#: characters are tried, beginning with the largest.
 ANCHORS = range(40, 3, -1)
 #: If no spelling is lossless, all of them are tried for this many rows with the same traits.
 MOST_SEARCHES = 20
@@ -61,7 +61,8 @@ class Conversations:
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # By the traits of rows: the spelling, what it loses, and the number of searches.
+        # For rows with these traits: the spelling, the findings about it, and the number of
+        # searches.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
@@ -213,7 +214,8 @@ class _Row:
         if not thoughts:
             return (response if closed else closing + response), []
         if thoughts in response:
-            return response, ["reasoning"] if closed else []  # then it follows an empty block
+            # Then the reasoning follows an empty block.
+            return response, ["reasoning"] if closed else []
         return thoughts + (response if closed else closing + response.lstrip("\n")), []
 
     def _aligned(
@@ -231,7 +233,7 @@ class _Row:
                 raise _unplaced(i)
             header = full  # an empty turn, or one with only calls, may be rendered differently
         answer = full[len(header) :]
-        if not i:  # nothing precedes it
+        if not i:  # there is no earlier message
             return header, answer
         shared = _common(context, header)
         said = [reasoning(message)[1].strip() for message in self.messages[:i]]
@@ -275,7 +277,7 @@ def _common(a: str, b: str) -> int:
 
 class _Stops:
     """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`),
-    and the text that is appended to a response without a stop (None: no text)."""
+    and the text that is appended to a response without a stop, or None for no text."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}

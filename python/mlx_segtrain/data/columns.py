@@ -1,4 +1,4 @@
-"""Arrays of what a run needs to know about all samples, so that it need not create all rows."""
+"""Arrays with the properties of all samples, so that a run need not create all rows."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Dataset:
 
     `rows` are Row or Pair, and may be created on access: code that needs all of them uses
     `columns`. `format` is a name of formats.FORMATS, or mixed. `n_rows` counts the rows that were
-    read, `truncated` the rows here that were truncated (pairs that lost part of a response),
+    read. `truncated` counts the truncated rows (for pairs, those that lost part of a response),
     `prompts_cut` the rows that lost the beginning of their prompt, and `dropped` the samples
     without a token left in the loss. `pad_id` fills short rows. `notes` has the findings about the
     rows, `said` sentences about rows that were dropped or held out. `name` is that of the source.
@@ -80,7 +80,7 @@ class Dataset:
         return replace(self, rows=picked, columns=self.columns.take(chosen))
 
     def in_rows_of(self, tokens: int) -> "Dataset":
-        """Returns the samples, none of them longer, packed into rows of this many tokens."""
+        """Returns the samples packed into rows of this many tokens; no sample may be longer."""
         return replace(self, packed=tokens)
 
     @cached_property
@@ -131,8 +131,8 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is what sources_of takes or returns. With the folder of the tokenizer's model the tokens
-    are cached (cache.py). `on_event` receives the progress.
+    `data` is an argument of sources_of, or its result. With the folder of the tokenizer's model the
+    tokens are cached (cache.py). `on_event` receives the progress.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -227,8 +227,8 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split = {asked} is less than one row of {train.name}, counting equal rows "
-                "together: raise it.",
+                f"val_split = {asked} would hold out no row of {train.name}, because equal rows "
+                "stay together: raise it.",
                 field="val_split",
             )
         return replace(own, said=(*own.said, *said)), None

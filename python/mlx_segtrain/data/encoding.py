@@ -21,7 +21,8 @@ from .words import Words
 @dataclass(frozen=True)
 class Options:
     """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` of
-    every prompt, as chat templates take them. Without a method, rows may be for any method."""
+    every prompt, as chat templates take them. If no method is set, rows for any method are
+    accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -117,8 +118,8 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations whose
-    turns in the loss follow from `train_on`; for `responses` all assistant turns are in the loss.
+    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations, and puts
+    turns into the loss according to `train_on`; `responses` puts all assistant turns into the loss.
     `notes` counts what was read; `bos` are the tokens that the tokenizer adds before a text.
     """
 

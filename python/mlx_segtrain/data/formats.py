@@ -104,7 +104,8 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """Returns the first format whose marks are among the keys, except prompt (Options.format)."""
+    """Returns the first format whose marks are among the keys. The format of prompts is never
+    returned, since other formats have its keys, too (Options.format)."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 

@@ -59,10 +59,10 @@ class Report:
 
     `n_train` and `n_valid` count rows; everything else except `remarks` is about the training rows.
     `formats` counts them by format, `duplicates` counts rows that repeat an earlier one. Lengths,
-    `histogram` and `longest` (places and tokens) are in tokens before truncation. What needs a
-    tokenizer is None or empty without one. `epoch` describes an epoch without packing, `packed` one
-    with it, if possible. `remarks` say what is left out of the data or wrong with it; `findings`
-    name rows by finding (notes.FINDINGS). `error` is one sentence.
+    `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields that need
+    a tokenizer are None or empty without one. `epoch` describes an epoch without packing, `packed`
+    one with it, if possible. `remarks` are sentences about omitted or wrong data; `findings` name
+    rows by finding (notes.FINDINGS). `error` is one sentence.
     """
 
     ok: bool = True

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import InputError, reason
 
-MOST_BYTES = 16 << 20  # of a row: four million tokens
+MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
 #: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects also
 #: count.
 VALUE = 8

@@ -31,7 +31,7 @@ def lossless(tokenizer: Any) -> Holds | None:
     cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
-        # Without a token for unknown characters BPE drops them in pieces and wholes alike.
+        # Without a token for unknown characters, BPE drops them from pieces and from whole texts.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
         plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}

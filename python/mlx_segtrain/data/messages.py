@@ -11,7 +11,7 @@ Message = Mapping[str, Any]
 #: The keys for the reasoning of a message.
 ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
 REASONING: tuple[str, ...] = get_args(ReasoningKey)
-MAX_WEIGHT = 1e6  # far above any use; sums of losses stay finite in float32
+MAX_WEIGHT = 1e6  # far larger than any sensible weight, but sums of losses stay finite in float32
 #: The roles of messages, and their names in other data sets.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {
@@ -36,7 +36,7 @@ KINDS: dict[type, str] = {
 
 
 def kind_of(value: Any) -> str:
-    """Returns in words what a value of a row is."""
+    """Returns the type of a row's value in words."""
     return f"a {value.kind}" if isinstance(value, Other) else KINDS[type(value)]
 
 
@@ -74,7 +74,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
         raise InputError(
-            f'{where} asks to be in the loss, but its role is "{known}" and only "assistant" '
+            f'{where} should be in the loss, but its role is "{known}" and only "assistant" '
             'messages can be; remove "train" and "weight".'
         )
     content = message.get("content")

@@ -14,10 +14,10 @@ UNITS = 1024
 
 @dataclass(frozen=True)
 class Packing:
-    """The places for n whole samples in rows.
+    """The places of n samples in packed rows; no sample is split.
 
-    They are the same in every epoch, so that all epochs have the same number of rows; which sample
-    takes which place of its size changes.
+    The places are the same in every epoch, so that all epochs have the same number of rows. In each
+    epoch, samples of the same size are distributed differently over the places of that size.
 
     `sizes` int16 [n] has the size of each sample in units. `places` int64 [n] lists the places row
     by row, numbered by size, the largest first; row i has `places[ends[i]:ends[i + 1]]`.
@@ -55,7 +55,7 @@ def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
 
     An item goes into the row that then has the least room left; equal items are placed together.
     """
-    open_rows: dict[int, list[np.ndarray]] = {}  # by the remaining room
+    open_rows: dict[int, list[np.ndarray]] = {}  # rows by their remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]
     n_rows = 0
 

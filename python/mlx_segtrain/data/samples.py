@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-#: Rows that are tokenized at once: enough for the tokenizer's threads, small in memory.
+#: Rows that are tokenized at once: enough to keep the tokenizer's threads busy, few enough to need
+#: little memory.
 ROWS_PER_CALL = 512
 #: The findings in the order of their bits.
 BITS = tuple(FINDINGS)

@@ -117,7 +117,8 @@ class Lines:
 
     @classmethod
     def of(cls, rows: Iterable[Any], name: str) -> Lines:
-        """Creates a source from rows. Raises InputError for one that is no dict of JSON values."""
+        """Creates a source from rows. Raises InputError for a row that is not a dict of JSON
+        values."""
         lines = (_line_of(row, f"{name}:{number}") for number, row in enumerate(rows, 1))
         return cls(name, tuple(grouped(lines, name)))
 
@@ -179,16 +180,16 @@ def sources_of(
         }
         if named["train"] is None:
             had = ", ".join(map(shown, data)) or "nothing"
-            raise InputError(f'The data has no "train": it needs that split, but has {had}.')
+            raise InputError(
+                f'the data has no split "train", only {had}: add it, or pass one split.'
+            )
         train = _python(named["train"], "train_data")
         own = None if named["valid"] is None else _python(named["valid"], "valid_data")
     else:
         train, own = _python(data, "train_data"), None
     if valid is not None:
         if own is not None:
-            raise InputError(
-                f"There are validation rows in {own.name} already: use only one of the two."
-            )
+            raise InputError(f"{own.name} already has validation rows: use only one of the two.")
         found = isinstance(valid, str | Path)
         own = _in_place(valid, tell, ask)[0] if found else _python(valid, "valid_data")
     return train, own

@@ -30,8 +30,8 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: few, because a file may hold a long text once for all
-#: of its rows.
+#: Rows of Parquet that are read at once: few, because a long text that is stored once may be the
+#: value of all rows.
 FEW = 16
 
 
@@ -67,7 +67,7 @@ def read(path: Path) -> Iterator[Block]:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
         try:
-            # This process may have changed its limits.
+            # Send the limits, since this process may have changed them.
             own = {name: value for name, value in vars(limits).items() if name.isupper()}
             reader.wire.send_bytes(json.dumps([str(path), most, own]).encode())
             send_handle(reader.wire, file.fileno(), reader.process.pid)
@@ -76,7 +76,7 @@ def read(path: Path) -> Iterator[Block]:
                 first, size = head
                 block = Block(path.name, first, size, reader.wire.recv_bytes(), "arrow")
                 head = json.loads(reader.wire.recv_bytes())
-                ended = not isinstance(head, list)  # known before the last block is used
+                ended = not isinstance(head, list)  # set before the caller gets the last block
                 yield block
             ended = True
         except (EOFError, OSError):
@@ -114,7 +114,7 @@ def main(number: str) -> None:
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
     """Sends the blocks of a file. Returns None, or the sentence of an InputError."""
     import pyarrow as pa
-    import pyarrow.parquet  # before memory is limited
+    import pyarrow.parquet  # must be imported before memory is limited
 
     from . import arrow
 

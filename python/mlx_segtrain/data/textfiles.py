@@ -116,7 +116,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
             text, at = text[at:] + decoder.decode(data, final=ended), 0
         except UnicodeDecodeError:
             raise InputError(
-                f"{name}:{number + 1}: the row or one after it is not UTF-8; save the file as "
+                f"{name}:{number + 1}: this row or a later one is not UTF-8; save the file as "
                 "UTF-8."
             ) from None
 

@@ -79,7 +79,7 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature that divides logits before log-probabilities are taken."""
+        """The temperature that divides logits before log-probabilities are computed."""
         return 1.0
 
     @property
@@ -201,7 +201,7 @@ class Batch(Generic[A]):
         self._take_in()
 
     def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
-        """Removes answers; with `keep`, each gets its cache."""
+        """Removes answers; with `keep`, each gets its own cache back."""
         if not gone:
             return
         self._give_out()

@@ -1,4 +1,4 @@
-"""From logits to text: chooses tokens, and decodes text as far as it is final."""
+"""Chooses tokens from logits, and decodes them to text as far as the text is final."""
 
 import math
 import os
@@ -35,8 +35,8 @@ class Options:
     """How tokens are chosen, and when a sequence ends.
 
     The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, given the model's own
-    probabilities; one of them is sampled with the temperature (0: the most likely one). The
-    repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
+    probabilities; one of them is sampled with the temperature, or, if that is 0, the most likely
+    one is taken. The repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
     arXiv:1909.05858), the other two penalties to tokens of the answer.
     """
 
@@ -52,9 +52,11 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False  #: the text continues the prompt's, so a space between them matters
-    logprobs: int | None = None  #: number of most likely tokens to return log p of; None: no log p
-    deterministic: bool = False  #: bit for bit as if it were alone
-    constraint: "Constraint | None" = None  #: what the text has to be
+    logprobs: int | None = (
+        None  #: number of most likely tokens whose log p is returned; None: no log p
+    )
+    deterministic: bool = False  #: bit-identical to the answer of a single request
+    constraint: "Constraint | None" = None  #: the format of the text
 
 
 #: log p of the chosen token, and log p of the most likely ones by token.

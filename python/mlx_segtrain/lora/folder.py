@@ -102,7 +102,7 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
     try:
         facts = file.stat()
         if facts.st_size > (1 << 20) and 512 * facts.st_blocks < facts.st_size // 2:
-            return False  # a sparse file is no trained adapter, and may take hours to read
+            return False  # a sparse file is not a trained adapter, and may take hours to read
         return own.get("padded") == _digest(file, facts.st_ino, facts.st_size, facts.st_mtime_ns)
     except OSError:
         return False
@@ -140,7 +140,7 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
 
 
 def _check_kind(folder: Folder) -> None:
-    """Raises InputError if the configuration describes more than a LoRA of linear layers."""
+    """Raises InputError if the configuration has more than LoRA updates of linear layers."""
     config = folder.config
     kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"

@@ -37,7 +37,7 @@ def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
-    if isinstance(module, EMBEDDINGS):  # from a token to its vector
+    if isinstance(module, EMBEDDINGS):  # maps a token to its vector
         return (base.out_dims, rank), (rank, base.in_dims)
     return (base.in_dims, rank), (rank, base.out_dims)
 
@@ -56,11 +56,11 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are no parameters
-        self.rows: Any = None  #: updates by rows of a batch (rows.py)
+        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are not parameters
+        self.rows: Any = None  #: the updates of the rows of a batch (rows.py)
         self.together: Any = None  #: the layers that read the same x (together.py)
-        self.place = 0  #: the index among them
-        self.grouped = False  #: whether the model was searched for such layers
+        self.place = 0  #: the index of this layer among them
+        self.grouped = False  #: whether `together` and `place` have been determined
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
@@ -78,7 +78,7 @@ class LoRALinear(nn.Module):
             self.pop(name, None)
 
     def clear(self) -> None:
-        """Removes the update for good."""
+        """Removes the update permanently."""
         self.take_out()
         self.forget_casts()
 

@@ -33,10 +33,11 @@ def choose_ranks(
     `layers` are the paths of each layer's linear layers,
     `outer` those of embedding and head, and `bits` the bits of the quantized ones.
 
-    `constant` gives max(2, rank); `by_bits` max(2, ⌈rank·bits / 4⌉), or `rank` if the layer is not
-    quantized; `by_kl` max(2, ⌈rank·factor⌉), factor = kl / median kl clipped to [0.5, 2], from
-    OptiQ's sensitivity file; without that file, or for a layer that it does not list, `by_bits`.
-    Raises InputError if a target matches nothing, or if there are fewer layers than num_layers.
+    `constant` gives max(2, rank). `by_bits` gives max(2, ⌈rank·bits / 4⌉), or `rank` if the layer
+    is not quantized. `by_kl` gives max(2, ⌈rank·factor⌉), where factor = kl / median kl, clipped to
+    [0.5, 2], from OptiQ's sensitivity file; without that file, or for a layer that it does not
+    list, it is the same as `by_bits`. Raises InputError if a target matches nothing, or if there
+    are fewer layers than num_layers.
     """
     if num_layers > len(layers):
         raise InputError(

@@ -61,10 +61,10 @@ class _Use:
     adapter, and the groups' arrays are that adapter's, without the axis E."""
 
     stack: _Stack
-    places: mx.array  #: uint32 [rows], in the stack
+    places: mx.array  #: uint32 [rows], each row's place in the stack
     groups: list[_Group | None]
-    picks: mx.array | None  #: uint32 [rows], the place of each
-    rows: mx.array | None  #: uint32
+    picks: mx.array | None  #: uint32 [rows], the place of each row's adapter
+    rows: mx.array | None  #: uint32, the indices of the rows
 
 
 @dataclass(eq=False)
@@ -264,7 +264,7 @@ class Rows:
             else:
                 part = part + mx.gather_mm(z, own.b, rhs_indices=picks)
                 gain = None if own.gains is None else own.gains[picks][:, None]
-            if gain is not None:  # as in dora.py: bfloat16 is too coarse for a gain near 1
+            if gain is not None:  # bfloat16 is too coarse for a gain near 1 (see dora.py)
                 bare = part if bias is None else part - bias
                 part = part + bare * (gain - 1).astype(bare.dtype)
             if use.rows is None:
@@ -289,7 +289,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the updates of the adapter in one place, as views."""
+    """Returns the updates of the adapter at one place of the stack, as views."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])

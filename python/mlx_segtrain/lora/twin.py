@@ -16,14 +16,14 @@ LINEARS = nn.Linear, nn.QuantizedLinear
 
 
 def twin_of(model: nn.Module) -> Any:
-    """Returns the twin, for up to FEW tokens on a GPU. It gives the same bits as the model, except
-    where our kernels run linear layers (on CUDA).
+    """Returns the twin, for up to FEW tokens on a GPU. Its results are bit-identical to the
+    model's, except if our kernels run the linear layers (on CUDA).
 
     It is called like the model. Updates may be put into the model's modules at any time; modules
     that are added to the model later are not in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
-    if not all(module.grouped for module in modules):  # or some were put into it since
+    if not all(module.grouped for module in modules):  # modules were added since then
         put_together(modules, model)
     return _twin(model, {})
 

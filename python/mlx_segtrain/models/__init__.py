@@ -41,8 +41,8 @@ class Family(Protocol):
 
     @property
     def TYPES(self) -> Collection[str]:
-        """The `model_type`s of its models and of models for text and images that contain one, and
-        the names of mlx-lm's modules for them."""
+        """The `model_type`s of the family's models, and of multimodal models that contain such a
+        model; and the names of mlx-lm's modules for them."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -129,8 +129,8 @@ def load_model(
 def load_headless(
     model_dir: str | Path, instead: str
 ) -> tuple[nn.Module, dict[str, Any], mx.array]:
-    """Loads mlx-lm's model without its head, its configuration, and the tensor `instead` that the
-    files have instead of a head. Raises InputError like load_base."""
+    """Loads mlx-lm's model without its head. Also returns its configuration, and the tensor
+    `instead`, which the files have instead of a head. Raises InputError like load_base."""
     snapshot = opened(model_dir)
     from mlx_lm.utils import _get_classes, load_model
 

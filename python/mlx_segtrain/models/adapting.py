@@ -50,7 +50,7 @@ def init(
     With `root` the multiplier of a layer is scale over the root of its rank (rsLoRA: Kalajdzievski
     2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: the initial
     array of that kind changes nothing; it is 0 for weights that are not `here`. Raises InputError
-    if the kind does not support a layer, which has experts or is an embedding.
+    if a layer has experts or is an embedding, and the kind does not support that.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))

@@ -161,7 +161,7 @@ class Chain:
     layers: list[list[str]]  #: the owners of each layer
     max_length: int | None  #: the model's context length
     trims: bool = False
-    branches: bool = False  #: whether streams may have a branch, or parts
+    branches: bool = False  #: whether streams may have a branch or packed parts
     #: Embedding and head, if they are adaptable.
     outer: dict[str, nn.Module] = field(default_factory=dict)
     embedded: Callable[[], "Chain"] | None = None  #: the same chain with the embedding as a stage

@@ -39,7 +39,7 @@ class LayerForm:
     head: int  #: width of one head
     window: int | None = None
     softcap: bool = False
-    separate_values: bool = True  #: False: the values are the keys
+    separate_values: bool = True  #: if False, the values are the keys
     q_norm: bool = False
     wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False

@@ -30,7 +30,7 @@ class ModelShape:
     layers: tuple[LayerForm, ...]
     linears: tuple[tuple[str, ...], ...]  #: paths of adaptable linear layers, by layer
     embedding: str  #: path of the token embedding
-    outer: tuple[str, ...]  #: paths of the adaptable ones of embedding and separate head
+    outer: tuple[str, ...]  #: paths of embedding and separate head, if they are adaptable
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: bits of quantized linear layers, by path
     float_size: int  #: bytes of a floating-point element in the weights

@@ -79,8 +79,8 @@ class Linears:
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors; for kinds with an array, which then adds the
-        bias, the base has none."""
+        """Returns the linear layer with its factors. For kinds with another array, its base has no
+        bias, because the object that applies the array adds it."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -133,8 +133,10 @@ class Attention:
     """Causal attention of one layer, from its input to its output projection."""
 
     q: Projection
-    k: Projection | None  #: None: it reads keys and values of another layer
-    v: Projection | None  #: None with k: the values are the keys before norm and rotation
+    k: Projection | None  #: None if it reads keys and values of another layer
+    v: (
+        Projection | None
+    )  #: None, although k is given, if the values are the keys before norm and rotation
     o: Projection
     heads: int
     kv_heads: int
@@ -530,7 +532,7 @@ def layer_of(
     q_norm = normed("self_attn.q_norm")
     before, between = normed("input_layernorm"), normed("post_attention_layernorm")
     before_mlp = normed("pre_feedforward_layernorm")
-    if before and not before_mlp:  # what comes after attention is then the norm before the MLP
+    if before and not before_mlp:  # the norm after attention is then the norm before the MLP
         before_mlp, between = between, None
     return Layer(
         name=name,

@@ -16,7 +16,8 @@ from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
 #: Modules of mlx-lm that always use full attention, even if config.json has a window.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-#: Also types that mlx-lm loads as one of these, and models for text and images that contain one.
+#: These include types that mlx-lm loads as another of these types, and multimodal models that
+#: contain such a model.
 TYPES = {
     *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),

@@ -46,7 +46,7 @@ class Grpo(Objective):
     most: int = 256  #: maximum tokens of a completion
     length: int = 512  #: maximum tokens of a pass
     packs: bool | Literal["auto"] = True
-    temperature: float = 1.0  #: at which completions are sampled; it divides all logits
+    temperature: float = 1.0  #: the sampling temperature; divides all logits
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
     options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")
@@ -77,8 +77,8 @@ class Grpo(Objective):
         return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
     def _shape(self, longest: int, shortest: int) -> BatchShape:
-        """Returns the largest pass of completions that, with their prompts, have `shortest` to
-        `longest` tokens."""
+        """Returns the shape of the largest pass, given that completions with their prompts have
+        `shortest` to `longest` tokens."""
         if self.packs:
             whole, rest = divmod(self.length, shortest + self.most)
             loss = whole * self.most + max(rest - shortest, 0)

@@ -60,7 +60,7 @@ class Responses(Objective):
         b, t = np.nonzero(own.weights[:, 1:])
         unwanted = total.rows - total.wanted
         parts = [1 / n if n else nan for n in (total.rows, total.wanted, unwanted)]
-        # The last token of a sequence is only predicted.
+        # The last token of a sequence is a target, but not an input.
         return {
             **stream_values(chain, SINGLE[0], own.tokens[:, :-1], b, t),
             "targets": ops.upload(own.tokens[b, t + 1]),
@@ -115,8 +115,8 @@ class Alone(Responses):
 
 @dataclass(frozen=True)
 class Divergence(Responses):
-    """Outputs the log-ratio of the model with and without its adapter for responses of other rows,
-    as this batch's part of the mean over the rows of a step, and no loss."""
+    """Outputs no loss, but the log-ratio of the model with its adapter to the model without it, for
+    responses of other rows: this batch's part of the mean over the rows of a step."""
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
@@ -133,8 +133,8 @@ class Kto(Responses):
 
     With r = log π − log ref, sums over the response, and the KL divergence z ≥ 0 as a constant:
     λ_D·(1 − σ(β(r − z))) for a desirable row, λ_U·(1 − σ(β(z − r))) for another. With z = 0 that is
-    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). A reward is βr; a desirable row
-    is right if that is above βz, another one if it is below.
+    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). The reward of a row is βr. It
+    is right if it is above βz for a desirable row, or below βz for another row.
     """
 
     beta: float = 0.1
@@ -167,9 +167,9 @@ class Kto(Responses):
             return []
         ends = [self.undesirable * rows[1] * end / rows[0] for end in ADVISED]
         return [
-            f"{data.name}: {rows[0]:,} rows are wanted and {rows[1]:,} are not; with these weights "
-            f"that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to 1.33: "
-            f"set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
+            f"{data.name}: {rows[0]:,} rows are desirable and {rows[1]:,} are not; with these "
+            f"weights that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to "
+            f"1.33: set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
         ]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:

@@ -65,7 +65,7 @@ class Objective:
         """Returns the shapes of the largest batches of `rows` rows, one for each number of streams
         that `streams` gives. By default rows are padded and there is one stream."""
         columns = data.columns  # whose lengths are those of a row's longest sequence
-        length = padded(int(columns.length.max()), rows) - 1  # the last token is only predicted
+        length = padded(int(columns.length.max()), rows) - 1  # the last token is not an input
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
@@ -76,11 +76,12 @@ class Objective:
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams as which a batch runs; by default one of single sequences, padded or
-        packed."""
+        """Returns the streams in which a batch runs; by default one stream of single sequences,
+        padded or packed."""
         if not batch.packed:
             return SINGLE
-        # The last token of a sequence is only predicted, and its first one is never.
+        # The last token of a sequence is a target, but not an input; the first one is never a
+        # target.
         return (Stream(parts=tuple(map(int, batch.lengths - 1))),)
 
     def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:

@@ -81,7 +81,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        if apart.shared.size and rows > 1:  # a batch shares what all of its pairs share: nothing
+        # A batch can only share tokens that all of its pairs share; these pairs share none.
+        if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
         if apart.shared.size:
@@ -174,7 +175,7 @@ class Pairs(Objective):
         """Returns the tokens [B, T] of a stream, and its rows in the loss as _rows describes
         them."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
-        if not stream.branch:  # the last token of a sequence is only predicted
+        if not stream.branch:  # the last token of a sequence is not an input
             return sides[stream.name], self._rows(batch, stream.name)
         chosen, rejected = self._rows(batch, "chosen"), self._rows(batch, "rejected")
         shared, length = stream.shared, sides["chosen"].shape[1]

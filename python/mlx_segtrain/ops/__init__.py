@@ -158,14 +158,14 @@ def attention(
     """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
 
     q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
-    Query t is at position q_start + t (default S − T) and attends to the keys up to itself, of
-    these the last `window`, and of these the ones in its own segment. `segments` of packed rows are
-    a list of offsets, 0 … S or less, or an array [S] of integer ids, each in one run, below 0 for
-    padding; the same for every row of the batch, and read when the graph is built, so not under
-    mx.compile's tracing. Padding, and tokens after the last offset, attend to nothing and are
-    attended to by nothing: their o and gradients are 0. `softcap` c replaces scores s by
-    c·tanh(s / c). Softmax is in float32. `saved` is the result of `attention_forward` with the same
-    arguments; with it, the forward pass is not run again.
+    Query t is at position q_start + t (default S − T) and attends to keys up to its own position:
+    only to the last `window` of them, and only to those in its own segment. `segments` of packed
+    rows are a list of offsets, 0 … S or less, or an array [S] of integer ids, in which equal ids
+    are adjacent and ids below 0 are padding. They are the same for every row of the batch, and are
+    read when the graph is built, so mx.compile cannot trace them. Padding, and tokens after the
+    last offset, attend to nothing and are attended to by nothing: their o and gradients are 0.
+    `softcap` c replaces scores s by c·tanh(s / c). Softmax is in float32. `saved` is the result of
+    `attention_forward` with the same arguments; with it, the forward pass is not run again.
 
     FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
     """
@@ -178,7 +178,8 @@ def attention(
 def attention_forward(
     q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """Returns the `saved` of `attention` with these options: o, and what its backward pass needs.
+    """Returns the argument `saved` of `attention` with these options: o, and the other arrays that
+    its backward pass needs.
 
     It has no gradient, and is empty if the chosen implementation has nothing to save
     (`stock`).
@@ -451,11 +452,11 @@ def linear_cross_entropy(
 
     h [M, H], targets [M] integers (below 0: the row is ignored), weights [M] float32 (default ones)
     → [] float32. dh is computed in the forward pass, one chunk of rows at a time;
-    `needs_grad=False` skips it (evaluation). `padded=False` means that no target is below 0;
+    `needs_grad=False` skips it (evaluation). `padded=False` promises that no target is below 0;
     otherwise, on a GPU, the host waits for the targets to find such rows. `softcap` c replaces z by
     c·tanh(z / c). `label_smoothing` ε in [0, 1) replaces z[target] by (1 − ε)·z[target] + ε·mean(z)
-    (Szegedy et al. 2016, arXiv:1512.00567).
-    Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009) for the idea of never storing z.
+    (Szegedy et al. 2016, arXiv:1512.00567). Cut Cross-Entropy (Wijmans et al. 2024,
+    arXiv:2411.09009) for the idea of never storing z.
     """
     return _core.linear_cross_entropy(
         h,
@@ -484,12 +485,11 @@ def linear_log_probs(
     """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
 
     h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0
-    and no gradient, and is not computed; for that, on a GPU, the host waits for the targets when
-    the graph is built. If they are traced, or with `padded=False`, every row is computed. `softcap`
-    c replaces z by c·tanh(z / c).
-    On CUDA dh of each row is computed in the forward pass and kept, and `needs_grad=False` skips
-    it; elsewhere the backward pass computes z again, one chunk of rows at a time.
-    For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+    and no gradient, and is not computed. To find such rows on a GPU, the host waits for the targets
+    when the graph is built. If they are traced, or with `padded=False`, every row is computed.
+    `softcap` c replaces z by c·tanh(z / c). On CUDA dh of each row is computed in the forward pass
+    and kept, and `needs_grad=False` skips it; elsewhere the backward pass computes z again, one
+    chunk of rows at a time. For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     return _core.linear_log_probs(
         h, head, targets, softcap=softcap, needs_grad=needs_grad, padded=padded, impl=impl
@@ -497,6 +497,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Returns a quantized weight as an array [out, in] of `dtype`: mx.dequantize, in float32 on the
-    CPU."""
+    """Returns a quantized weight as an array [out, in] of `dtype`. Equals mx.dequantize, which on
+    the CPU computes in float32."""
     return _core.dequantize(base, dtype)

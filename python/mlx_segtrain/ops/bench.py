@@ -21,9 +21,9 @@ from .selfcheck import on_gpu
 
 @dataclass(frozen=True)
 class Work:
-    """A call to time: f(*args), the first time as it is, then compiled if possible.
+    """A call to time: f(*args). All calls except the first use mx.compile if possible.
 
-    So the time of the first call includes the kernels' compilation, but not that of mx.compile.
+    So the time of the first call includes the compilation of kernels, but not that of mx.compile.
     """
 
     f: Callable[..., Any]

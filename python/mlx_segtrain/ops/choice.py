@@ -31,7 +31,7 @@ HALVES = (mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Heads:
-    """A kind of attention calls; `causal`: without window, segments or softcap."""
+    """A kind of attention call; `causal` calls have no window, segments or softcap."""
 
     heads: int
     groups: int
@@ -107,8 +107,8 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     """Makes 'auto' take the fastest implementation for these heads from now on; returns their
     times, measured now or earlier.
 
-    Implementations that failed the self-check are neither used nor timed. Without `measures`, for
-    when another process may be computing, nothing is checked or timed, and only stored times are
+    Implementations that failed the self-check are neither used nor timed. If `measures` is false,
+    because another process may be computing, nothing is checked or timed, and only stored times are
     used.
     """
     heads = list(dict.fromkeys(wanted))

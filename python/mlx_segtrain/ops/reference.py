@@ -62,7 +62,9 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
     known, times = np.unique(runs, return_counts=True)
     if (times > 1).any():
         twice = known[times > 1][0]
-        raise ValueError(f"[attention] expected each segment's id in one run; got {twice} in more.")
+        raise ValueError(
+            f"[attention] expected equal ids to be adjacent; got {twice} in two places."
+        )
     return list(zip(begins.tolist(), ends.tolist(), strict=True))
 
 
@@ -159,7 +161,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def dropped(x, dropout, key):
-    """mask∘x / (1 − dropout); without a key x"""
+    """mask∘x / (1 − dropout), or x without a key"""
     if key is None:
         return x
     keep = 1 - dropout

@@ -35,8 +35,8 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 class Call:
     """A kernel and the plain code, to be called with the same arrays.
 
-    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; None: it
-    depends on the dtype.
+    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; if it is
+    None, the maximum depends on the dtype.
     """
 
     op: str
@@ -158,7 +158,7 @@ def check_call(call: Call) -> Check:
     bound = call.bound
     if bound is None:
         bound = FLOAT_BOUND if call.args[0].dtype == mx.float32 else HALF_BOUND
-    reason = "" if error <= bound else f"{error:.1e} away from the plain code"
+    reason = "" if error <= bound else f"relative error {error:.1e} against the plain code"
     return Check(call.op, call.case, error, reason=reason)
 
 
@@ -220,7 +220,7 @@ def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
 
 def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
     """Stores results in that file, under this device's key or another one."""
-    with suppress(OSError):  # failing to write the cache costs the next process a check
+    with suppress(OSError):  # without a cache, the next process repeats the check
         make_folder(cache_dir())
         write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
 

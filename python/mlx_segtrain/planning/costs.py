@@ -130,7 +130,7 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # Factors and AdamW's two moments; on a GPU, plus a measured constant.
+        # The factors and AdamW's two moments; on a GPU also a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -244,7 +244,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + h * layer.after_norms + own + experts)
     forward = 2 * tokens * h * size + op.forward
     more = tokens * (own + 2 * experts)
-    if device.gpu:  # with norms, a fraction of the dequantized weights, as measured
+    if device.gpu:  # measured: with norms, a fraction of the dequantized weights
         more += 0.8 * f * h * layer.after_norms
     around = (2 if device.gpu else 1) * tokens * h
     backward = max(forward, (around + more) * size + op.backward)

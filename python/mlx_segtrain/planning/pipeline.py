@@ -1,4 +1,5 @@
-"""Pipeline parallelism: the layers of each rank, and the memory and the transfers that they need.
+"""Pipeline parallelism: the layers of each rank, and the memory that they need, and the bytes that
+ranks send.
 
 Rank r of N runs N − r micro-batches forward before its first backward pass, and then alternates
 between the two (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So it needs N − r times the memory

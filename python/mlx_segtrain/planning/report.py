@@ -27,13 +27,13 @@ class Alternative:
 class PlanReport:
     """The plan of a run, in bytes and tokens.
 
-    `tokens` counts a row of the data, with its last token, which is only predicted. `longest` is
-    the longest row that fits, up to `max_length`, the context length of the model. `recomputed` is
-    the ratio of recomputed to necessary work. If `predicted` is False, the planner does not know
-    the family, and the report has only weights and budget. With a method that generates,
-    `rollout_batch` completions are generated at once, which takes `rollout_peak` bytes. `ranks` are
-    predictions for data parallelism. With a `pipeline`, the other fields are about the rank that is
-    nearest to its budget.
+    `tokens` counts a row of the data, including its last token, which is a target but no input.
+    `longest` is the longest row that fits, up to `max_length`, the context length of the model.
+    `recomputed` is the ratio of recomputed to necessary work. If `predicted` is False, the planner
+    does not know the family, and the report has only weights and budget. With a method that
+    generates, `rollout_batch` completions are generated at once, which takes `rollout_peak` bytes.
+    `ranks` are predictions for data parallelism. With a `pipeline`, the other fields are about the
+    rank that is nearest to its budget.
     """
 
     family: str

@@ -197,7 +197,7 @@ def _ways(config: TrainConfig) -> dict[str, bool]:
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
     """Returns a batch of rows of max_seq_length tokens, the last fraction `loss` of which is in the
     loss. The sequences of a pair share their first fraction `shared`."""
-    # The last token is only predicted. Packed rows are neither padded nor trimmed.
+    # The last token is a target, but not an input. Packed rows are neither padded nor trimmed.
     packs, rows = config.packing is True, config.batch_size
     if ROWS[config.method] == "prompt":  # batch_size is the number of prompts
         packs, rows = False, 1

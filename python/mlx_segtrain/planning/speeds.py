@@ -13,7 +13,7 @@ class Speed:
     work_per_s: float
 
 
-#: The speeds by kind of device, from bench/LOG.md. Mostly their ratios matter.
+#: The speeds by kind of device, from bench/LOG.md. Usually only their ratios matter.
 SPEEDS = {
     "cpu": Speed(0.0, 30.0, 1e11),
     "cuda": Speed(55e-3 / 24, 0.0, 3e14),

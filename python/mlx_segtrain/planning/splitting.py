@@ -182,9 +182,9 @@ def split(
     if len(found) < ranks:
         at = found[-1].end if found else 0
         raise NoRoom(
-            f"{ranks} ranks have no room for the model: after {len(found)} of them layer {at + 1} "
-            f"of {layers} is left: lower max_seq_length or batch_size, raise memory_budget_gb, or "
-            "start more ranks."
+            f"the model does not fit on {ranks} ranks: with {len(found)} of them full, layer "
+            f"{at + 1} of {layers} is left: lower max_seq_length or batch_size, raise "
+            "memory_budget_gb, or start more ranks."
         )
     low, high = 0.0, max(map(takes, found))
     for _ in range(HALVINGS):

@@ -43,7 +43,7 @@ def column_of(spec: str) -> str | None:
 
 
 def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
-    """Returns the check that completion and column agree."""
+    """Returns the check whether completion and column agree."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         if column not in columns or None in columns[column]:

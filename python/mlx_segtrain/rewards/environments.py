@@ -222,7 +222,7 @@ class Conversation:
         if bare != answer:  # some templates write no content beside calls
             try:
                 rest = after(answer)
-            except Exception:  # others refuse several calls, now and in later turns
+            except Exception:  # other templates refuse several calls, now and in later turns
                 answer = bare
         if rest is None:
             with _failing(self._of.name, "the chat template after it"):

@@ -43,7 +43,7 @@ class RewardModel:
     """Scores completions with the model in a folder, which is loaded by the first call.
 
     A conversation goes through the reward model's own chat template, unless the run's prompts are
-    `raw`: then prompt and completion are one text.
+    `raw`; in that case, prompt and completion are joined to one text.
     """
 
     folder: Path

@@ -118,7 +118,7 @@ def allow_open_files(wanted: int) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket, level: int) -> None:
-    await service.start()  # before it listens, so that a model that cannot be loaded is an error
+    await service.start()  # runs before the server listens, so that a faulty model is an error
     config = uvicorn.Config(
         create(service),
         http=Patient,

@@ -27,7 +27,7 @@ PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "bui
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits`: those of most layers; `fast`: whether it uses our own ops."""
+    """A model on disk. `bits` are those of most layers; `fast` says whether it uses our own ops."""
 
     id: str
     path: str

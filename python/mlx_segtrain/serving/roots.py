@@ -24,7 +24,7 @@ class Outside(InputError):
 
 
 class Roots:
-    """The folders below which clients may name paths.
+    """The folders in which clients may use paths.
 
     Excluded are hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a hub cache that
     are not models, and the jobs of our store.

@@ -58,7 +58,7 @@ MOST_CONFINED = 2
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 #: Maximum bytes of a job's configuration.
 MOST_CONFIG = 1 << 16
-#: How an operator can provide a model.
+#: How the operator can make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
 #: Jobs that clients may submit at once, and per minute.
 BURST, PER_MINUTE = 60, 60
@@ -66,7 +66,7 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits, in a sentence, and the plan if it does."""
+    """Whether a run fits, as a sentence, and the plan if it does."""
 
     fits: bool
     message: str
@@ -113,7 +113,7 @@ class Service:
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
-        self.sessions = Sessions()  #: of browsers
+        self.sessions = Sessions()  #: sessions of browsers
         self.searches = Searches()
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
@@ -153,14 +153,14 @@ class Service:
             except RunError:  # the engine is busy, or has ended and logged that
                 continue
             except Exception:
-                logger.exception("memory was not given back")
+                logger.exception("memory could not be freed")
 
     @property
     def waits(self) -> bool:
         """Whether requests are refused until the current job has ended."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
-    # What is on disk
+    # Models, data and adapters on disk
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
         """Returns models that can be read; unreadable ones are added to `faults`."""
@@ -338,7 +338,7 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation, with or without an adapter; `with_base`: both."""
+        """Submits an evaluation with or without an adapter, or both if `with_base` is set."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
@@ -414,7 +414,7 @@ class Service:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Sets the field of an InputError that is raised inside it and has none."""
+    """While it is active, an InputError that is raised without a field gets this field."""
     try:
         yield
     except InputError as error:

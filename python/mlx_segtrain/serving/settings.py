@@ -16,7 +16,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings. Raises InputError for wrong ones, and for a server that anyone could use."""
+    """The settings. Raises InputError for wrong settings, and for a server that anyone could
+    use."""
 
     model_dir: Path | None = None
     adapter: Path | None = None
@@ -58,7 +59,7 @@ class Settings:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders below which clients may name paths: the given roots (by default the working
+        """The folders in which clients may use paths: the given roots (by default the working
         directory and the hub's cache), our store, and the served model and adapter."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

@@ -153,6 +153,6 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} was written by version {version} of mlx-segtrain, and this is {VERSION}: "
             f"resume with {version}."
         )
-    mx.eval(tensors)  # use the bytes that were hashed
+    mx.eval(tensors)  # parses the bytes that were hashed
     rest["progress"] = Progress.from_json(rest["progress"])
     return Checkpoint(folder, tensors, **rest)

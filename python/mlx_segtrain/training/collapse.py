@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Chance does not explain this many standard errors, even if the test is repeated at every step.
+#: A loss of this many standard errors is not due to chance, even if the test is repeated at every
+#: step.
 ERRORS = 5
 
 
@@ -13,8 +14,8 @@ def collapsed(steps: Sequence[float], window: int) -> str | None:
     """Returns part of a sentence about a collapse of the rewards, or None. `steps` are the mean
     rewards of all steps.
 
-    Rewards have collapsed if the mean of the last `window` steps (0: no check) has lost more than
-    half of the gain of the best such mean over the first, and more than chance explains.
+    Rewards have collapsed if the mean of the last `window` steps (0 turns the check off) has lost
+    more than half of the gain of the best such mean over the first, and more than chance explains.
     """
     if not window or len(steps) <= window:
         return None

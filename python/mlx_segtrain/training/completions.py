@@ -45,7 +45,7 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes all lines or none: at a partial line, `begin` would end the file."""
+        """Writes all lines or none, because `begin` would truncate the file at a partial line."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:

@@ -282,8 +282,8 @@ class Cycle(Stepper):
         return [0.0] * (1 + len(self.objective.metrics)), mx.zeros_like(at.vector)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns minus the mean reward of one greedy completion per prompt, and the means. Each
-        rank generates its share."""
+        """Returns the negated mean reward of one greedy completion per prompt, and the metrics
+        (Made.means). Each rank generates its share."""
         setup = self.setup
         assert setup.valid is not None
         indices = self.ranks.share(range(len(setup.valid.rows)))
@@ -322,7 +322,7 @@ class Cycle(Stepper):
             # The peak of the updates is measured separately, to compare it with their plan.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Raised outside of the handler, because the exception's frames hold arrays.
+        # Raised outside of the handler, because the caught exception's frames keep arrays alive.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "

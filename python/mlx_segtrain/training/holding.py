@@ -41,7 +41,8 @@ class Holding:
 
         They are gathered in main memory, one set at a time; only the result is on the device.
         """
-        if not self.ranks.pipeline:  # not if own == whole: such a rank may have to send all
+        # Not a check of own == whole, because such a rank may have to send all factors.
+        if not self.ranks.pipeline:
             return at
         if not moments:
             at = replace(at, moments=[])

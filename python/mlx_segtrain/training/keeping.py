@@ -150,7 +150,7 @@ class Keeper:
             apart=self.setup.apart,
         )
         write_adapter(self.path, self.adapter(state), self._about(state))
-        if not (self.path / record.NAME).exists():  # the folder was deleted meanwhile
+        if not (self.path / record.NAME).exists():  # the folder was deleted in the meantime
             self.made_of.write()
 
     def best(self, state: State) -> None:

@@ -102,10 +102,11 @@ class RunLog:
     def _failed(self, error: OSError) -> None:
         if not self.warned:
             self.warned = True
-            self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}); its lines wait")
+            self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}); trying again")
 
     def sync(self) -> int:
-        """Waits until the lines are on disk. Returns their size in bytes, with lines that wait."""
+        """Waits until the lines are on disk. Returns their size in bytes, including lines that
+        could not be written yet."""
         self._flush()
         try:
             sync_open(self.file.fileno())

@@ -316,8 +316,8 @@ class Run:
     def _update(
         self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
     ) -> tuple[Iterate, Outcome]:
-        """Returns the state after an optimizer update, and its outcome. The ranks sum all their
-        results in one operation, so that a rank may retry what comes before or after it."""
+        """Returns the state after an optimizer update, and its outcome. The ranks sum all results
+        in one operation, so that a rank may retry the parts of the step before and after it."""
         step = self.step
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
@@ -356,7 +356,7 @@ class Run:
                 # repeated.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # Outside of the handler, because the exception's frames hold arrays of the step.
+            # Outside of the handler, because the exception's frames keep arrays of the step alive.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -409,7 +409,7 @@ class Run:
     def _metric(self) -> events.Event:
         """Returns the training metrics after the last step."""
         progress, last = self.state.progress, self.state.progress.last
-        assert last is not None and progress.loss is not None  # for at least one step
+        assert last is not None and progress.loss is not None  # at least one step is finished
         return events.train_metric(
             self.state.step,
             self.config.iters,
@@ -450,7 +450,7 @@ class Run:
             if self._judges:
                 whole = self._whole(moments=False)
                 found += self._judged(whole) if self.ranks.first else ()
-        self._measure()  # an evaluation's memory is not the next step's
+        self._measure()  # the memory of an evaluation must not count for the next step
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
@@ -537,7 +537,7 @@ class Run:
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
-        """Returns the error that ends the run when a rank is lost, with what is saved."""
+        """Returns the error that ends the run when a rank is lost; it says which step is saved."""
         step, kept = self.state.step, "nothing has been trained yet"
         if step and self.ranks.pipeline:
             kept = "its factors are lost, so the run resumes from the last checkpoint"

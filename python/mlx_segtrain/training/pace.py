@@ -13,8 +13,8 @@ WINDOW = 32
 
 
 def due(after: int, last: int, every: int) -> int:
-    """Counts the steps from `after` + 1 to `last` that are multiples of `every` (0: no multiples)
-    or the last one."""
+    """Counts the steps from `after` + 1 to `last` that are multiples of `every`, or the last one;
+    if `every` is 0, only the last one."""
     if after >= last:
         return 0
     multiples = last // every - after // every if every else 0

@@ -25,14 +25,14 @@ class Own:
     """The work of one rank on a batch: its stages, and the borders to the ranks beside it."""
 
     stages: list[Stage]
-    head: Callable[..., Any] | None  #: on the last rank
+    head: Callable[..., Any] | None  #: the head, which only the last rank has
     head_reads: tuple[str, ...]
     recordings: Any
-    values: dict[str, mx.array]  #: inputs that follow from the batch
+    values: dict[str, mx.array]  #: inputs that depend only on the batch
     given: Border
     left: Border
     streams: tuple[Stream, ...]
-    shapes: Any  #: the same for batches whose transfers have the same forms
+    shapes: Any  #: a key that is equal for batches with equal forms of transfers
 
 
 @dataclass

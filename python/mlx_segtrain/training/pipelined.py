@@ -61,7 +61,7 @@ class Pipelined(Stepper):
             del found, passes
             while under_way and (len(under_way) == pipe.part.under_way or following is None):
                 outputs, part = self._back(*under_way.popleft())
-                if outputs:  # on the last rank
+                if outputs:  # only the last rank has them
                     sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
                 gradient = part if gradient is None else gradient + part
                 mx.eval(gradient)  # otherwise the next one starts before this one's memory is free

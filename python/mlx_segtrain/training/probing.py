@@ -32,7 +32,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps
-        if setup.train.packed:  # that many full rows
+        if setup.train.packed:  # batch_size full rows
             tokens = np.cumsum(setup.train.columns.run[longest])
             count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
         setup = replace(setup, train=setup.train.take(longest[:count]))

@@ -94,7 +94,8 @@ def address_of(ranks: "Ranks") -> str:
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes, by default of one. `warn` receives a sentence about slow ranks."""
+    """A group of processes; by default, it consists of this process only. `warn` receives a
+    sentence about slow ranks."""
 
     rank: int = 0
     size: int = 1
@@ -350,7 +351,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     for that rank; but not while it is writing the state.
 
     If the back end holds the GIL while it waits, as MLX may when it frees memory during a sum of
-    NCCL, this thread does not run any more, but that of faulthandler does.
+    NCCL, this thread cannot run; then faulthandler's thread ends the process.
     """
     waited = 0.0
     try:

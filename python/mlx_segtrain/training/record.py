@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # an optional one
+        except PackageNotFoundError:  # an optional package
             continue
     device = mx.default_device()
     info = {
@@ -131,7 +131,9 @@ class Record:
                 self.inputs[name] = source.fingerprint()
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
-        self.data = f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: for people to read
+        self.data = (
+            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a description for people
+        )
         earlier = resumed or {}
         self.values: dict[str, Any] = {
             "id": earlier.get("id", uuid4().hex),
@@ -217,7 +219,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         warn(f"{change}: the rest of the run differs from what it would have been")
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
-        if what.startswith("rewards"):  # the user may have fixed a reward that failed
+        if what.startswith("rewards"):  # the user may have repaired a reward that failed
             warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue
@@ -256,7 +258,7 @@ class Verified:
     device, settings, adapter, checkpoints. An unchanged part has []."""
 
     run: Path
-    step: int | None  #: that of the adapter; None if the run has not ended
+    step: int | None  #: the step of the adapter; None if the run has not ended
     iters: int
     parts: dict[str, list[str]]
 

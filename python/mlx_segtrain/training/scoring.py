@@ -25,7 +25,7 @@ from .evaluation import load_rows
 from .policy import run_policy
 from .setup import load_chain
 
-#: A tolerance, because rewards are sums of products that may be slightly too small.
+#: A tolerance, because rounding may make the sum of rewards slightly too small.
 ROUNDING = 1e-9
 
 

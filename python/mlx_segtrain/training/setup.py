@@ -171,9 +171,9 @@ def accumulating(
         )
     n = ranks.size
     if ranks.pipeline and ranks.first and count < 2 * n:
-        said = f"{name} = {count} fills a pipeline of {n} ranks badly: each computes at most "
+        said = f"{name} = {count} is too few for a pipeline of {n} ranks: each computes at most "
         said += f"{count / (count + n - 1):.0%} of the time and idles for the rest"
-        tell(events.warning(f"{said}; {2 * n} micro-batches or more fill it better"))
+        tell(events.warning(f"{said}; use {2 * n} or more"))
     return config.model_copy(update={name: count})
 
 
@@ -185,8 +185,9 @@ def read_inputs(
     rewards: Rewards | None = None,
     ranks: Ranks = ALONE,
 ) -> Inputs:
-    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its values. A
-    run on prompts has rewards. Raises InputError for data that cannot be used."""
+    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its earlier
+    values. `rewards` is given if the rows are prompts. Raises InputError for data that cannot be
+    used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -223,10 +224,10 @@ def read_inputs(
 def with_rollouts(
     config: TrainConfig, tokens: int, resumed: Checkpoint | None, ranks: Ranks = ALONE
 ) -> TrainConfig:
-    """Replaces `rollout_batch: auto` with the number of completions, of up to `tokens` tokens with
-    their prompts, that fit into the memory of every rank. A resumed run keeps its number, even
-    without a checkpoint, because rounding depends on it. Raises NoRoom if a configured number does
-    not fit."""
+    """Replaces `rollout_batch: auto` with the number of completions that fit into the memory of
+    every rank, if each has up to `tokens` tokens with its prompt. A resumed run keeps its number,
+    even without a checkpoint, because rounding depends on it. Raises NoRoom if a configured number
+    does not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config

@@ -79,7 +79,7 @@ class Progress:
 
     @property
     def best(self) -> dict[str, float] | None:
-        """The evaluation with the lowest loss, the first one in a tie."""
+        """The evaluation with the lowest loss; in a tie, the first one."""
         return min(
             self.vals,
             key=lambda v: math.inf if math.isnan(v["loss"]) else v["loss"],

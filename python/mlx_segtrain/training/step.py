@@ -35,7 +35,7 @@ class Attempt(Protocol):
 
 
 class Halted(RunError):
-    """A step cannot or must not be taken; `fault`, if any, is the report to write."""
+    """The step cannot or must not be taken; `fault` is the report to write, if there is one."""
 
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)

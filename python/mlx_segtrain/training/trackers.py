@@ -27,7 +27,8 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
 
 
 def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Logs to a Weights & Biases run, which a resumed run continues. WANDB_* variables apply."""
+    """Logs to a Weights & Biases run, which a resumed run continues. The variables WANDB_*
+    configure it."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
         id=run_id,

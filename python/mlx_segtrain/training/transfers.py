@@ -1,7 +1,7 @@
 """Sends arrays from one rank to another through MLX, while both compute.
 
-Sender and receiver start their transfers in the same order, so messages and collectives can be used
-in the same way. Each direction has a stream, and the sender does not wait for a transfer.
+Sender and receiver start their transfers in the same order, so either messages or collectives can
+implement them. Each direction has a stream, and the sender does not wait for a transfer.
 """
 
 import faulthandler

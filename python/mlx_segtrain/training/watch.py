@@ -96,7 +96,7 @@ class Watch:
         """Handles the passing of time. Must be called several times per beat, after all messages
         that have arrived are handled."""
         slept, self._ticked = now - self._ticked, now
-        if slept > 2 * self.beat:  # while this process slept, messages may have arrived
+        if slept > 2 * self.beat:  # messages may have arrived while this process slept
             self.heard = {r: at + slept for r, at in self.heard.items()}
         if self.decided is not None:
             return

@@ -1,4 +1,4 @@
-// CPython's own for macOS on arm64, as far as its headers ask.
+// Replaces CPython's pyconfig.h for macOS on arm64, with the macros that CPython's headers need.
 #pragma once
 
 #define SIZEOF_SHORT 2

@@ -216,7 +216,7 @@ class CudnnOp : public mx::Primitive {
         allocation_(allocation(s)) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error("[attention] cuDNN is not for the CPU.");
+    throw std::logic_error("[attention] cuDNN does not run on the CPU.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -237,7 +237,7 @@ class CudnnOp : public mx::Primitive {
     std::lock_guard guard(lock);
     auto handle = handle_of(encoder.device());
     mx::cu::CommandEncoder::CaptureContext capture(encoder);
-    capture.discard = true;  // until everything is captured
+    capture.discard = true;  // discards the graph unless everything is captured
     check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
     std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
     auto uid = uids_.begin();
@@ -258,7 +258,7 @@ class CudnnOp : public mx::Primitive {
   Problem problem_;
   const Plan& plan_;
   float scale_;
-  std::vector<Uid> uids_;  ///< of inputs, then of outputs
+  std::vector<Uid> uids_;  ///< the names of the inputs, then of the outputs
   std::shared_ptr<mx::Primitive> allocation_;
 };
 
@@ -301,12 +301,12 @@ std::string unfit(const Call& c) {
   if (!c.causal_only) {
     auto p = problem_of(c, false);
     if (int64_t{p.segments} * p.longest > std::max(int64_t{4096}, 2 * int64_t{c.B} * c.T))
-      return "its work space would have room for each segment to be as long as the longest";
+      return "its workspace would need room for every segment at the length of the longest";
     if (int64_t{c.B} * c.H * c.T * std::max(c.D, c.Dv) > INT32_MAX)
-      return "it takes packed segments in arrays of up to 2³¹ − 1 elements";
+      return "it supports packed segments in arrays of up to 2³¹ − 1 elements";
   }
   if (cudnn_function<decltype(cudnnGetVersion)>("cudnnGetVersion")() < CUDNN_MIN)
-    return "it takes cuDNN 9.16 or newer";
+    return "it needs cuDNN 9.16 or newer";
   for (bool backward : {false, true}) {
     const auto& plan = plan_of(problem_of(c, backward), device_of(c));
     if (!plan.error.empty()) return "cuDNN refuses: " + plan.error;

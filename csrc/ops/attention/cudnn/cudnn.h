@@ -23,11 +23,13 @@ Way cudnn_way(const Call& c);
 
 /// Why cuDNN does not support the call on any device; empty if it may support it.
 inline std::string cudnn_call_unfit(const Call& c) {
-  if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN takes half precision only";
-  if (c.window || c.cap || c.T != c.S) return "it is for causal calls without window or cap, with T = S";
-  if (c.T < 128) return "it takes 128 queries or more: to plan for fewer costs more than it gains";
+  if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN supports half precision only";
+  if (c.window || c.cap || c.T != c.S)
+    return "it supports only causal calls without window or cap, with T = S";
+  if (c.T < 128)
+    return "it needs at least 128 queries, because planning for fewer takes more time than it saves";
   bool fits = c.D % 8 == 0 && c.Dv % 8 == 0 && c.D <= 256 && c.Dv <= 256;
-  return fits ? "" : "its head sizes are multiples of 8 up to 256";
+  return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
 /// The implementation. May be called only if cudnn_way is ok.

@@ -15,7 +15,7 @@ struct Library {
 
 const Library& library() {
   static const Library loaded = [] {
-    if (gpu() != Gpu::cuda) return Library{nullptr, "it is for NVIDIA GPUs"};
+    if (gpu() != Gpu::cuda) return Library{nullptr, "it needs an NVIDIA GPU"};
     Dl_info self{};
     dladdr(reinterpret_cast<const void*>(&cudnn_way), &self);
     std::string file = self.dli_fname;
@@ -36,7 +36,7 @@ bool has_cudnn() {
 }
 
 Way cudnn_way(const Call& c) {
-  if (c.device != Gpu::cuda) return {"cudnn", false, "it is for NVIDIA GPUs"};
+  if (c.device != Gpu::cuda) return {"cudnn", false, "it needs an NVIDIA GPU"};
   if (!library().attention) return {"cudnn", false, library().reason};
   Way way = gpu_kernel("attention_cudnn", library().attention->unfit(c));
   way.name = "cudnn";

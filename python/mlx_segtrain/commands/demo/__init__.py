@@ -27,7 +27,7 @@ from mlx_segtrain.training.curves import draw
 # A step of 4 short rows takes two seconds on 2 cores; after 20 the loss has fallen by a quarter.
 ITERS = 20
 SHOWN = 3  # held-out questions that are answered before and after
-ANSWER_TOKENS = 30  # docstrings take 12 on average
+ANSWER_TOKENS = 30  # tokens; docstrings take 12 on average
 
 
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
@@ -102,7 +102,8 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Returns greedy answers; each prompt reuses the cache of what it shares with the last one."""
+    """Returns greedy answers; each prompt reuses the cache of the tokens that it shares with the
+    previous one."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -113,7 +114,7 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
     for question in questions:
         turns = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        # At least one token has to be left: its logits start the answer.
+        # At least one token must be processed, because its logits start the answer.
         known = shared(last, ids[:-1])
         trim_prompt_cache(cache, cache[0].offset - known)
         text = generate(model, tokenizer, ids[known:], max_tokens=ANSWER_TOKENS, prompt_cache=cache)

@@ -25,9 +25,9 @@ from mlx_segtrain.errors import InputError
 SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this"}
 SKIPPED |= {"turtle", "turtledemo"}
 
-QUESTION_CHARS = 300  # a few signatures are longer than anything said about them
-VALID_ROWS = 100  # enough for a steady mean, few enough to be evaluated in seconds
-HELD_OUT_SHARE = 0.1  # of the modules
+QUESTION_CHARS = 300  # characters; a few signatures are very long
+VALID_ROWS = 100  # enough for a stable mean, and few enough to be evaluated in seconds
+HELD_OUT_SHARE = 0.1  # as a fraction of the modules
 
 Row = dict[str, Any]
 
@@ -64,8 +64,8 @@ def _split(seed: int) -> dict[str, list[Row]]:
         rows["valid" if _held_out(top, seed) else "train"].append(row)
     if not rows["train"] or not rows["valid"]:
         raise InputError(
-            f"{sysconfig.get_path('stdlib')} holds no sources of the standard library, which the "
-            "demo's data set is made of: use a Python that ships them"
+            f"{sysconfig.get_path('stdlib')} has no sources of the standard library, from which "
+            "the demo's data set is made: use a Python that includes them"
         )
     for part in rows.values():
         random.Random(seed).shuffle(part)
@@ -91,7 +91,7 @@ def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
     seen: set[str] = set()
     for module, path in _modules(stdlib):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own invalid escapes
+            warnings.simplefilter("ignore")  # the library contains invalid escapes
             tree = ast.parse(path.read_bytes())
         for kind, name, signature, doc in _definitions(tree, f"{module}."):
             summary = summary_line(doc, name.rpartition(".")[2])
@@ -107,7 +107,7 @@ def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
 
 def _modules(stdlib: Path) -> list[tuple[str, Path]]:
     found = []
-    for name in sys.stdlib_module_names:  # not the whole folder: it also has site-packages
+    for name in sys.stdlib_module_names:  # does not list the folder, which also has site-packages
         for path in (stdlib / f"{name}.py", *(stdlib / name).rglob("*.py")):
             parts = path.relative_to(stdlib).with_suffix("").parts
             if parts[-1] == "__init__":

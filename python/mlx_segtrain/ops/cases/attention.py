@@ -35,7 +35,7 @@ def calls(
         kernel = functools.partial(_core.attention, options=for_core, impl=impl)
         plain = functools.partial(reference.attention, **options)
         name = f"{case}, D = {d}"
-        if "thorough" in more:  # only if there are several dtypes
+        if "thorough" in more:  # there are several dtypes
             name += f", {str(dtype).split('.')[-1]}"
         yield selfcheck.Call(op, name, kernel, plain, args, **more)
 

@@ -9,7 +9,7 @@ from ... import _core, ops
 from .. import bench, reference, selfcheck
 from .linear import frozen, mlx_product
 
-#: Bits of a weight, group size, rows of x, ranks of the linear layers (0: no update).
+#: Bits of a weight, group size, rows of x, ranks of the linear layers (0 means no update).
 CASES = (
     (4, 64, 1, (8, 0, 8)),
     (4, 32, 4, (16, 3)),

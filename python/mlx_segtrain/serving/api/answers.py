@@ -45,7 +45,7 @@ class Delta:
     index: int
     content: str = ""
     reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)  #: in OpenAI's format
+    calls: list[dict[str, Any]] = field(default_factory=list)  #: tool calls in OpenAI's format
     told: list[tuple[int, Told]] = field(default_factory=list)
     finish: Finish | None = None
 
@@ -190,7 +190,7 @@ class Answers:
         limits = Limits.of_prompt(size)
 
         def read() -> Any:
-            return ask("calls", limits, "the calls of tools", texts=texts, tools=self._tools)
+            return ask("calls", limits, "parsing tool calls", texts=texts, tools=self._tools)
 
         found, end = None, time.monotonic() + CALLS_S
         while found is None:
@@ -198,7 +198,7 @@ class Answers:
                 found = await prompts(size).run(read)
             except InputError:  # parsing took too long
                 found = [None] * len(texts)
-            except Busy:  # waits, because the answer must not be lost
+            except Busy:  # wait, because the answer must not be lost
                 if time.monotonic() > end:
                     found = [None] * len(texts)
                 else:

@@ -93,19 +93,21 @@ class EvaluateRequest(RunRequest):
 class JobRow(_answer(Row, but=INTERNAL)):
     """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
 
-    title: str = Field(description="The kind, in words.")
-    name: str = Field(description="Its label, or a short description of its inputs.")
-    trains: bool = Field(description="Whether it is a training run, which has checkpoints.")
-    computes: bool = Field(description="Whether it needs the accelerator.")
-    cancelling: bool = Field(description="Whether it has been cancelled and has not ended yet.")
+    title: str = Field(description="The kind of the job, in words.")
+    name: str = Field(description="The job's label, or a short description of its inputs.")
+    trains: bool = Field(description="Whether the job is a training run, which has checkpoints.")
+    computes: bool = Field(description="Whether the job needs the accelerator.")
+    cancelling: bool = Field(
+        description="Whether the job has been cancelled and has not ended yet."
+    )
     loss_unit: str | None = Field(
-        description="The unit of the losses in its events and its result."
+        description="The unit of the losses in the job's events and result."
     )
     rewarded: bool = Field(
-        description="Whether it is judged by the reward of completions instead of a loss."
+        description="Whether the job measures the reward of completions instead of a loss."
     )
     config_json: str | None = Field(description="Not included in lists (null).")
-    inputs: list[str] = Field(description="Folders that it reads.")
+    inputs: list[str] = Field(description="The folders that the job reads.")
     tags: list[str]
     log_path: str
     ranks: Figures | None = Field(
@@ -282,18 +284,21 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` names what it changes; `methods` with an effect, all if empty."""
+    """A field of a run. `affects` names its effects outside of a run; it applies to `methods`, or
+    to all if that is empty."""
 
     name: str
     title: str
-    group: str | None = Field(description="Its section of the page's form, if any.")
+    group: str | None = Field(
+        description="The section of the page's form that has this field, if any."
+    )
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="The default for methods that have another one.")
+    defaults: dict[str, str] = Field(description="The defaults of methods whose default differs.")
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="Whether it is a list of texts instead of names.")
+    texts: bool = Field(description="Whether the field is a list of texts instead of names.")
     allowed: str
     choices: list[str]
     is_list: bool
@@ -343,13 +348,13 @@ class ServeModel(Closed):
 class Served(Answer):
     id: str
     path: str
-    chats: bool = Field(description="Whether it has a chat template.")
+    chats: bool = Field(description="Whether the model has a chat template.")
 
 
 class DeviceRow(_answer(Device)):
     """The device on which jobs run."""
 
-    free_bytes: int = Field(description="Memory that a run could take now.")
+    free_bytes: int = Field(description="The memory that a run could use now.")
 
 
 class State(Answer):

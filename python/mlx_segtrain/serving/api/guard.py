@@ -213,7 +213,7 @@ class _Body:
     ):
         self.inner, self.size, self.ended = receive, 0, False
         self.seconds, self.streamed = seconds or BODY_S, streamed
-        self.comes = True  #: whether more of it is expected
+        self.comes = True  #: whether more of the body is expected
         self.held, self.own, self.most = held, 0, most
         self.begun = time.monotonic()
         self.refused: Refused | None = None

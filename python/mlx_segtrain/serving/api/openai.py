@@ -114,7 +114,7 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         chosen = await _selected(service, base, body)
         answers = await Answers.begin(service.engine, chosen, body, id)
     except RecursionError:  # a value that can be parsed cannot always be serialized
-        raise InputError("the request is nested too deeply: send flatter values.") from None
+        raise InputError("the request is nested too deeply: flatten it.") from None
     if isinstance(request, Json):  # it may wait long, and the answer may take long
         request.let_go()
         body.let_go()

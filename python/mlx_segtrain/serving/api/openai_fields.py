@@ -19,7 +19,7 @@ from ...errors import InputError, word
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
-#: Fields that may be false, and fields that may be empty lists.
+#: Values of fields that may be false, and of fields that may be empty lists.
 OFF = (
     *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
@@ -34,7 +34,7 @@ EMPTY = ("functions", "documents", "stop_token_ids", "bad_words", "logits_proces
 IN_BOTH: Neutral = {
     **dict.fromkeys(OFF, (False,)),
     **dict.fromkeys(EMPTY, ([],)),
-    # Labels for the operator's use, and hints to caches
+    # Labels for the operator, and hints for caches
     **dict.fromkeys(("user", "metadata", "safety_identifier", "custom_labels"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "service_tier": ("auto", "default"),
@@ -47,7 +47,7 @@ IN_BOTH: Neutral = {
     "include_reasoning": (True,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
-    # How many answers, and what is returned about each
+    # The number of answers, and the data about each
     "best_of": (1,),
     "length_penalty": (1,),
     "return_mm_kwargs": (True,),
@@ -58,11 +58,11 @@ IN_BOTH: Neutral = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
     "role_mapping": ({},),
-    # Where the answer ends, and which tokens are shown
+    # The end of the answer, and the tokens that are shown
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    # How tokens are chosen
+    # The choice of tokens
     "xtc_probability": (0,),
     "xtc_threshold": ANYTHING,  # the default of xtc_probability
     "draft_model": ("default_model",),

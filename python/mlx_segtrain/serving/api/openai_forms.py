@@ -38,7 +38,7 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 class Part(Request):
     """A part of a message's content; parts are joined without a separator."""
 
-    type: str = Field(description="text; others are refused")
+    type: str = Field(description="the type of the part; only text is supported")
     text: str | None = None
     neutral = IN_PART
 
@@ -49,10 +49,10 @@ class Message(Request):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    reasoning_content: str | None = Field(None, description="the reasoning in an assistant's turn")
-    tool_calls: Calls | None = Field(None, description="the calls in an assistant's turn")
+    reasoning_content: str | None = Field(None, description="the reasoning of an assistant turn")
+    tool_calls: Calls | None = Field(None, description="the tool calls of an assistant turn")
     tool_call_id: str | None = Field(
-        None, description="the id of the call that a tool's turn answers"
+        None, description="the id of the call whose result this tool turn has"
     )
     neutral = IN_MESSAGE
 
@@ -86,11 +86,13 @@ class Structure(Request):
     """The format of the answer in vLLM's spelling: one of these fields."""
 
     json_: str | dict[str, Any] | None = Field(
-        None, alias="json", description="a schema for the answer"
+        None, alias="json", description="a JSON schema that the answer must match"
     )
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
-    grammar: str | None = Field(None, description="in the format of Lark or llama.cpp (::=)")
+    grammar: str | None = Field(
+        None, description="a grammar in the format of Lark or llama.cpp (::=)"
+    )
     json_object: bool | None = None
 
     @property
@@ -103,7 +105,7 @@ class Structure(Request):
 class StreamOptions(Request):
     """Additional chunks of a stream."""
 
-    include_usage: bool | None = Field(None, description="a last chunk with the usage")
+    include_usage: bool | None = Field(None, description="end with a chunk that has the usage")
     neutral = IN_STREAM_OPTIONS
 
 
@@ -146,8 +148,8 @@ class Generate(Request):
     )
     adapters: str | None = Field(
         None,
-        description="the same in mlx_lm.server's spelling: an id as in adapter, or the path of a "
-        "mounted adapter",
+        description="the adapter under mlx_lm.server's name for this field: an id, or the path "
+        "of a mounted adapter",
     )
     lora_path: str | None = Field(None, description="the same as adapters, in SGLang's spelling")
     max_tokens: int | None = Field(
@@ -165,15 +167,20 @@ class Generate(Request):
         description="default 0: greedy decoding, so that answers with and without "
         "an adapter can be compared. OpenAI's own default is 1",
     )
-    top_p: float | None = Field(None, ge=0, le=1, description="default 1: all tokens")
-    top_k: int | None = Field(None, ge=-1, description="default 0: all tokens; -1 means the same")
-    min_p: float | None = Field(None, ge=0, le=1, description="default 0: all tokens")
+    top_p: float | None = Field(None, ge=0, le=1, description="default 1: no limit")
+    top_k: int | None = Field(None, ge=-1, description="default 0: no limit; -1 means the same")
+    min_p: float | None = Field(None, ge=0, le=1, description="default 0: no limit")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=10, description="for tokens of prompt and answer; default 1: none"
+        None,
+        gt=0,
+        le=10,
+        description="applies to tokens of the prompt and the answer; default 1: off",
     )
-    presence_penalty: float | None = Field(None, ge=-2, le=2, description="for the answer's tokens")
+    presence_penalty: float | None = Field(
+        None, ge=-2, le=2, description="applies to tokens of the answer"
+    )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="for the answer's tokens, in proportion to their count"
+        None, ge=-2, le=2, description="applies to tokens of the answer, once per occurrence"
     )
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
@@ -191,14 +198,16 @@ class Generate(Request):
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="the same, and more, in vLLM's spelling"
+        None, description="the answer's format in vLLM's spelling, which has more formats"
     )
     deterministic: bool | None = Field(
         None,
         description="bit-identical to the answer of a single request, whatever runs at the same "
         "time: slower, because it is decoded alone and without cached prompts",
     )
-    stream: bool | None = Field(None, description="server-sent events with a piece of text each")
+    stream: bool | None = Field(
+        None, description="send the answer as server-sent events, each with a piece of text"
+    )
     stream_options: StreamOptions | None = None
     most: ClassVar[int]  #: the default of the maximum tokens of an answer
     continues: ClassVar[bool] = False  #: the answer's text directly follows the prompt's
@@ -295,7 +304,8 @@ class ChatRequest(Generate):
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
-        description="variables of the chat template; default: the values in the adapter's training",
+        description="variables of the chat template; default: the values with which the adapter "
+        "was trained",
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
@@ -306,7 +316,11 @@ class ChatRequest(Generate):
     )
     logprobs: bool | None = Field(None, description="return log p of the answer's tokens")
     top_logprobs: int | None = Field(
-        None, ge=-1, le=TOP, description="also for this many alternatives; -1 and 0: none"
+        None,
+        ge=-1,
+        le=TOP,
+        description="with logprobs: also return log p of this many alternatives to each token; "
+        "-1 and 0 mean none",
     )
     neutral = IN_CHAT
     most = 512
@@ -377,7 +391,7 @@ class CompletionRequest(Generate):
     """A text to complete."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a text, its tokens, or several of either"
+        description="a text or a list of its tokens, or a list of several texts or token lists"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
         None,
@@ -451,7 +465,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no token: they would reveal prompts of other clients"
+        description="null if the server has no token, because the numbers would reveal prompts of "
+        "other clients"
     )
     completion_tokens_details: CompletionTokensDetails
 

@@ -77,7 +77,7 @@ class ResponseRequest(Fields):
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
     adapter: str | None = None
-    instructions: str | None = Field(None, description="a system message before the others")
+    instructions: str | None = Field(None, description="a system message that precedes the others")
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
@@ -89,7 +89,7 @@ class ResponseRequest(Fields):
     chat_template_kwargs: dict[str, Any] | None = None
     deterministic: bool | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = Field(None, description="returned with the response")
+    metadata: dict[str, str] | None = Field(None, description="data to return with the response")
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:

@@ -128,8 +128,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """Returns a schema with references relative to `root`, its new place. `named`: the keys are
-    names of schemas instead of keywords."""
+    """Returns a schema with references relative to `root`, its new place. `named` says that the
+    keys are names of schemas instead of keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):

@@ -251,7 +251,7 @@ async def list_jobs(
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[str | None, Query(description="The id of a job.")] = None,
 ) -> forms.JobsAnswer:
-    """Jobs without their configurations, the newest first; or those before a job."""
+    """Lists jobs without their configurations, the newest first; with `before`, only older ones."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None

@@ -200,7 +200,7 @@ async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[
         if kind == "adapters":
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
-        _check_unused(service, path.parent, ADVICE)  # it may have taken an hour to arrive
+        _check_unused(service, path.parent, ADVICE)  # the upload may have taken an hour
         await run_in_threadpool(written.close)  # the disk may take long
     return size
 
@@ -250,8 +250,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A ZIP file of open files. `held` is closed at its end: the files, and a slot for transfers.
-    A client that reads too slowly is disconnected."""
+    """A ZIP file of open files. At its end, `held` is closed, which frees the files and a slot for
+    transfers. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"

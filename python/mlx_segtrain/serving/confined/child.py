@@ -31,7 +31,7 @@ Values = dict[str, Any]
 
 #: Maximum number of tokens of a data set's rows in a report.
 SHOWN = 100_000
-#: Maximum characters of a token: an answer could consist of the longest one only.
+#: Maximum characters of a token, because an answer could consist of the longest token only.
 LONGEST_TOKEN = 2000
 #: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
@@ -153,7 +153,7 @@ def _check_decoder(folder: Path) -> None:
             growth *= max(1.0, len(str(part.get("content"))) / len(text))
             if growth > MOST_GROWTH:
                 raise InputError(
-                    f"its decoder makes a text more than {MOST_GROWTH} times as long, which is not "
+                    f"its decoder can make a text over {MOST_GROWTH} times as long, which is not "
                     "supported"
                 )
         parts += part.values()

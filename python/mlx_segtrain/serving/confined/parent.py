@@ -76,7 +76,7 @@ class _Process:
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when it got its current command
+    begun: float = 0.0  #: when the process got its current command
     seconds: float = 1.0  #: its time limit
     evicted: bool = False  #: whether it is killed because too many are slow
 
@@ -261,7 +261,8 @@ class Confined:
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            with suppress(OSError):  # the thread that waits for it gets an error, and kills it
+            # The thread that waits for this worker gets an error and kills the worker.
+            with suppress(OSError):
                 worst.wire.shutdown(socket.SHUT_RDWR)
 
     def _give_back(self, worker: _Process, *, failed: bool) -> None:

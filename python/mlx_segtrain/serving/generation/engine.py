@@ -46,8 +46,8 @@ MOST_ACTIVE, MOST_WAITING = 64, 256
 #: Seconds of a request's turn while others are waiting: then it waits and keeps its cache, up to
 #: this many caches. Seconds after which a request that has not started is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Seconds for which loading a model waits for answers in progress, and for which loading is refused
-#: after it has waited in vain: no request can start while it is waiting.
+#: Loading a model waits this many seconds for answers in progress; no request can start in the
+#: meantime. If it waited in vain, loading is refused for this many seconds.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: Maximum tokens of a prompt that are computed at once, and minimum while answers are being
 #: decoded.
@@ -95,8 +95,9 @@ class Engine:
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
-        self.adapters: dict[str, Mounted] = {}  # replaced and never modified: others read it
-        self.default: str | None = None  #: for requests that name no adapter
+        # Replaced and never modified, because other threads read it.
+        self.adapters: dict[str, Mounted] = {}
+        self.default: str | None = None  #: the adapter for requests that name none
         self._cache_bytes = cache_bytes
         self._job = False  # whether a job is computing, which needs memory and the device
         self._wake = threading.Condition()
@@ -140,7 +141,8 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        except BaseException:  # in a thread: closing waits for a tokenizer that is still loading
+        # In a thread, because closing waits for a tokenizer that is still loading.
+        except BaseException:
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
@@ -230,8 +232,8 @@ class Engine:
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds. `alone`: once no
-        answer is being generated; raises Busy if that takes too long."""
+        """Runs a function on the engine's thread, between two rounds. With `alone`, it first waits
+        until no answer is being generated, and raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -272,7 +274,7 @@ class Engine:
             while not self._stopped:
                 try:
                     self._turn()
-                except BaseException as error:  # also a panic in Rust; the thread must continue
+                except BaseException as error:  # includes panics in Rust; the thread must continue
                     self._start_over(error)
             self._give_up(Busy("the server is shutting down: try again later."))
         mx.clear_streams()
@@ -383,7 +385,7 @@ class Engine:
                     if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # until here generate() must see the command
+                self._commands.popleft()  # generate() must see the command until here
             if command.future.cancelled():
                 continue
             if error is None:
@@ -436,7 +438,7 @@ class Engine:
         mx.eval([layer.state for layer in cache])
         self._rate = (end - request.done) / max(time.monotonic() - begun, 1e-6)
         request.done = end
-        if end == last:  # for requests with the same prompt
+        if end == last:  # other requests may have the same prompt
             self._keep(request, copy.deepcopy(cache))
         return end == last
 
@@ -506,7 +508,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out of their batches; `keep`: they keep their caches."""
+        """Takes requests out of their batches; with `keep`, they keep their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:
@@ -539,7 +541,7 @@ class Engine:
             return
         self._take_out([request], keep=False)
         failure: Exception | None = _no_memory(error, f"a request of {len(request.prompt)} tokens")
-        if isinstance(error, InputError):  # from the request's grammar
+        if isinstance(error, InputError):  # the request's grammar raised it
             failure = error
         elif failure is None:
             logger.error("a generation failed", exc_info=error)
@@ -646,5 +648,5 @@ def _no_memory(error: BaseException, what: str) -> RunError | None:
         return None
     return NoMemory(
         f"the device has too little memory for {what} ({reason(error)}): "
-        "shorten it, or try again when less runs."
+        "shorten it, or try again when fewer requests are running."
     )

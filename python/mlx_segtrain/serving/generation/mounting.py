@@ -37,7 +37,8 @@ MOST_SUM_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model. `created`: seconds since 1970. `max_length`: tokens, None if not known."""
+    """A loaded model. `created` is a time in seconds since 1970; `max_length` is in tokens, or None
+    if it is not known."""
 
     id: str
     path: Path
@@ -70,7 +71,8 @@ class Base:
         return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """Raises InputError for an empty or too long prompt, or for unknown tokens in either."""
+        """Raises InputError if the prompt is empty or too long, or if it or the biases contain
+        unknown tokens."""
         if not prompt:
             raise InputError("the prompt has no tokens: add some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
@@ -84,7 +86,7 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Mounted:
-    """An adapter in memory. `rank`: the largest; `scale`: the multiplier of most layers."""
+    """An adapter in memory. `rank` is its largest rank, `scale` the multiplier of most layers."""
 
     id: str
     path: Path
@@ -237,7 +239,7 @@ class Linears:
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
-        self.key = None  # until all layers are done
+        self.key = None  # unknown until all layers have their updates
         for path in self._touched - adapter.tensors.keys():
             base.modules[path].take_out()
             if path in base.chain.outer:

@@ -24,7 +24,8 @@ class Outbox:
 
 
 class Generation(AsyncIterator[Piece]):
-    """Yields the pieces of an answer. Raises RunError if it fails. Dropping it ends the answer."""
+    """Yields the pieces of an answer. Raises RunError if the answer fails. If this object is
+    dropped, the answer ends."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox

@@ -19,7 +19,9 @@ class Request(Answer):
         self.selected = selected
         self.outbox = Outbox()
         self.number = next(_numbers)
-        self.asked = self.since = time.monotonic()  #: `since`: start of its waiting or its turn
+        self.asked = self.since = (
+            time.monotonic()
+        )  #: `since` is when its waiting or its turn started
 
     def give(self, piece: Piece) -> None:
         self.outbox.put(piece)

@@ -46,7 +46,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
     """Returns some events after an offset, as (id, JSON), and the offset after them.
 
-    `ended`: nothing more will be written, so an incomplete last line also counts.
+    `ended` says that nothing more will be written, so an incomplete last line also counts.
     """
     try:
         with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def events(path: Path, after: int = 0) -> list[Event]:
 
 def last(path: Path, begins: int) -> Event | None:
     """Returns the last event of the attempt whose events start at an offset; None without one."""
-    with suppress(FileNotFoundError):  # after the last event a process prints little
+    with suppress(FileNotFoundError):  # a process prints little after its last event
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
     return ends[-1] if ends else None

@@ -1,7 +1,7 @@
 """The kinds of jobs: everything that depends on a job's kind is declared here.
 
 The functions that run jobs are called in a job's process (worker.py), which sends its first event
-before it imports anything heavy; so these functions import what they need.
+before it imports large packages; so these functions import what they need.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class JobKind:
     """A kind of job."""
 
     name: str
-    title: str  #: for people
+    title: str  #: the kind in words
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
     computes: bool = False  #: whether it needs the accelerator, which one job has at a time

@@ -21,7 +21,8 @@ class Outputs:
         self.store, self.roots, self.jobs = store.resolve(), roots, jobs
 
     def check_run(self, config: TrainConfig) -> None:
-        """Raises InputError unless a run's folder is new, or that of a run, which it may clear."""
+        """Raises InputError unless the run's folder is new, or belongs to an earlier run whose
+        files the new run may remove."""
         path = config.adapter_path
         self._check_place(path)
         store = self.store

@@ -71,7 +71,7 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
     hub = HfApi(endpoint=endpoint())
     tell(events.stage("load", 0.05, f"{folder} to {endpoint()}/{repo}"))
     with opened(folder) as files:
-        tell(events.stage("load", 0.1, f"sends {', '.join(files)}"))
+        tell(events.stage("load", 0.1, f"sending {', '.join(files)}"))
         try:
             made = hub.create_repo(repo, private=private, exist_ok=True)
             commit = hub.create_commit(
@@ -94,7 +94,8 @@ def opened(
 ) -> Iterator[dict[str, BufferedReader]]:
     """Yields the checked open files to send, by name; `done` is the verb in error messages.
 
-    Raises InputError for a file of another kind than its name, or for a model unless `models`.
+    Raises InputError if a file's content does not match its name, or if the folder is a model and
+    `models` is not set.
     """
     with ExitStack() as stack:
         place = stack.enter_context(_opened_folder(folder, done))

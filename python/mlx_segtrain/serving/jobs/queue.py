@@ -44,7 +44,7 @@ POLL_S = 0.1
 LONGEST_TEXT = 4000
 #: Seconds after which another cancellation kills the job.
 KILLED_AFTER_S = 10.0
-#: Whether the process of a cancelled job has got a signal; a second one would end it at once.
+#: Whether the process of a cancelled job has received a signal; a second one would end it at once.
 ASKED, SIGNALLED = 1, 2
 
 
@@ -107,7 +107,7 @@ class Jobs:
     # Used by the server
 
     async def start(self) -> None:
-        """Follows the jobs that an earlier server has left, and starts waiting ones."""
+        """Follows the jobs that an earlier server started, and starts waiting ones."""
         for row in self.store.with_status("queued"):
             self.live[row.id] = Live()
         for row in self.running():
@@ -396,7 +396,7 @@ def _killed(row: Row, code: int | None) -> Event:
         message = "its process was killed before it could finish"
         return {"type": "cancelled", "ts": now(), "message": message}
     if code is None:
-        how = "its process was killed while no server watched it"
+        how = "its process was killed while no server was running"
     elif code < 0:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:

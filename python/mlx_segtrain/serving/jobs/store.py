@@ -112,7 +112,8 @@ class Store:
         return self.connection.execute(f"SELECT {_ALL} FROM jobs WHERE id = ?", (id,)).fetchone()
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
-        """Returns jobs, the newest first, without configurations; `before`: below this place."""
+        """Returns jobs without their configurations, the newest first; with `before`, only jobs
+        below this place."""
         wanted = {"kind = ?": kind, "place < ?": before}
         given = {test: value for test, value in wanted.items() if value is not None}
         where = f"WHERE {' AND '.join(given)}" if given else ""

@@ -4,9 +4,9 @@ FILE has the job's configuration and the folders that it may read; LOCK is the d
 file, which stays locked as long as the process lives. A job with several ranks runs in other
 processes, which this one starts and follows (group.py).
 
-The process writes events to stdout, one per line, and the first before it imports anything heavy.
-The server may have ended meanwhile. Lines that libraries print become events of type log: a file
-that they read could contain lines that look like our events.
+The process writes events to stdout, one per line; it writes the first event before it imports large
+packages. The server may have ended meanwhile. Lines that libraries print become events of type log:
+a file that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Printed(io.TextIOBase):
             # Only the last state of a progress bar is kept.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
-            tell({"type": "log", "line": line if self.left > 0 else "no more of this is kept"})
+            tell({"type": "log", "line": line if self.left > 0 else "further output is not logged"})
 
     def end(self) -> None:
         self._tell(self.rest)

@@ -8,7 +8,7 @@ class Problem extends Error {
   }
 }
 
-// Milliseconds by which the server's clock is ahead of the browser's.
+// The number of milliseconds by which the server's clock is ahead of the browser's.
 let ahead = 0;
 export const now = () => Date.now() + ahead;
 
@@ -33,7 +33,7 @@ async function request(path, body, more = {}) {
 // Returns the JSON of a route; a body is posted.
 export const api = async (path, body, more) => (await request(path, body, more)).json();
 
-// Uploads a file; `tell` gets the fraction that was sent, which fetch does not report.
+// Uploads a file; `tell` gets the fraction that has been sent. fetch does not report it, so this uses XMLHttpRequest.
 export function upload(path, file, tell) {
   return new Promise((done, failed) => {
     const sent = new XMLHttpRequest();
@@ -69,8 +69,8 @@ export function every(seconds, ask, { unseen = false } = {}) {
   return look;
 }
 
-// Passes a job's events after a place in its log to `take` until the job has ended; returns a function
-// that stops it. A browser has few connections to a server, so a hidden page closes its own.
+// Passes the events of a job, from a place in its log on, to `take` until the job has ended; returns a function that
+// stops this. A browser allows only a few connections to a server, so a hidden page closes its connection.
 export function follow(id, place, take, ended) {
   let source;
   const seen = () => (document.hidden ? source?.close() : open());

@@ -1,10 +1,10 @@
-// Line charts over steps, drawn by uPlot (vendor/), which the page loads as a global variable.
+// Line charts by step, drawn by uPlot (vendor/), which the page loads as a global variable.
 
 import { announce, button, h, s } from "./dom.js";
 import { save } from "./text.js";
 
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
-// Distinguish lines for people who cannot distinguish the colours.
+// These dashes distinguish the lines for people who cannot distinguish the colours.
 export const DASHES = ["", "6 4"];
 // Maximum number of points of a marked line that are drawn as points.
 const FEW = 60;

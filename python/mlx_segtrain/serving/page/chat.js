@@ -248,7 +248,7 @@ export default async function chatPage(main) {
       const how = settings();
       const wanted = [...new Set(sides.map((own) => own.value).filter((own) => own !== NOBODY))];
       const ids = [];
-      for (const side of wanted) ids.push(await mounted(side)); // in turn: two may have the same name
+      for (const side of wanted) ids.push(await mounted(side)); // one after the other, because two may have the same name
       const earlier = wanted.map((side) => earlierWith(side));
       turn = { asked: words, answers: wanted.map((side) => [side, "…", ""]) };
       turns.push(turn);
@@ -268,7 +268,7 @@ export default async function chatPage(main) {
     return turn !== null;
   }
 
-  // The conversation so far for a side: its own answers, or those of the side that answered instead.
+  // Returns the conversation so far for a side: its own answers or, where it has none, those of the other side.
   const earlierWith = (side) => turns.flatMap(({ asked, answers }) => {
     const own = answers.find(([who]) => who === side) ?? answers.at(-1);
     return [{ role: "user", content: asked }, { role: "assistant", content: own[1] }];
@@ -299,7 +299,7 @@ export default async function chatPage(main) {
         say(`${counted(made, "token")}, ${fixed(speed, 1)} tokens/s`);
       }
     } catch (error) {
-      // The number of tokens is not known: a piece may have several.
+      // The number of tokens is not known, because a piece may have several.
       if (signal.aborted) say(`stopped after ${counted(pieces, "piece")}`);
       throw error;
     } finally {

@@ -1,4 +1,4 @@
-// Elements and parts of pages. All texts from the server or a model are inserted as text, never as HTML.
+// Creates elements and parts of pages. Everything from the server or a model is inserted as text, never as HTML.
 
 import { sentence } from "./text.js";
 
@@ -39,7 +39,7 @@ export const announce = (content) => (document.getElementById("said").textConten
 let count = 0;
 const unique = (word) => `${word}-${++count}`;
 
-// SVG paths in a square of 24.
+// SVG paths in a square of 24 × 24.
 const CIRCLE = "M3 12a9 9 0 1 0 18 0a9 9 0 1 0-18 0";
 const ICONS = {
   queued: `${CIRCLE}M12 7v5l3 3`,
@@ -65,7 +65,7 @@ export const button = (content, onclick, kind = "") =>
 
 export const link = (content, href) => h("a.link", { href }, content);
 
-// What to do if a list is empty, and buttons for that.
+// Says what to do if a list is empty, with buttons for that.
 export const empty = (content, ...actions) => (actions.length
   ? h("div.stack", h("p.empty", content), h("div.actions", actions))
   : h("p.empty", content));
@@ -129,7 +129,7 @@ export const table = (kind, caption, names, rows) =>
     h("thead", h("tr", names.map((name) => h("th", { scope: "col" }, name)))),
     h("tbody", rows));
 
-// A section that can be opened; only one of a group is open.
+// A section that can be opened; only one section of a group is open at a time.
 export const expansion = (title, caption, content, group = null) =>
   h("details", { name: group },
     h("summary", { role: "button" }, h("span", title), h("span.small.muted", caption)), content);
@@ -222,7 +222,7 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "",
   const told = h("div.small.muted", { role: "status" });
   const self = { input, element: h("div.combobox", input, list, told), value: null, options: new Map() };
   let [found, active] = [[], 0];
-  let [timer, sought] = [null, ["", []]]; // words, and what was found for them
+  let [timer, sought] = [null, ["", []]]; // words, and the options that were found for them
 
   self.set = (value) => {
     self.value = self.options.has(value) || takes.test(value ?? "") ? value : null;

@@ -148,7 +148,7 @@ export default async function jobsPage(main) {
       }
       const { row, run } = runs.get(id);
       const { status } = rows.find((own) => own.id === id) ?? row;
-      // A browser has few connections to a server, and a waiting job has no events.
+      // A waiting job has no events, and a browser allows only a few connections to a server.
       if (run.read === status || status === "queued") continue;
       run.read = status;
       run.follow();
@@ -178,7 +178,7 @@ export default async function jobsPage(main) {
     show(numbers, own.length && inNumbers(own));
   }
 
-  // The title of the vertical axis; runs of different methods share one chart.
+  // Returns the title of the vertical axis, with all units, since runs of different methods share one chart.
   function axisOf(own) {
     const all = own.map(({ row, run }) => (row.rewarded ? run.measure : `loss, ${row.loss_unit}`));
     return [...new Set(all)].join(" · ");

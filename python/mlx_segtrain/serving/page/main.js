@@ -1,4 +1,4 @@
-// The header and the theme, which all pages have; loads the module of the page's address.
+// Sets up the header and the theme of every page, and loads the module for the page's address.
 
 import { api, every } from "./api.js";
 import { announce, icon, notice, toast } from "./dom.js";
@@ -28,7 +28,7 @@ theme.addEventListener("click", () => {
   showTheme();
 });
 
-// Whether notifications are on and allowed.
+// Returns whether notifications are on and allowed.
 const wanted = () =>
   localStorage.getItem("bell") === "on" && globalThis.Notification?.permission === "granted";
 
@@ -59,7 +59,7 @@ async function tellEnd(id) {
   const said = `${job.title} ${job.status}: ${job.name}`;
   if (!here) toast(said, `/finetune/job/${id}`);
   if (!wanted() || !document.hidden) return;
-  // The tag makes the browser show only one if several pages are open.
+  // Because of the tag, the browser shows only one notification if several pages are open.
   const told = new Notification(said, { tag: id, body: job.error ?? "" });
   told.onclick = () => (window.focus(), location.assign(`/finetune/job/${id}`));
 }

@@ -1,4 +1,4 @@
-// The result of a job, in short and in full.
+// Shows the result of a job, in one line or in full.
 
 import { facts, notice } from "./dom.js";
 import { count, counted, duration, fixed, gb, percent, size, titled } from "./text.js";

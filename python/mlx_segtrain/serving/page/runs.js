@@ -6,7 +6,7 @@ import { line } from "./text.js";
 // Maximum number of points of a drawn curve, and of warnings and samples that are kept.
 export const MOST = 600;
 const KEPT = 200;
-// Training metrics with a curve, besides the loss; a pattern for the names of others, and fields without a curve.
+// Training metrics with a curve, besides the loss; a pattern for the names of other metrics; fields without a curve.
 const DRAWN = [
   "learning_rate", "tokens_per_sec", "supervised_tokens_per_sec", "grad_norm", "peak_gb", "active_gb",
   "skew_s",
@@ -19,7 +19,7 @@ const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "
 const lower = (a, b) => (b[1] < a[1] ? b : a);
 const higher = (a, b) => (b[1] > a[1] ? b : a);
 
-// A curve of any length; a long one is drawn in buckets with the same number of points.
+// A curve of any length. A long curve is drawn in buckets, each with the same number of points.
 export class Curve {
   all = [];
 
@@ -27,7 +27,7 @@ export class Curve {
     if (Number.isFinite(y)) this.all.push([x, y]);
   }
 
-  // Removes the points after x, from which a run was resumed.
+  // Removes the points after x, the step from which a run was resumed.
   cut(x) {
     this.all = this.all.filter((point) => point[0] <= x);
   }
@@ -60,7 +60,7 @@ export class Curve {
   }
 }
 
-// The state of a job, from its events.
+// The state of a job, computed from its events.
 export class Run {
   place = 0; // in the job's log
   following = false;

@@ -43,7 +43,7 @@ export function duration(seconds) {
   return `${hours}${SPACE}h${SPACE}${two(minutes % 60)}${SPACE}min`;
 }
 
-// Seconds since a time of a row, which is in UTC.
+// Returns the seconds since a time in a row, which is in UTC.
 const since = (time) => (now() - Date.parse(`${time.replace(" ", "T")}Z`)) / 1000;
 
 export function ago(time) {
@@ -55,7 +55,7 @@ export function ago(time) {
   return `${n} ${unit}${unit === "day" && n > 1 ? "s" : ""} ago`;
 }
 
-// How long the last attempt at a job has taken.
+// Returns how long the last attempt at a job has taken.
 export function took(row) {
   if (!row.started_at) return NONE;
   return duration(Math.max(0, since(row.started_at) - (row.ended_at ? since(row.ended_at) : 0)));

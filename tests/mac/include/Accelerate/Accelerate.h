@@ -1,4 +1,4 @@
-// What our code uses of Apple's header, whose symbols carry this suffix where ACCELERATE_NEW_LAPACK is set.
+// The parts of Apple's header that our code uses. Its symbols have this suffix if ACCELERATE_NEW_LAPACK is set.
 #pragma once
 
 #ifndef ACCELERATE_NEW_LAPACK
