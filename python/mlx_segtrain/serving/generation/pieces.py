@@ -11,8 +11,8 @@ _Queue = asyncio.Queue[Piece | Exception | None]
 
 
 class _Mail:
-    """What the engine's thread has for the readers of an event loop, which is woken up only once
-    for all of it: that is a call of the system."""
+    """The items that the engine's thread sends to the readers of an event loop. The loop is woken
+    up, which takes a system call, only once for all items since it last read them."""
 
     def __init__(self) -> None:
         self._items: deque[tuple[_Queue, Piece | Exception]] = deque()
