@@ -262,7 +262,8 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             if constexpr (BITS == 0) total[i][c][e] += own[i][c][e];
-            else total[i][c][e] += scale[s][i][e / 2] * own[i][c][e] + bias[s][i][e / 2] * all[c][e];
+            else  // not left to the compiler, so that it is the same for any ROWS
+              total[i][c][e] = fmaf(scale[s][i][e / 2], own[i][c][e], fmaf(bias[s][i][e / 2], all[c][e], total[i][c][e]));
     }
   }
 #pragma unroll

@@ -225,8 +225,11 @@ class Batch(Generic[A]):
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """Gives each answer its next token and random key."""
+        """Gives each answer its next token and random key, and rows of the caches their offsets."""
         self._read_telling()
+        for layer in self._padded():
+            if isinstance(layer.offset, int):
+                layer.offset = mx.full(len(self.answers), layer.offset, mx.int32)
         if self.answers:
             keys = self._choice.next_keys()
             for i, answer in enumerate(self.answers):
@@ -245,17 +248,23 @@ class Batch(Generic[A]):
         self._telling = Telling(wanted, len(answers), told_at) if wanted else None
         self._leave_masks_out()
 
-    def _leave_masks_out(self) -> None:
-        """Removes masks if rows have equal length: without padding single tokens need none, and
-        with a mask GPUs do not use their attention kernels."""
+    def _padded(self) -> list[Any]:
+        """Returns the caches whose rows begin with padding if they are shorter than others."""
         from mlx_lm.models.cache import BatchKVCache
 
-        layers: list[Any] = [x for x in self._cache if type(x) is BatchKVCache]
+        return [x for x in self._cache if type(x) is BatchKVCache]
+
+    def _leave_masks_out(self) -> None:
+        """Removes masks and the offsets of rows if rows have equal length: without padding single
+        tokens need no mask, with which GPUs do not use their attention kernels, and one offset, a
+        number, serves all rows, while MLX would add 1 to those of each layer in a launch."""
+        layers = self._padded()
         even = bool(layers) and not layers[0].left_padding.any().item()
         for layer in layers:
             vars(layer).pop("make_mask", None)
             if even:
                 layer.make_mask = _no_mask(ref(layer))
+                layer.offset = layer.size()
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
         """Decodes a token of each answer. Returns the answers that ended, and the errors of single

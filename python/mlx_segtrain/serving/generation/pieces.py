@@ -1,9 +1,43 @@
 """Sends the pieces of an answer from the engine's thread to a reader in an event loop."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
+from weakref import WeakKeyDictionary
 
 from ...generation.decoding import Piece
+
+_Queue = asyncio.Queue[Piece | Exception | None]
+
+
+class _Mail:
+    """The items that the engine's thread sends to the readers of an event loop. The loop is woken
+    up, which takes a system call, only once for all items since it last read them."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[_Queue, Piece | Exception]] = deque()
+        self._called = False
+
+    def put(self, loop: asyncio.AbstractEventLoop, queue: _Queue, item: Piece | Exception) -> None:
+        """Raises RuntimeError if the loop has ended."""
+        self._items.append((queue, item))
+        if not self._called:
+            self._called = True
+            try:
+                loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:
+                self._items.clear()
+                self._called = False
+                raise
+
+    def _deliver(self) -> None:
+        self._called = False  # first: what comes from now on calls again
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
+
+
+_mail: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
 
 
 class Outbox:
@@ -11,14 +45,15 @@ class Outbox:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[Piece | Exception | None] = asyncio.Queue()
+        self.queue: _Queue = asyncio.Queue()
         self.closed = False
+        self._mail = _mail.setdefault(self.loop, _Mail())
 
     def put(self, item: Piece | Exception) -> None:
         if self.closed:
             return
         try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+            self._mail.put(self.loop, self.queue, item)
         except RuntimeError:  # the loop has ended
             self.closed = True
 
