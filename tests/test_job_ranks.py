@@ -63,6 +63,8 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
         every = running(server.process.pid)
         assert len(every["rank"]) == 3  # mlx.launch's command ends with theirs
+        (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
+        assert launcher.cpu_percent(0.5) < 25  # it takes a core while a rank's stdin is open
 
         server.http.post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
