@@ -64,7 +64,7 @@ def losses_of(monkeypatch, losses):
 
 
 TIMES = (
-    *("ts", "pid", "id", "message", "at", "ranks"),
+    *("ts", "pid", "id", "message", "at", "ranks", "skew_s", "slowest"),
     *("tokens_per_sec", "supervised_tokens_per_sec", "step_s", "left_s", "peak_gb", "active_gb"),
 )
 

@@ -213,6 +213,7 @@ class Cycle(Stepper):
         self._lines: list[dict[str, Any]] = []
         #: Of a step on all ranks: the total, the tokens that are run, and those in the loss.
         self._counts: list[Any] = []
+        self._own_tokens = 0
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -246,6 +247,7 @@ class Cycle(Stepper):
         data = self._trained(found, made, gains)
         batches = self._batches(data)
         run, trained = int(data.columns.run.sum()), int(data.columns.trained.sum())
+        self._own_tokens = run
         every = self.ranks.gather([self.objective.total(batches), run, trained])
         self._counts = [sum(own) for own in zip(*every, strict=True)]
         self.setup = replace(prompts, train=data)
@@ -269,6 +271,9 @@ class Cycle(Stepper):
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
         return self._counts[1], self._counts[2]
+
+    def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
+        return self._own_tokens
 
     def rows(self, accumulated: Sequence[AnyBatch]) -> list[str]:
         return [row for own in self.ranks.gather(super().rows(accumulated)) for row in own]

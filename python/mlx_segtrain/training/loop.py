@@ -277,8 +277,7 @@ class Run:
         progress.recent = [*progress.recent, progress.last][-config.steps_per_report :]
         self.pace.add("step", progress.last.seconds)
         if self.ranks.size > 1:
-            rows = np.concatenate([own.rows for own in self.ranks.share(accumulated)])
-            tokens = int(self.setup.train.columns.take(rows).run.sum())
+            tokens = self.step.own_tokens(accumulated)
             self.work.add(progress.last.seconds, self.ranks.waited, tokens)
         left_out = outcome.bound is not None and config.on_spike == "skip"
         progress.skipped = progress.skipped + 1 if left_out else 0

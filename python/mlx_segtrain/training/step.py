@@ -134,7 +134,14 @@ class Stepper:
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
         """Returns how many tokens all ranks run in an update, and how many are in the loss."""
-        rows = np.concatenate([batch.rows for batch in accumulated])
+        return self._counted(accumulated)
+
+    def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
+        """Returns how many tokens this rank runs in an update."""
+        return self._counted(self.share(accumulated))[0]
+
+    def _counted(self, batches: Sequence[AnyBatch]) -> tuple[int, int]:
+        rows = np.concatenate([batch.rows for batch in batches])
         columns = self.setup.train.columns.take(rows)
         return int(columns.run.sum()), int(columns.trained.sum())
 
