@@ -154,7 +154,7 @@ def place(tmp_path_factory):
     [
         (1, 2, {}, 403, "ranks", "trains with one process: leave ranks out"),
         (4, 5, {}, 422, "ranks", "ranks = 5, but a job of this server can have at most 4"),
-        (2, 2, {"method": "grpo"}, 422, "method", "grpo runs on one device"),
+        (2, 2, {"method": "grpo", "batch_size": 1}, 422, "batch_size", "there are 2 ranks"),
         (2, 2, {"grad_accumulation_steps": 1}, 422, "grad_accumulation_steps", "there are 2 ranks"),
         (
             *(2, 2, {"parallel": "pipeline", "sample_prompts": ["a"]}, 422, "sample_prompts"),

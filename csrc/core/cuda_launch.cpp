@@ -7,8 +7,10 @@ namespace segtrain {
 
 FixedInputs::FixedInputs(Arrays all, std::vector<size_t> open)
     : inputs(std::move(all)), open(std::move(open)), keeper(mx::array({0})) {
-  for (auto& x : inputs) x = mx::contiguous(x);
-  mx::eval(inputs);
+  Arrays pending;
+  for (auto& x : inputs)
+    if (!x.is_available() || !x.flags().row_contiguous) pending.push_back(x = mx::contiguous(x));
+  if (!pending.empty()) mx::eval(pending);  // it waits for the device
   auto& memory = mx::allocator::allocator();
   auto release = [kept = inputs, &memory](mx::allocator::Buffer own) { memory.free(own); };
   keeper = mx::array(mx::allocator::Data(memory.malloc(sizeof(int32_t)), release), {1}, mx::int32);

@@ -1,6 +1,8 @@
 // Linear layers in a decoding step, which is limited by the launches of the host. MLX's ops need a launch for
 // each product and two more for each update. On CUDA, one launch computes all linear layers that read the
 // same x (cuda/decode.cu); elsewhere we use MLX's ops.
+#include <mutex>
+
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
@@ -25,6 +27,18 @@ int kernel_rows(mx::Dtype dtype, int rows) {
   if (rows == 1) return 1;
   const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;
   return rows <= fewer ? fewer : MOST_ROWS;
+}
+
+/// The array that replaces an input that a call does not have.
+mx::array absent(mx::Dtype dtype) {
+  static std::mutex lock;
+  static auto& known = *new std::map<int, mx::array>;  // never destroyed: outlives MLX's statics
+  std::lock_guard guard(lock);
+  const int key = static_cast<int>(dtype.val());
+  if (auto found = known.find(key); found != known.end()) return found->second;
+  auto zero = mx::zeros({1}, dtype);
+  zero.eval();  // other threads and streams may use it
+  return known.emplace(key, zero).first->second;
 }
 
 int rank_of(const std::optional<mx::array>& b) {
@@ -97,7 +111,7 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   if (auto found = calls_.find(key); found != calls_.end()) return found->second;
   const auto& first = bases_[0];
   const bool dense = !first.scales;
-  const auto none = mx::zeros({1}, dtype), zero = device_floats({0}), picks = mx::zeros({1}, mx::uint32);
+  const auto none = absent(dtype), zero = absent(mx::float32), picks = absent(mx::uint32);
   int outs = 0;
   for (const auto& base : bases_) outs += base.out();
   const int out_tiles = !by_tensor_cores(dtype, rows) ? 0 : dense || outs < MANY_OUTS ? 1 : 2;  // of 16 each

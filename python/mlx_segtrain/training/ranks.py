@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from .. import events
-from ..config import ROWS, TrainConfig
+from ..config import TrainConfig
 from ..errors import InputError, RunError
 from . import watch
 from .links import Links
@@ -293,10 +293,6 @@ ALONE = Ranks()
 def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None:
     """Raises InputError if these ranks cannot train with this configuration; `scores` says that a
     function scores the model."""
-    if ROWS[config.method] == "prompt" and ranks.size > 1:
-        raise InputError(
-            "grpo runs on one device: start one process, without mlx.launch.", field="method"
-        )
     if ranks.pipeline and (config.sample_prompts or scores):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
