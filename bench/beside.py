@@ -1,4 +1,5 @@
-"""Times the steps of a job while clients chat with the same server, beside the job alone.
+"""Times the steps of a job while clients chat with the same server, and compares them with the
+steps of the job alone.
 
     python bench/beside.py [--model DIR|SHAPE] [--length 2048] [--clients 8] [--steps 20]
                            [--tokens 128] [--budget GB]
@@ -33,7 +34,7 @@ ALONE_S = 8.0
 
 
 class Clients:
-    """Threads of which each streams one completion after the other while it is entered."""
+    """Threads that each stream one completion after another while this is active."""
 
     def __init__(self, url, count, tokens):
         self.url, self.count, self.tokens = url, count, tokens
@@ -53,7 +54,7 @@ class Clients:
                 asked = (asked + 1) % len(topics)
 
     def stream(self, http, body):
-        before = None  # of an answer: the wait for its first token is another matter
+        before = None  # within an answer: the wait for its first token does not count
         with http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
@@ -117,7 +118,8 @@ def main():
             model, data = Path(args.model), place / "rows"
             data.mkdir()
             text = "\n".join(topics.values())
-            size = 6 * args.length  # characters: more than a row has, the rest is cut off
+            # Characters: more than a row can have, so every row is truncated.
+            size = 6 * args.length
             rows = [text[i : i + size] for i in range(0, len(text) - size, size // 8)]
             lines = [json.dumps({"text": row}) + "\n" for row in rows]
             (data / "train.jsonl").write_text("".join(lines))

@@ -127,8 +127,8 @@ def started(out, state, work):
 
 
 def waited(pid, seconds=None, first=None):
-    """Returns the exit status of a process, or None if it was killed after `seconds`, which are
-    counted from the moment when the file `first` has a new line."""
+    """Returns the exit status of a process, or None if it was killed after `seconds`. With `first`,
+    the seconds count from the moment when this file has a new line."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:
@@ -153,7 +153,7 @@ def size_of(file):
 
 
 def execute(*what):
-    """Replaces this process, which was forked, by one in which a GPU can be used."""
+    """Replaces this forked process with one that can use a GPU."""
     os.execv(sys.executable, [sys.executable, __file__, "--work", *map(str, what)])
 
 

@@ -65,7 +65,7 @@ __device__ void decode_factors(const T* x, const T* a, const unsigned* picks, in
   if (threadIdx.x % 32 == 0) z[i] = sum;
 }
 
-/// Σ z_j·b_j of one output and row.
+/// The update Σ z_j·b_j of one output and row.
 template <typename T>
 __device__ inline float update(const float* z, const T* b, int rank) {
   float sum = 0;
@@ -157,7 +157,7 @@ __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a,
   }
 }
 
-// ---- several rows, by the tensor cores
+// ---- several rows, with tensor cores
 
 /// N neighbours of a weight's row as they are stored: codes, or pairs of numbers.
 template <int BITS, int N>
@@ -288,7 +288,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
 }
 
 /// Finds which of the three parts a block works on, and its index there; at = {k, ranks, z is given, then for each part:
-/// blocks, n, rank, begin, has_bias, has_gain}. TILES = 0: not by the tensor cores.
+/// blocks, n, rank, begin, has_bias, has_gain}. TILES = 0 means without tensor cores.
 template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                                const T* const (&bs)[3], const float* const (&gains)[3], const T* const (&bias)[3], const T* a,

@@ -43,7 +43,7 @@ os.fsync = fsync
 def stay_on_own_processors():
     """Gives each process of the tests, with its children, an equal share of the processors.
 
-    MLX's threads and the caller's take turns, and in tiny runs the kernel moves them between
+    MLX's threads and the caller's thread take turns, and in tiny runs the kernel moves them between
     processors each time. The kernels of this package still have as many threads as there are
     processors.
     """
@@ -60,7 +60,7 @@ def stay_on_own_processors():
 stay_on_own_processors()
 
 # Every machine has a CPU; DEVICE=gpu runs the same tests on a GPU. There, MLX would multiply
-# float32 as TF32, which is less exact than the bounds of the tests.
+# float32 as TF32, which is not accurate enough for the bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":
     os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))

@@ -100,7 +100,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
     try:
         tokens = mx.array([[65], [66], [67]])
         twin = lora.twin_of(base.model)
-        assert isinstance(twin.lm_head, lora.twin._Frozen)  # our kernel's, too
+        assert isinstance(twin.lm_head, lora.twin._Frozen)  # it also runs through our kernel
         ranks = dict.fromkeys([path for path in base.chain.linears if "up_proj" not in path], 4)
         adapters = {i: random_adapter(base.chain, ranks, 2.0, 0.1 * i) for i in (1, 2)}
         if kind == "DoRA in place":

@@ -38,7 +38,7 @@ CASES = [
 
 
 def source(text):
-    """The kernel `decode_linears` of a text, as a function for each of CASES."""
+    """Returns the kernel `decode_linears` of a text, as a function for each of CASES."""
     head, *kernels = re.split(r"^//: ", text, flags=re.MULTILINE)
     line, body = next(x for x in kernels if x.startswith("decode_linears:")).split("\n", 1)
     inputs = line.partition(": ")[2].partition(" -> ")[0].split()
@@ -69,7 +69,7 @@ def library(tmp_path_factory):
 
 
 def numbers(x):
-    """An array's numbers as they are in memory."""
+    """Returns an array's numbers as they are in memory."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 

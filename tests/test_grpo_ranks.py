@@ -45,7 +45,7 @@ def config(model, tmp_path):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = {"method": "grpo", "iters": 3, "batch_size": 3, "group_size": 3, "steps_per_eval": 3}
     base |= {"max_completion_tokens": 6, "lr_schedule": "constant", "learning_rate": 1e-2}
-    # Alone, a completion is the same whatever else its rank generates.
+    # With one completion at a time, a completion does not depend on what else its rank generates.
     base |= {"rollout_batch": 1}
     base |= {"reward_functions": [f"{tmp_path / 'own.py'}:{name}" for name in ("spread", "short")]}
     return lambda out, **how: config_of(model, data, tmp_path / out, **{**base, **how})
@@ -54,7 +54,7 @@ def config(model, tmp_path):
 RUNS = {
     "gspo": {"grpo_loss": "gspo", "grpo_beta": 0.1, "updates_per_step": 2, "iters": 2},
     "dapo": {"grpo_loss": "dapo", "advantage_scaling": "batch", "mask_truncated": False},
-    # No completion of a step teaches anything: one of all ranks is run.
+    # No completion of a step has an advantage, so only one of them, on one rank, is run.
     "equal": {"reward_weights": [0.0, 0.0], "iters": 1, "packing": False},
 }
 

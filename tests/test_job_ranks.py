@@ -31,7 +31,7 @@ def until(holds, seconds=60):
 
 
 def running(id):
-    """The processes below this one, by the last word of their commands but one."""
+    """Returns the processes below this one, by the second last word of their commands."""
     found = {}
     for own in psutil.Process(id).children(recursive=True):
         found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
@@ -62,7 +62,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         for own in found["ranks"]:
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
         every = running(server.process.pid)
-        assert len(every["rank"]) == 3  # mlx.launch's command ends with theirs
+        assert len(every["rank"]) == 3  # the command of mlx.launch ends with that of the ranks
         (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
         assert launcher.cpu_percent(0.5) < 25  # it takes a core while a rank's stdin is open
 
@@ -101,7 +101,7 @@ processes.command = lambda module, *args: (
 given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000}
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
-#: Tells what it has read, and waits; or ends at once, as if SSH could not log in.
+#: Prints what it has read, and waits; or ends at once, as if SSH could not log in.
 FAKE = """
 import json, os, sys, time
 def tell(**event):

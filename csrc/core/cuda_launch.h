@@ -10,13 +10,13 @@ struct CudaBinary {
   std::string name, binary;
 };
 
-/// Inputs of a kernel that all its launches share. They are evaluated and contiguous, so a launch has no
-/// other inputs than its own and `keeper`, which keeps them alive for as long as MLX keeps a launch's inputs.
-/// MLX visits each input several times, for its order, its lifetime and the edges of the CUDA graph.
+/// Inputs of a kernel that all of its launches share. They are evaluated and contiguous, so MLX sees only a
+/// launch's own inputs and `keeper`, which keeps the shared ones alive for as long as MLX keeps a launch's
+/// inputs. MLX visits each input several times, for its order, its lifetime and the edges of the CUDA graph.
 struct FixedInputs {
   FixedInputs(Arrays all, std::vector<size_t> open);
-  Arrays inputs;             ///< all of the kernel; those in the places `open` are replaced by a launch's own
-  std::vector<size_t> open;  ///< in the order in which a launch has them
+  Arrays inputs;             ///< all inputs of the kernel; a launch replaces those at the places `open`
+  std::vector<size_t> open;  ///< the places of a launch's own inputs, in their order
   mx::array keeper;
 };
 

@@ -97,10 +97,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    They are busy_s and waited_s, the mean seconds per step since the last report in which the rank
-    did its own work and waited for others; tokens_per_sec of its own work; peak_gb and active_gb.
-    `skew_s` is the difference in busy_s between the slowest rank and the fastest; the others wait
-    for the rank `slowest`.
+    They are busy_s and waited_s (the mean seconds per step, since the last report, in which the
+    rank did its own work, or waited for others), tokens_per_sec of its own work, peak_gb and
+    active_gb. `skew_s` is the difference in busy_s between the slowest rank and the fastest; the
+    others wait for the rank `slowest`.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))

@@ -235,7 +235,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None, *, ascii: bool = False) -> str:
-    """Converts a value to JSON; infinity and NaN become null. `ascii`: other characters are
+    """Converts a value to JSON; infinity and NaN become null. With `ascii`, other characters are
     escaped."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
 

@@ -1,6 +1,6 @@
-// Runs the text of a CUDA kernel on the CPU, one block at a time. Every thread is a context of its own, and the
-// threads of a warp meet at the products of the tensor cores and at shuffles. It takes the place of
-// cuda/prelude.cu, whose functions here are written without the device's instructions.
+// Runs the text of a CUDA kernel on the CPU, one block at a time. Every thread has its own context, and the
+// threads of a warp meet at products of the tensor cores and at shuffles. This header replaces
+// cuda/prelude.cu; its functions do not use the device's instructions.
 #pragma once
 #include <ucontext.h>
 
@@ -29,7 +29,7 @@ inline ucontext_t scheduler;
 inline int current;
 inline std::function<void()> body;
 
-/// Where a number of threads wait for each other.
+/// A barrier at which a number of threads wait for each other.
 struct Meeting {
   int arrived = 0, round = 0;
 
@@ -154,7 +154,8 @@ float half_of(unsigned pair, int i) {
   return to_float(x);
 }
 
-/// Where the PTX ISA ("Matrix fragments for mma.m16n8k16") puts elements of a [16, 16], b [16, 8] and c [16, 8].
+/// The places of elements of a [16, 16], b [16, 8] and c [16, 8] according to the PTX ISA ("Matrix fragments
+/// for mma.m16n8k16").
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   static unsigned as[1024][4], bs[1024][2];

@@ -15,21 +15,21 @@ constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in
 constexpr size_t MOST_PARTS = 3;
 constexpr int BLOCKS = 1024;  ///< maximum per layer, so that a block reuses its z
 constexpr int MOST_ROWS = 16;
-constexpr int MANY_OUTS = 16384;  ///< from which a block of the tensor cores has two tiles, which share x
+constexpr int MANY_OUTS = 16384;  ///< outputs from which on a block has two tiles, which share x
 
 /// Tensor cores multiply two and more rows, so that a row's result is the same in any such batch.
 bool by_tensor_cores(mx::Dtype dtype, int rows) {
   return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
 }
 
-/// The number of rows for which the kernel that serves this many is compiled.
+/// The number of rows for which the kernel for this many rows is compiled.
 int kernel_rows(mx::Dtype dtype, int rows) {
   if (rows == 1) return 1;
   const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;
   return rows <= fewer ? fewer : MOST_ROWS;
 }
 
-/// An array that takes the place of an input that a call does not have.
+/// The array that replaces an input that a call does not have.
 mx::array absent(mx::Dtype dtype) {
   static std::mutex lock;
   static auto& known = *new std::map<int, mx::array>;  // never destroyed: outlives MLX's statics
@@ -50,7 +50,7 @@ int rank_of(const std::optional<mx::array>& b) {
 struct DecodeLinears::Calls {
   PreparedLaunch linears;
   std::optional<PreparedLaunch> factors;
-  bool picks;  ///< whether `linears` takes them
+  bool picks;  ///< whether the kernel `linears` reads the adapter of each row
 };
 
 DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a,

@@ -16,7 +16,7 @@ from .modules import FEW, LoRALinear
 
 #: Maximum number of adapters whose factors a group caches in the kernel's layout.
 MOST_KEPT = 8
-#: The dtypes whose products of several rows take tensor cores.
+#: The dtypes in which products of several rows use tensor cores.
 HALVES = mx.bfloat16, mx.float16
 
 _picks: dict[int, mx.array] = {}

@@ -420,10 +420,10 @@ def lora_glu_mlp(
     """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each layer a `lora_linear`.
 
     x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and
-    recomputes their product in the backward pass. With `tile_rows` it keeps x only and computes
-    that many rows at a time, again in the backward pass: memory of [tile_rows, F] instead of [rows,
-    F], for 1.5 times the products. Tiled MLP: Arctic Long Sequence Training (Bekman et al. 2025,
-    arXiv:2506.13996).
+    recomputes their product in the backward pass. With `tile_rows` it keeps x only, computes that
+    many rows at a time, and recomputes them in the backward pass. This takes memory of [tile_rows,
+    F] instead of [rows, F], but 1.5 times as many products. Tiled MLP: Arctic Long Sequence
+    Training (Bekman et al. 2025, arXiv:2506.13996).
     """
     return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
 

@@ -55,7 +55,8 @@ def rewards_of(
 
 @dataclass(frozen=True)
 class Made:
-    """The completions of each prompt as all ranks know them: JSON values, from Rollouts.made."""
+    """The completions of each prompt in the form that all ranks know: JSON values, from
+    Rollouts.made."""
 
     groups: list[list[dict[str, Any]]]
 
@@ -123,7 +124,7 @@ class Rollouts:
 
     @property
     def made(self) -> Made:
-        """The completions without what only their own rank needs."""
+        """The completions, without the data that only their own rank needs."""
         scores, talks, groups = self.scores, self.talks, list[list[dict[str, Any]]]()
         for row, group in zip(self.rows, self.completions, strict=True):
             groups.append([])
@@ -211,7 +212,7 @@ class Cycle(Stepper):
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
         self._lines: list[dict[str, Any]] = []
-        #: Of a step on all ranks: the total, the tokens that are run, and those in the loss.
+        #: For a step on all ranks: the total, the tokens that are run, and those in the loss.
         self._counts: list[Any] = []
         self._own_tokens = 0
 
@@ -300,8 +301,8 @@ class Cycle(Stepper):
         return -means["reward"], means
 
     def _of_all(self, found: Rollouts) -> Made:
-        """Returns the completions of all ranks, in the order of their prompts. Texts take a few
-        bytes for each token, which is little beside the time to generate it."""
+        """Returns the completions of all ranks, in the order of their prompts. A text takes only a
+        few bytes per token, so sending it takes little time compared with generating it."""
         return Made(self.ranks.unshared(found.made.groups))
 
     def _roll_out(

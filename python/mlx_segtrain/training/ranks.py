@@ -131,7 +131,7 @@ class Ranks:
         return items if self.pipeline else items[self.rank :: self.size]
 
     def unshared(self, own: Sequence[T]) -> list[T]:
-        """Returns JSON values of all ranks in the order of the items that `share` has divided."""
+        """Returns the JSON values of all ranks, in the order of the items that `share` divided."""
         every = self.gather(list(own))
         return [every[i % self.size][i // self.size] for i in range(sum(map(len, every)))]
 
@@ -291,8 +291,8 @@ ALONE = Ranks()
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None:
-    """Raises InputError if these ranks cannot train like this; `scores`: with a function that
-    scores the model."""
+    """Raises InputError if these ranks cannot train with this configuration; `scores` says that a
+    function scores the model."""
     if ranks.pipeline and (config.sample_prompts or scores):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(

@@ -29,7 +29,7 @@ Update = Callable[[Iterate, list[AnyBatch]], tuple[Iterate, Outcome]]
 
 
 class Attempt(Protocol):
-    """Runs a part of a step, and repeats that if the device was out of memory."""
+    """Runs a part of a step, and repeats it if the device was out of memory."""
 
     def __call__(self, part: Callable[[], T], /) -> T: ...
 
@@ -76,7 +76,7 @@ class Stepper:
         update: Update,
         attempt: Attempt,
     ) -> tuple[Iterate, Outcome]:
-        """Takes a whole step, here of one update."""
+        """Takes a whole step, which is a single update here."""
         return update(at, accumulated)
 
     def __call__(

@@ -55,9 +55,9 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
 #: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: While a job is computing: seconds for which the device is left to it, for each second of a round,
-#: in which both share it. The job's steps then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times as
-#: long as alone. A pause is limited, so that no answer stalls.
+#: While a job is computing: seconds for which only the job uses the device, for each second of a
+#: round, in which both share it. The job's steps then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times
+#: as long as alone. A pause is limited, so that no answer stalls.
 REST, LONGEST_REST_S = 1.5, 0.15
 #: Maximum number of mounted adapters, and of bytes for all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30

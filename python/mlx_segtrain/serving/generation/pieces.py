@@ -11,8 +11,8 @@ _Queue = asyncio.Queue[Piece | Exception | None]
 
 
 class _Mail:
-    """The items that the engine's thread sends to the readers of an event loop. The loop is woken
-    up, which takes a system call, only once for all items since it last read them."""
+    """The items that the engine's thread sends to the readers of an event loop. Waking the loop up
+    takes a system call, so it is woken up only once for all items since it last read them."""
 
     def __init__(self) -> None:
         self._items: deque[tuple[_Queue, Piece | Exception]] = deque()
@@ -31,7 +31,8 @@ class _Mail:
                 raise
 
     def _deliver(self) -> None:
-        self._called = False  # first: what comes from now on calls again
+        # Must be first, so that an item that arrives now wakes the loop up again.
+        self._called = False
         while self._items:
             queue, item = self._items.popleft()
             queue.put_nowait(item)

@@ -32,7 +32,7 @@ def run(kind: str, given: dict[str, Any]) -> events.Event:
     """Runs a job of this kind on the hosts in `given`; returns its last event."""
     hosts = Hosts.model_validate(given.pop("hosts"))
     watched, held = os.pipe()
-    # Also for the temporary files of mlx.launch, which it leaves there.
+    # mlx.launch also leaves its temporary files there.
     with tempfile.TemporaryDirectory(prefix="mlx-segtrain-") as folder:
         file = Path(folder) / "hosts.json"
         file.write_text(hosts.model_dump_json(), encoding="utf-8")
@@ -72,7 +72,7 @@ def _free_port(count: int) -> int:
 
 
 class Group:
-    """The ranks of a job, as far as their output says."""
+    """The state of a job's ranks, derived from their output."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", hosts: list[str], given: str):
         self.process, self.hosts, self.given = process, hosts, given
@@ -81,7 +81,7 @@ class Group:
         self.ready = 0  # the number of ranks that have read their configuration
         self.ends: dict[int, events.Event] = {}
         self.stopped = False
-        self.printed = ""  # the last line that is no event
+        self.printed = ""  # the last line that is not an event
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal: ends all ranks after the current step, as rank 0 does (interrupts.py);
@@ -100,7 +100,7 @@ class Group:
             self._take(json.loads(line))
         except (ValueError, TypeError, KeyError):  # no event
             text = line.decode("utf-8", "replace").strip()
-            if text and "[WARN]" not in text:  # mlx.launch only says that ranks have ended
+            if text and "[WARN]" not in text:  # mlx.launch only reports that ranks have ended
                 self.printed = text
             print(text)
 
@@ -113,18 +113,19 @@ class Group:
         elif kind == "ready":
             self.ready += 1
             if self.ready == self.size:
-                self._send("\n")  # mlx.launch finds that no rank reads any more (rank.py)
+                self._send("\n")  # makes mlx.launch notice that no rank reads its stdin (rank.py)
         else:
             tell(event)
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
-        if len(self.pids) == self.size:  # a file that a rank has read may look like this event
+        # A line of a file that a rank has read may look like this event.
+        if len(self.pids) == self.size:
             return
         self.pids[rank] = pid
         print(f"rank {rank} is process {pid} on {host}")
         if rank == 0 and self.stopped:
             self._signal()
-        if len(self.pids) == self.size:  # before, a terminal could still echo its input
+        if len(self.pids) == self.size:  # earlier, a terminal could still echo its input
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
             self._send("".join(f"{own}\n" for own in [*lines, ""]))
 
@@ -137,7 +138,7 @@ class Group:
     @property
     def end(self) -> events.Event:
         """The last event of the job, after all ranks have ended: that of the lowest rank, because
-        all ranks that are left name the one that was lost."""
+        all remaining ranks name the one that was lost."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

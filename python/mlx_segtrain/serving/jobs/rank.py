@@ -1,6 +1,6 @@
 """A rank of a job, started by mlx.launch (launcher.py): main(KIND).
 
-It reads the job's configuration from stdin, where no list of processes shows it. Its events go to
+It reads the job's configuration from stdin, so that no list of processes shows it. Its events go to
 the job's process (group.py) as one line each; mlx.launch may cut the output between any two bytes,
 so they are ASCII.
 """
@@ -21,7 +21,7 @@ from .worker import Printed, last_event, run_confined
 def main(kind: str) -> int:
     """Runs this rank's part of a job; returns 0, or 1 (it failed)."""
     hide_torch()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # as in worker.py
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     sys.stdout = sys.stderr = printed = Printed()
     rank = int(os.environ["MLX_RANK"])
     tell({"type": "rank", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
@@ -36,8 +36,8 @@ def main(kind: str) -> int:
 
 
 def _given() -> dict[str, Any]:
-    """Reads lines up to an empty one, and closes stdin: then mlx.launch can stop asking whether it
-    can be written, which takes a whole core."""
+    """Reads lines up to an empty one, and closes stdin. Otherwise mlx.launch would check all the
+    time whether stdin can be written, which takes a whole core."""
     text = "".join(line.rstrip("\r\n") for line in takewhile(str.strip, sys.stdin))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     return json.loads(text)

@@ -86,7 +86,7 @@ class Row:
 
     @property
     def ranks(self) -> Figures | None:
-        """The last figures of its ranks, if it has several."""
+        """The last figures of the job's ranks, if it has several."""
         return None if self.ranks_json is None else Figures.model_validate_json(self.ranks_json)
 
     @property
