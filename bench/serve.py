@@ -6,13 +6,16 @@
 SHAPE is one of bench/step.py's, with random 4-bit weights. Everything runs in one process, with
 greedy decoding, each cell after its own warm-up. All prompts differ, and none is cached. Every
 round runs all cells, so that other load on the machine affects them equally. The best round of each
-cell is printed. Cells: mlx-lm            generate_step, the model as mlx-lm loads it mlx-lm,
-adapter   the same with mlx-lm's own LoRA layers mlx-lm, N         its BatchGenerator with N
-prompts; all with one adapter if it has one alone             one request to our engine, without and
-with an adapter deterministic     the same with "deterministic": true N at once         N requests
-to our engine, without adapters, and with three adapters in turn Columns: seconds to the first token
-of the median request; tokens/s of all requests after the first token, and over the whole run with
-its prompts; the longest wait between two tokens of one answer.
+cell is printed. `--at-once` without numbers runs the cells with one request only.
+Cells:
+    mlx-lm            generate_step, the model as mlx-lm loads it
+    mlx-lm, adapter   the same with mlx-lm's own LoRA layers
+    mlx-lm, N         its BatchGenerator with N prompts; all with one adapter if it has one
+    alone             one request to our engine, without and with an adapter
+    deterministic     the same with "deterministic": true
+    N at once         N requests to our engine, without adapters, and with three adapters in turn
+Columns: seconds to the first token of the median request; tokens/s of all requests after the first
+token, and over the whole run with its prompts; the longest wait between two tokens of one answer.
 """
 
 import argparse
@@ -147,7 +150,7 @@ async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) ->
     base.tokenizer.eos_token_ids = set()  # every answer has all its tokens
     for i, folder in enumerate(folders):
         await engine.mount(f"a{i}", folder)
-    most = max(args.at_once)
+    most = max([1, *args.at_once])
     prompts = [[(7 * i + 3 * j + j // 250) % 250 for j in range(args.prompt)] for i in range(most)]
     greedy = Options(max_tokens=args.tokens)
     alone = Options(max_tokens=args.tokens, deterministic=True)
@@ -197,7 +200,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--at-once", type=int, nargs="*", default=[8, 16, 64])
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {mx.device_info().get('device_name')}")
