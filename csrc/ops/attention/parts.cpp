@@ -91,7 +91,8 @@ ScoreBlocks score_blocks(const Call& c) {
 
 int64_t metal_vjp_scratch(const Call& c) {
   const int64_t keys = std::min<int64_t>(c.S, (c.window ? c.window : c.S) + metal_vjp_rows(c.D));
-  return std::min(SCORE_BYTES, int64_t{4} * c.B * c.H * c.T * keys);
+  const auto bytes = static_cast<int64_t>(mx::size_of(metal_score_dtype(c.dtype)));
+  return std::min(SCORE_BYTES, bytes * c.B * c.H * c.T * keys);
 }
 
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries) {
