@@ -16,7 +16,7 @@ from mlx_segtrain.generation.rollouts import Monologue, Policy, complete
 from mlx_segtrain.models import load_model, load_tokenizer
 from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.planning.rollouts import SLACK, check_rollouts, rollout_bytes
-from mlx_segtrain.training import checkpoint, cycle, evaluate, score, setup
+from mlx_segtrain.training import checkpoint, cycle, evaluate, probe, score, setup
 from mlx_segtrain.training.scoring import pass_at
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
@@ -277,6 +277,11 @@ def test_the_longest_prompt_may_be_one_of_validation(llama4, prompts, tmp_path):
     assert inputs.config.rollout_batch == longest + 8 > inputs.train.columns.length.max() + 8
 
 
+def test_a_probe_generates_and_trains(llama4, prompts, tmp_path):
+    found = probe(config(llama4, prompts, tmp_path / "out", rewards=["regex:[aeiou]"]))
+    assert found.finite and found.tokens > 0 and not (tmp_path / "out").exists()
+
+
 def test_plan_says_what_generating_takes(llama4, capsys):
     argv = ["plan", "--model", str(llama4), "--method", "grpo", "--max-seq-length", "100"]
     assert main([*argv, "--max-completion-tokens", "40", "--rollout-batch", "6"]) == 0
@@ -284,3 +289,6 @@ def test_plan_says_what_generating_takes(llama4, capsys):
     wanted = rollout_bytes(TrainConfig(**how, method="grpo"), 100, 6)
     line = f"rollouts {wanted / 1e9:.2f} GB, 6 completions at once"
     assert line in " ".join(capsys.readouterr().out.split())
+    argv += ["--max-completion-tokens", "40", "--batch-size", "2", "--ranks", "3"]
+    assert main(argv) == 2
+    assert "batch_size = 2, but there are 3 ranks" in capsys.readouterr().err

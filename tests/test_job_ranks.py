@@ -11,12 +11,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import mlx.core as mx
 import psutil
 import pytest
 
 from lib.served import Server, write_place
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import hosts
+from mlx_segtrain.serving.jobs import rank
 from mlx_segtrain.serving.jobs.queue import Jobs
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
@@ -64,7 +66,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         every = running(server.process.pid)
         assert len(every["rank"]) == 3  # the command of mlx.launch ends with that of the ranks
         (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
-        assert launcher.cpu_percent(0.5) < 25  # it takes a core while a rank's stdin is open
+        assert launcher.cpu_percent(0.5) < 25  # mlx.launch alone takes a core for each rank
 
         server.http.post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
@@ -98,7 +100,7 @@ processes.command = lambda module, *args: (
     [sys.executable, "-c", *sys.argv[1:], "rank", ""] if module.endswith(".rank")
     else real(module, *args)
 )
-given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000}
+given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000 + " " * 3000}
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
 #: Prints what it has read, and waits; or ends at once, as if SSH could not log in.
@@ -110,7 +112,7 @@ rank = int(os.environ["MLX_RANK"])
 if sys.argv[1] == "missing" and rank == 1:
     sys.exit("no such host")
 tell(type="rank", rank=rank, pid=os.getpid(), host="here")
-text = "".join(iter(lambda: sys.stdin.readline().rstrip("\\n"), ""))
+text = "".join(own[1:] for own in iter(lambda: sys.stdin.readline().rstrip("\\n"), ""))
 tell(type="warning", message=json.loads(text)["values"])
 time.sleep(600)
 """
@@ -129,7 +131,7 @@ def fakes(how):
 def test_ranks_end_with_the_process_of_their_job():
     with fakes("all") as process:
         events = (json.loads(line) for line in process.stdout if line.startswith("{"))
-        assert [next(events)["message"] for _ in range(2)] == ["é\n" * 3000] * 2
+        assert [next(events)["message"] for _ in range(2)] == ["é\n" * 3000 + " " * 3000] * 2
         every = running(process.pid)
         assert len(every["rank"]) == 3
         process.kill()
@@ -216,6 +218,8 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
         ([HERE, {**THERE, "ssh": "-oProxyCommand=x"}], "hosts.1.ssh: "),
         ([HERE], "fewer than 2 hosts"),
         ({"hosts": [HERE, THERE], "backend": "mpi"}, "choose ring, nccl, jaccl or jaccl-ring"),
+        ({"hosts": [HERE, THERE, THERE], "backend": "nccl"}, "lists some hosts more often"),
+        ({"hosts": [HERE, THERE, HERE, THERE], "backend": "nccl"}, "or not in a row"),
         ([THERE, HERE], "the first one is rank 0, which writes"),
         ([HERE, {**THERE, "ips": []}], "has a host without ips"),
     ],
@@ -228,3 +232,20 @@ def test_a_host_file_that_cannot_be_used(tmp_path, given, words):
         Settings(hostfile=file).hosts()
     with pytest.raises(InputError, match="leave one of them out"):
         Settings(hostfile=file, ranks=2)
+
+
+def test_no_gpu_of_others_is_taken(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert len(Settings(ranks=2).hosts().hosts) == 2  # on a CPU
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="unset it, or start the server without --ranks"):
+        Settings(ranks=2).hosts()
+
+
+def test_ranks_of_a_host_share_its_memory(monkeypatch):
+    own = hosts.Hosts(hosts=[hosts.Host(ssh=name) for name in ("a", "b", "a")])
+    assert own.ranks_here == [2, 1, 2]
+    monkeypatch.setattr(rank, "budget_bytes", lambda: 8 * 10**9)
+    for count, given, budget in ((2, {}, 4), (1, {}, None), (2, {"memory_budget_gb": 1}, 1)):
+        rank.share_memory(given, count)
+        assert given.get("memory_budget_gb") == budget

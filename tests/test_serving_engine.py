@@ -240,13 +240,13 @@ def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
 
     async def main():
         fake = Fake()
-        fake.begun, fake.spared = asyncio.Event(), asyncio.Event()
+        fake.changed, fake.spared = asyncio.Event(), asyncio.Event()
         service = Service.__new__(Service)
         service.jobs = service.engine = fake
         task = asyncio.create_task(service._tidy())
         for _ in range(2):
-            fake.begun.set()
-            while fake.begun.is_set():
+            fake.changed.set()
+            while fake.changed.is_set():
                 await asyncio.sleep(0.01)
         await fake.spared.wait()
         task.cancel()

@@ -118,7 +118,8 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   bool high = rows > 1;
   int ranks = 0, blocks = 0;
   for (const auto& b : b_) ranks += rank_of(b), high = high || rank_of(b) > MOST_RANK;
-  std::vector<int32_t> at{first.in(), ranks, high && a_};
+  const bool low = high && ranks > 0;  // x·a has its own launch
+  std::vector<int32_t> at{first.in(), ranks, low};
   std::map<std::string, mx::array> values{
       {"a", a_.value_or(none)}, {"z", zero}, {"picks", picks}, {"rows", device_ints({rows})}};
   int begin = 0;
@@ -152,7 +153,7 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   const bool picked = a_ || std::ranges::any_of(gains_, [](const auto& gain) { return gain.has_value(); });
   if (picked) open.push_back("picks"), like.push_back(picks);
   std::optional<PreparedLaunch> factors;
-  if (high && a_) {
+  if (low) {
     factors = PreparedLaunch("decode_factors", values, open, like, mx::float32, {},
                              {{tiles(rows * ranks, WARPS), 1, 1}, WARPS * 32});
     open.push_back("z"), like.push_back(zero);

@@ -333,6 +333,11 @@ def _plan(args: argparse.Namespace) -> int:
     run = plan_run(config, batch)
     found = report.of(run)
     if ROWS[config.method] == "prompt":
+        if args.ranks is not None:
+            from mlx_segtrain.training.ranks import Ranks
+            from mlx_segtrain.training.setup import accumulating
+
+            accumulating(config, Ranks(size=args.ranks), None, lambda event: None)
         at_once, peak = full_rollouts(config, args.ranks or 1)
         found = replace(found, rollout_batch=at_once, rollout_peak=peak)
     if args.ranks is not None:

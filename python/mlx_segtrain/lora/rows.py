@@ -106,6 +106,7 @@ class Rows:
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
         self.on = False
+        self._read = False  # whether readers may hold arrays
         self._modules = {path: x for path, x in modules.items() if type(x) is LoRALinear}
         paths = {id(module): path for path, module in self._modules.items()}
         found = grouped(self._modules.values(), run)
@@ -190,8 +191,10 @@ class Rows:
             yield
         finally:
             self.on = False
-            for readers in self._readers:
-                readers.x, readers.zs = None, []
+            if self._read:
+                self._read = False
+                for readers in self._readers:
+                    readers.x, readers.zs = None, []
 
     def _stacked(self, adapters: dict[Any, Adapter]) -> _Stack:
         own = list(adapters.values())
@@ -251,6 +254,7 @@ class Rows:
         if not self._uses:
             return y
         (index, path), bias = self._places[id(module)], module.linear.get("bias")
+        self._read = True
         zs = self._readers[index].read(x, index, self._uses)
         for use, z in zip(self._uses, zs, strict=True):
             group = use.groups[index]

@@ -34,6 +34,7 @@ class Together:
         self.bare = ops.decode_linears(self.bases)  #: the layers without updates
         self.served = serves(self.bare, dtype)
         self._kept: dict[tuple[Any, ...], tuple[ops.DecodeLinears | None, Any]] = {}
+        self._last: tuple[list[Any], ops.DecodeLinears | None] | None = None
         self._x: mx.array | None = None
         self._ys: list[mx.array] | None = None
         self._left = 0
@@ -54,12 +55,16 @@ class Together:
         gains: Sequence[mx.array | None],
     ) -> ops.DecodeLinears | None:
         """Returns the layers with factors a [E, R, in] and b [E, out, R_j] in x's dtype."""
+        # Once: a launch for another number of rows would copy or evaluate them again.
+        a = mx.contiguous(a)
+        mx.eval([x for x in (a, *b, *gains) if x is not None])
         op = ops.decode_linears(self.bases, a, b, gains)
         return op if serves(op, self.dtype) else None
 
     def forget(self) -> None:
         """Frees the cached updates."""
         self._kept.clear()
+        self._last = None
 
     def _all(self, x: mx.array) -> list[mx.array] | None:
         if x.dtype != self.dtype:
@@ -77,6 +82,22 @@ class Together:
 
     def _in_place(self) -> ops.DecodeLinears | None:
         """Returns the layers with their current updates; None if no kernel supports them."""
+        if self._last is not None:  # building lists for each token would take longer than a launch
+            last, op = self._last
+            if all(
+                module.scale == scale and module.get(name) is x
+                for module, scale, own in last
+                for name, x in own
+            ):
+                return op
+        op = self._looked_up()
+        self._last = (
+            [(x, x.scale, [(name, x.get(name)) for name in ARRAYS]) for x in self.modules],
+            op,
+        )
+        return op
+
+    def _looked_up(self) -> ops.DecodeLinears | None:
         if not any("lora_a" in module for module in self.modules):
             return self.bare
         arrays = [[module.get(name) for name in ARRAYS] for module in self.modules]
@@ -113,8 +134,9 @@ def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
 def no_picks(rows: int) -> mx.array:
     """Returns the first adapter for each row."""
     if rows not in _picks:
-        _picks[rows] = mx.zeros(rows, mx.uint32)
-        mx.eval(_picks[rows])  # other threads may use it
+        picks = mx.zeros(rows, mx.uint32)
+        mx.eval(picks)  # other threads may use it
+        _picks[rows] = picks
     return _picks[rows]
 
 
@@ -128,7 +150,7 @@ def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callabl
 
     def product(x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        return op(x, no_picks(rows))[0] if rows > 1 and x.dtype in served else stock(x)
+        return op(x, no_picks(rows))[0] if 1 < rows <= FEW and x.dtype in served else stock(x)
 
     return product
 

@@ -56,11 +56,11 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
 class _Linear:
     """Replaces a LoRALinear in the twin."""
 
-    __slots__ = ("_module", "_product")
+    __slots__ = ("_made", "_module")
 
     def __init__(self, module: LoRALinear):
         self._module = module
-        self._product = several(module.linear, _product(module.linear))
+        self._made: Callable[..., mx.array] | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         module = self._module
@@ -75,6 +75,12 @@ class _Linear:
                 return module(x)
         y = self._product(x)
         return module.updated(x, y) if "lora_a" in module else y
+
+    def _product(self, x: mx.array) -> mx.array:
+        if self._made is None:  # layers that run together never need it
+            linear = self._module.linear
+            self._made = several(linear, _product(linear))
+        return self._made(x)
 
 
 class _Frozen:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from itertools import takewhile
 from pathlib import Path
 
+import mlx.core as mx
 from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
@@ -57,13 +59,24 @@ class Hosts(BaseModel):
         return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
 
     @property
+    def ranks_here(self) -> list[int]:
+        """For each rank, the number of ranks on its host."""
+        names = [own.ssh for own in self.hosts]
+        return [names.count(name) for name in names]
+
+    @property
     def ports(self) -> int:
         """The number of ports that mlx.launch uses, counting from its --starting-port."""
         return max(1, sum(len(own.ips) for own in self.hosts))
 
 
 def local(count: int) -> Hosts:
-    """Returns the hosts for this many ranks on this machine."""
+    """Returns the hosts for this many ranks on this machine. Raises InputError."""
+    if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
+        raise InputError(
+            "CUDA_VISIBLE_DEVICES is set, but mlx.launch gives the machine's first GPUs to the "
+            "processes of a job: unset it, or start the server without --ranks."
+        )
     return Hosts(hosts=[Host(ssh=HERE, ips=[HERE])] * count)
 
 
@@ -101,6 +114,14 @@ def _checked(own: Hosts, file: Path) -> Hosts:
         raise InputError(
             f'--hostfile {file} begins with the host "{own.hosts[0].ssh}": the first one is rank '
             f'0, which writes the files of a job, so it has to be this machine, as "ssh": "{HERE}".'
+        )
+    nccl = own.backend == "nccl" or (not own.backend and mx.cuda.is_available())
+    names = [host.ssh for host in own.hosts]
+    if nccl and names != [name for name in dict.fromkeys(names) for _ in range(own.repeats)]:
+        raise InputError(
+            f"--hostfile {file} lists some hosts more often than others, or not in a row: list "
+            "every host equally often, because mlx.launch counts the processes of a host to give "
+            "each of them a GPU."
         )
     if any(not host.ips for host in own.hosts):
         raise InputError(

@@ -141,8 +141,8 @@ class Service:
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.jobs.begun.wait(), TIDY_S)
-            self.jobs.begun.clear()
+                await asyncio.wait_for(self.jobs.changed.wait(), TIDY_S)
+            self.jobs.changed.clear()
             try:
                 await self.engine.spare(self.jobs.training)
                 if least is not None:

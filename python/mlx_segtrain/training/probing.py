@@ -48,7 +48,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
                 accumulated = list(islice(source, config.grad_accumulation_steps))
                 started = time.perf_counter()
                 try:
-                    at, outcome = step(at, accumulated)
+                    at, outcome = step.take(at, accumulated, step, lambda part: part())
                     loss, norm, tokens = outcome.loss, outcome.norm, outcome.tokens
                 except Halted:
                     finite = False

@@ -124,7 +124,8 @@ class Stepper:
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
         if bad := self.nonfinite(None if finite else new.vector):
-            rows = self.rows(accumulated)
+            # If devices differ, only this rank may get here, so it must not wait for the others.
+            rows = list(rows_of(self.setup, accumulated).values())
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
 

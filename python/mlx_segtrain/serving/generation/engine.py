@@ -56,8 +56,8 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: answers prompts may take longer, so that more answers start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing: seconds for which only the job uses the device, for each second of a
-#: round, in which both share it. The job's steps then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times
-#: as long as alone. A pause is limited, so that no answer stalls.
+#: round, in which both share it. If rounds take up to 0.1 s, a step of the job then takes 1 / (1 -
+#: 0.5 / 2.5) = 1.25 times as long as alone. The rest is limited, so that no answer stalls.
 REST, LONGEST_REST_S = 1.5, 0.15
 #: Maximum number of mounted adapters, and of bytes for all of them.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
@@ -287,7 +287,10 @@ class Engine:
         with self._wake:
             if self._job:
                 rest = min(REST * (time.monotonic() - begun), LONGEST_REST_S)
-                self._wake.wait_for(lambda: self._stopped or self._commands, rest)
+                # A command that waits until no answer is being generated waits for this, too.
+                self._wake.wait_for(
+                    lambda: self._stopped or any(not own.alone for own in self._commands), rest
+                )
             self._wake.wait_for(
                 lambda: self._stopped or self._commands or self._waiting or self._active
             )

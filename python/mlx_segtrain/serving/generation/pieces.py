@@ -21,7 +21,7 @@ class _Mail:
     def put(self, loop: asyncio.AbstractEventLoop, queue: _Queue, item: Piece | Exception) -> None:
         """Raises RuntimeError if the loop has ended."""
         self._items.append((queue, item))
-        if not self._called:
+        if not self._called or loop.is_closed():
             self._called = True
             try:
                 loop.call_soon_threadsafe(self._deliver)

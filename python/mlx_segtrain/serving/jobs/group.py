@@ -26,6 +26,9 @@ from .kinds import tell
 #: mlx.launch's first port, and the maximum characters of a line of the configuration, because a
 #: terminal, as SSH opens one, limits a line to 4096 bytes (Linux) or 1024 (macOS).
 FIRST_PORT, LINE = 32323, 1000
+#: The first character of each line of the configuration. SSH would interpret a `~` there, and an
+#: empty line ends the configuration.
+FIRST = "+"
 
 
 def run(kind: str, given: dict[str, Any]) -> events.Event:
@@ -47,6 +50,7 @@ def run(kind: str, given: dict[str, Any]) -> events.Event:
             **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
         )
         os.close(watched)
+        given["ranks_here"] = hosts.ranks_here
         group = Group(process, [own.ssh for own in hosts.hosts], to_json(given, ascii=True))
         signal.signal(signal.SIGTERM, group.stop)
         try:
@@ -78,7 +82,6 @@ class Group:
         self.process, self.hosts, self.given = process, hosts, given
         self.size = len(hosts)
         self.pids: dict[int, int] = {}
-        self.ready = 0  # the number of ranks that have read their configuration
         self.ends: dict[int, events.Event] = {}
         self.stopped = False
         self.printed = ""  # the last line that is not an event
@@ -110,10 +113,8 @@ class Group:
             self._meet(event["rank"], event["pid"], event["host"])
         elif kind == "end":
             self.ends[event["rank"]] = event["event"]
-        elif kind == "ready":
-            self.ready += 1
-            if self.ready == self.size:
-                self._send("\n")  # makes mlx.launch notice that no rank reads its stdin (rank.py)
+        elif kind == "log":
+            print(event["line"])  # the limit on the log is that of the job, not of each rank
         else:
             tell(event)
 
@@ -127,13 +128,11 @@ class Group:
             self._signal()
         if len(self.pids) == self.size:  # earlier, a terminal could still echo its input
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
-            self._send("".join(f"{own}\n" for own in [*lines, ""]))
-
-    def _send(self, text: str) -> None:
-        assert self.process.stdin is not None
-        with suppress(OSError):  # it has ended
-            self.process.stdin.write(text.encode())
-            self.process.stdin.flush()
+            text = "".join(f"{FIRST}{own}\n" for own in lines) + "\n"
+            assert self.process.stdin is not None
+            with suppress(OSError):  # it has ended
+                self.process.stdin.write(text.encode())
+                self.process.stdin.flush()
 
     @property
     def end(self) -> events.Event:

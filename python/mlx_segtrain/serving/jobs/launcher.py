@@ -3,20 +3,36 @@
 mlx.launch does not end the ranks if it is killed itself, or if the job's process is. So it runs in
 a process group with its local ranks, which ends when the pipe WATCHED is closed: the job's process
 holds the other end.
+
+mlx.launch waits in `select` until a rank's stdin can be written, which it always can, so each of
+its threads would take a core for the whole run. Here, `select` waits for output only.
 """
 
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
+from select import select
 
-from mlx._distributed_utils.launch import main as launch
+from mlx._distributed_utils import launch
+
+#: Maximum seconds before input for the ranks is passed on.
+INPUT_S = 0.05
 
 
 def main(watched: str, *arguments: str) -> None:
     threading.Thread(target=_end_with, args=(int(watched),), daemon=True).start()
+    launch.select = _select
     sys.argv[1:] = arguments
-    launch()
+    launch.main()
+
+
+def _select(
+    to_read: Sequence[int], to_write: Sequence[int], failed: Sequence[int], seconds: float
+) -> tuple[list[int], list[int], list[int]]:
+    readable = select(to_read, [], [], min(seconds, INPUT_S))[0]
+    return readable, select([], to_write, [], 0)[1], []
 
 
 def _end_with(watched: int) -> None:

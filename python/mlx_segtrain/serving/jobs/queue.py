@@ -97,7 +97,7 @@ class Jobs:
         #: Environment variables for the kinds of jobs that need them; never written to a file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
-        self.begun = asyncio.Event()  #: set whenever a job has started
+        self.changed = asyncio.Event()  #: set whenever a job has started or ended
         #: Name, inputs and method of a job, which lists show but the rows for lists lack.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
@@ -292,7 +292,7 @@ class Jobs:
         live.process, live.pid = process, process.pid
         logger.info("%s (%s) runs as process %d", row.id, row.kind, process.pid)
         self._watch(row.id)
-        self.begun.set()
+        self.changed.set()
         return True
 
     def _watch(self, id: str) -> None:
@@ -382,6 +382,7 @@ class Jobs:
         self.store.update(id, status=event["type"], ended_at=clock(), cancelling=0, **news)
         logger.info("%s: %s %s", id, event["type"], event.get("error") or "")
         self.live.pop(id).tell()
+        self.changed.set()
 
 
 def _text(value: Any) -> str | None:

@@ -13,6 +13,9 @@ import sys
 from itertools import takewhile
 from typing import Any
 
+import mlx.core as mx
+
+from ...planning.budget import budget_bytes
 from ...torchless import hide_torch
 from .kinds import tell
 from .worker import Printed, last_event, run_confined
@@ -26,7 +29,7 @@ def main(kind: str) -> int:
     rank = int(os.environ["MLX_RANK"])
     tell({"type": "rank", "rank": rank, "pid": os.getpid(), "host": socket.gethostname()})
     given = _given()
-    tell({"type": "ready", "rank": rank})
+    share_memory(given["values"], given.pop("ranks_here")[rank])
     end = last_event(lambda: run_confined(kind, given))
     printed.end()
     tell({"type": "end", "rank": rank, "event": end})
@@ -36,8 +39,13 @@ def main(kind: str) -> int:
 
 
 def _given() -> dict[str, Any]:
-    """Reads lines up to an empty one, and closes stdin. Otherwise mlx.launch would check all the
-    time whether stdin can be written, which takes a whole core."""
-    text = "".join(line.rstrip("\r\n") for line in takewhile(str.strip, sys.stdin))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    return json.loads(text)
+    """Reads the lines that group.py sends, up to an empty one."""
+    lines = takewhile(bool, (line.rstrip("\r\n") for line in sys.stdin))
+    return json.loads("".join(line[1:] for line in lines))
+
+
+def share_memory(values: dict[str, Any], ranks: int) -> None:
+    """Limits a run's memory to a rank's share, if several ranks of a host have the same memory.
+    With CUDA, each has a GPU."""
+    if ranks > 1 and not mx.cuda.is_available():
+        values.setdefault("memory_budget_gb", budget_bytes() / 1e9 / ranks)
