@@ -57,8 +57,8 @@ class Found:
 
 @dataclass
 class Stepper:
-    """Takes optimizer steps according to a memory plan. `watch` is called after each action of the
-    plan."""
+    """Takes optimizer steps according to a memory plan. `watch` is called after each move of the
+    plan (see schedule.py)."""
 
     setup: Setup
     watch: Callable[[], None] | None = None
