@@ -89,7 +89,7 @@ class Parts:
         return max((overlap(self._held, tag) for tag, _ in self._ends()), default=0)
 
     def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:
-        # templates have line breaks between reasoning and content
+        # Templates have line breaks between reasoning and content.
         if self._kind == "content" and self._bare:
             text = text.lstrip()
             self._bare = not text

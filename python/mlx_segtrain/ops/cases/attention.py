@@ -107,7 +107,7 @@ def attention(
 
     one = 4.0 * bench.pairs(t, window, segments) * heads * d
     impls = ["auto", *_core.attention_impls(), "mlx"]
-    # the gradients alone would also need the forward pass
+    # The gradients alone would also need the forward pass.
     flops = {"forward": one, "both": 3.5 * one}
     return bench.Case("attention", shape, impls, run, flops)
 
