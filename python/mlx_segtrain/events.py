@@ -1,5 +1,5 @@
-"""The events of a training run, which are JSON objects. Functions are in the order in which their
-events first occur."""
+"""The events of a training run. Each function returns an event, which is a JSON object; the
+functions are in the order in which their events first occur."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def now() -> str:
 
 
 def started() -> Event:
-    """The first event of a run."""
+    """Returns the first event of a run."""
     return {"type": "started", "ts": now()}
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """The first line of a log. When a run is resumed, it is also the first line of the part that
-    begins at this step."""
+    """Returns the first line of a log. When a run is resumed, it is also the first line of the part
+    that begins at this step."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -37,21 +37,21 @@ def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
 
 
 def warning(message: str) -> Event:
-    """A warning for the user about a problem that does not stop the run."""
+    """Returns a warning for the user about a problem that does not stop the run."""
     return {"type": "warning", "message": message}
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
-    """The start of a stage of the run. `progress` is the progress of the run, from 0 to 1. The
-    event of the stage `done` also contains adapter_path and applied_ranks."""
+    """Returns the event for the start of a stage. `progress` is the progress of the run, from 0 to
+    1. The event of the stage `done` also contains adapter_path and applied_ranks."""
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """The progress of tokenizing the rows of a source. `share` is the finished fraction, from 0 to
-    1, and `left_s` the remaining time in seconds; both are None if they are unknown."""
+    """Returns the progress of tokenizing the rows of a source. `share` is the finished fraction,
+    from 0 to 1, and `left_s` the remaining time in seconds; both are None if they are unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -59,16 +59,16 @@ def tokenizing(
 
 
 def evaluating(done: int, batches: int, left_s: float) -> Event:
-    """The progress of an evaluation outside a run: the finished fraction, from 0 to 1, and the
-    remaining time in seconds."""
+    """Returns the progress of an evaluation outside a run, given the number of finished batches and
+    the remaining time in seconds."""
     share = done / batches
     message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
     return stage("evaluate", share, message, share=share, left_s=left_s)
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """The memory plan that the run follows from now on, in bytes. `peak` is None if it is not
-    predicted."""
+    """Returns the memory plan that the run follows from now on, in bytes. `peak` is None if it is
+    not predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -76,8 +76,8 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 def train_metric(
     step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """The training loss, which is the mean over the last `steps_per_report` steps, in nats per
-    token.
+    """Returns the metrics of a training report. The loss is the mean over the last
+    `steps_per_report` steps, in nats per token.
 
     With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
     margin, the rewards and, for kto, kl. A metric is missing if these steps had no row for it.
@@ -127,7 +127,8 @@ def about_ranks(metric: Event) -> str:
 
 
 def step(metric: Event) -> Event:
-    """The progress of a run between two reports. It contains a part of the metrics of a step."""
+    """Returns the progress of a run between two reports, which contains a part of a step's
+    metrics."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 
@@ -141,8 +142,8 @@ def speed(figures: Mapping[str, Any]) -> str:
 def val_metric(
     step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
 ) -> Event:
-    """The result of an evaluation. The loss is in nats per token, over `tokens` tokens in the loss.
-    With preference methods, the loss and the `metrics` are as in train_metric."""
+    """Returns the result of an evaluation. The loss is in nats per token, over `tokens` tokens in
+    the loss. With preference methods, the loss and the `metrics` are as in train_metric."""
     return {
         "type": "metric",
         "kind": "val",
@@ -156,25 +157,25 @@ def val_metric(
 
 
 def sample(step: int, prompt: str, text: str) -> Event:
-    """An answer that the model gives with the adapter of this step."""
+    """Returns an answer that the model has given with the adapter of this step."""
     return {"type": "sample", "step": step, "prompt": prompt, "text": text}
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """The scores of the adapter from the user's command or function. If this failed, `scores` is
-    the error message."""
+    """Returns the scores of the adapter from the user's command or function. If this failed,
+    `scores` is the error message."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
 
 def done(output_dir: Path) -> Event:
-    """The run has ended successfully, and output_dir contains the adapter."""
+    """Returns the event for the successful end of a run. output_dir contains the adapter."""
     return {"type": "done", "ts": now(), "output_dir": str(output_dir)}
 
 
 def failed(error: BaseException) -> Event:
-    """The run has ended with an exception. `fault` is an errors.Fault, and `field` is the
-    configuration field that must be changed, if there is one."""
+    """Returns the event for the end of a run with an exception. `fault` is an errors.Fault, and
+    `field` is the configuration field that must be changed, if there is one."""
     event = {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
     field = getattr(error, "field", None)
     return {**event, "fault": fault_of(error), **({} if field is None else {"field": field})}

@@ -209,7 +209,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
     kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` includes them
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
-    if dora:  # the output of each linear layer is kept besides its rescaled copy
+    if dora:  # the output of each layer is kept in addition to its rescaled copy
         given = out * (q + h) + 2 * tokens * k
         kept, forward, backward = kept + given, forward + given, backward + given + out * q
     dropped = _core.dropout_bytes(device, max(tokens * h, out * q)) if batch.dropout else 0
@@ -262,7 +262,7 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     if batch.dropout:
         masks = _core.dropout_bytes(device, f * tokens) + f * tokens * size
         forward, backward = forward + masks, backward + masks
-    if dora:  # the output of each linear layer is kept besides its rescaled copy
+    if dora:  # the output of each layer is kept in addition to its rescaled copy
         kept += tokens * (2 * f + h) * size
         forward += tokens * 2 * f * size
         backward += tokens * (4 * f + h) * size

@@ -73,7 +73,7 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
 
 
 def completions_of(config: TrainConfig, ranks: int) -> int:
-    """Returns the largest number of completions that one of several ranks generates in a step."""
+    """Returns the maximum number of completions that a rank generates in a step."""
     return -(-config.batch_size // ranks) * config.group_size
 
 

@@ -80,7 +80,7 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the plan is within the budget, as far as memory is predicted."""
+        """Whether the plan is within the budget. True if memory is not predicted."""
         return self.planned is None or self.planned.peak <= self.budget
 
     def no_room(self, name: str) -> NoRoom:

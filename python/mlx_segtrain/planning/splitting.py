@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """The share of a rank in a pipeline, in bytes.
+    """The share that a rank has in a pipeline. Sizes are in bytes.
 
     For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
     computes for `seconds`. `busy` is the fraction of a step in which the rank computes. Times are

@@ -11,12 +11,12 @@ ERRORS = 5
 
 
 def collapsed(steps: Sequence[float], window: int) -> str | None:
-    """Describes a collapse of the rewards in a clause; returns None if there is none. `steps` are
-    the mean rewards of all steps so far.
+    """Returns a clause that describes a collapse of the rewards, or None if they have not
+    collapsed. `steps` are the mean rewards of all steps so far.
 
     The function compares moving averages over `window` steps. Rewards have collapsed if the last
-    average is so far below the best one that more than half of the improvement over the first one
-    is lost, and if the drop is too large to be due to chance. The check is off if `window` is 0.
+    average is below the midpoint between the first and the best average, and if it is too far below
+    the best average for this to be due to chance. The check is off if `window` is 0.
     """
     if not window or len(steps) <= window:
         return None

@@ -1,4 +1,4 @@
-"""Draws the loss curves of a run into files beside its log."""
+"""Draws the loss curves of a run into files in the folder of its log."""
 
 from __future__ import annotations
 

@@ -21,13 +21,14 @@ from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
-#: Seconds between two progress events.
+#: The interval between progress events, in seconds.
 TELL_S = 0.5
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The mean loss of `rows` rows, in nats per token over their `tokens` tokens in the loss.
+    """The mean loss over the `tokens` tokens of `rows` rows that are in the loss, in nats per
+    token.
 
     With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
     margin, the rewards and, for kto, the KL divergence.

@@ -44,8 +44,8 @@ class Holding:
 
         The arrays are gathered in main memory, one set at a time; only the result is on the device.
         """
-        # `own == whole` would be the wrong test, because a pipeline's rank that has all factors
-        # must still take part.
+        # `own == whole` would be the wrong test, because in a pipeline, even a rank that has all
+        # factors must take part.
         if not self.ranks.pipeline:
             return at
         if not moments:

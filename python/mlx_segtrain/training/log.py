@@ -15,9 +15,10 @@ NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError if a run is using this folder, or if that cannot be found out."""
+    """Raises InputError if a run is using this folder, or if this cannot be determined."""
     try:
-        # Opened for writing, because some network file systems can lock a file only then.
+        # Opened for writing, because some network file systems lock only files that are open for
+        # writing.
         with open(folder / NAME, "r+b") as file:
             _claim(file, folder)
     except FileNotFoundError:

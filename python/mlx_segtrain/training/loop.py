@@ -263,7 +263,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        self._measure()  # excludes the memory for gathering factors for files
+        self._measure()  # excludes the memory that gathering factors has taken
         started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
@@ -456,7 +456,7 @@ class Run:
             if self._judges:
                 whole = self._whole(moments=False)
                 found += self._judged(whole) if self.ranks.first else ()
-        self._measure()  # excludes the evaluation's memory from the next step's
+        self._measure()  # so that the next step's peak excludes the evaluation
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:

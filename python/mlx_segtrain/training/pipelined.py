@@ -65,7 +65,7 @@ class Pipelined(Stepper):
                 if outputs:  # only on the last rank
                     sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
                 gradient = part if gradient is None else gradient + part
-                mx.eval(gradient)  # so that its memory is free before the next part starts
+                mx.eval(gradient)  # frees this part's memory before the next part starts
         pipe.transfers.settle()
         assert gradient is not None
         return sums, gradient

@@ -355,11 +355,11 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """After a rank is lost, ends this process if it does not end by itself because a back end waits
-    for the lost rank. Does not end it while it is writing the state.
+    """After a rank is lost, a back end may wait for it forever, so that this process does not end
+    by itself. In that case, this thread ends the process, but not while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
-    memory during an NCCL sum. In that case faulthandler's thread ends the process.
+    memory during an NCCL sum. If so, faulthandler's thread ends the process.
     """
     waited = 0.0
     try:

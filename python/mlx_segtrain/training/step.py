@@ -226,7 +226,7 @@ class Stepper:
         (draw, batch), *more = self.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
-            mx.eval(gradient)  # so that its memory is free before the next part starts
+            mx.eval(gradient)  # frees this part's memory before the next part starts
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
