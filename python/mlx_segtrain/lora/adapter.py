@@ -55,7 +55,8 @@ DORA = Kind(
 )
 #: The kinds that have a third array in addition to the factors.
 KINDS = (DORA,)
-#: The names of an update's two factors, and below of all arrays that it may have.
+#: FACTORS are the names of an update's two factors, and ARRAYS the names of all arrays that it may
+#: have.
 FACTORS = ("lora_a", "lora_b")
 ARRAYS = (*FACTORS, *(kind.array for kind in KINDS))
 

@@ -144,8 +144,8 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
 
 
 def _check_kind(folder: Folder) -> None:
-    """Raises InputError if the adapter consists of more than updates of supported kinds for linear
-    layers and embeddings."""
+    """Raises InputError if the adapter contains anything other than updates of supported kinds for
+    linear layers and embeddings."""
     config = folder.config
     kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"

@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: a cache for Kind.on; not parameters
+        self._made: dict[Kind, Any] = {}  #: the cache of Kind.on, which holds no parameters
         self.rows: Any = None  #: updates for the rows of a batch (see rows.py)
         self.together: Any = None  #: layers that read the same x (see together.py)
         self.place = 0  #: index of this layer in `together`

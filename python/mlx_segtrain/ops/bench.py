@@ -124,7 +124,7 @@ def with_gradients(
 
 
 def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
-    """Returns for how many pairs of a query and a key the query attends to the key."""
+    """Returns the number of (query, key) pairs in which the query attends to the key."""
     query = np.arange(t)
     first = np.zeros_like(query) if window is None else np.maximum(0, query - window + 1)
     if segments is not None:

@@ -2,7 +2,7 @@
 device.
 
 Which implementation is the fastest depends on the Mac and on macOS. The first run with given heads
-measures their times, which takes up to two seconds, and stores them in the cache folder.
+measures their times, for two seconds at most, and stores them in the cache folder.
 """
 
 import functools

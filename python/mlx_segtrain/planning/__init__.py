@@ -41,9 +41,9 @@ STEP = 128
 #: MLX waits for the device at the peak of the plan, and LEAST if it waits so early that most ops
 #: wait.
 AHEAD, LEAST = 0.8, 0.5
-#: The size in bytes of the freed buffers that MLX keeps for reuse on CUDA. Without them, MLX would
-#: free and reallocate memory all the time, which takes a tenth of a step if the host is the
-#: bottleneck. The planner uses the first size that leads to no further recomputation.
+#: Possible sizes, in bytes, of the freed buffers that MLX keeps for reuse on CUDA. Without them,
+#: MLX would free and reallocate memory all the time, which takes a tenth of a step if the host is
+#: the bottleneck. The planner uses the first size that leads to no further recomputation.
 BUFFERS = (256 << 20, 64 << 20)
 
 
@@ -157,7 +157,7 @@ def planned(
 def overshoot(
     model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
 ) -> int:
-    """Returns the bytes that MLX may allocate above the limit at which it waits.
+    """Returns how many bytes MLX may allocate above the limit at which it waits for the device.
 
     MLX waits before an op, and afterwards allocates the outputs of the op. The largest outputs are
     gate and up of all tokens; if the MLP is tiled, they are those of attention's backward pass,
@@ -225,7 +225,7 @@ def named(
 
 def longest(fits: Callable[[int], bool]) -> int:
     """Returns the largest number of tokens per row for which `fits` is true, or 0 if there is none.
-    The result is a multiple of STEP and may be too small by 1/256."""
+    The result is a multiple of STEP and may be too small by up to 1/256 of its value."""
     if not fits(STEP):
         return 0
     low, high = 1, 2

@@ -37,7 +37,7 @@ class Lost:
 
 
 class Watch:
-    """What this rank knows of the state of the other ranks. Messages are JSON objects."""
+    """This rank's knowledge of the state of the other ranks. Messages are JSON objects."""
 
     def __init__(
         self,
