@@ -58,8 +58,8 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub. Without a revision, it means the newest commit, or the commit that
-    is in the cache."""
+    """A repository on the hub. If there is no revision, the newest commit is used, or the commit
+    that is in the cache."""
 
     id: str
     revision: str | None = None
@@ -205,8 +205,8 @@ def located(
     """Returns the configuration with folders instead of names on the hub. `bring` is the function
     that returns the folder of a model.
 
-    `earlier` contains the folders of the run that is resumed. A name without a revision then means
-    the commit that this run has used.
+    `earlier` contains the folders of the run that is resumed. For a name without a revision, the
+    commit that this run has used is used again.
     """
 
     def at(path: Path, part: str) -> Path:

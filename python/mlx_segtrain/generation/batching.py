@@ -228,8 +228,8 @@ class Batch(Generic[A]):
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """Returns their next token and random key to the answers, and gives each row of the caches
-        its own offset."""
+        """Stores in each answer its next token and random key, and gives each row of the caches its
+        own offset."""
         self._read_telling()
         for layer in self._padded():
             if isinstance(layer.offset, int):

@@ -22,8 +22,8 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: The range that the paper (eq. 8) advises for the ratio of desirable to undesirable rows,
-#: multiplied by their weights.
+#: The range that the paper (eq. 8) advises for the ratio of desirable to undesirable rows, where
+#: each count is multiplied by its weight.
 ADVISED = (1.0, 4 / 3)
 
 
