@@ -205,8 +205,8 @@ def _functions(
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration, updated with these fields. Raises InputError for the same errors
-    as the command line."""
+    """Returns the configuration, updated with these fields. Raises InputError in the same cases as
+    the command line."""
     if config is not None and not fields:
         return config
     given = {} if config is None else config.model_dump(exclude_unset=True)

@@ -61,7 +61,8 @@ class RunError(Exception):
 
 
 class NoMemory(RunError):
-    """The device has too little memory for the next step of a run, whatever the plan."""
+    """The device has too little memory for the next step of a run, even with the plan that needs
+    the least."""
 
 
 def reason(error: BaseException, most: int = 200) -> str:
@@ -91,6 +92,6 @@ def shown(value: Any, most: int = 60) -> str:
 
 
 def word(value: Any) -> str:
-    """Does what `shown` does, for a value that should be a word."""
+    """Returns an untrusted value that should be a word, in a form that is safe in a message."""
     short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
     return value if short else shown(value)

@@ -56,8 +56,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Does what `atomic` does, for a folder with files. It replaces a folder at `path`, if there is
-    one."""
+    """Yields a temporary folder next to `path`. On success, the folder is fsynced and renamed to
+    `path`, where it replaces an existing folder."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -204,8 +204,8 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: int) -> None:
-    """Does what `sync` does, for a file descriptor. On macOS, fsync alone would leave the data in
-    the cache of the disk."""
+    """Waits until the data of an open file is on disk. On macOS, fsync alone would leave the data
+    in the cache of the disk."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         with suppress(OSError):  # the file system may not support it
@@ -270,8 +270,9 @@ def sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str:
-    """Does what `sha256` does, for an input file. If the file has at least REMEMBERED bytes, its
-    hash is also cached on disk, so later processes read the file again only if it has changed.
+    """Returns the SHA-256 of an input file in hexadecimal. If the file has at least REMEMBERED
+    bytes, its hash is also cached on disk, so later processes read the file again only if it has
+    changed.
 
     To verify that a file is intact, which requires reading it, use `sha256`.
     """
@@ -301,8 +302,8 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns values of which at least one is different after a file has changed. They include the
-    change time, because programs can set the modification time but not the change time."""
+    """Returns a tuple that is different after a file has changed. It includes the change time,
+    because programs can set the modification time but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
 

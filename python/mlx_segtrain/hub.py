@@ -166,8 +166,8 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
 
 
 def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """Does what `model` does, but needs no weights, for planning. If the weights are not in the
-    cache, returns a folder with sparse weight files, which have the real headers and sizes."""
+    """Returns the folder of a model for planning, which needs no weights. If the weights are not in
+    the cache, the folder contains sparse weight files with the real headers and sizes."""
     repository = named(text)
     if repository is None or cached(text) is not None:
         return model(text, tell)
@@ -189,7 +189,8 @@ def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
 
 
 def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """Does what `model` does, for an adapter."""
+    """Returns the folder of an adapter, given its path or its name on the hub. Downloads missing
+    files. Raises InputError if the adapter is not available."""
     repository = named(text)
     if repository is None:
         return Path(text).expanduser()
@@ -424,7 +425,7 @@ def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
 
 
 def _is_below(name: str) -> bool:
-    """Returns whether a file name refers to a place inside the folder of the repository."""
+    """Returns whether a file name stays inside the folder of the repository."""
     return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 

@@ -99,8 +99,9 @@ def start(
 def start_connected(
     module: str, settings: Mapping[str, str], **how: Any
 ) -> tuple[Connection, subprocess.Popen[Any]]:
-    """Does what `start` does, and connects the two processes. The argument of `main` is the file
-    descriptor of the connection. `settings` contains environment variables."""
+    """Runs `main` of one of our modules as `start` does, and connects the two processes. The
+    argument of `main` is the file descriptor of the connection. `settings` contains environment
+    variables."""
     wire, theirs = Pipe()
     with theirs:
         number, env = theirs.fileno(), {**environment((), {}), **settings}

@@ -189,10 +189,10 @@ def passes_of(
     watch: Callable[[], None] | None = None,
     recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
-    """Does what segmented_value_and_grad does, but with a separate call for each of the two passes.
-    The stages may be a part of a chain. `incoming` lists the inputs that depend on parameters of
-    earlier stages. If `head` is None, the cotangents come from later stages, which read the
-    results."""
+    """Returns a function `begin(params, values)` that returns the Passes of a batch. Together, the
+    two passes compute what segmented_value_and_grad computes. The stages may be a part of a chain.
+    `incoming` lists the inputs that depend on parameters of earlier stages. If `head` is None, the
+    cotangents come from later stages, which read the results."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")

@@ -111,7 +111,8 @@ class Text:
         return self._before_stop(new, last=False)
 
     def end(self) -> str:
-        """Returns the text that was not final yet. Incomplete characters become U+FFFD."""
+        """Returns the rest of the text, after the last token. Incomplete characters become
+        U+FFFD."""
         new, self._tokens, self._out = self._decoded()[self._out :], [], 0
         return self._before_stop(new, last=True)
 

@@ -85,7 +85,8 @@ class Parts:
         return min(found, key=lambda end: end[0], default=None)
 
     def _begun(self) -> int:
-        """Returns how many characters at the end of the text may be the beginning of a tag."""
+        """Returns the number of characters at the end of the text that may be the beginning of a
+        tag."""
         return max((overlap(self._held, tag) for tag, _ in self._ends()), default=0)
 
     def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:

@@ -212,7 +212,7 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # A cache that is merged with others is copied; a single cache is written to.
+                # Caches that are merged are copied, but a single cache would be modified.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

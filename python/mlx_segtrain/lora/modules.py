@@ -127,8 +127,8 @@ class LoRALinear(nn.Module):
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
     def _is_step(self, x: mx.array) -> bool:
-        """Returns whether x has so few rows that it is from a step of generation, not from a
-        training batch or a prompt."""
+        """Returns whether x has as few rows as in a step of generation, unlike in a training batch
+        or a prompt."""
         return not self.training and few(x.size // x.shape[-1])
 
     def _frozen(self, x: mx.array) -> mx.array:

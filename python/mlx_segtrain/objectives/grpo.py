@@ -22,7 +22,7 @@ from .objective import Objective, predictions, stream_values
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 #: The values that each token in the loss has.
 NUMBERS = ("advantage", "rollout", "old", "reference")
-#: A weight for a token that counts as in the loss, but whose contribution to it is negligible.
+#: A weight that makes a token count as in the loss, but with a negligible contribution to the loss.
 NOTHING = 1e-30
 
 

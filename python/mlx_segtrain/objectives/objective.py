@@ -66,7 +66,7 @@ class Objective:
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         """Returns the shapes of the largest batches with `rows` rows, one for each number of
         streams that a batch can have. By default rows are padded and there is one stream."""
-        columns = data.columns  # for pairs, lengths are of the longer sequence
+        columns = data.columns  # for pairs, `length` is that of the longer sequence
         length = padded(int(columns.length.max()), rows) - 1  # the last token is only a target
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]

@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of an op. `ms` is the median time of a call if the host waits for each call, and
+    """The figures of an op. `ms` is the median time of a call that the host waits for, and
     `queued_ms` is the time per call if ten calls are queued.
 
     `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum
@@ -150,8 +150,8 @@ def timed(
     wait: Callable[[Any], None] = settle,
     first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
-    """Returns the time of the first call in seconds, the median time of a call if the host waits
-    for each, and the time per call if ten calls are queued, both in ms."""
+    """Returns three times: the time of the first call in seconds, the median time of a call that
+    the host waits for in ms, and the time per call in ms if ten calls are queued."""
 
     def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()

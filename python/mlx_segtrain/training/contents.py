@@ -9,7 +9,7 @@ from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-#: Subfolders that a new run removes if an earlier run in the same folder has left them.
+#: The subfolders of an earlier run that a new run in the same folder removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
 #: Matches the paths that a run writes in its folder. The folder names in checkpoints/ come from

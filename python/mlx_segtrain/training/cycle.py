@@ -178,7 +178,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU, our op for the head takes a quarter of the time of MLX's if there are many rows.
+    # On a CPU, if the head has many rows, our op takes a quarter of the time that MLX's op takes.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -237,7 +237,7 @@ class Cycle(Stepper):
         update: Update,
         attempt: Attempt,
     ) -> tuple[Iterate, Outcome]:
-        """Takes a step: generates completions of the prompts, then makes optimizer updates with
+        """Takes a step: generates completions of the prompts, then performs optimizer updates with
         them."""
         config, prompts = self.setup.config, self.setup
         indices = self.ranks.share([int(i) for batch in accumulated for i in batch.rows])
@@ -354,7 +354,7 @@ class Cycle(Stepper):
         kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
         weights = self.objective.weights(np.array(made.all("tokens")), kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
-        if not counted.any():  # the step needs at least one row, for a gradient of zero
+        if not counted.any():  # a step needs at least one row, even if its gradient is 0
             shortest = int(np.argmin(made.all("all_tokens")))
             weights[shortest], counted[shortest] = NOTHING, True
         mine, shape = list(self.ranks.share(range(len(gains)))), gains.shape

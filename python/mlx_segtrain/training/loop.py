@@ -240,7 +240,7 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
-                if self.ending > 0:  # with a single rank, the signal handler has raised it
+                if self.ending > 0:  # with a single rank, the signal handler has already done so
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True

@@ -88,8 +88,8 @@ class Pipe:
         self, objective: Objective, chain: Chain, scales: Mapping[str, float], params: Params,
         batch: Any, total: Any,
     ) -> list[mx.array]:  # fmt: skip
-        """Does what objectives.value does. Only the last rank returns the outputs; the others
-        return zeros."""
+        """Computes objectives.value in a pipeline. Only the last rank returns the outputs; the
+        others return zeros."""
         own = self.own(Functions(objective, chain, scales), batch, total)
         values = own.values | self.receive(own)
         scope = forward(own.stages, params, values, keep=own.head_reads)

@@ -107,8 +107,8 @@ class Start:
 
 
 def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
-    """Determines from adapter_path whether the run starts at a checkpoint. Raises InputError if the
-    run cannot use this folder."""
+    """Checks adapter_path, and returns the checkpoint from which the run starts, if there is one.
+    Raises InputError if the run cannot use this folder."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: it must be a folder.")
@@ -318,8 +318,8 @@ def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
     """Returns the index of the first of the `choices` of batches for which the ranks have enough
-    memory, and the plan for this rank's layers. Rank 0 divides the layers between the ranks. Raises
-    InputError if the model cannot be divided, and NoRoom if no choice fits."""
+    memory, and the plan for this rank's layers, where rank 0 divides the layers between the ranks.
+    Raises InputError if the model cannot be divided, and NoRoom if no choice fits."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
@@ -434,7 +434,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        plan = replace(plan, plans=())  # its headers did not show that it needs the generic path
+        # The headers did not show that the model needs the generic path.
+        plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
             f"packing is not supported for {config.model_dir.name}, whose layers are mlx-lm's and "

@@ -7,8 +7,8 @@ from statistics import median
 #: spike.
 WINDOW, LEAST = 64, 16
 #: A spike is at least this many standard deviations above the median. The standard deviation is
-#: estimated as 1.4826 times the median absolute deviation, since this is their ratio in a normal
-#: distribution.
+#: estimated as 1.4826 times the median absolute deviation, since this is the ratio between the two
+#: in a normal distribution.
 DEVIATIONS = 6
 #: After this many skipped steps in a row, a high loss no longer counts as a spike but as the new
 #: level.

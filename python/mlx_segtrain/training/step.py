@@ -25,7 +25,7 @@ from .spikes import spike_bound
 from .state import Iterate, Outcome
 
 T = TypeVar("T")
-#: A function that makes an optimizer update with these batches, together with the other ranks.
+#: A function that performs an optimizer update with these batches, together with the other ranks.
 Update = Callable[[Iterate, list[AnyBatch]], tuple[Iterate, Outcome]]
 
 
@@ -90,8 +90,8 @@ class Stepper:
         losses: Sequence[float] = (),
         found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
-        """Makes an update, and returns the new state and the outcome. What counts as a spike
-        depends on `losses`, the losses of earlier steps. If there are several ranks, `found`
+        """Performs an optimizer update, and returns the new state and the outcome. What counts as a
+        spike depends on `losses`, the losses of earlier steps. If there are several ranks, `found`
         contains the sums over all of them.
 
         Raises Halted if the loss, the gradient or the new factors are not finite. If on_spike is

@@ -2,13 +2,13 @@
 
 A `Watch` is a state machine that uses neither a clock nor sockets: its inputs are messages and the
 time, and `out` contains the messages to send. Every rank has one, and sends a beat to all other
-ranks every BEAT seconds. A rank that finds that another rank has ended or is silent reports this to
-the judges, which are the JUDGES lowest ranks that are not lost. A rank that fails reports this to
-all ranks. The first judge decides `settle` seconds later. Each further judge waits another `settle`
-seconds, and decides if it has received no decision by then. A decision is sent to all ranks. A rank
-that receives it passes it on to the judges, and a judge passes it on to all ranks. So a decision
-that reaches one rank reaches all of them as long as a judge is left, even if its author is lost
-while sending it.
+ranks every BEAT seconds. When a rank finds that another one has ended or is silent, it reports this
+to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
+this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
+`settle` seconds, and decides if it has received no decision by then. A decision is sent to all
+ranks. A rank that receives it passes it on to the judges, and a judge passes it on to all ranks. So
+a decision that reaches one rank reaches all of them as long as a judge is left, even if its author
+is lost while sending it.
 """
 
 from dataclasses import dataclass
