@@ -1,8 +1,8 @@
-"""Long-context LoRA fine-tuning of quantized language models on one machine, through MLX.
+"""Long-context LoRA fine-tuning of quantized language models with MLX.
 
     from mlx_segtrain import train, load, TrainConfig, segmented_value_and_grad
 
-Names are imported on first use, so that `mlx-segtrain --help` does not wait for MLX.
+Names are imported when they are first used, so that `mlx-segtrain --help` does not wait for MLX.
 """
 
 import os
@@ -40,12 +40,13 @@ _HOME = {
     "train": "api",
 }
 
-#: The release whose C++ ABI `_core` was compiled against.
+#: The MLX release against whose C++ ABI `_core` was compiled.
 MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """Raises ImportError, with a command that fixes it, unless the right MLX is installed."""
+    """Raises ImportError unless this MLX release is installed. The message contains a command that
+    installs it."""
     mend = (
         f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
     )
@@ -66,9 +67,10 @@ def _require_mlx() -> None:
 
 
 if sys.platform == "linux":
-    # On CUDA, MLX collects work that reads up to 10⁹ elements before it launches it: the device
-    # idles at first, and memory is freed late. 32 million elements are a large op or a few small
-    # ones (bench/LOG.md, 2026-11-25). MLX reads this variable when it first uses the device.
+    # On CUDA, MLX by default collects ops that read up to 10⁹ elements before it launches them, so
+    # the device idles at first, and memory is freed late. The limit of 32 million elements
+    # corresponds to one large op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this
+    # variable when it first uses the device.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
 
 _require_mlx()
@@ -82,5 +84,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Returns the public API."""
+    """Returns the names of the public API."""
     return sorted(__all__)

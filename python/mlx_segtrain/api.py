@@ -1,4 +1,5 @@
-"""Training from a Python script or a notebook, with keyword arguments, rows or a loaded model."""
+"""The Python API for training in a script or a notebook, which takes keyword arguments, rows of
+data or a loaded model."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Fields by their short names, which are those of flags.
+#: The fields that have a short name, keyed by this name, which is the name of their flag.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -34,17 +35,19 @@ SHORT = {
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult(training.TrainResult):
-    """The result of a run. Losses are in nats per token, or per pair with preference methods.
+    """The result of a run. Losses are in nats per token, or per pair or row with preference
+    methods.
 
-    `config` is the configuration of the run. `model` and `tokenizer` are the ones passed to the
-    run, or are loaded on first use; the model has the adapter.
+    `config` is the configuration of the run. `model` and `tokenizer` are the objects that were
+    passed to the run; if none were passed, they are loaded when they are first used. The adapter is
+    attached to the model.
     """
 
-    config: ClassVar[TrainConfig]  # not a field of the dataclass, which is written as JSON
+    config: ClassVar[TrainConfig]  # a ClassVar, so that it is not written to JSON
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics that the run has reported: `kind` is train, val or score."""
+        """The metrics that the run has reported. The `kind` of each is train, val or score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")
@@ -64,7 +67,8 @@ class TrainResult(training.TrainResult):
         return self._loaded[1]
 
     def plot(self) -> Figure:
-        """Returns a matplotlib figure of the training and validation loss by step."""
+        """Returns a matplotlib figure of the training loss and the validation loss over the
+        steps."""
         from .hub import title
         from .objectives import OBJECTIVES
         from .training.curves import figure_of, points
@@ -125,24 +129,25 @@ def train(
 
         train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
 
-    Fields of TrainConfig are keyword arguments, instead of `config` or on top of it, under their
-    names or those of the flags (`lr`, `adapter`). `model` is a folder, a name on the hub, or
-    `(model, tokenizer)` as `load` and mlx_lm.load return them; the result then has the same model
-    with the adapter attached. `data` (or `train_data`) is a path, a name on the hub, or rows: a
-    list or an iterator of dicts, a `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or
-    polars table; `valid_data` are the validation rows.
+    Fields of TrainConfig can be passed as keyword arguments, instead of `config` or in addition to
+    it. They have their own names or the names of their flags (`lr`, `adapter`). `model` is a
+    folder, a name on the hub, or a pair `(model, tokenizer)`, as returned by `load` and
+    mlx_lm.load; for a pair, the result contains the same model with the adapter attached. `data`
+    (or `train_data`) is a path, a name on the hub, or the rows themselves: a list or an iterator of
+    dicts, a `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or polars table. `valid_data`
+    contains the validation rows in the same way.
 
-    A progress bar is shown in a terminal and in a notebook, unless `progress` is False or
-    `on_event` is given, which receives the run's events (mlx_segtrain.events). `on_step` and
-    `on_eval` receive the metrics of every step and every evaluation as a dict; one that returns
-    True ends the run after saving. `score(model, tokenizer)` is called at every evaluation and
-    returns a number or a dict of numbers. For method grpo, `rewards` are functions that score
-    completions, and names of checks as in the field `rewards`; `environment` is a class, or a
-    string as in the field `environment` (docs/grpo.md).
+    `on_event` receives the events of the run (mlx_segtrain.events). Unless it is given or
+    `progress` is False, terminals and notebooks show a progress bar. `on_step` and `on_eval`
+    receive the metrics of every training step and every evaluation as a dict; if one of them
+    returns True, the run saves its state and ends. `score(model, tokenizer)` is called at every
+    evaluation and must return a number or a dict of numbers. For method grpo, `rewards` is a list
+    of functions that score completions and of names of checks, as in the field `rewards`;
+    `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
-    Ctrl-C ends the run after saving the last finished step (`interrupted`); `resume=True` continues
-    it. Raises InputError, before anything is written, for input that cannot be used, and RunError
-    if the run cannot continue, after saving the last good step.
+    Ctrl-C ends the run after the last finished step has been saved (`interrupted`); `resume=True`
+    continues such a run. Raises InputError if an input cannot be used; nothing has been written
+    then. Raises RunError if the run cannot continue; the last good step has been saved then.
     """
     with _python_words():
         loaded = tokenizer = None
@@ -188,10 +193,11 @@ def train(
 def _functions(
     rewards: Sequence[str | Function] | None, fields: dict[str, Any]
 ) -> tuple[list[Function], dict[str, Any]]:
-    """Separates rewards: returns the functions, and the fields with the names of checks."""
+    """Separates functions from names of checks. Returns the functions, and the fields to which the
+    names have been added."""
     if rewards is None:
         return [], fields
-    if not isinstance(rewards, list | tuple):  # the configuration reports what is wrong
+    if not isinstance(rewards, list | tuple):  # the configuration will report the error
         return [], {**fields, "rewards": rewards}
     functions = [own for own in rewards if callable(own)]
     checks = [own for own in rewards if not callable(own)]
@@ -199,8 +205,8 @@ def _functions(
 
 
 def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfig:
-    """Returns the configuration updated with these fields. Raises InputError as on the command
-    line."""
+    """Returns the configuration, updated with these fields. Raises InputError in the same cases as
+    the command line."""
     if config is not None and not fields:
         return config
     given = {} if config is None else config.model_dump(exclude_unset=True)
@@ -215,8 +221,8 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
 def _given(
     pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Returns the model of `(model, tokenizer)` without its adapter, the tokenizer, and the fields
-    with the model's folder."""
+    """Returns the model in `(model, tokenizer)` without its adapter, the tokenizer, and the fields,
+    to which the folder of the model has been added."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -238,7 +244,7 @@ def _given(
             )
     unwrap(model)
     if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)  # load does the same
+        model.set_dtype(mx.float32)  # `load` does the same
     model.train()
     return model, tokenizer, fields
 
@@ -248,7 +254,7 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
     from .models import chain_of
     from .models.adapting import attach
 
-    if (result.adapter_path / WEIGHTS).exists():  # missing if no step was finished
+    if (result.adapter_path / WEIGHTS).exists():  # there is no file if no step was finished
         chain = chain_of(model)
         attach(model, chain, read_adapter(result.adapter_path, chain))
     model.eval()
@@ -259,7 +265,8 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Provides the receivers of events and of steps, with a progress bar if it would be visible."""
+    """Yields the callbacks for events and for steps. They update a progress bar if it is wanted and
+    would be visible."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook
@@ -267,7 +274,8 @@ def _shown(
     from .training.ranks import launched
 
     console = Console(highlight=False)
-    seen = (in_notebook() or console.is_terminal) and not launched()  # rank 0 shows the run
+    # With several ranks, rank 0 shows the progress.
+    seen = (in_notebook() or console.is_terminal) and not launched()
     if progress is False or (progress is None and (on_event is not None or not seen)):
         yield on_event, on_step
         return
@@ -287,7 +295,7 @@ def _shown(
 
 @contextmanager
 def _python_words() -> Iterator[None]:
-    """Rewrites errors to name keyword arguments instead of flags."""
+    """Rewrites errors in this context so that they name keyword arguments instead of flags."""
     try:
         yield
     except (InputError, RunError) as error:

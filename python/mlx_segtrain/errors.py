@@ -1,19 +1,21 @@
-"""Exceptions with a message of one sentence, for bad input and for failures during a run."""
+"""Exceptions for bad input and for failures during a run. Their messages consist of one
+sentence."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-#: Why a run ended: input that must be changed, too little memory, a failure during the run, a
-#: killed process, or a bug in this package.
+#: Why a run ended: an input must be changed, there was too little memory, the run failed, its
+#: process was killed, or this package has a bug.
 Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 
 class InputError(ValueError):
-    """Bad input. The message is one sentence: what is wrong, where, and what to do about it.
+    """An input is wrong. The message is one sentence, which says what is wrong, where, and what to
+    do about it.
 
-    The command line prints it without a traceback and exits with code 2; the server answers with
-    `status`. `field` names the configuration field that has to be changed, if there is one.
+    The command line prints it without a traceback and exits with code 2; the server responds with
+    `status`. `field` is the name of the configuration field that must be changed, if there is one.
     """
 
     status = 400
@@ -23,18 +25,19 @@ class InputError(ValueError):
         self.status, self.field = status or self.status, field
 
 
-#: Messages of MLX and its back ends when an allocation fails; they have no exception class for it.
+#: Matches the messages of MLX and its back ends when an allocation fails, for which they have no
+#: exception class.
 NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Returns whether the device or the machine ran out of memory."""
+    """Returns whether this error means that the device or the machine ran out of memory."""
     said = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error)) is not None
     return said or isinstance(error, MemoryError)
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Returns why this exception ended a run."""
+    """Returns the reason for which this exception ended a run."""
     if isinstance(error, NoRoom | NoMemory) or is_out_of_memory(error):
         return "memory"
     if isinstance(error, InputError):
@@ -43,14 +46,14 @@ def fault_of(error: BaseException) -> Fault:
 
 
 class NoRoom(InputError):
-    """The memory plan of a run needs more than the available memory."""
+    """The memory plan of a run needs more memory than is available."""
 
 
 class RunError(Exception):
-    """A run cannot continue. The message is one sentence: what happened, at which step, what is
-    kept, and what to do.
+    """A run cannot continue. The message is one sentence, which says what happened, at which step,
+    what has been saved, and what to do.
 
-    The command line prints it without a traceback and exits with code 1; the server answers with
+    The command line prints it without a traceback and exits with code 1; the server responds with
     `status`.
     """
 
@@ -58,35 +61,37 @@ class RunError(Exception):
 
 
 class NoMemory(RunError):
-    """No plan leaves the device enough memory for the next step of a run."""
+    """The device has too little memory for the next step of a run, even with the plan that needs
+    the least."""
 
 
 def reason(error: BaseException, most: int = 200) -> str:
-    """Returns an error's message in one line; the name of its class if it has no message."""
+    """Returns the message of an error on one line, cut to `most` characters, or the name of its
+    class if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def named_reason(error: BaseException) -> str:
-    """Returns the class and the message of an error that other code raised, in one line."""
+    """Returns the class and the message of an error that other code has raised, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def either(words: Sequence[str]) -> str:
-    """Joins alternatives for a sentence: "a, b or c"."""
+    """Joins alternatives for use in a sentence, as "a, b or c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """Returns an untrusted value in a form that is safe in a message: on one line, cut to `most`
-    characters."""
+    """Returns an untrusted value in a form that is safe in a message. It is on one line and cut to
+    `most` characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no integer of more than 4300 digits in decimal
+    except ValueError:  # Python refuses to format an integer of more than 4300 digits
         text = hex(value) if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def word(value: Any) -> str:
-    """Like `shown`, for a value that should be a word."""
+    """Returns an untrusted value that should be a word, in a form that is safe in a message."""
     short = isinstance(value, str) and value.isidentifier() and len(value) <= 60
     return value if short else shown(value)

@@ -1,4 +1,5 @@
-"""The events of a training run: plain JSON objects, in the order in which they happen."""
+"""The events of a training run. Each function returns an event, which is a JSON object; the
+functions are in the order in which their events first occur."""
 
 from __future__ import annotations
 
@@ -17,18 +18,18 @@ Stage = Literal["load", "setup", "data", "checkpoint", "train", "evaluate", "fol
 
 
 def now() -> str:
-    """Returns the current time in UTC, in ISO 8601."""
+    """Returns the current UTC time in ISO 8601 format."""
     return datetime.now(timezone.utc).isoformat()
 
 
 def started() -> Event:
-    """The first event of a run."""
+    """Returns the first event of a run."""
     return {"type": "started", "ts": now()}
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """The first line of a log; after a resume, the first line of the part that begins at this
-    step."""
+    """Returns the first line of a log. When a run is resumed, it is also the first line of the part
+    that begins at this step."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -36,21 +37,21 @@ def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
 
 
 def warning(message: str) -> Event:
-    """A message for the user about a problem that does not stop the run."""
+    """Returns a warning for the user about a problem that does not stop the run."""
     return {"type": "warning", "message": message}
 
 
 def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
-    """The start of a stage of the run; `progress` is between 0 and 1. The stage `done` has
-    adapter_path and applied_ranks."""
+    """Returns the event for the start of a stage. `progress` is the progress of the run, from 0 to
+    1. The event of the stage `done` also contains adapter_path and applied_ranks."""
     return {"type": "stage", "stage": name, "progress": progress, "message": message, **more}
 
 
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """The progress of tokenizing the rows of a source: the share between 0 and 1, and the remaining
-    seconds; both are None if unknown."""
+    """Returns the progress of tokenizing the rows of a source. `share` is the finished fraction,
+    from 0 to 1, and `left_s` the remaining time in seconds; both are None if they are unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -58,15 +59,16 @@ def tokenizing(
 
 
 def evaluating(done: int, batches: int, left_s: float) -> Event:
-    """The progress of an evaluation outside of a run: the share between 0 and 1, and the remaining
-    seconds."""
+    """Returns the progress of an evaluation outside a run, given the number of finished batches and
+    the remaining time in seconds."""
     share = done / batches
     message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
     return stage("evaluate", share, message, share=share, left_s=left_s)
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """The memory plan of the run from now on, in bytes; `peak` is None if none is predicted."""
+    """Returns the memory plan that the run follows from now on, in bytes. `peak` is None if it is
+    not predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -74,13 +76,14 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 def train_metric(
     step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """The training loss: the mean over the last `steps_per_report` steps, in nats per token.
+    """Returns the metrics of a training report. The loss is the mean over the last
+    `steps_per_report` steps, in nats per token.
 
-    With preference methods the loss is per pair or row, and `metrics` are accuracy, margin, rewards
-    and, for kto, kl; a metric for which these steps had no row is missing. `figures` are grad_norm,
-    learning_rate, tokens_per_sec, supervised_tokens_per_sec (tokens in the loss only), step_s,
-    peak_gb, active_gb, and left_s: the estimated seconds until the run ends, including evaluations
-    and checkpoints.
+    With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
+    margin, the rewards and, for kto, kl. A metric is missing if these steps had no row for it.
+    `figures` contains grad_norm, learning_rate, tokens_per_sec, supervised_tokens_per_sec (which
+    counts only tokens in the loss), step_s, peak_gb, active_gb and left_s, the estimated time in
+    seconds until the run ends, including evaluations and checkpoints.
     """
     return {
         "type": "metric",
@@ -97,10 +100,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    They are busy_s and waited_s (the mean seconds per step, since the last report, in which the
-    rank did its own work, or waited for others), tokens_per_sec of its own work, peak_gb and
-    active_gb. `skew_s` is the difference in busy_s between the slowest rank and the fastest; the
-    others wait for the rank `slowest`.
+    The figures of a rank are busy_s and waited_s, the mean times per step since the last report in
+    which the rank computed and in which it waited for others, in seconds; tokens_per_sec, its speed
+    while it computed; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the
+    slowest and the fastest rank. The others wait for the rank `slowest`.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))
@@ -109,7 +112,7 @@ def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
 
 
 def about_ranks(metric: Event) -> str:
-    """Describes the figures of with_ranks in one line."""
+    """Describes the figures that with_ranks has added, on one line."""
     ranks, slowest = metric["ranks"], metric["slowest"]
     busy, waited, speed, peak = (
         [own[name] for own in ranks] for name in ("busy_s", "waited_s", "tokens_per_sec", "peak_gb")
@@ -124,13 +127,14 @@ def about_ranks(metric: Event) -> str:
 
 
 def step(metric: Event) -> Event:
-    """The progress of a run between two reports: part of a step's metrics."""
+    """Returns the progress of a run between two reports, which contains a part of a step's
+    metrics."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 
 
 def speed(figures: Mapping[str, Any]) -> str:
-    """Formats the tokens per second: those in the loss, and all."""
+    """Formats the speed in tokens per second, for the tokens in the loss and for all tokens."""
     supervised, every = (figures[f"{x}tokens_per_sec"] for x in ("supervised_", ""))
     return f"{supervised:,.0f} supervised of {every:,.0f} tokens/s"
 
@@ -138,8 +142,8 @@ def speed(figures: Mapping[str, Any]) -> str:
 def val_metric(
     step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
 ) -> Event:
-    """An evaluation: the loss in nats per token over `tokens` tokens in the loss; with preference
-    methods as in train_metric."""
+    """Returns the result of an evaluation. The loss is in nats per token, over `tokens` tokens in
+    the loss. With preference methods, the loss and the `metrics` are as in train_metric."""
     return {
         "type": "metric",
         "kind": "val",
@@ -153,36 +157,36 @@ def val_metric(
 
 
 def sample(step: int, prompt: str, text: str) -> Event:
-    """An answer of the adapter at this step."""
+    """Returns an answer that the model has given with the adapter of this step."""
     return {"type": "sample", "step": step, "prompt": prompt, "text": text}
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """The scores of the adapter from the user's command or function; a str is the error if it
-    failed."""
+    """Returns the scores of the adapter from the user's command or function. If this failed,
+    `scores` is the error message."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
 
 def done(output_dir: Path) -> Event:
-    """The run ended successfully; output_dir holds the adapter."""
+    """Returns the event for the successful end of a run. output_dir contains the adapter."""
     return {"type": "done", "ts": now(), "output_dir": str(output_dir)}
 
 
 def failed(error: BaseException) -> Event:
-    """The run ended with an exception. `fault` is errors.Fault, `field` names what has to be
-    changed."""
+    """Returns the event for the end of a run with an exception. `fault` is an errors.Fault, and
+    `field` is the configuration field that must be changed, if there is one."""
     event = {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
     field = getattr(error, "field", None)
     return {**event, "fault": fault_of(error), **({} if field is None else {"field": field})}
 
 
 def run_progress(step: int, iters: int) -> float:
-    """Returns the progress of the whole run, from 0 to 1; loading and preparing are the first
-    twentieth."""
+    """Returns the progress of the whole run, from 0 to 1. Loading and preparation count as the
+    first twentieth."""
     return 0.05 + 0.95 * step / iters
 
 
 def perplexity(loss: float) -> float | None:
-    """Returns exp(loss), or None if that is not a finite float (JSON has no infinity)."""
+    """Returns exp(loss), or None if this is not finite, since JSON has no infinity."""
     return math.exp(loss) if loss < 700 else None

@@ -1,5 +1,5 @@
-"""Types and facets of the configuration's fields, from which other modules derive flags, forms and
-checks."""
+"""Types and properties (facets) of the configuration's fields. Other modules derive flags, forms
+and checks from them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-#: Sections of the page's form, in order; the first one has no title.
+#: The sections of the form on the page, in order. The first section has no title.
 Group = Literal[
     "",
     "Adapter",
@@ -24,50 +24,52 @@ Group = Literal[
     "Evaluation and checkpoints",
     "More",
 ]
-#: Effects of a field outside of a run: on the planned memory, on the loss of an adapter, or on the
-#: rows that are read.
+#: What a field can affect outside a run: the planned memory, the loss of an adapter, or the rows
+#: that are read.
 Effect = Literal["memory", "loss", "rows"]
 
 
 @dataclass(frozen=True)
 class Facets:
-    """The properties of a field besides its type. By default a field always has an effect.
+    """The properties of a field other than its type. By default a field always has an effect.
 
-    `affects` also makes the field a flag of `plan`, `eval` or `inspect`. `on_resume` is what a
-    resume with another value does: it refuses, warns, or accepts the value. The field has an effect
-    only with `methods` (empty: with all) and where `holds` is true; `otherwise` is a phrase for the
-    cases in which it has none.
+    `affects` also makes the field a flag of the commands `plan`, `eval` or `inspect`. `on_resume`
+    says whether a run can be resumed with another value of the field: it is refused, accepted with
+    a warning, or accepted. The field has an effect only with one of the `methods` (with all methods
+    if there are none) and where `holds` is true; `otherwise` is a phrase for the cases in which the
+    field has no effect.
     """
 
-    title: str = ""  #: its label on the page; default: the field's name
+    title: str = ""  #: label on the page; by default, the field's name
     _: KW_ONLY
     affects: tuple[Effect, ...] = ()
     on_resume: Literal["refuse", "warn", "free"] = "refuse"
     methods: tuple[str, ...] = ()
     holds: Callable[[Any], bool] = lambda config: True
     otherwise: str = ""
-    flag: str = ""  #: its flag on the command line; default: the field's name
-    aliases: tuple[str, ...] = ()  #: other flags with the same meaning
-    refused: str = ""  #: why clients of the server may not set it; empty: they may
-    on_card: bool = False  #: whether an adapter's model card shows it
+    flag: str = ""  #: flag on the command line; by default, the field's name
+    aliases: tuple[str, ...] = ()  #: additional flags with the same meaning
+    refused: str = ""  #: why clients of the server may not set it; "" if they may
+    on_card: bool = False  #: whether it is shown on the model card of an adapter
     values: str = ""  #: the allowed values, if the type does not give them
-    texts: bool = False  #: whether it is a list of texts, not of names: the page takes one per line
-    group: Group | None = "More"  #: its section of the form; None: the form does not have the field
+    texts: bool = False  #: whether its values are texts, of which the page takes one per line
+    group: Group | None = "More"  #: section of the form, or None if it is not in the form
 
     def __or__(self, other: Facets) -> Facets:
-        """Returns these facets, updated with those of `other` that differ from the defaults."""
+        """Returns these facets, updated with the facets of `other` that differ from their
+        defaults."""
         said = {own.name: getattr(other, own.name) for own in fields(self)}
         return replace(self, **{name: x for name, x in said.items() if x != getattr(PLAIN, name)})
 
     def __call__(self, schema: dict[str, Any]) -> None:
-        """Leaves the field's JSON schema unchanged; pydantic calls this."""
+        """Called by pydantic; leaves the JSON schema of the field unchanged."""
 
     def effective(self, config: Any) -> bool:
         """Returns whether the field has an effect in this configuration."""
         return (not self.methods or config.method in self.methods) and self.holds(config)
 
 
-#: The default of every facet.
+#: Facets that all have their defaults.
 PLAIN = Facets()
 
 
@@ -81,29 +83,30 @@ def option(
     min_length: int | None = None,
     **more: Any,
 ) -> Any:
-    """Declares a field: its default (... for none), pydantic's bounds, and `facets` updated by
-    `more`.
+    """Declares a field with its default (`...` if it has none), bounds for pydantic, and `facets`,
+    which `more` updates.
 
-    The docstring below the field is its description.
+    The docstring after the field is its description.
     """
     facets |= Facets(**more)
     return Field(default, json_schema_extra=facets, ge=ge, gt=gt, lt=lt, min_length=min_length)
 
 
 def _expand(value: Any) -> Any:
-    if value == "":  # Path("") is the working directory: an unset shell variable must not name it
+    if value == "":  # an unset shell variable must not become the working directory
         raise ValueError("empty path")
     return Path(value).expanduser() if isinstance(value, str) else value
 
 
 def place(value: Any) -> Any:
-    """Reads a path. ./org/name is always a path, while org/name may be a name on the hub."""
+    """Converts a value to a path. ./org/name is always a path, while org/name may also be a name on
+    the hub."""
     path = _expand(value)
     return path.absolute() if isinstance(value, str) and value.startswith("./") else path
 
 
 def _not_bool(value: Any) -> Any:
-    if isinstance(value, bool):  # pydantic would read `rank: yes` as 1
+    if isinstance(value, bool):  # pydantic would accept `rank: yes` as 1
         raise ValueError("a boolean is not a number")
     return value
 
@@ -127,14 +130,14 @@ def _distinct(value: list[Any]) -> list[Any]:
 
 
 def _decoded(value: Any) -> Any:
-    """Decodes JSON text, in which flags and form fields pass a value."""
+    """Decodes a value that a flag or a form field passes as JSON text."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
         raise ValueError("not JSON") from None
 
 
-#: Arguments of `apply_chat_template` that are not variables of the template.
+#: The arguments of `apply_chat_template` that are not template variables.
 NO_VARIABLES = (
     *("messages", "conversation", "tools", "chat_template", "add_generation_prompt"),
     *("continue_final_message", "tokenize", "padding", "truncation", "max_length"),
@@ -143,7 +146,8 @@ NO_VARIABLES = (
 
 
 def fault_of_variables(values: dict[str, Any]) -> str | None:
-    """Returns why these cannot be variables of a chat template; None if they can."""
+    """Returns the reason why these values cannot be variables of a chat template, or None if they
+    can."""
     for name in values:
         if not isinstance(name, str) or not name.isidentifier():
             return f"{name!r} is not the name of a variable"
@@ -168,7 +172,7 @@ def _mapping(values: dict[str, Any]) -> dict[str, Any]:
 Directory = Annotated[Path, BeforeValidator(_expand)]
 #: A path, or a name on the Hugging Face hub (hub.named).
 Place = Annotated[Path, BeforeValidator(place)]
-#: The largest size in MLX, whose sizes are C++ ints.
+#: The largest size that MLX supports, since its sizes are C++ ints.
 MOST = 2**31 - 1
 Int = Annotated[int, BeforeValidator(_not_bool), Field(le=MOST)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
@@ -185,7 +189,7 @@ Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:
-    """Returns the type of the field's value, without None."""
+    """Returns the type of the field's value, not including None."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
     if get_origin(field.annotation) is dict:
         return dict
@@ -199,5 +203,5 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Returns the words that the field accepts; () if it accepts any value."""
+    """Returns the words that the field accepts, or () if it does not accept only certain words."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()

@@ -1,8 +1,7 @@
-"""Writes files atomically, under temporary names that are renamed; also reads, hashes and locks
-files.
+"""Writes files atomically, by renaming temporary files. Also reads, hashes and locks files.
 
-Writes reach the disk in order: content before its name, and a name before anything that depends on
-it. After a power cut there is either the old or the new file.
+Writes reach the disk in order: the content of a file before its name, and its name before anything
+that depends on it. So after a power cut, either the old or the new file is there.
 """
 
 import errno
@@ -28,21 +27,22 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-#: Minimum bytes of a file whose hash known_sha256 caches on disk.
+#: known_sha256 caches the hashes of files of at least this many bytes on disk.
 REMEMBERED = 64 << 20
 
 
 def cache_dir() -> Path:
-    """Returns the folder for cached data and results of checks: $MLX_SEGTRAIN_CACHE, or one in
-    ~/.cache."""
+    """Returns the folder for cached data and results of checks, which is $MLX_SEGTRAIN_CACHE or a
+    folder in ~/.cache."""
     return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or Path.home() / ".cache" / "mlx-segtrain")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; on success the file is fsynced and renamed to `path`.
+    """Yields a temporary path next to `path`. On success, the file at this path is fsynced and
+    renamed to `path`.
 
-    After an exception the temporary file is removed and whatever is at `path` is untouched.
+    After an exception, the temporary file is removed, and a file at `path` is left as it was.
     """
     aside = _aside(path)
     try:
@@ -56,7 +56,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Like `atomic`, for a folder with files; replaces a folder at `path`."""
+    """Yields a temporary folder next to `path`. On success, the folder is fsynced and renamed to
+    `path`, where it replaces an existing folder."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -80,7 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Names of temporary files; the process id in them keeps other files from matching.
+#: Matches the names of temporary files. They contain a process id, so that other files do not
+#: match.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -89,8 +91,8 @@ def _aside(path: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes temporary files of a killed process from this folder; restores a folder that was
-    moved aside and not replaced."""
+    """Removes the temporary files of killed processes from this folder. Restores folders that were
+    moved aside but not replaced."""
     asides = [path for path in folder.glob(".*.tmp*") if ASIDE.fullmatch(path.name)]
     for path in asides:
         place = path.with_name(path.name.removeprefix(".").rsplit(".", 3)[0])
@@ -104,8 +106,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists; renames it first, so that its name is free
-    at once."""
+    """Removes a folder with its content, if it exists. The folder is renamed first, so that its
+    name is free at once."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -113,7 +115,7 @@ def remove_folder(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Creates the folder and its parents if needed, and waits for the disk."""
+    """Creates the folder and its parents if they do not exist, and waits until they are on disk."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -121,13 +123,14 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Returns whether a folder that a file names may be read; a server replaces this function and
-    allows only folders below its roots."""
+    """Returns whether a folder to which the content of a file refers may be read. A server replaces
+    this function with one that allows only folders below the server's roots."""
     return True
 
 
 def free(place: Path) -> int:
-    """Returns the free bytes on the disk of a path, which need not exist yet."""
+    """Returns the number of free bytes on the disk that contains a path. The path need not exist
+    yet."""
     place = place.absolute()
     while not place.exists():
         place = place.parent
@@ -135,10 +138,10 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Creates a folder for this user only, unless it exists. Raises InputError if others can write
-    to it, since they could replace its content."""
+    """Creates a folder that only this user can access, unless it exists. Raises InputError if other
+    users can write to the folder, since they could replace its content."""
     make_folder(path)
-    with suppress(OSError):  # the file system does not know owners
+    with suppress(OSError):  # the file system may not support owners
         path.chmod(0o700)
     if path.stat().st_mode & 0o022:
         raise InputError(
@@ -147,15 +150,15 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open`: a file that it creates can be read by this user only."""
+    """An opener for `open`. Only this user can read a file that it creates."""
     return os.open(path, flags, 0o600)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a file to read. Raises OSError if it is not a regular file: reading a pipe could block
-    forever."""
+    """Opens a file for reading. Raises OSError if it is not a regular file, since reading a pipe
+    could block forever."""
 
-    def at_once(name: str, flags: int) -> int:  # opening a pipe would block
+    def at_once(name: str, flags: int) -> int:  # otherwise, opening a pipe would block
         return os.open(name, flags | os.O_NONBLOCK)
 
     file = open(path, "rb", opener=at_once)  # noqa: SIM115 - the caller closes it
@@ -166,8 +169,8 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_at_most(path: Path, most: int) -> str:
-    """Returns the text of a UTF-8 file. Raises OSError, or ValueError if it is not text or has more
-    bytes."""
+    """Returns the text of a UTF-8 file. Raises OSError if the file cannot be read, and ValueError
+    if it is not text or has more than `most` bytes."""
     with open_regular(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -176,8 +179,8 @@ def read_at_most(path: Path, most: int) -> str:
 
 
 def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
-    """Returns the object in a JSON file of at most this many bytes. Raises InputError if there is
-    none."""
+    """Returns the object in a JSON file of at most `most` bytes. Raises InputError if the file
+    contains no object or cannot be read."""
     try:
         values = json.loads(read_at_most(file, most))
     except (OSError, ValueError, RecursionError) as error:
@@ -188,12 +191,12 @@ def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
 
 
 def sync(path: Path) -> None:
-    """Waits until the content of a file, or the names in a folder, are on the disk."""
+    """Waits until the content of a file, or the list of names in a folder, is on disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         sync_open(file)
     except OSError as error:
-        # Some network and FUSE file systems cannot fsync folders.
+        # Some network and FUSE file systems do not support fsync for folders.
         if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -201,20 +204,21 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: int) -> None:
-    """Like `sync`, for a file descriptor. On macOS fsync alone leaves the data in the disk's
-    cache."""
+    """Waits until the data of an open file is on disk. On macOS, fsync alone would leave the data
+    in the cache of the disk."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with suppress(OSError):  # the file system does not support it
+        with suppress(OSError):  # the file system may not support it
             fcntl.fcntl(file, full)
             return
     os.fsync(file)
 
 
 def lock(file: IO[Any] | int) -> bool:
-    """Locks `file` until it is closed, and returns True; returns False if it is already locked.
+    """Locks `file` until it is closed and returns True. If the file is already locked, returns
+    False.
 
-    The system releases the locks of a killed process, so a lock is never stale.
+    The operating system releases the locks of a killed process, so a lock is never stale.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,7 +228,7 @@ def lock(file: IO[Any] | int) -> bool:
 
 
 def write_text(path: Path, text: str, opener: Callable[[str, int], int] | None = None) -> None:
-    """Writes `text` as UTF-8, atomically; `opener` as for `open`."""
+    """Writes `text` as UTF-8, atomically. `opener` is the same as for `open`."""
     with atomic(path) as aside, open(aside, "w", encoding="utf-8", opener=opener) as file:
         file.write(text)
 
@@ -235,8 +239,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def to_json(value: Any, indent: int | None = None, *, ascii: bool = False) -> str:
-    """Converts a value to JSON; infinity and NaN become null. With `ascii`, other characters are
-    escaped."""
+    """Converts a value to JSON. Infinity and NaN become null. With `ascii`, non-ASCII characters
+    are escaped."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
 
 
@@ -251,8 +255,8 @@ def _finite(value: Any) -> Any:
 def write_tensors(
     path: Path, tensors: "Mapping[str, mx.array]", metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, not atomically. Raises OSError with a reason, which MLX's own
-    error lacks."""
+    """Writes a safetensors file, not atomically. If that fails, raises OSError with the reason,
+    which MLX's error lacks."""
     import mlx.core as mx
 
     with open(path, "wb") as file:
@@ -260,28 +264,29 @@ def write_tensors(
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's content in hexadecimal; a process reads the file again only
+    """Returns the SHA-256 of a file's content in hexadecimal. A process reads the file again only
     if it has changed."""
     return _sha256(path, *_identity(path))
 
 
 def known_sha256(path: Path) -> str:
-    """Like `sha256`, for an input file. The hash of a file of at least REMEMBERED bytes is also
-    cached on disk, so later processes read it again only if it has changed.
+    """Returns the SHA-256 of an input file in hexadecimal. If the file has at least REMEMBERED
+    bytes, its hash is also cached on disk, so later processes read the file again only if it has
+    changed.
 
-    To verify that a file is intact it has to be read: use sha256.
+    To verify that a file is intact, which requires reading it, use `sha256`.
     """
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # One entry per path, so that entries of earlier content are replaced.
+    # There is one entry per path, so that it replaces the entry for earlier content.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
         if known["file"] == list(own) and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
             return known["sha256"]
     found = _sha256(path, *own)
-    # A change within one tick of the file system's clock leaves the times unchanged.
+    # The times do not show a second change within one tick of the file system's clock.
     if _identity(path) == own and time.time_ns() - own[4] > 2 * 10**9:
         with suppress(OSError):
             make_folder(note.parent)
@@ -290,15 +295,15 @@ def known_sha256(path: Path) -> str:
 
 
 def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) -> dict[str, str]:
-    """Returns the SHA-256 of each file by name, in hexadecimal. Raises OSError if one cannot be
-    read."""
+    """Returns the SHA-256 of each file in hexadecimal, keyed by name. Raises OSError if a file
+    cannot be read."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return dict(zip(files, pool.map(digest, files.values()), strict=True))
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns values of which at least one differs after a file has changed: programs can set the
-    modification time, but not the change time."""
+    """Returns a tuple that is different after a file has changed. It includes the change time,
+    because programs can set the modification time but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
 

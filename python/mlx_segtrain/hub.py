@@ -1,10 +1,10 @@
-"""Downloads models, adapters and data sets from the Hugging Face hub to the cache that all tools of
-the hub share.
+"""Downloads models, adapters and data sets from the Hugging Face hub to the cache that all of the
+hub's tools share.
 
-A name, `org/name` or `org/name@revision`, is replaced by a folder of that cache as early as
-possible; `origin` converts the folder back. Files in the cache are used without a request, and only
-files that are needed are downloaded. An interrupted download continues where it ended, which the
-hub's own client does not do across processes.
+A name, `org/name` or `org/name@revision`, is replaced with a folder in this cache as early as
+possible; `origin` converts the folder back to the name. Files in the cache are used without a
+request, and only files that are needed are downloaded. An interrupted download continues where it
+stopped, even in a new process, which the hub's client does not support.
 """
 
 from __future__ import annotations
@@ -30,33 +30,36 @@ Kind = Literal["model", "dataset"]
 PART = r"[A-Za-z0-9](?:[\w.-]{0,94}[\w-])?"
 NAME = re.compile(rf"(?P<id>{PART}/{PART})(?:@(?P<revision>[\w.][\w./-]{{0,200}}))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-#: The folder of a repository, or of one of its snapshots, in the cache.
+#: Matches the folder of a repository in the cache, or the folder of one of its snapshots.
 FOLDER = re.compile(
     r"(?P<kind>models|datasets)--(?P<org>[^/]+?)--(?P<name>[^/]+)(/snapshots/(?P<revision>[^/]+))?"
 )
-#: A hash by which the cache names a file's content.
+#: Matches the hash that is the name of a file's content in the cache.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: Endings of the names of the files that a model needs.
+#: The files that a model needs have names with these endings.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
-#: Folders in a repository whose files are needed.
+#: The folders in a repository that can contain such files.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
 WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
-#: Largest file that the hub serves in one piece; Xet's own client downloads larger ones.
+#: The size in bytes of the largest file that the hub serves in one piece. Xet's client downloads
+#: larger files.
 MOST_AT_ONCE = 50_000_000_000
-#: Bytes to leave free on the disk; the timeout of a first answer in seconds; seconds between two
-#: events.
+#: MARGIN is the number of bytes to leave free on the disk, PATIENCE_S the timeout for a response in
+#: seconds, and TELL_S the interval between events in seconds.
 MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
-#: Bytes of the first request for a weight file's header, and the maximum size of a header.
+#: HEADER is the number of bytes in the first request for the header of a weight file, and
+#: MOST_HEADER the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
-#: Maximum number of successive connections that bring no byte.
+#: The maximum number of successive connections that deliver no bytes.
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub; without a revision, its newest commit, or the one in the cache."""
+    """A repository on the hub. If there is no revision, the newest commit is used, or the commit
+    that is in the cache."""
 
     id: str
     revision: str | None = None
@@ -67,7 +70,7 @@ class Repository:
 
     @property
     def folder(self) -> Path:
-        """The repository's folder in the cache."""
+        """The folder of the repository in the cache."""
         return cache() / f"{self.kind}s--{self.id.replace('/', '--')}"
 
     @property
@@ -76,7 +79,8 @@ class Repository:
 
 
 def cache() -> Path:
-    """Returns the folder of the hub's downloads. The user's token is in its parent."""
+    """Returns the folder in which the hub's client stores downloads. The user's token is in its
+    parent folder."""
     home = os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
 
@@ -86,7 +90,7 @@ def endpoint() -> str:
 
 
 def offline() -> bool:
-    """Returns whether the user forbids requests."""
+    """Returns whether the user has forbidden requests to the hub."""
     return any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -94,8 +98,8 @@ def offline() -> bool:
 
 
 def named(text: str | Path, kind: Kind = "model") -> Repository | None:
-    """Returns the repository that a text names as org/name or org/name@revision; None if it is an
-    existing path, or not a name."""
+    """Returns the repository that `text` names as org/name or org/name@revision, or None if `text`
+    is an existing path or is not such a name."""
     found = NAME.fullmatch(str(text))
     if found is None or ".." in found[0] or "--" in found["id"] or Path(text).exists():
         return None
@@ -103,7 +107,8 @@ def named(text: str | Path, kind: Kind = "model") -> Repository | None:
 
 
 def origin(path: str | Path) -> Repository | None:
-    """Returns the repository of a folder in the cache, with its commit; None for other folders."""
+    """Returns the repository to which a folder in the cache belongs, with its commit, or None for
+    other folders."""
     found = FOLDER.search(str(path))
     if found is None:
         return None
@@ -112,14 +117,15 @@ def origin(path: str | Path) -> Repository | None:
 
 
 def title(path: str | Path) -> str:
-    """Returns a short name to display: org/name for a folder from the hub, else the path's last
-    part."""
+    """Returns a short name for display, which is org/name for a folder from the hub, and otherwise
+    the last part of the path."""
     own = origin(path)
     return Path(path).name if own is None else own.id
 
 
 def name_of(path: str | Path) -> str:
-    """Returns a name that works elsewhere: org/name for a folder from the hub, else the path."""
+    """Returns a name that is valid on other machines if possible: org/name for a folder from the
+    hub, otherwise the path."""
     own = origin(path)
     return str(path) if own is None else own.id
 
@@ -129,9 +135,11 @@ def _nobody(event: events.Event) -> None:
 
 
 def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = True) -> Path:
-    """Returns the folder of the model at a path or name; downloads missing files.
+    """Returns the folder of a model, given its path or its name on the hub. Downloads missing
+    files.
 
-    Without `weights`, only configuration and tokenizer. Raises InputError if it is not available.
+    Without `weights`, only the configuration and the tokenizer are needed. Raises InputError if the
+    model is not available.
     """
     repository = named(text)
     if repository is None:
@@ -158,8 +166,8 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
 
 
 def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """Like `model`, for planning: if the weights are not in the cache, returns a folder whose
-    weight files are sparse, with their real headers and sizes."""
+    """Returns the folder of a model for planning, which needs no weights. If the weights are not in
+    the cache, the folder contains sparse weight files with the real headers and sizes."""
     repository = named(text)
     if repository is None or cached(text) is not None:
         return model(text, tell)
@@ -181,7 +189,8 @@ def outline(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
 
 
 def adapter(text: str | Path, tell: events.OnEvent = _nobody) -> Path:
-    """Like `model`, for an adapter."""
+    """Returns the folder of an adapter, given its path or its name on the hub. Downloads missing
+    files. Raises InputError if the adapter is not available."""
     repository = named(text)
     if repository is None:
         return Path(text).expanduser()
@@ -194,11 +203,11 @@ def located(
     earlier: Mapping[str, str] | None = None,
     bring: Callable[[Path, events.OnEvent], Path] = model,
 ) -> TrainConfig:
-    """Returns the configuration with folders instead of names on the hub; `bring` returns the
-    folder of a model.
+    """Returns the configuration with folders instead of names on the hub. `bring` is the function
+    that returns the folder of a model.
 
-    `earlier` are the folders of the run to resume: a name without a revision keeps that run's
-    commit.
+    `earlier` contains the folders of the run that is resumed. For a name without a revision, the
+    commit that this run has used is used again.
     """
 
     def at(path: Path, part: str) -> Path:
@@ -222,11 +231,12 @@ def fetch(
     *,
     ask: bool = True,
 ) -> Path:
-    """Returns the cache's snapshot of a repository, with all wanted files.
+    """Returns the snapshot of a repository in the cache, after downloading the `wanted` files that
+    are missing.
 
-    `tell` gets events of the stage load, with the `share` of the download, at most four per second.
-    `check` raises InputError for a repository whose files (bytes by name) are unusable. Without
-    `ask` no request is sent.
+    `tell` receives events of the stage `load`, with the finished `share` of the download, at most
+    four per second. `check` receives the sizes of the repository's files, keyed by name, and raises
+    InputError if they cannot be used. Without `ask`, no request is sent.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -250,7 +260,8 @@ def fetch(
             f"network, or download it elsewhere and copy it to {cache()}."
         ) from None
     check(listed)
-    # Configuration and tokenizer come first: if the weights are complete, so is the rest.
+    # The configuration and the tokenizer come first, so that everything is complete once the
+    # weights are.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
     files.make_folder(repository.folder / "snapshots" / commit)
@@ -263,12 +274,13 @@ def fetch(
 
 
 def _listing(repository: Repository, commit: str) -> Path:
-    """Returns the file with the names and sizes of a commit's files, which never change."""
+    """Returns the path of the file that lists the names and sizes of the files in a commit, which
+    never change."""
     return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
 
 
 def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]:
-    """Returns the snapshot in the cache, and the files of its commit if they are known."""
+    """Returns the snapshot in the cache, or None, and the files of its commit if they are known."""
     commit = repository.revision or "main"
     if not COMMIT.fullmatch(commit):
         try:
@@ -286,7 +298,8 @@ def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]
 
 
 def cached(text: str | Path, kind: Kind = "model") -> Path | None:
-    """Returns the folder of a name if it is complete in the cache; sends no request."""
+    """Returns the folder for a name on the hub if the cache contains all of its files, otherwise
+    None. Sends no request."""
     repository = named(text, kind)
     folder, listed = (None, None) if repository is None else _cached(repository)
     if folder is None:
@@ -301,8 +314,8 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Returns names and bytes of a snapshot's files; if another tool has downloaded it, those of
-    the existing files."""
+    """Returns the sizes of a snapshot's files in bytes, keyed by name. If another tool has
+    downloaded the snapshot, only existing files are included."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:
@@ -312,8 +325,8 @@ def files_of(folder: Path) -> dict[str, int]:
 
 
 def _seems_whole(folder: Path, kind: Kind) -> bool:
-    """Returns whether a snapshot without a known list of files has weights, and all that its index
-    names; for a data set, whether it has files."""
+    """Returns whether a snapshot whose list of files is unknown seems complete. A model must have
+    weights, including all files that its index names; a data set must have files."""
     if kind == "dataset":
         return any(path.is_file() for path in folder.rglob("*"))
     own = [path.name for path in folder.glob("*.safetensors") if path.is_file()]
@@ -327,14 +340,14 @@ def _seems_whole(folder: Path, kind: Kind) -> bool:
     return wanted <= set(own)
 
 
-# Answers of the hub
+# Responses of the hub
 
 
 class _Unreachable(Exception):
-    """The hub did not answer."""
+    """The hub did not respond."""
 
 
-#: What the hub's answers mean, by status.
+#: The meaning of the hub's responses, keyed by status code.
 REFUSALS = {
     401: "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN",
     403: "does not let you read it: your token may lack the permission",
@@ -344,7 +357,7 @@ REFUSALS = {
 
 @contextmanager
 def _answers(repository: Repository) -> Iterator[None]:
-    """Converts exceptions of the hub's client to InputError, or _Unreachable."""
+    """Converts exceptions of the hub's client to InputError or _Unreachable."""
     from huggingface_hub import errors
 
     refused = errors.HfHubHTTPError
@@ -387,15 +400,16 @@ def _answers(repository: Repository) -> Iterator[None]:
 
 
 def _http_error() -> type[Exception]:
-    """Returns the HTTP exception of the library that the client uses: httpx, or a later
-    replacement."""
+    """Returns the base class of HTTP errors in the library that the hub's client uses, which is
+    httpx or a later replacement."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__mro__[1]  # type: ignore[return-value]
 
 
 def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
-    """Returns the newest commit of a revision, and its files with their sizes."""
+    """Returns the newest commit of the repository's revision, and the sizes of its files, keyed by
+    name."""
     from huggingface_hub import HfApi
 
     with _answers(repository):
@@ -411,7 +425,7 @@ def _listed(repository: Repository) -> tuple[str, dict[str, int]]:
 
 
 def _is_below(name: str) -> bool:
-    """Returns whether a file's name stays within the repository's folder."""
+    """Returns whether a file name stays inside the folder of the repository."""
     return not name.startswith("/") and not {"", ".", ".."} & set(name.split("/"))
 
 
@@ -419,7 +433,7 @@ def _is_below(name: str) -> bool:
 
 
 class Meter:
-    """Counts received bytes, and reports them every TELL_S seconds."""
+    """Counts received bytes, and reports the progress every TELL_S seconds."""
 
     def __init__(self, what: str, total: int, tell: events.OnEvent):
         self.what, self.there, self.total, self.tell = what, 0, total, tell
@@ -438,14 +452,14 @@ class Meter:
 
 
 def amount(n: float) -> str:
-    """Formats a number of bytes, in MB or GB."""
+    """Formats a number of bytes in MB or GB."""
     return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
 
 
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Downloads files of a commit into the cache. Raises InputError."""
+    """Downloads these files of a commit to the cache. Raises InputError if that fails."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)
@@ -477,7 +491,8 @@ def _download(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hides the client's progress bars and log lines, since we report progress and errors."""
+    """Hides the progress bars and log lines of the hub's client, since we report progress and
+    errors ourselves."""
     from huggingface_hub import utils
 
     bars, level = utils.are_progress_bars_disabled(), utils.logging.get_verbosity()
@@ -491,12 +506,12 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-#: The suffix of an incomplete file; the hub's client uses another suffix for each attempt.
+#: The suffix of an incomplete file. It is always the same, unlike the suffixes of the hub's client.
 BEGUN = ".segtrain.incomplete"
 
 
 def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
-    """Downloads a file into the cache, or the rest of an incomplete one."""
+    """Downloads a file to the cache, or the rest of it if a part is already there."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where: Any = {"repo_type": repository.kind, "revision": repository.revision}
@@ -519,24 +534,25 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
         link.symlink_to(os.path.relpath(blob, link.parent))
     except FileExistsError:
         pass
-    except OSError:  # the file system has no links
+    except OSError:  # the file system may not support links
         os.replace(blob, link)
 
 
 def _fill(
     repository: Repository, name: str, url: str, blob: Path, size: int | None, meter: Meter
 ) -> None:
-    """Puts a file's content into the cache once it is complete and verified."""
+    """Downloads the content of a file, and adds it to the cache once it is complete and
+    verified."""
     begun = blob.with_name(blob.name + BEGUN)
     with open(os.open(begun, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        while not files.lock(file):  # another process is downloading it
+        while not files.lock(file):  # another process is downloading the file
             time.sleep(0.1)
         if blob.exists():
             meter(blob.stat().st_size)
             begun.unlink(missing_ok=True)
             return
         there = file.seek(0, os.SEEK_END)
-        if size is not None and there > size:  # left from another attempt
+        if size is not None and there > size:  # left over from another attempt
             there = file.truncate(0)
         meter(there)
         _receive(url, file, size, meter)
@@ -551,8 +567,8 @@ def _fill(
 
 
 def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
-    """Appends the missing bytes of a file, up to its `size` if that is known. Reconnects when a
-    connection ends, but fails after TRIES connections without a byte."""
+    """Appends the missing bytes of a file, up to its `size` if it is known. Reconnects when a
+    connection ends, but fails after TRIES successive connections that delivered no bytes."""
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -561,7 +577,7 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
         part = {"range": f"bytes={there}-"} if there else {}
         before, ended = there, None
         try:
-            # The hub may redirect to another host, for which the client removes the token.
+            # The hub may redirect to another host; the client does not send the token there.
             how: Any = {"headers": headers | part, "timeout": PATIENCE_S, "follow_redirects": True}
             with get_session().stream("GET", url, **how) as answer:
                 hf_raise_for_status(answer)
@@ -591,8 +607,8 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
 
 
 def _header(repository: Repository, name: str) -> bytes:
-    """Returns the beginning of a safetensors file up to the end of its header. Raises
-    InputError."""
+    """Downloads the beginning of a safetensors file, up to the end of its header. Raises InputError
+    if the header is invalid."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -621,8 +637,8 @@ def _header(repository: Repository, name: str) -> bytes:
 
 
 def _is(file: BinaryIO, etag: str) -> bool:
-    """Returns whether the file matches the etag if that is a hash (git's or SHA-256); True for
-    other etags."""
+    """Returns whether the content of the file matches the etag, if the etag is a hash (SHA-256 or
+    git's). Returns True for other etags."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if len(etag) == 64:

@@ -8,21 +8,22 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: Tags of the models to find: weights in a format that MLX reads, and generation of text.
+#: Models must have these tags: their weights are in a format that MLX reads, and they generate
+#: text.
 OF_MODELS = ("safetensors", "text-generation")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A repository in the results of a search."""
+    """A repository in the results of a search on the hub."""
 
     name: str
     downloads: int
 
 
 def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
-    """Returns repositories whose names have these words, the most downloaded first. Raises
-    InputError if the hub cannot be searched."""
+    """Returns up to `limit` repositories whose names contain these words, the most downloaded
+    first. Raises InputError if the hub cannot be searched."""
     if offline():
         raise InputError(
             "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids a search of the hub: unset it."
@@ -45,7 +46,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
         status = getattr(error.response, "status_code", None)
         wait = "wait a while" if status == 429 else "try again later"
         raise InputError(f"the hub answers {status} to a search: {wait}.") from None
-    except Exception as error:  # the exceptions depend on the client's HTTP library
+    except Exception as error:  # exceptions depend on the client's HTTP library
         raise InputError(
             f"the hub does not answer ({reason(error)}): check the network, or use a full name, "
             "such as org/name."

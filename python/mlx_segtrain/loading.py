@@ -1,4 +1,4 @@
-"""Loads a model with its adapter, ready for generation."""
+"""Loads a model with its adapter for generation."""
 
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ def load(
     """Loads an mlx-lm model with an adapter attached, and its tokenizer, ready for
     `mlx_lm.generate`.
 
-    Both are folders or names on the Hugging Face hub; `on_event` receives the progress of
-    downloads. Adapted layers run through our `lora_linear`; on the CPU the model's floating-point
-    weights are converted to float32. Raises InputError if the model or the adapter cannot be read
-    or do not fit each other.
+    The model and the adapter are folders or names on the Hugging Face hub. `on_event` receives the
+    progress of downloads. Adapted layers run through our `lora_linear`. On the CPU, floating-point
+    weights of the model are converted to float32. Raises InputError if the model or the adapter
+    cannot be read, or if they do not fit together.
     """
     tell = on_event or (lambda event: None)
     adapter = hub.adapter(adapter_path, tell) if adapter_path else None

@@ -1,9 +1,10 @@
-"""Starts our own processes, with a safe module path and few environment variables.
+"""Starts processes of this package with a safe module path and few environment variables.
 
-`python -m` puts the current folder at the front of the module path, and a `yaml.py` in it would
-replace the library. So our processes start in another folder and in isolated mode (which Python
-3.10 also has), and get this process's module path without the folder in which it was started. They
-get only the environment variables that they need.
+`python -m` puts the current folder at the front of the module path, so a file `yaml.py` in this
+folder would replace the package yaml. Our processes are therefore started in another folder and in
+isolated mode (which Python 3.10 also supports). They get the module path of the current process
+without the folder in which that process was started, and only the environment variables that they
+need.
 """
 
 import os
@@ -20,8 +21,8 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-#: Sets the module path before any module except Python's own is imported, loads this package from
-#: its folder, and calls main of one of its modules.
+#: Sets the module path before any module outside the standard library is imported, loads this
+#: package from its folder, and calls `main` of one of its modules.
 START = """\
 import sys
 sys.path[:] = sys.argv[1].split(chr(0x1f))
@@ -34,7 +35,8 @@ spec.loader.exec_module(package)
 del sys.argv[:4]
 sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
 """
-#: Variables that every process gets: locations, language, and how libraries compute.
+#: Environment variables that every process gets, which determine locations, the language and how
+#: libraries compute.
 COMMON = (
     *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
     *("CONDA_PREFIX", "VIRTUAL_ENV", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "DYLD_*_PATH"),
@@ -42,25 +44,25 @@ COMMON = (
     *("MKL_*", "OMP_*", "OPENBLAS_*", "VECLIB_*"),
     *("HF_HOME", "HF_HUB_CACHE"),
 )
-#: Additional variables for connecting to other machines.
+#: Additional variables for processes that connect to other machines.
 NETWORK = (
     *("CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "SSL_CERT_FILE"),
     *("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"),
     *("all_proxy", "https_proxy", "http_proxy", "no_proxy"),
 )
-#: Variables for the server only.
+#: Variables that only the server gets.
 OWN = ("MLX_SEGTRAIN_TOKEN",)
 
 
-#: The folder where this process was started.
+#: The folder in which this process was started.
 STARTED_IN: str | None = None
-with suppress(OSError):  # it may have been deleted
+with suppress(OSError):  # the folder may have been deleted
     STARTED_IN = os.path.realpath(os.getcwd())
 
 
 def command(module: str, *args: str) -> list[str]:
-    """Returns a command that runs `main(*args)` of one of our modules in a new Python; run it in a
-    safe folder."""
+    """Returns a command that runs `main(*args)` of one of our modules in a new Python process. It
+    must be run in a safe folder."""
     package = Path(__file__).parent
     folders = [
         path
@@ -72,8 +74,8 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Returns this process's environment updated with `added`, as far as names match COMMON or
-    `more` (such as "HF_*")."""
+    """Returns the environment of this process, updated with `added`, but only with variables whose
+    names match COMMON or `more` (which may contain patterns such as "HF_*")."""
     patterns = (*COMMON, *more)
     return {
         name: value
@@ -85,10 +87,10 @@ def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]
 def start(
     module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
 ) -> subprocess.Popen[Any]:
-    """Runs `main(*args)` of one of our modules in a process that inherits these open files.
+    """Runs `main(*args)` of one of our modules in a new process, which inherits these open files.
 
-    It has its own session, so Ctrl-C in a terminal reaches only this process, which ends the
-    others.
+    The new process has its own session, so Ctrl-C in a terminal reaches only the current process,
+    which ends the others.
     """
     how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
     return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)
@@ -97,8 +99,9 @@ def start(
 def start_connected(
     module: str, settings: Mapping[str, str], **how: Any
 ) -> tuple[Connection, subprocess.Popen[Any]]:
-    """Like `start`, with a connection, whose file descriptor is the argument of `main`; `settings`
-    are environment variables."""
+    """Runs `main` of one of our modules as `start` does, and connects the two processes. The
+    argument of `main` is the file descriptor of the connection. `settings` contains environment
+    variables."""
     wire, theirs = Pipe()
     with theirs:
         number, env = theirs.fileno(), {**environment((), {}), **settings}
@@ -106,8 +109,8 @@ def start_connected(
 
 
 def set_limit(kind: int, value: int | None = None) -> None:
-    """Sets the soft limit of this process to a value up to the hard limit; None means the hard
-    limit."""
+    """Sets the soft limit of this process for a resource. The limit becomes `value`, or the hard
+    limit if `value` is None or larger."""
     hard = resource.getrlimit(kind)[1]
     if value is None or (hard != resource.RLIM_INFINITY and value > hard):
         value = hard
@@ -115,13 +118,15 @@ def set_limit(kind: int, value: int | None = None) -> None:
 
 
 class _Memory:
-    """Limits memory: by the system on Linux, elsewhere by a thread that checks it regularly."""
+    """Limits the memory of this process. On Linux the system enforces the limit; elsewhere a thread
+    checks it regularly."""
 
     def __init__(self) -> None:
         self.pid, self.most = 0, 0
 
     def allow(self, more: int) -> None:
-        """Lets this process allocate this many more bytes; beyond that, it is killed."""
+        """Allows this process to allocate `more` further bytes. If it allocates more than this, its
+        allocations fail or it is killed."""
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
         except OSError:
@@ -130,7 +135,7 @@ class _Memory:
 
     def _watch(self, more: int) -> None:
         self.most = _resident() + more
-        if self.pid != os.getpid():  # a fork has no threads
+        if self.pid != os.getpid():  # a forked process has no threads
             self.pid = os.getpid()
             threading.Thread(target=self._look, daemon=True).start()
 
@@ -145,6 +150,6 @@ MEMORY = _Memory()
 
 
 def _resident() -> int:
-    """Returns the peak memory of this process in bytes."""
+    """Returns the peak resident memory of this process in bytes."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024

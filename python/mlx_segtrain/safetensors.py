@@ -1,8 +1,9 @@
-"""Reads and checks the headers of safetensors files, before anything else reads the file.
+"""Reads and checks the header of a safetensors file before anything else reads the file.
 
-The format: a length (uint64, little-endian), that many bytes of JSON, then the data. The
-safetensors package checks dtypes, shapes and offsets. This module rejects what the package accepts:
-a needlessly large header, invalid or repeated names, and data that are still downloading.
+A file consists of a length (uint64, little-endian), a JSON header of this length, and the data. The
+safetensors package checks dtypes, shapes and offsets. This module also rejects some files that the
+package accepts: files with a needlessly large header or with invalid or repeated names, and files
+that are still being downloaded.
 """
 
 import json
@@ -16,28 +17,33 @@ import safetensors
 from .errors import InputError, reason
 from .files import open_regular
 
-#: By tensor name: the dtype as safetensors writes it (U32, BF16, …) and the shape.
+#: The dtype, as safetensors writes it (U32, BF16, …), and the shape of each tensor, keyed by the
+#: tensor's name.
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-#: Bytes per element, by dtype.
+#: The number of bytes per element for each dtype.
 SIZES = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "C64": 8},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
     **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1},
 }
-#: Floating-point dtypes.
+#: The floating-point dtypes.
 FLOATS = ("F64", "F32", "F16", "BF16")
-#: Maximum bytes of a header, tensors in it, and dimensions of a tensor. The largest models have a
-#: few hundred tensors per file; with separate experts, tens of thousands.
+#: The maximum size of a header in bytes, the maximum number of tensors in it, and the maximum
+#: number of dimensions of a tensor. The largest models have a few hundred tensors per file, or tens
+#: of thousands if experts are stored separately.
 MOST, TENSORS, DIMENSIONS = 32 << 20, 100_000, 8
-#: Names must be printable, without line breaks, because messages and module paths contain them.
+#: Names must be printable and have no line breaks, because they become parts of messages and module
+#: paths.
 NAME = re.compile(r"[!-~]{1,256}")
 
 
 def read_header(file: Path, *, whole: bool = True) -> Tensors:
-    """Returns names, dtypes and shapes of a safetensors file without reading past the header.
+    """Returns the names, dtypes and shapes of the tensors in a safetensors file without reading
+    past its header.
 
-    Raises InputError if the header is invalid or, with `whole`, if the data do not fit it.
+    Raises InputError if the header is invalid. With `whole`, also raises it if the size of the data
+    does not match the header.
     """
     try:
         with open_regular(file) as opened:
@@ -47,7 +53,8 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
             if size > min(MOST, total - 8):
                 raise ValueError("it ends within its header, or the header is too long")
             text = opened.read(size)
-        # Each tensor has an object and two lists, which are counted before parsing takes memory.
+        # Each tensor has an object and two lists. These are counted first, because parsing takes
+        # memory.
         if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
             raise ValueError(f"its header names more than {TENSORS:,} tensors")
         if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:
@@ -69,7 +76,8 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
 
 
 def _refusal(text: bytes) -> str:
-    """Returns the error of the safetensors package for a header; empty if there is none."""
+    """Returns the error message of the safetensors package for a header, or "" if it accepts the
+    header."""
     try:
         safetensors.deserialize(struct.pack("<Q", len(text)) + text)
     except safetensors.SafetensorError as error:
@@ -77,7 +85,7 @@ def _refusal(text: bytes) -> str:
     return ""
 
 
-#: The package's error for a valid header without data.
+#: The error message of the package for a valid header that is not followed by data.
 _NO_DATA = _refusal(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}')
 
 
@@ -89,7 +97,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
-    """Returns dtype and shape of a tensor. Rejects forms of JSON that only the package accepts."""
+    """Returns the dtype and the shape of a tensor, given its entry in the header. Rejects entries
+    in unusual forms that the package accepts."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name[:40]!r} is not a valid tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

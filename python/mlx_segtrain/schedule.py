@@ -1,10 +1,11 @@
-"""Segmented backward pass: loss and gradients of a chain of stages in the memory of one segment.
+"""The segmented backward pass, which computes the loss and the gradients of a chain of stages in
+the memory of one segment.
 
-A model is a chain of stages over named boundary values. The forward pass keeps boundary values
-only; the head computes the loss and the first cotangents; then the segments are recomputed from the
-last to the first, each under `vjp` with the cotangents of the segment after it. A plan
-(`csrc/schedule/plan.h`) has the order of moves and the values to keep;
-`csrc/schedule/schedule.cpp` runs it.
+A model is a chain of stages, which read and write named boundary values. The forward pass keeps
+only boundary values. The head computes the loss and the first cotangents. The segments are then
+recomputed from the last to the first, each under `vjp` with the cotangents from the segment after
+it. A plan (`csrc/schedule/plan.h`) consists of moves, each of which runs some stages forward or
+backward and says which values are kept; `csrc/schedule/schedule.cpp` runs the plan.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -21,16 +22,18 @@ Grads = dict[str, dict[str, mx.array]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the chain: `fn(params, *reads) -> write`, or a tuple of writes.
+    """A step of the chain. `fn(params, *reads)` returns the value that it writes, or a tuple of
+    values.
 
-    `params` is the stage's own dict of arrays; `reads` and `writes` name boundary values. A stage
-    may rewrite a value that it reads, as layers do with the residual stream `h`.
+    `params` is the stage's dict of arrays. `reads` and `writes` contain the names of boundary
+    values. A stage may overwrite a value that it reads, as layers do with the residual stream `h`.
 
-    A stage that `saves` takes two more arguments: with `save=True` it also returns a list of arrays
-    after its writes, and `saved` is that list when the stage is recomputed for its gradient.
+    The function of a stage that `saves` takes two more arguments. With `save=True`, it also returns
+    a list of arrays after the values that it writes. When the stage is recomputed for its gradient,
+    it receives this list as `saved`.
 
-    Stages of the same `owner` share the parameters under this name, by default the stage's own.
-    Their gradients are added.
+    Stages with the same `owner` share the parameters that are stored under this name, and their
+    gradients are added. By default the owner is the name of the stage.
     """
 
     name: str
@@ -46,15 +49,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cuts:
-    """Cuts of a chain into segments, which are recomputed as a whole, and groups of segments, which
-    are recomputed in two passes.
+    """How a chain is cut into segments, which are recomputed as a whole, and into groups of
+    segments, which are recomputed in two passes.
 
-    `segments` lists the number of stages after which each segment ends, rising to the number of all
-    stages, and `groups` the number of segments after which each group ends. Values between groups
-    are kept from the forward pass on; values between the segments of a group are recomputed when
-    the backward pass reaches the group. The last group keeps the values between its segments; the
-    last segment is never recomputed. `saves` are the stages that keep arrays (attention its output)
-    in their last run before their gradient, so that they recompute less.
+    `segments` lists the number of stages after which each segment ends, up to the number of all
+    stages. `groups` lists the number of segments after which each group ends. Values between groups
+    are kept from the forward pass on. Values between the segments of a group are recomputed when
+    the backward pass reaches the group, except that the last group keeps these values. The last
+    segment is never recomputed. `saves` lists the stages that keep arrays (for attention, its
+    output) in their last run before their gradient, so that less is recomputed.
     """
 
     segments: tuple[int, ...]
@@ -70,7 +73,7 @@ class Cuts:
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
         """Returns cuts into segments of `size` layers, or into one segment if `size` is 0. Each
-        segment is its own group; `ends` lists the number of stages after which each layer ends."""
+        segment is its own group. `ends` lists the number of stages after which each layer ends."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))
@@ -79,7 +82,8 @@ class Cuts:
 
 
 def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
-    """Returns the stages for a plan; the owners in `trainable` have parameters."""
+    """Returns the descriptions of the stages that a plan is made from. The owners in `trainable`
+    have parameters."""
     return [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
     ]
@@ -93,7 +97,7 @@ def _plan(
     trainable: Container[str] = (),
     incoming: Iterable[str] = (),
 ) -> _core.Plan:
-    """Returns the plan of a chain; the owners in `trainable` have parameters."""
+    """Returns the plan for a chain with these cuts. The owners in `trainable` have parameters."""
     specs = specs_of(stages, trainable)
     given = (list(inputs), list(head_reads), cuts.segments, cuts.groups, cuts.saves, list(incoming))
     return _core.make_plan(specs, *given)
@@ -114,18 +118,21 @@ def segmented_value_and_grad(
     watch: Callable[[], None] | None = None,
     recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], tuple[tuple[mx.array, ...], Grads]]:
-    """Returns `step(params, values) -> (outputs, grads)` for `loss = head(stages(values))`.
+    """Returns a function `step(params, values) -> (outputs, grads)`, where the loss is
+    `head(stages(values))`.
 
-    `head(params, *head_reads)` returns the loss, or a tuple with the loss first. `params` maps the
-    owner of stages, or "head", to a dict of arrays; those without parameters may be absent.
-    `values` gives the `inputs` by name; no gradient is computed for these. `grads` has the
-    structure of `params`. `segment_size` stages are recomputed together: 0 keeps everything, 1
-    needs little memory; `cuts` gives full control. Every cut gives the same gradients. Results may
-    still be computing. `watch` is called after each move of the plan. `recordings` have the graphs
-    of earlier steps with the same stages and head: a function that has returned the same graph
-    twice for arrays of the same shapes is not called again.
+    `head(params, *head_reads)` returns the loss, or a tuple that begins with the loss. `params`
+    maps the owner of stages, or "head", to a dict of arrays; owners without parameters may be
+    absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
+    `grads` has the structure of `params`. `segment_size` is the number of stages that are
+    recomputed together; 0 keeps everything and 1 needs little memory. `cuts` gives full control
+    instead. All cuts give the same gradients. The returned arrays may not be evaluated yet. `watch`
+    is called after each move of the plan. `recordings` contains the graphs of earlier steps with
+    the same stages and head: a function that has returned the same graph twice for arrays of the
+    same shapes is not called again.
 
-    Raises ValueError if a stage reads a value that nothing wrote, or if cuts do not fit the stages.
+    Raises ValueError if a stage reads a value that nothing has written, or if the cuts do not fit
+    the stages.
     """
     chosen = cuts or Cuts.every(len(stages), segment_size)
     begin = passes_of(
@@ -144,23 +151,26 @@ def segmented_value_and_grad(
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of a batch through stages: `forward`, and then `backward`."""
+    """The two passes of a batch through the stages. `forward` must be called first, then
+    `backward`."""
 
     _run: _core.Passes
-    _keys: Mapping[str, list[str]]  #: names of parameters, by owner
+    _keys: Mapping[str, list[str]]  #: names of the parameters of each owner
     _reads: tuple[str, ...]
     _incoming: tuple[str, ...]
 
     def forward(self) -> dict[str, mx.array]:
-        """Returns the values that the head reads, by name."""
+        """Runs the forward pass. Returns the values that the head reads, keyed by name."""
         return dict(zip(self._reads, self._run.forward(), strict=True))
 
     def backward(
         self, cotangents: Sequence[mx.array] = ()
     ) -> tuple[tuple[mx.array, ...], Grads, dict[str, mx.array]]:
-        """Returns outputs of the head, gradients of parameters, and cotangents of incoming values.
+        """Runs the backward pass. Returns the outputs of the head, the gradients of the parameters,
+        and the cotangents of the incoming values.
 
-        Without a head, `cotangents` are those of the differentiable values that `forward` returned.
+        Without a head, `cotangents` must contain the cotangents of the differentiable values that
+        `forward` has returned.
         """
         result = self._run.backward(list(cotangents))
         named = zip(self._keys.items(), [*result.grads, result.head_grads], strict=True)
@@ -179,9 +189,10 @@ def passes_of(
     watch: Callable[[], None] | None = None,
     recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
-    """Like segmented_value_and_grad, with separate calls for the two passes. The stages may be a
-    part of a chain: `incoming` are the inputs that depend on parameters of earlier stages, and
-    without a head the later stages provide the cotangents of the values that they read."""
+    """Returns a function `begin(params, values)` that returns the Passes of a batch. Together, the
+    two passes compute what segmented_value_and_grad computes. The stages may be a part of a chain.
+    `incoming` lists the inputs that depend on parameters of earlier stages. If `head` is None, the
+    cotangents come from later stages, which read the results."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
@@ -225,9 +236,9 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Border:
-    """The boundary values that a device sends to the next one; it receives the cotangents of the
-    `differentiable` ones. Cotangents of the `summed` ones are float32, since several stages add to
-    them."""
+    """The boundary values that a device sends to the next device. For the `differentiable` values
+    it receives cotangents. The cotangents of the `summed` values are float32, since several stages
+    add to them."""
 
     values: tuple[str, ...]
     differentiable: tuple[str, ...]
@@ -237,7 +248,8 @@ class Border:
 def border(
     stages: Sequence[_core.StageSpec], head_reads: Sequence[str], before: Sequence[bool]
 ) -> Border:
-    """Returns the border after the stages for which `before` is True."""
+    """Returns the border between the stages for which `before` is True and the stages after
+    them."""
     depends: dict[str, bool] = {}
     for stage, here in zip(stages, before, strict=True):
         if here:
@@ -267,9 +279,10 @@ def forward(
     values: Mapping[str, mx.array],
     keep: Sequence[str] = ("h",),
 ) -> dict[str, mx.array]:
-    """Runs the chain without gradients, evaluating after every stage; returns the values to `keep`.
+    """Runs the chain without gradients, and evaluates after every stage. Returns the values in
+    `keep`.
 
-    Other values are freed when no later stage reads them.
+    Other values are freed once no later stage reads them.
     """
     n = len(stages)
     plan = _plan(stages, values, keep, Cuts((n,), (1,)))

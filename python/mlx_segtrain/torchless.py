@@ -1,4 +1,4 @@
-"""Keeps torch out of our own processes even if it is installed."""
+"""Prevents our processes from importing torch, even if it is installed."""
 
 import sys
 from typing import Any
@@ -7,14 +7,14 @@ from typing import Any
 def hide_torch() -> None:
     """Makes this process behave as if torch were not installed.
 
-    transformers would import it, which takes seconds and memory, and nothing here needs it. Call
-    this before transformers is imported, and only in our own processes.
+    transformers would import torch, which takes seconds and memory although nothing here needs it.
+    This must be called before transformers is imported, and only in our own processes.
     """
     modules: dict[str, Any] = sys.modules
-    modules["torch"] = None  # makes `import torch` raise ModuleNotFoundError
+    modules["torch"] = None  # `import torch` now raises ModuleNotFoundError
 
 
 def show_torch() -> None:
-    """Lets this process import torch again, for code of the user."""
+    """Allows this process to import torch again, because the user's code may need it."""
     if "torch" in sys.modules and sys.modules["torch"] is None:
         del sys.modules["torch"]

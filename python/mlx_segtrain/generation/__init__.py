@@ -1,7 +1,7 @@
 """Generates answers in batches, for the server and for the rollouts of a training run.
 
-decoding.py  from logits to tokens, and from tokens to text
+decoding.py  chooses tokens from logits, and decodes them to text
 batching.py  decodes several answers together
-parts.py     splits an answer into reasoning, tool calls and content
+parts.py     splits an answer into reasoning, content and tool calls
 rollouts.py  generates the completions of prompts, several at a time
 """

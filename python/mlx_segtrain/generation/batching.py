@@ -1,7 +1,7 @@
-"""Decodes several sequences together: a forward pass computes a token of each.
+"""Decodes several sequences together, so that a forward pass computes a token of each.
 
-Everything runs on one thread. A batch starts the next step before it reads the tokens of the last
-one, so that the device computes while the host decodes their text.
+Everything runs on one thread. A batch starts the next step before it reads the tokens of the
+previous step, so that the device computes while the host decodes text.
 """
 
 import time
@@ -26,13 +26,13 @@ from .decoding import (
     processor,
 )
 
-#: Sequences share a batch if the longest has at most MOST_PADDING times the tokens of the shortest,
-#: plus LEAST_PADDING: padding takes memory and time.
+#: Padding takes memory and time, so sequences share a batch only if the longest has at most
+#: MOST_PADDING times as many tokens as the shortest, plus LEAST_PADDING.
 MOST_PADDING, LEAST_PADDING = 2, 512
 
 
 class Base(Protocol):
-    """A model of mlx-lm and its tokenizer, which generate answers."""
+    """An mlx-lm model and its tokenizer, which generate answers."""
 
     @property
     def model(self) -> Any: ...
@@ -40,34 +40,34 @@ class Base(Protocol):
     def tokenizer(self) -> Any: ...
     @property
     def max_length(self) -> int | None:
-        """The model's context length, if it is known."""
+        """The context length of the model, or None if it is unknown."""
         ...
 
 
 @dataclass(eq=False)
 class Answer:
-    """An answer that is being generated; its cache has the first `done` tokens."""
+    """An answer that is being generated. Its cache contains the first `done` tokens."""
 
     prompt: list[int]
     base: Base
     options: Options
     made: list[int] = field(default_factory=list)
-    cached: int = 0  #: tokens of the prompt that came from a cache
+    cached: int = 0  #: number of prompt tokens that came from a cache
     done: int = 0
     cache: list[Any] | None = None
-    first: float | None = None  #: when its first token came
+    first: float | None = None  #: time of its first token
     finish: str | None = None
-    alone: bool = False  #: not batched with others: its update is in the linear layers themselves
+    alone: bool = False  #: must not be batched, since its update is in the layers
     batch: "Batch[Any] | None" = None
 
     # The state of decoding, once it has begun:
-    next: mx.array | None = None  #: the last token, uint32 [1], which no cache has yet
+    next: mx.array | None = None  #: last token, uint32 [1], which is not in the cache yet
     key: mx.array | None = None
     text: Any = None  #: a decoding.Text, or an object with its methods
     process: Any = None
     constraint: Constraint | None = None
-    read: bool = True  #: whether the last token is in `prompt` or `made`
-    told: Told | None = None  #: log-probabilities for the last token
+    read: bool = True  #: whether `next` is already in `prompt` or `made`
+    told: Told | None = None  #: log-probabilities for `next`
 
     @property
     def tokens(self) -> list[int]:
@@ -79,22 +79,23 @@ class Answer:
 
     @property
     def told_at(self) -> float:
-        """The temperature that divides logits before log-probabilities are computed."""
+        """The temperature by which logits are divided before log-probabilities are computed."""
         return 1.0
 
     @property
     def most(self) -> int:
-        """The maximum number of tokens of the answer, within the model's context length."""
+        """The maximum number of tokens of the answer, which is limited by the model's context
+        length."""
         limit = self.base.max_length
         room = self.options.max_tokens if limit is None else max(1, limit - len(self.prompt))
         return min(self.options.max_tokens, room)
 
     def give(self, piece: Piece) -> None:
-        """Receives more of the text."""
+        """Receives the next piece of the text."""
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Prepares everything that decoding needs except the cache; it may be called again after
+        """Prepares everything that decoding needs except the cache. It may be called again after
         start_over()."""
         if self.next is not None:
             return
@@ -112,13 +113,13 @@ class Answer:
             self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
-        """Frees the cache, which can be recomputed from the tokens."""
+        """Frees the cache and the state of decoding, which can be recomputed from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
         if self.key is not None:  # so that no random number is used twice
             self.key = mx.random.split(self.key, 3)[2]
 
     def take(self, token: int) -> bool:
-        """Appends a token and sends its text; returns whether the answer has ended."""
+        """Appends a token and passes its text to `give`. Returns whether the answer has ended."""
         told, self.told = self.told, None
         if self.read:
             self.read, self.done = False, self.length
@@ -140,7 +141,7 @@ class Answer:
         return finish is not None
 
 
-#: The class of a batch's answers.
+#: The class of the answers in a batch.
 A = TypeVar("A", bound=Answer)
 
 
@@ -150,7 +151,8 @@ def can_merge(cache: Sequence[Any]) -> bool:
 
 
 class Batch(Generic[A]):
-    """Answers that are decoded together; their caches are one while there are several."""
+    """Answers that are decoded together. While there are several, their caches are merged into
+    one."""
 
     def __init__(self, base: Base):
         self.base = base
@@ -165,11 +167,12 @@ class Batch(Generic[A]):
 
     @property
     def alone(self) -> bool:
-        """Whether the batch is closed to other answers."""
+        """Whether no other answers may join the batch."""
         return any(answer.alone for answer in self.answers)
 
     def takes(self, answer: A, others: Sequence[A] = ()) -> bool:
-        """Returns whether the answer can join, along with others, without much padding."""
+        """Returns whether the answer can join the batch, together with `others`, without too much
+        padding."""
         together = (answer, *self.answers, *others)
         if any(own.alone for own in together):
             return False
@@ -177,7 +180,7 @@ class Batch(Generic[A]):
         return max(lengths) <= MOST_PADDING * min(lengths) + LEAST_PADDING
 
     def join(self, new: Sequence[A]) -> None:
-        """Adds answers whose caches have the prompt except its last token."""
+        """Adds answers, whose caches must contain all of their tokens except the last one."""
         for answer in new:
             answer.begin()
             answer.batch = self
@@ -201,7 +204,7 @@ class Batch(Generic[A]):
         self._take_in()
 
     def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
-        """Removes answers; with `keep`, each gets its own cache back."""
+        """Removes answers. With `keep`, each of them gets its own cache back."""
         if not gone:
             return
         self._give_out()
@@ -225,7 +228,8 @@ class Batch(Generic[A]):
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """Gives each answer its next token and random key, and rows of the caches their offsets."""
+        """Stores in each answer its next token and random key, and gives each row of the caches its
+        own offset."""
         self._read_telling()
         for layer in self._padded():
             if isinstance(layer.offset, int):
@@ -249,15 +253,16 @@ class Batch(Generic[A]):
         self._leave_masks_out()
 
     def _padded(self) -> list[Any]:
-        """Returns the caches whose rows begin with padding if they are shorter than others."""
+        """Returns the caches of layers that pad shorter rows at the beginning."""
         from mlx_lm.models.cache import BatchKVCache
 
         return [x for x in self._cache if type(x) is BatchKVCache]
 
     def _leave_masks_out(self) -> None:
-        """Removes masks and the offsets of rows if rows have equal length: without padding single
-        tokens need no mask, with which GPUs do not use their attention kernels, and one offset, a
-        number, serves all rows, while MLX would add 1 to those of each layer in a launch."""
+        """If all rows have the same length, makes the caches use no mask and a single offset.
+        Without padding, single tokens need no mask, and with a mask GPUs would not use their
+        attention kernels. With an offset per row, MLX would need a launch per layer to increase the
+        offsets."""
         layers = self._padded()
         even = bool(layers) and not layers[0].left_padding.any().item()
         for layer in layers:
@@ -267,8 +272,8 @@ class Batch(Generic[A]):
                 layer.offset = layer.size()
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
-        """Decodes a token of each answer. Returns the answers that ended, and the errors of single
-        answers; other errors concern the whole step and are raised."""
+        """Decodes a token of each answer. Returns the answers that have ended, and the errors that
+        concern a single answer. Errors that concern the whole step are raised."""
         inputs, failed = self._next, []
         model = self.base.model
         if few(len(self.answers)):
@@ -302,14 +307,15 @@ class Batch(Generic[A]):
         return ended, failed
 
     def _read_telling(self) -> None:
-        """Gives answers the log-probabilities that they request for their last token."""
+        """Sets the log-probabilities of the last token in the answers that request them."""
         if self._told is not None and self._telling is not None:
             (answers, arrays), self._told = self._told, None
             for i, told in self._telling.read(arrays).items():
                 answers[i].told = told
 
     def _changed(self, answer: A, token: mx.array, row: mx.array, known: Any) -> mx.array:
-        """Returns logits [1, V] with the answer's penalties and constraint applied."""
+        """Returns the logits [1, V] after the answer's penalties and its constraint have been
+        applied."""
         if answer.process is not None:
             row = answer.process(token, row)
         if answer.constraint is not None:
@@ -321,8 +327,9 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a make_mask for a cache layer that gives no mask for single tokens. It keeps a weak
-    reference, so that the layer's arrays are freed with the layer."""
+    """Returns a method make_mask for a cache layer, which returns no mask for single tokens. It
+    keeps only a weak reference to the layer, so that the layer's arrays are freed with the
+    layer."""
 
     def make_mask(n: int, **how: Any) -> Any:
         if n == 1 and not how.get("window_size"):

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits, and decodes them to text as far as the text is final."""
+"""Chooses tokens from logits, and decodes them to text once the text is final."""
 
 import math
 import os
@@ -8,36 +8,37 @@ from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 
-#: Number of the prompt's last tokens with which the text of an answer is decoded.
+#: The number of tokens at the end of the prompt with which an answer is decoded.
 CONTEXT = 8
-#: Decoders return this for bytes that are not a character, or not yet a complete one.
+#: Decoders return this for bytes that are not a character or not yet a complete character.
 INCOMPLETE = "\ufffd"
 
 
 class Constraint(Protocol):
-    """Restricts which tokens may come next."""
+    """Restricts which tokens may come next in an answer."""
 
     def fresh(self) -> "Constraint":
         """Returns a copy in its initial state."""
         ...
 
     def take(self, token: int) -> None:
-        """Advances by a token, which was allowed."""
+        """Advances by a token, which must have been allowed."""
         ...
 
     def allowed(self, n: int) -> mx.array:
-        """Returns which of n tokens are allowed, bool [n]."""
+        """Returns a boolean array [n] that says which of the n tokens in the vocabulary are allowed
+        next."""
         ...
 
 
 @dataclass(frozen=True)
 class Options:
-    """How tokens are chosen, and when a sequence ends.
+    """Options that determine how tokens are chosen and when an answer ends.
 
-    The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, given the model's own
-    probabilities; one of them is sampled with the temperature, or, if that is 0, the most likely
-    one is taken. The repetition penalty applies to tokens of prompt and answer (Keskar et al. 2019,
-    arXiv:1909.05858), the other two penalties to tokens of the answer.
+    The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, based on probabilities
+    at temperature 1. One of them is sampled with the temperature; if the temperature is 0, the most
+    likely one is chosen. The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) applies to
+    tokens of the prompt and the answer, the other two penalties only to tokens of the answer.
     """
 
     max_tokens: int = 512
@@ -51,42 +52,43 @@ class Options:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    continues: bool = False  #: the text continues the prompt's, so a space between them matters
-    logprobs: int | None = (
-        None  #: number of most likely tokens whose log p is returned; None: no log p
-    )
-    deterministic: bool = False  #: bit-identical to the answer of a single request
-    constraint: "Constraint | None" = None  #: the format of the text
+    continues: bool = False  #: whether the text continues the text of the prompt
+    logprobs: int | None = None  #: number of most likely tokens with log p; None for no log p
+    deterministic: bool = False  #: whether its bits must not depend on other requests
+    constraint: "Constraint | None" = None  #: restricts the format of the text
 
 
-#: log p of the chosen token, and log p of the most likely ones by token.
+#: The log-probability of the chosen token, and the log-probabilities of the most likely tokens,
+#: keyed by token.
 Told = tuple[float, dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A further piece of an answer's text, with the number of `tokens` of the answer so far and of
-    `cached` tokens of the prompt. The last piece has `finish`: stop at an end-of-sequence token or
-    a stop string, or length at the maximum number of tokens."""
+    """The next piece of an answer's text. `tokens` is the number of tokens of the answer so far,
+    and `cached` is how many tokens of the prompt came from a cache. Only the last piece has
+    `finish`, which is "stop" after an end-of-sequence token or a stop string, and "length" after
+    the maximum number of tokens."""
 
     text: str
     tokens: int
     cached: int
     finish: Literal["stop", "length"] | None = None
-    #: Log probabilities of the tokens since the last piece, if they are requested.
+    #: The log-probabilities of the tokens since the last piece, if they are requested.
     told: tuple[tuple[int, Told], ...] = ()
 
 
 class Text:
-    """Decodes tokens to text as far as it is final: whole characters, before any stop string.
+    """Decodes tokens to text. Text is final, and is returned, once its characters are complete and
+    it cannot be part of a stop string.
 
-    The preceding tokens are decoded again with each new one, since its text may depend on them.
+    Each new token is decoded together with the preceding tokens, since its text may depend on them.
     """
 
     def __init__(self, tokenizer: Any, context: Sequence[int], stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, stop
         self._tokens = list(context)
-        self._old = len(self._tokens)  # the number of tokens whose text was returned
+        self._old = len(self._tokens)  # number of tokens whose text was returned
         self._out = len(self._decoded().rstrip(INCOMPLETE))
         self._held = ""
         self.stopped = False
@@ -97,7 +99,8 @@ class Text:
         return self._tokenizer.decode(self._tokens, clean_up_tokenization_spaces=False)
 
     def add(self, token: int) -> str:
-        """Returns the text that one more token adds; sets `stopped` if a stop string is reached."""
+        """Returns the final text that one more token adds. Sets `stopped` if the text reaches a
+        stop string."""
         self._tokens.append(token)
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
@@ -108,7 +111,8 @@ class Text:
         return self._before_stop(new, last=False)
 
     def end(self) -> str:
-        """Returns the text that was held back; incomplete characters become U+FFFD."""
+        """Returns the rest of the text, after the last token. Incomplete characters become
+        U+FFFD."""
         new, self._tokens, self._out = self._decoded()[self._out :], [], 0
         return self._before_stop(new, last=True)
 
@@ -125,22 +129,24 @@ class Text:
 
 
 def overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of the text may be the start of the stop string."""
+    """Returns how many characters at the end of the text may be the beginning of the stop
+    string."""
     most = min(len(text), len(stop) - 1)
     return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 def first_key(options: Options) -> mx.array:
-    """Returns the random key of an answer, uint32 [2], from its seed if it has one."""
+    """Returns the initial random key of an answer, uint32 [2]. It is derived from the seed if the
+    options have one."""
     seed = int.from_bytes(os.urandom(8), "big") if options.seed is None else options.seed
     return mx.random.key(seed % 2**64)
 
 
 @dataclass(eq=False)
 class Choice:
-    """Chooses tokens for rows of logits [B, V], each with its own options and random key.
+    """Chooses a token for each row of logits [B, V]. Each row has its own options and random key.
 
-    So a row's choice depends only on its seed, not on other rows.
+    So the choice for a row depends on the seed of this row, but not on other rows.
     """
 
     options: Sequence[Options]
@@ -174,7 +180,7 @@ class Choice:
         return best
 
     def next_keys(self) -> list[mx.array]:
-        """Returns the next key of each row, for a choice among other rows."""
+        """Returns the next key of each row, which is needed when rows join or leave."""
         keys = list(self.keys)
         for place, i in enumerate(self._drawn):
             keys[i] = self._keys[place]
@@ -187,7 +193,7 @@ def _draw(key: mx.array, logits: mx.array) -> tuple[mx.array, mx.array]:
 
 
 class _Limits:
-    """Limits the tokens of each row before one is sampled."""
+    """Restricts the candidates of each row before a token is sampled."""
 
     def __init__(self, options: Sequence[Options]):
         def column(values: Sequence[float]) -> mx.array:
@@ -202,7 +208,8 @@ class _Limits:
             self._min = column([math.log(x.min_p) if x.min_p else -math.inf for x in options])
 
     def __call__(self, logprobs: mx.array) -> mx.array | None:
-        """Returns the smallest log p [B, 1] to keep, from log p [B, V]; None if all are kept."""
+        """Returns the smallest log-probability [B, 1] that a candidate must have, given the
+        log-probabilities [B, V], or None if all tokens are candidates."""
         least, n = [], logprobs.shape[-1]
         if self._min is not None:
             least.append(logprobs.max(axis=-1, keepdims=True) + self._min)
@@ -221,18 +228,18 @@ class _Limits:
 def processor(
     options: Options, prompt: Sequence[int], made: Sequence[int] = ()
 ) -> Callable[[mx.array, mx.array], mx.array] | None:
-    """Returns a function that applies an answer's penalties and biases to its logits; None if it
-    has none.
+    """Returns a function that applies an answer's penalties and biases to its logits, or None if
+    the answer has neither.
 
-    It takes the last token [1] and the logits [1, V] after it. The first call must be for the last
-    token of `prompt` and `made`.
+    The function takes the last token [1] and the logits [1, V] that follow it. Its first call must
+    be for the last token of `prompt` and `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
     if not (presence or frequency or repetition != 1 or options.logit_bias):
         return None
     counts: mx.array | None = None
-    asked: mx.array | None = None  # counts of the prompt's tokens
+    asked: mx.array | None = None  # how often each token is in the prompt
     bias: mx.array | None = None
 
     def process(token: mx.array, logits: mx.array) -> mx.array:
@@ -257,15 +264,16 @@ def processor(
 
 
 class Telling:
-    """Computes log p of chosen tokens, for the rows of a batch that request it.
+    """Computes the log-probabilities of chosen tokens for the rows of a batch that request them.
 
-    It is taken from the model's own logits, before penalties and constraints; they are divided by
-    a temperature only for rows that request that.
+    They are computed from the logits of the model, before penalties and constraints. The logits are
+    divided by a temperature only for rows that request this.
     """
 
     def __init__(self, wanted: Mapping[int, int], rows: int, temperatures: Mapping[int, float]):
-        """`wanted` maps each row that requests log p to its number of most likely tokens;
-        `temperatures` divide the logits of rows, by default 1."""
+        """`wanted` maps the index of each row that requests log-probabilities to the number of most
+        likely tokens that it requests. `temperatures` maps rows to the temperature by which their
+        logits are divided; the default is 1."""
         self._wanted, self._most = wanted, max(wanted.values())
         self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
         self._temperatures = None
@@ -273,7 +281,7 @@ class Telling:
             self._temperatures = mx.array([temperatures.get(row, 1.0) for row in wanted])[:, None]
 
     def __call__(self, logits: mx.array, taken: mx.array) -> list[mx.array]:
-        """Returns the arrays that `read` takes, from logits [B, V] and tokens [B]."""
+        """Returns the arrays for `read`, given the logits [B, V] and the chosen tokens [B]."""
         if self._rows is not None:
             logits, taken = logits[self._rows], taken[self._rows]
         own = logits.astype(mx.float32)
@@ -287,7 +295,7 @@ class Telling:
         return found
 
     def read(self, arrays: Sequence[mx.array]) -> dict[int, Told]:
-        """Returns the log-probabilities by row."""
+        """Returns the log-probabilities, keyed by row."""
         taken, *others = (cast(list[Any], x.tolist()) for x in arrays)
         order, best = others or ([[]] * len(taken), [[]] * len(taken))
         return {

@@ -1,4 +1,4 @@
-"""Splits the text of an answer into its parts: reasoning, content, and tool calls."""
+"""Splits the text of an answer into reasoning, content and tool calls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from .decoding import overlap
 
-#: Number of a prompt's last tokens among which a template may start the reasoning.
+#: The number of tokens at the end of a prompt among which the chat template may start the
+#: reasoning.
 END = 32
 
 Kind = Literal["content", "reasoning", "call"]
@@ -14,9 +15,10 @@ Kind = Literal["content", "reasoning", "call"]
 
 @dataclass(frozen=True)
 class Tags:
-    """The texts that start and end reasoning and tool calls, each None if the model has none.
+    """The texts that start and end the reasoning and the tool calls. A tag is None if the model has
+    none.
 
-    If the end of a call is empty, a call ends where the next one begins.
+    If the end tag of a call is empty, the call ends where the next call begins.
     """
 
     think: tuple[str, str] | None = None
@@ -24,7 +26,7 @@ class Tags:
 
     @classmethod
     def of(cls, tokenizer: Any, *, calls: bool = True) -> "Tags":
-        """Returns the tags of a model's tokenizer (mlx-lm's)."""
+        """Returns the tags of a model, given its mlx-lm tokenizer."""
         think = (tokenizer.think_start, tokenizer.think_end) if tokenizer.has_thinking else None
         call = None
         if calls and tokenizer.has_tool_calling:
@@ -33,22 +35,23 @@ class Tags:
 
 
 class Parts:
-    """Splits a text that arrives in pieces, without the tags; a call is returned as a whole."""
+    """Splits a text that arrives in pieces. The tags are left out, and a tool call is returned as a
+    whole."""
 
     def __init__(self, tags: Tags, *, reasoning: bool = False):
         self._tags = tags
         self._kind: Kind = "reasoning" if reasoning and tags.think else "content"
         self._held = ""
-        self._bare = False  # whether all content after the reasoning has been white space
+        self._bare = False  # whether content after the reasoning was only white space
 
     @property
     def reasons(self) -> bool:
-        """Whether the next text is reasoning."""
+        """Whether the text that comes next is reasoning."""
         return self._kind == "reasoning"
 
     def add(self, text: str, *, last: bool = False) -> list[tuple[Kind, str]]:
-        """Returns the parts whose kind is certain, or all the remaining text if this is the last
-        piece."""
+        """Adds a piece of text. Returns the parts whose kind is certain; after the `last` piece,
+        returns all the remaining text."""
         self._held += text
         found: list[tuple[Kind, str]] = []
         while (end := self._next_tag()) is not None:
@@ -82,11 +85,13 @@ class Parts:
         return min(found, key=lambda end: end[0], default=None)
 
     def _begun(self) -> int:
-        """Returns how many characters at the end may be the start of a tag."""
+        """Returns the number of characters at the end of the text that may be the beginning of a
+        tag."""
         return max((overlap(self._held, tag) for tag, _ in self._ends()), default=0)
 
     def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:
-        if self._kind == "content" and self._bare:  # templates have lines between the two
+        # Templates have line breaks between reasoning and content.
+        if self._kind == "content" and self._bare:
             text = text.lstrip()
             self._bare = not text
         if text and (self._kind != "call" or (whole and text.strip())):
@@ -94,7 +99,7 @@ class Parts:
 
 
 def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
-    """Returns whether a prompt ends inside reasoning, as with some chat templates."""
+    """Returns whether a prompt ends inside the reasoning, as it does with some chat templates."""
     if not tokenizer.has_thinking:
         return False
     end = list(prompt[-END:])
@@ -103,12 +108,12 @@ def begins_reasoning(tokenizer: Any, prompt: Sequence[int]) -> bool:
 
 
 def read_calls(tokenizer: Any, text: str, tools: Any) -> list[dict[str, Any]] | None:
-    """Returns the tool calls in the text between two tags; None if they cannot be read."""
+    """Returns the tool calls in the text between two tags, or None if they cannot be parsed."""
     try:
         calls = tokenizer.tool_parser(text, tools)
         calls = calls if isinstance(calls, list) else [calls]
         return calls if all(map(_is_call, calls)) else None
-    except Exception:  # a model may write anything, on which a parser may fail in any way
+    except Exception:  # the parser may fail in any way, since a model may write anything
         return None
 
 

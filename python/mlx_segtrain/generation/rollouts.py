@@ -1,4 +1,5 @@
-"""Generates completions of prompts, in batches whose composition depends on the prompts only."""
+"""Generates completions of prompts in batches. Which completions are in a batch depends only on the
+prompts and the completions."""
 
 import copy
 from collections import deque
@@ -17,7 +18,7 @@ from .decoding import Options, Piece
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its adapter in place, and its tokenizer."""
+    """A model with its adapter attached, and its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -25,24 +26,25 @@ class Policy:
 
 
 class Talk(Protocol):
-    """The conversation of a completion: a prompt, and the answers to the model's turns."""
+    """The conversation of a completion: it has a prompt, and replies to the turns of the model."""
 
     @property
     def prompt(self) -> list[int]: ...
 
     def reply(self, text: str) -> list[int] | None:
-        """Returns the tokens between a turn of the model with this text and its next turn; None if
-        there is no next turn."""
+        """Returns the tokens between a turn of the model, which has this text, and the model's next
+        turn. Returns None if there is no next turn."""
         ...
 
     def end(self, text: str) -> None:
-        """Receives the text of the last turn if that was truncated, so that no answer follows."""
+        """Receives the text of the last turn if it was truncated, in which case there is no reply
+        to it."""
         ...
 
 
 @dataclass(frozen=True)
 class Monologue:
-    """A prompt whose completion is a single turn."""
+    """A conversation that consists of a prompt and a single turn of the model."""
 
     prompt: list[int]
 
@@ -57,10 +59,10 @@ class Monologue:
 class Completion:
     """A completion of a prompt.
 
-    `drawn` [n] says which tokens were sampled from the model; `log_p` float32 [n] are their
-    log-probabilities at the temperature of sampling, 0 for other tokens. `text` is that of the last
-    turn. `finish` is stop, length if the completion was truncated, or turns if the model had no
-    turn left.
+    `drawn` [n] says which tokens were sampled from the model. `log_p`, float32 [n], contains their
+    log-probabilities at the sampling temperature, and 0 for other tokens. `text` is the text of the
+    last turn. `finish` is "stop", or "length" if the completion was truncated, or "turns" if the
+    model had no turn left.
     """
 
     prompt: list[int]
@@ -78,8 +80,8 @@ class Completion:
 
 
 class Unread:
-    """Replaces decoding.Text if no text is needed before the turn is complete: decoding each token
-    takes the host's time, which limits the speed of rollouts."""
+    """Replaces decoding.Text where no text is needed before a turn is complete. Decoding each token
+    takes time on the host, which limits the speed of rollouts."""
 
     stopped = False
 
@@ -91,7 +93,7 @@ class Unread:
 
 
 class _Turn(Answer):
-    """A turn of the model in a completion."""
+    """One turn of the model in a completion."""
 
     def __init__(self, prompt: list[int], base: Base, options: Options):
         super().__init__(prompt, base, options, text=Unread())
@@ -102,7 +104,7 @@ class _Turn(Answer):
 
     @property
     def said(self) -> str:
-        """The text, without the token that ended the turn."""
+        """The text of the turn, without the token that ended it."""
         made = self.made
         if made and made[-1] in self.base.tokenizer.eos_token_ids:
             made = made[:-1]
@@ -119,7 +121,7 @@ class _Turn(Answer):
 
 
 class _Rollout:
-    """A completion as it grows, turn by turn."""
+    """A completion that is being generated turn by turn."""
 
     def __init__(self, base: Base, talk: Talk, options: Options, most_turns: int):
         self.base, self.talk, self.options, self.most_turns = base, talk, options, most_turns
@@ -131,7 +133,7 @@ class _Rollout:
         self.turns = 0
 
     def turn(self) -> _Turn:
-        """Starts the next turn after all tokens so far."""
+        """Returns the next turn, whose prompt is all tokens so far."""
         options = self.options
         if self.turns:
             left, seed = options.max_tokens - len(self.tokens), seed_of(options.seed, self.turns)
@@ -139,7 +141,8 @@ class _Rollout:
         return _Turn([*self.talk.prompt, *self.tokens], self.base, options)
 
     def goes_on(self, turn: _Turn) -> bool:
-        """Adds a completed turn and the reply to it. Returns whether there is another turn."""
+        """Adds a completed turn, and the reply to it if there is one. Returns whether another turn
+        follows."""
         self._add(turn.made, True, turn.log_p)
         self.turns += 1
         self.text, self.finish = turn.said, turn.finish or "length"
@@ -171,7 +174,7 @@ class _Rollout:
 
 
 def seed_of(*what: int | None) -> int:
-    """Returns a seed that depends on all of these numbers."""
+    """Returns a seed that is derived from all of these numbers."""
     digest = blake2b(",".join(map(str, what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
@@ -183,13 +186,13 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """Generates a completion of each talk with its options. `at_once` of them are decoded together;
-    waiting ones join when half of these have ended their turn. The model has at most `most_turns`
-    turns in a talk.
+    """Generates a completion of each talk with its options. Up to `at_once` of them are decoded
+    together; waiting completions join when half of these have ended their turn. The model has at
+    most `most_turns` turns in a talk.
 
-    Options need a seed, and `logprobs` 0. A prompt is computed once for consecutive talks that
-    share it. The tokens before a later turn are recomputed, since keeping their cache would
-    take memory while others are decoded.
+    The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
+    computed once. The tokens before a later turn are recomputed, because their cache would take
+    memory while other completions are decoded.
     """
     rollouts = [
         [_Rollout(base, talk, how, most_turns) for talk, how in zip(*own, strict=True)]
@@ -209,21 +212,22 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Merging copies caches, but a single one is written to.
+                # Caches that are merged are copied, but a single cache would be modified.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()
         for _, error in failed:
             raise error
         batch.leave(ended, keep=False)
-        # Continued talks come before new ones, so that fewer are open at a time.
+        # Continued talks come before new ones, so that fewer talks are open at a time.
         more = [rollout for turn in ended if (rollout := of_turn.pop(turn)).goes_on(turn)]
         waiting.extendleft(reversed(more))
     return [[rollout.completion for rollout in own] for own in rollouts]
 
 
 class _Reader:
-    """Computes the cache of a prompt without its last token; keeps that of the last prompt."""
+    """Computes the cache of a prompt without its last token. It keeps the cache of the most recent
+    prompt."""
 
     def __init__(self, base: Base):
         from mlx_lm.models.cache import make_prompt_cache

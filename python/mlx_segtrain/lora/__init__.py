@@ -1,4 +1,4 @@
-"""Low-rank updates: the factors, and the modules that apply them."""
+"""Low-rank updates (LoRA and DoRA): their factors, and the modules that apply them."""
 
 from .adapter import ARRAYS, KINDS, LORA, Adapter, Kind
 from .modules import EMBEDDINGS, LoRALinear, few, fresh_a, has_experts, shapes, unwrap, wrap

@@ -1,4 +1,5 @@
-"""Adapters: updates of a model's linear layers by path, and the kinds of updates."""
+"""Adapters: low-rank updates of a model's linear layers, keyed by path, and the kinds of
+updates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,18 +14,21 @@ Tensors = dict[str, tuple[mx.array, mx.array]]
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """A kind of update: two factors for each linear layer and, unless it is LoRA, another array."""
+    """A kind of update. An update has two factors for each linear layer and, unless the kind is
+    LoRA, a third array."""
 
     name: str
-    array: str = ""  #: the array's name in mlx-lm's files, in modules, and in a stage's parameters
-    peft: str = ""  #: its name in PEFT's files
-    called: str = ""  #: its name in messages
-    apart: str = ""  #: why several such updates cannot be added
-    runs: Any = None  #: the class that applies the array, with the methods of Stretch
+    #: name of the third array in mlx-lm's files, in modules, and in a stage's parameters
+    array: str = ""
+    peft: str = ""  #: name of the array in PEFT's files
+    called: str = ""  #: name of the array in messages
+    apart: str = ""  #: why several updates of this kind cannot be added
+    runs: Any = None  #: class that applies the array; has Stretch's methods
 
     @property
     def word(self) -> str:
-        """mlx-lm's fine_tune_type, and what follows `use_` in PEFT's and our configuration."""
+        """The value of fine_tune_type in mlx-lm's configuration. In PEFT's configuration and in
+        ours it is the part of the option's name after `use_`."""
         return self.name.lower()
 
     def on(self, base: Any, made: "dict[Kind, Any]") -> Any:
@@ -36,7 +40,7 @@ class Kind:
 
     @property
     def flags(self) -> dict[str, bool]:
-        """The keys of adapter_config.json by which PEFT distinguishes the kinds."""
+        """The options in adapter_config.json by which PEFT distinguishes the kinds."""
         return {f"use_{kind.word}": kind is self for kind in KINDS}
 
 
@@ -49,21 +53,24 @@ DORA = Kind(
     apart="the lengths of their rows cannot be added",
     runs=Stretch,
 )
-#: Kinds with another array besides the factors.
+#: The kinds that have a third array in addition to the factors.
 KINDS = (DORA,)
-#: Names of the arrays that an update may have.
+#: FACTORS are the names of an update's two factors, and ARRAYS the names of all arrays that it may
+#: have.
 FACTORS = ("lora_a", "lora_b")
 ARRAYS = (*FACTORS, *(kind.array for kind in KINDS))
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors, float32, and multipliers, both by the full path of the linear layer.
+    """LoRA factors in float32, and their multipliers, both keyed by the full path of the linear
+    layer.
 
-    a [in, R] and b [R, out]; for a layer with E experts a [E, R, in] and b [E, out, R]; for an
-    embedding a [V, R] and b [R, H]. For DoRA, `magnitudes` are the norms of the adapted weight's
-    rows, float32 [out]. If an embedding is adapted, `tied` says whether it is also the model's
-    head, which then computes with the same update; None if unknown.
+    The factors are a [in, R] and b [R, out]; for a layer with E experts they are a [E, R, in] and b
+    [E, out, R], and for an embedding a [V, R] and b [R, H]. With DoRA, `magnitudes` contains the
+    norms of the adapted weight's rows, float32 [out]. `tied` matters if an embedding is adapted: it
+    is whether the embedding is also the model's head, to which the same update then applies, or
+    None if that is unknown.
     """
 
     tensors: Tensors
@@ -78,7 +85,8 @@ class Adapter:
         scales: Mapping[str, float],
         tied: bool | None = None,
     ) -> "Adapter":
-        """Creates an adapter from the arrays of each linear layer by name."""
+        """Creates an adapter from the arrays of each linear layer, keyed by path and by the array's
+        name in mlx-lm."""
         tensors = {path: (own["lora_a"], own["lora_b"]) for path, own in arrays.items()}
         magnitudes = {path: own[DORA.array] for path, own in arrays.items() if DORA.array in own}
         return cls(tensors, dict(scales), magnitudes, tied)
@@ -89,11 +97,11 @@ class Adapter:
 
     @property
     def more(self) -> dict[str, mx.array]:
-        """The arrays that the kind has besides the factors, by path."""
+        """The third array of each linear layer, keyed by path. It is empty for LoRA."""
         return self.magnitudes
 
     def arrays(self, path: str) -> dict[str, mx.array]:
-        """Returns the arrays of a linear layer's update, by their names in mlx-lm."""
+        """Returns the arrays of a linear layer's update, keyed by their names in mlx-lm."""
         own: dict[str, mx.array] = dict(zip(FACTORS, self.tensors[path], strict=True))
         if path in self.more:
             own[self.kind.array] = self.more[path]

@@ -1,11 +1,11 @@
 """DoRA: trains the magnitudes of an adapted weight's rows separately from their directions.
 
-    y = m / ‖W + s·(ab)ᵀ‖ ⊙ (W + s·(ab)ᵀ)x        row by row; then the bias
+    y = m / ‖W + s·(ab)ᵀ‖ ⊙ (W + s·(ab)ᵀ)x        for each row; then the bias is added
 
-The gradient treats the norm as a constant. The norm is computed without the sum, which would need
-the dequantized weight: for a row, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖². The first term is known, the
-second needs R rows through the frozen layer, and the third the products of a's columns. Liu et al.
-2024, arXiv:2402.09353.
+The gradient treats the norm as a constant. The norm is computed without W + s·(ab)ᵀ itself, which
+would need the dequantized weight: for a row w of W and its update u, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖².
+The first term is known, the second takes a pass of R rows through the frozen layer, and the third
+takes the inner products of a's columns. See Liu et al. 2024, arXiv:2402.09353.
 """
 
 import math
@@ -16,13 +16,14 @@ import mlx.core as mx
 
 from .. import ops
 
-#: Rows of a weight that are dequantized at a time.
+#: The number of rows of a weight that are dequantized at a time.
 ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """The parts of a frozen linear layer that DoRA needs: weight, bias, and ‖w‖, float32 [out]."""
+    """The parts of a frozen linear layer that DoRA needs: the weight, the bias, and the norms ‖w‖
+    of the weight's rows, float32 [out]."""
 
     base: ops.Base
     bias: mx.array | None
@@ -30,7 +31,8 @@ class Stretch:
 
     @classmethod
     def of(cls, base: ops.Base) -> "Stretch":
-        """Dequantizes the weight once, some rows at a time."""
+        """Computes the norms of the weight's rows, for which it dequantizes the weight once, ROWS
+        rows at a time."""
         norms = []
         for begin in range(0, base.out_dims, ROWS):
             rows = ops.rows_of(base, begin, min(begin + ROWS, base.out_dims))
@@ -41,25 +43,29 @@ class Stretch:
         return cls(bare, base.bias, mx.concatenate(norms))
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:
-        """Maps z [..., out], the output of weight and update without the bias, to y; m [out].
+        """Maps z [..., out], the output of the weight with its update but without the bias, to y
+        [..., out]. m [out] are the magnitudes.
 
-        Gives gradients of z and m.
+        There are gradients for z and m.
         """
         y: Any = _times(z, self.gain(z.dtype, linear, m))
         return y if self.bias is None else y + self.bias
 
     def gain(self, dtype: mx.Dtype, linear: ops.Linear, m: mx.array) -> mx.array:
-        """Returns m / ‖w + u‖, float32 [out]; the base is multiplied in `dtype`."""
+        """Returns m / ‖w + u‖, float32 [out]. The pass through the frozen layer is computed in
+        `dtype`."""
         return m / mx.stop_gradient(self._lengths(dtype, linear))
 
     @property
     def start(self) -> mx.array:
-        """Returns the initial magnitudes, the norms of the base's rows, which change nothing."""
+        """Returns the initial magnitudes: the norms of the frozen weight's rows, with which the
+        layer's output does not change."""
         return self.norms
 
     @staticmethod
     def dense(weight: mx.array, m: mx.array) -> mx.array:
-        """Scales the rows of a weight with its update, [out, in], to the magnitudes m."""
+        """Scales each row of `weight` [out, in], to which the update has been added, to its
+        magnitude in m [out]."""
         return weight * (m / mx.linalg.norm(weight, axis=1))[:, None]
 
     def _lengths(self, dtype: mx.Dtype, linear: ops.Linear) -> mx.array:
@@ -73,8 +79,8 @@ class Stretch:
 
 @mx.custom_function
 def _times(z: mx.array, gain: mx.array) -> mx.array:
-    """Returns gain ⊙ z in z's dtype. bfloat16 is too coarse for a gain near 1, but not for its
-    distance from 1."""
+    """Returns gain ⊙ z in z's dtype. It multiplies by gain − 1, because bfloat16 is too coarse for
+    a gain near 1."""
     return z + z * (gain - 1).astype(z.dtype)
 
 
@@ -83,7 +89,8 @@ def _times_vjp(
     primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     z, gain = primals
-    # A product with ones instead of a sum, because it accumulates in float32 whatever the dtype.
+    # A matrix product with ones instead of a sum, because it accumulates in float32 whatever the
+    # dtype is.
     ones = mx.ones((1, math.prod(z.shape[:-1])), z.dtype)
     d_gain = (ones @ (dy * z).reshape(-1, z.shape[-1]))[0].astype(mx.float32)
     return mx.depends([dy + dy * (gain - 1).astype(dy.dtype)], [d_gain])[0], d_gain

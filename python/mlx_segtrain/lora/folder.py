@@ -1,4 +1,5 @@
-"""Opens adapter folders: finds the weights, reads the configuration, refuses unsupported kinds."""
+"""Opens adapter folders: finds the weights, reads the configuration, and rejects unsupported kinds
+of adapters."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,8 +17,9 @@ WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
-#: Values of PEFT's init_lora_weights that leave the base unchanged; others may move a part of it
-#: into the factors (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA), so that these alone are not the update.
+#: The values of PEFT's init_lora_weights that leave the base unchanged. With others (PiSSA, OLoRA,
+#: CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the factors
+#: alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 
@@ -31,7 +33,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Whether the factors are named as in PEFT, and transposed."""
+        """Whether the factors have PEFT's names, and so are transposed."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property
@@ -41,27 +43,27 @@ class Folder:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """Names of the arrays of each linear layer."""
+        """The names of the arrays that each linear layer has."""
         return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property
     def tied(self) -> bool | None:
-        """Whether an update of the embedding is for a base whose head is the embedding; None if
-        unknown."""
+        """If the embedding is adapted, whether the adapter is for a base model whose head is the
+        embedding; None if that is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
     @property
     def base(self) -> str:
-        """The base model that the adapter names; empty if none."""
+        """The base model that the adapter names, or "" if it names none."""
         return str(self.config.get("base_model_name_or_path") or self.config.get("model") or "")
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder of the base model that the adapter names, or of its snapshot in the hub's
-        cache; None if it does not exist or must not be read."""
+        """The folder of the base model that the adapter names, which may be a snapshot in the hub's
+        cache. None if the folder does not exist or must not be read."""
         name = self.base.replace("\0", "")
-        with suppress(OSError):  # the name is too long for a path
+        with suppress(OSError):  # the name may be too long for a path
             path = hub.cached(name) or Path(name)
             if name and files.may_follow(path) and (path / "config.json").is_file():
                 return path
@@ -69,11 +71,11 @@ class Folder:
 
 
 def open_folder(path: "str | Path | Folder") -> Folder:
-    """Opens an adapter folder. For our own adapters the weights are the file in which every layer
-    has its own rank. Returns a Folder unchanged.
+    """Opens an adapter folder. In adapters that our runs have written, it chooses the weight file
+    in which each layer has its own rank. If `path` is already a Folder, it is returned unchanged.
 
-    Raises InputError if a file is missing, the configuration is unreadable, or the kind is not
-    supported.
+    Raises InputError if a file is missing, if the configuration is unreadable, or if the kind of
+    adapter is not supported.
     """
     if isinstance(path, Folder):
         return path
@@ -94,8 +96,8 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 
 
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
-    """Returns whether the unpadded factors still belong to the padded file, which another tool may
-    have trained further."""
+    """Returns whether the file with unpadded factors still belongs to the file with padded factors,
+    which another tool may have trained further."""
     own, file = ours(config), path / WEIGHTS
     if not (own and (path / UNPADDED).is_file() and file.is_file()):
         return False
@@ -110,18 +112,20 @@ def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
 
 @lru_cache(maxsize=1000)
 def _digest(file: Path, *state: int) -> str:
-    """Returns the digest of a file; cached, because the same folders are opened often."""
+    """Returns the digest of a file. Digests are cached, because the same folders are opened
+    often."""
     return sha256(file)
 
 
 def ours(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what our runs record in an adapter's configuration; empty for other adapters."""
+    """Returns the values that our runs record in an adapter's configuration, or {} for other
+    adapters."""
     own = config.get("segtrain")
     return own if isinstance(own, dict) else {}
 
 
 def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """Returns the object at `key`; empty if there is none."""
+    """Returns the object at `key`, or {} if there is none."""
     found = values.get(key) or {}
     if not isinstance(found, dict):
         raise InputError(f"{file}: {key} must be a JSON object; got {shown(found)}.")
@@ -129,7 +133,7 @@ def section(file: Path, values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
-    """Returns the number at `key`; None if there is none."""
+    """Returns the number at `key`, or None if there is none."""
     value = values.get(key)
     if value is None:
         return None
@@ -140,7 +144,8 @@ def number(file: Path, values: Mapping[str, Any], key: str) -> float | None:
 
 
 def _check_kind(folder: Folder) -> None:
-    """Raises InputError if the configuration has more than LoRA updates of linear layers."""
+    """Raises InputError if the adapter contains anything other than updates of supported kinds for
+    linear layers and embeddings."""
     config = folder.config
     kind, start = config.get("fine_tune_type"), str(config.get("init_lora_weights")).lower()
     bias, peft_type = config.get("bias") or "none", config.get("peft_type") or "LORA"
@@ -164,7 +169,8 @@ def _check_kind(folder: Folder) -> None:
 
 
 def refuse(folder: Folder, what: str) -> NoReturn:
-    """Raises InputError for an adapter of an unsupported kind."""
+    """Raises the InputError for an adapter of an unsupported kind; `what` says what is not
+    supported."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
         f"{what} are not supported, only {kinds}: merge {folder.weights.parent} into its model "

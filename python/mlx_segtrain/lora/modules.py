@@ -1,4 +1,5 @@
-"""Modules that replace linear layers and embeddings of an mlx-lm model and add a LoRA update."""
+"""Modules that replace linear layers and embeddings of an mlx-lm model, and add a LoRA update to
+their output."""
 
 import math
 from collections.abc import Mapping
@@ -14,16 +15,16 @@ from ..ops.reference import dropped
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-#: Up to this many rows, MLX's own products are faster on a GPU than our op: they take less time
-#: than launching it (bench/LOG.md, 2026-11-27).
+#: Up to this many rows, MLX's matrix multiplications are faster on a GPU than our op, because they
+#: take less time than launching our op (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: Maximum number of adapters whose factors a linear layer caches in the dtype of such rows.
+#: The maximum number of adapters whose factors a linear layer caches in the dtype of such rows.
 MOST_CASTS = 8
 
 
 def few(rows: int) -> bool:
-    """Returns whether a GPU computes this many rows, such as those of a step of generation, faster
-    with MLX's own products."""
+    """Returns whether the device is a GPU that computes this many rows faster with MLX's matrix
+    multiplications than with our op, as in a step of generation."""
     return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 
 
@@ -32,66 +33,68 @@ def has_experts(module: Any) -> bool:
 
 
 def shapes(module: Any, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns the shapes of a and b for this module, as in mlx-lm."""
+    """Returns the shapes of the factors a and b for this module, as in mlx-lm."""
     if has_experts(module):
         experts, out, width = module.num_experts, module.output_dims, module.input_dims
         return (experts, rank, width), (experts, out, rank)
     base = ops.base_of(module)
-    if isinstance(module, EMBEDDINGS):  # maps a token to its vector
+    if isinstance(module, EMBEDDINGS):  # an embedding maps a token to a vector
         return (base.out_dims, rank), (rank, base.in_dims)
     return (base.in_dims, rank), (rank, base.out_dims)
 
 
 def fresh_a(shape: tuple[int, ...], key: mx.array) -> mx.array:
-    """Returns A ~ U(−1/√in, 1/√in) float32: [in, R] for a linear layer, [E, R, in] for experts."""
+    """Returns an initial factor A, drawn from U(−1/√in, 1/√in) in float32, of shape [in, R] for a
+    linear layer and [E, R, in] for experts."""
     bound = 1 / math.sqrt(shape[0] if len(shape) == 2 else shape[2])
     return mx.random.uniform(-bound, bound, shape, key=key)
 
 
 class LoRALinear(nn.Module):
-    """A linear layer of an mlx-lm model that runs through our op, and may have an update."""
+    """A linear layer of an mlx-lm model that runs through our op and may have an update."""
 
     def __init__(self, linear: nn.Module, scale: float):
         super().__init__()
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: caches of Kind.on, which are not parameters
-        self.rows: Any = None  #: the updates of the rows of a batch (rows.py)
-        self.together: Any = None  #: the layers that read the same x (together.py)
-        self.place = 0  #: the index of this layer among them
+        self._made: dict[Kind, Any] = {}  #: the cache of Kind.on, which holds no parameters
+        self.rows: Any = None  #: updates for the rows of a batch (see rows.py)
+        self.together: Any = None  #: layers that read the same x (see together.py)
+        self.place = 0  #: index of this layer in `together`
         self.grouped = False  #: whether `together` and `place` have been determined
         self._casts: dict[tuple[int, int, float], tuple[mx.array, ...]] = {}
         self.freeze()
 
     def put_in(self, arrays: Mapping[str, mx.array], scale: float) -> None:
-        """Replaces the current update with this one."""
+        """Replaces the current update with the update that consists of these arrays and this
+        multiplier."""
         self.take_out()
         self.scale = scale
         for name, x in arrays.items():
             setattr(self, name, x)
 
     def take_out(self) -> None:
-        """Removes the update, which may be put back later."""
+        """Removes the update. The caches stay, because the update may be put back later."""
         self.dropout = 0.0
         for name in (*ARRAYS, "key"):
             self.pop(name, None)
 
     def clear(self) -> None:
-        """Removes the update permanently."""
+        """Removes the update and its caches."""
         self.take_out()
         self.forget_casts()
 
     def forget_casts(self) -> None:
-        """Frees the caches of all updates, even if they may be put back."""
+        """Frees the cached factors of all updates, including updates that may be put back later."""
         self._casts.clear()
         if self.together is not None:
             self.together.forget()
 
     def factors(self, dtype: mx.Dtype) -> tuple[mx.array, ...]:
-        """Returns the factors in this dtype, with the multiplier in b."""
+        """Returns the factors in this dtype. The multiplier is included in b."""
         a, b = self["lora_a"], self["lora_b"]
-        key = id(a), id(b), self.scale  # the cache keeps both, so that their ids are not reused
+        key = id(a), id(b), self.scale  # the cache keeps a and b, so their ids are not reused
         if key not in self._casts:
             if len(self._casts) == MOST_CASTS:
                 self._casts.pop(next(iter(self._casts)))
@@ -99,13 +102,15 @@ class LoRALinear(nn.Module):
         return self._casts[key][:2]
 
     def updated(self, x: mx.array, y: mx.array) -> mx.array:
-        """Adds the update to y, the frozen linear layer's output; the factors are used in x's
-        dtype, and gradients are MLX's own."""
+        """Adds the update for x to y, the output of the frozen linear layer, and returns the sum.
+        The factors are cast to x's dtype, and gradients come from MLX's automatic
+        differentiation."""
         a, b = self.factors(x.dtype)
         return mx.addmm(y, x @ a, b)
 
     def applies(self, kind: Kind) -> Any:
-        """Returns the object that applies this kind's array to the frozen linear layer."""
+        """Returns the object that applies the third array of this kind to the frozen linear
+        layer."""
         return kind.on(ops.base_of(self.linear), self._made)
 
     def gain(
@@ -116,13 +121,14 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns the factors by which an update of this kind, with this array, multiplies the
-        layer's outputs, float32 [out]."""
+        """Returns the multipliers of the layer's outputs, float32 [out], in an update of this kind
+        with these factors and this third array."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
     def _is_step(self, x: mx.array) -> bool:
-        """Returns whether x has the rows of a step of generation, not of a batch."""
+        """Returns whether x has as few rows as in a step of generation, unlike in a training batch
+        or a prompt."""
         return not self.training and few(x.size // x.shape[-1])
 
     def _frozen(self, x: mx.array) -> mx.array:
@@ -149,7 +155,7 @@ class LoRALinear(nn.Module):
 
 
 class LoRASwitchLinear(LoRALinear):
-    """A linear layer with experts; `indices` are the experts of each row."""
+    """A linear layer with experts. `indices` says which experts each row uses."""
 
     def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: mx.array, indices: mx.array, sorted_indices: bool = False
@@ -165,10 +171,11 @@ class LoRASwitchLinear(LoRALinear):
 
 
 class LoRAEmbedding(LoRALinear):
-    """An embedding with an update of its rows; `as_linear` is the head of a tied model."""
+    """An embedding that may have an update. In a model with tied embeddings, `as_linear` is the
+    head."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Maps tokens [...] to [..., H]."""
+        """Maps tokens [...] to vectors [..., H]."""
         y = self.linear(x)
         if "lora_a" not in self:
             return y
@@ -185,7 +192,7 @@ class LoRAEmbedding(LoRALinear):
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Replaces the linear layer or embedding at `path` below `parent` with one of our modules,
-    which has no update yet, unless it is one already."""
+    which has no update yet. If it is already one of our modules, it stays. Returns the module."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:
@@ -202,7 +209,7 @@ def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
 
 
 def unwrap(model: nn.Module) -> None:
-    """Restores the model's own linear layers and embeddings where `wrap` replaced them.
+    """Restores the linear layers and embeddings of the model that `wrap` has replaced.
 
     Raises InputError if the model has an adapter that is not ours.
     """

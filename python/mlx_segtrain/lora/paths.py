@@ -1,22 +1,22 @@
-"""Converts paths of modules, which mlx-lm, transformers and adapter files spell differently.
+"""Converts module paths between the spellings of mlx-lm, transformers and adapter files.
 
-In a model for text and images, mlx-lm has `model` inside `language_model`, and transformers has
-`language_model` inside `model`.
+They differ for multimodal models: in mlx-lm, `model` is inside `language_model`; in transformers,
+`language_model` is inside `model`.
 """
 
-#: mlx-lm's prefix for the text model of a model for text and images.
+#: The prefix of the text model in a multimodal model of mlx-lm.
 WRAPPER = "language_model."
-#: The prefix in transformers.
+#: The corresponding prefix in transformers.
 _WITHIN = "model.language_model."
 
 
 def bare(path: str) -> str:
-    """Returns a module's path without WRAPPER."""
+    """Returns the path of a module without WRAPPER."""
     return path.removeprefix(WRAPPER)
 
 
 def spellings(path: str) -> tuple[str, str, str]:
-    """Returns a module's path as it is, without WRAPPER, and with it."""
+    """Returns three spellings of a module's path: unchanged, without WRAPPER, and with WRAPPER."""
     return path, bare(path), WRAPPER + bare(path)
 
 
@@ -25,13 +25,13 @@ def is_wrapped(path: str) -> bool:
 
 
 def in_transformers(path: str) -> str:
-    """Converts mlx-lm's path to that of transformers' model for text and images."""
+    """Converts a path of mlx-lm to the corresponding path in transformers' multimodal model."""
     inner = bare(path)
     return _WITHIN + inner.removeprefix("model.") if inner.startswith("model.") else inner
 
 
 def in_mlx_lm(stored: str) -> str:
-    """Converts a path of transformers or mlx-lm to mlx-lm's."""
+    """Converts a path of transformers to mlx-lm's path. Paths of mlx-lm are returned unchanged."""
     if stored.startswith(_WITHIN):
         return f"{WRAPPER}model.{stored.removeprefix(_WITHIN)}"
     return stored

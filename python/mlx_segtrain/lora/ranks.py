@@ -1,4 +1,5 @@
-"""Chooses the rank of every adapted linear layer from names and bits, without importing MLX."""
+"""Chooses the rank of every adapted linear layer from the layers' names and bits, without importing
+MLX."""
 
 import json
 import math
@@ -11,7 +12,7 @@ from ..errors import InputError
 from ..files import read_at_most
 from .paths import bare
 
-#: The target that means every linear layer of the chosen layers.
+#: The target that stands for every linear layer of the chosen layers.
 ALL = "all-linear"
 
 
@@ -26,18 +27,20 @@ def choose_ranks(
     model_dir: Path,
     outer: Sequence[str] = (),
 ) -> dict[str, int]:
-    """Returns the rank of every linear layer to adapt, by path.
+    """Returns the rank of every linear layer that is to be adapted, keyed by path.
 
-    These are the linear layers in the last `num_layers` layers, and embedding and head, whose path
-    is a target or ends with one; the target "all-linear" means all except embedding and head.
-    `layers` are the paths of each layer's linear layers,
-    `outer` those of embedding and head, and `bits` the bits of the quantized ones.
+    Candidates are the linear layers in the last `num_layers` layers, the embedding and the head. A
+    candidate is adapted if its path is a target or ends with one; the target "all-linear" matches
+    all candidates except the embedding and the head. `layers` contains the paths of the linear
+    layers in each layer, `outer` the paths of the embedding and the head, and `bits` the number of
+    bits of each quantized linear layer.
 
-    `constant` gives max(2, rank). `by_bits` gives max(2, ⌈rank·bits / 4⌉), or `rank` if the layer
-    is not quantized. `by_kl` gives max(2, ⌈rank·factor⌉), where factor = kl / median kl, clipped to
-    [0.5, 2], from OptiQ's sensitivity file; without that file, or for a layer that it does not
-    list, it is the same as `by_bits`. Raises InputError if a target matches nothing, or if there
-    are fewer layers than num_layers.
+    With the rank scaling `constant`, the rank is max(2, rank). With `by_bits`, it is max(2,
+    ⌈rank·bits / 4⌉), or `rank` if the layer is not quantized. With `by_kl`, it is max(2,
+    ⌈rank·factor⌉), where factor is kl / median kl, clipped to [0.5, 2], and kl comes from OptiQ's
+    sensitivity file; layers that the file does not list get the rank of `by_bits`, as do all layers
+    if there is no file. Raises InputError if a target matches nothing, or if there are fewer layers
+    than num_layers.
     """
     if num_layers > len(layers):
         raise InputError(
@@ -75,14 +78,14 @@ def choose_ranks(
 
 
 def asked(config: TrainConfig) -> dict[str, Any]:
-    """Returns the fields of a configuration that are arguments of choose_ranks."""
+    """Returns the fields of a configuration that choose_ranks takes as arguments."""
     names = ("rank", "rank_scaling", "target_modules", "num_layers", "model_dir")
     return {name: getattr(config, name) for name in names}
 
 
 def _sensitivities(model_dir: Path) -> dict[str, float]:
-    """Returns the KL divergence by path in the text model, from OptiQ's file beside the weights;
-    empty without one."""
+    """Returns the KL divergence of each layer from OptiQ's file in the model's folder, keyed by the
+    layer's path in the text model. The result is {} if there is no such file."""
     for name in ("optiq/metadata.json", "optiq_metadata.json"):
         file = model_dir / name
         if not file.is_file():

@@ -1,13 +1,13 @@
-"""Applies several adapters in one batch: each row has its own adapter, and products are shared.
+"""Applies several adapters in one batch, in which each row has its own adapter.
 
-Adapters are treated like the experts of a layer. The factors of all adapters of a batch are
-stacked, and each row gathers its own:
+Adapters are treated like the experts of a layer. The factors of all adapters in a batch are
+stacked, and each row uses the factors of its adapter from the stack:
 
-    y_i = W x_i + (x_i a_e) b_e        e the adapter of row i; DoRA's gains multiply the result
+    y_i = W x_i + (x_i a_e) b_e        e is the adapter of row i; DoRA's gains multiply y_i
 
-The a's of linear layers that read the same x (q, k and v; gate and up) are concatenated, so that
-one product computes them all. Adapters of similar ranks are padded to the largest of them and
-stacked; other ranks have another stack, which other rows use.
+Some linear layers read the same x: q, k and v, or gate and up. Their factors a are concatenated, so
+that one matrix multiplication computes x a for all of them. Adapters of similar ranks share a
+stack, in which they are padded to the largest rank; adapters of other ranks are in another stack.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +21,15 @@ from .adapter import DORA, Adapter
 from .modules import LoRALinear
 from .together import Together, grouped
 
-#: Adapters up to this rank share a stack; above it, there is a stack for each doubling.
+#: Adapters up to this rank share a stack. Above it, there is one stack per doubling of the rank.
 SMALL_RANK = 16
 
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear layer: b [E, ΣR, out], which includes the multiplier and is 0
-    outside of the layer's `own` ranks; gains [E, out] float32 if one is a DoRA."""
+    """The updates of one linear layer by all adapters of a stack. b [E, ΣR, out] includes the
+    multipliers, and is 0 outside the slice `own` of the rank axis. gains [E, out] are float32, and
+    are None unless an update is a DoRA."""
 
     b: mx.array
     gains: mx.array | None
@@ -37,8 +38,8 @@ class _Factors:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The updates of linear layers that read the same x: a [E, in, ΣR], and the factors of each
-    layer by path."""
+    """The updates of linear layers that read the same x: the concatenated a [E, in, ΣR], and the
+    other factors of each layer, keyed by path."""
 
     a: mx.array
     factors: dict[str, _Factors]
@@ -46,24 +47,25 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class _Stack:
-    """Adapters of similar ranks, by their places in the arrays; the place after the last one has
-    zeros, for rows without an adapter."""
+    """Adapters of similar ranks. `places` maps the key of each adapter to its index in the arrays.
+    The index after the last one has zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
-    #: ops.DecodeLinears by group, created when needed.
+    #: The ops.DecodeLinears of each group, keyed by the group's index and created when they are
+    #: needed.
     together: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """The rows that use a stack: all if `rows` is None. Without `picks` they all have the same
-    adapter, and the groups' arrays are that adapter's, without the axis E."""
+    """The rows of a batch that use a stack; all rows do if `rows` is None. If `picks` is None, they
+    all have the same adapter, and the arrays in `groups` are this adapter's, without the axis E."""
 
     stack: _Stack
-    places: mx.array  #: uint32 [rows], each row's place in the stack
+    places: mx.array  #: uint32 [rows], each row's index in the stack
     groups: list[_Group | None]
-    picks: mx.array | None  #: uint32 [rows], the place of each row's adapter
+    picks: mx.array | None  #: the same as `places`, or None
     rows: mx.array | None  #: uint32, the indices of the rows
 
 
@@ -78,7 +80,7 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """Returns x a for each use; the first reader computes it."""
+        """Returns x a for each use. The first layer that reads x computes it for all."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -98,10 +100,11 @@ def _first(x: mx.array, use: _Use, group: _Group | None) -> mx.array | None:
 
 
 class Rows:
-    """Updates for the rows of batches of one base model; they apply while `running()` is active.
+    """Updates for the rows of batches that run through one base model. They apply inside the
+    context `running()`.
 
-    `run` is a forward pass of the base model, [1, 1] tokens to logits; it shows which linear layers
-    read the same x.
+    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once to find
+    out which linear layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -114,7 +117,7 @@ class Rows:
         self._stacks: dict[int, _Stack] = {}
         self._uses: list[_Use] = []
         self._key: Any = None
-        #: The group and the path of a module, by its id.
+        #: The index of a module's group and the module's path, keyed by the id of the module.
         self._places: dict[int, tuple[int, str]] = {}
         for i, readers in enumerate(self._readers):
             for path in readers.paths:
@@ -123,14 +126,15 @@ class Rows:
         self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows can use this adapter: it must not update an embedding or experts."""
+        """Returns whether rows can use this adapter. They cannot if it updates an embedding or
+        experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
         """Gives row i of a batch the adapter of keys[i], or none if no adapter has that key.
 
-        `adapters` may include those of other batches, which take turns with this one: all batches
-        share the stacks.
+        `adapters` may include adapters of other batches, which take turns with this one; then all
+        of these batches share the stacks.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -151,8 +155,8 @@ class Rows:
         return bool(self._uses)
 
     def decoding(self, module: LoRALinear) -> tuple[Any, mx.array | None]:
-        """Returns the op that computes a module's group in a step of generation, and the place of
-        each row's adapter; None if the layers are computed one by one."""
+        """Returns the op that computes a module's group in a step of generation, and the index of
+        each row's adapter. The op is None if the layers must be computed one by one."""
         use, (index, _) = self._uses[0], self._places[id(module)]
         if use.rows is not None:
             return None, None
@@ -176,16 +180,16 @@ class Rows:
         return together.with_updates(mx.contiguous(group.a.swapaxes(1, 2)), b, gains)
 
     def holds(self, keys: Sequence[Any]) -> bool:
-        """Returns whether the rows have exactly these adapters now."""
+        """Returns whether the rows currently have exactly these adapters."""
         return self._key == tuple(keys)
 
     def forget(self) -> None:
-        """Frees all stacks, which are created again when needed."""
+        """Frees all stacks. The next `put_in` creates them again."""
         self._stacks, self._uses, self._key = {}, [], None
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Makes linear layers use these updates instead of their own while it is active."""
+        """Inside this context, linear layers use these updates instead of their own."""
         self.on = True
         try:
             yield
@@ -203,8 +207,8 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Returns the readers' updates by all adapters, and zeros after the last one; None if no
-        adapter updates them."""
+        """Returns the updates of these layers by all adapters, followed by zeros, or None if no
+        adapter updates the layers."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:
@@ -233,7 +237,8 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans all ranks: slicing x·a instead would take another launch per layer.
+        # Each b spans the whole rank axis, because slicing x·a instead would take another launch
+        # per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():
             end = begin + b.shape[1]
@@ -242,15 +247,16 @@ class Rows:
         return _Group(whole, factors)
 
     def _gain(self, path: str, adapter: Adapter, dtype: mx.Dtype) -> mx.array | None:
-        """Returns DoRA's multiplier of a linear layer's outputs."""
+        """Returns the multipliers by which DoRA scales a linear layer's outputs, or None if the
+        layer has no DoRA."""
         if path not in adapter.magnitudes:
             return None
         own = dtype, adapter.tensors[path], adapter.scales[path], adapter.magnitudes[path]
         return self._modules[path].gain(DORA, *own)
 
     def __call__(self, module: LoRALinear, x: mx.array, y: mx.array) -> mx.array:
-        """Returns y [B, T, out], the output of a module's frozen linear layer, with each row's own
-        update."""
+        """Adds each row's update to y [B, T, out], the output of a module's frozen linear layer,
+        and returns the sum."""
         if not self._uses:
             return y
         (index, path), bias = self._places[id(module)], module.linear.get("bias")
@@ -293,7 +299,7 @@ def _use(stack: _Stack, keys: Sequence[Any], all_rows: bool) -> _Use:
 
 
 def _of_one(group: _Group, place: int) -> _Group:
-    """Returns the updates of the adapter at one place of the stack, as views."""
+    """Returns the updates of the adapter at index `place` of the stack, as views."""
 
     def own(x: _Factors) -> _Factors:
         return replace(x, b=x.b[place], gains=None if x.gains is None else x.gains[place])
@@ -302,7 +308,8 @@ def _of_one(group: _Group, place: int) -> _Group:
 
 
 def _size(adapter: Adapter) -> int:
-    """Returns the key of an adapter's stack: its largest rank, rounded up to a power of two."""
+    """Returns the key of the stack to which an adapter belongs: its largest rank, rounded up to a
+    power of two."""
     return max(SMALL_RANK, 1 << (max(adapter.ranks.values()) - 1).bit_length())
 
 

@@ -1,7 +1,8 @@
-"""Runs linear layers that read the same x (q, k and v; gate and up) in one launch with their
-updates, in a step of generation on CUDA.
+"""In a step of generation on CUDA, runs linear layers that read the same x (q, k and v, or gate and
+up), with their updates, in one kernel launch.
 
-Such a step takes as long as the host needs to build and launch it, so fewer calls are faster.
+Such a step takes as long as the host needs to build and launch it, so it is faster with fewer
+calls.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,24 +15,25 @@ from .. import ops
 from .adapter import ARRAYS, KINDS
 from .modules import FEW, LoRALinear
 
-#: Maximum number of adapters whose factors a group caches in the kernel's layout.
+#: The maximum number of adapters whose factors a group caches in the layout that the kernel needs.
 MOST_KEPT = 8
-#: The dtypes in which products of several rows use tensor cores.
+#: The dtypes in which matrix multiplications with several rows use tensor cores.
 HALVES = mx.bfloat16, mx.float16
 
 _picks: dict[int, mx.array] = {}
 
 
 class Together:
-    """Linear layers that read the same x of `dtype`, in the order in which they are called.
+    """Linear layers that read the same x, which has this `dtype`, in the order in which they are
+    called.
 
-    The first call computes the outputs of all.
+    The call of the first layer computes the outputs of all.
     """
 
     def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
         self.modules, self.dtype = modules, dtype
         self.bases = [ops.base_of(module.linear) for module in modules]
-        self.bare = ops.decode_linears(self.bases)  #: the layers without updates
+        self.bare = ops.decode_linears(self.bases)  #: computes the layers without updates
         self.served = serves(self.bare, dtype)
         self._kept: dict[tuple[Any, ...], tuple[ops.DecodeLinears | None, Any]] = {}
         self._last: tuple[list[Any], ops.DecodeLinears | None] | None = None
@@ -40,7 +42,8 @@ class Together:
         self._left = 0
 
     def read(self, index: int, x: mx.array) -> mx.array | None:
-        """Returns the output of one layer with its update; None if no kernel supports it."""
+        """Returns the output of one layer with its update, or None if no kernel supports the
+        layers."""
         if self._x is not x:
             self._x, self._ys, self._left = x, self._all(x), len(self.modules)
         ys, self._left = self._ys, self._left - 1
@@ -54,7 +57,8 @@ class Together:
         b: Sequence[mx.array | None],
         gains: Sequence[mx.array | None],
     ) -> ops.DecodeLinears | None:
-        """Returns the layers with factors a [E, R, in] and b [E, out, R_j] in x's dtype."""
+        """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
+        R_j], which have x's dtype; None if no kernel supports this."""
         # Once: a launch for another number of rows would copy or evaluate them again.
         a = mx.contiguous(a)
         mx.eval([x for x in (a, *b, *gains) if x is not None])
@@ -81,7 +85,8 @@ class Together:
         return op(x, no_picks(x.size // x.shape[-1]) if picks is None else picks)
 
     def _in_place(self) -> ops.DecodeLinears | None:
-        """Returns the layers with their current updates; None if no kernel supports them."""
+        """Returns the op that computes the layers with their current updates, or None if no kernel
+        supports this."""
         if self._last is not None:  # building lists for each token would take longer than a launch
             last, op = self._last
             if all(
@@ -105,7 +110,7 @@ class Together:
         if key not in self._kept:
             if len(self._kept) == MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            # Also keeps the arrays, so that their ids are not reused.
+            # The arrays are kept as well, so that their ids are not reused.
             self._kept[key] = self._made(), arrays
         return self._kept[key][0]
 
@@ -127,12 +132,12 @@ class Together:
 
 
 def serves(op: ops.DecodeLinears, dtype: mx.Dtype) -> bool:
-    """Returns whether a kernel supports steps of up to FEW rows."""
+    """Returns whether a kernel can run this op in steps of up to FEW rows."""
     return not op.unfit(dtype, FEW)
 
 
 def no_picks(rows: int) -> mx.array:
-    """Returns the first adapter for each row."""
+    """Returns the index of the first adapter, 0, for each row."""
     if rows not in _picks:
         picks = mx.zeros(rows, mx.uint32)
         mx.eval(picks)  # other threads may use it
@@ -141,8 +146,9 @@ def no_picks(rows: int) -> mx.array:
 
 
 def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    """Returns a function that computes a frozen linear layer, `stock`, or several rows of it by our
-    kernel: MLX's product of x [rows, 1, in] reads the weight once for each row."""
+    """Returns a function that computes a frozen linear layer. For a single row it calls `stock`;
+    for several rows it runs our kernel, because MLX's matrix multiplication reads the weight once
+    per row if x is [rows, 1, in]."""
     op = ops.decode_linears([ops.base_of(linear)])
     served = {dtype for dtype in HALVES if serves(op, dtype)}
     if not served:
@@ -156,7 +162,7 @@ def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callabl
 
 
 class _Recorder:
-    """Replaces the updates by rows to record which x a layer reads."""
+    """Takes the place of a module's `rows`, to record which x each layer reads."""
 
     on = True
 
@@ -171,9 +177,11 @@ class _Recorder:
 def grouped(
     modules: Iterable[LoRALinear], run: Callable[[mx.array], Any]
 ) -> list[tuple[list[LoRALinear], mx.Dtype]]:
-    """Returns groups of linear layers that read the same x, and its dtype, in the order of calls.
+    """Returns the groups of linear layers that read the same x, each with the dtype of x, in the
+    order of calls.
 
-    `run` is a forward pass of the model, [1, 1] tokens to logits; it is traced but not evaluated.
+    `run` is a forward pass of the model, from tokens [1, 1] to logits. It is traced but not
+    evaluated.
     """
     recorder = _Recorder()
     before = [(module, module.rows) for module in modules]
@@ -194,7 +202,7 @@ def grouped(
 
 
 def put_together(modules: Sequence[LoRALinear], run: Callable[[mx.array], Any]) -> None:
-    """Sets `together` and `place` of modules that a kernel runs in one launch."""
+    """Sets `together` and `place` of the modules that a kernel can run in one launch."""
     for module in modules:
         module.grouped, module.together = True, None
     for own, dtype in grouped(modules, run):

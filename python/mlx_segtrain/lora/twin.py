@@ -1,6 +1,6 @@
-"""A model's twin for steps of a few tokens on a GPU: the same weights and updates, with less Python
-and fewer launches for its linear layers, because such a step takes as long as the host needs to
-launch it."""
+"""Creates a twin of a model for steps of a few tokens on a GPU. The twin has the same weights and
+updates, but its linear layers run less Python code and launch fewer kernels, because such a step
+takes as long as the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,14 @@ LINEARS = nn.Linear, nn.QuantizedLinear
 
 
 def twin_of(model: nn.Module) -> Any:
-    """Returns the twin, for up to FEW tokens on a GPU. Its results are bit-identical to the
-    model's, except if our kernels run the linear layers (on CUDA).
+    """Returns the twin of a model, which is for steps of up to FEW tokens on a GPU. Its results are
+    bit-identical to the results of the model, unless our kernels run the linear layers, as on CUDA.
 
-    It is called like the model. Updates may be put into the model's modules at any time; modules
-    that are added to the model later are not in its twin.
+    The twin is called like the model. Updates may be put into the model's modules at any time.
+    Modules that are added to the model later are missing in its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
-    if not all(module.grouped for module in modules):  # modules were added since then
+    if not all(module.grouped for module in modules):  # modules were added since the last call
         put_together(modules, model)
     return _twin(model, {})
 
@@ -42,7 +42,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
     elif isinstance(x, nn.Module):
         new = nn.Module.__new__(type(x))
         vars(new).update(vars(x))
-        known[id(x)] = new  # its children may refer to it
+        known[id(x)] = new  # its children may contain it
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
     elif isinstance(x, list | tuple):
@@ -84,7 +84,8 @@ class _Linear:
 
 
 class _Frozen:
-    """Replaces a linear layer without updates, or an embedding that is also the head."""
+    """Replaces a linear layer without updates, or an embedding that is also the head, in the
+    twin."""
 
     def __init__(self, module: nn.Module, product: Callable[[mx.array], mx.array]):
         self._module, self.as_linear = module, product
@@ -98,7 +99,7 @@ class _Frozen:
 
 
 def _product(linear: Any) -> Callable[[mx.array], mx.array]:
-    """Returns a function that computes the linear layer, with its arrays looked up only once."""
+    """Returns a function that computes the linear layer and looks up its arrays only once."""
     if type(linear) is not nn.QuantizedLinear:
         return linear
     multiply, weight, scales = mx.quantized_matmul, linear["weight"], linear["scales"]

@@ -1,4 +1,5 @@
-"""Objectives: compute the loss of a batch from boundary values, for any model family."""
+"""Objectives, which compute the loss of a batch from boundary values and work with any model
+family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 
-#: Objectives by the configuration's `method`.
+#: The objective of each `method` in the configuration.
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Sft,
     "dpo": Dpo,
@@ -51,19 +52,20 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
-    """Returns the metrics among the outputs by name, without those that are NaN because no row was
-    measured."""
+    """Returns the metrics among the outputs, keyed by name. A metric that is NaN, because no row
+    was measured, is left out."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
 
 class Functions:
-    """Creates the stages and the head for an objective's steps, and caches them with their graphs.
+    """Creates the stages and the head that an objective needs for a step, and caches them together
+    with their recorded graphs.
 
-    With packed rows or dropout they differ from step to step, and are not cached.
+    With packed rows or dropout, stages differ from step to step and are not cached.
     """
 
-    MOST = 8  #: maximum number of cached combinations of streams
+    MOST = 8  #: the maximum number of cached combinations of streams
 
     def __init__(
         self,
@@ -79,7 +81,8 @@ class Functions:
     def __call__(
         self, streams: tuple[Stream, ...]
     ) -> tuple[list[Stage], Callable[..., Any], _core.Recordings | None]:
-        """Returns stages, head and recordings for these streams."""
+        """Returns the stages, the head and the recordings for these streams. The recordings are
+        None if nothing is cached."""
         if streams in self._kept:
             return self._kept[streams]
         stages = self.chain.stages(self.scales, streams, self.dropout)
@@ -101,8 +104,8 @@ def value_and_grad(
     cuts: Callable[[Sequence[Stream]], Cuts],
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
-    """Returns the objective's outputs for a batch, and the gradients. `cuts` returns the cuts of
-    the chain for the batch's streams."""
+    """Returns the objective's outputs for a batch, and the gradients of the loss. `cuts` returns
+    the cuts of the chain, given the streams of the batch."""
     objective, chain = functions.objective, functions.chain
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
@@ -121,8 +124,9 @@ def value_and_grad(
 
 
 def with_head(chain: Chain, grads: Grads) -> Grads:
-    """Returns gradients with those of the head's update under its owner's name; they are added to
-    the embedding's if both share the update."""
+    """Moves the gradients of the head's update, which are stored under "head", to the name of the
+    head's owner, and returns all gradients. They are added to the embedding's gradients if both
+    share the update."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad
@@ -137,7 +141,7 @@ def value(
     batch: Any,
     total: Any,
 ) -> list[mx.array]:
-    """Returns the objective's outputs for a batch, forward only."""
+    """Returns the objective's outputs for a batch, without a backward pass."""
     chain = chain.adapting(scales)
     streams = objective.streams(chain, batch)
     reads = (*head_reads(streams), *objective.reads)
@@ -148,7 +152,7 @@ def value(
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-#: A function like `value`, which may run on several ranks.
+#: A function with the arguments and the result of `value`, which may run on several ranks.
 Value = Callable[..., list[mx.array]]
 
 
@@ -159,7 +163,8 @@ def total_of(
     params: Params,
     batches: Sequence[Any],
 ) -> Any:
-    """Returns the total by which the losses of these batches are divided, with the baseline."""
+    """Returns the total by which the losses of these batches are divided, including the baseline if
+    the objective has one."""
     total = objective.total(batches)
     own = baseline_of(objective, chain, scales, params, batches, total)
     return with_baseline(objective, total, own)
@@ -174,14 +179,16 @@ def baseline_of(
     total: Any,
     value: Value = value,
 ) -> float:
-    """Returns these batches' share of the baseline; 0 if the objective has none."""
+    """Returns what these batches contribute to the baseline of the step, or 0 if the objective has
+    no baseline."""
     if objective.baseline is None:
         return 0.0
-    # One at a time, so that a batch's memory is free before the next one begins.
+    # The batches run one at a time, so that the memory of one is free before the next one begins.
     what = (objective.baseline, chain, scales, params)
     return sum(float(value(*what, batch, total)[0]) for batch in batches)
 
 
 def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
-    """Returns the total of a step with the baseline of all its batches, if there is one."""
+    """Returns `total` with the baseline of all batches of the step, or unchanged if the objective
+    has no baseline."""
     return total if objective.baseline is None else replace(total, baseline=baseline)

@@ -1,8 +1,9 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
-A row is a prompt with one completion, whose tokens are in the loss. Each token has a weight and
-values that were computed before: the advantage, and its log-probability when it was sampled
-(`rollout`), before the first update (`old`) and without the adapter (`reference`).
+A row is a prompt with one completion, whose tokens are in the loss. Each of these tokens has a
+weight and values that are computed before the update: the advantage, and the token's
+log-probability when it was sampled (`rollout`), before the first update (`old`), and under the
+model without the adapter (`reference`).
 """
 
 from collections.abc import Sequence
@@ -19,9 +20,9 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: Values of each token in the loss.
+#: The values that each token in the loss has.
 NUMBERS = ("advantage", "rollout", "old", "reference")
-#: A weight that marks a token as in the loss although it adds nothing to it.
+#: A weight that makes a token count as in the loss, but with a negligible contribution to the loss.
 NOTHING = 1e-30
 
 
@@ -29,13 +30,15 @@ NOTHING = 1e-30
 class Grpo(Objective):
     """loss = Σ weights·(−min(r·A, clip(r, 1 − low, 1 + high)·A)·min(old/rollout, cap) + β·KL)
 
-    r is the ratio of the new probability of a token to the old one (Shao et al. 2024,
-    arXiv:2402.03300); for gspo it is the geometric mean of these ratios over the completion (Zheng
-    et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1 with log-probabilities ref and
-    p. The weights for N completions of n tokens each are 1/(N·n) for grpo and gspo, 1/(N·most) for
+    A is the advantage, and r is the ratio of the new probability of a token to its old probability
+    (Shao et al. 2024, arXiv:2402.03300); for gspo, r is the geometric mean of these ratios over the
+    completion (Zheng et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1, where p and
+    ref are the log-probabilities with the adapter and without it. For N completions, of which one
+    has n tokens, the weights of this one's tokens are 1/(N·n) for grpo and gspo, 1/(N·most) for
     dr_grpo (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025,
-    arXiv:2503.14476). Where `old` was not computed (NaN), it is the new probability, as a constant.
-    `reference` is None, because its log-probabilities are computed in each step.
+    arXiv:2503.14476). Where `old` was not computed (NaN), the new probability, as a constant, takes
+    its place. The property `reference` is None, because the log-probabilities without the adapter
+    are computed in each step.
     """
 
     kind: Loss = "grpo"
@@ -43,10 +46,10 @@ class Grpo(Objective):
     high: float = 0.2
     beta: float = 0.0
     cap: float = 2.0
-    most: int = 256  #: maximum tokens of a completion
-    length: int = 512  #: maximum tokens of a pass
+    most: int = 256  #: maximum number of tokens of a completion
+    length: int = 512  #: maximum number of tokens of a pass
     packs: bool | Literal["auto"] = True
-    temperature: float = 1.0  #: the sampling temperature; divides all logits
+    temperature: float = 1.0  #: sampling temperature, which divides all logits
 
     options = ("grpo_loss", "clip_low", "clip_high", "grpo_beta", "importance_cap")
     options += ("max_completion_tokens", "max_seq_length", "packing", "temperature")
@@ -60,7 +63,8 @@ class Grpo(Objective):
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Returns the weight of each completion's tokens, float64 [N]; 0 if it is not `kept`."""
+        """Returns the weight that each completion's tokens have, float64 [N]. It is 0 for
+        completions that are not `kept`."""
         if self.kind == "dapo":
             part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
         else:
@@ -77,8 +81,8 @@ class Grpo(Objective):
         return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
     def _shape(self, longest: int, shortest: int) -> BatchShape:
-        """Returns the shape of the largest pass, given that completions with their prompts have
-        `shortest` to `longest` tokens."""
+        """Returns the shape of the largest pass if completions, including their prompts, have at
+        most `longest` tokens and the shortest prompt has `shortest`."""
         if self.packs:
             whole, rest = divmod(self.length, shortest + self.most)
             loss = whole * self.most + max(rest - shortest, 0)
@@ -89,25 +93,26 @@ class Grpo(Objective):
             if width > shortest:
                 passes.append((rows, width))
         rows, width = max(passes, key=lambda own: own[0] * own[1])
-        # A few long rows may have more rows left after trimming if all losses begin late.
+        # If the loss begins late in all rows, a pass with a few long rows may have more positions
+        # left after trimming.
         start = trim_start(max(shortest - 1, 0))
         trimmed = max(n * (own - 1 - start) for n, own in passes)
         loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)
         return BatchShape.single(rows, width - 1, min(width - 1, -(-trimmed // rows)), loss)
 
     def rows_in(self, longest: int) -> int:
-        """Returns the number of rows of a pass that is not packed and whose longest row has this
-        many tokens."""
+        """Returns the number of rows in a pass that is not packed, if its longest row has `longest`
+        tokens."""
         return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
-        """Returns the number of tokens in the loss, for the metrics; the weights are already
-        fractions of the whole loss."""
+        """Returns the number of tokens in the loss, by which only the metrics are divided, since
+        the weights are already fractions of the whole loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Returns the inputs of a batch; `members` [B, M] is 1/n for the n tokens of a
-        completion."""
+        """Returns the inputs of the chain and the head for a batch. `members` [B, M] is 1/n for the
+        n tokens of each completion, and 0 elsewhere."""
         tokens, b, t, places = predictions(batch)
         if batch.packed:
             owner = np.searchsorted(np.cumsum(batch.lengths), places[1], side="right")
@@ -115,7 +120,7 @@ class Grpo(Objective):
             owner = b
         members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
         members /= np.maximum(members.sum(1, keepdims=True), 1)
-        nothing = np.full_like(batch.weights, np.nan)  # for values that were not computed
+        nothing = np.full_like(batch.weights, np.nan)  # stands for values that were not computed
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
             "targets": ops.upload(batch.tokens[places]),
@@ -156,7 +161,7 @@ class Grpo(Objective):
 
 @dataclass(frozen=True)
 class LogProbs(Grpo):
-    """Outputs the log-probabilities of the tokens in the loss, [M], and no loss."""
+    """An objective whose only output is the log-probabilities [M] of the tokens in the loss."""
 
     metrics = ()
 
@@ -165,8 +170,8 @@ class LogProbs(Grpo):
 
 
 def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
-    """Returns a batch with these log-probabilities, float32 [M], of its tokens in the loss, stored
-    under `name`."""
+    """Returns the batch with the log-probabilities `found` of its tokens in the loss, float32 [M],
+    stored under `name`."""
     *_, places = predictions(batch)
     own = np.zeros_like(batch.weights)
     own[places] = found
@@ -174,8 +179,9 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
-    """Returns rewards [P, G] of P prompts minus the mean of their group, float64. They are
-    divided by the standard deviation of the group, or of all rewards, plus 1e-4, or not divided."""
+    """Returns the advantages, float64 [P, G], of G completions for each of P prompts. An advantage
+    is the reward minus the mean reward of its group. With the `scaling` "group" or "batch", it is
+    then divided by the standard deviation of the group's rewards or of all rewards, plus 1e-4."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

@@ -1,8 +1,9 @@
-"""KTO: trains on responses that are labelled as desirable or not.
+"""KTO: trains on responses that are labelled as desirable or undesirable.
 
-The reward of each is compared with a KL divergence of the model from the one without its adapter.
-It is estimated over all rows of a step from the responses of other rows (data/mismatching.py). That
-takes a forward pass before the step's first backward pass, and no gradient flows through it.
+The reward of each response is compared with the KL divergence of the model from the model without
+its adapter. The divergence is estimated over all rows of a step, by pairing their prompts with
+responses of other rows (data/mismatching.py). This takes a forward pass before the first backward
+pass of the step, and no gradient flows through it.
 """
 
 from collections.abc import Sequence
@@ -21,14 +22,15 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: The paper's range for the weighted ratio of desirable to other rows (eq. 8).
+#: The range that the paper (eq. 8) advises for the ratio of desirable to undesirable rows, where
+#: each count is multiplied by its weight.
 ADVISED = (1.0, 4 / 3)
 
 
 @dataclass(frozen=True)
 class Total:
-    """The number of rows, and of the desirable ones among them; `baseline` is the estimate of the
-    KL divergence, which may be below 0."""
+    """The number of rows, and the number of desirable rows among them. `baseline` is the estimate
+    of the KL divergence, which may be negative."""
 
     rows: int
     wanted: int
@@ -36,7 +38,7 @@ class Total:
 
 
 class Responses(Objective):
-    """The base class for objectives over one response per row, which define `_of_sums`."""
+    """The base class of objectives with one response per row. Subclasses define `_of_sums`."""
 
     unit = "per row"
     reads = ("targets", "members", "labels", "reference", "kl", "parts")
@@ -49,18 +51,19 @@ class Responses(Objective):
         return SINGLE
 
     def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
-        """Returns the inputs for M rows that predict a token of a response; `members` [B, M] is 1
-        for the tokens of a response.
+        """Returns the inputs of the chain and the head. M tokens of responses are predicted, and
+        `members` [B, M] is 1 where such a token belongs to the response of a row.
 
-        `labels` [B] are 1 or −1; `reference` [B] are the log-probabilities of the model without its
-        adapter; `kl` is the estimate of the divergence; `parts` [3] are 1 over the number of all,
-        of desirable and of other rows in the step, NaN for none.
+        `labels` [B] is 1 for desirable and −1 for undesirable rows. `reference` [B] contains the
+        log-probabilities under the model without its adapter. `kl` is the estimate of the KL
+        divergence, at least 0. `parts` [3] contains 1/n for the numbers n of all rows, desirable
+        rows and undesirable rows in the step; it is NaN where n is 0.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])
         unwanted = total.rows - total.wanted
         parts = [1 / n if n else nan for n in (total.rows, total.wanted, unwanted)]
-        # The last token of a sequence is a target, but not an input.
+        # The last token of a sequence is only a target, so it is not among the inputs.
         return {
             **stream_values(chain, SINGLE[0], own.tokens[:, :-1], b, t),
             "targets": ops.upload(own.tokens[b, t + 1]),
@@ -73,33 +76,34 @@ class Responses(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, *own = reads
-        # Sums of products, not a product of matrices: GPUs round its operands.
+        # This is not a matrix multiplication, because GPUs round the operands of one.
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
-        """Returns the sequences that run, and their reference."""
+        """Returns the sequences that run, and their log-probabilities under the reference model."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Returns the outputs, from the log-probabilities [B] of the responses and the other values
-        that the head reads."""
+        """Returns the outputs, given the log-probabilities [B] of the responses and the other
+        values that the head reads."""
         raise NotImplementedError
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the rows' own sequences."""
+    """Returns the sequences of the rows with their own responses."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
 def _labels(own: Batch) -> np.ndarray:
-    """Returns 1 for desirable rows and −1 for others, float32 [B]: the sign of their weights."""
+    """Returns 1 for desirable and −1 for undesirable rows, float32 [B]. This is the sign of their
+    weights."""
     return np.sign(own.weights.sum(1)).astype(np.float32)
 
 
 def _reference(batch: AnyBatch) -> np.ndarray:
-    """Returns the reference log-probabilities of all sequences of a batch, float32; 0 until they
-    are computed."""
+    """Returns the log-probabilities of all sequences in a batch under the reference model, as
+    float32. They are 0 if they are not computed yet."""
     sides = 2 if isinstance(batch, PairBatch) else 1
     none = np.zeros(sides * len(batch.rows), np.float32)
     return none if batch.reference is None else batch.reference
@@ -107,7 +111,7 @@ def _reference(batch: AnyBatch) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alone(Responses):
-    """Outputs the log-probabilities of the responses, [B], and no loss."""
+    """An objective whose only output is the log-probabilities [B] of the responses."""
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         return (sums,)
@@ -115,8 +119,8 @@ class Alone(Responses):
 
 @dataclass(frozen=True)
 class Divergence(Responses):
-    """Outputs no loss, but the log-ratio of the model with its adapter to the model without it, for
-    responses of other rows: this batch's part of the mean over the rows of a step."""
+    """An objective whose only output is this batch's part of the estimated KL divergence: the mean,
+    over the rows of a step, of log π − log ref for responses of other rows."""
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
@@ -131,10 +135,12 @@ class Divergence(Responses):
 class Kto(Responses):
     """Kahneman-Tversky optimization (Ethayarajh et al. 2024, arXiv:2402.01306).
 
-    With r = log π − log ref, sums over the response, and the KL divergence z ≥ 0 as a constant:
-    λ_D·(1 − σ(β(r − z))) for a desirable row, λ_U·(1 − σ(β(z − r))) for another. With z = 0 that is
-    apo_zero_unpaired (D'Oosterlinck et al. 2024, arXiv:2408.06266). The reward of a row is βr. It
-    is right if it is above βz for a desirable row, or below βz for another row.
+    Let r = log π − log ref, summed over the response, where π is the model with its adapter and ref
+    the model without it, and let z ≥ 0 be the estimated KL divergence, which is a constant in the
+    loss. The loss is λ_D·(1 − σ(β(r − z))) for a desirable row and λ_U·(1 − σ(β(z − r))) for an
+    undesirable row. With z = 0 it is apo_zero_unpaired (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266). The reward of a row is βr. For the accuracy, it is right if it is above βz
+    for a desirable row, or below βz for an undesirable one.
     """
 
     beta: float = 0.1

@@ -1,4 +1,4 @@
-"""The base class of objectives, and the inputs that they share."""
+"""The base class of objectives, and functions for the inputs that they share."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,47 +14,49 @@ from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
-    """Computes the outputs of the head for a batch: the loss, then the `metrics`, each a scalar.
+    """Computes the outputs of the head for a batch. They are scalars: the loss, followed by the
+    `metrics`.
 
-    All outputs are already divided by `total`, so those of several batches can be summed. A metric
-    is NaN if the batches have nothing that it measures.
+    All outputs are already divided by the total of the step, so the outputs of several batches can
+    be summed. A metric is NaN if the batches contain nothing that it measures.
     """
 
-    options: tuple[str, ...] = ()  #: fields of the configuration, in its order
-    unit: str  #: the loss's unit, in words
+    options: tuple[str, ...] = ()  #: names of its options in the configuration, in field order
+    unit: str  #: the unit of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
-    reads: tuple[str, ...]  #: values that the head reads after h and rows of each stream
+    reads: tuple[str, ...]  #: values that the head reads after each stream's h and rows
     temperature = 1.0  #: divides all logits
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
-        """Creates the objective with the options of a configuration."""
+        """Creates the objective with its options from a configuration."""
         return cls(*(getattr(config, name) for name in cls.options))
 
     @property
     def reference(self) -> "Objective | None":
-        """The objective that computes the reference: the model without its adapter."""
+        """The objective that computes what the loss needs of the reference model, which is the
+        model without its adapter; None if it needs nothing."""
         return None
 
     @property
     def baseline(self) -> "Objective | None":
-        """The objective that is measured, forward only, over all batches of a step before the loss
-        of the first one. The sum of its outputs becomes the field `baseline` of the total, which is
-        a constant in the loss."""
+        """The objective that is computed over all batches of a step, without a backward pass,
+        before the loss of the first batch; None if there is none. The sum of its outputs becomes
+        the field `baseline` of the total, which is a constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
-        """Returns the data in the form that the run uses, with rows of at most `tokens` tokens.
-        Raises InputError for unusable data."""
+        """Returns the data in the form on which the run trains. Rows have at most `tokens` tokens.
+        Raises InputError if the data cannot be used."""
         return data
 
     def remarks(self, data: Dataset) -> list[str]:
-        """Returns sentences that the user should read about the training data before a run."""
+        """Returns sentences about the training data that the user should read before a run."""
         return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the data for each way in which its batches can run; a run takes the first that
-        fits."""
+        """Yields the data in each form in which its batches can run. A run uses the first form that
+        fits into memory."""
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:
@@ -62,35 +64,35 @@ class Objective:
         raise NotImplementedError
 
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
-        """Returns the shapes of the largest batches of `rows` rows, one for each number of streams
-        that `streams` gives. By default rows are padded and there is one stream."""
-        columns = data.columns  # whose lengths are those of a row's longest sequence
-        length = padded(int(columns.length.max()), rows) - 1  # the last token is not an input
+        """Returns the shapes of the largest batches with `rows` rows, one for each number of
+        streams that a batch can have. By default rows are padded and there is one stream."""
+        columns = data.columns  # for pairs, `length` is that of the longer sequence
+        length = padded(int(columns.length.max()), rows) - 1  # the last token is only a target
         first, most = int(columns.first.min()) - 1, int(columns.trained.max())
         return [BatchShape.single(rows, length, length - trim_start(first), rows * most)]
 
     def full_shape(self, rows: int, length: int, trained: int, same: int) -> BatchShape:
-        """Returns the shape of a batch of rows of `length` tokens, the last `trained` of which are
-        in the loss; in pairs the first `same` tokens are shared."""
+        """Returns the shape of a batch whose rows have `length` tokens, of which the last `trained`
+        are in the loss. In pairs, the two sequences share the first `same` tokens."""
         trimmed = length - trim_start(length - trained)
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams in which a batch runs; by default one stream of single sequences,
-        padded or packed."""
+        """Returns the streams in which a batch runs. By default there is one stream of single
+        sequences, padded or packed."""
         if not batch.packed:
             return SINGLE
-        # The last token of a sequence is a target, but not an input; the first one is never a
-        # target.
+        # The last token of a sequence is not an input, and the first token is never a target.
         return (Stream(parts=tuple(map(int, batch.lengths - 1))),)
 
     def values(self, chain: Chain, batch: Any, total: Any) -> dict[str, mx.array]:
-        """Returns the inputs of chain and head for a batch."""
+        """Returns the inputs of the chain and the head for a batch, keyed by name."""
         raise NotImplementedError
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., Any]:
-        """Returns the function that computes the outputs from parameters and reads; by default
-        `targets` are the first of these, and `_outputs` gets their log-probabilities."""
+        """Returns the function that computes the outputs from the parameters and the values that
+        the head reads. By default the first of these values is `targets`, and `_outputs` receives
+        the targets' log-probabilities."""
 
         def outputs(params: Mapping[str, mx.array], *reads: mx.array) -> tuple[mx.array, ...]:
             of_streams, (targets, *own) = reads[: -len(self.reads)], reads[-len(self.reads) :]
@@ -102,7 +104,7 @@ class Objective:
         return outputs
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
-        """Returns the outputs, from the log-probabilities [M] of the targets and the other values
+        """Returns the outputs, given the log-probabilities [M] of the targets and the other values
         that the head reads."""
         raise NotImplementedError
 
@@ -110,8 +112,8 @@ class Objective:
 def predictions(
     batch: Batch,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens [B, T] that run; row and position, int64 [M], of each that predicts a
-    token in the loss; and the indices of the predicted tokens in the arrays of the batch."""
+    """Returns the tokens [B, T] that run; the rows and the positions, int64 [M], of tokens whose
+    next token is in the loss; and the indices of these next tokens in the arrays of the batch."""
     run = np.ones(batch.tokens.shape[1], bool)
     run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
     after = np.flatnonzero(run) + 1
@@ -122,11 +124,11 @@ def predictions(
 def stream_values(
     chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
 ) -> dict[str, mx.array]:
-    """Returns the inputs of a stream of tokens [B, T], of which those of rows b [M] at positions t
-    [M] predict a token in the loss.
+    """Returns the inputs of a stream with tokens [B, T]. Tokens in rows b [M] at positions t [M]
+    predict a token in the loss.
 
-    `positions` are those of the N rows that h has after the layer that trims, and `rows` [M] index
-    h [B·N, H].
+    `positions` [N] are the positions that are left after the layer that trims the sequences, and
+    `rows` [M] are indices into h [B·N, H].
     """
     length = tokens.shape[1]
     start = trim_start(int(t.min()) if t.size else 0) if chain.trims else 0

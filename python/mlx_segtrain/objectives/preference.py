@@ -1,8 +1,9 @@
 """Preference losses over pairs of answers: DPO, ORPO and SimPO.
 
-A pair runs as two streams, or as one if both sequences begin with the same tokens: the chosen
-sequence, and after it the rest of the rejected one as a branch. With causal attention that is
-exact. Only rows in the loss go through the head.
+A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
+can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
+branch. With causal attention this gives exactly the same results. Only positions in the loss go
+through the head.
 """
 
 import math
@@ -22,15 +23,15 @@ from .objective import Objective, stream_values
 
 #: Pairs whose common prefix is shorter than this many tokens run as two streams.
 SHARED_LEAST = 64
-#: Lower bound of 1 − p in log-odds, which are infinite for p = 1.
+#: The lower bound for 1 − p in log-odds, which are infinite for p = 1.
 LEAST_REST = 1e-7
-#: The paper's temperature for discopop's switch from one loss to the other.
+#: The temperature τ, from the paper, at which discopop changes from one loss to the other.
 DISCOPOP_TAU = 0.05
 
 
 @dataclass(frozen=True)
 class Total:
-    """The number of pairs, and of the chosen sequences' tokens in a cross-entropy term."""
+    """The number of pairs, and the number of tokens of chosen sequences in a cross-entropy term."""
 
     pairs: int
     tokens: float
@@ -38,11 +39,11 @@ class Total:
 
 @dataclass(frozen=True)
 class Answers:
-    """Log-probabilities of the responses of B pairs, float32 [B], with the adapter and without
-    (`ref_`), and the number of tokens of each response (`n_`).
+    """The log-probabilities of the responses in B pairs, float32 [B], with the adapter and without
+    it (`ref_`), and the number of tokens of each response (`n_`).
 
-    `likelihood` is this batch's part of the cross-entropy term, a scalar; `part` is 1 over the
-    number of pairs of the step.
+    `likelihood` is this batch's part of the cross-entropy term, a scalar. `part` is 1/n for the
+    number n of pairs in the step.
     """
 
     chosen: mx.array
@@ -56,24 +57,26 @@ class Answers:
 
     @property
     def means(self) -> tuple[mx.array, mx.array]:
-        """The mean log-probabilities of a token of each response."""
+        """The mean log-probability per token of each response, chosen and rejected, [B] each."""
         return self.chosen / self.n_chosen, self.rejected / self.n_rejected
 
 
-#: The loss's part of the mean; rewards of chosen and rejected [B]; margins [B].
+#: This batch's part of the mean loss; the rewards [B] of the chosen and the rejected responses; the
+#: margins [B].
 Compared = tuple[mx.array, tuple[mx.array, mx.array], mx.array]
 
 
 class Pairs(Objective):
-    """The base class of preference objectives, which define `_loss`."""
+    """The base class of preference objectives. Subclasses define `_loss`."""
 
     unit = "per pair"
     metrics = ("accuracy", "margin", "chosen_reward", "rejected_reward")
     reads = ("targets", "members", "weights", "reference", "part")
-    _full = False  #: the whole chosen sequence is in the loss, not only its response
+    _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields pairs that run their shared beginning once, then pairs that share nothing."""
+        """Yields the pairs in a form in which their common prefix runs once, then in a form in
+        which pairs share nothing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -81,7 +84,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # A batch can only share tokens that all of its pairs share; these pairs share none.
+        # A batch can share only tokens that all of its pairs share. `apart` are pairs that share
+        # none.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -119,12 +123,13 @@ class Pairs(Objective):
         return (joined(batch.shared, batch.rejected.tokens.shape[1] - 1 - batch.shared),)
 
     def values(self, chain: Chain, batch: PairBatch, total: Total) -> dict[str, mx.array]:
-        """Returns the inputs for M rows in the order of the streams, and the token that each
-        predicts.
+        """Returns the inputs of the chain and the head. M tokens are predicted, in the order of the
+        streams.
 
-        `members` [2B, M] is 1 where a row predicts a response token of a sequence, chosen ones
-        first; `weights` [M] are those of the cross-entropy term; `reference` [2B] are the
-        log-probabilities of the model without its adapter; `part` is 1 over the pairs of the step.
+        `members` [2B, M] is 1 where such a token belongs to the response of a sequence; chosen
+        sequences come first. `weights` [M] are the tokens' weights in the cross-entropy term.
+        `reference` [2B] contains the responses' log-probabilities under the model without its
+        adapter. `part` is 1/n for the number n of pairs in the step.
         """
         b = len(batch.rows)
         values: dict[str, mx.array] = {}
@@ -150,7 +155,7 @@ class Pairs(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, weights, reference, part = reads
-        # Sums of products, not a product of matrices: GPUs round its operands.
+        # This is not a matrix multiplication, because GPUs round the operands of one.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
         answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
@@ -163,19 +168,19 @@ class Pairs(Objective):
         raise NotImplementedError
 
     def _likely(self, chosen: Batch) -> np.ndarray:
-        """Returns the weights [B, T] of the tokens of the cross-entropy term."""
+        """Returns the weights [B, T] of tokens in the cross-entropy term."""
         return np.zeros_like(chosen.weights)
 
     def _counted(self, pairs: Columns) -> int:
-        """Returns the largest number of tokens of a pair that go through the head."""
+        """Returns the maximum number of positions in a pair that go through the head."""
         chosen = pairs.length[:, 0] - 1 if self._full else pairs.trained[:, 0]
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the tokens [B, T] of a stream, and its rows in the loss as _rows describes
-        them."""
+        """Returns the tokens [B, T] of a stream, and its positions in the loss in the form of
+        `_rows`."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
-        if not stream.branch:  # the last token of a sequence is not an input
+        if not stream.branch:  # the last token of a sequence is only a target
             return sides[stream.name], self._rows(batch, stream.name)
         chosen, rejected = self._rows(batch, "chosen"), self._rows(batch, "rejected")
         shared, length = stream.shared, sides["chosen"].shape[1]
@@ -185,8 +190,9 @@ class Pairs(Objective):
         return tokens, {name: np.concatenate([x, rejected[name]]) for name, x in chosen.items()}
 
     def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
-        """Returns, for each position in the loss of a side's sequences: its row in the batch, its
-        position, and the token that it predicts."""
+        """Returns arrays with an element for each position of a side's sequences that predicts a
+        token in the loss. They contain the row in the batch, the position, the predicted token, the
+        index of the sequence, whether the token belongs to a response, and its weight."""
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
@@ -202,8 +208,8 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Returns the maximum number of tokens of one side, and of tokens that may be in the loss,
-    which are all of them for `full` sequences."""
+    """Returns the maximum number of tokens in a sequence of one side, and the maximum number that
+    is left after trimming. If the `full` sequence is in the loss, nothing is trimmed."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())
@@ -212,7 +218,7 @@ def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Reference(Pairs):
-    """Outputs the log-probabilities of the responses, [2B], and no loss."""
+    """An objective whose only output is the log-probabilities [2B] of the responses."""
 
     metrics = ()
 
@@ -223,7 +229,8 @@ class Reference(Pairs):
 
 @dataclass(frozen=True)
 class Rewards:
-    """The arguments of dpo's losses: rewards of pairs, β·(π − ref), float32 [B]; β and ε."""
+    """The arguments of dpo's losses: the rewards β·(π − ref) of the chosen and the rejected
+    responses, float32 [B], the factor β, and the label smoothing ε."""
 
     chosen: mx.array
     rejected: mx.array
@@ -232,7 +239,7 @@ class Rewards:
 
     @property
     def z(self) -> mx.array:
-        """The margins [B]."""
+        """The margins [B] between the rewards."""
         return self.chosen - self.rejected
 
 
@@ -242,18 +249,19 @@ def _robust(r: Rewards) -> mx.array:
 
 
 def _exo(r: Rewards) -> mx.array:
-    """Returns the KL divergence of (σ(z), σ(−z)) from (1 − ε, ε)."""
+    """Returns KL(q ‖ p) for the distributions q = (σ(z), σ(−z)) and p = (1 − ε, ε)."""
     right = mx.sigmoid(r.z) * (-nn.softplus(-r.z) - math.log1p(-r.smoothing))
     return right + mx.sigmoid(-r.z) * (-nn.softplus(r.z) - math.log(r.smoothing))
 
 
 def _discopop(r: Rewards) -> mx.array:
-    """Returns (1 − s)·−log σ(z) + s·exp(−z), s = σ(z / τ): exp(−z) alone would overflow."""
+    """Returns (1 − s)·−log σ(z) + s·exp(−z) with s = σ(z / τ). The second term is computed as one
+    exponential, because exp(−z) alone may overflow."""
     other = nn.softplus(-r.z / DISCOPOP_TAU)
     return mx.sigmoid(-r.z / DISCOPOP_TAU) * nn.softplus(-r.z) + mx.exp(-r.z - other)
 
 
-#: The losses of dpo, by their names in config.dpo_loss; −log σ(x) = softplus(−x).
+#: The losses of dpo, keyed by the values of config.dpo_loss. Note that −log σ(x) = softplus(−x).
 LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "sigmoid": lambda r: (1 - r.smoothing) * nn.softplus(-r.z) + r.smoothing * nn.softplus(r.z),
     "hinge": lambda r: mx.maximum(1 - r.z, 0),
@@ -270,23 +278,25 @@ LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "discopop": _discopop,
     "sigmoid_norm": lambda r: nn.softplus(-r.z),
 }
-#: Losses of means over the response instead of sums.
+#: The losses that take means over the response instead of sums.
 OF_MEANS = ("ipo", "sigmoid_norm")
 
 
 @dataclass(frozen=True)
 class Dpo(Pairs):
     """Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290), and methods that
-    differ from it in the loss only (LOSSES).
+    differ from it only in the loss (LOSSES).
 
-    With rewards r = β·(π − ref) of summed log-probabilities of the response, z = r_c − r_r and the
-    smoothing ε, the losses are: sigmoid −(1 − ε)·log σ(z) − ε·log σ(−z) (conservative DPO for
-    ε > 0); robust (Chowdhury et al. 2024, arXiv:2403.00409); hinge (Zhao et al. 2023,
-    arXiv:2305.10425); ipo and sigmoid_norm of means over the response (Azar et al. 2023,
-    arXiv:2310.12036); exo_pair (Ji et al. 2024, arXiv:2402.00856, eq. 16); nca_pair (Chen et al.
-    2024, arXiv:2402.05369); bco_pair (Jung et al. 2024, arXiv:2404.04656, without its shift of
-    rewards); sppo_hard (Wu et al. 2024, arXiv:2405.00675); apo_zero and apo_down (D'Oosterlinck et
-    al. 2024, arXiv:2408.06266); discopop (Lu et al. 2024, arXiv:2406.08414).
+    Let π and ref be the summed log-probabilities of a response with the adapter and without it, r =
+    β·(π − ref) its reward, z = r_c − r_r the margin between the chosen and the rejected response,
+    and ε the label smoothing. The losses are sigmoid, which is −(1 − ε)·log σ(z) − ε·log σ(−z)
+    (conservative DPO if ε > 0); robust (Chowdhury et al. 2024, arXiv:2403.00409); hinge (Zhao et
+    al. 2023, arXiv:2305.10425); ipo and sigmoid_norm, with means over the response instead of sums
+    (Azar et al. 2023, arXiv:2310.12036); exo_pair (Ji et al. 2024, arXiv:2402.00856, eq. 16);
+    nca_pair (Chen et al. 2024, arXiv:2402.05369); bco_pair (Jung et al. 2024, arXiv:2404.04656,
+    without its shift of rewards); sppo_hard (Wu et al. 2024, arXiv:2405.00675); apo_zero and
+    apo_down (D'Oosterlinck et al. 2024, arXiv:2408.06266); discopop (Lu et al. 2024,
+    arXiv:2406.08414).
     """
 
     beta: float = 0.1
@@ -312,11 +322,13 @@ class Dpo(Pairs):
 
 @dataclass(frozen=True)
 class Orpo(Pairs):
-    """Odds-ratio preference optimization (Hong et al. 2024, arXiv:2403.07691), without a reference.
+    """Odds-ratio preference optimization (Hong et al. 2024, arXiv:2403.07691). It needs no
+    reference model.
 
-    loss = NLL − λ·log σ(o), o = log odds(p_c) − log odds(p_r), p the mean log-probability of a
-    response token. NLL is the mean over all tokens of the chosen sequence (`full`), or the mean
-    over pairs of −p_c (`response`). A reward is λ·p; the margin is o.
+    The loss is NLL − λ·log σ(o) with o = log odds(p_c) − log odds(p_r), where p_c and p_r are the
+    mean log-probabilities per token of the chosen and the rejected response. NLL is the mean
+    negative log-likelihood over all tokens of the chosen sequences (`full`), or the mean of −p_c
+    over the pairs (`response`). The rewards are λ·p_c and λ·p_r, and the margin is o.
     """
 
     weight: float = 0.1
@@ -345,10 +357,12 @@ class Orpo(Pairs):
 
 @dataclass(frozen=True)
 class Simpo(Pairs):
-    """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734), without a reference.
+    """Simple preference optimization (Meng et al. 2024, arXiv:2405.14734). It needs no reference
+    model.
 
-    loss = −log σ(β(p_c − p_r) − γ), p the mean log-probability of a response token. A reward is
-    β·p; the margin is the difference of the rewards.
+    The loss is −log σ(β(p_c − p_r) − γ), where p_c and p_r are the mean log-probabilities per token
+    of the chosen and the rejected response. The rewards are β·p_c and β·p_r, and the margin is
+    their difference.
     """
 
     beta: float = 2.0

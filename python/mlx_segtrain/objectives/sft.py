@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: cross-entropy of the next token, weighted by token."""
+"""Supervised fine-tuning: cross-entropy of the next token, with a weight for each token."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from .objective import Objective, predictions, stream_values
 
 @dataclass(frozen=True)
 class Sft(Objective):
-    """loss = Σ weights·CE / total, where total is the sum of the step's weights, so that its
-    batches add up to one large batch."""
+    """The loss is Σ weights·CE / total, where total is the sum of all weights in the step. So the
+    batches of a step have the same loss as one large batch."""
 
     unit = "nats per token"
     reads = ("targets", "weights")
@@ -34,7 +34,8 @@ class Sft(Objective):
         return float(sum(batch.weights.sum() for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Returns the inputs of a batch, with index, target and weight of the rows in the loss."""
+        """Returns the inputs of the chain and the head, including the index, the target and the
+        weight of each position in the loss."""
         tokens, b, t, places = predictions(batch)
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
@@ -43,7 +44,8 @@ class Sft(Objective):
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-        """Returns the loss function; only rows in the loss go through the head."""
+        """Returns the function that computes the loss. Only positions in the loss go through the
+        head."""
 
         def loss(
             params: Mapping[str, mx.array],

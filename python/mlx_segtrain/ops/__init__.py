@@ -1,10 +1,12 @@
-"""Differentiable ops of a transformer layer, each with a hand-written backward pass.
+"""Differentiable ops for transformer layers, each with a hand-written backward pass.
 
-Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head size, F feed-forward
-width, M rows, R LoRA rank, V vocabulary. `impl="auto"` takes the fastest implementation that
-supports the device; a named one ("kernel", "blocked", "stock", "reference") raises ValueError with
-the reason if it does not support the call. Wrong shapes and dtypes raise ValueError when the graph
-is built.
+Shapes use these letters: B is the batch size, H the number of query heads, G the number of
+key/value heads, T the number of queries, S the number of keys, D the head size, F the width of the
+feed-forward layer, M the number of rows, R the LoRA rank, and V the size of the vocabulary. `x
+[B,T] → y [B]` means that x and y have these shapes. `impl="auto"` chooses the fastest
+implementation that supports the call. Another `impl` ("kernel", "blocked", "stock" or "reference")
+names an implementation; ValueError gives the reason if it does not support the call. Wrong shapes
+and dtypes raise ValueError when the graph is built.
 """
 
 import functools
@@ -65,7 +67,8 @@ T = TypeVar("T")
 
 
 def base_of(module: nn.Module) -> Base:
-    """Returns the frozen weight [out, in] of an nn.Linear, an nn.Embedding or a quantized one."""
+    """Returns the frozen weight [out, in] of an nn.Linear or an nn.Embedding, or of their quantized
+    counterparts."""
     bias = module.get("bias")
     if "scales" not in module:
         return Base(module["weight"], bias=bias)
@@ -73,13 +76,14 @@ def base_of(module: nn.Module) -> Base:
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
-    """Returns rows [begin, end) of a weight [out, in], as a weight."""
+    """Returns rows [begin, end) of a weight [out, in] as a new weight [end − begin, in]."""
     arrays = (x if x is None else x[begin:end] for x in (base.scales, base.biases, base.bias))
     return Base(base.weight[begin:end], *arrays, **packing(base))
 
 
 def _check_device() -> None:
-    """Runs the self-check of a GPU's kernels, once per device before their first use."""
+    """Runs the self-check of the kernels if the device is a GPU. It runs once per device, before
+    their first use."""
     if on_gpu():
         self_check()
 
@@ -87,8 +91,8 @@ def _check_device() -> None:
 def _face(
     plain: Callable[..., Any], *, without: Sequence[str] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates an op of the core: `impl="reference"` calls `plain` without these options, other
-    calls run the self-check first."""
+    """Returns a decorator for ops of the core. With `impl="reference"`, a call goes to `plain`, to
+    which the options in `without` are not passed; other calls run the self-check first."""
 
     def decorate(op: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(op)
@@ -105,26 +109,27 @@ def _face(
 
 
 def upload(x: np.ndarray) -> mx.array:
-    """Copies an array to the device: as int32, or as float32 if its values are not integers.
+    """Copies an array to the device, as int32 if its dtype is an integer type, otherwise as
+    float32.
 
-    On CUDA this is faster than `mx.array` (csrc/core/upload.h); the copy may not be finished when
-    this returns.
+    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be under way
+    when the function returns.
     """
     dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
     return _core.upload(np.ascontiguousarray(x, dtype))
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """Like selfcheck.compile_together, but runs the self-check first, because that evaluates
-    arrays."""
+    """Runs the self-check, then selfcheck.compile_together. The self-check must come first, because
+    it evaluates arrays."""
     _check_device()
     selfcheck.compile_together(write_down)
 
 
 @contextmanager
 def repeatable(on: bool) -> Iterator[None]:
-    """While it is active and `on`, `auto` takes only deterministic implementations, in the whole
-    process."""
+    """Inside this context, if `on` is true, `auto` chooses only deterministic implementations. This
+    applies to the whole process."""
     before = _core.set_repeatable(on)
     try:
         yield
@@ -135,8 +140,9 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """Converts options of `attention` to the core's, given the keys."""
-    # k may have a wrong rank; the core raises the error.
+    """Converts the options of `attention` to the form that the core takes. The number of keys comes
+    from `k`."""
+    # If k has a wrong number of axes, the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
 
@@ -155,19 +161,23 @@ def attention(
     saved: Sequence[mx.array] | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """o = softmax(scale·q·kᵀ)·v over the keys each query may see, in memory linear in T and S.
+    """Returns o = softmax(scale·q·kᵀ)·v over the keys to which each query attends. Memory is linear
+    in T and S.
 
-    q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv], H a multiple of G → o [B,H,T,Dv], one floating dtype.
-    Query t is at position q_start + t (default S − T) and attends to keys up to its own position:
-    only to the last `window` of them, and only to those in its own segment. `segments` of packed
-    rows are a list of offsets, 0 … S or less, or an array [S] of integer ids, in which equal ids
-    are adjacent and ids below 0 are padding. They are the same for every row of the batch, and are
-    read when the graph is built, so mx.compile cannot trace them. Padding, and tokens after the
-    last offset, attend to nothing and are attended to by nothing: their o and gradients are 0.
-    `softcap` c replaces scores s by c·tanh(s / c). Softmax is in float32. `saved` is the result of
-    `attention_forward` with the same arguments; with it, the forward pass is not run again.
+    q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → o [B,H,T,Dv], where H is a multiple of G, and all
+    arrays have the same floating-point dtype. Query t is at position q_start + t (q_start is S − T
+    by default). It attends to the keys up to its own position, but only to the last `window` of
+    them, and only to keys of its own segment. For packed rows, `segments` is either a list of
+    offsets, which rise from 0 to at most S, or an array [S] of integer ids, in which equal ids are
+    adjacent and ids below 0 mark padding. Segments are the same for every row of the batch, and
+    they are read when the graph is built, so mx.compile cannot trace them. No attention goes to or
+    from padding and tokens after the last offset: their o and gradients are 0. With `softcap` c,
+    scores s are replaced with c·tanh(s / c). The softmax is computed in float32. `saved` is the
+    result of `attention_forward` with the same arguments; if it is given, the forward pass is not
+    run again.
 
-    FlashAttention-2 (Dao 2023, arXiv:2307.08691); derivation in docs/attention.md.
+    The algorithm is FlashAttention-2 (Dao 2023, arXiv:2307.08691); docs/attention.md has the
+    derivation.
     """
     options = attention_options(
         k, segments, scale=scale, window=window, softcap=softcap, q_start=q_start
@@ -178,10 +188,10 @@ def attention(
 def attention_forward(
     q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """Returns the argument `saved` of `attention` with these options: o, and the other arrays that
-    its backward pass needs.
+    """Returns what `attention` with these options takes as `saved`: o, and the other arrays that
+    the backward pass needs.
 
-    It has no gradient, and is empty if the chosen implementation has nothing to save
+    The result has no gradient. It is empty if the chosen implementation has nothing to save
     (`stock`).
     """
     _check_device()
@@ -190,9 +200,10 @@ def attention_forward(
 
 @_face(reference.swiglu)
 def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
-    """y = gate·σ(gate)·up. gate, up, y [..., F] of one floating dtype, computed in float32.
+    """Returns y = gate·σ(gate)·up. gate, up, y [..., F] have the same floating-point dtype; the
+    computation is in float32.
 
-    Keeps gate and up; the backward pass computes both gradients in one pass over memory.
+    Keeps gate and up; the backward pass computes both gradients in one pass over memory. See
     Shazeer 2020, arXiv:2002.05202.
     """
     return _core.swiglu(gate, up, impl=impl)
@@ -200,20 +211,23 @@ def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
 
 @_face(reference.geglu)
 def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
-    """y = gelu(gate)·up, gelu(x) = x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as in Gemma.
+    """Returns y = gelu(gate)·up as in Gemma, with gelu(x) = x/2·(1 + tanh(√(2/π)·(x +
+    0.044715·x³))).
 
-    gate, up, y [..., F] of one floating dtype, computed in float32. Keeps gate and up; the backward
-    pass computes both gradients in one pass over memory. Shazeer 2020, arXiv:2002.05202; the tanh
-    form is Hendrycks and Gimpel 2016, arXiv:1606.08415.
+    gate, up, y [..., F] have the same floating-point dtype; the computation is in float32. Keeps
+    gate and up; the backward pass computes both gradients in one pass over memory. See Shazeer
+    2020, arXiv:2002.05202; the approximation with tanh is from Hendrycks and Gimpel 2016,
+    arXiv:1606.08415.
     """
     return _core.geglu(gate, up, impl=impl)
 
 
 @_face(reference.rms_norm)
 def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -> mx.array:
-    """y = x / sqrt(mean(x²) + eps)·weight. x, y [..., H]; weight [H] is frozen, without gradient.
+    """Returns y = x / sqrt(mean(x²) + eps)·weight. x, y [..., H]; weight [H] is frozen and has no
+    gradient.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    See Zhang and Sennrich 2019, arXiv:1910.07467.
     """
     return _core.rms_norm(x, weight, eps, impl=impl)
 
@@ -222,9 +236,10 @@ def rms_norm(x: mx.array, weight: mx.array, eps: float, *, impl: str = "auto") -
 def rms_norm_beside(
     h: mx.array, weight: mx.array, eps: float, *, impl: str = "auto"
 ) -> list[mx.array]:
-    """Returns h and `rms_norm` of it, both [..., H], as at the start of a layer's branch.
+    """Returns h and its `rms_norm`, both [..., H], which are needed together at the start of a
+    residual branch.
 
-    On CUDA the backward pass adds the gradients of both in the norm's own pass.
+    On CUDA the kernel for the norm's backward pass also adds the two gradients of h.
     """
     return _core.rms_norm_beside(h, weight, eps, impl=impl)
 
@@ -239,18 +254,19 @@ def add_rms_norm(
     *,
     impl: str = "auto",
 ) -> mx.array:
-    """y = (h + rms_norm(x))·factor, as at the end of a layer's branch. h, x, y [..., H], weight
-    [H].
+    """Returns y = (h + rms_norm(x))·factor, as at the end of a residual branch. h, x, y [..., H],
+    weight [H].
 
-    `factor` is an array of one element; it and the weight are frozen, without gradient. On CUDA
-    there is one kernel per direction.
+    `factor` is an array with one element. The factor and the weight are frozen and have no
+    gradients. On CUDA there is one kernel per direction.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
 
 
 @_face(reference.take_rows)
 def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
-    """Returns x[index]. x [N, …], index […] of integers 0 … N − 1 → […, …], x's dtype."""
+    """Returns x[index] in x's dtype: x [N, …], index […] → […, …]. The index has integers from 0 to
+    N − 1."""
     return _core.take_rows(x, index, impl=impl)
 
 
@@ -264,10 +280,11 @@ def embedded_rows(
     factor: float = 1.0,
     impl: str = "auto",
 ) -> mx.array:
-    """Returns rows of a frozen table [V, ·], dense or quantized, times a factor; or a range of
-    their columns.
+    """Returns rows of a frozen table [V, ·], dense or quantized, multiplied by `factor`. `begin`
+    and `end` select a range of columns.
 
-    index […] of integers 0 … V − 1 → […, end − begin], in the dtype of the table, or of its scales.
+    index […] → […, end − begin], with integers from 0 to V − 1. The result has the dtype of the
+    table, or of its scales if the table is quantized.
     """
     return _core.embedded_rows(table, index, begin=begin, end=end, factor=factor, impl=impl)
 
@@ -284,10 +301,11 @@ def own_input(
     *,
     impl: str = "auto",
 ) -> mx.array:
-    """y = (rms_norm(x·f0) + rows·f1)·f2, the per-layer input of Gemma 4.
+    """Returns y = (rms_norm(x·f0) + rows·f1)·f2, the per-layer input of Gemma 4, where f0, f1, f2
+    are the `factors`.
 
-    x, y [..., D], weight [D]; rows are D columns from `begin` on of the table's rows at index
-    [...], as in `embedded_rows`. Has no gradients.
+    x, y [..., D], weight [D], index [...]. `rows` are the table's rows at these indices, restricted
+    to the D columns that start at `begin`, as in `embedded_rows`. The op has no gradients.
     """
     return _core.own_input(x, weight, eps, table, index, begin, list(factors), impl=impl)
 
@@ -305,11 +323,14 @@ def rope(
     segments: Segments | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """Rotates the first `dims` of x [B,H,T,D] by position·scale / freqs; position = offset + t.
+    """Rotates the first `dims` elements of each head of x [B,H,T,D] by the angles position·scale /
+    freqs, where position = offset + t.
 
-    freqs [dims/2] are given or base^(2i/dims). `traditional` pairs neighbours, otherwise halves.
-    With `segments` of the offset + T tokens, as `attention` takes them, positions count from the
-    start of each. Su et al. 2021, arXiv:2104.09864; the other arguments are those of mx.fast.rope.
+    freqs [dims/2] is base^(2i/dims) unless it is given. With `traditional`, adjacent elements form
+    pairs; otherwise an element of the first half is paired with one of the second half. With
+    `segments` of the offset + T tokens, in the form that `attention` takes, positions count from
+    the start of each segment. The other arguments are the same as in mx.fast.rope. See Su et al.
+    2021, arXiv:2104.09864.
     """
     options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
     if segments is not None:
@@ -328,14 +349,17 @@ def lora_linear(
     key: mx.array | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b with W frozen, dense or quantized.
+    """Returns y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b, where W is frozen, and dense
+    or quantized.
 
-    x [..., in], a [in, R] and b [R, out] (float32 masters, used in x's dtype) → y [..., out]. Keeps
-    x and x·a, but neither an unpacked W nor a mask. The mask, of x on the low-rank branch, is a
-    function of `key` (`dropout_key`) and x's shape, so that recomputation gives the same mask; 0 ≤
-    dropout < 1, and above 0 a, b and the key are needed. It has gradients for x, a and b; those of
-    a and b are in their own dtype. It supports every quantization of mx.quantize; ValueError names
-    mode, bits and group size if the base's arrays do not fit. Hu et al. 2021, arXiv:2106.09685.
+    x [..., in], a [in, R], b [R, out] → y [..., out]. The factors a and b are float32 master
+    weights, which are cast to x's dtype for the computation. Keeps x and x·a for the backward pass,
+    but neither the dequantized W nor a mask. The mask applies to x in the low-rank branch and
+    depends only on `key` (see `dropout_key`) and x's shape, so recomputation gives the same mask.
+    `dropout` must be in [0, 1); if it is above 0, a, b and the key are required. There are
+    gradients for x, a and b, each in the dtype of its argument. All quantizations of mx.quantize
+    are supported; if the arrays of the base do not fit its mode, bits and group size, ValueError
+    names these. See Hu et al. 2021, arXiv:2106.09685.
     """
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
@@ -350,10 +374,11 @@ def lora_linears(
     keys: Sequence[mx.array] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """Applies several `lora_linear`s, such as q, k and v, to one x, in one product if that is
-    faster.
+    """Applies several `lora_linear`s, such as those for q, k and v, to the same x. This is a single
+    matrix multiplication if that is faster.
 
-    x [..., in] → y [..., out] of each linear layer; with dropout, `keys` has one for each.
+    x [..., in] → a list with y [..., out] for each linear layer. With dropout, `keys` must contain
+    a key for each of them.
     """
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
@@ -364,12 +389,13 @@ def decode_linears(
     b: Sequence[mx.array | None] = (),
     gains: Sequence[mx.array | None] = (),
 ) -> DecodeLinears:
-    """Prepares the linear layers that read the same few rows in a step of generation.
+    """Prepares linear layers that all read the same few rows x in a step of generation.
 
-    a [E, R, in] are the factors of E adapters, concatenated for all layers; b [E, out, R_j] those
-    of each layer, whose ranks add up to R, and gains [E, out] float32 multiply its outputs. The
-    result takes x [..., in] and the adapter of each row, uint32 [rows], and returns [..., out] of
-    each layer in x's dtype: (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    a [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each layer,
+    b has the factors B, [E, out, R_j], and gains has float32 multipliers of its outputs, [E, out];
+    the ranks R_j add up to R. The result is a function of x [..., in] and of the index of each
+    row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each layer, with y =
+    (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
     """
     _check_device()
     return DecodeLinears([*bases], a, [*b], [*gains])
@@ -392,13 +418,16 @@ def lora_qkv(
     norms: Sequence[HeadNorm | None] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """Returns q and k, rotated as by `rope`, and v, from linear layers as in `lora_linears`.
+    """Applies linear layers to x as `lora_linears` does, and returns the heads q and k, rotated as
+    by `rope`, and v.
 
-    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. With two linear layers the second gives
-    keys and values: the values are the keys before norm and rotation; with one there is only q.
-    `norms` apply to each head of q, k and v, before rotation. `segments` as for `attention`, of
-    offset + T rows. On CUDA one kernel computes the heads from one product, and one kernel its
-    gradient from theirs, for which the product is kept if there are norms.
+    x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. If there are two linear layers, the output
+    of the second is used for both keys and values: v is k without its norm and rotation. If there
+    is one, only q is returned. `norms` apply to each head of q, k and v, before rotation.
+    `segments` covers offset + T tokens and has the form that `attention` takes. On CUDA, one kernel
+    computes the heads from the output of a single matrix multiplication, and one kernel computes
+    the gradient of this output from the gradients of the heads. The output is kept for this if
+    there are norms.
     """
     ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
@@ -417,21 +446,23 @@ def lora_glu_mlp(
     tile_rows: int | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """y = down(act(gate(x))·up(x)), act GELU's tanh form or SiLU; each layer a `lora_linear`.
+    """Returns y = down(act(gate(x))·up(x)), where gate, up and down are `lora_linear`s. `act` is
+    GELU's tanh approximation with `gelu`, otherwise SiLU.
 
     x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and
-    recomputes their product in the backward pass. With `tile_rows` it keeps x only, computes that
-    many rows at a time, and recomputes them in the backward pass. This takes memory of [tile_rows,
-    F] instead of [rows, F], but 1.5 times as many products. Tiled MLP: Arctic Long Sequence
-    Training (Bekman et al. 2025, arXiv:2506.13996).
+    recomputes act(gate(x))·up(x) in the backward pass. With `tile_rows`, keeps only x, computes
+    this many rows at a time, and recomputes everything in the backward pass. This needs memory for
+    [tile_rows, F] instead of [rows, F] elements, but 1.5 times as many matrix multiplications. For
+    tiled MLPs, see Arctic Long Sequence Training (Bekman et al. 2025, arXiv:2506.13996).
     """
     return _core.lora_glu_mlp(x, gate, up, down, gelu=gelu, tile_rows=tile_rows, impl=impl)
 
 
 def dropout_key(seed: int, step: int, module: str) -> mx.array:
-    """Returns a key [2] for `lora_linear` from the run's seed, the step, and the module's path."""
+    """Derives a key [2] for `lora_linear` from the seed of the run, the step, and the path of the
+    module."""
     text = f"{seed}/{step}/{module}".encode()
-    # Hashed, because neighbouring seeds, steps and modules must not share masks.
+    # The text is hashed because adjacent seeds, steps and modules must not have the same masks.
     return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
@@ -448,15 +479,17 @@ def linear_cross_entropy(
     padded: bool = True,
     impl: str = "auto",
 ) -> mx.array:
-    """Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, without an array [M, V].
+    """Returns Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, where lse is log-sum-exp,
+    without an array [M, V].
 
-    h [M, H], targets [M] integers (below 0: the row is ignored), weights [M] float32 (default ones)
-    → [] float32. dh is computed in the forward pass, one chunk of rows at a time;
-    `needs_grad=False` skips it (evaluation). `padded=False` promises that no target is below 0;
-    otherwise, on a GPU, the host waits for the targets to find such rows. `softcap` c replaces z by
-    c·tanh(z / c). `label_smoothing` ε in [0, 1) replaces z[target] by (1 − ε)·z[target] + ε·mean(z)
-    (Szegedy et al. 2016, arXiv:1512.00567). Cut Cross-Entropy (Wijmans et al. 2024,
-    arXiv:2411.09009) for the idea of never storing z.
+    h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
+    a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
+    rows at a time; `needs_grad=False` skips it, for evaluation. `padded=False` promises that no
+    target is below 0; otherwise, on a GPU, the host waits for the targets in order to find such
+    rows. With `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1),
+    z[target] is replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016,
+    arXiv:1512.00567). The idea of never storing z is from Cut Cross-Entropy (Wijmans et al. 2024,
+    arXiv:2411.09009).
     """
     return _core.linear_cross_entropy(
         h,
@@ -482,14 +515,16 @@ def linear_log_probs(
     padded: bool = True,
     impl: str = "auto",
 ) -> mx.array:
-    """log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, without an array [M, V].
+    """Returns log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, where lse is log-sum-exp, without
+    an array [M, V].
 
-    h [M, H], targets [M] integers below V → log_p [M] float32. A row with a target below 0 gives 0
-    and no gradient, and is not computed. To find such rows on a GPU, the host waits for the targets
-    when the graph is built. If they are traced, or with `padded=False`, every row is computed.
-    `softcap` c replaces z by c·tanh(z / c). On CUDA dh of each row is computed in the forward pass
-    and kept, and `needs_grad=False` skips it; elsewhere the backward pass computes z again, one
-    chunk of rows at a time. For preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
+    h [M, H], integer targets [M] below V → float32 log_p [M]. A row with a target below 0 is not
+    computed; its log_p and its gradient are 0. To find such rows on a GPU, the host waits for the
+    targets when the graph is built. If the targets are traced by mx.compile, or with
+    `padded=False`, every row is computed. With `softcap` c, z is replaced with c·tanh(z / c). On
+    CUDA, the forward pass computes and keeps the gradient of log_p with respect to h, unless
+    `needs_grad=False`; on other devices the backward pass recomputes z, one chunk of rows at a
+    time. The op is for preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """
     return _core.linear_log_probs(
         h, head, targets, softcap=softcap, needs_grad=needs_grad, padded=padded, impl=impl
@@ -497,6 +532,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Returns a quantized weight as an array [out, in] of `dtype`. Equals mx.dequantize, which on
-    the CPU computes in float32."""
+    """Returns a quantized weight as an array [out, in] of `dtype`. The values are the same as those
+    of mx.dequantize, which computes in float32 on the CPU."""
     return _core.dequantize(base, dtype)

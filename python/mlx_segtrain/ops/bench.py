@@ -1,7 +1,8 @@
-"""Times ops on this device, and compares them with MLX's own and with the device's speed.
+"""Times ops on this device, and compares them with MLX's implementations and with the speed of the
+device.
 
-A row is an op, a shape, an implementation and a direction: forward, `grads` (gradients alone) or
-`both`.
+A row of the results is for one op, shape, implementation and direction. The direction is `forward`,
+`grads` (gradients alone) or `both`.
 """
 
 import statistics
@@ -21,9 +22,11 @@ from .selfcheck import on_gpu
 
 @dataclass(frozen=True)
 class Work:
-    """A call to time: f(*args). All calls except the first use mx.compile if possible.
+    """The call f(*args), which is timed. All calls except the first use the version that mx.compile
+    has made, if there is one.
 
-    So the time of the first call includes the compilation of kernels, but not that of mx.compile.
+    So the time of the first call includes the compilation of kernels, but not the time that
+    mx.compile takes.
     """
 
     f: Callable[..., Any]
@@ -39,13 +42,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a shape: `run(impl)` returns the functions to time, by direction.
+    """An op with arguments of one shape. `run(impl)` returns the calls to time, keyed by direction.
 
-    "mlx" is MLX's own, "products" only the two matrix products of a head with a dense weight. The
-    keys of `flops` or `moved` (bytes that must be read or written) are the directions to time, and
-    their values determine the minimum time of each. With a memory limit (MB above the current use)
-    the host waits for the device instead of exceeding the limit; without one it runs ahead, so the
-    peak memory of a call cannot be measured on a GPU.
+    The `impl` "mlx" is MLX's implementation, and "products" computes only the two matrix products
+    of a head with a dense weight. The keys of `flops` or `moved` (bytes that must be read or
+    written) are the directions to time; the values determine the minimum time of each direction.
+    With a memory limit (in MB above the current use), the host waits for the device instead of
+    exceeding the limit. Without one, the host queues calls ahead of the device, so the peak memory
+    of a call cannot be measured on a GPU.
     """
 
     op: str
@@ -59,12 +63,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of an op. `ms` is the median time of a call that is waited for, `queued_ms` the
-    time of each of ten queued calls.
+    """The figures of an op. `ms` is the median time of a call that the host waits for, and
+    `queued_ms` is the time per call if ten calls are queued.
 
-    `rate` is in GF/s if the op is bound by arithmetic, else in GB/s; `floor` is the minimum time on
-    this device as a share of the queued time; `peak_mb` excludes inputs and outputs; `first_s` is
-    the first call, including compilation. `reason` says why there are no figures.
+    `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum
+    time on this device as a fraction of the queued time. `peak_mb` excludes inputs and outputs.
+    `first_s` is the time of the first call, including compilation. `reason` says why there are no
+    figures; it is empty if there are some.
     """
 
     op: str
@@ -82,7 +87,7 @@ class Row:
 
 
 def dtype() -> mx.Dtype:
-    """Returns the dtype of activations in training on this device."""
+    """Returns the dtype of activations that the benchmark uses on this device."""
     return mx.bfloat16 if on_gpu() else mx.float32
 
 
@@ -101,7 +106,8 @@ def settle(out: Any) -> None:
 def with_gradients(
     f: Callable[..., Any], args: list[mx.array], *cotangents: mx.array
 ) -> dict[str, Work]:
-    """Returns the forward pass, the gradients alone, and both, also compiled."""
+    """Returns three calls, keyed by direction: the forward pass, the gradients alone, and both.
+    Each has a version that is compiled with mx.compile."""
     n = len(args)
 
     def grads(*x: mx.array) -> list[mx.array]:
@@ -118,7 +124,7 @@ def with_gradients(
 
 
 def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
-    """Returns the number of pairs of a query and a key to which it attends."""
+    """Returns the number of (query, key) pairs in which the query attends to the key."""
     query = np.arange(t)
     first = np.zeros_like(query) if window is None else np.maximum(0, query - window + 1)
     if segments is not None:
@@ -128,9 +134,9 @@ def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
 
 
 def cases() -> list[Case]:
-    """Returns the cases for this device, with shapes of a layer of Gemma 4 E4B at 8192 tokens, or
-    of SmolLM2 on a CPU."""
-    from .cases import of_every_op  # their modules import this one
+    """Returns the cases for this device. On a GPU, most have the shapes of a layer of Gemma 4 E4B
+    at 8192 tokens; on a CPU, they have the shapes of SmolLM2."""
+    from .cases import of_every_op  # these modules import this one
 
     return [case for cases in of_every_op("cases") for case in cases(on_gpu())]
 
@@ -144,8 +150,8 @@ def timed(
     wait: Callable[[Any], None] = settle,
     first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
-    """Returns the seconds of the first call, the median ms of a call that is waited for, and the ms
-    of each of ten queued calls."""
+    """Returns three times: the time of the first call in seconds, the median time of a call that
+    the host waits for in ms, and the time per call in ms if ten calls are queued."""
 
     def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()
@@ -156,7 +162,7 @@ def timed(
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
-    wait([work() for _ in range(10)])  # so that the allocator has memory for ten queued calls
+    wait([work() for _ in range(10)])  # gives the allocator the memory for ten queued calls
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
     return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100
@@ -164,9 +170,10 @@ def timed(
 
 @dataclass(frozen=True)
 class Device:
-    """The speed of a large product (GF/s) and of a large copy (GB/s), which are upper bounds.
+    """The speeds of a large matrix multiplication (in GFLOP/s) and of a large copy (in GB/s), which
+    are upper bounds for ops.
 
-    `wait_ms` is the time of a call with almost no work.
+    `wait_ms` is the time of a call that does almost no work.
     """
 
     gf_s: float
@@ -178,7 +185,8 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # MLX's own products and copies do not reach the CPU's full speed.
+    # Our op and NumPy are used because MLX's matrix multiplications and copies do not reach the
+    # full speed of the CPU.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():
@@ -188,7 +196,7 @@ def measure_device() -> Device:
     else:
         halves = np.ones((2, 1 << 24), np.float32)
         size = halves.nbytes
-        with ThreadPoolExecutor(2) as pool:  # into new memory, like an op's outputs
+        with ThreadPoolExecutor(2) as pool:  # into new memory, like the outputs of an op
             copy = timed(lambda: list(pool.map(np.copy, halves)), 5, lambda _: None)[1]
     one = mx.ones(16)
     mx.eval(one)
@@ -208,7 +216,8 @@ def peak_mb(work: Callable[[], Any]) -> float:
 
 
 def measure(case: Case, impl: str, device: Device, runs: int) -> Iterator[Row]:
-    """Yields the rows of a case, or one row with the reason why there are none."""
+    """Yields the rows of a case, or a single row with the reason why the case cannot be
+    measured."""
     limit = None
     try:
         works = case.run(impl)

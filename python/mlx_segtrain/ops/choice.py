@@ -1,7 +1,8 @@
-"""Chooses the attention implementation on a Mac by timing the possible ones once on the device.
+"""Chooses the attention implementation on a Mac by timing all that support the call, once per
+device.
 
-The fastest one depends on the Mac and on macOS. The first run with given heads measures the times,
-within two seconds, and stores them in the cache folder.
+Which implementation is the fastest depends on the Mac and on macOS. The first run with given heads
+measures their times, for two seconds at most, and stores them in the cache folder.
 """
 
 import functools
@@ -20,18 +21,19 @@ from ..errors import is_out_of_memory
 from . import selfcheck
 from .selfcheck import device_key, normal, self_check, value_and_gradients
 
-#: Maximum time to measure all heads of a run.
+#: The maximum time, in seconds, for measuring all heads of a run.
 SECONDS = 2.0
-#: Number of tokens of a timed call, so that the launch does not dominate.
+#: The number of tokens in a timed call, large enough that the launch does not dominate the time.
 TOKENS = 2048
-#: In the built-in order (csrc/ops/attention/attention.cpp), which decides ties.
+#: The implementations in their built-in order (see csrc/ops/attention/attention.cpp), which decides
+#: ties.
 WAYS = ("stock", "kernel", "blocked")
 HALVES = (mx.bfloat16, mx.float16)
 
 
 @dataclass(frozen=True)
 class Heads:
-    """A kind of attention call; `causal` calls have no window, segments or softcap."""
+    """A kind of attention call. Calls that are `causal` have no window, segments or softcap."""
 
     heads: int
     groups: int
@@ -45,25 +47,26 @@ class Heads:
         return f"{self.heads}/{self.groups} heads of {self.size}, {name}, {kind}"
 
 
-Times = dict[str, float]  #: milliseconds of value and gradients, by implementation
+Times = dict[str, float]  #: ms for value and gradients, keyed by implementation
 
 
 def key() -> str:
-    """Returns the key of stored times: the device, the versions, and macOS."""
+    """Returns the key of the stored times: the device and the versions of MLX, the core and
+    macOS."""
     return f"{device_key()}, macOS {platform.mac_ver()[0]}"
 
 
 def known() -> dict[str, dict[str, Times]]:
-    """Returns all stored times, by key and by heads."""
+    """Returns all stored times, keyed by `key()` and by heads."""
     return selfcheck.known("attention")
 
 
 def milliseconds(heads: Heads, way: str, until: float) -> float | None:
-    """Returns the median of up to three calls after a first one, which compiles; None if the
-    implementation does not support the heads.
+    """Returns the median time, in ms, of up to three calls after a first call, which compiles the
+    kernels. Returns None if the implementation does not support the heads.
 
-    No further call begins after the time `until`. Raises RuntimeError if the device is out of
-    memory.
+    No further call begins after the time `until` (in seconds of time.perf_counter). Raises
+    RuntimeError if the device runs out of memory.
     """
     shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
     args = normal(*shapes, dtype=heads.dtype)
@@ -82,12 +85,13 @@ def milliseconds(heads: Heads, way: str, until: float) -> float | None:
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        return None  # it does not support these heads or this device
+        return None  # the implementation does not support these heads or this device
     return statistics.median(times[1:] or times) * 1e3
 
 
 def measure(heads: Heads, seconds: float) -> Times:
-    """Times each implementation that supports the heads; divides the seconds evenly among them."""
+    """Times each implementation that supports the heads. The `seconds` are divided evenly among the
+    implementations."""
     found: Times = {}
     end = time.perf_counter() + seconds
     for i, way in enumerate(WAYS):
@@ -99,24 +103,24 @@ def measure(heads: Heads, seconds: float) -> Times:
 
 
 def fastest(times: Times) -> str:
-    """Returns the implementation with the shortest time; empty if there is none."""
+    """Returns the implementation with the shortest time, or "" if there are no times."""
     return min((way for way in WAYS if way in times), key=lambda way: times[way], default="")
 
 
 def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
-    """Makes 'auto' take the fastest implementation for these heads from now on; returns their
-    times, measured now or earlier.
+    """Makes 'auto' use the fastest implementation for these heads from now on. Returns the times of
+    each implementation, which were measured now or earlier.
 
-    Implementations that failed the self-check are neither used nor timed. If `measures` is false,
-    because another process may be computing, nothing is checked or timed, and only stored times are
-    used.
+    Implementations that failed the self-check are neither used nor timed. `measures` should be
+    false if another process may be computing; nothing is checked or timed then, and only stored
+    times are used.
     """
     heads = list(dict.fromkeys(wanted))
     failed = self_check() if measures else {}
     everything = known().get(key(), {})
     missing = [x for x in heads if str(x) not in everything] if measures else []
     made: dict[str, Times] = {}
-    with suppress(RuntimeError):  # no memory: the next run measures the missing times
+    with suppress(RuntimeError):  # out of memory: the next run measures the missing times
         for x in missing:
             if times := measure(x, SECONDS / len(missing)):
                 made[str(x)] = times
@@ -126,12 +130,13 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     found = {x: everything[str(x)] for x in heads if str(x) in everything}
     for x, times in found.items():
         serving = {way: ms for way, ms in times.items() if not _off(way, failed)}
-        # A plan does not distinguish the two half-precision types.
+        # Both half-precision dtypes are set, because plans do not distinguish them.
         for dtype in HALVES if x.dtype in HALVES else (x.dtype,):
             _core.prefer_attention(x.size, dtype, x.causal, fastest(serving))
     return found
 
 
 def _off(way: str, failed: dict[str, str]) -> bool:
-    """Returns whether this implementation is switched off, perhaps since it was timed."""
+    """Returns whether this implementation is switched off, which may have happened after it was
+    timed."""
     return {"kernel": "attention", "stock": "attention_stock"}.get(way) in failed

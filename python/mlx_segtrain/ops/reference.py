@@ -1,7 +1,9 @@
-"""The ops in plain MLX, readable as mathematics; the fast implementations are checked against them.
+"""The ops in plain MLX, written so that they read like formulas. The fast implementations are
+checked against them.
 
-They use the memory of plain code, including [T, S] scores and [M, V] logits. Their gradients are
-MLX's own; tests/lib/oracle.py derives those of the native ops.
+They use as much memory as plain code does, including arrays of [T, S] scores and [M, V] logits.
+Their gradients come from MLX's automatic differentiation; tests/lib/oracle.py derives the gradients
+of the native ops.
 """
 
 import math
@@ -20,12 +22,13 @@ Segments = Sequence[int] | np.ndarray | mx.array
 
 
 def packing(weight: Any) -> dict[str, Any]:
-    """Returns how a Base or a quantized module is packed: group_size, bits and mode."""
+    """Returns the quantization parameters of a Base or a quantized module: group_size, bits and
+    mode."""
     return {key: getattr(weight, key) for key in ("group_size", "bits", "mode")}
 
 
 def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
-    """Returns W [out, in], dequantized."""
+    """Returns the weight W [out, in], dequantized, in `dtype`."""
     if base.scales is None:
         return base.weight.astype(dtype)
     return mx.dequantize(base.weight, base.scales, base.biases, **packing(base)).astype(dtype)
@@ -35,11 +38,13 @@ def weight_of(base: Base, dtype: mx.Dtype) -> mx.array:
 
 
 def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
-    """Returns the keys [begin, end) of each segment, in order; a key in none of them is padding.
+    """Returns the range of keys [begin, end) of each segment, in order. Keys outside all ranges are
+    padding.
 
-    A sequence has offsets: 0, the start of each further segment, and the end of the last one, at
-    most S. An array has an id for each key, the same within a segment, below 0 for padding. Raises
-    ValueError if they do not fit.
+    If `segments` is a sequence, it contains offsets: 0, the start of each further segment, and the
+    end of the last one, which is at most S. If it is an array, it contains an integer id for each
+    key; keys of a segment have the same id, and ids below 0 mark padding. Raises ValueError if the
+    segments do not have one of these forms.
     """
     expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
     if not isinstance(segments, (np.ndarray, mx.array)):
@@ -71,7 +76,7 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
 def visible(
     t: int, s: int, q_start: int | None, window: int | None, segments: Segments | None
 ) -> mx.array:
-    """Returns [T, S] booleans: whether query t attends to key s."""
+    """Returns a boolean array [T, S] that says whether query t attends to key s."""
     offset = s - t if q_start is None else q_start
     query = mx.arange(t)[:, None] + offset
     key = mx.arange(s)[None]
@@ -88,14 +93,15 @@ def visible(
 
 
 def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_start=None):
-    """o = softmax(scale·q·kᵀ)·v over the keys that a query attends to."""
+    """o = softmax(scale·q·kᵀ)·v over the keys to which each query attends"""
     share = q.shape[1] // k.shape[1]
     k, v = mx.repeat(k, share, axis=1), mx.repeat(v, share, axis=1)
     seen = visible(q.shape[2], k.shape[2], q_start, window, segments)
     s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
         s = softcap * mx.tanh(s / softcap)
-    # p is 0 for a row that attends to nothing; finite scores keep its gradient from being NaN.
+    # p is 0 for a query that attends to nothing. Masked scores are finite so that its gradient is
+    # not NaN.
     lowest = mx.finfo(mx.float32).min
     p = mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
     return (p @ v.astype(mx.float32)).astype(q.dtype)
@@ -124,7 +130,7 @@ def rms_norm(x, weight, eps):
 
 
 def rms_norm_beside(h, weight, eps):
-    """h and its norm"""
+    """h and rms_norm(h)"""
     return [h, rms_norm(h, weight, eps)]
 
 
@@ -135,7 +141,8 @@ def add_rms_norm(h, x, weight, eps, factor=None):
 
 
 def positions_of(offset: int, n: int, segments: Segments | None) -> mx.array:
-    """Returns [n] int32: positions from `offset` on, counted from the start of their segment."""
+    """Returns an int32 array [n] with the positions of the tokens from `offset` on, each counted
+    from the start of its segment."""
     places = np.arange(offset, offset + n)
     if segments is not None:
         for begin, end in segment_ranges(segments, offset + n):
@@ -161,7 +168,7 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def dropped(x, dropout, key):
-    """mask∘x / (1 − dropout), or x without a key"""
+    """mask∘x / (1 − dropout), or x if there is no key"""
     if key is None:
         return x
     keep = 1 - dropout
@@ -180,7 +187,7 @@ def lora_linear(x, base, a=None, b=None, scale=1.0, *, dropout=0.0, key=None):
 
 
 def lora_linears(x, linears, *, dropout=0.0, keys=()):
-    """lora_linear of each, with a key for each"""
+    """the lora_linear of each layer, each with its own key"""
     return [
         lora_linear(x, w.base, w.a, w.b, w.scale, dropout=dropout, key=key)
         for w, key in zip(linears, keys or [None] * len(linears), strict=True)
@@ -188,7 +195,7 @@ def lora_linears(x, linears, *, dropout=0.0, keys=()):
 
 
 def decode_linears(x, bases, a, b, gains, picks):
-    """y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ; row i of x [m, in] has the adapter
+    """y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ, where row i of x [m, in] uses adapter
     picks[i] of a, b and gains"""
     ys, begin, x = [], 0, x.astype(mx.float32)
     for base, own, gain in zip(bases, b, gains, strict=True):
@@ -205,7 +212,8 @@ def decode_linears(x, bases, a, b, gains, picks):
 
 
 def lora_qkv(x, linears, heads, groups, dims, *, norms=(), **how):
-    """heads of lora_linears, each through its norm; q and k also go through rope"""
+    """the outputs of lora_linears, split into heads and normalized; q and k are then rotated by
+    rope"""
     ys = lora_linears(x, linears)
     ys += ys[1:] if len(ys) == 2 else []
     for i, y in enumerate(ys):
@@ -232,18 +240,19 @@ def _logits(h, head, softcap):
 
 
 def _onehot(index, n):
-    """Returns [M, n] booleans, True in the column of each index."""
+    """Returns a boolean array [M, n] that is true in column index[i] of row i."""
     return mx.arange(n)[None] == index[:, None]
 
 
 def _picked(z, targets):
-    """z[target] of each row; take_along_axis and its gradient would take 13 s to compile on
+    """z[target] of each row. take_along_axis and its gradient would take 13 s to compile on
     CUDA."""
     return mx.where(_onehot(targets, z.shape[1]), z, 0).sum(axis=-1)
 
 
 def take_rows(x, index):
-    """x[index], as a product with a one-hot matrix, so that the gradient is also a product"""
+    """x[index], as a product with a one-hot matrix, so that the gradient is a matrix product,
+    too"""
     rows = _onehot(index.reshape(-1), x.shape[0]).astype(x.dtype) @ x.reshape(x.shape[0], -1)
     return rows.reshape(*index.shape, *x.shape[1:])
 
@@ -262,7 +271,7 @@ def own_input(x, weight, eps, table, index, begin, factors):
 
 
 def linear_cross_entropy(h, head, targets, weights=None, *, softcap=None, label_smoothing=0.0):
-    """Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = h·Wᵀ + bias, ε the smoothing"""
+    """Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = h·Wᵀ + bias, ε = label_smoothing"""
     z = _logits(h, head, softcap)
     weights = mx.ones(h.shape[0]) if weights is None else weights
     weights = mx.where(targets < 0, 0.0, weights)

@@ -1,9 +1,9 @@
-"""Compares kernels with the plain code on the device that runs them.
+"""Compares kernels with the plain code (reference.py) on the device that runs them.
 
-On a GPU this happens once per device, before first use: a kernel that does not compile or does not
-agree is switched off with a warning, and the next implementation takes its place. The result is
-kept in the cache folder, by device and by the version of the core. `mlx-segtrain doctor` repeats
-the check, also on a CPU, and measures times.
+On a GPU this happens once per device, before the first use. A kernel that does not compile, or
+whose results are wrong, is switched off with a warning, and the next implementation takes its
+place. The results are stored in the cache folder, separately for each device and each build of the
+core. `mlx-segtrain doctor` repeats the check on any device, including a CPU, and measures times.
 """
 
 import functools
@@ -25,18 +25,20 @@ from .. import MLX_VERSION, __version__, _core
 from ..files import cache_dir, make_folder, write_json
 from . import reference
 
-#: Maximum relative L2 error against the plain code in float32, for half precision and float32.
+#: The maximum relative L2 error of a kernel in half precision and in float32, compared with the
+#: plain code in float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
-#: Number of queries in a check; on a GPU more are timed, so that the launch does not dominate.
+#: The number of rows in a check, and in a timed call on a GPU, which has more so that the launch
+#: does not dominate the time.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel and the plain code, to be called with the same arrays.
+    """A kernel and the corresponding plain code, which are called with the same arrays.
 
-    A `thorough` call is for `examine` only. `bound` is the maximum error of the kernel; if it is
-    None, the maximum depends on the dtype.
+    A `thorough` call is made only by `examine`. `bound` is the maximum relative error of the
+    kernel; if it is None, the maximum depends on the dtype.
     """
 
     op: str
@@ -49,17 +51,18 @@ class Call:
 
     @classmethod
     def of(cls, op: str, case: str, args: list[mx.array], **options: Any) -> "Call":
-        """Returns the call of the core's and the plain op with this name, with these options."""
+        """Returns the call of the op with this name, in the core and in reference.py, with these
+        options."""
         kernel = functools.partial(getattr(_core, op), impl="kernel", **options)
         return cls(op, case, kernel, functools.partial(getattr(reference, op), **options), args)
 
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a call: `reason` says why it failed, and is empty if it passed.
+    """The result of a call. `reason` says why the check failed; it is empty if the check passed.
 
     `error` is the largest relative L2 error of the value and the gradients; `ms` and `plain_ms` are
-    times of value and gradients.
+    the times for computing both.
     """
 
     op: str
@@ -96,8 +99,8 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
 
 
 def calls(rows: int) -> Iterator[Call]:
-    """Yields calls of every kernel of the default device; on a GPU with this many rows."""
-    from .cases import of_every_op  # their modules import this one
+    """Yields calls of every kernel of the default device. On a GPU they have `rows` rows."""
+    from .cases import of_every_op  # these modules import this one
 
     device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
     for checks in of_every_op("checks"):
@@ -109,16 +112,17 @@ def cotangent(call: Call) -> mx.array:
 
 
 def value_and_gradients(f: Callable[..., mx.array], *arrays: mx.array) -> list[mx.array]:
-    """Returns value and gradients in float32; the last of the arrays is the cotangent."""
+    """Returns the value and the gradients as float32. The last of the arrays is the cotangent."""
     out, grads = mx.vjp(f, [*arrays[:-1]], [arrays[-1]])
     return [x.astype(mx.float32) for x in (*out, *grads)]
 
 
 def relative_error(call: Call) -> float:
-    """Returns the largest relative error of the value and the gradients."""
+    """Returns the largest relative L2 error of the value and the gradients."""
     arrays = [*call.args, cotangent(call)]
     got = value_and_gradients(call.kernel, *arrays)
-    # A GPU's own products may round float32; on a Mac the CPU shares the GPU's memory.
+    # Matrix multiplications on a GPU may round float32. On a Mac the CPU can be used, since it
+    # shares the GPU's memory.
     with mx.stream(mx.cpu) if on_gpu() and mx.metal.is_available() else nullcontext():
         truth = value_and_gradients(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
@@ -126,7 +130,7 @@ def relative_error(call: Call) -> float:
 
 
 def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array) -> float:
-    """Times value and gradients: the median of three after a warm-up."""
+    """Returns the time for value and gradients in ms, the median of three calls after a warm-up."""
     times = []
     mx.eval(args, dy)
     for _ in range(4):
@@ -137,8 +141,8 @@ def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array)
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """On CUDA, compiles all kernels that the graph of this function needs, in parallel on all
-    processors. Nothing of that graph may be evaluated."""
+    """On CUDA, compiles all kernels that the graph needs which `write_down` builds, in parallel on
+    all processors. `write_down` must not evaluate any part of this graph."""
     if not (on_gpu() and mx.cuda.is_available()):
         return
     _core.collect_kernels()
@@ -163,12 +167,13 @@ def check_call(call: Call) -> Check:
 
 
 def check(thorough: bool = False) -> list[Check]:
-    """Compares every kernel of the default device with the plain code."""
+    """Compares every kernel of the default device with the plain code. Makes the `thorough` calls
+    only if it is asked to."""
     found = [call for call in calls(CHECKED) if thorough or not call.thorough]
 
     def write_down() -> None:
         for call in found:
-            with suppress(RuntimeError, ValueError):  # check_call returns the reason
+            with suppress(RuntimeError, ValueError):  # check_call will return the reason
                 value_and_gradients(call.kernel, *call.args, cotangent(call))
 
     compile_together(write_down)
@@ -176,7 +181,7 @@ def check(thorough: bool = False) -> list[Check]:
 
 
 def timed(checks: list[Check]) -> list[Check]:
-    """Returns the checks with the times of the kernels that passed."""
+    """Returns the checks, with times added for the kernels that passed."""
     result = []
     for x, call in zip(checks, calls(TIMED_ON_GPU), strict=True):
         if not x.reason:
@@ -189,7 +194,8 @@ def timed(checks: list[Check]) -> list[Check]:
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
-    """Returns the first reason of each op with a kernel that failed."""
+    """Returns why each op failed that has a kernel which failed, keyed by op. Only the first reason
+    is given."""
     reasons: dict[str, str] = {}
     for x in checks:
         if x.reason:
@@ -210,7 +216,8 @@ def device_key() -> str:
 
 
 def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
-    """Returns the results stored in a file of the cache folder, by key (see device_key)."""
+    """Returns the results that are stored in the file `name` of the cache folder, keyed by device
+    (see device_key)."""
     with suppress(OSError, ValueError):
         found = json.loads((cache_dir() / f"{name}.json").read_text(encoding="utf-8"))
         if isinstance(found, dict) and all(isinstance(own, dict) for own in found.values()):
@@ -219,15 +226,17 @@ def known(name: str = "self-check") -> dict[str, dict[str, Any]]:
 
 
 def keep(found: dict[str, Any], name: str = "self-check", key: str | None = None) -> None:
-    """Stores results in that file, under this device's key or another one."""
-    with suppress(OSError):  # without a cache, the next process repeats the check
+    """Stores results in the file `name` of the cache folder under `key`, which by default is this
+    device's key."""
+    with suppress(OSError):  # without a cache, each process repeats the check
         make_folder(cache_dir())
         write_json(cache_dir() / f"{name}.json", known(name) | {key or device_key(): found})
 
 
 @functools.cache
 def self_check() -> dict[str, str]:
-    """Switches off the ops that failed `check`, now or earlier on this device; returns reasons."""
+    """Switches off the ops whose kernels failed `check`, now or earlier on this device. Returns the
+    reasons, keyed by op."""
     found = known().get(device_key())
     if found is None:
         found = failed(check())
@@ -240,7 +249,8 @@ def self_check() -> dict[str, str]:
 
 
 def examine() -> Report:
-    """Checks and times every kernel of the default device now, and keeps the result."""
+    """Checks and times every kernel of the default device now, even if there is a stored result,
+    and stores the new result."""
     checks = check(thorough=True)
     keep(failed(checks))
     return Report(device_name(), on_gpu(), MLX_VERSION, __version__, timed(checks))

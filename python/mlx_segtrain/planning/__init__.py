@@ -1,7 +1,7 @@
-"""Plans the segmented backward pass of a run from shapes alone, before anything is loaded.
+"""Plans the segmented backward pass of a run from shapes alone, before any weights are loaded.
 
-`read_shape` reads config.json and the headers of the weights; `costs_of` computes the cost of each
-stage; csrc/schedule/planner.cpp finds the plan with the least work within the budget.
+`read_shape` reads config.json and the headers of the weights, `costs_of` computes the cost of each
+stage, and csrc/schedule/planner.cpp finds the plan with the least work within the memory budget.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ __all__ = [
 
 #: Sequence lengths are planned in multiples of this.
 STEP = 128
-#: On CUDA the host launches ops ahead of the device, so a step needs more memory than its moves.
-#: These are fractions of `overshoot`, measured on an H200 (bench/LOG.md): AHEAD if MLX waits at the
-#: peak of the plan, LEAST if it waits so early that most ops wait.
+#: On CUDA the host launches ops ahead of the device, so a step needs more memory than its plan. The
+#: additional memory, measured on an H200 (bench/LOG.md), is this fraction of `overshoot`: AHEAD if
+#: MLX waits for the device at the peak of the plan, and LEAST if it waits so early that most ops
+#: wait.
 AHEAD, LEAST = 0.8, 0.5
-#: Bytes of freed buffers that MLX then keeps for reuse. Without them it frees and reallocates all
-#: the time, which costs a tenth of a step if the host is the bottleneck. The first size that costs
-#: no recomputation is used.
+#: Possible sizes, in bytes, of the freed buffers that MLX keeps for reuse on CUDA. Without them,
+#: MLX would free and reallocate memory all the time, which takes a tenth of a step if the host is
+#: the bottleneck. The planner uses the first size that leads to no further recomputation.
 BUFFERS = (256 << 20, 64 << 20)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """The cuts of a chain, and the memory (bytes) and work (FLOPs) of a step with them.
+    """The cuts of a chain, with the memory (in bytes) and the work (in FLOPs) of a step with these
+    cuts.
 
-    `text` is the plan in words. `parts` has the bytes of the peak by purpose; `moves` has the total
-    bytes at the peak of each move, and `lines` describes the moves. At `limit` bytes MLX must wait
-    for the device, so that allocations ahead of the device stay below `peak`. `again` is the part
-    of `work` that is recomputation.
+    `text` describes the plan in words. `parts` divides the peak by purpose. `moves` contains the
+    peak of each move of the plan (see schedule.py) in total bytes, and `lines` describes the moves.
+    At `limit` bytes MLX must wait for the device, so that allocations ahead of the device stay
+    below `peak`. `again` is the part of `work` that is recomputation.
     """
 
     cuts: Cuts
@@ -73,8 +75,8 @@ class Planned:
 
 
 def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
-    """Describes cuts in words. `layers` has the ends of the chain's layers; stages before `first`
-    need no backward pass."""
+    """Describes cuts in words. `layers` lists the number of stages after which each layer ends.
+    Stages before `first` need no backward pass."""
 
     def within(start: int, end: int) -> int:
         return sum(start < layer <= end for layer in layers)
@@ -83,7 +85,7 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
         return f"{n} layer{'s' if n > 1 else ''}"
 
     starts = [0, *cuts.segments[:-1]]
-    begin = starts[-1]  # nothing is recomputed from here on
+    begin = starts[-1]  # stages from here on are not recomputed
     if begin <= first:
         return "no recomputation"
     kept = within(begin, cuts.segments[-1])
@@ -93,7 +95,7 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     if max(end - start for start, end in back) == 1:
         words = "half layers"
     text = f"{words} recomputed"
-    # Groups that run forward a second time: all of several segments, except the last one.
+    # Groups that run forward a second time: all groups of several segments, except the last group.
     groups = [
         (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
@@ -114,11 +116,11 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
 def planned(
     costs: Any, cuts: Any, above: int, ahead: int = 0, buffers: int | None = None
 ) -> Planned:
-    """Returns the plan with these cuts, with `ahead` bytes for what the host launches ahead of the
-    device, and `buffers` bytes that MLX keeps for reuse.
+    """Returns the plan with these cuts. Its peak includes `ahead` bytes for allocations ahead of
+    the device, and `buffers` bytes of freed buffers that MLX keeps for reuse.
 
-    MLX may allocate up to `above` bytes more than its limit; without room for buffers, the limit is
-    lower by that much.
+    MLX may allocate up to `above` bytes more than its limit. If `buffers` is None, the limit is
+    lower by this amount.
     """
     chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
     plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
@@ -155,12 +157,12 @@ def planned(
 def overshoot(
     model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
 ) -> int:
-    """Returns the bytes that MLX may allocate above the limit at which it waits.
+    """Returns how many bytes MLX may allocate above the limit at which it waits for the device.
 
-    It waits before an op, and then allocates the op's outputs. The largest are gate and up of all
-    tokens; if the MLP is tiled, the backward pass of attention allocates several arrays of the same
-    total size. The dequantized weight of an adapted head may be larger. On the CPU the head
-    allocates when it runs, not when its graph is built.
+    MLX waits before an op, and afterwards allocates the outputs of the op. The largest outputs are
+    gate and up of all tokens; if the MLP is tiled, they are those of attention's backward pass,
+    which together have the same size. The dequantized weight of an adapted head may be even larger.
+    On the CPU, the head allocates memory when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)
@@ -179,10 +181,11 @@ def choose(
     budget: int,
     part: Part | None = None,
 ) -> Planned:
-    """Returns the plan with the least work whose peak is within `budget` bytes, or if there is none
-    the plan with the lowest peak. In a pipeline it is that of a rank's `part`.
+    """Returns the plan with the least work whose peak is at most `budget` bytes; if there is none,
+    returns the plan with the lowest peak. If `part` is given, the plan is for this part of a
+    pipeline.
 
-    On CUDA the plan has room for what the host launches ahead of the device, if possible.
+    On CUDA the plan leaves room, if possible, for allocations ahead of the device.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
@@ -199,7 +202,7 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the minimum of bytes that the host launches ahead of the device."""
+    """Returns the minimum memory, in bytes, for allocations ahead of the device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 
@@ -211,7 +214,7 @@ def named(
     size: int,
     part: Part | None = None,
 ) -> Planned:
-    """Returns the plan with `segment_size: size`."""
+    """Returns the plan for the configuration `segment_size: size`."""
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     cuts = Cuts.by_layer(costs.layers, size)
     above = overshoot(model, batch, ranks, device)
@@ -221,8 +224,8 @@ def named(
 
 
 def longest(fits: Callable[[int], bool]) -> int:
-    """Returns the largest number of tokens per row that fits, a multiple of STEP, with a relative
-    error of up to 1/256; 0 if none fits."""
+    """Returns the largest number of tokens per row for which `fits` is true, or 0 if there is none.
+    The result is a multiple of STEP and may be too small by up to 1/256 of its value."""
     if not fits(STEP):
         return 0
     low, high = 1, 2
@@ -235,5 +238,5 @@ def longest(fits: Callable[[int], bool]) -> int:
 
 
 def ranks_of(model: ModelShape, *, model_dir: Path = Path(), **how: Any) -> dict[str, int]:
-    """Like ranks.choose_ranks, for the layers of a model's shape."""
+    """Calls ranks.choose_ranks for the layers of a model's shape."""
     return choose_ranks(model.linears, model.bits, model_dir=model_dir, outer=model.outer, **how)

@@ -1,4 +1,4 @@
-"""Finds how much memory a run may use on this machine."""
+"""Determines how much memory a run may use on this machine."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,15 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, WORKSPACE, Device
 
-#: The fraction of memory that is left to others; on a CPU also bytes for the interpreter.
+#: MARGIN is the fraction of the memory that is left to other programs. On a CPU, INTERPRETER bytes
+#: are also left to the Python interpreter.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 
 
 def device(deterministic: bool = False, size: int = 2) -> Device:
-    """Returns MLX's default device for the estimate; an element takes `size` bytes on a GPU."""
+    """Returns a description of MLX's default device for the estimate. `size` is the size of an
+    element on a GPU, in bytes."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU
     if not mx.cuda.is_available():
@@ -25,17 +27,18 @@ def device(deterministic: bool = False, size: int = 2) -> Device:
 
 
 def working_set() -> int | None:
-    """Returns Metal's recommended working set in bytes, which is also the maximum that a process
-    may wire; None on other devices."""
+    """Returns the recommended working set size of Metal in bytes, which is also the maximum that a
+    process may wire. Returns None on other devices."""
     if mx.default_device() == mx.Device(mx.cpu) or not mx.metal.is_available():
         return None
     return int(mx.device_info()["max_recommended_working_set_size"])
 
 
 def budget_bytes(gb: float | None = None) -> int:
-    """Returns `gb` · 10⁹ bytes, or by default the bytes that are available now, less a margin: the
-    recommended working set on Metal, the free memory on CUDA, and on a CPU the available memory
-    within the limits of the process's control groups."""
+    """Returns the memory budget in bytes. It is `gb` · 10⁹ if `gb` is given; otherwise it is the
+    available memory minus a margin. Available memory is the recommended working set on Metal, the
+    free memory on CUDA, and on a CPU the available RAM within the limits of the process's control
+    groups."""
     if gb is not None:
         return int(min(gb, 1e8) * 1e9)
     if mx.default_device() == mx.Device(mx.cpu):
@@ -51,8 +54,8 @@ def budget_bytes(gb: float | None = None) -> int:
 
 
 def available_ram(root: Path = Path("/")) -> int:
-    """Returns the bytes that can be allocated without paging, within the limits of the control
-    groups."""
+    """Returns how many bytes can be allocated without paging, within the limits of the process's
+    control groups."""
     meminfo = root / "proc/meminfo"
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -63,7 +66,8 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """Returns the free bytes of the process's control groups and their parents (cgroups v1, v2)."""
+    """Returns how many bytes are free in each control group of the process and in their parents
+    (cgroups v1 and v2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -93,7 +97,8 @@ def _group_limits(root: Path) -> list[int]:
 
 
 def _file_cache(group: Path) -> int:
-    """Returns the bytes of a group's file cache, which the kernel frees under memory pressure."""
+    """Returns the size of a group's file cache in bytes. The kernel frees this cache under memory
+    pressure."""
     try:
         lines = (group / "memory.stat").read_text().splitlines()
         stat = {name: int(n) for name, n in (line.split() for line in lines)}

@@ -1,8 +1,10 @@
-"""Computes bytes and work of every stage of a fast family from the shapes of model and batch.
+"""Computes the memory and the work of every stage from the shapes of the model and the batch, for
+model families that run on our ops.
 
-An op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module counts the arrays around the ops, in elements per token, as measured
-(bench/memory.py). Work counts the floating-point operations of matrix products.
+Each op reports the memory that it needs internally, which depends on its implementation
+(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token, which agree
+with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
+multiplications.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ from ..streams import BatchShape, StreamShape, head_reads
 
 Device = _core.Device
 
-#: Bytes of workspace that library matrix products may take on CUDA.
+#: The workspace that a library's matrix multiplications may take on CUDA, in bytes.
 WORKSPACE = 33 << 20
 
 CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: Inputs of heads besides h and its rows: a few values per token in the loss.
+#: The inputs of a head in addition to h and its rows. They have a few values per token in the loss.
 COUNTED = ("targets", "weights")
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A stage of a stream; `parameters` is the number of its trainable parameters."""
+    """A stage of a stream. `parameters` is the number of the stage's trainable parameters."""
 
     model: ModelShape
     batch: BatchShape
@@ -50,9 +52,10 @@ class _Stage:
         saved: int = 0,
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
-        """Returns the cost, from bytes without the gradients of the parameters; these are held by
-        the stages of the last stream. `work` is that of the forward pass, of recomputing it, of the
-        part that need not be recomputed with saved values, and of the backward pass."""
+        """Returns the cost of the stage. The arguments are in bytes and do not include the
+        gradients of the parameters, which this method adds; the stages of the last stream hold
+        these gradients. `work` has four parts: the forward pass, its recomputation, the part of the
+        recomputation that saved values make unnecessary, and the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -69,7 +72,7 @@ class _Stage:
 
 
 def parameters_of(model: ModelShape, ranks: Mapping[str, int], dora: bool) -> dict[str, int]:
-    """Returns the number of trainable parameters of each adapted layer, by path."""
+    """Returns the number of trainable parameters of each adapted layer, keyed by path."""
     return {
         path: sum(model.widths[path]) * rank + dora * model.widths[path][1]
         for path, rank in ranks.items()
@@ -82,7 +85,8 @@ def costs_of(
     ranks: Mapping[str, int],
     device: Device,
 ) -> _core.Costs:
-    """Returns everything on which a plan depends; `ranks` are those of adapted layers by path."""
+    """Returns everything on which a plan depends. `ranks` contains the LoRA rank of each adapted
+    layer, keyed by path."""
     parameters = parameters_of(model, ranks, batch.dora)
     owned: Counter[str] = Counter()
     for layer, paths in zip(model.layers, model.linears, strict=True):
@@ -117,7 +121,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # For pairs, also to which of the two sequences of a row a token belongs.
+    # With pairs, the inputs also say to which of the two sequences of a row each token belongs.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -130,7 +134,8 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # The factors and AdamW's two moments; on a GPU also a measured constant.
+        # Besides the weights: the factors and AdamW's two moments, and on a GPU a measured
+        # constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -140,30 +145,32 @@ def costs_of(
 
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
-    """Counts the causal (query, key) pairs within the window, for the last `rows` of `keys`
-    positions."""
+    """Counts the (query, key) pairs for which causal attention with this window attends to the key.
+    Queries are the last `rows` of `keys` positions."""
     seen = window or keys
-    full = max(0, min(rows, keys - seen))  # queries that attend to a whole window
+    full = max(0, min(rows, keys - seen))  # queries that attend to a full window
     ramp = rows - full
     first = keys - rows + 1
     return full * seen + ramp * (first + min(keys, seen)) / 2 if ramp else full * seen
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the pairs of a whole sequence."""
+    """Counts these pairs for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of attention for `after` queries per row over all keys. A token takes
-    h elements in the residual stream, q for all queries, and k for the layer's own keys."""
+    """Returns the cost of attention for `after` queries per row and all keys. In the code, h is the
+    number of elements per token in the residual stream, q in the queries of all heads, and k in the
+    keys that the layer itself computes."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
     tokens = rows * shape.length if k else out
-    # The keys of the branch are copied to a separate array, as are the outputs of both parts.
+    # The keys that a branch sees are copied to a separate array, and the outputs of both parts are
+    # copied to a common one.
     behind = rows * (shape.shared + shape.branch) if shape.branch else 0
     both = out * (shape.branch > 0)
     op = _core.attention_cost(
@@ -181,9 +188,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA one pass splits the joint product into heads (`lora_qkv`). Then the product is freed,
-    # unless norms read it again; values are a copy. On other devices RoPE reads columns of the
-    # product and, without a norm in between, copies them first.
+    # On CUDA one pass splits the output of the joint matrix multiplication into heads (`lora_qkv`).
+    # This output is then freed, unless norms read it again; the values are a copy. On other devices
+    # RoPE reads columns of this output and, if there is no norm in between, copies them first.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -196,13 +203,13 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         backward = out * (2 * h + 6 * q) + tokens * (h + 4 * k)
     else:
         backward = out * (h + 4 * q) + tokens * (h + 5 * k) + 4 * k * behind
-    if layer.donor is not None:  # dk and dv of the donor layer
+    if layer.donor is not None:  # gradients of the donor layer's k and v
         donor = next(other for other in stage.model.layers if other.name == layer.donor)
         backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
-    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` counts these
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` includes them
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
-    if dora:  # the output of each linear layer is kept besides its rescaled copy
+    if dora:  # the output of each layer is kept in addition to its rescaled copy
         given = out * (q + h) + 2 * tokens * k
         kept, forward, backward = kept + given, forward + given, backward + given + out * q
     dropped = _core.dropout_bytes(device, max(tokens * h, out * q)) if batch.dropout else 0
@@ -230,12 +237,13 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of the MLP. A token takes h elements in the residual stream, f inside."""
+    """Returns the cost of the MLP. In the code, h is the number of elements per token in the
+    residual stream, and f the number inside the MLP."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size
     dora = batch.dora and stage.parameters > 0
-    in_parts = batch.dropout or dora  # these are not supported by the fused op
+    in_parts = batch.dropout or dora  # the fused op does not support these
     op = _core.lora_glu_mlp_cost(
         device, rows=tokens, inputs=h, hidden=f, tile_rows=None if in_parts else MLP_ROWS
     )
@@ -244,17 +252,17 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     kept = tokens * (h + h * layer.after_norms + own + experts)
     forward = 2 * tokens * h * size + op.forward
     more = tokens * (own + 2 * experts)
-    if device.gpu:  # measured: with norms, a fraction of the dequantized weights
+    if device.gpu:  # measured: a fraction of the dequantized weights if there are norms
         more += 0.8 * f * h * layer.after_norms
     around = (2 if device.gpu else 1) * tokens * h
     backward = max(forward, (around + more) * size + op.backward)
     kept = kept * size + op.kept + _factors(stage)
-    if in_parts:  # act(gate)·up is kept
+    if in_parts:  # act(gate)·up is kept, too
         kept += f * tokens * size
     if batch.dropout:
         masks = _core.dropout_bytes(device, f * tokens) + f * tokens * size
         forward, backward = forward + masks, backward + masks
-    if dora:  # the output of each linear layer is kept besides its rescaled copy
+    if dora:  # the output of each layer is kept in addition to its rescaled copy
         kept += tokens * (2 * f + h) * size
         forward += tokens * 2 * f * size
         backward += tokens * (4 * f + h) * size
@@ -271,12 +279,14 @@ def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 
 def _factors(stage: _Stage) -> float:
-    """Returns the bytes of the half-precision factors that products on CUDA keep, with padding."""
+    """Returns the size, in bytes, of the padded half-precision factors that matrix multiplications
+    on CUDA keep."""
     return 1.5 * stage.device.size * stage.parameters * (stage.device.name == "cuda")
 
 
 def _embedding(stage: _Stage) -> _core.StageCost:
-    """Returns the cost of an adapted embedding: its rows, and those of the update in float32."""
+    """Returns the cost of an adapted embedding: the embedded rows, and the rows of the update in
+    float32."""
     size = stage.device.size
     numbers = stage.batch.rows * stage.stream.length * stage.model.width
     inside = numbers * (size + 4)
@@ -286,15 +296,15 @@ def _embedding(stage: _Stage) -> _core.StageCost:
 def _head(
     model: ModelShape, batch: BatchShape, parameters: int, device: Device
 ) -> tuple[int, float]:
-    """Returns the peak bytes (inside the op, h, dh) and the work of the head. An adapted head
-    computes its logits twice."""
+    """Returns the peak memory of the head in bytes, including h and its gradient, and the work of
+    the head. An adapted head computes its logits twice."""
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary
     if parameters:
         logits = min(m, HEAD_ROWS) * model.vocabulary
         inside = int(logits * (8 + 2 * device.size)) + 8 * parameters
-        if device.gpu:  # the dequantized weight, and one more copy of the logits in float32
+        if device.gpu:  # the dequantized weight and one more float32 copy of the logits
             inside += head_weight(model, device) + 4 * logits
         return inside + 2 * device.size * h * (trimmed + 2 * m) + device.workspace, 1.5 * work
     inside = head_op(model, batch, device)
@@ -304,11 +314,11 @@ def _head(
 
 
 def head_weight(model: ModelShape, device: Device) -> int:
-    """Returns the bytes of the head's dequantized weight."""
+    """Returns the size of the head's dequantized weight in bytes."""
     return device.size * model.width * model.vocabulary
 
 
 def head_op(model: ModelShape, batch: BatchShape, device: Device) -> int:
-    """Returns the peak bytes inside the op of a head that is not adapted."""
+    """Returns the peak memory inside the op of a head that is not adapted, in bytes."""
     shape = {"rows": batch.loss, "inputs": model.width, "vocabulary": model.vocabulary}
     return _core.head_cost(device, **shape).backward

@@ -1,4 +1,5 @@
-"""Decides whether packing saves time, from the predicted time of an epoch with and without it."""
+"""Decides whether packing saves time, by predicting the time of an epoch with and without
+packing."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ from . import named
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Number of sample batches, spread over the epoch.
+#: The number of sample batches, which are spread over the epoch.
 LOOKED_AT = 64
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Returns whether an epoch takes less time packed; False if the family does not support packed
-    rows, or if they do not fit into memory."""
+    """Returns whether an epoch takes less time with packing. Returns False if the model family does
+    not support packed rows, or if packed rows do not fit into memory."""
     if not read_shape(config.model_dir).fast:
         return False
-    if config.method == "grpo":  # its rows are unknown, since they are generated
+    if config.method == "grpo":  # its rows are not known before they are generated
         return True
     if config.method != "sft":
         return False
@@ -37,7 +38,7 @@ def pays(config: TrainConfig, data: Dataset) -> bool:
 
 
 def epoch_s(data: Dataset, run: RunPlan) -> float:
-    """Returns the predicted seconds of an epoch with the run's plan."""
+    """Returns the predicted time of an epoch with the plan of `run`, in seconds."""
     assert run.planned is not None
     shape, speed = run.shape, SPEEDS[run.device.name]
     numbers = sum(inputs * outputs for inputs, outputs in shape.widths.values())
@@ -51,7 +52,8 @@ def epoch_s(data: Dataset, run: RunPlan) -> float:
 
 
 def typical(data: Dataset, batch_size: int) -> list[tuple[int, BatchShape]]:
-    """Groups the batches of an epoch by shape; returns the size and mean shape of each group."""
+    """Groups the batches of an epoch by shape. Returns the number of batches and their mean shape
+    for each group."""
     columns = data.columns
     lengths, first, trained = (x[:, 0] for x in (columns.length, columns.first, columns.trained))
     if data.packed:

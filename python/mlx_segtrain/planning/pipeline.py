@@ -1,9 +1,9 @@
-"""Pipeline parallelism: the layers of each rank, and the memory that they need, and the bytes that
-ranks send.
+"""Pipeline parallelism: the layers of each rank, the memory that they need, and the amount of data
+that ranks send.
 
-Rank r of N runs N − r micro-batches forward before its first backward pass, and then alternates
-between the two (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So it needs N − r times the memory
-that a micro-batch keeps between its two passes.
+Rank r of N runs N − r micro-batches forward before its first backward pass; from then on it
+alternates between backward and forward passes (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So
+it needs N − r times the memory that a micro-batch keeps between its two passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .costs import Device
 
 @dataclass(frozen=True)
 class Part:
-    """A rank's layers [begin, end) of `layers`. A step has `batches` micro-batches."""
+    """The layers [begin, end) that a rank has of a model with `layers` layers. A step has `batches`
+    micro-batches."""
 
     rank: int
     ranks: int
@@ -38,12 +39,13 @@ class Part:
 
     @property
     def under_way(self) -> int:
-        """The maximum number of micro-batches that have run forward here, but not backward."""
+        """The maximum number of micro-batches that have run forward on this rank but not yet
+        backward."""
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:
-        """Returns whether a weight belongs to these layers. Weights outside of layers are read when
-        they are needed."""
+        """Returns whether a weight belongs to these layers. Weights outside all layers do not; they
+        are read when they are needed."""
         layer = layer_number(name)
         return layer is not None and self.begin <= layer < self.end
 
@@ -52,8 +54,8 @@ class Part:
 
 
 def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
-    """Returns the bytes of the weights that a rank loads: its layers, on the first rank the
-    embedding, on the last one the head."""
+    """Returns the size, in bytes, of the weights that a rank loads. These are the weights of its
+    layers, of the embedding on the first rank, and of the head on the last rank."""
     own_inputs = any(layer.own_input for layer in model.layers)
 
     def loads(name: str) -> bool:
@@ -71,7 +73,8 @@ def weight_bytes(model: ModelShape, part: Part, float32: bool) -> int:
 def costs_of_part(
     costs: _core.Costs, model: ModelShape, batch: BatchShape, device: Device, part: Part | None
 ) -> _core.Costs:
-    """Returns the costs of a rank's stages, or without a part those of the whole chain."""
+    """Returns the costs of the stages in a part, or the costs of the whole chain if `part` is
+    None."""
     if part is None:
         return costs
     layer_of = _layers_of(costs, part)
@@ -87,7 +90,7 @@ def costs_of_part(
     read = {name for i in own for name in costs.stages[i].reads} | set(head_reads)
     inputs = received | {n: sizes[n] for n in costs.inputs if n in read and n not in received}
     gradients = sum(costs.costs[i].gradients for i in own)
-    if part.last:  # an adapted head is no stage
+    if part.last:  # an adapted head is not a stage
         gradients += costs.update // 5 - sum(cost.gradients for cost in costs.costs)
     at_hand = sum(received.values()) + _bytes(costs, layer_of, part, left)
     ends = [i + 1 for i, stage in enumerate(own) if stage + 1 in costs.layers]
@@ -102,7 +105,8 @@ def costs_of_part(
         head=costs.head if part.last else 0,
         ahead=costs.ahead if part.last else 0,
         head_work=costs.head_work if part.last else 0.0,
-        # Meanwhile the values of the next batch are received, and those of the last one are sent.
+        # Includes the values of the next batch, which are being received, and of the previous one,
+        # which are being sent.
         fixed=weight_bytes(model, part, not device.gpu)
         + (3 + batch.accumulates) * gradients
         + (12 << 20) * device.gpu
@@ -114,7 +118,7 @@ def costs_of_part(
 
 
 def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
-    """Returns the bytes that a rank sends to the next and to the previous rank for a batch."""
+    """Returns how many bytes a rank sends to the next rank and to the previous rank for a batch."""
     layer_of = _layers_of(costs, part)
     given, left = (_border(costs, part, at) for at in (part.begin, part.end))
 
@@ -129,7 +133,7 @@ def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
 
 
 def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
-    """Returns the layer of each stage."""
+    """Returns the index of the layer to which each stage belongs."""
     layers, found = iter(enumerate(costs.layers)), []
     number, end = next(layers)
     for i in range(len(costs.stages)):
@@ -140,7 +144,8 @@ def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
 
 
 def _border(costs: _core.Costs, part: Part, at: int) -> Border:
-    """Returns the values that are sent between the layers before `at` and those from there on."""
+    """Returns the values that are sent from the layers before index `at` to the layers from `at`
+    on."""
     if at in (0, part.layers):
         return Border((), (), frozenset())
     before = [layer < at for layer in _layers_of(costs, part)]
@@ -148,7 +153,7 @@ def _border(costs: _core.Costs, part: Part, at: int) -> Border:
 
 
 def _bytes(costs: _core.Costs, layer_of: list[int], part: Part, left: Border) -> int:
-    """Returns the bytes of the values that leave a part."""
+    """Returns the size of the values that leave a part, in bytes."""
     sizes: dict[str, int] = {}
     for i, layer in enumerate(layer_of):
         if layer < part.end:

@@ -12,8 +12,8 @@ from .splitting import Held, held
 
 @dataclass(frozen=True)
 class Alternative:
-    """The plan for another budget, in bytes. `slower` is the relative increase of its work over
-    that of the chosen plan."""
+    """The plan for another budget, which is in bytes. `slower` is the relative increase in work,
+    compared with the chosen plan."""
 
     budget: int
     fits: bool
@@ -25,15 +25,15 @@ class Alternative:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """The plan of a run, in bytes and tokens.
+    """The plan of a run. Memory is in bytes, and lengths are in tokens.
 
-    `tokens` counts a row of the data, including its last token, which is a target but no input.
-    `longest` is the longest row that fits, up to `max_length`, the context length of the model.
-    `recomputed` is the ratio of recomputed to necessary work. If `predicted` is False, the planner
-    does not know the family, and the report has only weights and budget. With a method that
-    generates, `rollout_batch` completions are generated at once, which takes `rollout_peak` bytes.
-    `ranks` are predictions for data parallelism. With a `pipeline`, the other fields are about the
-    rank that is nearest to its budget.
+    `tokens` is the length of a row of the data, including its last token, which is a target but not
+    an input. `longest` is the length of the longest row that fits, up to `max_length`, the context
+    length of the model. `recomputed` is the ratio of recomputed to necessary work. If `predicted`
+    is False, the planner does not know the model family, and the report contains only the weights
+    and the budget. With a method that generates completions, `rollout_batch` of them are generated
+    at once, which takes `rollout_peak` bytes. `ranks` contains predictions for data parallelism. If
+    there is a `pipeline`, the other fields describe the rank that is nearest to its budget.
     """
 
     family: str
@@ -58,7 +58,7 @@ class PlanReport:
 
 
 def of_pipeline(runs: Sequence[RunPlan]) -> PlanReport:
-    """Returns the report of a pipeline."""
+    """Returns the report for a pipeline whose ranks have these plans."""
     most = max(runs, key=lambda run: run.planned.peak / run.budget if run.planned else 0)
     return replace(of(most), pipeline=held(runs))
 

@@ -1,4 +1,5 @@
-"""Decides how many completions are generated at once, from the memory of caches and logits."""
+"""Decides how many completions are generated at once, from the memory that caches and logits
+need."""
 
 from __future__ import annotations
 
@@ -11,27 +12,28 @@ from .budget import budget_bytes, device
 from .costs import Device, parameters_of
 from .run import adapter_ranks, resting_shape
 
-#: Tokens of a prompt that are processed at once.
+#: The number of tokens of a prompt that are processed at once.
 PREFILL = 2048
 #: mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
-#: The number of float32 arrays of a row's logits that exist at the same time, while sampling.
+#: The number of float32 copies of a row's logits that exist at the same time during sampling.
 LOGITS = 6
-#: Bytes for the layers at one token of each row, and for compiled kernels.
+#: Memory, in bytes, for running one token of each row through the layers, and for compiled kernels.
 SLACK = 64 << 20
 
 
 def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the bytes of a sequence's keys and values, as if no layer had a window. Caches start
-    at the length of the longest prompt of a batch."""
+    """Returns the size, in bytes, of a sequence's cached keys and values, as if no layer had a
+    window. A cache starts with the length of the longest prompt in its batch."""
     length = tokens + CACHE_STEP
     own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
     return 2 * length * own * device.size
 
 
 def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
-    """Returns the peak bytes of generating `at_once` completions of up to `tokens` tokens with
-    their prompts; None if memory is not predicted."""
+    """Returns the peak memory, in bytes, of generating `at_once` completions at a time, if a
+    completion and its prompt have up to `tokens` tokens. Returns None if memory is not
+    predicted."""
     shape = resting_shape(config)
     if not shape.fast:
         return None
@@ -40,7 +42,8 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
 
 
 def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
-    """Returns how many of `every` completions fit into the budget. Raises NoRoom if none does."""
+    """Returns how many of `every` completions can be generated at once within the budget. Raises
+    NoRoom if not even one fits."""
     shape = resting_shape(config)
     if not shape.fast:
         return every
@@ -58,7 +61,7 @@ def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
 
 
 def check_rollouts(config: TrainConfig, tokens: int) -> None:
-    """Raises NoRoom if the configured rollout_batch does not fit into the run's budget."""
+    """Raises NoRoom if the configured rollout_batch does not fit into the memory budget."""
     assert isinstance(config.rollout_batch, int)
     most = rollouts_at_once(config, tokens, config.rollout_batch)
     if most < config.rollout_batch:
@@ -70,13 +73,14 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
 
 
 def completions_of(config: TrainConfig, ranks: int) -> int:
-    """Returns the largest number of completions that one of several ranks generates in a step."""
+    """Returns the maximum number of completions that a rank generates in a step."""
     return -(-config.batch_size // ranks) * config.group_size
 
 
 def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
-    """Returns how many completions of max_seq_length tokens with their prompts a rank generates at
-    once, and its peak in bytes if it is predicted. Raises NoRoom if none fits."""
+    """Returns how many completions a rank can generate at once if a completion and its prompt have
+    max_seq_length tokens, and the peak memory in bytes if it is predicted. Raises NoRoom if not
+    even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
         at_once = rollouts_at_once(config, tokens, completions_of(config, ranks))
@@ -84,17 +88,18 @@ def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]
 
 
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
-    """Returns the fixed bytes, and the bytes per completion. While the cache of a layer grows, its
-    old and its new array exist. Prompts are processed beside the current completions."""
+    """Returns the memory that is needed once, and the memory per completion, in bytes. While the
+    cache of a layer grows, both its old and its new array exist. Prompts are processed while the
+    caches of current completions are in memory."""
     on = device(config.deterministic, shape.float_size)
-    # The factors with the optimizer state, and the factors in the model's dtype.
+    # The factors, the optimizer state, and a copy of the factors in the dtype of the model.
     numbers = sum(parameters_of(shape, adapter_ranks(config, shape), dora=False).values())
     fixed = shape.weight_bytes(not on.gpu) + SLACK + 4 * 4 * numbers
     cache = cache_bytes(shape, tokens, on)
-    # A later turn of a conversation has all earlier turns as its prompt.
+    # In a conversation, the prompt of a later turn contains all earlier turns.
     prompt = tokens - (config.max_completion_tokens if config.environment is None else 0)
     reading = _reading_bytes(shape, max(prompt, 1), on)
-    if config.reward_model is not None:  # it reads after the caches of completions are freed
+    if config.reward_model is not None:  # it runs after the caches of completions are freed
         judge = read_shape(config.reward_model)
         if judge.fast:
             reading = max(reading, _reading_bytes(judge, tokens, on))
@@ -104,8 +109,9 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
 
 
 def _reading_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the bytes of the cache of a text, and the maximum that a layer needs for PREFILL
-    tokens; without fused attention (CPU) that includes the scores of all heads."""
+    """Returns the memory for processing a text, in bytes: its cache, and the maximum that a layer
+    needs for PREFILL tokens. On a CPU, where attention is not fused, a layer also needs memory for
+    the scores of all heads."""
 
     def numbers(layer: LayerForm) -> int:
         scores = 0 if device.gpu else layer.query // layer.head * tokens

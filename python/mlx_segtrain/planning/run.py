@@ -1,4 +1,4 @@
-"""The memory plan of a run, from its configuration and its largest batches."""
+"""Computes the memory plan of a run from its configuration and its largest batches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The memory plan of a run, from its largest batch for each number of streams.
+    """The memory plan of a run. It is based on the largest batch for each number of streams.
 
-    `plans` are those of `batches`; () for families on the generic path, whose memory cannot be
-    predicted, since their layers are mlx-lm's. They use one layer per segment, unless the
-    configuration sets a size.
+    `plans` contains the plan of each of the `batches`. It is empty for model families on the
+    generic path, whose layers are mlx-lm's, so their memory cannot be predicted. These use one
+    layer per segment, unless the configuration sets a size.
     """
 
     shape: ModelShape
@@ -46,24 +46,24 @@ class RunPlan:
     ranks: dict[str, int]
     device: Device
     budget: int
-    size: int | None  #: layers per segment from the configuration; None: the planner chooses
+    size: int | None  #: configured layers per segment; if None, the planner chooses
     plans: tuple[Planned, ...]
-    part: Part | None = None  #: this rank's layers in a pipeline
+    part: Part | None = None  #: the layers of this rank, in a pipeline
 
     @property
     def planned(self) -> Planned | None:
-        """The plan with the highest peak, if there is one."""
+        """The plan with the highest peak, or None if there are no plans."""
         return max(self.plans, key=lambda plan: plan.peak, default=None)
 
     @property
     def batch(self) -> BatchShape:
-        """The batch of that plan."""
+        """The batch whose plan has the highest peak."""
         if self.planned is None:
             return self.batches[0]
         return self.batches[self.plans.index(self.planned)]
 
     def cuts(self, chain: Chain, streams: Sequence[Stream]) -> Cuts:
-        """Returns the cuts of a batch with these streams."""
+        """Returns the cuts of the chain for a batch with these streams."""
         for batch, plan in zip(self.batches, self.plans, strict=False):
             if len(batch.streams) == len(streams):
                 return plan.cuts
@@ -80,11 +80,11 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether the plan is within the budget, as far as memory is predicted."""
+        """Whether the plan is within the budget. True if memory is not predicted."""
         return self.planned is None or self.planned.peak <= self.budget
 
     def no_room(self, name: str) -> NoRoom:
-        """Returns the error for a plan that does not fit; `name` is that of the model."""
+        """Returns the error for a plan that does not fit. `name` is the name of the model."""
         assert self.planned is not None
         least = "at least " if self.size is None else f"with segment_size {self.size} "
         most = self.longest()
@@ -101,8 +101,8 @@ class RunPlan:
         )
 
     def longest(self, budget: int | None = None) -> int:
-        """Returns the largest number of tokens per row that fits with the configured segment size,
-        or with any plan, up to the context length of the model."""
+        """Returns the largest number of tokens per row that fits into memory, up to the context
+        length of the model. If no segment size is configured, any plan may be used."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
@@ -112,8 +112,8 @@ class RunPlan:
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def least_peak(self, batch: BatchShape) -> int:
-        """Returns the peak bytes of a batch with the configured segment size, or the lowest peak of
-        any plan."""
+        """Returns the peak memory of a batch, in bytes. If no segment size is configured, it is the
+        lowest peak of any plan."""
         what = self._of(batch)
         if self.size is not None:
             return named(*what, self.size, self.part).peak
@@ -122,23 +122,23 @@ class RunPlan:
         return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
 
     def filled(self) -> RunPlan:
-        """Returns this run with plans for its budget and configuration."""
+        """Returns this run with the plans that follow from its budget and its configuration."""
         if not self.shape.fast:
             return self
         return self.within(self.budget) if self.size is None else self.of_size(self.size)
 
     def within(self, budget: int) -> RunPlan:
-        """Returns this run with the fastest plans within `budget` bytes."""
+        """Returns this run with the fastest plans that need at most `budget` bytes."""
         plans = tuple(choose(*self._of(batch), budget, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_size(self, size: int) -> RunPlan:
-        """Returns this run with `size` layers per segment."""
+        """Returns this run with plans that have `size` layers per segment."""
         plans = tuple(named(*self._of(batch), size, self.part) for batch in self.batches)
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """Returns the plan of a rank with these layers."""
+        """Returns the plan of a rank that has the layers of this part."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
@@ -146,13 +146,15 @@ class RunPlan:
         return self.shape, batch, self.ranks, self.device
 
     def tightened(self, measured: int) -> RunPlan | None:
-        """Returns a plan with a lower peak if `measured` bytes exceed the budget, or else None."""
+        """If the `measured` peak, in bytes, exceeds the budget, returns a plan with a lower peak;
+        otherwise returns None."""
         if self.planned is None or measured <= self.budget:
             return None
         return self._cheaper(int(self.budget * min(self.planned.peak / measured, 0.95)))
 
     def cheaper(self) -> RunPlan | None:
-        """Returns a plan with a lower peak; None if there is none or the segment size is set."""
+        """Returns a plan with a lower peak, or None if there is none or if the configuration sets
+        the segment size."""
         return self.planned and self._cheaper(int(0.95 * self.planned.peak))
 
     def _cheaper(self, budget: int) -> RunPlan | None:
@@ -164,7 +166,8 @@ class RunPlan:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """Makes MLX wait for the device at the plan's limit and keep few freed buffers."""
+        """Inside this context, MLX waits for the device when memory reaches the plan's limit, and
+        keeps only as many freed buffers as the plan allows."""
         if self.planned is None:
             yield
             return
@@ -176,7 +179,7 @@ class RunPlan:
             mx.set_cache_limit(cache)
 
     def set_limits(self) -> tuple[int, int]:
-        """Sets the memory and cache limits of MLX; returns the previous ones."""
+        """Sets the memory and cache limits of MLX, and returns the previous limits."""
         assert self.planned is not None
         peak = self.planned.peak
         cache = max(peak // 4, self.budget - peak)
@@ -184,7 +187,8 @@ class RunPlan:
 
 
 def _ways(config: TrainConfig) -> dict[str, bool]:
-    """Returns the fields of a BatchShape that follow from the configuration and warm_start."""
+    """Returns the fields of a BatchShape that follow from the configuration and from its warm_start
+    adapter."""
     from ..adapters import is_dora
 
     return {
@@ -195,11 +199,13 @@ def _ways(config: TrainConfig) -> dict[str, bool]:
 
 
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
-    """Returns a batch of rows of max_seq_length tokens, the last fraction `loss` of which is in the
-    loss. The sequences of a pair share their first fraction `shared`."""
-    # The last token is a target, but not an input. Packed rows are neither padded nor trimmed.
+    """Returns the shape of a batch whose rows have max_seq_length tokens. `loss` is the fraction of
+    the tokens that is in the loss, at the end of each row. `shared` is the fraction that the two
+    sequences of a pair share, at their beginning."""
+    # The last token of a row is a target, but not an input. Packed rows are neither padded nor
+    # trimmed.
     packs, rows = config.packing is True, config.batch_size
-    if ROWS[config.method] == "prompt":  # batch_size is the number of prompts
+    if ROWS[config.method] == "prompt":  # batch_size counts prompts, not rows
         packs, rows = False, 1
     length = (config.max_seq_length if packs else padded(config.max_seq_length, rows)) - 1
     trained, same = max(1, round(length * loss)), min(round(length * shared), length - 1)
@@ -209,10 +215,11 @@ def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> B
 
 
 def plan_run(config: TrainConfig, *batches: BatchShape) -> RunPlan:
-    """Returns the plan for batches of up to these shapes, each with a different number of streams.
+    """Returns the plan of a run whose batches have at most these shapes, one for each number of
+    streams.
 
-    Raises NoRoom, before anything is loaded, if one does not fit, and InputError if the model does
-    not support them.
+    No weights are loaded. Raises NoRoom if one of the batches does not fit into memory, and
+    InputError if the model does not support such batches.
     """
     return first_that_fits(config, [batches], tuple)[1]
 
@@ -224,8 +231,9 @@ def first_that_fits(
     *,
     measures: bool = False,
 ) -> tuple[T, RunPlan]:
-    """Returns the first choice whose shapes fit, with its plan. If none fits, raises the error of
-    plan_run for the first one. With `measures`, a Mac may first measure its attention kernels."""
+    """Returns the first choice whose shapes fit into memory, with its plan. If none fits, raises
+    the error that plan_run raises for the first choice. With `measures`, the attention kernels may
+    be timed first on a Mac."""
     plans = []
     for own in choices:
         plans.append(planned(config, shapes(own), measures=measures))
@@ -235,7 +243,8 @@ def first_that_fits(
 
 
 def resting_shape(config: TrainConfig) -> ModelShape:
-    """Returns the shape of the model, with the weights of a reward model."""
+    """Returns the shape of the model. If there is a reward model, the shape includes its
+    weights."""
     shape = read_shape(config.model_dir)
     if config.reward_model is None:
         return shape
@@ -250,8 +259,9 @@ def planned(
     measures: bool = False,
     fills: bool = True,
 ) -> RunPlan:
-    """Returns the plan, which may not fit; without plans of batches if `fills` is False. Raises
-    InputError, or NoRoom if the weights alone do not fit."""
+    """Returns the plan of a run, even if it does not fit into memory. If `fills` is False, it does
+    not contain the plans of the batches. Raises InputError if the model does not support such
+    batches, and NoRoom if the weights alone do not fit."""
     shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
@@ -287,21 +297,22 @@ def planned(
     return run.filled() if fills else run
 
 
-#: From this many tokens on, a kernel may take much of a second on a small GPU.
+#: With this many tokens or more, a kernel may take a large part of a second on a small GPU.
 LONG = 16384
-#: Kernels per command buffer then: macOS aborts work that blocks the display for too long.
+#: The number of kernels per command buffer for such rows, because macOS aborts work that blocks the
+#: display for too long.
 LAUNCHES = "4"
 
 
 def short_buffers(tokens: int) -> None:
-    """Limits the kernels per command buffer if rows are long. Must run before MLX first uses the
-    GPU of a Mac."""
+    """Limits the number of kernels per command buffer if rows have LONG tokens or more. Must be
+    called before MLX first uses the GPU of a Mac."""
     if tokens >= LONG:
         os.environ.setdefault("MLX_MAX_OPS_PER_BUFFER", LAUNCHES)
 
 
 def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
-    """Returns the distinct kinds of attention calls of a model's layers."""
+    """Returns the distinct kinds of attention calls in a model's layers."""
     dtype = mx.float32 if shape.float_size == 4 else mx.bfloat16
     by_name = {form.name: form for form in shape.layers}
     kinds = []
@@ -314,7 +325,8 @@ def heads_of(shape: ModelShape, packed: bool) -> list[Heads]:
 
 
 def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
-    """Returns the rank of each layer that the run adapts, by path. Raises InputError."""
+    """Returns the LoRA rank of each linear layer that the run adapts, keyed by path. Raises
+    InputError if the configured target modules or layers do not exist."""
     if config.warm_start is None:
         return ranks_of(shape, **asked(config))
     from ..adapters import ranks_in
@@ -332,5 +344,5 @@ def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _gb(n: int) -> str:
-    """Formats bytes with enough digits to tell two sizes apart."""
+    """Formats a number of bytes with enough digits that different sizes can be distinguished."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"

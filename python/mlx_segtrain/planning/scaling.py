@@ -1,7 +1,8 @@
-"""Predicts the speedup of data parallelism, from the times to compute and to sum gradients.
+"""Predicts the speedup of data parallelism from the times for computing gradients and for summing
+them.
 
 A ring of N ranks sums B bytes in 2(N − 1) rounds, in each of which every rank sends B/N bytes
-(Patarasuk & Yuan 2009): 2(N − 1)/N·B bytes per rank, and one latency per round.
+(Patarasuk & Yuan 2009). So each rank sends 2(N − 1)/N·B bytes, and each round adds one latency.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from .costs import parameters_of
 from .run import RunPlan
 from .speeds import SPEEDS
 
-#: Numbers of ranks in the table, besides the requested one.
+#: The numbers of ranks that the table lists in addition to the requested number.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-#: Seconds of latency between two ranks, as between processes over Ethernet.
+#: The latency between two ranks in seconds, as between two machines over Ethernet.
 LATENCY = 50e-6
-#: Default bandwidth of the network, in 10⁹ bytes per second: Ethernet of 10 Gbit/s.
+#: The default bandwidth of the network, in 10⁹ bytes per second, as of 10 Gbit/s Ethernet.
 LINK = 1.25
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A step with one batch per rank: the bytes that a rank sends, the seconds to compute and to
-    sum gradients, and the speedup over one rank."""
+    """A step in which each rank runs one batch: the number of bytes that a rank sends, the times
+    for computing and for summing gradients in seconds, and the speedup over one rank."""
 
     ranks: int
     sent: int
@@ -34,11 +35,11 @@ class Scaled:
 
 
 def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
-    """Predicts steps on 2 to 256 ranks and on `ranks`, over links of `link_gb_s` · 10⁹ bytes per
-    second.
+    """Predicts steps on 2 to 256 ranks and on `ranks` ranks, if links transfer `link_gb_s` · 10⁹
+    bytes per second.
 
-    `batch_s` is the time of a batch on one rank, by default predicted (speeds.py). Raises
-    InputError for models whose adapter and work are not predicted.
+    `batch_s` is the time of a batch on one rank in seconds; by default it is predicted (speeds.py).
+    Raises InputError if the size of the adapter and the work cannot be predicted for the model.
     """
     if run.planned is None:
         raise InputError(

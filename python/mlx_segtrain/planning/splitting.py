@@ -1,4 +1,5 @@
-"""Divides the layers of a model between ranks, by the memory and the speed of their devices."""
+"""Divides the layers of a model between ranks according to the memory and the speed of their
+devices."""
 
 from __future__ import annotations
 
@@ -16,13 +17,15 @@ from .pipeline import Part, sent, weight_bytes
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: Bisection steps for the time of the slowest rank, and an upper bound of that time.
+#: HALVINGS is the number of bisection steps for the time of the slowest rank; MOST_SECONDS is an
+#: upper bound of this time.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 
 @dataclass(frozen=True)
 class Member:
-    """The memory of a rank in bytes, the type of its device, and the bytes per element there."""
+    """The memory of a rank in bytes, the type of its device, and the size of an element on this
+    device in bytes."""
 
     budget: int
     device: str
@@ -31,11 +34,11 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """The share of a rank in a pipeline, in bytes.
+    """The share that a rank has in a pipeline. Sizes are in bytes.
 
-    For a micro-batch, `sent` goes to the next and to the previous rank, and `seconds` is its time;
-    `busy` is the fraction of a step in which the rank computes. Times are predicted (speeds.py).
-    `peak` is None if it is not predicted.
+    For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
+    computes for `seconds`. `busy` is the fraction of a step in which the rank computes. Times are
+    predicted (speeds.py). `peak` is None if memory is not predicted.
     """
 
     rank: int
@@ -49,8 +52,9 @@ class Held:
 
 
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
-    """Returns the plan of each of these ranks, for steps of `batches` micro-batches. Raises
-    InputError if there are more ranks than layers, NoRoom if they do not have enough memory."""
+    """Returns the plan of each of these ranks for steps of `batches` micro-batches. Raises
+    InputError if there are more ranks than layers, and NoRoom if the ranks do not have enough
+    memory."""
     layers = run.shape.n_layers
     if layers == 0:
         raise InputError(
@@ -67,7 +71,8 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
         return replace(run, part=part, budget=member.budget, device=device, plans=())
 
     def quick_seconds(part: Part) -> float:
-        """Returns the seconds without recomputation, which takes much longer to plan."""
+        """Returns the predicted time in seconds, not counting recomputation, which would take much
+        longer to plan."""
         own = bare(part)
         return seconds(own.of_size(0) if own.shape.fast else own)
 
@@ -78,8 +83,8 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
 def pipeline_runs(
     config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
 ) -> list[RunPlan]:
-    """Returns the plan of each of `ranks` devices like this one. `budgets` are in 10⁹ bytes, by
-    default that of this device."""
+    """Returns the plans of a pipeline of `ranks` devices like this one. `budgets` are in 10⁹ bytes;
+    the default is the budget of this device."""
     if budgets and len(budgets) != ranks:
         raise InputError(
             f"--rank-budgets has {len(budgets)} values, but --ranks is {ranks}: pass one per rank."
@@ -91,7 +96,8 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Returns whether a plan fits or, if memory is not predicted, whether the weights do."""
+    """Returns whether a plan fits into memory or, if memory is not predicted, whether the weights
+    fit."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget
@@ -99,8 +105,8 @@ def has_room(run: RunPlan) -> bool:
 
 
 def seconds(run: RunPlan) -> float:
-    """Returns the predicted seconds of a batch on this rank; if its work is not predicted, a number
-    that is proportional to them."""
+    """Returns the predicted time of a batch on this rank in seconds. If the work cannot be
+    predicted, returns a number that is proportional to the time."""
     assert run.part is not None
     layers, speed = run.part.end - run.part.begin, SPEEDS[run.device.name]
     if run.planned is None:
@@ -140,10 +146,11 @@ def split(
     fits: Callable[[Part], bool],
     seconds: Callable[[Part], float],
 ) -> list[Part]:
-    """Returns the parts, each within its memory, that minimize the time of the slowest part.
+    """Returns the parts that minimize the time of the slowest part, if each part must fit into the
+    memory of its rank.
 
-    Time and memory must not decrease with more layers. Raises InputError for more ranks than
-    layers, NoRoom if no division fits.
+    More layers must not need less time or memory. Raises InputError if there are more ranks than
+    layers, and NoRoom if no division of the layers fits.
     """
     if ranks > layers:
         raise InputError(
@@ -154,12 +161,12 @@ def split(
 
     @cache
     def takes(part: Part) -> float:
-        """Returns the seconds of a part, or infinity if it does not fit."""
+        """Returns the time of a part in seconds, or infinity if the part does not fit."""
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Assigns to each rank as many layers as it runs within `limit` seconds. Returns fewer
-        parts than ranks if layers are left over."""
+        """Assigns to each rank as many layers as it can run within `limit` seconds. If layers are
+        left over, it returns fewer parts than there are ranks."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 

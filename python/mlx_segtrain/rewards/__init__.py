@@ -1,7 +1,7 @@
-"""Scores completions: by built-in checks, Python functions, a command, or a reward model.
+"""Scores completions with built-in checks, Python functions, a command, or a reward model.
 
-A reward is called with all completions and returns a number for each; a run sums up the numbers of
-its rewards, multiplied by their weights.
+A reward is called with all completions and returns a score for each. The total reward of a
+completion is the weighted sum of its scores.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 
-#: Arguments of a reward besides the columns of the data.
+#: The arguments that a reward takes in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: (prompts, completions, **columns) → a number for each completion; columns are also lists.
+#: A function of (prompts, completions, **columns), all of which are lists. It returns a score for
+#: each completion.
 Function = Callable[..., Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of completions by the name of the reward, and their weighted sums."""
+    """The scores of completions, keyed by the name of the reward, and their weighted sums."""
 
     by_name: dict[str, list[float]]
     total: list[float]
@@ -41,7 +42,8 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a run by name, the weight of each, and the environments of conversations."""
+    """The rewards of a run, keyed by name, the weight of each reward, and the environments of
+    conversations."""
 
     rewards: Mapping[str, Function]
     weights: Sequence[float]
@@ -55,8 +57,9 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Returns the rewards of a configuration; callers in Python may pass functions and the
-        environment's class. Raises InputError if one cannot be used, or if there is none."""
+        """Returns the rewards of a configuration. Callers in Python may also pass `functions`, and
+        the class of the `environment`. Raises InputError if a reward cannot be used, or if there is
+        none."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [
@@ -91,8 +94,8 @@ class Rewards:
         return cls(rewards, weights, environments, model)
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Sequence[Row]) -> None:
-        """Raises InputError for rows and models that the rewards cannot use, before anything is
-        generated. The configuration must have folders instead of names of the hub."""
+        """Raises InputError, before anything is generated, if the rewards cannot use the rows or
+        the models. The configuration must contain local folders instead of names on the hub."""
         check_rows(config, rows)
         if self.environments is not None:
             self.environments.check(config, tokenizer, rows)
@@ -103,7 +106,7 @@ class Rewards:
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        """The tools of every prompt."""
+        """The tools that every prompt offers to the model."""
         return self.environments.tools if self.environments else ()
 
     def __call__(
@@ -113,15 +116,18 @@ class Rewards:
         tokens: Sequence[int],
         talks: Sequence[Conversation] = (),
     ) -> Scores:
-        """Scores completions, given the row and the number of tokens of each; or conversations.
+        """Scores completions, given the row and the number of tokens of each. If there are `talks`,
+        scores these conversations.
 
-        Raises RunError if a reward fails or returns anything except a finite number for each.
+        Raises RunError if a reward fails, or if it returns anything other than a finite number for
+        each completion.
         """
         keys = dict.fromkeys(key for row in rows for key in row if key != "prompt")
         columns = {key: [row.get(key) for row in rows] for key in keys}
         columns |= {"completion_tokens": list(tokens)}
         prompts = [talk.asked for talk in talks] or [row["prompt"] for row in rows]
-        # The reward model gets these, which a column of the data with such a name must not replace.
+        # These arguments are for the reward model. A column of the data with the same name must not
+        # replace them.
         judged = {"system": columns.get("system"), "messages": None}
         if talks:
             judged["messages"] = columns["messages"] = [talk.said for talk in talks]
@@ -146,7 +152,7 @@ class Rewards:
 
 
 def _own_rewards(environments: Sequence[Any], **columns: Any) -> list[float]:
-    """Returns the rewards that environments compute themselves."""
+    """Returns the rewards that the environments compute with `get_reward`."""
     return [own.get_reward() for own in environments]
 
 
@@ -162,7 +168,7 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
             number = float(score)
         except (TypeError, ValueError):
             number = math.nan
-        except OverflowError:  # an integer with hundreds of digits
+        except OverflowError:  # an integer may have hundreds of digits
             number = score = math.inf
         numbers.append(number)
         if not math.isfinite(number):
@@ -174,8 +180,8 @@ def _checked(name: str, scores: list[Any], completions: Sequence[str]) -> list[f
 
 
 def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
-    """Raises InputError, before anything is generated, for a row that lacks a column which a check
-    reads, or has a column whose name is reserved."""
+    """Raises InputError, before anything is generated, if a row lacks a column that a check reads,
+    or if it has a column with a reserved name."""
     taken = (*TAKEN, "completion") if config.reward_command is not None else TAKEN
     if config.environment is not None:
         taken = (*taken, *GIVEN)

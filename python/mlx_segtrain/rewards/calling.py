@@ -1,4 +1,4 @@
-"""Rewards that the user writes: Python functions, and a command."""
+"""Rewards that the user writes: Python functions and a command."""
 
 import importlib
 import importlib.util
@@ -15,9 +15,10 @@ from ..torchless import show_torch
 
 
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
-    """Returns the name and the object, a function or a class, of `module:name` or `file.py:name`,
-    the value of a field; `given` is the object if a caller in Python has passed it. Raises
-    InputError."""
+    """Returns the name and the function or class that `spec` refers to, which is `module:name` or
+    `file.py:name`. `field` is the field of the configuration that contains `spec`, and `given` is
+    the object itself if a caller in Python has passed it. Raises InputError if the object cannot be
+    found."""
     place, _, name = spec.rpartition(":")
     try:
         if not place or not name:
@@ -25,27 +26,27 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
         found = getattr(_module(place), name) if given is None else given
         if not callable(found):
             raise TypeError(f"it is not a {kind}")
-    except Exception as error:  # a module may fail in any way when it is imported
+    except Exception as error:  # importing a module may fail in any way
         said = f"{field}: {spec} cannot be used ({reason(error, 300)})."
         raise InputError(said, field=field) from error
     return name, found
 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
-    """Returns the name of a function in reward_functions, and the function, which is called with
-    the columns that it takes. Raises InputError."""
+    """Returns the name and the function for an entry of reward_functions. The function is wrapped
+    so that it receives only the columns that it takes. Raises InputError if it cannot be found."""
     name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
 
 def file_of(spec: str) -> Path | None:
-    """Returns the file of `file.py:name`; None for a module."""
+    """Returns the file in `file.py:name`, or None if `spec` names a module."""
     place = spec.rpartition(":")[0]
     return Path(place).expanduser() if place.endswith(".py") else None
 
 
 def _module(place: str) -> Any:
-    show_torch()  # the user's functions may need it
+    show_torch()  # the user's functions may need torch
     path = file_of(f"{place}:")
     if path is None:
         return importlib.import_module(place)
@@ -58,10 +59,11 @@ def _module(place: str) -> Any:
 
 
 def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that it gets only the columns in its signature, or all with **columns."""
+    """Wraps a function so that it receives only the columns in its signature. If the function takes
+    **columns, it receives all of them."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # some functions in C have no signature
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return function
     if any(own.kind is own.VAR_KEYWORD for own in parameters):
         return function
@@ -70,8 +72,8 @@ def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_command(command: str) -> Callable[..., list[float]]:
-    """Returns a reward that runs a command: it reads the completions as JSON lines and prints a
-    score per line."""
+    """Returns a reward that runs a command. The command reads the completions as JSON lines and
+    must print one score per line."""
     try:
         words = shlex.split(command)
     except ValueError as error:

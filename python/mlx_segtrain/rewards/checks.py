@@ -1,4 +1,5 @@
-"""Built-in checks of completions. Each gives scores from 0 to 1, and runs no untrusted code."""
+"""Built-in checks of completions. Each check returns scores from 0 to 1 and runs no untrusted
+code."""
 
 import json
 import math
@@ -10,9 +11,9 @@ import re2
 
 from ..errors import InputError, reason, shown
 
-#: A number in a text, perhaps with thousands separators.
+#: Matches a number in a text, which may have thousands separators.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
-#: Numbers count as equal up to this relative difference.
+#: Numbers count as equal if their relative difference is at most this.
 ACCURACY = 1e-6
 
 Check = Callable[..., list[float]]
@@ -23,8 +24,8 @@ def _fault(text: str) -> InputError:
 
 
 def check_of(spec: str) -> Check:
-    """Returns the check that is specified by `name:argument`. Raises InputError for an unknown name
-    or a wrong argument."""
+    """Returns the check that `spec` specifies as `name:argument`. Raises InputError if the name is
+    unknown or the argument is wrong."""
     name, _, argument = spec.partition(":")
     if name not in CHECKS:
         raise _fault(
@@ -37,13 +38,14 @@ def check_of(spec: str) -> Check:
 
 
 def column_of(spec: str) -> str | None:
-    """Returns the column of the data that a check reads; None if it reads none."""
+    """Returns the name of the column that a check reads, or None if it reads none."""
     name, _, argument = spec.partition(":")
     return argument if CHECKS.get(name) in (_exact, _number) else None
 
 
 def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
-    """Returns the check whether completion and column agree."""
+    """Returns a check that is passed if `agree` is true for the completion and the value of the
+    column."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
         if column not in columns or None in columns[column]:
@@ -55,12 +57,13 @@ def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
 
 
 def _exact(column: str) -> Check:
-    """Returns the check that the whole completion equals the column."""
+    """Returns a check that is passed if the whole completion equals the value of the column."""
     return _compared(column, lambda text, wanted: text.strip() == wanted.strip())
 
 
 def _number(column: str) -> Check:
-    """Returns the check that the last number of the completion equals that of the column."""
+    """Returns a check that is passed if the last number in the completion equals the last number in
+    the value of the column."""
 
     def equal(text: str, wanted: str) -> bool:
         x, y = last_number(text), last_number(wanted)
@@ -70,13 +73,14 @@ def _number(column: str) -> Check:
 
 
 def last_number(text: str) -> float | None:
-    """Returns the last number in a text; None if there is none."""
+    """Returns the last number in a text, or None if there is none."""
     found = NUMBER.findall(text)
     return float(found[-1].replace(",", "")) if found else None
 
 
 def _regex(pattern: str) -> Check:
-    """Returns the check that the pattern matches somewhere in the completion, in linear time."""
+    """Returns a check that is passed if the pattern matches somewhere in the completion. Matching
+    takes linear time."""
     try:
         compiled = re2.compile(pattern)
     except re2.error as error:
@@ -89,7 +93,7 @@ def _regex(pattern: str) -> Check:
 
 
 def _json_schema(text: str) -> Check:
-    """Returns the check that the whole completion is JSON that matches the schema."""
+    """Returns a check that is passed if the whole completion is JSON that matches the schema."""
     try:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -98,9 +102,10 @@ def _json_schema(text: str) -> Check:
             '"mlx-segtrain[rewards]".'
         ) from None
     try:
-        # References are not followed: schemas may come from clients of the server.
+        # References to other documents are not followed, because schemas may come from clients of
+        # the server.
         validator = validator_for(json.loads(text), offline=True)
-    except Exception as error:  # the library raises errors of several kinds
+    except Exception as error:  # the package raises errors of several kinds
         raise _fault(f"{shown(text, 80)} is not a valid JSON schema ({reason(error)}).") from None
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -117,8 +122,8 @@ def _takes(validator: Any, text: str) -> bool:
 
 
 def _length(most: str) -> Check:
-    """Returns the check of a completion's length: 1 up to this many tokens, then falling linearly
-    to 0 at twice as many."""
+    """Returns a check of a completion's length. The score is 1 up to `most` tokens, and falls
+    linearly to 0 at twice as many."""
     if not most.isdecimal() or int(most) < 1:
         raise _fault(f"length:{shown(most, 40)} needs a number of tokens.")
 

@@ -1,4 +1,5 @@
-"""Environments: the user's Python class answers the model in a conversation, or is its tools."""
+"""Environments: a Python class of the user replies to the model in a conversation, or provides
+tools for it."""
 
 from __future__ import annotations
 
@@ -18,18 +19,20 @@ from ..errors import InputError, RunError, named_reason, reason, shown
 from ..generation.parts import Parts, Tags, begins_reasoning, read_calls
 from .calling import found_at, with_what_it_takes
 
-#: Arguments of rewards and `reset` besides the columns of the data, which cannot have these names.
+#: The arguments of rewards and of `reset` in addition to the columns of the data. Columns must not
+#: have these names.
 GIVEN = ("environments", "messages", "seed")
-#: Methods of an environment that are not tools.
+#: The public methods of an environment that are not tools.
 OWN = ("reset", "step", "get_reward")
 
 
 @dataclass(frozen=True)
 class Environments:
-    """Creates the environments of a run, one for each completion (docs/grpo.md).
+    """Creates the environments of a run. Each completion has its own (docs/grpo.md).
 
-    `tools` are the class's public methods as JSON schemas for the chat template; none if it has
-    `step`. If it has a method `get_reward`, that returns its reward.
+    `tools` contains the public methods of the class as JSON schemas for the chat template; it is
+    empty if the class has a method `step`. If the class has a method `get_reward`, this method
+    computes a reward.
     """
 
     name: str
@@ -39,8 +42,8 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """Returns the environments of a configuration; `make` is the class, if a caller in Python
-        has passed it. Raises InputError if the class cannot be used."""
+        """Returns the environments of a configuration, or None if it has none. `make` is the class,
+        if a caller in Python has passed one. Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
         name, found = found_at(config.environment, "environment", "class", make)
@@ -51,7 +54,7 @@ class Environments:
             tools = [] if callable(getattr(own, "step", None)) else _tools_of(own)
             if not tools and not hasattr(own, "step"):
                 raise TypeError("it has neither a method step nor a public method to use as a tool")
-        except Exception as error:  # the user's class may fail in any way
+        except Exception as error:  # the user's code may fail in any way
             raise InputError(
                 f"environment: {config.environment} cannot be used ({reason(error, 300)}).",
                 field="environment",
@@ -59,8 +62,8 @@ class Environments:
         return cls(name, found, tools, callable(getattr(own, "get_reward", None)))
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Iterable[Row]) -> None:
-        """Raises InputError if the model's chat template does not support such conversations, or if
-        a row has tools although the environment has some."""
+        """Raises InputError if the chat template of the model does not support such conversations,
+        or if both the environment and a row have tools."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
                 "environment needs prompts that go through a chat template: use a model that has "
@@ -84,8 +87,8 @@ class Environments:
 
 
 def _tools_of(own: Any) -> list[dict[str, Any]]:
-    """Returns the public methods of an environment as JSON schemas. transformers raises an error
-    for a method without types or a description."""
+    """Returns the public methods of an environment as JSON schemas. transformers, which creates
+    them, raises an error if a method has no types or no description."""
     from transformers.utils.chat_template_utils import get_json_schema
 
     names = [name for name, _ in inspect.getmembers(type(own), inspect.isfunction)]
@@ -94,10 +97,12 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 
 
 class Conversation:
-    """The conversation of one completion with its environment: a generation.rollouts.Talk.
+    """The conversation of a completion with its environment. It has the methods of
+    generation.rollouts.Talk.
 
-    `messages` are those of the prompt and, from `begun` on, of the completion; the environment's
-    answer to a turn is added once another turn follows. Raises RunError if the environment fails.
+    `messages` contains the messages of the prompt and, from index `begun` on, of the completion.
+    The environment's reply to a turn is added once another turn follows. Raises RunError if the
+    environment fails.
     """
 
     def __init__(self, of: Environments, tokenizer: Any, config: TrainConfig, row: Row, seed: int):
@@ -129,8 +134,8 @@ class Conversation:
 
     @property
     def asked(self) -> Any:
-        """The prompt with the text that `reset` has added, as messages, or as a text if the row has
-        a text."""
+        """The prompt with the text that `reset` has added, as a list of messages, or as a string if
+        the prompt in the row is a string."""
         if self._is_text:
             return self.messages[self.begun - 1]["content"]
         return self.messages[: self.begun]
@@ -141,7 +146,7 @@ class Conversation:
         return self.messages[self.begun :]
 
     def reply(self, text: str) -> list[int] | None:
-        """Returns the tokens of the environment's answer to a turn, up to the model's next turn;
+        """Returns the tokens of the environment's reply to a turn, up to the model's next turn, or
         None at the end of the conversation."""
         if self._of.tools:
             answer, new = self._called(text)
@@ -152,7 +157,8 @@ class Conversation:
         return tokens
 
     def end(self, text: str) -> None:
-        """Adds the text of the last turn if that was truncated, so that no answer follows."""
+        """Adds the text of the last turn if it was truncated, in which case there is no reply to
+        it."""
         self._add({"role": "assistant", "content": text}, [])
 
     def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:
@@ -171,16 +177,18 @@ class Conversation:
         return [dict(own) for own in new]
 
     def _called(self, text: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Returns a turn as a message with its tool calls, and the results as messages."""
+        """Returns a turn as a message with its tool calls, and the results of these calls as
+        messages."""
         parts = Parts(Tags.of(self._tokenizer), reasoning=self._reasons).add(text, last=True)
         said = "".join(own for kind, own in parts if kind == "content")
         answer: dict[str, Any] = {"role": "assistant", "content": said}
         calls, new = [], []
         for own in (own for kind, own in parts if kind == "call"):
             read = read_calls(self._tokenizer, own, list(self._of.tools))
-            # An unreadable call counts as failed: the model sees the error and may try again.
+            # A call that cannot be parsed counts as failed: the model sees the error and may try
+            # again.
             for call in read or [{"name": "", "arguments": own}]:
-                id = f"call{self.calls:05d}"  # nine letters, as Mistral's template wants them
+                id = f"call{self.calls:05d}"  # nine characters, as Mistral's template requires
                 self.calls += 1
                 given, name = call.get("arguments", {}), call["name"]
                 function = {"name": name, "arguments": given}
@@ -190,7 +198,8 @@ class Conversation:
         return {**answer, **({"tool_calls": calls} if calls else {})}, new
 
     def _result(self, name: str, arguments: Any) -> str:
-        """Returns the result of a tool as text; if the tool fails, the error, for the model."""
+        """Returns the result of a tool as text. If the tool fails, returns the error, which the
+        model will see."""
         known = {own["function"]["name"] for own in self._of.tools}
         try:
             if name not in known:
@@ -199,14 +208,14 @@ class Conversation:
                 arguments = json.loads(arguments or "{}")
             found = getattr(self.environment, name)(**arguments)
             return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
-        except RunError:  # another rank was lost meanwhile
+        except RunError:  # another rank was lost in the meantime
             raise
         except Exception as error:
             self.failed += 1
             return f"error: {named_reason(error)}"
 
     def _between(self, answer: dict[str, Any], new: list[dict[str, Any]]) -> list[int]:
-        """Returns the tokens after the one that ended a turn, up to the start of the next turn."""
+        """Returns the tokens between the token that ended a turn and the start of the next turn."""
         tokenizer = self._tokenizer
         parts = wants_parts(tokenizer, self._variables)
         how: Any = {"tokenize": False, "add_generation_prompt": True, **self._variables}
@@ -219,10 +228,10 @@ class Conversation:
 
         rest = None
         bare = {key: x for key, x in answer.items() if key != "tool_calls"}
-        if bare != answer:  # some templates write no content beside calls
+        if bare != answer:  # some templates write no content if there are calls
             try:
                 rest = after(answer)
-            except Exception:  # other templates refuse several calls, now and in later turns
+            except Exception:  # other templates reject several calls, now and in later turns
                 answer = bare
         if rest is None:
             with _failing(self._of.name, "the chat template after it"):
@@ -239,7 +248,7 @@ class Conversation:
 
 
 def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the prompt of a row as messages."""
+    """Returns the prompt of a row as a list of messages."""
     prompt = given["prompt"]
     if not isinstance(prompt, str):
         return [dict(own) for own in prompt]
@@ -248,8 +257,9 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
-    """Returns a message in the form that chat templates take: with content as a list of `parts` if
-    they want that, and with mappings as arguments of calls, since a model may write anything."""
+    """Returns a message in the form that chat templates need. The content becomes a list of parts
+    if `parts` is set, and arguments of calls that are not mappings are replaced, since a model may
+    write anything."""
     if isinstance(message.get("content"), str):
         message = {**message, **content(message["content"], parts)}
     if not message.get("tool_calls"):
@@ -269,7 +279,7 @@ def _is_message(own: Any) -> bool:
 
 @contextmanager
 def _failing(name: str, what: str) -> Iterator[None]:
-    """Turns an exception of the user's class into a RunError that names the environment."""
+    """Converts an exception of the user's class into a RunError that names the environment."""
     try:
         yield
     except RunError:

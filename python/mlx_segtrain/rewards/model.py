@@ -1,7 +1,8 @@
-"""A reward model: a model for sequence classification with one label, which scores conversations.
+"""Scores conversations with a reward model, which is a sequence classification model with one
+label.
 
-It is the folder of a Hugging Face `…ForSequenceClassification` model (`score.weight` beside the
-layers) whose family mlx-lm supports, quantized or not.
+The reward model is the folder of a Hugging Face `…ForSequenceClassification` model, whose weights
+include `score.weight`. mlx-lm must support its family. It may be quantized.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from ..models.snapshot import Snapshot
 from ..planning.rollouts import PREFILL
 from .environments import messages_of
 
-#: The tensor that replaces a head.
+#: The tensor that such a model has instead of a head.
 SCORE = "score.weight"
 
 
 def check_scores(folder: Path) -> None:
-    """Raises InputError for a folder that contains no reward model; loads no weights."""
+    """Raises InputError if the folder does not contain a reward model. Loads no weights."""
     snapshot = Snapshot(folder)
     found = snapshot.tensors.get(SCORE)
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
@@ -40,18 +41,18 @@ def check_scores(folder: Path) -> None:
 
 @dataclass
 class RewardModel:
-    """Scores completions with the model in a folder, which is loaded by the first call.
+    """Scores completions with the model in a folder. The first call loads the model.
 
-    A conversation goes through the reward model's own chat template, unless the run's prompts are
-    `raw`; in that case, prompt and completion are joined to one text.
+    Conversations are rendered with the reward model's chat template. If the prompts of the run are
+    `raw`, prompt and completion are concatenated instead.
     """
 
     folder: Path
     raw: bool = False
 
     def check(self, folder: Path, raw: bool) -> None:
-        """Sets the folder, and whether the run's prompts are raw. Raises InputError if the model
-        cannot score them."""
+        """Sets the folder, and whether the prompts of the run are raw. Raises InputError if the
+        model cannot score such prompts."""
         self.folder, self.raw = folder, raw
         check_scores(folder)
         if not raw and not self._tokenizer.has_chat_template:
@@ -80,8 +81,8 @@ class RewardModel:
         messages: Sequence[list[dict[str, Any]]] | None = None,
         system: Sequence[str | None] | None = None,
     ) -> list[float]:
-        """Returns the scores of completions, or of conversations, whose `messages` follow the
-        prompts."""
+        """Returns the scores of completions. If `messages` is given, returns the scores of
+        conversations, whose `messages` follow the prompts."""
         answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
         rows = zip(prompts, system or [None] * len(prompts), answers, strict=True)
         texts = [self._text(*row) for row in rows]
@@ -98,8 +99,8 @@ class RewardModel:
         return self._tokenizer.apply_chat_template([*given, *answer], tokenize=False)
 
     def _scores(self, rows: list[list[int]]) -> np.ndarray:
-        """Returns the scores of rows of tokens, float64 [N], at the last token of each that is not
-        padding."""
+        """Returns the scores of N rows of tokens, float64 [N]. The score of a row is taken at its
+        last token that is not padding."""
         from mlx_lm.models.cache import make_prompt_cache
 
         model, weight, pad = self._loaded
@@ -108,7 +109,7 @@ class RewardModel:
         tokens = np.zeros((len(rows), width), np.int32)
         for row, own, n in zip(tokens, rows, lengths, strict=True):
             row[:n] = own[:n]
-        # Padding after a row's last token does not change anything before it.
+        # Padding after the last token of a row does not change anything before it.
         cache = make_prompt_cache(model) if width > PREFILL else None
         ends, h = mx.array(lengths) - 1, mx.array(0)
         for begin in range(0, width, PREFILL):
@@ -122,8 +123,8 @@ class RewardModel:
 
 
 def _passes(lengths: Sequence[int]) -> list[list[int]]:
-    """Returns the indices of rows that run together: up to PREFILL tokens with padding, or one
-    row."""
+    """Returns, for each pass, the indices of the rows that run together. A pass has up to PREFILL
+    tokens, including padding, or consists of a single row."""
     passes: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
         if passes and (len(passes[-1]) + 1) * lengths[i] <= PREFILL:

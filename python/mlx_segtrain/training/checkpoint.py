@@ -1,11 +1,11 @@
 """Checkpoints: the complete state of a run between two steps, in folders written atomically.
 
-    state/step-00050/state.safetensors  factors and optimizer state; everything else is in its
-                                        metadata, as JSON
-    state/step-00050/manifest.json      size and SHA-256 of that file
+    state/step-00050/state.safetensors  the factors and the optimizer state; everything else is
+                                        in the metadata of this file, as JSON
+    state/step-00050/manifest.json      the size and the SHA-256 of that file
 
-The order of rows, dropout masks and the learning rate follow from the configuration and the step,
-so there is no random state to save.
+The order of rows, the dropout masks and the learning rate follow from the configuration and the
+step, so there is no random state to save.
 """
 
 import json
@@ -32,8 +32,9 @@ VERSION = 1
 class Checkpoint:
     """A checkpoint in memory.
 
-    `record` is that of the run (record.py), `log_bytes` the size of metrics.jsonl at that time, and
-    `apart` says whether pairs ran as two sequences.
+    `record` is the content of run.json (see record.py), `log_bytes` is the size of metrics.jsonl
+    when the checkpoint was written, and `apart` is whether the two answers of a pair ran as
+    separate sequences.
     """
 
     folder: Path
@@ -45,8 +46,8 @@ class Checkpoint:
     apart: bool
 
     def iterate(self, fresh: Iterate) -> Iterate:
-        """Returns the factors and the optimizer state. Raises InputError if their structure differs
-        from that of `fresh`, the state of a new run."""
+        """Returns the factors and the optimizer state. Raises InputError unless they have the
+        structure of `fresh`, the state of a new run."""
 
         def stored(name: str, like: mx.array) -> mx.array:
             found = self.tensors.get(name)
@@ -65,10 +66,11 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run. Then removes all except the newest `keep`, and
-    checkpoints of later steps, since the run may reach these steps in a different state.
+    """Writes a checkpoint below the folder of a run. Then removes checkpoints of later steps, since
+    the run may reach those steps in a different state, and of the others all except the newest
+    `keep`.
 
-    Raises OSError if it cannot be written; nothing is lost then.
+    Raises OSError if the checkpoint cannot be written; earlier checkpoints are intact then.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
@@ -94,7 +96,8 @@ def save(
 
 
 def found(run: Path) -> dict[int, Path]:
-    """Returns the folders of all checkpoints by step, newest first; some may be damaged."""
+    """Returns the folders of all checkpoints, keyed by step, newest first. They may include damaged
+    checkpoints."""
     named = {
         int(match[1]): path
         for path in (run / STATE).glob("step-*")
@@ -104,7 +107,8 @@ def found(run: Path) -> dict[int, Path]:
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Returns the newest intact checkpoint of a run, or None. Calls `warn` for damaged ones."""
+    """Returns the newest intact checkpoint of a run, or None if there is none. Calls `warn` for
+    each damaged checkpoint that it skips."""
     for folder in found(run).values():
         fault = torn(folder)
         if fault is None:
@@ -114,7 +118,8 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
-    """Returns the checkpoint of rank 0 on every rank: the others need no access to its disk."""
+    """Returns rank 0's checkpoint on every rank, so the other ranks need no access to rank 0's
+    disk."""
     (name, *_) = ranks.gather(own and own.folder.name)
     if ranks.size == 1 or name is None:
         return own
@@ -127,7 +132,7 @@ def shared(own: Checkpoint | None, ranks: Ranks) -> Checkpoint | None:
 
 
 def torn(folder: Path) -> str | None:
-    """Returns how a checkpoint is damaged; None if it is intact."""
+    """Describes how a checkpoint is damaged; returns None if it is intact."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         own = files[TENSORS]
@@ -153,6 +158,6 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} was written by version {version} of mlx-segtrain, and this is {VERSION}: "
             f"resume with {version}."
         )
-    mx.eval(tensors)  # parses the bytes that were hashed
+    mx.eval(tensors)  # reads the file now, while its content is still what was hashed
     rest["progress"] = Progress.from_json(rest["progress"])
     return Checkpoint(folder, tensors, **rest)

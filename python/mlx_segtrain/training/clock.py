@@ -2,19 +2,21 @@
 
 import time
 
-#: Seconds by which wall clock and elapsed time may drift apart: clocks are adjusted gradually.
+#: Seconds by which the wall clock may differ from the elapsed time without counting as a jump,
+#: since the system adjusts its clock gradually.
 SLACK = 60
 
 
 class Clock:
-    """Remembers the offset between the wall clock and elapsed time. When the machine sleeps, the
-    clock jumps."""
+    """Compares the wall clock with the monotonic clock. The two also move apart when the machine
+    sleeps."""
 
     def __init__(self) -> None:
         self.apart = time.time() - time.monotonic()
 
     def jumped(self) -> float:
-        """Returns the seconds by which the wall clock has jumped since the last call, or 0."""
+        """Returns by how many seconds the wall clock has jumped since the last call, or 0 if it has
+        not."""
         before, self.apart = self.apart, time.time() - time.monotonic()
         moved = self.apart - before
         return moved if abs(moved) > SLACK else 0.0

@@ -5,17 +5,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: A loss of this many standard errors is not due to chance, even if the test is repeated at every
-#: step.
+#: A drop of this many standard errors is not due to chance, even though the test is repeated at
+#: every step.
 ERRORS = 5
 
 
 def collapsed(steps: Sequence[float], window: int) -> str | None:
-    """Returns part of a sentence about a collapse of the rewards, or None. `steps` are the mean
-    rewards of all steps.
+    """Returns a clause that describes a collapse of the rewards, or None if they have not
+    collapsed. `steps` are the mean rewards of all steps so far.
 
-    Rewards have collapsed if the mean of the last `window` steps (0 turns the check off) has lost
-    more than half of the gain of the best such mean over the first, and more than chance explains.
+    The function compares moving averages over `window` steps. Rewards have collapsed if the last
+    average is below the midpoint between the first and the best average, and if it is too far below
+    the best average for this to be due to chance. The check is off if `window` is 0.
     """
     if not window or len(steps) <= window:
         return None
@@ -33,7 +34,8 @@ def collapsed(steps: Sequence[float], window: int) -> str | None:
 
 
 def _variance(*parts: np.ndarray) -> float:
-    """Returns the variance of a step's mean reward, including that of the prompts: half the mean
-    squared difference between consecutive steps, on which a trend has little influence."""
+    """Estimates the variance of a step's mean reward, including the variance between prompts, as
+    half the mean squared difference between consecutive steps. A trend has little influence on this
+    estimate."""
     moves = np.concatenate([np.diff(own) for own in parts])
     return float(np.square(moves).mean()) / 2 if moves.size else 0.0

@@ -1,4 +1,4 @@
-"""completions.jsonl: what each step generated and how it was scored, one completion per line."""
+"""completions.jsonl: the completions that each step generated, with their scores, one per line."""
 
 import json
 import os
@@ -11,19 +11,19 @@ from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
-#: The maximum length in bytes of a line that is read back.
+#: The maximum length of a line that is read back, in bytes.
 MOST_LINE = 16 << 20
 
 
 class CompletionLog:
-    """The file of a run. Only the first write that fails causes a warning."""
+    """The completions.jsonl of a run. Only the first failed write causes a warning."""
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Removes lines after this step, or the whole file for step 0. Raises InputError if no run
-        has written the file, and OSError."""
+        """Removes the lines of later steps, or the whole file if `step` is 0. Raises InputError if
+        the file was not written by a run, and OSError if it cannot be changed."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -45,7 +45,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Writes all lines or none, because `begin` would truncate the file at a partial line."""
+        """Appends either all lines or none, because `begin` would truncate the file at a partial
+        line."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:
@@ -65,9 +66,9 @@ class CompletionLog:
 
 
 def read_step(path: Path, step: int | None, most: int) -> tuple[int, list[dict[str, Any]]]:
-    """Returns the last step in a file, and up to `most` lines of a step, by default of the last
-    one; (0, []) if there is no complete line. Uses binary search, since steps are in ascending
-    order. Raises OSError."""
+    """Returns the last step in a file and up to `most` lines of `step` (by default the last step),
+    or (0, []) if the file has no complete line. The lines are found by binary search, since steps
+    are in ascending order. Raises OSError if the file cannot be read."""
     with open(path, "rb") as file:
         end = os.fstat(file.fileno()).st_size
         last = 0

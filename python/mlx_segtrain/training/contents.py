@@ -1,4 +1,5 @@
-"""Checks that a run removes from its folder only files that a run has written."""
+"""Checks that a new run removes nothing from its folder except files that an earlier run has
+written."""
 
 import re
 from pathlib import Path
@@ -8,11 +9,11 @@ from ..files import ASIDE
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, README, UNPADDED, WEIGHTS
 from .checkpoint import MANIFEST, STATE, TENSORS
 
-#: Folders of an earlier run that a new run in the same folder removes.
+#: The subfolders of an earlier run that a new run in the same folder removes.
 REMOVED = (STATE, "checkpoints", "best", "tensorboard")
 ADAPTER = "|".join(map(re.escape, (WEIGHTS, UNPADDED, CONFIG, OPTIQ_CONFIG, README)))
-#: The paths that a run writes in its folder; `evaluated_name` returns the names of folders in
-#: checkpoints/.
+#: Matches the paths that a run writes in its folder. The folder names in checkpoints/ come from
+#: `evaluated_name`.
 OWN = re.compile(
     rf"({STATE}/step-\d+(/({re.escape(TENSORS)}|{re.escape(MANIFEST)}))?"
     rf"|checkpoints/step-\d+(-val-?[\w.]+)?(/({ADAPTER}))?|best/({ADAPTER})"
@@ -21,12 +22,13 @@ OWN = re.compile(
 
 
 def evaluated_name(step: int, loss: float | None) -> str:
-    """Returns the name of the folder for the adapter of an evaluation."""
+    """Returns the name of the folder for the adapter that was evaluated after this step."""
     return f"step-{step:05d}" + ("" if loss is None else f"-val{loss:.4f}")
 
 
 def check_own(run: Path) -> None:
-    """Raises InputError if a folder to remove contains something that no run has written."""
+    """Raises InputError if a folder that is to be removed contains a file that no run has
+    written."""
     waiting = [run / name for name in REMOVED]
     for place in waiting:
         if place.is_symlink() or (place.exists() and not place.is_dir()):

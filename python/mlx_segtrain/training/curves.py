@@ -1,4 +1,4 @@
-"""Draws the loss curves of a run into files beside its log."""
+"""Draws the loss curves of a run into files in the folder of its log."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-#: Step and loss of every training report (`train`) and every evaluation (`val`).
+#: The (step, loss) pairs of all training reports (`train`) and all evaluations (`val`).
 Points = dict[str, list[tuple[int, float]]]
 
 
 def metrics(log: Path) -> list[events.Event]:
-    """Returns the metrics in a metrics.jsonl; [] if it does not exist."""
+    """Returns the metric events in a file metrics.jsonl, or [] if the file does not exist."""
     if not log.exists():
         return []
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
@@ -39,7 +39,7 @@ def points(found: Iterable[events.Event]) -> Points:
 
 
 def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
-    from matplotlib.figure import Figure  # pyplot needs a display and has global state
+    from matplotlib.figure import Figure  # not pyplot, which needs a display and has global state
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
@@ -55,7 +55,8 @@ def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
 
 
 def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
-    """Draws loss.png and loss.svg in the folder of a metrics.jsonl. Raises OSError."""
+    """Draws the loss curves of a metrics.jsonl into loss.png and loss.svg in the same folder, and
+    returns these two paths. Raises OSError if they cannot be written."""
     figure = figure_of(points(metrics(log)), title, unit)
     files = [log.with_name(f"loss.{form}") for form in FORMATS]
     for file in files:
@@ -65,7 +66,7 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
-    """Draws the curves of a finished run; only warns if that fails."""
+    """Draws the loss curves of a finished run. Calls `warn` instead of raising if that fails."""
     heading = title(config.model_dir)
     heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:

@@ -1,12 +1,14 @@
-"""A step of grpo: generates completions with the current adapter, scores them, and trains on them.
+"""A training step of grpo, which generates completions with the current adapter, scores them, and
+trains on them.
 
 Generation and updates share the weights of the base model: for generation the adapter is attached
-to its linear layers. All random numbers follow from the seed of the run, the step, the prompt and
-the number of the completion.
+to its linear layers. The random numbers of a completion depend only on the seed of the run, the
+step, the prompt and the index of the completion.
 
-Several ranks divide the prompts of a step. A rank generates, scores and trains on the completions
-of its prompts, and learns of all others what advantages, weights and metrics depend on. So a step
-of several ranks is that of one, up to rounding.
+Several ranks divide the prompts of a step. Each rank generates, scores and trains on the
+completions of its share of the prompts. From the other ranks it receives the values on which
+advantages, weights and metrics depend. So, except for rounding, a step on several ranks has the
+same result as a step on one.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def rewards_of(
     functions: Sequence[Function] = (),
     environment: Callable[[], Any] | None = None,
 ) -> Rewards | None:
-    """Returns the rewards of a run; None if its rows are not prompts. Raises InputError."""
+    """Returns the rewards of a run, or None if the rows of its method are not prompts. Raises
+    InputError if a reward or the environment cannot be used."""
     if ROWS[config.method] == "prompt":
         return Rewards.of(config, functions, environment)
     if functions:
@@ -55,23 +58,23 @@ def rewards_of(
 
 @dataclass(frozen=True)
 class Made:
-    """The completions of each prompt in the form that all ranks know: JSON values, from
-    Rollouts.made."""
+    """The completions of each prompt as JSON values, which the ranks exchange (see
+    Rollouts.made)."""
 
     groups: list[list[dict[str, Any]]]
 
     def all(self, name: str) -> list[Any]:
-        """Returns a value of every completion, those of a prompt one after the other."""
+        """Returns the value called `name` of every completion, prompt by prompt."""
         return [own[name] for group in self.groups for own in group]
 
     @property
     def rewards(self) -> np.ndarray:
-        """The rewards, float64 [prompts, completions of each]."""
+        """The rewards, a float64 array of shape [prompts, completions per prompt]."""
         return np.array(self.all("reward")).reshape(len(self.groups), -1)
 
     @property
     def by_name(self) -> dict[str, float]:
-        """The mean of each reward."""
+        """The mean of each reward, keyed by the name of the reward."""
         every = self.all("rewards")
         return {name: float(np.mean([own[name] for own in every])) for name in every[0]}
 
@@ -81,8 +84,9 @@ class Made:
         return float(np.mean([own != "stop" for own in self.all("finish")]))
 
     def means(self) -> dict[str, float]:
-        """Returns the mean reward, the mean of each reward, and the mean length; for conversations
-        also the mean number of turns, and the fraction of tool calls that failed."""
+        """Returns the mean of the total reward, of each reward if there are several, and of the
+        length. For conversations, also returns the mean number of turns and the fraction of tool
+        calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.by_name) > 1:
             found |= {f"reward {name}": x for name, x in self.by_name.items()}
@@ -104,7 +108,8 @@ class Made:
         }
 
     def lines(self, step: int, gains: np.ndarray) -> Iterator[dict[str, Any]]:
-        """Yields the lines of a step for completions.jsonl, given the advantages."""
+        """Yields the lines of completions.jsonl for a step, given the advantages of its
+        completions."""
         first = ("row", "completion", "prompt", "text", "tokens", "finish", "reward", "rewards")
         for group, own_gains in zip(self.groups, gains.tolist(), strict=True):
             for own, gain in zip(group, own_gains, strict=True):
@@ -114,8 +119,8 @@ class Made:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The completions of each prompt, and in the same order their scores and, if there is an
-    environment, their conversations."""
+    """The completions of each prompt with their scores and, if there is an environment, their
+    conversations, all in the same order."""
 
     rows: list[Row]
     completions: list[list[Completion]]
@@ -124,7 +129,7 @@ class Rollouts:
 
     @property
     def made(self) -> Made:
-        """The completions, without the data that only their own rank needs."""
+        """The completions without the data that only this rank needs."""
         scores, talks, groups = self.scores, self.talks, list[list[dict[str, Any]]]()
         for row, group in zip(self.rows, self.completions, strict=True):
             groups.append([])
@@ -157,7 +162,8 @@ def roll_out(
     rows: list[Row],
     options: list[list[Options]],
 ) -> Rollouts:
-    """Generates completions with a base model and an adapter, and scores them. Raises RunError."""
+    """Generates completions with a base model and an adapter, and scores them. Raises RunError if a
+    reward or the environment fails."""
     assert isinstance(config.rollout_batch, int)
     if not rows:  # an evaluation may have fewer prompts than there are ranks
         return Rollouts([], [], Scores({}, []), [])
@@ -172,7 +178,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU our op takes a quarter of the time of MLX's for the head of many rows.
+    # On a CPU, if the head has many rows, our op takes a quarter of the time that MLX's op takes.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -184,8 +190,8 @@ def roll_out(
 
 
 def _within(options: Options, talk: Talk, row: Row) -> Options:
-    """Subtracts the tokens that `reset` has added to the prompt from max_tokens. Raises RunError if
-    none are left."""
+    """Subtracts from max_tokens the number of tokens that the environment's `reset` has added to
+    the prompt. Raises RunError if none are left."""
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
@@ -196,14 +202,14 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
-    """Returns the sampling options of a completion."""
+    """Returns the sampling options of a completion with this seed."""
     how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
     return Options(max_tokens=config.max_completion_tokens, **how)
 
 
 @dataclass
 class Cycle(Stepper):
-    """Takes steps on generated data; batches provide the prompts."""
+    """Takes steps on generated completions; the batches provide only the prompts."""
 
     rewards: Rewards = field(kw_only=True)
 
@@ -212,7 +218,8 @@ class Cycle(Stepper):
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
         self._lines: list[dict[str, Any]] = []
-        #: For a step on all ranks: the total, the tokens that are run, and those in the loss.
+        #: Sums over all ranks in a step: the total by which the loss is divided, the number of
+        #: tokens that are run, and the number of tokens in the loss.
         self._counts: list[Any] = []
         self._own_tokens = 0
 
@@ -221,7 +228,7 @@ class Cycle(Stepper):
         return self._lines
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Does nothing: which kernels a step needs depends on its completions."""
+        """Does nothing, because the kernels that a step needs depend on its completions."""
 
     def take(
         self,
@@ -230,7 +237,8 @@ class Cycle(Stepper):
         update: Update,
         attempt: Attempt,
     ) -> tuple[Iterate, Outcome]:
-        """Takes a step: generates completions of the prompts, and takes updates on them."""
+        """Takes a step: generates completions of the prompts, then performs optimizer updates with
+        them."""
         config, prompts = self.setup.config, self.setup
         indices = self.ranks.share([int(i) for batch in accumulated for i in batch.rows])
         options = [
@@ -255,7 +263,7 @@ class Cycle(Stepper):
         try:
             known = attempt(lambda: self._with_references(params, batches))
             new, outcome = at, None
-            for _ in range(config.updates_per_step):  # all with this step's learning rate
+            for _ in range(config.updates_per_step):  # all of them with this step's learning rate
                 new, outcome = update(replace(new, step=at.step), [*known])
         finally:
             self.setup = prompts
@@ -264,7 +272,7 @@ class Cycle(Stepper):
         return new, replace(outcome, metrics={**made.metrics(), **outcome.metrics})
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns all micro-batches, which have only completions of this rank."""
+        """Returns all micro-batches, because they contain only completions of this rank."""
         return items
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> float:
@@ -288,8 +296,8 @@ class Cycle(Stepper):
         return [0.0] * (1 + len(self.objective.metrics)), mx.zeros_like(at.vector)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns the negated mean reward of one greedy completion per prompt, and the metrics
-        (Made.means). Each rank generates its share."""
+        """Returns the negated mean reward of one greedy completion per validation prompt, and the
+        metrics of Made.means. Each rank generates the completions of its share of the prompts."""
         setup = self.setup
         assert setup.valid is not None
         indices = self.ranks.share(range(len(setup.valid.rows)))
@@ -301,15 +309,17 @@ class Cycle(Stepper):
         return -means["reward"], means
 
     def _of_all(self, found: Rollouts) -> Made:
-        """Returns the completions of all ranks, in the order of their prompts. A text takes only a
-        few bytes per token, so sending it takes little time compared with generating it."""
+        """Returns the completions of all ranks, in the order of their prompts. Text takes only a
+        few bytes per token, so exchanging completions takes little time compared with generating
+        them."""
         return Made(self.ranks.unshared(found.made.groups))
 
     def _roll_out(
         self, step: int, params: Grads, rows: list[Row], options: list[list[Options]]
     ) -> Rollouts:
-        """Generates with these factors of the adapter, within the whole memory budget and not only
-        the peak of the updates' plan. Raises NoMemory."""
+        """Generates completions with these factors. Generation may use the whole memory budget,
+        while updates are limited to the peak of their plan. Raises NoMemory if the device runs out
+        of memory."""
         setup, plan = self.setup, self.setup.plan
         policy = Policy(setup.model, setup.tokenizer, setup.chain.max_length)
         adapter = with_params(setup.chain, setup.scales, params)
@@ -325,10 +335,11 @@ class Cycle(Stepper):
             if before is not None:
                 mx.set_memory_limit(before)
             mx.clear_cache()
-            # The peak of the updates is measured separately, to compare it with their plan.
+            # The peak of the updates is measured separately, so that it can be compared with their
+            # plan.
             self.rollout_peak = max(self.rollout_peak, mx.get_peak_memory())
             mx.reset_peak_memory()
-        # Raised outside of the handler, because the caught exception's frames keep arrays alive.
+        # Raised outside the handler, because the frames of the caught exception keep arrays alive.
         at_once = setup.config.rollout_batch
         raise NoMemory(
             f"step {step}: the device has no memory for generating {at_once} completions at once "
@@ -337,13 +348,13 @@ class Cycle(Stepper):
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:
-        """Returns the rows of this rank's completions on which the loss depends, given the
-        completions of all ranks and their advantages."""
+        """Returns as training rows those of this rank's completions on which the loss depends.
+        `made` and `gains` are the completions of all ranks and their advantages."""
         config = self.setup.config
         kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
         weights = self.objective.weights(np.array(made.all("tokens")), kept)
         counted = kept & ((gains.reshape(-1) != 0) | (config.grpo_beta > 0))
-        if not counted.any():  # the step needs at least one row, for a gradient of zero
+        if not counted.any():  # a step needs at least one row, even if its gradient is 0
             shortest = int(np.argmin(made.all("all_tokens")))
             weights[shortest], counted[shortest] = NOTHING, True
         mine, shape = list(self.ranks.share(range(len(gains)))), gains.shape
@@ -354,7 +365,8 @@ class Cycle(Stepper):
             before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
-                """Returns values that are 0 for tokens of context."""
+                """Returns the values as a float32 array for the whole row, with 0 for tokens of
+                context."""
                 return np.concatenate([before, np.where(own.drawn, values, 0).astype(np.float32)])
 
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}
@@ -364,7 +376,8 @@ class Cycle(Stepper):
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Returns the rows in packed batches of max_seq_length tokens, or in padded batches."""
+        """Returns the rows in batches: packed into rows of max_seq_length tokens with `packing`,
+        otherwise padded."""
         if not len(data):
             return []
         most = self.setup.config.max_seq_length
@@ -375,8 +388,8 @@ class Cycle(Stepper):
         return list(found)
 
     def _with_references(self, params: Grads, batches: list[Batch]) -> list[Batch]:
-        """Adds the log-probabilities under the old policy and the reference, if the loss needs
-        them."""
+        """Adds to each batch the log-probabilities under the old policy and under the reference
+        model, if the loss needs them."""
         setup, config = self.setup, self.setup.config
         wanted: list[tuple[str, Any, Any]] = []
         if config.updates_per_step > 1:

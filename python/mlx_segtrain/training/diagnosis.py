@@ -1,4 +1,4 @@
-"""Finds the row and the tensor in which numbers first become non-finite."""
+"""Finds the row and the tensor in which values first become non-finite."""
 
 import math
 from collections.abc import Sequence
@@ -16,13 +16,15 @@ from .state import Iterate
 
 @dataclass(frozen=True)
 class Fault:
-    """The report of a step that was not taken: `step` counts from 1, rows are "file:line".
+    """The report of a step that was not taken. `step` counts from 1, and each row is written as
+    "file:line".
 
-    `tensor` is the first non-finite one: a factor of the adapter, the output of a layer, or the
-    gradient of a factor. `losses` are those of the steps before a spike.
+    `tensor` names the first non-finite tensor: a factor of the adapter, the output of a layer, or
+    the gradient of a factor. If the step was a spike, `losses` are the losses of the steps before
+    it.
     """
 
-    kind: str  #: nonfinite or spike
+    kind: str  #: "nonfinite" or "spike"
     step: int
     loss: float
     grad_norm: float
@@ -40,7 +42,7 @@ class Fault:
 
 
 def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
-    """Returns the names of these batches' rows ("file:line") by index."""
+    """Returns the sources ("file:line") of the rows in these batches, keyed by row index."""
     indices = sorted({int(i) for batch in accumulated for i in batch.rows})
     return {i: setup.train.rows[i].source for i in indices}
 
@@ -48,9 +50,9 @@ def rows_of(setup: Setup, accumulated: Sequence[AnyBatch]) -> dict[int, str]:
 def first_nonfinite(
     setup: Setup, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
 ) -> tuple[list[str], str | None]:
-    """Returns the row and the tensor in which numbers first become non-finite.
+    """Returns the row and the tensor in which values first become non-finite.
 
-    Runs the rows one by one, forward only. Returns all rows if none of them has non-finite numbers,
+    Runs the rows forward, one by one. Returns all rows if none of them produces non-finite values,
     or if there is not enough memory.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names
@@ -68,8 +70,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """Combines the results of several ranks: the row and tensor that one of them found in a forward
-    pass, or else all rows."""
+    """Combines the results of several ranks. Returns the row and the tensor that one of them has
+    found in a forward pass; if none has found any, returns the rows of all ranks."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor
@@ -77,7 +79,8 @@ def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], 
 
 
 def _first_bad(setup: Setup, at: Iterate, batch: AnyBatch) -> str | None:
-    """Returns the name of the first non-finite output of a stage, the loss, or None."""
+    """Returns the name of the first stage output that is not finite (the loss is the last one), or
+    None if all are finite."""
     found: list[str] = []
 
     def watched(stage: Stage) -> Stage:

@@ -21,16 +21,17 @@ from .ranks import ALONE, Ranks
 from .references import with_references
 from .setup import load_chain
 
-#: Seconds between two progress events.
+#: The interval between progress events, in seconds.
 TELL_S = 0.5
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The loss in nats per token over `tokens` tokens in the loss of `rows` rows.
+    """The mean loss over the `tokens` tokens of `rows` rows that are in the loss, in nats per
+    token.
 
-    With preference methods the loss is per pair or row, and `metrics` are accuracy, margin, rewards
-    and, for kto, kl.
+    With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
+    margin, the rewards and, for kto, the KL divergence.
     """
 
     loss: float
@@ -53,8 +54,8 @@ def measure(
     value: Value = value,
     tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Returns the loss and metrics of an objective over all rows, forward only. Each rank runs its
-    share. `tell` receives the progress."""
+    """Returns the loss and the metrics of an objective over all rows. There is no backward pass,
+    and each rank runs its share of the batches. `tell` receives progress events."""
     every = list(eval_batches(dataset, batch_size))
     batches, total = ranks.share(every), objective.total(every)
     own = baseline_of(objective, chain, scales, params, batches, total, value)
@@ -79,7 +80,7 @@ def load_rows(
     split: Split,
     on_event: events.OnEvent | None,
 ) -> Dataset:
-    """Reads a split of the configured data. Raises InputError if it has no rows."""
+    """Reads a split of the configured data. Raises InputError if the split has no rows."""
     found = load_split(config.data_dir, tokenizer, options, split, config.model_dir, on_event)
     if found is None:
         raise InputError(
@@ -96,10 +97,11 @@ def evaluate(
     split: Split = "valid",
     on_event: events.OnEvent | None = None,
 ) -> EvalResult:
-    """Computes the loss of a model, with or without an adapter, on a split of the configured data.
+    """Computes the loss and the metrics of a model, with or without an adapter, on a split of the
+    configured data.
 
-    `on_event` receives the progress of downloads and of the evaluation. Raises InputError if model,
-    adapter or data cannot be read or do not belong together.
+    `on_event` receives the progress of downloads and of the evaluation. Raises InputError if the
+    model, the adapter or the data cannot be read, or if they do not fit together.
     """
     if ROWS[config.method] == "prompt":
         raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")

@@ -1,4 +1,5 @@
-"""Divides factors between the ranks of a pipeline by layers, and joins them for a file."""
+"""Divides the factors between the ranks of a pipeline by layer, and gathers them when a file is
+written."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,15 @@ from .optimizer import Optimizer
 from .ranks import Ranks
 from .state import Iterate
 
-#: The first part of the path of an optimizer's moments for a vector of factors.
+#: The first part of a moment's path in the optimizer state, if the optimizer treats all factors as
+#: one vector.
 VECTOR = "factors"
 
 
 @dataclass(frozen=True)
 class Holding:
-    """The layout of a rank's factors, `own`, which is a part of `whole`."""
+    """The layout `own` of a rank's factors, and the layout `whole` of all factors, of which it is a
+    part."""
 
     config: TrainConfig
     whole: Layout
@@ -36,12 +39,13 @@ class Holding:
         return self._joined(pieces, self.own, at.step)
 
     def together(self, at: Iterate, moments: bool = True) -> Iterate:
-        """Returns the factors and the optimizer state of all ranks on rank 0, which writes files,
-        and only a part on the others; without `moments` only factors.
+        """Returns the factors of all ranks on rank 0, which writes the files, and only a part of
+        them on the other ranks; with `moments`, also the optimizer state.
 
-        They are gathered in main memory, one set at a time; only the result is on the device.
+        The arrays are gathered in main memory, one set at a time; only the result is on the device.
         """
-        # Not a check of own == whole, because such a rank may have to send all factors.
+        # `own == whole` would be the wrong test, because in a pipeline, even a rank that has all
+        # factors must take part.
         if not self.ranks.pipeline:
             return at
         if not moments:
@@ -57,13 +61,13 @@ class Holding:
         return self._joined(found, self.whole, at.step, moments) if self.ranks.first else at
 
     def fresh(self, layout: Layout | None = None) -> Iterate:
-        """Returns an iterate of zeros for a layout, by default that of all factors."""
+        """Returns an iterate of zeros for `layout`, by default the layout of all factors."""
         layout = layout or self.whole
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _sets(self, at: Iterate, layout: Layout) -> Iterator[dict[str, mx.array]]:
-        """Yields the arrays of an iterate by unique names, in the same number of sets on all
-        ranks."""
+        """Yields sets of an iterate's arrays, keyed by unique names. The number of sets is the same
+        on all ranks."""
         yield dict(_cut(VECTOR, at.vector, layout))
         parts = layout.parts(len(at.moments)) if at.moments else []
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

@@ -1,6 +1,8 @@
-"""Handles signals that end a run: at once while it is computing, later while it is writing.
+"""Handles signals that end a run. A run that is computing ends at once; a run that is writing files
+finishes them first.
 
-With several ranks, which must end after the same step, signals wait until all ranks know of them.
+If there are several ranks, all must end after the same step, so a signal takes effect once all
+ranks know of it.
 """
 
 import signal
@@ -13,22 +15,23 @@ from typing import Any
 
 from .ranks import ALONE, Ranks
 
-#: The signals (Ctrl-C, a request to terminate, and a closed terminal) and their default handlers;
-#: other handlers, such as those of nohup, are not replaced.
+#: The handled signals (Ctrl-C, a request to terminate, a closed terminal) and their default
+#: handlers. A signal with another handler, such as one that nohup has set, is left alone.
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
     signal.SIGHUP: signal.SIG_DFL,
 }
-#: Seconds in which several signals count as one: closing a terminal sends several.
+#: Signals within this many seconds count as one, because closing a terminal sends several.
 PATIENCE = 2.0
 
 
 class Interrupts:
     """Makes signals raise KeyboardInterrupt in the current or the next `allowed` block.
 
-    A second signal, at least PATIENCE seconds later, kills the process, which costs no more than a
-    power cut. Does nothing outside of the main thread, which alone receives signals.
+    A second signal, more than PATIENCE seconds later, kills the process; as after a power cut, the
+    run can be resumed from its last checkpoint. Outside the main thread, which alone receives
+    signals, this class does nothing.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:

@@ -1,4 +1,4 @@
-"""Scores an adapter during training, besides its loss."""
+"""Computes scores of an adapter during training, in addition to its loss."""
 
 import json
 import math
@@ -16,12 +16,14 @@ from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
 
-#: Maps the model with the adapter, and the tokenizer, to a number or several numbers by name.
+#: A function of the model with the adapter and of the tokenizer. It returns a number, or several
+#: numbers keyed by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
 def numbers(found: Any) -> dict[str, float]:
-    """Returns a score as finite numbers by name. Raises ValueError if it is something else."""
+    """Returns the result of a `Score` as finite numbers, keyed by name. Raises ValueError if the
+    result has another form."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
         if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
@@ -30,8 +32,9 @@ def numbers(found: Any) -> dict[str, float]:
 
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
-    """Returns the scores that `eval_command` prints for the adapter, or why there are none: a
-    command that fails does not end the run. Raises InputError if it cannot be started."""
+    """Returns the scores that `eval_command` prints for the adapter. If the command fails, returns
+    the reason instead, since this must not end the run. Raises InputError if the command cannot be
+    started."""
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
         try:

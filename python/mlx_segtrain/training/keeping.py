@@ -1,4 +1,4 @@
-"""Writes the files of a run besides its log: checkpoints, adapters and reports."""
+"""Writes all files of a run except its log: checkpoints, adapters and reports."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +22,10 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. If the run can do without a file, a failed write is only a warning.
+    """The folder of a run. If a file that the run does not depend on cannot be written, there is
+    only a warning.
 
-    `unwritten` is the best adapter and the data of its card, until it is written.
+    `unwritten` holds the best adapter and the data of its model card until they are written.
     """
 
     setup: Setup
@@ -41,11 +42,12 @@ class Keeper:
         self.completions = CompletionLog(self.path, self.warn)
 
     def open(self, state: State, start: Start, same: bool) -> None:
-        """Restores the folder to its state at the checkpoint. Without one, removes the files of an
-        earlier run, except its adapter, which stays until it is replaced.
+        """Restores the folder to its state at the checkpoint. If there is no checkpoint, removes
+        the files of an earlier run, except its adapter, which stays until the new one replaces it.
 
-        If the resumed run is the `same`, it reaches the same adapters, so those of later steps
-        stay. Raises InputError if the folder cannot be written, or if another run has used it.
+        If the resumed run is the `same`, it will reach the same adapters, so the adapters of later
+        steps stay. Raises InputError if the folder cannot be written, or if another run has used it
+        in the meantime.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
@@ -63,7 +65,8 @@ class Keeper:
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()
             elif not same:
-                # The state has only this rank's factors, the checkpoint those of all ranks.
+                # The state has only this rank's factors, while the checkpoint has the factors of
+                # all ranks.
                 whole = replace(state.at, vector=resumed.tensors["factors"])
                 self._forget(replace(state, at=whole))
             (path / "metrics.json").unlink(missing_ok=True)
@@ -79,8 +82,9 @@ class Keeper:
         self.log.write(events.meta(made_of["config"], made_of["id"], state.step))
 
     def _forget(self, state: State) -> None:
-        """Removes adapters of later steps, because the run may reach these steps in a different
-        state. If the adapter of this step was the best before, it becomes the best again."""
+        """Removes the adapters of later steps, because the run may reach those steps in a different
+        state. If the best adapter of the evaluations so far is from this step, saves it as the best
+        one again."""
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > state.step:
                 remove_folder(folder)
@@ -90,13 +94,13 @@ class Keeper:
             self.unwritten = self.adapter(state), self._about(state)
 
     def adapter(self, state: State) -> Adapter:
-        """Returns the adapter after the last finished step."""
+        """Returns the adapter as of the last finished step."""
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The LoRA rank of each adapted layer, by path."""
+        """The LoRA rank of each adapted layer, keyed by the layer's path."""
         found = self.setup.layout.entries
         return {
             name.removesuffix(".lora_a"): shape[1]
@@ -119,7 +123,7 @@ class Keeper:
         return About.of(setup.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
-        """Writes the state; then raises RunError if the model's files have changed."""
+        """Writes a checkpoint. Afterwards, raises RunError if a file of the model has changed."""
         self._write_best()
         if self._attempt(self.path, lambda: self._write(state)):
             self.made_of.check_model(state.step)
@@ -139,7 +143,7 @@ class Keeper:
             ) from error
 
     def _write(self, state: State) -> None:
-        """Writes the checkpoint and the adapter."""
+        """Writes the checkpoint and the current adapter."""
         self.completions.sync()
         checkpoint.save(
             self.path,
@@ -154,7 +158,7 @@ class Keeper:
             self.made_of.write()
 
     def best(self, state: State) -> None:
-        """Saves the adapter as the best one. A failed write is retried later."""
+        """Saves the adapter as the best one. If the write fails, it is retried later."""
         self.unwritten = self.adapter(state), self._about(state)
         self._write_best()
 
@@ -166,7 +170,7 @@ class Keeper:
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
-        """Saves the adapter of an evaluation atomically."""
+        """Saves the evaluated adapter in its folder, atomically."""
         folder = self.path / "checkpoints" / name
 
         def write() -> None:
@@ -176,7 +180,7 @@ class Keeper:
         self._attempt(folder, write)
 
     def generated(self, lines: list[dict[str, Any]]) -> None:
-        """Adds completions to completions.jsonl."""
+        """Appends completions to completions.jsonl."""
         self.completions.write(lines)
 
     def fault(self, fault: Fault) -> None:
@@ -214,7 +218,8 @@ NOTHING: Any = lambda *_: None  # noqa: E731 - as one name, it replaces methods 
 
 
 class Bystander(Keeper):
-    """The Keeper of a rank that writes nothing: only rank 0, perhaps on another machine, does."""
+    """The Keeper of ranks other than 0, which write nothing. Rank 0, which writes the files, may be
+    on another machine."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)

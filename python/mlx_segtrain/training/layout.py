@@ -1,4 +1,5 @@
-"""Stores an adapter's factors in one vector, so that an optimizer step takes only a few kernels."""
+"""Stores all factors of an adapter in one vector, so that an optimizer step needs only a few
+kernels."""
 
 import math
 from collections.abc import Container
@@ -28,11 +29,12 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """The length of the vector."""
+        """The number of elements of the vector."""
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def parts(self, count: int) -> list["Layout"]:
-        """Returns this layout, or its parts: the factors A, then the factors B."""
+        """Returns [this layout] if `count` is 1, otherwise [the layout of the factors A, the layout
+        of the factors B]."""
         if count == 1:
             return [self]
         return [
@@ -41,17 +43,17 @@ class Layout:
         ]
 
     def of_owners(self, owners: Container[str]) -> "Layout":
-        """Returns the factors of these stages."""
+        """Returns the layout of the factors of these stages."""
         return Layout(tuple(own for own in self.entries if own[0] in owners))
 
     def join(self, params: Params) -> mx.array:
-        """Returns the factors, or their gradients, as a float32 vector."""
+        """Concatenates the factors, or their gradients, into a float32 vector."""
         if not self.entries:  # a rank of a pipeline without adapted layers
             return mx.zeros((0,))
         return ops.join([params[stage][name] for stage, name, _ in self.entries])
 
     def split(self, vector: mx.array) -> Grads:
-        """Returns views of the vector by stage and name."""
+        """Returns views of the vector with the shapes of the factors, keyed by stage and name."""
         params: Grads = {}
         begin = 0
         for stage, name, shape in self.entries:
@@ -61,7 +63,8 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Returns the names of the factors with a marked element."""
+        """Returns the names of the factors that have an element where `marked`, a boolean vector,
+        is true."""
         return [
             name
             for own in self.split(marked).values()

@@ -1,7 +1,8 @@
-"""Connections between ranks, besides those of MLX, to find out which rank is lost (watch.py).
+"""Connections between ranks, separate from MLX's, by which they find out which rank is lost
+(watch.py).
 
-Each rank listens on one address, only until all others have connected. A connection is accepted
-only with the secret that the ranks exchange through MLX.
+Each rank listens on one address until all others have connected. It accepts only peers that know
+the secret, which the ranks have exchanged through MLX.
 """
 
 import hmac
@@ -18,19 +19,21 @@ from typing import Any
 from . import watch
 from .watch import Lost, Watch
 
-#: Seconds in which all ranks must connect, and the maximum size of a message in bytes.
+#: The time in seconds within which all ranks must connect, and the maximum size of a message in
+#: bytes.
 TO_CONNECT, MOST = 60.0, 1 << 16
-#: Seconds in which a peer that connects must identify itself.
+#: The time in seconds within which a connected peer must identify itself.
 TO_GREET = 5.0
-#: Seconds between two checks of the clock.
+#: Interval in seconds at which the clock is checked.
 LOOK = 0.1
 
 
 class Links:
     """A thread that runs a Watch once all ranks are connected.
 
-    `gather` sends a value to all ranks and returns the values by rank. The thread calls `on_lost`
-    when the ranks have agreed on a lost one. Raises OSError if a rank cannot be reached.
+    `gather` sends a value to all ranks and returns the list of all ranks' values. The thread calls
+    `on_lost` when the ranks have agreed on which rank is lost. Raises OSError if a rank cannot be
+    reached.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class Links:
         return made
 
     def _accept(self, server: socket.socket, missing: set[int]) -> None:
-        """Accepts peers that know the secret, and closes other connections."""
+        """Accepts connections from peers that know the secret, and closes all others."""
         deadline = time.monotonic() + TO_CONNECT
         while missing:
             server.settimeout(max(0.1, deadline - time.monotonic()))
@@ -124,7 +127,8 @@ class Links:
         return bool(found) and len(rest) <= MOST
 
     def _flush(self) -> None:
-        """Sends the messages of the watch; those to a rank that does not read stay buffered."""
+        """Sends the messages of the watch. Messages to a rank that does not read them stay
+        buffered."""
         for to, message in self.watch.out:
             line = json.dumps(message).encode() + b"\n"
             for r in to:
@@ -141,18 +145,18 @@ class Links:
                 unsent.clear()
 
     def waits(self, yes: bool) -> None:
-        """Reports that this rank starts or stops waiting for others."""
+        """Reports that this rank starts (`yes`) or stops waiting for other ranks."""
         with self._lock:
             self.watch.waits = yes
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Returns the ranks that are not waiting: the others wait for them."""
+        """Returns the ranks that are not waiting, and for which the others therefore wait."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property
     def suspects(self) -> bool:
-        """Whether a rank is lost, even if the ranks have not agreed yet on which one."""
+        """Whether this rank knows of a lost rank, even if the ranks have not yet agreed on one."""
         return bool(self.watch.lost)
 
     @property
@@ -160,14 +164,16 @@ class Links:
         return self.watch.decided
 
     def fail(self, why: str) -> None:
-        """Reports to all ranks that this one cannot continue, unless another one is lost."""
+        """Reports to all ranks that this one cannot continue, unless another rank is known to be
+        lost."""
         with self._lock:
             if self.watch.decided is None:
                 self.watch.fail(why, time.monotonic())
                 self._flush()
 
     def close(self) -> None:
-        """Closes the connections. If a rank is lost, first waits until all ranks know it."""
+        """Closes the connections. If a rank is lost, first waits until all other ranks know of
+        it."""
         deadline = time.monotonic() + 2 * self.watch.settle
         while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
             time.sleep(LOOK)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: every event of a run on one line, in a file that the run keeps locked."""
+"""metrics.jsonl: the events of a run, one per line, in a file that stays locked during the run."""
 
 import json
 import os
@@ -15,9 +15,10 @@ NAME = "metrics.jsonl"
 
 
 def check_free(folder: Path) -> None:
-    """Raises InputError if a run is using this folder, or if that cannot be determined."""
+    """Raises InputError if a run is using this folder, or if this cannot be determined."""
     try:
-        # Opened for writing, because some network file systems lock only such files.
+        # Opened for writing, because some network file systems lock only files that are open for
+        # writing.
         with open(folder / NAME, "r+b") as file:
             _claim(file, folder)
     except FileNotFoundError:
@@ -45,7 +46,7 @@ def _claim(file: Any, folder: Path) -> None:
 
 
 class NoLog:
-    """The log of a rank that writes none."""
+    """The log of a rank that writes no files."""
 
     def write(self, event: events.Event) -> None:
         pass
@@ -57,7 +58,8 @@ class NoLog:
 class RunLog:
     """The log of a run, which stays open and locked until the end of the run.
 
-    Lines that cannot be written stay in memory until the next event; `warn` is called once.
+    Lines that cannot be written stay in memory and are written with the next event. `warn` is
+    called once per series of failed writes.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]):
@@ -71,11 +73,11 @@ class RunLog:
             raise InputError(_cannot(folder, error)) from None
 
     def _open(self, flags: int = 0) -> Any:
-        # Without O_APPEND, which some network file systems do not implement reliably.
+        # O_APPEND is not used, because some network file systems do not implement it reliably.
         number = os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT | flags, 0o644)
         file = os.fdopen(number, "r+b", 0)
         try:
-            _claim(file, self.folder)  # another run may have started meanwhile
+            _claim(file, self.folder)  # another run may have started in the meantime
         except InputError:
             file.close()
             raise
@@ -105,8 +107,8 @@ class RunLog:
             self.warn(f"{self.folder / NAME} cannot be written ({error.strerror}); trying again")
 
     def sync(self) -> int:
-        """Waits until the lines are on disk. Returns their size in bytes, including lines that
-        could not be written yet."""
+        """Waits until the lines are on disk. Returns the size of the log in bytes, including lines
+        that could not be written yet."""
         self._flush()
         try:
             sync_open(self.file.fileno())
@@ -115,10 +117,11 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """Checks, before a write, that the folder exists and belongs to this run.
+        """Checks that the folder still exists and belongs to this run; called before each write to
+        it.
 
-        If it was deleted, recreates it with the whole log. Raises OSError if that fails, and
-        RunError if another run is using a folder of this name.
+        If the folder was deleted, recreates it with the whole log. Raises OSError if that fails,
+        and RunError if another run is using a folder of this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)

@@ -1,4 +1,4 @@
-"""The training loop: batches in, an adapter out. Read `train` from top to bottom."""
+"""The training loop: `train` sets up a run, and `Run` takes its steps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from .state import Iterate, Outcome, Progress, State
 from .step import Halted, Stepper
 from .trackers import check_installed, tracked
 
-#: Receives metrics; a return value of True ends the run.
+#: A function that receives metrics. If it returns True, the run ends.
 Callback = Callable[[events.Event], Any]
 T = TypeVar("T")
 
@@ -69,19 +69,20 @@ def train(
 ) -> TrainResult:
     """Trains an adapter and writes it to `config.adapter_path`.
 
-    `train_data` has the rows if they do not come from `config.data_dir`: a list or an iterator of
-    dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path; `valid_data` has the
-    validation rows. `on_event` receives the run's events (mlx_segtrain.events) as they happen; they
-    are also written to metrics.jsonl. `score(model, tokenizer)` is called at every evaluation with
-    mlx-lm's model, which has the adapter attached, and returns a number or a dict of numbers.
-    `rewards` are functions that score completions of method grpo (docs/grpo.md), in addition to
-    the configured ones; `environment` is a class that replaces the configured one. `on_step`
-    receives the training metrics of every step and `on_eval` those of every evaluation; if one of
-    them returns True, the run ends after saving (`stopped_early`). `model` is the model loaded from
-    `config.model_dir`, without an adapter, if the caller has it. Ctrl-C, SIGTERM and SIGHUP end the
-    run after saving the last finished step (`interrupted`). Raises InputError, before anything is
-    written, for input that cannot be used, and RunError if the run cannot continue, after saving
-    the last good step.
+    `train_data` contains the training rows if they do not come from `config.data_dir`: a list or an
+    iterator of dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path.
+    `valid_data` contains the validation rows in the same way. `on_event` receives the run's events
+    (mlx_segtrain.events) as they happen; the events are also written to metrics.jsonl.
+    `score(model, tokenizer)` is called at every evaluation with the mlx-lm model, to which the
+    adapter is attached; it must return a number or a dict of numbers. `rewards` are functions that
+    score the completions of method grpo (docs/grpo.md), in addition to the configured rewards;
+    `environment` is a class that replaces the configured environment. `on_step` receives the
+    metrics of every training step, and `on_eval` the metrics of every evaluation; if one of them
+    returns True, the run saves its state and ends (`stopped_early`). A caller that has already
+    loaded the model of `config.model_dir` can pass it, without an adapter, as `model`. Ctrl-C,
+    SIGTERM and SIGHUP end the run after the last finished step has been saved (`interrupted`).
+    Raises InputError if an input cannot be used; nothing has been written then. Raises RunError if
+    the run cannot continue; the last good step has been saved then.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -152,7 +153,7 @@ def _train(
         keeper = (Keeper if ranks.first else Bystander)(setup, log, made_of, warn)
         keeper.open(state, start, same)
         step.compile(at, batches(setup.train, config.batch_size, config.seed, first))
-        # Frees the initial values, which are not needed any more.
+        # Frees the initial values, which are no longer needed.
         del at, vector, inputs, resumed, start
         tracking = tracked(trackers, made_of.values["id"], warn)
         with tracking as track, Interrupts(ranks) as interrupts:
@@ -186,7 +187,7 @@ class Calls:
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """Returns a callback for ranks other than 0 that passes on only warnings."""
+    """Returns a callback for ranks other than 0, which passes only warnings on to `tell`."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -212,8 +213,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.pace, self.work = Pace(), Work()
-        # Whether a callback of this rank wants to stop the run; and whether one of any rank does,
-        # which all ranks learn in the next sum.
+        # The first is whether a callback on this rank wants to stop the run; the second is whether
+        # a callback on any rank does, which all ranks learn from the next sum.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -223,12 +224,12 @@ class Run:
             what += f", resumed after step {resumed_from}"
         self.tell(events.stage("train", self._share, what, iters=config.iters, step=state.step))
         self.looked, self.clock = time.perf_counter(), Clock()
-        self.saved, self.owed = state.step, False  # the step of the last checkpoint; one is due
-        self.ending = 0.0  # number of ranks that got a signal to end
+        self.saved, self.owed = state.step, False  # step of the last checkpoint; whether one is due
+        self.ending = 0.0  # number of ranks that have received a signal to end
         interrupted = stopped_early = False
         try:
-            # Reports, evaluations and checkpoints that are due come before the next step, so that a
-            # resumed run makes up for them.
+            # Reports, evaluations and checkpoints that are due come before the next step rather
+            # than after the last one, so that a resumed run makes up for missing ones.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -239,7 +240,7 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
-                if self.ending > 0:  # on one device, the signal raises this at once
+                if self.ending > 0:  # with a single rank, the signal handler has already done so
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
@@ -262,7 +263,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        self._measure()  # gathering factors for files is not part of the step's memory
+        self._measure()  # excludes the memory that gathering factors has taken
         started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
@@ -297,7 +298,8 @@ class Run:
             self._ask(self.calls.on_step, self._metric())
 
     def _measure(self, step: int | None = None) -> int:
-        """Returns the peak in bytes since the last call, without that of generating completions."""
+        """Returns the peak memory in bytes since the last call. Generating completions does not
+        count for this value, only for the peak of the run."""
         memory = self.state.memory
         memory.peak = max(memory.peak, self.step.rollout_peak)
         return memory.measure(step)
@@ -315,8 +317,9 @@ class Run:
     def _update(
         self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
     ) -> tuple[Iterate, Outcome]:
-        """Returns the state after an optimizer update, and its outcome. The ranks sum all results
-        in one operation, so that a rank may retry the parts of the step before and after it."""
+        """Returns the state after an optimizer update, and the outcome of the update. The ranks sum
+        all results in a single operation, so each rank can retry what comes before or after this
+        operation."""
         step = self.step
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
@@ -341,8 +344,9 @@ class Run:
         return self._in_memory(lambda: step(at, accumulated, losses, found))
 
     def _in_memory(self, what: Callable[[], T]) -> T:
-        """Runs a part of the step; if the device is out of memory, retries with cheaper plans,
-        since a step changes nothing before its end. Raises NoMemory if no plan is left."""
+        """Runs a part of the step. If the device runs out of memory, retries with plans that need
+        less; this is possible because a step changes no state before its end. Raises NoMemory if
+        there is no such plan left."""
         while True:
             try:
                 return what()
@@ -351,11 +355,12 @@ class Run:
                     if said := _core.explain_failure(str(error)):
                         raise Halted(f"step {self.state.step + 1}: {said}") from error
                     raise
-                # In a pipeline, other ranks are waiting for transfers, so the part cannot be
-                # repeated.
+                # In a pipeline, the part cannot be repeated, because other ranks are waiting for
+                # its transfers.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # Outside of the handler, because the exception's frames keep arrays of the step alive.
+            # Outside the handler, because the frames of the exception keep arrays of the step
+            # alive.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -387,7 +392,7 @@ class Run:
             return
         progress.reported = step
         metric = self._metric()
-        if self.work.steps:  # on all ranks or on none
+        if self.work.steps:  # true on all ranks or on none
             metric = events.with_ranks(metric, self.ranks.gather(self._own_figures()))
             self.work = Work()
         self.tell(metric)
@@ -398,7 +403,8 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Returns the figures of this rank for a report: its times, speed and memory in GB."""
+        """Returns the figures of this rank for a report: times in seconds, tokens per second, and
+        memory in GB."""
         return {
             **self.work.figures(),
             "peak_gb": self.state.memory.peak / 1e9,
@@ -406,7 +412,7 @@ class Run:
         }
 
     def _metric(self) -> events.Event:
-        """Returns the training metrics after the last step."""
+        """Returns the training metrics as of the last step."""
         progress, last = self.state.progress, self.state.progress.last
         assert last is not None and progress.loss is not None  # at least one step is finished
         return events.train_metric(
@@ -433,7 +439,8 @@ class Run:
         return self.pace.left(last - step, evaluations, checkpoints)
 
     def _evaluate_if_due(self) -> None:
-        """Evaluates the adapter, samples from it, scores it, and saves it, as configured."""
+        """If an evaluation is due, computes the validation loss and, depending on the
+        configuration, samples answers, computes scores and saves the adapter."""
         config, setup, state, progress = self.config, self.setup, self.state, self.state.progress
         if state.step == progress.evaluated or not self._is_due(config.steps_per_eval, 0):
             return
@@ -449,7 +456,7 @@ class Run:
             if self._judges:
                 whole = self._whole(moments=False)
                 found += self._judged(whole) if self.ranks.first else ()
-        self._measure()  # the memory of an evaluation must not count for the next step
+        self._measure()  # so that the next step's peak excludes the evaluation
         progress.evaluated = state.step
         progress.vals += [val] if val else []
         for event in found:
@@ -469,12 +476,13 @@ class Run:
 
     @property
     def _judges(self) -> bool:
-        """Whether an evaluation also samples answers or computes scores."""
+        """Whether evaluations also sample answers or compute scores."""
         config = self.config
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
     def _judged(self, state: State) -> Iterator[events.Event]:
-        """Yields answers of the adapter, and its scores by `score` and `eval_command`."""
+        """Yields events with answers of the adapter, and with its scores from `score` and
+        `eval_command`."""
         from mlx_lm.generate import generate
 
         config, setup, step = self.config, self.setup, state.step
@@ -525,18 +533,19 @@ class Run:
         self.tell(events.stage("checkpoint", self._share, f"saved {self.config.adapter_path}"))
 
     def _check_factors(self) -> None:
-        """Raises Diverged if the ranks have different factors."""
+        """Raises Diverged if the factors differ between the ranks."""
         if self.ranks.size > 1 and not self.ranks.pipeline:
             factors = np.array(self.state.at.vector).tobytes()
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _whole(self, moments: bool = True) -> State:
-        """Returns the state with the factors of all ranks on rank 0. All ranks must call this.
-        Without `moments` it lacks the optimizer state."""
+        """Returns the state, which on rank 0 has the factors of all ranks. All ranks must call this
+        method. Unless `moments` is set, the optimizer state may be missing."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
-        """Returns the error that ends the run when a rank is lost; it says which step is saved."""
+        """Returns the error that ends the run when a rank is lost. Its message says which step is
+        saved."""
         step, kept = self.state.step, "nothing has been trained yet"
         if step and self.ranks.pipeline:
             kept = "its factors are lost, so the run resumes from the last checkpoint"
@@ -549,7 +558,7 @@ class Run:
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:
-        """Updates the progress with the time and the memory up to now."""
+        """Adds the elapsed time to the progress, and updates its peak memory."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before

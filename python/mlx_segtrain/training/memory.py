@@ -1,4 +1,4 @@
-"""Measures a run's memory, step by step."""
+"""Measures the peak memory of each step of a run."""
 
 import os
 import resource
@@ -10,7 +10,7 @@ import mlx.core as mx
 
 @dataclass
 class Memory:
-    """The peak in bytes of MLX's active memory over all steps."""
+    """The peak of MLX's active memory over all steps, in bytes."""
 
     peak: int = 0
 
@@ -18,8 +18,8 @@ class Memory:
         mx.reset_peak_memory()
 
     def measure(self, step: int | None = None) -> int:
-        """Returns the peak since the last call. With MLX_SEGTRAIN_MEM_LOG=1, prints a line per step
-        to stderr."""
+        """Returns the peak since the last call, in bytes. If MLX_SEGTRAIN_MEM_LOG=1 is set, prints
+        a line per step to stderr."""
         now = mx.get_peak_memory()
         self.peak = max(self.peak, now)
         mx.reset_peak_memory()
@@ -32,6 +32,6 @@ class Memory:
 
 
 def process_peak() -> int:
-    """Returns the peak of this process's main memory in bytes."""
+    """Returns the peak main memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -12,7 +12,8 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: A function that creates MLX's optimizer, and whether that applies decoupled weight decay itself.
+#: Optimizers by name: a function that creates MLX's optimizer, and whether this optimizer applies
+#: decoupled weight decay itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),
@@ -26,9 +27,10 @@ OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     ),
     "muon": (lambda c: optim.Muon(c.learning_rate, weight_decay=0.0), False),
 }
-#: Optimizers that treat a factor as a matrix; for the others all factors are one vector.
+#: Optimizers that need each factor as a matrix. The others update all factors as one vector.
 BY_MATRIX = ("adafactor", "muon")
-#: The ratio of the learning rate to its peak after a fraction p of the steps that follow warmup.
+#: The learning rate divided by its peak value, after a fraction p of the steps that follow the
+#: warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - 0.9 * p,
@@ -38,7 +40,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Returns the learning rate of a step, counted from 0: a linear warmup, then the schedule."""
+    """Returns the learning rate of a step, where steps are counted from 0. A linear warmup is
+    followed by the configured schedule."""
     peak, warmup = config.learning_rate, config.warmup_iters
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -47,30 +50,33 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Optimizer:
-    """Updates the vector of all factors. The learning rate of B is `lora_plus_ratio` times that of
-    other factors (LoRA+: Hayou et al. 2024, arXiv:2402.12354)."""
+    """Updates the vector of all factors. The learning rate of B is `lora_plus_ratio` times the
+    learning rate of the other factors (LoRA+: Hayou et al. 2024, arXiv:2402.12354)."""
 
     def __init__(self, config: TrainConfig, layout: Layout):
         self.config, self.layout = config, layout
         make, self.decays = OPTIMIZERS[config.optimizer]
         ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
-        #: An optimizer for all factors, or one for A and one for B; with the ratio of its rate.
+        #: Pairs of an optimizer and the factor for its learning rate. There is one pair for all
+        #: factors, or one for A and one for B.
         self.parts = [(make(config), ratio) for ratio in ratios]
 
     def start(self, vector: mx.array) -> Iterate:
-        """Returns the state before the first step, with the optimizer's initial state."""
+        """Returns the iterate before the first step: the vector with the optimizer's initial
+        state."""
         for (optimizer, _), own in zip(self.parts, self._split(vector), strict=True):
             optimizer.init(own)
         return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
     def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
-        """Returns the state after one step, not yet evaluated; `at` is not modified."""
+        """Returns the iterate after one step, whose arrays are not evaluated yet. `at` is not
+        modified."""
         rate = learning_rate(self.config, at.step)
         pieces, moments = [], []
         for (optimizer, ratio), g, p, state in zip(
             self.parts, self._split(gradient), self._split(at.vector), at.moments, strict=True
         ):
-            optimizer.state = tree_map(lambda x: x, state)  # a copy, because it modifies the dicts
+            optimizer.state = tree_map(lambda x: x, state)  # a copy, because MLX modifies the dicts
             optimizer.learning_rate = rate * ratio
             if not self.decays:
                 keep = 1 - rate * ratio * self.config.weight_decay
@@ -83,7 +89,8 @@ class Optimizer:
         return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:
-        """Returns the factors of each part, as a vector or as matrices in the vector's order."""
+        """Returns the factors of each part, either as one vector or as matrices in the order of the
+        vector."""
         parts = self.layout.parts(len(self.parts))
         if self.config.optimizer in BY_MATRIX:
             factors = self.layout.split(vector)

@@ -1,4 +1,4 @@
-"""Predicts the remaining time of a run from the times of its parts so far; measures a rank."""
+"""Predicts how long a run will still take, and measures how much of its time a rank works."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from time import perf_counter
 from typing import Literal
 
 Part = Literal["step", "evaluation", "checkpoint"]
-#: Number of most recent times of a part from which its mean is computed.
+#: The mean time of a part is computed over this many of its most recent times.
 WINDOW = 32
 
 
 def due(after: int, last: int, every: int) -> int:
-    """Counts the steps from `after` + 1 to `last` that are multiples of `every`, or the last one;
-    if `every` is 0, only the last one."""
+    """Counts how many of the steps from `after` + 1 to `last` are multiples of `every` or the last
+    step. If `every` is 0, only the last step counts."""
     if after >= last:
         return 0
     multiples = last // every - after // every if every else 0
@@ -32,20 +32,21 @@ class Pace:
 
     @contextmanager
     def timed(self, part: Part) -> Iterator[None]:
-        """Adds the time spent in the context, unless it raises."""
+        """Adds the time that the `with` block takes, unless it raises."""
         begin = perf_counter()
         yield
         self.add(part, perf_counter() - begin)
 
     def mean(self, part: Part) -> float:
-        """Returns the mean seconds of a part, or 0. The first time includes the compilation of
-        kernels, so it is left out once there are others."""
+        """Returns the mean time of a part in seconds, or 0 if it has no times yet. The first time
+        includes the compilation of kernels, so it is left out once there are others."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen
         return sum(own) / len(own) if own else 0.0
 
     def left(self, steps: int, evaluations: int, checkpoints: int) -> float:
-        """Returns the predicted seconds of this many steps, evaluations and checkpoints."""
+        """Returns the predicted time for these numbers of steps, evaluations and checkpoints, in
+        seconds."""
         return (
             steps * self.mean("step")
             + evaluations * self.mean("evaluation")
@@ -55,22 +56,23 @@ class Pace:
 
 @dataclass
 class Work:
-    """The work of a rank in the steps since the last report."""
+    """The work of one rank in the steps since the last report."""
 
     steps: int = 0
-    busy_s: float = 0.0  #: spent on its own work
-    waited_s: float = 0.0  #: spent waiting for other ranks, and for transfers
+    busy_s: float = 0.0  #: seconds in which this rank computed
+    waited_s: float = 0.0  #: seconds in which it waited for others or for transfers
     tokens: int = 0
 
     def add(self, seconds: float, waited_s: float, tokens: int) -> None:
-        """Adds a step of this many seconds, including those spent waiting."""
+        """Adds a step that took `seconds`, of which this rank waited `waited_s`."""
         self.steps += 1
         self.busy_s += seconds - waited_s
         self.waited_s += waited_s
         self.tokens += tokens
 
     def figures(self) -> dict[str, float]:
-        """Returns the means per step, and the tokens per second of the rank's own work."""
+        """Returns the mean times per step, and the tokens per second while this rank was
+        computing."""
         return {
             "busy_s": self.busy_s / self.steps,
             "waited_s": self.waited_s / self.steps,

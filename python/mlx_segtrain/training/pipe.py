@@ -1,8 +1,8 @@
 """Runs batches forward and backward through a model whose layers are divided between ranks.
 
-A rank runs its stages on the boundary values that the previous rank sends, and sends on what later
-ranks read. Cotangents come back the same way. All ranks have the batches, so values that do not
-depend on weights need not be sent.
+A rank receives boundary values from the previous rank, runs its stages, and sends the values that
+later ranks read to the next rank. In the backward pass, cotangents take the opposite direction. All
+ranks have the batches, so values that do not depend on weights need not be sent.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -22,41 +22,43 @@ from .transfers import Form, Transfers
 
 @dataclass(frozen=True)
 class Own:
-    """The work of one rank on a batch: its stages, and the borders to the ranks beside it."""
+    """The work of one rank on a batch: its stages, and the borders to the previous and the next
+    rank."""
 
     stages: list[Stage]
-    head: Callable[..., Any] | None  #: the head, which only the last rank has
+    head: Callable[..., Any] | None  #: None except on the last rank
     head_reads: tuple[str, ...]
     recordings: Any
     values: dict[str, mx.array]  #: inputs that depend only on the batch
     given: Border
     left: Border
     streams: tuple[Stream, ...]
-    shapes: Any  #: a key that is equal for batches with equal forms of transfers
+    shapes: Any  #: equal for batches whose transfers have equal forms
 
 
 @dataclass
 class Pipe:
-    """A rank's part of the layers, and its transfers to and from the ranks beside it."""
+    """A rank's part of the layers, and its transfers to and from the previous and the next rank."""
 
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: The forms of the arrays that cross each border, by border and by the shapes of a batch.
+    #: The forms of the arrays that cross a border, keyed by the border and by the shapes of a
+    #: batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
-    #: The values of the next batch, if their transfers have started.
+    #: The received values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None
 
     def owners(self, chain: Chain) -> set[str]:
-        """Returns the owners of this rank's parameters."""
+        """Returns the owners of the parameters that this rank has."""
         own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
         return own | ({"head"} if self.part.last else set())
 
     def own(
         self, functions: Functions, batch: Any, total: Any, trainable: Container[str] = ()
     ) -> Own:
-        """Returns this rank's work on a batch. `trainable` are the owners with parameters, on all
-        ranks."""
+        """Returns this rank's work on a batch. `trainable` contains the owners that have trainable
+        parameters, on whichever rank they are."""
         part, chain, objective = self.part, functions.chain, functions.objective
         streams = objective.streams(chain, batch)
         stages, head, recordings = functions(streams)
@@ -86,7 +88,8 @@ class Pipe:
         self, objective: Objective, chain: Chain, scales: Mapping[str, float], params: Params,
         batch: Any, total: Any,
     ) -> list[mx.array]:  # fmt: skip
-        """Like objectives.value; only the last rank returns outputs, the others return zeros."""
+        """Computes objectives.value in a pipeline. Only the last rank returns the outputs; the
+        others return zeros."""
         own = self.own(Functions(objective, chain, scales), batch, total)
         values = own.values | self.receive(own)
         scope = forward(own.stages, params, values, keep=own.head_reads)
@@ -100,8 +103,8 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """Returns the values that the previous rank sends for a batch; starts to receive those of
-        the following one."""
+        """Returns the values that the previous rank sends for a batch. Starts to receive the values
+        of the following batch."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)
@@ -110,7 +113,7 @@ class Pipe:
         return found
 
     def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
-        """Sends the values that later ranks read to the next rank."""
+        """Sends to the next rank the values that later ranks read."""
         arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
         key = ("left", own.shapes)
         if key not in self.known:
@@ -119,7 +122,7 @@ class Pipe:
         self.transfers.send(arrays, to)
 
     def receive_back(self, own: Own) -> list[mx.array]:
-        """Returns the cotangents of the values that this rank has sent."""
+        """Receives the cotangents of the values that this rank has sent."""
         if self.part.last or not own.left.differentiable:
             return []
         forms = dict(zip(own.left.values, self.known["left", own.shapes], strict=True))
@@ -133,7 +136,8 @@ class Pipe:
         return found
 
     def send_back(self, own: Own, cotangents: Mapping[str, mx.array]) -> None:
-        """Sends the cotangents of the received values, in the dtypes that receive_back expects."""
+        """Sends the cotangents of the received values, in the dtypes that the other rank's
+        receive_back expects."""
         if own.given.differentiable:
             forms = dict(zip(own.given.values, self.known["given", own.shapes], strict=True))
             arrays = [
@@ -159,7 +163,7 @@ class Pipe:
         cuts: Cuts,
         watch: Callable[[], None] | None,
     ) -> Passes:
-        """Returns the passes of a batch through this rank's stages, with its parameters."""
+        """Returns the forward and backward passes of a batch through this rank's stages."""
         chain = functions.chain
         of_head = chain.of_head(params) if self.part.last else {}
         begin = passes_of(

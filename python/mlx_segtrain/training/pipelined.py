@@ -1,4 +1,5 @@
-"""An optimizer step of a model whose layers are divided between ranks: pipeline parallelism."""
+"""An optimizer step with pipeline parallelism: the layers of the model are divided between the
+ranks."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ from .step import Found, Halted, Stepper
 
 
 class Pipelined(Stepper):
-    """Takes steps in which each rank runs its layers and has their factors.
+    """Takes steps in which each rank runs its own layers and holds only their factors.
 
     Rank r of N runs N − r micro-batches forward before the first backward pass; from then on it
     alternates between forward and backward passes.
@@ -50,7 +51,7 @@ class Pipelined(Stepper):
         while following is not None:
             (own, functions), following = following, next_one()
             values = own.values | pipe.receive(own, following[0] if following else None)
-            own.values.clear()  # the passes hold them as long as they need them
+            own.values.clear()  # `passes` keeps the values while it needs them
             cuts = self.plan.cuts(setup.chain, own.streams)
             passes = pipe.passes(functions, params, own, values, cuts, self.watch)
             del values
@@ -61,23 +62,25 @@ class Pipelined(Stepper):
             del found, passes
             while under_way and (len(under_way) == pipe.part.under_way or following is None):
                 outputs, part = self._back(*under_way.popleft())
-                if outputs:  # only the last rank has them
+                if outputs:  # only on the last rank
                     sums = [x + float(y) for x, y in zip(sums, outputs, strict=True)]
                 gradient = part if gradient is None else gradient + part
-                mx.eval(gradient)  # otherwise the next one starts before this one's memory is free
+                mx.eval(gradient)  # frees this part's memory before the next part starts
         pipe.transfers.settle()
         assert gradient is not None
         return sums, gradient
 
     def _back(self, own: Own, passes: Passes) -> tuple[tuple[mx.array, ...], mx.array]:
-        """Runs a micro-batch backward. Returns its outputs, on the last rank, and its gradient."""
+        """Runs the backward pass of a micro-batch. Returns its outputs, which are empty except on
+        the last rank, and its gradient."""
         pipe = self.pipe
         outputs, grads, cotangents = passes.backward(pipe.receive_back(own))
         pipe.send_back(own, cotangents)
         return outputs, self.setup.own.join(with_head(self.functions.chain, grads))
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> Found:
-        """Returns the sums of the outputs over all ranks, and this rank's part of the gradient."""
+        """Returns the outputs, summed over all ranks, and this rank's part of the gradient with the
+        norm of the whole gradient."""
         square = float(mx.square(gradient).sum())
         (*sums, square), _ = self.ranks.add([*outputs, square], mx.zeros((0,)))
         return Found(sums, gradient, mx.sqrt(mx.array(square)))
@@ -95,8 +98,10 @@ class Pipelined(Stepper):
         return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
 
     def keeps(self, error: Exception) -> bool:
-        """Returns whether the state can be saved: only if all ranks stopped at the same step."""
+        """Returns whether the state can be saved after this error, which requires that all ranks
+        stopped at the same step."""
         return isinstance(error, Halted) and error.fault is not None
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """Does nothing: the shapes of received values are unknown before the first batch."""
+        """Does nothing, because the shapes of received values are unknown before the first
+        batch."""

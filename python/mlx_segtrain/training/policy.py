@@ -1,4 +1,4 @@
-"""Process-wide settings of MLX during a run."""
+"""Settings of MLX that apply to the whole process during a run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,17 +12,18 @@ from ..planning.budget import working_set
 
 @contextmanager
 def run_policy(config: TrainConfig) -> Iterator[None]:
-    """Applies these settings while a run is loading and training: with `deterministic`, `auto`
-    takes only implementations that are bit-identical between runs; on Metal, MLX's memory is wired.
-    RunPlan.limits sets further limits once there is a plan."""
+    """Applies these settings while a run is loading and training. With `deterministic`, `auto`
+    chooses only implementations whose results are bit-identical between runs. On Metal, MLX's
+    memory is wired. RunPlan.limits sets further limits once there is a plan."""
     with ops.repeatable(config.deterministic), wired():
         yield
 
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """On Metal, keeps arrays from being paged out: sets MLX's wired limit to the working set, from
-    which the planner also takes its budget. Restores the previous limit at the end."""
+    """On Metal, prevents arrays from being paged out: sets MLX's wired limit to the recommended
+    working set size, from which the planner also derives its budget. Restores the previous limit at
+    the end."""
     before = wire()
     try:
         yield
@@ -32,7 +33,7 @@ def wired() -> Iterator[None]:
 
 
 def wire() -> int | None:
-    """Sets MLX's wired limit on Metal permanently; returns the previous one, or None on other
-    devices."""
+    """Sets MLX's wired limit on Metal for the rest of the process and returns the previous limit.
+    Does nothing on other devices and returns None."""
     most = working_set()
     return None if most is None else int(mx.set_wired_limit(most))

@@ -1,4 +1,4 @@
-"""Takes a few steps to measure the memory and the time of a run."""
+"""Measures the memory and the time of a run by taking a few steps."""
 
 import math
 import time
@@ -21,8 +21,9 @@ from .step import Halted, Stepper
 
 
 def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeResult:
-    """Takes two steps on the longest rows of the data. Measures memory and time, and checks that
-    all numbers are finite. Writes nothing. Raises InputError for input that cannot be used."""
+    """Takes two steps on the longest rows of the data, measures their memory and time, and checks
+    that losses and gradients are finite. Writes no files. Raises InputError if an input cannot be
+    used."""
     tell = on_event or (lambda event: None)
     with run_policy(config):
         config = located(config, tell)
@@ -32,7 +33,7 @@ def probe(config: TrainConfig, on_event: events.OnEvent | None = None) -> ProbeR
         config = setup.config
         longest = np.argsort(-setup.train.columns.run, kind="stable")
         count = config.batch_size * config.grad_accumulation_steps
-        if setup.train.packed:  # batch_size full rows
+        if setup.train.packed:  # enough rows to fill a step's batches
             tokens = np.cumsum(setup.train.columns.run[longest])
             count = 1 + int(np.searchsorted(tokens, count * setup.train.packed))
         setup = replace(setup, train=setup.train.take(longest[:count]))

@@ -1,9 +1,10 @@
-"""The processes of a run, which `mlx.launch` starts and MLX's collectives connect.
+"""The processes of a run (ranks), which `mlx.launch` starts and MLX's collectives connect.
 
-The micro-batches of a step, or its prompts if completions are generated, are divided between the
-ranks, and their gradients are summed; in a pipeline, each micro-batch runs through the layers of
-all ranks instead. All decisions follow from values that are bit-identical on all ranks, so all of
-them take the same steps. Only rank 0 writes files. A run on one device has a group of one rank.
+The ranks divide the micro-batches of a step between them (or the prompts, if completions are
+generated) and sum their gradients. In a pipeline, they divide the layers instead, and each
+micro-batch runs through the layers of all ranks. Decisions depend only on values that are
+bit-identical on all ranks, so all ranks take the same steps. Only rank 0 writes files. A run on one
+device has a group of one rank.
 """
 
 import faulthandler
@@ -31,36 +32,41 @@ from .links import Links
 
 T = TypeVar("T")
 
-#: Variables that mlx.launch and MLX's back ends set for a rank; they are not settings of a run.
+#: Environment variables that mlx.launch and MLX's back ends set for a rank. They do not count as
+#: settings of a run.
 LAUNCH = (
     *("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_RING_VERBOSE"),
     *("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_NCCL_TIMEOUT"),
 )
-#: Seconds between two checks for lost ranks, and after which a warning names a slow rank.
+#: LOOK is the interval between checks for lost ranks; SLOW is the time after which a warning names
+#: the slow ranks. Both are in seconds.
 LOOK, SLOW = 0.05, 60.0
-#: Bytes that are gathered in one sum, a multiple of 4, to limit the memory that MLX needs.
+#: The number of bytes that are gathered in one sum, to limit the memory that MLX needs; a multiple
+#: of 4.
 PIECE = 1 << 28
-#: Seconds that a rank may take to end after another rank is lost, without the time of saving; that
-#: the GIL may stay blocked before the process is ended; and between two checks.
+#: Times in seconds after another rank is lost. TO_END is how long this rank may take to end, not
+#: counting the time it takes to save; STUCK is how long the GIL may stay blocked before the process
+#: is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
 class LostRank(RunError):
-    """A rank has failed, has ended or does not answer."""
+    """A rank has failed, has ended or does not respond."""
 
 
 class Diverged(RunError):
-    """The factors are not the same on all ranks."""
+    """The factors differ between the ranks."""
 
 
 def launched() -> int | None:
-    """Returns the rank of this process; None if mlx.launch did not start it."""
+    """Returns the rank of this process, or None if mlx.launch did not start it."""
     rank = os.environ.get("MLX_RANK", "")
     return int(rank) if rank.isdecimal() and _backend() else None
 
 
 def _backend() -> str | None:
-    """Returns MLX's back end, from the variables of mlx.launch; None for a single process."""
+    """Returns the name of MLX's back end, according to the variables that mlx.launch has set, or
+    None for a single process."""
     if os.environ.get("NCCL_HOST_IP") and os.environ.get("MLX_WORLD_SIZE", "1") != "1":
         return "nccl"
     if os.environ.get("MLX_IBV_DEVICES") and os.environ.get("MLX_JACCL_COORDINATOR"):
@@ -69,16 +75,16 @@ def _backend() -> str | None:
 
 
 def _hosts() -> list[list[str]]:
-    """Returns the addresses of each rank of a ring."""
+    """Returns the list of addresses of each rank in MLX's ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
-    except (KeyError, OSError, ValueError):  # the file is empty for a single host
+    except (KeyError, OSError, ValueError):  # for a single host, the file is empty
         return []
     return [own if isinstance(own, list) else [own] for own in hosts]
 
 
 def address_of(ranks: "Ranks") -> str:
-    """Returns the address of this rank in the network that MLX uses."""
+    """Returns the IP address of this rank in the network that MLX uses."""
     backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
@@ -87,14 +93,14 @@ def address_of(ranks: "Ranks") -> str:
     if rank == 0:
         return first
     family, kind, _, _, at = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as route:  # nothing is sent
+    with socket.socket(family, kind) as route:  # connecting it sends nothing
         route.connect(at)
         return route.getsockname()[0]
 
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; by default, it consists of this process only. `warn` receives a
+    """A group of processes; by default, it consists of this process only. `warn` is called with a
     sentence about slow ranks."""
 
     rank: int = 0
@@ -102,66 +108,70 @@ class Ranks:
     backend: str = ""
     group: Any = None
     stream: Any = None
-    pipeline: bool = False  #: every rank has some layers, and runs all micro-batches
-    #: Addresses by rank of a ring that transfers.py has created.
+    pipeline: bool = False  #: whether each rank has a part of the layers
+    #: The addresses of each rank, if transfers.py has created a ring.
     ring: list[list[str]] = field(default_factory=list)
     links: Links | None = None
     names: list[str] = field(default_factory=list)
     warn: Callable[[str], None] = lambda message: None
-    #: Called before each sum: waits for transfers, because back ends may reorder them with sums.
+    #: Waits for transfers. It is called before each sum, because back ends may reorder transfers
+    #: and sums.
     settle: Callable[[], None] = lambda: None
     waited: float = 0.0  #: seconds spent waiting for other ranks
-    saving: bool = False  #: the state is being written, so the process must not end
+    saving: bool = False  #: whether the state is being written: the process must not end
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone writes and prints."""
+        """Whether this is rank 0, the only one that writes files and prints."""
         return self.rank == 0
 
     @property
     def ends(self) -> bool:
-        """Whether this rank has the outputs of batches; in a pipeline only the last one has."""
+        """Whether this rank has the outputs of batches; in a pipeline, only the last rank does."""
         return not self.pipeline or self.rank == self.size - 1
 
     def name(self, rank: int) -> str:
         return f"rank {rank} ({self.names[rank]})" if self.names else f"rank {rank}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Returns this rank's share of a step's items: every `size`-th, or all in a pipeline."""
+        """Returns this rank's share of the items of a step: every `size`-th item, or all items in a
+        pipeline."""
         return items if self.pipeline else items[self.rank :: self.size]
 
     def unshared(self, own: Sequence[T]) -> list[T]:
-        """Returns the JSON values of all ranks, in the order of the items that `share` divided."""
+        """Returns the JSON values of all ranks, in the order that the items had before `share`
+        divided them."""
         every = self.gather(list(own))
         return [every[i % self.size][i // self.size] for i in range(sum(map(len, every)))]
 
     def add(self, outputs: Sequence[Any], gradient: mx.array) -> tuple[list[float], mx.array]:
-        """Returns the sums over all ranks, bit-identical on each."""
+        """Returns the outputs and the gradient, summed over all ranks. The sums are bit-identical
+        on all ranks."""
         n = gradient.size
         parts = [gradient, mx.array([float(x) for x in outputs], mx.float32)]
         total = self._sum(mx.concatenate(parts))
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the JSON values of all ranks, by rank."""
+        """Returns the list of the JSON values of all ranks."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
         return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
-        """Returns the union of the mappings of all ranks."""
+        """Merges the mappings of all ranks into one. Values must be serializable as JSON."""
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
-        """Returns the content that rank 0 has."""
+        """Returns rank 0's content on every rank."""
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """Returns the contents of all ranks, by rank."""
+        """Returns the list of the contents of all ranks."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
-        # Each number is 0 on all ranks except one, so sums of its int32 halves are exact.
+        # Each int64 is 0 on all ranks except one, so its int32 halves can be summed exactly.
         total = np.array(self._sum(mx.array(lengths.view(np.int32))))
         ends = np.cumsum(total.view(np.int64)).tolist()
         begin, found = ends[self.rank] - len(content), bytearray()
@@ -176,7 +186,7 @@ class Ranks:
         return [bytes(found[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
 
     def _sum(self, x: mx.array) -> mx.array:
-        """Returns the sum of an array over all ranks. Raises LostRank if one is lost."""
+        """Returns the sum of an array over all ranks. Raises LostRank if a rank is lost."""
         if self.links and self.links.suspects:
             self._blame(None)
         self.settle()
@@ -187,17 +197,18 @@ class Ranks:
         return total
 
     def start(self, arrays: Sequence[mx.array]) -> None:
-        """Starts the transfers of arrays. Raises LostRank if MLX cannot start them."""
+        """Starts to evaluate arrays that involve transfers. Raises LostRank if MLX reports an
+        error."""
         try:
             mx.async_eval(arrays)
         except RuntimeError as error:
             self._blame(error)
 
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
-        """Waits for arrays that depend on other ranks. Raises LostRank if one of them is lost.
+        """Waits for arrays that depend on other ranks. Raises LostRank if a rank is lost.
 
-        Another thread waits, on a stream that nothing else uses. Meanwhile this one checks for lost
-        ranks, and can stop waiting.
+        The waiting is done by another thread, on a stream that nothing else uses. Meanwhile the
+        calling thread checks for lost ranks, and can stop waiting.
         """
         done, failures = threading.Event(), list[BaseException]()
         begin = time.perf_counter()
@@ -217,7 +228,7 @@ class Ranks:
         except RuntimeError as error:
             failures.append(error)
         except LostRank as lost:
-            # Printed at once, because ending this process may block the GIL, see _end_in_time.
+            # Printed now, because the end of this process may block the GIL (see _end_in_time).
             print(f"mlx-segtrain: {lost}: ending", file=sys.stderr, flush=True)
             _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
@@ -237,14 +248,14 @@ class Ranks:
             slow = self.links.behind() if self.links else []
             if not warned and slow and time.monotonic() - started > SLOW:
                 warned = True
-                # Only one of the waiting ranks warns.
+                # Only the first of the waiting ranks warns.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
                     self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
 
     def _blame(self, error: BaseException | None) -> None:
-        """Waits until the ranks agree on the lost one, and raises LostRank: MLX reports only that a
-        connection is lost."""
+        """Waits until the ranks agree on which rank is lost, then raises LostRank. This is needed
+        because MLX reports only that a connection is lost."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:
@@ -253,7 +264,7 @@ class Ranks:
         raise RunError(f"the ranks cannot reach each other any more: {error}") from error
 
     def lost(self) -> LostRank | None:
-        """Returns the error that names the lost rank, if there is one."""
+        """Returns the error that names the lost rank, or None if no rank is lost."""
         if self.links is None or (lost := self.links.lost) is None:
             return None
         if lost.rank == self.rank:
@@ -261,7 +272,7 @@ class Ranks:
         return LostRank(f"{self.name(lost.rank)} {lost.why}")
 
     def check_same(self, values: Mapping[str, Any]) -> None:
-        """Raises RunError if the values of a rank differ from those of rank 0."""
+        """Raises RunError if the values of a rank differ from rank 0's values."""
         every = self.gather(dict(values))
         for r, own in enumerate(every):
             for name in [*every[0], *(n for n in own if n not in every[0])]:
@@ -274,9 +285,10 @@ class Ranks:
                     )
 
     def check_factors(self, step: int, digest: str) -> None:
-        """Raises Diverged if the factors of a rank differ from those of most ranks."""
+        """Raises Diverged if the factors of a rank differ from the factors that most ranks have.
+        `digest` is a hash of this rank's factors."""
         every = self.gather(digest)
-        most = max(every, key=every.count)  # the first one in a tie
+        most = max(every, key=every.count)  # in a tie, the first one
         odd = [self.name(r) for r, own in enumerate(every) if own != most]
         if odd:
             raise Diverged(
@@ -291,8 +303,8 @@ ALONE = Ranks()
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None:
-    """Raises InputError if these ranks cannot train with this configuration; `scores` says that a
-    function scores the model."""
+    """Raises InputError if these ranks cannot train with this configuration. `scores` is whether
+    the caller of `train` has passed a `score` function."""
     if ranks.pipeline and (config.sample_prompts or scores):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
@@ -304,10 +316,10 @@ def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None
 
 @contextmanager
 def joined(tell: events.OnEvent) -> Iterator[Ranks]:
-    """Connects the ranks of a run; yields ALONE if there are no others.
+    """Connects the ranks of a run; yields ALONE if there is only one process.
 
-    An exception ends the run on all ranks, with a message that names this one. Raises RunError if
-    the ranks cannot connect.
+    An exception in the `with` block ends the run on all ranks, with a message that names this rank.
+    Raises RunError if the ranks cannot connect.
     """
     rank, backend = launched(), _backend()
     if rank is None or backend is None:
@@ -331,7 +343,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     threading.Thread(target=_end_in_time, args=(ranks, given_up), daemon=True).start()
     try:
         yield ranks
-        ranks.gather(None)  # no rank leaves before rank 0 has saved
+        ranks.gather(None)  # so that no rank leaves before rank 0 has saved
     except LostRank:
         raise
     except BaseException as error:
@@ -343,11 +355,11 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """Ends this process if a rank is lost and it does not end by itself, because a back end waits
-    for that rank; but not while it is writing the state.
+    """After a rank is lost, a back end may wait for it forever, so that this process does not end
+    by itself. In that case, this thread ends the process, but not while the state is being written.
 
-    If the back end holds the GIL while it waits, as MLX may when it frees memory during a sum of
-    NCCL, this thread cannot run; then faulthandler's thread ends the process.
+    This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
+    memory during an NCCL sum. If so, faulthandler's thread ends the process.
     """
     waited = 0.0
     try:
@@ -366,27 +378,27 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
 
 
 def exit_later(seconds: float) -> None:
-    """Ends this process after `seconds`, even if the GIL is blocked, unless this is called again or
-    faulthandler's dump is cancelled."""
-    with suppress(OSError, AttributeError):  # stderr is no file
+    """Ends this process after `seconds`, even if the GIL is blocked. A later call replaces this
+    deadline; faulthandler.cancel_dump_traceback_later cancels it."""
+    with suppress(OSError, AttributeError):  # stderr may not be a file
         faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def _hang_up(hosts: list[list[str]]) -> None:
-    """Closes the sockets of MLX's ring, which are found by the ports of these addresses.
+    """Closes the sockets of MLX's ring, which are identified by the ports of these addresses.
 
-    Otherwise its threads would wait for a lost rank forever, and so would MLX when it frees memory,
-    because it waits for all streams.
+    Otherwise the ring's threads would wait for a lost rank forever. MLX would then wait forever,
+    too, because it waits for all streams when it frees memory.
     """
     ports = {int(at.rpartition(":")[2]) for own in hosts for at in own}
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)
-        except OSError:  # the descriptor of the listing itself
+        except OSError:  # the descriptor by which the folder was listed
             continue
         try:
             own = socket.socket(fileno=copy)
-        except OSError:  # no socket
+        except OSError:  # not a socket
             os.close(copy)
             continue
         with own, suppress(OSError):
@@ -397,9 +409,10 @@ def _hang_up(hosts: list[list[str]]) -> None:
 
 
 def _wake() -> None:
-    """Makes the main thread check for lost ranks, if it handles the signals of a run."""
+    """Makes the main thread check for lost ranks, provided that it handles the signals of a run."""
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     main = threading.main_thread().ident
     if main and hasattr(handler, "allowed"):
-        # A real signal also interrupts a wait for something else, such as a reward's command.
+        # A real signal also interrupts other waits of the main thread, such as for a reward's
+        # command.
         signal.pthread_kill(main, signal.SIGTERM)

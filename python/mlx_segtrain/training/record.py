@@ -1,4 +1,5 @@
-"""run.json: the inputs and the environment of a run, to resume, verify and repeat it."""
+"""run.json: a record of a run's inputs and environment, by which it can be resumed, verified and
+repeated."""
 
 import json
 import os
@@ -25,11 +26,11 @@ from .checkpoint import found, torn
 from .ranks import ALONE, LAUNCH, Ranks
 
 NAME = "run.json"
-#: The files that make an adapter's folder recognizable.
+#: The files by which a folder is recognized as an adapter.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG)
-#: Parts of a record that are objects.
+#: The parts of a record that are JSON objects.
 PARTS = ("config", "folders", "inputs", "versions", "device", "settings")
-#: Parts of a record on which the last bits of a run may depend.
+#: The parts of a record on which the last bits of a run's results may depend.
 OF_MACHINE = ("versions", "device", "settings")
 PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizers")
 
@@ -37,8 +38,9 @@ PACKAGES = ("mlx-segtrain", "mlx", "mlx-lm", "numpy", "transformers", "tokenizer
 def files_of(
     config: TrainConfig, sources: tuple[Source, Source | None]
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Returns the files that a run reads, by names that do not change when their folder moves; and
-    the folders, by the first part of these names."""
+    """Returns the files that a run reads and their folders. The files are keyed by names such as
+    "model/config.json", which do not change when a folder moves; the folders are keyed by the first
+    part of these names."""
     files, folders = _files_in("model", config.model_dir, OF_MODEL), {"model": config.model_dir}
     for part, source in zip(("data", "valid"), sources, strict=True):
         for name, path in source.files.items() if source else ():
@@ -54,7 +56,7 @@ def files_of(
         files |= _files_in("reward_model", config.reward_model, OF_MODEL)
     specs = [*config.reward_functions, *filter(None, [config.environment])]
     own = dict.fromkeys(filter(None, map(file_of, specs)))
-    for i, path in enumerate(own, 1):  # a part for each, since their folders may differ
+    for i, path in enumerate(own, 1):  # each has its own part, since folders may differ
         part = "rewards" if i == 1 else f"rewards {i}"
         folders[part] = path.parent
         files[f"{part}/{path.name}"] = path
@@ -62,7 +64,8 @@ def files_of(
 
 
 def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]:
-    """Returns the files with these suffixes, by part and name; {} if there is no such folder."""
+    """Returns the files in a folder whose names have one of the endings `ends`, keyed by
+    "part/name". The result is {} if the folder does not exist."""
     return {
         f"{part}/{path.name}": path
         for path in (sorted(folder.iterdir()) if folder.is_dir() else ())
@@ -71,12 +74,12 @@ def _files_in(part: str, folder: Path, ends: tuple[str, ...]) -> dict[str, Path]
 
 
 def machine() -> dict[str, Any]:
-    """Returns the versions, device and settings that this process uses."""
+    """Returns the package versions, the device and the settings that this process uses."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
-        except PackageNotFoundError:  # an optional package
+        except PackageNotFoundError:  # the package is optional
             continue
     device = mx.default_device()
     info = {
@@ -93,7 +96,7 @@ def machine() -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Reads the record of a run. Raises InputError if it is missing or not valid."""
+    """Reads the record of a run. Raises InputError if the record is missing or not valid."""
     try:
         record = json.loads((run / NAME).read_text(encoding="utf-8"))
         if "id" not in record or not all(isinstance(record[part], dict) for part in PARTS):
@@ -108,7 +111,7 @@ def read(run: Path) -> dict[str, Any]:
 
 
 class Record:
-    """The content of run.json, and the state of the inputs at the start of the run."""
+    """The content of run.json, and the state of the input files at the start of the run."""
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class Record:
         ranks.check_same(self._in_common())
 
     def _in_common(self) -> dict[str, Any]:
-        """Returns the values that must be the same on all ranks, by name."""
+        """Returns the values that must be the same on all ranks, keyed by name."""
         apart = {*PATHS, *(name for name, own in FACETS.items() if own.group == "Memory")}
         config = {k: x for k, x in self.values["config"].items() if k not in apart}
         versions = self.values["versions"]
@@ -159,18 +162,18 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Records that the run was resumed after this step."""
+        """Adds to the record that the run was resumed after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
-        """Records the hashes of the run's adapters, for `verify`."""
+        """Adds the hashes of the run's adapters to the record, for `verify`."""
         files = hashes(_made(self.folder))
         self.values["made"] = {"step": step, "at": events.now(), "files": files}
         self.write()
 
     def check_model(self, step: int) -> None:
-        """Raises RunError if a file of the model has changed since the run began. The state of this
-        step must have been saved."""
+        """Raises RunError if a file of the model has changed since the run began. The error says
+        that the state of `step` is saved, so it must have been."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -189,13 +192,14 @@ class Record:
 
 
 def _made(run: Path) -> dict[str, Path]:
-    """Returns the files of a run's adapters, by path relative to its folder."""
+    """Returns the files of a run's adapters, keyed by their paths relative to the folder of the
+    run."""
     own = {file.name: file for file in _files_in("", run, OF_ADAPTER).values()}
     return own | _files_in("best", run / "best", OF_ADAPTER)
 
 
 def _stat(path: Path) -> tuple[int, int] | None:
-    """Returns a file's size and modification time; None if it does not exist."""
+    """Returns the size and the modification time of a file, or None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -204,9 +208,9 @@ def _stat(path: Path) -> tuple[int, int] | None:
 
 
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
-    """Returns whether a resumed run will take the same steps as without the interruption. Raises
-    InputError if it cannot continue with this configuration and these files. Calls `warn` for every
-    change that makes its steps differ."""
+    """Returns whether a resumed run will take the same steps as it would have without the
+    interruption. Raises InputError if the run cannot continue with this configuration and these
+    files. Calls `warn` for every change because of which the steps will differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
@@ -223,7 +227,8 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
             warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue
-        # New files do not matter, except weights, which mlx-lm reads under any name.
+        # A new file makes no difference, except a weight file, which mlx-lm reads whatever its name
+        # is.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
                 f"{what} {differs} since the run in {run} began: undo that, or start a new run."
@@ -234,12 +239,13 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: The difference of a value that did not exist before.
+#: Describes the change of a value that did not exist before.
 COME = "has been added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the changes by name, each as a predicate such as "has been added"."""
+    """Returns the changes, keyed by the name of what has changed. Each is the predicate of a
+    sentence, such as "has been added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -254,8 +260,9 @@ def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, st
 
 @dataclass(frozen=True)
 class Verified:
-    """The changes since a run, in sentences, by part: model, data, warm_start, rewards, versions,
-    device, settings, adapter, checkpoints. An unchanged part has []."""
+    """The changes since a run, as lists of sentences keyed by part: model, data, warm_start,
+    rewards, versions, device, settings, adapter and checkpoints. The list of an unchanged part is
+    empty."""
 
     run: Path
     step: int | None  #: the step of the adapter; None if the run has not ended
@@ -268,8 +275,9 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares the record of a run with the current files, all of which are read. Model and data
-    must be where they were. Raises InputError if there is no record."""
+    """Compares the record of a run with the current files, all of which it reads completely. The
+    model and the data must still be at their recorded paths. Raises InputError if there is no
+    record."""
     record = read(run)
     parts: dict[str, list[str]] = {}
     for part, folder in record["folders"].items():

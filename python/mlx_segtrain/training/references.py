@@ -1,8 +1,8 @@
-"""Computes log-probabilities under the model without an adapter, and caches them by content.
+"""Computes log-probabilities under the model without an adapter, and caches them.
 
-The cache directory has a file for each model. It contains the log-probabilities of the responses of
-each row that a run has used. A row that is truncated, rendered or tokenized differently counts as
-another row.
+The cache directory has one file per model, with the log-probabilities of the responses in each row
+that a run has used. Rows are identified by their tokens, so a row that is truncated, rendered or
+tokenized differently counts as a different row.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from ..models import Chain
 from ..objectives import Objective, Value, value
 from .ranks import ALONE, Ranks
 
-#: The size of a key in bytes.
+#: The size of a row's key in bytes.
 KEY = 16
 
 
@@ -38,11 +38,11 @@ def with_references(
     ranks: Ranks = ALONE,
     value: Value = value,
 ) -> Dataset:
-    """Adds the outputs of the objective's reference to the wanted rows, by default all. Returns the
-    data unchanged if the objective has no reference.
+    """Adds the outputs of the objective's reference model to the rows whose indices are `wanted`,
+    by default all rows. If the objective has no reference, `data` is returned unchanged.
 
-    Each row is run alone, because its values must not depend on other rows. Rows that are missing
-    in the cache of a rank are divided between the ranks, and all ranks cache the results.
+    Each row is run alone, because its values must not depend on other rows. The ranks divide the
+    rows that are missing from the cache of any rank, and all ranks cache the results.
     """
     reference = objective.reference
     if reference is None:
@@ -57,7 +57,7 @@ def with_references(
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         found = {}
         for i in ranks.share(missing):
-            if keys[i] not in known or ranks.pipeline:  # in a pipeline all ranks have to take part
+            if keys[i] not in known or ranks.pipeline:  # in a pipeline, all ranks take part
                 batch = one_row(data, i)
                 sums = value(reference, chain, {}, {}, batch, reference.total([batch]))
                 if not ranks.ends:
@@ -75,8 +75,9 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Returns a hash of the files of the model, by name, size and modification time, so that
-    gigabytes need not be read; and of MLX's version, the device and the kind of kernels."""
+    """Returns a hash that identifies the model and how it is computed. It covers MLX's version, the
+    device, whether kernels must be deterministic, and the files of the model; of these only path,
+    size and modification time, so that gigabytes need not be read."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()
@@ -89,7 +90,7 @@ def model_key(config: TrainConfig) -> str:
 
 
 def row_key(whole: Row | Pair) -> bytes:
-    """Returns a hash of a row's tokens, and of which of them are the response."""
+    """Returns a hash of a row's tokens and of which tokens belong to a response."""
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))
@@ -98,7 +99,7 @@ def row_key(whole: Row | Pair) -> bytes:
 
 
 def _read(file: Path) -> dict[bytes, tuple[float, ...]]:
-    """Returns the content of the cache; {} if the file cannot be read."""
+    """Returns the content of a cache file, or {} if the file cannot be read."""
     try:
         with np.load(file) as stored:
             parts = np.split(stored["values"], np.cumsum(stored["counts"])[:-1])

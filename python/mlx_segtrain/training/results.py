@@ -1,4 +1,4 @@
-"""The results of train and probe."""
+"""The results of `train` and `probe`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,11 +6,13 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run. Losses are in nats per token, or per pair with preference methods.
+    """The result of a run. Losses are in nats per token, or per pair or row with preference
+    methods.
 
-    In GB (10⁹ bytes): peak_gb is the peak of MLX's active memory, planned_gb its prediction (None
-    for a family that the planner does not know), process_gb the peak of the process's main memory.
-    After a resume after step `resumed_from`, every figure except process_gb covers the whole run.
+    Memory is in GB (10⁹ bytes): peak_gb is the peak of MLX's active memory, planned_gb is the
+    predicted peak (None for a model family that the planner does not know), and process_gb is the
+    peak main memory of the process. If the run was resumed after step `resumed_from`, all figures
+    except process_gb cover the whole run.
     """
 
     adapter_path: Path
@@ -36,7 +38,8 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The result of two steps on the longest rows. resting_gb is the memory of the loaded model."""
+    """The result of two steps on the longest rows. resting_gb is MLX's active memory in GB once the
+    model is loaded."""
 
     step_s: float
     first_step_s: float

@@ -25,15 +25,15 @@ from .evaluation import load_rows
 from .policy import run_policy
 from .setup import load_chain
 
-#: A tolerance, because rounding may make the sum of rewards slightly too small.
+#: A tolerance, because rounding may make a sum of rewards slightly too small.
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """Means over `rows` prompts with `completions` completions each. `pass_at` has for each k the
-    probability that at least one of k completions passes; `truncated` is the fraction that reached
-    the maximum length."""
+    """Means over `rows` prompts with `completions` completions each. `pass_at` maps k to the
+    probability that at least one of k completions passes; `truncated` is the fraction of
+    completions that reached the maximum length."""
 
     reward: float
     reward_std: float
@@ -55,12 +55,12 @@ def score(
     environment: Callable[[], Any] | None = None,
     on_event: events.OnEvent | None = None,
 ) -> ScoreResult:
-    """Samples group_size completions of each prompt of a split, and scores them with the configured
-    rewards and `rewards`. `environment` is a class that replaces the configured one. A completion
-    passes if its reward is at least `passes`.
+    """Samples group_size completions of each prompt in a split, and scores them with the configured
+    rewards and with the functions in `rewards`. `environment` is a class that replaces the
+    configured environment. A completion passes if its total reward is at least `passes`.
 
-    Raises InputError if model, adapter or data cannot be read or do not belong together, and
-    RunError if a reward fails.
+    Raises InputError if the model, the adapter or the data cannot be read, or if they do not fit
+    together. Raises RunError if a reward fails.
     """
     tell = on_event or (lambda event: None)
     scoring = Rewards.of(config, rewards, environment)
@@ -101,6 +101,7 @@ def score(
 
 
 def pass_at(k: int, n: int, right: Sequence[int]) -> float:
-    """Returns the mean probability that at least one of k completions passes; `right` has for each
-    prompt how many of n passed (Chen et al. 2021, arXiv:2107.03374)."""
+    """Estimates the probability that at least one of k completions passes (Chen et al. 2021,
+    arXiv:2107.03374), and returns its mean over all prompts. `right` contains, for each prompt, how
+    many of its n completions passed."""
     return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]))

@@ -50,8 +50,8 @@ from .transfers import transfers_of
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs that are read before the model is loaded. The epochs of `config` are converted to
-    steps; `remarks` are sentences about data that is left out or wrong."""
+    """The inputs that are read before the model is loaded. In `config`, epochs have been converted
+    to steps. `remarks` are sentences about data that was left out or looks wrong."""
 
     config: TrainConfig
     tokenizer: Any
@@ -62,11 +62,12 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Setup(Inputs):
-    """The inputs, the loaded model, and what a step needs besides them.
+    """The inputs, the loaded model, and everything else that a step needs.
 
-    `layout` is that of the adapter's factors in a vector; a pipeline has a `pipe`. If pairs run
-    `apart`, they share no tokens. `rollout_peak` is the peak in bytes of generating completions, if
-    the method generates and memory is predicted.
+    `layout` describes the vector of all factors of the adapter. `pipe` is set in a pipeline.
+    `apart` is whether the two answers of a pair run as separate sequences, without sharing tokens.
+    `rollout_peak` is the predicted peak memory of generating completions in bytes; it is None if
+    the method generates none or if memory is not predicted.
     """
 
     plan: RunPlan
@@ -86,13 +87,14 @@ class Setup(Inputs):
 
     @property
     def value(self) -> Value:
-        """objectives.value, or its equivalent for a pipeline."""
+        """The function objectives.value, or its equivalent for a pipeline."""
         return self.pipe.value if self.pipe else value
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint from which a run continues, if any, and the trace of its folder then."""
+    """The checkpoint from which a run continues, or None for a new run; and what `trace` returned
+    for the folder when the run started."""
 
     resumed: Checkpoint | None
     seen: Any
@@ -105,14 +107,15 @@ class Start:
 
 
 def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
-    """Returns how the run starts. Raises InputError if it cannot use adapter_path."""
+    """Checks adapter_path, and returns the checkpoint from which the run starts, if there is one.
+    Raises InputError if the run cannot use this folder."""
     path = config.adapter_path
     if path.exists() and not path.is_dir():
         raise InputError(f"adapter_path {path} is a file: it must be a folder.")
     check_free(path)
     if config.resume:
         with suppress(OSError):
-            clean(path / STATE)  # restores a checkpoint that was being replaced
+            clean(path / STATE)  # restores a checkpoint whose replacement was interrupted
     seen = Start.trace(path)
     if config.resume:
         checkpoint = newest(path, warn)
@@ -147,9 +150,11 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
 def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
-    """Returns the configuration with a micro-batch for each rank, unless it sets their number. A
-    resumed run keeps that number, if it has or had several ranks. If completions are generated,
-    ranks divide the prompts of a batch. Raises InputError if a rank would get nothing."""
+    """Sets grad_accumulation_steps to the number of ranks, if the configuration does not set it,
+    and returns the new configuration. A run that is resumed with several ranks, or had several
+    before, keeps its earlier value. If the method generates completions, the ranks divide the
+    prompts of a batch instead, and nothing is changed. Raises InputError if a rank would get no
+    micro-batch or no prompt."""
     name, unit = "grad_accumulation_steps", "batch"
     if generates := ROWS[config.method] == "prompt":
         name, unit = "batch_size", "prompt"
@@ -185,9 +190,9 @@ def read_inputs(
     rewards: Rewards | None = None,
     ranks: Ranks = ALONE,
 ) -> Inputs:
-    """Reads the data, and replaces `auto` in the configuration; a resumed run keeps its earlier
-    values. `rewards` is given if the rows are prompts. Raises InputError for data that cannot be
-    used."""
+    """Reads the data, and resolves `auto` options in the configuration; a resumed run keeps the
+    values that it had. `rewards` must be given if the rows are prompts. Raises InputError if the
+    data cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -224,10 +229,10 @@ def read_inputs(
 def with_rollouts(
     config: TrainConfig, tokens: int, resumed: Checkpoint | None, ranks: Ranks = ALONE
 ) -> TrainConfig:
-    """Replaces `rollout_batch: auto` with the number of completions that fit into the memory of
-    every rank, if each has up to `tokens` tokens with its prompt. A resumed run keeps its number,
-    even without a checkpoint, because rounding depends on it. Raises NoRoom if a configured number
-    does not fit."""
+    """Replaces `rollout_batch: auto` with the number of completions that can be generated at once
+    in the memory of every rank, if a completion and its prompt have up to `tokens` tokens. A
+    resumed run keeps its number, even if it has no checkpoint, because rounding depends on this
+    number. Raises NoRoom if a configured number does not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config
@@ -235,7 +240,7 @@ def with_rollouts(
     if not resumed and config.resume:
         with suppress(InputError):
             earlier = read(config.adapter_path)
-    # Rank 0 has the folder of the run.
+    # Rank 0's value counts, since other ranks may not see the folder of the run.
     known = ranks.gather(earlier.get("config", {}).get("rollout_batch"))[0]
     if not isinstance(known, int):
         every = completions_of(config, ranks.size)
@@ -250,10 +255,12 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run, loads its model if needed, and returns the factors of its adapter as a vector.
+    """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
+    vector of the adapter's factors.
 
-    A resumed run shares tokens of pairs as before. Raises InputError before weights are loaded,
-    also if memory does not suffice.
+    Whether the answers of a pair share tokens is the same in a resumed run as before. Raises
+    InputError, before weights are loaded, if an input cannot be used or if there is not enough
+    memory.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -277,7 +284,8 @@ def prepare(
         train = choices[i]
     else:
         train, plan = fitting(choices)
-        # The order of rows depends on the choice, so the rank with the least memory decides.
+        # The order of the rows depends on the choice, so all ranks take the choice of the rank with
+        # the least memory.
         own = next(i for i, choice in enumerate(choices) if choice is train)
         if (agreed := max(ranks.gather(own))) != own:
             train, plan = fitting(choices[agreed:])
@@ -309,8 +317,9 @@ def prepare(
 def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
-    """Returns the index of the first choice of batches for which the ranks have enough memory, and
-    the plan of this rank's layers, which rank 0 assigns. Raises InputError or NoRoom."""
+    """Returns the index of the first of the `choices` of batches for which the ranks have enough
+    memory, and the plan for this rank's layers, where rank 0 divides the layers between the ranks.
+    Raises InputError if the model cannot be divided, and NoRoom if no choice fits."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
@@ -338,21 +347,21 @@ def fitting_part(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """Returns the first layer with DoRA that stock mlx-lm cannot load, or None."""
+    """Returns the path of the first layer whose DoRA stock mlx-lm cannot load, or None."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
 
 
 def _longest(config: TrainConfig, *prompts: Dataset | None) -> int:
-    """Returns the number of tokens of the longest prompt and the longest completion together."""
+    """Returns the maximum length of a prompt with its completion, in tokens."""
     longest = max(int(own.columns.length.max()) for own in prompts if own)
     return longest + config.max_completion_tokens
 
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
-    """Converts the epochs of a configuration to steps, rounded up. Raises InputError if warmup
-    takes all of them."""
+    """Converts the epochs of a configuration to a number of steps, rounded up. Raises InputError if
+    the warmup would take all of these steps."""
     if config.epochs is None:
         return config
     batches = batches_in_epoch(train, config.batch_size)
@@ -376,11 +385,11 @@ def load_chain(
     loaded: nn.Module | None = None,
     part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """Loads the configured model, or takes the `loaded` one, and returns it with its chain. With a
-    `part`, reads only its layers.
+    """Loads the configured model, or takes the `loaded` one, and returns it with its chain. If
+    `part` is given, reads only the layers of this part.
 
-    Raises InputError if max_seq_length exceeds the model's context length, or if a token of the
-    data is not in its embedding or head: MLX would read past their end.
+    Raises InputError if max_seq_length exceeds the model's context length, or if the model's
+    embedding or head has no row for a token of the data, since MLX would read past their end.
     """
     reads = part.reads if part else lambda name: True
     model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
@@ -405,8 +414,9 @@ def load_chain(
 def load_setup(
     inputs: Inputs, plan: RunPlan, loaded: nn.Module | None = None, ranks: Ranks = ALONE
 ) -> tuple[Setup, mx.array]:
-    """Loads the weights. Also returns the factors of a new adapter, or of `warm_start`, as a
-    vector; in a pipeline only those of this rank's layers."""
+    """Loads the weights. Returns the setup and the factors of a new adapter, or of the adapter
+    `warm_start`, as a vector; in a pipeline, this vector has only the factors of this rank's
+    layers."""
     config, part = inputs.config, plan.part
     model, chain = load_chain(config, inputs.train, inputs.valid, loaded=loaded, part=part)
     pipe = Pipe(ranks, part, transfers_of(ranks)) if part else None
@@ -424,7 +434,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        plan = replace(plan, plans=())  # unlike its headers, the model needs the generic path
+        # The headers did not show that the model needs the generic path.
+        plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
             f"packing is not supported for {config.model_dir.name}, whose layers are mlx-lm's and "
@@ -443,7 +454,8 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """Returns the error for adapting an embedding that is also the head, which two ranks have."""
+    """Returns the error for adapting an embedding that is also the head in a pipeline, where the
+    embedding and the head are on different ranks."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is both its embedding and its head, "
         "which a pipeline needs on the first and the last rank: leave it out of target_modules, or "
@@ -453,11 +465,11 @@ def tied_head(config: TrainConfig, chain: Chain) -> InputError:
 
 
 def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
-    """Adds the references of the rows that the run will use."""
+    """Adds the reference outputs to the rows that the run will use."""
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
-    seen = None  # all rows, at the latest in the second epoch
+    seen = None  # all rows are used, at the latest in the second epoch
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)
@@ -468,7 +480,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
 
 
 def with_params(chain: Chain, scales: Mapping[str, float], params: Grads) -> Adapter:
-    """Returns the adapter with these factors, which are grouped by stage."""
+    """Returns the adapter that has these factors. `params` groups them by stage."""
     flat = {name: factor for own in params.values() for name, factor in own.items()}
     arrays = {
         path: {name: flat[f"{path}.{name}"] for name in ARRAYS if f"{path}.{name}" in flat}

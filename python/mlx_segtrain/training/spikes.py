@@ -3,22 +3,27 @@
 from collections.abc import Sequence
 from statistics import median
 
-#: The number of recent steps that count, and the minimum for a decision.
+#: The number of recent steps that are considered, and the minimum number without which nothing is a
+#: spike.
 WINDOW, LEAST = 64, 16
-#: A spike is this many standard deviations above the median; one is 1.4826 times the median
-#: absolute deviation, as for a normal distribution.
+#: A spike is at least this many standard deviations above the median. The standard deviation is
+#: estimated as 1.4826 times the median absolute deviation, since this is the ratio between the two
+#: in a normal distribution.
 DEVIATIONS = 6
-#: After this many skipped steps in a row, a high loss is not a spike, but the new level.
+#: After this many skipped steps in a row, a high loss no longer counts as a spike but as the new
+#: level.
 MOST_SKIPPED = 8
-#: A spike is more than SLACK nats above the median, and above MULTIPLE times the largest loss.
+#: A spike must also be more than SLACK nats above the median, and more than MULTIPLE times the
+#: largest recent loss.
 SLACK, MULTIPLE = 1.0, 1.5
 
 
 def spike_bound(losses: Sequence[float]) -> float:
-    """Returns the loss above which a step is a spike, given recent losses; infinite at first.
+    """Returns the loss above which a step is a spike, given recent losses. It is infinite if there
+    are fewer than LEAST of them.
 
-    Steps with a spike hardly change the median and the deviation, but they do change the largest
-    loss, so a loss that stays high is reported only once or twice.
+    A spike hardly changes the median and the deviation, but it does raise the largest loss, so a
+    loss that stays high is reported only once or twice.
     """
     if len(losses) < LEAST:
         return float("inf")

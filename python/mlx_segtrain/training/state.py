@@ -1,4 +1,4 @@
-"""The state that changes during a run, most of which is in its checkpoints."""
+"""The state that changes during a run. Most of it is stored in checkpoints."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,13 +9,14 @@ import mlx.core as mx
 
 from .memory import Memory
 
-#: The states of MLX's optimizers, one for all factors, or one for A and one for B.
+#: The states of MLX's optimizers: either one state for all factors, or one for A and one for B.
 Moments = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """The factors, the optimizer state, and the number of finished steps, which change together."""
+    """The factors, the optimizer state and the number of finished steps, all of which change
+    together in a step."""
 
     vector: mx.array
     moments: Moments
@@ -24,10 +25,12 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of a step: loss, gradient norm before clipping, and the objective's metrics.
+    """The outcome of a step: the loss, the gradient norm before clipping, and the objective's
+    metrics.
 
-    `rate` is the learning rate. `tokens` counts tokens without padding, `supervised` tokens in the
-    loss. `bound` is the loss above which the step was a spike; None if it was no spike.
+    `rate` is the learning rate. `tokens` is the number of tokens without padding, and `supervised`
+    the number of tokens in the loss. `bound` is the loss above which a step is a spike; it is None
+    unless this step was one.
     """
 
     loss: float
@@ -42,13 +45,14 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """The progress of a run besides its factors. It can be written as JSON.
+    """The progress of a run, apart from the factors and the optimizer state. It can be written as
+    JSON.
 
     `reported` and `evaluated` are the steps of the last report and the last evaluation. `recent`
-    has the outcomes of the last `steps_per_report` steps, whose mean is the training loss. `losses`
-    are for spikes.py; `skipped` counts the last steps in a row that were skipped. `rewards` has the
-    mean reward of each step, for collapse.py. After a resume, seconds and the peak, in bytes, cover
-    the whole run.
+    contains the outcomes of the last `steps_per_report` steps, whose mean is the training loss.
+    `losses` contains the recent losses, by which spikes.py decides; `skipped` is how many of the
+    last steps in a row were skipped. `rewards` contains the mean reward of each step, for
+    collapse.py. In a resumed run, the times in seconds and the peak in bytes cover the whole run.
     """
 
     reported: int = 0
@@ -67,12 +71,12 @@ class Progress:
 
     @property
     def loss(self) -> float | None:
-        """The training loss of all reports: the mean of `recent`."""
+        """The training loss that is reported: the mean of `recent`."""
         return sum(own.loss for own in self.recent) / len(self.recent) if self.recent else None
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The objective's metrics: means over the recent steps that have them."""
+        """The objective's metrics. Each is the mean over the recent steps that have this metric."""
         found = [own.metrics for own in self.recent]
         names = dict.fromkeys(name for own in found for name in own)
         return {name: fmean(own[name] for own in found if name in own) for name in names}
@@ -93,7 +97,7 @@ class Progress:
         return 0 if best is None else len(self.vals) - 1 - self.vals.index(best)
 
     def per_s(self, tokens: int) -> float:
-        """Returns tokens per second, given their number over all steps."""
+        """Returns the tokens per second, given the number of tokens in all steps."""
         return tokens / self.train_s if self.train_s else 0.0
 
     @classmethod

@@ -1,4 +1,5 @@
-"""An optimizer step: the gradients of its micro-batches, the checks, and the update."""
+"""An optimizer step: computes the gradients of its micro-batches, checks them, and updates the
+factors."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -24,18 +25,20 @@ from .spikes import spike_bound
 from .state import Iterate, Outcome
 
 T = TypeVar("T")
-#: Takes an optimizer update on batches, together with the other ranks.
+#: A function that performs an optimizer update with these batches, together with the other ranks.
 Update = Callable[[Iterate, list[AnyBatch]], tuple[Iterate, Outcome]]
 
 
 class Attempt(Protocol):
-    """Runs a part of a step, and repeats it if the device was out of memory."""
+    """A function that runs a part of a step, and repeats it with a cheaper plan if the device runs
+    out of memory."""
 
     def __call__(self, part: Callable[[], T], /) -> T: ...
 
 
 class Halted(RunError):
-    """The step cannot or must not be taken; `fault` is the report to write, if there is one."""
+    """The step cannot be taken, or on_spike forbids it. `fault` is the report to write, or None if
+    there is none."""
 
     def __init__(self, message: str, fault: Fault | None = None):
         super().__init__(message)
@@ -44,8 +47,8 @@ class Halted(RunError):
 
 @dataclass(frozen=True)
 class Found:
-    """The outputs and the gradient of a step; in a pipeline also the norm of the whole gradient,
-    of which a rank has only a part."""
+    """The outputs and the gradient of a step. In a pipeline, a rank has only a part of the
+    gradient, and `length` is the norm of the whole gradient."""
 
     outputs: Sequence[Any]
     gradient: mx.array
@@ -54,12 +57,13 @@ class Found:
 
 @dataclass
 class Stepper:
-    """Takes steps with a memory plan. `watch` is called after each move of the plan."""
+    """Takes optimizer steps according to a memory plan. `watch` is called after each move of the
+    plan (see schedule.py)."""
 
     setup: Setup
     watch: Callable[[], None] | None = None
     ranks: Ranks = ALONE
-    #: The peak in bytes while completions are generated, if the method generates.
+    #: The peak memory in bytes while completions were generated; 0 if the method generates none.
     rollout_peak: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +80,7 @@ class Stepper:
         update: Update,
         attempt: Attempt,
     ) -> tuple[Iterate, Outcome]:
-        """Takes a whole step, which is a single update here."""
+        """Takes a whole step, which in this class is a single update."""
         return update(at, accumulated)
 
     def __call__(
@@ -86,17 +90,19 @@ class Stepper:
         losses: Sequence[float] = (),
         found: "Found | None" = None,
     ) -> tuple[Iterate, Outcome]:
-        """Takes an update and returns the new state with the outcome. The `losses` of earlier steps
-        define what a spike is. `found` has the sums over all ranks, if there are several.
+        """Performs an optimizer update, and returns the new state and the outcome. What counts as a
+        spike depends on `losses`, the losses of earlier steps. If there are several ranks, `found`
+        contains the sums over all of them.
 
-        Raises Halted if the loss or the gradient is not finite, or for a spike if on_spike is stop.
+        Raises Halted if the loss, the gradient or the new factors are not finite. If on_spike is
+        `stop`, also raises it for a spike.
         """
         setup, config = self.setup, self.setup.config
         found = found or Found(*self.gradient(at, accumulated))
         outputs, gradient, limit = found.outputs, found.gradient, config.grad_clip_norm
         length = mx.sqrt(mx.square(gradient).sum()) if found.length is None else found.length
         clipped = gradient * mx.minimum(limit / length, 1.0) if limit > 0 else gradient
-        # The whole step is queued on the device before the host waits for its first value.
+        # The whole step is queued on the device before the host waits for any of its values.
         new = self.optimizer(clipped, at)
         finite = mx.isfinite(new.vector).all()
         mx.eval(outputs, length, finite, new.vector, new.moments)
@@ -134,7 +140,8 @@ class Stepper:
         return self.ranks.share(items)
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
-        """Returns how many tokens all ranks run in an update, and how many are in the loss."""
+        """Returns how many tokens all ranks together run in an update, and how many of them are in
+        the loss."""
         return self._counted(accumulated)
 
     def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
@@ -147,35 +154,36 @@ class Stepper:
         return int(columns.run.sum()), int(columns.trained.sum())
 
     def rows(self, accumulated: Sequence[AnyBatch]) -> list[str]:
-        """Returns the names of the rows of all ranks in an update."""
+        """Returns the sources ("file:line") of all ranks' rows in an update."""
         return list(rows_of(self.setup, accumulated).values())
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> "Found":
-        """Returns the sums of outputs and gradients over all ranks."""
+        """Sums the outputs and the gradient over all ranks."""
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """Returns the name of the first non-finite factor of a vector; None without a vector."""
+        """Returns the name of the first non-finite factor in a vector that has one, or None if
+        `vector` is None."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(
         self, at: Iterate, accumulated: Sequence[AnyBatch], gradient: mx.array
     ) -> tuple[list[str], str | None]:
-        """Returns the rows and the tensor in which numbers first become non-finite."""
+        """Returns the rows and the tensor in which values first become non-finite."""
         own = first_nonfinite(self.setup, at, self.share(accumulated), gradient)
         return together(self.ranks.gather(own))
 
     def keeps(self, error: Exception) -> bool:
-        """Returns whether the state of the last step can be saved after this error."""
+        """Returns whether the state of the last finished step can be saved after this error."""
         return not isinstance(error, Diverged)
 
     @property
     def completions(self) -> list[dict[str, Any]]:
-        """The completions of the last step, if the method generates."""
+        """The completions of the last step; empty if the method generates none."""
         return []
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
-        """Returns the loss and metrics over the validation rows."""
+        """Returns the loss and the metrics over the validation rows."""
         setup = self.setup
         assert setup.valid is not None
         params = setup.own.split(at.vector)
@@ -183,7 +191,7 @@ class Stepper:
         return measure(*what, setup.config.batch_size, self.ranks, setup.value)
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:
-        """On CUDA, compiles the kernels for steps on batches like the first of these."""
+        """On CUDA, compiles the kernels that a step on the first batch of `source` needs."""
 
         def write_down() -> None:
             batch = next(source)
@@ -193,23 +201,25 @@ class Stepper:
         compile_together(write_down)
 
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
-        """Returns the part of a step's baseline from this rank's share of micro-batches."""
+        """Returns what this rank's share of the micro-batches contributes to the baseline of a
+        step."""
         setup, params = self.setup, self.setup.own.split(at.vector)
         own, total = self.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
         return baseline_of(*what, own, total, setup.value)
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
-        """Returns the total of a step, with the sum of all ranks' baselines."""
+        """Returns the total by which the losses of a step are divided, together with the sum of all
+        ranks' baselines."""
         objective = self.setup.objective
         return with_baseline(objective, objective.total(accumulated), sum(baselines))
 
     def gradient(
         self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
     ) -> tuple[list[float] | list[mx.array], mx.array]:
-        """Returns this rank's part of a step's outputs and gradient, from its share of the
-        micro-batches; a single one may not be evaluated yet. `total` is that of the step, by
-        default computed as for one device."""
+        """Returns what this rank's share of the micro-batches contributes to the outputs and the
+        gradient of a step. If the share is a single micro-batch, the result may not be evaluated
+        yet. `total` is the total of the step; by default it is computed as for one rank."""
         params = self.setup.own.split(at.vector)
         if total is None:
             total = self.total(accumulated, [self.baseline(at, accumulated)])
@@ -217,7 +227,7 @@ class Stepper:
         (draw, batch), *more = self.share(list(enumerate(accumulated, first)))
         outputs, gradient = self._part(params, batch, total, draw)
         for draw, batch in more:
-            mx.eval(gradient)  # otherwise the next one starts before this one's memory is free
+            mx.eval(gradient)  # frees this part's memory before the next part starts
             part, own = self._part(params, batch, total, draw)
             outputs = [float(x) + float(y) for x, y in zip(outputs, part, strict=True)]
             gradient = gradient + own
@@ -226,7 +236,8 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Returns a micro-batch's part of outputs and gradient; `draw` is its number in the run."""
+        """Returns what a micro-batch contributes to the outputs and the gradient of its step.
+        `draw` is the index of the micro-batch in the run."""
         outputs, grads = value_and_grad(
             self.functions_of(draw),
             params,
@@ -238,7 +249,8 @@ class Stepper:
         return list(outputs), self.setup.own.join(grads)
 
     def functions_of(self, draw: int) -> Functions:
-        """Returns the functions of a micro-batch, which depend on `draw` only with dropout."""
+        """Returns the functions for a micro-batch. They depend on its index `draw` only if there is
+        dropout."""
         setup, config = self.setup, self.setup.config
         if not config.lora_dropout:
             return self.functions
@@ -254,7 +266,8 @@ def _halted(
     tensor: str | None = None,
     losses: Sequence[float] = (),
 ) -> Halted:
-    """Returns the error for a step with non-finite numbers, or with a spike after `losses`."""
+    """Returns the error for a step with non-finite values or, if `losses` is not empty, for a spike
+    after these losses."""
     kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
     numbers = (outcome.loss, outcome.norm, outcome.rate)
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))

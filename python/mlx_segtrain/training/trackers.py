@@ -1,4 +1,4 @@
-"""Passes metrics to external trackers. A tracker that fails does not stop the run."""
+"""Passes metrics to external experiment trackers. A tracker that fails does not stop the run."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,8 @@ Close = Callable[[], None]
 
 
 def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Writes scalars to adapter_path/tensorboard, for the command tensorboard --logdir."""
+    """Writes scalars to the folder adapter_path/tensorboard, which can be shown with `tensorboard
+    --logdir`."""
     writer = import_module("tensorboard.summary").Writer(str(config.adapter_path / "tensorboard"))
 
     def on_event(event: events.Event) -> None:
@@ -27,8 +28,8 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
 
 
 def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Logs to a Weights & Biases run, which a resumed run continues. The variables WANDB_*
-    configure it."""
+    """Logs to a run of Weights & Biases; a resumed run continues this run. The environment
+    variables WANDB_* configure it."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
         id=run_id,
@@ -49,7 +50,8 @@ TRACKERS = {"tensorboard": tensorboard, "wandb": wandb}
 
 
 def scalars(event: events.Event) -> dict[str, float]:
-    """Returns the values of a metric by name, such as train/loss; none for other events."""
+    """Returns the values in a metric event, keyed by names such as train/loss. Other events have no
+    values."""
     if event["type"] != "metric":
         return {}
     values: dict[str, Any] = event.get("scores", event)
@@ -61,7 +63,7 @@ def scalars(event: events.Event) -> dict[str, float]:
 
 
 def check_installed(config: TrainConfig) -> None:
-    """Raises InputError if a tracker's package is not installed."""
+    """Raises InputError if the package of a configured tracker is not installed."""
     for name in config.report_to:
         if find_spec(name) is None:
             raise InputError(
@@ -73,7 +75,8 @@ def check_installed(config: TrainConfig) -> None:
 def tracked(
     config: TrainConfig, run_id: str, warn: Callable[[str], None]
 ) -> Iterator[events.OnEvent]:
-    """Yields a function that passes events to the trackers; one that fails gets no more."""
+    """Yields a function that passes events to the trackers. A tracker that fails receives no
+    further events."""
     live: dict[str, tuple[events.OnEvent, Close]] = {}
 
     def attempt(name: str, call: Callable[..., Any], *args: Any) -> Any:

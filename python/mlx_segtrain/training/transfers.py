@@ -1,7 +1,7 @@
-"""Sends arrays from one rank to another through MLX, while both compute.
+"""Sends arrays from one rank to another through MLX, while both ranks compute.
 
-Sender and receiver start their transfers in the same order, so either messages or collectives can
-implement them. Each direction has a stream, and the sender does not wait for a transfer.
+The sender and the receiver start their transfers in the same order, so transfers can be implemented
+with either messages or collectives. The sender does not wait for a transfer.
 """
 
 import faulthandler
@@ -22,21 +22,21 @@ import numpy as np
 from ..errors import RunError
 from .ranks import Ranks, address_of, exit_later
 
-#: Shape and type of an array.
+#: The shape and the dtype of an array.
 Form = tuple[tuple[int, ...], mx.Dtype]
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.uint32, mx.int64, mx.bool_)
-#: Seconds in which the ranks must connect a ring.
+#: The time in seconds within which the ranks must connect a ring.
 CONNECT = 60.0
-#: The ring of this process that is used besides another back end, and the addresses of its ranks.
+#: The ring that this process uses in addition to another back end, and the addresses of its ranks.
 _ring: tuple[Any, list[list[str]]] | None = None
-#: A form is sent as its dtype, its number of axes, and this many sizes.
+#: A form is sent as the index of its dtype, its number of axes, and this many sizes, padded with 0.
 AXES = 6
 
 
 @dataclass
 class Transfers:
-    """The transfers of one rank. Each direction has a stream, so that a transfer that waits for
-    another rank does not delay others."""
+    """The transfers of one rank. Each direction has its own stream, so that a transfer that waits
+    for another rank does not delay the others."""
 
     ranks: Ranks
     group: Any
@@ -44,32 +44,34 @@ class Transfers:
     sent: deque[list[mx.array]] = field(default_factory=deque)
 
     def send(self, arrays: Sequence[mx.array], to: int) -> None:
-        """Starts to send arrays to a rank."""
+        """Starts to send arrays to another rank."""
         stream = self._stream(self.ranks.rank, to)
-        # `settle` waits for one element of each array, because keeping the array would take memory.
+        # For `settle`, keeps only one element of each array, because keeping whole arrays would
+        # take memory.
         ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
         ends = [mx.add(x, x, stream=stream) for x in ends]
         self.ranks.start(ends)
         self.sent.append(ends)
 
     def post(self, forms: Sequence[Form], source: int) -> list[mx.array]:
-        """Starts to receive arrays; they may not have arrived when this returns."""
+        """Starts to receive arrays of these forms, and returns the arrays, which may not have
+        arrived yet."""
         moved = [self._received(shape, dtype, source) for shape, dtype in forms]
         self.ranks.start(moved)
         return moved
 
     def settle(self, left: int = 0) -> None:
-        """Waits until at most `left` calls of `send` are not finished."""
+        """Waits until at most `left` of the started sends are unfinished."""
         while len(self.sent) > left:
             self.ranks.wait_for(self.sent.popleft())
 
     def send_forms(self, arrays: Sequence[mx.array], to: int) -> None:
-        """Sends the forms of the arrays that are sent next."""
+        """Sends the forms of the arrays that will be sent next."""
         rows = [[TYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (AXES - x.ndim)] for x in arrays]
         self.send([mx.array(rows, mx.int32)], to)
 
     def forms(self, count: int, source: int) -> list[Form]:
-        """Returns the forms of the `count` arrays that a rank sends next."""
+        """Receives the forms of the `count` arrays that a rank will send next."""
         posted = self.post([((count, AXES + 2), mx.int32)], source)
         self.ranks.wait_for(posted)
         rows = np.array(posted[0]).tolist()
@@ -90,7 +92,8 @@ class Transfers:
 
 
 class Sums(Transfers):
-    """Transfers between two GPUs, where MLX has no messages: sums with zeros, on one stream."""
+    """Transfers between two GPUs. MLX has no messages there, so a transfer is a sum with zeros, on
+    one stream."""
 
     def _sent(self, x: mx.array, to: int) -> mx.array:
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
@@ -106,10 +109,11 @@ class Sums(Transfers):
 
 
 def transfers_of(ranks: Ranks) -> Transfers:
-    """Returns the transfers of a rank: messages of MLX's ring, or sums between two ranks of NCCL.
+    """Returns the transfers of a rank. They are messages in MLX's ring, or sums between two NCCL
+    ranks.
 
     In MLX 0.32.4, NCCL has no messages, and JACCL confuses the completions of messages that are
-    sent and received at the same time, so ranks of these back ends also create a ring.
+    sent and received at the same time. Ranks of these back ends therefore also create a ring.
     """
     if ranks.backend == "nccl" and ranks.size == 2:
         found: Transfers = Sums(ranks, ranks.group)
@@ -121,9 +125,10 @@ def transfers_of(ranks: Ranks) -> Transfers:
 
 
 def ring_of(ranks: Ranks) -> Any:
-    """Returns a ring over TCP between ranks of another back end. Raises RunError if it fails.
+    """Returns a ring over TCP between ranks that use another back end. Raises RunError if the ring
+    cannot be created.
 
-    MLX creates one for each process, which all runs of the process use.
+    MLX creates a ring only once per process, so all runs of the process use the same one.
     """
     global _ring
     if _ring is None:
@@ -133,8 +138,8 @@ def ring_of(ranks: Ranks) -> Any:
 
 
 def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
-    """Returns a new ring and the addresses of its ranks. Ends the process if that takes too long:
-    MLX may wait for another rank forever while it holds the GIL."""
+    """Returns a new ring and the addresses of its ranks. Ends the process if creating the ring
+    takes too long, since MLX may wait for another rank forever while it holds the GIL."""
     address = address_of(ranks)
     with socket.create_server((address, 0)) as server:
         port = server.getsockname()[1]

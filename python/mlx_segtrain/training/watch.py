@@ -1,26 +1,28 @@
-"""Detects which rank of a group is lost, and makes all ranks agree on it.
+"""Detects that a rank of a group is lost, and makes all ranks agree on which one.
 
-A watch is a state machine without clock and sockets: messages and the time are its inputs, and
-`out` has the messages to send. Every rank has one, and sends a beat to all others every BEAT
-seconds. A rank that finds that another one has ended or is silent reports it to the judges, which
-are the JUDGES lowest ranks that are not lost; a rank that fails reports it to all. The first judge
-decides `settle` seconds later. Each further judge waits as long again, and decides if it has
-received no decision by then. A decision goes to all ranks. A rank that receives one passes it to
-the judges, and a judge passes it to all. So a decision that reaches one rank reaches all of them,
-even if its author is lost while sending it, as long as a judge is left.
+A `Watch` is a state machine that uses neither a clock nor sockets: its inputs are messages and the
+time, and `out` contains the messages to send. Every rank has one, and sends a beat to all other
+ranks every BEAT seconds. When a rank finds that another one has ended or is silent, it reports this
+to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
+this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
+`settle` seconds, and decides if it has received no decision by then. A decision is sent to all
+ranks. A rank that receives it passes it on to the judges, and a judge passes it on to all ranks. So
+a decision that reaches one rank reaches all of them as long as a judge is left, even if its author
+is lost while sending it.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: Seconds between two beats; without a beat until a rank is lost; and from the first loss to the
-#: decision, which is several times the latency of a message.
+#: Times in seconds. BEAT is the interval between beats. PATIENCE is how long a rank may send
+#: nothing before it counts as lost. SETTLE is the time from the first lost rank to the decision,
+#: which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
-#: The number of ranks that may decide, one after the other.
+#: The number of ranks that may decide, in turn.
 JUDGES = 3
 
-#: The ways to lose a rank, the most certain first: it reports it, its connections are closed, or it
-#: sends nothing.
+#: How a rank was lost, the most certain case first: it has reported its failure, its connections
+#: are closed, or it sends nothing.
 How = Literal["failed", "ended", "silent"]
 SUREST: tuple[How, ...] = ("failed", "ended", "silent")
 
@@ -35,7 +37,7 @@ class Lost:
 
 
 class Watch:
-    """The state of the other ranks, as far as this one knows it. Messages are JSON objects."""
+    """This rank's knowledge of the state of the other ranks. Messages are JSON objects."""
 
     def __init__(
         self,
@@ -50,22 +52,23 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: How many times each rank has started or stopped waiting; whether this one is waiting.
+        #: `at` is how many times each rank has started or stopped waiting; `waits` is whether this
+        #: rank is waiting now.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
-        #: Ranks that left at the end of the run, and when this rank received that message.
+        #: Ranks that have left at the end of the run, and when this rank received their message.
         self.left: dict[int, float] = {}
-        #: Ranks that are lost, as far as this rank knows.
+        #: Ranks that this rank knows to be lost.
         self.lost: dict[int, Lost] = {}
         self.judges = list(range(size))[:JUDGES]
         self.decided: Lost | None = None
-        #: Messages to send: recipient and content.
+        #: Messages to send: recipients and content.
         self.out: list[tuple[list[int], dict[str, Any]]] = []
-        self._since = now  # the time from which the judges count
+        self._since = now  # when the time of the judges begins
         self._ticked, self._due = now, now + beat
 
     def receive(self, source: int, message: dict[str, Any], now: float) -> None:
-        """Handles a message of another rank."""
+        """Handles a message from another rank."""
         self.heard[source] = now
         if "at" in message:  # a beat
             self.at[source] = message["at"]
@@ -74,7 +77,8 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # If this rank was declared lost, it may have slept, and the others have decided.
+            # If it is this rank that was declared lost, it may have slept, and the others know the
+            # decision.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
             self.left.setdefault(source, now)
@@ -89,12 +93,13 @@ class Watch:
         self._note(Lost(self.rank, "failed", why), now)
 
     def leave(self) -> None:
-        """Reports that this rank has finished its run, or has reported the lost rank."""
+        """Tells the other ranks that this one leaves, because it has finished its run or has
+        reported the lost rank."""
         self.out.append((self.others, {"left": True}))
 
     def tick(self, now: float) -> None:
-        """Handles the passing of time. Must be called several times per beat, after all messages
-        that have arrived are handled."""
+        """Handles the passage of time. Must be called several times per beat, each time after all
+        messages that have arrived are handled."""
         slept, self._ticked = now - self._ticked, now
         if slept > 2 * self.beat:  # messages may have arrived while this process slept
             self.heard = {r: at + slept for r, at in self.heard.items()}
@@ -107,7 +112,8 @@ class Watch:
         if self.lost:
             turn = min([*self.judges, self.rank].index(self.rank), JUDGES)
             if now - self._since > self.settle * (1 + turn):
-                # The most certain loss is the cause: others follow from it, or from a cable.
+                # The most certain loss is taken as the cause: the others follow from it, or from a
+                # broken connection.
                 surest = min(self.lost.values(), key=lambda x: (SUREST.index(x.how), x.rank))
                 self._decide(surest, self.others)
 
@@ -120,7 +126,8 @@ class Watch:
                 self._note(Lost(r, "silent", f"has not answered for {self.patience:g} s"), now)
 
     def _note(self, lost: Lost, now: float) -> None:
-        """Keeps the most certain loss of each rank, and reports it."""
+        """Records that a rank is lost, and reports this, unless it is already known with at least
+        the same certainty."""
         known = self.lost.get(lost.rank)
         if self.decided is not None:
             return
@@ -133,7 +140,7 @@ class Watch:
             self._since = now
         told = self.others if lost.rank == self.rank else self.judges
         self._send(lost, told)
-        for other in self.lost.values():  # new judges have received nothing yet
+        for other in self.lost.values():  # new judges have not received the earlier reports
             self._send(other, [r for r in self.judges if r not in before])
 
     def _decide(self, lost: Lost, tell: list[int]) -> None:
@@ -141,6 +148,6 @@ class Watch:
         self.out.append((tell, {"decided": [lost.rank, lost.how, lost.why]}))
 
     def _send(self, lost: Lost, to: list[int]) -> None:
-        """Sends a loss to other ranks."""
+        """Reports a lost rank to other ranks."""
         if to := [r for r in to if r != self.rank]:
             self.out.append((to, {"lost": [lost.rank, lost.how, lost.why]}))

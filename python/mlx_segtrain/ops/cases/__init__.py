@@ -1,8 +1,9 @@
-"""Checks and benchmarks of the ops, in a module for each, which is named like the op's folder in
-csrc/ops/.
+"""Checks and benchmarks of the ops. Each op has a module, which is named like the folder of the op
+in csrc/ops/.
 
-`checks(device, rows)` yields calls of its kernels on "cpu", "metal" or "cuda"; on a GPU they have
-this many rows. `cases(gpu)` returns the cases to time. An op has either or both.
+In such a module, `checks(device, rows)` yields calls of the op's kernels on "cpu", "metal" or
+"cuda", with this many rows, and `cases(gpu)` returns the cases to time. A module has one of these
+functions or both.
 """
 
 import importlib
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def of_every_op(kind: str) -> Iterator[Callable[..., Any]]:
-    """Yields the functions `checks` or `cases` of the ops that have them."""
+    """Yields the function called `kind` ("checks" or "cases") of each module that has it."""
     for module in pkgutil.iter_modules(__path__):
         found = getattr(importlib.import_module(f"{__name__}.{module.name}"), kind, None)
         if found is not None:

@@ -7,7 +7,8 @@ import mlx.core as mx
 from ... import _core, ops
 from .. import bench, reference, selfcheck
 
-#: Options of attention for T queries; queries after the last segment attend to nothing.
+#: Options of attention, as functions of the number of queries. Queries after the last segment
+#: attend to nothing.
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "causal": lambda t: {},
     "window": lambda t: {"window": t // 4},
@@ -15,7 +16,7 @@ CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     "softcap": lambda t: {"softcap": 2.0},
 }
 
-#: Head sizes of a thorough check on Metal, and the ones that our kernel supports.
+#: The head sizes of a thorough check on Metal, and the head sizes that our kernel supports.
 METAL_HEADS, METAL_KERNEL = (64, 128, 256, 512), (64, 128, 256)
 
 
@@ -35,7 +36,7 @@ def calls(
         kernel = functools.partial(_core.attention, options=for_core, impl=impl)
         plain = functools.partial(reference.attention, **options)
         name = f"{case}, D = {d}"
-        if "thorough" in more:  # there are several dtypes
+        if "thorough" in more:  # the dtype must be named only then
             name += f", {str(dtype).split('.')[-1]}"
         yield selfcheck.Call(op, name, kernel, plain, args, **more)
 
@@ -47,11 +48,11 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "metal":
         yield from metal_checks(rows)
         return
-    # The row passes that the blocked form uses.
+    # The kernels for rows that the blocked implementation uses.
     yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
     yield from calls("attention", "kernel", mx.bfloat16, rows)
     impls = _core.attention_impls()
-    if "hopper" in impls:  # one for each tile size
+    if "hopper" in impls:  # one call for each tile size
         for d in (64, 128, 256, 512):
             yield from calls("attention_hopper", "hopper", mx.bfloat16, rows, d)
     if "cudnn" in impls:
@@ -60,12 +61,14 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks of each dtype and head size; only the smallest in bfloat16 is not thorough."""
+    """Yields checks for each dtype and head size. All of them are thorough except the smallest head
+    size in bfloat16."""
     nax = _core.has_neural_accelerators()
     for dtype in (mx.bfloat16, mx.float16, mx.float32):
         for d in METAL_HEADS:
             thorough = dtype != mx.bfloat16 or d != METAL_HEADS[0]
-            # Neural accelerators, which MLX's products use, round float32 to TF32.
+            # The neural accelerators, which MLX's matrix multiplications use, round float32 to
+            # TF32.
             rough = nax and dtype == mx.float32
             how: dict[str, Any] = {"thorough": thorough}
             products: dict[str, Any] = how | ({"bound": selfcheck.HALF_BOUND} if rough else {})
@@ -104,7 +107,8 @@ def attention(
 
     one = 4.0 * bench.pairs(t, window, segments) * heads * d
     impls = ["auto", *_core.attention_impls(), "mlx"]
-    flops = {"forward": one, "both": 3.5 * one}  # gradients need the forward pass
+    # The gradients alone would also need the forward pass.
+    flops = {"forward": one, "both": 3.5 * one}
     return bench.Case("attention", shape, impls, run, flops)
 
 

@@ -1,4 +1,5 @@
-"""Linear layers of a step of generation with updates by rows, in one launch on CUDA."""
+"""Linear layers in a step of generation, with a LoRA update per row. On CUDA this takes one kernel
+launch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,8 @@ from ... import _core, ops
 from .. import bench, reference, selfcheck
 from .linear import frozen, mlx_product
 
-#: Bits of a weight, group size, rows of x, ranks of the linear layers (0 means no update).
+#: Bits of the weights (0 means dense), group size, number of rows of x, and ranks of the linear
+#: layers (0 means no update).
 CASES = (
     (4, 64, 1, (8, 0, 8)),
     (4, 32, 4, (16, 3)),
@@ -23,7 +25,8 @@ CASES = (
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks. The op has no gradient, so it is a factor of a product that has one."""
+    """Yields checks. The op has no gradient, so its result is multiplied by an array that has
+    one."""
     if device != "cuda":
         return
     width, adapters = 512, 3
@@ -60,8 +63,8 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def linears(name: str, outs: tuple[int, ...], width: int, rank: int, rows: int) -> bench.Case:
-    """Returns layers of 4 bits that read the same rows, of which each has one of three adapters;
-    MLX's are without updates."""
+    """Returns the case of 4-bit layers that read the same rows, where each row uses one of three
+    adapters. MLX's implementation computes no updates."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         bases = [frozen(out, width, 4, 64, seed=i) for i, out in enumerate(outs)]
@@ -80,7 +83,7 @@ def linears(name: str, outs: tuple[int, ...], width: int, rank: int, rows: int) 
 
 
 def cases(gpu: bool) -> list[bench.Case]:
-    """Returns the layers of MiniCPM5-1B."""
+    """Returns cases with the layers of MiniCPM5-1B."""
     layers = (
         ("q, k, v", (2048, 256, 256), 1536, 16),
         ("o", (1536,), 2048, 16),

@@ -13,7 +13,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "metal":
         return
     dtype = mx.float32 if device == "cpu" else mx.bfloat16
-    vocabulary = 2000 if device == "cpu" else 17000  # two tiles
+    vocabulary = 2000 if device == "cpu" else 17000  # two tiles of the head
     h, w = selfcheck.normal((rows, 512), (vocabulary, 512), dtype=dtype)
     head, targets = _core.Base(w / 16), mx.arange(rows) * 31 % vocabulary
     how: dict[str, Any] = {"head": head, "targets": targets, "softcap": 30.0}

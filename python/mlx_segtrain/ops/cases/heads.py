@@ -1,4 +1,4 @@
-"""Heads of q, k and v from one product, with q and k rotated, which is one kernel on CUDA."""
+"""Heads of q, k and v from one matrix product, with q and k rotated. On CUDA this is one kernel."""
 
 import functools
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from .linear import with_factors
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks of two rows, packed or not: with q, k and v, with keys that are also values,
-    and with q alone."""
+    """Yields checks with two rows, packed or not, in three variants: q, k and v come from three
+    layers, keys are also the values, or there is only q."""
     if device != "cuda":
         return
     heads, groups, d, width = 4, 2, 64, 256

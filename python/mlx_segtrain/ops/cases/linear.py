@@ -1,4 +1,4 @@
-"""Products with a frozen weight: a layer with its low-rank update, and dequantization alone."""
+"""Ops with a frozen weight: a linear layer with its low-rank update, and dequantization alone."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from .. import bench, reference, selfcheck
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks of a wide and a narrow weight."""
+    """Yields checks with a wide and with a narrow weight."""
     if device == "metal":
         return
     dtype = mx.float32 if device == "cpu" else mx.bfloat16
@@ -30,10 +30,10 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def frozen(out: int, width: int, bits: int, group: int, seed: int = 0) -> ops.Base:
-    """Returns a quantized weight of normally distributed values."""
+    """Returns a quantized weight with normally distributed values."""
     w = bench.normal(out, width, seed=seed) / width**0.5
     packed = mx.quantize(w, group_size=group, bits=bits)
-    mx.eval(packed)  # otherwise a compiled call would quantize
+    mx.eval(packed)  # otherwise a compiled call would do the quantization
     return ops.Base(*packed, group_size=group, bits=bits)
 
 
@@ -57,7 +57,7 @@ def mlx_product(x: mx.array, base: ops.Base) -> mx.array:
 
 
 def mlx_linear(x: mx.array, w: ops.Linear) -> mx.array:
-    """The product as mlx-lm computes it, with float32 factors."""
+    """Returns the output of a LoRA layer as mlx-lm computes it, with float32 factors."""
     low = (x @ w.a) @ w.b  # pyright: ignore[reportOperatorIssue]
     return mlx_product(x, w.base) + (w.scale * low).astype(x.dtype)
 

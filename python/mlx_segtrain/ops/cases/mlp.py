@@ -25,7 +25,7 @@ def mlp(
 
     one = 6.0 * rows * width * hidden
     shape = f"{rows}×{width}/{hidden} r{rank}"
-    flops = {"forward": one, "both": 2 * one}  # gradients need gate and up
+    flops = {"forward": one, "both": 2 * one}  # the gradients alone would also need gate and up
     return bench.Case("lora_glu_mlp", shape, ["kernel", "stock", "mlx"], run, flops)
 
 

@@ -20,7 +20,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "cpu":
         yield call("", (1, 4, rows, 128), mx.float32, [])
         return
-    ends = [0, 7, rows // 3, rows]  # without segments MLX's own rope is used
+    ends = [0, 7, rows // 3, rows]  # without segments, MLX's rope is used
     for traditional in (False, True):
         for dtype in (mx.bfloat16, mx.float32):
             name = f"{str(dtype).split('.')[-1]}, {'neighbours' if traditional else 'halves'}"

@@ -11,14 +11,15 @@ from .. import reference, selfcheck
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device != "cuda":
         return
-    index = mx.arange(rows) * 31 % (rows // 2)  # unordered, and most of them twice
+    index = mx.arange(rows) * 31 % (rows // 2)  # unordered, and most indices occur twice
     x = selfcheck.normal((rows, 96), dtype=mx.bfloat16)
     yield selfcheck.Call.of("take_rows", "", x, index=index)
     yield from _of_a_table(rows, index)
 
 
 def _of_a_table(rows: int, index: mx.array) -> Iterator[selfcheck.Call]:
-    """Yields checks of ops without a gradient, as factors of a product that has one."""
+    """Yields checks of ops without gradients. Their results are multiplied by an array that has
+    one."""
     w, x, norm = selfcheck.normal((rows // 2, 512), (rows, 128), (1, 128), dtype=mx.bfloat16)
     table = _core.Base(*mx.quantize(w, bits=4), group_size=64, bits=4)
 
