@@ -18,10 +18,10 @@ from .encoding import Pair, Row
 class Batch:
     """A batch of B sequences: `tokens` is int32 [B, T]; `weights` is float32 [B, T], 0 on padding.
 
-    `rows` holds indices into the data, and `lengths` counts tokens without padding; both are
-    int64 [B]. `reference` is float32 [B], or None. `numbers` maps names to the rows' additional values,
-    each float32 [B, T] and 0 on padding. In a `packed` batch, tokens, weights and numbers are
-    [1, T]: the B sequences follow one another without padding.
+    `rows` holds indices into the data, and `lengths` counts tokens without padding; both are int64
+    of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional values of
+    the rows, each float32 [B, T] and 0 on padding. In a `packed` batch the B sequences follow one
+    another without padding, and tokens, weights and numbers are [1, T].
     """
 
     tokens: np.ndarray

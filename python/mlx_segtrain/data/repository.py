@@ -1,10 +1,10 @@
-"""Finds and downloads the files of data sets on the Hugging Face Hub.
+"""Finds and downloads the files of data sets on the Hugging Face hub.
 
 A name has the form org/name[@revision][/configuration][:split]. The files of each split are listed
 in the repository's card; if they are not, the file names determine the splits. Files are downloaded
 unchanged and then read like local files. Downloads can be resumed, and once the files are cached,
 they can be read offline. Programs in a repository are never run. If no file has a supported format,
-the Hub's own Parquet copies are used.
+the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = re.compile(
     re.ASCII,
 )
 CARD = "README.md"
-#: The revision with the Parquet files that the Hub has made from a repository, in one folder per
+#: The revision with the Parquet files that the hub has made from a repository, in one folder per
 #: split.
 CONVERTED = "refs/convert/parquet"
 #: Prefixes of the names of splits. Validation rows come from the first that exists.
@@ -47,7 +47,7 @@ Splits = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Named:
-    """A data set on the Hub. The configuration and the split are optional."""
+    """A data set on the hub. The configuration and the split are optional."""
 
     repository: hub.Repository
     config: str | None = None
@@ -72,7 +72,7 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """If `text` names the data set whose snapshot is `folder`, a folder in the Hub's cache, adds
+    """If `text` names the data set whose snapshot is `folder`, a folder in the hub's cache, adds
     the snapshot's commit to the name. If `text` names another data set or has a revision, it is
     returned unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
@@ -233,7 +233,7 @@ def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
 
 
 def _by_folder(rows: list[str]) -> dict[str, Splits]:
-    """Groups the Hub's own copies, whose paths are configuration/split/0000.parquet."""
+    """Groups the hub's own copies, whose paths are configuration/split/0000.parquet."""
     configs: dict[str, Splits] = {}
     for file in rows:
         config, *rest = file.split("/")

@@ -165,7 +165,7 @@ def sources_of(
     """Returns the training rows and, if there are any, the validation rows. Raises InputError if
     there are no training rows.
 
-    `data` is a file, a folder, a name on the Hugging Face Hub (repository.py), or rows in Python:
+    `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
     dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. If `data` has no
     validation rows, `valid` may give them. `tell` receives the progress of downloads. If `ask` is
     false, nothing is downloaded.
@@ -214,7 +214,7 @@ def source_of(path: Path) -> Source:
 
 
 def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source, Source | None]:
-    """Returns the sources for a file, a folder or a repository on the Hub."""
+    """Returns the sources for a file, a folder or a repository on the hub."""
     place = Path(data).expanduser()
     own = None if format_of(place) else repository.named(data)
     if own is not None:

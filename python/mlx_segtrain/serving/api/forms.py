@@ -1,4 +1,4 @@
-"""Requests and answers of /api."""
+"""Requests and responses of /api."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -28,7 +28,7 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error in one sentence; for a field also its name, the value and the allowed values."""
+    """An error as one sentence. For a field, also its name, its value and the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -38,25 +38,25 @@ class Problem(BaseModel):
 
 
 class Closed(BaseModel, extra="forbid"):
-    """A request that refuses unknown fields."""
+    """A request that rejects unknown fields."""
 
 
 def _fields(names: Iterable[str]) -> type[BaseModel]:
-    """Returns a request with these fields of TrainConfig."""
+    """Returns a request model with these fields of TrainConfig."""
     known = TrainConfig.model_fields
     own: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in names}
     return create_model("RunFields", __base__=Closed, **own)
 
 
 def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
-    """Returns an answer with the fields of a dataclass, except those in `but`."""
+    """Returns a response model with the fields of a dataclass, except those in `but`."""
     own: dict[str, Any] = {x.name: (x.type, ...) for x in fields(record) if x.name not in but}
     return create_model(record.__name__, **own)
 
 
 class RunRequest(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
-    """A training run (docs/configuration.md), checked as on the command line. Without adapter_path,
-    the server chooses a folder."""
+    """A training run (docs/configuration.md), checked as on the command line. If adapter_path is
+    omitted, the server chooses a folder."""
 
     adapter_path: str | None = None
 
@@ -72,17 +72,18 @@ class FinetuneSubmit(RunRequest, Ranked):
 
 
 class PlanRequest(RunRequest):
-    """A training run; data_dir is optional, because memory does not depend on it."""
+    """A training run whose data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
 
 
 class CopyRequest(PlanRequest, Ranked):
-    """A training run to copy."""
+    """A training run to copy as text."""
 
 
 class EvaluateRequest(RunRequest):
-    """A model, data, and settings that affect the loss; without adapter_path, the base model."""
+    """A model, data, and the settings that affect the loss. If adapter_path is omitted, the base
+    model is evaluated."""
 
     split: Literal["valid", "train"] = "valid"
     with_base: bool = Field(
@@ -91,7 +92,7 @@ class EvaluateRequest(RunRequest):
 
 
 class JobRow(_answer(Row, but=INTERNAL)):
-    """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
+    """A job. Its times are UTC in the format "YYYY-MM-DD HH:MM:SS"."""
 
     title: str = Field(description="The kind of the job, in words.")
     name: str = Field(description="The job's label, or a short description of its inputs.")
@@ -117,7 +118,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """Name, note and tags of a job; omitted fields are unchanged."""
+    """The name, note and tags of a job. Omitted fields stay unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -139,7 +140,7 @@ class JobsAnswer(Answer):
 
 
 class Submitted(Answer):
-    """The id of a new job, in two spellings."""
+    """The id of a new job, under two names."""
 
     job_id: str
     jobId: str
@@ -151,7 +152,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """Two adapters to merge into one, or an adapter to merge into its base model."""
+    """Two adapters to merge into one, or one adapter to merge into its base model."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -198,7 +199,7 @@ class Copies(Answer):
 
 
 class Settings(Closed):
-    """A YAML file for `train --config`."""
+    """The content of a YAML file for `train --config`."""
 
     yaml: Annotated[str, Field(max_length=1 << 16)]
 
@@ -209,7 +210,7 @@ class Fault(BaseModel):
 
 
 class ReadSettings(Answer):
-    """The known settings of a file, and its faults."""
+    """The known settings in a file, and the errors in it."""
 
     values: dict[str, Any]
     faults: list[Fault]
@@ -234,7 +235,8 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """A folder, or the output of a job, to upload to a repository on the Hugging Face hub."""
+    """A folder, or a job whose output, is to be uploaded to a repository on the Hugging Face
+    hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -248,7 +250,8 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """A model or a data set on the Hugging Face hub to download into this machine's cache."""
+    """A model or a data set on the Hugging Face hub that is to be downloaded into this machine's
+    cache."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
@@ -284,8 +287,8 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` names its effects outside of a run; it applies to `methods`, or
-    to all if that is empty."""
+    """A field of a run. `affects` lists its effects outside training. The field applies to
+    `methods`, or to all methods if that list is empty."""
 
     name: str
     title: str
@@ -373,7 +376,7 @@ class State(Answer):
 
 
 def schema() -> Defaults:
-    """Returns all fields of a run that the server accepts, for the page's form."""
+    """Returns all fields of a run that the server accepts. The page makes its form from them."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 
