@@ -1,8 +1,8 @@
 """Runs mlx.launch for a job with several ranks (group.py): main(WATCHED, *ARGUMENTS).
 
-mlx.launch does not end the ranks if it is killed itself, or if the job's process is. So it runs in
-a process group with its local ranks, which ends when the pipe WATCHED is closed: the job's process
-holds the other end.
+mlx.launch does not end the ranks if it is killed, or if the job's process is. So mlx.launch runs in
+one process group with its local ranks, and the group ends when the pipe WATCHED is closed, whose
+other end the job's process holds.
 """
 
 import os

@@ -1,8 +1,8 @@
 """A rank of a job, started by mlx.launch (launcher.py): main(KIND).
 
-It reads the job's configuration from stdin, so that no list of processes shows it. Its events go to
-the job's process (group.py) as one line each; mlx.launch may cut the output between any two bytes,
-so they are ASCII.
+The rank reads the job's configuration from stdin, so that lists of processes do not show it. It
+prints its events as one line each for the job's process (group.py). They are ASCII, because
+mlx.launch may split the output between any two bytes.
 """
 
 import json
@@ -19,7 +19,7 @@ from .worker import Printed, last_event, run_confined
 
 
 def main(kind: str) -> int:
-    """Runs this rank's part of a job; returns 0, or 1 (it failed)."""
+    """Runs this rank's part of a job. Returns 0, or 1 if it failed."""
     hide_torch()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     sys.stdout = sys.stderr = printed = Printed()
@@ -31,13 +31,13 @@ def main(kind: str) -> int:
     printed.end()
     tell({"type": "end", "rank": rank, "event": end})
     if end["type"] == "failed":
-        os._exit(1)  # a normal exit would wait for the device, which may wait for a lost rank
+        os._exit(1)  # a normal exit waits for the device, which may wait for a lost rank
     return 0
 
 
 def _given() -> dict[str, Any]:
-    """Reads lines up to an empty one, and closes stdin. Otherwise mlx.launch would check all the
-    time whether stdin can be written, which takes a whole core."""
+    """Reads lines up to an empty one, and closes stdin. If stdin stayed open, mlx.launch would
+    constantly check whether it can write to it, which takes a whole core."""
     text = "".join(line.rstrip("\r\n") for line in takewhile(str.strip, sys.stdin))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     return json.loads(text)
