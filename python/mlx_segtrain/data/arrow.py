@@ -68,8 +68,9 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces each column whose type JSON does not have, such as images, with booleans that say
-    whether the row has a value. The values themselves are not needed, and their size is unknown."""
+    """Replaces each column whose type does not exist in JSON, such as images, with booleans that
+    say whether a row has a value. The values themselves are not needed, and their size is
+    unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):
@@ -83,8 +84,8 @@ def _of_json(batch: Any) -> Any:
 
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
-    """Yields slices of a batch, each with its size in bytes, that stay small when they are written
-    out."""
+    """Splits a batch into slices that are small when they are written out. Yields each slice with
+    its size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
         waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:

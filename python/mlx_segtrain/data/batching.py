@@ -40,9 +40,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both complete sequences of each pair. In every pair, the two sequences have the same first
-    `shared` tokens. `reference` is float32 [2B], first for the chosen and then for the rejected
-    responses, or None."""
+    """Both complete sequences of each pair. The first `shared` tokens are the same in both
+    sequences of every pair. `reference` is None, or float32 [2B]: the values of the chosen
+    responses, followed by those of the rejected ones."""
 
     chosen: Batch
     rejected: Batch
@@ -60,8 +60,8 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
     The order is different in every epoch. Rows of similar length share a batch, and every batch has
     the same proportion of labels as the data. Rows that do not fill the last batch are left out of
-    an epoch; which rows these are differs from epoch to epoch. If the data set is packed, a batch
-    has `batch_size` packed rows, and the last batch of an epoch has the remaining ones. Raises
+    an epoch; each epoch leaves out different rows. If the data set is packed, a batch has
+    `batch_size` packed rows, and the last batch of an epoch has the remaining ones. Raises
     InputError if the data set is not packed and has fewer rows than `batch_size`.
     """
     n = len(dataset)

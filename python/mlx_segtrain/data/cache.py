@@ -42,8 +42,7 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: The minimum bytes of rows from which a cache (SMALL) and more than one process (LARGE) are
-#: worthwhile.
+#: A cache is worthwhile from SMALL bytes of rows on, and more than one process from LARGE bytes on.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -204,7 +203,7 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """Returns all batches of a source, after creating those that are missing. Raises InputError.
+    """Returns all batches of a source, and creates the missing ones first. Raises InputError.
 
     Only one process at a time does this. If the folder is not writable, the batches stay in memory.
     """

@@ -27,14 +27,14 @@ Split = Literal["train", "valid"]
 class Dataset:
     """The samples of a split that have tokens in the loss.
 
-    `rows` are Row or Pair, and may be created on access: code that needs the properties of all rows
-    uses `columns`. `format` is a name of formats.FORMATS, or mixed. `n_rows` counts the rows that
-    were read. `truncated` counts the truncated rows (for pairs, those that lost part of a
-    response), `prompts_cut` the rows that lost the beginning of their prompt, and `dropped` the
-    samples without a token left in the loss. `pad_id` fills short rows. `notes` has the findings
-    about the rows, and `said` has sentences about rows that were dropped or held out. `name` is the
-    name of the source. `packed` is the length, in tokens, of the rows into which samples are
-    packed, or 0 without packing.
+    `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
+    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
+    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (for
+    pairs, those that lost part of a response), `prompts_cut` counts the rows that lost the
+    beginning of their prompt, and `dropped` counts the samples that had no token left in the loss.
+    `pad_id` fills short rows. `notes` has the findings about the rows, and `said` has sentences
+    about rows that were dropped or held out. `name` is the name of the source. `packed` is the
+    length, in tokens, of the rows into which samples are packed, or 0 without packing.
     """
 
     rows: Sequence[Any]

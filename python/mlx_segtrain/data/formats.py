@@ -167,7 +167,7 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a row with an instruction and an optional input, which together are the prompt."""
+    """Checks a row with an instruction and an optional input, which together form the prompt."""
     for key in ("prompt", "completion"):
         expect(f'{source}: "{key}"', row[key], str)
     about = [row[key] for key in ("input", "context") if row.get(key) is not None]
@@ -449,9 +449,9 @@ class Format:
     `means` lists the names under which the check reads the keys, if they differ. `more` lists the
     other keys that are read. `check` returns the row in the form that `encode` takes, or raises
     InputError. `encode` tokenizes records, which all have this format or another format with the
-    same `encode`; the default joins the `samples` of each record's format. `rows` lists the kinds
-    of rows (config.ROWS) for which the format can be used; the first kind uses all keys. With
-    `reads_all`, all other keys are stored with the row.
+    same `encode`. By default, it tokenizes the samples that `samples` of each record's format
+    returns. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
+    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]

@@ -58,7 +58,7 @@ class Report:
     """The result of `inspect`.
 
     `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
-    `formats` counts them by format, and `duplicates` counts rows that repeat an earlier one.
+    `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
     Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields
     that need a tokenizer are None or empty if there is none. `epoch` describes an epoch without
     packing; `packed` describes one with packing, if the data can be packed. `remarks` holds

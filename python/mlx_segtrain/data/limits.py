@@ -20,7 +20,7 @@ VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
 #: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
-#: to a tenth of its size, zeros to a ten-thousandth.
+#: to a tenth of its size, and zeros compress to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
 #: The process that reads a table (tables.py) may take HELD bytes of memory, or HELD_TIMES the
 #: file's size if that is more, since a valid file may have all of its rows in one batch.
@@ -41,7 +41,7 @@ def told(path: Path | str) -> Iterator[None]:
 
 
 def within(line: bytes, source: str) -> bytes:
-    """Returns a line, which is a row. Raises InputError if it is too long."""
+    """Returns `line`, which contains a row. Raises InputError if the line is too long."""
     check_length(len(line), source)
     return line
 

@@ -41,7 +41,8 @@ def kind_of(value: Any) -> str:
 
 
 def expect(what: str, value: Any, *kinds: type) -> None:
-    """Raises InputError, which calls the value `what`, unless its type is one of `kinds`."""
+    """Raises InputError unless the type of the value is one of `kinds`. The error calls the value
+    `what`."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
         raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")

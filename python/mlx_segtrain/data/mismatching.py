@@ -11,8 +11,9 @@ from .encoding import Pair, Row
 
 
 def mismatched(data: Dataset, tokens: int) -> Dataset:
-    """Returns pairs of at most `tokens` tokens. Each consists of a row, and of its prompt with a
-    response to another prompt. Raises InputError if all rows have the same prompt.
+    """Returns pairs of at most `tokens` tokens. The first sequence of a pair is a row, and the
+    second is the prompt of this row with a response to another prompt. Raises InputError if all
+    rows have the same prompt.
 
     The choice depends only on the data. Therefore the reference's outputs are computed only once,
     and a batch may have a single row. The other response is about as long as the row's own

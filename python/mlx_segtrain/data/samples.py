@@ -152,7 +152,7 @@ def _batch(
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns the columns for sequences. `ends` has the end of each run of equal weights, counted
-    from the start of its row."""
+    from the start of the row."""
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
@@ -353,9 +353,9 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """Returns the columns of all samples when truncated on the right to `most` tokens. `shared`
-        and `top` are exceptions, which cover all tokens. Because pairs are also truncated on the
-        left, their columns are right only if both sequences have at most `most` tokens."""
+        """Returns the columns of all samples when truncated on the right to `most` tokens, except
+        `shared` and `top`, which cover all tokens. Because pairs are also truncated on the left,
+        their columns are right only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])

@@ -1,4 +1,4 @@
-"""The spellings of messages, since each chat template understands only some of them.
+"""Converts messages between spellings, because each chat template understands only some of them.
 
 Rows have OpenAI's form, but templates differ in what they read: the arguments of tool calls as JSON
 text or as a mapping; missing content as a missing key or as ""; reasoning under one of three keys,
@@ -24,7 +24,7 @@ class Spelling:
 
     ids: Literal["given", "short"] = "given"  #: Mistral's templates need short ids
     arguments: Literal["mapping", "text"] = "mapping"
-    null: Literal[None, ""] = None  #: missing content is a missing key, or ""
+    null: Literal[None, ""] = None  #: what replaces missing content; None: no key
     developer: Literal["developer", "system"] = "developer"  #: the role of developer messages
     reasoning: Literal["given", ReasoningKey, "tags"] = "given"
     content: Literal["text", "parts"] = "text"

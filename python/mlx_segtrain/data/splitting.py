@@ -1,4 +1,5 @@
-"""Decides by content which rows are held out, which are duplicates, and which are in two sets.
+"""Decides by their content which rows are held out, which are duplicates, and which are in two
+sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
 split, and a resumed run has the same split.

@@ -44,7 +44,8 @@ def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
-    """Returns whether the template renders content only as a list of parts, not as text."""
+    """Returns whether the template renders content only if it is a list of parts, and not if it is
+    text."""
 
     def renders(parts: bool) -> bool:
         asked = [{"role": "user", **content(MARK, parts)}]
@@ -63,7 +64,7 @@ def content(text: str, parts: bool) -> dict[str, Any]:
 
 #: Renders messages whose values are all strings, with or without the generation prompt.
 Direct = Callable[[Sequence[Message], bool], str]
-#: A typical conversation with which two ways to render are compared.
+#: A typical conversation with which two methods of rendering are compared.
 PROBE = [
     {"role": "system", "content": "Be\ue000"},
     *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],

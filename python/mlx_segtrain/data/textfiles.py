@@ -89,8 +89,8 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a file with a JSON list, or with JSON lines, which often have this
-    extension too."""
+    """Yields the blocks of a file with a JSON list or JSON lines. Files of JSON lines often have
+    the extension .json, too."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():

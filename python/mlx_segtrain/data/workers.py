@@ -1,4 +1,5 @@
-"""Tokenizes blocks in one or several processes, and writes the samples to files or to memory."""
+"""Tokenizes blocks in one or several processes. The samples are written to files or stay in
+memory."""
 
 import gc
 import os

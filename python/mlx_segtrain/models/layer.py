@@ -590,8 +590,8 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """Returns q and k, whose heads are normalized and rotated, and v. If `linears` contains
-        only the layer for q, returns q alone."""
+        """Returns q and k, whose heads are normalized and rotated, and v. If only the linear layer
+        of q is given, returns q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
