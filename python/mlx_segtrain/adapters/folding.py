@@ -16,7 +16,7 @@ from .tying import check_base
 
 #: Maximum bytes of a weight file, unless a single tensor is larger.
 SHARD = 4 << 30
-#: The share of an update above which the report warns that it is lost.
+#: The report warns if more than this share of an update is lost.
 LOST = 0.1
 #: The tensors that a module may have if an update is to be merged into it: a dense module, and a
 #: quantized one.

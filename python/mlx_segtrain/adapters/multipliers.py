@@ -85,9 +85,9 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Returns a function that computes a layer's value in the same way as PEFT: the value of the
-    first pattern that matches the whole path or the end of the path after a dot or, if no pattern
-    matches, the general value.
+    """Returns a function that computes a layer's value in the same way as PEFT. It is the value of
+    the first pattern that matches the whole path, or the end of the path after a dot. If no pattern
+    matches, it is the general value.
 
     Patterns are untrusted. For any pattern, RE2 takes time proportional to the length of the text,
     and bounded memory. Raises InputError for patterns that RE2 does not support, and for too many

@@ -278,7 +278,8 @@ def wide() -> Console:
 
 
 def show_fold(report: folding.Report) -> None:
-    """Prints the result of a merge, and the linear layers that lost most of their updates."""
+    """Prints the result of a merge, and the linear layers that lost the largest shares of their
+    updates."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")

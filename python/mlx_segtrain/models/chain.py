@@ -186,7 +186,7 @@ class Chain:
 
     @property
     def tied(self) -> bool:
-        """Whether the model has no separate head that is adaptable."""
+        """Whether the model lacks a separate head that is adaptable."""
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:

@@ -41,7 +41,7 @@ class LayerForm:
     softcap: bool = False
     separate_values: bool = True  #: if False, the values are the keys
     q_norm: bool = False
-    wide_norms: bool = False  #: if False, the keys are also the values
+    wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
     own_input: int = 0  #: the width of an input that is made from the tokens for this layer only
@@ -118,8 +118,8 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """Returns the forms of all layers, with the fields `gives` and `trims`, which link layers,
-    set."""
+    """Returns the forms of all layers after setting `gives` and `trims`, the fields that link
+    layers."""
     donors = {form.donor for form in forms}
     # After the last layer that has its own keys, the rows before the first one with a loss are not
     # needed.

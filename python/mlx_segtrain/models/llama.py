@@ -1,5 +1,5 @@
 """Llama-style models: a norm before attention with rotary q and k, a norm before SwiGLU, and a
-residual connection around both.
+residual connection around each.
 
 The following differences between models are read from mlx-lm's modules: biases, norms of q and k,
 norms after the branches, fused projections, layers without rotation, and multipliers.

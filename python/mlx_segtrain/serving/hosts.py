@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
 
-#: The name of this machine with which mlx.launch does not use SSH.
+#: The name of this machine for which mlx.launch does not use SSH.
 HERE = "127.0.0.1"
 #: MLX's backends. The first two need no special hardware to connect ranks.
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")

@@ -1,5 +1,5 @@
-"""Searches the hub for clients that send a request per keystroke: caches results and limits
-requests."""
+"""Searches the hub for clients, which send a request for each keystroke. Results are cached, and
+requests are limited."""
 
 import time
 from collections import OrderedDict, deque

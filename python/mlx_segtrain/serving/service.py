@@ -68,7 +68,7 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits into memory, with a sentence, and the plan if it fits."""
+    """Whether a run fits into memory, a sentence about that, and the plan if it fits."""
 
     fits: bool
     message: str
@@ -346,8 +346,8 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation with or without an adapter or, if `with_base` is set, one with
-        both."""
+        """Submits an evaluation of a model with or without an adapter. If `with_base` is set, both
+        are evaluated."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(

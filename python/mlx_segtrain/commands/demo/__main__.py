@@ -1,5 +1,4 @@
-"""Prepares the model and the data for the recipes: `python -m mlx_segtrain.commands.demo DIR
-[sums]`.
+"""Prepares the recipes' model and data: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
 It writes train.jsonl and valid.jsonl to DIR, and prints the folder of the demo's model. The files
 contain preference pairs or, with `sums`, sums.

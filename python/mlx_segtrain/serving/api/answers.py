@@ -27,13 +27,13 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: A client may disconnect while it waits for a whole completion; this is checked after this many
-#: seconds.
+#: Seconds between two checks of whether a client that waits for a whole completion has
+#: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
 #: Maximum number of tokens in a request, including alternatives, whose log-probability is returned.
 MOST_TOLD = 1_000_000
-#: Maximum seconds that tool calls wait until they are parsed in another process.
+#: Maximum seconds for which tool calls wait to be parsed in another process.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -97,7 +97,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # differ, also with a seed
+                for i in range(body.n or 1):  # with a seed, all differ but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
@@ -254,7 +254,7 @@ class Answers:
             await self.close()
         return found if all(own.finish for own in found) else None
 
-    # Log probabilities, in OpenAI's two formats
+    # Log-probabilities, in OpenAI's two formats
 
     def _word(self, token: int) -> tuple[str, list[int]]:
         if token not in self._words:

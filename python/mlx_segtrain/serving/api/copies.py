@@ -47,7 +47,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 
 def as_python(values: Mapping[str, Any]) -> str:
-    """Returns a Python program that does the run."""
+    """Returns a Python program that starts the run."""
     given = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     imports = "from mlx_segtrain import TrainConfig, train"
     return f"{imports}\n\nconfig = TrainConfig(\n{given})\nresult = train(config)\n"

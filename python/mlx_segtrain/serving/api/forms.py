@@ -152,7 +152,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """Two adapters to merge into one, or one adapter to merge into its base model."""
+    """The merge of two adapters into one, or of one adapter into its base model."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -235,8 +235,7 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """A folder, or a job whose output, is to be uploaded to a repository on the Hugging Face
-    hub."""
+    """The upload of a folder, or of a job's output, to a repository on the Hugging Face hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -250,8 +249,7 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """A model or a data set on the Hugging Face hub that is to be downloaded into this machine's
-    cache."""
+    """The download of a model or a data set from the Hugging Face hub into this machine's cache."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"

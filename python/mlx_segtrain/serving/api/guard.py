@@ -27,7 +27,7 @@ logger = logging.getLogger("mlx_segtrain.serving")
 MOST_BYTES = 8 << 20
 #: Lower limits by path. A login sends only a token, which is short.
 SMALL_BODIES = {"/login": 4096}
-#: Maximum bytes of all bodies in memory, without the first FREE bytes of each body.
+#: Maximum bytes of all bodies in memory, not counting the first FREE bytes of each body.
 MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Maximum seconds until the next part of a body arrives, and until the whole body has arrived.
 PART_S, BODY_S = 10.0, 60.0

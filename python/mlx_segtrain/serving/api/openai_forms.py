@@ -594,7 +594,7 @@ class UnmountAnswer(BaseModel):
     removed_layers: int
 
 
-# Meaning
+# How requests are interpreted
 
 
 def _parsed(schema: str | dict[str, Any], where: str) -> Any:

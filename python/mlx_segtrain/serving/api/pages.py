@@ -23,7 +23,7 @@ PAGES = {
     **{"/finetune": "setup", "/finetune/": "setup", "/finetune/jobs": "jobs"},
     **{"/finetune/job/{id}": "job", "/finetune/library": "library", "/finetune/chat": "chat"},
 }
-#: Addresses of single files, and the files.
+#: Single files, by their addresses.
 ONES = {"/login.css": "login.css", "/favicon.ico": "icon.svg"}
 IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
 

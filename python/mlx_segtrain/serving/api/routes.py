@@ -48,7 +48,7 @@ async def health(service: Used) -> forms.Health:
 
 @router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
 async def metrics(service: Used) -> PlainTextResponse:
-    """The numbers of requests and tokens, and times, by adapter and in Prometheus format."""
+    """Metrics for each adapter in Prometheus format: requests, tokens and response times."""
     text = service.engine.metrics.text()
     return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
@@ -113,7 +113,7 @@ async def datasets(service: Used) -> forms.DatasetsAnswer:
 @router.get("/api/adapters", tags=["models and data"])
 async def adapters(service: Used, model_dir: str | None = None) -> forms.AdaptersAnswer:
     """The adapters below the server's roots that a model can use. If no model is given, all
-    adapters."""
+    adapters are listed."""
     found = await service.adapters(None if model_dir is None else service.place(model_dir))
     rows = [
         forms.AdapterFolder(
@@ -171,7 +171,7 @@ async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
-    """Starts a job that does a training run."""
+    """Starts a training run as a job."""
     row = service.submit(body.model_dump(exclude_unset=True, exclude={"ranks"}), body.ranks)
     return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
@@ -304,7 +304,7 @@ async def delete(id: str, service: Used) -> forms.Answer:
 async def stream(
     service: Used,
     id: str,
-    after: Annotated[int, Query(ge=0, description="Only events after this id are sent.")] = 0,
+    after: Annotated[int, Query(ge=0, description="Only events with a higher id are sent.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
     """Streams the events of a job until it has ended, and then sends `event: end`. If `after` is

@@ -120,8 +120,8 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
 
 
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
-    """Deletes an uploaded folder, or only a file in it. A folder that is then empty is also
-    deleted."""
+    """Deletes an uploaded folder, or only a file in it. If the folder is then empty, it is deleted,
+    too."""
     place = service.uploads / kind / name
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:

@@ -1,4 +1,4 @@
 """Handles untrusted templates, tokenizers and data in processes that can be killed.
 
-parent.py starts the processes and sends them commands; child.py is what they run.
+parent.py starts the processes, which run child.py, and sends them commands.
 """

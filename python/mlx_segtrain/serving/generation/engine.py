@@ -1,8 +1,8 @@
 """One base model, its adapters, and the thread that generates.
 
-MLX's streams belong to a thread, so everything that creates arrays runs on this thread. Each round
-first computes parts of the waiting prompts, with the arrays of one adapter in the base's linear
-layers. Then it computes one token of every completion in one forward pass for all adapters
+An MLX stream belongs to one thread, so everything that creates arrays runs on the engine's thread.
+Each round first computes parts of the waiting prompts, with the arrays of one adapter in the base's
+linear layers. Then it computes one token of every completion in one forward pass for all adapters
 (batching.py), in which each row has its own update. Each request has its own cache, random key and
 counts, so its completion does not depend on other requests, except in the last bits: matrix
 products of several rows are summed in another order. A request with `deterministic` is decoded
@@ -49,8 +49,8 @@ MOST_ACTIVE, MOST_WAITING = 64, 256
 #: LONGEST_WAIT_S seconds is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
 #: Before a model is loaded, the engine waits up to SWAP_S seconds for completions in progress; no
-#: request can start in the meantime. If it waited in vain, loading is refused for SWAP_REST_S
-#: seconds.
+#: request can start in the meantime. If completions are still in progress after that, loading is
+#: refused for SWAP_REST_S seconds.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
 #: The maximum number of prompt tokens that are computed at once (on the CPU and on a GPU), and the
 #: minimum while completions are being decoded.
@@ -59,10 +59,10 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: of the completions. If no completion is being decoded, prompts may take FIRST_PROMPTS_S, so that
 #: more completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: While a job is computing, the engine pauses after each round, so that only the job uses the
-#: device: for REST seconds per second of the round, in which both share the device. The job's steps
-#: then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times as long as without the engine. A pause has a
-#: maximum length, so that no completion stalls.
+#: While a job is computing, the engine pauses after each round for REST seconds per second of the
+#: round. During the pause, only the job uses the device; during the round, both share it. The job's
+#: steps then take at most 1 / (1 - 0.5 / 2.5) = 1.25 times as long as without the engine. A pause
+#: has a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 1.5, 0.15
 #: Maximum number of mounted adapters, and maximum bytes of all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30

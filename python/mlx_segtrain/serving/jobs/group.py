@@ -24,8 +24,8 @@ from ..hosts import HERE, Hosts
 from .kinds import tell
 
 #: mlx.launch's first port, and the maximum number of characters in a line of the configuration. The
-#: lines are short because a terminal, such as SSH opens, limits a line to 4096 bytes (Linux) or
-#: 1024 bytes (macOS).
+#: lines are short because a terminal such as the one that SSH opens limits a line to 4096 bytes
+#: (Linux) or 1024 bytes (macOS).
 FIRST_PORT, LINE = 32323, 1000
 
 

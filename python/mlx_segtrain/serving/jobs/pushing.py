@@ -40,7 +40,7 @@ MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
 #: files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
-#: What to do, by the status code of the hub.
+#: Advice for each status code with which the hub refuses an upload.
 REFUSALS = {
     401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
@@ -173,8 +173,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path to an open file. Errors that are raised in the context name `path` instead of
-    it."""
+    """Yields a path to an open file. The messages of errors that are raised in the context contain
+    `path` instead."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

@@ -42,7 +42,7 @@ LONGEST_QUEUE = 200
 POLL_S = 0.1
 #: Maximum number of characters of a message or an error in a row.
 LONGEST_TEXT = 4000
-#: Seconds after the first cancellation, after which another one kills the job.
+#: If a job is cancelled again at least this many seconds after the first time, it is killed.
 KILLED_AFTER_S = 10.0
 #: Whether a cancelled job still needs a signal (ASKED) or its process has received one (SIGNALLED).
 #: A second signal would end the process at once.
