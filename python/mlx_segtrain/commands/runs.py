@@ -234,7 +234,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
         ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
-    if on_gpu():  # on a CPU, stock mlx-lm computes in bfloat16, at seconds per token
+    if on_gpu():  # on a CPU, stock mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
         mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
         if more:

@@ -70,7 +70,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     train, weight = message.get("train", True), message.get("weight", 1)
     expect(f'{where}: "train"', train, bool)
     expect(f'{where}: "weight"', weight, int, float)
-    if not 0 <= weight <= MAX_WEIGHT:  # also false for NaN, which Python's json accepts
+    if not 0 <= weight <= MAX_WEIGHT:  # false for NaN, which Python's json accepts
         raise InputError(f'{where}: "weight" must be from 0 to {MAX_WEIGHT:g}.')
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:

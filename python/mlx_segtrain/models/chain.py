@@ -25,7 +25,7 @@ class Dropout:
 
     rate: float
     seed: int
-    draw: int  #: the number of batches since the run began
+    draw: int  #: the number of the batch, counted from the start of the run
 
     def key(self, path: str) -> mx.array:
         return ops.dropout_key(self.seed, self.draw, path)

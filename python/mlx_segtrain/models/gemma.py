@@ -42,7 +42,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     donors = getattr(body, "previous_kvs", range(len(names)))
 
     factor = args.hidden_size**0.5
-    if kind == "gemma3_text":  # gemma3_text rounds the factor first
+    if kind == "gemma3_text":  # these models round the factor first
         factor = float(mx.array(factor, mx.bfloat16))
     embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", factor)
 

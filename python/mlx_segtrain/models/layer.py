@@ -44,7 +44,7 @@ class Projection:
     """
 
     base: ops.Base
-    path: str  #: the path in the model and of its LoRA factors
+    path: str  #: the path in the model, under which its LoRA factors are stored
     part: slice | None = None
     #: Whether this is an embedding [V, H] that is used as a linear layer: then a is [V, R], and b
     #: is [R, H].

@@ -74,7 +74,7 @@ def confine(roots: Roots) -> None:
     ) -> Any:
         if len(args) == 6:  # buffering, encoding, errors, newline, closefd, opener
             args, opener = args[:5], args[5]
-        if not isinstance(file, int) and opener is None:  # such an opener would itself call os.open
+        if not isinstance(file, int) and opener is None:  # a given opener calls os.open itself
             opener = partial(open_number, mode=0o666)
         return _open(file, mode, *args, opener=opener, **how)
 
