@@ -33,7 +33,7 @@ class CompletionsAnswer(Answer):
 async def completions(
     id: str,
     service: Used,
-    step: Annotated[int | None, Query(ge=1, description="Default: the last.")] = None,
+    step: Annotated[int | None, Query(ge=1, description="Default: the last step.")] = None,
 ) -> CompletionsAnswer:
     """The completions of a step of a GRPO run, with their rewards."""
     folder = service.jobs.get(id).output_path

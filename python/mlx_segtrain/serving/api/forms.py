@@ -107,12 +107,12 @@ class JobRow(_answer(Row, but=INTERNAL)):
     rewarded: bool = Field(
         description="Whether the job measures the reward of completions instead of a loss."
     )
-    config_json: str | None = Field(description="Not included in lists (null).")
+    config_json: str | None = Field(description="Null in lists of jobs.")
     inputs: list[str] = Field(description="The folders that the job reads.")
     tags: list[str]
     log_path: str
     ranks: Figures | None = Field(
-        description="What each process of a training run with several ranks last reported."
+        description="The last reports of the processes of a training run with several ranks."
     )
     result: Any = None
 
@@ -135,7 +135,7 @@ class JobAnswer(Answer):
 class JobsAnswer(Answer):
     jobs: list[JobRow]
     next: str | None = Field(
-        description="The value of `before` for the next page; null at the end."
+        description="The value of `before` for the next page; null on the last page."
     )
 
 
@@ -217,12 +217,12 @@ class ReadSettings(Answer):
 
 
 class Uploaded(Answer):
-    path: str = Field(description="The folder, for data_dir or adapter_path.")
+    path: str = Field(description="The folder, to be used as data_dir or adapter_path.")
     size_bytes: int = Field(description="The size of the file.")
 
 
 class Export(Closed):
-    base_model: str | None = Field(None, description="Default: the one that the adapter names.")
+    base_model: str | None = Field(None, description="Default: the model that the adapter names.")
     adapter_path: str
     method: Literal["peft", "mlx-lm", "gguf"] = "peft"
     output_dir: str | None = None
@@ -269,7 +269,7 @@ class HasHfToken(Answer):
 
 class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
-    model_dir: str | None = Field(None, description="With a model, tokens are counted and shown.")
+    model_dir: str | None = Field(None, description="If it is given, tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
 
@@ -308,8 +308,8 @@ class FieldRow(BaseModel):
 
 class Defaults(Answer):
     fields: list[FieldRow]
-    groups: list[str] = Field(description="Sections of the page's form, in order.")
-    loss_units: dict[str, str] = Field(description="Unit of the loss, by method.")
+    groups: list[str] = Field(description="The sections of the page's form, in order.")
+    loss_units: dict[str, str] = Field(description="The unit of the loss, by method.")
 
 
 class ModelsAnswer(Answer):
@@ -317,7 +317,7 @@ class ModelsAnswer(Answer):
 
     models: list[Model]
     faults: list[Unreadable]
-    roots: list[str] = Field(description="Folders that were searched.")
+    roots: list[str] = Field(description="The folders that were searched.")
 
 
 class DatasetsAnswer(Answer):
@@ -370,7 +370,7 @@ class State(Answer):
     device: DeviceRow
     uploads: str = Field(description="The folder of uploads.")
     running: list[JobRow]
-    waiting: int = Field(description="Jobs in the queue.")
+    waiting: int = Field(description="The number of jobs in the queue.")
 
 
 def schema() -> Defaults:

@@ -31,7 +31,7 @@ class Figures(BaseModel):
     step: int
     skew_s: float = Field(description="busy_s of the slowest rank minus that of the fastest.")
     slowest: int = Field(description="The rank for which the others wait.")
-    ranks: list[RankFigures] = Field(description="By rank.")
+    ranks: list[RankFigures] = Field(description="The figures of each rank.")
 
 
 @dataclass(frozen=True)
