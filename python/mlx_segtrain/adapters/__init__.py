@@ -1,7 +1,8 @@
 """Reads, writes and converts adapter directories.
 
-writing.py describes our format, and reading.py the formats that can be read. conversion.py converts
-between formats, merging.py combines adapters, and folding.py merges one into its base model.
+writing.py describes our format, and reading.py describes the formats that can be read.
+conversion.py converts between formats, merging.py combines adapters, and folding.py merges an
+adapter into its base model.
 """
 
 from pathlib import Path
@@ -31,5 +32,5 @@ RUN_FILES = (
 
 
 def holds_run(path: Path) -> bool:
-    """Returns whether the folder contains anything that a run writes."""
+    """Returns whether the folder contains any file or folder that a run writes."""
     return any((path / name).exists() for name in RUN_FILES)

@@ -1,4 +1,4 @@
-"""The model card of an adapter, README.md in its folder."""
+"""The model card of an adapter: README.md in its folder."""
 
 import shlex
 from collections import Counter
@@ -19,8 +19,8 @@ from ..lora.folder import README
 class About:
     """The metadata of an adapter.
 
-    `model` is the base, `run` the configuration of the run that trained it, and `facts` are lines
-    of its model card by name.
+    `model` is the base model, and `run` is the configuration of the run that trained the adapter.
+    `facts` maps names to values, which become lines of the model card.
     """
 
     model: str
@@ -42,14 +42,14 @@ class About:
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
-    """Writes README.md unless there is one that we did not write; `form` is ours, mlx-lm, peft or
-    gguf."""
+    """Writes README.md, unless the folder has one that this package did not write. `form` is ours,
+    mlx-lm, peft or gguf."""
     if is_ours(folder / README):
         write_text(folder / README, card(adapter, about, form))
 
 
 def card(adapter: Adapter, about: About, form: str) -> str:
-    """Returns the text of the model card; it begins with the metadata that model hubs read."""
+    """Returns the text of the model card, which begins with the metadata that model hubs read."""
     model, run = about.model, about.run
     kind = adapter.kind.name
     ranks = Counter(adapter.ranks.values())
@@ -87,12 +87,13 @@ tags: [mlx, {kind.lower()}, adapter]
 """
 
 
-#: Our own cards are rewritten; other README.md files are kept.
+#: The mark of cards that this package wrote: these are overwritten, and other README.md files are
+#: kept.
 MARK = "<!-- written by mlx-segtrain -->"
 
 
 def is_ours(file: Path) -> bool:
-    """Returns whether there is no README.md, or one of our cards."""
+    """Returns whether README.md is missing, or is a card that this package wrote."""
     try:
         return MARK in file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""Converts adapters between formats. Each result is read back and compared with its source."""
+"""Converts adapters between formats. Each converted adapter is read back and compared with the
+original."""
 
 import math
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from .writing import common_scale, mlx_lm_config, padded, write_adapter
 
 Format = Literal["peft", "mlx-lm", "gguf"]
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-#: Number of random inputs with which two adapters are compared.
+#: The number of random inputs with which two adapters are compared.
 PROBES = 8
 
 
@@ -31,8 +32,8 @@ PROBES = 8
 class Converted:
     """A converted adapter, and how much the conversion changed it.
 
-    `difference` is the largest |ΔW·x − ΔW'·x| over all layers for normally distributed x, `update`
-    the largest |ΔW·x|.
+    For normally distributed x, `update` is the largest |ΔW·x| over all layers, and `difference` is
+    the largest |ΔW·x − ΔW'·x|.
     """
 
     path: Path
@@ -53,9 +54,9 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base, by default the one that the adapter names, if it exists. GGUF needs it.
-    It determines `names`, the module names in transformers, unless they are given. Raises
-    InputError for what a format does not support.
+    `model_dir` is the base model, by default the folder that the adapter names, if that exists.
+    GGUF requires it. `names` says how transformers names the modules; by default, the base model
+    determines it. Raises InputError for anything that the format does not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
@@ -91,7 +92,7 @@ def export(
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
     """Writes an adapter of mlx-lm, PEFT, OptiQ or mlx-bun in our format.
 
-    With `model_dir` the layers get the names that they have in this model's files.
+    If `model_dir` is given, the layers get the names that they have in this model's files.
     """
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
@@ -109,8 +110,8 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
 
 def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
-    """Returns the adapter with `tied` set if it adapts an embedding. Raises InputError if the base
-    that determines it is unknown."""
+    """If the adapter adapts an embedding, returns it with `tied` set. Raises InputError if that
+    depends on the base model and the base model is unknown."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
         return adapter
     tied = None if base is None else read_shape(base).tied
@@ -123,7 +124,7 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
 
 
 def about_of(adapter_path: Path | Folder) -> About:
-    """Returns the metadata in an adapter's folder; missing values are empty."""
+    """Returns the metadata in an adapter's folder. Missing values are empty."""
     folder = open_folder(adapter_path)
     config = folder.config
     run = dict(ours(config))
@@ -136,13 +137,13 @@ def about_of(adapter_path: Path | Folder) -> About:
     return About(" ".join(model.split())[:1000], float(dropout), run, step)
 
 
-#: Maximum change from rounding, relative to the largest update.
+#: Maximum difference that rounding to a dtype may cause, relative to the largest update.
 BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32") -> Converted:
     """Compares an adapter with what was read back after writing it. Raises InputError if they
-    differ by more than rounding."""
+    differ by more than rounding can cause."""
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
@@ -154,10 +155,11 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
 
 
 def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
-    """Returns the largest |ΔW·x| of the first adapter, and the largest difference from the other.
+    """Returns the largest |ΔW·x| of the first adapter, and its largest difference from the other
+    adapter.
 
-    x is normally distributed, and the same for both. Raises InputError if they adapt different
-    layers, or if only one has magnitudes.
+    x is normally distributed, and is the same for both adapters. Raises InputError if the adapters
+    adapt different layers, or if only one of them has magnitudes.
     """
     names = {bare(path): path for path in other.tensors}
     if not {bare(path) for path in one.tensors} == set(names) or len(names) != len(one.tensors):
@@ -182,6 +184,6 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
 
 def _updated(adapter: Adapter, path: str, x: mx.array) -> mx.array:
     a, b = adapter.tensors[path]
-    if a.ndim == 3:  # the factors of experts are transposed
+    if a.ndim == 3:  # experts have transposed factors
         a, b = a.swapaxes(1, 2), b.swapaxes(1, 2)
     return adapter.scales[path] * ((x @ a) @ b)

@@ -1,4 +1,4 @@
-"""Finds the adapters below some folders, and whether a model can use them."""
+"""Finds the adapters below given folders, and decides whether a model can use them."""
 
 import json
 import math
@@ -16,16 +16,16 @@ from .conversion import about_of
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
-#: Maximum depth of folders below a root that are searched.
+#: How deep below a root folders are searched.
 DEPTH = 6
-#: Maximum bytes of a run's log that is read for its best loss.
+#: Maximum bytes of a run's log from which the best loss is read.
 MOST_LOG = 64 << 20
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter on disk. `fits` says whether the given model can use it (None without a model),
-    `fault` why it cannot be used."""
+    """An adapter on disk. `fits` says whether the given model can use it, or is None if no model
+    was given. `fault` says why the adapter cannot be used."""
 
     path: Path
     kind: str = ""
@@ -41,7 +41,8 @@ class Found:
 
 
 def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
-    """Returns all adapters below the roots, sorted by path."""
+    """Returns all adapters below the roots, sorted by path. If `model_dir` is given, their `fits`
+    refers to this model."""
     shape = read_shape(model_dir) if model_dir is not None else None
     return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
 
@@ -51,7 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of a run's state are not adapters, but the copies saved at evaluations are.
+        # Checkpoints of a run's state are not adapters, but the copies that are saved at
+        # evaluations are.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
@@ -60,7 +62,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def look(folder: Path, shape: ModelShape | None = None) -> Found:
-    """Describes the adapter in a folder; `fault` is set if it cannot be used."""
+    """Describes the adapter in a folder. If the adapter cannot be used, `fault` is set."""
     try:
         opened = open_folder(folder)
         ranks, about = ranks_in(opened), about_of(opened)
@@ -83,13 +85,13 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
 
 
 def _fits(folder: Folder, shape: ModelShape) -> bool:
-    """Returns whether every adapted layer exists in the model with the same widths."""
+    """Returns whether the model has every adapted layer, with the same widths."""
     widths = {bare(path): ends for path, ends in shape.widths.items()}
     known = {bare(name) for name in shape.tensors}
 
     def fits(path: str, width: int, out: int) -> bool:
         ends = (out, width) if path.endswith("embed_tokens") else (width, out)
-        # `widths` has matrices only, and the weights of experts have three dimensions.
+        # `widths` only has matrices, but the weights of experts have three dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     try:
@@ -100,7 +102,7 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
 
 
 def best_loss(run: Path) -> float | None:
-    """Returns the lowest validation loss in a run's log; None if it has none."""
+    """Returns the lowest validation loss in a run's log, or None if the log has none."""
     best = math.inf
     try:
         with open_regular(run / "metrics.jsonl") as log:
@@ -113,5 +115,5 @@ def best_loss(run: Path) -> float | None:
                 if event.get("kind") == "val" and isinstance(event.get("loss"), float):
                     best = min(best, event["loss"])
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass  # keeps what was found so far
+        pass  # returns what was found so far
     return best if math.isfinite(best) else None

@@ -16,11 +16,12 @@ from .tying import check_base
 
 #: Maximum bytes of a weight file, unless a single tensor is larger.
 SHARD = 4 << 30
-#: Share of an update that may be lost before the report warns.
+#: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The tensors that a module may have for an update to be merged into it.
+#: The tensors that a module may have if an update is to be merged into it: a dense module, and a
+#: quantized one.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Extensions of the files that are not copied from the base's folder: weights in any format.
+#: Endings of the files that are not copied from the base model's folder: weights in any format.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
@@ -31,10 +32,10 @@ class Folded:
     """How much of a layer's update is in the merged weight. `update` and `weight` are the Frobenius
     norms of ΔW and W.
 
-    W is the base's weight, ΔW the update, W' what was written. `lost` is the share of ΔW that W'
-    lacks, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: 0 if all of it is there, 1 if nothing is. `error` is the
-    rounding error relative to the update, ‖W' − (W + ΔW)‖ / ‖ΔW‖: noise, which a model tolerates
-    better than a loss.
+    W is the weight of the base model, ΔW is the update, and W' is the weight that was written.
+    `lost` is the share of ΔW that W' lacks, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: it is 0 if W' contains the
+    whole update, and 1 if W' contains none of it. `error` is the rounding error relative to the
+    update, ‖W' − (W + ΔW)‖ / ‖ΔW‖. A model tolerates this noise better than a lost update.
     """
 
     path: str
@@ -47,16 +48,16 @@ class Folded:
 
 @dataclass(frozen=True)
 class Report:
-    """A merged model's folder, and how much of the adapter its weights contain."""
+    """The folder of a merged model, and how much of the adapter its weights contain."""
 
     path: Path
     linears: list[Folded]
-    untouched: int  #: tensors that are bit-identical to the base's
+    untouched: int  #: number of tensors that are bit-identical to those of the base
     size: int  #: bytes of all weights
 
     @property
     def swallowed(self) -> list[Folded]:
-        """Layers whose merged weight lost more than a tenth of the update."""
+        """The layers whose merged weight lacks at least a tenth of the update."""
         return [own for own in self.linears if not own.lost < LOST]
 
     @property
@@ -76,12 +77,14 @@ def fold(
     dtype: mx.Dtype | None = None,
     on_linear: Callable[[Folded], None] = lambda own: None,
 ) -> Report:
-    """Writes the base model with the adapter in its weights, as a folder that mlx-lm loads.
+    """Merges the adapter into the weights of the base model, and writes the result as a folder that
+    mlx-lm loads.
 
-    Quantized layers are quantized again as they were, or with this many `bits`; with `dequantize`
-    the whole model is dense, in `dtype` or the dtype in which the base computes. Tensors that the
-    adapter does not change are bit-identical to the base's. One weight file is in memory at a time.
-    Raises InputError if adapter and base do not fit each other.
+    Quantized layers are quantized again, either as before or with this many `bits`. With
+    `dequantize`, the whole model becomes dense, in `dtype` or, by default, in the dtype in which
+    the base model computes. Tensors that the merge does not change are bit-identical to those of
+    the base model. Only one weight file is in memory at a time. Raises InputError if the adapter
+    does not fit the base model.
     """
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
@@ -133,8 +136,8 @@ def fold(
 
 
 def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
-    """Returns the path of each adapted layer in the adapter, by its path in the base's files.
-    Raises InputError if a layer does not exist in the base."""
+    """Returns a dict that maps the path of each adapted layer in the base model's files to its path
+    in the adapter. Raises InputError if the base model lacks a layer."""
     found: dict[str, str] = {}
     for name in adapter.tensors:
         path = base.spelled(name)
@@ -150,14 +153,14 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
 
 
 def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
-    """Yields the path and the tensors of each module, in the order of the files; tensors are loaded
-    when they are used."""
+    """Yields the path and the tensors of each module, in the order of the files. A tensor is loaded
+    when it is used."""
     files: dict[str, dict[str, Path]] = {}
     for file, header in base.headers.items():
         for name in header:
             path, _, leaf = name.rpartition(".")
             files.setdefault(path, {})[leaf] = file
-    opened: dict[Path, Any] = {}  # one at a time, or two where a module spans both
+    opened: dict[Path, Any] = {}  # at most two: a module may be split between files
 
     def take(path: str) -> dict[str, mx.array]:
         found: dict[str, mx.array] = {}
@@ -169,14 +172,14 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
                 del opened[file]
         return found
 
-    # Each file is read once: a module is handled with its first tensor.
+    # Each file is read once, because a module is handled together with its first tensor.
     for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
         yield path, take(path)
 
 
 def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized: bool) -> None:
-    """Raises InputError unless a module consists of a dense or MLX-quantized weight, and perhaps a
-    bias."""
+    """Raises InputError unless a module consists of a dense or MLX-quantized weight and,
+    optionally, a bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
         what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
@@ -187,32 +190,32 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this many bits, which only MLX's affine mode lets one
-    choose."""
+    """Returns the quantization with this number of bits. Because only MLX's affine mode supports a
+    choice of bits, any other mode is replaced with it."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
 
 
 def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Returns a module's bias as a dict, which is empty if it has none."""
+    """Returns the bias of a module as a dict, which is empty if the module has no bias."""
     return {"bias": module["bias"]} if "bias" in module else {}
 
 
 def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """Returns the weight of a module as a dense array of this dtype; `how` is its quantization, or
-    None."""
+    """Returns the weight of a module as a dense array of this dtype. `how` is the weight's
+    quantization, or None."""
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
-    if biases is not None:  # MLX computes in the dtype of the scales, whatever dtype is requested
+    if biases is not None:  # MLX computes in the dtype of the scales, whatever is requested
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     options: Any = asdict(how)
     return mx.dequantize(weight, scales, biases, **options, dtype=dtype)
 
 
 def _dtype(base: Snapshot, module: Mapping[str, mx.array]) -> mx.Dtype:
-    """Returns the dtype in which the base computes with a quantized module."""
+    """Returns the dtype in which the base model computes with a quantized module."""
     scales = module["scales"].dtype
     if mx.issubdtype(scales, mx.floating):
         return scales
@@ -230,8 +233,8 @@ def _folded(
     kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """Returns the module with the update merged into its weight, quantized as `kept`, and how much
-    of the update the result contains."""
+    """Returns the module with the update merged into its weight, quantized as `kept` says, and how
+    much of the update the merged weight contains."""
     bits = None if kept is None else kept.bits
     before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)
@@ -258,7 +261,8 @@ def _norm(x: mx.array) -> float:
 
 
 def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.array:
-    """Returns W + ΔW in float32: [out, in]; for an embedding [V, H]; for experts [E, out, in]."""
+    """Returns W + ΔW in float32. Its shape is [out, in], [V, H] for an embedding, or [E, out, in]
+    for experts."""
     a, b = adapter.tensors[name]
     if a.ndim == 3:
         delta = b @ a
@@ -277,7 +281,8 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
-    """Records in config.json how a module is quantized, unless it is quantized like the rest."""
+    """Records in config.json how a module is quantized, unless it is quantized in the same way as
+    the rest."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):
@@ -287,7 +292,7 @@ def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
 
 
 class _Writer:
-    """Writes weight files of at most SHARD bytes, and their index."""
+    """Writes weight files of at most SHARD bytes each, and their index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -311,8 +316,8 @@ class _Writer:
         mx.clear_cache()
 
     def close(self) -> int:
-        """Writes the remaining tensors and the index, and renames the files, since each name
-        contains the number of files. Returns the bytes of all tensors."""
+        """Writes the remaining tensors and the index. Then renames the files, because each name
+        contains the number of files. Returns the number of bytes of all tensors."""
         self._write()
         n = len(self.files)
         where = {}

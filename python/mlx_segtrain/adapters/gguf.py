@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, written and read with the gguf package (the extra gguf)."""
+"""Adapters for llama.cpp. The gguf package (the extra gguf) writes and reads them."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +14,8 @@ from ..lora.paths import bare
 from .card import About, write_card
 
 NAME = "adapter.gguf"
-#: By model_type: llama.cpp's architecture, and whether its rotary pairs are neighbours.
+#: For each model_type: llama.cpp's architecture, and whether the two rows of a rotary pair are
+#: neighbours.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -29,10 +30,11 @@ ARCHITECTURES = {
 def write_gguf(
     folder: Path, adapter: Adapter, about: About, base: dict[str, Any], dtype: mx.Dtype
 ) -> Adapter:
-    """Writes adapter.gguf and README.md; returns the adapter as it is read back from the file.
+    """Writes adapter.gguf and README.md. Returns the adapter as it was read back from the file.
 
-    B includes the multiplier; alpha 0 means that there is no other. Raises InputError for what
-    llama.cpp does not support, or if the package gguf is not installed.
+    The B factors are already multiplied by the multiplier. Therefore the file sets alpha to 0,
+    which means that there is no further multiplier. Raises InputError for anything that llama.cpp
+    does not support, and if the package gguf is not installed.
     """
     if find_spec("gguf") is None:
         raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
@@ -95,8 +97,8 @@ def _place(names: Any, path: str) -> str:
 
 def turn(b: mx.array, heads: int | None, *, back: bool = False) -> mx.array:
     """Reorders the rows of B [out, R] so that rotary pairs are neighbours: in each head, every row
-    of the first half is followed by its partner in the second half. `back` undoes this; without
-    `heads`, B is returned unchanged."""
+    of the first half is followed by its partner from the second half. `back` reverses this. If
+    `heads` is None, returns B unchanged."""
     if heads is None:
         return b
     half = b.shape[0] // heads // 2

@@ -1,4 +1,4 @@
-"""Merges several adapters into one, exactly, by concatenating their factors."""
+"""Merges several adapters into one without loss, by concatenating their factors."""
 
 import math
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from .writing import write_adapter
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Returns the weighted sum of adapters.
 
-    A's are concatenated, and so are B's, multiplied by multiplier and weight; the rank of a layer
-    is the sum of the adapters' ranks. Raises InputError for DoRA, whose magnitudes cannot be added,
-    and for adapters of different models.
+    The A factors are concatenated. The B factors are multiplied by multiplier and weight, and then
+    concatenated. The rank of a layer is therefore the sum of the adapters' ranks. Raises InputError
+    for DoRA, whose magnitudes cannot be added, and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
     names: dict[
@@ -37,7 +37,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
             parts.append((a, weight * adapter.scales[path] * b))
     joined = {}
     for path, parts in tensors.items():
-        # All sizes except the rank; with experts A is [E, R, in] and B [E, out, R].
+        # All sizes except the rank. For experts, A is [E, R, in] and B is [E, out, R].
         ends = {(a.shape[::2], b.shape[1:] if b.ndim == 2 else b.shape[:2]) for a, b in parts}
         if len(ends) > 1:
             raise InputError(
@@ -52,10 +52,10 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 def weighted(
     paths: Sequence[Path], weights: Sequence[float] | None = None, model_dir: Path | None = None
 ) -> Adapter:
-    """Returns the weighted sum of the adapters in these folders; a single adapter of weight 1 is
-    returned unchanged, and may be a DoRA.
+    """Returns the weighted sum of the adapters in these folders. A single adapter with weight 1 is
+    returned unchanged, and may be a DoRA adapter.
 
-    `model_dir` is the base, by default the one that an adapter names.
+    `model_dir` is the base model, by default the one that an adapter names.
     """
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
@@ -70,7 +70,7 @@ def weighted(
 
 
 def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = None) -> Converted:
-    """Writes the weighted sum of several adapters (default weights: 1) as one of our adapters."""
+    """Writes the weighted sum of several adapters in our format. By default, all weights are 1."""
     adapter = weighted(paths, weights)
     chosen = [1.0] * len(paths) if weights is None else weights
     abouts = [about_of(path) for path in paths]
@@ -78,7 +78,7 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # If prompts were not rendered in the same way for all adapters, generation uses its defaults.
+    # If prompts were not rendered in the same way for all adapters, generation uses the defaults.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
     about = About(abouts[0].model, run=run, facts={"merged from": sources})

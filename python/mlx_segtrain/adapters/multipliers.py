@@ -1,4 +1,4 @@
-"""Finds the multiplier of a layer's update, which formats store in different ways."""
+"""Finds the multiplier of a layer's update. Each format stores it in a different way."""
 
 import math
 from collections.abc import Callable
@@ -10,13 +10,15 @@ from ..errors import InputError
 from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
-#: Limits: patterns of a configuration, characters of a pattern, bytes for its automata, and matches
-#: of patterns against paths, which bound the time.
+#: Limits: the number of patterns in a configuration, the characters in a pattern, the bytes for a
+#: pattern's automata, and the number of times that a pattern is matched against a path, which
+#: bounds the time.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
 def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
-    """Returns a function that gives the multiplier of a layer, from its stored path and rank."""
+    """Returns a function that computes the multiplier of a layer from its stored path and its
+    rank."""
     if not folder.peft:
         scale, over_root = _scale(folder), _is_over_root(folder)
         return lambda _, rank: scale / math.sqrt(rank) if over_root else scale
@@ -24,7 +26,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # alpha is then for that other rank
+        if (expected := ranks(stored)) != rank:  # alpha belongs to that other rank
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
                 f"say {expected:g}: the two files belong to different adapters."
@@ -35,8 +37,8 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
 
 
 def common_multiplier(folder: Folder, rank: int) -> float | None:
-    """Returns the multiplier of layers of this rank that match no PEFT pattern; None if the
-    configuration does not give one."""
+    """Returns the multiplier for layers of this rank that match no PEFT pattern. If the
+    configuration does not determine it, returns None."""
     if not folder.peft:
         return multiplier_of(folder)("", rank)
     alpha = number(folder.config_file, folder.config, "lora_alpha")
@@ -47,8 +49,8 @@ def common_multiplier(folder: Folder, rank: int) -> float | None:
 
 
 def _scale(folder: Folder) -> float:
-    """Returns mlx-lm's scale, else the one at the top level, where OptiQ may write it, else alpha
-    divided by the rank."""
+    """Returns mlx-lm's scale or, if that is missing, the scale at the top level, where OptiQ may
+    write it. If both are missing, returns alpha divided by the rank."""
     file, config = folder.config_file, folder.config
     for values in (section(file, config, "lora_parameters"), config):
         scale = number(file, values, "scale")
@@ -64,10 +66,10 @@ def _scale(folder: Folder) -> float:
 
 
 def _is_over_root(folder: Folder) -> bool:
-    """Returns whether the scale still has to be divided by the square root of the rank. In our own
-    adapters it has been divided.
+    """Returns whether the scale has yet to be divided by the square root of the rank. In our own
+    adapters this has already been done.
 
-    mlx-bun writes the flag into OptiQ's file only.
+    mlx-bun writes the flag only into OptiQ's file.
     """
     if "segtrain" in folder.config:
         return False
@@ -83,11 +85,13 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Returns a function that gives a layer's value as PEFT does: that of the first pattern that
-    matches its path, or an end of it after a dot; else the general value.
+    """Returns a function that computes a layer's value in the same way as PEFT. It is the value of
+    the first pattern that matches the whole path, or the end of the path after a dot. If no pattern
+    matches, it is the general value.
 
-    Patterns are untrusted: RE2 needs time proportional to the text, whatever the pattern, and
-    bounded memory. Raises InputError for patterns that RE2 does not support, and for too many.
+    Patterns are untrusted. For any pattern, RE2 takes time proportional to the length of the text,
+    and bounded memory. Raises InputError for patterns that RE2 does not support, and for too many
+    patterns.
     """
     file, config = folder.config_file, folder.config
     own, tried = section(file, config, name), 0

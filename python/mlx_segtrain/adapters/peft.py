@@ -1,4 +1,4 @@
-"""Writes adapters in the format of Hugging Face PEFT: module names of transformers, transposed
+"""Writes adapters in the format of Hugging Face PEFT: the module names of transformers, transposed
 factors, and a multiplier of lora_alpha / r."""
 
 import re
@@ -18,7 +18,7 @@ from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
-#: Modules that have the same names in mlx-lm and transformers, apart from the prefix.
+#: Modules whose names in mlx-lm and in transformers are the same except for the prefix.
 _KNOWN = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
     r"|model\.embed_tokens|lm_head"
@@ -27,7 +27,7 @@ _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 
 
 def hf_path(path: str, names: Names) -> str:
-    """Returns the path in transformers of an mlx-lm module. Raises InputError if it has none."""
+    """Returns the transformers path for an mlx-lm module. Raises InputError if there is none."""
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
@@ -40,8 +40,8 @@ def hf_path(path: str, names: Names) -> str:
 
 
 def names_of(base: dict[str, Any]) -> Names:
-    """Returns "multimodal" if transformers loads a base with this config.json as a model for text
-    and images, else "text"."""
+    """Returns "multimodal" if transformers loads a base model with this config.json as a model for
+    text and images. Otherwise returns "text"."""
     architectures = " ".join(base.get("architectures") or [])
     wrapped = "ForConditionalGeneration" in architectures
     return "multimodal" if wrapped or (not architectures and "text_config" in base) else "text"
@@ -50,13 +50,13 @@ def names_of(base: dict[str, Any]) -> Names:
 def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
 
-    The update of an embedding that is also the head is written for both, as PEFT does with
-    ensure_weight_tying; releases without that option read two equal updates. Raises InputError for
-    a layer that PEFT cannot adapt.
+    If an embedding is also the head, its update is written for both, as PEFT does with
+    ensure_weight_tying. Releases of PEFT without that option read two equal updates. Raises
+    InputError for a layer that PEFT cannot adapt.
     """
     tensors: dict[str, mx.array] = {}
     targets: dict[str, str] = {}
-    twin: str | None = None  # the embedding whose update the head shares
+    twin: str | None = None  # the embedding whose update is also the head's
     for module, (a, b) in adapter.tensors.items():
         target = hf_path(module, names)
         kind = "embedding_{}" if module.endswith(_EMBEDDING) else "{}.weight"
@@ -84,7 +84,7 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
             "ensure_weight_tying": twin is not None,
-            "use_rslora": False,  # the multipliers include it
+            "use_rslora": False,  # the multipliers already include it
             "modules_to_save": None,
         },
     )

@@ -1,4 +1,5 @@
-"""Reads adapter folders: ours, and those of mlx-lm, its relatives and Hugging Face PEFT.
+"""Reads adapter folders in our format, and in those of mlx-lm, similar packages and Hugging Face
+PEFT.
 
     adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier
     adapter_model.safetensors  base_model.model.<path>.lora_A.weight [R, in], ….lora_B.weight
@@ -6,8 +7,8 @@
                                divided by the rank, layer by layer
     DoRA                       also <path>.m [out], ….lora_magnitude_vector [out]
 
-Each has an adapter_config.json. Other tensors than those of low-rank updates are refused with an
-error that names them.
+Each folder has an adapter_config.json. Tensors that do not belong to low-rank updates are refused
+with an error that names them.
 """
 
 import math
@@ -28,7 +29,7 @@ from ..safetensors import FLOATS, read_header
 from .multipliers import multiplier_of
 from .tying import check_twins, joined, tied_by_files
 
-#: Names of an update's arrays in mlx-lm's files and in PEFT's.
+#: The names of an update's arrays in mlx-lm's files (_OURS) and in PEFT's files (_PEFTS).
 _OURS = dict(zip(ARRAYS, ARRAYS, strict=True))
 _PEFTS = {
     **{"lora_A.weight": "lora_a", "lora_B.weight": "lora_b"},
@@ -44,14 +45,15 @@ _OUR_ENDS, _PEFT_ENDS = (
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     """Reads an adapter of this package, mlx-lm, OptiQ, mlx-bun or PEFT for this model.
 
-    Raises InputError if files are missing or unreadable, names or shapes do not fit the model, or
-    the adapter is more than a LoRA of linear layers.
+    Raises InputError if files are missing or unreadable, if names or shapes do not fit the model,
+    or if the adapter changes anything besides linear layers, embedding and head.
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        # One of the two may be a bare text model, and the other a model for text and images.
+        # If only the adapter's model or only this model reads images, their paths have different
+        # prefixes.
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
@@ -78,11 +80,13 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
 def read_stored(
     path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
 ) -> Adapter:
-    """Reads an adapter folder without its model; layers get the names that mlx-lm gives them.
+    """Reads an adapter folder without its model. The layers get the names that mlx-lm uses for
+    them.
 
-    `tied` says whether the base lacks a separate head; by default, this is looked up in `model_dir`
-    or in the base that the adapter names, if it matters. Raises InputError like read_adapter,
-    except for faults that require the model to be found, and if `tied` cannot be determined.
+    `tied` says whether the base model lacks a separate head. If it is None and this matters, it is
+    looked up in `model_dir` or in the base model that the adapter names. Raises InputError like
+    read_adapter, except for errors that can only be detected with the model. Also raises InputError
+    if `tied` matters but cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -130,7 +134,7 @@ def read_stored(
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Returns whether factors of these shapes can be multiplied, for a linear layer or one with
+    """Returns whether factors of these shapes can be multiplied, for a linear layer or for one with
     experts."""
     if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return False
@@ -144,10 +148,12 @@ def is_dora(path: str | Path) -> bool:
 
 
 def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, int]:
-    """Returns the rank of each adapted layer by its path in mlx-lm; reads only the header.
+    """Returns the rank of each adapted layer, keyed by the layer's path in mlx-lm. Reads only the
+    header.
 
-    `tied`: the base has no separate head; None: unknown. Raises InputError like read_adapter, but
-    not for faults that require the model or the factors to be found.
+    `tied` says whether the base model lacks a separate head; None means that this is unknown.
+    Raises InputError like read_adapter, except for errors that can only be detected with the model
+    or the factors.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 
@@ -155,8 +161,8 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
 def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
-    """Returns in, rank and out of each adapted layer (of each expert, if it has them); otherwise
-    like ranks_in."""
+    """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
+    for each expert. In all other respects, the function is like ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}
@@ -171,13 +177,15 @@ def stored_shapes(
 
 
 def stored_bytes(path: str | Path | Folder) -> int:
-    """Returns the bytes of the factors as float32; reads only the header. Raises InputError."""
+    """Returns the number of bytes of the factors in float32. Reads only the header. Raises
+    InputError."""
     header = read_header(open_folder(path).weights)
     return 4 * sum(math.prod(shape) for _, shape in header.values())
 
 
 def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the names of each layer's tensors by its stored path, in the order of folder.arrays.
+    """Returns the tensor names of each layer, in the order of folder.arrays, keyed by the layer's
+    stored path.
 
     Raises InputError if a tensor is missing or unexpected.
     """
@@ -185,7 +193,7 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
     found: dict[str, dict[str, str]] = {}
     for name in sorted(names):
         if folder.peft and name.endswith(".base_layer.weight"):
-            continue  # PEFT also saves the base of an adapted embedding, which is unchanged
+            continue  # PEFT also saves the unchanged base of an adapted embedding
         match = ends.fullmatch(name)
         if match is None:
             raise InputError(f"{folder.weights}: tensor '{name}' is not a LoRA factor.")
@@ -208,7 +216,7 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
-    """Returns the rank, from the shape of the stored a."""
+    """Returns the rank, which follows from the shape of the stored A factor."""
     rank = shape[0 if folder.peft else 1] if len(shape) > 1 else 0
     if rank == 0:
         raise InputError(f"{folder.weights}: '{stored}' has lora_a {shape}, which has no rank.")

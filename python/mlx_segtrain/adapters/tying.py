@@ -1,11 +1,13 @@
-"""Updates of an embedding that is also the head: what they mean in mlx-lm, in PEFT and here.
+"""Updates of an embedding that is also the head, and what they mean in mlx-lm, in PEFT and in this
+package.
 
-In mlx-lm, and so in our files, an update of the embedding changes its weight: a head without its
-own weight also computes with it. In PEFT it changes the module: the head keeps the base's weight
-unless it has an update as well. With `ensure_weight_tying` PEFT gives the head the embedding's
-update, and writes its factors a second time, transposed, under the head's name. So PEFT's adapters
-for such a base can be read only if both have the same update. In our files `segtrain.tied` says
-whether the base on which an embedding was trained uses it as its head.
+In mlx-lm, and therefore in our files, an update of the embedding changes its weight, so a head that
+uses this weight also changes. In PEFT, an update changes only the module: the head keeps the weight
+of the base model unless the head also has an update. With `ensure_weight_tying`, PEFT gives the
+embedding's update to the head, too, and writes its factors a second time, transposed, under the
+head's name. Therefore PEFT's adapters for such a base model can be read only if both modules have
+the same update. In our files, `segtrain.tied` says whether the base model on which an embedding was
+trained uses the embedding as its head.
 """
 
 from collections.abc import Mapping
@@ -19,9 +21,9 @@ from ..lora.folder import Folder
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 
-#: Names of each layer's tensors, by its stored path.
+#: The tensor names of each layer, keyed by the layer's stored path.
 Found = dict[str, list[str]]
-#: Names of heads in transformers.
+#: Names of the head in transformers.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
     "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "
@@ -34,10 +36,11 @@ def is_head(path: str) -> bool:
 
 
 def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool | None:
-    """Returns whether the adapter's base has no separate head, if that matters; None if unknown.
+    """Returns whether the adapter's base model has no separate head. If this does not matter for
+    the adapter or is not known, returns None.
 
-    The base is `model_dir`, or the folder that the adapter names. Raises InputError if it matters
-    and cannot be determined, or if the base cannot be read.
+    The base model is `model_dir`, or else the folder that the adapter names. Raises InputError if
+    the answer matters and cannot be determined, or if the base model cannot be read.
     """
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if not (embeds or heads or folder.tied is not None):
@@ -55,11 +58,13 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
-    """Returns the tensors to read, and a dict from the path of the embedding's update to that of
-    the head's if the base has one weight for both: then the head's update is left out.
+    """Returns the tensors to read and a dict. If the base model has one weight for embedding and
+    head, the head's update is left out of the tensors, and the dict maps the path of the
+    embedding's update to the path of the head's update.
 
-    Decides by names only: `check_twins` tests whether both updates are equal. Raises InputError if
-    the adapter updates only one of the two, or was trained on a base that is tied unlike this one.
+    Only names are checked here: `check_twins` tests whether both updates are equal. Raises
+    InputError if the adapter updates only one of the two, or if embedding and head were tied in the
+    base model on which the adapter was trained but are not in this one, or vice versa.
     """
     if tied is None:
         return found, {}
@@ -95,10 +100,10 @@ def check_twins(
     twins: Mapping[str, str],
     update: Mapping[str, tuple[mx.array, mx.array, float]],
 ) -> None:
-    """Raises InputError unless each head has the update of its embedding, with a and b exchanged
-    and transposed.
+    """Raises InputError unless each head has the same update as its embedding, with the factors a
+    and b exchanged and transposed.
 
-    `update` has a [in, R], b [R, out] and the multiplier by stored path.
+    `update` maps stored paths to a [in, R], b [R, out] and the multiplier.
     """
     for embedding, head in twins.items():
         (a, b, scale), (head_a, head_b, head_scale) = update[embedding], update[head]
@@ -112,8 +117,8 @@ def check_twins(
 
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
-    """Raises InputError if the adapter updates a separate head that the base lacks, or an embedding
-    that is tied to the head only in one of adapter and base."""
+    """Raises InputError if the adapter updates a separate head that the base model lacks, or an
+    embedding that is also the head in only one of the adapter and the base model."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return
@@ -132,7 +137,7 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """Returns `tied` of the sum of adapters. Raises InputError if it differs between them."""
+    """Returns `tied` for the sum of adapters. Raises InputError if the adapters disagree."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(
@@ -143,7 +148,7 @@ def common(adapters: list[Adapter]) -> bool | None:
 
 
 def _embeddings(folder: Folder, found: Found) -> list[str]:
-    """Returns the layers that PEFT stores as embeddings."""
+    """Returns the paths of the layers that PEFT stores as embeddings."""
     if not folder.peft:
         return []
     return [path for path, names in found.items() if any(".lora_embedding_" in x for x in names)]

@@ -2,13 +2,14 @@
 
     adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm);
                                    for DoRA also m [out]
-    adapters_unpadded.safetensors  only where ranks differ: the tensors at their own ranks
+    adapters_unpadded.safetensors  only if ranks differ: the tensors with their own ranks
     adapter_config.json            mlx-lm's keys and PEFT's keys together
     optiq_lora_config.json         ranks by layer
     README.md                      the model card
 
-mlx-lm gives all layers the same rank, so different ranks are padded to the largest: B with zeros,
-which is exact, and A as in a new adapter, so that further training can use every column.
+mlx-lm gives all layers the same rank. If ranks differ, the factors are therefore padded to the
+largest rank: B with zeros, which does not change the update, and A with the random values of a new
+adapter, so that further training can use every column.
 """
 
 import zlib
@@ -25,19 +26,19 @@ from ..lora import LORA, Adapter, fresh_a
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, UNPADDED, WEIGHTS, ours
 from .card import About, write_card
 
-#: Keys of adapter_config.json that determine how the weights are read.
+#: The keys of adapter_config.json that determine how the weights are read.
 MEANING = ("fine_tune_type", "lora_parameters", *LORA.flags)
 
 
 def common_scale(adapter: Adapter) -> float:
-    """Returns the most frequent multiplier other than 0; 0 if there is none."""
+    """Returns the most frequent nonzero multiplier, or 0 if all multipliers are 0."""
     some = [scale for scale in adapter.scales.values() if scale]
     return Counter(some).most_common(1)[0][0] if some else 0.0
 
 
 def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.array]:
-    """Returns the factors under mlx-lm's names, rescaled to one multiplier, and padded to `rank`
-    unless it is None."""
+    """Returns the factors under mlx-lm's names, rescaled so that all have the multiplier `scale`.
+    If `rank` is not None, they are padded to this rank."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
         # If scale is 0, all multipliers are 0.
@@ -89,15 +90,15 @@ def peft_config(
 
 
 def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
-    """Writes a complete adapter directory, every file atomically, the weights last.
+    """Writes a complete adapter directory. Every file is written atomically, the weights last.
 
-    Weights that belong to another configuration are removed before it is replaced, and the new ones
-    come last: the two files never contradict each other.
+    Weights that belong to another configuration are removed before the configuration is replaced,
+    and the new weights are written after it. Therefore the two files never contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run
     largest = max(ranks.values())
-    # mlx-lm has one multiplier for all layers, so differences go into B.
+    # mlx-lm has one multiplier for all layers, so B absorbs the differences between multipliers.
     scale = common_scale(adapter)
     suffixes = sorted({module.rsplit(".", 1)[-1] for module in ranks})
     shared = {"rank_scaling": run.get("rank_scaling", "constant"), "applied_ranks": ranks}
@@ -121,7 +122,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
-        if differ:  # a reader checks with this hash that both files have the same factors
+        if differ:  # with this hash, readers check that both files have the same factors
             config["segtrain"]["padded"] = sha256(aside)
         before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
@@ -138,18 +139,19 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """Returns the step at which one of our adapters was saved; None if the folder lacks it."""
+    """Returns the step at which one of our adapters was saved, or None if the folder does not
+    say."""
     return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
-    """Returns how prompts are rendered for the adapter in a folder; the default if the folder lacks
-    it."""
+    """Returns how prompts are rendered for the adapter in a folder, or the default if the folder
+    does not say."""
     return Prompting.of(ours(_config_in(path)) if path else {})
 
 
 def _config_in(path: Path) -> dict[str, Any]:
-    """Returns the folder's configuration; empty if there is none."""
+    """Returns the configuration in the folder, which is empty if there is none."""
     try:
         return read_json(path / CONFIG)
     except InputError:

@@ -1,4 +1,5 @@
-"""Commands that convert adapters and models: export, import, merge, adapters, convert."""
+"""Commands that convert adapters and models, or list adapters: export, import, merge, adapters,
+convert."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ KINDS = ("float32", "bfloat16", "float16")
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF", json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
@@ -97,7 +98,7 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
-    """Returns a folder, which `find` (hub.model or hub.adapter) may download from the hub."""
+    """Returns a folder. `find` (hub.model or hub.adapter) may download it from the hub."""
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
@@ -105,7 +106,7 @@ def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
 
 
 def _base(args: argparse.Namespace) -> Path | None:
-    """Returns the folder of the model that --model names; None without --model."""
+    """Returns the folder of the model that --model names, or None if --model is not given."""
     return None if args.model_dir is None else _folder(hub.model, args.model_dir)
 
 

@@ -1,4 +1,4 @@
-"""`mlx-segtrain bench`: times the ops, and a whole layer beside mlx-lm's layer."""
+"""`mlx-segtrain bench`: times the ops, and one of our layers beside mlx-lm's layer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,7 +13,8 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the case of a Llama layer with LoRA on every projection; its peer is mlx-lm's."""
+    """Returns the case of a Llama layer with LoRA on every projection. It is compared with mlx-lm's
+    layer."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -70,7 +71,8 @@ def layer(
 
 
 def cases() -> list[bench.Case]:
-    """Returns the cases of the ops, and a layer of MiniCPM5-1B (GPU) or SmolLM2 (CPU)."""
+    """Returns the cases of the ops, and a layer with the shape of MiniCPM5-1B (on a GPU) or SmolLM2
+    (on a CPU)."""
     shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 
@@ -97,7 +99,8 @@ def run(
     runs: int = 20,
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
-    """Measures the cases whose op and shape contain one of `only`, with the given `impls`."""
+    """Measures the cases whose op and shape contain one of the texts in `only`, with the
+    implementations `impls`. By default, all of them are measured."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]

@@ -1,4 +1,4 @@
-"""The command cache: lists or removes cached tokens of data sets (list, size, prune)."""
+"""The command cache: lists or removes the cached tokens of data sets (list, size, prune)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds the command; `command(name, run, text)` creates its parser."""
+    """Adds the command. `command(name, run, text)` creates its parser."""
     added = command("cache", _list, "list cached tokens of data sets, or remove them")
     added.add_argument("--json", action="store_true", help="print JSON")
     parts = added.add_subparsers(metavar="", title="actions; the default is list")

@@ -1,4 +1,5 @@
-"""The command chat: a conversation in the terminal that can switch and compare adapters."""
+"""The command chat: a conversation in the terminal, in which the user can switch and compare
+adapters."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ HELP = """\
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds the command; `command(name, run, text)` creates its parser."""
+    """Adds the command. `command(name, run, text)` creates its parser."""
     added = command("chat", _chat, "chat in the terminal, and compare adapters")
     add_flags(added, ("model_dir",), required=True)
     added.add_argument(
@@ -51,7 +52,7 @@ def add_command(command: Callable[..., Parser]) -> None:
 
 @dataclass
 class Voice:
-    """The model with one adapter, or without; `ids` are the tokens in `cache`."""
+    """The model with one adapter, or without an adapter. `ids` are the tokens in `cache`."""
 
     name: str
     adapter: Any
@@ -61,7 +62,7 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model, which can answer with each of several voices."""
+    """A conversation with one model, in which each of several voices can respond."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
@@ -75,7 +76,8 @@ class Chat:
         self._mounted: Voice | None = None
 
     def answers(self, say: Callable[[str], None]) -> None:
-        """Prints answers to the last turn, by the current voice or, if comparing, by all."""
+        """Prints the response of the current voice to the last turn or, if voices are being
+        compared, the responses of all voices."""
         for voice in self.voices if self.compares else [self.voice]:
             if self.compares:
                 say(f"\n[{voice.name}] ")
@@ -95,8 +97,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the parts of an answer. The voice's cache is reused for the tokens that the new
-        prompt shares with its previous one."""
+        """Yields the parts of a response. The voice's cache is reused for the tokens with which
+        both its previous prompt and the new one begin."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -105,14 +107,14 @@ class Chat:
 
         self._mount(voice)
         ids = self._ids(voice)
-        # At least one token must be processed, because its logits start the answer.
+        # At least one token must be processed, because its logits start the response.
         same = generate.shared(voice.ids, ids[:-1])
         surplus = len(voice.ids) - same
         if voice.cache is None or (surplus and not can_trim_prompt_cache(voice.cache)):
             voice.cache, same = make_prompt_cache(self.model), 0
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
-        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if the answer is stopped
+        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if interrupted
         parts = generate.stream(
             self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache
         )
@@ -124,7 +126,8 @@ class Chat:
             voice.cache, voice.ids = cache, seen[:held]
 
     def _ids(self, voice: Voice) -> list[int]:
-        """Returns the tokens of the conversation; without a chat template, of its last message."""
+        """Returns the tokens of the conversation. If there is no chat template, returns only the
+        tokens of its last message."""
         prompting = voice.prompting
         if prompting.is_raw(self.tokenizer):
             return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
@@ -202,7 +205,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns the last parts of the paths, or the whole paths if those are not unique."""
+    """Returns the last part of each path. If these are not unique, returns the whole paths."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 

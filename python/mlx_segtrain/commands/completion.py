@@ -15,12 +15,12 @@ PLACES = {
     "zsh": "~/.zfunc/_mlx-segtrain (with ~/.zfunc in fpath)",
     "fish": "~/.config/fish/completions/mlx-segtrain.fish",
 }
-#: Metavars of arguments that are files or folders.
+#: Metavars of arguments whose values are files or folders.
 FILES = {"FILE", "PATH", "DIR", "MODEL", "DATA", "ADAPTER", "RUN", "ROOT"}
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds the command; `command(name, run, text)` creates its parser."""
+    """Adds the command. `command(name, run, text)` creates its parser."""
     added = command("completion", _completion, "print a completion script for a shell")
     added.add_argument("shell", choices=tuple(PLACES))
     places = "\n".join(f"  {shell:6}{place}" for shell, place in PLACES.items())

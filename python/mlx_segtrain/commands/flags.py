@@ -1,4 +1,5 @@
-"""The parsers: flags from TrainConfig, help in groups, and suggestions for unknown flags."""
+"""The parsers: flags that are derived from TrainConfig, help in groups, and suggestions for unknown
+flags."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, mea
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
-#: Maximum number of columns of a help text: longer lines are hard to read.
+#: Maximum number of columns of a help text, because longer lines are hard to read.
 WIDEST = 100
-#: Groups of `--help`; all others are in `--help-all`.
+#: The groups that `--help` shows. All other groups are shown only by `--help-all`.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-WORD = "WORD"  # a placeholder if there are too many choices to show; the help text lists them
+WORD = "WORD"  # a placeholder for choices that are too many to show; the help text lists them
 
 
-#: Our commands, by the names that they have in other tools.
+#: Maps names that other tools use to our commands.
 COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("finetune", "fine-tune", "lora", "sft"), "train"),
     **{"fuse": "merge", "quantize": "convert", "run": "generate", "ui": "serve", "web": "serve"},
@@ -40,7 +41,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
-        if list(self._iter_indented_subactions(action)):  # commands, which are indented once more
+        if list(self._iter_indented_subactions(action)):  # commands are indented once more
             self._action_max_length += self._indent_increment
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -56,9 +57,9 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError and accepts no abbreviated flags.
+    """An ArgumentParser that raises InputError and does not accept abbreviated flags.
 
-    `rare` are the titles of the groups that only `--help-all` shows.
+    `rare` holds the titles of the groups that only `--help-all` shows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = every
 
     def group(self, title: str) -> Any:
-        """Returns the group with this title; adds it if there is none."""
+        """Returns the group with this title, and adds it if it does not exist."""
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
@@ -93,16 +94,17 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def knows(self, word: str) -> bool:
-        """Returns whether a word, with or without a value, is one of the flags."""
+        """Returns whether a word is one of the flags, with or without a value."""
         return _name(word) in self.names()
 
     def meant(self, word: str) -> str:
-        """Returns "Did you mean …?" if a flag has a similar name, else an empty string."""
+        """Returns "Did you mean …?" if a flag has a similar name. Otherwise returns an empty
+        string."""
         return meant(_name(word), self.names(), flag)
 
 
 def _name(word: str) -> str:
-    """Returns the flag of a word such as --rank=8."""
+    """Returns the flag in a word such as --rank=8."""
     return word.partition("=")[0]
 
 
@@ -125,13 +127,14 @@ def group_of(name: str) -> str:
 
 
 def in_groups() -> list[str]:
-    """Returns all fields in the order of their groups; the groups that `--help` shows are first."""
+    """Returns all fields in the order of their groups. The groups that `--help` shows come
+    first."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 
 
 def add_run_flags(parser: Parser) -> None:
-    """Adds all fields of TrainConfig in groups; `--help` shows only the first groups."""
+    """Adds all fields of TrainConfig in groups. `--help` shows only the first groups."""
     for name in in_groups():
         title = group_of(name)
         if title not in (DATA, FIRST):
@@ -141,13 +144,14 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def examples(*commands: tuple[str, str]) -> str:
-    """Returns the end of a help text: commands, each below a comment that describes it."""
+    """Returns the end of a help text: commands, each preceded by a comment that describes it."""
     text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
     return f"examples:\n{text}"
 
 
 def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
-    """Adds the flags of fields of TrainConfig. A flag that is not given sets no attribute."""
+    """Adds the flags for fields of TrainConfig. If a flag is not given, its attribute is not
+    set."""
     for name in names:
         field = TrainConfig.model_fields[name]
         text = field.description or ""
@@ -184,7 +188,8 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Adds the flags that set how much a command shows, and its log file (output.py)."""
+    """Adds the flags that determine how much a command shows and where its log file is
+    (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
@@ -200,7 +205,7 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns an argument type: a number for which `holds` returns True."""
+    """Returns an argument type for numbers for which `holds` returns True."""
 
     def read(text: str) -> float:
         try:
@@ -215,7 +220,7 @@ def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], flo
 
 
 def count(least: int) -> Callable[[str], int]:
-    """Returns an argument type: an integer of at least `least`."""
+    """Returns an argument type for integers of at least `least`."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

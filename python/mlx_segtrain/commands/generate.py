@@ -1,4 +1,4 @@
-"""The command generate: answers one prompt."""
+"""The command generate: generates a response to a single prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
-#: Sampling options besides the temperature, named as in the server's requests.
+#: Sampling options besides the temperature. They have the same names as in requests to the server.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (probability, "X", "sample from the most likely tokens with this total probability"),
     "top_k": (count(0), "N", "sample from the N most likely tokens; 0 is all"),
@@ -46,12 +46,12 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "frequency_penalty": (finite, "X", "subtracted once per occurrence of the token in the answer"),
     "seed": (whole, "N", "the same seed gives the same answer"),
 }
-#: Options that have no effect on greedy decoding.
+#: Options that have no effect with greedy decoding.
 ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 
 def add_command(command: Callable[..., Parser]) -> None:
-    """Adds the command; `command(name, run, text)` creates its parser."""
+    """Adds the command. `command(name, run, text)` creates its parser."""
     added = command("generate", _generate, "answer a prompt, with or without an adapter")
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
@@ -62,7 +62,7 @@ def add_command(command: Callable[..., Parser]) -> None:
 
 
 def add_sampling(parser: Parser) -> None:
-    """Adds the flags for sampling and the system message."""
+    """Adds the flags for sampling and for the system message."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
     group = parser.group("sampling")
     text = "max new tokens. Default: 256."
@@ -83,7 +83,8 @@ def add_sampling(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Returns the sampling options of the flags. Raises InputError for one that has no effect."""
+    """Returns the sampling options that the flags give. Raises InputError for an option that has no
+    effect."""
     from mlx_segtrain.generation.decoding import Options
 
     given = {
@@ -102,8 +103,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields the parts of an answer, sampled as on the server. `known` are the tokens of a cache in
-    `more`."""
+    """Yields the parts of a completion, which is sampled in the same way as on the server. `known`
+    is the number of tokens in the cache that `more` contains."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -122,7 +123,7 @@ def stream(
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the number of tokens that both sequences begin with."""
+    """Returns the number of tokens with which both sequences begin."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -144,7 +145,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:
-    """Returns the configuration. Raises InputError for a system message without a template."""
+    """Returns the configuration. Raises InputError if there is a system message but no chat
+    template."""
     config = config_of(args, "data_dir", "adapter_path")
     if args.system is not None and config.prompt_format == "raw":
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
@@ -152,7 +154,8 @@ def config_for(args: argparse.Namespace) -> TrainConfig:
 
 
 def prompting_for(adapter: Path | None, args: argparse.Namespace, config: TrainConfig) -> Prompting:
-    """Returns the prompt format that the adapter was trained with, unless flags set another one."""
+    """Returns the prompt format with which the adapter was trained, unless flags set another
+    format."""
     from mlx_segtrain.adapters import prompting_of
 
     prompting = prompting_of(adapter)

@@ -1,4 +1,5 @@
-"""The command line. Heavy modules (mlx, transformers) are imported inside the commands only."""
+"""The command line. Heavy modules (mlx, transformers) are imported only when a command needs
+them."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands that end at once, for which --quiet, --verbose and --log-file would be useless.
+#: Commands that end so quickly that --quiet, --verbose and --log-file would be useless.
 AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
@@ -39,7 +40,8 @@ DATA = "file or directory with rows, or name of a data set on the Hugging Face h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a signal)."""
+    """Runs a command, and returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a
+    signal)."""
     if argv is None:  # this process was started as the command
         hide_torch()
     given = list(sys.argv[1:] if argv is None else argv)
@@ -65,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of our output (head, less) has ended
+    except BrokenPipeError:  # the program that reads our output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
@@ -298,7 +300,7 @@ def _serve(args: argparse.Namespace) -> int:
         from mlx_segtrain.serving.settings import Settings
     except ImportError as error:
         if (error.name or "").startswith("mlx_segtrain"):
-            raise  # a bug of ours, which installing packages would not fix
+            raise  # a bug in this package, which installing other packages would not fix
         raise InputError(
             f"serve needs packages that are not installed ({error.name}): pip install "
             '"mlx-segtrain[serve]".'

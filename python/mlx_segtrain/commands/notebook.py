@@ -13,7 +13,8 @@ from mlx_segtrain.events import Event
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is the kernel of a notebook, whose cells can show HTML."""
+    """Returns whether this process is the kernel of a notebook, in whose cells HTML can be
+    shown."""
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython  # pyright: ignore[reportMissingImports]
@@ -22,7 +23,7 @@ def in_notebook() -> bool:
 
 
 class Notebook(Terminal):
-    """Like Terminal, with the progress bar as HTML in the output of the cell."""
+    """A Terminal that shows the progress bar as HTML in the output of the cell."""
 
     def __init__(self) -> None:
         # Messages are plain lines in the output of the cell.

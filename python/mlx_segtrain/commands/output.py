@@ -1,4 +1,5 @@
-"""How much a command prints, and the copy in its log file: the same for every command."""
+"""How much a command prints, and the copy of it in the log file. This is the same for every
+command."""
 
 from __future__ import annotations
 
@@ -13,12 +14,13 @@ from typing import Any, TextIO
 
 from mlx_segtrain.errors import InputError, RunError
 
-#: Escape sequences that colour or move text on a terminal.
+#: Escape sequences that colour text on a terminal or move its cursor.
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
 class Output:
-    """`quiet` shows only warnings and results; `verbose` shows a line for every step and event.
+    """The output settings of a command. With `quiet`, only warnings and results are shown. With
+    `verbose`, a line is shown for every step and event.
 
     Raises InputError if `log_file` cannot be opened.
     """
@@ -44,7 +46,7 @@ class Output:
         return self._log is not None
 
     def note(self, text: str) -> None:
-        """Appends lines to the log file, each with the time, and skips empty ones."""
+        """Appends lines to the log file, each with the time. Empty lines are skipped."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -58,7 +60,7 @@ class Output:
 
 
 class Copied:
-    """A stream that also passes each complete line to `note`."""
+    """A stream that passes each complete line to `note`, in addition to writing it."""
 
     def __init__(self, stream: TextIO, note: Callable[[str], None]) -> None:
         self.stream, self._note, self._line = stream, note, ""
@@ -70,7 +72,7 @@ class Copied:
         return self.stream.write(text)
 
     def end(self) -> None:
-        """Passes on a last line without a newline."""
+        """Passes a last line without a newline to `note`."""
         if self._line:
             self._note(self._line)
         self._line = ""
@@ -79,7 +81,8 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: The settings of the running command; without one, everything is shown and nothing is logged.
+#: The settings of the running command. If no command is running, everything is shown and nothing is
+#: logged.
 _current = Output()
 
 
@@ -89,14 +92,15 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
+    """Returns the original stream. It is for callers that log their own lines, such as a progress
+    bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
     """Applies --quiet, --verbose and --log-file while a command is running. The log file gets a
-    copy of what the command prints, and of the error with which it fails."""
+    copy of what the command prints, and of the error if the command fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)
@@ -114,7 +118,8 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Also passes each line that is printed to stdout or stderr to `note`."""
+    """Passes each line that is printed to stdout or stderr to `note`, in addition to printing
+    it."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

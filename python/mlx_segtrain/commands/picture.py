@@ -1,4 +1,4 @@
-"""Draws the predicted and the measured memory over one step."""
+"""Draws the predicted memory and the measured memory of one step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..training.policy import run_policy
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     """Loads the model, takes two steps on random tokens, and writes the plot to `file`.
 
-    Raises InputError if the memory of the model's family cannot be predicted.
+    Raises InputError if memory cannot be predicted for the model's family.
     """
     if ROWS[config.method] != "single":
         raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
@@ -55,7 +55,8 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Returns the peak memory (bytes) of each move of the second step on random tokens."""
+    """Takes two steps on random tokens. Returns the peak memory, in bytes, of each part of the
+    second step's schedule."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

@@ -1,4 +1,4 @@
-"""Commands for training runs: train, probe, verify, plan."""
+"""Commands for training runs: train, probe, verify and plan."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from mlx_segtrain.commands.terminal import Terminal
     from mlx_segtrain.training import TrainResult
 
-#: The default folder of an adapter, as in mlx-lm.
+#: The default folder for an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Maximum characters of a system message that is shown in a command.
+#: Maximum number of characters of a system message for it to be shown in a command.
 MOST_SYSTEM = 300
 
 
 def add_commands(command: Callable[..., Parser]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     for name, run, text in (
         ("train", _train, "train an adapter"),
         ("probe", _probe, "run a few steps without saving and report time and memory"),
@@ -121,9 +121,9 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
 
 def config_of(args: argparse.Namespace, *unused: str, **fill: Any) -> TrainConfig:
-    """Returns the TrainConfig of --config and of flags, which take precedence.
+    """Returns the TrainConfig that --config and the flags give. Flags take precedence.
 
-    `unused` are required fields that the command can do without; `fill` sets other fields.
+    `unused` lists required fields that the command does not need. `fill` sets other fields.
     """
     flags = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     given = dict.fromkeys(unused, UNUSED) | flags | fill
@@ -145,7 +145,7 @@ def _train(args: argparse.Namespace) -> int:
         if isinstance(error, LostRank):
             sys.stderr.flush()
             sys.stdout.flush()
-            os._exit(1)  # a normal exit would wait for the device, which may wait for that rank
+            os._exit(1)  # a normal exit waits for the device, which may wait for that rank
         return 1
 
 
@@ -170,7 +170,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
 def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
-    """Shows the results of a run, and commands for the next steps."""
+    """Shows the results of a run, and commands for possible next steps."""
     from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
@@ -217,7 +217,7 @@ def show_result(
 
 
 def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
-    """Returns commands that use a run's adapter, with the system message of its data."""
+    """Returns commands that use a run's adapter, with the system message of the run's data."""
     from mlx_segtrain.adapters import prompting_of
     from mlx_segtrain.ops.selfcheck import on_gpu
 
@@ -234,7 +234,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
         ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
-    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds per token
+    if on_gpu():  # on a CPU, stock mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
         mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
         if more:
@@ -244,12 +244,12 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
 
 
 def _system(config: TrainConfig) -> str | None:
-    """Returns the system message of the data, if all its rows have the same."""
+    """Returns the system message of the data, if all rows have the same one."""
     from mlx_segtrain.data import Options
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
 
-    with suppress(InputError):  # the data may have been deleted since
+    with suppress(InputError):  # the data may have been deleted after the run
         return system_message(sources_of(config.data_dir, ask=False)[0], Options.of(config))
     return None
 
@@ -301,7 +301,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    # Also overrides those of --config.
+    # This also overrides the values in --config.
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")
@@ -323,7 +323,7 @@ def _plan(args: argparse.Namespace) -> int:
             raise InputError(
                 "--link and --step-seconds only apply to parallel data: leave them out"
             )
-        assert args.ranks is not None  # checked above
+        assert args.ranks is not None  # this was checked above
         runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])
         return answer(report.of_pipeline(runs), show_plan, args.json)
     if args.rank_budgets:

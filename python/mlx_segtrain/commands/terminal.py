@@ -1,4 +1,4 @@
-"""Shows a run to people: a progress bar on a terminal, and plain lines elsewhere."""
+"""Shows a run to users: with a progress bar on a terminal, and with plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
 from mlx_segtrain.events import Event, about_ranks, speed
 
-#: Minimum columns for all figures to be shown beside the bar.
+#: Minimum number of columns for all figures to be shown beside the bar.
 WIDE = 110
-#: Columns at the end of the bar's line that stay empty.
+#: How many columns at the end of the bar's line stay empty.
 ROOM = 3
 
 
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
-    """Prints a dataclass, or a list of them, as JSON or with `show`; returns the exit code.
+    """Prints a dataclass, or a list of dataclasses, as JSON or with `show`. Returns the exit code.
 
     If `ok` is given, the JSON object contains it, and the exit code is 1 if it is False.
     """
@@ -40,13 +40,14 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
 
 
 def width_of(console: Console) -> int:
-    """Returns the width of a terminal; elsewhere a width at which no line is wrapped."""
+    """Returns the width of a terminal. If the console is not a terminal, returns a width at which
+    no line is wrapped."""
     return console.width if console.is_terminal else 10**6
 
 
 def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
-    """Returns a function that prints text without interpreting markup. On a terminal it wraps lines
-    between words, and indents the continuation lines by `indent` spaces."""
+    """Returns a function that prints text without interpreting markup. On a terminal, the function
+    wraps lines between words, and indents continuation lines by `indent` spaces."""
     show = partial(console.print, markup=False, soft_wrap=True)
     if not console.is_terminal:
         return show
@@ -62,8 +63,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns free, because a terminal echoes ^C there: a full line would be
-    wrapped, and the bar would be drawn a second time below it."""
+    """Keeps the last columns free, because a terminal echoes ^C there. The echo would wrap a full
+    line, and the bar would be drawn a second time below it."""
 
     inner: RenderableType
 
@@ -77,12 +78,12 @@ class Bar(Progress):
 
 
 class Terminal:
-    """Shows events (pass it as on_event) and steps (pass its `step` as on_step).
+    """Shows events (pass the object as on_event) and steps (pass its `step` as on_step).
 
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    It draws a progress bar if the console is a terminal, and prints one line per event otherwise.
+    It draws a progress bar if the console is a terminal, and otherwise prints one line per event.
     The command's `output` determines how much is shown and logged.
     """
 
@@ -107,7 +108,7 @@ class Terminal:
         self._told = 0.0
         self._budget: float | None = None  # the budget of the memory plan, in 10⁹ bytes
         self._loss = ""  # the loss of the last evaluation
-        self._last: Event | None = None  # the event whose figures the bar shows
+        self._last: Event | None = None  # the event whose figures are beside the bar
 
     def __enter__(self) -> Terminal:
         self._bar.start()
@@ -118,7 +119,7 @@ class Terminal:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Shows one event, except `failed`, whose exception follows."""
+        """Shows an event. A `failed` event is not shown, because its exception follows."""
         self._safely(self._show, event)
 
     def step(self, event: Event) -> None:
@@ -134,7 +135,8 @@ class Terminal:
         self._safely(self._say, text)
 
     def fact(self, name: str, text: str) -> None:
-        """Shows a line of a result; continuation lines are indented to the start of its text."""
+        """Shows a line of a result. Continuation lines are indented to the column where `text`
+        starts."""
         self.say(hanging(name, text, 17, width_of(self.console)))
 
     def command(self, what: str, argv: Sequence[str]) -> None:
@@ -145,7 +147,7 @@ class Terminal:
         self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Shows something unless the terminal, or the reader of the output, is gone."""
+        """Shows something, unless the terminal or the reader of the output is gone."""
         if self.gone:
             return
         try:
@@ -194,7 +196,7 @@ class Terminal:
 
     def _report(self, event: Event) -> None:
         line = self._note if self._draws else self._line
-        if not self.verbose:  # otherwise _step has shown it
+        if not self.verbose:  # otherwise _step has already shown it
             line(f"step {event['step']}/{self.iters}: {self._figures(event, wide=True)}")
             if self._draws:
                 self._step(event)
@@ -220,7 +222,8 @@ class Terminal:
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """Shows the progress of a download or of tokenizing: a bar, or a line every 10 seconds."""
+        """Shows the progress of a download or of tokenizing, as a bar or as a line every 10
+        seconds."""
         share, now = event["share"], time.monotonic()
         if not self._draws:
             if now - self._told > 10 or share == 1:
@@ -251,8 +254,8 @@ class Terminal:
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
     def _figures(self, event: Event, wide: bool) -> str:
-        """Returns loss, speed, memory and remaining time, with fewer details unless `wide` is
-        set."""
+        """Returns the loss, the speed, the memory and the remaining time. If `wide` is false,
+        details are left out."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
         of = "" if self._budget is None else f" of {self._budget:.2f}"
@@ -267,13 +270,14 @@ class Terminal:
 
 
 def errors() -> Console:
-    """Returns the console for everything except results."""
+    """Returns the console for everything that is not a result."""
     return Console(file=uncopied(sys.stderr), highlight=False)
 
 
 @contextmanager
 def waiting() -> Iterator[Callable[[Event], None]]:
-    """Shows the progress of a download and warnings on stderr; with --verbose, every event."""
+    """Shows warnings and the progress of a download on stderr. With --verbose, shows every
+    event."""
     with Terminal(errors()) as show:
 
         def tell(event: Event) -> None:
@@ -284,7 +288,7 @@ def waiting() -> Iterator[Callable[[Event], None]]:
 
 
 def complain(text: str) -> None:
-    """Prints a sentence to stderr, wrapped on a terminal."""
+    """Prints a sentence to stderr. On a terminal, the sentence is wrapped."""
     if sys.stderr.isatty():
         text = wrapped(text, Console(stderr=True).width)
     print(text, file=sys.stderr)

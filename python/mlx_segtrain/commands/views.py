@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Two alternating styles each, so that neighbouring tokens can be told apart.
+#: Two alternating styles for tokens in the loss, and two for others, so that neighbouring tokens
+#: can be told apart.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
-#: Number of layers that the report of a merge shows.
+#: The number of layers that the report on a merge shows.
 WORST = 8
 
 
@@ -81,14 +82,16 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def formats(report: Report) -> str:
-    """Returns the format of a data set's rows, or several with their counts."""
+    """Returns the format of a data set's rows. If there are several formats, returns each with its
+    count."""
     if len(report.formats) < 2:
         return str(report.format)
     return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
 
 
 def bars(report: Report, width: int = 40) -> list[str]:
-    """Returns a line for each range of lengths: from, to, a bar, and the number of samples."""
+    """Returns a line for each range of lengths: its lower and upper end, a bar, and the number of
+    samples."""
     if not report.histogram:
         return []
     most = max(own.count for own in report.histogram)
@@ -100,13 +103,14 @@ def bars(report: Report, width: int = 40) -> list[str]:
 
 
 def _bar(length: float) -> str:
-    """Returns a bar of this length in characters, drawn in eighths of a character."""
+    """Returns a bar of this length in characters. It is drawn with a resolution of an eighth of a
+    character."""
     whole, rest = divmod(round(length * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Describes the length of an epoch, unpacked and packed, in words."""
+    """Describes in words how long an epoch is without and with packing."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -119,7 +123,8 @@ def epochs(report: Report) -> dict[str, str]:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Prints a table of the kernels' checks on a device, and below it the reasons of failures."""
+    """Prints a table of the checks of kernels on a device, and below it the reasons for
+    failures."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -155,7 +160,8 @@ def _marked(preview: Preview) -> str:
 
 
 def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
-    """Yields the texts of runs of tokens, and whether a run is in the loss."""
+    """Yields the text of each run of consecutive tokens with the same value, and whether the run is
+    in the loss."""
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         yield "".join(token for token, *_ in run), trained
 
@@ -230,7 +236,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult, unit: str) -> None:
-    """Prints a loss with its unit, and the number of tokens it was measured on."""
+    """Prints a loss with its unit, and the number of tokens on which it was measured."""
     print(f"loss        {result.loss:.4f} {unit}")
     width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
@@ -253,7 +259,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints what a converted adapter contains, and its difference from the original."""
+    """Prints what a converted adapter contains, and how much it differs from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -266,13 +272,14 @@ def show_made(made: Made) -> None:
 
 
 def wide() -> Console:
-    """Returns a console that is wide enough for names if there is no terminal."""
+    """Returns a console that is wide enough for names even if it is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_fold(report: folding.Report) -> None:
-    """Prints the result of a merge, and the linear layers that lost the most."""
+    """Prints the result of a merge, and the linear layers that lost the largest shares of their
+    updates."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
@@ -305,7 +312,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Prints a table of adapters, and below it the reasons why others cannot be used."""
+    """Prints a table of adapters, and below it the reasons why other adapters cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

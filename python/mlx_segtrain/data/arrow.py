@@ -1,6 +1,6 @@
 """Converts Arrow record batches to blocks of rows.
 
-Other modules import this one inside functions, because loading pyarrow takes a while.
+Other modules import this one inside functions, because importing pyarrow takes a while.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ ROWS = 1024  #: maximum rows per batch
 
 
 def table_of(data: Any) -> Any:
-    """Converts a table of pandas, polars or others to Arrow, without pandas' index."""
+    """Converts a table from pandas, polars or another library to Arrow, without the pandas
+    index."""
     table = pa.table(data)
     return table.drop_columns([x for x in table.column_names if x.startswith("__index_level_")])
 
@@ -32,10 +33,11 @@ def table_of(data: Any) -> Any:
 def blocks_of(
     name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
 ) -> Iterator[Block]:
-    """Yields the blocks of record batches. Each batch comes with the number of bytes of the file
-    that have been read so far; `size` is that of the file, None for a table in memory.
+    """Yields record batches as blocks of rows. Each batch comes with the number of bytes that have
+    been read from the file so far; `size` is the size of the file in bytes, or None for a table in
+    memory.
 
-    Raises InputError for a batch that is not well formed, and for a decompression bomb.
+    Raises InputError for a malformed batch and for a decompression bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []
@@ -66,8 +68,9 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces columns of types that JSON does not have, such as images, with booleans that say
-    whether there is a value. The values are not needed, and their size is unknown."""
+    """Replaces each column whose type does not exist in JSON, such as images, with booleans that
+    say whether a row has a value. The values themselves are not needed, and their size is
+    unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):
@@ -81,7 +84,8 @@ def _of_json(batch: Any) -> Any:
 
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
-    """Yields slices of a batch that are small when written out, each with its size in bytes."""
+    """Splits a batch into slices that are small when they are written out. Yields each slice with
+    its size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
         waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:
@@ -96,7 +100,8 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 
 def _weight(column: Any) -> int:
-    """Returns the size in bytes of an array's texts and values when written out."""
+    """Returns the approximate size in bytes of an array's texts and other values when they are
+    written out."""
     kind, own = column.type, VALUE * len(column)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
         return own + _sum(_called("binary_length", column.dictionary).take(column.indices))
@@ -118,7 +123,7 @@ def _sum(array: Any) -> int:
 
 
 def _as_stream(parts: list[Any]) -> bytes:
-    """Writes slices to an Arrow stream, without dictionaries."""
+    """Writes slices to an Arrow stream, with dictionary-encoded columns as plain ones."""
     plain = pa.schema([own.with_type(_plain(own.type)) for own in parts[0].schema])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, plain) as writer:
@@ -128,7 +133,7 @@ def _as_stream(parts: list[Any]) -> bytes:
 
 
 def _plain(kind: Any) -> Any:
-    """Returns a type without dictionaries."""
+    """Returns the plain type that corresponds to a type with dictionaries."""
     if types.is_dictionary(kind):
         return _plain(kind.value_type)
     if _is_list(kind):
@@ -142,7 +147,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _is_json(kind: Any) -> bool:
-    """Returns whether JSON can represent the values of a type."""
+    """Returns whether JSON can represent values of this type."""
     if _is_list(kind):
         return _is_json(kind.value_type)
     if types.is_struct(kind):

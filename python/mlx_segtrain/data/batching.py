@@ -1,4 +1,4 @@
-"""The order in which rows are seen, and their padding."""
+"""The order in which rows are used, and the padding of batches."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +16,12 @@ from .encoding import Pair, Row
 
 @dataclass(frozen=True)
 class Batch:
-    """`tokens` int32 [B, T]; `weights` float32 [B, T], 0 on padding.
+    """A batch of B sequences: `tokens` is int32 [B, T]; `weights` is float32 [B, T], 0 on padding.
 
-    `rows` are indices into the data and `lengths` count tokens without padding, both int64 [B];
-    `reference` is float32 [B], or None; `numbers` are those of the rows by name, float32 [B, T], 0
-    on padding. In a `packed` batch, tokens, weights and numbers are [1, T]: the B sequences one
-    after the other, without padding.
+    `rows` holds indices into the data, and `lengths` counts tokens without padding; both are int64
+    of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional values of
+    the rows, each float32 [B, T] and 0 on padding. In a `packed` batch the B sequences follow one
+    another without padding, and tokens, weights and numbers are [1, T].
     """
 
     tokens: np.ndarray
@@ -34,14 +34,15 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """The number of tokens that only pad rows to the longest one."""
+        """The number of tokens that are padding."""
         return self.tokens.size - int(self.lengths.sum())
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """Both complete sequences of each pair. In every pair the first `shared` tokens of the two
-    sequences are the same. `reference` is float32 [2B], chosen ones first, or None."""
+    """Both complete sequences of each pair. The first `shared` tokens are the same in both
+    sequences of every pair. `reference` is None, or float32 [2B]: the values of the chosen
+    responses, followed by those of the rejected ones."""
 
     chosen: Batch
     rejected: Batch
@@ -54,13 +55,14 @@ AnyBatch = Batch | PairBatch
 
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[AnyBatch]:
-    """Yields endless training batches from batch number `start` on, the same for the same seed.
+    """Yields training batches without end, beginning with batch number `start`. The same seed gives
+    the same batches.
 
-    Every epoch has a new order. Rows of similar length share a batch, and every batch has the same
-    proportion of labels as the data. Rows that do not fill the last batch are left out of an epoch;
-    they differ from epoch to epoch. If the data set is packed, a batch has `batch_size` packed
-    rows, and the last batch of an epoch has the remaining ones. Raises InputError if there are
-    fewer rows than `batch_size`, unless they are packed.
+    The order is different in every epoch. Rows of similar length share a batch, and every batch has
+    the same proportion of labels as the data. Rows that do not fill the last batch are left out of
+    an epoch; each epoch leaves out different rows. If the data set is packed, a batch has
+    `batch_size` packed rows, and the last batch of an epoch has the remaining ones. Raises
+    InputError if the data set is not packed and has fewer rows than `batch_size`.
     """
     n = len(dataset)
     if n < batch_size and not dataset.packed:
@@ -75,18 +77,20 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
 
 def batches_in_epoch(dataset: Dataset, batch_size: int) -> float:
-    """Returns the number of batches in an epoch, a fraction if some rows are left out."""
+    """Returns the number of batches in an epoch. It is not an integer if some rows are left out."""
     if dataset.packed:
         return math.ceil(len(dataset.packing) / batch_size)
     return len(dataset) / batch_size
 
 
 def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iterable[np.ndarray]:
-    """Returns the row indices of each batch of one epoch, which depend on seed and epoch only."""
+    """Returns the row indices of each batch of one epoch. They depend only on the seed and the
+    epoch."""
     if dataset.packed:
         return _joined(dataset.packing.epoch(seed, epoch), batch_size)
     n = len(dataset)
-    # Rows are left out in a fixed rotation: none in two successive epochs, and all equally often.
+    # The rows that are left out rotate: no row is left out in two successive epochs, and all rows
+    # are left out equally often.
     circle = np.random.default_rng([seed, 0]).permutation(n)
     out = circle[(epoch * (n % batch_size) + np.arange(n % batch_size)) % n]
     taken = np.ones(n, bool)
@@ -100,8 +104,8 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 def _alike(columns: Columns) -> np.ndarray:
     """Returns an order in which rows of similar length are neighbours.
 
-    Rows of each label are sorted separately and mixed evenly: if the rows of one label are longer,
-    batches would otherwise contain only one label.
+    Rows of each label are sorted separately and then mixed evenly. Otherwise, if the rows of one
+    label were longer, some batches would contain only that label.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):
@@ -112,13 +116,14 @@ def _alike(columns: Columns) -> np.ndarray:
 
 
 def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]:
-    """Yields the samples of `batch_size` packed rows at a time."""
+    """Yields the indices of the samples in each group of `batch_size` packed rows."""
     while some := list(islice(rows, batch_size)):
         yield np.concatenate(some)
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
-    """Yields every row once, in file order or packed; the last batch may have fewer rows."""
+    """Yields batches with every row once, in file order or, if the data set is packed, as packed
+    rows. The last batch may have fewer rows."""
     if dataset.packed:
         windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
     else:
@@ -130,8 +135,8 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """Returns the fraction of an epoch's tokens that is padding, counting both sequences of pairs;
-    for packed data, the fraction of its rows that is empty."""
+    """Returns the fraction of an epoch's tokens that is padding, counting both sequences of a pair.
+    For packed data, returns the fraction of the packed rows that is empty."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns
@@ -142,7 +147,7 @@ def padding(dataset: Dataset, batch_size: int) -> float:
 
 
 def described(dataset: Dataset, batch_size: int) -> str:
-    """Describes in words how many batches an epoch has, and how much of them is padding."""
+    """Describes in words how many batches an epoch has, and how much of an epoch is padding."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
         return "not one batch"
     said = f"{count:,} batch{'es' if count > 1 else ''} per epoch"
@@ -158,7 +163,7 @@ def described(dataset: Dataset, batch_size: int) -> str:
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:
-    """Returns a batch with only the row of this index."""
+    """Returns a batch that contains only the row with index `i`."""
     return _batch(dataset, np.array([i]), 1)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of rows, which one process passes to another, and how they are parsed."""
+"""Blocks of rows, which processes pass to one another, and the parsing of their rows."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """Rows that one process handles at a time: a few MB, which can be pickled.
+    """The rows that a process handles at a time: a few MB that can be pickled.
 
-    `first` is the number of the first row or line in the file `name`; `size` is the number of bytes
-    that were read for the block; `payload` has lines of JSON, or an Arrow stream (arrow.py).
+    `first` is the number of the block's first row or line in the file `name`; `size` is the number
+    of bytes that were read for the block; `payload` has lines of JSON, or an Arrow stream
+    (arrow.py).
     """
 
     name: str
@@ -30,15 +31,16 @@ class Block:
     kind: Literal["lines", "arrow"] = "lines"
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Yields the name of each row, such as "train.jsonl:17", and the row. Raises InputError."""
+        """Yields each row together with its name, such as "train.jsonl:17". Raises InputError."""
         return _parse_lines(self) if self.kind == "lines" else _parse_arrow(self)
 
 
 def grouped(
     lines: Iterable[bytes], name: str, read: Callable[[], int] | None = None
 ) -> Iterator[Block]:
-    """Groups lines, each of which is a row, into blocks. `read` returns the number of bytes read
-    since its last call; the default size of a block is that of its lines."""
+    """Groups lines, each of which is a row, into blocks. `read` returns the number of bytes that
+    have been read since its last call. Without `read`, the size of a block is the size of its
+    lines."""
     first, size, own = 1, 0, []
 
     def block() -> Block:
@@ -66,7 +68,7 @@ def _parse_lines(block: Block) -> Iterator[tuple[str, Row]]:
 def _parse(line: bytes, source: str) -> Row:
     try:
         row = json.loads(line.decode())
-        # JSON may contain half of a surrogate pair, which no tokenizer accepts.
+        # JSON may contain an unpaired surrogate, which no tokenizer accepts.
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(
@@ -88,8 +90,8 @@ def _parse(line: bytes, source: str) -> Row:
     return row
 
 
-#: The key of a field's metadata that holds the original type of a column that arrow.py replaced
-#: with booleans, because JSON does not have its values.
+#: The metadata key of a field whose column arrow.py replaced with booleans, because JSON cannot
+#: represent its values. It holds the column's original type.
 OTHER = b"other"
 
 
@@ -111,8 +113,8 @@ def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
 
 
 def _readable(column: Any, other: bytes | None) -> Callable[[int], Any]:
-    """Returns a function from the number of a row to its value; `other` is the original type of a
-    column that was replaced with booleans."""
+    """Returns a function that returns the value of the row with a given number. If the column was
+    replaced with booleans, `other` is its original type."""
     if other is None:
         return lambda i: column[i].as_py()
     value = Other(other.decode())

@@ -1,9 +1,9 @@
 """Caches tokenized data in memory-mapped files, which worker processes write.
 
 Each source has a folder below cache_dir()/tokens, named by a hash of everything that its tokens
-depend on. The folder has a file for each block, and about.json, which is written last. So an
-interrupted read continues with the missing blocks, and a file never changes while another run may
-have mapped it.
+depend on. The folder has a file for each block, and about.json, which is written last. An
+interrupted read therefore continues with the missing blocks, and a file never changes while another
+run may have mapped it.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Minimum bytes of rows for which a cache, and more than one process, are worthwhile.
+#: A cache is worthwhile from SMALL bytes of rows on, and more than one process from LARGE bytes on.
 SMALL, LARGE = 1 << 20, 8 << 20
-#: File name extensions of the files in a model's folder that define its tokenizer.
+#: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-#: Options on which tokens depend.
+#: The options that tokens depend on.
 OF_TOKENS = (
     "format",
     "columns",
@@ -58,7 +58,7 @@ OF_TOKENS = (
 )
 PACKAGES = ("mlx-lm", "transformers", "tokenizers", "jinja2")
 ABOUT, LOCK = "about.json", "lock"
-#: Seconds between two events.
+#: Seconds between two progress events.
 PACE_S = 0.3
 
 
@@ -76,7 +76,8 @@ def read_samples(
 ) -> Samples:
     """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    Caches them if `model_dir`, the folder of the tokenizer's model, is given and there are many.
+    If there are many samples and `model_dir`, the folder of the tokenizer's model, is given, they
+    are cached.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -119,7 +120,7 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """Returns a hash of this package's code and the versions of the libraries that tokenize."""
+    """Returns a hash of this package's code, and the versions of the packages that tokenize."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())
@@ -138,7 +139,7 @@ def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
 
 
 def _in_order(made: Iterator[Done]) -> Iterator[Done]:
-    """Yields blocks that arrive in order. Raises InputError at the first fault."""
+    """Yields results that arrive in order. Raises InputError at the first error."""
     first: dict[str, str] = {}
     for done in made:
         _check(done, first)
@@ -147,15 +148,16 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """Raises InputError for a block with a fault, given the formats of the earlier blocks."""
+    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` has the
+    formats of the earlier blocks."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
 
 
 def _mapped(file: Path | bytes) -> "pa.RecordBatch":
-    """Returns the batch in a file, which is mapped into memory, or in the content of such a file.
-    Raises OSError or ValueError if it is damaged."""
+    """Returns the batch in a file, which is mapped into memory, or in bytes with the content of
+    such a file. Raises OSError or ValueError if the file is damaged."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)
@@ -167,14 +169,15 @@ def _file(place: Path, index: int) -> Path:
 
 
 def _kept(place: Path) -> list["pa.RecordBatch"]:
-    """Returns the batches of a folder; [] if it is incomplete or one of them is damaged."""
+    """Returns the batches in a folder. If the folder is incomplete or a batch is damaged, returns
+    []."""
     try:
         about = read_json(place / ABOUT, 64 << 20)
         files = [_file(place, index) for index in range(len(about["sizes"]))]
         if [file.stat().st_size for file in files] != about["sizes"]:
             return []
         batches = [_mapped(file) for file in files]
-    except (OSError, ValueError, KeyError, TypeError):  # pyarrow's ArrowInvalid is a ValueError
+    except (OSError, ValueError, KeyError, TypeError):  # ArrowInvalid is a ValueError
         return []
     with suppress(OSError):
         os.utime(place / ABOUT)  # marks the last use
@@ -200,10 +203,9 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """Returns the batches of a source, and creates the missing ones. Raises InputError.
+    """Returns all batches of a source, and creates the missing ones first. Raises InputError.
 
-    Only one process at a time does this. If the folder cannot be written, the batches stay in
-    memory.
+    Only one process at a time does this. If the folder is not writable, the batches stay in memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
@@ -223,7 +225,7 @@ def _made(
                 found[done.index] = _mapped(done.content or _file(place, done.index))
                 progress.add(done)
         except InputError:
-            with suppress(OSError):  # the same rows would fail again, so the cache is useless
+            with suppress(OSError):  # these rows would fail again
                 remove_folder(place)
             raise
         batches = [found[index] for index in sorted(found)]
@@ -233,7 +235,7 @@ def _made(
 
 
 def _sound(place: Path) -> Iterator[tuple[int, "pa.RecordBatch"]]:
-    """Yields the undamaged batches in a folder, by index."""
+    """Yields the undamaged batches in a folder, each with its index."""
     for file in place.glob("*.arrow"):
         with suppress(OSError, ValueError):
             yield int(file.stem), _mapped(file)
@@ -246,9 +248,9 @@ def _all_done(
     store: Path | None,
     found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Yields the missing blocks of a source as they are done.
+    """Yields the missing blocks of a source as soon as each is done.
 
-    Raises InputError for the first faulty row, once all blocks before it are done.
+    Raises InputError for the first row with an error, once all blocks before it are done.
     """
     waiting = {
         index: Done(index, own.size, own.n_rows, own.formats)
@@ -256,7 +258,7 @@ def _all_done(
     }
     have = set(waiting)
     start = next(index for index in count() if index not in have)
-    last, why = None, None  # the last block that is needed; why the file cannot be read
+    last, why = None, None  # index of the last block needed; read error
 
     def jobs() -> Iterator[tuple[int, Block, Path | None]]:
         nonlocal why
@@ -266,7 +268,7 @@ def _all_done(
                     return
                 if index not in have:
                     yield index, block, store and _file(store, index)
-        except InputError as error:  # reported later, since an earlier row may also have a fault
+        except InputError as error:  # raised later, since an earlier row may also have an error
             why = str(error)
 
     small = source.size is not None and source.size < LARGE
@@ -291,8 +293,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Keeps other processes from writing to this folder. Yields the reason if it cannot be written,
-    or else None."""
+    """Keeps other processes from writing to this folder. Yields None, or the reason if the folder
+    is not writable."""
     file = None
     try:
         try:
@@ -302,7 +304,7 @@ def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
                 while not lock(file):
                     progress.wait()
                     time.sleep(0.2)
-                if not _is_at(file, place / LOCK):  # it was removed in the meantime
+                if not _is_at(file, place / LOCK):  # another process has removed it in the meantime
                     file.close()
                     file = None
             clean(place)
@@ -388,8 +390,8 @@ class _Progress:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder of tokens: its name, its size in bytes, and the time of its last use in seconds
-    since 1970; `about` is None if it is incomplete."""
+    """A folder of tokens: its name, its size in bytes, and when it was last used, in seconds since
+    1970. `about` is None if the folder is incomplete."""
 
     key: str
     size: int
@@ -398,7 +400,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Returns the entries of the cache, the most recently used first."""
+    """Returns the entries of the cache. The most recently used entry is first."""
     found = []
     for place in folder().glob("*/") if folder().is_dir() else ():
         with suppress(OSError):
@@ -413,7 +415,8 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes entries by name; returns the names of those in use, which stay."""
+    """Removes the entries with these names. Returns the names of entries that are in use and
+    therefore stay."""
     stay = []
     for key in keys:
         place = folder() / key

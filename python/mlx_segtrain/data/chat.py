@@ -1,9 +1,10 @@
-"""Cuts conversations into samples whose contexts are exactly the texts that generation starts from.
+"""Splits conversations into samples whose contexts are exactly the texts from which the model
+generates.
 
-A turn in the loss is a context, which is the rendering of the earlier messages with the generation
-prompt, and a response, which ends with the first token that stops generation. Rows are rendered in
-the spelling (spelling.py) with which the template loses nothing. A text that is lost in every
-spelling, or a turn without an end, is a finding (notes.py).
+A turn in the loss consists of a context and a response. The context is the rendering of the earlier
+messages with the generation prompt; the response ends with the first token that stops generation.
+Rows are rendered in the spelling (spelling.py) in which the template drops nothing. A text that the
+template drops in every spelling, or a turn without an end, is reported as a finding (notes.py).
 """
 
 import re
@@ -21,17 +22,17 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: A generation prompt is located in another rendering by its last characters. These numbers of
-#: characters are tried, beginning with the largest.
+#: A generation prompt is located in another rendering by its last characters. These are the numbers
+#: of characters to try, the largest first.
 ANCHORS = range(40, 3, -1)
-#: If no spelling is lossless, all of them are tried for this many rows with the same traits.
+#: If no spelling is lossless, all spellings are tried for this many rows with the same traits.
 MOST_SEARCHES = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence of the row `source`. `turns` counts its turns in the loss, `findings` are keys of
-    notes.FINDINGS, and `rendered` says whether a chat template rendered it."""
+    """A sequence from the row `source`. `turns` counts its turns in the loss, `findings` holds keys
+    of notes.FINDINGS, and `rendered` says whether a chat template rendered it."""
 
     source: str
     pieces: Pieces
@@ -54,22 +55,22 @@ class _Turn:
 
 
 class Conversations:
-    """Cuts the conversations of a data set into samples; remembers which spelling works."""
+    """Splits the conversations of a data set into samples, and remembers which spelling works."""
 
     def __init__(
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # For rows with these traits: the spelling, the findings about it, and the number of
-        # searches.
+        # For rows with these traits: the spelling, the findings that remain with it, and how many
+        # rows were searched.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
         """Returns the samples of a row with "messages"; `source` is "file:line".
 
-        There are several if the context of a later turn does not contain an earlier turn as it was
-        generated, for example with templates that drop earlier reasoning. Raises InputError.
+        There are several samples if the context of a later turn does not contain an earlier turn as
+        it was generated, for example with templates that drop earlier reasoning. Raises InputError.
         """
         messages = given["messages"]
         weights = _weights(messages, self._train_on)
@@ -99,7 +100,8 @@ class Conversations:
         return Spelling(content="parts" if parts else "text")
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
-        """Returns the turns in the first lossless spelling, or else in the one that loses least."""
+        """Returns the turns in the first lossless spelling or, if there is none, in the spelling
+        that loses least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -134,8 +136,8 @@ def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
 
 
 def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
-    """Joins turns into samples: one for the last turn and all turns that its context contains, and
-    so on for the rest."""
+    """Joins turns into samples: one sample has the last turn and all turns that its context
+    contains; the remaining turns are joined in the same way."""
     samples = []
     while turns:
         last = turns[-1]
@@ -163,7 +165,7 @@ def _unplaced(i: int) -> TemplateError:
 
 @dataclass(frozen=True)
 class _Row:
-    """A conversation, the loss weights of its messages, and what is needed to render it."""
+    """A conversation with the loss weights of its messages, and everything needed to render it."""
 
     messages: list[dict[str, Any]]
     weights: list[float]
@@ -173,7 +175,7 @@ class _Row:
 
     @cached_property
     def special(self) -> list[re.Match[str] | None]:
-        """For each message, the first match of a special token's text in its content."""
+        """For each message, the first special token in its content, or None."""
         texts = [str(message.get("content") or "") for message in self.messages]
         return [self.stops.control.search(text) for text in texts]
 
@@ -205,8 +207,8 @@ class _Row:
     def _thought(
         self, before: list[dict[str, Any]], context: str, response: str, thoughts: str
     ) -> tuple[str, list[str]]:
-        """Returns a response, with the end of the thinking block if the generation prompt opens
-        one, and findings."""
+        """Returns the response and its findings. If the generation prompt opens a thinking block
+        that the response does not end, the end of the block is added to the response."""
         closing = self.render.closing(before, context)
         if closing is None:
             return response, []
@@ -214,26 +216,28 @@ class _Row:
         if not thoughts:
             return (response if closed else closing + response), []
         if thoughts in response:
-            # Then the reasoning follows an empty block.
+            # The reasoning follows an empty thinking block.
             return response, ["reasoning"] if closed else []
         return thoughts + (response if closed else closing + response.lstrip("\n")), []
 
     def _aligned(
         self, i: int, messages: list[dict[str, Any]], full: str, context: str
     ) -> tuple[str, str]:
-        """Returns context and response of a turn whose rendering does not begin with its context.
+        """Returns the context and the response of a turn whose rendering does not begin with its
+        context.
 
-        Either the generation prompt opens a block that the finished turn lacks, or the template
-        renders earlier messages differently once an answer follows (Mistral's writes the system
-        message before the last user message, unless an answer follows that message).
+        There are two reasons for this. The generation prompt may open a block that the finished
+        turn lacks. Or the template renders earlier messages differently once a response follows:
+        Mistral's template writes the system message before the last user message, unless a response
+        follows that message.
         """
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
             if not i:
                 raise _unplaced(i)
-            header = full  # an empty turn, or one with only calls, may be rendered differently
+            header = full  # an empty turn, or one with only tool calls, may be rendered differently
         answer = full[len(header) :]
-        if not i:  # there is no earlier message
+        if not i:  # the turn is the first message
             return header, answer
         shared = _common(context, header)
         said = [reasoning(message)[1].strip() for message in self.messages[:i]]
@@ -248,10 +252,12 @@ class _Row:
     def _ended(
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
-        """Returns a response up to its first stop token, the rest, and whether it has one."""
+        """Returns a response up to and including its stop token, the rest of the text, and whether
+        the response has a stop token. A stop token may be added to it."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
-        # Some templates end a turn with the header of the next one, which then is the stop token.
+        # Some templates end a turn only with the header of the next turn, which is then the stop
+        # token.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
         if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
             return response.rstrip("\n") + stop[0], "", True
@@ -264,7 +270,8 @@ class _Row:
 
 
 def _common(a: str, b: str) -> int:
-    """Returns the length of the common prefix, without a tag that only begins in it."""
+    """Returns the length of the common prefix. If a tag begins in the prefix but does not end in
+    it, the prefix ends before the tag."""
     n = next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     if n in (len(a), len(b)):
         return n
@@ -276,8 +283,9 @@ def _common(a: str, b: str) -> int:
 
 
 class _Stops:
-    """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`),
-    and the text that is appended to a response without a stop, or None for no text."""
+    """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`).
+    `append` is the text that is appended to a response without a stop token; if it is None, nothing
+    is appended."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -288,9 +296,9 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """Returns the first stop after a message's own texts."""
+        """Returns the first stop token that is not part of the message's own `texts`."""
         start = 0
-        if any(map(self.stop.search, texts)):  # stops inside them do not end the turn
+        if any(map(self.stop.search, texts)):  # stops in the texts do not end the turn
             tail = self.tail.search(response)
             start = tail.start() if tail else len(response)
         return self.stop.search(response, start)

@@ -12,7 +12,7 @@ from .encoding import Row, sequences
 
 
 class Lazy(Sequence[Any]):
-    """A sequence of n items, which `make(index)` creates on access."""
+    """A sequence of n items; `make(index)` creates an item when it is accessed."""
 
     def __init__(self, n: int, make: Callable[[int], Any]):
         self._n, self._make = n, make
@@ -31,12 +31,13 @@ class Lazy(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Columns:
-    """Arrays over n samples of s sequences each: 1, or 2 for pairs.
+    """Arrays over n samples of s sequences each; s is 2 for pairs and 1 for other samples.
 
-    int64 [n, s]: `length` is the number of tokens, `first` the index of the first token in the loss
-    (the length if there is none), `trained` the number of tokens in the loss, `top` the largest
-    token id, possibly in a part that was truncated. int64 [n]: `shared` is Pair.shared, or 0;
-    `sign` is −1 for rows with an undesirable response, whose weights are below 0, and 1 for others.
+    The following are int64 [n, s]: `length` is the number of tokens; `first` is the index of the
+    first token in the loss, or the length if no token is in the loss; `trained` is the number of
+    tokens in the loss; `top` is the largest token id, possibly of a token that was truncated. The
+    following are int64 [n]: `shared` is Pair.shared, or 0; `sign` is −1 for rows with an
+    undesirable response, whose weights are below 0, and 1 for other rows.
     """
 
     length: np.ndarray
@@ -48,7 +49,7 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Columns:
-        """Returns the arrays of rows in memory, Row or Pair."""
+        """Returns the arrays for rows in memory, each a Row or a Pair."""
         parts = [list(map(_numbers, sequences(row))) for row in rows]
         table = np.array(parts or np.zeros((0, 1, 4)), np.int64)
         shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)
@@ -58,16 +59,16 @@ class Columns:
 
     @property
     def run(self) -> np.ndarray:
-        """The number of tokens of each sample that are run, int64 [n]."""
+        """The number of tokens that are run for each sample, int64 [n]."""
         return self.length.sum(1) - self.shared
 
     def take(self, chosen: np.ndarray) -> Columns:
-        """Returns the columns of some samples, by index or mask."""
+        """Returns the columns of the samples that `chosen` selects, by index or by mask."""
         return replace(self, **{own.name: getattr(self, own.name)[chosen] for own in fields(self)})
 
 
 def _numbers(row: Row) -> tuple[int, int, int, int]:
-    """Returns length, first, trained and top of a sequence."""
+    """Returns the values of `length`, `first`, `trained` and `top` for a sequence."""
     trained = np.flatnonzero(row.weights)
     n = len(row)
     return n, int(trained[0]) if trained.size else n, trained.size, int(row.ids.max(initial=0))

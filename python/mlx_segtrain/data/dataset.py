@@ -27,13 +27,14 @@ Split = Literal["train", "valid"]
 class Dataset:
     """The samples of a split that have tokens in the loss.
 
-    `rows` are Row or Pair, and may be created on access: code that needs all of them uses
-    `columns`. `format` is a name of formats.FORMATS, or mixed. `n_rows` counts the rows that were
-    read. `truncated` counts the truncated rows (for pairs, those that lost part of a response),
-    `prompts_cut` the rows that lost the beginning of their prompt, and `dropped` the samples
-    without a token left in the loss. `pad_id` fills short rows. `notes` has the findings about the
-    rows, `said` sentences about rows that were dropped or held out. `name` is that of the source.
-    `packed` is the length in tokens of the rows into which samples are packed; 0 if they are not.
+    `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
+    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
+    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (for
+    pairs, those that lost part of a response), `prompts_cut` counts the rows that lost the
+    beginning of their prompt, and `dropped` counts the samples that had no token left in the loss.
+    `pad_id` fills short rows. `notes` has the findings about the rows, and `said` has sentences
+    about rows that were dropped or held out. `name` is the name of the source. `packed` is the
+    length, in tokens, of the rows into which samples are packed, or 0 without packing.
     """
 
     rows: Sequence[Any]
@@ -60,7 +61,7 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that an epoch runs."""
+        """The number of tokens that are run in an epoch."""
         return int(self.columns.run.sum())
 
     @property
@@ -69,33 +70,36 @@ class Dataset:
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with `change(index, row)` as its rows. Columns must not change."""
+        """Returns the data set with `change(index, row)` as its rows. `change` must not change any
+        value in `columns`."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
     def take(self, chosen: np.ndarray) -> "Dataset":
-        """Returns some samples, by index."""
+        """Returns a data set with the samples of these indices."""
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
 
     def in_rows_of(self, tokens: int) -> "Dataset":
-        """Returns the samples packed into rows of this many tokens; no sample may be longer."""
+        """Returns the data set with its samples packed into rows of this many tokens. No sample may
+        be longer."""
         return replace(self, packed=tokens)
 
     @cached_property
     def packing(self) -> Packing:
-        """How the samples are packed, if they are."""
+        """The places of the samples in packed rows."""
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """Returns the pairs without shared tokens."""
+        """Returns the pairs with no token marked as shared."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
     @property
     def summary(self) -> str:
-        """A sentence with the rows, samples and tokens, and how plain prompts are read."""
+        """A sentence with the numbers of rows, samples and tokens, and how plain prompts are
+        read."""
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
@@ -131,8 +135,8 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is an argument of sources_of, or its result. With the folder of the tokenizer's model the
-    tokens are cached (cache.py). `on_event` receives the progress.
+    `data` is an argument or a result of sources_of. If `model_dir`, the folder of the tokenizer's
+    model, is given, the tokens are cached (cache.py). `on_event` receives progress events.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -146,7 +150,7 @@ def load_split(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Dataset | None:
-    """Reads one of the two splits of load_dataset; returns None if it is absent."""
+    """Reads one of the two splits of load_dataset. Returns None if the data has no such split."""
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
@@ -156,7 +160,7 @@ def load_split(
 
 
 class Reading:
-    """Reads each source once, with a tokenizer; the arguments are those of load_dataset."""
+    """Reads each source once, with a tokenizer. The arguments are described in load_dataset."""
 
     def __init__(
         self,
@@ -191,7 +195,8 @@ class Reading:
 
 
 def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Returns the training rows and the validation rows of sources. Raises InputError."""
+    """Returns the training rows and, if there are any, the validation rows of the sources. Raises
+    InputError."""
     own, held = _parts(train, valid, read)
     if valid is None:
         return own, held
@@ -204,7 +209,8 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
 
 def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
     """Returns the training rows, without duplicates if `dedup` is set, and the validation rows that
-    are held out of them; None if `valid` is given."""
+    are held out from them. If no row is held out, as when `valid` is given, the second result is
+    None."""
     options, samples, said = read.options, read.samples(train), ()
     read.check(train)
     chosen = np.arange(len(samples))
@@ -239,7 +245,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
 
 
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
-    """Returns sentences about what is left out of the data or wrong with it."""
+    """Returns sentences about data that is left out and about problems with the data."""
     said = []
     for own in (train, valid):
         if own is None:
@@ -274,7 +280,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
     truncated, cut = over.copy(), np.zeros(len(chosen), bool)
-    # Responses that are compared stay whole: their prompts are truncated first.
+    # Responses of pairs and of rows with a label stay whole if possible: their prompts are
+    # truncated first.
     if (columns.length.shape[1] == 2 or encoder.options.labelled) and over.any():
         at = np.flatnonzero(over)
         short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
@@ -312,7 +319,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns the chosen prompts that leave room for an answer. Raises InputError if none does."""
+    """Returns the chosen prompts that leave room for a completion. Raises InputError if there are
+    none."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -343,8 +351,8 @@ WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Truncates a row to max_seq_length tokens. Also returns whether it lost its end, and whether
-    it lost its beginning.
+    """Truncates a row to max_seq_length tokens. Also returns whether its end was truncated, and
+    whether its beginning was.
 
     Rows are truncated on the right. A pair, or a row with a label, first loses tokens on the left
     of its prompt, except BOS and the prompt's last token. Both prompts of a pair lose the same

@@ -1,4 +1,4 @@
-"""Turns pieces of text into token ids with a loss weight for each token."""
+"""Turns pieces of text into token ids, with a loss weight for each token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,9 +20,9 @@ from .words import Words
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` of
-    every prompt, as chat templates take them. If no method is set, rows for any method are
-    accepted."""
+    """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` that
+    every prompt gets, in the form that chat templates take. If no method is set, rows for any
+    method are accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -46,13 +46,14 @@ class Options:
 
     @property
     def format(self) -> str:
-        """The format of all rows, or auto. A method for prompts ignores the other keys of rows."""
+        """The format of all rows, or auto. A method that trains on prompts ignores the other keys
+        of rows."""
         prompts = self.method is not None and ROWS[self.method] == "prompt"
         return "prompt" if prompts and self.data_format == "auto" else self.data_format
 
     @property
     def labelled(self) -> bool:
-        """Whether the method also learns from undesirable responses: their weights are below 0."""
+        """Whether the method also learns from undesirable responses, whose weights are below 0."""
         return self.method is not None and ROWS[self.method] == "labelled"
 
 
@@ -60,13 +61,13 @@ class Options:
 class Row:
     """One tokenized sequence.
 
-    `ids` is int32 [n]; `weights` float32 [n], where weights[j] is the loss weight of predicting
-    token j (0 = context, and always 0 for j = 0; below 0 in an undesirable response); `source` is
-    "file:line", for a pair's sequences "file:line chosen" and "file:line rejected"; `findings` are
-    keys of notes.FINDINGS; `turns` counts the turns in the loss. `reference` has the outputs of the
-    model without the adapter, once they are computed. A prompt for which completions are generated
-    has `given`, its row in the file, for rewards; a completion in the loss has `numbers`, float32
-    [n] by name, which the loss reads besides the weights.
+    `ids` is int32 [n]. `weights` is float32 [n]: weights[j] is the loss weight of predicting token
+    j. It is 0 for context and for j = 0, and below 0 in an undesirable response. `source` is
+    "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line rejected".
+    `findings` holds keys of notes.FINDINGS, and `turns` counts the turns in the loss. `reference`
+    has the outputs of the model without the adapter, once they are computed. For a prompt for which
+    completions are generated, `given` is its row in the file, which rewards read. For a completion
+    in the loss, `numbers` maps names to float32 [n] arrays that the loss reads besides the weights.
     """
 
     ids: np.ndarray
@@ -84,11 +85,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt with two responses, as two whole sequences; weights are 1 on response tokens.
+    """A prompt with two responses, as two whole sequences. The weights are 1 on response tokens.
 
-    The first `shared` tokens are the same in both; at least the last two of each are not shared, so
-    that there is a row to run. `source` is "file:line". `reference` has the log-probabilities of
-    the responses (chosen, rejected) under the model without the adapter, once they are computed.
+    The first `shared` tokens are the same in both sequences. At least the last two tokens of each
+    sequence are not shared, so that something is left to run. `source` is "file:line". `reference`
+    has the log-probabilities of the responses (chosen, rejected) under the model without the
+    adapter, once they are computed.
     """
 
     chosen: Row
@@ -99,7 +101,7 @@ class Pair:
 
     @classmethod
     def of(cls, chosen: Row, rejected: Row, source: str) -> "Pair":
-        """Creates a pair, with `shared` computed from the two."""
+        """Creates a pair from two rows, and computes `shared` from them."""
         n = min(len(chosen), len(rejected))
         differ = np.flatnonzero(chosen.ids[:n] != rejected.ids[:n])
         shared = min(int(differ[0]) if differ.size else n, n - 2)
@@ -118,9 +120,10 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` says whether plain prompts bypass the chat template. `chats` cuts conversations, and puts
-    turns into the loss according to `train_on`; `responses` puts all assistant turns into the loss.
-    `notes` counts what was read; `bos` are the tokens that the tokenizer adds before a text.
+    `raw` says whether plain prompts bypass the chat template. `chats` splits conversations into
+    samples, and puts turns into the loss according to `train_on`; `responses` puts all assistant
+    turns into the loss. `notes` counts what was read; `bos` holds the tokens that the tokenizer
+    adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
@@ -143,12 +146,13 @@ class Encoder:
         self.pad_id: int = next(pad_id for pad_id in pad_ids if pad_id is not None)
 
     def begins(self, ids: np.ndarray) -> bool:
-        """Returns whether ids start with the tokens that the tokenizer adds before a text."""
+        """Returns whether `ids` starts with the tokens that the tokenizer adds before a text."""
         return ids[: len(self.bos)].tolist() == self.bos
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
-        """Returns token ids and weights of each sample, not truncated. Raises InputError."""
-        # One call for all pieces, and for the texts whose tokens do not follow from their pieces.
+        """Returns the token ids and weights of each sample, not truncated. Raises InputError."""
+        # A single call tokenizes all pieces, and all whole texts whose tokens do not follow from
+        # their pieces.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
         for i, sample in enumerate(samples):
@@ -167,8 +171,8 @@ class Encoder:
         ]
 
     def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
-        """Returns the tokens of a prompt with the generation prompt; none is in the loss. Raises
-        InputError."""
+        """Returns the tokens of a prompt with the generation prompt. None of them is in the loss.
+        Raises InputError."""
         tools = given.get("tools") or self.options.tools
         own = {"tools": list(tools)} if tools else {}
         more = given.get("chat_template_kwargs") or {}
@@ -185,9 +189,9 @@ class Encoder:
                 raise InputError(
                     "the tokenizer has no chat template: use a prompt that is a string."
                 )
-            if not len(ids):  # nothing to sample the first token from
+            if not len(ids):  # there would be nothing to sample the first token from
                 raise InputError("the prompt has no tokens: add some text.")
-        except Exception as error:  # a template may fail in any way
+        except Exception as error:  # a template may raise any exception
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
         kept = {key: x for key, x in given.items() if x is not None}
         return Row(
@@ -221,7 +225,7 @@ class Encoder:
         weights = np.zeros(len(ids), np.float32)
         for (_, weight), (start, end) in zip(sample.pieces, pairwise(bounds), strict=True):
             weights[start:end] = weight
-        if not sample.rendered:  # a chat template writes BOS and ends turns itself
+        if not sample.rendered:  # a chat template itself writes BOS and ends turns
             end, stopped = self._end(ids, bounds[-2])
             ids, weights = ids[:end], weights[:end]
             if self.options.append_eos and not stopped:
@@ -236,7 +240,7 @@ class Encoder:
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
-        weights[:1] = 0  # the first token has no predecessor from which to predict it
+        weights[:1] = 0  # nothing precedes the first token from which to predict it
         return Row(
             np.array(ids, np.int32),
             weights,
@@ -248,16 +252,19 @@ class Encoder:
     def _join(
         self, sample: Sample, whole: list[int] | None, parts: list[list[int]]
     ) -> tuple[list[int], list[int]]:
-        """Returns the token ids of a sample, and the token index at which each piece starts and
-        ends. `whole` has the tokens of the sample's text, None if the pieces decode to it."""
+        """Returns the token ids of a sample, and the indices of the tokens at which its pieces
+        start and end. `whole` has the tokens of the sample's text, or is None if the pieces are
+        known to decode to that text."""
         joined = [token for part in parts for token in part]
-        # If the pieces have the tokens of the whole, their ends are exact. If they have other
-        # tokens for the same text, a token of the whole spans a cut. Generation starts from the
-        # tokens of the prompt alone, so the pieces' tokens are the ones to train on.
+        # If the pieces have the same tokens as the whole text, their ends are exact. If they have
+        # different tokens for the same text, a token of the whole text spans the end of a piece.
+        # Generation starts from the tokens of the prompt alone, so the pieces' tokens are the ones
+        # to train on.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
-        # Some tokenizers add a space before every text, so the pieces decode to more text than the
-        # whole. Then offsets decide: a token with any character of a piece belongs to that piece.
+        # Some tokenizers add a space before every text, so that the pieces decode to more text than
+        # the whole. Then the offsets decide: a token with any character of a piece belongs to that
+        # piece.
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"{sample.source}: the start of the text in the loss is unknown, because this "
@@ -272,8 +279,8 @@ class Encoder:
         return output["input_ids"], [0, *map(int, starts[1:]), len(ends)]
 
     def _end(self, ids: list[int], start: int) -> tuple[int, bool]:
-        """Returns where a completion that starts at `start` ends, and whether a token that stops
-        generation ends it. Whitespace after such a token would never be generated."""
+        """Returns the end of a completion that starts at `start`, and whether it ends with a token
+        that stops generation. Whitespace after such a token would never be generated."""
         last = len(ids)
         while last > start and self._is_blank(ids[last - 1]):
             last -= 1

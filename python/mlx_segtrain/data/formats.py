@@ -1,4 +1,4 @@
-"""The formats of rows: their keys, their checks, and the samples of a row.
+"""The formats of rows: their keys, their checks, and how a row becomes samples.
 
 A format is an entry of FORMATS; no other module depends on the content of its rows.
 """
@@ -23,7 +23,7 @@ ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys that the error names if a row has no known format.
+#: The keys that the error message lists if a row has no known format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or give columns)"
@@ -34,8 +34,9 @@ MAIN = (
 class Record:
     """A checked row of a format; `source` is "file:line".
 
-    `row` is the result of the format's check: prompt and responses are either all strings, with an
-    optional `system` string, or all lists of messages. `ignored` lists the keys that are not used.
+    `row` is the result of the format's check. Its prompt and responses are either all strings, with
+    an optional `system` string, or all lists of messages. `ignored` lists the keys that are not
+    used.
     """
 
     source: str
@@ -52,9 +53,9 @@ def checked(
 ) -> Record:
     """Checks a row and returns its record. Raises InputError.
 
-    With `format` auto, a row has the first format whose marks it has (config.data_format).
-    `columns` maps our names to those of the file (config.columns). Null means absent, because
-    tables have every column in every row.
+    If `format` is auto, a row has the first format whose marks (Format.marks) it has
+    (config.data_format). `columns` maps our names to the names of columns in the file
+    (config.columns). A null value counts as absent, because tables have every column in every row.
     """
     row = _renamed(row, source, columns)
     there = {key for key, value in row.items() if value is not None}
@@ -67,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check reads our keys; its errors then name the keys of the file.
+    # A check reads our keys, but its errors should name the keys of the file.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -82,7 +83,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row of two texts with other names."""
+    """Returns a hint for a row with two texts under other names."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -91,7 +92,7 @@ def _columns_for(row: Mapping[str, Any]) -> str:
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Renames the columns of a row to ours. Raises InputError if one is missing."""
+    """Renames the columns of a row to our names. Raises InputError if one is missing."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
@@ -105,19 +106,19 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 def _format_of(keys: Set[str]) -> str | None:
     """Returns the first format whose marks are among the keys. The format of prompts is never
-    returned, since other formats have its keys, too (Options.format)."""
+    returned, because other formats have its keys too (Options.format)."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 
 
 def quoted(keys: Sequence[str]) -> str:
-    """Joins keys for a sentence, in quotes."""
+    """Joins keys, in quotes, for use in a sentence."""
     *others, last = (f'"{key}"' for key in keys)
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Returns tools and template variables of a row, decoded if they are JSON text."""
+    """Returns the tools and template variables of a row. JSON text is decoded."""
     found = {}
     for key, kind in (("tools", list), ("functions", list), ("chat_template_kwargs", dict)):
         value = _listed(row.get(key))
@@ -127,7 +128,7 @@ def _template_keys(row: dict[str, Any], source: str) -> dict[str, Any]:
         found[key] = value
     if fault := fault_of_variables(found["chat_template_kwargs"] or {}):
         raise InputError(f'{source}: "chat_template_kwargs": {fault}.')
-    if functions := found.pop("functions"):  # OpenAI's name before "tools"
+    if functions := found.pop("functions"):  # OpenAI's former name for "tools"
         own = [{"type": "function", "function": function} for function in functions]
         found["tools"] = [*(found["tools"] or ()), *own]
     return found
@@ -138,7 +139,7 @@ def _listed(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         with suppress(ValueError, RecursionError):
             found = json.loads(value)
-            json.dumps(found, ensure_ascii=False).encode()  # rejects half of a surrogate pair
+            json.dumps(found, ensure_ascii=False).encode()  # rejects unpaired surrogates
             return found
     return value
 
@@ -149,7 +150,7 @@ def _check_text(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks messages, or a conversation with "from" and "value"."""
+    """Checks messages, which may have "from" and "value" instead of "role" and "content"."""
     given = _listed(row["messages"])
     if isinstance(given, list):
         given = [_openai(own) if isinstance(own, dict) else own for own in given]
@@ -158,7 +159,7 @@ def _check_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _openai(message: dict[str, Any]) -> dict[str, Any]:
-    """Converts a message from "from" and "value" to "role" and "content"."""
+    """Converts a message with "from" and "value" to one with "role" and "content"."""
     if not {"from", "value"} <= message.keys() or {"role", "content"} & message.keys():
         return message
     rest = {key: x for key, x in message.items() if key not in ("from", "value")}
@@ -166,7 +167,7 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a row with an instruction and perhaps an input, which are joined as the prompt."""
+    """Checks a row with an instruction and an optional input, which together form the prompt."""
     for key in ("prompt", "completion"):
         expect(f'{source}: "{key}"', row[key], str)
     about = [row[key] for key in ("input", "context") if row.get(key) is not None]
@@ -176,7 +177,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels in JSON, and their spellings in tables.
+#: Labels in JSON, and as they are spelled in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -186,7 +187,7 @@ def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a chat whose last turn has the label; splits it into prompt and completion."""
+    """Checks a chat whose last turn has the label, and splits it into prompt and completion."""
     label = _label(row, source, "messages")
     row = _check_chat(row, source)
     *prompt, last = row["messages"]
@@ -199,7 +200,7 @@ def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any], source: str, plain: str) -> bool:
-    """Returns the label of a row; `plain` is the format of rows without one."""
+    """Returns the label of a row; `plain` is the format for rows without a label."""
     label = row["label"]
     if isinstance(label, str):
         label = label.strip().lower()
@@ -212,7 +213,7 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a prompt for which completions are generated; rewards read the rest of the row."""
+    """Checks a prompt for which completions are generated. Rewards read the rest of the row."""
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -248,11 +249,11 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
-    """Returns prompt, chosen and rejected of a pair as messages."""
+    """Returns the prompt, the chosen and the rejected response of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
-    else:  # the common beginning
+    else:  # the common beginning of both
         n = _alike(*sides.values())
         prompt = sides["chosen"][:n]
         sides = {key: messages[n:] for key, messages in sides.items()}
@@ -285,8 +286,9 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Removes a prompt that both sides repeat; `repeated` says whether they did. Raises InputError
-    if only one side does, or if both sides are the same."""
+    """Removes the prompt from both responses if both repeat it; `repeated` says whether they did.
+    Raises InputError if the sides are messages and only one of them repeats the prompt, or if both
+    responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
@@ -315,12 +317,12 @@ def _turns(row: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
 
 
 def _answers(messages: list[dict[str, Any]]) -> bool:
-    """Returns whether there is a message of the assistant."""
+    """Returns whether any message is from the assistant."""
     return any(message["role"] == "assistant" for message in messages)
 
 
 def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Moves the text of "system" into a prompt that is a list of messages."""
+    """If the prompt is a list of messages, moves the text of "system" into it."""
     if isinstance(row["prompt"], str):
         if row.get("system") is not None:
             expect(f'{source}: "system"', row["system"], str)
@@ -331,7 +333,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Returns messages that start with the text of "system", if the row has it."""
+    """Returns the messages. If the row has "system", they start with its text."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
@@ -346,7 +348,8 @@ def _begun(
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Tokenizes records, all or none of which are pairs, without truncation. Raises InputError."""
+    """Tokenizes records without truncation. Either all records are pairs, or none is. Raises
+    InputError."""
     encoder.notes.rows += len(records)
     encoder.notes.formats.update(record.format for record in records)
     for record in records:
@@ -361,7 +364,7 @@ def _rows(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Tokenizes pairs; for a method that learns from labels, each response is a row."""
+    """Tokenizes pairs. For a method that learns from labels, each response becomes a row."""
     rows = _rows(encoder, [_side(record, key) for record in records for key in SIDES])
     for row, after in pairwise(rows):
         if row.source == after.source:
@@ -376,7 +379,7 @@ def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
 
 
 def _several(source: str) -> InputError:
-    """Returns the error for a response that has several samples."""
+    """Returns the error for a response that would become several samples."""
     return InputError(
         f"{source}: the chat template renders a turn of the response differently once others "
         "follow; use responses of one assistant message."
@@ -388,7 +391,7 @@ def _prompts(encoder: Encoder, records: list[Record]) -> list[Row]:
 
 
 def _side(record: Record, key: str) -> Record:
-    """Returns a record whose completion is one side of a pair."""
+    """Returns a record whose completion is one of the two responses of a pair."""
     row = {**record.row, "completion": record.row[key]}
     return replace(record, source=f"{record.source} {key}", format="prompt-completion", row=row)
 
@@ -419,9 +422,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns a function for the samples of a row with a label. For methods that do not learn from
-    labels, it returns `plain` samples of desirable responses only; for others, the weights of an
-    undesirable response are below 0."""
+    """Returns a function that returns the samples of a row with a label. For methods that do not
+    learn from labels, these are the `plain` samples of desirable responses only. For other methods,
+    the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -443,12 +446,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` are the names under which the check reads the keys, if they differ. `more` are the other
-    keys that are read. `check` returns the row in the form that `encode` takes, or raises
-    InputError. `encode` tokenizes records, all of which have this format or another with the same
-    `encode`; the default joins the `samples` of each record's format. `rows` are the kinds of rows
-    (config.ROWS) for which the format can be used; the first uses all keys. With `reads_all`, all
-    other keys are kept with the row.
+    `means` lists the names under which the check reads the keys, if they differ. `more` lists the
+    other keys that are read. `check` returns the row in the form that `encode` takes, or raises
+    InputError. `encode` tokenizes records, which all have this format or another format with the
+    same `encode`. By default, it tokenizes the samples that `samples` of each record's format
+    returns. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
+    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -466,12 +469,12 @@ class Format:
 
 
 def _plain(prompt: str, completion: str) -> Format:
-    """Returns the format of a prompt and a completion with these keys."""
+    """Returns the format whose prompt and completion have these keys."""
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
 def _labelled_chat(key: str) -> Format:
-    """Returns the format of messages whose last one has a label."""
+    """Returns the format whose messages have this key and whose last message has a label."""
     return Format(
         _check_labelled_chat,
         (key, "label"),
@@ -483,7 +486,7 @@ def _labelled_chat(key: str) -> Format:
 
 
 PLAIN = ("prompt", "completion")
-#: Every format, by name; a row has the first format whose marks it has.
+#: Every format by name, in the order in which formats are tried.
 FORMATS: dict[str, Format] = {
     "preference": Format(
         _check_pair,

@@ -18,14 +18,14 @@ from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
 
-#: Number of longest rows that are named.
+#: How many of the longest rows are listed.
 LONGEST = 5
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A sequence after truncation: the text of each token, whether it is in the loss, and its loss
-    weight; `findings` are sentences about the sequence."""
+    """A sequence after truncation: the text of each token, whether the token is in the loss, and
+    its loss weight. `findings` holds sentences about the sequence."""
 
     source: str
     tokens: list[tuple[str, bool, float]]
@@ -34,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Bin:
-    """The number of samples with `first` to `last` tokens."""
+    """The number of samples that have from `first` to `last` tokens."""
 
     first: int
     last: int
@@ -43,9 +43,9 @@ class Bin:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A pass over the training rows. `rows` counts samples or packed rows, `steps` optimizer steps;
-    `unused` is the fraction of tokens that is padding, or of packed rows that is empty. `seconds`
-    is None if the time of a step is unknown."""
+    """One pass over the training rows. `rows` counts samples or packed rows, and `steps` counts
+    optimizer steps. `unused` is the fraction of tokens that is padding, or the fraction of packed
+    rows that is empty. `seconds` is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -57,12 +57,13 @@ class Epoch:
 class Report:
     """The result of `inspect`.
 
-    `n_train` and `n_valid` count rows; everything else except `remarks` is about the training rows.
-    `formats` counts them by format, `duplicates` counts rows that repeat an earlier one. Lengths,
-    `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields that need
-    a tokenizer are None or empty without one. `epoch` describes an epoch without packing, `packed`
-    one with it, if possible. `remarks` are sentences about omitted or wrong data; `findings` name
-    rows by finding (notes.FINDINGS). `error` is one sentence.
+    `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
+    `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
+    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields
+    that need a tokenizer are None or empty if there is none. `epoch` describes an epoch without
+    packing; `packed` describes one with packing, if the data can be packed. `remarks` holds
+    sentences about omitted data and about problems with the data. `findings` lists rows by finding
+    (notes.FINDINGS). `error` is one sentence, or None.
     """
 
     ok: bool = True
@@ -105,10 +106,11 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks data (sources.sources_of). Faults are reported, not raised.
+    """Checks data (sources.sources_of). Problems are reported, not raised.
 
-    A step has `accumulation` batches of `batch_size` rows, and takes `step_s` seconds, if known.
-    With `model_dir`, the folder of the tokenizer's model, tokens are cached (cache.py).
+    A step has `accumulation` batches of `batch_size` rows. It takes `step_s` seconds; None means
+    that the time is unknown. If `model_dir`, the folder of the tokenizer's model, is given, tokens
+    are cached (cache.py).
     """
     report = Report()
     try:
@@ -142,7 +144,7 @@ def inspect(
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1 and not options.labelled:  # these can be packed
+        if found.columns.length.shape[1] == 1 and not options.labelled:  # only these can be packed
             packed = found.in_rows_of(options.max_seq_length)
             report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
@@ -154,7 +156,7 @@ def inspect(
 
 
 def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
-    """Counts samples by length, in bins that end at powers of two and at `most`."""
+    """Counts samples by length, in bins whose upper ends are powers of two and `most`."""
     top = int(lengths.max())
     ends = {min(2**k, top) for k in range(top.bit_length() + 1)} | {min(most, top)}
     last = np.array(sorted(end for end in ends if end >= lengths.min()))
@@ -166,7 +168,7 @@ def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
 def _epoch(
     data: dataset.Dataset, batch_size: int, count: int, step_s: float | None = None
 ) -> Epoch | None:
-    """Returns a description of an epoch; None if it has less than one batch."""
+    """Returns a description of an epoch, or None if it has less than one batch."""
     if not data.packed and len(data) < batch_size:
         return None
     steps = batches_in_epoch(data, batch_size) / count
@@ -176,7 +178,7 @@ def _epoch(
 
 
 def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
-    """Returns a preview of each row, or two for a pair."""
+    """Returns a preview of each sequence: one for a row, two for a pair."""
     shown = []
     for row in rows:
         short, _, _ = dataset.shorten(row, encoder)
@@ -189,7 +191,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 
 
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
-    """Returns the text of every token; a character of several tokens belongs to the last one."""
+    """Returns the text of every token. A character that spans several tokens belongs to the last
+    one."""
     texts, before, shown = [], 0, 0  # ids[before:shown] are the context for decoding a token
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])

@@ -1,7 +1,8 @@
-"""Limits on the memory that reading a file of rows may take, and the errors for files beyond them.
+"""Limits on the memory that reading a file of rows may take, and the errors for files that exceed
+them.
 
-A file may be untrusted, and a small one may unpack to a huge one. So rows are read in pieces, and
-the size of a row, and of what is unpacked at once, is limited by constants.
+A file may be untrusted, and a small file may decompress to a huge one. So rows are read in pieces,
+and constants limit the size of a row and the amount of data that is decompressed at once.
 """
 
 from __future__ import annotations
@@ -13,34 +14,34 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: Approximate bytes that a value takes besides text, as JSON and in Arrow: empty objects also
-#: count.
+#: Approximate bytes that a value takes in JSON and in Arrow besides its text, so that empty objects
+#: count too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
-#: A file may unpack to this many times its size, and this many bytes more. Text is compressed to a
-#: tenth, zeros to a ten-thousandth.
+#: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
+#: to a tenth of its size, and zeros compress to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: Memory of the process that reads a table (tables.py): this many bytes, or times the file's size
-#: if that is more, since a valid file may have all of its rows in one batch.
+#: The process that reads a table (tables.py) may take HELD bytes of memory, or HELD_TIMES the
+#: file's size if that is more, since a valid file may have all of its rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 
 
 @contextmanager
 def told(path: Path | str) -> Iterator[None]:
-    """Converts an exception in the context to an InputError about the file."""
+    """Converts any exception in the context to an InputError about the file."""
     try:
         yield
     except InputError:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or reason(error)}.") from error
-    except Exception as error:  # errors of Arrow, MemoryError, and what broken files cause
+    except Exception as error:  # errors of Arrow, MemoryError, and whatever broken files cause
         raise InputError(f"{path} cannot be read: {reason(error).rstrip('.')}.") from error
 
 
 def within(line: bytes, source: str) -> bytes:
-    """Returns the line of a row. Raises InputError if it is too long."""
+    """Returns `line`, which contains a row. Raises InputError if the line is too long."""
     check_length(len(line), source)
     return line
 
@@ -55,17 +56,17 @@ def check_length(length: int, source: str) -> None:
 
 def check_values(line: bytes, source: str) -> None:
     """Raises InputError if a line of JSON has so many values that parsing it would take too much
-    memory: an empty object is 3 bytes of text, and takes 64 in memory."""
+    memory: an empty object has 3 bytes of text, but takes 64 bytes in memory."""
     most = MOST_BYTES // VALUE
     if len(line) <= most or _values(line) <= most:
         return
     bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if sum(_values(part) for part in bare.split(b'"')[::2]) > most:  # outside of strings
+    if sum(_values(part) for part in bare.split(b'"')[::2]) > most:  # outside strings
         raise InputError(f"{source}: the row has more than {most:,} values; split it into several.")
 
 
 def _values(line: bytes) -> int:
-    """Returns an upper bound of the number of values in a line of JSON."""
+    """Returns an upper bound on the number of values in a line of JSON."""
     return line.count(b",") + line.count(b"[") + line.count(b"{") + 1
 
 
@@ -77,7 +78,7 @@ def check_columns(name: str, count: int) -> None:
 
 
 def check_growth(name: str, unpacked: int, size: int) -> None:
-    """Raises InputError if a file of this size unpacks to too many bytes."""
+    """Raises InputError if a file of `size` bytes has decompressed to too many bytes."""
     if unpacked > SLACK + MOST_UNPACKED * size:
         raise InputError(
             f"{name} unpacks to more than {MOST_UNPACKED} times its size; if the file "

@@ -1,4 +1,4 @@
-"""Finds the parts of a row that are missing from its rendering."""
+"""Finds the parts of a row that its rendering lacks."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ from .spelling import arguments, reasoning
 
 
 def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
-    """Yields findings (notes.FINDINGS) about a message in a rendering that should contain it. The
-    reasoning of an `earlier` turn does not count: templates drop it on purpose."""
+    """Yields findings (notes.FINDINGS) about the parts of a message that its rendering lacks.
+    Missing reasoning of an `earlier` turn is not a finding, because templates drop it on
+    purpose."""
     thoughts, answer = reasoning(message)
     if not earlier and not _holds(rendered, thoughts):
         yield "reasoning"
@@ -22,19 +23,19 @@ def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[
 
 
 def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
-    """Yields findings about the definitions of tools."""
+    """Yields a finding for each tool whose definition is missing."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
         if name and name not in rendered:
             yield "tools"
 
 
-#: How Python or JSON writes a list of parts that a template renders as if it were text.
+#: What Python or JSON writes for a list of parts if a template renders it as if it were text.
 PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Returns whether a text is present, as it is or as part of a JSON string."""
+    """Returns whether the rendering contains a text, as it is or as part of a JSON string."""
     text = text.strip()
     if text and any(part in rendered and part not in text for part in PARTS):
         return False
@@ -50,8 +51,8 @@ def _holds(rendered: str, text: str) -> bool:
 
 
 def _holds_call(rendered: str, call: Message) -> bool:
-    """Returns whether a call is present with its arguments, as JSON or one by one; not as a dict in
-    Python's notation, nor as JSON within a JSON string."""
+    """Returns whether the rendering contains a tool call with its arguments, either as JSON or one
+    by one. A dict in Python's notation does not count, nor does JSON within a JSON string."""
     name, given = call.get("function", call)["name"], arguments(call)
     if name and name not in rendered:
         return False
@@ -66,7 +67,7 @@ def _holds_call(rendered: str, call: Message) -> bool:
 
 
 def _holds_value(rendered: str, value: Any) -> bool:
-    """Returns whether every key and every leaf of a JSON value is present."""
+    """Returns whether the rendering contains every key and every leaf of a JSON value."""
     if isinstance(value, dict):
         return all(
             _holds(rendered, str(key)) and _holds_value(rendered, own) for key, own in value.items()

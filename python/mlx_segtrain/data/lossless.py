@@ -1,7 +1,7 @@
-"""Decides from a tokenizer's structure whether it is lossless, for whole texts and for pieces.
+"""Decides from a tokenizer's structure whether it is lossless for whole texts and for their pieces.
 
-Two structures of tokenizer.json are known: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁
-for spaces and bytes for unknown characters, if it adds no space before a text (Gemma).
+It knows two structures of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁
+for spaces and bytes for unknown characters that adds no space before a text (Gemma).
 """
 
 import json
@@ -12,13 +12,14 @@ from typing import Any
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-#: Returns whether a text's pieces are normalized like the whole text.
+#: Returns whether the pieces of a text are normalized in the same way as the whole text.
 Holds = Callable[[str], bool]
 
 
 def lossless(tokenizer: Any) -> Holds | None:
     """Returns a function that says whether the tokens of a text's pieces decode to the same text as
-    the tokens of the whole; None if that is not known for this transformers tokenizer."""
+    the tokens of the whole text. If that is not known for this transformers tokenizer, returns
+    None."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
@@ -31,7 +32,8 @@ def lossless(tokenizer: Any) -> Holds | None:
     cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
-        # Without a token for unknown characters, BPE drops them from pieces and from whole texts.
+        # Without a token for unknown characters, BPE drops these characters from the pieces and
+        # from the whole text alike.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
         plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}
@@ -46,12 +48,13 @@ def lossless(tokenizer: Any) -> Holds | None:
 
 
 def _composed(text: str) -> bool:
-    """Returns whether NFC does not change the text, and so none of its pieces."""
+    """Returns whether NFC leaves the text, and therefore each of its pieces, unchanged."""
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
 def parts_of(component: Any) -> list[dict[str, Any]]:
-    """Returns the steps of a normalizer, a pre-tokenizer or a decoder, as in tokenizer.json."""
+    """Returns the steps of a normalizer, a pre-tokenizer or a decoder, as they are in
+    tokenizer.json."""
     if component is None:
         return []
     own = json.loads(component.__getstate__())
@@ -61,7 +64,7 @@ def parts_of(component: Any) -> list[dict[str, Any]]:
 
 
 def _keeps(cut: dict[str, Any]) -> bool:
-    """Returns whether a pre-tokenizer only cuts a text, without adding or removing anything."""
+    """Returns whether a pre-tokenizer only splits a text, without adding or removing anything."""
     kind = cut["type"]
     if kind == "ByteLevel":
         return not cut["add_prefix_space"]

@@ -8,11 +8,11 @@ from ..errors import InputError, shown
 
 Message = Mapping[str, Any]
 
-#: The keys for the reasoning of a message.
+#: The keys under which a message may have reasoning.
 ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
 REASONING: tuple[str, ...] = get_args(ReasoningKey)
-MAX_WEIGHT = 1e6  # far larger than any sensible weight, but sums of losses stay finite in float32
-#: The roles of messages, and their names in other data sets.
+MAX_WEIGHT = 1e6  # far larger than any sensible weight; sums of losses stay finite in float32
+#: The roles of messages, and the names that other data sets use for them.
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {
     "human": "user",
@@ -23,12 +23,12 @@ OTHER_ROLES = {
 
 @dataclass(frozen=True)
 class Other:
-    """A value that JSON does not have, such as a time or an image; `kind` is Arrow's type."""
+    """A value that JSON cannot represent, such as a time or an image; `kind` is its Arrow type."""
 
     kind: str
 
 
-#: Names of JSON's types for messages.
+#: Names of JSON's types, for error messages.
 KINDS: dict[type, str] = {
     **{dict: "an object", list: "a list", str: "a string", bool: "true or false"},
     **{int: "a number", float: "a number", type(None): "null or missing"},
@@ -36,12 +36,13 @@ KINDS: dict[type, str] = {
 
 
 def kind_of(value: Any) -> str:
-    """Returns the type of a row's value in words."""
+    """Returns the type of a value in a row, in words."""
     return f"a {value.kind}" if isinstance(value, Other) else KINDS[type(value)]
 
 
 def expect(what: str, value: Any, *kinds: type) -> None:
-    """Raises InputError, which names the value `what`, if its type is none of the kinds."""
+    """Raises InputError unless the type of the value is one of `kinds`. The error calls the value
+    `what`."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
         raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")
@@ -69,7 +70,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     train, weight = message.get("train", True), message.get("weight", 1)
     expect(f'{where}: "train"', train, bool)
     expect(f'{where}: "weight"', weight, int, float)
-    if not 0 <= weight <= MAX_WEIGHT:  # false for NaN, which Python's json reads
+    if not 0 <= weight <= MAX_WEIGHT:  # false for NaN, which Python's json accepts
         raise InputError(f'{where}: "weight" must be from 0 to {MAX_WEIGHT:g}.')
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
@@ -86,7 +87,8 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
 
 
 def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Checks the tool calls of a message; converts OpenAI's former "function_call" to one."""
+    """Checks the tool calls of a message, and converts OpenAI's former "function_call" to a tool
+    call."""
     if "function_call" in message and "tool_calls" not in message:
         call = message.pop("function_call")
         message["tool_calls"] = [{"type": "function", "function": call}]

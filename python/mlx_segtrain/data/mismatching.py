@@ -11,12 +11,13 @@ from .encoding import Pair, Row
 
 
 def mismatched(data: Dataset, tokens: int) -> Dataset:
-    """Returns pairs of at most `tokens` tokens: each row, and its prompt with a response to another
-    prompt. Raises InputError if all rows have the same prompt.
+    """Returns pairs of at most `tokens` tokens. The first sequence of a pair is a row, and the
+    second is the prompt of this row with a response to another prompt. Raises InputError if all
+    rows have the same prompt.
 
-    The choice depends on the data only, so that references are computed once, and a batch may be
-    one row. The other response is about as long as the row's own. In the columns no token of the
-    second sequence is in the loss.
+    The choice depends only on the data. Therefore the reference's outputs are computed only once,
+    and a batch may have a single row. The other response is about as long as the row's own
+    response. In the columns, no token of the second sequence is in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (
@@ -44,8 +45,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
 
 
 def _others(data: Dataset) -> np.ndarray:
-    """Returns the row whose response each row gets, int64 [n]: the nearest one before it, in the
-    cyclic order of response lengths, that has another prompt."""
+    """Returns, for each row, the index of the row whose response it gets, int64 [n]. In the cyclic
+    order of response lengths, this is the nearest earlier row that has another prompt."""
     first = data.columns.first[:, 0]
     prompts = [row.ids[:at].tobytes() for row, at in zip(data.rows, first, strict=True)]
     _, prompt = np.unique(np.array([hash(own) for own in prompts]), return_inverse=True)

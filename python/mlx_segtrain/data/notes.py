@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-#: Findings about a turn in the loss. The texts end a sentence that begins with a count.
+#: Findings about a turn in the loss. Each text completes a sentence that begins with a count.
 FINDINGS = {
     "text": "text of the row is missing from what the chat template renders",
     "reasoning": "reasoning of the row is missing from what the chat template renders",
@@ -14,7 +14,7 @@ FINDINGS = {
     "special": "a message holds the text of a special token, which the model reads as that token",
     "stop": "no token that stops generation ends the turn",
 }
-#: The maximum number of rows that are named for each finding.
+#: The maximum number of rows that are listed for each finding.
 MOST_NAMED = 20
 
 
@@ -23,9 +23,10 @@ class Notes:
     """Counts over the rows of one source.
 
     `rows`, `samples` and `turns` (in the loss) are totals. `findings` counts samples by finding,
-    and `where` names the first rows of each. `ignored` counts rows by a key that is not used,
-    `repeated` pairs whose sides repeat the prompt, `unwanted` rows whose label is false, and
-    `formats` rows by format. `prompt_format` is chat or raw if there are plain prompts.
+    and `where` lists the first rows with each finding. `ignored` counts rows by unused key,
+    `repeated` counts pairs in which both responses repeat the prompt, `unwanted` counts rows whose
+    label is false, and `formats` counts rows by format. If there are plain prompts, `prompt_format`
+    is chat or raw.
     """
 
     rows: int = 0
@@ -40,7 +41,7 @@ class Notes:
     prompt_format: str | None = None
 
     def add(self, other: "Notes") -> None:
-        """Adds the counts of other rows, except what is counted by sample."""
+        """Adds the counts of other rows, except the counts of samples."""
         self.rows += other.rows
         self.ignored += other.ignored
         self.repeated += other.repeated
@@ -49,7 +50,7 @@ class Notes:
         self.prompt_format = other.prompt_format or self.prompt_format
 
     def of_rows(self) -> dict[str, Any]:
-        """Returns the fields that `add` adds, as JSON for `Notes.read`."""
+        """Returns the fields that `add` adds, in the JSON form that `Notes.read` takes."""
         names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
         return {name: getattr(self, name) for name in names}
 
@@ -59,7 +60,7 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """Returns a sentence for each finding, with its count and first row."""
+        """Returns a sentence for each finding, with the count and the first row of the finding."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"

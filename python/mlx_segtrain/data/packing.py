@@ -1,4 +1,4 @@
-"""Decides which samples share a packed row, by best-fit decreasing on arrays."""
+"""Decides which samples share a packed row, by a best-fit-decreasing algorithm on arrays."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Minimum number of units in a row, if it has at least as many tokens. Lengths are rounded up to
-#: units, so that many samples have the same size and can be swapped.
+#: Minimum number of units in a row, if the row has at least as many tokens. Lengths are rounded up
+#: to units, so that many samples have the same size and can be swapped.
 UNITS = 1024
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The places of n samples in packed rows; no sample is split.
+    """The places of n samples in packed rows. No sample is split.
 
     The places are the same in every epoch, so that all epochs have the same number of rows. In each
     epoch, samples of the same size are distributed differently over the places of that size.
 
-    `sizes` int16 [n] has the size of each sample in units. `places` int64 [n] lists the places row
-    by row, numbered by size, the largest first; row i has `places[ends[i]:ends[i + 1]]`.
+    `sizes`, int16 [n], has the size of each sample in units. Places are numbered by size, the
+    largest first. `places`, int64 [n], lists their numbers row by row; row i has
+    `places[ends[i]:ends[i + 1]]`.
     """
 
     sizes: np.ndarray
@@ -29,7 +30,7 @@ class Packing:
 
     @classmethod
     def of(cls, lengths: np.ndarray, capacity: int) -> Packing:
-        """Packs samples of these lengths [n], in tokens, into rows of `capacity` tokens."""
+        """Packs samples of these lengths, [n] in tokens, into rows of `capacity` tokens."""
         unit = max(1, capacity // UNITS)
         room = capacity // unit
         sizes = np.minimum(-(-lengths // unit), room).astype(np.int16)
@@ -43,7 +44,7 @@ class Packing:
         return len(self.ends) - 1
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """Yields the indices of each row's samples, which depend on seed and epoch only."""
+        """Yields the indices of each row's samples. They depend only on the seed and the epoch."""
         random = np.random.default_rng([seed, 1, epoch])
         samples = random.permutation(len(self.sizes))
         samples = samples[np.argsort(-self.sizes[samples], kind="stable")][self.places]
@@ -53,7 +54,8 @@ class Packing:
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
     """Returns the row of each item, the largest item first; `counts[s]` items have size s.
 
-    An item goes into the row that then has the least room left; equal items are placed together.
+    An item goes into the row that will have the least room left; items of equal size are placed
+    together.
     """
     open_rows: dict[int, list[np.ndarray]] = {}  # rows by their remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]

@@ -1,4 +1,4 @@
-"""Tokenizes prompts for generation in the same way as in the training of the adapter."""
+"""Tokenizes prompts for generation in the same way as the training of the adapter did."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ class Prompting:
 
     @classmethod
     def of(cls, run: Mapping[str, Any]) -> "Prompting":
-        """Reads the fields of a run's configuration. Ignores invalid values, since the folder of an
-        adapter may be untrusted."""
+        """Reads the fields from a run's configuration. Invalid values are ignored, since the folder
+        of an adapter may be untrusted."""
         format, variables = run.get("prompt_format"), run.get("chat_template_kwargs")
         return cls(
             format if format in ("chat", "raw") else "auto",
@@ -29,12 +29,12 @@ class Prompting:
         )
 
     def as_run(self) -> dict[str, Any]:
-        """Returns the fields of a configuration that `of` reads."""
+        """Returns the fields of a configuration, in the form that `of` reads."""
         return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
 
     def is_raw(self, tokenizer: Tokenizer) -> bool:
         """Returns whether plain prompts bypass the chat template. Raises InputError if the format
-        is chat, but there is no template."""
+        is chat, but the tokenizer has no template."""
         if self.format == "chat" and not tokenizer.has_chat_template:
             raise InputError(
                 "prompt_format is chat, but the tokenizer has no chat template; use prompt_format "
@@ -43,8 +43,8 @@ class Prompting:
         return self.format == "raw" or not tokenizer.has_chat_template
 
     def ids(self, tokenizer: Tokenizer, prompt: str, system: str | None = None) -> list[int]:
-        """Returns the token ids of a prompt with the generation prompt. Raises InputError for a
-        system message without a chat template."""
+        """Returns the token ids of a prompt with the generation prompt. Raises InputError if there
+        is a system message but no chat template."""
         if self.is_raw(tokenizer):
             if system is not None:
                 raise InputError(
@@ -63,7 +63,7 @@ class Prompting:
 
     @property
     def flags(self) -> list[str]:
-        """Returns the options of `mlx_lm.generate` that render prompts in the same way."""
+        """Returns the options with which `mlx_lm.generate` renders prompts in the same way."""
         if self.format == "raw":
             return ["--ignore-chat-template"]
         if self.variables:

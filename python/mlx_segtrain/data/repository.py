@@ -1,9 +1,10 @@
 """Finds and downloads the files of data sets on the Hugging Face hub.
 
-A name is org/name[@revision][/configuration][:split]. The repository's card lists the files of each
-split, or else they follow from the names of the files. Files are downloaded unchanged, which can be
-resumed and works offline, and read like local ones; programs in a repository are never run. If no
-file has a supported format, the hub's own Parquet copies are used.
+A name has the form org/name[@revision][/configuration][:split]. The files of each split are listed
+in the repository's card; if they are not, the file names determine the splits. Files are downloaded
+unchanged and then read like local files. Downloads can be resumed, and once the files are cached,
+they can be read offline. Programs in a repository are never run. If no file has a supported format,
+the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ NAME = re.compile(
     re.ASCII,
 )
 CARD = "README.md"
-#: Parquet files that the hub has made from a repository, in one folder per split.
+#: The revision with the Parquet files that the hub has made from a repository, in one folder per
+#: split.
 CONVERTED = "refs/convert/parquet"
-#: Prefixes of the names of splits; validation rows come from the first that exists.
+#: Prefixes of split names. Validation rows come from the first one that exists.
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")
-#: Files about the repository, without rows.
+#: Files about the repository, which have no rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: The parser written in C, if there is one, since cards may be long.
+#: The parser written in C, if it is available, since cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The files of each split, in order.
 Splits = dict[str, list[str]]
@@ -45,7 +47,7 @@ Splits = dict[str, list[str]]
 
 @dataclass(frozen=True)
 class Named:
-    """A data set on the hub; configuration and split are optional."""
+    """A data set on the hub. The configuration and the split are optional."""
 
     repository: hub.Repository
     config: str | None = None
@@ -57,20 +59,22 @@ class Named:
 
 
 def named(text: str | Path) -> Named | None:
-    """Returns the data set that a text names; None if it is a path or no name."""
+    """Returns the data set that `text` names, or None if `text` is a path or is not a valid
+    name."""
     found = NAME.fullmatch(str(text))
     if found is None or Path(text).exists():
         return None
     repository = hub.named(found["id"], "dataset")
-    if repository is None:  # a folder has this name
+    if repository is None:  # the text is the path of a folder
         return None
     own = replace(repository, revision=found["revision"])
     return Named(own, found["config"], found["split"])
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """Adds to a data set's name the commit of a folder in the hub's cache. Returns a name of
-    another data set, or with a revision, unchanged."""
+    """If `text` names the data set whose snapshot is `folder`, a folder in the hub's cache, adds
+    the snapshot's commit to the name. If `text` names another data set or has a revision, it is
+    returned unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -85,11 +89,11 @@ def fetch(
     *,
     ask: bool = True,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Returns the files of the training rows and, if there are any, of the validation rows, by
-    name.
+    """Returns the files of the training rows and, if there are any, those of the validation rows,
+    keyed by name.
 
-    `readable` returns the format of a file by its name, or None. Without `ask` only the cache is
-    used. Raises InputError if the data set, configuration or split does not exist.
+    `readable` returns the format of a file from its name, or None. If `ask` is false, only the
+    cache is used. Raises InputError if the data set, the configuration or the split does not exist.
     """
     tell = tell or (lambda event: None)
     configs: dict[str, Splits] = {}
@@ -137,7 +141,7 @@ def _has_rows(file: str, readable: Callable[[str], str | None]) -> bool:
 
 
 def _card(folder: Path) -> Any:
-    """Returns the metadata at the head of the card; {} if it is missing or cannot be parsed."""
+    """Returns the metadata at the head of the card, or {} if it is missing or cannot be parsed."""
     try:
         text = read_at_most(folder / CARD, 4 << 20)
         head = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, re.DOTALL)
@@ -149,7 +153,7 @@ def _card(folder: Path) -> Any:
 def _configurations(
     card: Any, rows: list[str], readable: Callable[[str], str | None]
 ) -> tuple[dict[str, Splits], str | None]:
-    """Returns the splits of each configuration, and the default configuration."""
+    """Returns the splits of each configuration, and the name of the default one, if any."""
     listed = card.get("configs") if isinstance(card, dict) else None
     configs: dict[str, Splits] = {}
     standard = None
@@ -171,7 +175,8 @@ def _configurations(
 
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
-    """Returns the files that match `data_files` of a card: patterns, alone or by split."""
+    """Returns the files that match the patterns in the card's `data_files`. The patterns may be
+    given alone or by split."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]
@@ -189,7 +194,8 @@ def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
 
 
 def _pattern(text: str, below: str) -> Any:
-    """Compiles a shell pattern: * within a name, ** across folders, ? and [] for a character."""
+    """Compiles a shell pattern: * matches within a name, ** across folders, and ? and [] a single
+    character."""
     text = "/".join(filter(None, [below, text[:1000].removeprefix("./")]))
     made = ""
     for part in re.findall(r"\*\*/?|\*|\?|\[[^]/]+\]|.", text, re.DOTALL):
@@ -211,7 +217,8 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """Groups the files of the most frequent format by words in their names and folders."""
+    """Takes the files of the most frequent format, and groups them by the words in their names and
+    folders."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:
@@ -226,7 +233,7 @@ def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
 
 
 def _by_folder(rows: list[str]) -> dict[str, Splits]:
-    """Groups the hub's own copies: configuration/split/0000.parquet."""
+    """Groups the hub's own copies, whose paths are configuration/split/0000.parquet."""
     configs: dict[str, Splits] = {}
     for file in rows:
         config, *rest = file.split("/")
@@ -258,7 +265,8 @@ def _list(words: Iterable[str]) -> str:
 
 
 def _training(name: Named, splits: Splits) -> str:
-    """Returns the split called train, else the first with such a prefix, else the only split."""
+    """Returns the split called train or, if there is none, the first split with such a prefix, or
+    the only split."""
     found = [own for own in splits if own in TRAIN] or [own for own in splits if _is(own, TRAIN)]
     if found:
         return found[0]
@@ -275,6 +283,7 @@ def _is(split: str, words: Iterable[str]) -> bool:
 
 
 def _validation(train: str, splits: Splits) -> str | None:
-    """Returns the validation split for a training split: test_sft for train_sft."""
+    """Returns the validation split that belongs to a training split, for example test_sft for
+    train_sft."""
     rest = re.sub(rf"^(?:{'|'.join(reversed(TRAIN))})", "", train)
     return next((f"{word}{rest}" for word in VALID if f"{word}{rest}" in splits), None)

@@ -1,7 +1,7 @@
-"""The samples of a source as Arrow record batches, one for each block of its rows.
+"""The samples of a source, as one Arrow record batch for each block of its rows.
 
-A batch holds whole samples: their tokens, and weights as runs of equal weights. What depends on
-max_seq_length is computed on access, for all samples at once.
+A batch holds whole samples: their tokens, and their weights as runs of equal weights. Whatever
+depends on max_seq_length is computed on access, for all samples at once.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-#: Rows that are tokenized at once: enough to keep the tokenizer's threads busy, few enough to need
-#: little memory.
+#: The number of rows that are tokenized at once: enough to keep the tokenizer's threads busy, but
+#: few enough to need little memory.
 ROWS_PER_CALL = 512
-#: The findings in the order of their bits.
+#: The findings, in the order of the bits that represent them.
 BITS = tuple(FINDINGS)
 ABOUT = b"about"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
-    """Yields the records of a block; adds the first row of each format to `first`.
+    """Yields the records of a block. For each new format, its first row is added to `first`.
 
     Raises InputError for a row that cannot be read or that the method does not accept, and for
-    pairs mixed with other rows.
+    pairs that are mixed with other rows.
     """
     for source, row in block.rows():
         record = checked(row, source, options.format, options.columns)
@@ -65,7 +65,7 @@ def count(source: Source, options: Options) -> Counter[str]:
 
 
 def format_of(formats: Collection[str]) -> str:
-    """Returns the only one of these formats, or mixed."""
+    """Returns the format if there is only one, or else mixed."""
     return next(iter(formats)) if len(formats) == 1 else "mixed"
 
 
@@ -97,8 +97,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch, with its notes and formats as metadata. Raises
-    InputError. The result depends on this block only."""
+    """Returns the samples of a block as a batch that has its notes and formats as metadata. The
+    result depends only on this block. Raises InputError."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []
@@ -117,7 +117,7 @@ def batch_of(
 
 
 def _content(record: Record) -> int:
-    """Returns a hash of the keys of a row that are read: equal rows have equal hashes."""
+    """Returns a hash of the values that are read from a row. Equal rows have equal hashes."""
     own = FORMATS[record.format]
     keys = record.row if own.reads_all else (*own.keys, *own.means, *own.more)
     named = {key: record.row.get(key) for key in keys}
@@ -151,8 +151,8 @@ def _batch(
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the columns of sequences; `ends` has the end of each run of equal weights, counted
-    from the start of its row."""
+    """Returns the columns for sequences. `ends` has the end of each run of equal weights, counted
+    from the start of the row."""
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
@@ -185,11 +185,11 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
     return pa.ListArray.from_arrays(_column(bounds.astype(np.int32)), values)
 
 
-# Arrow's conversions import pandas if it is installed, which takes half a second.
+# Arrow's own conversions import pandas if it is installed, which takes half a second.
 
 
 def _column(array: np.ndarray) -> Any:
-    """Returns an Arrow column that shares the memory of an array."""
+    """Returns an Arrow column that shares its memory with an array."""
     import pyarrow as pa
 
     values = pa.py_buffer(np.ascontiguousarray(array))
@@ -207,18 +207,18 @@ def _texts(texts: Sequence[str]) -> Any:
 
 
 def _numbers(array: Any) -> np.ndarray:
-    """Returns an array that shares the memory of a column without nulls."""
+    """Returns an array that shares its memory with a column without nulls."""
     return np.from_dlpack(array)
 
 
 def beginnings(ascending: np.ndarray) -> np.ndarray:
-    """Returns the index of the first of each run of equal numbers, given ascending non-negative
-    numbers; int64."""
+    """Returns the index of the first element of each run of equal numbers, int64. The numbers must
+    be ascending and non-negative."""
     return np.flatnonzero(np.diff(ascending, prepend=-1))
 
 
 class _Side:
-    """The columns of one sequence of each sample of a batch, in memory or in a mapped file."""
+    """The columns for one sequence of each sample in a batch, in memory or in a mapped file."""
 
     def __init__(self, batch: pa.RecordBatch, side: int):
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -246,13 +246,13 @@ class _Side:
 
     @property
     def sign(self) -> np.ndarray:
-        """−1 for sequences with weights below 0, 1 for others; int64."""
+        """−1 for sequences with weights below 0, and 1 for all others; int64."""
         below = np.concatenate([[0], np.cumsum(self.weights < 0)])
         return np.where(below[self.runs[1:]] > below[self.runs[:-1]], -1, 1)
 
     def numbers(self, most: int) -> tuple[np.ndarray, ...]:
-        """Returns length, first, trained and top of each sequence when truncated to `most`
-        tokens."""
+        """Returns `length`, `first`, `trained` and `top` of each sequence when it is truncated to
+        `most` tokens."""
         whole = np.diff(self.bounds)
         length = np.minimum(whole, most)
         starts = np.zeros_like(self.ends)
@@ -292,7 +292,7 @@ class _Shard:
 
 
 class Samples:
-    """All samples of a source, by index, not truncated."""
+    """All samples of a source, accessible by index and not truncated."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch]):
         self._shards = [_Shard(batch) for batch in batches]
@@ -319,7 +319,7 @@ class Samples:
 
     @cached_property
     def record(self) -> np.ndarray:
-        """The index of each sample's row among all rows read, ascending, int64 [n]."""
+        """For each sample, the index of its row among all rows read; ascending, int64 [n]."""
         before = np.cumsum([0, *(own.notes.rows for own in self._shards)])[:-1]
         return self._column("record").astype(np.int64) + np.repeat(before, np.diff(self._starts))
 
@@ -336,26 +336,26 @@ class Samples:
 
     @cached_property
     def shared(self) -> np.ndarray:
-        """The shared tokens of pairs (Pair.shared), 0 for other samples; int64 [n]."""
+        """The number of shared tokens of each pair (Pair.shared), and 0 for other samples; int64
+        [n]."""
         if any(len(own.sides) == 2 for own in self._shards):
             return self._column("shared").astype(np.int64)
         return np.zeros(len(self), np.int64)
 
     @property
     def size(self) -> int:
-        """The number of bytes of data from which the samples were read."""
+        """The size, in bytes, of the data from which the samples were read."""
         return sum(own.size for own in self._shards)
 
     @property
     def format(self) -> str:
-        """The format of the rows, or mixed."""
+        """The format of the rows, or mixed if there are several formats."""
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
         """Returns the columns of all samples when truncated on the right to `most` tokens, except
-        `shared` and `top`, which cover all tokens. Pairs are also truncated on the left: their
-        columns are right only if both sequences have at most `most` tokens.
-        """
+        `shared` and `top`, which cover all tokens. Because pairs are also truncated on the left,
+        their columns are right only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])
@@ -365,8 +365,8 @@ class Samples:
         return Columns(length, first, trained, top, self.shared.copy(), signs)
 
     def notes(self, chosen: np.ndarray | None = None) -> Notes:
-        """Returns the findings and counts of samples, by ascending index, or of all. `ignored`,
-        `repeated`, `unwanted` and `formats` always count all rows."""
+        """Returns the findings and counts for the `chosen` samples (ascending indices), or for all
+        samples. `ignored`, `repeated`, `unwanted` and `formats` always count all rows."""
         notes = Notes()
         for own in self._shards:
             notes.add(own.notes)

@@ -1,8 +1,8 @@
-"""The sources of a data set's rows: files of the usual formats, and Python data.
+"""The sources of a data set's rows: files in the usual formats, and Python data.
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files, which may be untrusted: memory is
-bounded (limits.py), and any fault of a file raises InputError.
+process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their use of
+memory is limited (limits.py), and any error in a file raises InputError.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .messages import KINDS
 class Source(Protocol):
     """The rows of one split.
 
-    `name` is for messages. `size` is the size of its files in bytes, which is also the sum of its
-    blocks' sizes. `files` has the files by a name that does not change when their folder moves.
+    `name` is for messages. `size` is the size of the files in bytes, which is also the sum of the
+    blocks' sizes. `files` maps names to the files; a name does not change if their folder moves.
     """
 
     @property
@@ -42,17 +42,19 @@ class Source(Protocol):
     def files(self) -> Mapping[str, Path]: ...
 
     def fingerprint(self) -> str:
-        """Returns a hexadecimal digest of the content. Raises InputError if it cannot be read."""
+        """Returns a hexadecimal digest of the content. Raises InputError if the source cannot be
+        read."""
         ...
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
-        """Yields the blocks from number `start` on, the same at every call. Raises InputError."""
+        """Yields the blocks, beginning with block number `start`. They are the same at every call.
+        Raises InputError."""
         ...
 
 
 @dataclass(frozen=True)
 class Files:
-    """The rows of files, one file after the other."""
+    """The rows of several files, one file after the other."""
 
     files: Mapping[str, Path]
 
@@ -85,9 +87,10 @@ class Files:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table in memory, or of one that `datasets` maps from files.
+    """The rows of a table that is in memory, or that `datasets` maps from files.
 
-    `batches(n)` returns record batches of at most n rows, the same at every call.
+    `batches(n)` returns record batches of at most n rows, and returns the same batches at every
+    call.
     """
 
     name: str
@@ -108,8 +111,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows from Python, stored as lines of JSON, so that later changes to the objects have no
-    effect."""
+    """Rows from Python. They are stored as lines of JSON, so that later changes to the objects have
+    no effect."""
 
     name: str
     made: tuple[Block, ...]
@@ -144,7 +147,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """Returns a file's extension, without that of its compression; None if it cannot have rows."""
+    """Returns a file's extension without that of its compression, or None if the file cannot have
+    rows."""
     *_, before, ending = ("", "", *Path(path.name.lower()).suffixes)
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
     return ending if ending in READERS and not path.name.startswith(".") else None
@@ -162,9 +166,9 @@ def sources_of(
     there are no training rows.
 
     `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
-    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. `valid` holds the
-    validation rows if `data` has none. `tell` receives the progress of downloads; without `ask`
-    nothing is downloaded.
+    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. If `data` has no
+    validation rows, `valid` may give them. `tell` receives the progress of downloads. If `ask` is
+    false, nothing is downloaded.
     """
     if data is None:
         raise InputError(
@@ -196,7 +200,7 @@ def sources_of(
 
 
 def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yields the name of each row, and the row. Raises InputError."""
+    """Yields each row of a source together with its name. Raises InputError."""
     return (row for block in source.blocks() for row in block.rows())
 
 
@@ -210,7 +214,7 @@ def source_of(path: Path) -> Source:
 
 
 def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source, Source | None]:
-    """Returns the sources of a file or folder, or of a repository on the hub."""
+    """Returns the sources for a file, a folder or a repository on the hub."""
     place = Path(data).expanduser()
     own = None if format_of(place) else repository.named(data)
     if own is not None:
@@ -220,7 +224,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
         return source_of(place), None
     if (place / "state.json").is_file():  # one split of `save_to_disk`
         return Files(_saved(place, "")), None
-    for folder in (place, place / "data"):  # the layouts of repositories of data sets
+    for folder in (place, place / "data"):  # the usual layouts of data set repositories
         if train := split_in(place, folder, "train"):
             valid = split_in(place, folder, "valid")
             return Files(train), Files(valid) if valid else None
@@ -246,8 +250,8 @@ def stem_of(path: Path) -> str:
 
 
 def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
-    """Returns the files of a split in a folder, by path relative to `place`. Raises InputError if
-    there are several candidates."""
+    """Returns the files of a split in a folder, keyed by path relative to `place`. Raises
+    InputError if there are several candidates."""
     found: dict[str, list[Path]] = {}
     with told(folder):
         entries = sorted(folder.iterdir()) if folder.is_dir() else []
@@ -278,7 +282,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
 
 
 def _saved(folder: Path, before: str) -> dict[str, Path]:
-    """Returns the files of a folder that `save_to_disk` wrote."""
+    """Returns the files of a folder that `save_to_disk` has written."""
     state = read_json(folder / "state.json")
     listed = state.get("_data_files")
     names = [
@@ -296,14 +300,14 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
 
 def _python(data: Any, name: str) -> Source:
     """Returns a source of rows that a program passed."""
-    if hasattr(data, "with_format") and hasattr(data, "iter"):  # of `datasets`
+    if hasattr(data, "with_format") and hasattr(data, "iter"):  # a Dataset of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
-    if hasattr(data, "__arrow_c_stream__"):  # of pandas, polars and others
+    if hasattr(data, "__arrow_c_stream__"):  # a table of pandas, polars or another library
         from . import arrow
 
         data = arrow.table_of(data)
-    if hasattr(data, "to_batches") and hasattr(data, "schema"):  # a table of Arrow
+    if hasattr(data, "to_batches") and hasattr(data, "schema"):  # a pyarrow table
         return Table(name, data.to_batches, data.nbytes)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Lines.of(data, name)
@@ -314,7 +318,7 @@ def _python(data: Any, name: str) -> Source:
 
 
 def _line_of(row: Any, source: str) -> bytes:
-    """Returns a row from Python as a line of JSON."""
+    """Returns a row that came from Python as a line of JSON."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: the row must be a dict, not {_kind(row)}.")
     try:
@@ -330,7 +334,7 @@ def _kind(value: Any) -> str:
 
 #: Formats that compress their content themselves.
 TABLES = (".parquet", ".arrow", ".feather")
-#: How files are read, by their extension.
+#: The functions that read files, by extension.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {
     ".jsonl": textfiles.read_lines,
     ".ndjson": textfiles.read_lines,

@@ -1,9 +1,9 @@
-"""The spellings of messages: a chat template understands some of them.
+"""Converts messages between spellings, because each chat template understands only some of them.
 
-Rows have OpenAI's form, but templates differ in what they read: arguments of tool calls as JSON
-text or as a mapping, missing content as no key or as "", reasoning under one of three keys or in
-the content between tags, content as text or as a list of parts, ids of calls of any form or of nine
-letters and digits, and developer messages as they are or as system messages.
+Rows have OpenAI's form, but templates differ in what they read: the arguments of tool calls as JSON
+text or as a mapping; missing content as a missing key or as ""; reasoning under one of three keys,
+or between tags in the content; content as text or as a list of parts; ids of calls in any form, or
+as nine letters and digits; and developer messages as they are, or as system messages.
 """
 
 import json
@@ -19,18 +19,18 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class Spelling:
-    """A spelling. Each field is a difference between templates, named after the part of a message;
-    most templates understand the defaults."""
+    """A spelling of messages. Each field is a difference between templates, named after the part of
+    a message that it affects. Most templates understand the defaults."""
 
-    ids: Literal["given", "short"] = "given"  #: short ids, as Mistral's templates need
+    ids: Literal["given", "short"] = "given"  #: Mistral's templates need short ids
     arguments: Literal["mapping", "text"] = "mapping"
-    null: Literal[None, ""] = None  #: the content of a message without any; None: no key
+    null: Literal[None, ""] = None  #: what replaces missing content; None: no key
     developer: Literal["developer", "system"] = "developer"  #: the role of developer messages
     reasoning: Literal["given", ReasoningKey, "tags"] = "given"
     content: Literal["text", "parts"] = "text"
 
 
-#: The values of each field, the default first.
+#: The possible values of each field; the default is first.
 CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items()}
 
 
@@ -50,7 +50,7 @@ def traits(messages: Messages) -> frozenset[str]:
 
 
 def spellings(of: frozenset[str]) -> Iterator[Spelling]:
-    """Yields every spelling of messages with these traits, the usual one first."""
+    """Yields every spelling of messages with these traits, beginning with the usual one."""
     names = [name for name in reversed(CHOICES) if name in of]
     for values in product(*(CHOICES[name] for name in names)):
         yield Spelling(**dict(zip(names, values, strict=True)))
@@ -77,7 +77,8 @@ def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
         else:
             own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
     if own.get("content") is None:
-        # Not as None: transformers before 5.21 passes that to the template, which writes "None".
+        # The key is removed instead of set to None, which transformers before 5.21 passes to the
+        # template, which then writes "None".
         own.pop("content", None)
         if spelling.null is not None:
             own["content"] = spelling.null
@@ -100,13 +101,13 @@ def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """Converts an id to nine letters and digits: Mistral's templates reject others."""
+    """Converts an id to nine letters and digits, because Mistral's templates reject other ids."""
     plain = "".join(char for char in id if char.isascii() and char.isalnum())
     return plain[-9:].rjust(9, "0")
 
 
 def arguments(call: Message) -> Any:
-    """Returns the arguments of a call, decoded if they are a JSON object as text."""
+    """Returns the arguments of a call. If they are the text of a JSON object, they are decoded."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
         try:
@@ -118,8 +119,8 @@ def arguments(call: Message) -> Any:
 
 
 def reasoning(message: Message) -> tuple[str, str]:
-    """Returns the reasoning and the answer of a message, without whitespace around tags. Reasoning
-    has a separate key, or is at the start of the content between tags."""
+    """Returns the reasoning and the answer of a message, without the tags and the whitespace around
+    them. The reasoning has a separate key, or is between tags at the start of the content."""
     content = message.get("content")
     text = content if isinstance(content, str) else ""
     for key in REASONING:
@@ -133,5 +134,5 @@ def reasoning(message: Message) -> tuple[str, str]:
     return "", text
 
 
-#: The tags around reasoning in the content.
+#: The tags that may surround reasoning in the content.
 TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"))

@@ -1,19 +1,21 @@
-"""Decides by content which rows are held out, which are duplicates, and which are in two sets.
+"""Decides by their content which rows are held out, which are duplicates, and which are in two
+sets.
 
-So the order of rows does not matter, equal rows are in the same split, and a resumed run has the
-same split.
+Because only the content counts, the order of rows does not matter, equal rows are in the same
+split, and a resumed run has the same split.
 """
 
 import numpy as np
 
 from .samples import Samples, beginnings
 
-#: The default split: this fraction is held out, at most MOST rows, and none of up to FEW rows.
+#: The default split holds out the fraction SHARE of the rows, but at most MOST rows, and none if
+#: there are at most FEW rows.
 SHARE, MOST, FEW = 0.05, 500, 100
 
 
 def repeated(samples: Samples) -> np.ndarray:
-    """Returns whether each sample's row repeats an earlier one, bool [n]."""
+    """Returns, for each sample, whether its row repeats an earlier one; bool [n]."""
     _, at, of = np.unique(samples.content, return_index=True, return_inverse=True)
     return samples.record != samples.record[at][of]
 
@@ -29,11 +31,11 @@ def in_both(samples: Samples, other: Samples) -> int:
 
 
 def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int) -> np.ndarray:
-    """Returns whether each chosen sample, by ascending index, is held out for validation: bool
-    [len(chosen)].
+    """Returns, for each chosen sample (ascending indices), whether it is held out for validation;
+    bool [len(chosen)].
 
-    `asked` is a fraction below 1, a number of rows, or auto. Equal rows stay together, so slightly
-    fewer rows may be held out.
+    `asked` is a fraction below 1, a number of rows, or auto. Because equal rows stay together,
+    slightly fewer rows may be held out.
     """
     content = samples.content[chosen]
     at = beginnings(samples.record[chosen])
@@ -51,7 +53,7 @@ def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int
 
 
 def _mixed(content: np.ndarray, seed: int) -> np.ndarray:
-    """Hashes the content with the seed (the last steps of splitmix64)."""
+    """Hashes the content together with the seed (the final steps of splitmix64)."""
     x = content ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     with np.errstate(over="ignore"):
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,8 +1,8 @@
 """Reads Parquet and Arrow files in a separate process whose memory is limited.
 
-A small file may unpack to a large one, and Arrow trusts the sizes in a file's headers: it allocates
-that much, and aborts the process if it cannot. So a separate process maps the file and sends its
-blocks, and the operating system limits the memory of that process.
+A small file may decompress to a large one, and Arrow trusts the sizes in a file's headers: it
+allocates that much, and aborts the process if it cannot. Therefore a separate process maps the file
+and sends its blocks, and the operating system limits the memory of that process.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from . import limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: The environment of a reader: it computes on one thread, and Arrow frees memory at once.
+#: The environment of a reader process: it computes on one thread, and Arrow frees memory at once.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: Rows of Parquet that are read at once: few, because a long text that is stored once may be the
-#: value of all rows.
+#: The number of Parquet rows that are read at once. It is small, because all rows may have the same
+#: long text as their value, which the file stores only once.
 FEW = 16
 
 
@@ -62,7 +62,7 @@ def _ready() -> _Reader:
 
 
 def read(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a file. Raises InputError for one that cannot be read."""
+    """Yields the blocks of a file. Raises InputError if the file cannot be read."""
     with open_regular(path) as file:
         most = max(limits.HELD, limits.HELD_TIMES * os.fstat(file.fileno()).st_size)
         reader, ended = _ready(), False
@@ -112,14 +112,15 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns None, or the sentence of an InputError."""
+    """Sends the blocks of a file. Returns None, or the message of an InputError."""
     import pyarrow as pa
     import pyarrow.parquet  # must be imported before memory is limited
 
     from . import arrow
 
     try:
-        # Before the file is mapped: the previous file's limit may be too low for it.
+        # This must happen before the file is mapped: the previous file's limit may be too low for
+        # this file.
         size = os.fstat(file).st_size
         processes.MEMORY.allow(most + size)
         with told(path), pa.memory_map(f"/dev/fd/{file}") as mapped:
@@ -135,7 +136,7 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
 
 
 def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Yields each batch with the number of bytes of the file that have been read, roughly."""
+    """Yields each batch with the approximate number of bytes that have been read from the file."""
     import pyarrow.parquet as pq
 
     reader = pq.ParquetFile(file, pre_buffer=False)
@@ -152,7 +153,8 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, for an Arrow stream, or an Arrow file, which begins with a magic word."""
+    """Does the same as `_parquet` for an Arrow stream or an Arrow file, which begins with a magic
+    string."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)

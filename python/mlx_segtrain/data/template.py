@@ -1,5 +1,5 @@
-"""Renders messages with a tokenizer's chat template, and finds the text that it writes around
-them."""
+"""Renders messages with a tokenizer's chat template, and finds the text that the template writes
+around them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from .messages import REASONING, Message
 
-if TYPE_CHECKING:  # mlx_lm takes a second to load, and only its tokenizer's type is needed
+if TYPE_CHECKING:  # importing mlx_lm takes a second, and only the type of its tokenizer is needed
     from mlx_lm.tokenizer_utils import TokenizerWrapper as Tokenizer
 else:
     Tokenizer = Any
 
-#: A private-use character: content that no real message has.
+#: A private-use character, which no real message contains.
 MARK = "\ue000"
 #: The end of a generation prompt that opens a thinking block.
 OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
@@ -22,8 +22,9 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Returns the token ids of messages, whose content is text or missing, with the generation
-    prompt. `kwargs` are variables of the template. Raises whatever the template raises."""
+    """Returns the token ids of messages with the generation prompt. The content of a message is
+    text, or is missing. `kwargs` are variables of the template. Raises any exception that the
+    template raises."""
     if wants_parts(tokenizer, kwargs):
         messages = [
             {**own, **content(own["content"], True)} if isinstance(own.get("content"), str) else own
@@ -35,33 +36,35 @@ def prompt_ids(
 
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the token ids of a text outside a chat, with BOS only once if the text has it."""
+    """Returns the token ids of a text outside a chat. If the text already begins with BOS, BOS is
+    not added again."""
     bos = tokenizer.bos_token
     bare = bos is not None and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not bare))
 
 
 def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
-    """Returns whether the template renders content only as a list of parts, not as text."""
+    """Returns whether the template renders content only if it is a list of parts, and not if it is
+    text."""
 
     def renders(parts: bool) -> bool:
         asked = [{"role": "user", **content(MARK, parts)}]
         try:
             return MARK in tokenizer.apply_chat_template(asked, tokenize=False, **kwargs)
-        except Exception:  # a template may fail in any way
+        except Exception:  # a template may raise any exception
             return False
 
     return not renders(parts=False) and renders(parts=True)
 
 
 def content(text: str, parts: bool) -> dict[str, Any]:
-    """Returns the content of a message, as text or as one part."""
+    """Returns the content of a message, as text or as a list of one part."""
     return {"content": [{"type": "text", "text": text}] if parts else text}
 
 
 #: Renders messages whose values are all strings, with or without the generation prompt.
 Direct = Callable[[Sequence[Message], bool], str]
-#: A typical conversation, to compare two ways of rendering.
+#: A typical conversation with which two methods of rendering are compared.
 PROBE = [
     {"role": "system", "content": "Be\ue000"},
     *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],
@@ -69,8 +72,8 @@ PROBE = [
 
 
 def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
-    """Returns the template as compiled by transformers, without its preparation of message objects,
-    which takes as long as the rendering; None if the results differ."""
+    """Returns the template as transformers compiles it, without the preparation of message objects,
+    which takes as long as the rendering itself. If the results differ, returns None."""
     own = tokenizer._tokenizer
     variables = dict(kwargs)
     try:
@@ -83,7 +86,7 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
         render = _compile_jinja_template(own.get_chat_template()).render
         variables = {"tools": None, "documents": None, **own.special_tokens_map, **variables}
-    except Exception:  # other versions of the libraries may differ
+    except Exception:  # other versions of the packages may differ
         return None
 
     def rendered(messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -106,7 +109,7 @@ class TemplateError(Exception):
 
 
 class ChatTemplate:
-    """Renders conversations; `kwargs` are the variables of the template, including tools. `direct`,
+    """Renders conversations. `kwargs` are the variables of the template, including tools. `direct`,
     if given, renders with the same variables."""
 
     def __init__(
@@ -119,12 +122,12 @@ class ChatTemplate:
 
     def __call__(self, messages: Sequence[Message], generation_prompt: bool = False) -> str:
         if self._direct is not None and messages and _plain(messages):
-            with suppress(Exception):  # a template may fail in any way; reported below
+            with suppress(Exception):  # a template may raise any exception; it is reported below
                 return self._direct(messages, generation_prompt)
         how: Any = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
             return self._apply(list(messages), **how, **self._kwargs)
-        except Exception as error:  # a template may fail in any way
+        except Exception as error:  # a template may raise any exception
             reason = str(error) or type(error).__name__
             raise TemplateError(
                 f"the chat template cannot render the row ({reason}); change the row to what the "
@@ -132,14 +135,16 @@ class ChatTemplate:
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
-        """Returns the rendering up to the content of the last message; None if it lacks content."""
+        """Returns the rendering up to the content of the last message, or None if the rendering
+        lacks that content."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
         before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)
         return before_mark if found else None
 
     def transition(self, messages: Sequence[Message], following: Message) -> str:
-        """Returns the text between an answer to `messages` and the content that follows it."""
+        """Returns the text between a response to `messages` and the content of the message that
+        follows it."""
         answer = {"role": "assistant", **_like(following)}
         after = {**following, **_like(following)}
         try:
@@ -149,10 +154,11 @@ class ChatTemplate:
         return parts[1] if len(parts) == 3 else ""
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
-        """Returns the text that ends the thinking block that `context`, the rendering of `messages`
-        with the generation prompt, opens; None if it opens none.
+        """Returns the text that ends the thinking block which `context` opens, or None if it opens
+        none. `context` is the rendering of `messages` with the generation prompt.
 
-        It is found in the rendering of an answer with reasoning, or else follows from the tag.
+        The text is found in the rendering of a response with reasoning, or else derived from the
+        opening tag.
         """
         reasoned = {"role": "assistant", "content": MARK * 2, **dict.fromkeys(REASONING, MARK)}
         pattern = f"([^{MARK}]*){MARK}([^{MARK}]+){MARK}{MARK}"
@@ -182,7 +188,7 @@ class ChatTemplate:
 
 
 def _plain(messages: Sequence[Message]) -> bool:
-    """Returns whether all values are strings, and none has a key that mlx-lm reads."""
+    """Returns whether all values are strings and no message has a key that mlx-lm handles."""
     return all(
         type(value) is str and key not in REASONING
         for message in messages
@@ -191,5 +197,5 @@ def _plain(messages: Sequence[Message]) -> bool:
 
 
 def _like(message: Message) -> dict[str, Any]:
-    """Returns the mark as content, in the same form as the content of a message."""
+    """Returns MARK as content, in the same form as the content of the message."""
     return content(MARK, isinstance(message.get("content"), list))

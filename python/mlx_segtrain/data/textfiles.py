@@ -23,7 +23,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a compressed file, up to the limit on decompression bombs."""
+    """The decompressed content of a file. Raises InputError beyond the limit for decompression
+    bombs."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -32,7 +33,7 @@ class _Unpacked(io.RawIOBase):
         self._unpacked, self._size, self._name = 0, size, name
 
     def close(self) -> None:
-        # Its buffers are large, and an exception may keep this object alive for some time.
+        # The stream's buffers are large, and an exception may keep this object alive for some time.
         self._stream = None
         super().close()
 
@@ -48,8 +49,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Opens a file, decompressed. Also returns a function that returns the number of bytes of the
-    file that were read since its last call."""
+    """Opens a file and decompresses it. Also yields a function that returns the number of bytes of
+    the file that were read since its last call."""
     with open_regular(path) as raw:
         told = 0
 
@@ -88,7 +89,8 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a JSON list, or of JSON lines, which also often have this extension."""
+    """Yields the blocks of a file with a JSON list or JSON lines. Files of JSON lines often have
+    the extension .json, too."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():
@@ -104,7 +106,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
-    """Yields the items of a JSON list, each as one line; has one of them in memory at a time."""
+    """Yields the items of a JSON list, each as one line. Only one item at a time is in memory."""
     decoder, parser = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder()
     text, at, ended, number = "", 0, False, 0
 
@@ -121,7 +123,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
             ) from None
 
     def next_one() -> str:
-        """Returns the next character that is not whitespace; "" at the end."""
+        """Returns the next character that is not whitespace, or "" at the end."""
         nonlocal at
         while True:
             at = SPACE.match(text, at).end()  # type: ignore[union-attr]
@@ -150,7 +152,8 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
                         "hold a list of objects."
                     ) from None
-                # The rest of the text belongs to this row, which is parsed again with more text.
+                # The rest of the text belongs to this row, which is parsed again once more text has
+                # been read.
                 check_values(text[at:].encode("utf-8", "surrogatepass"), source)
             more()
         line = text[at:end].replace("\n", " ").replace("\r", " ")
@@ -173,7 +176,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Block]:
-    """Yields the blocks of a CSV file whose first line names the columns; all cells are text."""
+    """Yields the blocks of a CSV file whose first line names the columns. All cells are text."""
     with _opened(path) as (file, read):
         yield from grouped(_cells(file, path.name, delimiter), path.name, read)
 
@@ -203,7 +206,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
     csv.field_size_limit(limits.MOST_BYTES)
     source = lines()
     first = next(source, "")
-    # Semicolons are usual in countries where the comma is the decimal separator.
+    # Semicolons are the usual delimiter in countries where the decimal separator is a comma.
     if delimiter == "," and "," not in first and ";" in first:
         delimiter = ";"
     rows = csv.reader(chain([first], source), delimiter=delimiter, strict=True)
@@ -216,7 +219,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             raise InputError(f"{name}:{number}: the row is not CSV ({error}).") from None
         if cells is None:
             return
-        if not cells:  # skips a blank line
+        if not cells:  # a blank line
             continue
         if not names:
             check_columns(name, len(cells))

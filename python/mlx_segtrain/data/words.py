@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
-The tokenizers library splits a text into words by a pattern, which takes most of its time, and
-merges within each word. For ASCII text, Python splits in the same way several times as fast, and
-only new words go to the library. Other texts, and tokenizers with other patterns, are left to the
-library.
+The tokenizers library splits a text into words with a pattern, which takes most of its time, and
+then applies merges within each word. For ASCII text, Python can make the same split several times
+as fast, so that only new words need the library. Other texts, and tokenizers with other patterns,
+are left to the library.
 """
 
 import re
@@ -15,7 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Patterns of tokenizer.json, and their equivalents for ASCII, without \p{L} and \p{N}.
+#: Patterns of tokenizer.json, and their equivalents for ASCII text, which do without \p{L} and
+#: \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -32,22 +33,22 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent of the first pattern if digits have been split off, so that a text ends before
-#: every digit.
+#: The equivalent of the first pattern if digits have already been split off, so that a text ends
+#: before every digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
-#: The maximum number of cached words, and of characters of one.
+#: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64
 
 
 class Words(dict[str, list[int]]):
-    """Token ids by word; `of` returns them for a transformers tokenizer with a known pattern."""
+    """Token ids by word. `of` creates them for a transformers tokenizer with a known pattern."""
 
     def __init__(self, tokenizer: Any, pattern: str):
         backend = tokenizer.backend_tokenizer
         self._words, self._model = re.compile(pattern, re.ASCII).findall, backend.model
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
         self._added = {text: [i] for text, i in added.items() if text}
-        # Of the added tokens that start at a position the longest one counts, as in the library.
+        # If several added tokens start at a position, the longest one counts, as in the library.
         texts = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(texts)})" if texts else "((?!))").split
         cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
@@ -55,8 +56,8 @@ class Words(dict[str, list[int]]):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Words | None":
-        """Returns the words of a lossless tokenizer (lossless.py), shared by all callers; None if
-        its pattern is unknown."""
+        """Returns the words of a lossless tokenizer (lossless.py), which all callers share, or None
+        if the tokenizer's pattern is unknown."""
         return _words_of(tokenizer, len(tokenizer))
 
     def __missing__(self, word: str) -> list[int]:
@@ -78,7 +79,8 @@ class Words(dict[str, list[int]]):
 
 @lru_cache(2)
 def _words_of(tokenizer: Any, size: int) -> Words | None:
-    """Returns Words.of; a tokenizer whose size has changed has new added tokens."""
+    """Computes Words.of. `size` is part of the cache key, because new added tokens change a
+    tokenizer's size."""
     backend = tokenizer.backend_tokenizer
     steps = parts_of(backend.pre_tokenizer)
     added = tokenizer.added_tokens_decoder.values()

@@ -1,4 +1,5 @@
-"""Tokenizes blocks, in this process or in several, into files or into memory."""
+"""Tokenizes blocks in one or several processes. The samples are written to files or stay in
+memory."""
 
 import gc
 import os
@@ -21,21 +22,22 @@ from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
 
-#: The environment of a worker, which uses one thread, because the other workers need the cores.
+#: The environment of a worker. It uses only one thread, because the other workers need the cores.
 SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: Blocks that a worker has at once: while it is tokenizing one, the next one is waiting.
+#: The number of blocks that a worker has at once: while it tokenizes one, the next one is waiting.
 AHEAD = 2
 
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a block: its samples in a file, or as `content`, or why there are none.
+    """The result of a block: its samples, in a file or as `content`, or the reason why there are
+    none.
 
     `first` has the first row of each format; `unwritten` says why the file could not be written;
-    `fault` is the sentence of an InputError, or None.
+    `fault` is the message of an InputError, or None.
     """
 
     index: int
@@ -50,8 +52,8 @@ class Done:
 def tokenized(
     index: int, block: Block, file: Path | None, tokenizer: Any, options: Options
 ) -> Done:
-    """Tokenizes a block and writes its samples to `file`; if that is None or cannot be written, the
-    result has them."""
+    """Tokenizes a block and writes its samples to `file`. If `file` is None or cannot be written,
+    the samples are in the result."""
     import pyarrow as pa
 
     first: dict[str, str] = {}
@@ -83,8 +85,8 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Like `tokenized`, for many blocks in `count` processes; yields results as they arrive. Raises
-    RunError if one of the processes was killed."""
+    """Does the same as `tokenized` for many blocks, in `count` processes. Results are yielded as
+    they arrive. Raises RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
     try:
@@ -107,7 +109,7 @@ def in_workers(
 
 
 class _Worker:
-    """A process that tokenizes, and the number of blocks that it has."""
+    """A process that tokenizes, and the number of blocks that it currently has."""
 
     def __init__(self, setup: bytes):
         self.has = 0
@@ -147,8 +149,8 @@ class _Worker:
 
 def main(number: str) -> None:
     """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
-    parent does, whatever it is doing."""
-    # The parent decides when to end, also after Ctrl-C.
+    parent process ends, whatever it is doing."""
+    # The parent process decides when to end, also after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))

@@ -1,8 +1,8 @@
-"""Model families: turns an mlx-lm model into a chain of stages over our ops. No other package knows
-model families.
+"""Model families: turns an mlx-lm model into a chain of stages that use our ops. No other package
+knows model families.
 
 Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family is a module in
-FAMILIES with the members of `Family`; every other model takes the generic path.
+FAMILIES that has the members of `Family`. Every other model takes the generic path.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -36,25 +36,26 @@ __all__ = [
 class Family(Protocol):
     """A fast family, which reads layers from mlx-lm's modules and from the files of a model.
 
-    `text` is config.json updated with the keys of its text_config, if it has one.
+    `text` is config.json, updated with the keys of its text_config if there is one.
     """
 
     @property
     def TYPES(self) -> Collection[str]:
-        """The `model_type`s of the family's models, and of multimodal models that contain such a
-        model; and the names of mlx-lm's modules for them."""
+        """The `model_type`s of the family's models, and of multimodal models that contain one of
+        these models. It also contains the names of mlx-lm's modules for them."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
-        """Returns the chain of such a model, whose modules have this prefix."""
+        """Returns the chain of a model of this family, whose modules have this prefix."""
         ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
-        """Returns the forms that the layers of its chain will have."""
+        """Returns the forms that the layers of the model's chain will have."""
         ...
 
     def tied(self, text: Mapping[str, Any]) -> bool:
-        """Returns whether the head is the embedding, even if the weights hold a head."""
+        """Returns whether the embedding is used as the head, even if the weights contain a separate
+        head."""
         ...
 
 
@@ -62,20 +63,21 @@ FAMILIES: tuple[Family, ...] = (llama, gemma)
 
 
 def of_type(model_type: str) -> Family | None:
-    """Returns the fast family of a config.json's `model_type`; None if there is none."""
+    """Returns the fast family for a config.json's `model_type`, or None if there is none."""
     return next((family for family in FAMILIES if model_type in family.TYPES), None)
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """Returns the model's fast family; None if it takes the generic path."""
+    """Returns the model's fast family, or None if the model takes the generic path."""
     return of_type(type(text_model(model)).__module__.rpartition(".")[2])
 
 
 def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
-    """Returns the chain of a loaded mlx-lm model; with `layers`, weights of others may be missing.
+    """Returns the chain of a loaded mlx-lm model. If `layers` is given, the weights of other layers
+    may be missing.
 
-    For a model for text and images it is the text model's chain, with the prefix in its names.
-    Raises InputError if the model cannot be cut into layers or cannot be differentiated.
+    For a model for text and images, this is the chain of the text model, whose names include the
+    prefix. Raises InputError if the model cannot be split into layers or cannot be differentiated.
     """
     from . import generic
 
@@ -89,23 +91,25 @@ def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
 def load_base(model_dir: str | Path) -> tuple[nn.Module, dict[str, Any], Any]:
     """Loads mlx-lm's model, configuration and tokenizer from a local folder.
 
-    On the CPU floating-point weights become float32, the dtype in which its kernels compute. Raises
-    InputError if the folder is missing, is not a model, or cannot be read.
+    On the CPU, floating-point weights are converted to float32, the dtype in which MLX's CPU
+    kernels compute. Raises InputError if the folder is missing, does not contain a model, or cannot
+    be read.
     """
     tokenizer = load_tokenizer(model_dir)
     return *load_model(model_dir), tokenizer
 
 
 def load_tokenizer(model_dir: str | Path) -> Any:
-    """Loads mlx-lm's tokenizer of a model folder, without the weights. Raises InputError like
-    load_base."""
+    """Loads mlx-lm's tokenizer for the model in a folder, without the weights. Raises InputError
+    like load_base."""
     folder = opened(model_dir).folder
     from mlx_lm.utils import load_config, load_tokenizer
 
     check_tokenizer(folder)
     with _reading(folder):
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    # Before mlx-lm 0.32 (Python 3.10), the tokens in config.json may replace the tokenizer's own.
+    # Before mlx-lm 0.32 (Python 3.10), the tokens in config.json may replace the tokenizer's own
+    # tokens.
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
     return tokenizer
 
@@ -115,7 +119,7 @@ def load_model(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Loads mlx-lm's model and configuration. Raises InputError like load_base.
 
-    Weights for whose names `reads` returns False are read lazily.
+    A weight is read lazily if `reads` returns False for its name.
     """
     snapshot = opened(model_dir)
     from mlx_lm.utils import load_model
@@ -129,8 +133,8 @@ def load_model(
 def load_headless(
     model_dir: str | Path, instead: str
 ) -> tuple[nn.Module, dict[str, Any], mx.array]:
-    """Loads mlx-lm's model without its head. Also returns its configuration, and the tensor
-    `instead`, which the files have instead of a head. Raises InputError like load_base."""
+    """Loads mlx-lm's model without its head. Also returns the configuration, and the tensor named
+    `instead`, which the files contain instead of a head. Raises InputError like load_base."""
     snapshot = opened(model_dir)
     from mlx_lm.utils import _get_classes, load_model
 
@@ -158,12 +162,14 @@ def load_headless(
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """Returns the text model of a model that may also read images."""
+    """Returns the text model inside a model for text and images. A model for text only is returned
+    unchanged."""
     return model.get("language_model", model)
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads the weights for which `reads` returns True into memory, on a CPU in float32."""
+    """Loads the weights for whose names `reads` returns True into memory. On the CPU, they become
+    float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
@@ -171,7 +177,7 @@ def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: Tru
 
 
 def opened(model_dir: str | Path) -> Snapshot:
-    """Checks a folder before mlx-lm reads it, since mlx-lm would download missing files."""
+    """Checks a folder before mlx-lm reads it, because mlx-lm would download missing files."""
     snapshot = Snapshot(model_dir, whole=True)
     snapshot.file("config.json", "configuration")
     snapshot.file("tokenizer_config.json", "tokenizer")
@@ -185,7 +191,7 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, InputError):
         raise
-    # Untrusted files can make the libraries raise anything: a panic in Rust is not a Python
-    # Exception.
+    # Untrusted files can make the libraries raise anything. A panic in Rust, for example, is not a
+    # Python Exception.
     except BaseException as error:
         raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

@@ -1,4 +1,5 @@
-"""Connects a model and an adapter: chooses ranks, initializes an adapter, and attaches it."""
+"""Connects a model and an adapter: chooses ranks, initializes adapters, and attaches them to the
+model."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +27,8 @@ from .chain import Chain
 
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
-    """Returns the rank of every layer of the chain to adapt, by path (see ranks.choose_ranks)."""
+    """Returns the rank of every layer of the chain to adapt, keyed by path (see
+    ranks.choose_ranks)."""
     layers = [
         [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
     ]
@@ -44,13 +46,14 @@ def init(
     here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
-    """Returns a new adapter: A ~ U(−1/√in, 1/√in) float32, with one key per path in sorted order,
-    and B = 0.
+    """Returns a new adapter in which A ~ U(−1/√in, 1/√in) is float32, with one random key per path
+    in sorted order, and B = 0.
 
-    With `root` the multiplier of a layer is scale over the root of its rank (rsLoRA: Kalajdzievski
-    2023, arXiv:2312.03732). `kinds` are words of Kind, of which at most one is true: the initial
-    array of that kind changes nothing; it is 0 for weights that are not `here`. Raises InputError
-    if a layer has experts or is an embedding, and the kind does not support that.
+    With `root`, the multiplier of a layer is `scale` divided by the square root of its rank
+    (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps words of Kind to booleans, of which
+    at most one is true. The array of that kind gets the initial value with which the model's
+    results do not change, or 0 for a weight for which `here` returns False. Raises InputError if a
+    layer has experts or is an embedding, and the kind does not support that.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))
@@ -88,8 +91,9 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every adaptable module of the layers with one of our modules. Of embedding and head,
-    only adapted ones are replaced, or with `whole` all that are adaptable."""
+    """Replaces every adaptable module of the layers with one of our modules. The embedding and the
+    head are replaced only if they are adapted or, with `whole`, if they are adaptable. Returns our
+    modules."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]
     for path in (*chain.linears, *outer):
@@ -104,7 +108,8 @@ def attach(
 def attached(
     model: nn.Module, chain: Chain, adapter: Adapter, *, whole: bool = False
 ) -> Iterator[nn.Module]:
-    """Provides the model with the adapter while the context is active; `whole` as for attach."""
+    """Attaches the adapter to the model while the context is active. `whole` has the same meaning
+    as in attach."""
     modules = attach(model, chain, adapter, whole=whole)
     try:
         model.eval()

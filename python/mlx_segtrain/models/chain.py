@@ -1,4 +1,4 @@
-"""A model as the trainer sees it: a chain of stages."""
+"""A model in the form in which the trainer uses it: a chain of stages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,17 +15,17 @@ from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-#: Rows of logits that exist at a time if none of our ops supports the head.
+#: If our ops do not support the head, this many rows of logits exist at a time.
 HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """LoRA dropout; the masks follow from seed, draw and a module's path."""
+    """LoRA dropout. The masks are determined by the seed, the draw and the path of a module."""
 
     rate: float
     seed: int
-    draw: int  #: number of the batch since the run began
+    draw: int  #: the number of the batch, counted from the start of the run
 
     def key(self, path: str) -> mx.array:
         return ops.dropout_key(self.seed, self.draw, path)
@@ -33,14 +33,15 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """The multipliers of the updates of linear layers by full path, and the dropout in a stream."""
+    """The multipliers of the updates of linear layers, keyed by full path, and the dropout in a
+    stream."""
 
     scales: Mapping[str, float]
     dropout: Dropout | None = None
     stream: Stream = SINGLE[0]
 
     def key(self, path: str) -> mx.array | None:
-        """Returns the random key of this module's dropout mask; None without dropout."""
+        """Returns the random key for this module's dropout mask, or None if there is no dropout."""
         return self.dropout and self.dropout.key(self.stream.of(path))
 
 
@@ -48,15 +49,16 @@ NO_UPDATES = Updates({})
 
 
 class Head:
-    """Maps rows of the last h to logits, and these to losses.
+    """Maps rows of the last h to logits, and logits to losses.
 
-    `params` are the factors of the head's update by full path, empty without one.
+    `params` are the factors of the head's update, keyed by full path. They are empty if the head
+    has no update.
     """
 
-    path: str  #: the module that can be adapted: the head's own, or the embedding that it shares
+    path: str  #: the adaptable module: the head, or the embedding that it shares
 
     def adapting(self, updates: Updates) -> "Head":
-        """Returns the head for an adapter with these updates."""
+        """Returns the head for an adapter that has these updates."""
         raise NotImplementedError
 
     def logits(self, h: mx.array) -> mx.array:
@@ -64,15 +66,15 @@ class Head:
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """Like `logits`, with an update; h are the rows from the `begin`-th on, on which the
-        dropout mask depends."""
+        """Does the same as `logits`, but with an update. `begin` is the index of the first row of
+        h, on which the dropout mask depends."""
         raise NotImplementedError
 
     def as_product(
         self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
     ) -> tuple[mx.array, ops.Base, float | None] | None:
-        """Returns x, the weight and the cap with which our ops compute this head, with logits
-        divided by the temperature; None if they do not support it."""
+        """Returns x, the weight and the softcap with which our ops compute this head. The logits
+        are divided by the temperature. If our ops do not support the head, returns None."""
         return None
 
     def cross_entropy(
@@ -84,7 +86,7 @@ class Head:
         *,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Returns Σ weights·CE of h [M, H] and the target tokens [M]: a scalar in float32."""
+        """Returns Σ weights·CE for h [M, H] and the target tokens [M], as a float32 scalar."""
         if (own := self.as_product(params, h)) is not None:
             x, base, softcap = own
             how: Any = {"softcap": softcap, "needs_grad": needs_grad, "padded": False}
@@ -100,12 +102,12 @@ class Head:
         temperature: float = 1.0,
         needs_grad: bool = True,
     ) -> mx.array:
-        """Returns the log-probabilities of the target tokens [M] given h [M, H]: float32 [M], from
-        logits divided by the temperature.
+        """Returns the log-probabilities of the target tokens [M] given h [M, H], as float32 [M].
+        They are computed from logits that are divided by the temperature.
 
-        A head that our ops do not support runs HEAD_ROWS rows at a time in both directions, and in
-        this order, since MLX might otherwise keep the logits of all rows. The backward pass
-        recomputes them.
+        A head that our ops do not support runs HEAD_ROWS rows at a time, in the forward and in the
+        backward pass. The order of these parts is fixed, since MLX might otherwise keep the logits
+        of all rows. The backward pass recomputes the logits.
         """
         if (product := self.as_product(params, h, temperature)) is not None:
             x, base, softcap = product
@@ -144,25 +146,25 @@ class Head:
 
 @dataclass(frozen=True)
 class Chain:
-    """A model as stages over boundary values.
+    """A model as a chain of stages, which read and write boundary values.
 
     `start(tokens [B, T])` returns the values that the first stages read. A layer is one stage
-    (`model.layers.3`) or two (`….self_attn`, `….mlp`). Parameters and multipliers are named by the
-    full path of their linear layer (`model.layers.3.self_attn.q_proj.lora_a`). The last stage of a
-    stream writes its `h`. If the chain `trims`, a stage reads the input `positions` [N], the last N
-    of T, and after it h has these rows only.
+    (`model.layers.3`) or two (`….self_attn` and `….mlp`). Parameters and multipliers are named by
+    the full path of their linear layer (`model.layers.3.self_attn.q_proj.lora_a`). The last stage
+    of a stream writes the stream's `h`. If the chain `trims`, one stage reads the input `positions`
+    [N], which are the last N of the T positions; after this stage, h has only these rows.
     """
 
     start: Callable[[mx.array], dict[str, mx.array]]
     stages_of: Callable[[Updates], list[Stage]]
     head: Head
     linears: dict[str, nn.Module]  #: adaptable linear layers by full path
-    stage_of: dict[str, str]  #: the owner of a path of `linears`
-    layers: list[list[str]]  #: the owners of each layer
+    stage_of: dict[str, str]  #: the owner of each path in `linears`
+    layers: list[list[str]]  #: the owners of the stages of each layer
     max_length: int | None  #: the model's context length
     trims: bool = False
     branches: bool = False  #: whether streams may have a branch or packed parts
-    #: Embedding and head, if they are adaptable.
+    #: The embedding and the head, if they are adaptable.
     outer: dict[str, nn.Module] = field(default_factory=dict)
     embedded: Callable[[], "Chain"] | None = None  #: the same chain with the embedding as a stage
     forms: tuple[LayerForm, ...] = ()  #: the forms of the layers of a fast family
@@ -173,43 +175,44 @@ class Chain:
         streams: Sequence[Stream] = SINGLE,
         dropout: Dropout | None = None,
     ) -> list[Stage]:
-        """Returns the stages of a batch, stream by stream."""
+        """Returns the stages for a batch, one stream after the other."""
         of_streams = (Updates(scales, dropout, stream) for stream in streams)
         return [stage for updates in of_streams for stage in self.stages_of(updates)]
 
     @property
     def adaptable(self) -> dict[str, Any]:
-        """All modules that an adapter may update, by full path."""
+        """All modules that an adapter may update, keyed by full path."""
         return {**self.linears, **self.outer}
 
     @property
     def tied(self) -> bool:
-        """Whether the model has no separate head that is adaptable."""
+        """Whether the model lacks a separate head that is adaptable."""
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
-        """Returns `tied` if one of these paths is an embedding; else None, since it does not
-        matter."""
+        """Returns `tied` if one of these paths is an embedding. Otherwise returns None, because
+        `tied` does not matter then."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 
     def adapting(self, scales: Mapping[str, float], dropout: Dropout | None = None) -> "Chain":
-        """Returns the chain for an adapter with these multipliers, which may include embedding and
-        head."""
+        """Returns the chain for an adapter with these multipliers. The adapter may update the
+        embedding and the head."""
         chain = self
         if chain.embedded and any(isinstance(self.outer.get(p), EMBEDDINGS) for p in scales):
             chain = chain.embedded()
         return replace(chain, head=chain.head.adapting(Updates(scales, dropout)))
 
     def of_head(self, params: Params) -> dict[str, mx.array]:
-        """Returns the factors of the head's update; those of an embedding may also
-        belong to another stage."""
+        """Returns the factors of the head's update. If the head is the embedding, these factors may
+        also belong to another stage."""
         own = params.get(self.stage_of.get(self.head.path, ""), {})
         return {name: x for name, x in own.items() if name.rpartition(".")[0] == self.head.path}
 
     def cuts(
         self, size: int, streams: Sequence[Stream] = SINGLE, layers: slice = slice(None)
     ) -> Cuts:
-        """Returns cuts into segments of `size` of these layers; 0: one segment."""
+        """Returns the cuts that divide the stages of these layers into segments of `size` layers.
+        If `size` is 0, there is a single segment."""
         stages = accumulate(len(layer) for _ in streams for layer in self.layers[layers])
         return Cuts.by_layer(list(stages), size)

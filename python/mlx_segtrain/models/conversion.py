@@ -1,4 +1,4 @@
-"""Converts an unquantized model to a quantized one in MLX's format, with mlx-lm's converter."""
+"""Converts an unquantized model to a quantized model in MLX's format, with mlx-lm's converter."""
 
 import io
 import math
@@ -18,7 +18,8 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Made:
-    """A quantized model's folder, and the bytes of the weights before and after."""
+    """The folder of a quantized model, and the bytes of its weights before and after
+    quantization."""
 
     path: Path
     before: int
@@ -26,10 +27,11 @@ class Made:
 
 
 def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) -> Made:
-    """Writes the model to a new folder with its linear layers and embeddings quantized by mlx-lm.
+    """Writes the model to a new folder, with its linear layers and embeddings quantized by mlx-lm.
 
-    Raises InputError for a model that cannot be read, is already quantized, or has a family that
-    mlx-lm does not support, and if the disk is too full. `out` does not exist until it is complete.
+    Raises InputError if the model cannot be read, is already quantized or belongs to a family that
+    mlx-lm does not support, and if the disk has too little space. `out` does not exist until it is
+    complete.
     """
     base = opened(model_dir)
     name = title(base.folder)
@@ -62,15 +64,15 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
             if is_out_of_memory(error):
                 raise
             raise InputError(f"{name} cannot be converted: {reason(error, 500)}") from error
-        for program in aside.glob("*.py"):  # we never run a model's own code
+        for program in aside.glob("*.py"):  # this package never runs a model's own code
             program.unlink()
         size = Snapshot(aside).size_bytes
     return Made(out, base.size_bytes, size)
 
 
 def _size(base: Snapshot, bits: int, group_size: int) -> int:
-    """Returns an upper bound of the bytes of the quantized weights, with 16-bit scale and bias for
-    each group."""
+    """Returns an upper bound on the bytes of the quantized weights, in which each group has a
+    16-bit scale and a 16-bit bias."""
     each = (bits + 32 / group_size) / 8
     return sum(
         math.ceil(math.prod(shape) * (each if len(shape) > 1 else 4))

@@ -1,7 +1,7 @@
 """The form of a layer, from which memory is planned and stages are created.
 
-It follows from a loaded layer (`Layer.form`), and also from the headers of its weights
-(`LayerHeaders`).
+A loaded layer has it as `Layer.form`. It can also be derived from the headers of the layer's
+weights (`LayerHeaders`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments of a Stage except its function, for one stream."""
+    """The arguments with which a Stage is created for one stream, except its function."""
 
     name: str
     reads: tuple[str, ...]
@@ -29,14 +29,14 @@ class StageForm:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerForm:
-    """The form of one layer. `query` is the width of all heads of q together, and `key_value` that
-    of all the layer's own heads of k (or v)."""
+    """The form of one layer. `query` is the total width of all heads of q, and `key_value` is the
+    total width of all heads of k (or v) that the layer computes itself."""
 
-    name: str  #: its path in the model
+    name: str  #: the layer's path in the model
     query: int
-    key_value: int  #: 0 if it reads the keys of another layer
+    key_value: int  #: 0 if the layer reads the keys of another layer
     hidden: int
-    head: int  #: width of one head
+    head: int  #: the width of one head
     window: int | None = None
     softcap: bool = False
     separate_values: bool = True  #: if False, the values are the keys
@@ -44,15 +44,15 @@ class LayerForm:
     wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
-    own_input: int = 0  #: the width of an input made from the tokens for this layer only
-    experts: int = 0  #: the hidden width of a token's experts together
-    donor: str | None = None  #: the layer whose keys and values it reads
-    gives: bool = False  #: others read its keys and values (`linked`)
+    own_input: int = 0  #: the width of an input that is made from the tokens for this layer only
+    experts: int = 0  #: the total hidden width of the experts of a token
+    donor: str | None = None  #: the layer whose keys and values this layer reads
+    gives: bool = False  #: other layers read its keys and values (`linked`)
     trims: bool = False  #: it drops the rows before the first one with a loss (`linked`)
 
     @property
     def owners(self) -> tuple[str, str]:
-        """The owners of the parameters of its stages, attention and MLP."""
+        """The owners of the parameters of the layer's two stages, attention and MLP."""
         return f"{self.name}.self_attn", f"{self.name}.mlp"
 
     def owner_of(self, path: str) -> str:
@@ -60,7 +60,7 @@ class LayerForm:
         return self.owners[".self_attn." not in path]
 
     def stages(self, stream: Stream) -> tuple[StageForm, StageForm]:
-        """Returns the stages of attention and MLP."""
+        """Returns the stages for attention and MLP."""
         of, h = stream.of, (stream.of("h"),)
         attention, mlp = self.owners
         positions = (of("positions"),) if self.trims else ()
@@ -79,17 +79,18 @@ def _keys_values(layer: str, stream: Stream) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class LayerHeaders:
-    """A layer as the headers of the weights describe it."""
+    """A layer as it is described by the headers of its weights."""
 
     name: str
-    widths: Mapping[str, tuple[int, int]]  #: (in, out) of the model's matrices, by path
+    widths: Mapping[str, tuple[int, int]]  #: (in, out) of each matrix in the model, by path
     tensors: Tensors
 
     def linear(self, path: str) -> tuple[int, int]:
         return self.widths.get(f"{self.name}.{path}", (0, 0))
 
     def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
-        """Returns the form, given the configuration `text` and the family's own fields."""
+        """Returns the layer's form. `text` is the configuration, and `more` are fields that the
+        family sets."""
         query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
@@ -117,9 +118,10 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """Returns the forms of all layers with the links between them, `gives` and `trims`."""
+    """Returns the forms of all layers after setting `gives` and `trims`, the fields that link
+    layers."""
     donors = {form.donor for form in forms}
-    # After the last layer with its own keys, the rows before the first one with a loss are not
+    # After the last layer that has its own keys, the rows before the first one with a loss are not
     # needed.
     last = max(i for i, form in enumerate(forms) if form.key_value)
     return tuple(

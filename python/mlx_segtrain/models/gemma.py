@@ -1,8 +1,8 @@
-"""Gemma 2, 3 and 4: four norms per layer, GeGLU, sliding-window and global attention.
+"""Gemma 2, 3 and 4: four norms per layer, GeGLU, and sliding-window or global attention.
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
-one, an input for each layer that is made from the tokens, values that are the keys, experts besides
-the dense MLP, and a scalar for each layer.
+layer, an input for each layer that is made from the tokens, attention whose values are the keys,
+experts besides the dense MLP, and a scalar for each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from .form import LayerForm, LayerHeaders
 from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
-#: mlx-lm's defaults if config.json has no value, by the beginning of `model_type`.
+#: The defaults of mlx-lm for values that config.json lacks, by the beginning of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
@@ -28,7 +28,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         **{"sliding_window": 512, "sliding_window_pattern": 5},
     },
 }
-#: Linear layers that a layer with its own input has.
+#: The additional linear layers of a layer with its own input.
 OWN_INPUT = ("per_layer_input_gate", "per_layer_projection")
 
 
@@ -36,13 +36,13 @@ def chain_of(model: Any, prefix: str) -> Chain:
     body, args = model.model, model.args
     kind = type(model).__module__.rpartition(".")[2]
     fourth = kind == "gemma4_text"
-    # Up to Gemma 3 a norm's weight is stored as its distance from 1.
+    # Up to Gemma 3, the files store a norm's weight as its difference from 1.
     norm = Norm.of if fourth else _norm_around_1
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
     donors = getattr(body, "previous_kvs", range(len(names)))
 
     factor = args.hidden_size**0.5
-    if kind == "gemma3_text":  # which rounds the factor first
+    if kind == "gemma3_text":  # these models round the factor first
         factor = float(mx.array(factor, mx.bfloat16))
     embedding = Embedding(body.embed_tokens, f"{prefix}model.embed_tokens", factor)
 
@@ -90,7 +90,8 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
 
 def tied(text: Mapping[str, Any]) -> bool:
-    """Returns False for Gemma 3, whose head is the embedding only if the weights lack a head."""
+    """Returns False for Gemma 3, in which the embedding is the head only if the weights lack a
+    head."""
     kind = _kind(text)
     return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
 
@@ -130,8 +131,8 @@ def _kind(text: Mapping[str, Any]) -> str:
 
 
 def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
-    """Returns full_attention or sliding_attention for each layer, as mlx-lm reads the
-    configuration."""
+    """Returns full_attention or sliding_attention for each layer, in the same way as mlx-lm reads
+    the configuration."""
     if kind == "gemma2":
         return ["full_attention"] * n
     if kind == "gemma4" and text.get("layer_types"):
@@ -146,10 +147,10 @@ def _norm_around_1(module: Any) -> Norm:
 
 @dataclass(frozen=True)
 class _Experts(Mlp):
-    """The dense MLP and the experts side by side; router and experts are frozen.
+    """The dense MLP with the experts beside it. The router and the experts are frozen.
 
-    Gradients flow through the experts and the weights of the router, not through its choice, which
-    some versions of mlx-lm's own router would also differentiate.
+    Gradients flow through the experts and the router's weights for them, but not through the
+    router's choice of experts, which some versions of mlx-lm's own router would also differentiate.
     """
 
     layer: Any = None
@@ -164,7 +165,7 @@ class _Experts(Mlp):
 
     @staticmethod
     def _route(router: Any, h: mx.array) -> tuple[mx.array, mx.array]:
-        """Returns the experts of each row [..., K], and their weights."""
+        """Returns the indices of the experts for each row, [..., K], and their weights."""
         k = router.config.top_k_experts
         x = ops.rms_norm(h, router.scale * router.config.hidden_size**-0.5, router.eps)
         scores = router.proj(x)
@@ -176,8 +177,8 @@ class _Experts(Mlp):
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
-    """Returns the end of layer i of Gemma 4: adds what its own input gives, and applies its
-    scalar."""
+    """Returns the function with which layer i of Gemma 4 ends: it adds the result of the layer's
+    own input, and multiplies by the layer's scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)
@@ -191,8 +192,8 @@ def _finish(
     ]
 
     def own_input(tokens: mx.array) -> mx.array:
-        """Returns layer i's part of the token's second embedding and of a projection of the
-        first."""
+        """Returns the part for layer i of the sum of the tokens' second embedding and a normalized
+        projection of their first embedding."""
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)
 

@@ -1,10 +1,11 @@
-"""The generic path for any other mlx-lm model with a list of layers: its modules are the stages, to
-which LoRA updates are added.
+"""The generic path, for any other mlx-lm model that has a list of layers: the layers are the
+stages, and LoRA updates are added to their linear layers.
 
-A stage runs the model's own `__call__` up to its layer, with stand-ins for the earlier layers that
-return the stage's input. So masks, embeddings and whatever the model computes between two layers
-come from its own code. Before training, the chain is compared with the model on a few tokens, which
-shows whether layers share anything else, such as the keys of another layer.
+A stage runs the model's own `__call__` up to the stage's layer. The earlier layers are replaced
+with stand-ins that return the stage's input. Therefore masks, embeddings and whatever the model
+computes between two layers come from its own code. Before training, the chain is compared with the
+model on a few tokens. This shows whether layers share anything else, such as the keys of another
+layer.
 """
 
 import functools
@@ -24,18 +25,19 @@ from ..schedule import Stage
 from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 
-#: Number of tokens in the comparison, and the maximum relative error in float32 and in half
+#: The number of tokens in the comparison, and the maximum relative errors in float32 and in half
 #: precision.
 TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model at the layer of a stage; its args are the layer's positional and
-    keyword arguments."""
+    """Ends a run of the model at the layer of a stage. Its args are the positional and the keyword
+    arguments of the layer."""
 
 
 class _StandIn:
-    """Replaces a layer, with the same class and attributes; calls go to `answer`."""
+    """Replaces a layer. It has the same class and attributes, but calls `answer` when it is
+    called."""
 
     def __init__(self, layer: nn.Module, answer: Callable[..., mx.array]):
         self._layer, self._answer = layer, answer
@@ -56,7 +58,7 @@ class _StandIn:
 
 @dataclass(frozen=True)
 class _Body:
-    """The model and its list of layers, at `path`; `kind` names it in messages."""
+    """A model and the list of its layers, which is at `path`. Messages call the model `kind`."""
 
     kind: str
     model: nn.Module
@@ -64,7 +66,8 @@ class _Body:
     layers: list[nn.Module]
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
-        """Runs the model on tokens; layers without an answer return their first argument."""
+        """Runs the model on tokens, with each layer replaced by the function that `answers` has for
+        its index. A layer without such a function returns its first argument."""
 
         def first(*args: Any, **kwargs: Any) -> Any:
             return [*args, *kwargs.values()][0]
@@ -78,7 +81,7 @@ class _Body:
             self.layers[:] = whole
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
-        """Runs layer i on h, the output of the previous layer; the first layer gets no h."""
+        """Runs layer i on h, the output of the previous layer. The first layer gets no h."""
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
             raise _Stop(args, kwargs)
@@ -99,7 +102,7 @@ class _Body:
 
 @dataclass(frozen=True)
 class _Head(Head):
-    """The head of a model, which runs the model's own code from h to logits."""
+    """The head of a model. It runs the model's own code from h to the logits."""
 
     body: _Body
     path: str
@@ -127,7 +130,7 @@ def _attached(
     params: Mapping[str, mx.array],
     updates: Updates,
 ) -> Iterator[None]:
-    """Puts the factors of `params` into the modules while the context is active."""
+    """Puts the factors in `params` into the modules while the context is active."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
@@ -143,10 +146,11 @@ def _attached(
 
 
 def chain_of(model: Any, layers: range | None = None) -> Chain:
-    """Returns the chain of a model. Raises InputError, with layer and reason, if the model cannot
-    be cut into layers or differentiated.
+    """Returns the chain of a model. Raises InputError, with the layer and the reason, if the model
+    cannot be split into layers or cannot be differentiated.
 
-    With `layers` only these are checked, since the weights of others have not been read.
+    If `layers` is given, only these layers are checked, because the weights of the others have not
+    been read.
     """
     body = _body(model)
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -157,7 +161,7 @@ def chain_of(model: Any, layers: range | None = None) -> Chain:
         linears |= own
         stage_of |= dict.fromkeys(own, name)
     vocabulary = _try(body) if layers is None else _try_part(body, layers)
-    # The token embedding and the head's linear layer, if they are modules.
+    # The token embedding and the linear layer of the head, if they are modules.
     outer: dict[str, nn.Module] = {
         path: module
         for path, module in body.model.named_modules()
@@ -198,7 +202,8 @@ def _body(model: Any) -> _Body:
 
 
 def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Stage:
-    """Returns the stage of layer i; the first one includes the embeddings `outer`."""
+    """Returns the stage of layer i. The first stage includes the embeddings, whose paths are in
+    `outer`."""
     name = f"{body.path}.{i}"
     adapted = {
         path: lora.wrap(body.model, path, scale)
@@ -216,7 +221,7 @@ def _stage(body: _Body, i: int, updates: Updates, outer: Collection[str]) -> Sta
 
 
 def _try(body: _Body) -> int:
-    """Runs the chain and its backward pass on a few tokens; returns the size of the vocabulary.
+    """Runs the chain and its backward pass on a few tokens, and returns the size of the vocabulary.
 
     Raises InputError if that fails.
     """
@@ -224,7 +229,7 @@ def _try(body: _Body) -> int:
     tokens = mx.arange(TRIED)[None] + 1
     try:
         body.model.freeze()
-        body.model.train()  # so that layers with a state avoid kernels without a gradient
+        body.model.train()  # a layer with a state then avoids kernels without a gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
         raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
@@ -236,9 +241,11 @@ def _try(body: _Body) -> int:
 def _through(
     body: _Body, layers: range, tokens: mx.array, h: mx.array | None, refused: str
 ) -> mx.array:
-    """Returns the output of the last of these layers; the first one gets h.
+    """Runs these layers one after the other, the first one on h, and returns the output of the last
+    one.
 
-    Raises InputError for a layer that does not return an array like h, or cannot be differentiated.
+    Raises InputError for a layer that does not return an array like h, or that cannot be
+    differentiated.
     """
     for i in layers:
         where = f"{refused} {body.path}.{i} ({type(body.layers[i]).__name__})"
@@ -260,7 +267,7 @@ def _through(
 def _check_close(
     refused: str, got: mx.array, expected: mx.array, what: str, dtype: mx.Dtype | None = None
 ) -> None:
-    """Raises InputError if a model gives different results when it runs layer by layer, in this
+    """Raises InputError if a model gives different results when it runs layer by layer in this
     dtype."""
     bound = FLOAT_BOUND if (dtype or got.dtype) == mx.float32 else HALF_BOUND
     got, expected = got.astype(mx.float32), expected.astype(mx.float32)
@@ -273,9 +280,9 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Like _try, for a model of which only these layers are loaded: compares them with themselves
-    in a run of the model. The layers before them return random numbers, on which the result may
-    depend only through h."""
+    """Does the same as _try for a model of which only these layers are loaded. They are compared
+    with a run of the whole model in which the layers before them return random values. The result
+    may depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
@@ -292,8 +299,8 @@ def _try_part(body: _Body, layers: range) -> int:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
 
     def together(seed: int) -> mx.array:
-        """Returns the output of these layers in a run of the model, with random outputs of the
-        layers before them that depend on the seed, except for the last one."""
+        """Returns the output of these layers in a run of the whole model. The layers before them
+        return random values, which depend on the seed except for the last of these layers."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

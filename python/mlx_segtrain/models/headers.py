@@ -1,4 +1,5 @@
-"""The structure of a model, from config.json and the headers of its weights; no weight is read."""
+"""The structure of a model, read from config.json and the headers of the weights. No weight is
+read."""
 
 import math
 import re
@@ -20,31 +21,33 @@ FLOATS = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The structure of a model, on which memory and time depend; `widths` are (in, out) of linear
-    layers by path."""
+    """The structure of a model, which determines memory and time. `widths` maps paths of linear
+    layers to (in, out)."""
 
     family: str
     fast: bool
     width: int
     vocabulary: int
     layers: tuple[LayerForm, ...]
-    linears: tuple[tuple[str, ...], ...]  #: paths of adaptable linear layers, by layer
-    embedding: str  #: path of the token embedding
-    outer: tuple[str, ...]  #: paths of embedding and separate head, if they are adaptable
+    linears: tuple[tuple[str, ...], ...]  #: paths of the adaptable linear layers of each layer
+    embedding: str  #: the path of the token embedding
+    outer: tuple[str, ...]  #: paths of the embedding and a separate head, if they are adaptable
     widths: dict[str, tuple[int, int]]
-    bits: dict[str, int]  #: bits of quantized linear layers, by path
-    float_size: int  #: bytes of a floating-point element in the weights
+    bits: dict[str, int]  #: the bits of each quantized linear layer, by path
+    float_size: int  #: the bytes of a floating-point element in the weights
     tensors: Tensors
     max_length: int | None
 
     @property
     def head(self) -> str:
-        """The path of the head's linear layer: its own, or the embedding."""
+        """The path of the head's linear layer. If the head has none, this is the path of the
+        embedding."""
         return next((path for path in self.outer if path != self.embedding), self.embedding)
 
     @property
     def tied(self) -> bool | None:
-        """Whether the embedding is also the head; None if neither is found by its name."""
+        """Whether the embedding is also the head, or None if the embedding is not found by its
+        name."""
         if not self.embedding:
             return None
         if self.fast:
@@ -52,8 +55,9 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the bytes of the loaded weights, or of those that a rank `loads`; with `float32`,
-        half-precision weights are converted, as on the CPU."""
+        """Returns the bytes of the loaded weights, or, for a rank, of the weights for which `loads`
+        returns True. With `float32`, half-precision weights count as float32, to which they are
+        converted on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
@@ -62,13 +66,13 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers, derived from the names of the weights, for any family."""
+        """The number of layers. It is derived from the names of the weights, for any family."""
         return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 
 def read_shape(model: str | Path | Snapshot) -> ModelShape:
-    """Reads the shape of the model in a folder. Raises InputError if config.json or a header cannot
-    be read."""
+    """Reads the structure of the model in a folder. Raises InputError if config.json or a header
+    cannot be read."""
     snapshot = model if isinstance(model, Snapshot) else Snapshot(model)
     config, tensors = snapshot.config, snapshot.tensors
     with snapshot.consistent():
@@ -76,8 +80,8 @@ def read_shape(model: str | Path | Snapshot) -> ModelShape:
 
 
 def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
-    """Returns a model's shape, given its configuration (as mlx-lm reads it) and its tensors by
-    name. Raises InputError if there are no layers."""
+    """Returns a model's structure. `config` is its configuration, as mlx-lm reads it, and `tensors`
+    are its tensors by name. Raises InputError if there are no layers."""
     family = str(config.get("model_type", "unknown"))
     inner: dict[str, Any] = config.get("text_config") or {}
     text: dict[str, Any] = {**config, **inner}
@@ -98,7 +102,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     width, vocabulary = widths[embedding]
     layers: tuple[LayerForm, ...] = ()
     outer: tuple[str, ...] = ()
-    # In a format that mlx-lm converts when it loads, these are not the real widths and sizes.
+    # If mlx-lm converts the format when it loads the model, these are not the real widths and
+    # sizes.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
     if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
         (prefix,) = prefixes
@@ -107,7 +112,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         whole = all(form.query > 0 < form.hidden for form in forms)
         if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # As in models.layer.chain.
+            # This matches models.layer.chain.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     wide = any(
@@ -135,7 +140,8 @@ _LAYER = re.compile(r"(.*\blayers\.)(\d+)\.")
 
 
 def layer_number(name: str) -> int | None:
-    """Returns the number of the layer to which a weight belongs."""
+    """Returns the number of the layer to which a weight belongs, or None if it belongs to no
+    layer."""
     return int(match[2]) if (match := _LAYER.match(name)) else None
 
 
@@ -161,7 +167,7 @@ def _linears_of(
 def _linears(
     config: Mapping[str, Any], tensors: Tensors
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """Returns (in, out) of each matrix, and the bits of the quantized ones, by path."""
+    """Returns (in, out) for each matrix and the bits of the quantized ones, both keyed by path."""
     widths, bits = {}, {}
     for name, (_, shape) in tensors.items():
         path = name.removesuffix(".weight")

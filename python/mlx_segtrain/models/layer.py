@@ -1,6 +1,7 @@
-"""The decoder layer of the fast families as stages; models differ only in data.
+"""The decoder layer of the fast families as stages. Models differ only in the data of this layer.
 
-Read `Layer.stages` first: from the residual stream h to h + attention(h), and on to h + mlp(h).
+Read `Layer.stages` first: the residual stream goes from h to h + attention(h), and then to h +
+mlp(h).
 """
 
 import itertools
@@ -19,45 +20,47 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: Rows that an MLP computes at a time. With more tokens, its memory stops growing, and its first
-#: product runs twice even if everything is kept. It is the same for every plan, because the order
-#: of sums over rows depends on it.
+#: The number of rows that an MLP computes at a time. With more tokens, its memory stops growing,
+#: and its first matrix multiplication runs twice even if all values are kept. The number is the
+#: same for every plan, because the order in which rows are summed depends on it.
 MLP_ROWS = 16384
 
-#: Paths of linear layers in mlx-lm's decoder layers.
+#: Paths of the linear layers in mlx-lm's decoder layers.
 PROJECTIONS = (
     *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o")),
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: Rotates x [B, n, T, D] from the position `offset` on, in a row with these segments.
+#: Rotates x [B, n, T, D], whose first position is `offset`, in a row that has these segments.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A frozen linear layer, or the rows `part` of a fused one, such as qkv_proj.
+    """A frozen linear layer, or the rows `part` of a fused linear layer such as qkv_proj.
 
-    Parts share the A of the fused layer, and have their own columns of its B.
+    The parts share the A factor of the fused layer, and each part has its own columns of the B
+    factor.
     """
 
     base: ops.Base
-    path: str  #: the path in the model, which is also that of its LoRA factors
+    path: str  #: the path in the model, under which its LoRA factors are stored
     part: slice | None = None
-    #: An embedding [V, H], read as a linear layer: a is [V, R] and b [R, H].
+    #: Whether this is an embedding [V, H] that is used as a linear layer: then a is [V, R], and b
+    #: is [R, H].
     embedding: bool = False
     made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
 
 
 @dataclass(frozen=True)
 class Linears:
-    """Runs projections, each with its LoRA update if the stage's parameters have one."""
+    """Runs projections, each with its LoRA update if the stage's parameters contain one."""
 
     params: Mapping[str, mx.array]
     updates: Updates
 
     def __call__(self, x: mx.array, *projections: Projection) -> list[mx.array]:
-        """Maps x [..., in] to y [..., out] of each."""
+        """Maps x [..., in] to y [..., out] for each projection."""
         linears = [self.of(projection) for projection in projections]
         if (dropout := self.updates.dropout) is None:
             ys = ops.lora_linears(x, linears)
@@ -75,12 +78,12 @@ class Linears:
         return ys
 
     def plain(self, *projections: Projection) -> bool:
-        """Returns whether the updates are plain products: LoRA without dropout."""
+        """Returns whether the updates consist only of matrix products: LoRA without dropout."""
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors. For kinds with another array, its base has no
-        bias, because the object that applies the array adds it."""
+        """Returns the linear layer with its factors. For a kind of adapter that has another array,
+        the layer's base has no bias, because the object that applies the array adds the bias."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -92,8 +95,8 @@ class Linears:
         return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
     def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
-        """Returns the object that applies the array of the update, and the array [out]; None for
-        LoRA."""
+        """Returns the object that applies the additional array of an update, and this array [out].
+        For LoRA, which has no such array, returns None."""
         for kind in KINDS:
             x = self.params.get(f"{projection.path}.{kind.array}")
             if x is not None:
@@ -104,7 +107,7 @@ class Linears:
 
 @dataclass(frozen=True)
 class Norm:
-    """Root mean square norm over the last axis; weight [H] is frozen."""
+    """Root mean square norm over the last axis. The weight [H] is frozen."""
 
     weight: mx.array
     eps: float
@@ -130,10 +133,10 @@ class Norm:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Causal attention of one layer, from its input to its output projection."""
+    """The causal attention of one layer, from the layer's input to its output projection."""
 
     q: Projection
-    k: Projection | None  #: None if it reads keys and values of another layer
+    k: Projection | None  #: None if the layer reads the keys and values of another layer
     v: (
         Projection | None
     )  #: None, although k is given, if the values are the keys before norm and rotation
@@ -159,11 +162,11 @@ class Attention:
         saved: Sequence[mx.array],
         save: bool,
     ) -> tuple[mx.array, Sequence[mx.array], Sequence[mx.array]]:
-        """Maps x [B, T, H] to the output of the last `rows` rows [B, rows, H], and keys and values
-        [B, G, T, D].
+        """Maps x [B, T, H] to the output of the last `rows` rows, [B, rows, H], and to the keys and
+        values, [B, G, T, D].
 
-        `given` keys and values of another layer replace those of x. Pass the third result as
-        `saved` when this is recomputed.
+        If `given` has the keys and values of another layer, they replace those of x. The third
+        result is what must be passed as `saved` when the output is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -196,7 +199,7 @@ class Attention:
             return [self.rotate(k, position, segments), v]
 
         def queries(begin: int, end: int | None, keys: mx.array) -> mx.array:
-            """Returns the queries of the last of these rows."""
+            """Returns the queries for rows `begin` to `end`, which are the last rows of `keys`."""
             own = self._heads(q[:, begin:end], self.heads, self.q_norm, self.wide_norms)
             return self.rotate(own, keys.shape[2] - own.shape[2], segments)
 
@@ -215,7 +218,7 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Returns whether there are only norms and rotation between the projections of x and the
+        """Returns whether only norms and the rotation come between the projections of x and the
         attention heads."""
         return (
             linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
@@ -229,8 +232,8 @@ class Attention:
         save: bool,
         segments: ops.Segments | None = None,
     ) -> tuple[mx.array, Sequence[mx.array]]:
-        """Maps q [B, H, n, D], the queries of the last n keys, to the output [B, n, ·], and returns
-        what to save."""
+        """Maps q [B, H, n, D], the queries for the last n keys, to the output [B, n, ·]. Also
+        returns the arrays to save."""
         keys, values = keys_values
         if self.scale_q:
             q = self.scale_q(q, keys.shape[2] - q.shape[2], segments)
@@ -246,7 +249,7 @@ class Attention:
 
     @staticmethod
     def _heads(x: mx.array, n: int, norm: Norm | None, wide: bool = False) -> mx.array:
-        """Maps [B, T, n·D] to normed heads [B, n, T, D]."""
+        """Maps [B, T, n·D] to normalized heads [B, n, T, D]."""
         if norm and wide:
             x, norm = norm(x), None
         x = x.reshape(*x.shape[:2], n, -1)
@@ -254,7 +257,7 @@ class Attention:
 
 
 def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
-    """Concatenates keys and values [B, G, ·, D] of a branch to the main ones."""
+    """Concatenates the keys and values [B, G, ·, D] of a branch to the main ones."""
     return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
 
 
@@ -266,10 +269,10 @@ class Mlp:
     up: Projection
     down: Projection
     gelu: bool = False
-    experts: int = 0  #: the hidden width of a token's experts together
+    experts: int = 0  #: the total hidden width of the experts of a token
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """Returns the MLP of x, which is h after its norm."""
+        """Returns the output of the MLP for x, which is h after its norm."""
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)
@@ -281,14 +284,14 @@ class Mlp:
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """A decoder layer: h + attention(h), then h + mlp(h), with norms before or after each branch,
-    times `factor`; `finish` may map h to the layer's output.
+    multiplied by `factor`. If `finish` is set, it then maps h to the layer's output.
 
-    Attention and MLP are stages, so that they can be recomputed separately. `donor` names the layer
-    whose keys and values this one reads.
+    Attention and MLP are separate stages, so that they can be recomputed separately. `donor` names
+    the layer whose keys and values this layer reads.
     """
 
     name: str
-    modules: dict[str, nn.Module]  #: its linear layers by path in the model
+    modules: dict[str, nn.Module]  #: the layer's linear layers, by path in the model
     attention: Attention
     mlp: Mlp
     before_attention: Norm | None = None
@@ -297,14 +300,15 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: a scalar
-    #: Also takes the tokens [B, T], from which it computes an input of the width `own_input`.
+    #: The function also takes the tokens [B, T], from which it computes an input of the width
+    #: `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
     donor: str | None = None
 
     @property
     def form(self) -> LayerForm:
-        """The form, without the links to other layers except the donor."""
+        """The layer's form. Of the links to other layers, it contains only the donor."""
         attention, wide = self.attention, self.attention.o.base.in_dims
         return LayerForm(
             name=self.name,
@@ -325,7 +329,8 @@ class Layer:
         )
 
     def stages(self, form: LayerForm, updates: Updates) -> list[Stage]:
-        """Returns the stages of one stream. `form` is this layer's, linked to the others."""
+        """Returns the stages for one stream. `form` is the form of this layer with its links to
+        other layers."""
 
         def attention(
             params: Mapping[str, mx.array],
@@ -354,7 +359,8 @@ class Layer:
     def _added(
         self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
     ) -> mx.array:
-        """Returns (h + r)·factor for the output r of a branch, which may have a norm after it."""
+        """Returns (h + r)·factor, where r is the output of a branch. If `after` is given, this norm
+        is first applied to r."""
         if after and self.branch_scale == 1:
             return after.added(h, r, factor)
         r = after(r) if after else r
@@ -364,7 +370,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Maps tokens to h with a frozen table [V, H] and an update of its rows, times `factor`."""
+    """Maps tokens to h with a frozen table [V, H], an update of the table's rows, and a
+    multiplication by `factor`."""
 
     module: nn.Module
     path: str
@@ -390,8 +397,8 @@ class Embedding:
 
 @dataclass(frozen=True)
 class LinearHead(Head):
-    """A head of a norm, a frozen linear layer [V, H] and a cap; training never materializes all
-    logits."""
+    """A head that consists of a norm, a frozen linear layer [V, H] and a softcap. Training never
+    materializes all logits."""
 
     norm: Norm
     projection: Projection
@@ -433,7 +440,8 @@ def chain(
     tied: bool,
     softcap: float | None = None,
 ) -> Chain:
-    """Returns the chain of an mlx-lm model with these layers; norm and cap belong to its head."""
+    """Returns the chain of an mlx-lm model with these layers. The norm and the softcap belong to
+    its head."""
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
@@ -450,7 +458,7 @@ def chain(
         stage_of |= {path: form.owner_of(path) for path in layer.modules}
 
     def of(embeds: bool) -> Chain:
-        """Returns the chain; with `embeds`, the embedding is a stage, so that it can be trained."""
+        """Returns the chain. With `embeds`, the embedding is a stage, so that it can be trained."""
         owners = [list(form.owners) for form in forms]
         if embeds:
             owners[0].insert(0, embedding.path)
@@ -495,13 +503,13 @@ def layer_of(
     attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
-    """Returns the layer for mlx-lm's modules, by the names that most families use.
+    """Returns the layer for mlx-lm's modules, which must have the names that most families use.
 
-    `paths` are those of its linear layers; `attention` and `more` are fields of Attention and
-    Layer.
+    `paths` are the paths of the layer's linear layers. `attention` and `more` are additional fields
+    of Attention and of Layer.
     """
     attn, found = layer.self_attn, dict(layer.named_modules())
-    if donor:  # projections that nothing runs cannot be adapted
+    if donor:  # projections that are never run cannot be adapted
         found = {p: m for p, m in found.items() if p[-6:] not in ("k_proj", "v_proj", "k_norm")}
     modules = {path: found[path] for path in paths if path in found}
     linears: dict[str, Any] = {
@@ -509,8 +517,9 @@ def layer_of(
     }
 
     def parts(fused: str, separate: Sequence[str], first: int) -> list[Any]:
-        """Returns projections that may be fused in one linear layer: `first` rows for the first
-        one, then equal parts for the others."""
+        """Returns the projections, which may be fused in one linear layer. The first projection has
+        the first `first` rows of the fused layer, and the others share the remaining rows
+        equally."""
         if fused not in linears:
             return [linears.get(path) for path in separate]
         whole, others = linears[fused], len(separate) - 1
@@ -563,7 +572,7 @@ def layer_of(
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotation by our own op."""
+    """The rotation with our own op."""
 
     dims: int
     options: Mapping[str, Any]
@@ -581,14 +590,15 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """Returns q and k, whose heads are normed and rotated, and v; or q alone."""
+        """Returns q and k, whose heads are normalized and rotated, and v. If only the linear layer
+        of q is given, returns q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
 
 def rotary(rope: Any) -> Rotate:
-    """Returns our op for mlx-lm's rotary module, or the module itself if our op does not support
-    it."""
+    """Returns our op for mlx-lm's rotary module. If our op does not support the module, returns the
+    module itself."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return lambda x, offset, segments: x
@@ -603,7 +613,7 @@ def rotary(rope: Any) -> Rotate:
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
-    """Runs mlx-lm's rotary module, which does not support segments, on each segment."""
+    """Runs mlx-lm's rotary module on each segment, because the module does not support segments."""
     if segments is None:
         return rope(x, offset=offset)
     end = offset + x.shape[2]

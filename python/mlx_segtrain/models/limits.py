@@ -1,4 +1,4 @@
-"""Checks the files of a model's folder against limits, before a library reads them."""
+"""Checks the files in a model's folder against limits before a library reads them."""
 
 import os
 import re
@@ -11,22 +11,25 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: Maximum bytes of a JSON file; that of a tokenizer with half a million tokens takes 40 MB.
+#: Maximum bytes of a JSON file. The tokenizer.json of a tokenizer with half a million tokens takes
+#: 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
-#: Maximum number of experts of a layer.
+#: Maximum number of experts in a layer.
 MOST_EXPERTS = 65_536
-#: Values in a configuration that decide how many modules are created.
+#: Names of values in a configuration that decide how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Values in a configuration that repeat work for each token, and their maximum.
+#: Names of values in a configuration that repeat work for each token, and the maximum of these
+#: values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Settings of a tokenizer that are text, even if a file has that name.
+#: Settings of a tokenizer that are text, even if a file has such a name.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError for an entry that is not a regular file, or is too large for its kind."""
+    """Raises InputError for an entry of the folder that is not a regular file or is too large for
+    its kind."""
     try:
         for entry in os.scandir(folder):
             facts = entry.stat()
@@ -42,7 +45,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_tokenizer(folder: Path) -> None:
-    """Raises InputError for settings with which a tokenizer would open files outside of the folder.
+    """Raises InputError for settings that would make a tokenizer open files outside the folder.
 
     transformers passes all settings to the tokenizer's class, and some classes take the path of a
     vocabulary as a setting or as a positional argument. Each line of such a file would become a
@@ -64,8 +67,8 @@ def check_tokenizer(folder: Path) -> None:
 
 
 def _names_other_file(text: str, folder: Path) -> bool:
-    """Returns whether a setting names an existing file elsewhere. Paths of the machine on which the
-    tokenizer was saved are harmless, because they do not exist here."""
+    """Returns whether a setting names an existing file outside the folder. Paths on the machine on
+    which the tokenizer was saved are harmless, because they do not exist here."""
     try:
         return os.path.lexists(text) and not Path(text).resolve().is_relative_to(folder.resolve())
     except (OSError, ValueError, RuntimeError):
@@ -73,7 +76,7 @@ def _names_other_file(text: str, folder: Path) -> bool:
 
 
 def check_model(snapshot: Snapshot) -> None:
-    """Raises InputError for a configuration that names a program or has more layers than there are
+    """Raises InputError for a configuration that names a program or more layers than there are
     tensors, and for weights without a valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
@@ -94,7 +97,7 @@ def check_model(snapshot: Snapshot) -> None:
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yields names and values in a JSON value at any depth; elements of lists have an empty
+    """Yields the names and values in a JSON value at any depth. Elements of lists have an empty
     name."""
     left = [("", value)]
     while left:

@@ -1,7 +1,8 @@
-"""Llama-style models: norm, attention with rotary q and k, norm, SwiGLU, a residual around each.
+"""Llama-style models: a norm before attention with rotary q and k, a norm before SwiGLU, and a
+residual connection around each.
 
-Differences are read from mlx-lm's modules: biases, norms of q and k, norms after the branches,
-fused projections, layers without rotation, multipliers.
+The following differences between models are read from mlx-lm's modules: biases, norms of q and k,
+norms after the branches, fused projections, layers without rotation, and multipliers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,10 @@ from .chain import Chain
 from .form import LayerForm, LayerHeaders
 from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
-#: Modules of mlx-lm that always use full attention, even if config.json has a window.
+#: Modules of mlx-lm that always use full attention, even if config.json specifies a window.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-#: These include types that mlx-lm loads as another of these types, and multimodal models that
-#: contain such a model.
+#: These include types for which mlx-lm loads the module of another type, and multimodal models that
+#: contain a model of one of these types.
 TYPES = {
     *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
@@ -30,7 +31,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     shrink = 1 / getattr(model, "logits_scaling", 1.0)
     grow = getattr(body, "embedding_multiplier", 1.0)
 
-    # A multiplier of the logits becomes one of the norm's weight, which scales every row.
+    # A multiplier of the logits is merged into the norm's weight, which scales every row.
     weight = body.norm.weight if shrink == 1 else body.norm.weight * shrink
     return chain(
         model,
@@ -70,8 +71,9 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
 
 
 def _scale_by_position(args: Any) -> Rotate | None:
-    """Returns the function that scales q as in Ministral 3: by the logarithm of the number of
-    original context lengths before a position."""
+    """Returns the function that scales q as Ministral 3 does: it grows with the logarithm of how
+    many original context lengths precede a position. Returns None for models without this
+    scaling."""
     rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:

@@ -1,7 +1,7 @@
 """A model's folder: its config.json and the headers of its weights.
 
-Both are limited in size and read once. No weight is read, and no model library is imported. Raises
-InputError for missing and for invalid files.
+Both are limited in size, and are read only once. No weight is read, and no model library is
+imported. Missing and invalid files raise InputError.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,14 +16,14 @@ from ..files import read_json
 from ..lora.paths import spellings
 from ..safetensors import FLOATS, Tensors, read_header
 
-#: Maximum number of tensors and of layers in a model.
+#: Maximum number of tensors, and maximum number of layers, in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
-#: MLX's modes whose scales are not floating-point numbers, with their bits and group size.
+#: MLX's modes whose scales are not floating-point values, by their bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 class Snapshot:
-    """A folder in mlx-lm's format; without `whole`, weight files may still be downloading."""
+    """A folder in mlx-lm's format. If `whole` is false, weight files may still be downloading."""
 
     def __init__(self, folder: str | Path, *, whole: bool = False):
         self.folder, self.whole = Path(folder).expanduser(), whole
@@ -33,7 +33,8 @@ class Snapshot:
             )
 
     def file(self, name: str, what: str) -> Path:
-        """Returns the path of a file that every model's folder has."""
+        """Returns the path of a file that the folder of every model has. Raises InputError if it is
+        missing."""
         file = self.folder / name
         if not file.is_file():
             raise InputError(
@@ -47,7 +48,7 @@ class Snapshot:
 
     @cached_property
     def headers(self) -> dict[Path, Tensors]:
-        """The headers of the files that mlx-lm loads, sorted by name."""
+        """The headers of the weight files that mlx-lm loads, sorted by file name."""
         found: dict[Path, Tensors] = {}
         for file in sorted(self.folder.glob("model*.safetensors")):
             found[file] = read_header(file, whole=self.whole)
@@ -69,11 +70,12 @@ class Snapshot:
         return sum(file.stat().st_size for file in self.headers)
 
     def spelled(self, path: str) -> str | None:
-        """Returns a module's path as the files spell it; None if they lack its weight."""
+        """Returns the path by which the files name a module, or None if they lack its weight."""
         return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
 
     def quantization(self, path: str) -> "Quantization | None":
-        """Returns how the module at a path of the files is quantized; None if it is not."""
+        """Returns how the module with this path in the files is quantized, or None if it is not
+        quantized."""
         config, tensors = self.config, self.tensors
         with self.consistent():
             return quantization_of(config, tensors, path)
@@ -102,10 +104,12 @@ class Quantization:
 def quantization_of(
     config: Mapping[str, Any], tensors: Tensors, path: str
 ) -> "Quantization | None":
-    """Returns how the module at a path of the files is quantized; None if it is not.
+    """Returns how the module with this path in the files is quantized, or None if it is not
+    quantized.
 
-    As in mlx-lm, the number of groups gives the width, and the width gives the bits. If they do not
-    fit, this raises LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
+    As in mlx-lm, the number of groups determines the width, and the width determines the bits. If
+    they do not fit together, raises LookupError, TypeError, ValueError, AttributeError or
+    ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))
     if f"{path}.scales" not in tensors or dtype != "U32":

@@ -1,7 +1,7 @@
 """Finds how many tokens and positions a loaded model has.
 
-MLX reads and writes past the end of a table without an error, so indices are compared with the rows
-that were loaded, not with config.json.
+MLX reads and writes past the end of a table without an error. Therefore indices are compared with
+the number of rows that were loaded, not with config.json.
 """
 
 import re
@@ -12,15 +12,15 @@ import mlx.nn as nn
 
 from ..errors import InputError, named_reason
 
-#: Tables of positions, and other tables that are not indexed by tokens directly.
+#: Tables of positions, and other tables that token ids do not index directly.
 POSITIONS = re.compile(r"(^|\.)(wpe|position_embeddings|embed_positions)$")
 OTHERS = re.compile(r"(per_layer|ngram_embeddings\.embedders)")
 
 
 @dataclass(frozen=True)
 class Tables:
-    """The number of tokens of the embedding, of logits of the head, and of positions, if the model
-    has a table of them."""
+    """The number of tokens in the embedding, the number of logits of the head, and the number of
+    positions if the model has a table of positions."""
 
     tokens: int
     logits: int
@@ -28,8 +28,8 @@ class Tables:
 
 
 def tables_of(model: nn.Module) -> Tables:
-    """Returns the sizes of the tables of mlx-lm's model; evaluates nothing. Raises InputError if it
-    has none, or cannot run."""
+    """Returns the sizes of the tables in an mlx-lm model, without evaluating anything. Raises
+    InputError if the model has no token embedding, or cannot run."""
     tables = {
         name: module.weight.shape[0]
         for name, module in model.named_modules()

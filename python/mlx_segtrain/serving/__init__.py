@@ -1,11 +1,11 @@
 """The server: jobs with live events, generation with per-request adapters, and the page.
 
-Each of these imports only those below it (tests/test_rooms.py):
+Each of these modules imports only modules that are listed below it (tests/test_rooms.py):
 
     app.py       creates the application and runs the server
-    api/         /api and /v1: access, requests and answers; sends the files of the page
+    api/         /api and /v1: access, requests and responses; sends the files of the page
     service.py   implements the API
-    generation/  answers prompts, with adapters
+    generation/  generates completions, with adapters
     jobs/        runs jobs, each in its own process
     catalog.py   lists models, data sets and adapters on disk
     confined/    handles untrusted files in processes that can be killed

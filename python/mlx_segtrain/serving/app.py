@@ -1,4 +1,5 @@
-"""Creates the application (routes, error handlers, the guard around them) and runs its server."""
+"""Creates the application (the routes, the error handlers and the guard around them) and runs its
+server."""
 
 import asyncio
 import logging
@@ -23,9 +24,10 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: Maximum number of connections at once; further ones get 503.
+#: Maximum number of simultaneous connections. Further connections get status 503.
 CONNECTIONS = 2000
-#: The limit of open files, if the system allows it: each client that follows a job needs one.
+#: The limit on open files, if the system allows it. Each client that follows a job needs one open
+#: file.
 OPEN_FILES = 65536
 #: The routes of the API.
 ROUTERS = [x.router for x in (routes, transfers, completions, openai, openai_responses)]
@@ -74,9 +76,11 @@ class Plain(logging.Formatter):
 
 
 def run(settings: Settings, level: int = logging.INFO) -> None:
-    """Serves until a signal; jobs continue. Raises InputError for settings that cannot be used.
+    """Serves until a signal arrives. Jobs continue after that. Raises InputError for settings that
+    cannot be used.
 
-    Messages of this level and above go to stderr; with DEBUG, also those of uvicorn.
+    Log messages of at least this level go to stderr. With DEBUG, these include messages from
+    uvicorn.
     """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
@@ -86,8 +90,8 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-        # Connections inherit this option. asyncio sets it only for sockets with a protocol number;
-        # without it each answer waits 40 ms for a client that acknowledges late.
+        # Connections inherit this option. asyncio sets it only for sockets with a protocol number.
+        # Without the option, each response waits 40 ms for a client that acknowledges late.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
@@ -100,7 +104,8 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
 
 
 def allow_open_files(wanted: int) -> None:
-    """Lets this process open this many files, or as many as the system allows.
+    """Lets this process open this many files or, if that is not allowed, as many as the system
+    allows.
 
     On macOS the hard limit is infinite, but the system enforces kern.maxfilesperproc.
     """
@@ -122,7 +127,7 @@ async def _serve(service: Service, listener: socket.socket, level: int) -> None:
     config = uvicorn.Config(
         create(service),
         http=Patient,
-        # Otherwise a client could claim another client's address.
+        # Otherwise a client could pretend to have another client's address.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         access_log=False,  # paths may contain secrets
         log_level=logging.INFO if level < logging.INFO else logging.WARNING,

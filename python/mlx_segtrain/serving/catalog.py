@@ -17,17 +17,18 @@ from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 from .roots import CLOSED
 
-#: The depth below a root to which folders are searched, and their maximum number.
+#: How deep below a root folders are searched, and the maximum number of folders that are searched.
 DEPTH, MOST = 6, 20_000
 #: Maximum number of unreadable folders that are reported.
 MOST_FAULTS = 100
-#: Names of folders without data of a user.
+#: Names of folders that contain no data of users.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits` are those of most layers; `fast` says whether it uses our own ops."""
+    """A model on disk. `bits` is the number of bits of most of its layers. `fast` says whether it
+    runs on the fast path."""
 
     id: str
     path: str
@@ -62,7 +63,8 @@ def _reason(error: Exception) -> str:
 
 
 def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> list[Model]:
-    """Returns models, sorted by name. Folders that cannot be read are added to `faults`."""
+    """Returns models, sorted by name. Folders that look like models but cannot be read are added to
+    `faults`."""
     found = []
     for place, files in _folders(roots):
         if {"config.json", "tokenizer_config.json"} <= files:
@@ -75,7 +77,7 @@ def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> lis
 
 
 def look(path: Path) -> Model:
-    """Returns the model in a folder. Raises InputError if there is none."""
+    """Returns the model in a folder. Raises InputError if the folder has no model."""
     snapshot = Snapshot(path)
     shape = read_shape(snapshot)
     bits = list(shape.bits.values())
@@ -111,7 +113,8 @@ def datasets(roots: Sequence[Path]) -> list[DataFolder]:
 
 
 def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
-    """Returns adapters, sorted by path, that can be read and fit `base`, if it is given."""
+    """Returns the adapters that can be read, sorted by path. If `base` is given, only adapters that
+    fit this model are returned."""
     shape = None if base is None else read_shape(base)
     found = []
     for place, files in _folders(roots):
@@ -124,18 +127,18 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
-    """Returns whether an adapter names this base model, in any spelling, or names none."""
+    """Returns whether an adapter names this base model, in any spelling, or names no base model."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
     return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
-    """Yields folders and their file names; does not follow links to folders."""
+    """Yields folders, each with the names of its files. Links to folders are not followed."""
     seen: set[Path] = set()
     for root in roots:
         for name, folders, files in os.walk(root):
             place = Path(name)
-            if place in seen or len(seen) >= MOST:  # seen: a root may be inside another one
+            if place in seen or len(seen) >= MOST:  # a root may be inside another one
                 folders.clear()
                 continue
             seen.add(place)
@@ -145,12 +148,12 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             # A link may lead out of the roots.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
-            if str(place).isprintable():  # an undecodable name cannot be sent as JSON
+            if str(place).isprintable():  # a name that cannot be decoded cannot be sent as JSON
                 yield place, own
 
 
 def _is_blob(place: Path, file: str) -> bool:
-    """Returns whether a link stays in its repository of the Hugging Face cache."""
+    """Returns whether a link leads to a file of its own repository in the Hugging Face cache."""
     found = FOLDER.search(str(place))
     if found is None or found["kind"] != "models":
         return False

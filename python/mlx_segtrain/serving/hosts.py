@@ -1,4 +1,4 @@
-"""The hosts on which a training job may run several processes, which mlx.launch starts."""
+"""The hosts on which the processes of a training job may run. mlx.launch starts the processes."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
 
-#: The name of this machine for which mlx.launch uses no SSH.
+#: The name of this machine for which mlx.launch does not use SSH.
 HERE = "127.0.0.1"
-#: MLX's back ends; the first two also connect ranks without special hardware.
+#: MLX's backends. The first two need no special hardware to connect ranks.
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 
 
 class Host(BaseModel):
-    """A host as in mlx.launch's host file: its name for SSH, its addresses for the other ranks, and
-    for JACCL the device for each rank."""
+    """A host in mlx.launch's host file: its name for SSH, its addresses for the other ranks, and,
+    for JACCL, its device for each rank."""
 
-    ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read -x as an option
+    ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read a name such as -x as an option
     ips: list[str] = []
     rdma: list[str | list[str] | None] = []
 
 
 class Hosts(BaseModel):
-    """The content of mlx.launch's host file, one host per rank."""
+    """The content of mlx.launch's host file, which has one entry per rank."""
 
     hosts: list[Host]
-    backend: str = ""  #: by default nccl with CUDA, otherwise ring
+    backend: str = ""  #: if empty, nccl is used with CUDA, otherwise ring
     envs: list[str] = []
 
     def first(self, count: int) -> Hosts:
-        """Returns the hosts of the first ranks. Raises InputError if there are not as many."""
+        """Returns the hosts of the first `count` ranks. Raises InputError if there are fewer
+        ranks."""
         most = len(self.hosts)
         if most == 1 < count:
             raise InputError(
@@ -55,7 +56,7 @@ class Hosts(BaseModel):
 
     @property
     def repeats(self) -> int:
-        """The number of ranks per host, if the file lists each host several times in a row."""
+        """The number of consecutive ranks per host, if the file lists each host several times."""
         return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
 
     @property
@@ -66,12 +67,12 @@ class Hosts(BaseModel):
 
     @property
     def ports(self) -> int:
-        """The number of ports that mlx.launch uses, counting from its --starting-port."""
+        """The number of ports that mlx.launch uses, beginning with its --starting-port."""
         return max(1, sum(len(own.ips) for own in self.hosts))
 
 
 def local(count: int) -> Hosts:
-    """Returns the hosts for this many ranks on this machine. Raises InputError."""
+    """Returns the hosts for `count` ranks on this machine. Raises InputError."""
     if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
         raise InputError(
             "CUDA_VISIBLE_DEVICES is set, but mlx.launch gives the machine's first GPUs to the "

@@ -1,9 +1,10 @@
-"""Checks files below the roots when they are opened.
+"""Checks files below the roots at the moment when they are opened.
 
-A checked path may have become a link by the time it is opened. So in a process that reads paths
-from clients, Python's `open` is replaced, also for libraries (templates, configurations, rows): it
-opens the file, gets its real path from the system, and raises Outside if a link led out of the
-roots. Files that compiled code opens (weights, tokenizer.json) are not covered.
+By the time a checked path is opened, it may have become a link. So in a process that reads paths
+from clients, Python's `open` is replaced, also for libraries (which read templates, configurations
+and rows). The replacement opens the file, gets its real path from the system, and raises Outside if
+a link led out of the roots. Files that compiled code opens (weights, tokenizer.json) are not
+checked in this way.
 """
 
 import builtins
@@ -21,18 +22,19 @@ from .. import files
 from .roots import Roots
 
 _open, _os_open = builtins.open, os.open
-#: The fcntl command of macOS for the path of an open file.
+#: The fcntl command that returns the path of an open file on macOS.
 F_GETPATH = 50
 _roots: Roots | None = None
 
 
 def confined() -> list[str]:
-    """Returns the store and the roots of this process; an empty list if it is not confined."""
+    """Returns the store and the roots to which this process is confined, or an empty list if it is
+    not confined."""
     return [] if _roots is None else [str(_roots.store or ""), *map(str, _roots.folders)]
 
 
 def open_too(folders: Iterable[str]) -> None:
-    """Adds folders to the roots of this process, if it is confined."""
+    """If this process is confined, adds folders to its roots."""
     if _roots is not None:
         for folder in folders:
             _roots.open(Path(folder))
@@ -50,13 +52,13 @@ def confine(roots: Roots) -> None:
         if not roots.holds(Path(path)) or path.startswith(modules):
             return
         found = path_of(file, path)
-        if _known(str(found)) != _known(path):  # through a link
+        if _known(str(found)) != _known(path):  # a link led there
             roots.check(Path(path), found)
 
     def open_number(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         if dir_fd is not None:
             return _os_open(path, flags, mode, dir_fd=dir_fd)
-        # A file outside of the roots must not be truncated before the check.
+        # A file outside the roots must not be truncated before the check.
         file = _os_open(path, flags & ~os.O_TRUNC, mode)
         try:
             verify(path, file)
@@ -72,7 +74,7 @@ def confine(roots: Roots) -> None:
     ) -> Any:
         if len(args) == 6:  # buffering, encoding, errors, newline, closefd, opener
             args, opener = args[:5], args[5]
-        if not isinstance(file, int) and opener is None:  # an opener calls os.open
+        if not isinstance(file, int) and opener is None:  # a given opener calls os.open itself
             opener = partial(open_number, mode=0o666)
         return _open(file, mode, *args, opener=opener, **how)
 
@@ -83,12 +85,12 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path for comparisons: on macOS case does not matter."""
+    """Returns a path in a form for comparisons, because case does not matter on macOS."""
     return path.casefold() if sys.platform == "darwin" else path
 
 
 def path_of(file: int, named: str) -> Path:
-    """Returns the real path of an open file. Raises OSError if it cannot be determined."""
+    """Returns the real path of an open file. Raises OSError if the path cannot be determined."""
     if sys.platform == "darwin":
         found = fcntl.fcntl(file, F_GETPATH, bytes(1024))
         return Path(os.fsdecode(found.rstrip(b"\0")))

@@ -1,4 +1,4 @@
-"""Thread pools and slots, separate for each kind of work, so that none can block another."""
+"""Thread pools and slots. Each kind of work has its own, so that no kind can block another."""
 
 import asyncio
 import threading
@@ -15,20 +15,22 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """Too much work is waiting; the message says what to do. Answered with `status` and `code`."""
+    """Too much work is waiting. The message says what to do. The HTTP response has `status` and
+    `code`."""
 
     status, code = 429, "busy"
 
 
 class Transfers:
-    """Limits the transfers that run at once."""
+    """Limits the number of simultaneous transfers."""
 
     def __init__(self, most: int = 4):
         self.most, self.places = most, dict[object, None]()
 
     @contextmanager
     def place(self, name: object = None) -> Iterator[None]:
-        """Holds a slot while it is active. Raises Busy if all are taken, or if `name` has one."""
+        """Holds a slot while the context is active. Raises Busy if all slots are taken, or if
+        `name` already holds one."""
         name = object() if name is None else name
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are running: try again when one has ended.")
@@ -41,20 +43,22 @@ class Transfers:
             del self.places[name]
 
     def check_none(self, folder: Path) -> None:
-        """Raises Busy if a transfer below this folder is running."""
+        """Raises Busy if any transfer from a path below this folder is running."""
         if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
             raise Busy(f"files of {folder.name} are being sent: wait until that has ended.")
 
 
 class Pool:
-    """Runs up to `threads` calls at once, queues `waiting` more, and raises Busy for others."""
+    """Runs up to `threads` calls at once, and lets `waiting` more calls wait. Raises Busy for
+    further calls."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)
         self._threads = ThreadPoolExecutor(threads, f"mlx-segtrain {name}")
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Returns the call's result. If the caller is cancelled, the call still runs and counts."""
+        """Returns the call's result. If the caller is cancelled, the call still runs, and still
+        counts towards the limit."""
         if not self._places.acquire(blocking=False):
             raise Busy(f"too many requests for {self.name} are waiting: try again in a moment.")
         future = self._threads.submit(fn, *args, **kwargs)

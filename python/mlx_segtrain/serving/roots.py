@@ -7,13 +7,14 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import ASIDE
 
-#: Prefixes of names that are not allowed below a root.
+#: Names with these prefixes are not allowed below a root.
 CLOSED = (".", "datasets--", "spaces--")
-#: Maximum bytes of a path, as on Linux.
+#: Maximum number of bytes of a path, as on Linux.
 LONGEST_PATH = 4096
-#: Maximum number of files and folders below a client's folder: each may be a link.
+#: Maximum number of files and folders below a folder that a client names, because each of them may
+#: be a link.
 MOST_BELOW = 20_000
-#: Maximum number of links among these, and in a chain of links: following them takes time.
+#: Maximum number of links among them, and in a chain of links, because following links takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -26,8 +27,8 @@ class Outside(InputError):
 class Roots:
     """The folders in which clients may use paths.
 
-    Excluded are hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a hub cache that
-    are not models, and the jobs of our store.
+    The following are excluded: hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a
+    hub cache that are not models, and the jobs of the server's store.
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):
@@ -35,12 +36,12 @@ class Roots:
         self.store = None if store is None else store.expanduser().resolve()
 
     def resolve(self, text: str | Path) -> Path:
-        """Returns the path with links resolved. Raises Outside if it, or a link at any depth below
-        it, leads out of the roots."""
+        """Returns the path with its links resolved. Raises Outside if the path, or a link at any
+        depth below it, leads out of the roots."""
         try:
             if "\0" in str(text):
                 raise ValueError("it holds a null character")
-            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving takes long
+            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving such a path takes long
                 raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
                 raise ValueError("it is empty")
@@ -55,17 +56,18 @@ class Roots:
         return path
 
     def open(self, folder: Path) -> None:
-        """Adds a folder to the roots: a data set of the hub that a client may use."""
+        """Adds a folder to the roots, for a data set of the hub that a client may use."""
         folder = folder.resolve()
         if folder not in self.folders:
             self.folders.append(folder)
 
     def holds(self, path: Path) -> bool:
-        """Returns whether a path is below one of the folders; links are not resolved."""
+        """Returns whether a path is below one of the folders. Links are not resolved."""
         return any(path.is_relative_to(root) for root in self.folders)
 
     def check(self, named: Path, path: Path) -> None:
-        """Raises Outside if a resolved path is not below the roots; the message says `named`."""
+        """Raises Outside if a resolved path is not below the roots. The message contains `named`
+        instead of that path."""
         if self._is_of_jobs(path):
             raise Outside(f"{named} is not accessible to clients: jobs belong to the server.")
         if not any(_is_open(root, path) for root in self.folders):
@@ -76,7 +78,7 @@ class Roots:
             )
 
     def allows(self, path: Path) -> bool:
-        """Returns whether a path that a file names may be read."""
+        """Returns whether a path that is named in a file may be read."""
         try:
             self.check(path, path.resolve())
         except (Outside, OSError, RuntimeError):
@@ -86,11 +88,12 @@ class Roots:
     def _is_of_jobs(self, path: Path) -> bool:
         if self.store is None or not path.is_relative_to(self.store) or path == self.store:
             return False
-        # On macOS case does not matter.
+        # Case does not matter on macOS.
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Checks all visible links below a path, also in folders that links lead to."""
+        """Checks all links below a path that are not hidden, including those in folders to which
+        links lead."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
             try:
@@ -116,7 +119,8 @@ class Roots:
                     waiting.append(own)
 
     def _follow(self, link: Path, count: int) -> Path:
-        """Returns the target of a link. Raises InputError for too many links, or a long chain."""
+        """Returns the target of a link. Raises InputError if there are too many links, or if a
+        chain of links is too long."""
         if count > MOST_LINKS:
             raise InputError(
                 f"the folder of {link} has more than {MOST_LINKS:,} links: copy the files instead."
@@ -136,7 +140,8 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root, or below it without a part that is not allowed."""
+    """Returns whether a path is the root itself, or is below it and has no part that is not
+    allowed."""
     if not path.is_relative_to(root):
         return False
     parts = path.relative_to(root).parts

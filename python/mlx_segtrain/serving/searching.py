@@ -1,4 +1,5 @@
-"""Searches the hub for clients that send a request per key stroke: caches and limits requests."""
+"""Searches the hub for clients, which send a request for each keystroke. Results are cached, and
+requests are limited."""
 
 import time
 from collections import OrderedDict, deque
@@ -7,7 +8,7 @@ from ..hub import Kind
 from ..hub_search import Hit, search
 from .pools import Busy, Pool
 
-#: Seconds for which results are cached, and maximum number of cached results.
+#: How many seconds results are cached, and the maximum number of cached results.
 KEPT_S, KEPT = 300.0, 200
 #: Maximum number of requests to the hub per minute.
 PER_MINUTE = 60
@@ -20,7 +21,8 @@ class Searches:
         self._asked: deque[float] = deque(maxlen=PER_MINUTE)
 
     async def run(self, words: str, kind: Kind) -> list[Hit]:
-        """Returns the results. Raises InputError if the hub fails, Busy after too many requests."""
+        """Returns the results. Raises InputError if the hub fails, and Busy after too many
+        requests."""
         now = time.monotonic()
         key: tuple[str, Kind] = (" ".join(words.lower().split()), kind)
         when, found = self._known.get(key, (-KEPT_S, []))

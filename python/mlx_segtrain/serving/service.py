@@ -1,4 +1,4 @@
-"""Implements the API: checks paths and configurations, then runs jobs and plans."""
+"""Implements the API: checks paths and configurations, then runs jobs and makes plans."""
 
 import asyncio
 import json
@@ -48,25 +48,27 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The fields of all kinds of jobs that are paths.
+#: The fields of any kind of job whose values are paths.
 JOB_PATHS = tuple(
     dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
 )
-#: Maximum number of tokenizers that stay loaded for inspections, besides the served model's.
+#: Maximum number of tokenizers that stay loaded for inspections, in addition to that of the served
+#: model.
 MOST_CONFINED = 2
-#: Seconds between two checks of memory, and the growth in bytes after which it is freed.
+#: Seconds between two checks of memory, and growth in bytes above which freed memory is returned to
+#: the system.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: Maximum bytes of a job's configuration.
+#: Maximum bytes of the JSON of a job's configuration.
 MOST_CONFIG = 1 << 16
-#: How the operator can make a model available.
+#: Advice that tells the operator how to make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
-#: Jobs that clients may submit at once, and per minute.
+#: The number of jobs that clients may submit at once, and the number per minute.
 BURST, PER_MINUTE = 60, 60
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits, as a sentence, and the plan if it does."""
+    """Whether a run fits into memory, a sentence about that, and the plan if it fits."""
 
     fits: bool
     message: str
@@ -75,7 +77,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """The device on which jobs run; `memory_bytes` is its total memory."""
+    """The device on which jobs run. `memory_bytes` is its total memory."""
 
     name: str
     type: str
@@ -86,7 +88,7 @@ class Device:
         found, info = machine()["device"], dict(mx.device_info())
         memory = info.get("memory_size") or info.get("total_memory")
         name = found["name"]
-        if name == "CPU":  # on Linux, the platform's name does not contain the processor
+        if name == "CPU":  # on Linux, platform names do not contain the processor
             with suppress(OSError, StopIteration):
                 lines = Path("/proc/cpuinfo").read_text().splitlines()
                 model = next(line for line in lines if line.startswith("model name"))
@@ -96,7 +98,7 @@ class Device:
 
     @property
     def free_bytes(self) -> int:
-        """Memory that a run could take now."""
+        """The memory, in bytes, that a run could take now."""
         return budget_bytes()
 
 
@@ -136,8 +138,8 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
     async def _tidy(self) -> None:
-        """Returns freed memory to the system from time to time, and frees cached prompts while a
-        job is using the accelerator."""
+        """From time to time, returns freed memory to the system. While a job is using the
+        accelerator, frees cached prompts."""
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
@@ -150,7 +152,7 @@ class Service:
                     least = min(least, now)
                     if now > least + TIDY_BYTES:
                         await self.engine.tidy()
-            except RunError:  # the engine is busy, or has ended and logged that
+            except RunError:  # the engine is busy, or has ended and logged the reason
                 continue
             except Exception:
                 logger.exception("memory could not be freed")
@@ -163,18 +165,19 @@ class Service:
     # Models, data and adapters on disk
 
     async def models(self, faults: list[catalog.Unreadable] | None = None) -> list[catalog.Model]:
-        """Returns models that can be read; unreadable ones are added to `faults`."""
+        """Returns the models that can be read. Unreadable ones are added to `faults`."""
         return await self.looks.run(catalog.models, self.roots.folders, faults)
 
     async def datasets(self) -> list[catalog.DataFolder]:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None) -> list[Found]:
-        """Returns adapters that fit the base; without a base, all that can be read."""
+        """Returns the adapters that fit `base`. If it is None, returns all adapters that can be
+        read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
     async def available(self) -> list[dict[str, Any]]:
-        """Returns adapters that the served model can use, for GET /v1/adapters/available."""
+        """Returns the adapters that the served model can use, for GET /v1/adapters/available."""
         base = self.engine.base
         if base is None:
             return []
@@ -193,12 +196,12 @@ class Service:
         ]
 
     async def serve(self, model_dir: str | Path) -> Base:
-        """Loads a model, replacing the served one."""
+        """Loads a model, which replaces the served one."""
         return await self.engine.load(self.place(model_dir))
 
     def place(self, text: str | Path) -> Path:
         """Returns the folder for a path below the roots, or for the name of a model in the hub's
-        cache. Raises InputError, Outside."""
+        cache. Raises InputError or Outside."""
         if hub.named(text) is None:
             return self.roots.resolve(text)
         found = hub.cached(text)
@@ -208,10 +211,11 @@ class Service:
         return self.roots.resolve(found)
 
     def data_place(self, text: str | Path) -> Path:
-        """Returns the path of data below the roots, or the name and commit of a data set in the
-        hub's cache. Raises InputError, Outside.
+        """Returns the path of data below the roots, or the name of a data set in the hub's cache
+        with its commit. Raises InputError or Outside.
 
-        The cache may contain private data sets, so only clients that may download can use it.
+        The cache may contain private data sets. Therefore only clients that may download can use
+        it.
         """
         named = None if format_of(Path(text)) else repository.named(text)
         if named is None:
@@ -225,7 +229,7 @@ class Service:
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """Returns the function that checks and resolves a field that is a path."""
+        """Returns the function that checks and resolves the values of a field with paths."""
         named: dict[str, Callable[[str | Path], Path]]
         named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
         named["data_dir"] = self.data_place
@@ -238,14 +242,15 @@ class Service:
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
-        """Submits a download of a model or a data set. Raises InputError if it is not allowed."""
+        """Submits a job that downloads a model or a data set. Raises InputError if that is not
+        allowed."""
         if (hub.named(name) if kind == "model" else repository.named(name)) is None:
             raise InputError(f"{shown(name)} is not a name on the hub: use org/name.", status=422)
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """Searches the hub. Raises InputError if that is not allowed, or the hub fails."""
+        """Searches the hub. Raises InputError if that is not allowed, or if the hub fails."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 
@@ -257,7 +262,7 @@ class Service:
     # Before a run
 
     def config(self, values: Mapping[str, Any], **fill: Any) -> TrainConfig:
-        """Returns a checked configuration with resolved paths. Raises InputError, Outside."""
+        """Returns a checked configuration with resolved paths. Raises InputError or Outside."""
         for name, why in REFUSED.items():
             if values.get(name) is not None:
                 raise InputError(f"{name} is not allowed here: {why}.", status=422, field=name)
@@ -273,14 +278,15 @@ class Service:
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
-        """Plans a run. Raises InputError for a wrong configuration, but not for lack of memory."""
+        """Plans a run. Raises InputError if the configuration is wrong, but not if memory is too
+        small."""
         config = self.config(values, data_dir="unused", adapter_path="unused")
         return await self.plans.run(_plan, config)
 
     async def inspect(
         self, path: str, model_dir: str | None = None, n_preview: int = 3, **how: Any
     ) -> Report:
-        """Returns a report on a data set, with its faults."""
+        """Returns a report on a data set, including the problems in it."""
         place = self.data_place(path)
         base = None if model_dir is None else self.place(model_dir)
         confined = self._confined(base)
@@ -291,7 +297,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes of a model's tokenizer, and ends those of long unused models."""
+        """Returns the processes for a model's tokenizer. Ends those of models that have not been
+        used for long."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined
@@ -300,14 +307,15 @@ class Service:
         self.confined.move_to_end(model)
         idle = [key for key, own in self.confined.items() if not own.users and key != model]
         for key in idle[: max(0, len(self.confined) - MOST_CONFINED)]:
-            # In a thread: it may be loading, and closing waits for that.
+            # This runs in a thread, because the processes may be loading, and closing them waits
+            # for that.
             threading.Thread(target=self.confined.pop(key).close, daemon=True).start()
         return self.confined[model]
 
     # Jobs
 
     def submit(self, values: Mapping[str, Any], ranks: int = 1) -> Row:
-        """Submits a training run on this many ranks."""
+        """Submits a training run with this number of ranks."""
         self.hosts.first(ranks)
         fill = {} if values.get("adapter_path") else {"adapter_path": self.outputs.new("adapter")}
         config, stated = self._checked({**values, **fill}, "train")
@@ -323,7 +331,7 @@ class Service:
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
-        """Submits a job of another kind, after the checks that the kind declares (kinds.py)."""
+        """Submits a job of any other kind, after the checks that the kind declares (kinds.py)."""
         own, out = KINDS[kind], None
         if own.makes is not None:
             out = self.outputs.given(values.pop("output_dir", None), own.makes)
@@ -338,7 +346,8 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation with or without an adapter, or both if `with_base` is set."""
+        """Submits an evaluation of a model with or without an adapter. If `with_base` is set, both
+        are evaluated."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
@@ -351,7 +360,8 @@ class Service:
     def _checked(
         self, values: Mapping[str, Any], split: str, **fill: Any
     ) -> tuple[TrainConfig, dict[str, Any]]:
-        """Returns the configuration of a job, and the given part of it. Raises InputError."""
+        """Returns the configuration of a job, and the part of it that was given. Raises
+        InputError."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)
         with about("model_dir"):
@@ -366,7 +376,7 @@ class Service:
         return config, config.model_dump(mode="json", include=set(given))
 
     def resume(self, id: str) -> Row:
-        """Requeues a job. Raises InputError if it does not exist."""
+        """Requeues a job. Raises InputError if the job does not exist."""
         self.jobs.get(id)
         self._take_token()
         return self.jobs.resume(id)
@@ -397,8 +407,8 @@ class Service:
         self.tokens -= 1
 
     def _check_paths(self, values: Mapping[str, Any]) -> None:
-        """Checks the paths of a job before it starts: the roots may have changed since it was
-        queued."""
+        """Checks the paths of a job before it starts, because the roots may have changed since it
+        was queued."""
         for name in JOB_PATHS:
             given = values.get(name)
             for path in given if isinstance(given, list) else [given]:
@@ -414,7 +424,7 @@ class Service:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """While it is active, an InputError that is raised without a field gets this field."""
+    """Sets the field of any InputError that is raised in the context without a field."""
     try:
         yield
     except InputError as error:
@@ -423,7 +433,7 @@ def about(field: str) -> Iterator[None]:
 
 
 def resident() -> int | None:
-    """Returns the resident memory of this process in bytes; None if it is not known."""
+    """Returns the resident memory of this process in bytes, or None if it is not known."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, ValueError):

@@ -1,7 +1,9 @@
-"""Sessions of browsers: a cookie with a random id, which can be revoked, instead of the token.
+"""Sessions of browsers. A browser gets a cookie with a random id, which can be revoked, instead of
+the token.
 
-Browsers send a cookie to every port of a host, so also to other programs on this machine. The token
-must not be in it: it never changes, and gives access to the API from anywhere.
+Browsers send a cookie to every port of a host, and therefore also to other programs on this
+machine. The token must not be in the cookie, because it never changes and gives access to the API
+from anywhere.
 """
 
 import hashlib
@@ -11,18 +13,19 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: Maximum number of sessions at once; another one ends the oldest.
+#: Maximum number of simultaneous sessions. Another session ends the oldest one.
 MOST = 1000
 
 
 class Sessions:
-    """The sessions of a server. It stores hashes of the ids, for look-ups in constant time."""
+    """The sessions of a server. Only hashes of the ids are stored, for look-ups in constant
+    time."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()
 
     def open(self) -> str:
-        """Opens a session; returns its id."""
+        """Opens a session, and returns its id."""
         id = secrets.token_urlsafe(32)
         self._ends[_hash(id)] = time.monotonic() + LASTS_S
         while len(self._ends) > MOST:
@@ -30,7 +33,7 @@ class Sessions:
         return id
 
     def holds(self, id: str) -> bool:
-        """Returns whether the session is open."""
+        """Returns whether the session with this id is open."""
         return self._ends.get(_hash(id), 0.0) > time.monotonic()
 
     def close(self, id: str) -> None:

@@ -10,14 +10,14 @@ from ..files import cache_dir
 from . import hosts
 
 PORT = 8090
-#: Names of this machine that other machines cannot reach.
+#: Names and addresses of this machine that other machines cannot reach.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings. Raises InputError for wrong settings, and for a server that anyone could
-    use."""
+    """The settings of a server. Raises InputError for wrong settings, and for settings with which
+    anyone could use the server."""
 
     model_dir: Path | None = None
     adapter: Path | None = None
@@ -28,9 +28,9 @@ class Settings:
     allow_hosts: tuple[str, ...] = ()
     downloads: bool = False  #: whether clients may download from the hub
     while_training: Literal["serve", "refuse"] = "serve"
-    prompt_cache_gb: float = 1.0  #: limit of cached prompts, in 10⁹ bytes
-    ranks: int = 1  #: maximum number of a training job's processes on this machine
-    hostfile: Path | None = None  #: hosts for the processes of a training job
+    prompt_cache_gb: float = 1.0  #: maximum size of the cached prompts, in 10⁹ bytes
+    ranks: int = 1  #: maximum number of processes of a training job on this machine
+    hostfile: Path | None = None  #: a file with the hosts for the processes of a training job
     store: Path = field(default_factory=cache_dir)
 
     def __post_init__(self) -> None:
@@ -60,6 +60,6 @@ class Settings:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders in which clients may use paths: the given roots (by default the working
-        directory and the hub's cache), our store, and the served model and adapter."""
+        directory and the hub's cache), the server's store, and the served model and adapter."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

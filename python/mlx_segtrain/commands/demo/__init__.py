@@ -1,4 +1,4 @@
-"""The demo: a small model learns to describe functions of the standard library in one line."""
+"""The demo: a small model learns to describe functions of Python's standard library in one line."""
 
 from __future__ import annotations
 
@@ -24,18 +24,20 @@ from mlx_segtrain.ops.selfcheck import on_gpu
 from mlx_segtrain.training import TrainResult, train
 from mlx_segtrain.training.curves import draw
 
-# A step of 4 short rows takes two seconds on 2 cores; after 20 the loss has fallen by a quarter.
+# A step with 4 short rows takes two seconds on 2 cores. After 20 steps, the loss has fallen by a
+# quarter.
 ITERS = 20
-SHOWN = 3  # held-out questions that are answered before and after
-ANSWER_TOKENS = 30  # tokens; docstrings take 12 on average
+SHOWN = 3  # number of held-out questions that the model answers before and after training
+ANSWER_TOKENS = 30  # maximum tokens of an answer; docstrings have 12 on average
 
 
 def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
-    """Trains SmolLM2-135M on docstrings and shows the result; writes docstrings/ and adapter/.
+    """Trains SmolLM2-135M on docstrings, and shows the result. Writes the folders docstrings/ and
+    adapter/.
 
     The model is cached in files.cache_dir(). Raises InputError if out_dir contains other files, or
-    the model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training; the
-    adapter is saved then.
+    if the model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training; the
+    adapter is saved before that.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)
@@ -62,7 +64,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
         "batch_size": 4,
         "steps_per_report": 2,
         "steps_per_eval": 20,
-        "overwrite": True,  # the directory is the demo's own, see above
+        "overwrite": True,  # the directory belongs to the demo, see above
     }
     config = load_config(None, settings)
     held_out = _held_out(data_dir / "valid.jsonl")
@@ -88,7 +90,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     own = ["--model", str(model_dir), "--adapter-path", str(config.adapter_path)]
     asked = [*own, "--prompt", questions[0]]
     commands = [["mlx-segtrain", "chat", *own], ["mlx-segtrain", "generate", *asked]]
-    if on_gpu():  # on a CPU stock mlx-lm takes seconds per token
+    if on_gpu():  # on a CPU, stock mlx-lm takes seconds per token
         commands.append(["python", "-m", "mlx_lm", "generate", *asked])
     for command in commands:
         as_it_is(console)("\n" + command_line(command, width_of(console)))
@@ -102,8 +104,8 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Returns greedy answers; each prompt reuses the cache of the tokens that it shares with the
-    previous one."""
+    """Returns an answer to each question by greedy decoding. Each prompt reuses the cache for the
+    tokens with which both the previous prompt and this one begin."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -124,7 +126,7 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
 
 
 def _show_result(trained: TrainResult, wall_s: float, console: Console) -> None:
-    # There is a valid.jsonl, so there are validation losses.
+    # Validation losses exist, because valid.jsonl does.
     assert trained.first_val_loss is not None and trained.final_val_loss is not None
     before, after = trained.first_val_loss, trained.final_val_loss
     table = Table(title="Result", show_header=False)

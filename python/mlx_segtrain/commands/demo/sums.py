@@ -1,4 +1,5 @@
-"""Sums as incomplete JSON records: prompts whose completions can be checked."""
+"""Sums in the form of incomplete JSON records. They are prompts whose completions can be
+checked."""
 
 import json
 import random
@@ -6,12 +7,13 @@ from pathlib import Path
 
 from mlx_segtrain.files import make_folder
 
-#: Numbers of training and held-out rows.
+#: The number of training rows and of held-out rows.
 ROWS = {"train": 96, "valid": 48}
 
 
 def write_sums(path: Path) -> None:
-    """Writes train.jsonl and valid.jsonl, which share no sum; each call writes the same rows."""
+    """Writes train.jsonl and valid.jsonl, which have no sum in common. Each call writes the same
+    rows."""
     make_folder(path)
     pairs = [(a, b) for a in range(1, 13) for b in range(1, 13)]
     random.Random(0).shuffle(pairs)

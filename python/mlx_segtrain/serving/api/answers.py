@@ -1,4 +1,4 @@
-"""The answers to a request while they are generated, for all OpenAI routes."""
+"""The completions of a request while they are generated, for all OpenAI routes."""
 
 import asyncio
 import codecs
@@ -27,12 +27,13 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between checks whether a client that is waiting for a whole answer is still connected.
+#: Seconds between two checks of whether a client that waits for a whole completion has
+#: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Maximum number of tokens in a request, including alternatives, whose log p is returned.
+#: Maximum number of tokens in a request, including alternatives, whose log-probability is returned.
 MOST_TOLD = 1_000_000
-#: Maximum seconds that tool calls wait for a process to parse them.
+#: Maximum seconds for which tool calls wait to be parsed in another process.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -40,7 +41,7 @@ Finish = Literal["stop", "length", "tool_calls"]
 
 @dataclass
 class Delta:
-    """The next part of the answer `index`; the last one has `finish`."""
+    """The next part of the completion with this `index`. `finish` is set in the last part."""
 
     index: int
     content: str = ""
@@ -55,7 +56,8 @@ class Delta:
 
 
 class Answers:
-    """The answers to a request: those to its first prompt, then those to the next one."""
+    """The completions of a request: first the `n` completions of its first prompt, then those of
+    the next."""
 
     def __init__(self, base: Base, asked: list[list[int]], body: Generate):
         self.base, self.prompt_tokens = base, sum(map(len, asked))
@@ -68,11 +70,12 @@ class Answers:
         self._tags = self._tags_of(body)
         opened = [self._opened(prompt) for prompt in asked for _ in range(self._n)]
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
-        # For each answer:
-        self._called = [0] * len(opened)  # number of calls
-        self._forced = [""] * len(opened)  # its text, if it consists of calls
+        # For each completion:
+        self._called = [0] * len(opened)  # number of tool calls
+        self._forced = [""] * len(opened)  # its text, if it consists of tool calls
         self._made = [0] * len(opened)  # number of tokens
-        # Number of characters already sent, and the bytes of an incomplete one.
+        # The number of characters already sent, and a decoder with the bytes of an incomplete
+        # character.
         self._characters = [0] * len(opened)
         self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
@@ -83,7 +86,7 @@ class Answers:
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate; `id` names the request in the log. Raises InputError and Busy."""
+        """Starts to generate. `id` names the request in the log. Raises InputError and Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None
@@ -94,7 +97,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed they differ, but are reproducible
+                for i in range(body.n or 1):  # with a seed, all differ but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
@@ -108,19 +111,20 @@ class Answers:
         return len(self._generations)
 
     def _tags_of(self, body: Generate) -> Tags:
-        """Returns the model's tags for reasoning and calls, unless the request sets a format."""
+        """Returns the model's tags for reasoning and tool calls, or no tags if the request sets a
+        format."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
-        """Returns whether a prompt ends inside reasoning, as with some chat templates."""
+        """Returns whether a prompt ends inside reasoning, as it does with some chat templates."""
         if self._tags.think is None:
             return False
         return begins_reasoning(self.base.tokenizer, prompt)
 
     async def close(self) -> None:
-        """Ends running generations, and logs the request; can be called again."""
+        """Ends running generations, and logs the request. It may be called more than once."""
         for generation in self._generations:
             await generation.aclose()
         if self._line:
@@ -133,7 +137,8 @@ class Answers:
             self._line = ""
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """Yields the parts of all answers. Raises RunError if one fails. Closing it ends all."""
+        """Yields the parts of all completions. Raises RunError if a completion fails. Closing the
+        generator ends all of them."""
         try:
             async with aclosing(_merged(self._generations)) as pieces:
                 async for index, piece in pieces:
@@ -167,14 +172,14 @@ class Answers:
         if piece.finish:
             self._ends.append(piece.finish)
             self.tokens += piece.tokens
-            if index % self._n == 0:  # the other answers have the same prompt
+            if index % self._n == 0:  # the other completions have the same prompt
                 self.cached += piece.cached
             if self._called[index] and piece.finish == "stop":
                 delta.finish = "tool_calls"
         return delta
 
     def _add(self, index: int, piece: Piece) -> list[tuple[Kind, str]]:
-        """Splits a piece into parts, and counts the tokens of reasoning, including its tags."""
+        """Splits a piece into parts by kind. Counts the tokens of reasoning, including its tags."""
         parts = self._parts[index]
         before = parts.reasons
         found = parts.add(piece.text, last=piece.finish is not None)
@@ -184,7 +189,8 @@ class Answers:
         return found
 
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
-        """Adds the calls in texts between the model's tags, which mlx-lm parses."""
+        """Adds the tool calls in `texts`, which were between the model's tags. mlx-lm parses
+        them."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
         ask = self.base.confined.ask
         limits = Limits.of_prompt(size)
@@ -198,13 +204,13 @@ class Answers:
                 found = await prompts(size).run(read)
             except InputError:  # parsing took too long
                 found = [None] * len(texts)
-            except Busy:  # wait, because the answer must not be lost
+            except Busy:  # wait, because the completion must not be lost
                 if time.monotonic() > end:
                     found = [None] * len(texts)
                 else:
                     await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
-            if calls is None:  # not a call: clients get the text
+            if calls is None:  # not a tool call: clients get the text
                 start, end = self._tags.call or ("", "")
                 delta.content += f"{start}{text}{end}"
             for call in calls or ():
@@ -213,7 +219,7 @@ class Answers:
     def _add_forced(self, delta: Delta, text: str) -> None:
         try:
             calls = json.loads(text)
-        except (ValueError, RecursionError):  # the answer reached its maximum length
+        except (ValueError, RecursionError):  # the completion reached its maximum length
             delta.content += text
             return
         for call in calls:
@@ -226,7 +232,7 @@ class Answers:
             self._called[delta.index] += 1
 
     async def whole(self, request: Request) -> list[Delta] | None:
-        """Returns the whole answers; None if the client has disconnected, which ends them."""
+        """Returns the whole completions. If the client disconnects, ends them and returns None."""
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -248,7 +254,7 @@ class Answers:
             await self.close()
         return found if all(own.finish for own in found) else None
 
-    # Log probabilities, in OpenAI's two formats
+    # Log-probabilities, in OpenAI's two formats
 
     def _word(self, token: int) -> tuple[str, list[int]]:
         if token not in self._words:
@@ -268,8 +274,8 @@ class Answers:
         return {"content": content, "refusal": None}
 
     def text_logprobs(self, index: int, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
-        """Returns log p of an answer's next tokens. Offsets count complete characters: a character
-        of several tokens starts at the first of them."""
+        """Returns the log-probabilities of a completion's next tokens. Offsets count complete
+        characters: a character that spans several tokens starts at the first of them."""
         tokens = [self._word(token)[0] for token, _ in told]
         places, tops = [], []
         for token, (_, best) in told:
@@ -277,7 +283,7 @@ class Answers:
             text = self._begun_characters[index].decode(bytes(self._word(token)[1]))
             self._characters[index] += len(text)
             top: dict[str, float] = {}
-            # Of tokens with equal texts, the most likely comes first and is kept.
+            # If several tokens have the same text, the most likely one comes first and is kept.
             for other, value in best.items():
                 top.setdefault(self._word(other)[0], value)
             tops.append(top)
@@ -291,7 +297,7 @@ class Answers:
 
 
 def _check_told(options: Options, answers: int, most: int | None) -> None:
-    """Raises InputError if log p of too many tokens is requested."""
+    """Raises InputError if the request asks for the log-probabilities of too many tokens."""
     if options.logprobs is None:
         return
     each = options.max_tokens if most is None else min(options.max_tokens, most)
@@ -303,7 +309,8 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Piece], None]:
-    """Yields the pieces of several answers in order of arrival, with the answer's index."""
+    """Yields the pieces of several completions in order of arrival, each with the index of its
+    completion."""
     if len(generations) == 1:
         async for piece in generations[0]:
             yield 0, piece

@@ -1,7 +1,7 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A body of few bytes may contain millions of values, and each takes memory and blocks the server. So
-the punctuation outside of strings is counted before the body is parsed.
+A body of a few bytes may contain millions of values, each of which takes memory and blocks the
+server. Therefore the punctuation outside strings is counted before the body is parsed.
 """
 
 import json
@@ -15,41 +15,42 @@ from fastapi.routing import APIRoute
 
 from ..pools import Busy, Pool
 
-#: Bytes up to which a body is parsed immediately.
+#: A body of at most this many bytes is parsed immediately.
 SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
 class Most:
-    """Maximum number of containers (objects and lists), names in objects, and values in a body."""
+    """The maximum numbers of containers (objects and lists), of names in objects, and of values in
+    a body."""
 
     containers: int
     names: int
     values: int
 
 
-#: A prompt may be a list of tokens, and a chat is a list of turns; a configuration is small.
+#: A prompt may be a list of tokens, and a chat is a list of turns, but a configuration is small.
 OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 5000)
 
 _PARSING = Pool("large bodies", 2, 16)
 
-#: Matches a string, or a comment up to the end of the line. A string without an end also matches:
-#: otherwise each of its quotes would be tried again.
+#: Matches a string, or a comment up to the end of the line. It also matches a string without an
+#: end, because each quote in that string would otherwise be tried again.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
-#: A possible lone surrogate in JSON; most matches are half of a pair.
+#: Half of a surrogate pair in JSON. Most matches belong to a complete pair.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class NotText(ValueError):
-    """A string in the JSON is not valid text; the message says where."""
+    """A string in the JSON is not valid text. The message says where."""
 
 
 class Json(Request):
-    """A request with a JSON body in UTF-8, without lone surrogates.
+    """A request with a JSON body in UTF-8, without unpaired surrogates.
 
-    A large body is parsed in a thread. A small one may contain // comments, as people write them
-    in a shell, but not in /v1.
+    A large body is parsed in a thread. A small body may contain // comments, as people write them
+    in a shell, except in /v1.
     """
 
     @property
@@ -69,7 +70,8 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """Returns the value. Raises NotText, JSONDecodeError or HTTPException (too many values)."""
+        """Returns the value. Raises NotText, JSONDecodeError, or HTTPException for too many
+        values."""
         text = _decoded(body)
         if len(body) > SMALL:
             _count(text, OF_PROMPT if self.is_openai else OF_CONFIGURATION)
@@ -93,7 +95,7 @@ class Json(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route that reads JSON bodies with the class above."""
+    """A route that reads JSON bodies with the class `Json`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -113,9 +115,9 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException: 413 if a JSON text has too many values; 400 if it is not JSON, because
-    then the counts mean nothing."""
-    # A quote inside a string has a backslash before it.
+    """Raises HTTPException: 413 if a JSON text has too many values, or 400 if it is not JSON,
+    because then the counts mean nothing."""
+    # A quote inside a string is preceded by a backslash.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 4 * most.names:
@@ -140,11 +142,12 @@ def _too_much(what: str, most: int) -> HTTPException:
 
 
 def _check_text(value: Any) -> None:
-    """Raises NotText for a lone surrogate, which no tokenizer, template or file name accepts."""
+    """Raises NotText for an unpaired surrogate, which no tokenizer, template or file name
+    accepts."""
     waiting = [("", value)]
     while waiting:
         where, value = waiting.pop()
-        where = where[:200]  # a long key would be copied for each value below it
+        where = where[:200]  # otherwise a long key would be copied for each value below it
         if isinstance(value, str):
             if found := _SURROGATE.search(value):
                 raise NotText(
@@ -160,7 +163,7 @@ def _check_text(value: Any) -> None:
 
 
 def _may_fail(value: Any) -> bool:
-    """Returns whether a value is a container, or a string with a lone surrogate."""
+    """Returns whether a value is a container, or a string with an unpaired surrogate."""
     if isinstance(value, str):
         return _SURROGATE.search(value) is not None
     return isinstance(value, dict | list)

@@ -3,12 +3,12 @@
 import logging
 import time
 
-#: Maximum number of warnings in the log: at once, and per second.
+#: The maximum number of warnings in the log: in a burst, and per second after it.
 LINES, LINES_PER_S = 100, 2.0
 
 
 class Bounded(logging.Filter):
-    """Drops warnings and errors that come too fast, since clients can cause them; counts them."""
+    """Drops and counts warnings and errors that come too fast, because clients can cause them."""
 
     def __init__(self) -> None:
         super().__init__()

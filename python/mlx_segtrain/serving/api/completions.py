@@ -15,7 +15,7 @@ from .dependencies import Used
 from .forms import Answer
 from .routes import problems
 
-#: Maximum number of completions in an answer, and of characters in each text.
+#: Maximum number of completions in a response, and of characters in each text.
 MOST, LONGEST = 256, 20_000
 
 router = APIRouter(route_class=JsonRoute, responses=problems(400, 401, 403, 404, 429))
@@ -33,7 +33,7 @@ class CompletionsAnswer(Answer):
 async def completions(
     id: str,
     service: Used,
-    step: Annotated[int | None, Query(ge=1, description="Default: the last.")] = None,
+    step: Annotated[int | None, Query(ge=1, description="Default: the last step.")] = None,
 ) -> CompletionsAnswer:
     """The completions of a step of a GRPO run, with their rewards."""
     folder = service.jobs.get(id).output_path
@@ -48,7 +48,7 @@ async def completions(
 
 
 def _cut(value: Any) -> Any:
-    """Returns a value, shortened if it is too long to be read."""
+    """Returns the value, shortened if it is too long for people to read."""
     if isinstance(value, str):
         return value if len(value) <= LONGEST else f"{value[:LONGEST]}…"
     if isinstance(value, list | dict) and len(text := json.dumps(value)) > 4 * LONGEST:

@@ -1,4 +1,5 @@
-"""Writes a run's configuration as a command, a YAML file or a Python program, and reads YAML."""
+"""Writes a run's configuration as a command, a YAML file or a Python program, and reads YAML
+files."""
 
 import json
 import math
@@ -12,18 +13,19 @@ import yaml
 from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
 from ...errors import InputError
 
-#: Values for required settings, which a file may omit because the form has them.
+#: Values for required settings. A file may omit these settings, because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
-#: Tokens around a list or a mapping in brackets, and the deepest nesting: the time to parse them
-#: grows with the square of the depth.
+#: The tokens around a list or a mapping in brackets, and the maximum depth of nesting. The limit is
+#: needed because parsing time grows with the square of the depth.
 OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 DEEP = 100
 
 
 def command(values: Mapping[str, Any], ranks: int = 1) -> str:
-    """Returns the command line of a run, one option per line; several ranks are on one machine."""
+    """Returns the command line of a run, one option per line. If there are several ranks, all are
+    on this machine."""
     words = [_option(name, value) for name, value in values.items()]
     start = "mlx-segtrain train"
     if ranks > 1:
@@ -40,24 +42,24 @@ def _option(name: str, value: Any) -> str:
 
 
 def as_yaml(values: Mapping[str, Any]) -> str:
-    """Returns a file for `mlx-segtrain train --config`."""
+    """Returns the content of a YAML file for `mlx-segtrain train --config`."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
 def as_python(values: Mapping[str, Any]) -> str:
-    """Returns a program for the run."""
+    """Returns a Python program that starts the run."""
     given = "".join(f"    {name}={value!r},\n" for name, value in values.items())
     imports = "from mlx_segtrain import TrainConfig, train"
     return f"{imports}\n\nconfig = TrainConfig(\n{given})\nresult = train(config)\n"
 
 
 def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
-    """Returns the known settings in a file for `train --config`, and all faults in it. Raises
-    InputError if it cannot be read at all."""
+    """Returns the known settings in a YAML file for `train --config`, and all errors in it. Raises
+    InputError if the file cannot be read at all."""
     _check_references(text)
     given, _ = parse_yaml(text, "the file")
     fields = TrainConfig.model_fields
-    if len(given) > 2 * len(fields):  # the loop below runs once per fault
+    if len(given) > 2 * len(fields):  # the loop below runs once per error
         raise InputError(f"the file has {len(given)} settings, but only {len(fields)} exist.")
     known = {name: _plain(value) for name, value in given.items() if name in fields}
     faults = [
@@ -67,7 +69,7 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
     ]
     known = {name: value for name, value in known.items() if name not in REFUSED}
     left = {name: value for name, value in given.items() if name not in REFUSED}
-    while True:  # each fault hides the ones after it
+    while True:  # each error hides the errors after it
         try:
             load_config(None, left, REQUIRED)
             return known, faults
@@ -79,8 +81,8 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
 
 
 def _check_references(text: str) -> None:
-    """Raises InputError for YAML with anchors, aliases or merge keys, which might expand to
-    gigabytes, or with deep nesting."""
+    """Raises InputError for YAML that has anchors, aliases or merge keys, which might expand to
+    gigabytes, or that is nested deeply."""
     depth = 0
     with suppress(yaml.YAMLError):  # parse_yaml reports it
         for own in yaml.scan(text):
@@ -96,13 +98,13 @@ def _check_references(text: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a YAML value as a JSON value: dates, bytes and infinity become text."""
+    """Returns a YAML value as a JSON value. Dates, bytes and infinity become text."""
     if isinstance(value, dict):
         return {str(key): _plain(own) for key, own in value.items()}
     if isinstance(value, list):
         return [_plain(own) for own in value]
     if isinstance(value, int) and abs(value) >= 1 << 63:
-        return hex(value)  # Python writes no integer of more than 4300 digits in decimal
+        return hex(value)  # Python refuses to write integers of more than 4300 digits in decimal
     if value is None or isinstance(value, str | int):
         return value
     return value if isinstance(value, float) and math.isfinite(value) else str(value)

@@ -1,4 +1,4 @@
-"""Turns errors into answers: one sentence, in the format that clients of the path expect."""
+"""Turns errors into responses: one sentence, in the format that clients of the path expect."""
 
 import json
 import reprlib
@@ -15,19 +15,20 @@ from starlette.routing import Match, Mount
 from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
-#: The retry-after header (seconds) by status, for /v1 and for other paths.
+#: The retry-after header, in seconds by status, for /v1 and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
-#: Fields whose values must not appear in answers.
+#: Fields whose values must not appear in responses.
 SECRET = ("token",)
-#: The start of many messages from pydantic.
+#: The text with which many of pydantic's messages begin.
 SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """Returns a sentence about one fault, and its field, the value and the allowed values.
+    """Returns a sentence about one error, and details: its field, the value and the allowed values.
 
-    Unknown fields take precedence: a misspelled field is often why another one is missing.
+    Unknown fields take precedence, because a misspelled field is often the reason why another one
+    is missing.
     """
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     if fault["type"] == "json_invalid":
@@ -58,7 +59,8 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
 def _within(
     faults: Sequence[Any], where: tuple[str, ...], body: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
-    """Returns the faults of a field, and their place; in a union, those of the closest member."""
+    """Returns the errors of a field, and their place in the body. For a union, returns the errors
+    of the member that fits best."""
     found = [(place(fault, body), fault) for fault in faults]
     found = [pair for pair in found if pair[0][: len(where)] == where]
     deepest = max((at for at, _ in found), key=len)
@@ -66,7 +68,7 @@ def _within(
 
 
 def _either(messages: Sequence[str]) -> str:
-    """Joins the messages about the members of a union."""
+    """Joins the messages about the members of a union into one."""
     found = list(dict.fromkeys(words[0].lower() + words[1:] for words in messages))
     if len(found) > 1 and all(words.startswith(SHOULD_BE) for words in found):
         return SHOULD_BE + " or ".join(words.removeprefix(SHOULD_BE) for words in found)
@@ -74,7 +76,7 @@ def _either(messages: Sequence[str]) -> str:
 
 
 def place(fault: Any, body: Any) -> tuple[str, ...]:
-    """Returns the place of a fault in the body: pydantic's `loc` without members of unions."""
+    """Returns the place of an error in the body: pydantic's `loc` without the members of unions."""
     start, *parts = fault["loc"]
     if start != "body":  # in a query, a header or a path
         return tuple(map(_name, parts))
@@ -90,12 +92,12 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns the name of a field, which a client may have chosen, or an index."""
+    """Returns the name of a field, which a client may have chosen, or an index as text."""
     return str(part) if isinstance(part, int) else word(part)
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value in a form that is short enough for an answer."""
+    """Returns a value in a form that is short enough for a response."""
     if isinstance(value, bool | None) or (isinstance(value, str) and len(value) <= 200):
         return value
     if isinstance(value, int) and abs(value) < 1 << 64:
@@ -108,7 +110,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Adds handlers that answer every error with one sentence. Our own errors have a status."""
+    """Adds handlers that respond to every error with one sentence. The package's own errors have a
+    status."""
 
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
@@ -123,7 +126,7 @@ def add_handlers(app: FastAPI) -> None:
         if request.url.path.startswith("/v1/"):
             return error_answer(request, 400, message)
         if request.url.path == "/api/finetune/submit" and more.get("allowed") == "required":
-            # Kept for existing clients.
+            # This response is kept for existing clients.
             return error_answer(request, 400, "model_dir and data_dir required")
         return error_answer(request, 422, message, **more)
 
@@ -148,7 +151,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> list[str]:
-    """Returns the methods of all routes with the request's path."""
+    """Returns the HTTP methods of all routes with the request's path."""
     routes = [route for route in request.app.routes if not isinstance(route, Mount)]
     scopes = [
         {**request.scope, "method": x} for x in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
@@ -159,17 +162,19 @@ def _methods(request: Request) -> list[str]:
 def error_answer(
     request: Request, status: int, message: str, code: str | None = None, **more: Any
 ) -> Response:
-    """Returns the answer for an error, with a retry-after header if a retry may succeed."""
+    """Returns the response for an error. It has a retry-after header if a retry may succeed."""
     path = request.url.path
     retry = RETRY_OPENAI_S if path.startswith("/v1/") else RETRY_S
     headers = {"retry-after": str(retry[status])} if status in retry else None
-    # In ASCII: the message may repeat a lone surrogate, which cannot be encoded.
+    # The JSON is ASCII, because the message may repeat an unpaired surrogate, which UTF-8 cannot
+    # encode.
     content = json.dumps({**error_body(path, message, status, code), **more})
     return Response(content, status, headers, "application/json")
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns an error in the format of the path: OpenAI's for /v1, ours for others."""
+    """Returns an error in the format of the path: OpenAI's format for /v1, and ours for other
+    paths."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)
     return {"ok": False, "error": message}

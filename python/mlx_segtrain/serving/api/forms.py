@@ -1,4 +1,4 @@
-"""Requests and answers of /api."""
+"""Requests and responses of /api."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
@@ -28,7 +28,7 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error in one sentence; for a field also its name, the value and the allowed values."""
+    """An error as one sentence. For a field, also its name, its value and the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -38,25 +38,25 @@ class Problem(BaseModel):
 
 
 class Closed(BaseModel, extra="forbid"):
-    """A request that refuses unknown fields."""
+    """A request that rejects unknown fields."""
 
 
 def _fields(names: Iterable[str]) -> type[BaseModel]:
-    """Returns a request with these fields of TrainConfig."""
+    """Returns a request model with these fields of TrainConfig."""
     known = TrainConfig.model_fields
     own: dict[str, Any] = {name: (known[name].annotation, known[name]) for name in names}
     return create_model("RunFields", __base__=Closed, **own)
 
 
 def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
-    """Returns an answer with the fields of a dataclass, except those in `but`."""
+    """Returns a response model with the fields of a dataclass, except those in `but`."""
     own: dict[str, Any] = {x.name: (x.type, ...) for x in fields(record) if x.name not in but}
     return create_model(record.__name__, **own)
 
 
 class RunRequest(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
-    """A training run (docs/configuration.md), checked as on the command line. Without adapter_path,
-    the server chooses a folder."""
+    """A training run (docs/configuration.md), checked as on the command line. If adapter_path is
+    omitted, the server chooses a folder."""
 
     adapter_path: str | None = None
 
@@ -72,17 +72,18 @@ class FinetuneSubmit(RunRequest, Ranked):
 
 
 class PlanRequest(RunRequest):
-    """A training run; data_dir is optional, because memory does not depend on it."""
+    """A training run whose data_dir is optional, because memory does not depend on it."""
 
     data_dir: str | None = None
 
 
 class CopyRequest(PlanRequest, Ranked):
-    """A training run to copy."""
+    """A training run to copy as text."""
 
 
 class EvaluateRequest(RunRequest):
-    """A model, data, and settings that affect the loss; without adapter_path, the base model."""
+    """A model, data, and the settings that affect the loss. If adapter_path is omitted, the base
+    model is evaluated."""
 
     split: Literal["valid", "train"] = "valid"
     with_base: bool = Field(
@@ -91,7 +92,7 @@ class EvaluateRequest(RunRequest):
 
 
 class JobRow(_answer(Row, but=INTERNAL)):
-    """A job; times are UTC, "YYYY-MM-DD HH:MM:SS"."""
+    """A job. Its times are UTC in the format "YYYY-MM-DD HH:MM:SS"."""
 
     title: str = Field(description="The kind of the job, in words.")
     name: str = Field(description="The job's label, or a short description of its inputs.")
@@ -106,18 +107,18 @@ class JobRow(_answer(Row, but=INTERNAL)):
     rewarded: bool = Field(
         description="Whether the job measures the reward of completions instead of a loss."
     )
-    config_json: str | None = Field(description="Not included in lists (null).")
+    config_json: str | None = Field(description="Null in lists of jobs.")
     inputs: list[str] = Field(description="The folders that the job reads.")
     tags: list[str]
     log_path: str
     ranks: Figures | None = Field(
-        description="What each process of a training run with several ranks last reported."
+        description="The last reports of the processes of a training run with several ranks."
     )
     result: Any = None
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """Name, note and tags of a job; omitted fields are unchanged."""
+    """The name, note and tags of a job. Omitted fields stay unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -134,12 +135,12 @@ class JobAnswer(Answer):
 class JobsAnswer(Answer):
     jobs: list[JobRow]
     next: str | None = Field(
-        description="The value of `before` for the next page; null at the end."
+        description="The value of `before` for the next page; null on the last page."
     )
 
 
 class Submitted(Answer):
-    """The id of a new job, in two spellings."""
+    """The id of a new job, under two names."""
 
     job_id: str
     jobId: str
@@ -151,7 +152,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """Two adapters to merge into one, or an adapter to merge into its base model."""
+    """The merge of two adapters into one, or of one adapter into its base model."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -198,7 +199,7 @@ class Copies(Answer):
 
 
 class Settings(Closed):
-    """A YAML file for `train --config`."""
+    """The content of a YAML file for `train --config`."""
 
     yaml: Annotated[str, Field(max_length=1 << 16)]
 
@@ -209,19 +210,19 @@ class Fault(BaseModel):
 
 
 class ReadSettings(Answer):
-    """The known settings of a file, and its faults."""
+    """The known settings in a file, and the errors in it."""
 
     values: dict[str, Any]
     faults: list[Fault]
 
 
 class Uploaded(Answer):
-    path: str = Field(description="The folder, for data_dir or adapter_path.")
+    path: str = Field(description="The folder, to be used as data_dir or adapter_path.")
     size_bytes: int = Field(description="The size of the file.")
 
 
 class Export(Closed):
-    base_model: str | None = Field(None, description="Default: the one that the adapter names.")
+    base_model: str | None = Field(None, description="Default: the model that the adapter names.")
     adapter_path: str
     method: Literal["peft", "mlx-lm", "gguf"] = "peft"
     output_dir: str | None = None
@@ -234,7 +235,7 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """A folder, or the output of a job, to upload to a repository on the Hugging Face hub."""
+    """The upload of a folder, or of a job's output, to a repository on the Hugging Face hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -248,7 +249,7 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """A model or a data set on the Hugging Face hub to download into this machine's cache."""
+    """The download of a model or a data set from the Hugging Face hub into this machine's cache."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
@@ -268,7 +269,7 @@ class HasHfToken(Answer):
 
 class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
-    model_dir: str | None = Field(None, description="With a model, tokens are counted and shown.")
+    model_dir: str | None = Field(None, description="If it is given, tokens are counted and shown.")
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
 
@@ -284,8 +285,8 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` names its effects outside of a run; it applies to `methods`, or
-    to all if that is empty."""
+    """A field of a run. `affects` lists its effects outside training. The field applies to
+    `methods`, or to all methods if that list is empty."""
 
     name: str
     title: str
@@ -307,8 +308,8 @@ class FieldRow(BaseModel):
 
 class Defaults(Answer):
     fields: list[FieldRow]
-    groups: list[str] = Field(description="Sections of the page's form, in order.")
-    loss_units: dict[str, str] = Field(description="Unit of the loss, by method.")
+    groups: list[str] = Field(description="The sections of the page's form, in order.")
+    loss_units: dict[str, str] = Field(description="The unit of the loss, by method.")
 
 
 class ModelsAnswer(Answer):
@@ -316,7 +317,7 @@ class ModelsAnswer(Answer):
 
     models: list[Model]
     faults: list[Unreadable]
-    roots: list[str] = Field(description="Folders that were searched.")
+    roots: list[str] = Field(description="The folders that were searched.")
 
 
 class DatasetsAnswer(Answer):
@@ -369,11 +370,11 @@ class State(Answer):
     device: DeviceRow
     uploads: str = Field(description="The folder of uploads.")
     running: list[JobRow]
-    waiting: int = Field(description="Jobs in the queue.")
+    waiting: int = Field(description="The number of jobs in the queue.")
 
 
 def schema() -> Defaults:
-    """Returns all fields of a run that the server accepts, for the page's form."""
+    """Returns all fields of a run that the server accepts. The page makes its form from them."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 

@@ -1,6 +1,6 @@
-"""Checks requests: Host, Origin, token, and the size and rate of bodies.
+"""Checks requests: Host, Origin, the token, and the size and rate of bodies.
 
-A refused request is answered with one sentence, and logged.
+The response to a refused request is one sentence, and the refusal is logged.
 """
 
 import asyncio
@@ -23,30 +23,32 @@ from .faults import error_body
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Maximum bytes of a body: a prompt of a million tokens takes about 4 MB.
+#: Maximum bytes of a body. A prompt of a million tokens takes about 4 MB.
 MOST_BYTES = 8 << 20
-#: Lower limits by path: a token is short.
+#: Lower limits by path. A login sends only a token, which is short.
 SMALL_BODIES = {"/login": 4096}
-#: Maximum bytes of all bodies in memory, not counting the first FREE bytes of each.
+#: Maximum bytes of all bodies in memory, not counting the first FREE bytes of each body.
 MOST_HELD, FREE = 32 << 20, 1 << 16
-#: Maximum seconds for the next part of a body, and for a whole body.
+#: Maximum seconds until the next part of a body arrives, and until the whole body has arrived.
 PART_S, BODY_S = 10.0, 60.0
-#: Paths whose bodies are written to disk as they arrive (transfers.py), and not kept in memory.
+#: Paths whose bodies are written to disk as they arrive (transfers.py) instead of being kept in
+#: memory.
 UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
 UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
-#: Maximum seconds for reading the rest of a refused body.
+#: Maximum seconds during which the rest of a refused body is read.
 DRAIN_S = 2.0
-#: Seconds after which a wrong token is answered, and maximum number of such answers that are
-#: waiting. Further ones are refused immediately. Requests with the right token never wait.
+#: The response to a wrong token is delayed by WRONG_S seconds. At most MOST_WRONG such responses
+#: wait; further requests with a wrong token are refused immediately. Requests with the right token
+#: never wait.
 WRONG_S, MOST_WRONG = 1.0, 16
-#: Statuses of answers that are logged.
+#: Statuses of the responses that are logged.
 REFUSALS = (400, 401, 403, 422, 429)
-#: Seconds after which a client that does not read its stream is disconnected.
+#: A client that does not read its stream for this many seconds is disconnected.
 PATIENCE_S = 30
 #: The cookie with the id of a browser's session.
 COOKIE = "mlx-segtrain-session"
 OWN_COOKIE = re.compile(rb'(?:^|;)\s*mlx-segtrain-session="?([\w-]{1,100})"?(?=\s*(?:;|$))')
-#: A name, or an IPv6 address in brackets, with or without a port.
+#: A host name, or an IPv6 address in brackets, with or without a port.
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^:@/\[\]]+))(?::\d+)?")
 #: Paths that need no token.
 OPEN = ("/login", "/login.css", "/healthz", "/favicon.ico")
@@ -57,7 +59,7 @@ HEADERS = (
     (b"cross-origin-opener-policy", b"same-origin"),
     (
         b"content-security-policy",
-        # Only our own scripts and styles; no connections to other hosts.
+        # Allows only our own scripts and styles, and no connections to other hosts.
         b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
         b"font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; "
         b"object-src 'none'; frame-ancestors 'none'",
@@ -67,7 +69,7 @@ HEADERS = (
 
 
 class Refused(Exception):
-    """The request is refused with a status, and a reason in one sentence."""
+    """The request is refused with a status and a reason, which is one sentence."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -75,7 +77,8 @@ class Refused(Exception):
 
 
 class Guard:
-    """The outermost layer: refuses requests from other origins, without a token, or too large."""
+    """The outermost layer. It refuses requests that come from other origins, have no token, or are
+    too large."""
 
     def __init__(
         self,
@@ -114,7 +117,7 @@ class Guard:
         async def send_on(message: Message) -> None:
             nonlocal started
             if body.refused is not None and not started:
-                return  # the app's answer to an incomplete body
+                return  # the app has responded to an incomplete body
             if message["type"] == "http.response.start":
                 started = True
                 if refused is None and message["status"] in REFUSALS:
@@ -133,7 +136,7 @@ class Guard:
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # a session id is too long to be guessed
+                if b"authorization" in headers:  # session ids are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
@@ -161,7 +164,7 @@ class Guard:
         raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        """Refuses requests that a browser sends for a page of another site."""
+        """Refuses requests that a browser sends on behalf of a page from another site."""
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         host = headers[b"host"].decode("latin-1").lower()
         if origin and origin not in (f"http://{host}", f"https://{host}"):
@@ -182,11 +185,12 @@ class Guard:
         raise Refused(401, "this server requires a token: send Authorization: Bearer TOKEN.")
 
     def is_token(self, given: bytes) -> bool:
-        """Returns whether this is the token, in UTF-8; takes constant time."""
+        """Returns whether `given` is the token, in UTF-8. The comparison takes constant time."""
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
-        """Delays the answer to a wrong token, against guessing; Refused if too many wait."""
+        """Delays the response to a wrong token, which makes guessing slow. Raises Refused if too
+        many are waiting."""
         if self.guesses.locked():
             raise Refused(429, "too many requests with a wrong token: try again later.")
         async with self.guesses:
@@ -200,7 +204,8 @@ class Held:
 
 
 class _Body:
-    """The body of a request, with limits of size and time. After a refusal, reading it ends."""
+    """The body of a request, with limits on size and time. After a refusal, reading the body
+    ends."""
 
     def __init__(
         self,
@@ -243,7 +248,8 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Drops the rest: otherwise a client that is still sending would get no answer."""
+        """Reads and drops the rest of the body: otherwise a client that is still sending would get
+        no response."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):
@@ -257,7 +263,7 @@ class _Body:
         return message
 
     def let_go(self) -> None:
-        """Counts the body as freed."""
+        """Subtracts the body from the bytes that are counted as in memory."""
         self._hold(0)
 
     def _hold(self, own: int) -> None:
@@ -278,15 +284,15 @@ def _is_address(name: str) -> bool:
 
 
 def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Returns our cookie. Others belong to other programs on this machine, and are not parsed: that
-    could take minutes (CVE-2024-7592)."""
+    """Returns the value of our cookie. Other cookies belong to other programs on this machine. They
+    are not parsed, because that could take minutes (CVE-2024-7592)."""
     text = b";".join(value for name, value in headers if name.lower() == b"cookie")
     found = OWN_COOKIE.findall(text)
     return found[-1] if found else b""
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
-    """Returns the answer in the format of the path; a redirect to /login for a browser."""
+    """Returns the response in the format of the path, or, for a browser, a redirect to /login."""
     more = {"connection": "close"}  # the client may still send the body
     if refused.status == 401:
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":
@@ -298,7 +304,8 @@ def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Resp
 
 def _log(scope: Scope, status: int, reason: str) -> None:
     client = (scope.get("client") or ("?",))[0]
-    # The path as its repr, since it may contain control characters; no query: it may be a secret.
+    # The path is logged as its repr, since it may contain control characters. The query is not
+    # logged, since it may contain a secret.
     logger.warning(
         "refused (%d) %.20s %.200r from %.60s: %.300s",
         *(status, scope["method"], scope["path"], client, reason),

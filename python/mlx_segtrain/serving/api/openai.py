@@ -26,7 +26,7 @@ from .openai_forms import ChatRequest, CompletionRequest, Generate, names_base
 
 
 class Unserved(InputError):
-    """A model, or the engine, is not available; `code` names the reason for clients."""
+    """A model, or the engine, is not available. `code` tells clients the reason."""
 
     def __init__(self, message: str, status: int, code: str):
         super().__init__(message, status=status)
@@ -34,10 +34,11 @@ class Unserved(InputError):
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the errors for the API's schema. Because of 4XX, FastAPI does not add 422."""
+    """Returns the error responses for the API's schema. Because of 4XX, FastAPI does not add
+    422."""
     descriptions = {
         400: "a field that cannot be used, named in the message",
-        403: "a path outside of the folders that the server may use",
+        403: "a path outside the folders that the server may use",
         404: "the model or adapter does not exist",
         413: "the body is too large",
         429: "too many requests are waiting: try again in a moment",
@@ -49,10 +50,10 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: The answers to a request for text.
+#: The responses to a request that generates text.
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The answer; with stream, chunks as server-sent events up to [DONE].",
+        "description": "The completion. With stream, chunks as server-sent events up to [DONE].",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
     **_errors(400, 404, 413, 429, 500, 503),
@@ -102,7 +103,8 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Starts to answer a request. Raises InputError if that is not possible, or Busy."""
+    """Starts to generate the completions of a request. Raises InputError if that is not possible,
+    or Busy."""
     base = _base(service)
     if service.waits:
         raise Unserved(
@@ -115,15 +117,15 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         answers = await Answers.begin(service.engine, chosen, body, id)
     except RecursionError:  # a value that can be parsed cannot always be serialized
         raise InputError("the request is nested too deeply: flatten it.") from None
-    if isinstance(request, Json):  # it may wait long, and the answer may take long
+    if isinstance(request, Json):  # frees the body: generating may take long
         request.let_go()
         body.let_go()
     return answers, chosen
 
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
-    """Returns the usage. Only with a token it contains the number of cached tokens, which reveals
-    prompts of other clients."""
+    """Returns the usage. It contains the number of cached tokens only if the server has a token,
+    because this number reveals prompts of other clients."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,
@@ -180,7 +182,8 @@ def _choice(delta: Delta, own: dict[str, Any], logprobs: Any = None) -> dict[str
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """Yields chunks: in a chat the role of each answer, then pieces, then the requested usage."""
+    """Yields chunks: in a chat first the role of each completion, then the pieces, then the usage
+    if it was requested."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 
@@ -247,13 +250,13 @@ def _models(engine: Engine) -> list[forms.ModelInfo]:
 
 @router.get("/v1/models")
 async def list_models(service: Used) -> forms.ModelList:
-    """The served model, and each mounted adapter."""
+    """The served model and all mounted adapters."""
     return forms.ModelList(data=_models(service.engine))
 
 
 @router.get("/v1/models/{id:path}", responses=_errors(404))
 async def get_model(id: str, service: Used) -> forms.ModelInfo:
-    """The served model, or a mounted adapter."""
+    """The served model, or one mounted adapter."""
     base = service.engine.base
     name = base.id if base is not None and names_base(base, id) else id
     found = next((model for model in _models(service.engine) if model.id == name), None)
@@ -277,7 +280,7 @@ async def list_available(service: Used) -> Any:
 
 @router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
 async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
-    """Mounts an adapter; an adapter already mounted under this id stays unchanged."""
+    """Mounts an adapter. If an adapter is already mounted under this id, it stays unchanged."""
     _base(service)
     mounted = service.engine.adapters.get(body.id)
     if mounted is None:
@@ -288,5 +291,5 @@ async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
 
 @router.delete("/v1/adapters/{id:path}", responses=_errors(404, 429), tags=["adapters"])
 async def unmount(id: str, service: Used) -> forms.UnmountAnswer:
-    """Unmounts an adapter; requests that use it finish with it."""
+    """Unmounts an adapter. Requests that already use it can still finish."""
     return forms.UnmountAnswer(id=id, removed_layers=await service.engine.unmount(id))

@@ -1,8 +1,8 @@
-"""Fields of other servers' requests that this server does not implement.
+"""Fields from other servers' requests that this server does not implement.
 
-They are refused by name, because an answer that ignores them would be wrong. Null, and the values
-in these tables, mean the same as omitting a field. Sources: OpenAI's API reference, and the request
-classes of vLLM, SGLang and mlx_lm.server.
+They are refused by name, because ignoring them would give a wrong result. A field may be null or
+have one of the values in these tables, because these have the same meaning as omitting the field.
+Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and mlx_lm.server.
 """
 
 import json
@@ -15,11 +15,12 @@ from pydantic import BaseModel
 from ...config import nearest
 from ...errors import InputError, word
 
-#: The values of a field, besides null, that mean the same as omitting it. None: all values.
+#: For each field, the values besides null that mean the same as omitting the field. None means all
+#: values.
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
-#: Values of fields that may be false, and of fields that may be empty lists.
+#: The neutral values of fields that are switches, and of fields that are lists.
 OFF = (
     *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
@@ -30,7 +31,7 @@ OFF = (
 )
 EMPTY = ("functions", "documents", "stop_token_ids", "bad_words", "logits_processors")
 
-#: Fields of chats and completions.
+#: Fields of both chats and completions.
 IN_BOTH: Neutral = {
     **dict.fromkeys(OFF, (False,)),
     **dict.fromkeys(EMPTY, ([],)),
@@ -39,15 +40,15 @@ IN_BOTH: Neutral = {
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
     "service_tier": ("auto", "default"),
     "priority": (0,),
-    # Function calling as it was before `tools`
+    # Function calling as it was before `tools` existed
     "function_call": ("none", "auto"),
-    # The format of the answer
+    # The format of the completion
     "modalities": (["text"],),
     "verbosity": ("medium",),
     "include_reasoning": (True,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
-    # The number of answers, and the data about each
+    # The number of completions, and the data about each
     "best_of": (1,),
     "length_penalty": (1,),
     "return_mm_kwargs": (True,),
@@ -58,16 +59,16 @@ IN_BOTH: Neutral = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
     "role_mapping": ({},),
-    # The end of the answer, and the tokens that are shown
+    # The end of the completion, and the tokens that are shown
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    # The choice of tokens
+    # How tokens are sampled
     "xtc_probability": (0,),
-    "xtc_threshold": ANYTHING,  # the default of xtc_probability
+    "xtc_threshold": ANYTHING,  # has no effect if xtc_probability is 0
     "draft_model": ("default_model",),
 }
-IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template has its own
+IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template adds them
 IN_COMPLETION: Neutral = {
     **IN_BOTH,
     "add_special_tokens": (True,),
@@ -84,7 +85,7 @@ IN_MESSAGE: Neutral = {
     "annotations": ([],),
     "reasoning": ("",),
 }
-#: Fields of a part of a message's content: hints to caches.
+#: Fields of a part of a message's content, which are hints for caches.
 IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}
 #: Fields of stream_options.
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
@@ -96,7 +97,7 @@ class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
     neutral: ClassVar[Neutral] = {}
 
     def refuse_extra(self, where: str = "") -> None:
-        """Raises InputError for an unknown field with a value that may change an answer."""
+        """Raises InputError for an unknown field whose value may change a completion."""
         for name, value in (self.model_extra or {}).items():
             harmless = self.neutral.get(name, ())
             if value is None or harmless is None or any(_same(value, x) for x in harmless):

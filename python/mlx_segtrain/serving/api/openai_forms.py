@@ -1,6 +1,7 @@
-"""Requests and answers of /v1.
+"""Requests and responses of /v1.
 
-A field means what it means in OpenAI's API; other fields are refused by name (openai_fields.py).
+A field means the same as in OpenAI's API. Fields that are not declared here are refused by name
+(openai_fields.py).
 """
 
 import json
@@ -36,7 +37,7 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 
 
 class Part(Request):
-    """A part of a message's content; parts are joined without a separator."""
+    """A part of a message's content. Parts are joined without a separator."""
 
     type: str = Field(description="the type of the part; only text is supported")
     text: str | None = None
@@ -44,21 +45,21 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn of a chat. `developer` means `system`; a `tool` turn is the result of a call; the
-    content of an assistant's turn may be null."""
+    """A turn of a chat. The role `developer` means the same as `system`. A `tool` turn is the
+    result of a tool call. The content of an assistant turn may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     reasoning_content: str | None = Field(None, description="the reasoning of an assistant turn")
     tool_calls: Calls | None = Field(None, description="the tool calls of an assistant turn")
     tool_call_id: str | None = Field(
-        None, description="the id of the call whose result this tool turn has"
+        None, description="in a tool turn: the id of the call whose result it is"
     )
     neutral = IN_MESSAGE
 
     @property
     def size(self) -> int:
-        """The number of characters."""
+        """The number of characters in the turn."""
         n = len(self.reasoning_content or "")
         n += sum(len(call.function.arguments) for call in self.tool_calls or ())
         if isinstance(self.content, list):
@@ -67,26 +68,26 @@ class Message(Request):
 
 
 class JsonSchema(Request):
-    """A schema that the answer must match."""
+    """A schema that the completion must match."""
 
     name: str | None = Field(None, max_length=64)
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = Field(None, description="ignored: answers always match the schema")
+    strict: bool | None = Field(None, description="ignored: completions always match the schema")
 
 
 class Format(Request):
-    """The format of the answer."""
+    """The format of the completion."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class Structure(Request):
-    """The format of the answer in vLLM's spelling: one of these fields."""
+    """The format of the completion, as vLLM names it. Only one of these fields may be set."""
 
     json_: str | dict[str, Any] | None = Field(
-        None, alias="json", description="a JSON schema that the answer must match"
+        None, alias="json", description="a JSON schema that the completion must match"
     )
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
@@ -103,15 +104,16 @@ class Structure(Request):
 
 
 class StreamOptions(Request):
-    """Additional chunks of a stream."""
+    """Options for additional chunks of a stream."""
 
-    include_usage: bool | None = Field(None, description="end with a chunk that has the usage")
+    include_usage: bool | None = Field(None, description="whether the last chunk has the usage")
     neutral = IN_STREAM_OPTIONS
 
 
-#: Maximum number of biases, turns of a chat, answers to a prompt, and answers of a request.
+#: Maximum numbers of biases, of turns in a chat, of completions of a prompt, and of completions of
+#: a request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
-#: Maximum number of alternatives to a token whose log p is returned.
+#: Maximum number of alternatives to a token whose log-probabilities are returned.
 TOP = 20
 
 
@@ -122,7 +124,7 @@ def _few(values: Any) -> Any:
     return values
 
 
-#: Fields with the same name and meaning in Options.
+#: Fields that have the same name and meaning in Options.
 SAMPLING = {
     *("temperature", "top_p", "top_k", "min_p", "seed"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
@@ -136,35 +138,35 @@ Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Generate(Request):
-    """The fields that chats and completions share."""
+    """The fields that requests for chats and for completions share."""
 
     model: str | None = Field(
         None, description="the served model (its id, path, name or 'default'), or a mounted adapter"
     )
     adapter: str | None = Field(
         None,
-        description="a mounted adapter; several as 'a+b', whose updates add up; 'none' or '' for "
-        "the model alone; default: that of the server",
+        description="a mounted adapter, or several as 'a+b', whose updates are added; 'none' or '' "
+        "selects the model alone; default: the server's default adapter",
     )
     adapters: str | None = Field(
         None,
-        description="the adapter under mlx_lm.server's name for this field: an id, or the path "
+        description="the adapter, in mlx_lm.server's name for this field: an id, or the path "
         "of a mounted adapter",
     )
-    lora_path: str | None = Field(None, description="the same as adapters, in SGLang's spelling")
+    lora_path: str | None = Field(None, description="SGLang's name for adapters")
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="maximum tokens of the answer; default: 512 for a chat, 16 for a completion",
+        description="maximum tokens of the completion; default: 512 in a chat, otherwise 16",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="an alias of max_tokens, which takes precedence"
+        None, ge=1, description="an alias of max_tokens; if both are set, this one is used"
     )
     temperature: float | None = Field(
         None,
         ge=0,
         le=10,
-        description="default 0: greedy decoding, so that answers with and without "
+        description="default 0, which is greedy decoding, so that completions with and without "
         "an adapter can be compared. OpenAI's own default is 1",
     )
     top_p: float | None = Field(None, ge=0, le=1, description="default 1: no limit")
@@ -174,13 +176,13 @@ class Generate(Request):
         None,
         gt=0,
         le=10,
-        description="applies to tokens of the prompt and the answer; default 1: off",
+        description="applies to tokens of the prompt and the completion; default 1: off",
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="applies to tokens of the answer"
+        None, ge=-2, le=2, description="applies to tokens of the completion"
     )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="applies to tokens of the answer, once per occurrence"
+        None, ge=-2, le=2, description="applies to tokens of the completion, once per occurrence"
     )
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
@@ -188,29 +190,29 @@ class Generate(Request):
         description="values to add to the logits of tokens, by token id",
     )
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**64, description="the same seed gives the same answer"
+        None, ge=-(2**63), lt=2**64, description="the same seed gives the same completion"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
-        None, description="texts at which the answer ends; it contains none of them"
+        None, description="texts at which the completion ends, without including them"
     )
     n: int | None = Field(
-        None, ge=1, le=ANSWERS, description="number of answers to the prompt; default 1"
+        None, ge=1, le=ANSWERS, description="number of completions of the prompt; default 1"
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="the answer's format in vLLM's spelling, which has more formats"
+        None, description="the format of the completion, in vLLM's field with more formats"
     )
     deterministic: bool | None = Field(
         None,
-        description="bit-identical to the answer of a single request, whatever runs at the same "
-        "time: slower, because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of a single request, whatever "
+        "else is running: slower, because it is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
-        None, description="send the answer as server-sent events, each with a piece of text"
+        None, description="whether to send the completion as server-sent events, piece by piece"
     )
     stream_options: StreamOptions | None = None
-    most: ClassVar[int]  #: the default of the maximum tokens of an answer
-    continues: ClassVar[bool] = False  #: the answer's text directly follows the prompt's
+    most: ClassVar[int]  #: the default of max_tokens
+    continues: ClassVar[bool] = False  #: whether the completion continues the prompt's text
 
     @property
     @abstractmethod
@@ -219,12 +221,14 @@ class Generate(Request):
 
     @abstractmethod
     def encode(self, chosen: Selected) -> list[list[int]]:
-        """Returns the tokens of each prompt. Raises InputError if a prompt cannot be tokenized."""
+        """Returns the token ids of each prompt. Raises InputError if a prompt cannot be
+        tokenized."""
 
     @property
     @abstractmethod
     def top(self) -> int | None:
-        """The number of alternatives whose log p is requested; None if no log p is requested."""
+        """The number of alternatives whose log-probabilities are requested; None if no
+        log-probabilities are requested."""
 
     def check(self) -> None:
         """Raises InputError for a field that would have no effect."""
@@ -236,17 +240,18 @@ class Generate(Request):
 
     @property
     def is_formed(self) -> bool:
-        """Whether the request sets a format for the answer."""
+        """Whether the request sets a format for the completion."""
         form, more = self.response_format, self.structured_outputs
         return (form is not None and form.type != "text") or (more is not None and more.is_set)
 
     @property
     def is_guided(self) -> bool:
-        """Whether the answer may need a grammar, which takes long to compile."""
+        """Whether the completion may need a grammar, which takes long to compile."""
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """Compiles the grammar that the answer must match, which may take long; None for none."""
+        """Compiles the grammar that the completion must match, which may take long. Returns None if
+        there is none."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
         if form is not None and form.type != "text":
@@ -297,7 +302,7 @@ class Generate(Request):
 
 
 class ChatRequest(Generate):
-    """A chat; the model writes the next message."""
+    """A chat. The model generates the next message."""
 
     messages: Annotated[list[Message], Field(fail_fast=True)] = Field(
         min_length=1, max_length=TURNS
@@ -309,17 +314,17 @@ class ChatRequest(Generate):
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
-        None, description="default: auto; with required, or a tool, the answer consists of calls"
+        None, description="default: auto; required or a named tool forces the model to call tools"
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="whether one answer may have several calls; default: true"
+        None, description="whether a completion may have several tool calls; default: true"
     )
-    logprobs: bool | None = Field(None, description="return log p of the answer's tokens")
+    logprobs: bool | None = Field(None, description="return log-probabilities of the tokens")
     top_logprobs: int | None = Field(
         None,
         ge=-1,
         le=TOP,
-        description="with logprobs: also return log p of this many alternatives to each token; "
+        description="with logprobs: also return log-probabilities of this many alternatives; "
         "-1 and 0 mean none",
     )
     neutral = IN_CHAT
@@ -335,12 +340,12 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """Returns the tools for the chat template."""
+        """Returns the tools in the form that the chat template takes."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
     def calls(self) -> Literal["none", "auto", "forced"]:
-        """Whether the answer may, or must, call tools."""
+        """Whether the model cannot, may or must call tools."""
         if not self.tools or self.tool_choice == "none":
             return "none"
         return "auto" if self.tool_choice in (None, "auto") else "forced"
@@ -388,16 +393,16 @@ class ChatRequest(Generate):
 
 
 class CompletionRequest(Generate):
-    """A text to complete."""
+    """A text that the model continues."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a text or a list of its tokens, or a list of several texts or token lists"
+        description="a text or a list of token ids, or a list of several such prompts"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
         None,
         ge=0,
         le=TOP,
-        description="return log p of the answer's tokens, and of this many alternatives to each",
+        description="return log-probabilities of the tokens and this many alternatives to each",
     )
     neutral = IN_COMPLETION
     most = 16
@@ -431,13 +436,13 @@ class CompletionRequest(Generate):
 
 
 class MountRequest(BaseModel, strict=True, extra="forbid"):
-    """The folder of an adapter, and the name for requests that use it."""
+    """An adapter's folder, and the id under which requests use it."""
 
     id: str
     path: str
 
 
-# Answers
+# Responses
 
 
 class ErrorDetail(BaseModel):
@@ -459,7 +464,7 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens; the end-of-sequence token counts."""
+    """Numbers of tokens, including end-of-sequence tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -490,8 +495,8 @@ class TokenLogprob(TopLogprob):
 
 
 class ChatLogprobs(BaseModel):
-    """Log probabilities of all tokens of the answer, including reasoning and calls, before sampling
-    options and a grammar are applied."""
+    """The log-probabilities of all tokens of the completion, including reasoning and tool calls.
+    They are computed before sampling options and a grammar are applied."""
 
     content: list[TokenLogprob]
     refusal: None = None
@@ -589,7 +594,7 @@ class UnmountAnswer(BaseModel):
     removed_layers: int
 
 
-# Meaning
+# How requests are interpreted
 
 
 def _parsed(schema: str | dict[str, Any], where: str) -> Any:
@@ -602,7 +607,8 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns the turns for a chat template. Raises InputError for content that is not text."""
+    """Returns the turns in the form that a chat template takes. Raises InputError for content that
+    is not text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"
@@ -637,7 +643,7 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def names_base(base: Base, model: str | None) -> bool:
-    """Returns whether a request's `model` is the base model."""
+    """Returns whether a request's `model` names the base model."""
     if model is None or model == str(base.path):
         return True
     return model.lower() in (base.id.lower(), base.id.rsplit("/", 1)[-1].lower(), "default")

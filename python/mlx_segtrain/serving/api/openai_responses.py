@@ -1,4 +1,5 @@
-"""/v1/responses: OpenAI's newer format for chats, with text and tools; nothing is stored."""
+"""/v1/responses: OpenAI's newer format for chats, with text and tools. The server stores no
+responses."""
 
 import json
 import time
@@ -23,7 +24,7 @@ from .openai_fields import Request as Fields
 from .openai_forms import TOP, TURNS, ChatRequest, JsonSchema
 
 router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
-#: The schema of a stream's events; `data` is JSON, which repeats the type.
+#: The schema of a stream's events. `data` is JSON that also contains the event's type.
 EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {"type": "string"}}}
 RESPONSES: dict[int | str, dict[str, Any]] = {
     **ANSWERS,
@@ -33,7 +34,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
-#: Fields that may have these values, which have no effect.
+#: Fields that may be set to these values, because they have no effect.
 IN_RESPONSE: Neutral = {
     **dict.fromkeys(("user", "safety_identifier"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
@@ -50,7 +51,7 @@ IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING, "summary": ANYTHING}
 
 
 class Item(Fields):
-    """A turn, a tool call, the result of a call, or reasoning, which is ignored."""
+    """A turn, a tool call, the result of a tool call, or reasoning, which is ignored."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -72,7 +73,7 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields of chats have the same meaning here."""
+    """A request for a response. Fields that chats also have mean the same as in a chat."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
@@ -197,7 +198,7 @@ def _id(kind: str) -> str:
 
 
 class Made:
-    """Builds a response while it is generated, and the events of a stream."""
+    """Builds a response while it is generated, and the events of its stream."""
 
     def __init__(self, body: ResponseRequest, answers: Answers, model: str, adapter: str | None):
         self.items: list[dict[str, Any]] = []
@@ -228,7 +229,7 @@ class Made:
         return {"event": kind, "data": json.dumps(data)}
 
     def add(self, delta: Delta) -> Iterator[dict[str, str]]:
-        """Adds a part of the answer; yields its events."""
+        """Adds a part of the completion, and yields the events for it."""
         if delta.reasoning:
             yield from self._begin("reasoning")
             self.items[-1]["content"][0]["text"] += delta.reasoning
@@ -318,9 +319,9 @@ class Made:
 
 @router.post("/v1/responses", response_model=Response, responses=RESPONSES)
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
-    """Generates a response: text and tool calls."""
+    """Generates a response, which has text and tool calls."""
     chat = body.as_chat()
-    body.input = ""  # frees it: the answer may take long
+    body.input = ""  # frees it, because generating may take long
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:

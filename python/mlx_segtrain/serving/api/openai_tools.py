@@ -1,4 +1,4 @@
-"""Tools in requests, and calls of tools in answers."""
+"""The tools in requests, and the tool calls in responses."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ from pydantic import BaseModel, Field
 from ...errors import InputError
 from .openai_fields import Request
 
-#: Maximum number of tools in a request, and of calls in a message.
+#: Maximum number of tools in a request, and of tool calls in a message.
 TOOLS, CALLS = 128, 128
 
 
 class Function(Request):
-    """A function that the model may call; `parameters` is a JSON schema of its arguments."""
+    """A function that the model may call. `parameters` is a JSON schema for its arguments."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -36,7 +36,7 @@ class ChosenName(BaseModel, strict=True, extra="forbid"):
 
 
 class ChosenTool(BaseModel, strict=True, extra="forbid"):
-    """The tool that has to be called."""
+    """The tool that the model must call."""
 
     type: Literal["function"]
     function: ChosenName
@@ -48,7 +48,7 @@ class CalledFunction(BaseModel, strict=True):
 
 
 class Call(BaseModel, strict=True):
-    """A call in an assistant's message."""
+    """A tool call in an assistant's message."""
 
     id: str
     type: Literal["function"] = "function"
@@ -58,12 +58,13 @@ class Call(BaseModel, strict=True):
 Tools = Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)]
 Calls = Annotated[list[Call], Field(max_length=CALLS, fail_fast=True)]
 Choice = Literal["none", "auto", "required"] | ChosenTool
-#: Keywords whose values are schemas by name.
+#: Keywords whose value maps names to schemas.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Returns tools for a chat template. Raises InputError for fields without an effect."""
+    """Returns tools in the form that a chat template takes. Raises InputError for fields without an
+    effect."""
     for i, tool in enumerate(tools):
         tool.refuse_extra(f"tools.{i}.")
         tool.function.refuse_extra(f"tools.{i}.function.")
@@ -71,7 +72,7 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
-    """Returns calls for a chat template, with parsed arguments."""
+    """Returns tool calls in the form that a chat template takes, with parsed arguments."""
     found = []
     for i, call in enumerate(calls):
         try:
@@ -86,7 +87,8 @@ def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
 
 
 def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> dict[str, Any]:
-    """Returns the schema of an answer that calls the chosen tool, or at least one of the tools."""
+    """Returns the schema of a completion that calls the chosen tool or, if none is chosen, at least
+    one of the tools."""
     named = {tool.function.name: tool.function.parameters for tool in tools}
     if choice is not None and choice.function.name not in named:
         raise InputError(
@@ -100,14 +102,15 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
 
 
 def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Returns the schema of a call of any tool; tools that are not strict take any arguments."""
+    """Returns the schema of a call of any of the tools. Tools that are not strict take any
+    arguments."""
     own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
     call, schemas = _call_of(own)
     return {**call, "$defs": schemas}
 
 
 def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the schema of a call of any of these tools, and its $defs."""
+    """Returns the schema of a call of any of these tools, and the `$defs` that it needs."""
     calls = [
         {
             "type": "object",
@@ -128,8 +131,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """Returns a schema with references relative to `root`, its new place. `named` says that the
-    keys are names of schemas instead of keywords."""
+    """Returns a schema whose references are relative to `root`, the schema's new place. `named`
+    says that the keys are names of schemas instead of keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):
@@ -146,7 +149,7 @@ def _moved(schema: Any, root: str, named: bool = False) -> Any:
 
 
 def called(call: Mapping[str, Any], id: str) -> dict[str, Any]:
-    """Returns a call in OpenAI's format."""
+    """Returns a tool call in OpenAI's format."""
     arguments = call.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
     return {"id": id, "type": "function", "function": {"name": call["name"], "arguments": text}}

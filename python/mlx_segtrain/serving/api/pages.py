@@ -1,6 +1,6 @@
 """Routes for browsers: the page, Swagger's page, login and logout.
 
-The page consists of files (../page); its scripts use /api and /v1 like any other client.
+The page consists of the files in ../page. Its scripts use /api and /v1 like any other client.
 """
 
 import hashlib
@@ -18,19 +18,19 @@ from .guard import COOKIE, Guard, Refused
 
 FILES = Path(__file__).parents[1] / "page"
 LOGIN = (FILES / "login.html").read_text(encoding="utf-8")
-#: The addresses of the page, and the module that each loads (main.js).
+#: The addresses of the page, and the module that is loaded at each (main.js).
 PAGES = {
     **{"/finetune": "setup", "/finetune/": "setup", "/finetune/jobs": "jobs"},
     **{"/finetune/job/{id}": "job", "/finetune/library": "library", "/finetune/chat": "chat"},
 }
-#: Addresses of single files.
+#: Single files, by their addresses.
 ONES = {"/login.css": "login.css", "/favicon.ico": "icon.svg"}
 IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
 
 
 def _version() -> str:
-    """Returns a hash of the page's files. It is part of their addresses, so a browser can cache
-    them forever and never mixes two versions."""
+    """Returns a hash of the page's files. It is part of their addresses, so that a browser can
+    cache them forever and never mixes two versions."""
     found = hashlib.sha256()
     for path in sorted(FILES.rglob("*")):
         if path.is_file():
@@ -42,8 +42,8 @@ VERSION = _version()
 
 
 def modules(*names: str) -> list[str]:
-    """Returns these modules and all modules that they import, so that a browser can load all of
-    them at the same time."""
+    """Returns these modules and all modules that they import, so that a browser can load them all
+    at the same time."""
     found = dict.fromkeys(names)
     for name in found:
         text = (FILES / name).read_text(encoding="utf-8")
@@ -54,7 +54,8 @@ def modules(*names: str) -> list[str]:
 
 
 def page(name: str) -> str:
-    """Returns the HTML for a module. Scripts run in their order, so uPlot precedes the modules."""
+    """Returns the HTML for a module. Scripts run in the order in which they are listed, so uPlot
+    must precede the modules."""
     needed = modules("main.js", f"{name}.js")
     lines = [f'<link rel="modulepreload" href="FILES/{own}" />' for own in needed]
     if "charts.js" in needed:
@@ -83,7 +84,7 @@ async def login() -> HTMLResponse:
 
 @router.post("/login")
 async def check(guard: Used, token: Annotated[str, Form()] = "") -> Response:
-    """Checks the token; the browser gets a session cookie instead."""
+    """Checks the token. If it is right, the browser gets a session cookie instead."""
     if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
         try:
             await guard.slow_down()
@@ -111,7 +112,7 @@ async def root() -> Response:
 
 
 class Kept(StaticFiles):
-    """Files that a browser can cache forever: their address changes with their content."""
+    """Files that a browser can cache forever, because their address changes with their content."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         answer = super().file_response(*args, **kwargs)
@@ -127,7 +128,8 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _html(text: str) -> Callable[[Request], Awaitable[Response]]:
-    """Returns a route that sends HTML, with FILES replaced by the address of the page's files."""
+    """Returns a route that sends HTML in which FILES is replaced by the address of the page's
+    files."""
     text = text.replace("FILES/", f"/finetune/files/{VERSION}/")
 
     async def send(request: Request) -> Response:
@@ -145,5 +147,5 @@ def add_pages(app: FastAPI) -> None:
     for path, name in ONES.items():
         app.add_route(path, _file(name), include_in_schema=False)
     app.mount(f"/finetune/files/{VERSION}", Kept(directory=FILES))
-    # Swagger's files come from a package instead of another host.
+    # Swagger's files come from a Python package instead of another host.
     app.mount("/docs-files", StaticFiles(packages=[("fastapi_offline", "static")]))

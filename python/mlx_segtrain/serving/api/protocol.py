@@ -1,4 +1,4 @@
-"""HTTP with limits on the time and size of a request's head."""
+"""HTTP with limits on the time and the size of a request's head."""
 
 import asyncio
 import logging
@@ -17,12 +17,12 @@ class Patient(HttpToolsProtocol):
 
     late: asyncio.TimerHandle | None = None
     head = 0  #: bytes of headers, including trailers
-    unread = 0  #: bytes received of an incomplete head
+    unread = 0  #: bytes of an incomplete head that have been received
 
     def data_received(self, data: bytes) -> None:
         before = self.late
         super().data_received(data)
-        # While a head is incomplete, all data belongs to it, and the parser keeps it.
+        # While a head is incomplete, all data belongs to it, and the parser keeps the data.
         incomplete = self.late is not None and self.late is before
         self.unread = self.unread + len(data) if incomplete else 0
         if self.unread > HEAD_BYTES and not self.transport.is_closing():
@@ -34,7 +34,7 @@ class Patient(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.head += len(name) + len(value) + 4
-        if self.head > HEAD_BYTES:  # the parser turns the exception into send_400_response
+        if self.head > HEAD_BYTES:  # the parser responds to the exception with send_400_response
             raise ValueError("the head is too large")
         super().on_header(name, value)
 

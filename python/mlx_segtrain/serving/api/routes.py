@@ -25,7 +25,7 @@ from .guard import PATIENCE_S
 
 
 def problems(*codes: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the errors of a route for the API's schema."""
+    """Returns the error responses of a route for the API's schema."""
     return {code: {"model": forms.Problem} for code in codes}
 
 
@@ -37,7 +37,8 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """Whether the server is up and can generate; 503 if it no longer can."""
+    """Reports that the server is up, with its version and its model. The status is 503 if it can no
+    longer generate."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
@@ -47,14 +48,14 @@ async def health(service: Used) -> forms.Health:
 
 @router.get("/metrics", tags=["server"], response_class=PlainTextResponse)
 async def metrics(service: Used) -> PlainTextResponse:
-    """Requests, tokens and times by adapter, in Prometheus format."""
+    """Metrics for each adapter in Prometheus format: requests, tokens and response times."""
     text = service.engine.metrics.text()
     return PlainTextResponse(text, media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 @router.get("/api/state", tags=["server"])
 async def state(service: Used) -> forms.State:
-    """The state of the server: running jobs, the served model, the device."""
+    """The state of the server: running jobs, the served model and the device."""
     running, device = service.jobs.running(), service.device
     return forms.State(
         served=None if (base := service.engine.base) is None else _served(base),
@@ -72,7 +73,7 @@ async def state(service: Used) -> forms.State:
 
 @router.get("/api/models", tags=["models and data"])
 async def models(service: Used) -> forms.ModelsAnswer:
-    """Models below the roots."""
+    """The models below the server's roots."""
     faults: list[catalog.Unreadable] = []
     found, roots = await service.models(faults), map(str, service.roots.folders)
     return forms.ModelsAnswer(models=found, faults=faults, roots=list(roots))
@@ -80,14 +81,14 @@ async def models(service: Used) -> forms.ModelsAnswer:
 
 @router.post("/api/models/serve", tags=["models and data"])
 async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
-    """Loads a model for /v1, replacing the served one."""
+    """Loads a model for /v1. It replaces the model that is being served."""
     return _served(await service.serve(body.model_dir))
 
 
 @router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
 async def download(body: forms.Download, service: Used) -> forms.Submitted:
-    """Downloads a model or a data set from the hub, as a job, if downloads are allowed; then its
-    name can be used as model_dir or data_dir."""
+    """Starts a job that downloads a model or a data set from the hub, if downloads are allowed.
+    When the job is done, the name can be used as model_dir or data_dir."""
     row = service.download(body.name, body.kind)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
@@ -98,20 +99,21 @@ async def search(
     words: Annotated[str, Query(min_length=2, max_length=100)],
     kind: hub.Kind = "model",
 ) -> forms.HubAnswer:
-    """Models or data sets on the hub whose names contain these words, the most downloaded first;
-    needs allowed downloads."""
+    """The models or data sets on the hub whose names contain these words. The most downloaded is
+    first. Downloads must be allowed."""
     return forms.HubAnswer(found=await service.search(words, kind))
 
 
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
-    """Folders with train.jsonl below the roots."""
+    """The folders below the server's roots that contain train.jsonl."""
     return forms.DatasetsAnswer(datasets=await service.datasets())
 
 
 @router.get("/api/adapters", tags=["models and data"])
 async def adapters(service: Used, model_dir: str | None = None) -> forms.AdaptersAnswer:
-    """Adapters below the roots that a model can use; without a model, all of them."""
+    """The adapters below the server's roots that a model can use. If no model is given, all
+    adapters are listed."""
     found = await service.adapters(None if model_dir is None else service.place(model_dir))
     rows = [
         forms.AdapterFolder(
@@ -128,14 +130,15 @@ async def adapters(service: Used, model_dir: str | None = None) -> forms.Adapter
 
 @router.post("/api/finetune/inspect-dataset", tags=["training"])
 async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.Inspected:
-    """Inspects a data set: counts, faults, and which tokens of its first rows are in the loss."""
+    """Inspects a data set: returns counts, problems, and which tokens of the first rows are in the
+    loss."""
     report = await service.inspect(**body.model_dump())
     return forms.Inspected(**{**vars(report), "format": report.format or "unknown"})
 
 
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
-    """All fields of a run, with allowed values and defaults."""
+    """All fields of a run, with their allowed values and defaults."""
     return forms.schema()
 
 
@@ -147,7 +150,7 @@ async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
 
 @router.post("/api/finetune/copy", tags=["training"])
 async def copy(body: forms.CopyRequest) -> forms.Copies:
-    """A run as a command, a YAML file and a Python program."""
+    """Returns a run as a command, a YAML file and a Python program."""
     given = {"exclude_none": True, "exclude_unset": True, "exclude": {"ranks"}}
     values = body.model_dump(mode="json", **given)
     values.setdefault("adapter_path", "adapters")  # the default is a folder of this server
@@ -160,7 +163,7 @@ async def copy(body: forms.CopyRequest) -> forms.Copies:
 
 @router.post("/api/finetune/read", tags=["training"])
 async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
-    """Reads the settings in a YAML file, and lists its faults."""
+    """Reads the settings in a YAML file, and lists the errors in it."""
     values, found = await service.looks.run(copies.read_yaml, body.yaml)
     faults = [forms.Fault(field=own.field, message=str(own)) for own in found]
     return forms.ReadSettings(values=values, faults=faults)
@@ -168,14 +171,14 @@ async def read(body: forms.Settings, service: Used) -> forms.ReadSettings:
 
 @router.post("/api/finetune/submit", tags=["training"], responses=problems(409))
 async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
-    """Starts a training run, as a job."""
+    """Starts a training run as a job."""
     row = service.submit(body.model_dump(exclude_unset=True, exclude={"ranks"}), body.ranks)
     return forms.Submitted(job_id=row.id, jobId=row.id, adapter_path=row.output_path)
 
 
 @router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
 async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitted:
-    """Computes loss and perplexity on a split, with or without an adapter, as a job."""
+    """Starts a job that computes the loss and perplexity on a split, with or without an adapter."""
     values = body.model_dump(exclude_unset=True)
     how = values.pop("split", "valid"), values.pop("with_base", False)
     row = service.evaluate(values, *how)
@@ -184,7 +187,8 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Merges two adapters into one without loss, or one into its base model, as a job."""
+    """Merges two adapters into one without loss, or starts a job that merges an adapter into its
+    base model."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
         row = service.enqueue("fold", **body.model_dump(exclude=of_two))
@@ -212,7 +216,7 @@ async def export(body: forms.Export, service: Used) -> forms.Exported:
 
 @router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
 async def push(body: forms.Push, service: Used) -> forms.Pushed:
-    """Pushes the files of an adapter or a model to the Hugging Face hub, and no others."""
+    """Pushes the files of an adapter or a model, and no other files, to the Hugging Face hub."""
     source = body.source_path
     if body.job_id is not None:
         source = service.jobs.get(body.job_id).output_path
@@ -226,20 +230,20 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
 
 @router.get("/api/settings/hf-token", tags=["server"])
 async def has_hf_token(service: Used) -> forms.HasHfToken:
-    """Whether the server has a hub token; the token itself is never returned."""
+    """Returns whether the server has a hub token. The token itself is never returned."""
     return forms.HasHfToken(hasToken=service.has_hf_token)
 
 
 @router.post("/api/settings/hf-token", tags=["server"])
 async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
-    """Sets the hub token until the server stops; it is not written to disk."""
+    """Sets the hub token until the server stops. The token is not written to disk."""
     service.jobs.environment["HF_TOKEN"] = body.token
     return forms.Answer()
 
 
 @router.delete("/api/sessions", tags=["server"])
 async def end_sessions(service: Used) -> forms.Answer:
-    """Logs all browsers out: each has to log in with the token again."""
+    """Logs all browsers out. Each has to log in with the token again."""
     service.sessions.close_all()
     return forms.Answer()
 
@@ -249,9 +253,11 @@ async def list_jobs(
     service: Used,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     kind: Annotated[str | None, Query(max_length=100)] = None,
-    before: Annotated[str | None, Query(description="The id of a job.")] = None,
+    before: Annotated[
+        str | None, Query(description="The id of a job; only older jobs are listed.")
+    ] = None,
 ) -> forms.JobsAnswer:
-    """Lists jobs without their configurations, the newest first; with `before`, only older ones."""
+    """Lists jobs without their configurations. The newest job is first."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
@@ -272,19 +278,19 @@ async def describe(id: str, body: forms.Description, service: Used) -> forms.Job
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
-    """Cancels a job; a run keeps its last finished step."""
+    """Cancels a job. A training run keeps the last step that it has finished."""
     return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 
 @router.post("/api/jobs/{id}/resume", tags=["jobs"], responses=problems(404, 409))
 async def resume(id: str, service: Used) -> forms.JobAnswer:
-    """Requeues a job that failed or was cancelled; a run resumes from its checkpoint."""
+    """Requeues a job that failed or was cancelled. A training run resumes from its checkpoint."""
     return forms.JobAnswer(job=_shown(service, service.resume(id)))
 
 
 @router.delete("/api/jobs/{id}", tags=["jobs"], responses=problems(404, 409))
 async def delete(id: str, service: Used) -> forms.Answer:
-    """Deletes a job that has ended, with its log; its outputs stay."""
+    """Deletes a job that has ended, and its log. Its outputs are not deleted."""
     service.jobs.remove(id)
     return forms.Answer()
 
@@ -298,10 +304,11 @@ async def delete(id: str, service: Used) -> forms.Answer:
 async def stream(
     service: Used,
     id: str,
-    after: Annotated[int, Query(ge=0, description="Events after the one with this id.")] = 0,
+    after: Annotated[int, Query(ge=0, description="Only events with a higher id are sent.")] = 0,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> EventSourceResponse:
-    """A job's events, all or those after one, until the job has ended; then `event: end`."""
+    """Streams the events of a job until it has ended, and then sends `event: end`. If `after` is
+    set, only later events are sent."""
     if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 16:
         after = int(last_event_id)
     events = _frames(service, id, after)
@@ -326,7 +333,7 @@ def _served(base: Base) -> forms.Served:
 
 
 async def _result(service: Service, row: Row) -> dict[str, Any]:
-    """Waits for a job and returns its result. Raises InputError if it failed."""
+    """Waits until a job has ended, and returns its result. Raises InputError if the job failed."""
     end = await service.jobs.ended(row.id)
     if end.status != "done":
         raise InputError(end.error or f"{row.id} was {end.status}.")

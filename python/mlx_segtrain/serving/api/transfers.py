@@ -1,7 +1,7 @@
-"""Uploads of the files of data sets and adapters, and downloads as an archive.
+"""Uploads of the files of data sets and adapters, and their downloads as ZIP archives.
 
-Each upload goes to its own folder in the store. A file is written under a temporary name, and
-renamed when it is complete and verified.
+Each upload has its own folder in the store. A file is written under a temporary name, and renamed
+when it is complete and verified.
 """
 
 import asyncio
@@ -36,14 +36,14 @@ from .dependencies import Used
 from .guard import PATIENCE_S
 from .routes import problems
 
-#: Files by their names in an archive.
+#: Open files by their names in an archive.
 Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
-#: The accepted files of an adapter.
+#: The files of an adapter that may be uploaded.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
-#: Advice in errors.
+#: Advice at the end of errors.
 ADVICE = "give it another name"
-#: Bytes that are read at a time.
+#: The number of bytes that are read at a time.
 BLOCK = 1 << 20
 Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 BINARY = {"schema": {"type": "string", "format": "binary"}}
@@ -60,7 +60,8 @@ router = APIRouter(
 
 @router.put("/api/datasets/{name}/{file}", responses=problems(409), openapi_extra=BODY)
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of a data set, called train or valid, with an extension (docs/data.md)."""
+    """Uploads a file of a data set. The file is called train or valid, with the extension of its
+    format (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a file of a data set must be called train or valid, with the extension of its format: "
@@ -119,7 +120,8 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
 
 
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
-    """Deletes an uploaded folder, or a file in it, and then the folder if it is empty."""
+    """Deletes an uploaded folder, or only a file in it. If the folder is then empty, it is deleted,
+    too."""
     place = service.uploads / kind / name
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:
@@ -136,7 +138,7 @@ async def _remove(service: Service, kind: Kind, name: str, file: str | None = No
 
 
 def _check_unused(service: Service, place: Path, advice: str) -> None:
-    """Raises Conflict if a live job reads this folder, or a file in it."""
+    """Raises Conflict if a job that has not ended reads this folder or a file in it."""
     for id in service.jobs.live:
         row = service.jobs.store.get(id)
         if row and any(Path(own).is_relative_to(place) for own in row.inputs):
@@ -144,14 +146,14 @@ def _check_unused(service: Service, place: Path, advice: str) -> None:
 
 
 def _role(kind: Kind, file: str) -> str:
-    """Returns the role of a file in its folder, which may have only one file for each role."""
+    """Returns the role of a file in its folder. A folder may have only one file for each role."""
     if kind == "datasets":
         return stem_of(Path(file))
     return CONFIG if file == CONFIG else "weights"
 
 
 def _in_the_way(place: Path, kind: Kind, file: str) -> Iterable[str]:
-    """Returns the files in a folder that conflict with this one."""
+    """Returns the files in a folder that conflict with this file."""
     if kind == "datasets":
         return split_in(place, place, _role(kind, file))
     others = (WEIGHTS, UNPADDED) if file == PEFT_WEIGHTS else (PEFT_WEIGHTS,)
@@ -184,7 +186,8 @@ async def _receive(
 
 
 async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
-    """Writes a file; returns its size. Raises InputError if the content does not fit the name."""
+    """Writes a file and returns its size in bytes. Raises InputError if the content does not fit
+    the name."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with ExitStack() as written:
         aside = written.enter_context(files.atomic(path))
@@ -201,7 +204,7 @@ async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
         _check_unused(service, path.parent, ADVICE)  # the upload may have taken an hour
-        await run_in_threadpool(written.close)  # the disk may take long
+        await run_in_threadpool(written.close)  # this may take long on a slow disk
     return size
 
 
@@ -237,7 +240,7 @@ async def _archive_of(
     service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
 ) -> StreamingResponse:
     """Returns the archive of a folder below the roots. Its files are opened and checked in a thread
-    before the answer starts; it holds a slot for transfers."""
+    before the response starts. The archive holds a slot for transfers."""
     with ExitStack() as held:
         held.enter_context(service.transfers.place())
 
@@ -250,8 +253,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A ZIP file of open files. At its end, `held` is closed, which frees the files and a slot for
-    transfers. A client that reads too slowly is disconnected."""
+    """A ZIP file of open files. When it ends, `held` is closed, which frees the files and a slot
+    for transfers. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
@@ -271,7 +274,7 @@ class Archive(StreamingResponse):
 
 
 class _Sink:
-    """A buffer between the writer of the ZIP file and the answer."""
+    """A buffer between the writer of the ZIP file and the response."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -289,7 +292,7 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """Yields the blocks of a ZIP file, without compression: weights cannot be compressed."""
+    """Yields the blocks of a ZIP file. It is not compressed, because weights do not get smaller."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -301,7 +304,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes the temporary files that a killed server has left."""
+    """Removes temporary files that a killed server has left."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

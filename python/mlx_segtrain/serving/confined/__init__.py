@@ -1,4 +1,4 @@
 """Handles untrusted templates, tokenizers and data in processes that can be killed.
 
-parent.py starts the processes and sends them commands; child.py runs in them.
+parent.py starts the processes, which run child.py, and sends them commands.
 """

@@ -1,10 +1,10 @@
 """A process that handles untrusted templates, tokenizers and data (started by parent.py).
 
-It reads commands from a socket. A frame is 4 bytes of length, and JSON. The command `fork` creates
-a child, which has the loaded libraries and tokenizer; `kill` ends one. Other commands are methods
-`do_…`, and run with limits of CPU time and memory: the system kills a process that exceeds them,
-even if no other process is left. The process writes no file, and has few environment variables and
-open files.
+It reads commands from a socket. A frame is JSON, preceded by its length in 4 bytes. The command
+`fork` creates a child process, which inherits the loaded libraries and tokenizer; `kill` ends a
+child process. All other commands are methods `do_…`, which run with limits on CPU time and memory:
+the system kills a process that exceeds them, even if no other process is left. The process writes
+no file, and has few environment variables and open files.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: Maximum number of tokens of a data set's rows in a report.
+#: Maximum number of tokens in the rows that a report on a data set shows.
 SHOWN = 100_000
-#: Maximum characters of a token, because an answer could consist of the longest token only.
+#: Maximum number of characters in a token, because a completion could repeat only the longest
+#: token.
 LONGEST_TOKEN = 2000
-#: Maximum factor by which the replacements of a decoder may lengthen a text.
+#: Maximum factor by which the replacements of a decoder may make a text longer.
 MOST_GROWTH = 8
-#: Maximum characters of an error message.
+#: Maximum number of characters in an error message.
 LONGEST = 500
 
 
 class Child:
-    """The state of a process. A forked process keeps only the loaded tokenizer."""
+    """The state of a process. A forked process keeps only the tokenizer that was loaded."""
 
     def __init__(self, wire: socket.socket):
         self.wire = wire
@@ -90,7 +91,7 @@ class Child:
             self.children.remove(pid)
 
     def do_load(self, folder: str) -> None:
-        """Loads the tokenizer of a model's folder, for this process and its children."""
+        """Loads the tokenizer of a model's folder for this process and its child processes."""
         from ...models import load_tokenizer
 
         _check_decoder(Path(folder))
@@ -110,13 +111,13 @@ class Child:
         return _few(prompt_ids(self.tokenizer, messages, variables), most)
 
     def do_calls(self, texts: list[str], tools: list[Any] | None) -> list[list[Any] | None]:
-        """Returns the tool calls in each text; None for a text without calls."""
+        """Returns the tool calls in each text, or None for a text without tool calls."""
         from ...generation.parts import read_calls
 
         return [read_calls(self.tokenizer, text, tools) for text in texts]
 
     def do_inspect(self, path: str, n_preview: int, how: Values, roots: list[str]) -> Values:
-        """Returns the report on a data set, as JSON values."""
+        """Returns the report on a data set as JSON values."""
         opening.open_too(roots)
         from ...data import Options, inspect
 
@@ -128,12 +129,13 @@ class Child:
         return asdict(report)
 
     def do_nothing(self) -> None:
-        """Does nothing; the answer shows that the process runs."""
+        """Does nothing. The reply shows that the process is running."""
 
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long: the engine decodes each token of all requests."""
+    replacements make texts very long. This is necessary because the engine decodes each token of
+    all requests."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
@@ -160,12 +162,12 @@ def _check_decoder(folder: Path) -> None:
 
 
 def _few(tokens: Any, most: int) -> list[int] | int:
-    """Returns the tokens, or only their number if there are more than `most`."""
+    """Returns the tokens or, if there are more than `most`, only their number."""
     return len(tokens) if len(tokens) > most else list(tokens)
 
 
 def receive(wire: socket.socket) -> tuple[Values, list[int]] | None:
-    """Returns the next frame and its file descriptors; None if the socket is closed."""
+    """Returns the next frame and its file descriptors, or None if the socket is closed."""
     head, files, _, _ = socket.recv_fds(wire, 4, 1)
     while head and len(head) < 4:
         head += wire.recv(4 - len(head))
@@ -189,7 +191,8 @@ def send(wire: socket.socket, values: Values, files: tuple[int, ...] = ()) -> No
 
 
 def limit(seconds: float, memory: int) -> None:
-    """Limits the CPU time and the memory that this process may take from now on."""
+    """Limits the CPU time (in seconds) and the memory (in bytes) that this process may use from now
+    on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soon = int(used.ru_utime + used.ru_stime + seconds) + 1
     set_limit(resource.RLIMIT_CPU, soon)
@@ -197,10 +200,12 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def main(file: str, store: str = "", *folders: str) -> None:
-    """Runs the process. `file` is the number of the socket; the others are opening.confined()."""
+    """Runs the process. `file` is the number of the socket; the other arguments are
+    opening.confined()."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
-    # Ctrl-C in the terminal also reaches this process, but the server decides when it ends.
+    # Ctrl-C in the terminal also reaches this process, but the server decides when the process
+    # ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.setrecursionlimit(1000)
     hide_torch()

@@ -1,8 +1,9 @@
 """Handles untrusted templates, tokenizers and data in processes that can be killed.
 
-A root process loads the libraries. For each model, a process is forked from it that loads the
-tokenizer. Workers, which render and encode, are forked from that process: a worker starts in
-milliseconds, and one that loops or grows can be killed. Every wait has a time limit.
+A root process loads the libraries. For each model, a process is forked from the root process, and
+loads the model's tokenizer. Workers, which render and encode, are forked from that process.
+Therefore a worker starts in milliseconds, and a worker that loops or grows can be killed. Every
+wait has a time limit.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 
-#: Seconds after which a command counts as slow, and maximum number of slow ones at once.
+#: A command counts as slow after SLICE_S seconds. At most MOST_SLOW commands may be slow at once.
 SLICE_S, MOST_SLOW = 0.5, 3
 #: Maximum number of idle workers per model.
 MOST_IDLE = 2
-#: Seconds for loading the libraries, which may be slow on a busy machine, and for a fork.
+#: Time limits in seconds: for loading the libraries, which may be slow on a busy machine, and for a
+#: fork.
 START_S, FORK_S = 120.0, 30.0
-#: Characters above which only one prompt is encoded at a time; maximum bytes of memory for it.
+#: Prompts of more than LARGE characters are encoded one at a time, with at most MOST_MEMORY bytes
+#: of memory.
 LARGE, MOST_MEMORY = 1 << 16, 448 << 20
 
 _PROMPTS = Pool("prompts", MOST_SLOW + 2, 256)
@@ -41,25 +44,26 @@ INSPECTIONS = Pool("inspections", 2, 16)
 
 
 def prompts(size: int) -> Pool:
-    """Returns the pool for prompts with this many characters."""
+    """Returns the pool for prompts with `size` characters."""
     return _LARGE_PROMPTS if size > LARGE else _PROMPTS
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a command: seconds of CPU time (four times as many by the clock), and bytes of
-    additional memory."""
+    """The limits of a command: seconds of CPU time, and bytes of additional memory. The limit on
+    elapsed time is four times the CPU time."""
 
     seconds: float
     memory: int
 
     @classmethod
     def of_prompt(cls, size: int) -> Limits:
-        """Returns the limits for a prompt; tokenizers need at most 400 bytes per character."""
+        """Returns the limits for a prompt of `size` characters. A tokenizer needs at most 400 bytes
+        per character."""
         return cls(5 + size / 100_000, min((48 << 20) + 512 * size, MOST_MEMORY))
 
 
-#: Limits for loading a tokenizer, and for inspecting a data set.
+#: Limits for loading a tokenizer (LOADING), and for inspecting a data set (INSPECTING).
 LOADING = Limits(60, 1 << 30)
 INSPECTING = Limits(120, 256 << 20)
 
@@ -70,19 +74,19 @@ class Failed(InputError):
 
 @dataclass(eq=False)
 class _Process:
-    """A process, as its parent sees it: a socket, and the command that runs."""
+    """A process as its parent process sees it: a socket, and the command that is running."""
 
     wire: socket.socket
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
     begun: float = 0.0  #: when the process got its current command
-    seconds: float = 1.0  #: its time limit
-    evicted: bool = False  #: whether it is killed because too many are slow
+    seconds: float = 1.0  #: the time limit of that command
+    evicted: bool = False  #: whether it is being killed because too many commands are slow
 
     @property
     def spent(self) -> float:
-        """The fraction of its time limit that has passed."""
+        """The fraction of the command's time limit that has passed."""
         return (time.monotonic() - self.begun) / self.seconds
 
     def fork(self) -> _Process:
@@ -101,13 +105,13 @@ class _Process:
         send(self.wire, {"op": op, **limited, **values})
 
     def says_something(self, seconds: float) -> bool:
-        """Returns whether an answer arrives, or the socket closes, within `seconds`."""
+        """Returns whether a reply arrives or the socket closes within `seconds`."""
         wait = select.poll()
         wait.register(self.wire, select.POLLIN)
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """Returns the answer. Raises TimeoutError, OSError if the process was killed, or _Told if
+        """Returns the reply. Raises TimeoutError, OSError if the process was killed, or _Told if
         the command failed."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
@@ -135,7 +139,7 @@ class _Told(Exception):
 
 
 class _Root:
-    """The process that has loaded the libraries. It is restarted if it has ended."""
+    """The process that has loaded the libraries. If it has ended, a new one is started."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -168,7 +172,7 @@ class _Root:
         return self.process
 
     def close(self) -> None:
-        """Ends the process and its descendants."""
+        """Ends the process and all its descendants."""
         if self.popen is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.popen.pid, signal.SIGKILL)
@@ -180,7 +184,7 @@ class _Root:
 
 _ROOT = _Root()
 atexit.register(_ROOT.close)
-#: Libraries must not start threads, which a fork would lose, or use the network.
+#: Libraries must not use the network, and must not start threads, which a fork would lose.
 SETTINGS = {
     **{"PYTHONDONTWRITEBYTECODE": "1", "RUST_BACKTRACE": "0"},
     **{"TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1"},
@@ -189,19 +193,20 @@ SETTINGS = {
 
 
 class Confined:
-    """The workers for a model's tokenizer, or for no model. All calls block: use threads."""
+    """The workers for a model's tokenizer, or for work without a model. All calls block, so they
+    must be made in threads."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.users = 0  #: the number of calls in progress; counted by the owner
+        self.users = 0  #: the number of calls in progress; the owner counts them
         self._lock = threading.Lock()  # guards the attributes below
-        self._keeper: _Process | None = None  # has loaded the tokenizer; workers are its forks
+        self._keeper: _Process | None = None  # loads the tokenizer and forks workers
         self._idle: list[_Process] = []
         self._slow: list[_Process] = []
         self._closed = False
 
     def start(self) -> None:
-        """Loads the tokenizer if it is not loaded. Raises InputError if that fails."""
+        """Loads the tokenizer unless it is already loaded. Raises InputError if that fails."""
         with self._lock:
             if self._keeper is not None:
                 return
@@ -218,10 +223,11 @@ class Confined:
             self._keeper = keeper
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
-        """Runs a command in a worker; returns its answer. Raises Failed (about `what`) or Busy."""
+        """Runs a command in a worker and returns its result. Raises Failed, with a message about
+        `what`, or Busy."""
         self.start()
         begun, worker = time.monotonic(), self._take()
-        # The system limits CPU time; on a busy machine the worker may take longer.
+        # The system limits CPU time. On a busy machine, the elapsed time may be longer.
         worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
@@ -247,21 +253,22 @@ class Confined:
             raise Busy("the model was replaced: try again.")
         try:
             return keeper.fork()
-        except OSError:  # it has ended: the next call starts another
+        except OSError:  # it has ended: the next call starts another process
             with self._lock:
                 if self._keeper is keeper:
                     self._keeper = None
             raise Busy("the tokenizer's process has ended: try again.") from None
 
     def _add_slow(self, worker: _Process) -> None:
-        """Adds a slow worker. If there are too many, ends the one closest to its time limit."""
+        """Adds a slow worker. If there are too many, ends the worker that is closest to its time
+        limit."""
         with self._lock:
             self._slow.append(worker)
             running = [x for x in self._slow if not x.evicted]
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            # The thread that waits for this worker gets an error and kills the worker.
+            # The thread that waits for this worker gets an error, and then kills the worker.
             with suppress(OSError):
                 worst.wire.shutdown(socket.SHUT_RDWR)
 
@@ -277,7 +284,7 @@ class Confined:
             worker.kill()
 
     def close(self) -> None:
-        """Ends all workers; calls in progress fail."""
+        """Ends all workers. Calls in progress fail."""
         with self._lock:
             self._closed = True
             ended = [*self._idle, *self._slow]

@@ -1,11 +1,12 @@
 """One base model, its adapters, and the thread that generates.
 
-MLX's streams belong to a thread, so everything that creates arrays runs on this one. Each round
-computes parts of the waiting prompts, with the arrays of one adapter in the base's linear layers,
-and then a token of every answer: one forward pass for all adapters (batching.py), each row with its
-own update. A request has its own cache, random key and counts, so its answer does not depend on
-other requests, except for the last bits: products of several rows are summed in another order. A
-request with `deterministic` is decoded alone, and its answer is bit-identical.
+An MLX stream belongs to one thread, so everything that creates arrays runs on the engine's thread.
+Each round first computes parts of the waiting prompts, with the arrays of one adapter in the base's
+linear layers. Then it computes one token of every completion in one forward pass for all adapters
+(batching.py), in which each row has its own update. Each request has its own cache, random key and
+counts, so its completion does not depend on other requests, except in the last bits: matrix
+products of several rows are summed in another order. A request with `deterministic` is decoded
+alone, and its completion is bit-identical.
 """
 
 import asyncio
@@ -41,25 +42,29 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Maximum number of requests that are generating, and of requests that are waiting.
+#: Maximum number of requests that are generating, and maximum number of requests that are waiting.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: Seconds of a request's turn while others are waiting: then it waits and keeps its cache, up to
-#: this many caches. Seconds after which a request that has not started is refused.
+#: If others are waiting, a request's turn ends after TURN_S seconds: it then waits and keeps its
+#: cache, but at most MOST_PAUSED caches are kept in this way. A request that has not started after
+#: LONGEST_WAIT_S seconds is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
-#: Loading a model waits this many seconds for answers in progress; no request can start in the
-#: meantime. If it waited in vain, loading is refused for this many seconds.
+#: Before a model is loaded, the engine waits up to SWAP_S seconds for completions in progress; no
+#: request can start in the meantime. If completions are still in progress after that, loading is
+#: refused for SWAP_REST_S seconds.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: Maximum tokens of a prompt that are computed at once, and minimum while answers are being
-#: decoded.
+#: The maximum number of prompt tokens that are computed at once (on the CPU and on a GPU), and the
+#: minimum while completions are being decoded.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
-#: Seconds of one part of a prompt, and of all prompts between two tokens of the answers; without
-#: answers prompts may take longer, so that more answers start together.
+#: Target seconds for one part of a prompt, and maximum seconds for all prompts between two tokens
+#: of the completions. If no completion is being decoded, prompts may take FIRST_PROMPTS_S, so that
+#: more completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: While a job is computing: seconds for which only the job uses the device, for each second of a
-#: round, in which both share it. If rounds take up to 0.1 s, a step of the job then takes 1 / (1 -
-#: 0.5 / 2.5) = 1.25 times as long as alone. The rest is limited, so that no answer stalls.
+#: While a job is computing, the engine pauses after each round for REST seconds per second of the
+#: round. During the pause, only the job uses the device; during the round, both share it. With
+#: rounds of up to 0.1 s, the job's steps take 1 / (1 - 0.5 / 2.5) = 1.25 times as long as without
+#: the engine. A pause has a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 1.5, 0.15
-#: Maximum number of mounted adapters, and of bytes for all of them.
+#: Maximum number of mounted adapters, and maximum bytes of all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
 MOST_PROMPTS = 32
@@ -71,13 +76,13 @@ T = TypeVar("T")
 
 
 class NoMemory(RunError):
-    """The device has too little memory for a request; other requests continue."""
+    """The device has too little memory for a request. Other requests continue."""
 
     status, code = 503, "no_memory"
 
 
 class Ended(RunError):
-    """The engine's thread has ended; the server has to be restarted."""
+    """The engine's thread has ended, so the server must be restarted."""
 
     status, code = 503, "ended"
 
@@ -86,16 +91,17 @@ class Ended(RunError):
 class _Command:
     run: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
-    alone: bool = False  #: whether it waits until no answer is being generated
+    alone: bool = False  #: whether it waits until no completion is being generated
     since: float = field(default_factory=time.monotonic)
 
 
 class Engine:
-    """Generates with one base model and its adapters; `cache_bytes` limits the cached prompts."""
+    """Generates with one base model and its adapters. `cache_bytes` limits the size of the cached
+    prompts."""
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
-        # Replaced and never modified, because other threads read it.
+        # The mapping is replaced and never modified, because other threads read it.
         self.adapters: dict[str, Mounted] = {}
         self.default: str | None = None  #: the adapter for requests that name none
         self._cache_bytes = cache_bytes
@@ -116,11 +122,11 @@ class Engine:
             },
             lambda: self.adapters,
         )
-        # Used by the engine's thread only:
+        # Only the engine's thread uses these:
         self._prompts: Any = None
         self._linears = Linears()
         self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
-        self._merges = False  # whether a cache of the base can hold several requests
+        self._merges = False  # whether a cache of the base model can hold several requests
         self._batches: list[Batch[Request]] = []
         self._rate = 0.0  # tokens of prompts per second
         self._device = mx.default_device()
@@ -130,10 +136,10 @@ class Engine:
     # Called from an event loop
 
     async def load(self, model_dir: Path) -> Base:
-        """Replaces the base model once no answer is being generated, and drops adapters and cached
-        prompts.
+        """Replaces the base model once no completion is being generated, and drops adapters and
+        cached prompts.
 
-        Raises InputError if the new model cannot be read: then the old one stays.
+        Raises InputError if the new model cannot be read; in that case the old model stays.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -141,13 +147,13 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        # In a thread, because closing waits for a tokenizer that is still loading.
+        # Closing runs in a thread, because it waits for a tokenizer that is still loading.
         except BaseException:
             threading.Thread(target=confined.close, daemon=True).start()
             raise
 
     async def mount(self, id: str, path: Path) -> Mounted:
-        """Mounts an adapter; if one is already mounted under this id, returns that one.
+        """Mounts an adapter. If an adapter is already mounted under this id, returns that adapter.
 
         Raises InputError if the id or the folder cannot be used.
         """
@@ -155,18 +161,18 @@ class Engine:
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """Unmounts an adapter; returns the number of its linear layers. Requests that use it finish
-        with it. If it was the default, the base model becomes the default.
+        """Unmounts an adapter, and returns the number of its linear layers. Requests that already
+        use it can still finish. If it was the default, the base model becomes the default.
 
-        Raises InputError if it is not mounted.
+        Raises InputError if the adapter is not mounted.
         """
         return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
-        """Returns the adapters that a request names: "a", a stack "a+b" or "a,b", "none" or "" for
-        the base model, None for the default.
+        """Returns the adapters that a request names. The name is "a", a stack "a+b" or "a,b",
+        "none" or "" for the base model, or None for the default.
 
-        Raises InputError for an adapter that is not mounted, or cannot be stacked.
+        Raises InputError for an adapter that is not mounted, or that cannot be stacked.
         """
         if self.base is None:
             raise InputError("no model is loaded: start the server with one.")
@@ -189,9 +195,10 @@ class Engine:
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """Returns the answer to a prompt, piece by piece; call it in a running event loop.
+        """Returns the completion of a prompt, piece by piece. It must be called in a running event
+        loop.
 
-        Raises InputError if the prompt is empty, too long, or has unknown tokens, and Busy if too
+        Raises InputError if the prompt is empty, is too long or has unknown tokens, and Busy if too
         many requests are waiting.
         """
         base = selected.base
@@ -209,13 +216,13 @@ class Engine:
         return Generation(request.outbox)
 
     async def tidy(self) -> None:
-        """Returns freed memory to the system, unless an answer is being generated."""
+        """Returns freed memory to the system, unless a completion is being generated."""
         if not self._active and not self._stopped:
             await self.call(_free)
 
     async def spare(self, job: bool) -> None:
-        """Sets whether a job is computing; while it is, no prompts are cached, and it gets most of
-        the device's time."""
+        """Sets whether a job is computing. While it is, no prompts are cached, and the job gets
+        most of the device's time."""
         self._job = job
         if job and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
@@ -225,15 +232,15 @@ class Engine:
         return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
-        """Ends all requests and frees the model; the thread stays until the process ends."""
+        """Ends all requests and frees the model. The thread stays until the process ends."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
         self._ended.wait()
 
     async def call(self, run: Callable[[], T], *, alone: bool = False) -> T:
-        """Runs a function on the engine's thread, between two rounds. With `alone`, it first waits
-        until no answer is being generated, and raises Busy if that takes too long."""
+        """Runs a function on the engine's thread, between two rounds. With `alone`, first waits
+        until no completion is being generated, and raises Busy if that takes too long."""
         command = _Command(run, alone=alone)
         with self._wake:
             self._check_runs()
@@ -249,7 +256,7 @@ class Engine:
         if self._stopped:
             raise Busy("the server is shutting down: try again later.")
 
-    # Runs on the engine's thread
+    # These run on the engine's thread
 
     def _work(self) -> None:
         try:
@@ -261,8 +268,8 @@ class Engine:
             with suppress(Exception):
                 self._give_up(Ended(self.fault))
         self._ended.set()
-        # MLX frees its compiled functions when their thread ends, and needs Python for that: a
-        # process that exits at this moment would abort (ml-explore/mlx#4110). So the thread stays.
+        # MLX frees its compiled functions when their thread ends, and needs Python for that. A
+        # process that exits at this moment would abort (ml-explore/mlx#4110), so the thread stays.
         threading.Event().wait()
 
     def _serve(self) -> None:
@@ -296,8 +303,8 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """Recovers from an error that belongs to no single request: running requests fail, waiting
-        ones stay."""
+        """Recovers from an error that does not belong to a single request: running requests fail,
+        and waiting requests stay."""
         logger.error("the engine failed and restarts without the running requests", exc_info=error)
         failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
@@ -322,7 +329,7 @@ class Engine:
                 module.forget_casts()
 
     def _admit(self) -> None:
-        """Starts the requests that have waited longest, and pauses those whose turn is over."""
+        """Starts the requests that have waited longest, and pauses requests whose turn is over."""
         now = time.monotonic()
         with self._wake:
             self._drop_closed()
@@ -347,7 +354,7 @@ class Engine:
             request.outbox.put(Busy(message))
 
     def _give_up(self, ended: RunError) -> None:
-        """Ends all requests with an error, and frees memory."""
+        """Ends all requests with an error, and frees the memory."""
         for request in (*self._active, *self._waiting):
             request.cache = request.batch = None
             request.outbox.put(ended)
@@ -361,12 +368,13 @@ class Engine:
         self._commands.clear()
         self.adapters = {}
         self._free_spare()
-        # Work in progress may free Python functions, so the thread has to wait for it.
+        # Work in progress may free Python functions, so the thread has to wait for that work.
         mx.synchronize()
         mx.clear_cache()
 
     def _drop_closed(self) -> None:
-        """Drops closed requests that have not started; the engine's thread ends other ones."""
+        """Drops closed requests that have not started. The engine's thread ends all other closed
+        requests."""
         if any(request.outbox.closed for request in self._waiting):
             self._waiting = deque(x for x in self._waiting if x.cache or not x.outbox.closed)
 
@@ -397,7 +405,7 @@ class Engine:
                 command.future.set_exception(error)
 
     def _round(self) -> None:
-        """Computes parts of prompts, then a token of every answer."""
+        """Computes parts of prompts, and then one token of every completion."""
         self._end(*(x for x in self._active if x.outbox.closed))
         self._read_prompts()
         for batch in list(self._batches):
@@ -406,7 +414,7 @@ class Engine:
             self._step(batch)
 
     def _read_prompts(self) -> None:
-        """Computes prompts in order of arrival; requests whose prompts are done join a batch."""
+        """Computes prompts in order of arrival. Requests whose prompts are done join a batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
@@ -424,7 +432,7 @@ class Engine:
         self._join(ready)
 
     def _read_part(self, request: Request) -> bool:
-        """Computes a part of a prompt; returns whether only the last token is left."""
+        """Computes a part of a prompt, and returns whether only the last token is left."""
         cache = self._begin(request) if request.cache is None else request.cache
         last = request.length - 1
         if request.next is not None or request.done >= last:
@@ -446,7 +454,7 @@ class Engine:
         return end == last
 
     def _join(self, ready: Sequence[Request]) -> None:
-        """Adds each request to a batch of answers with similar lengths, or to a new batch."""
+        """Adds each request to a batch of completions with similar lengths, or to a new batch."""
         joining: dict[Batch[Request], list[Request]] = {batch: [] for batch in self._batches}
         for request in ready:
             fits = (batch for batch, own in joining.items() if batch.takes(request, own))
@@ -486,17 +494,18 @@ class Engine:
         self._end(*(x for x in ended if x.batch is batch))
 
     def _updates(self) -> dict[Any, lora.Adapter]:
-        """Returns the updates of all requests in batches, by key."""
+        """Returns the updates of all requests in batches, keyed by Selected.key."""
         chosen = {x.selected.key: x.selected for batch in self._batches for x in batch.answers}
         return {key: self._linears.sum_of(x.adapters) for key, x in chosen.items() if key}
 
     def _break_up(
         self, batch: Batch[Request], error: BaseException, joining: Sequence[Request] = ()
     ) -> None:
-        """Handles an error in a batch: its requests restart from their tokens.
+        """Handles an error in a batch, whose requests restart from their tokens.
 
-        If memory was short, the longest request fails. Otherwise any of them may have caused the
-        error: each continues alone, so that only that one fails.
+        If memory was short, the longest request fails. Otherwise any of the requests may have
+        caused the error, so each of them continues alone, and only the one that caused it fails
+        again.
         """
         self._batches.remove(batch)
         requests = list({id(x): x for x in (*batch.answers, *joining)}.values())
@@ -511,7 +520,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Takes requests out of their batches; with `keep`, they keep their caches."""
+        """Removes requests from their batches. With `keep`, they keep their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:
@@ -519,7 +528,7 @@ class Engine:
         self._active = [x for x in self._active if x not in requests]
 
     def _end(self, *requests: Request) -> None:
-        """Ends requests; their caches are kept for prompts with the same beginning."""
+        """Ends requests. Their caches are kept for prompts with the same beginning."""
         if not requests:
             return
         self._take_out(requests)
@@ -532,9 +541,11 @@ class Engine:
             mx.clear_cache()
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
-        """Keeps a cache for prompts with the same beginning. Deterministic requests share none."""
+        """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
+        are not kept."""
         if request.done and not request.options.deterministic and not self._job:
-            # The key precedes the tokens; as the cache's model name it would never be freed.
+            # The key is put before the tokens. If it were the cache's model name, it would never be
+            # freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
 
@@ -564,7 +575,7 @@ class Engine:
         base = read_base(path, confined)
         rows, merges = Rows(base.modules, base.model), can_merge(make_prompt_cache(base.model))
         prompts = LRUPromptCache(MOST_PROMPTS, self._cache_bytes)
-        # Nothing below can fail; if anything above does, the old model is intact.
+        # Nothing below can fail. If anything above fails, the old model is intact.
         if self.base is not None:
             self.base.confined.close()
         for id in self.adapters:
@@ -604,8 +615,9 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """Returns the cache of the longest known beginning of a prompt, without the last token; an
-        empty cache for a deterministic request, whose bits must not depend on cached prompts."""
+        """Returns a cache with the longest known beginning of a prompt, without the prompt's last
+        token. For a deterministic request, whose bits must not depend on cached prompts, returns an
+        empty cache."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base
@@ -633,8 +645,8 @@ class Engine:
 
 
 def _free() -> None:
-    """Returns free memory to the system. MLX keeps it for new arrays, and so does the C library, as
-    this package configures it (csrc/core/kernel.cpp)."""
+    """Returns free memory to the system. MLX keeps free memory for new arrays, and so does the C
+    library, as this package configures it (csrc/core/kernel.cpp)."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # the C library has no such function
@@ -646,7 +658,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _no_memory(error: BaseException, what: str) -> RunError | None:
-    """Returns the error to report if memory was short; None for other errors."""
+    """Returns the error to report if memory was short, or None for any other error."""
     if not is_out_of_memory(error):
         return None
     return NoMemory(

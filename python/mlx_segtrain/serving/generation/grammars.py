@@ -1,7 +1,7 @@
-"""Formats of answers: JSON, a schema, a pattern, one of several texts, or a grammar.
+"""Formats of completions: JSON, a schema, a pattern, one of several texts, or a grammar.
 
-After each token, llguidance computes which tokens may follow. It reads untrusted grammars and
-limits their size and the work per token; an error ends only the request.
+After each token, llguidance computes which tokens may follow. It reads untrusted grammars, and
+limits their size and the work per token. An error ends only the request that caused it.
 """
 
 import json
@@ -16,23 +16,25 @@ import numpy as np
 
 from ...errors import InputError
 
-#: Maximum number of characters in a grammar, and of places where a rule, a group or a subschema may
-#: start. llguidance recurses from each to the next, and a stack overflow kills the process: a stack
-#: of 8 MB suffices for about 2000.
+#: Maximum number of characters in a grammar, and maximum number of places where a rule, a group or
+#: a subschema may start. llguidance may recurse at each of these places, and a stack overflow kills
+#: the process: a stack of 8 MB suffices for about 2000 of them.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000
-#: Limits of a grammar: work per token, and states, each of which takes up to 2 KB.
+#: The limits of a grammar: the work per token, and the number of states, each of which takes up to
+#: 2 KB.
 LIMITS = llguidance.LLParserLimits(
     step_lexer_fuel=100_000, max_lexer_states=20_000, verbose_errors=False
 )
 _LARK = ":(["
-#: mlx-lm's parser for calls that are JSON between tags.
+#: mlx-lm's parser for tool calls that are JSON between tags.
 JSON_CALLS = "mlx_lm.tool_parsers.json_tools"
-#: The whitespace between JSON tokens: a space, or a line break with indentation.
+#: The allowed whitespace between JSON tokens: a space, or a line break with indentation.
 SPACE: Any = {"whitespace_pattern": r"( |\n[ \t]{0,16})?"}
 
 
 class Grammar:
-    """A grammar, and its state after the tokens so far. Implements decoding.Constraint."""
+    """A grammar, and its state after the tokens that have been generated. It implements
+    decoding.Constraint."""
 
     def __init__(self, matcher: Any, tokens: int, ends: Sequence[int]):
         self._matcher, self._tokens, self._ends = matcher, tokens, ends
@@ -48,7 +50,8 @@ class Grammar:
             self._check()
 
     def allowed(self, n: int) -> mx.array:
-        """Returns bool [n]: the tokens that may follow; after the end, the ends of a sequence."""
+        """Returns bool [n], which is true for the tokens that may follow. After the end of the
+        grammar, these are the end-of-sequence tokens."""
         if self._matcher.is_stopped():
             return mx.zeros(n, mx.bool_).at[mx.array(list(self._ends))].add(True)
         mask = llguidance.numpy.allocate_token_bitmask(1, self._tokens)
@@ -65,7 +68,7 @@ class Grammar:
 
 
 class Grammars:
-    """Compiles grammars for a tokenizer. All calls take long."""
+    """Compiles grammars for a tokenizer. Each call may take long."""
 
     def __init__(self, tokenizer: Any, tokens: int):
         self._wrapper, self._tokens = tokenizer, tokens
@@ -90,8 +93,8 @@ class Grammars:
             return self._known
 
     def schema(self, field: str, schema: Any) -> Grammar:
-        """Returns a grammar of JSON that matches a schema. It limits whitespace: some models would
-        write it forever."""
+        """Returns a grammar for JSON that matches a schema. The grammar limits whitespace, because
+        some models would write it forever."""
 
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
@@ -103,8 +106,8 @@ class Grammars:
         return self._made(field, read, text, "{")
 
     def calls(self, field: str, schema: Any) -> Grammar:
-        """Returns a grammar of text in which every tool call matches a schema. Raises InputError
-        for a model that does not write calls as JSON between tags."""
+        """Returns a grammar for text in which every tool call matches a schema. Raises InputError
+        for a model that does not write tool calls as JSON between tags."""
         parser = getattr(self._wrapper, "tool_parser", None)
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
@@ -132,7 +135,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """Compiles a grammar in the format of Lark, or of llama.cpp, whose rules contain ::= ."""
+        """Compiles a grammar in the format of Lark, or in that of llama.cpp, in which rules contain
+        ::= ."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -140,7 +144,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, _LARK)
 
     def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
-        """Compiles a grammar; its rules, groups and subschemas start with the letters `begins`."""
+        """Compiles a grammar. The letters `begins` are those with which rules, groups and
+        subschemas start."""
         if len(text) > MOST_TEXT:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:

@@ -9,14 +9,14 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from .mounting import GONE, NONE, STACK, Mounted
 from .requests import Request
 
-#: Upper bounds of the histograms of times, in seconds.
+#: Upper bounds, in seconds, of the buckets in the histograms of times.
 TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """Counters by adapter, and gauges, of one engine.
+    """The counters, by adapter, and the gauges of one engine.
 
-    Cached prompts are not counted: that would reveal prompts of other clients.
+    Cached prompts are not counted, because the count would reveal prompts of other clients.
     """
 
     def __init__(
@@ -24,7 +24,8 @@ class Metrics:
         now: Mapping[str, tuple[str, Callable[[], float]]],
         mounted: Callable[[], Mapping[str, Mounted]],
     ):
-        """`now` maps names of gauges to their description and value; `mounted` returns adapters."""
+        """`now` maps names of gauges to a description and a function that returns the value.
+        `mounted` returns the mounted adapters by id."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry, "namespace": "segtrain"}
@@ -42,7 +43,7 @@ class Metrics:
             Gauge(name, about, **own).set_function(read)
 
     def count(self, request: Request, finish: str) -> None:
-        """Counts an answer that has ended with `finish`: stop, length, gone, or failed."""
+        """Counts a completion that has ended. `finish` is stop, length, gone or failed."""
         adapters, now = request.selected.adapters, time.monotonic()
         name = STACK if len(adapters) > 1 else NONE
         if len(adapters) == 1:
@@ -56,7 +57,8 @@ class Metrics:
         self._whole.labels(name).observe(now - request.asked)
 
     def forget(self, adapter: str) -> None:
-        """Drops the counters of an unmounted adapter: clients could mount any number of names."""
+        """Drops the counters of an unmounted adapter, because clients could mount adapters under
+        any number of names."""
         for own in (self._requests, self._prompts, self._tokens, self._first, self._whole):
             own.remove_by_labels({"adapter": adapter})
 

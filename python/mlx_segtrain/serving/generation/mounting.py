@@ -29,15 +29,15 @@ from ...models.tables import tables_of
 from ..confined.parent import Confined, Limits
 from .grammars import Grammars
 
-#: Maximum tokens of a prompt to a model without a known context length.
+#: Maximum number of tokens in a prompt if the model's context length is not known.
 MOST_TOKENS = 1 << 20
-#: Maximum bytes of cached sums of adapters; the last sum is cached in any case.
+#: Maximum bytes of cached sums of adapters. The last sum is cached even if it is larger.
 MOST_SUM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model. `created` is a time in seconds since 1970; `max_length` is in tokens, or None
+    """A loaded model. `created` is a time in seconds since 1970. `max_length` is in tokens, or None
     if it is not known."""
 
     id: str
@@ -45,25 +45,27 @@ class Base:
     created: int
     tokenizer: Any
     max_length: int | None
-    vocabulary: int  #: rows of the token embedding
-    logits: int  #: rows of the head
+    vocabulary: int  #: number of rows of the token embedding
+    logits: int  #: number of rows of the head
     model: Any
     chain: Chain
-    #: The layers that can take updates, by path; embedding and head are added when needed.
+    #: The layers that can have updates, by path. The embedding and the head are added when needed.
     modules: dict[str, lora.LoRALinear]
-    confined: Confined  #: where its tokenizer and its chat template run
-    grammars: Grammars  #: guards its tokenizer
+    confined: Confined  #: the processes that run its tokenizer and its chat template
+    grammars: Grammars  #: compiles grammars; also guards the tokenizer
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a text that is not a chat, with the tokenizer's special tokens."""
+        """Returns the tokens of a text that is not a chat, including the tokenizer's special
+        tokens."""
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError("prompt: it contains half of a character (a surrogate): send text.")
         what = f"prompt: the tokenizer of {self.id}"
         return self.tokens("encode", what, len(text), text=text)
 
     def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
-        """Returns the tokens of `size` characters from a tokenizer process. Raises InputError if it
-        fails, or if there are more tokens than the model's context length."""
+        """Returns the tokens of a text of `size` characters, computed by a tokenizer process.
+        Raises InputError if that fails, or if there are more tokens than the model's context
+        length."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
         if isinstance(found, int):
@@ -71,8 +73,8 @@ class Base:
         return found
 
     def check(self, prompt: Sequence[int], logit_bias: Mapping[int, float]) -> None:
-        """Raises InputError if the prompt is empty or too long, or if it or the biases contain
-        unknown tokens."""
+        """Raises InputError if the prompt is empty or too long, or if the prompt or the biases
+        contain unknown tokens."""
         if not prompt:
             raise InputError("the prompt has no tokens: add some text.")
         if self.max_length is not None and len(prompt) > self.max_length:
@@ -86,7 +88,8 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class Mounted:
-    """An adapter in memory. `rank` is its largest rank, `scale` the multiplier of most layers."""
+    """An adapter in memory. `rank` is its largest rank, and `scale` is the multiplier of most of
+    its layers."""
 
     id: str
     path: Path
@@ -95,14 +98,14 @@ class Mounted:
     size_bytes: int
     mounted_layers: int
     adapter: lora.Adapter
-    prompting: Prompting  #: the format of prompts in training
-    #: A unique number, never used again.
+    prompting: Prompting  #: how prompts were rendered in training
+    #: A number that is never used for another adapter.
     serial: int = field(default_factory=count().__next__, init=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """The base model and adapters of a request; unmounting an adapter does not affect it."""
+    """The base model and the adapters of a request. Unmounting an adapter does not affect it."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -118,10 +121,10 @@ class Selected:
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
         """Returns the tokens of a chat with the generation prompt. The template's `variables`
-        replace the values that the adapters were trained with.
+        replace the values with which the adapters were trained.
 
-        Raises InputError without a template, if the template fails or does not support tools, or if
-        several adapters were trained with different variables.
+        Raises InputError if there is no template, if the template fails or does not support tools,
+        or if several adapters were trained with different variables.
         """
         base, given = self.base, dict(variables or {})
         found: dict[str, Any] = {}
@@ -152,12 +155,13 @@ class Selected:
         return tuple(mounted.serial for mounted in self.adapters)
 
 
-#: Labels of /metrics for requests without an adapter, with several, and with an unmounted one.
+#: Labels in /metrics for requests without an adapter, with several adapters, and with an adapter
+#: that has been unmounted.
 RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 
 
 def check_id(id: str) -> None:
-    """Raises InputError if this cannot be the id of an adapter."""
+    """Raises InputError if `id` cannot be the id of an adapter."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
         raise InputError(f"id: {id!r} cannot name an adapter: use a word.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
@@ -174,7 +178,8 @@ def _too_long(n: int, most: int, id: str) -> InputError:
 
 
 def read_base(path: Path, confined: Confined) -> Base:
-    """Loads a model, whose tokenizer `confined` has loaded. Raises InputError if that fails."""
+    """Loads a model whose tokenizer `confined` has already loaded. Raises InputError if that
+    fails."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
@@ -203,9 +208,10 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """Loads an adapter. Raises InputError if it does not fit, or takes more than `most` bytes."""
+    """Loads an adapter. Raises InputError if it does not fit the base model, or takes more than
+    `most` bytes."""
     folder = open_folder(path)
-    needed = stored_bytes(folder)  # from the header: a sparse file takes less space on disk
+    needed = stored_bytes(folder)  # from the header, since a sparse file takes less space on disk
     if most is not None and needed > most:
         raise InputError(
             f"{path} needs {needed / 1e9:.1f} GB of memory, but mounted adapters may take only "
@@ -227,15 +233,16 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
 
 
 class Linears:
-    """Tracks which updates are in the linear layers of a base model."""
+    """Keeps track of which updates are in the linear layers of a base model."""
 
     def __init__(self) -> None:
-        self.key: tuple[int, ...] | None = None  #: Selected.key of the updates
+        self.key: tuple[int, ...] | None = None  #: Selected.key of the current updates
         self._touched: set[str] = set()  # paths of linear layers with an update
         self._sums: OrderedDict[tuple[int, ...], lora.Adapter] = OrderedDict()
 
     def put_in(self, selected: Selected) -> None:
-        """Puts updates into the base's linear layers, unless they are there; computes nothing."""
+        """Puts a request's updates into the base's linear layers, unless they are already there.
+        Apart from the sum of several adapters, which is cached, it computes nothing."""
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
@@ -256,12 +263,13 @@ class Linears:
         self.key = selected.key
 
     def take_out(self, base: Base, known: Set[str]) -> None:
-        """Removes all updates if a layer other than the known ones has one."""
+        """Removes all updates if any layer besides those in `known` has an update."""
         if not self._touched <= known:
             self.put_in(Selected(base))
 
     def forget(self, mounted: Mounted, base: Base) -> None:
-        """Frees the arrays of an unmounted adapter, which would stay until the next request."""
+        """Frees the arrays of an unmounted adapter, which would otherwise stay until the next
+        request."""
         for key in [key for key in self._sums if mounted.serial in key]:
             del self._sums[key]
         if self.key and mounted.serial in self.key:
@@ -274,10 +282,11 @@ class Linears:
         self._sums.clear()
 
     def sum_of(self, adapters: tuple[Mounted, ...]) -> lora.Adapter:
-        """Returns the update of these adapters; a sum of several is cached."""
+        """Returns the sum of the updates of these adapters. If there are several, the sum is
+        cached."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        # The sum does not depend on the order.
+        # The sum does not depend on the order of the adapters.
         own = sorted(adapters, key=lambda mounted: mounted.id)
         key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:

@@ -1,4 +1,4 @@
-"""Sends the pieces of an answer from the engine's thread to a reader in an event loop."""
+"""Sends the pieces of a completion from the engine's thread to a reader in an event loop."""
 
 import asyncio
 from collections import deque
@@ -11,15 +11,16 @@ _Queue = asyncio.Queue[Piece | Exception | None]
 
 
 class _Mail:
-    """The items that the engine's thread sends to the readers of an event loop. Waking the loop up
-    takes a system call, so it is woken up only once for all items since it last read them."""
+    """The items that the engine's thread sends to the readers in an event loop. Waking the loop
+    takes a system call, so the loop is woken only once for all items that arrive before it reads
+    them."""
 
     def __init__(self) -> None:
         self._items: deque[tuple[_Queue, Piece | Exception]] = deque()
         self._called = False
 
     def put(self, loop: asyncio.AbstractEventLoop, queue: _Queue, item: Piece | Exception) -> None:
-        """Raises RuntimeError if the loop has ended."""
+        """Sends an item to a queue. Raises RuntimeError if the loop has ended."""
         self._items.append((queue, item))
         if not self._called or loop.is_closed():
             self._called = True
@@ -31,7 +32,7 @@ class _Mail:
                 raise
 
     def _deliver(self) -> None:
-        # Must be first, so that an item that arrives now wakes the loop up again.
+        # This must come first, so that an item that arrives now wakes the loop again.
         self._called = False
         while self._items:
             queue, item = self._items.popleft()
@@ -42,7 +43,7 @@ _mail: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
 
 
 class Outbox:
-    """A queue from the engine's thread to a reader in an event loop."""
+    """A queue that leads from the engine's thread to a reader in an event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -60,8 +61,8 @@ class Outbox:
 
 
 class Generation(AsyncIterator[Piece]):
-    """Yields the pieces of an answer. Raises RunError if the answer fails. If this object is
-    dropped, the answer ends."""
+    """Yields the pieces of a completion. Raises RunError if the completion fails. If this object is
+    dropped, the completion ends."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox
@@ -78,7 +79,7 @@ class Generation(AsyncIterator[Piece]):
         return item
 
     async def aclose(self) -> None:
-        """Ends the answer, also for a reader that is waiting in another task."""
+        """Ends the completion, even if a reader in another task is waiting for it."""
         if not self._outbox.closed:
             self._outbox.closed = True
             self._outbox.queue.put_nowait(None)

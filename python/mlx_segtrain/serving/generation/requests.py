@@ -1,4 +1,4 @@
-"""A request for an answer."""
+"""A request for a completion."""
 
 import time
 from itertools import count
@@ -12,7 +12,8 @@ _numbers = count()
 
 
 class Request(Answer):
-    """An answer whose pieces are read in an event loop; create it inside the running loop."""
+    """A completion whose pieces are read in an event loop. It must be created inside the running
+    loop."""
 
     def __init__(self, prompt: list[int], selected: Selected, options: Options):
         super().__init__(prompt, selected.base, options)

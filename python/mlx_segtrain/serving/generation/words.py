@@ -1,4 +1,4 @@
-"""The bytes of single tokens, for OpenAI's log probabilities."""
+"""The bytes of single tokens, for log-probabilities in OpenAI's format."""
 
 import re
 from functools import cache
@@ -9,7 +9,8 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @cache
 def _bytes_of_letters() -> dict[str, int]:
-    """Returns the byte that each character stands for in byte-level vocabularies (GPT-2's)."""
+    """Returns the byte that each character represents in byte-level vocabularies such as
+    GPT-2's."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     letters = {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -17,7 +18,8 @@ def _bytes_of_letters() -> dict[str, int]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Returns whether characters of tokens stand for bytes (GPT-2) or are text (SentencePiece)."""
+    """Returns whether the characters of tokens represent bytes (GPT-2) instead of text
+    (SentencePiece)."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         return hasattr(tokenizer, "byte_decoder")
@@ -29,7 +31,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
     name = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(name, str):
         return b""
-    if int(token) in tokenizer.added_tokens_decoder:  # text in every vocabulary
+    if int(token) in tokenizer.added_tokens_decoder:  # these are text in every vocabulary
         return name.encode()
     if _is_byte_level(tokenizer):
         letters = _bytes_of_letters()
@@ -40,7 +42,8 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def shown(own: bytes) -> str:
-    """Returns a token's text; for a part of a character, escaped bytes, as OpenAI does."""
+    """Returns a token's text. If the token is only a part of a character, returns its bytes as
+    escape sequences, as OpenAI does."""
     try:
         return own.decode()
     except UnicodeDecodeError:

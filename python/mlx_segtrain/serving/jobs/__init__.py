@@ -1,4 +1,4 @@
-"""Jobs: queued processes whose events can be followed, and that survive the server.
+"""Jobs: queued processes that outlive the server, and whose events clients can follow.
 
 queue.py     starts jobs and follows them     kinds.py     declares the kinds of jobs
 store.py     the database                     eventlog.py  the log of a job's events

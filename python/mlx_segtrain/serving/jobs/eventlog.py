@@ -1,7 +1,7 @@
-"""A job's log: one event per line, written by the job's process; readers start at any offset.
+"""A job's log. The job's process writes one event per line, and readers can start at any offset.
 
-The id of an event is the offset after its line. The writing process holds a lock file next to the
-log as long as it lives.
+The id of an event is the offset of the end of its line. The writing process holds a lock on a file
+next to the log for as long as the process lives.
 """
 
 import json
@@ -14,19 +14,19 @@ from typing import BinaryIO
 from ...events import Event
 from ...files import lock, private, to_json
 
-#: Bytes that are read at once.
+#: The number of bytes that are read at once.
 BLOCK = 1 << 16
-#: Maximum bytes of a line; the rest is not shown.
+#: Maximum bytes of a line that are shown.
 LONGEST = 1 << 16
-#: Maximum bytes of a line that is cached for other readers.
+#: Maximum bytes of a line for it to be cached for other readers.
 SHORT = 1 << 11
-#: Types of the last event of an attempt at a job.
+#: The types of event with which an attempt at a job ends.
 LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """Returns a line as the JSON of an event; a line that is not an event becomes an event of type
-    log."""
+    """Returns a line as the JSON of an event. A line that is not an event becomes the text of a log
+    event."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 
@@ -44,9 +44,9 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
-    """Returns some events after an offset, as (id, JSON), and the offset after them.
+    """Returns some of the events after an offset, as (id, JSON), and the offset at which they end.
 
-    `ended` says that nothing more will be written, so an incomplete last line also counts.
+    `ended` says that nothing more will be written, so that an incomplete last line counts too.
     """
     try:
         with open(path, "rb") as file:
@@ -70,7 +70,8 @@ def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]],
 
 
 def _line_start(file: BinaryIO, after: int) -> int:
-    """Moves the file to an offset, or to the end of the line around it; returns the offset."""
+    """Moves the file to an offset or, if that is inside a line, to the end of the line. Returns the
+    offset that was reached."""
     file.seek(max(after - 1, 0))
     if after and file.read(1) != b"\n":
         file.readline()
@@ -89,7 +90,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 
 
 def last(path: Path, begins: int) -> Event | None:
-    """Returns the last event of the attempt whose events start at an offset; None without one."""
+    """Returns the last event of the attempt whose events start at the offset `begins`, or None if
+    the attempt has no such event."""
     with suppress(FileNotFoundError):  # a process prints little after its last event
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
@@ -97,15 +99,15 @@ def last(path: Path, begins: int) -> Event | None:
 
 
 def append(path: Path, event: Event) -> None:
-    """Appends an event on its own line."""
+    """Appends an event as a line."""
     with open(path, "ab+", opener=private) as file:
         _end_line(file.fileno())
         file.write((to_json(event) + "\n").encode())
 
 
 def claim(path: Path) -> int | None:
-    """Locks a log; returns the descriptor of the lock, which all processes that inherit it hold
-    until they close it. Returns None if another process holds the lock."""
+    """Locks a log and returns the descriptor of the lock, or None if another process holds the
+    lock. All processes that inherit the descriptor hold the lock until they close it."""
     file = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o600)
     if lock(file):
         return file
@@ -114,21 +116,21 @@ def claim(path: Path) -> int | None:
 
 
 def open_end(path: Path) -> int:
-    """Opens the log for appending, at the start of a line."""
+    """Opens the log for appending at the start of a line."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file
 
 
 def _end_line(file: int) -> None:
-    """Ends an incomplete last line, which a killed process may have left."""
+    """Adds the end of an incomplete last line, which a killed process may have left."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")
 
 
 def is_written(path: Path) -> bool:
-    """Returns whether the process that writes the log lives."""
+    """Returns whether the process that writes the log is running."""
     try:
         with open(lock_of(path), "rb") as file:
             return not lock(file)

@@ -1,9 +1,9 @@
-"""Runs a job on several ranks: the job's process starts them through mlx.launch and passes on what
-they report.
+"""Runs a job on several ranks: the job's process starts them through mlx.launch and forwards their
+events.
 
-The processes are: this one (worker.py), mlx.launch (launcher.py), and the ranks (rank.py), of which
-rank 0 is on this machine. A signal to this process goes to rank 0, and the ranks end after the same
-step. If this process or mlx.launch ends, so do all ranks.
+The processes are this one (worker.py), mlx.launch (launcher.py) and the ranks (rank.py). Rank 0 is
+on this machine. A signal to this process goes to rank 0, and all ranks end after the same step. If
+this process or mlx.launch ends, so do all ranks.
 """
 
 import json
@@ -23,8 +23,9 @@ from ...files import to_json
 from ..hosts import HERE, Hosts
 from .kinds import tell
 
-#: mlx.launch's first port, and the maximum characters of a line of the configuration, because a
-#: terminal, as SSH opens one, limits a line to 4096 bytes (Linux) or 1024 (macOS).
+#: mlx.launch's first port, and the maximum number of characters in a line of the configuration. The
+#: lines are short because a terminal such as the one that SSH opens limits a line to 4096 bytes
+#: (Linux) or 1024 bytes (macOS).
 FIRST_PORT, LINE = 32323, 1000
 #: The first character of each line of the configuration. SSH would interpret a `~` there, and an
 #: empty line ends the configuration.
@@ -32,10 +33,10 @@ FIRST = "+"
 
 
 def run(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job of this kind on the hosts in `given`; returns its last event."""
+    """Runs a job of this kind on the hosts in `given`. Returns the job's last event."""
     hosts = Hosts.model_validate(given.pop("hosts"))
     watched, held = os.pipe()
-    # mlx.launch also leaves its temporary files there.
+    # mlx.launch leaves its temporary files in this folder, too.
     with tempfile.TemporaryDirectory(prefix="mlx-segtrain-") as folder:
         file = Path(folder) / "hosts.json"
         file.write_text(hosts.model_dump_json(), encoding="utf-8")
@@ -66,7 +67,7 @@ def run(kind: str, given: dict[str, Any]) -> events.Event:
 
 
 def _free_port(count: int) -> int:
-    """Returns the first of `count` consecutive ports that are free on this machine."""
+    """Returns the first port of `count` consecutive ports that are free on this machine."""
     for port in range(FIRST_PORT, (1 << 16) - count, count):
         with ExitStack() as opened, suppress(OSError):
             for own in range(port, port + count):
@@ -87,8 +88,8 @@ class Group:
         self.printed = ""  # the last line that is not an event
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal: ends all ranks after the current step, as rank 0 does (interrupts.py);
-        a second one ends rank 0 at once, and so the others."""
+        """Handles a signal by ending all ranks after the current step, as rank 0 does
+        (interrupts.py). A second signal ends rank 0, and therefore all other ranks, at once."""
         self.stopped = True
         self._signal()
 
@@ -101,7 +102,7 @@ class Group:
         """Handles a line that mlx.launch or a rank has printed."""
         try:
             self._take(json.loads(line))
-        except (ValueError, TypeError, KeyError):  # no event
+        except (ValueError, TypeError, KeyError):  # not an event
             text = line.decode("utf-8", "replace").strip()
             if text and "[WARN]" not in text:  # mlx.launch only reports that ranks have ended
                 self.printed = text
@@ -119,14 +120,14 @@ class Group:
             tell(event)
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
-        # A line of a file that a rank has read may look like this event.
+        # A line in a file that a rank has read may look like this event.
         if len(self.pids) == self.size:
             return
         self.pids[rank] = pid
         print(f"rank {rank} is process {pid} on {host}")
         if rank == 0 and self.stopped:
             self._signal()
-        if len(self.pids) == self.size:  # earlier, a terminal could still echo its input
+        if len(self.pids) == self.size:  # before that, a terminal could still echo its input
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
             text = "".join(f"{FIRST}{own}\n" for own in lines) + "\n"
             assert self.process.stdin is not None
@@ -136,8 +137,8 @@ class Group:
 
     @property
     def end(self) -> events.Event:
-        """The last event of the job, after all ranks have ended: that of the lowest rank, because
-        all remaining ranks name the one that was lost."""
+        """The last event of the job, once all ranks have ended. It is the last event of the lowest
+        rank, because all ranks that remain report which rank was lost."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

@@ -1,7 +1,8 @@
 """The kinds of jobs: everything that depends on a job's kind is declared here.
 
 The functions that run jobs are called in a job's process (worker.py), which sends its first event
-before it imports large packages; so these functions import what they need.
+before it imports large packages. Therefore these functions import what they need when they are
+called.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from ...adapters.folding import Folded
 
 Values = dict[str, Any]
-#: Seconds between two events about the current step of a run.
+#: Minimum seconds between two events about the current step of a run.
 STEP_S = 2.0
-#: The revision in the pinned name of a data set on the hub.
+#: The commit in the name of a data set on the hub, when the name is pinned.
 COMMIT = re.compile("@[0-9a-f]{40}")
-#: Environment variables for connecting to the hub.
+#: Environment variables that connections to the hub need.
 HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
 
 
@@ -41,13 +42,13 @@ class JobKind:
     title: str  #: the kind in words
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
-    computes: bool = False  #: whether it needs the accelerator, which one job has at a time
+    computes: bool = False  #: whether it needs the accelerator, which only one job has at a time
     variables: tuple[str, ...] = ()  #: additional environment variables
     measures: bool = False  #: whether it measures a method's loss or reward
-    trains: bool = False  #: whether it saves its state at a signal and can be resumed
-    folders: tuple[str, ...] = ()  #: values that are folders, or lists of folders, and must exist
+    trains: bool = False  #: whether it saves its state when it gets a signal, and can be resumed
+    folders: tuple[str, ...] = ()  #: names of values that are existing folders, or lists of them
     makes: str | None = None  #: the kind of its output_dir (outputs.py)
-    check: Callable[[Values], None] = lambda values: None  #: raises InputError before it is queued
+    check: Callable[[Values], None] = lambda values: None  #: raises InputError to refuse the job
 
 
 def tell(event: events.Event) -> None:
@@ -68,7 +69,7 @@ def finetune(values: Values) -> events.Event:
     from ...training.curves import draw_run
     from ...training.ranks import launched
 
-    values.pop("ranks", None)  # group.py has started them
+    values.pop("ranks", None)  # group.py has already started the ranks
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
@@ -80,7 +81,7 @@ def finetune(values: Values) -> events.Event:
     def step(metric: events.Event) -> None:
         nonlocal told
         now = time.monotonic()
-        # So the log of many days has only a few thousand such events.
+        # This limits the log of a run of many days to a few thousand such events.
         if now - told >= max(STEP_S, (now - begin) / 500):
             told = now
             tell(events.step(metric))
@@ -200,7 +201,7 @@ def _can_be_sent(values: Values) -> None:
 
 
 def _end(values: Values, name: str) -> str:
-    """Returns the last part of a path, or a name on the hub without its commit."""
+    """Returns the last part of a path, or the name of a data set on the hub without its commit."""
     text = str(values.get(name) or "")
     return title(text) if text.startswith("/") else COMMIT.sub("", text)
 
@@ -265,7 +266,8 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind with this name. An unknown kind, of a newer version, cannot be run."""
+    """Returns the kind of job with this name. A kind that is unknown, because a newer version added
+    it, cannot be run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

@@ -1,11 +1,12 @@
 """Runs mlx.launch for a job with several ranks (group.py): main(WATCHED, *ARGUMENTS).
 
-mlx.launch does not end the ranks if it is killed itself, or if the job's process is. So it runs in
-a process group with its local ranks, which ends when the pipe WATCHED is closed: the job's process
-holds the other end.
+mlx.launch does not end the ranks if it is killed, or if the job's process is. So mlx.launch runs in
+one process group with its local ranks, and the group ends when the pipe WATCHED is closed, whose
+other end the job's process holds.
 
-mlx.launch waits in `select` until a rank's stdin can be written, which it always can, so each of
-its threads would take a core for the whole run. Here, `select` waits for output only.
+mlx.launch calls `select` to wait until a rank has output or its stdin can be written. The latter is
+always true, so its threads would not wait at all, and each would take a whole core during the run.
+We replace `select` by a function that waits only for output.
 """
 
 import os

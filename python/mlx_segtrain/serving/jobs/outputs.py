@@ -1,4 +1,4 @@
-"""Chooses and checks the folders that jobs write."""
+"""Chooses and checks the folders to which jobs write."""
 
 import time
 from pathlib import Path
@@ -10,19 +10,19 @@ from ...training.contents import check_own
 from ..roots import Roots
 from .queue import Jobs
 
-#: Folders for outputs in the store.
+#: Folders in the store that hold outputs.
 OUTPUTS = ("adapters", "exports", "models")
 
 
 class Outputs:
-    """The output folders of jobs; `store` is our own folder."""
+    """The output folders of jobs. `store` is the server's own folder."""
 
     def __init__(self, store: Path, roots: Roots, jobs: Jobs):
         self.store, self.roots, self.jobs = store.resolve(), roots, jobs
 
     def check_run(self, config: TrainConfig) -> None:
-        """Raises InputError unless the run's folder is new, or belongs to an earlier run whose
-        files the new run may remove."""
+        """Raises InputError unless the run's folder is new, or has an earlier run whose files the
+        new run may remove."""
         path = config.adapter_path
         self._check_place(path)
         store = self.store
@@ -55,7 +55,8 @@ class Outputs:
             )
 
     def given(self, text: str | None, kind: str) -> Path:
-        """Returns the folder that a client names, or a new one. Raises InputError if it exists."""
+        """Returns the folder that a client names, or a new folder if the client names none. Raises
+        InputError if the folder already exists."""
         out = self.new(kind) if text is None else self.roots.resolve(text)
         self._check_place(out)
         if out.exists():
@@ -63,7 +64,8 @@ class Outputs:
         return out
 
     def _check_place(self, out: Path) -> None:
-        """Raises InputError for a path in the store that is not in one of its output folders."""
+        """Raises InputError for a path that is in the store but not below one of its output
+        folders."""
         store = self.store
         if out.is_relative_to(store):
             parts = out.relative_to(store).parts
@@ -73,7 +75,7 @@ class Outputs:
                 )
 
     def new(self, kind: str) -> Path:
-        """Returns a new path in the store."""
+        """Returns a path in the store that does not exist yet."""
         where = {"export": "exports", "model": "models"}.get(kind, "adapters")
         stamp = time.time_ns() // 1_000_000
         taken = {row.output_path for row in map(self.jobs.store.get, self.jobs.live) if row}

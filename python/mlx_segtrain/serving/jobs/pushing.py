@@ -1,7 +1,7 @@
-"""Uploads adapters and models to the hub: only files whose names are known.
+"""Uploads adapters and models to the hub. Only files with known names are sent.
 
-Each file is opened once, in an open folder and without following links, so the content that was
-checked is the content that is sent.
+Each file is opened once, in a folder that is already open and without following links. Therefore
+the content that was checked is the content that is sent.
 """
 
 import os
@@ -21,11 +21,12 @@ from ...hub import endpoint
 from ...lora.folder import CONFIG, OPTIQ_CONFIG, PEFT_WEIGHTS, README, UNPADDED, WEIGHTS
 from ...safetensors import read_header
 
-#: Files that are sent with an adapter or a model.
+#: Other files that are sent with an adapter or a model.
 ABOUT = (README, "LICENSE", "LICENSE.txt", "LICENSE.md", "metrics.json", "loss.png", "loss.svg")
-#: Files of an adapter from a run, an import or an export; a GGUF file is complete by itself.
+#: Files of an adapter from a run, an import or an export. A GGUF file is complete without the
+#: others.
 OF_ADAPTER = (WEIGHTS, UNPADDED, PEFT_WEIGHTS, CONFIG, OPTIQ_CONFIG, GGUF)
-#: Files of a model in mlx-lm's format, besides its weights (MODEL_WEIGHTS).
+#: Files of a model in mlx-lm's format, in addition to its weights (MODEL_WEIGHTS).
 MODEL_CONFIG = "config.json"
 OF_MODEL = (
     *(MODEL_CONFIG, "generation_config.json", "model.safetensors.index.json"),
@@ -35,10 +36,11 @@ OF_MODEL = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 MODEL_WEIGHTS = re.compile(r"model(-\d{1,6}-of-\d{1,6})?\.safetensors")
-#: Maximum bytes of a text file of a model, and of an adapter (the limit of files.read_json).
+#: Maximum bytes of a model's text file, and of an adapter's text file (the limit of
+#: files.read_json).
 MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
-#: Advice for the hub's status codes.
+#: Advice for each status code with which the hub refuses an upload.
 REFUSALS = {
     401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
@@ -48,7 +50,8 @@ REFUSALS = {
 
 
 def check(folder: Path) -> list[str]:
-    """Returns the names of the files to send. Raises InputError without an adapter or a model."""
+    """Returns the names of the files to send. Raises InputError if the folder has no adapter and no
+    model."""
     with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
@@ -60,10 +63,10 @@ class Pushed:
 
 
 def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pushed:
-    """Uploads the files of an adapter or a model to a repository, which is created if needed. The
-    token comes from the environment or from `hf auth login`.
+    """Uploads the files of an adapter or a model to a repository, which is created if it does not
+    exist. The token comes from the environment or from `hf auth login`.
 
-    Raises InputError for other folders, and if the hub refuses the upload.
+    Raises InputError if the folder has no adapter and no model, or if the hub refuses the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -92,10 +95,10 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Yields the checked open files to send, by name; `done` is the verb in error messages.
+    """Yields the files to send, open and checked, by name. `done` is the verb in error messages.
 
-    Raises InputError if a file's content does not match its name, or if the folder is a model and
-    `models` is not set.
+    Raises InputError if a file's content does not match its name, or if the folder contains a model
+    although `models` is false.
     """
     with ExitStack() as stack:
         place = stack.enter_context(_opened_folder(folder, done))
@@ -124,7 +127,7 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
 
 @contextmanager
 def _opened_folder(folder: Path, done: str) -> Iterator[int]:
-    """Yields the descriptor of an open folder. Raises InputError if its path contains a link."""
+    """Opens a folder and yields its descriptor. Raises InputError if its path contains a link."""
     how = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     place = os.open("/", how)
     try:
@@ -140,7 +143,7 @@ def _opened_folder(folder: Path, done: str) -> Iterator[int]:
 
 @contextmanager
 def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
-    """Opens a regular file. Raises InputError for a link, which may lead to somebody's secret."""
+    """Opens a regular file. Raises InputError for a link, which may lead to a secret file."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
@@ -156,7 +159,7 @@ def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
 
 
 def check_content(path: Path, file: BufferedReader, done: str) -> None:
-    """Raises InputError if the content does not fit the file's name."""
+    """Raises InputError if the content does not match the file's name."""
     if path.suffix == ".safetensors":
         with _named(path, file) as opened:
             read_header(opened)
@@ -170,7 +173,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path to an open file; errors raised inside the context name `path` instead."""
+    """Yields a path to an open file. The messages of errors that are raised in the context contain
+    `path` instead."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

@@ -1,8 +1,8 @@
 """The queue of jobs: starts them, follows their events, and notices how they end.
 
 Each job is a process (worker.py) in its own session. It writes its log, and holds the log's lock
-while it lives (eventlog.py). So a server that starts knows from the logs what happened to its jobs:
-a job whose log is locked is running, one whose log has a last event has ended, and any other job
+while it lives (eventlog.py). So when a server starts, the logs show what happened to its jobs: a
+job whose log is locked is running, a job whose log has a last event has ended, and any other job
 was killed. Jobs that need the accelerator run one at a time, in the order of the queue.
 """
 
@@ -38,13 +38,14 @@ logger = logging.getLogger("mlx_segtrain.serving")
 OTHERS = 2
 #: Maximum number of jobs that are running or waiting.
 LONGEST_QUEUE = 200
-#: Seconds between checks of a running job.
+#: Seconds between two checks of a running job.
 POLL_S = 0.1
-#: Maximum characters of a message or an error in a row.
+#: Maximum number of characters of a message or an error in a row.
 LONGEST_TEXT = 4000
-#: Seconds after which another cancellation kills the job.
+#: If a job is cancelled again at least this many seconds after the first time, it is killed.
 KILLED_AFTER_S = 10.0
-#: Whether the process of a cancelled job has received a signal; a second one would end it at once.
+#: Whether a cancelled job still needs a signal (ASKED) or its process has received one (SIGNALLED).
+#: A second signal would end the process at once.
 ASKED, SIGNALLED = 1, 2
 
 
@@ -56,11 +57,12 @@ class Conflict(InputError):
 
 @dataclass
 class Live:
-    """A job that is waiting or running. `changed` is set, and replaced, at every change."""
+    """A job that is waiting or running. At every change `changed` is set, and then replaced by a
+    new event."""
 
     pid: int | None = None
     interrupted: float = 0.0  #: the time of the first signal
-    process: subprocess.Popen[bytes] | None = None  #: None if an earlier server started it
+    process: subprocess.Popen[bytes] | None = None  #: None if an earlier server started the process
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def tell(self) -> None:
@@ -69,7 +71,7 @@ class Live:
 
 
 class Jobs:
-    """All jobs in a folder, which only one server at a time can use."""
+    """All jobs in a folder. Only one server at a time can use the folder."""
 
     def __init__(
         self,
@@ -78,14 +80,14 @@ class Jobs:
         roots: Sequence[Path] = (),
         hosts: Hosts | None = None,
     ):
-        """`check` raises InputError for a configuration that must not run; `roots` are the folders
-        in which jobs follow no link that leads out of them; `hosts` are those of ranks."""
+        """`check` raises InputError for a configuration that must not run. `roots` are folders: no
+        link below them may lead a job out of them. `hosts` are the hosts for a job's ranks."""
         self.check, self.roots, self.folder = check, roots, folder
         self.hosts = hosts or local(1)
         self.logs = folder / "jobs"
         for place in (folder, self.logs):
             make_private(place)
-        for path in self.logs.iterdir():  # in an earlier version other users could read them
+        for path in self.logs.iterdir():  # in an earlier version, other users could read the logs
             path.chmod(0o600)
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
@@ -94,20 +96,22 @@ class Jobs:
                 "to another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
-        #: Environment variables for the kinds of jobs that need them; never written to a file.
+        #: Environment variables for the kinds of jobs that need them. They are never written to a
+        #: file.
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
         self.changed = asyncio.Event()  #: set whenever a job has started or ended
-        #: Name, inputs and method of a job, which lists show but the rows for lists lack.
+        #: A job's name, inputs and method. Lists show them, but rows for lists lack the
+        #: configuration from which they are computed.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
         )
         self.monitors: set[asyncio.Task[None]] = set()
 
-    # Used by the server
+    # Called by the server
 
     async def start(self) -> None:
-        """Follows the jobs that an earlier server started, and starts waiting ones."""
+        """Follows the jobs that an earlier server started, and starts jobs that are waiting."""
         for row in self.store.with_status("queued"):
             self.live[row.id] = Live()
         for row in self.running():
@@ -115,14 +119,14 @@ class Jobs:
             path = self.log(row.id)
             running = eventlog.is_written(path)
             if not running and not eventlog.read(path, row.begins, ended=True)[0]:
-                # The last server was killed before the job's process wrote its first event.
+                # The last server was killed before the job's process had written its first event.
                 self.store.update(row.id, status="queued", started_at=None)
             else:
                 self._watch(row.id)
         self._run_next()
 
     async def close(self) -> None:
-        """Closes the store; running jobs continue, and the next server follows them."""
+        """Closes the store. Running jobs continue, and the next server follows them."""
         for task in self.monitors:
             task.cancel()
         await asyncio.gather(*self.monitors, return_exceptions=True)
@@ -135,10 +139,11 @@ class Jobs:
         """Whether a job is using the accelerator."""
         return any(row.job_kind.computes for row in self.running())
 
-    # Used by clients
+    # Called for clients
 
     def submit(self, kind: str, values: dict[str, Any], output: Path | None = None) -> Row:
-        """Queues a new job. Raises Conflict if a live job writes to the same folder."""
+        """Queues a new job. Raises Conflict if a job that has not ended writes to the same
+        folder."""
         self._check_free(output)
         row = self.store.add(kind, json.dumps(values), None if output is None else str(output))
         eventlog.append(self.log(row.id), {"type": "queued", "ts": now()})
@@ -154,14 +159,16 @@ class Jobs:
         return row
 
     def running(self) -> list[Row]:
-        """Returns running jobs, without their configurations."""
+        """Returns the running jobs, without their configurations."""
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Cancels a job, which may take a while to end; a run keeps its last finished step.
+        """Cancels a job, which may take a while to end. A training run keeps the last step that it
+        has finished.
 
-        A second call after two seconds does not wait for the step. A call KILLED_AFTER_S seconds
-        after the first kills the process. Raises Conflict if the job has ended.
+        If it is called again after two seconds, the job does not finish its step. If it is called
+        again KILLED_AFTER_S seconds after the first call, the process is killed. Raises Conflict if
+        the job has ended.
         """
         row = self.get(id)
         if row.ended:
@@ -175,7 +182,8 @@ class Jobs:
         return self.get(id)
 
     def resume(self, id: str) -> Row:
-        """Requeues a job that failed or was cancelled; a run resumes from its checkpoint."""
+        """Requeues a job that failed or was cancelled. A training run resumes from its
+        checkpoint."""
         row = self.get(id)
         if row.status not in ("failed", "cancelled"):
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
@@ -199,7 +207,8 @@ class Jobs:
         return self.get(id)
 
     def remove(self, id: str) -> None:
-        """Removes a job and its log; its outputs stay. Raises Conflict if it has not ended."""
+        """Removes a job and its log, but not its outputs. Raises Conflict if the job has not
+        ended."""
         row = self.get(id)
         if not row.ended:
             raise Conflict(f"{id} is {row.status}: cancel it first.")
@@ -208,7 +217,7 @@ class Jobs:
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
-        """Yields lists of events after an offset, as (id, JSON), until the job has ended."""
+        """Yields lists of the events after an offset, as (id, JSON), until the job has ended."""
         path = self.log(id)
         while True:
             live = self.live.get(id)
@@ -224,7 +233,7 @@ class Jobs:
             await changed.wait()
 
     async def ended(self, id: str) -> Row:
-        """Returns the job once it has ended."""
+        """Waits until a job has ended, and returns it."""
         while live := self.live.get(id):
             await live.changed.wait()
         return self.get(id)
@@ -238,7 +247,8 @@ class Jobs:
     # Internal
 
     def _check_free(self, output: Path | None) -> None:
-        """Raises InputError if the queue is full, Conflict if a live job writes to `output`."""
+        """Raises InputError if the queue is full, and Conflict if a job that has not ended writes
+        to `output`."""
         if len(self.live) >= LONGEST_QUEUE:
             raise InputError(
                 f"{LONGEST_QUEUE} jobs are running or waiting: cancel some, or try again later.",
@@ -259,7 +269,7 @@ class Jobs:
                 others += self._run(row)
 
     def _run(self, row: Row) -> bool:
-        """Starts a job's process; returns whether it is running."""
+        """Starts a job's process, and returns whether it is running."""
         path, values = self.log(row.id), self.get(row.id).values
         try:
             self.check(values)
@@ -274,7 +284,7 @@ class Jobs:
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)
-                # Before the process starts, so that the store knows every process.
+                # This happens before the process starts, so that the store knows every process.
                 begins = os.fstat(log).st_size
                 state = {"status": "running", "started_at": clock(), "message": None}
                 self.store.update(row.id, **state, begins=begins)
@@ -301,7 +311,8 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Follows a job until its end, and starts the next one. Retries after errors."""
+        """Follows a job until it ends, and then starts the next one. After an error it tries
+        again."""
         after = self.get(id).begins
         while id in self.live:
             try:
@@ -312,7 +323,8 @@ class Jobs:
         self._run_next()
 
     async def _look(self, id: str, after: int) -> int:
-        """Updates a job's row from its log after an offset; notices its end. Returns the offset."""
+        """Updates a job's row from the events in its log after an offset, and notices when the job
+        has ended. Returns the new offset."""
         path, live = self.log(id), self.live[id]
         running = eventlog.is_written(path)
         found, end = eventlog.read(path, after, ended=not running)
@@ -341,7 +353,7 @@ class Jobs:
             if event.get("stage") == "train":
                 news["opened"] = 1
             if "ranks" in event:
-                with suppress(ValidationError):  # a line that a library printed
+                with suppress(ValidationError):  # not our event: a library printed the line
                     news["ranks_json"] = Figures.model_validate(event).model_dump_json()
             if event["type"] in ("stage", "step") or event.get("kind") == "train":
                 news["message"] = _text(event.get("message"))
@@ -355,7 +367,8 @@ class Jobs:
         live.tell()
 
     def _interrupt(self, id: str) -> None:
-        """Signals a job's process. The locked log shows that the process id is still valid."""
+        """Sends a signal to a job's process. The locked log shows that the process id is still
+        valid."""
         live = self.live[id]
         if live.pid is not None and eventlog.is_written(self.log(id)):
             moment = time.monotonic()
@@ -368,7 +381,7 @@ class Jobs:
             self.store.update(id, cancelling=SIGNALLED)
 
     def _say_end(self, id: str, event: Event) -> None:
-        """Ends a job whose log has no last event: it has not started, or was killed."""
+        """Ends a job whose log has no last event, because it has not started or was killed."""
         eventlog.append(self.log(id), event)
         self._end(id, event)
 
@@ -386,7 +399,8 @@ class Jobs:
 
 
 def _text(value: Any) -> str | None:
-    """Returns a text of an event for the database: valid UTF-8, and not too long."""
+    """Returns a text from an event in a form that the database takes: valid UTF-8, and not too
+    long."""
     if not isinstance(value, str):
         return None
     return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]

@@ -1,8 +1,8 @@
 """A rank of a job, started by mlx.launch (launcher.py): main(KIND).
 
-It reads the job's configuration from stdin, so that no list of processes shows it. Its events go to
-the job's process (group.py) as one line each; mlx.launch may cut the output between any two bytes,
-so they are ASCII.
+The rank reads the job's configuration from stdin, so that lists of processes do not show it. It
+prints its events as one line each for the job's process (group.py). They are ASCII, because
+mlx.launch may split the output between any two bytes.
 """
 
 import json
@@ -22,7 +22,7 @@ from .worker import Printed, last_event, run_confined
 
 
 def main(kind: str) -> int:
-    """Runs this rank's part of a job; returns 0, or 1 (it failed)."""
+    """Runs this rank's part of a job. Returns 0, or 1 if it failed."""
     hide_torch()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     sys.stdout = sys.stderr = printed = Printed()
@@ -34,7 +34,7 @@ def main(kind: str) -> int:
     printed.end()
     tell({"type": "end", "rank": rank, "event": end})
     if end["type"] == "failed":
-        os._exit(1)  # a normal exit would wait for the device, which may wait for a lost rank
+        os._exit(1)  # a normal exit waits for the device, which may wait for a lost rank
     return 0
 
 

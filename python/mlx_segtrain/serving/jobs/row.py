@@ -1,4 +1,4 @@
-"""A job, as it is stored."""
+"""A job, in the form in which it is stored."""
 
 import json
 from dataclasses import dataclass
@@ -16,27 +16,27 @@ ENDED = ("done", "failed", "cancelled")
 
 
 class RankFigures(BaseModel):
-    """The figures of a rank: means per step since the report before, and its memory."""
+    """The figures of a rank: means per step since the previous report, and its memory."""
 
-    busy_s: float = Field(description="Seconds of its own work.")
+    busy_s: float = Field(description="Seconds in which it worked.")
     waited_s: float = Field(description="Seconds in which it waited for other ranks.")
-    tokens_per_sec: float = Field(description="The speed of its own work.")
+    tokens_per_sec: float = Field(description="Its speed while it worked.")
     peak_gb: float
     active_gb: float
 
 
 class Figures(BaseModel):
-    """The figures of a run's ranks at its last report (events.with_ranks)."""
+    """The figures of a run's ranks in its last report (events.with_ranks)."""
 
     step: int
     skew_s: float = Field(description="busy_s of the slowest rank minus that of the fastest.")
     slowest: int = Field(description="The rank for which the others wait.")
-    ranks: list[RankFigures] = Field(description="By rank.")
+    ranks: list[RankFigures] = Field(description="The figures of each rank.")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A job. Times are UTC, "YYYY-MM-DD HH:MM:SS"; progress is 0..1."""
+    """A job. Times are UTC in the format "YYYY-MM-DD HH:MM:SS"; progress is from 0 to 1."""
 
     id: str
     place: int
@@ -71,37 +71,37 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The configuration; empty in rows for lists."""
+        """The configuration. It is empty in rows for lists."""
         return json.loads(self.config_json or "{}")
 
     @property
     def result(self) -> Any:
-        """The result from its last event."""
+        """The result in the job's last event."""
         return json.loads(self.result_json or "null")
 
     @property
     def tags(self) -> list[str]:
-        """The tags that people gave it."""
+        """The tags that users gave the job."""
         return json.loads(self.tags_json)
 
     @property
     def ranks(self) -> Figures | None:
-        """The last figures of the job's ranks, if it has several."""
+        """The last figures of the job's ranks; None if the job has only one process."""
         return None if self.ranks_json is None else Figures.model_validate_json(self.ranks_json)
 
     @property
     def method(self) -> str | None:
-        """The method whose loss or reward the job measures; None if it measures none."""
+        """The method whose loss or reward the job measures; None if the job measures neither."""
         return self.values.get("method", "sft") if self.job_kind.measures else None
 
     @property
     def name(self) -> str:
-        """A short description of its inputs."""
+        """A short description of the job's inputs."""
         return self.job_kind.named(self.values)
 
     @property
     def inputs(self) -> list[str]:
-        """The folders that it reads."""
+        """The folders that the job reads."""
         found: list[str] = []
         for name in dict.fromkeys((*PATHS, *self.job_kind.folders)):
             given = self.values.get(name)

@@ -1,4 +1,4 @@
-"""Jobs as rows of SQLite, for lists and the queue; the events of a job are in its log."""
+"""Jobs as rows of an SQLite table, for lists and the queue. The events of a job are in its log."""
 
 import secrets
 import sqlite3
@@ -31,16 +31,16 @@ CREATE TABLE IF NOT EXISTS jobs (
     opened INTEGER NOT NULL DEFAULT 0    -- whether it has started to write to output_path
 )
 """
-#: Columns that are missing in tables of earlier versions.
+#: Columns that tables of earlier versions lack.
 ADDED = {
-    "fault": "TEXT",  # errors.Fault of a job that failed
+    "fault": "TEXT",  # errors.Fault, if the job failed
     "fault_field": "TEXT",  # the field of the configuration that has to be changed
-    "label": "TEXT NOT NULL DEFAULT ''",  # a name from the user
+    "label": "TEXT NOT NULL DEFAULT ''",  # a name that the user gave the job
     "note": "TEXT NOT NULL DEFAULT ''",
     "tags_json": "TEXT NOT NULL DEFAULT '[]'",
-    "ranks_json": "TEXT",  # the last figures of its ranks, if it has several
+    "ranks_json": "TEXT",  # the last figures of the job's ranks, if there are several
 }
-#: Indexes for lists and the queue: without them each query would read all jobs.
+#: Indexes for lists and the queue. Without them, each query would read all jobs.
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS jobs_by_place ON jobs (place)",
     "CREATE INDEX IF NOT EXISTS jobs_by_kind ON jobs (kind, place)",
@@ -53,7 +53,7 @@ def now() -> str:
 
 
 class Store:
-    """The table of jobs. Changes are on disk when a call returns."""
+    """The table of jobs. When a method returns, its changes are on disk."""
 
     def __init__(self, file: Path):
         make_folder(file.parent)
@@ -92,7 +92,7 @@ class Store:
         return row
 
     def requeue(self, id: str, config_json: str) -> None:
-        """Puts a job that has ended at the end of the queue."""
+        """Moves a job that has ended to the end of the queue."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
             " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
@@ -101,7 +101,7 @@ class Store:
         )
 
     def update(self, id: str, **values: Any) -> None:
-        """Sets columns of a job."""
+        """Sets the given columns of a job."""
         names = ", ".join(f"{name} = ?" for name in values)
         self.connection.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), id))
 
@@ -112,8 +112,8 @@ class Store:
         return self.connection.execute(f"SELECT {_ALL} FROM jobs WHERE id = ?", (id,)).fetchone()
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
-        """Returns jobs without their configurations, the newest first; with `before`, only jobs
-        below this place."""
+        """Returns jobs without their configurations, the newest first. With `before`, returns only
+        jobs whose place in the queue is lower."""
         wanted = {"kind = ?": kind, "place < ?": before}
         given = {test: value for test, value in wanted.items() if value is not None}
         where = f"WHERE {' AND '.join(given)}" if given else ""
@@ -123,7 +123,8 @@ class Store:
         ).fetchall()
 
     def with_status(self, status: Status) -> list[Row]:
-        """Returns jobs in the order of the queue, without configurations."""
+        """Returns the jobs with this status in the order of the queue, without their
+        configurations."""
         return self.connection.execute(
             f"SELECT {_BRIEF} FROM jobs WHERE status = ? ORDER BY place", (status,)
         ).fetchall()

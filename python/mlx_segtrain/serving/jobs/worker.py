@@ -1,12 +1,12 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
-FILE has the job's configuration and the folders that it may read; LOCK is the descriptor of a lock
-file, which stays locked as long as the process lives. A job with several ranks runs in other
-processes, which this one starts and follows (group.py).
+FILE has the job's configuration and the folders that it may read. LOCK is the descriptor of a lock
+file, which stays locked for as long as the process lives. A job with several ranks runs in other
+processes, which this process starts and follows (group.py).
 
-The process writes events to stdout, one per line; it writes the first event before it imports large
-packages. The server may have ended meanwhile. Lines that libraries print become events of type log:
-a file that they read could contain lines that look like our events.
+The process writes events to stdout, one per line, and writes the first event before it imports
+large packages. The server may have ended by then. Lines that libraries print become events of type
+log, because a file that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: Maximum number of printed characters that are logged: per line, and per job.
+#: Maximum number of printed characters that are logged: in a line, and by a job.
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -47,7 +47,7 @@ class Printed(io.TextIOBase):
 
     def _tell(self, line: str) -> None:
         if self.left > 0 and line.strip():
-            # Only the last state of a progress bar is kept.
+            # Only the last state of a progress bar is logged.
             line = line.rpartition("\r")[2][:LONGEST] or line[:LONGEST]
             self.left -= len(line)
             tell({"type": "log", "line": line if self.left > 0 else "further output is not logged"})
@@ -58,9 +58,9 @@ class Printed(io.TextIOBase):
 
 
 def main(kind: str, file: str, lock: str) -> int:
-    """Runs a job; returns 0, 1 (it failed) or 130 (it was cancelled)."""
+    """Runs a job. Returns 0 if it is done, 1 if it failed, or 130 if it was cancelled."""
     hide_torch()
-    os.set_inheritable(int(lock), False)  # processes that libraries start may live longer
+    os.set_inheritable(int(lock), False)  # processes that libraries start may outlive this one
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump could contain a token
     tell({**events.started(), "pid": os.getpid(), "kind": kind})
     sys.stdout = sys.stderr = printed = Printed()
@@ -82,14 +82,15 @@ def _run(kind: str, file: Path) -> events.Event:
 
 
 def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job in this process, which can only read below the roots from now on."""
+    """Runs a job in this process, which from then on can only read below the roots."""
     if given["roots"]:
         confine(Roots(map(Path, given["roots"]), Path(given["store"])))
     return kind_of(kind).run(given["values"])
 
 
 def last_event(run: Callable[[], events.Event]) -> events.Event:
-    """Returns the last event of a job that `run` runs, also if that raises an exception."""
+    """Calls `run`, which runs a job, and returns the job's last event, even if `run` raises an
+    exception."""
     try:
         return run()
     except KeyboardInterrupt:
@@ -99,7 +100,7 @@ def last_event(run: Callable[[], events.Event]) -> events.Event:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        # A bug: the log gets the traceback, and the client one sentence.
+        # This is a bug: the log gets the traceback, and the client gets one sentence.
         import traceback
 
         traceback.print_exc()
