@@ -1,4 +1,5 @@
-"""The command chat: a conversation in the terminal that can switch and compare adapters."""
+"""The command chat: a conversation in the terminal, in which the user can switch between adapters
+and compare them."""
 
 from __future__ import annotations
 
@@ -17,13 +18,14 @@ from mlx_segtrain.commands.flags import Parser, add_flags
 from mlx_segtrain.commands.generate import config_for, prompting_for
 from mlx_segtrain.fields import place
 
-#: The name of the model without an adapter.
+#: The name under which the model without an adapter is listed.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter (its number or name; base: without an adapter)
-/compare        answer without an adapter and with each one; /compare again stops that
+/adapter NAME   answer with this adapter, given by name or number; base is the model alone
+/compare        answer each message with the model alone and with each adapter; /compare
+                again turns this off
 /retry          answer the last message again
-/system TEXT    set the system message (without TEXT: none) and start a new conversation
+/system TEXT    set the system message, or remove it without TEXT; starts a new conversation
 /clear          start a new conversation
 /help           show this list
 /exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
@@ -42,8 +44,8 @@ def add_command(command: Callable[..., Parser]) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="adapters to chat with: directories, or names on the hub. The first one answers "
-        "until you switch.",
+        help="adapters to chat with: directories, or names on the Hugging Face hub. The first "
+        "adapter answers until you switch to another.",
     )
     add_flags(added, ("prompt_format", "chat_template_kwargs"))
     generate.add_sampling(added)
@@ -51,7 +53,8 @@ def add_command(command: Callable[..., Parser]) -> None:
 
 @dataclass
 class Voice:
-    """The model with one adapter, or without; `ids` are the tokens in `cache`."""
+    """The model with one adapter, or without an adapter. `ids` are the tokens whose keys and values
+    are in `cache`."""
 
     name: str
     adapter: Any
@@ -61,7 +64,8 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model, which can answer with each of several voices."""
+    """A conversation with one model. The model can answer as any of the voices, that is, with any
+    of the adapters or without one."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
@@ -75,7 +79,8 @@ class Chat:
         self._mounted: Voice | None = None
 
     def answers(self, say: Callable[[str], None]) -> None:
-        """Prints answers to the last turn, by the current voice or, if comparing, by all."""
+        """Prints the current voice's answer to the last turn, or, after /compare, the answer of
+        each voice."""
         for voice in self.voices if self.compares else [self.voice]:
             if self.compares:
                 say(f"\n[{voice.name}] ")
@@ -95,8 +100,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the parts of an answer. The voice's cache is reused for the tokens that the new
-        prompt shares with its previous one."""
+        """Yields the answer in parts. The tokens at the beginning of the prompt that are already in
+        the voice's cache are not computed again."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -112,19 +117,21 @@ class Chat:
             voice.cache, same = make_prompt_cache(self.model), 0
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
-        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if the answer is stopped
+        # Until the answer is complete, the voice has no cache: a stopped answer discards it.
+        cache, voice.cache, seen = voice.cache, None, list(ids)
         parts = generate.stream(
             self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache
         )
         for part in parts:
             seen.append(part.token)
             yield part.text
-        held = getattr(cache[0], "offset", None)  # number of tokens in the cache
+        held = getattr(cache[0], "offset", None)  # the number of tokens in the cache
         if held is not None and held <= len(seen):
             voice.cache, voice.ids = cache, seen[:held]
 
     def _ids(self, voice: Voice) -> list[int]:
-        """Returns the tokens of the conversation; without a chat template, of its last message."""
+        """Returns the tokens of the conversation, or, without a chat template, only those of its
+        last message."""
         prompting = voice.prompting
         if prompting.is_raw(self.tokenizer):
             return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
@@ -143,7 +150,8 @@ class Chat:
         self._mounted = voice
 
     def command(self, line: str) -> str | None:
-        """Runs a line that begins with a slash. Returns the text to show, or None to exit."""
+        """Runs a command, which is a line that begins with a slash. Returns the text to show, or
+        None if the chat should end."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name in ("exit", "quit", "q"):
@@ -202,7 +210,8 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns the last parts of the paths, or the whole paths if those are not unique."""
+    """Returns a name for each adapter: the last part of its path, or the whole path if the last
+    parts are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 
@@ -212,7 +221,7 @@ def converse(chat: Chat) -> int:
     terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  (gives input() line editing and a history)
+            import readline  # noqa: F401  (adds line editing and a history to input())
 
     def say(text: str) -> None:
         print(text, end="", flush=True)

@@ -1,4 +1,4 @@
-"""The command completion: prints a script with which a shell completes commands and flags."""
+"""The command completion: prints a script that lets a shell complete commands and flags."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mlx_segtrain.commands.flags import Parser
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.fields import choices
 
-#: Where shells look for completion scripts.
+#: The file in which each shell looks for the completion script.
 PLACES = {
     "bash": "~/.local/share/bash-completion/completions/mlx-segtrain",
     "zsh": "~/.zfunc/_mlx-segtrain (with ~/.zfunc in fpath)",
     "fish": "~/.config/fish/completions/mlx-segtrain.fish",
 }
-#: Metavars of arguments that are files or folders.
+#: Metavars of arguments whose values are files or folders.
 FILES = {"FILE", "PATH", "DIR", "MODEL", "DATA", "ADAPTER", "RUN", "ROOT"}
 
 
@@ -24,7 +24,7 @@ def add_command(command: Callable[..., Parser]) -> None:
     added = command("completion", _completion, "print a completion script for a shell")
     added.add_argument("shell", choices=tuple(PLACES))
     places = "\n".join(f"  {shell:6}{place}" for shell, place in PLACES.items())
-    added.epilog = f"Write it where the shell looks for it:\n{places}"
+    added.epilog = f"Write the script to the file in which the shell looks for it:\n{places}"
 
 
 def _completion(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The command generate: answers one prompt."""
+"""The command generate: prints the model's answer to one prompt."""
 
 from __future__ import annotations
 
@@ -32,32 +32,54 @@ if TYPE_CHECKING:
 
 probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
-#: Sampling options besides the temperature, named as in the server's requests.
+#: The sampling options other than the temperature. Requests to the server use the same names.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "top_p": (probability, "X", "sample from the most likely tokens with this total probability"),
-    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 is all"),
-    "min_p": (probability, "X", "exclude tokens less likely than X times the most likely one"),
+    "top_p": (
+        probability,
+        "X",
+        "sample from the most likely tokens whose probabilities add up to X",
+    ),
+    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 means all tokens"),
+    "min_p": (
+        probability,
+        "X",
+        "exclude tokens whose probability is less than X times that of the most likely token",
+    ),
     "repetition_penalty": (
         above_0,
         "X",
-        "penalty on tokens already in the prompt or the answer; 1 is off",
+        "penalty on tokens that are already in the prompt or the answer; 1 turns it off",
     ),
-    "presence_penalty": (finite, "X", "subtracted from the logit of a token already in the answer"),
-    "frequency_penalty": (finite, "X", "subtracted once per occurrence of the token in the answer"),
-    "seed": (whole, "N", "the same seed gives the same answer"),
+    "presence_penalty": (
+        finite,
+        "X",
+        "number to subtract from the logit of each token that is already in the answer",
+    ),
+    "frequency_penalty": (
+        finite,
+        "X",
+        "number to subtract from a token's logit for each time that the answer contains the token",
+    ),
+    "seed": (whole, "N", "seed for sampling: the same seed gives the same answer"),
 }
-#: Options that have no effect on greedy decoding.
+#: Options that have no effect with greedy decoding.
 ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 
 def add_command(command: Callable[..., Parser]) -> None:
     """Adds the command; `command(name, run, text)` creates its parser."""
-    added = command("generate", _generate, "answer a prompt, with or without an adapter")
+    added = command(
+        "generate", _generate, "answer a prompt with a model, with or without an adapter"
+    )
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="prompt; - reads it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt; - is stdin")
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", help="prompt; - reads the prompt from standard input"
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with the prompt; - means standard input"
+    )
     add_sampling(added)
 
 
@@ -65,7 +87,7 @@ def add_sampling(parser: Parser) -> None:
     """Adds the flags for sampling and the system message."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
     group = parser.group("sampling")
-    text = "max new tokens. Default: 256."
+    text = "maximum number of tokens to generate. Default: 256."
     group.add_argument("--max-tokens", type=count(1), default=256, metavar="N", help=text)
     group.add_argument(
         "--temp",
@@ -74,7 +96,7 @@ def add_sampling(parser: Parser) -> None:
         type=temperature,
         default=0.0,
         metavar="X",
-        help="temperature; 0 is greedy decoding. Default: 0.",
+        help="sampling temperature; 0 means greedy decoding. Default: 0.",
     )
     for name, (kind, metavar, text) in DRAWING.items():
         option = "--" + name.replace("_", "-")
@@ -83,7 +105,8 @@ def add_sampling(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Returns the sampling options of the flags. Raises InputError for one that has no effect."""
+    """Returns the sampling options that the flags set. Raises InputError for an option that has no
+    effect."""
     from mlx_segtrain.generation.decoding import Options
 
     given = {
@@ -102,8 +125,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields the parts of an answer, sampled as on the server. `known` are the tokens of a cache in
-    `more`."""
+    """Yields an answer in parts. Its tokens are chosen as the server chooses them. `known` is the
+    number of tokens of the prompt that are already in the cache, which `more` contains."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -122,7 +145,7 @@ def stream(
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the number of tokens that both sequences begin with."""
+    """Returns the length of the longest common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -144,7 +167,8 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:
-    """Returns the configuration. Raises InputError for a system message without a template."""
+    """Returns the configuration. Raises InputError for a system message without a chat
+    template."""
     config = config_of(args, "data_dir", "adapter_path")
     if args.system is not None and config.prompt_format == "raw":
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
@@ -152,7 +176,8 @@ def config_for(args: argparse.Namespace) -> TrainConfig:
 
 
 def prompting_for(adapter: Path | None, args: argparse.Namespace, config: TrainConfig) -> Prompting:
-    """Returns the prompt format that the adapter was trained with, unless flags set another one."""
+    """Returns the prompt format that the flags set, or the one that the adapter was trained with if
+    they set none."""
     from mlx_segtrain.adapters import prompting_of
 
     prompting = prompting_of(adapter)

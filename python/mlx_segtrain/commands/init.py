@@ -1,4 +1,4 @@
-"""The command init: writes a commented YAML file for a run, after three questions."""
+"""The command init: asks three questions and writes a commented YAML file for a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: Questions for fields without a flag, and the values of empty answers.
+#: The questions that are asked about fields whose flags are not given, and the values that an empty
+#: answer stands for.
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),
     "epochs": ("How many passes over the data?", "3"),
 }
-#: Fields of the groups that `train --help` shows.
+#: The fields in the groups that `train --help` shows.
 SHOWN = [name for name in TrainConfig.model_fields if group_of(name) in (DATA, FIRST)]
 
 
 def add_command(command: Callable[..., Parser]) -> None:
     """Adds the command; `command(name, run, text)` creates its parser."""
-    added = command("init", _init, "write a commented YAML file for train, after three questions")
+    added = command("init", _init, "ask three questions and write a commented YAML file for train")
     added.add_argument(
         "file",
         type=Path,
@@ -38,7 +39,9 @@ def add_command(command: Callable[..., Parser]) -> None:
         help="file to write. Default: run.yaml.",
     )
     add_flags(added, [name for name in SHOWN if name != "resume"])
-    added.add_argument("--force", action="store_true", help="overwrite the file")
+    added.add_argument(
+        "--force", action="store_true", help="overwrite the file if it already exists"
+    )
 
 
 def _init(args: argparse.Namespace) -> int:
@@ -88,7 +91,8 @@ def _asked(name: str) -> str:
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """Returns a YAML file with these values; the other fields are comments with their defaults."""
+    """Returns the text of a YAML file with these values. The other fields are in comments, with
+    their defaults."""
     parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
@@ -100,7 +104,7 @@ def text_of(values: Mapping[str, Any]) -> str:
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns the lines of a field: its description as a comment, and its value."""
+    """Returns the lines for one field: its description as a comment, followed by its value."""
     field = TrainConfig.model_fields[name]
     about = str(field.description)
     if not field.is_required():

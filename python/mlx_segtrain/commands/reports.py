@@ -1,7 +1,8 @@
-"""`--report` of doctor and bench: writes a small file about a device, to attach to an issue.
+"""The option --report of doctor and bench: writes a small file about a device, which the user can
+attach to an issue.
 
-It contains the device, the system, versions, checks and times, but no path and no name of a person,
-of this machine, or of a file.
+The file contains the device, the system, versions, checks and times. It contains no paths and no
+names of people, files or this machine.
 """
 
 import importlib
@@ -26,7 +27,7 @@ from ..objectives.sft import Sft
 from ..ops import bench, choice, selfcheck
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-#: Shapes of models, with random weights of 4 bits.
+#: The shapes of the models whose steps are timed. Their weights are random and quantized to 4 bits.
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
         "hidden_size": 576,
@@ -49,14 +50,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-#: The number of tokens of a step, on a GPU and on a CPU.
+#: Number of tokens in a step, on a GPU and on a CPU.
 TOKENS, TOKENS_ON_CPU = 2048, 256
 
 
 @dataclass(frozen=True)
 class Step:
-    """The time of loss and gradients with LoRA of rank 16 on all linear layers, one layer per
-    segment."""
+    """The time to compute the loss and its gradients, with one layer per segment and with LoRA of
+    rank 16 on all linear layers."""
 
     model: str
     tokens: int
@@ -66,7 +67,7 @@ class Step:
 
 
 def facts() -> dict[str, Any]:
-    """Returns the fields that every report begins with."""
+    """Returns the fields with which every report begins."""
     mac = platform.mac_ver()[0]
     info = mx.device_info()
     return {
@@ -83,7 +84,7 @@ def facts() -> dict[str, Any]:
 
 
 def step(name: str, config: dict[str, Any], tokens: int) -> Step:
-    """Times a step of a model with this configuration."""
+    """Times a step on `tokens` tokens of a model with this configuration."""
     module = importlib.import_module("mlx_lm.models.llama")
     model = module.Model(module.ModelArgs.from_dict(LLAMA | config))
     model.set_dtype(bench.dtype())
@@ -135,10 +136,10 @@ def of_bench(rows: Sequence[bench.Row]) -> dict[str, Any]:
 
 
 def write(kind: str, content: dict[str, Any]) -> str:
-    """Writes the file to the working directory; returns the sentence to print."""
+    """Writes the file to the working directory, and returns a sentence to print."""
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (
-        f"{path} has this device, versions, checks and times, and no paths or names: attach it to "
-        "an issue of mlx-segtrain"
+        f"{path} describes this device, with versions, checks and times but no paths or names: "
+        "attach it to an issue of mlx-segtrain"
     )

@@ -1,4 +1,4 @@
-"""Commands for training runs: train, probe, verify, plan."""
+"""The commands for training runs: train, probe, verify and plan."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from mlx_segtrain.commands.terminal import Terminal
     from mlx_segtrain.training import TrainResult
 
-#: The default folder of an adapter, as in mlx-lm.
+#: The default folder of the adapter, which is the same as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
-UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Maximum characters of a system message that is shown in a command.
+UNUSED = "unused"  # value for required fields of TrainConfig that a command does not use
+#: Maximum number of characters of a system message for it to be shown in a command.
 MOST_SYSTEM = 300
 
 
 def add_commands(command: Callable[..., Parser]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of each."""
+    """Adds the commands; `command(name, run, text)` creates the parser of one command."""
     for name, run, text in (
         ("train", _train, "train an adapter"),
-        ("probe", _probe, "run a few steps without saving and report time and memory"),
+        ("probe", _probe, "run a few steps without saving, and report their time and memory"),
     ):
         added = command(name, run, text)
         added.usage = f"mlx-segtrain {name} [--config FILE] [--model MODEL --data DATA] [FLAG ...]"
@@ -49,7 +49,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options (init writes one); flags override it",
+            help="YAML file with any of these options, such as the one that init writes; flags "
+            "override the file",
         )
         if name == "train":
             added.epilog = examples(
@@ -58,7 +59,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
                     "mlx-segtrain train --model MODEL --data rows.csv --epochs 3",
                 ),
                 (
-                    "options from a file, one of them overridden",
+                    "options from a file, with one of them overridden",
                     "mlx-segtrain train --config run.yaml --lr 1e-4",
                 ),
                 ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
@@ -70,41 +71,41 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
     text = "estimate the memory of a run without loading the model"
     added = command("plan", _plan, text, json=True)
-    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for train")
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as in train")
     add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
         "--loss-rows",
         type=part,
         default=1.0,
         metavar="X",
-        help="fraction of a row, at its end, that is in the loss. Default: 1.",
+        help="fraction of each row, counted from its end, that is in the loss. Default: 1.",
     )
     added.add_argument(
         "--shared",
         type=share,
         default=0.0,
         metavar="X",
-        help="fraction of a row that is a prefix shared by both sequences of a pair. Default: 0.",
+        help="fraction of each row that both sequences of a pair share as a prefix. Default: 0.",
     )
     added.add_argument(
         "--ranks",
         type=count(2),
         metavar="N",
-        help="also estimate the speed of N processes, and of 2 to 256 (docs/distributed.md)",
+        help="also estimate the speed with N processes, and with 2 to 256 (docs/distributed.md)",
     )
     added.add_argument(
         "--link",
         type=seconds,
         metavar="X",
-        help="network speed between the processes, in 10⁹ bytes per second. Default: 1.25.",
+        help="network bandwidth between the processes, in 10⁹ bytes per second. Default: 1.25.",
     )
     added.add_argument(
         "--rank-budgets",
         type=seconds,
         nargs="+",
         metavar="GB",
-        help="with --parallel pipeline: memory of each process, in 10⁹ bytes. Default: the memory "
-        "of this machine.",
+        help="with --parallel pipeline: memory that each process may use, in 10⁹ bytes. Default: "
+        "the memory of this machine.",
     )
     added.add_argument(
         "--step-seconds",
@@ -116,14 +117,16 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw predicted and measured memory over a step; loads the model and takes two steps",
+        help="draw the predicted and the measured memory during a step; for this, the model is "
+        "loaded and takes two steps",
     )
 
 
 def config_of(args: argparse.Namespace, *unused: str, **fill: Any) -> TrainConfig:
-    """Returns the TrainConfig of --config and of flags, which take precedence.
+    """Returns the TrainConfig that --config and the flags set. Flags take precedence.
 
-    `unused` are required fields that the command can do without; `fill` sets other fields.
+    `unused` names required fields that the command does not use; `fill` sets further fields and
+    takes precedence over the flags.
     """
     flags = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     given = dict.fromkeys(unused, UNUSED) | flags | fill
@@ -145,7 +148,8 @@ def _train(args: argparse.Namespace) -> int:
         if isinstance(error, LostRank):
             sys.stderr.flush()
             sys.stdout.flush()
-            os._exit(1)  # a normal exit would wait for the device, which may wait for that rank
+            # A normal exit would wait for the device, which may wait for the lost rank.
+            os._exit(1)
         return 1
 
 
@@ -155,12 +159,12 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
     from mlx_segtrain.training.curves import draw_run
     from mlx_segtrain.training.ranks import launched
 
-    if launched():  # rank 0 shows the run; another rank shows only its own warnings
+    if launched():  # rank 0 shows the run; the other ranks show only their own warnings
         with Terminal(errors()) as show:
             return 130 if train(config, show).interrupted else 0
     with Terminal() as show:
         result = train(config, show, on_step=show.step)
-        if not result.interrupted:  # drawing takes time, and an interrupted run should end soon
+        if not result.interrupted:  # an interrupted run should end soon, and drawing takes time
             draw_run(config, lambda message: print(message, file=sys.stderr))
         show.stop_bar()
         show_result(show, config, result, args.argv)
@@ -170,7 +174,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
 def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
-    """Shows the results of a run, and commands for the next steps."""
+    """Shows the results of a run, and commands that the user can run next."""
     from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
@@ -217,7 +221,8 @@ def show_result(
 
 
 def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
-    """Returns commands that use a run's adapter, with the system message of its data."""
+    """Returns commands that use the adapter of a run, each with a description. If all rows of the
+    data have the same system message, the commands include it."""
     from mlx_segtrain.adapters import prompting_of
     from mlx_segtrain.ops.selfcheck import on_gpu
 
@@ -234,7 +239,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
         ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
-    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds per token
+    if on_gpu():  # on a CPU, mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
         mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
         if more:
@@ -244,12 +249,12 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
 
 
 def _system(config: TrainConfig) -> str | None:
-    """Returns the system message of the data, if all its rows have the same."""
+    """Returns the system message of the data if all rows have the same one, and None otherwise."""
     from mlx_segtrain.data import Options
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
 
-    with suppress(InputError):  # the data may have been deleted since
+    with suppress(InputError):  # the data may have been deleted during the run
         return system_message(sources_of(config.data_dir, ask=False)[0], Options.of(config))
     return None
 
@@ -301,7 +306,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    # Also overrides those of --config.
+    # These values also override the values in the --config file.
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")

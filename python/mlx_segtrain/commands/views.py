@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Two alternating styles each, so that neighbouring tokens can be told apart.
+#: The styles of tokens in the loss and of all other tokens. Each has two styles that alternate, so
+#: that neighbouring tokens can be told apart.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
-#: Number of layers that the report of a merge shows.
+#: Number of layers that the report on a merge shows.
 WORST = 8
 
 
@@ -81,14 +82,16 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def formats(report: Report) -> str:
-    """Returns the format of a data set's rows, or several with their counts."""
+    """Returns the format of the rows of a data set. If they have several formats, returns each with
+    the number of its rows."""
     if len(report.formats) < 2:
         return str(report.format)
     return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
 
 
 def bars(report: Report, width: int = 40) -> list[str]:
-    """Returns a line for each range of lengths: from, to, a bar, and the number of samples."""
+    """Returns a line for each range of lengths. It contains the range, a bar, and the number of
+    samples."""
     if not report.histogram:
         return []
     most = max(own.count for own in report.histogram)
@@ -106,7 +109,7 @@ def _bar(length: float) -> str:
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Describes the length of an epoch, unpacked and packed, in words."""
+    """Returns a description of the length of an epoch, without packing and with packing."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -119,7 +122,8 @@ def epochs(report: Report) -> dict[str, str]:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Prints a table of the kernels' checks on a device, and below it the reasons of failures."""
+    """Prints a table with the results of the kernel checks on a device, and the reasons for
+    failures below it."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -155,7 +159,8 @@ def _marked(preview: Preview) -> str:
 
 
 def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
-    """Yields the texts of runs of tokens, and whether a run is in the loss."""
+    """Joins neighbouring tokens that are all in the loss, or all not in it. Yields each text, and
+    whether it is in the loss."""
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         yield "".join(token for token, *_ in run), trained
 
@@ -181,7 +186,7 @@ def show_plan(report: PlanReport) -> None:
         more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
         line(f"rank {own.rank}", text + more)
     if report.pipeline:
-        line("", "the lines below are for the rank that is closest to its budget")
+        line("", "the lines below describe the rank that is closest to its budget")
     line("budget", gb(report.budget))
     if not report.predicted:
         line("weights", gb(report.weights))
@@ -209,7 +214,7 @@ def show_plan(report: PlanReport) -> None:
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
         line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
     if report.ranks and report.rollout_batch is not None:
-        line("", "Only an update with one pass on each rank is counted, and no time to generate.")
+        line("", "Only an update with one pass on each rank is counted, not generation.")
 
 
 def _longest(tokens: int, most: int | None) -> str:
@@ -230,7 +235,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult, unit: str) -> None:
-    """Prints a loss with its unit, and the number of tokens it was measured on."""
+    """Prints a loss with its unit and the number of tokens on which it was measured."""
     print(f"loss        {result.loss:.4f} {unit}")
     width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
@@ -242,7 +247,7 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
 
 
 def show_score(result: ScoreResult) -> None:
-    """Prints rewards, and how often completions pass."""
+    """Prints the rewards, and how often completions pass."""
     print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
     for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
         print(f"  {name:10s}{x:.4f}")
@@ -253,7 +258,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints what a converted adapter contains, and its difference from the original."""
+    """Prints what a converted adapter contains and how much it differs from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -261,18 +266,19 @@ def show_converted(done: conversion.Converted) -> None:
 
 
 def show_made(made: Made) -> None:
-    """Prints the folder and the size of a converted model."""
+    """Prints the folder of a converted model, and its size before and after the conversion."""
     print(f"model    {made.path}, {made.size / 1e9:.2f} GB (before: {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:
-    """Returns a console that is wide enough for names if there is no terminal."""
+    """Returns a console. If there is no terminal, the console is wide enough for long names."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_fold(report: folding.Report) -> None:
-    """Prints the result of a merge, and the linear layers that lost the most."""
+    """Prints the result of a merge, and the linear layers whose updates lost the most to
+    rounding."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
@@ -300,12 +306,13 @@ def show_fold(report: folding.Report) -> None:
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         say(
             f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
-            f"tenth of the update to rounding. Merge with {way}, or serve them separately."
+            f"tenth of the update to rounding. Merge with {way}, or serve model and adapter "
+            "separately."
         )
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Prints a table of adapters, and below it the reasons why others cannot be used."""
+    """Prints a table of adapters. The lines below it say why other adapters cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)
