@@ -1,4 +1,4 @@
-"""The commands for existing adapters and models: export, import, merge, adapters and convert."""
+"""Commands that convert adapters and models: export, import, merge, adapters, convert."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = ("float32", "bfloat16", "float16")
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of one command."""
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
     added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF", json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
@@ -111,8 +111,7 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
-    """Returns the local folder of `path`. `find`, which is hub.model or hub.adapter, downloads it
-    if it is a name on the hub."""
+    """Returns a folder, which `find` (hub.model or hub.adapter) may download from the hub."""
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
@@ -120,7 +119,7 @@ def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
 
 
 def _base(args: argparse.Namespace) -> Path | None:
-    """Returns the folder of the model that --model names, or None without --model."""
+    """Returns the folder of the model that --model names; None without --model."""
     return None if args.model_dir is None else _folder(hub.model, args.model_dir)
 
 
@@ -193,7 +192,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
-    """Prints what will be merged before it begins, because merging takes minutes."""
+    """Prints what is about to be merged, because merging takes minutes."""
     from mlx_segtrain.commands.views import wide
     from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot

@@ -1,4 +1,4 @@
-"""The command bench: times the ops, and compares a whole layer with the same layer of mlx-lm."""
+"""`mlx-segtrain bench`: times the ops, and a whole layer beside mlx-lm's layer."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,8 +13,7 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the benchmark case of a Llama layer with LoRA on every projection. It is compared
-    with the same layer of mlx-lm."""
+    """Returns the case of a Llama layer with LoRA on every projection; its peer is mlx-lm's."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -71,8 +70,7 @@ def layer(
 
 
 def cases() -> list[bench.Case]:
-    """Returns the benchmark cases of the ops and of one layer, whose shape is from MiniCPM5-1B on a
-    GPU and from SmolLM2 on a CPU."""
+    """Returns the cases of the ops, and a layer of MiniCPM5-1B (GPU) or SmolLM2 (CPU)."""
     shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 
@@ -99,8 +97,7 @@ def run(
     runs: int = 20,
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
-    """Measures the cases whose op or shape contains one of the words in `only`, for the
-    implementations in `impls`. If `only` or `impls` is empty, it selects everything."""
+    """Measures the cases whose op and shape contain one of `only`, with the given `impls`."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]

@@ -1,5 +1,4 @@
-"""The command cache, with the actions list, size and prune: lists or removes the cached tokens of
-data sets."""
+"""The command cache: lists or removes cached tokens of data sets (list, size, prune)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The command chat: a conversation in the terminal, in which the user can switch between adapters
-and compare them."""
+"""The command chat: a conversation in the terminal that can switch and compare adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from mlx_segtrain.commands.flags import Parser, add_flags
 from mlx_segtrain.commands.generate import config_for, prompting_for
 from mlx_segtrain.fields import place
 
-#: The name under which the model without an adapter is listed.
+#: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
 /adapter NAME   answer with this adapter, given by name or number; base is the model alone
@@ -53,8 +52,7 @@ def add_command(command: Callable[..., Parser]) -> None:
 
 @dataclass
 class Voice:
-    """The model with one adapter, or without an adapter. `ids` are the tokens whose keys and values
-    are in `cache`."""
+    """The model with one adapter, or without; `ids` are the tokens in `cache`."""
 
     name: str
     adapter: Any
@@ -64,8 +62,7 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model. The model can answer as any of the voices, that is, with any
-    of the adapters or without one."""
+    """A conversation with one model, which can answer with each of several voices."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
@@ -79,8 +76,7 @@ class Chat:
         self._mounted: Voice | None = None
 
     def answers(self, say: Callable[[str], None]) -> None:
-        """Prints the current voice's answer to the last turn, or, after /compare, the answer of
-        each voice."""
+        """Prints answers to the last turn, by the current voice or, if comparing, by all."""
         for voice in self.voices if self.compares else [self.voice]:
             if self.compares:
                 say(f"\n[{voice.name}] ")
@@ -100,8 +96,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the answer in parts. The tokens at the beginning of the prompt that are already in
-        the voice's cache are not computed again."""
+        """Yields the parts of an answer. The voice's cache is reused for the tokens that the new
+        prompt shares with its previous one."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -117,21 +113,19 @@ class Chat:
             voice.cache, same = make_prompt_cache(self.model), 0
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
-        # Until the answer is complete, the voice has no cache: a stopped answer discards it.
-        cache, voice.cache, seen = voice.cache, None, list(ids)
+        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if the answer is stopped
         parts = generate.stream(
             self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache
         )
         for part in parts:
             seen.append(part.token)
             yield part.text
-        held = getattr(cache[0], "offset", None)  # the number of tokens in the cache
+        held = getattr(cache[0], "offset", None)  # number of tokens in the cache
         if held is not None and held <= len(seen):
             voice.cache, voice.ids = cache, seen[:held]
 
     def _ids(self, voice: Voice) -> list[int]:
-        """Returns the tokens of the conversation, or, without a chat template, only those of its
-        last message."""
+        """Returns the tokens of the conversation; without a chat template, of its last message."""
         prompting = voice.prompting
         if prompting.is_raw(self.tokenizer):
             return prompting.ids(self.tokenizer, self.turns[-1]["content"], self.system)
@@ -150,8 +144,7 @@ class Chat:
         self._mounted = voice
 
     def command(self, line: str) -> str | None:
-        """Runs a command, which is a line that begins with a slash. Returns the text to show, or
-        None if the chat should end."""
+        """Runs a line that begins with a slash. Returns the text to show, or None to exit."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name in ("exit", "quit", "q"):
@@ -210,8 +203,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns a name for each adapter: the last part of its path, or the whole path if the last
-    parts are not unique."""
+    """Returns the last parts of the paths, or the whole paths if those are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 
@@ -221,7 +213,7 @@ def converse(chat: Chat) -> int:
     terminal = sys.stdin.isatty()
     if terminal:
         with suppress(ImportError):
-            import readline  # noqa: F401  (adds line editing and a history to input())
+            import readline  # noqa: F401  (gives input() line editing and a history)
 
     def say(text: str) -> None:
         print(text, end="", flush=True)

@@ -1,4 +1,4 @@
-"""The command completion: prints a script that lets a shell complete commands and flags."""
+"""The command completion: prints a script with which a shell completes commands and flags."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mlx_segtrain.commands.flags import Parser
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.fields import choices
 
-#: The file in which each shell looks for the completion script.
+#: Where shells look for completion scripts.
 PLACES = {
     "bash": "~/.local/share/bash-completion/completions/mlx-segtrain",
     "zsh": "~/.zfunc/_mlx-segtrain (with ~/.zfunc in fpath)",
     "fish": "~/.config/fish/completions/mlx-segtrain.fish",
 }
-#: Metavars of arguments whose values are files or folders.
+#: Metavars of arguments that are files or folders.
 FILES = {"FILE", "PATH", "DIR", "MODEL", "DATA", "ADAPTER", "RUN", "ROOT"}
 
 

@@ -1,5 +1,4 @@
-"""The parsers of the command line: they get their flags from TrainConfig, show help in groups, and
-suggest a flag in place of an unknown one."""
+"""The parsers: flags from TrainConfig, help in groups, and suggestions for unknown flags."""
 
 from __future__ import annotations
 
@@ -16,16 +15,15 @@ from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, mea
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
-#: Maximum width of a help text, in columns. Longer lines are hard to read.
+#: Maximum number of columns of a help text: longer lines are hard to read.
 WIDEST = 100
-#: The groups that `--help` shows; the others appear only in `--help-all`.
+#: Groups of `--help`; all others are in `--help-all`.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-#: Placeholder for the value of a flag with too many choices to show; the help text lists them.
-WORD = "WORD"
+WORD = "WORD"  # a placeholder if there are too many choices to show; the help text lists them
 
 
-#: Names that commands have in other tools, with the names of the corresponding commands here.
+#: Our commands, by the names that they have in other tools.
 COMMANDS_ELSEWHERE = {
     **dict.fromkeys(("finetune", "fine-tune", "lora", "sft"), "train"),
     **{"fuse": "merge", "quantize": "convert", "run": "generate", "ui": "serve", "web": "serve"},
@@ -42,7 +40,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 
     def add_argument(self, action: argparse.Action) -> None:
         super().add_argument(action)
-        if list(self._iter_indented_subactions(action)):  # commands are indented one level deeper
+        if list(self._iter_indented_subactions(action)):  # commands, which are indented once more
             self._action_max_length += self._indent_increment
 
     def _split_lines(self, text: str, width: int) -> list[str]:
@@ -60,7 +58,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises InputError and accepts no abbreviated flags.
 
-    `rare` contains the titles of the groups that only `--help-all` shows.
+    `rare` are the titles of the groups that only `--help-all` shows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -86,7 +84,7 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = every
 
     def group(self, title: str) -> Any:
-        """Returns the group with this title, which is added if it does not exist."""
+        """Returns the group with this title; adds it if there is none."""
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
@@ -95,17 +93,16 @@ class Parser(argparse.ArgumentParser):
         return [name for action in self._actions for name in action.option_strings]
 
     def knows(self, word: str) -> bool:
-        """Returns whether a word such as --rank or --rank=8 is one of the flags."""
+        """Returns whether a word, with or without a value, is one of the flags."""
         return _name(word) in self.names()
 
     def meant(self, word: str) -> str:
-        """Returns "Did you mean …?" if there is a flag with a similar name, and an empty string if
-        there is none."""
+        """Returns "Did you mean …?" if a flag has a similar name, else an empty string."""
         return meant(_name(word), self.names(), flag)
 
 
 def _name(word: str) -> str:
-    """Returns the flag in a word such as --rank=8."""
+    """Returns the flag of a word such as --rank=8."""
     return word.partition("=")[0]
 
 
@@ -128,15 +125,13 @@ def group_of(name: str) -> str:
 
 
 def in_groups() -> list[str]:
-    """Returns the names of all fields, ordered by group. The groups that `--help` shows come
-    first."""
+    """Returns all fields in the order of their groups; the groups that `--help` shows are first."""
     titles = [DATA, FIRST, *(group.lower() for group in get_args(Group))]
     return sorted(TrainConfig.model_fields, key=lambda name: titles.index(group_of(name)))
 
 
 def add_run_flags(parser: Parser) -> None:
-    """Adds a flag for each field of TrainConfig, in groups. `--help` shows only the first two
-    groups."""
+    """Adds all fields of TrainConfig in groups; `--help` shows only the first groups."""
     for name in in_groups():
         title = group_of(name)
         if title not in (DATA, FIRST):
@@ -146,15 +141,13 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def examples(*commands: tuple[str, str]) -> str:
-    """Returns the epilog of a help text: example commands, each below a comment that describes
-    it."""
+    """Returns the end of a help text: commands, each below a comment that describes it."""
     text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
     return f"examples:\n{text}"
 
 
 def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
-    """Adds a flag for each of these fields of TrainConfig. If the user omits a flag, the parsed
-    arguments have no attribute for it."""
+    """Adds the flags of fields of TrainConfig. A flag that is not given sets no attribute."""
     for name in names:
         field = TrainConfig.model_fields[name]
         text = field.description or ""
@@ -180,7 +173,7 @@ def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
         return "TEXT" if FACETS[name].texts else "NAME"
-    if bool in get_args(field.annotation):  # the value is true, false or a word
+    if bool in get_args(field.annotation):  # true, false, or a word
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
         text = "{" + ",".join(words) + "}"
@@ -191,8 +184,7 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Adds the flags that set how much a command shows and where it logs its output
-    (output.py)."""
+    """Adds the flags that set how much a command shows, and its log file (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")
@@ -208,7 +200,7 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns a parser for an argument that must be a number for which `holds` returns True."""
+    """Returns an argument type: a number for which `holds` returns True."""
 
     def read(text: str) -> float:
         try:
@@ -223,7 +215,7 @@ def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], flo
 
 
 def count(least: int) -> Callable[[str], int]:
-    """Returns a parser for an argument that must be an integer >= `least`."""
+    """Returns an argument type: an integer of at least `least`."""
 
     def read(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -234,7 +226,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def whole(text: str) -> int:
-    """Parses an argument that must be an integer."""
+    """Parses an integer argument."""
     try:
         return int(text)
     except ValueError:

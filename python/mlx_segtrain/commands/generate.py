@@ -1,4 +1,4 @@
-"""The command generate: prints the model's answer to one prompt."""
+"""The command generate: answers one prompt."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
-#: The sampling options other than the temperature. Requests to the server use the same names.
+#: Sampling options besides the temperature, named as in the server's requests.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (
         probability,
@@ -62,7 +62,7 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     ),
     "seed": (whole, "N", "seed for sampling: the same seed gives the same answer"),
 }
-#: Options that have no effect with greedy decoding.
+#: Options that have no effect on greedy decoding.
 ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 
@@ -105,8 +105,7 @@ def add_sampling(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Returns the sampling options that the flags set. Raises InputError for an option that has no
-    effect."""
+    """Returns the sampling options of the flags. Raises InputError for one that has no effect."""
     from mlx_segtrain.generation.decoding import Options
 
     given = {
@@ -125,8 +124,8 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields an answer in parts. Its tokens are chosen as the server chooses them. `known` is the
-    number of tokens of the prompt that are already in the cache, which `more` contains."""
+    """Yields the parts of an answer, sampled as on the server. `known` are the tokens of a cache in
+    `more`."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -145,7 +144,7 @@ def stream(
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the length of the longest common prefix of two sequences."""
+    """Returns the number of tokens that both sequences begin with."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
@@ -167,8 +166,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:
-    """Returns the configuration. Raises InputError for a system message without a chat
-    template."""
+    """Returns the configuration. Raises InputError for a system message without a template."""
     config = config_of(args, "data_dir", "adapter_path")
     if args.system is not None and config.prompt_format == "raw":
         raise InputError("--system needs the chat template: leave out --prompt-format raw")
@@ -176,8 +174,7 @@ def config_for(args: argparse.Namespace) -> TrainConfig:
 
 
 def prompting_for(adapter: Path | None, args: argparse.Namespace, config: TrainConfig) -> Prompting:
-    """Returns the prompt format that the flags set, or the one that the adapter was trained with if
-    they set none."""
+    """Returns the prompt format that the adapter was trained with, unless flags set another one."""
     from mlx_segtrain.adapters import prompting_of
 
     prompting = prompting_of(adapter)

@@ -1,4 +1,4 @@
-"""The commands for the Hugging Face hub: search and push."""
+"""Commands of the Hugging Face hub: search, push."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_commands(command: Callable[..., Any]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of one command."""
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
     added.add_argument("words", nargs="+", metavar="WORD", help="words that the name contains")

@@ -1,4 +1,4 @@
-"""The command init: asks three questions and writes a commented YAML file for a run."""
+"""The command init: writes a commented YAML file for a run, after three questions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: The questions that are asked about fields whose flags are not given, and the values that an empty
-#: answer stands for.
+#: Questions for fields without a flag, and the values of empty answers.
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),
     "epochs": ("How many passes over the data?", "3"),
 }
-#: The fields in the groups that `train --help` shows.
+#: Fields of the groups that `train --help` shows.
 SHOWN = [name for name in TrainConfig.model_fields if group_of(name) in (DATA, FIRST)]
 
 
@@ -91,8 +90,7 @@ def _asked(name: str) -> str:
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """Returns the text of a YAML file with these values. The other fields are in comments, with
-    their defaults."""
+    """Returns a YAML file with these values; the other fields are comments with their defaults."""
     parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
@@ -104,7 +102,7 @@ def text_of(values: Mapping[str, Any]) -> str:
 
 
 def _lines(name: str, values: Mapping[str, Any]) -> list[str]:
-    """Returns the lines for one field: its description as a comment, followed by its value."""
+    """Returns the lines of a field: its description as a comment, and its value."""
     field = TrainConfig.model_fields[name]
     about = str(field.description)
     if not field.is_required():

@@ -10,7 +10,7 @@ from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import write_text
 
-#: Maximum number of tokens of a row that are shown.
+#: Maximum number of tokens that are shown of a row.
 SHOWN = 1500
 STYLE = """
 :root { color-scheme: light dark; --bar: #4a7dbd; --mark: #cfe8cf; --line: #8884 }
@@ -26,8 +26,7 @@ padding: .6rem } mark { background: var(--mark); color: inherit } .bad { color: 
 
 
 def write_report(file: Path, report: Report, data: Path | None, most: int) -> None:
-    """Writes the HTML file. `most` is max_seq_length. Raises InputError if the file cannot be
-    written."""
+    """Writes the page; `most` is max_seq_length. Raises InputError if that fails."""
     try:
         text = page(report, "the data" if data is None else data.name, most)
         write_text(file, text.encode("utf-8", "replace").decode())  # file names may not be UTF-8
@@ -92,8 +91,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _histogram(report: Report, most: int) -> str:
-    """Returns a table with one bar per range of lengths. The bars of samples that are truncated
-    have a different colour."""
+    """Returns a table with bars; those of truncated samples have another colour."""
     top = max(own.count for own in report.histogram) or 1
     rows = (
         f'<tr{" class=cut" if own.first > most else ""}><td class="n">{own.first:,} to '

@@ -1,5 +1,4 @@
-"""The command line. Modules that are slow to import (mlx, transformers) are imported only in the
-functions that need them."""
+"""The command line. Heavy modules (mlx, transformers) are imported inside the commands only."""
 
 from __future__ import annotations
 
@@ -32,16 +31,15 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands that finish immediately, and so do not have --quiet, --verbose and --log-file.
+#: Commands that end at once, for which --quiet, --verbose and --log-file would be useless.
 AT_ONCE = ("cache", "completion")
-#: If one of these fields is set, eval measures rewards instead of a loss.
+#: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 0 (success), 1 (failure), 2 (bad input) or 130
-    (interrupted by a signal)."""
+    """Runs a command; returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a signal)."""
     if argv is None:  # this process was started as the command
         hide_torch()
     given = list(sys.argv[1:] if argv is None else argv)
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the program that reads our output (head, less) has exited
+    except BrokenPipeError:  # the reader of our output (head, less) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,4 +1,4 @@
-"""Shows a run in a notebook: its messages, and a progress line that is updated at each step."""
+"""Shows a run in a notebook: messages, and below them one line that is updated at each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_segtrain.events import Event
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is the kernel of a notebook. Only then can cells show HTML."""
+    """Returns whether this process is the kernel of a notebook, whose cells can show HTML."""
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython  # pyright: ignore[reportMissingImports]
@@ -22,7 +22,7 @@ def in_notebook() -> bool:
 
 
 class Notebook(Terminal):
-    """Like Terminal, but shows the progress bar as HTML in the output of the cell."""
+    """Like Terminal, with the progress bar as HTML in the output of the cell."""
 
     def __init__(self) -> None:
         # Messages are plain lines in the output of the cell.

@@ -1,5 +1,4 @@
-"""The flags that every command shares: they set how much it prints, and copy its output to a log
-file."""
+"""How much a command prints, and the copy in its log file: the same for every command."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import Any, TextIO
 
 from mlx_segtrain.errors import InputError, RunError
 
-#: Escape sequences with which a program colours text or moves the cursor on a terminal.
+#: Escape sequences that colour or move text on a terminal.
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")
 
 
@@ -45,8 +44,7 @@ class Output:
         return self._log is not None
 
     def note(self, text: str) -> None:
-        """Appends the lines of a text to the log file, each with the time. Empty lines are
-        skipped."""
+        """Appends lines to the log file, each with the time, and skips empty ones."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -72,7 +70,7 @@ class Copied:
         return self.stream.write(text)
 
     def end(self) -> None:
-        """Passes a last line that does not end with a newline to `note`."""
+        """Passes on a last line without a newline."""
         if self._line:
             self._note(self._line)
         self._line = ""
@@ -81,8 +79,7 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: The output settings of the running command. Outside commands, everything is shown and nothing is
-#: logged.
+#: The settings of the running command; without one, everything is shown and nothing is logged.
 _current = Output()
 
 
@@ -92,15 +89,14 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream. Callers that log their lines themselves, such as a progress bar,
-    write to it."""
+    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
-    """Applies --quiet, --verbose and --log-file while a command is running. Everything that the
-    command prints is copied to the log file, and so is its error if it fails."""
+    """Applies --quiet, --verbose and --log-file while a command is running. The log file gets a
+    copy of what the command prints, and of the error with which it fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)
@@ -118,7 +114,7 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Passes each line to `note` that is printed to stdout or stderr."""
+    """Also passes each line that is printed to stdout or stderr to `note`."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

@@ -1,4 +1,4 @@
-"""Draws the predicted and the measured memory during one step (`plan --plot`)."""
+"""Draws the predicted and the measured memory over one step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from ..training.policy import run_policy
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     """Loads the model, takes two steps on random tokens, and writes the plot to `file`.
 
-    Raises InputError if the method is not sft, if memory cannot be predicted for the family of the
-    model, or if a plot cannot be written to `file`.
+    Raises InputError if the memory of the model's family cannot be predicted.
     """
     if ROWS[config.method] != "single":
         raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
@@ -56,9 +55,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Takes two steps on random tokens, and returns the peak memory, in bytes, of each move of the
-    plan in the second step. A move is one part of the plan, such as the forward pass of a
-    segment."""
+    """Returns the peak memory (bytes) of each move of the second step on random tokens."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

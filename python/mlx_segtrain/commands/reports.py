@@ -1,8 +1,7 @@
-"""The option --report of doctor and bench: writes a small file about a device, which the user can
-attach to an issue.
+"""`--report` of doctor and bench: writes a small file about a device, to attach to an issue.
 
-The file contains the device, the system, versions, checks and times. It contains no paths and no
-names of people, files or this machine.
+It contains the device, the system, versions, checks and times, but no path and no name of a person,
+of this machine, or of a file.
 """
 
 import importlib
@@ -27,7 +26,7 @@ from ..objectives.sft import Sft
 from ..ops import bench, choice, selfcheck
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-#: The shapes of the models whose steps are timed. Their weights are random and quantized to 4 bits.
+#: Shapes of models, with random weights of 4 bits.
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
         "hidden_size": 576,
@@ -50,14 +49,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-#: Number of tokens in a step, on a GPU and on a CPU.
+#: The number of tokens of a step, on a GPU and on a CPU.
 TOKENS, TOKENS_ON_CPU = 2048, 256
 
 
 @dataclass(frozen=True)
 class Step:
-    """The time to compute the loss and its gradients, with one layer per segment and with LoRA of
-    rank 16 on all linear layers."""
+    """The time of loss and gradients with LoRA of rank 16 on all linear layers, one layer per
+    segment."""
 
     model: str
     tokens: int
@@ -67,7 +66,7 @@ class Step:
 
 
 def facts() -> dict[str, Any]:
-    """Returns the fields with which every report begins."""
+    """Returns the fields that every report begins with."""
     mac = platform.mac_ver()[0]
     info = mx.device_info()
     return {
@@ -84,7 +83,7 @@ def facts() -> dict[str, Any]:
 
 
 def step(name: str, config: dict[str, Any], tokens: int) -> Step:
-    """Times a step on `tokens` tokens of a model with this configuration."""
+    """Times a step of a model with this configuration."""
     module = importlib.import_module("mlx_lm.models.llama")
     model = module.Model(module.ModelArgs.from_dict(LLAMA | config))
     model.set_dtype(bench.dtype())
@@ -136,7 +135,7 @@ def of_bench(rows: Sequence[bench.Row]) -> dict[str, Any]:
 
 
 def write(kind: str, content: dict[str, Any]) -> str:
-    """Writes the file to the working directory, and returns a sentence to print."""
+    """Writes the file to the working directory; returns the sentence to print."""
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (

@@ -1,4 +1,4 @@
-"""The commands for training runs: train, probe, verify and plan."""
+"""Commands for training runs: train, probe, verify, plan."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from mlx_segtrain.commands.terminal import Terminal
     from mlx_segtrain.training import TrainResult
 
-#: The default folder of the adapter, which is the same as in mlx-lm.
+#: The default folder of an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
-UNUSED = "unused"  # value for required fields of TrainConfig that a command does not use
-#: Maximum number of characters of a system message for it to be shown in a command.
+UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
+#: Maximum characters of a system message that is shown in a command.
 MOST_SYSTEM = 300
 
 
 def add_commands(command: Callable[..., Parser]) -> None:
-    """Adds the commands; `command(name, run, text)` creates the parser of one command."""
+    """Adds the commands; `command(name, run, text)` creates the parser of each."""
     for name, run, text in (
         ("train", _train, "train an adapter"),
         ("probe", _probe, "run a few steps without saving, and report their time and memory"),
@@ -123,10 +123,9 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
 
 def config_of(args: argparse.Namespace, *unused: str, **fill: Any) -> TrainConfig:
-    """Returns the TrainConfig that --config and the flags set. Flags take precedence.
+    """Returns the TrainConfig of --config and of flags, which take precedence.
 
-    `unused` names required fields that the command does not use; `fill` sets further fields and
-    takes precedence over the flags.
+    `unused` are required fields that the command can do without; `fill` sets other fields.
     """
     flags = {key: value for key, value in vars(args).items() if key in TrainConfig.model_fields}
     given = dict.fromkeys(unused, UNUSED) | flags | fill
@@ -148,8 +147,7 @@ def _train(args: argparse.Namespace) -> int:
         if isinstance(error, LostRank):
             sys.stderr.flush()
             sys.stdout.flush()
-            # A normal exit would wait for the device, which may wait for the lost rank.
-            os._exit(1)
+            os._exit(1)  # a normal exit would wait for the device, which may wait for that rank
         return 1
 
 
@@ -159,12 +157,12 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
     from mlx_segtrain.training.curves import draw_run
     from mlx_segtrain.training.ranks import launched
 
-    if launched():  # rank 0 shows the run; the other ranks show only their own warnings
+    if launched():  # rank 0 shows the run; another rank shows only its own warnings
         with Terminal(errors()) as show:
             return 130 if train(config, show).interrupted else 0
     with Terminal() as show:
         result = train(config, show, on_step=show.step)
-        if not result.interrupted:  # an interrupted run should end soon, and drawing takes time
+        if not result.interrupted:  # drawing takes time, and an interrupted run should end soon
             draw_run(config, lambda message: print(message, file=sys.stderr))
         show.stop_bar()
         show_result(show, config, result, args.argv)
@@ -174,7 +172,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
 def show_result(
     show: Terminal, config: TrainConfig, result: TrainResult, argv: Sequence[str]
 ) -> None:
-    """Shows the results of a run, and commands that the user can run next."""
+    """Shows the results of a run, and commands for the next steps."""
     from mlx_segtrain.commands.words import duration
     from mlx_segtrain.events import speed
 
@@ -221,8 +219,7 @@ def show_result(
 
 
 def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
-    """Returns commands that use the adapter of a run, each with a description. If all rows of the
-    data have the same system message, the commands include it."""
+    """Returns commands that use a run's adapter, with the system message of its data."""
     from mlx_segtrain.adapters import prompting_of
     from mlx_segtrain.ops.selfcheck import on_gpu
 
@@ -239,7 +236,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
         ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
-    if on_gpu():  # on a CPU, mlx-lm computes in bfloat16, which takes seconds per token
+    if on_gpu():  # on a CPU stock mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]
         mlx_lm = ["python", "-m", "mlx_lm", "generate", *theirs]
         if more:
@@ -249,12 +246,12 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
 
 
 def _system(config: TrainConfig) -> str | None:
-    """Returns the system message of the data if all rows have the same one, and None otherwise."""
+    """Returns the system message of the data, if all its rows have the same."""
     from mlx_segtrain.data import Options
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
 
-    with suppress(InputError):  # the data may have been deleted during the run
+    with suppress(InputError):  # the data may have been deleted since
         return system_message(sources_of(config.data_dir, ask=False)[0], Options.of(config))
     return None
 
@@ -306,7 +303,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    # These values also override the values in the --config file.
+    # Also overrides those of --config.
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")

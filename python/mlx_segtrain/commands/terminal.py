@@ -1,4 +1,4 @@
-"""Shows a run to the user, as a progress bar on a terminal and as plain lines elsewhere."""
+"""Shows a run to people: a progress bar on a terminal, and plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,17 +20,16 @@ from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
 from mlx_segtrain.events import Event, about_ranks, speed
 
-#: Minimum width of the terminal, in columns, for all figures to be shown beside the bar.
+#: Minimum columns for all figures to be shown beside the bar.
 WIDE = 110
-#: Number of columns that stay empty at the end of the bar's line.
+#: Columns at the end of the bar's line that stay empty.
 ROOM = 3
 
 
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
-    """Prints a dataclass or a list of dataclasses, as JSON or by calling `show`, and returns the
-    exit code.
+    """Prints a dataclass, or a list of them, as JSON or with `show`; returns the exit code.
 
-    If `ok` is given, the JSON object contains it, and the exit code is 1 if `ok` is False.
+    If `ok` is given, the JSON object contains it, and the exit code is 1 if it is False.
     """
     if as_json:
         value = found if ok is None else asdict(found) | {"ok": ok}
@@ -41,14 +40,13 @@ def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | No
 
 
 def width_of(console: Console) -> int:
-    """Returns the width of a terminal. If the console is not a terminal, returns a width at which
-    no line is wrapped."""
+    """Returns the width of a terminal; elsewhere a width at which no line is wrapped."""
     return console.width if console.is_terminal else 10**6
 
 
 def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
-    """Returns a function that prints text without interpreting markup. On a terminal, the function
-    wraps lines between words and indents continuation lines by `indent` spaces."""
+    """Returns a function that prints text without interpreting markup. On a terminal it wraps lines
+    between words, and indents the continuation lines by `indent` spaces."""
     show = partial(console.print, markup=False, soft_wrap=True)
     if not console.is_terminal:
         return show
@@ -64,8 +62,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns of a line empty, because a terminal echoes ^C there. After a full
-    line, the echo would be wrapped, and the bar would be drawn a second time below it."""
+    """Leaves the last columns free, because a terminal echoes ^C there: a full line would be
+    wrapped, and the bar would be drawn a second time below it."""
 
     inner: RenderableType
 
@@ -79,14 +77,13 @@ class Bar(Progress):
 
 
 class Terminal:
-    """Shows the events of a run if it is passed as on_event, and its steps if `step` is passed as
-    on_step.
+    """Shows events (pass it as on_event) and steps (pass its `step` as on_step).
 
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    If the console is a terminal, it draws a progress bar; if not, it prints one line per event. The
-    `output` settings of the command determine how much is shown and logged.
+    It draws a progress bar if the console is a terminal, and prints one line per event otherwise.
+    The command's `output` determines how much is shown and logged.
     """
 
     def __init__(self, console: Console | None = None, output: Output | None = None) -> None:
@@ -109,7 +106,7 @@ class Terminal:
         self._waiting: TaskID | None = None
         self._told = 0.0
         self._budget: float | None = None  # the budget of the memory plan, in 10⁹ bytes
-        self._loss = ""  # text with the loss of the last evaluation
+        self._loss = ""  # the loss of the last evaluation
         self._last: Event | None = None  # the event whose figures the bar shows
 
     def __enter__(self) -> Terminal:
@@ -121,7 +118,7 @@ class Terminal:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Shows one event. `failed` is not shown, because the exception that follows it is."""
+        """Shows one event, except `failed`, whose exception follows."""
         self._safely(self._show, event)
 
     def step(self, event: Event) -> None:
@@ -137,8 +134,7 @@ class Terminal:
         self._safely(self._say, text)
 
     def fact(self, name: str, text: str) -> None:
-        """Shows a name and its text as one line of the results. If the text is wrapped, its lines
-        are aligned."""
+        """Shows a line of a result; continuation lines are indented to the start of its text."""
         self.say(hanging(name, text, 17, width_of(self.console)))
 
     def command(self, what: str, argv: Sequence[str]) -> None:
@@ -149,7 +145,7 @@ class Terminal:
         self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Calls `show(what)`, unless the terminal or the program that reads the output is gone."""
+        """Shows something unless the terminal, or the reader of the output, is gone."""
         if self.gone:
             return
         try:
@@ -198,7 +194,7 @@ class Terminal:
 
     def _report(self, event: Event) -> None:
         line = self._note if self._draws else self._line
-        if not self.verbose:  # with --verbose, _step has shown it
+        if not self.verbose:  # otherwise _step has shown it
             line(f"step {event['step']}/{self.iters}: {self._figures(event, wide=True)}")
             if self._draws:
                 self._step(event)
@@ -224,8 +220,7 @@ class Terminal:
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """Shows the progress of a download or of tokenization: as a bar, or, without a terminal, as
-        one line every 10 seconds."""
+        """Shows the progress of a download or of tokenizing: a bar, or a line every 10 seconds."""
         share, now = event["share"], time.monotonic()
         if not self._draws:
             if now - self._told > 10 or share == 1:
@@ -241,7 +236,7 @@ class Terminal:
         self._bar.update(self._waiting, completed=share or 0, total=total, status=status)
 
     def _draw(self, event: Event) -> None:
-        assert self._task is not None  # the event of the stage `train` precedes all metrics
+        assert self._task is not None  # the stage `train` comes before its metrics
         self._last = event
         wide = self.console.width >= WIDE
         figures = f"{self._figures(event, wide)}{self._loss if wide else ''}"
@@ -256,8 +251,8 @@ class Terminal:
             self._line(f"step {step}: {self._figures(event, wide=True)}{more}")
 
     def _figures(self, event: Event, wide: bool) -> str:
-        """Returns a text with loss, speed, memory and remaining time. If `wide` is set, it has more
-        details."""
+        """Returns loss, speed, memory and remaining time, with fewer details unless `wide` is
+        set."""
         loss = f"loss {event['loss']:.4f}"
         left = f"{duration(event['left_s'])} left"
         of = "" if self._budget is None else f" of {self._budget:.2f}"
@@ -272,13 +267,13 @@ class Terminal:
 
 
 def errors() -> Console:
-    """Returns the console that shows everything except results: standard error."""
+    """Returns the console for everything except results."""
     return Console(file=uncopied(sys.stderr), highlight=False)
 
 
 @contextmanager
 def waiting() -> Iterator[Callable[[Event], None]]:
-    """Shows warnings and the progress of downloads on stderr; with --verbose, shows every event."""
+    """Shows the progress of a download and warnings on stderr; with --verbose, every event."""
     with Terminal(errors()) as show:
 
         def tell(event: Event) -> None:
@@ -289,7 +284,7 @@ def waiting() -> Iterator[Callable[[Event], None]]:
 
 
 def complain(text: str) -> None:
-    """Prints a sentence to stderr, and wraps it if stderr is a terminal."""
+    """Prints a sentence to stderr, wrapped on a terminal."""
     if sys.stderr.isatty():
         text = wrapped(text, Console(stderr=True).width)
     print(text, file=sys.stderr)

@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: The styles of tokens in the loss and of all other tokens. Each has two styles that alternate, so
-#: that neighbouring tokens can be told apart.
+#: Two alternating styles each, so that neighbouring tokens can be told apart.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
-#: Number of layers that the report on a merge shows.
+#: Number of layers that the report of a merge shows.
 WORST = 8
 
 
@@ -82,16 +81,14 @@ def show_report(report: Report, console: Console | None = None) -> None:
 
 
 def formats(report: Report) -> str:
-    """Returns the format of the rows of a data set. If they have several formats, returns each with
-    the number of its rows."""
+    """Returns the format of a data set's rows, or several with their counts."""
     if len(report.formats) < 2:
         return str(report.format)
     return ", ".join(f"{n:,} {name}" for name, n in sorted(report.formats.items()))
 
 
 def bars(report: Report, width: int = 40) -> list[str]:
-    """Returns a line for each range of lengths. It contains the range, a bar, and the number of
-    samples."""
+    """Returns a line for each range of lengths: from, to, a bar, and the number of samples."""
     if not report.histogram:
         return []
     most = max(own.count for own in report.histogram)
@@ -109,7 +106,7 @@ def _bar(length: float) -> str:
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Returns a description of the length of an epoch, without packing and with packing."""
+    """Describes the length of an epoch, unpacked and packed, in words."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -122,8 +119,7 @@ def epochs(report: Report) -> dict[str, str]:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Prints a table with the results of the kernel checks on a device, and the reasons for
-    failures below it."""
+    """Prints a table of the kernels' checks on a device, and below it the reasons of failures."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -159,8 +155,7 @@ def _marked(preview: Preview) -> str:
 
 
 def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
-    """Joins neighbouring tokens that are all in the loss, or all not in it. Yields each text, and
-    whether it is in the loss."""
+    """Yields the texts of runs of tokens, and whether a run is in the loss."""
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         yield "".join(token for token, *_ in run), trained
 
@@ -214,7 +209,7 @@ def show_plan(report: PlanReport) -> None:
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
         line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
     if report.ranks and report.rollout_batch is not None:
-        line("", "Only an update with one pass on each rank is counted, not generation.")
+        line("", "Only an update with one pass on each rank is counted, and no time to generate.")
 
 
 def _longest(tokens: int, most: int | None) -> str:
@@ -235,7 +230,7 @@ def show_verified(found: Verified) -> None:
 
 
 def show_evaluation(result: EvalResult, unit: str) -> None:
-    """Prints a loss with its unit and the number of tokens on which it was measured."""
+    """Prints a loss with its unit, and the number of tokens it was measured on."""
     print(f"loss        {result.loss:.4f} {unit}")
     width = max(15, *map(len, result.metrics)) + 1 if result.metrics else 0
     for name, x in result.metrics.items():
@@ -247,7 +242,7 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
 
 
 def show_score(result: ScoreResult) -> None:
-    """Prints the rewards, and how often completions pass."""
+    """Prints rewards, and how often completions pass."""
     print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
     for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
         print(f"  {name:10s}{x:.4f}")
@@ -258,7 +253,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints what a converted adapter contains and how much it differs from the original."""
+    """Prints what a converted adapter contains, and its difference from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -266,19 +261,18 @@ def show_converted(done: conversion.Converted) -> None:
 
 
 def show_made(made: Made) -> None:
-    """Prints the folder of a converted model, and its size before and after the conversion."""
+    """Prints the folder and the size of a converted model."""
     print(f"model    {made.path}, {made.size / 1e9:.2f} GB (before: {made.before / 1e9:.2f} GB)")
 
 
 def wide() -> Console:
-    """Returns a console. If there is no terminal, the console is wide enough for long names."""
+    """Returns a console that is wide enough for names if there is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def show_fold(report: folding.Report) -> None:
-    """Prints the result of a merge, and the linear layers whose updates lost the most to
-    rounding."""
+    """Prints the result of a merge, and the linear layers that lost the most."""
     table = Table("layer", box=box.SIMPLE_HEAD)
     for name in ("bits", "update", "lost", "rounding"):
         table.add_column(name, justify="right")
@@ -312,7 +306,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Prints a table of adapters. The lines below it say why other adapters cannot be used."""
+    """Prints a table of adapters, and below it the reasons why others cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

@@ -1,4 +1,4 @@
-"""Functions that wrap text, and format commands so that they can be pasted into a shell."""
+"""Wrapped text, and commands that can be pasted into a shell."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """Wraps a text between words. All lines except the first are indented by `indent` spaces."""
+    """Wraps a text between words; lines after the first are indented."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, **how)
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """Returns a name followed by a wrapped text. Every line of the text starts at `column`."""
+    """Returns a name and its text, which is wrapped and starts at `column` on each line."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
@@ -23,14 +23,14 @@ def hanging(name: str, text: str, column: int, width: int) -> str:
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
-    """Returns a shell command, which is split into several lines if it is longer than `width`."""
+    """Returns a command for a shell, on several lines if it is longer than `width`."""
     words = [shlex.quote(word) if word != "…" else word for word in argv]
     text = " ".join(words)
     if len(text) <= width:
         return text
     lines, line = [], words[0]
     for i, word in enumerate(words[1:], 1):
-        # A flag and its value stay on the same line.
+        # A flag stays on one line with its value.
         held = [word, *words[i + 1 : i + 2]] if word.startswith("-") else [word]
         if len(" ".join([line, *held])) > width - 2 and word.startswith("-"):
             lines.append(line)
@@ -41,7 +41,7 @@ def command_line(argv: Sequence[str], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Formats a duration in seconds as 7s, 3m20s or 2h05m."""
+    """Returns seconds as 7s, 3m20s or 2h05m."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
