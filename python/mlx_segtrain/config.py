@@ -141,8 +141,8 @@ class TrainConfig(BaseModel):
     rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
         "by_bits", ADAPTER | FRESH | SIZE
     )
-    """How the LoRA rank varies between layers: it is the value of rank in every layer (constant),
-    rank * bits / 4 (by_bits), or it is distributed by KL importance (by_kl)."""
+    """How the LoRA rank of a layer is chosen: the value of rank for every layer (constant), rank *
+    bits / 4 (by_bits), or according to the KL importance of the layer (by_kl)."""
     target_modules: Annotated[list[Name], Distinct] = option(
         PROJECTIONS, ADAPTER | FRESH | SIZE, title="Target modules", min_length=1
     )
@@ -195,7 +195,7 @@ class TrainConfig(BaseModel):
         ge=0,
         lt=1,
     )
-    """Probability with which dropout zeroes an input of a LoRA branch."""
+    """Dropout probability for the inputs of LoRA branches."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
     """How strongly dpo penalizes divergence from the model without the adapter."""
     dpo_loss: Literal[
@@ -294,8 +294,8 @@ class TrainConfig(BaseModel):
     max_completion_tokens: Int = option(
         256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
     )
-    """Maximum number of tokens in a completion, including the tokens of the environment. A prompt
-    is dropped if a completion of this length would not fit into max_seq_length with it."""
+    """Maximum number of tokens in a completion, including the tokens of the environment. Prompts
+    that leave no room for a completion of this length within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
     """Temperature at which completions are sampled."""
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
@@ -347,9 +347,9 @@ class TrainConfig(BaseModel):
         methods=("sft", "grpo"),
         values="true, false or auto",
     )
-    """Pack several rows of the data into one row of up to max_seq_length tokens, in which tokens do
-    not attend to those of another row. With packing, batch_size is the number of packed rows. auto
-    packs if that is faster; it is the default for grpo."""
+    """Pack several rows of the data into one row of up to max_seq_length tokens, without attention
+    between them. With packing, batch_size is the number of packed rows. auto packs if that is
+    faster; it is the default for grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
@@ -453,8 +453,8 @@ class TrainConfig(BaseModel):
     prompt_format: Literal["auto", "chat", "raw"] = option(
         "auto", DATA, title="Format of plain prompts"
     )
-    """Whether the chat template is applied to plain prompts, which are strings and not lists of
-    messages: always (chat), never (raw), or if the tokenizer has a chat template (auto)."""
+    """When to apply the chat template to plain prompts, which are strings instead of lists of
+    messages: always (chat), never (raw), or only if the tokenizer has a chat template (auto)."""
     chat_template_kwargs: Variables = option(
         {},
         DATA,
@@ -471,7 +471,7 @@ class TrainConfig(BaseModel):
     )
     """If there is no validation file: the training rows to hold out for validation, as a fraction
     or a number of rows; 0 holds out none. auto holds out a twentieth of the rows, at most 500, if
-    there are more than 100. The content of a row determines whether it is held out."""
+    there are more than 100. The rows are chosen by their content and by seed."""
     dedup: bool = option(False, DATA, title="Drop repeated rows")
     """Drop training rows that repeat an earlier row."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")

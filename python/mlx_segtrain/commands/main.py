@@ -173,8 +173,9 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="DIR",
-        help="directory that the paths in requests may lead to; repeatable. Default: the current "
-        "directory and the Hugging Face cache. The server's data directory is always allowed.",
+        help="directory that clients may access through paths in their requests; repeatable. "
+        "Default: the current directory and the Hugging Face cache. The server's data directory is "
+        "always allowed.",
     )
     added.add_argument(
         "--allow-host",
