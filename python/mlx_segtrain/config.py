@@ -355,7 +355,7 @@ class TrainConfig(BaseModel):
     )
     """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
-        "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Several devices share"
+        "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Parallelism"
     )
     """How the work is split across devices. With data, each device has the whole model and
     processes some of the batches; with pipeline, each device has some of the layers."""

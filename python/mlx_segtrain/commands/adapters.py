@@ -27,7 +27,9 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands; `command(name, run, text)` creates the parser of each."""
     added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF", json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
-    added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
+    added.add_argument(
+        "--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format of the new adapter"
+    )
     _out(added, "the new adapter")
     _model(
         added, "base model. Default: the model that the adapter names, if it is on this machine."
