@@ -32,7 +32,7 @@ def test_every_case_names_what_it_does():
 def test_bench_prints_a_table(capsys):
     assert cli.main(["bench", "--only", "dequantize", "rms_norm 512", "--runs", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("product ") and "GB/s" in lines[0]
+    assert lines[0].startswith("matrix product ") and "GB/s" in lines[0]
     assert lines[1] == command.HEADER
     rows = [line.split() for line in lines[2:]]
     assert {row[0] for row in rows} == {"dequantize", "rms_norm"}

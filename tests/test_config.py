@@ -208,7 +208,7 @@ def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
         ("method", "ppo", "sft, dpo, orpo, simpo, kto or grpo"),
         ("target_modules", [], "one or more names"),
         ("target_modules", ["q_proj", ""], "one or more names"),
-        ("target_modules", ["q_proj", "q_proj"], "each once"),
+        ("target_modules", ["q_proj", "q_proj"], "each at most once"),
         ("num_layers", 0, "-1 or an integer >= 1"),
         ("num_layers", -2, "-1 or an integer >= 1"),
         ("iters", 0, "an integer >= 1"),

@@ -1,9 +1,8 @@
 """The configuration of a training run, declared once.
 
-The flags of the command line, the keys of a YAML file, every error message, the page's form, the
-rules for resuming and the table in docs/configuration.md (printed by `python -m
-mlx_segtrain.config`) all follow from `TrainConfig`. A field's properties besides its type are in
-fields.Facets.
+`TrainConfig` determines the flags of the command line, the keys of a YAML file, the error messages,
+the page's form, the rules for resuming, and the table in docs/configuration.md, which `python -m
+mlx_segtrain.config` prints. A field's properties other than its type are in fields.Facets.
 """
 
 from __future__ import annotations
@@ -45,9 +44,10 @@ from mlx_segtrain.fields import (
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
-#: Kinds of rows (a sequence, a pair of sequences, a sequence labelled good or bad, or a prompt
-#: alone), and the kind that each method trains on.
+#: The kinds of rows: one sequence, a pair of sequences, a sequence that is labelled good or bad, or
+#: only a prompt.
 Rows = Literal["single", "pair", "labelled", "prompt"]
+#: The kind of rows that each method trains on.
 ROWS: dict[str, Rows] = {
     "sft": "single",
     "dpo": "pair",
@@ -56,7 +56,7 @@ ROWS: dict[str, Rows] = {
     "kto": "labelled",
     "grpo": "prompt",
 }
-#: Formats of rows (data/formats.py), which are distinguished by their keys.
+#: Formats of rows. A row's keys determine its format (data/formats.py).
 DataFormat = Literal[
     "auto",
     "preference",
@@ -89,12 +89,12 @@ DPO, ORPO, SIMPO, KTO = (
     for method in ("dpo", "orpo", "simpo", "kto")
 )
 GRPO = Facets(group="GRPO", methods=("grpo",))
-#: For fields that apply to responses in the data, not to responses that a run generates.
+#: For fields that apply only to responses in the data, not to those that the model generates.
 GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
-#: For parallel, whose other value splits the layers.
+#: For `parallel`, whose value "pipeline" splits the model's layers across devices.
 WHOLE = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, which generates with the whole model on every device",
@@ -105,7 +105,7 @@ FRESH = Facets(
     otherwise="with warm_start, whose adapter has its own",
 )
 
-#: Defaults that depend on grpo_loss, from the losses' papers.
+#: Defaults that depend on grpo_loss; they are taken from the papers that introduced these losses.
 OF_LOSS: dict[Any, dict[str, Any]] = {
     "dr_grpo": {"advantage_scaling": "none"},
     "dapo": {"clip_high": 0.28, "mask_truncated": True},
@@ -123,17 +123,17 @@ class TrainConfig(BaseModel):
     model_dir: Place = option(..., ELSEWHERE | FREE, flag="--model", values=PLACES)
     """Base model: its directory, or its name on the Hugging Face hub."""
     data_dir: Place | None = option(None, ELSEWHERE | FREE, flag="--data", values=DATA_PLACES)
-    """Training data: a directory with train.jsonl and, for validation, valid.jsonl (or CSV, Parquet
-    and others, see docs/data.md); one file of training rows; or a data set's name on the hub.
-    Required unless Python gives the rows."""
+    """Training data: a directory with train.jsonl and optionally valid.jsonl for validation, one
+    file of training rows, or the name of a data set on the hub. CSV, Parquet and other file formats
+    also work (docs/data.md). Required, unless the rows are passed to train() in Python."""
     adapter_path: Directory = option(
         ..., FIRST | FREE, title="Adapter folder", aliases=("--adapter",)
     )
-    """Directory of the adapter; a run also writes metrics.jsonl and checkpoints to it. Default of
-    the command line: adapters."""
+    """Directory of the adapter; a run also writes metrics.jsonl and its checkpoints there. On the
+    command line, the default is adapters."""
     method: Method = option("sft", FIRST | ALL | CARD)
-    """Training objective: sft takes texts and chats, dpo, orpo and simpo take chosen and rejected
-    responses, kto responses with a label or pairs, grpo prompts."""
+    """Training objective. sft trains on texts and chats; dpo, orpo and simpo on pairs of chosen and
+    rejected responses; kto on labelled responses or on pairs; grpo on prompts."""
     rank: Int = option(8, FIRST | FRESH | SIZE, ge=2)
     """LoRA rank, before rank_scaling is applied."""
     scale: Float = option(1.0, ADAPTER | FRESH, gt=0)
@@ -141,20 +141,21 @@ class TrainConfig(BaseModel):
     rank_scaling: Literal["constant", "by_bits", "by_kl"] = option(
         "by_bits", ADAPTER | FRESH | SIZE
     )
-    """How ranks vary by layer: rank everywhere (constant), rank * bits / 4 (by_bits), or by KL
-    importance (by_kl)."""
+    """How the LoRA rank of a layer is chosen: the value of rank for every layer (constant), rank *
+    bits / 4 (by_bits), or according to the KL importance of the layer (by_kl)."""
     target_modules: Annotated[list[Name], Distinct] = option(
         PROJECTIONS, ADAPTER | FRESH | SIZE, title="Target modules", min_length=1
     )
-    """Linear layers that get an adapter, given by the end of their module path; all-linear means
-    all of them, except embed_tokens and lm_head, which must be listed explicitly."""
+    """Linear layers that get an adapter, named by the last part of their module path. all-linear
+    means all linear layers except embed_tokens and lm_head, which must be listed explicitly."""
     num_layers: LayerCount = option(
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
-    """Number of layers that get adapters, counted from the last one; -1 means all."""
+    """Number of layers that get an adapter, counting back from the last layer; -1 means all
+    layers."""
     warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
-    """Adapter to start from, written by this package, mlx-lm or PEFT: its directory, or its name on
-    the hub. The run uses its layers, ranks and scale."""
+    """Adapter to start from: its directory, or its name on the hub. It may have been written by
+    this package, mlx-lm or PEFT. The run uses the layers, ranks and scale of this adapter."""
     iters: Int = option(
         100,
         FIRST | WARN | CARD,
@@ -169,22 +170,22 @@ class TrainConfig(BaseModel):
     optimizer: Literal["adamw", "lion", "sgd", "adafactor", "muon"] = option(
         "adamw", OPTIMIZER | CARD
     )
-    """Optimizer; sgd has a momentum of 0.9."""
+    """Optimizer; sgd uses a momentum of 0.9."""
     learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0, aliases=("--lr",))
-    """Peak learning rate. The default for all methods except sft is 5e-5."""
+    """Peak learning rate. For all methods except sft, the default is 5e-5."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
         "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
     )
-    """Schedule of the learning rate after the warmup; all except constant decay to a tenth of the
-    peak. The default for all methods except sft is cosine."""
+    """Learning rate schedule after the warmup; all schedules except constant decay to a tenth of
+    the peak. For all methods except sft, the default is cosine."""
     warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup steps", ge=0)
-    """Number of warmup steps, in which the learning rate rises from 0 to its peak."""
+    """Number of warmup steps, during which the learning rate rises from 0 to its peak."""
     lora_plus_ratio: Float = option(1.0, OPTIMIZER, title="LoRA+ ratio", gt=0)
-    """LoRA+: ratio of B's learning rate to that of the other parameters."""
+    """LoRA+: the learning rate of B, divided by the learning rate of all other parameters."""
     rs_lora: bool = option(False, ADAPTER | FRESH, title="rsLoRA")
-    """rsLoRA: divide scale by the square root of each linear layer's rank."""
+    """rsLoRA: in each linear layer, divide scale by the square root of the layer's rank."""
     use_dora: bool = option(False, ADAPTER | FRESH | SIZE, title="DoRA")
-    """DoRA: train the magnitude of each row of an adapted weight separately from its direction."""
+    """DoRA: train the magnitude and the direction of each row of an adapted weight separately."""
     lora_dropout: Float = option(
         0.0,
         ADAPTER | SIZE | CARD,
@@ -194,7 +195,7 @@ class TrainConfig(BaseModel):
         ge=0,
         lt=1,
     )
-    """Dropout probability of the inputs of a LoRA branch."""
+    """Dropout probability for the inputs of LoRA branches."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
     """How strongly dpo penalizes divergence from the model without the adapter."""
     dpo_loss: Literal[
@@ -211,7 +212,7 @@ class TrainConfig(BaseModel):
         "discopop",
         "sigmoid_norm",
     ] = option("sigmoid", DPO, title="DPO loss")
-    """Loss of dpo (docs/preference.md)."""
+    """Loss function of dpo (docs/preference.md)."""
     label_smoothing: Float = option(
         0.0,
         DPO,
@@ -220,36 +221,37 @@ class TrainConfig(BaseModel):
         ge=0,
         lt=0.5,
     )
-    """Assumed fraction of mislabelled pairs (dpo_loss sigmoid, robust or exo_pair)."""
+    """Assumed fraction of pairs that are mislabelled (for dpo_loss sigmoid, robust and
+    exo_pair)."""
     reference_free: bool = option(False, DPO)
-    """Compute dpo's loss without a reference model."""
+    """Compute the loss of dpo without a reference model."""
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
     """How strongly kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
-    """Variant of kto's loss; apo_zero_unpaired uses 0 instead of an estimated KL divergence."""
+    """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence by 0."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight of rows whose label is true in kto's loss."""
+    """Weight, in the kto loss, of rows whose label is true."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight of rows whose label is false in kto's loss."""
+    """Weight, in the kto loss, of rows whose label is false."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
-    """Weight of orpo's odds-ratio term."""
+    """Weight of the odds-ratio term in the orpo loss."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
-    """Tokens of the chosen sequence that count in orpo's cross-entropy: all, or only the
-    response."""
+    """Tokens of the chosen sequence over which orpo computes its cross-entropy term: all tokens
+    (full), or only those of the response (response)."""
     simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
-    """Scale of simpo's rewards."""
+    """Scale of the rewards in the simpo loss."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
-    """Target margin between the rewards of a pair in simpo."""
+    """Target margin, in the simpo loss, between the rewards of the two responses of a pair."""
     rewards: Annotated[list[Name], Distinct] = option(
         [],
         GRPO,
         affects=("loss",),
         flag="--reward",
         texts=True,
-        values="checks such as exact:COLUMN, number:COLUMN, regex:PATTERN, json_schema:SCHEMA or "
-        "length:TOKENS, each once",
+        values="checks such as exact:COLUMN, number:COLUMN, regex:PATTERN, json_schema:SCHEMA and "
+        "length:TOKENS, each at most once",
     )
-    """Checks that score completions from 0 to 1 (docs/grpo.md)."""
+    """Checks that give each completion a score from 0 to 1 (docs/grpo.md)."""
     reward_functions: Annotated[list[Name], Distinct] = option(
         [], GRPO, affects=("loss",), refused=CODE, values="module:function or file.py:function"
     )
@@ -257,17 +259,18 @@ class TrainConfig(BaseModel):
     reward_command: Name | None = option(
         None, GRPO, affects=("loss",), refused=CODE, values="a command line"
     )
-    """Command that reads completions as JSON lines and prints a score for each."""
+    """Command that reads completions as JSON lines and prints a score for each completion."""
     reward_model: Place | None = option(
         None, GRPO | SIZE, affects=("loss", "memory"), values=PLACES
     )
-    """A model that scores completions, such as Hugging Face's `…ForSequenceClassification` models
+    """Model that scores completions, such as a `…ForSequenceClassification` model of Hugging Face
     with one label: its directory, or its name on the hub (docs/grpo.md)."""
     reward_weights: list[Float] = option(
-        [], GRPO, affects=("loss",), values="numbers, one for each reward"
+        [], GRPO, affects=("loss",), values="one number for each reward"
     )
-    """Weights of the rewards, in this order: rewards, reward_functions, functions given in Python,
-    reward_command, reward_model, get_reward of the environment. The default is 1 for each."""
+    """Weights of the rewards, in this order: rewards, reward_functions, functions passed in Python,
+    reward_command, reward_model, and get_reward of the environment. Each weight is 1 by
+    default."""
     environment: Name | None = option(
         None,
         GRPO,
@@ -275,8 +278,8 @@ class TrainConfig(BaseModel):
         refused=CODE,
         values="module:Class or file.py:Class",
     )
-    """Python class that answers the model's turns (`step`), or whose methods are tools
-    (docs/grpo.md)."""
+    """Python class that responds to the model's turns: its method `step` does so, or its methods
+    are tools that the model can call (docs/grpo.md)."""
     max_turns: Int = option(
         8,
         GRPO,
@@ -285,54 +288,58 @@ class TrainConfig(BaseModel):
         otherwise="without environment",
         ge=1,
     )
-    """Maximum number of the model's turns in a conversation with the environment."""
+    """Maximum number of turns that the model has in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
-    """Number of completions per prompt."""
+    """Number of completions that are generated for each prompt."""
     max_completion_tokens: Int = option(
         256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
     )
-    """Maximum tokens of a completion, including those of an environment. Prompts that leave no room
-    for it within max_seq_length are dropped."""
+    """Maximum number of tokens in a completion, including the tokens of the environment. Prompts
+    that leave no room for a completion of this length within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
-    """Sampling temperature of completions."""
+    """Temperature at which completions are sampled."""
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
-    """Variant of grpo's loss: how ratios are clipped and how tokens are averaged."""
+    """Variant of the grpo loss, which determines how probability ratios are clipped and how the
+    loss is averaged over tokens."""
     advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
-    """Divisor of the advantages: the standard deviation of the rewards within each group (group) or
-    over the whole step (batch), or nothing (none). The default for dr_grpo is none."""
+    """What the advantages are divided by: the standard deviation of the rewards within each group
+    (group) or over the whole step (batch), or nothing (none). For dr_grpo, the default is none."""
     clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
-    """How far the ratio of new to old probability may fall below 1. The default for gspo is
-    3e-4."""
+    """How far the ratio of the new to the old probability may fall below 1 before it is clipped.
+    For gspo, the default is 3e-4."""
     clip_high: Float = option(0.2, GRPO, gt=0)
-    """How far the ratio of new to old probability may rise above 1. The default for dapo is 0.28,
-    and 4e-4 for gspo."""
+    """How far the ratio of the new to the old probability may rise above 1 before it is clipped.
+    The default is 0.28 for dapo and 4e-4 for gspo."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
-    """Weight of the KL divergence from the model without the adapter; 0 skips its forward pass."""
+    """Weight, in the grpo loss, of the KL divergence from the model without the adapter. With 0,
+    the forward pass of that model is skipped."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
-    """Leave completions that reach max_completion_tokens out of the loss. The default for dapo is
+    """Exclude completions that reach max_completion_tokens from the loss. For dapo, the default is
     true."""
     updates_per_step: Int = option(1, GRPO, ge=1)
-    """Optimizer updates per step, all on the same completions."""
+    """Number of optimizer updates per step; all of them use the same completions."""
     importance_cap: Float = option(2.0, GRPO, ge=0)
-    """Upper bound of the importance weights, which correct for differences between the
-    probabilities computed in generation and in training; 0 turns the correction off."""
+    """Upper bound for the importance weights, which correct for differences between the
+    probabilities computed during generation and those computed during training; 0 turns this
+    correction off."""
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
-    """Number of completions that are generated at once; auto uses as many as fit into
+    """Number of completions that are generated at once; auto means as many as fit into
     memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
-    """Stop the run when the mean reward over this many steps has lost half of its gain, beyond what
-    chance explains; 0 turns this off."""
+    """Stop the run when the mean reward over this many steps has fallen back by more than half of
+    its earlier rise, and random variation does not explain the fall; 0 turns this off."""
     max_seq_length: Int = option(
         512, FIRST | ALL | CARD, title="Maximum sequence length, tokens", ge=2
     )
-    """Maximum tokens of a row; longer rows are truncated. With grpo, the tokens of one forward and
-    backward pass, into which as many prompts with their completions are packed as fit."""
+    """Maximum number of tokens in a row; longer rows are truncated. With grpo, it is the maximum
+    number of tokens in one forward and backward pass, into which as many prompts with their
+    completions are packed as fit."""
     batch_size: Int = option(
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
-    """Rows per forward and backward pass; with grpo, prompts per step."""
+    """Number of rows per forward and backward pass; with grpo, number of prompts per step."""
     packing: Switch = option(
         False,
         DATA | SIZE | CARD,
@@ -340,71 +347,75 @@ class TrainConfig(BaseModel):
         methods=("sft", "grpo"),
         values="true, false or auto",
     )
-    """Pack several rows of the data into one row of up to max_seq_length tokens; they cannot attend
-    to each other. batch_size then counts packed rows. auto packs if that is faster, and is the
-    default for grpo."""
+    """Pack several rows of the data into one row of up to max_seq_length tokens, without attention
+    between them. With packing, batch_size is the number of packed rows. auto packs if that is
+    faster; it is the default for grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
     """Number of batches whose gradients are accumulated for one optimizer step."""
     parallel: Literal["data", "pipeline"] = option(
-        "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Several devices share"
+        "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Parallelism"
     )
-    """How work is split across devices: data (each has the whole model and some of the batches)
-    or pipeline (each has some of the layers)."""
+    """How the work is split across devices. With data, each device has the whole model and
+    processes some of the batches; with pipeline, each device has some of the layers."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
-    """Seed of the row order, the LoRA initialization, and the choice of rows by val_split."""
+    """Seed for the order of rows, for the initialization of LoRA, and for the rows that val_split
+    holds out."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
-    """Give bit-identical results for the same seed on the same device. false allows cuDNN's
-    attention on CUDA, which is faster but not deterministic."""
+    """Produce bit-identical results for the same seed on the same device. On CUDA, false allows the
+    attention of cuDNN, which is faster but not deterministic."""
     steps_per_report: Int = option(10, EVALUATION, title="Report interval, steps", ge=1)
-    """Steps between reports of the training metrics."""
+    """Number of steps between reports of the training metrics."""
     steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluation interval, steps", ge=1)
-    """Steps between evaluations on the validation rows."""
+    """Number of steps between evaluations on the validation rows."""
     weight_decay: Float = option(0.01, OPTIMIZER | WARN, ge=0)
-    """Decoupled weight decay: it is not part of the gradient."""
+    """Decoupled weight decay, which is applied to the weights and not added to the gradient."""
     grad_clip_norm: Float = option(1.0, OPTIMIZER | WARN, title="Gradient clipping norm", ge=0)
     """Maximum global L2 norm of the gradient; 0 turns clipping off."""
     grad_checkpoint: bool = option(False, MEMORY, title="Gradient checkpointing")
-    """Recompute each layer in the backward pass: less memory, more time. The same as segment_size
-    1."""
+    """Recompute each layer in the backward pass, which takes less memory but more time. This is the
+    same as segment_size 1."""
     segment_size: SegmentSize = option(
         "auto", MEMORY, title="Layers per segment", values="auto or an integer >= 0"
     )
-    """Layers per segment of the backward pass; 0 turns segments off, auto chooses what fits."""
+    """Number of layers per segment of the backward pass. 0 turns segments off; auto finds the
+    fastest plan that fits into memory_budget_gb."""
     memory_budget_gb: Budget = option(
         "auto", MEMORY, title="Memory budget, GB", values="auto or a finite number > 0"
     )
-    """Memory that the run may use, in 10⁹ bytes; auto is what the device has free."""
+    """Memory that the run may use, in 10⁹ bytes; auto means the free memory of the device."""
     steps_per_save: Int = option(50, EVALUATION, title="Checkpoint interval, steps", ge=0)
-    """Steps between checkpoints, from which a run can be resumed; 0 writes one at the end only. The
-    adapter is saved at the same time."""
+    """Number of steps between checkpoints, from which a run can be resumed. The adapter is saved
+    at the same time. 0 writes a checkpoint only at the end of the run."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
     """Number of most recent checkpoints to keep."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
-    """Continue from the newest checkpoint in adapter_path; auto starts a new run if there is
-    none."""
+    """Continue from the newest checkpoint in adapter_path; auto starts a new run if there is no
+    checkpoint."""
     on_spike: Literal["warn", "skip", "stop"] = option(
         "warn", OPTIMIZER | WARN, title="On a loss spike"
     )
-    """What to do when a step's loss is far above recent ones: warn, skip the step, or stop the
-    run."""
+    """What to do when the loss of a step is far above the losses of recent steps: print a warning
+    (warn), skip the step (skip), or stop the run (stop)."""
     report_to: Annotated[list[Literal["tensorboard", "wandb"]], Distinct] = option(
-        [], EVALUATION, title="Trackers", values="tensorboard or wandb, each once"
+        [], EVALUATION, title="Trackers", values="tensorboard or wandb, each at most once"
     )
-    """Trackers that get the metrics, in addition to metrics.jsonl."""
+    """Experiment trackers that also receive the metrics, which are always written to
+    metrics.jsonl."""
     save_checkpoints: bool = option(False, EVALUATION, title="Keep every evaluation's adapter")
-    """Save a complete adapter directory at every evaluation."""
+    """At every evaluation, save the adapter in a directory that can be used by itself."""
     early_stopping_patience: Int = option(
         0, EVALUATION | WARN, title="Early stopping patience, evaluations", ge=0
     )
-    """Stop after this many evaluations without a lower validation loss; 0 turns this off."""
+    """Stop the run after this many evaluations without a lower validation loss; 0 turns this
+    off."""
     keep_best: bool = option(False, EVALUATION, title="Keep the best adapter")
     """Keep the adapter with the lowest validation loss in adapter_path/best."""
     sample_prompts: Annotated[list[Name], Distinct] = option(
-        [], EVALUATION, values="texts, each once", texts=True
+        [], EVALUATION, values="texts, each at most once", texts=True
     )
-    """Prompts that are answered at every evaluation, for the log."""
+    """Prompts that the model answers at every evaluation; the answers are written to the log."""
     sample_tokens: Int = option(
         64,
         EVALUATION,
@@ -412,19 +423,21 @@ class TrainConfig(BaseModel):
         otherwise="without sample_prompts",
         ge=1,
     )
-    """Maximum tokens of an answer to a sample prompt."""
+    """Maximum number of tokens in an answer to a sample prompt."""
     eval_command: Name | None = option(
         None,
         FREE,
         refused="it runs a command, which only the command line may do",
         values="a command line",
     )
-    """Command that scores the adapter at every evaluation: {adapter} stands for the directory of a
-    copy, and the last line of its output must be a number or a JSON object of numbers."""
+    """Command that scores the adapter at every evaluation. {adapter} is replaced by the directory
+    of a copy of the adapter. The last line that the command prints must be a number, or a JSON
+    object whose values are numbers."""
     data_format: DataFormat = option("auto", DATA, title="Row format")
-    """Format of the rows; auto detects it for each row from its columns (docs/data.md)."""
+    """Format of the rows; auto detects the format of each row from its columns (docs/data.md)."""
     columns: Columns = option({}, DATA, title="Columns", values="a JSON object of distinct names")
-    """Names of the columns of the data, such as {"prompt": "query", "completion": "reply"}."""
+    """Names that the columns have in the data, if they differ from those of the format, such as
+    {"prompt": "query", "completion": "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,
@@ -432,37 +445,39 @@ class TrainConfig(BaseModel):
         methods=("sft",),
         otherwise="with preference rows, whose responses are always in the loss",
     )
-    """Assistant turns of a chat that are in the loss: all of them or the last one."""
+    """Which assistant turns of a chat are in the loss: all of them (assistant), or only the last
+    one (last)."""
     append_eos: bool = option(True, DATA | GIVEN, title="End responses with EOS")
-    """End every response in the loss with a token that stops generation, unless the chat template
-    or the row already does."""
+    """End every response that is in the loss with a token that stops generation, unless the chat
+    template or the row already ends it with such a token."""
     prompt_format: Literal["auto", "chat", "raw"] = option(
         "auto", DATA, title="Format of plain prompts"
     )
-    """Whether plain prompts (strings, not lists of messages) go through the chat template; auto
-    means yes if the tokenizer has one."""
+    """When to apply the chat template to plain prompts, which are strings instead of lists of
+    messages: always (chat), never (raw), or only if the tokenizer has a chat template (auto)."""
     chat_template_kwargs: Variables = option(
         {},
         DATA,
         title="Template variables",
         values="a JSON object whose keys are variables of the template",
     )
-    """Variables of the chat template, such as {"enable_thinking": false}; a row may set its own.
-    Generation with the adapter also uses them."""
+    """Variables for the chat template, such as {"enable_thinking": false}; a row may override them.
+    They are also used when text is generated with the adapter."""
     val_split: Share = option(
         "auto",
         DATA,
         title="Validation split",
-        values="auto, a share below 1, or a number of rows",
+        values="auto, a fraction below 1, or a number of rows",
     )
-    """Training rows to hold out for validation, chosen by their content, if there is no validation
-    file: a share, a number, or 0 for none; auto takes a twentieth, at most 500, if there are more
-    than 100 rows."""
+    """If there is no validation file: the training rows to hold out for validation, as a fraction
+    or a number of rows; 0 holds out none. auto holds out a twentieth of the rows, at most 500, if
+    there are more than 100. The rows are chosen by their content and by seed."""
     dedup: bool = option(False, DATA, title="Drop repeated rows")
-    """Drop training rows that repeat an earlier one."""
+    """Drop training rows that repeat an earlier row."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
-    """Refuse data that the chat template renders only in part, or whose responses in the loss do
-    not end with a token that stops generation; otherwise such rows are counted and reported."""
+    """Raise an error if the chat template leaves out a part of a row, or if a response that is in
+    the loss does not end with a token that stops generation. Without strict, such rows are only
+    counted and reported."""
     overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter")
     """Replace the adapter that is already in adapter_path."""
 
@@ -475,7 +490,8 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        """Fills in defaults that depend on the method, and accepts DPO's names of two fields."""
+        """Fills in the defaults that depend on the method. With method dpo, also accepts two fields
+        under the names dpo_lr_schedule and dpo_warmup_iters."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -538,9 +554,9 @@ class TrainConfig(BaseModel):
         return self
 
 
-for _field in TrainConfig.model_fields.values():  # a docstring may take several lines
+for _field in TrainConfig.model_fields.values():  # a docstring may have several lines
     _field.description = " ".join((_field.description or "").split())
-TrainConfig.model_rebuild(force=True)  # the JSON schema must have the descriptions
+TrainConfig.model_rebuild(force=True)  # otherwise the JSON schema lacks these descriptions
 
 #: The facets of every field.
 FACETS: dict[str, Facets] = {
@@ -549,20 +565,21 @@ FACETS: dict[str, Facets] = {
 }
 #: Fields whose values are paths.
 PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
-#: Fields that clients of the server may not set, with the reason.
+#: The fields that clients of the server may not set, each with the reason.
 REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
 def affecting(what: Effect) -> tuple[str, ...]:
-    """Returns the fields that have this effect."""
+    """Returns the names of the fields that affect `what`."""
     return tuple(name for name, own in FACETS.items() if what in own.affects)
 
 
 def allowed(name: str, value: Any = None) -> str:
-    """Returns the values of a field in words, e.g. "an integer >= 2", for errors, --help and the
-    table.
+    """Returns a description of the values that a field may have, e.g. "an integer >= 2". Errors,
+    --help and the table show it.
 
-    If `value` exceeds the maximum of all integers, returns that bound instead.
+    If `value` is an integer that exceeds MOST, the maximum for all fields, the description states
+    that maximum instead.
     """
     if isinstance(value, int) and value > MOST:
         return f"an integer <= {MOST}"
@@ -570,7 +587,7 @@ def allowed(name: str, value: Any = None) -> str:
         return FACETS[name].values
     field = TrainConfig.model_fields[name]
     if is_list(field):
-        return "one or more names, each once"
+        return "one or more names, each at most once"
     if words := choices(field):
         return either(words)
     kinds = {Path: "a path", bool: "true or false", int: "an integer", float: "a finite number"}
@@ -584,7 +601,8 @@ def allowed(name: str, value: Any = None) -> str:
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
 
 
-#: Names of fields in other trainers, to recognize them in a configuration.
+#: For each field, the names that other trainers have for it. An error suggests the field if a
+#: configuration uses one of these names.
 ELSEWHERE_CALLED: dict[str, str] = {
     "adapter_path": "adapter output output_dir out out_dir save_path",
     "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
@@ -630,14 +648,15 @@ CALLED = {word: name for name, words in ELSEWHERE_CALLED.items() for word in wor
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """Returns a question that suggests the most similar of `names`; empty if none is similar."""
+    """Returns a question that suggests the most similar of `names`, or an empty string if none of
+    them is similar."""
     close = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {close[0]}?" if close else ""
 
 
 def meant(name: str, names: Sequence[str], spelt: Callable[[str], str] = str) -> str:
-    """Like `nearest`, but also recognizes names of other trainers; `spelt` converts a field to its
-    form among `names`."""
+    """Like `nearest`, but also recognizes the names that other trainers use. `spelt` converts the
+    name of a field to the form that it has in `names`."""
     field = CALLED.get(name.lstrip("-").replace("-", "_").lower())
     if field is None:
         return nearest(name, names)
@@ -649,8 +668,9 @@ def load_config(
     overrides: dict[str, Any],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Reads a YAML file, or none, and replaces the fields in `overrides`; fields that neither sets
-    come from `defaults`. Raises InputError for any bad value."""
+    """Returns the configuration in a YAML file, if one is given. `overrides` take precedence over
+    the file, and `defaults` apply to fields that neither of them sets. Raises InputError for any
+    bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
     where = {
         key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides
@@ -663,12 +683,13 @@ def load_config(
 
 
 def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
-    """Returns the first fault of a ValidationError, with the value and the allowed values."""
-    # A required field that is misspelt is also missing, so that comes last.
+    """Returns an InputError for the first error in a ValidationError, with the given value and the
+    allowed values."""
+    # A misspelt required field is also missing; its misspelling is the more useful error.
     order = {"extra_forbidden": 0, "missing": 2}
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
-        raised = fault.get("ctx", {}).get("error", fault["msg"])  # by one of our validators
+        raised = fault.get("ctx", {}).get("error", fault["msg"])  # raised by one of our validators
         return raised if isinstance(raised, InputError) else InputError(str(raised))
     name = str(fault["loc"][0])
     if fault["type"] == "extra_forbidden":
@@ -689,7 +710,7 @@ def flag(name: str) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the mapping in a YAML file and the line (from 1) of each key."""
+    """Returns the mapping in a YAML file, and the line number of each key, counting from 1."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -700,8 +721,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the mapping in a YAML text and the line (from 1) of each key; `path` names it in
-    errors."""
+    """Returns the mapping in a YAML text, and the line number of each key, counting from 1. Error
+    messages call the text `path`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
@@ -718,7 +739,7 @@ def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, i
         raise InputError(f"{path}: expected lines of the form `field: value`")
     lines: dict[str, int] = {}
     for key, _ in node.value:
-        if key.value in lines:  # PyYAML would silently keep the last one
+        if key.value in lines:  # PyYAML would silently use the last value
             raise InputError(
                 f"{path}, line {key.start_mark.line + 1}: {key.value} is set a second time "
                 f"(first on line {lines[key.value]})"
@@ -728,7 +749,7 @@ def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, i
 
 
 def table() -> str:
-    """Returns a Markdown table of all fields with their values, default and meaning."""
+    """Returns a Markdown table with the values, the default and the meaning of each field."""
     rows = ["| Field | Values | Default | Meaning |", "|---|---|---|---|"]
     for name, field in TrainConfig.model_fields.items():
         rows.append(f"| `{name}` | {allowed(name)} | {default(name)} | {field.description} |")
@@ -736,7 +757,7 @@ def table() -> str:
 
 
 def default(name: str) -> str:
-    """Returns the default of a field in the form that YAML and the table show."""
+    """Returns the default of a field as it is written in YAML and in the table."""
     field = TrainConfig.model_fields[name]
     if field.is_required():
         return "required"

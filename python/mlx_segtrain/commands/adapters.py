@@ -28,27 +28,43 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     added = command("export", _export, "export an adapter to PEFT, mlx-lm or GGUF", json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
-    added.add_argument("--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format")
+    added.add_argument(
+        "--to", choices=("peft", "mlx-lm", "gguf"), required=True, help="format of the new adapter"
+    )
     _out(added, "the new adapter")
-    _model(added, "base model. Default: the one that the adapter names, if it is on this machine.")
+    _model(
+        added, "base model. Default: the model that the adapter names, if it is on this machine."
+    )
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="module names for PEFT, as in a text model or in a model for text and images. "
-        "Default: according to the base's config.json.",
+        help="whether the PEFT adapter gets the module names of a text model or those of a "
+        "multimodal model. Default: chosen from the base model's config.json.",
     )
-    added.add_argument("--dtype", choices=KINDS, default="float32", help="dtype. Default: float32.")
+    added.add_argument(
+        "--dtype",
+        choices=KINDS,
+        default="float32",
+        help="dtype of the adapter's weights. Default: float32.",
+    )
 
-    text = "read an adapter of mlx-lm, PEFT, OptiQ or mlx-bun"
+    text = "convert an adapter from mlx-lm, PEFT, OptiQ or mlx-bun"
     added = command("import", _import, text, json=True)
     added.add_argument("adapter", type=place, metavar="ADAPTER", help=MODEL)
     _out(added, "the new adapter")
-    _model(added, "model whose layer names the adapter gets. Default: the adapter's own names.")
+    _model(
+        added,
+        "model whose layer names the new adapter gets. Default: the names in the given adapter.",
+    )
 
     added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)
     added.add_argument("adapters", type=place, nargs="+", metavar="ADAPTER", help=ADAPTERS)
     added.add_argument(
-        "--weights", type=float, nargs="+", metavar="X", help="weight of each adapter. Default: 1."
+        "--weights",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="weight of each adapter, in the same order. Default: 1 for each.",
     )
     added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(
@@ -58,16 +74,16 @@ def add_commands(command: Callable[..., Any]) -> None:
         "--bits",
         type=int,
         metavar="N",
-        help="with --into: bits of the merged layers. Default: as in the base.",
+        help="with --into: bits per weight in the merged layers. Default: as in the base model.",
     )
     added.add_argument(
         "--dtype",
         choices=KINDS,
-        help="with --dequantize: dtype of the weights. Default: that of the base.",
+        help="with --dequantize: dtype of the weights. Default: the dtype of the base model.",
     )
     _out(added, "the new adapter or model")
 
-    text = "list adapters, and whether they fit a model"
+    text = "list adapters, and check whether they fit a model"
     added = command("adapters", _adapters, text, json=True)
     added.add_argument(
         "roots", type=Path, nargs="*", metavar="ROOT", help="directory to search. Default: ."
@@ -88,7 +104,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         type=int,
         choices=(32, 64, 128),
         default=64,
-        help="weights per scale. Default: 64.",
+        help="number of weights that share one scale. Default: 64.",
     )
     _out(added, "the new model")
 
@@ -111,7 +127,7 @@ def _base(args: argparse.Namespace) -> Path | None:
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
-    text = f"directory of {what}, which must not exist"
+    text = f"directory of {what}; it must not exist yet"
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help=text)
 
 

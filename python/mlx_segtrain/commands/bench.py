@@ -104,8 +104,8 @@ def run(
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]
-    rates = f"product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s"
-    show(f"{rates}, {name}; a call that is waited for takes at least {device.wait_ms:.3f} ms")
+    rates = f"matrix product {device.gf_s:.0f} GF/s, copy {device.gb_s:.0f} GB/s"
+    show(f"{rates}, {name}; a synchronous call takes at least {device.wait_ms:.3f} ms")
     show(HEADER)
     rows = []
     for case in cases():

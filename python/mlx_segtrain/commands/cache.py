@@ -19,8 +19,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument("--json", action="store_true", help="print JSON")
     parts = added.add_subparsers(metavar="", title="actions; the default is list")
     for name, run, text in (
-        ("list", _list, "list data sets, sizes, and when each was last used"),
-        ("size", _size, "show the total size"),
+        ("list", _list, "list the cached data sets with their sizes and last use"),
+        ("size", _size, "show the total size of the cache"),
         ("prune", _prune, "remove cached tokens; running jobs are not affected"),
     ):
         own = parts.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -28,15 +28,19 @@ def add_commands(command: Callable[..., Any]) -> None:
         if run is _prune:
             which = own.add_mutually_exclusive_group(required=True)
             which.add_argument(
-                "keys", nargs="*", default=[], metavar="KEY", help="key, as shown by list"
+                "keys",
+                nargs="*",
+                default=[],
+                metavar="KEY",
+                help="key of the tokens to remove, as shown by list",
             )
             which.add_argument(
                 "--older",
                 type=float,
                 metavar="DAYS",
-                help="cached tokens that were not used for this many days",
+                help="remove the tokens that have not been used for this many days",
             )
-            which.add_argument("--all", action="store_true", help="all cached tokens")
+            which.add_argument("--all", action="store_true", help="remove all cached tokens")
         else:
             own.add_argument("--json", action="store_true", help="print JSON")
 

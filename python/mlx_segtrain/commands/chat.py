@@ -21,10 +21,11 @@ from mlx_segtrain.fields import place
 #: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter (its number or name; base: without an adapter)
-/compare        answer without an adapter and with each one; /compare again stops that
+/adapter NAME   answer with this adapter, given by name or number; base is the model alone
+/compare        answer each message with the model alone and with each adapter; /compare
+                again turns this off
 /retry          answer the last message again
-/system TEXT    set the system message (without TEXT: none) and start a new conversation
+/system TEXT    set the system message, or remove it without TEXT; starts a new conversation
 /clear          start a new conversation
 /help           show this list
 /exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
@@ -43,8 +44,8 @@ def add_command(command: Callable[..., Parser]) -> None:
         action="extend",
         default=[],
         metavar="DIR",
-        help="adapters to chat with: directories, or names on the hub. The first one answers "
-        "until you switch.",
+        help="adapters to chat with: directories, or names on the Hugging Face hub. The first "
+        "adapter answers until you switch to another.",
     )
     add_flags(added, ("prompt_format", "chat_template_kwargs"))
     generate.add_sampling(added)

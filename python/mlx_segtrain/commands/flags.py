@@ -200,7 +200,7 @@ def add_output_flags(parser: Parser) -> None:
         "--log-file",
         type=Path,
         metavar="FILE",
-        help="also append the output to this file, with times",
+        help="also append the output to this file, with the time of each line",
     )
 
 

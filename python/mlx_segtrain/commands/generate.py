@@ -34,17 +34,33 @@ probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
 #: Sampling options besides the temperature. They have the same names as in requests to the server.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "top_p": (probability, "X", "sample from the most likely tokens with this total probability"),
-    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 is all"),
-    "min_p": (probability, "X", "exclude tokens less likely than X times the most likely one"),
+    "top_p": (
+        probability,
+        "X",
+        "sample from the most likely tokens whose probabilities add up to X",
+    ),
+    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 means all tokens"),
+    "min_p": (
+        probability,
+        "X",
+        "exclude tokens whose probability is less than X times that of the most likely token",
+    ),
     "repetition_penalty": (
         above_0,
         "X",
-        "penalty on tokens already in the prompt or the answer; 1 is off",
+        "penalty on tokens that are already in the prompt or the answer; 1 turns it off",
     ),
-    "presence_penalty": (finite, "X", "subtracted from the logit of a token already in the answer"),
-    "frequency_penalty": (finite, "X", "subtracted once per occurrence of the token in the answer"),
-    "seed": (whole, "N", "the same seed gives the same answer"),
+    "presence_penalty": (
+        finite,
+        "X",
+        "number to subtract from the logit of each token that is already in the answer",
+    ),
+    "frequency_penalty": (
+        finite,
+        "X",
+        "number to subtract from a token's logit for each time that the answer contains the token",
+    ),
+    "seed": (whole, "N", "seed for sampling: the same seed gives the same answer"),
 }
 #: Options that have no effect with greedy decoding.
 ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
@@ -56,8 +72,12 @@ def add_command(command: Callable[..., Parser]) -> None:
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="prompt; - reads it from stdin")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="file with the prompt; - is stdin")
+    prompt.add_argument(
+        "--prompt", metavar="TEXT", help="prompt; - reads the prompt from standard input"
+    )
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="file with the prompt; - means standard input"
+    )
     add_sampling(added)
 
 
@@ -65,7 +85,7 @@ def add_sampling(parser: Parser) -> None:
     """Adds the flags for sampling and for the system message."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
     group = parser.group("sampling")
-    text = "max new tokens. Default: 256."
+    text = "maximum number of tokens to generate. Default: 256."
     group.add_argument("--max-tokens", type=count(1), default=256, metavar="N", help=text)
     group.add_argument(
         "--temp",
@@ -74,7 +94,7 @@ def add_sampling(parser: Parser) -> None:
         type=temperature,
         default=0.0,
         metavar="X",
-        help="temperature; 0 is greedy decoding. Default: 0.",
+        help="sampling temperature; 0 means greedy decoding. Default: 0.",
     )
     for name, (kind, metavar, text) in DRAWING.items():
         option = "--" + name.replace("_", "-")

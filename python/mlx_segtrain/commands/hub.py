@@ -17,8 +17,10 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
-    added.add_argument("words", nargs="+", metavar="WORD", help="words in the name")
-    added.add_argument("--datasets", action="store_true", help="search data sets, not models")
+    added.add_argument("words", nargs="+", metavar="WORD", help="words that the name contains")
+    added.add_argument(
+        "--datasets", action="store_true", help="search for data sets instead of models"
+    )
 
     text = "upload an adapter or a model to the Hugging Face hub"
     added = command("push", _push, text, json=True)
@@ -26,7 +28,9 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "repo", metavar="ORG/NAME", help="repository; it is created if it does not exist"
     )
-    added.add_argument("--public", action="store_true", help="create a public repository")
+    added.add_argument(
+        "--public", action="store_true", help="make a new repository public. Default: private."
+    )
 
 
 def _search(args: argparse.Namespace) -> int:

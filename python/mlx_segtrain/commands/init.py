@@ -38,7 +38,9 @@ def add_command(command: Callable[..., Parser]) -> None:
         help="file to write. Default: run.yaml.",
     )
     add_flags(added, [name for name in SHOWN if name != "resume"])
-    added.add_argument("--force", action="store_true", help="overwrite the file")
+    added.add_argument(
+        "--force", action="store_true", help="overwrite the file if it already exists"
+    )
 
 
 def _init(args: argparse.Namespace) -> int:

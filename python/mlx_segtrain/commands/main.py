@@ -95,39 +95,44 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     init.add_command(command)
     runs.add_commands(command)
 
-    text = "show the rows of a data set, and which tokens are in the loss"
+    text = "show the rows of a data set and which of their tokens are in the loss"
     added = command("inspect", _inspect, text, json=True)
     added.add_argument("path", type=place, metavar="DATA", help=DATA)
     more = ("batch_size", "grad_accumulation_steps")
     add_flags(added, ("model_dir", *affecting("rows"), *more))
     added.add_argument(
-        "--rows", type=count(0), default=3, metavar="N", help="rows to show. Default: 3."
+        "--rows", type=count(0), default=3, metavar="N", help="number of rows to show. Default: 3."
     )
     added.add_argument(
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step, as measured by probe, to estimate the time of an epoch",
+        help="seconds per step, as measured by probe; used to estimate the duration of an epoch",
     )
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
     )
 
-    added = command("eval", _eval, "measure loss or rewards, with or without an adapter", json=True)
+    added = command(
+        "eval",
+        _eval,
+        "measure the loss or the rewards of a model, with or without an adapter",
+        json=True,
+    )
     add_flags(added, ("model_dir", "data_dir"), required=True)
     add_flags(added, ("adapter_path", *affecting("loss")))
     added.add_argument(
         "--split",
         choices=("valid", "train"),
         default="valid",
-        help="rows to measure on. Default: valid.",
+        help="which rows to measure on. Default: valid.",
     )
     added.add_argument(
         "--pass-reward",
         type=finite,
         default=1.0,
         metavar="X",
-        help="with --reward: minimum reward of a completion that passes. Default: 1.",
+        help="with --reward: minimum reward for a completion to count as a pass. Default: 1.",
     )
 
     generate.add_command(command)
@@ -140,7 +145,10 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added = command("serve", _serve, "serve models, adapters, training jobs and a web page")
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
-        "--adapter", type=Path, metavar="DIR", help="adapter for requests that do not name one"
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="adapter for requests that do not name an adapter",
     )
     added.add_argument(
         "--host",
@@ -148,11 +156,18 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         metavar="ADDRESS",
         help="address to listen on. Default: 127.0.0.1.",
     )
-    added.add_argument("--port", type=count(0), default=8090, metavar="N", help="default: 8090")
+    added.add_argument(
+        "--port",
+        type=count(0),
+        default=8090,
+        metavar="N",
+        help="port to listen on. Default: 8090.",
+    )
     added.add_argument(
         "--token",
         metavar="TEXT",
-        help="access token; required with other addresses. Default: $MLX_SEGTRAIN_TOKEN.",
+        help="access token; required if other machines can reach the address of --host. Default: "
+        "$MLX_SEGTRAIN_TOKEN.",
     )
     added.add_argument(
         "--root",
@@ -160,15 +175,17 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="DIR",
-        help="directory below which clients may name paths; repeatable. Default: the current "
-        "directory and the Hugging Face cache. The server's own folder is always allowed.",
+        help="directory that clients may access through paths in their requests; repeatable. "
+        "Default: the current directory and the Hugging Face cache. The server's data directory is "
+        "always allowed.",
     )
     added.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="additional allowed Host name of this machine; repeatable",
+        help="additional name of this machine that the Host header of a request may have; "
+        "repeatable",
     )
     added.add_argument(
         "--allow-downloads",
@@ -179,14 +196,14 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
-        help="what happens to requests while a job is computing. Default: serve.",
+        help="whether to answer or refuse requests while a job is computing. Default: serve.",
     )
     added.add_argument(
         "--prompt-cache-gb",
         type=float,
         default=1.0,
         metavar="GB",
-        help="memory for cached prompt prefixes, in 10⁹ bytes; freed while a job is "
+        help="memory for cached prompt prefixes, in 10⁹ bytes. It is freed while a job is "
         "computing. Default: 1.",
     )
     added.add_argument(
@@ -194,37 +211,47 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         type=count(1),
         default=1,
         metavar="N",
-        help="maximum number of processes of a training job, all on this machine, for example one "
-        "per GPU. Default: 1.",
+        help="maximum number of processes that a training job may have on this machine, for "
+        "example one per GPU. Default: 1.",
     )
     added.add_argument(
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="mlx.launch's host file: a training job may have one process on each of these hosts "
-        "(docs/distributed.md)",
+        help="host file of mlx.launch. A training job may have one process on each host in it "
+        "(docs/distributed.md).",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
-    report = "also write a small file, without paths or names, to attach to an issue"
+    report = "also write a small file, without paths or names, that you can attach to an issue"
     added.add_argument("--report", action="store_true", help=report)
 
-    added = command("bench", _bench, "time our ops and MLX's own on this device", json=True)
+    added = command(
+        "bench", _bench, "time the ops of mlx-segtrain and those of MLX on this device", json=True
+    )
     added.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="only ops and shapes whose names contain one of these words",
+        help="time only ops and shapes whose names contain one of these words",
     )
     added.add_argument(
-        "--impls", nargs="+", default=[], metavar="NAME", help="implementations. Default: all."
+        "--impls",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="implementations to time. Default: all of them.",
     )
     added.add_argument(
-        "--runs", type=count(1), default=20, metavar="N", help="timed runs per row. Default: 20."
+        "--runs",
+        type=count(1),
+        default=20,
+        metavar="N",
+        help="number of timed runs per row. Default: 20.",
     )
     added.add_argument(
-        "--report", action="store_true", help=f"{report}; the file also has the times of steps"
+        "--report", action="store_true", help=f"{report}; it includes the times of training steps"
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")

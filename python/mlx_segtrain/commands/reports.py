@@ -140,6 +140,6 @@ def write(kind: str, content: dict[str, Any]) -> str:
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (
-        f"{path} has this device, versions, checks and times, and no paths or names: attach it to "
-        "an issue of mlx-segtrain"
+        f"{path} describes this device, with versions, checks and times but no paths or names: "
+        "attach it to an issue of mlx-segtrain"
     )

@@ -40,7 +40,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
     """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     for name, run, text in (
         ("train", _train, "train an adapter"),
-        ("probe", _probe, "run a few steps without saving and report time and memory"),
+        ("probe", _probe, "run a few steps without saving, and report their time and memory"),
     ):
         added = command(name, run, text)
         added.usage = f"mlx-segtrain {name} [--config FILE] [--model MODEL --data DATA] [FLAG ...]"
@@ -49,7 +49,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options (init writes one); flags override it",
+            help="YAML file with any of these options, such as the one that init writes; flags "
+            "override the file",
         )
         if name == "train":
             added.epilog = examples(
@@ -58,7 +59,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
                     "mlx-segtrain train --model MODEL --data rows.csv --epochs 3",
                 ),
                 (
-                    "options from a file, one of them overridden",
+                    "options from a file, with one of them overridden",
                     "mlx-segtrain train --config run.yaml --lr 1e-4",
                 ),
                 ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
@@ -70,41 +71,41 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
     text = "estimate the memory of a run without loading the model"
     added = command("plan", _plan, text, json=True)
-    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for train")
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as in train")
     add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
         "--loss-rows",
         type=part,
         default=1.0,
         metavar="X",
-        help="fraction of a row, at its end, that is in the loss. Default: 1.",
+        help="fraction of each row, counted from its end, that is in the loss. Default: 1.",
     )
     added.add_argument(
         "--shared",
         type=share,
         default=0.0,
         metavar="X",
-        help="fraction of a row that is a prefix shared by both sequences of a pair. Default: 0.",
+        help="fraction of each row that both sequences of a pair share as a prefix. Default: 0.",
     )
     added.add_argument(
         "--ranks",
         type=count(2),
         metavar="N",
-        help="also estimate the speed of N processes, and of 2 to 256 (docs/distributed.md)",
+        help="also estimate the speed with N processes, and with 2 to 256 (docs/distributed.md)",
     )
     added.add_argument(
         "--link",
         type=seconds,
         metavar="X",
-        help="network speed between the processes, in 10⁹ bytes per second. Default: 1.25.",
+        help="network bandwidth between the processes, in 10⁹ bytes per second. Default: 1.25.",
     )
     added.add_argument(
         "--rank-budgets",
         type=seconds,
         nargs="+",
         metavar="GB",
-        help="with --parallel pipeline: memory of each process, in 10⁹ bytes. Default: the memory "
-        "of this machine.",
+        help="with --parallel pipeline: memory that each process may use, in 10⁹ bytes. Default: "
+        "the memory of this machine.",
     )
     added.add_argument(
         "--step-seconds",
@@ -116,7 +117,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw predicted and measured memory over a step; loads the model and takes two steps",
+        help="draw the predicted and the measured memory during a step; for this, the model is "
+        "loaded and takes two steps",
     )
 
 

@@ -187,7 +187,7 @@ def show_plan(report: PlanReport) -> None:
         more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
         line(f"rank {own.rank}", text + more)
     if report.pipeline:
-        line("", "the lines below are for the rank that is closest to its budget")
+        line("", "the lines below describe the rank that is closest to its budget")
     line("budget", gb(report.budget))
     if not report.predicted:
         line("weights", gb(report.weights))
@@ -307,7 +307,8 @@ def show_fold(report: folding.Report) -> None:
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         say(
             f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
-            f"tenth of the update to rounding. Merge with {way}, or serve them separately."
+            f"tenth of the update to rounding. Merge with {way}, or serve model and adapter "
+            "separately."
         )
 
 

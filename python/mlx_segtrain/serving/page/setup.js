@@ -206,7 +206,7 @@ export default async function setup(main) {
   const name = input("optional", { maxlength: 120 });
   const ranks = input("1", { type: "number", min: 1, max: state.ranks });
   const ranksField = labelled("Processes", ranks, { key: "ranks",
-    about: `Up to ${state.ranks}. "Several devices share" says what each of them does.` });
+    about: `Up to ${state.ranks}. "Parallelism" sets how the processes share the work.` });
   const start = button("Start training", null, "primary.wide");
 
   function changed() {
