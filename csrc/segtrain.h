@@ -146,8 +146,8 @@ mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& 
                        const std::optional<mx::array>& factor, const std::string& impl, mx::StreamOrDevice s);
 
 /// Applies rotary embeddings to x [B, H, T, D] at positions offset + t; within a segment, positions count
-/// from the start of the segment. The angles are position · base^(−2i/D), or position / freqs if `freqs` is
-/// given.
+/// from the start of the segment. The angles are scale · position · base^(−2i/dims), or scale · position /
+/// freqs if `freqs` is given.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
                const std::string& impl, mx::StreamOrDevice s);
