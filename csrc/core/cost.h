@@ -8,13 +8,12 @@
 namespace segtrain {
 
 struct Device {
-  std::string name;       ///< "cpu", "metal" or "cuda"
-  int size;               ///< bytes per element in training
-  int64_t workspace = 0;  ///< bytes of workspace that the library's matrix products may need
-  bool cudnn = false;     ///< the package includes cuDNN's attention
-  bool nax = false;       ///< MLX's attention has kernels for the neural accelerators
-  bool repeatable =
-      false;  ///< use only implementations whose results are bit-identical when a call is repeated
+  std::string name;         ///< "cpu", "metal" or "cuda"
+  int size;                 ///< bytes per element in training
+  int64_t workspace = 0;    ///< bytes of workspace that the library's matrix products may need
+  bool cudnn = false;       ///< the package includes cuDNN's attention
+  bool nax = false;         ///< MLX's attention has kernels for the neural accelerators
+  bool repeatable = false;  ///< use only implementations whose results are bit-identical when repeated
 
   Gpu gpu() const;
   mx::Dtype dtype() const { return size == 4 ? mx::float32 : mx::bfloat16; }

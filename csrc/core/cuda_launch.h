@@ -16,9 +16,8 @@ struct CudaBinary {
 /// inputs alive for as long as MLX keeps the inputs of a launch.
 struct FixedInputs {
   FixedInputs(Arrays all, std::vector<size_t> open);
-  Arrays inputs;  ///< all inputs of the kernel; a launch replaces those at the indices `open`
-  std::vector<size_t>
-      open;  ///< the indices of the inputs that each launch passes, in the order in which it passes them
+  Arrays inputs;             ///< all inputs of the kernel; a launch replaces those at the indices `open`
+  std::vector<size_t> open;  ///< the indices of the inputs that each launch passes, in the order of passing
   mx::array keeper;
 };
 

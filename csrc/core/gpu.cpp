@@ -159,8 +159,8 @@ thread_local bool collects = false;
 const CudaBinary* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                               const Grid& grid) {
-  std::string key =
-      name + ' ';  // raw bytes follow, because formatting numbers would take longer than the launch
+  // Raw bytes follow the name, because formatting numbers would take longer than the launch.
+  std::string key = name + ' ';
   auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
   for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
   for (const auto& x : inputs) add(x.dtype().val());

@@ -304,9 +304,8 @@ class Search {
 
   const Costs& costs_;
   int64_t budget_;
-  std::vector<int>
-      savers_;  ///< stages that can save arrays, ordered by how much work each saved byte avoids, most first
-  int adapted_ = 0;  ///< number of layers with a backward pass
+  std::vector<int> savers_;  ///< stages that can save, those that avoid the most work per byte first
+  int adapted_ = 0;          ///< number of layers with a backward pass
   bool found_ = false;
   Choice best_, least_;
 };

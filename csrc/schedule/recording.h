@@ -52,8 +52,8 @@ class Recordings {
   void see(const std::string& key, const Arrays& inputs, const Arrays& outputs);
 
  private:
-  static constexpr size_t MOST =
-      1024;  ///< maximum number of keys, which is enough for several batch shapes of all stages of a model
+  /// The maximum number of keys, which is enough for several batch shapes of all stages of a model.
+  static constexpr size_t MOST = 1024;
 
   struct Entry {
     int calls = 0;

@@ -393,7 +393,7 @@ class Runner {
   std::vector<Kept> kept_;  ///< stages of the head's move that have run and whose backward pass has not
   size_t at_a_time_;        ///< maximum number of moves that may be pending at a time
   std::vector<Arrays>
-      saved_;  ///< the arrays that each stage saved, from its last forward run to its backward pass
+      saved_;  ///< arrays that each stage saved, from its last forward run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::vector<Arrays> parts_;     ///< results of the move that is being traced, by stage

@@ -15,9 +15,8 @@ struct Call {
                                     ///< is at its own position), or its position + 1 if it sees no key
   mx::Dtype dtype;
   mx::StreamOrDevice s = {};
-  Gpu device;  ///< Gpu::none means the CPU
-  bool nax =
-      false;  ///< whether MLX has kernels for this GPU's neural accelerators; set only where this matters
+  Gpu device;        ///< Gpu::none means the CPU
+  bool nax = false;  ///< MLX has kernels for this GPU's neural accelerators; set only where this matters
 
   int share() const { return H / G; }
 };
