@@ -15,7 +15,7 @@ run. The cells are:
                       there is one
     alone             one request to our engine, without and with an adapter
     deterministic     the same with "deterministic": true
-    N at once         N requests to our engine, without adapters, and with three adapters alternately
+    N at once         N requests to our engine, without adapters, and with three adapters in turn
 The columns are the seconds to the first token of the median request; the tokens/s of all requests,
 once after the first token and once over the whole run with its prompts; and the longest wait
 between two tokens of one response.
