@@ -1,6 +1,6 @@
 // Runs the text of a CUDA kernel on the CPU, one block at a time. Every thread has its own context, and the
-// threads of a warp meet at products of the tensor cores and at shuffles. This header replaces
-// cuda/prelude.cu; its functions do not use the device's instructions.
+// threads of a warp wait for each other at matrix products of the tensor cores and at shuffles. This header
+// replaces cuda/prelude.cu with functions that use no GPU instructions.
 #pragma once
 #include <ucontext.h>
 
@@ -35,14 +35,17 @@ struct Meeting {
 
   void join(int all) {
     const int own = round;
-    if (++arrived == all) arrived = 0, ++round;
+    if (++arrived == all)
+      arrived = 0, ++round;
     else
       while (round == own) swapcontext(&threads[current].at, &scheduler);
   }
 };
 
 inline Meeting block, warps[32];
-inline void meet_warp() { warps[current / 32].join(32); }
+inline void meet_warp() {
+  warps[current / 32].join(32);
+}
 
 inline void run_thread() {
   body();
@@ -63,7 +66,9 @@ struct {
   unsigned x;
 } blockIdx;
 
-inline void __syncthreads() { emulated::block.join(emulated::threads.size()); }
+inline void __syncthreads() {
+  emulated::block.join(emulated::threads.size());
+}
 
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   static float values[1024];
@@ -73,7 +78,7 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return values[emulated::current ^ mask];
 }
 
-/// Runs `blocks` blocks of `count` threads.
+/// Runs `blocks` blocks with `count` threads each.
 inline void launch(int blocks, int count, const std::function<void()>& kernel) {
   using namespace emulated;
   body = kernel;
@@ -105,7 +110,9 @@ struct bfloat16 {
   unsigned short bits;
 };
 
-inline float to_float(float x) { return x; }
+inline float to_float(float x) {
+  return x;
+}
 inline float to_float(half x) {
   _Float16 y;
   std::memcpy(&y, &x, 2);
@@ -117,7 +124,9 @@ inline float to_float(bfloat16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-inline void put(float& y, float x) { y = x; }
+inline void put(float& y, float x) {
+  y = x;
+}
 inline void put(half& y, float x) {
   const _Float16 z = x;
   std::memcpy(&y, &z, 2);
@@ -154,8 +163,8 @@ float half_of(unsigned pair, int i) {
   return to_float(x);
 }
 
-/// The places of elements of a [16, 16], b [16, 8] and c [16, 8] according to the PTX ISA ("Matrix fragments
-/// for mma.m16n8k16").
+/// The positions of the elements of a [16, 16], b [16, 8] and c [16, 8] are those in the PTX ISA ("Matrix
+/// fragments for mma.m16n8k16").
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   static unsigned as[1024][4], bs[1024][2];
@@ -176,8 +185,12 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
   }
 }
 
-inline int row_of(int i) { return emulated::current % 32 / 4 + i / 2 * 8; }
-inline int col_of(int i) { return emulated::current % 4 * 2 + i % 2; }
+inline int row_of(int i) {
+  return emulated::current % 32 / 4 + i / 2 * 8;
+}
+inline int col_of(int i) {
+  return emulated::current % 4 * 2 + i % 2;
+}
 template <typename P>
 P pick(P const (&three)[3], int i) {
   return three[i];
