@@ -12,7 +12,7 @@
 #include <vector>
 
 #define __device__
-#define __shared__ static  // one block at a time
+#define __shared__ static  // works because one block runs at a time
 
 using std::min;
 
@@ -35,17 +35,14 @@ struct Meeting {
 
   void join(int all) {
     const int own = round;
-    if (++arrived == all)
-      arrived = 0, ++round;
+    if (++arrived == all) arrived = 0, ++round;
     else
       while (round == own) swapcontext(&threads[current].at, &scheduler);
   }
 };
 
 inline Meeting block, warps[32];
-inline void meet_warp() {
-  warps[current / 32].join(32);
-}
+inline void meet_warp() { warps[current / 32].join(32); }
 
 inline void run_thread() {
   body();
@@ -66,9 +63,7 @@ struct {
   unsigned x;
 } blockIdx;
 
-inline void __syncthreads() {
-  emulated::block.join(emulated::threads.size());
-}
+inline void __syncthreads() { emulated::block.join(emulated::threads.size()); }
 
 inline float __shfl_xor_sync(unsigned, float x, int mask) {
   static float values[1024];
@@ -110,9 +105,7 @@ struct bfloat16 {
   unsigned short bits;
 };
 
-inline float to_float(float x) {
-  return x;
-}
+inline float to_float(float x) { return x; }
 inline float to_float(half x) {
   _Float16 y;
   std::memcpy(&y, &x, 2);
@@ -124,9 +117,7 @@ inline float to_float(bfloat16 x) {
   std::memcpy(&y, &bits, 4);
   return y;
 }
-inline void put(float& y, float x) {
-  y = x;
-}
+inline void put(float& y, float x) { y = x; }
 inline void put(half& y, float x) {
   const _Float16 z = x;
   std::memcpy(&y, &z, 2);
@@ -185,12 +176,8 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b
   }
 }
 
-inline int row_of(int i) {
-  return emulated::current % 32 / 4 + i / 2 * 8;
-}
-inline int col_of(int i) {
-  return emulated::current % 4 * 2 + i % 2;
-}
+inline int row_of(int i) { return emulated::current % 32 / 4 + i / 2 * 8; }
+inline int col_of(int i) { return emulated::current % 4 * 2 + i % 2; }
 template <typename P>
 P pick(P const (&three)[3], int i) {
   return three[i];

@@ -206,7 +206,7 @@ struct Counts {
   int64_t products;                                                            ///< products of 8 × 8 matrices
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
   int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< accesses, each by one lane
-  int64_t barriers;     ///< barriers for a whole threadgroup
+  int64_t barriers;                                                            ///< barriers for a whole threadgroup
   int64_t functions;    ///< exp, log, tanh and similar functions, each by one lane
   int64_t conversions;  ///< conversions of bfloat to float or back, each by one lane
 };
@@ -360,8 +360,7 @@ ptr<T, Threadgroup> shared(const char* name) {
 
 struct Launch {
   int grid[3], threadgroup[3];
-  int order;  ///< order of simdgroups and lanes: 0 is ascending, 1 is descending, and other values are random
-              ///< seeds
+  int order;  ///< order of simdgroups and lanes: 0 is ascending, 1 is descending, and other values are random seeds
 };
 
 /// The description of an argument that Python passes.
@@ -499,8 +498,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions =
-        emu::conversions;  // this conversion is not in the kernel's text, so it does not count
+    const auto conversions = emu::conversions;  // this conversion is not in the kernel's text, so it does not count
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }
