@@ -598,8 +598,8 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """The id of each request is in a header of the response. Unmounted adapters leave no counters
-    behind."""
+    """The id of each request is in a header of the response. There are no counters
+    for unmounted adapters."""
 
     def values():
         answer = server.http.get("/metrics")

@@ -252,7 +252,7 @@ def test_tokenizers_that_are_not_served(change, says, tmp_path):
 
 
 def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
-    """No process is left behind, even if the server is killed."""
+    """No process remains, even if the server is killed."""
     model = write_llama(tmp_path / "model")
     code = (
         "import os, sys, time\n"

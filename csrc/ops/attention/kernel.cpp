@@ -173,8 +173,8 @@ Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   return {mx::concatenate(dqs, 2, c.s), dk, dv};
 }
 
-/// Returns dq, dk and dv. `x` holds q, k, v, lse, delta and d_o. Arrays metal_vjp(const Call& c, const
-Arrays& x) {
+/// Returns dq, dk and dv. `x` holds q, k, v, lse, delta and d_o.
+Arrays metal_vjp(const Call& c, const Arrays& x) {
   // If a launch over all heads could process only a few queries, we compute a few groups of heads at a time
   // instead.
   int groups = c.G;
