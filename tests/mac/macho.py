@@ -9,7 +9,7 @@ DEBUGGING, PRIVATE, TYPE, EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
 
 
 def symbols(path: Path) -> tuple[set[str], set[str]]:
-    """Returns the symbols that a 64-bit object file or library needs and the symbols that it defines."""
+    """Returns the symbols that a 64-bit object file or library needs, and the ones it defines."""
     data = path.read_bytes()
     magic, *_, n_commands = struct.unpack_from("<5I", data)
     if magic != MAGIC:
