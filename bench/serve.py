@@ -1,4 +1,4 @@
-"""Compares generation with many adapters with stock mlx-lm: tokens/s, stalls, and the time to
+"""Compares our engine, with many adapters, to stock mlx-lm: tokens/s, stalls, and the time to
 change the adapter.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]

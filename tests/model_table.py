@@ -28,7 +28,7 @@ HEAD = "| mlx-lm | path | why |\n|---|---|---|\n"
 
 
 def outcome(family: str) -> tuple[str, str]:
-    """Returns fast, generic or refused, and the reason. Raises AssertionError if the losses
+    """Returns `fast`, `generic` or `refused`, and the reason. Raises AssertionError if the losses
     differ."""
     if family in tiny_models.UNBUILDABLE:
         return "not tried", tiny_models.UNBUILDABLE[family]

@@ -264,7 +264,7 @@ def test_linears_that_read_the_same_share_a_product(base, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_row(model):
-    """A badly trained or untrusted adapter may contain NaN."""
+    """An adapter that is untrusted or was trained badly may contain NaN."""
 
     def mounted(base):
         good = random_adapter(base.chain, dict.fromkeys(base.chain.linears, 4), 1.0, 0.1)

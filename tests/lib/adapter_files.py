@@ -71,7 +71,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Returns the weights with which mlx-lm computes, in float32, by name."""
+    """Returns the weights that mlx-lm uses, in float32, by name."""
     model, _, _ = load_base(model_dir)
     found = {}
     for path, module in model.named_modules():
@@ -86,7 +86,7 @@ def dense_weights(model_dir):
 
 
 def in_transformers(hf, model_dir):
-    """Returns the model in transformers, with the weights with which mlx-lm computes."""
+    """Returns the model in transformers, with the weights that mlx-lm uses."""
     config = json.loads((model_dir / "config.json").read_text())
     config.pop("quantization", None)
     if config["model_type"] == "llama":
