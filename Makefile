@@ -1,16 +1,18 @@
-# Every target uses the environment .venv, which is made on first use and updated when a source file has changed.
+# Every target uses the virtual environment .venv, which is created on first use and updated when a source file has
+# changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip would compile all 18,000 Python files, which takes a minute. Python compiles a file when it is first imported.
+# pip would byte-compile all 18,000 Python files, which takes a minute. Without this, Python compiles each file when it
+# is first imported.
 INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
-# On Linux, MLX's backend is an extra; on macOS it comes with MLX.
+# On Linux, MLX's backend is an extra; on macOS it is part of MLX.
 CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
-# PEERS=1 also installs torch and PEFT, which are large, and runs the tests that compare with them.
+# With PEERS=1, torch and PEFT, which are large, are installed too, and the tests that compare with them run.
 PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
@@ -18,7 +20,7 @@ TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
 # (conftest.py). OMP_NUM_THREADS limits torch to one thread per process.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
-# The argument of `pip install` for the wheel that was built, with these extras.
+# The argument that makes `pip install` install the wheel that was built, with these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
 RELEASE_TOOLS = $(shell sed -nE '/^release = /,/^\]/ s/^ *"([a-z-]+>=[0-9.]+).*/\1/p' pyproject.toml)
@@ -35,7 +37,7 @@ help: ## Show this list
 demo: $(VENV)/installed ## Train a small model on this machine and show what it learned
 	$(BIN)/mlx-segtrain demo
 
-# After `make dev`, edits of Python files have an effect without another build.
+# After `make dev`, changes to Python files take effect without another build.
 check: $(if $(wildcard $(VENV)/editable),,$(TOOLS)) ## Run the fast tests, in under 3 minutes
 	$(BIN)/python -m pytest -q $(IN_PARALLEL) -m "not acceptance"
 
@@ -69,7 +71,7 @@ dev: $(VENV)/made ## Install in editable mode; run it again after C++ edits
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
-# Files that are already in dist/ are checked without another build.
+# If there are files in dist/, they are checked without another build.
 release-check: $(VENV)/release $(if $(wildcard dist/*),,wheel) ## Check the wheels and the sdist in dist/
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
@@ -86,7 +88,7 @@ $(VENV)/made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# The package is built once for all sets of extras. It needs --force-reinstall, because the version has not changed.
+# The package is built once for all sets of extras. --force-reinstall is needed because the version has not changed.
 $(VENV)/built: $(VENV)/made $(SOURCES)
 	@echo "Building the package (a few minutes the first time)"
 	@rm -rf $(VENV)/wheel $(VENV)/editable
@@ -104,8 +106,8 @@ $(TOOLS): $(VENV)/built
 	$(INSTALL) $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
-# Installs compilers for macOS and for the Metal kernels, and the packages that generate the kernels' text. The package
-# itself is not built.
+# Installs compilers for macOS and for the Metal kernels, and the packages that generate the text of the kernels. The
+# package itself is not built.
 $(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
 	@echo "Installing compilers for macOS into $(VENV)"
 	$(INSTALL) -r tests/mac/requirements.txt $(MLX_AND_NANOBIND)
@@ -116,7 +118,7 @@ $(VENV)/release: $(VENV)/made pyproject.toml
 	$(PIP) install --quiet $(foreach tool,$(RELEASE_TOOLS),'$(tool)')
 	@touch $@
 
-# The tests of the page need a browser: an installed one, or Debian's chromium.
+# The tests of the page need a browser. If none is installed, Debian's chromium is used.
 $(VENV)/browser: $(VENV)/made
 	@for name in chromium chromium-browser google-chrome; do \
 	  command -v $$name >/dev/null && exec touch $@; done; \

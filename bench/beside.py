@@ -1,14 +1,15 @@
-"""Times the steps of a job while clients chat with the same server, and compares them with the
-steps of the job alone.
+"""Measures the step times of a job while clients chat with the same server, and compares them with
+the step times of the same job without clients.
 
     python bench/beside.py [--model DIR|SHAPE] [--length 2048] [--clients 8] [--steps 20]
                            [--tokens 128] [--budget GB]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights. A server (`mlx-segtrain serve`) gets the
-same job three times: the first run compiles and reads the data, the second is alone, and during the
-third, each client asks for one completion after the other. Rows have --length tokens, LoRA has rank
-16. Prints the median of the steps after the first four, the peak memory of the job, and the speed
-and the longest wait of the clients without and with the job.
+SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. A server
+(`mlx-segtrain serve`) gets the same job three times: the first run is a warm-up, which compiles
+kernels and reads the data; the second runs without clients; and during the third, each client
+requests one completion after another. Rows have --length tokens, and LoRA has rank 16. Prints the
+median time of the steps after the first four, the peak memory of the job, and the speed and the
+longest wait of the clients without and with the job.
 """
 
 import argparse
@@ -29,12 +30,12 @@ from lib.served import Server  # pyright: ignore[reportMissingImports]
 from ranks import WARM_UP, metrics, write_inputs
 from step import SHAPES
 
-#: Seconds for which the clients are timed without a job.
+#: The time, in seconds, for which the clients are measured without a job.
 ALONE_S = 8.0
 
 
 class Clients:
-    """Threads that each stream one completion after another while this is active."""
+    """Threads that each stream one completion after another while this context is active."""
 
     def __init__(self, url, count, tokens):
         self.url, self.count, self.tokens = url, count, tokens
@@ -54,7 +55,7 @@ class Clients:
                 asked = (asked + 1) % len(topics)
 
     def stream(self, http, body):
-        before = None  # within an answer: the wait for its first token does not count
+        before = None  # only waits within a completion count, not the wait for its first token
         with http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
@@ -84,7 +85,8 @@ class Clients:
 
 
 def run(server, model, data, args):
-    """Returns the lines of a run's steps, and when the first and the last of them were seen."""
+    """Returns the log lines of a run's steps, and the times at which the first and the last of them
+    were seen."""
     config = {
         "model_dir": str(model), "data_dir": str(data), "max_seq_length": args.length, "rank": 16,
         "iters": args.steps, "steps_per_report": 1, "steps_per_save": 0, "val_split": 0,
@@ -118,7 +120,8 @@ def main():
             model, data = Path(args.model), place / "rows"
             data.mkdir()
             text = "\n".join(topics.values())
-            # Characters: more than a row can have, so every row is truncated.
+            # The number of characters exceeds what fits in a row, so every row is truncated to
+            # --length tokens.
             size = 6 * args.length
             rows = [text[i : i + size] for i in range(0, len(text) - size, size // 8)]
             lines = [json.dumps({"text": row}) + "\n" for row in rows]

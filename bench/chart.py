@@ -1,9 +1,9 @@
-"""Draws time and memory of a step against context length, from the data in bench/LOG.md.
+"""Draws the time and memory of a step against the context length, from the data in bench/LOG.md.
 
 python bench/chart.py [--out docs/performance.svg]
 
-The data is in the newest block that begins with ```csv; its columns are model, tokens, trainer, ms
-and GB (empty: unknown). Each trainer is a line of the chart.
+The data is in the newest block that begins with ```csv. Its columns are model, tokens, trainer, ms
+and GB (empty if unknown). Each trainer is one line in the chart.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COLUMNS = ["model", "tokens", "trainer", "ms", "gb"]
 
 
 def rows_of(log: str) -> list[dict[str, str]]:
-    """Returns the rows of the first block of data in the log, which is the newest."""
+    """Returns the rows of the first block of data in the log, which is the newest block."""
     _, found, rest = log.partition("```csv\n")
     if not found:
         raise SystemExit("bench/LOG.md has no block that begins with ```csv.")
@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    rcParams["svg.hashsalt"] = "performance"  # the same data gives the same file
+    rcParams["svg.hashsalt"] = "performance"  # makes the file depend only on the data
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False)

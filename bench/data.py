@@ -1,12 +1,13 @@
-"""Measures runs on a million rows: the first and the second start, memory, and interruptions.
+"""Measures runs on a million rows: the time of the first and the second start, the memory, and the
+time that an interruption takes.
 
     python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
     python bench/data.py run --data DIR --model MODEL      # two starts, Ctrl-C, resume
 
-Rows are messages of about 1 KB: a question from Python's own documentation, and a piece of its
-library as the answer. Each figure comes from a separate process, `mlx-segtrain train` as a user
-starts it; memory is the sum of the proportional sizes of all its processes, sampled ten times a
-second.
+Rows are messages of about 1 KB: a question from the documentation of Python, and a piece of its
+standard library as the response. Each figure comes from a separate process, `mlx-segtrain train`,
+which is started as a user would start it. Memory is the sum of the proportional set sizes of all of
+its processes, sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import psutil
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Yields rows that are always the same, and all different."""
+    """Yields rows that all differ from one another and are the same on every call."""
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
     code = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-t]*.py"))]
@@ -62,7 +63,8 @@ def make(out: Path, count: int) -> None:
 
 
 class Watched:
-    """Runs `mlx-segtrain train`; records each line of its output with the time, and its memory."""
+    """Runs `mlx-segtrain train`, and records its memory and each line of its output with the
+    time."""
 
     def __init__(self, *args: str, cache: Path):
         self.lines: list[tuple[float, str]] = []
@@ -96,7 +98,8 @@ class Watched:
             time.sleep(0.1)
 
     def until(self, text: str, seconds: float = 3600) -> float:
-        """Returns the seconds from the start until a line with this text came."""
+        """Waits for a line with this text, and returns the seconds from the start until the line
+        was printed."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             for at, line in list(self.lines):
@@ -110,7 +113,7 @@ class Watched:
         )
 
     def interrupt(self) -> float:
-        """Sends Ctrl-C; returns the seconds until the process ended."""
+        """Sends the signal of Ctrl-C, and returns the seconds until the process ended."""
         begun = time.monotonic()
         self.process.send_signal(signal.SIGINT)
         self.process.wait()
@@ -169,7 +172,7 @@ def run(data: Path, model: str, iters: int) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # nohup ignores SIGHUP, and a run would inherit that.
+    # A shell may start background processes with SIGINT ignored, and a run would inherit this.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,17 +1,18 @@
-"""Times a cycle of grpo: seconds and peak memory of the rollouts and of the update.
+"""Measures cycles of grpo: the seconds and the peak memory of the rollouts and of the update.
 
     python bench/grpo.py [--model DIR|SHAPE] [--prompts 2] [--group 8] [--tokens 2048]
                          [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
                          [--beta 0] [--budget-gb X] [--trl 4]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights; LoRA has rank 16 on all projections. No
-token ends a completion, so each has --tokens tokens. All have different rewards, so all are in the
-loss. --at-once completions are generated together, then packed into passes of --pass-tokens. The
-first cycle, which includes compilation, is shown separately, then the median of the others. Peaks
-are MLX's active memory. `--trl N` then runs the same with TRL's GRPOTrainer and transformers'
-generation, in a separate process, in bfloat16 with N sequences per pass. The defaults are 16 × 2048
-tokens; for 16K tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1 --at-once 8 --pass-tokens
-16512 --budget-gb 24 --cycles 0.
+SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. LoRA has rank
+16 on all projections. No token ends a completion, so each completion has --tokens tokens. All
+completions have different rewards, so all of them are in the loss. --at-once completions are
+generated at a time, and then packed into passes of --pass-tokens tokens. The output shows the first
+cycle, which includes compilation, separately from the median of the other cycles. Peaks are of
+MLX's active memory. With `--trl N`, a separate process then runs the same with TRL's GRPOTrainer
+and transformers' generation, in bfloat16 with N sequences per pass. By default there are 16
+completions of 2048 tokens; for 16K tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1
+--at-once 8 --pass-tokens 16512 --budget-gb 24 --cycles 0.
 """
 
 import argparse
@@ -50,7 +51,7 @@ class Endless:
 
 @dataclass
 class Timed(Cycle):
-    """A cycle that times its rollouts separately."""
+    """A cycle that measures the time of its rollouts separately."""
 
     rollouts: list[tuple[float, int]] = field(default_factory=list)
 
@@ -112,7 +113,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Like `cycles_of`, for TRL's trainer."""
+    """Does the same as `cycles_of` with TRL's trainer."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -129,8 +130,8 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Returns the seconds of the rollouts and the update of each cycle, and their peaks in
-    bytes."""
+    """Returns, for each cycle, the seconds of the rollouts and of the update, and the peak memory
+    of each in bytes."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

@@ -1,15 +1,15 @@
-"""Kills runs at random moments, resumes them, and checks that they end bit-identically.
+"""Kills runs at random moments, resumes them, and checks that their results are bit-identical.
 
     python bench/kills.py [--kills 50] [--seed 0] [--shape SHAPE [--length 8192]]
 
-By default the runs are of grpo, the model is tiny, random and on the CPU, the reward is a check,
-and each step writes a checkpoint. With --shape they are of sft, on a GPU if there is one: 30 steps
-of rows of --length tokens, with a model of this shape of bench/step.py and a checkpoint every five
-steps; a kill comes after the first step.
-Each run is a process that gets SIGKILL after a random time, and is started again with --resume auto
-until it has ended. Then its adapter and its completions are compared with those of a run that was
-never killed, and the next run begins. Prints the part of a step in which each kill came, and the
-number of kills.
+By default, the objective of the runs is grpo, the model is a tiny random one on the CPU, the reward
+is a reward check, and each step writes a checkpoint. With --shape, the objective is sft, and the
+runs use a GPU if there is one: they take 30 steps on rows of --length tokens, with a model of this
+shape (one of those in bench/step.py) and a checkpoint every five steps. They are only killed after
+the first step. Each run is a process that gets SIGKILL after a random time, and is started again
+with --resume auto until the run has ended. Then its adapter and its completions are compared with
+those of a run that was never killed, and the next run begins. Prints the part of a step in which
+each run was killed, and the number of kills.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-# These imports are slow and compute nothing, so they happen once, before the children are forked.
+# These imports are slow and compute nothing, so they are made once, before the children are forked.
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
@@ -42,7 +42,8 @@ LONG_ITERS = 30
 
 
 def train(model, out, state):
-    """Trains a run, or the rest of it; `state` receives its position."""
+    """Trains a run, or the rest of a run that was killed; `state` gets the part of a step that the
+    run is in."""
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))
@@ -70,7 +71,7 @@ def train(model, out, state):
 
 
 def train_long(place, shape, length, out, state):
-    """Trains a run of long rows, or the rest of it."""
+    """Trains a run on long rows, or the rest of such a run that was killed."""
     model, data = write_inputs(place, shape, length)
     wrap(state)
     config = TrainConfig(
@@ -89,7 +90,8 @@ def train_long(place, shape, length, out, state):
 
 
 def wrap(state):
-    """Makes a run write what it is doing to a file: it cannot do so when it is killed."""
+    """Makes a run write the part of the step that it is in to a file while it runs, because it
+    cannot report this when it is killed."""
 
     def told(module, name, word):
         plain = getattr(module, name)
@@ -112,7 +114,8 @@ def wrap(state):
 
 
 def started(out, state, work):
-    """Starts the process of a run, which has the libraries but has not computed anything."""
+    """Starts the process of a run, which has imported the libraries but has not computed
+    anything."""
     state.write_text("setup")
     pid = os.fork()
     if pid:
@@ -127,8 +130,8 @@ def started(out, state, work):
 
 
 def waited(pid, seconds=None, first=None):
-    """Returns the exit status of a process, or None if it was killed after `seconds`. With `first`,
-    the seconds count from the moment when this file has a new line."""
+    """Waits for a process and returns its exit status, or kills it after `seconds` and returns
+    None. With `first`, the seconds count from the moment when this file has a new line."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:
@@ -179,7 +182,7 @@ def main():
         if args.shape:
             work = partial(execute, place, args.shape, args.length)
         else:
-            if not (pid := os.fork()):  # the parent must compute nothing, or it could not fork
+            if not (pid := os.fork()):  # the parent must not compute, otherwise it could not fork
                 write_llama(place / "model", bits=4)
                 os._exit(0)
             assert waited(pid) == 0

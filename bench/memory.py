@@ -1,13 +1,14 @@
-"""Compares the predicted with the measured peak of training steps.
+"""Compares the predicted with the measured peak memory of training steps.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
                            [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
 
-Plans and SHAPEs are those of bench/step.py. Each cell takes --steps whole steps, including the
-optimizer (at least two, because the optimizer has no state in the first), after the memory of the
-previous cell has been freed. `--moves` prints every move of the plan, predicted and measured.
-`--pairs` takes steps on DPO pairs whose sequences share this fraction. `--adapter`
-is lora, dora, dropout (0.1), or embeddings, which adapts the embedding and the head too.
+Plans and SHAPEs have the same names as in bench/step.py. Each cell frees the memory of the previous
+cell and then takes --steps whole steps, including the optimizer (at least two steps, because the
+optimizer has no state in the first). `--moves` prints the predicted and the measured peak of every
+move of the plan. With `--pairs`, the steps are on DPO pairs whose sequences have this fraction of
+their tokens in common. `--adapter` is lora, dora, dropout (0.1), or embeddings, which adapts the
+embedding and the head too.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import step as steps
 
 
 def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter):
-    """Returns (plan, best s, measured peak, measured peak of each move of the last step)."""
+    """Returns (plan, best seconds, measured peak, measured peak of each move of the last step)."""
     import mlx.core as mx
 
     from mlx_segtrain import ops

@@ -1,8 +1,9 @@
-"""Times the ops of a layer on this device next to MLX's own, like `mlx-segtrain bench`.
+"""Times the ops of a layer on this device beside MLX's own ops, as `mlx-segtrain bench` does.
 
 python bench/ops.py [--only NAME …] [--impls NAME …] [--runs N] [--peers]
 
-`--peers` adds torch's attention on a GPU. The columns are those of `mlx_segtrain.ops.bench.Row`.
+`--peers` adds torch's attention on a GPU. The columns are the fields of
+`mlx_segtrain.ops.bench.Row`.
 """
 
 import argparse

@@ -1,17 +1,18 @@
-"""Compares packed rows with batches: tokens and supervised tokens per second, alternating cells.
+"""Compares packed rows with batches by their tokens and their tokens in the loss per second.
 
     python bench/packing.py [--model DIR|SHAPE] [--batches 1 2 4 8 16 32] [--packed 2048 4096 8192]
                             [--turns 40] [--seconds 150] [--rows 4000] [--peft]
                             [--peer trl|unsloth]
 
-Synthetic rows with lengths as in instruction data: lognormal, median 138, 95 % below 360, at most
-2048 (or what the shortest packed row holds), with the last 55 % of each in the loss. LoRA of rank
-16 on all seven projections. `batch N` pads N rows of similar length; `packed N` is one packed row
-of N tokens. In each turn every cell takes its next batch, after two warm-up turns. Tokens per
-second are all tokens (without padding) divided by the total time. `--peft` adds the same cells with
-transformers and PEFT, which separates packed rows by position_ids, as TRL does. `--peer` adds the
-packed rows of TRL's trainer (trl, bfloat16) or of Unsloth through it (unsloth, nf4), in a run of
-their own.
+The rows are synthetic and have lengths as in instruction data: lognormal, with a median of 138,
+95 % below 360, and at most 2048 tokens (or as many as the shortest packed row holds). The last 55 %
+of each row are in the loss. LoRA has rank 16 on all seven projections. The cell `batch N` pads N
+rows of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each turn,
+every cell takes a step on its next batch, after two warm-up turns. Tokens per second are all tokens
+(without padding) divided by the total time. `--peft` adds the same cells with transformers and
+PEFT, where position_ids separate the rows of a packed row, as in TRL. `--peer` adds packed rows
+with TRL's trainer (trl, bfloat16), or with Unsloth through TRL's trainer (unsloth, nf4), in a
+separate run.
 """
 
 import argparse
@@ -54,7 +55,7 @@ def dataset(n, longest, vocabulary):
 
 
 class Cell:
-    """Packed or unpacked data, its batches, and the function that takes a step on one of them."""
+    """Packed or unpacked data, its batches, and the function that takes a step on one batch."""
 
     def __init__(self, name, data, rows, step, plan=None):
         from mlx_segtrain.data import batches, padding
@@ -82,7 +83,7 @@ def line(name, times, tokens, supervised):
 
 
 def peer_lines(peer, name, data, packed, steps):
-    """Returns the lines of TRL's trainer on these rows; the first steps are not counted."""
+    """Returns the output lines for TRL's trainer on these rows; its first steps are not counted."""
     import peers
 
     lora = (RANK, SCALE, SUFFIXES)
@@ -164,7 +165,7 @@ def main():
     for run, (own, data_of, rows) in zip(runs, ways, strict=True):
         cells.append(Cell(own, data_of, rows, functools.partial(step, run), run.planned))
     if args.peft:
-        mx.set_cache_limit(24 << 30)  # torch allocates what it needs separately
+        mx.set_cache_limit(24 << 30)  # torch allocates its memory separately
         theirs = peft_step(name)
         cells += [Cell(f"peft {own}", data_of, rows, theirs) for own, data_of, rows in ways]
 
@@ -203,5 +204,5 @@ def main():
 if __name__ == "__main__":
     from mlx_segtrain import ops
 
-    with ops.repeatable(True):  # like `train`
+    with ops.repeatable(True):  # as in `train`
         main()

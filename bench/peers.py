@@ -1,8 +1,9 @@
 """Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that is written here. Install
-what they need on the GPU machine: torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
-with unsloth_zoo and trl. Neither the package nor its tests import this module.
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that this module writes. The
+packages that they need must be installed on the GPU machine: torch, transformers, peft and
+bitsandbytes; liger-kernel; unsloth with unsloth_zoo and trl. Neither mlx_segtrain nor its tests
+import this module.
 """
 
 # pyright: reportMissingImports=false
@@ -21,7 +22,7 @@ def snapshot(shape, peer):
     """Writes a folder with random weights of a shape and a word tokenizer, in Hugging Face's
     format."""
     if peer == "unsloth":
-        import unsloth  # noqa: F401 - it patches what is imported after it
+        import unsloth  # noqa: F401 - it patches the modules that are imported after it
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -53,8 +54,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16, or with
-    checkpointing nf4-ckpt or bf16-ckpt."""
+    """Returns the steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16, or
+    nf4-ckpt or bf16-ckpt with gradient checkpointing."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -79,8 +80,8 @@ def liger(place, variant, lora, longest):
 
 
 def unsloth(place, variant, lora, longest):
-    """Steps of Unsloth with nf4: `keep` recomputes nothing, `ckpt` everything, `offload` is
-    Unsloth's own checkpointing."""
+    """Returns the steps of Unsloth with nf4. `variant` is `keep` (recomputes nothing), `ckpt`
+    (recomputes everything) or `offload` (Unsloth's own gradient checkpointing)."""
     import torch
     import unsloth
 
@@ -103,8 +104,8 @@ PEERS = {"liger": liger, "unsloth": unsloth}
 class Packed:
     """A run of TRL's SFTTrainer on packed rows, with the seconds and tokens of its steps.
 
-    `rows` are (ids, weights) pairs; `model` is one of PEERS (None: transformers in bfloat16 with
-    TRL's own PEFT), `longest` the tokens of a packed row.
+    `rows` are (ids, weights) pairs. `model` is one of PEERS, or None for transformers in bfloat16
+    with the PEFT adapter that TRL creates. `longest` is the number of tokens in a packed row.
     """
 
     def __init__(self, rows, place, longest, steps, lora, model=None):
@@ -169,16 +170,16 @@ class Packed:
 
     def run(self):
         self.trainer.train()
-        n = len(self.times)  # its loader reads ahead
+        n = len(self.times)  # the data loader reads ahead
         self.tokens, self.supervised = self.tokens[:n], self.supervised[:n]
 
 
 class Groups:
-    """A run of TRL's GRPOTrainer with transformers' own generation. For each cycle it has the
-    seconds of the rollouts and of the update, and the peak of each in bytes.
+    """A run of TRL's GRPOTrainer with transformers' generation. For each cycle it records the
+    seconds of the rollouts and of the update, and the peak memory of each in bytes.
 
-    `prompts` are texts, each of which gets `group` completions of `tokens` tokens: no token ends
-    one. The update runs `at_once` sequences in a forward and backward pass.
+    `prompts` are texts. Each prompt gets `group` completions of exactly `tokens` tokens, because no
+    token ends a completion. The update runs `at_once` sequences per forward and backward pass.
     """
 
     def __init__(self, place, prompts, group, tokens, at_once, cycles, lora, beta):

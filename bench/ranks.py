@@ -1,16 +1,18 @@
-"""Measures tokens per second of `train` on one rank and on several of this host, on the same rows.
+"""Measures the tokens per second of `train` on one rank and on several ranks of this host, on the
+same rows.
 
     python bench/ranks.py [--shape minicpm5-1b] [--length 8192] [--ranks 1 2] [--steps 12]
                           [--parallel data|pipeline] [--batches N] [--budget GB]
                           [--signal KILL|STOP] [--transfer MB ...]
 
-A shape of bench/step.py with random 4-bit weights, and rows of random bytes, are written below
---folder once. LoRA has rank 16 on all projections, and a step has one row for each rank. With CUDA,
-NCCL connects the ranks, otherwise MLX's ring over the loopback. Prints the median of the steps
-after the first four, and the speed divided by that of one rank; a group without enough memory says
-so. With --signal, the last rank of the largest group gets this signal after its fourth step, and
-the output of each rank is printed with the time until it ended. With --transfer nothing is trained:
-arrays of MB · 10⁶ bytes are sent from rank 0 to rank 1 and back, by each available method.
+On the first run, a model with random 4-bit weights (its shape is one of those in bench/step.py) and
+rows of random bytes are written below --folder. LoRA has rank 16 on all projections, and a step has
+one row for each rank. The ranks are connected by NCCL with CUDA, and otherwise by MLX's ring over
+the loopback. Prints the median time of the steps after the first four, and the speed divided by the
+speed of one rank; for a group that does not have enough memory, it prints this fact instead. With
+--signal, the last rank of the largest group gets this signal after its fourth step, and the output
+of each rank is printed with the time until the rank ended. With --transfer nothing is trained:
+arrays of MB · 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.
 """
 
 import argparse
@@ -35,7 +37,7 @@ WORKER = "import sys, ranks; getattr(ranks, sys.argv[1])(*sys.argv[2:])"
 
 
 def write_inputs(folder, shape, length, rows=64):
-    """Writes a model folder of the shape and a data file, unless they exist."""
+    """Writes a model folder with this shape and a data file, unless they exist already."""
     import step
     from lib.folders import write_model  # pyright: ignore[reportMissingImports]
 
@@ -55,7 +57,7 @@ def write_inputs(folder, shape, length, rows=64):
 
 
 def work(model, data, out, length, steps, more):
-    """Trains, as one rank."""
+    """Trains as one rank of a group."""
     from mlx_segtrain import TrainConfig, train
 
     config = TrainConfig(
@@ -73,7 +75,7 @@ def tell(event):
 
 
 def transfer(*sizes):
-    """Sends arrays to the other of two ranks and back."""
+    """Sends arrays to the other rank of two and back."""
     import mlx.core as mx
 
     from mlx_segtrain.training import transfers
@@ -125,7 +127,8 @@ def metrics(out):
 
 
 def start(n, folder, cuda, *what):
-    """Starts n ranks; returns their processes, and the files that each writes its output to."""
+    """Starts n ranks, and returns their processes and the files to which they write their
+    output."""
     started, errors = [], [folder / f"err-{rank}" for rank in range(n)]
     for rank in range(n):
         own = os.environ | environment(n, rank, folder, cuda) | {"PYTHONPATH": path()}
@@ -136,7 +139,7 @@ def start(n, folder, cuda, *what):
 
 
 def run(n, folder, model, data, args, cuda, sent=None):
-    """Runs steps on n ranks; returns their figures, and what each rank printed last."""
+    """Runs steps on n ranks, and returns their figures and the last output of each rank."""
     out = folder / f"run-{n}"
     steps = 10**6 if sent else args.steps
     more = {"memory_budget_gb": args.budget} if args.budget else {}

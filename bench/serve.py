@@ -1,21 +1,24 @@
-"""Compares generation with many adapters to stock mlx-lm: tokens/s, stalls, and the time of a swap.
+"""Compares our engine, with many adapters, to stock mlx-lm: tokens/s, stalls, and the time to
+change the adapter.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2]
 
-SHAPE is one of bench/step.py's, with random 4-bit weights. Everything runs in one process, with
-greedy decoding, each cell after its own warm-up. All prompts differ, and none is cached. Every
-round runs all cells, so that other load on the machine affects them equally. The best round of each
-cell is printed. `--at-once` without numbers runs the cells with one request only.
-Cells:
-    mlx-lm            generate_step, the model as mlx-lm loads it
+SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. Everything runs
+in one process with greedy decoding, and each cell has a warm-up. All prompts differ, and none is
+cached. Every round runs all cells, so that other load on the machine affects all cells equally. The
+best round of each cell is printed. If `--at-once` has no numbers, only the cells with one request
+run. The cells are:
+    mlx-lm            generate_step with the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
-    mlx-lm, N         its BatchGenerator with N prompts; all with one adapter if it has one
+    mlx-lm, N         mlx-lm's BatchGenerator with N prompts, which all use the same adapter if
+                      there is one
     alone             one request to our engine, without and with an adapter
     deterministic     the same with "deterministic": true
     N at once         N requests to our engine, without adapters, and with three adapters in turn
-Columns: seconds to the first token of the median request; tokens/s of all requests after the first
-token, and over the whole run with its prompts; the longest wait between two tokens of one answer.
+The columns are the seconds to the first token of the median request; the tokens/s of all requests,
+once after the first token and once over the whole run with its prompts; and the longest wait
+between two tokens of one response.
 """
 
 import argparse
@@ -43,7 +46,7 @@ from step import SHAPES, load
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """Returns the model as a folder that mlx-lm loads."""
+    """Returns the folder of the model, which mlx-lm can load."""
     if name not in SHAPES:
         return Path(name)
     from mlx.utils import tree_flatten
@@ -58,14 +61,14 @@ def model_folder(name: str, scratch: Path) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     weights: Any = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    words = {f"w{i}": i for i in range(SHAPES[name]["vocab_size"])}  # each token has a text
+    words = {f"w{i}": i for i in range(SHAPES[name]["vocab_size"])}  # every token has a text
     tokenizer = Tokenizer(models.WordLevel(words, "w0"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1").save_pretrained(folder)
     return folder
 
 
 def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
-    """Returns three adapters of all projections, whose B is not zero."""
+    """Returns three adapters for all projections, with a B that is not zero."""
     chain = chain_of(load_base(model)[0])
     folders = []
     for seed in range(3):
@@ -82,11 +85,11 @@ def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
     return folders
 
 
-Times = list[list[float]]  #: for each request, when its tokens came
+Times = list[list[float]]  #: for each request, the times at which its tokens arrived
 
 
 class Table:
-    """The best round of each cell."""
+    """A table with the best round of each cell."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[float, float, float, float]] = {}
@@ -109,7 +112,7 @@ class Table:
 
 
 def stock(base: Any, prompts: list[list[int]], tokens: int) -> tuple[float, Times]:
-    """Generates with mlx-lm: one request with generate_step, several with its BatchGenerator."""
+    """Generates with mlx-lm, using generate_step for one request and BatchGenerator for several."""
     from mlx_lm.generate import BatchGenerator, generate_step
 
     begun = time.perf_counter()
@@ -147,7 +150,7 @@ async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) ->
 
     engine = Engine(cache_bytes=0)
     base = await engine.load(model)
-    base.tokenizer.eos_token_ids = set()  # every answer has all its tokens
+    base.tokenizer.eos_token_ids = set()  # so that every response has all of its tokens
     for i, folder in enumerate(folders):
         await engine.mount(f"a{i}", folder)
     most = max([1, *args.at_once])

@@ -4,26 +4,31 @@ per cell.
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA of rank 16 on all seven projections, batch 1, the last part --loss-rows of a row in the loss.
-SHAPE is a known model's (gemma4-e4b, minicpm5-1b, qwen3-8b) with random 4-bit weights. Cells:
-    segtrain:N    this package, N layers per segment (0: off)
-    segtrain:XGB  the fastest plan within this much memory; segtrain:min the least memory,
-                  segtrain:auto what the device has free
-    dpo:…         the same plans for a DPO step of one pair: --length tokens in each sequence, the
-                  part --shared is common; the rest is the response; references are given
-    mlx-lm        stock LoRA layers and loss, nn.value_and_grad; mlx-lm:ckpt with grad_checkpoint
-    peft          HF transformers + PEFT, torch, no checkpointing; peft:ckpt with it. float32 on the
-                  CPU; for a SHAPE bfloat16 on a GPU, without quantization
+LoRA has rank 16 on all seven projections, a batch has one row, and --loss-rows is the fraction at
+the end of a row that is in the loss. SHAPE is the shape of a known model (gemma4-e4b, minicpm5-1b
+or qwen3-8b), with random 4-bit weights. The cells are:
+    segtrain:N    this package with N layers per segment (0 turns segments off)
+    segtrain:XGB  the fastest plan that fits in this much memory; segtrain:min is the plan with the
+                  least memory, and segtrain:auto uses what the device has free
+    dpo:…         the same plans for a DPO step of one pair with --length tokens in each sequence;
+                  the fraction --shared is common to both, and the rest is the response; the
+                  log-probabilities of the reference are given
+    mlx-lm        stock LoRA layers and loss with nn.value_and_grad; mlx-lm:ckpt uses
+                  grad_checkpoint
+    peft          HF transformers + PEFT with torch; peft:ckpt uses gradient checkpointing. It runs
+                  in float32 on the CPU; for a SHAPE on a GPU, in bfloat16 without quantization
     liger:nf4     for a SHAPE on a GPU (bench/peers.py): the same with Liger's kernels and a 4-bit
-                  base, liger:bf16 without; liger:nf4-ckpt, liger:bf16-ckpt with checkpointing
-    unsloth:keep  for a SHAPE on a GPU: Unsloth, 4 bits; unsloth:ckpt with checkpointing,
-                  unsloth:offload with its own
-Prints a table; medians, p20 and p80 over the steps after three warm-up steps (slow cells: fewer, as
-shown). `peak` is MLX's active memory; `rss` the process's own high-water mark. Steps of this
-package are those of `train`, which repeat bit for bit unless `--any-order` is given. On CUDA, if
-torch is installed to trace them: `busy` is the fraction of a step in which the device runs a
-kernel, `of_peak` the fraction that a step's products, without recomputation, would need at the rate
-of a product of 8192³.
+                  base; liger:bf16 has no quantization; liger:nf4-ckpt and liger:bf16-ckpt use
+                  gradient checkpointing
+    unsloth:keep  for a SHAPE on a GPU: Unsloth with a 4-bit base; unsloth:ckpt uses gradient
+                  checkpointing, and unsloth:offload uses Unsloth's own version of it
+Prints a table with the median, p20 and p80 of the steps after three warm-up steps (slow cells have
+fewer, as shown). `peak` is the peak of MLX's active memory; `rss` is the highest resident memory of
+the process. The steps of this package are the same as those of `train`; their results are
+bit-identical when repeated, unless `--any-order` is given. On CUDA, if torch is installed to trace
+the steps, `busy` is the fraction of a step in which the device runs a kernel, and `of_peak` is the
+fraction of the step that its matrix products, without recomputation, would take at the speed of an
+8192 × 8192 × 8192 product.
 """
 
 import argparse
@@ -98,8 +103,8 @@ def tokens(length, vocab):
 
 
 def load(name):
-    """Returns (model, vocabulary) of a folder, or of a shape: random weights, 4 bits in groups of
-    64."""
+    """Returns (model, vocabulary size) for a folder, or for a shape with random weights of 4 bits
+    in groups of 64."""
     import importlib
 
     import mlx.core as mx
@@ -116,7 +121,7 @@ def load(name):
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
-    # One at a time, so that few float32 arrays exist at once.
+    # Weights are evaluated one at a time, so that few float32 arrays exist at once.
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
         mx.clear_cache()
@@ -124,7 +129,7 @@ def load(name):
 
 
 def shape_of(name, model):
-    """Returns the model as the planner sees it."""
+    """Returns the planner's description of the model."""
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
@@ -148,7 +153,8 @@ def ranks_of(shape, adapter="lora"):
 
 
 def batch_of(vocabulary, length, rows, shared=None):
-    """Returns (objective, batch, its shape): a row with its last `rows` in the loss, or a pair."""
+    """Returns (objective, batch, shape of the batch) for a row whose last `rows` tokens are in the
+    loss, or for a pair."""
     import numpy as np
 
     from mlx_segtrain.data import Batch, PairBatch
@@ -179,8 +185,8 @@ def batch_of(vocabulary, length, rows, shared=None):
 
 
 def plan_of(shape, kind, batch, adapter="lora", repeats=True):
-    """Returns the plan for a cell's name: a number of layers, min, auto, or a budget such as
-    1.8GB."""
+    """Returns the plan that the name of a cell asks for: a number of layers, min, auto, or a budget
+    such as 1.8GB."""
     from mlx_segtrain import planning
 
     what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
@@ -191,13 +197,13 @@ def plan_of(shape, kind, batch, adapter="lora", repeats=True):
 
 
 def prompt(args):
-    """Returns the number of tokens before the rows in the loss."""
+    """Returns the number of tokens before those in the loss."""
     return args.length - round(args.length * args.loss_rows)
 
 
 def timed(step, steps, slow_s=15.0):
-    """Times single steps: the first separately, then up to `steps` after three warm-ups (one if
-    slow)."""
+    """Times single steps: first the initial step separately, and then up to `steps` steps after
+    three warm-up steps (one if steps are slow)."""
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
@@ -221,7 +227,7 @@ def reset_peak():
 
 
 def run_plan(shape, batch, plan, repeats=True):
-    """Applies a plan as a run does."""
+    """Applies a plan in the same way as a run."""
     from mlx_segtrain import planning
     from mlx_segtrain.planning.run import RunPlan
 
@@ -230,8 +236,8 @@ def run_plan(shape, batch, plan, repeats=True):
 
 
 def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
-    """Returns what takes the steps of `train` on batches of a data set by a plan, and its initial
-    state."""
+    """Returns an object that takes the steps of `train` on batches of a data set with a plan, and
+    its initial state."""
     import mlx.core as mx
 
     from mlx_segtrain.config import TrainConfig
@@ -254,7 +260,7 @@ def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
 
 
 def training_step(model, shape, plan, objective, batch, watch=None, kind="lora", of=None):
-    """Returns a function that takes the step of `train` on one batch by a plan."""
+    """Returns a function that takes the step of `train` on one batch with a plan."""
     import mlx.core as mx
 
     from mlx_segtrain.data import Dataset, PairBatch, Row
@@ -302,7 +308,7 @@ def segtrain(args, variant, shared=None):
 
 
 def traced(step, work, seconds):
-    """Returns the fraction of a step in which the device runs a kernel, and the rate of its
+    """Returns the fraction of a step in which the device runs a kernel, and the speed of its matrix
     products, if torch is installed."""
     import mlx.core as mx
 
@@ -318,7 +324,7 @@ def traced(step, work, seconds):
     events = [e for e in trace.events() or [] if e.device_type == DeviceType.CUDA]
     spans = sorted((e.time_range.start, e.time_range.end) for e in events)
     busy = end = 0
-    for first, last in spans:  # kernels of a graph may also run at the same time
+    for first, last in spans:  # kernels of a CUDA graph may run at the same time
         busy += max(0, last - max(first, end))
         end = max(end, last)
     n, times = 8192, []
@@ -343,8 +349,8 @@ def mlx_lm(args, variant):
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # On the CPU in float32: half precision is ten times slower, and the peer should run at its
-    # best.
+    # On the CPU, the model runs in float32, because half precision is ten times slower and the
+    # other trainer should run at its best.
     model, vocabulary = load(args.model)
     model.freeze()
     linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})
@@ -367,7 +373,7 @@ def mlx_lm(args, variant):
 
 
 def peft_model(name, variant=None):
-    """Returns (model with an adapter, its device, vocabulary) of transformers and PEFT."""
+    """Returns (model with an adapter, its device, vocabulary size) for transformers and PEFT."""
     import mlx.core as mx
     import numpy as np
     import torch  # pyright: ignore[reportMissingImports]
@@ -376,7 +382,7 @@ def peft_model(name, variant=None):
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if name in SHAPES:  # random weights, bfloat16, on the GPU
+    if name in SHAPES:  # random weights in bfloat16 on the GPU
         device, dtype = "cuda", torch.bfloat16
         fields = {key: value for key, value in SHAPES[name].items() if key != "model_type"}
         config: Any = AutoConfig.for_model(SHAPES[name]["model_type"], **fields)
@@ -424,7 +430,8 @@ def peft(args, variant):
 
 
 def peer(name, args, variant):
-    """A cell of one of bench/peers.py, with the loss that its own forward pass computes."""
+    """Runs the cell of a trainer in bench/peers.py, with the loss that the trainer's own forward
+    pass computes."""
     import torch  # pyright: ignore[reportMissingImports]
 
     import peers

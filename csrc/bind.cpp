@@ -1,4 +1,5 @@
-// The Python module and the bindings of plans. The bindings of an op are in its file (core/binding.h).
+// Defines the Python module and the bindings for plans. The bindings for each op are in the op's source file
+// (core/binding.h).
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -25,8 +26,9 @@ NB_MODULE(_core, m) {
   m.doc() = "Native core of mlx_segtrain: differentiable ops and the segmented backward pass.";
   nb::module_::import_("mlx.core");  // loads libmlx and the type mx.array
   keep_freed_memory();
-  nb::class_<Device>(m, "Device",
-                     "Properties of a device that the memory of ops depends on; csrc/core/cost.h.")
+  nb::class_<Device>(
+      m, "Device",
+      "The properties of a device that determine how much memory ops need; see csrc/core/cost.h.")
       .def(nb::init<std::string, int, int64_t, bool, bool, bool>(), "name"_a, "size"_a, "workspace"_a = 0,
            nb::kw_only(), "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false)
       .def_ro("name", &Device::name)
@@ -40,7 +42,7 @@ NB_MODULE(_core, m) {
   for (auto add : Binding::all()) add(m);
 
   m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,
-        "Stops choosing a kernel in this process, because it failed the self-check on this device.");
+        "Disables a kernel in this process, because the kernel failed the self-check on this device.");
 
   nb::class_<StageSpec>(m, "StageSpec",
                         "The names that a stage reads and writes, and whether it has parameters.")
@@ -58,9 +60,10 @@ NB_MODULE(_core, m) {
       .def_ro("head_reads", &Plan::head_reads)
       .def("readers", nb::overload_cast<int, int, int>(&Plan::readers, nb::const_), "value"_a, "begin"_a,
            "end"_a,
-           "Returns how often stages [begin, end) read a value; the head is the stage after the last.")
+           "Returns how often stages [begin, end) read a value; the head has the index after the last stage.")
       .def("describe", &describe,
-           "Returns one line per move: what it runs, reads, keeps, takes, gives and drops.");
+           "Returns one line per move, with the stages that it runs and the values that it reads, keeps, "
+           "takes, gives and drops.");
   m.def(
       "make_plan",
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
@@ -71,19 +74,20 @@ NB_MODULE(_core, m) {
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
       "incoming"_a = std::vector<std::string>{},
-      "Returns the plan for cuts after these stages, groups that end after these segments, and saving "
-      "stages; "
-      "`incoming` inputs depend on parameters of other stages.");
+      "Returns the plan for a chain that is cut after the stages `segments`, with groups that end after the "
+      "segments `groups`. The stages `saves` save arrays. The inputs `incoming` depend on parameters of "
+      "other stages.");
 
-  nb::class_<Cuts>(m, "Cuts",
-                   "Where a chain is cut: the ends of segments and groups, and the stages that save.")
+  nb::class_<Cuts>(
+      m, "Cuts",
+      "Where a chain is cut: the ends of its segments and groups, and the stages that save arrays.")
       .def(nb::init<std::vector<int>, std::vector<int>, std::vector<int>>(), "segments"_a, "groups"_a,
            "saves"_a = std::vector<int>{})
       .def_ro("segments", &Cuts::segments)
       .def_ro("groups", &Cuts::groups)
       .def_ro("saves", &Cuts::saves);
   nb::class_<StageCost>(m, "StageCost",
-                        "Bytes and work of a stage at one batch shape; csrc/schedule/planner.h.")
+                        "The memory and work of a stage for one batch shape; see csrc/schedule/planner.h.")
       .def(nb::init<std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, double,
                     double>(),
            nb::kw_only(), "writes"_a, "forward"_a, "backward"_a, "kept"_a, "saved"_a, "gradients"_a,
@@ -114,7 +118,7 @@ NB_MODULE(_core, m) {
       .def_ro("fixed", &Costs::fixed)
       .def_ro("update", &Costs::update);
   nb::class_<Alive>(m, "Alive",
-                    "Bytes alive at the peak of a move, besides the memory that is always in use.")
+                    "The bytes in use at the peak of a move, excluding the memory that is always in use.")
       .def_ro("values", &Alive::values)
       .def_ro("saved", &Alive::saved)
       .def_ro("cotangents", &Alive::cotangents)
@@ -131,19 +135,21 @@ NB_MODULE(_core, m) {
       .def_ro("cuts", &Choice::cuts)
       .def_ro("estimate", &Choice::estimate);
   m.def("choose_cuts", &choose_cuts, "costs"_a, "budget"_a,
-        "Returns the cuts with the least work whose peak is at most `budget` bytes, or else the least peak.");
+        "Returns the cuts with the least work whose peak is at most `budget` bytes. If no cuts fit, returns "
+        "those with the lowest peak.");
 
-  m.def("least_peak", &least_peak, "costs"_a, "Returns the least peak of cuts that keep little, in bytes.");
+  m.def("least_peak", &least_peak, "costs"_a,
+        "Returns the lowest peak, in bytes, among cuts that keep almost nothing.");
 
   m.def("collect_kernels", &collect_kernels,
-        "Makes calls on this thread only record which kernels they need, and return zeros that must not be "
-        "evaluate.");
+        "From now on, calls on this thread only record which kernels they need. They return zeros that must "
+        "not be evaluated.");
   m.def("compile_kernels", &compile_kernels, nb::call_guard<nb::gil_scoped_release>(),
-        "Ends recording: compiles the recorded kernels in parallel, and returns how many it compiled.");
+        "Stops recording, compiles the recorded kernels in parallel, and returns how many it compiled.");
 
   nb::class_<StepResult>(m, "StepResult", "The outputs of the head and the gradients of all parameters.")
-      // Copies of handles: a reference into the result would keep all of it alive, so that holding the loss
-      // would mean holding every gradient.
+      // These properties return copies of array handles. A reference into the result would keep the whole
+      // result alive, so a caller that holds the loss would also hold every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
@@ -151,27 +157,31 @@ NB_MODULE(_core, m) {
   nb::class_<Passes>(m, "Passes", "Runs a plan in two calls; csrc/segtrain.h.")
       .def(
           "forward", [](const Passes& passes) { return passes.forward(); },
-          "Returns the values that the head reads.")
+          "Runs the forward pass and returns the values that the head reads.")
       .def(
           "backward",
           [](const Passes& passes, const Arrays& cotangents) { return passes.backward(cotangents); },
           "cotangents"_a = Arrays{},
-          "Returns the result; without a head, pass the `cotangents` of the values that leave.");
-  nb::class_<Recordings>(m, "Recordings",
-                         "Graphs of a plan's functions, reused by steps that call the same functions.")
+          "Runs the backward pass and returns the result. Without a head, `cotangents` are those of the "
+          "differentiable values that `forward` returned.");
+  nb::class_<Recordings>(
+      m, "Recordings",
+      "The graphs of a plan's functions, which later steps reuse if they call the same functions.")
       .def(nb::init<>());
   m.def(
       "passes_of",
       [](const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
          const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
-        // The GIL is released while MLX computes, and while it waits before it accepts more work, which may
-        // take long. It is not released around the whole step, because callbacks that MLX makes while it
-        // differentiates (mx.checkpoint, mx.custom_function) assume that it is held.
+        // The GIL is released while MLX computes, and while MLX waits before it accepts more work, which may
+        // take long. It is not released for the whole step, because MLX calls back into Python while it
+        // differentiates (mx.checkpoint, mx.custom_function), and these callbacks assume that the GIL is
+        // held.
         auto wait = [](const Arrays& made) {
           {
             nb::gil_scoped_release others;
-            // mx::eval would also wait for work that was launched after these arrays.
+            // We do not call mx::eval here, because it would also wait for work that was launched after these
+            // arrays.
             for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();
@@ -185,6 +195,6 @@ NB_MODULE(_core, m) {
       },
       "plan"_a, "fns"_a, "head"_a.none(), "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
       "watch"_a = nb::none(), "recordings"_a.none() = nb::none(), nb::keep_alive<0, 9>(),
-      "Prepares a plan over callables (params, reads) → writes; a stage gets its owner's params. `watch` is "
-      "called after each move.");
+      "Prepares a plan whose stages are callables (params, reads) → writes; each stage gets the params of "
+      "its owner. `watch` is called after each move.");
 }

@@ -1,7 +1,8 @@
 // The C++ interface of mlx_segtrain. Ops are functions of arrays, each with a hand-written VJP.
 //
-// B batch · H query heads · G key/value heads · T queries · S keys · D head size · F feed-forward width
-// M rows · R LoRA rank · V vocabulary. Gradients are called dx; `lse` is a row's log-sum-exp.
+// B batch · H query heads · G key/value heads · T queries · S keys · D head size · F feed-forward width · M
+// rows · R LoRA rank · V vocabulary size. The gradient with respect to x is called dx; `lse` is the
+// log-sum-exp of a row.
 #pragma once
 
 #include <functional>
@@ -19,14 +20,15 @@ namespace segtrain {
 
 namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
-using Ranges = std::vector<std::pair<int, int>>;  ///< [begin, end) each
+using Ranges = std::vector<std::pair<int, int>>;  ///< each range is [begin, end)
 
-/// A frozen weight [out, in]: dense (no scales), or quantized in the format of mx::quantize.
+/// A frozen weight [out, in]. It is dense if there are no scales; otherwise it is quantized in the format of
+/// mx::quantize.
 struct Base {
   mx::array weight;
   std::optional<mx::array> scales;
   std::optional<mx::array> biases;
-  std::optional<mx::array> bias;  ///< [out], added to the product
+  std::optional<mx::array> bias;  ///< [out], added to x·Wᵀ
   int group_size = 0;
   int bits = 0;
   std::string mode = "affine";
@@ -36,7 +38,7 @@ struct Base {
 };
 
 /// A frozen linear layer and its low-rank update: y = x·Wᵀ (+ bias) + scale·(x·a)·b. a [in, R] and b [R, out]
-/// are float32; either both are given or neither.
+/// are float32, and either both or neither are given.
 struct Linear {
   Base base;
   std::optional<mx::array> a, b;
@@ -46,20 +48,21 @@ struct Linear {
 };
 
 /// Linear layers that read the same few rows in a decoding step. Each layer has the low-rank updates of
-/// several adapters, and each row picks one adapter: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, z = x·aᵀ. An
-/// object is created once and called many times. It has no gradient.
+/// several adapters, and each row picks one adapter: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, where z =
+/// x·aᵀ. An object is created once and called many times. Its output has no gradient.
 class DecodeLinears {
  public:
-  /// For E adapters: a [E, R, in] stacks the factors of all layers, b_j is [E, out, R_j] with Σ R_j = R, and
-  /// gains are [E, out] float32.
+  /// For E adapters, `a` [E, R, in] stacks the first factors of all layers, b_j is [E, out, R_j] with Σ R_j =
+  /// R, and the gains are [E, out] float32.
   DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a, std::vector<std::optional<mx::array>> b,
                 std::vector<std::optional<mx::array>> gains);
 
-  /// x [..., in] → [..., out] for each layer. picks [rows] uint32: the adapter of each row.
+  /// x [..., in] → [..., out] for each layer. picks [rows] uint32 holds the index of the adapter for each
+  /// row.
   Arrays operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
                     mx::StreamOrDevice s);
 
-  /// Returns why no kernel supports rows of this type; empty if one does.
+  /// Returns why no kernel supports this number of rows of this dtype; empty if one does.
   std::string unfit(mx::Dtype dtype, int rows) const;
 
  private:
@@ -73,9 +76,10 @@ class DecodeLinears {
   std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and number of rows
 };
 
-/// Query t is at position q_start + t (q_start is S − T by default). It sees the keys up to its position;
-/// with `window`, only the last `window` of them; with `segments` (in ascending order), only those of its
-/// segment. A position outside all segments is padding: it sees no key, no query sees it, and it gets 0.
+/// Query t is at position q_start + t (q_start is S − T by default). It sees the keys up to its own position.
+/// With `window`, it sees only the last `window` of these keys; with `segments` (in ascending order), only
+/// the keys in its own segment. A position outside all segments is padding: its query sees no key, its key is
+/// seen by no query, and its output is 0.
 struct AttentionOptions {
   float scale;
   std::optional<int> window;
@@ -90,46 +94,50 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
                     const AttentionOptions& options, const std::optional<Arrays>& saved,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// Returns o, followed by what the backward pass needs. If this is passed as `saved` to attention() with the
-/// same arguments, only the backward pass is computed there. Empty if the implementation cannot provide it
-/// (`stock`). Has no gradient.
+/// Returns o, followed by the arrays that the backward pass needs. If this result is passed as `saved` to
+/// attention() with the same arguments, attention() computes only the backward pass. The result is empty if
+/// the implementation (`stock`) cannot provide these arrays. This function has no gradient.
 Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
                          const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s);
 
-/// Names of the attention implementations of the default device. Some may not support a given call.
+/// Returns the names of the attention implementations for the default device. Some of them may not support a
+/// given call.
 std::vector<std::string> attention_impls();
 
-/// Makes 'auto' prefer `way` on Metal for this head size, dtype and kind of call (plain causal or not), where
-/// `way` supports the call. An empty `way` restores the built-in order.
+/// Makes 'auto' prefer the implementation `way` on Metal for calls with this head size, dtype and kind (plain
+/// causal or not), if `way` supports the call. An empty `way` restores the built-in order.
 void prefer_attention(int head, mx::Dtype dtype, bool causal, const std::string& way);
 
-/// Sets whether 'auto' is limited to implementations whose results are bit-identical when repeated; returns
-/// the previous setting. On CUDA, implementations that use cuDNN, MLX's among them, sum dq in any order.
+/// Sets whether 'auto' is limited to implementations whose results are bit-identical when a call is repeated;
+/// returns the previous setting. On CUDA, implementations that use cuDNN, which include MLX's, sum dq in an
+/// unspecified order.
 bool set_repeatable(bool on);
 
-/// The value last passed to set_repeatable.
+/// Returns the value that was last passed to set_repeatable.
 bool is_repeatable();
 
-/// The implementation that 'auto' chooses for plain causal attention over many tokens on a device ("cpu",
-/// "metal", "cuda"), which this machine need not have. `cudnn` says that the package includes cuDNN's
-/// attention (CUDA), `nax` that the GPU has neural accelerators (Metal); `repeats` is as in set_repeatable.
+/// Returns the implementation that 'auto' chooses for plain causal attention over many tokens on a device
+/// ("cpu", "metal" or "cuda"), which this machine need not have. `cudnn` says whether the package includes
+/// cuDNN's attention (CUDA), and `nax` whether the GPU has neural accelerators (Metal); `repeats` is the
+/// setting of set_repeatable.
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
                           bool repeats);
 
-/// Whether MLX has attention kernels for the neural accelerators (M5) of this machine's GPU.
+/// Whether this machine's GPU has neural accelerators (M5) for which MLX has attention kernels.
 bool has_neural_accelerators();
 
 /// silu(gate)·up. [..., F] → [..., F].
 mx::array swiglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
 
-/// gelu(gate)·up with the tanh form of GELU. [..., F] → [..., F].
+/// gelu(gate)·up with the tanh approximation of GELU. [..., F] → [..., F].
 mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& impl, mx::StreamOrDevice s);
 
 /// x / sqrt(mean(x²) + eps) · weight. x [..., H], weight [H] (frozen: no gradient) → [..., H].
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
-/// Returns h and its RMS norm; the backward pass of the norm adds the gradients of both. h [..., H].
+/// Returns h and rms_norm(h). The backward pass of the norm also adds the gradient that arrives at the output
+/// h. h [..., H].
 Arrays rms_norm_beside(const mx::array& h, const mx::array& weight, float eps, const std::string& impl,
                        mx::StreamOrDevice s);
 
@@ -137,8 +145,9 @@ Arrays rms_norm_beside(const mx::array& h, const mx::array& weight, float eps, c
 mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& weight, float eps,
                        const std::optional<mx::array>& factor, const std::string& impl, mx::StreamOrDevice s);
 
-/// Rotary embedding of x [B, H, T, D] at positions offset + t; within a segment, positions count from its
-/// start. angles = position · base^(−2i/D) or position / freqs.
+/// Applies rotary embeddings to x [B, H, T, D] at positions offset + t; within a segment, positions count
+/// from the start of the segment. The angles are scale · position · base^(−2i/dims), or scale · position /
+/// freqs if `freqs` is given.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
                const std::string& impl, mx::StreamOrDevice s);
@@ -147,25 +156,25 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
 mx::array take_rows(const mx::array& x, const mx::array& index, const std::string& impl,
                     mx::StreamOrDevice s);
 
-/// factor · table[index, begin:end] for a frozen table [V, ·] and index [...] → [..., end − begin]. No
-/// gradient.
+/// factor · table[index, begin:end] for a frozen table [V, ·] and index [...] → [..., end − begin]. The
+/// result has no gradient.
 mx::array embedded_rows(const Base& table, const mx::array& index, int begin, std::optional<int> end,
                         float factor, const std::string& impl, mx::StreamOrDevice s);
 
-/// (rms_norm(x·f0) + rows·f1)·f2, where `rows` are the table's rows at `index`, from column `begin` on. This
-/// is the per-layer input of Gemma 4. x [..., D] → [..., D]. No gradient.
+/// (rms_norm(x·f0) + rows·f1)·f2, where `rows` are D columns of the table's rows at `index`, starting at
+/// column `begin`. This is the per-layer input of Gemma 4. x [..., D] → [..., D]. The result has no gradient.
 mx::array own_input(const mx::array& x, const mx::array& weight, float eps, const Base& table,
                     const mx::array& index, int begin, const std::vector<float>& factors,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// How heads get their q and k: an optional RMS norm per head, then rotation as in `rope`.
+/// How q, k and v are computed for each head: an optional RMS norm, and for q and k a rotation as in `rope`.
 struct HeadNorm {
   mx::array weight;  ///< [D], frozen
   float eps;
 };
 struct Heads {
   int heads, groups;  ///< query heads; key/value heads
-  int dims;           ///< dimensions that are rotated
+  int dims;           ///< number of dimensions that are rotated
   bool traditional = false;
   std::optional<float> base;
   float scale = 1;
@@ -175,66 +184,67 @@ struct Heads {
   std::vector<std::optional<HeadNorm>> norms;  ///< the norms of q, k and v, or empty
 };
 
-/// q, k and v from linear layers that read the same x [B, T, ·] → [B, H, T, D], [B, G, T, D], [B, G, T, D].
-/// Each is normed if it has a norm; q and k are rotated. With two layers, the second gives both keys and
-/// values; with one, only q is returned.
+/// Computes q, k and v with linear layers that read the same x. x [B, T, ·] → [B, H, T, D], [B, G, T, D], [B,
+/// G, T, D]. Each of the three is normalized if it has a norm; q and k are rotated. With two layers, the
+/// second one computes both k and v; with one layer, only q is returned.
 Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const Heads& heads,
                 const std::string& impl, mx::StreamOrDevice s);
 
-/// o [B, H, T, D] → [B, T, H·D], the layout that an output projection reads.
+/// o [B, H, T, D] → [B, T, H·D], the layout that the output projection reads.
 mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s);
 
-/// The outputs of linear layers that read the same x [..., in] → [..., out] each; keeps x and x·a for the
-/// backward pass. Dropout applies to the x of the low-rank branches; each layer draws its mask from its key
-/// [2] uint32, and draws the same mask again in the backward pass.
+/// Returns the outputs of linear layers that read the same x [..., in] → [..., out] for each layer. It keeps
+/// x and x·a for the backward pass. Dropout applies only to the x that the low-rank branches read; each layer
+/// draws its mask from its key [2] uint32, and draws the same mask again in the backward pass.
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// down(act(gate(x))·up(x)), where act is SiLU or the tanh form of GELU. x [..., H] → [..., H]. Keeps x, gate
-/// and up for the backward pass. With `tile_rows` it keeps only x: it computes that many rows at a time, and
-/// recomputes them in the backward pass.
+/// down(act(gate(x))·up(x)), where act is SiLU or the tanh approximation of GELU. x [..., H] → [..., H]. It
+/// keeps x and the outputs of gate and up for the backward pass. With `tile_rows` it keeps only x: it
+/// computes that many rows at a time, and recomputes them in the backward pass.
 mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,
                        bool gelu, std::optional<int> tile_rows, const std::string& impl,
                        mx::StreamOrDevice s);
 
-/// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), where z = h·Wᵀ + bias, softcapped, and ε is the label
-/// smoothing. Rows with target < 0 do not count; targets contain such rows only if `padded` is set. h [M, H],
-/// targets [M] int32, weights [M] float32 → [] float32. dh is computed in the same pass, over chunks of rows.
+/// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), where z is h·Wᵀ + bias after the softcap, and ε is the
+/// label smoothing. Rows with target < 0 do not contribute; such rows are allowed only if `padded` is set. h
+/// [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is computed in the same pass, chunk by
+/// chunk of rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
                                float label_smoothing, bool needs_grad, bool padded, const std::string& impl,
                                mx::StreamOrDevice s);
 
-/// z[target] − lse(z) for each row, with z as above; keeps h and lse for the backward pass. Rows with target
-/// < 0 are skipped and give 0. h [M, H], targets [M] int32 → [M] float32.
+/// z[target] − lse(z) for each row, with z as in linear_cross_entropy. It keeps h and lse for the backward
+/// pass. Rows with target < 0 are skipped, and their result is 0. h [M, H], targets [M] int32 → [M] float32.
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
                            std::optional<float> softcap, bool needs_grad, bool padded,
                            const std::string& impl, mx::StreamOrDevice s);
 
-/// Dequantizes a weight to an array [out, in] of `dtype`.
+/// Returns a weight as a dense array [out, in] of `dtype`.
 mx::array dequantize(const Base& base, mx::Dtype dtype, mx::StreamOrDevice s);
 
-/// The elements of all arrays, concatenated into one float32 vector.
+/// Returns the elements of all arrays, concatenated into one float32 vector.
 mx::array join(const Arrays& arrays, mx::StreamOrDevice s);
 
-/// Row-major product alpha·a·b with optional transposes of the last two axes. Uses OpenBLAS or Accelerate on
-/// the CPU.
+/// Returns the row-major matrix product alpha·a·b. The last two axes of a and b are optionally transposed.
+/// The CPU implementation uses OpenBLAS or Accelerate.
 mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool transpose_b, float alpha,
                  mx::StreamOrDevice s);
 
-/// (params, reads) → writes. A stage that can save returns, if `save` is set, extra arrays after its writes;
-/// it gets them back as `saved` when it is run again.
+/// (params, reads) → writes. If `save` is set, a stage that can save returns extra arrays after its writes;
+/// these are passed back as `saved` when the stage is run again.
 using StageFn =
     std::function<Arrays(const Arrays& params, const Arrays& reads, const Arrays& saved, bool save)>;
 
 /// (params, reads) → {loss, other outputs...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// Waits for arrays that are being computed (possibly none). The caller may do more here, such as release a
-/// lock; an exception ends the step.
+/// Waits for arrays that are being computed (possibly none). The caller's function may do other things too,
+/// such as release a lock. If it throws an exception, the step ends.
 using Wait = std::function<void(const Arrays&)>;
 
-/// Launches the evaluation of arrays. The caller may do more here, too.
+/// Launches the evaluation of arrays. The caller's function may do other things too.
 using Launch = std::function<void(const Arrays&)>;
 
 /// Called after each move; may be empty.
@@ -246,23 +256,24 @@ struct StepResult {
   Arrays outputs;             ///< the outputs of the head, loss first
   std::vector<Arrays> grads;  ///< for each owner, in the order of its parameters
   Arrays head_grads;
-  Arrays incoming;  ///< cotangents of the inputs that have one, in input order
+  Arrays incoming;  ///< cotangents of the inputs that have a cotangent, in input order
 };
 
-/// Runs a plan in two calls. `forward` returns the values that the head reads, `backward` returns the result.
-/// If stages on another device follow instead of a head, pass `backward` the cotangents of the differentiable
-/// ones among these values. Between the two calls, only what the plan keeps is in memory.
+/// Runs a plan in two calls: `forward` returns the values that the head reads, and `backward` returns the
+/// result. If the chain continues on another device and has no head here, `backward` gets the cotangents of
+/// the differentiable values that `forward` returned. Between the two calls, only what the plan keeps is in
+/// memory.
 struct Passes {
   std::function<Arrays()> forward;
   std::function<StepResult(const Arrays& cotangents)> backward;
 };
 
-/// Computes the loss and the gradients of all parameters, and keeps only the plan's boundary values between
-/// moves. Stage i has the parameters `params[owners[i]]`; the gradients of stages that share an owner are
-/// added. The `reads` of a stage are passed in the order of its spec. One move runs at a time (on CUDA up to
-/// two) while the host prepares the next. `recordings` holds graphs from earlier steps with the same
-/// functions: if earlier calls of a function built equal graphs, it is not called again, and its graph is
-/// rebuilt from the recording.
+/// Returns two passes that compute the loss and the gradients of all parameters, and that keep only the
+/// plan's boundary values between moves. Stage i has the parameters `params[owners[i]]`; the gradients of
+/// stages that share an owner are added. A stage gets its `reads` in the order of its spec. One move runs at
+/// a time (on CUDA up to two) while the host prepares the next. `recordings` holds graphs from earlier steps
+/// with the same functions: once several calls of a function have built equal graphs, the function is not
+/// called again, and its graph is rebuilt from the recording.
 Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
                  const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
                  const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,

@@ -1,18 +1,23 @@
-// Attention in tiles of queries × keys on the tensor cores. docs/attention.md derives it; CPU twin: csrc/ops/attention/cpu.cpp.
+// Attention in tiles of queries × keys on the tensor cores. docs/attention.md has the derivation; the CPU twin is
+// csrc/ops/attention/cpu.cpp.
 //
-// attention, attention_dq: one threadgroup per (tile of queries, b, h), 16·MT queries per warp; p and ds stay in
-// registers. attention_dkv: one threadgroup per (tile of keys, b, g, part of the group's heads), so that each of dk
-// and dv has one writer; its warps form a WM × WN grid and swap pᵀ and dsᵀ through shared memory.
-// Query t sees the keys first[t] … q_start + t, and first is non-decreasing, so the tiles that see each other
-// are one range. The tile shapes and the launch follow from D alone: struct Shapes.
+// q, o [B,H,T,D], k, v [B,G,S,D]: B batch, H query heads, G key/value heads (each shared by a group of H/G query heads),
+// T queries, S keys, D head size; b, h and g are indices. attention and attention_dq use one thread block per (tile of
+// queries, b, h) and 16·MT queries per warp; p and ds stay in registers. attention_dkv uses one thread block per (tile
+// of keys, b, g, part of the group's heads), so that each element of dk and dv has one writer; its warps form a WM × WN
+// grid and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
+// non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the launch
+// parameters follow from D alone; see struct Shapes.
 //
-// For every GPU with tensor cores; Hopper has attention_hopper.cu, whose products have about 1.6 times the peak of these.
+// These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used where it fits: the peak speed
+// of its matrix multiplications is about 1.6 times as high.
 
 namespace segtrain {
 
-// ---- tiles in shared memory: rows of LD = DP + 8 elements, so that eight rows of 16 bytes lie in different banks
+// ---- tiles in shared memory: rows have LD = DP + 8 elements, so that 16-byte pieces of eight rows are in different
+// banks
 
-/// tile [ROWS, DP] ← x [rows, D], zeros beyond.
+/// Copies x [rows, D] to the tile [ROWS, DP] and fills the rest of the tile with zeros.
 template <int ROWS, int D, int DP, int THREADS, typename T>
 __device__ inline void copy_tile(T* tile, const T* x, int rows) {
 #pragma unroll
@@ -23,7 +28,7 @@ __device__ inline void copy_tile(T* tile, const T* x, int rows) {
   }
 }
 
-/// c [16·MT, 8·NT] += a [16·MT, K] · b, a from shared memory.
+/// c [16·MT, 8·NT] += a [16·MT, K] · b, where a is in shared memory.
 template <int K, bool B_DOWN, typename T, int MT, int NT>
 __device__ inline void product(float (&c)[MT][NT][4], const T* a, int lda, const T* b, int ldb) {
 #pragma unroll
@@ -35,8 +40,8 @@ __device__ inline void product(float (&c)[MT][NT][4], const T* a, int lda, const
   }
 }
 
-/// c [16·MT, 8·NT] += a [16·MT, 8·KT] · b [8·KT, 8·NT], a from the accumulators of another product: two of their
-/// 16×8 tiles are laid out as one 16×16 block.
+/// c [16·MT, 8·NT] += a [16·MT, 8·KT] · b [8·KT, 8·NT], where a consists of the accumulators of another matrix product:
+/// two 16×8 accumulator tiles have the layout of one 16×16 block.
 template <typename T, int MT, int NT, int KT>
 __device__ inline void product(float (&c)[MT][NT][4], const float (&a)[MT][KT][4], const T* b, int ldb) {
 #pragma unroll
@@ -50,7 +55,7 @@ __device__ inline void product(float (&c)[MT][NT][4], const float (&a)[MT][KT][4
   }
 }
 
-/// y [.., D] ← scale·c, rows below `rows`, columns below `cols`.
+/// Writes scale·c to y [.., D], for rows below `rows` and columns below `cols`.
 template <typename T, int MT, int NT>
 __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float (&c)[MT][NT][4], float scale) {
 #pragma unroll
@@ -73,11 +78,12 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 
 // ---- the tiles
 
-/// Tile shapes by head size, for 227 KB of shared memory and 255 registers per thread.
+/// Tile shapes for each head size, chosen for 227 KB of shared memory and 255 registers per thread.
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
-  // Up to 128, a warp has registers for 32 queries, which halves what it reads of k and v; two groups share a core.
+  // For D ≤ 128, a warp has registers for 32 queries, which halves how often k and v are read, and two blocks fit on a
+  // multiprocessor.
   static constexpr int MT = D <= 128 ? 2 : 1, WARPS = D <= 128 ? 4 : 8, BQ = 16 * MT * WARPS;
   static constexpr int BK = D <= 128 ? 32 : 64, BK_DQ = 32;
   static constexpr int WM = D <= 128 ? 4 : 2, WN = 8 / WM, BK_DKV = 32 * WM, BQ_DKV = 64;
@@ -247,16 +253,16 @@ __device__ void attention_dq(const T* q, const T* k, const T* v, const float* ls
 
 // ---- dk, dv
 
-/// dk, dv [B,G,parts,S,D]: each part sums share/parts query heads.
+/// Computes dk and dv [B,G,parts,S,D]. Each part is the sum over 1/parts of the query heads of a group.
 template <int D, bool CAP, typename T, typename Out>
 __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o,
                               Call c, int parts, Out* dk, Out* dv) {
   using X = Shapes<D>;
   constexpr int BK = X::BK_DKV, BQ = X::BQ_DKV, LD = X::LD, LP = BQ + 8, DP = X::DP, THREADS = 256;
-  constexpr int NQ = BQ / X::WN / 8, ND = DP / X::WN / 8;  // a warp's columns of pᵀ and of dk, in eights
+  constexpr int NQ = BQ / X::WN / 8, ND = DP / X::WN / 8;  // columns of pᵀ and of dk per warp, divided by 8
   const int jobs = c.B * c.G * parts, share = c.H / c.G / parts;
   const size_t job = blockIdx.x % jobs, bg = job / parts;
-  // The first keys of a causal triangle are seen by most queries: they start first.
+  // The first keys start first, because in a causal triangle most queries see them.
   const int k0 = blockIdx.x / jobs * BK;
   const size_t bh = bg / c.G * c.H + (bg % c.G * parts + job % parts) * share;
   const int wm = threadIdx.x / 32 / X::WN * 32, wn = threadIdx.x / 32 % X::WN;
@@ -266,7 +272,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   T *p_tile = do_tile + 2 * BQ * LD, *ds_tile = p_tile + BK * LP;
   float *lse_tile = reinterpret_cast<float*>(ds_tile + BK * LP), *delta_tile = lse_tile + 2 * BQ;
 
-  // The queries that see the tile, once for each head.
+  // The loop runs over the queries that see the tile, once for each head.
   const int q_begin = max(0, k0 - c.q_start), q_end = queries_before(c, k0 + BK);
   auto copy_queries = [&](int head, int q0, int stage) {
     const size_t row = (bh + head) * c.T + q0;
@@ -340,7 +346,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   store_rows(dv + out, D, c.S - k0 - wm, D - wn * ND * 8, sum_v, 1);
 }
 
-/// y [B·G, n] = Σ over parts of x [B·G, parts, n], four elements per thread.
+/// y [B·G, n] is the sum over the parts of x [B·G, parts, n]. Each thread computes four elements.
 template <typename T>
 __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) {
   const size_t from = at / n * parts * n + at % n;
@@ -354,7 +360,8 @@ __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take D and CAP.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; D and CAP are constants in all of
+// them.
 // at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention: q k v first at args -> o lse

@@ -1,19 +1,21 @@
-// Attention on Hopper with scores that stay on the chip. docs/attention.md, "hopper"; launch:
-// csrc/ops/attention/hopper_fused.cpp. The ideas are those of FlashAttention-3 (Shah et al. 2024,
-// arXiv:2407.08608): some warps copy while others multiply, and products of one tile run while the softmax of
-// another is computed.
+// Attention on Hopper that never writes scores to device memory. See docs/attention.md, "hopper";
+// csrc/ops/attention/hopper_fused.cpp launches these kernels. The ideas come from FlashAttention-3 (Shah et al. 2024,
+// arXiv:2407.08608): some warps copy while others multiply, and the matrix products of one tile run while the softmax of
+// another tile is computed.
 //
-// attention_fused: one block per (192 or 128 queries, b, h); each of its groups of 128 threads owns 64 of them.
+// The shapes are those in attention.cu; b and h are indices into batch and query heads. attention_fused uses one block
+// per (192 or 128 queries, b, h). Each group of 128 threads computes 64 of the block's queries.
 //
-// attention_fused_vjp: one block per (128 keys, b, h). It holds dk and dv of its keys in registers and iterates over the
-// queries that see them, the last ones first; dq is summed in memory. Sums to which several blocks add have a fixed order, so
-// that results are bit-identical: dq in the order of the keys, dk and dv of a group in the order of its heads. A block waits
-// for its turn. It cannot wait forever, because blocks take tickets for their work: everything that it waits for has an earlier
-// ticket, and so is running or done.
+// attention_fused_vjp uses one block per (128 keys, b, h). The block holds dk and dv of its keys in registers and
+// iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. If
+// several blocks add to a sum, they do so in a fixed order, so that results are bit-identical: the order of the keys for
+// dq, and the order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because
+// blocks take numbered tickets for their work: every block that it waits for has an earlier ticket, and so is running or
+// has finished.
 
 namespace segtrain {
 
-// ---- synchronization: barriers in shared memory (mbarrier), whose phases alternate
+// ---- synchronization with barriers in shared memory (mbarrier), whose phases alternate between 0 and 1
 
 __device__ inline void init_barrier(unsigned at, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(arrivals) : "memory");
@@ -21,12 +23,12 @@ __device__ inline void init_barrier(unsigned at, int arrivals) {
 __device__ inline void arrive(unsigned at) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
 }
-/// Arrives once for a warp, when all of its threads have reached this point.
+/// Arrives at the barrier once per warp, when all threads of the warp have reached this point.
 __device__ inline void warp_arrives(unsigned at) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) arrive(at);
 }
-/// Arrives when all copies that this thread has started are complete.
+/// Makes this thread arrive at the barrier as soon as all copies that it has started are complete.
 __device__ inline void arrive_with_copies(unsigned at) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at) : "memory");
 }
@@ -35,19 +37,20 @@ __device__ inline void wait(unsigned at, unsigned phase) {
                ::"r"(at), "r"(phase) : "memory");
 }
 
-/// Makes the writes to shared memory that this thread sees visible to later reads by tensor cores and bulk copies.
+/// Makes all writes to shared memory that are visible to this thread visible to later reads by tensor cores and bulk
+/// copies.
 __device__ inline void publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-/// Waits for `from`, publishes the data, and arrives at `to`. The fence waits for the products of the calling
-/// threads, so it is called by threads that have no products (it took a quarter of the time of threads that
-/// multiply).
+/// Waits at the barrier `from`, publishes the data, and arrives at the barrier `to`. Because the fence in publish()
+/// waits for the matrix products of the calling thread, threads without matrix products call this function. (In threads
+/// that multiply, the fence took a quarter of their time.)
 __device__ inline void relay(unsigned from, unsigned to, unsigned phase) {
   wait(from, phase);
   publish();
   arrive(to);
 }
 
-/// A barrier for some of the block's warps; the second function arrives at it without waiting.
+/// A barrier for some warps of the block. `meet` arrives and waits; `tell` only arrives.
 __device__ inline void meet(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 __device__ inline void tell(int id, int threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
@@ -56,7 +59,7 @@ __device__ inline void fewer_registers() { asm volatile("setmaxnreg.dec.sync.ali
 template <int REGISTERS>
 __device__ inline void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)); }
 
-/// A place in a ring of stages, and the phase of its barriers.
+/// A position in a ring buffer of stages, and the phase of the barriers at this position.
 template <int STAGES>
 struct Turn {
   int stage = 0;
@@ -66,7 +69,8 @@ struct Turn {
   }
 };
 
-/// tile [ROWS, columns in blocks of 64] ← x [rows, D], zeros beyond, by THREADS threads.
+/// Copies x [rows, D] to the tile [ROWS, columns in blocks of 64], with THREADS threads, and fills the rest of the tile
+/// with zeros.
 template <int ROWS, int D, int THREADS, typename T>
 __device__ inline void copy_rows(unsigned tile, const T* x, int rows, int thread) {
   constexpr int BLOCKS = (D + 63) / 64, STEP = THREADS / 8, AT_ONCE = STEP < 8 ? 16 : 2 * STEP;
@@ -85,12 +89,13 @@ __device__ inline void copy_rows(unsigned tile, const T* x, int rows, int thread
                        r < rows && (D % 64 == 0 || piece * 8 + block * 64 < D));
 }
 
-/// The address of piece `col` of a row in a tile.
+/// Returns the address of piece `col` in a row of a tile. A piece has 16 bytes, and `block` is the size of a block of 64
+/// columns in bytes.
 __device__ inline unsigned piece_at(int row, int col, int block) {
   return col / 8 * block + row * 128 + ((col % 8 ^ row % 8) << 4);
 }
 
-/// Writes a 16×16 block, as a warp holds it, whose rows and columns begin at `row` and `piece`.
+/// Writes a 16×16 block that a warp holds in registers. Its first row is `row`, and its first column is that of `piece`.
 __device__ inline void store_block(unsigned tile, int row, int piece, int block, const unsigned (&x)[4]) {
   const int lane = threadIdx.x % 32;
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -116,8 +121,8 @@ __device__ inline float2 read_floats(unsigned at) {
 
 // ---- o, lse
 
-/// By head size: the number of thread groups that multiply, the queries and keys of a tile, and the registers
-/// per thread after setmaxnreg (a block starts with 128 or 168 per thread).
+/// The parameters for each head size: the number of thread groups that multiply, the number of queries and keys per
+/// tile, and the number of registers per thread after setmaxnreg (a block starts with 128 or 168 per thread).
 template <int D>
 struct Forward {
   static constexpr int DP = (D + 63) / 64 * 64, GROUPS = DP == 64 ? 3 : 2, BQ = 64 * GROUPS, BK = DP <= 128 ? 128 : 64;
@@ -134,7 +139,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
   const QueryTile t(c, BQ);
   const int tiles = (t.k_end - t.k_begin + BK - 1) / BK;
   const unsigned q_tile = tiles_begin(), k_tiles = q_tile + X::Q_BYTES, v_tiles = k_tiles + STAGES * X::TILE_BYTES;
-  // Barriers: copied, published, free again.
+  // The barriers of each buffer say that its data is copied, is published, or is no longer needed.
   const unsigned q_copied = v_tiles + STAGES * X::TILE_BYTES, k_copied = q_copied + 8, v_copied = k_copied + 8 * STAGES;
   const unsigned q_here = v_copied + 8 * STAGES, k_here = q_here + 8, v_here = k_here + 8 * STAGES;
   const unsigned k_free = v_here + 8 * STAGES, v_free = k_free + 8 * STAGES;
@@ -176,8 +181,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
   more_registers<X::REGISTERS>();
   const int group = warpgroup() - 1, q0 = t.q0 + group * 64;
-  // Scores are kept as plain products; multiplying by `fold` turns them into exponents of 2. It is positive,
-  // so that order and −∞ are preserved.
+  // Scores are kept unscaled; multiplying them by `fold` turns them into exponents of 2. `fold` is positive, so that the
+  // multiplication preserves order and −∞.
   const float fold = CAP ? 1 : fmaxf(fabsf(c.scale) * LOG2E, 1e-30f);
   const Score<CAP> score(c);
   const int seen_from = c.first_of(q0 + 63), seen_to = c.q_start + q0 + 1;
@@ -267,8 +272,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     end_products();
   };
 
-  // Two groups start their products in turn, so that one computes its softmax while the products of the other
-  // run.
+  // If there are two groups, they start their matrix products alternately, so that one group computes its softmax while
+  // the products of the other group run.
   constexpr bool TURNS = X::GROUPS == 2;
   wait(q_here, 0);
   if (tiles > 0) {
@@ -314,8 +319,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     if (threadIdx.x % 4 == 0 && row < t.rows)
       lse[t.bh * c.T + t.q0 + row] = l[r] > 0 ? m[r] * fold * LN2 + logf(l[r]) : -infinity();
   }
-  // The output is staged in the memory of this warp's queries, which no other warp reads, so that whole lines
-  // are written.
+  // The output is first collected in the shared memory of this warp's queries, which no other warp reads, so that whole
+  // cache lines are written to device memory.
 #pragma unroll
   for (int n = 0; n < DP / 8; n += 2) {
     const unsigned block[4] = {pack2<T>(sum[n * 4] * inverse[0], sum[n * 4 + 1] * inverse[0]),
@@ -336,7 +341,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
 // ---- dq, dk, dv
 
-/// The tiles of queries and keys of a head that see each other. Both bounds are non-decreasing in the tile.
+/// For each query tile of a head, the range of key tiles that it sees, and for each key tile, the range of query tiles
+/// that see it. Both bounds of a range are non-decreasing in the index of the tile.
 template <int BQ, int BK>
 struct Pairs {
   const Call& c;
@@ -348,7 +354,8 @@ struct Pairs {
   __device__ int queries_end(int key_tile) const {
     return key_tile < keys_end(query_tiles() - 1) ? (queries_before(c, (key_tile + 1) * BK) + BQ - 1) / BQ : 0;
   }
-  /// Tickets, and how many blocks have added to each tile of dq, and of dk and dv.
+  /// Returns the number of counters: one for tickets, and one for each tile of dq and each tile of dk and dv, which
+  /// counts the blocks that have added to it.
   __device__ int counts() const { return 1 + c.B * c.H * query_tiles() + c.B * c.G * key_tiles(); }
 };
 
@@ -356,18 +363,19 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // More heads of a group are processed at once until this many blocks have work. Heads wait for each other at the end of a
-  // block, key tiles of one head at its beginning.
+  // The number of heads of a group that are processed at once is increased until this many blocks have work. Blocks for
+  // different heads wait for each other when they end, and blocks for different key tiles of one head when they begin.
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
-  // k, v; q, do; dS twice; dq; lse and first of each stage of q, delta of do; barriers
+  // The terms are: k and v; the stages of q and do; dS twice; dq; lse and `first` for each stage of q, and delta for
+  // each stage of do; barriers.
   static constexpr int BYTES = ALIGN + 2 * KEY_BYTES + (Q_STAGES + DO_STAGES) * QUERY_BYTES + 2 * DS_BYTES + DQ_BYTES +
                                (2 * Q_STAGES + DO_STAGES) * ROWS_BYTES + 256;
   static_assert(2 * KEY_BYTES >= SUM_SIZE * 4 && (Q_STAGES + DO_STAGES) * QUERY_BYTES >= SUM_SIZE * 4);
 };
 
-/// delta = Σ o·do, and sets the counts to zero.
+/// Computes delta = Σ o·do and sets the counters to zero.
 template <int D, typename T>
 __device__ void begin_vjp(const T* o, const T* d_o, Call c, float* delta, int* counts) {
   row_dot(o, d_o, c.B * c.H * c.T, D, delta);
@@ -375,14 +383,15 @@ __device__ void begin_vjp(const T* o, const T* d_o, Call c, float* delta, int* c
   for (int i = blockIdx.x * 256 + threadIdx.x; i < n; i += gridDim.x * 256) counts[i] = 0;
 }
 
-/// One value for each row of a tile, copied by a warp. Rows beyond the end repeat the last row, or are zeros.
+/// Copies one value for each row of a tile, using one warp. Beyond the last row, the value is that of the last row if
+/// REPEAT is set, and 0 otherwise.
 template <int ROWS, bool REPEAT, typename X>
 __device__ inline void copy_numbers(unsigned to, const X* x, int rows, int lane) {
 #pragma unroll
   for (int i = lane; i < ROWS; i += 32) copy_async<4>(to + i * 4, x + min(i, rows - 1), REPEAT || i < rows);
 }
 
-/// Waits until `turn` other blocks have added; the second function reports that this block has added.
+/// wait_for_turn waits until `turn` other blocks have added to the sum. end_turn reports that this block has added.
 __device__ inline void wait_for_turn(const int* count, int turn) {
   for (;;) {
     int now;
@@ -393,7 +402,8 @@ __device__ inline void wait_for_turn(const int* count, int turn) {
 }
 __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
 
-/// One thread starts a copy of values in shared memory to `to` [bytes / 4], or adds them to it.
+/// Starts a bulk copy of floats from shared memory to `to` [bytes / 4], or a bulk addition to `to`. One thread calls
+/// this function.
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
@@ -409,8 +419,8 @@ __device__ inline void stores_done() {
   publish();
 }
 
-/// The accumulators of a group, as one float4 per thread after another, so that neighbouring threads write
-/// neighbouring memory.
+/// Stores the accumulators of a group as consecutive float4s, one per thread at a time, so that neighbouring threads
+/// write neighbouring memory.
 template <int N>
 __device__ inline void store_sums(unsigned tile, const float (&x)[N]) {
   const unsigned to = tile + (warpgroup() - 1) * N * 512 + threadIdx.x % 128 * 16;
@@ -426,8 +436,8 @@ __device__ inline auto& pick_array(float (&a)[N], float (&b)[M]) {
   else return b;
 }
 
-/// counts has the layout of Pairs and begins with zeros. dq_sum, dk_sum and dv_sum are tiles in the order of
-/// the threads that hold them, without the scale.
+/// `counts` has the layout of Pairs and must contain zeros at the start. dq_sum, dk_sum and dv_sum consist of tiles
+/// whose elements are in the order of the threads that hold them, before they are multiplied by the scale.
 template <int D, bool CAP, typename T>
 __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
                           int* counts, float* dq_sum, float* dk_sum, float* dv_sum) {
@@ -438,7 +448,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   const unsigned do_tiles = q_tiles + QS * X::QUERY_BYTES, ds_tiles = do_tiles + OS * X::QUERY_BYTES;
   const unsigned dq_tile = ds_tiles + 2 * X::DS_BYTES, lse_rows = dq_tile + X::DQ_BYTES;
   const unsigned first_rows = lse_rows + QS * X::ROWS_BYTES, delta_rows = first_rows + QS * X::ROWS_BYTES;
-  // Barriers: copied or written, published, free again.
+  // The barriers of each buffer say that its data is copied or written, is published, or is no longer needed.
   const unsigned k_copied = delta_rows + OS * X::ROWS_BYTES, v_copied = k_copied + 8, q_copied = v_copied + 8;
   const unsigned do_copied = q_copied + 8 * QS, k_here = do_copied + 8 * OS, v_here = k_here + 8, q_here = v_here + 8;
   const unsigned do_here = q_here + 8 * QS, q_free = do_here + 8 * OS, do_free = q_free + 8 * QS, ds_written = do_free + 8 * OS;
@@ -455,8 +465,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(ticket_at), "r"(atomicAdd(counts, 1)) : "memory");
   }
   __syncthreads();
-  // Tickets: some heads of each group with all of their keys, the first keys first (in a causal triangle most queries see
-  // them); then the next heads.
+  // The order of the tickets: first come some heads of each group with all of their keys, beginning with the first keys
+  // (which most queries see in a causal triangle), and then the next heads.
   const int ticket = read_shared<int>(ticket_at), share = c.H / c.G, groups = c.B * c.G, key_tiles = pairs.key_tiles();
   int at_once = 1;
   while (share % (2 * at_once) == 0 && at_once * groups * key_tiles < X::AT_ONCE) at_once *= 2;
@@ -496,7 +506,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
       }
       wait_copies();
     } else if (warp == 2 && lane == 0) {
-      // dq is summed in the order of its keys. The first block writes, the others add.
+      // dq is summed in the order of the keys. The first block writes its part, and the other blocks add theirs.
       int* count = counts + 1 + bh * pairs.query_tiles();
       float* to = dq_sum + bh * pairs.query_tiles() * (BQ * DP);
       unsigned phase = 0;
@@ -512,7 +522,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
         stores_done();
         end_turn(count + tile);
       }
-      // dk and dv are summed in the order of the heads
+      // dk and dv are summed in the order of the heads.
       count = counts + 1 + groups * share * pairs.query_tiles() + bg * key_tiles + key_tile;
       const size_t at = (static_cast<size_t>(bg) * key_tiles + key_tile) * X::SUM_SIZE;
       wait(sums_written, 0);
@@ -549,7 +559,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   unsigned p[BQ / 4], ds[BQ / 4];
 #pragma unroll
   for (int i = 0; i < DP / 2; ++i) dk[i] = dv[i] = 0;
-  // Products are transposed, with keys as rows: to = k or v · (q or do)ᵀ, and to += a · q or do
+  // The matrix products are transposed, with keys as rows. multiply_rows computes to = k·qᵀ or v·doᵀ, and add_rows
+  // computes to += a·q or a·do.
   auto multiply_rows = [&](float (&to)[BQ / 2], unsigned keys, unsigned queries) {
     keep(to);
     begin_products();
@@ -582,9 +593,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     products_done<0>();
     keep(s);
   }
-  // Products run one after another without a gap: dP runs while P is computed, dV while dS is computed, dK
-  // and the next step's S while dQ is written. Each wait for all of them lets the compiler reuse their
-  // registers.
+  // The matrix products run one after another without a gap: the product for dP runs while P is computed, the one for dV
+  // while dS is computed, and those for dK and the next step's S while dQ is written. After each wait for all products,
+  // the compiler can reuse their registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
@@ -619,7 +630,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
         }
       }
     }
-    // P is kept for dS in half precision, multiplied by the slope of the cap: there are no registers for more.
+    // P is kept for dS in half precision, multiplied by the slope of the softcap, because there are no registers for
+    // more.
     unsigned short_p[BQ / 4];
 #pragma unroll
     for (int i = 0; i < BQ / 4; ++i) {
@@ -674,7 +686,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     const unsigned q_done = q_free + 8 * turn.stage;
     turn.next();
     if (step + 1 < steps) wait(q_here + 8 * turn.stage, turn.phase);
-    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // not used after the last step
+    multiply_rows(s, k_tile, q_tiles + turn.stage * X::QUERY_BYTES);  // in the last step the result is not used
     products_done<2>();
     keep(dq);
     wait(dq_free, step % 2 ^ 1);
@@ -686,17 +698,18 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
     warp_arrives(q_done);
   }
-  meet(1, 256);  // The tiles are no longer read.
+  meet(1, 256);  // From here on, no thread reads the tiles.
   store_sums(k_tile, dk);
   store_sums(q_tiles, dv);
   warp_arrives(sums_written);
 }
 
-// ---- sums, rounded
+// ---- rounding of the sums
 
-/// y [heads, rows, D] ← scale·sum, or zeros where no block has `added`. A tile has ROWS·DP elements in the order of store_sums,
-/// of two groups: SIDE by side, with half of the columns each, or one below the other. 256 threads process 4096 elements, each
-/// thread eight columns of two rows.
+/// Writes scale·sum to y [heads, rows, D], or zeros where no block has `added`. A tile has ROWS·DP elements in the order
+/// in which store_sums writes them. They come from two groups: with SIDE, each group has half of the columns; otherwise
+/// each group has half of the rows. 256 threads process 4096 elements, and each thread processes eight columns of two
+/// rows.
 template <int ROWS, int D, bool SIDE, typename T, typename Added>
 __device__ inline void round_tiles(const float* sum, int rows, float scale, int job, Added added, T* y) {
   constexpr int PIECES = (D + 63) / 64 * 8, PARTS = ROWS * PIECES / 512, OF_GROUP = SIDE ? PIECES / 2 : PIECES;

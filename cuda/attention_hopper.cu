@@ -1,24 +1,26 @@
-// Attention on the warpgroup products (wgmma) of Hopper. docs/attention.md, "hopper"; launch: csrc/ops/attention/hopper.cpp.
+// Attention with Hopper's warpgroup matrix multiplications (wgmma). See docs/attention.md, "hopper";
+// csrc/ops/attention/hopper.cpp launches these kernels.
 //
-// attention_hopper: one block per (64 queries, b, h); its two warpgroups take half of the keys of a tile for S and half
-// of the columns of O, and swap P through shared memory.
+// The shapes are those in attention.cu; b, g and h are indices into batch, key/value heads and query heads.
+// attention_hopper uses one block per (64 queries, b, h). For S, each of the block's two warpgroups computes half of the
+// keys of a tile; for O, it computes half of the columns. They exchange P through shared memory.
 //
-// The backward pass works on a bounded range of queries at a time, in three steps over a scratch of 16-bit tiles:
-// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, attention_queries_vjp sums dQ.
-// Each is a product of whole tiles with one writer for every output. This takes five products of tiles for
-// any head size, instead of the seven of a kernel that keeps P and dS in registers, but P and dS are written
-// to memory once.
+// The backward pass processes a limited range of queries at a time, in three steps over a scratch array of 16-bit tiles:
+// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, and attention_queries_vjp sums dQ. Each step
+// multiplies whole tiles, and every output has one writer. This takes five matrix products per pair of tiles for any
+// head size, while a kernel that keeps P and dS in registers takes seven. In return, P and dS are written to memory
+// once.
 //
-// Scratch and sums are written in place by a chain of launches although MLX sees them as inputs: MLX keeps what a graph
-// allocates until the graph is done, and a new scratch for each range would be as large as all of P. Small outputs
-// (`done`) order the chain: a kernel that reads scratch or sums has the last of them as an input, too.
+// A chain of launches writes scratch and sums in place, although MLX sees them as inputs. MLX keeps what a graph
+// allocates until the graph is done, so new scratch arrays for all ranges together would be as large as all of P. Small
+// outputs (`done`) order the chain: a kernel that reads scratch or sums has the last such output as an additional input.
 
 namespace segtrain {
 
 // ---- copies of tiles
 
-/// tile [ROWS, 64·BLOCKS] ← x [rows, cols], zeros beyond, by 256 threads. `my_row` is the row of x that the
-/// thread copies first: threadIdx.x / 8, or another one if the rows are permuted.
+/// Copies x [rows, cols] to the tile [ROWS, 64·BLOCKS], with 256 threads, and fills the rest of the tile with zeros.
+/// `my_row` is the row of x that the thread copies first: threadIdx.x / 8, or another row if the rows are permuted.
 template <int ROWS, int BLOCKS, typename T>
 __device__ inline void copy_tile(unsigned tile, const T* x, int ld, int rows, int cols, int my_row) {
   const int row = threadIdx.x / 8, piece = threadIdx.x % 8;
@@ -35,7 +37,8 @@ __device__ inline int copy_row() { return threadIdx.x / 8; }
 
 __device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-/// Waits for all groups of copies except the last AHEAD, and makes them visible to every thread and the tensor cores.
+/// Waits for all groups of copies except the last AHEAD groups, and makes the copied data visible to all threads and to
+/// the tensor cores.
 template <int AHEAD>
 __device__ inline void copies_here() {
   asm volatile("cp.async.wait_group %0;" ::"n"(AHEAD) : "memory");
@@ -43,10 +46,11 @@ __device__ inline void copies_here() {
   __syncthreads();
 }
 
-/// A ring of tiles in shared memory: while a step's products run, the copies of the steps after it arrive. `load(address)`
-/// starts the copies of the next step, and does nothing after the last. A stage is overwritten once the
-/// products that read it are done in every warpgroup. With DRAIN, each step waits for its own products
-/// (blocks that share a core fill each other's gaps); otherwise it waits for those of the previous step.
+/// A ring buffer of tiles in shared memory. While the matrix products of a step run, the data of the following steps is
+/// copied. `load(address)` starts the copies for the next step; after the last step it does nothing. A stage is
+/// overwritten once the products that read it are done in every warpgroup. With DRAIN, each step waits for its own
+/// products (blocks that share a multiprocessor fill each other's gaps); otherwise it waits for the products of the
+/// previous step.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
@@ -65,7 +69,7 @@ struct Ring {
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) copy(load);
   }
-  /// products(address) of the next step, with c as result.
+  /// Runs products(address) for the next step, with the accumulators c.
   template <typename Load, typename Products, int N>
   __device__ void step(Load& load, Products products, float (&c)[N]) {
     copies_here<AHEAD - 1>();
@@ -81,7 +85,7 @@ struct Ring {
 
 // ---- o, lse
 
-/// Queries, P, a ring of keys and values, and the values that the two warpgroups exchange.
+/// Shared memory for the queries, P, a ring buffer of keys and values, and the data that the two warpgroups exchange.
 template <int D>
 struct ForwardTiles {
   static constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128;
@@ -89,8 +93,8 @@ struct ForwardTiles {
   static constexpr int BYTES = BQ * DP * 2 + BQ * BK * 2 + Tiles::BYTES + 2 * BQ * 4 + ALIGN;
 };
 
-/// Keys are read in tiles of 128. A step copies 128 columns of k, or a quarter of v's rows; S and O take four steps each
-/// at D = 512.
+/// Keys are read in tiles of 128. A step copies 128 columns of k, or a quarter of the rows of v; for D = 512, S and O
+/// take four steps each.
 template <int D, int DV, bool CAP, typename T>
 __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* o, float* lse) {
   using X = ForwardTiles<D>;
@@ -172,7 +176,8 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack2<T>(x, y)) : "memory");
       }
     }
-    // The next step's wait makes P visible to the tensor cores too: its fence and barrier come before the products.
+    // The wait of the next step also makes P visible to the tensor cores, because its fence and barrier come before the
+    // matrix products.
 
     /// O += P·V
     for (int part = 0; part < 4; ++part)
@@ -211,20 +216,20 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
   }
 }
 
-// ---- backward: what the three steps share
+// ---- backward pass: code that the three steps share
 
-constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // queries or keys of a tile of P and dS
+constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // number of queries and of keys in a tile of P and dS
 
-/// Query tiles [tile, tile + tiles) of the heads of groups [group, group + groups), each against at most `width` tiles
-/// of keys.
+/// The query tiles [tile, tile + tiles) of the heads in groups [group, group + groups). Each query tile sees at most
+/// `width` key tiles.
 struct Range {
   int group, groups, tile, tiles, width;
-  bool first;  ///< the first range of its groups: sums begin here
+  bool first;  ///< this is the first range of its groups, so it initializes the sums
 };
 __device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
 
-/// A thread's elements of a row of P are in pairs, eight columns apart. This function maps their order to
-/// another one and back, in which the pairs of four such columns are sixteen consecutive bytes.
+/// The elements that a thread holds of a row of P are pairs, eight columns apart. This function maps between their order
+/// and another order, in which four such pairs are sixteen consecutive bytes. It is its own inverse.
 __device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
 
 struct KeyTiles {
@@ -237,7 +242,8 @@ struct KeyTiles {
 
 // ---- p, ds
 
-/// One block per tile; two blocks share a core, so that one's products run while the other writes.
+/// One block computes one tile. Two blocks share a multiprocessor, so that the matrix products of one block run while
+/// the other block writes.
 template <int D, int DV, bool CAP, typename T>
 __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
                            Range h, T* p, T* ds) {
@@ -245,7 +251,7 @@ __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse,
   const int head = blockIdx.x / h.width / h.tiles, tile = h.tile + blockIdx.x / h.width % h.tiles;
   const int share = c.H / c.G, q0 = tile * TILE;
   const KeyTiles keys(c, tile);
-  // A tile of keys is at its index modulo the width, for every query tile.
+  // For every query tile, the slot of a key tile is the index of the key tile modulo the width.
   const int slot = blockIdx.x % h.width, behind = slot - keys.begin % h.width;
   const int k0 = (keys.begin + behind + (behind < 0 ? h.width : 0)) * TILE;
   if (k0 >= keys.end * TILE) return;
@@ -340,7 +346,7 @@ __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse,
 
 // ---- dk, dv
 
-/// Columns that one block sums: a head's, or equal parts of them.
+/// The columns that one block sums: all columns of a head, or an equal part of them.
 template <int D, int MOST>
 struct Columns {
   static constexpr int DP = (D + 63) / 64 * 64, BLOCKS = (DP + MOST - 1) / MOST, N = (DP / 64 + BLOCKS - 1) / BLOCKS * 64;
@@ -348,8 +354,8 @@ struct Columns {
   using Tiles = Ring<(N > 128 ? 4 : 3), A_BYTES + B_BYTES, (N <= 128)>;
 };
 
-/// One block per (tile of keys, b, g, half of D). sum [B,G,S,D] = or += scale·aᵀ·x over the range's queries and the
-/// group's heads; a is P and x dO, or dS and Q.
+/// One block per (tile of keys, b, g, part of D) adds scale·aᵀ·x, over the range's queries and the group's heads, to sum
+/// [B,G,S,D]. In the first range it overwrites the sum. a and x are P and dO, or dS and Q.
 template <int D, int MOST, typename T>
 __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float scale, float* sum) {
   using X = Columns<D, MOST>;
@@ -357,12 +363,12 @@ __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float
   const int key_tiles = (c.S + TILE - 1) / TILE, share = c.H / c.G;
   const int key_tile = job % key_tiles, group = job / key_tiles % h.groups, col = job / key_tiles / h.groups * N;
   const int k0 = key_tile * TILE;
-  // The query tiles of the range that see this tile of keys are one run.
+  // The query tiles of the range that see this key tile are contiguous.
   const int begin = max(h.tile, max(0, k0 - c.q_start) / TILE);
   const int end = min(h.tile + h.tiles, (queries_before(c, k0 + TILE) + TILE - 1) / TILE);
   const int tiles = begin < end && key_tile < KeyTiles(c, end - 1).end ? end - begin : 0;
   if (tiles == 0 && !h.first) return;
-  const int steps = max(1, share * tiles * 2);  // one step of zeros if no query sees it
+  const int steps = max(1, share * tiles * 2);  // if no query sees it, one step adds zeros
   const size_t bg = h.group + group;
 
   typename X::Tiles ring{tiles_begin()};
@@ -404,7 +410,7 @@ __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float
   }
 }
 
-/// dV += Pᵀ·dO and dK += scale·dSᵀ·Q, side by side.
+/// Computes dV += Pᵀ·dO and dK += scale·dSᵀ·Q, in different blocks of the same launch.
 template <int D, int DV, int MOST, typename T>
 __device__ void keys_vjp(const T* p, const T* ds, const T* q, const T* d_o, Call c, Range h, float* dk, float* dv) {
   const int jobs = (c.S + TILE - 1) / TILE * h.groups * Columns<D, MOST>::BLOCKS;
@@ -414,7 +420,7 @@ __device__ void keys_vjp(const T* p, const T* ds, const T* q, const T* d_o, Call
 
 // ---- dq
 
-/// One block per (tile of queries, b, h, half of D): dq of the range's queries = scale·dS·K.
+/// One block per (tile of queries, b, h, part of D) computes dq = scale·dS·K for the range's queries.
 template <int D, int MOST, typename T>
 __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
   using X = Columns<D, MOST>;
@@ -422,7 +428,7 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
   const int row = blockIdx.x / X::BLOCKS, col = blockIdx.x % X::BLOCKS * N;
   const int head = row / h.tiles, tile = h.tile + row % h.tiles, q0 = tile * TILE;
   const KeyTiles keys(c, tile);
-  const int tiles = max(0, keys.end - keys.begin), steps = max(1, tiles * 2);  // a step of zeros where nothing is seen
+  const int tiles = max(0, keys.end - keys.begin), steps = max(1, tiles * 2);  // if no key is seen, one step adds zeros
   k += static_cast<size_t>(h.group + head / (c.H / c.G)) * c.S * D + col;
   ds += static_cast<size_t>(row) * h.width * TILE_SIZE;
 

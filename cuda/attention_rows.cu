@@ -1,16 +1,17 @@
-// Row passes of blocked attention, whose products are plain matrix products. docs/attention.md; on the CPU
-// csrc/ops/attention/blocked.cpp does the same in MLX's ops.
+// The passes over rows in blocked attention, which computes everything else with plain matrix products. See
+// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp computes the same with MLX's ops.
 //
-// softmax_rows, softmax_vjp_rows: one threadgroup per row of s [R, cols]. Row r is query q0 + r % nq and sees the
-// columns first[query] − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: after every
-// `period` queries k0 increases by `period`, as in the bands of a window. `args` = {scale, cap}. Blocks
-// differ in their inputs and share one compiled kernel.
+// softmax_rows and softmax_vjp_rows use one thread block per row of s [R, cols], where R is the number of rows. Row r is
+// query q0 + r % nq, where nq is the number of queries in the block of scores, and it sees the columns first[query] − k0
+// … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: after every `period` queries, k0 increases by
+// `period`, as in the bands of a window. `args` = {scale, cap}. All blocks of scores use the same compiled kernel and
+// differ only in these inputs.
 
 namespace segtrain {
 
-constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; the rest of a longer row is read again
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; if a row is longer, the rest is read again
 
-/// Columns [begin, end) that a row sees.
+/// The columns [begin, end) that a row sees.
 struct Seen {
   int begin, end;
   __device__ bool has(int col) const { return begin <= col && col < end; }
@@ -22,7 +23,7 @@ __device__ inline Seen seen(const int* first, const int* at, int row, int cols) 
   return {min(end, max(0, first[query] - k0)), end};
 }
 
-/// x[col … col + 8) as float32. Columns that the row does not see are `other`, and are not read.
+/// Returns x[col … col + 8) as float32. Columns that the row does not see are not read; they get the value `other`.
 template <typename T>
 __device__ void load(const T* x, int col, Seen see, bool aligned, float other, float (&y)[8]) {
   if (aligned) {
@@ -45,7 +46,7 @@ __device__ void store(T* y, int col, int cols, bool aligned, const float (&x)[8]
   }
 }
 
-/// Writes zeros to the packs outside [begin, end).
+/// Writes zeros to all packs outside [begin, end).
 template <typename T>
 __device__ void store_zeros(T* y, int begin, int end, int cols, bool aligned) {
   const float zeros[8] = {};
@@ -83,7 +84,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
     for (int i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
   }
   top = block_reduce<true>(top);
-  if (top == -infinity()) top = 0;  // a row that sees nothing: p = 0
+  if (top == -infinity()) top = 0;  // a row that sees no key gets p = 0
 
   auto exps = [&](float (&y)[8]) {
     for (int i = 0; i < 8; ++i) y[i] = exp2_of((y[i] - top) * LOG2E);
@@ -149,7 +150,8 @@ __device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, cons
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take S, T and CAP.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; S, T (dtypes) and CAP are
+// constants in all of them.
 
 //: softmax_rows: s first at args -> p lse
 softmax_rows<S, T, CAP>(s, first, at, args, p, lse, at[5]);

@@ -1,13 +1,16 @@
-// Linear layers that read the same few rows in a decoding step: one launch for up to three frozen weights, each with the
-// update of the adapter that a row picks. Host: csrc/ops/linear/decode_linears.cpp.
+// Linear layers that read the same few rows in a decoding step. One launch computes up to three layers with frozen
+// weights, each with the low-rank update of the adapter that a row picks. The host code is in
+// csrc/ops/linear/decode_linears.cpp.
 //
-// y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ. All y_j are in T, one after the other in one output; x [m,
-// k], and a [E, R, k] and b_j [E, n_j, R_j] of the adapters are in T; gain_j [E, n_j], bias_j [n_j]; picks [m]: the adapter of
-// a row. Arithmetic in float32. decode_linear: a warp computes OUT elements of each row at a time; its lanes
-// share a weight's row, 16 neighbours each. decode_product, for several rows in half precision: by the tensor cores,
-// whose products of codes and x are exact.
+// y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ, for m rows of k inputs, n_j outputs of layer j, and
+// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and follow one another in one output. x
+// [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m] holds
+// the index of the adapter for each row. The arithmetic is in float32. In decode_linear a warp computes OUT elements of
+// each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product computes several
+// rows in half precision with the tensor cores, whose products of codes and x are exact.
 //
-// BITS per value of a quantized weight, in groups of GROUP; BITS = 0: dense.
+// BITS is the number of bits per value of a quantized weight, or 0 for a dense weight; GROUP is the size of a
+// quantization group.
 
 namespace segtrain {
 
@@ -29,7 +32,7 @@ __device__ inline void load16(const T* from, float (&x)[PIECE]) {
   }
 }
 
-/// 16 codes of a quantized weight, whose row begins at `row`.
+/// Reads 16 codes of a quantized weight from the row that begins at `row`.
 template <int BITS>
 __device__ inline void load_codes(const unsigned* row, int column, float (&x)[PIECE]) {
   constexpr int N = BITS / 2;
@@ -42,7 +45,7 @@ __device__ inline void load_codes(const unsigned* row, int column, float (&x)[PI
     x[i] = static_cast<float>((words.w[i * BITS / 32] >> (i * BITS % 32)) & ((1u << BITS) - 1));
 }
 
-/// The dot product of two rows of k elements, in every lane.
+/// Returns the dot product of two rows of k elements, in every lane.
 template <typename T>
 __device__ inline float row_product(const T* x, const T* y, int k) {
   float sum = 0;
@@ -55,7 +58,7 @@ __device__ inline float row_product(const T* x, const T* y, int k) {
   return warp_sum(sum);
 }
 
-/// z [m, R] = x·aᵀ, one warp per element.
+/// Computes z [m, R] = x·aᵀ with one warp per element.
 template <typename T>
 __device__ void decode_factors(const T* x, const T* a, const unsigned* picks, int m, int k, int ranks, float* z) {
   const int i = blockIdx.x * WARPS + threadIdx.x / 32;
@@ -65,7 +68,7 @@ __device__ void decode_factors(const T* x, const T* a, const unsigned* picks, in
   if (threadIdx.x % 32 == 0) z[i] = sum;
 }
 
-/// The update Σ z_j·b_j of one output and row.
+/// Returns the low-rank update Σ z_j·b_j for one output of one row, where j runs over the rank.
 template <typename T>
 __device__ inline float update(const float* z, const T* b, int rank) {
   float sum = 0;
@@ -86,12 +89,13 @@ struct Part {
   const S *scales, *biases;
   const T *b, *bias;
   const float* gain;
-  int n, rank, begin;  ///< its ranks are [begin, begin + rank) of all
+  int n, rank, begin;  ///< the part's ranks are [begin, begin + rank) of the total rank R
   bool has_bias, has_gain;
   T* y;
 };
 
-/// For up to ROWS rows. If `z` is null there is a single row, and each block computes the part of z that it needs.
+/// Computes a layer for up to ROWS rows. If `z` is null, there is a single row, and each block computes the part of z
+/// that it needs.
 template <int BITS, int GROUP, int ROWS, typename T, typename S, typename W>
 __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a, const float* z, const unsigned* picks, int m,
                               int k, int ranks, int block, int blocks) {
@@ -159,7 +163,8 @@ __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a,
 
 // ---- several rows, with tensor cores
 
-/// N neighbours of a weight's row as they are stored: codes, or pairs of numbers.
+/// N neighbouring elements of a weight's row in the form in which they are stored: codes, or pairs of half-precision
+/// values.
 template <int BITS, int N>
 struct Share {
   static constexpr int BYTES = N * (BITS ? BITS : 16) / 8, WORDS = (BYTES + 3) / 4, AT_ONCE = WORDS < 4 ? WORDS : 4;
@@ -183,7 +188,7 @@ struct Share {
     }
   }
 
-  /// Numbers 2i and 2i + 1 in T.
+  /// Returns elements 2i and 2i + 1 as a pair in T.
   template <typename T>
   __device__ unsigned pair(int i) const {
     if constexpr (BITS == 0) {
@@ -197,10 +202,11 @@ struct Share {
   }
 };
 
-/// The products of a block: TILES tiles of 16 outputs with up to ROWS rows, ROWS a multiple of 8. The warps share k, in chunks
-/// that lie within a group; of a chunk a lane holds N neighbours of two outputs and of a row, which are the elements of the
-/// tensor cores' operands for lanes of its place if columns are numbered in another order. A warp's sums, and their order,
-/// depend on k only, and a row's on no other row.
+/// Computes the outputs of a block: TILES tiles of 16 outputs for up to ROWS rows, where ROWS is a multiple of 8. The
+/// warps divide k into chunks that are each within one quantization group. From a chunk, a lane holds N neighbouring
+/// elements of two outputs and of one row of x. These are the elements that the tensor cores expect in this lane if the
+/// columns are numbered in another order. Which products a warp sums, and in which order, depends only on k, so the
+/// result of a row does not depend on other rows.
 template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_product(const T* x, const Part<T, S, W>& part, const float* z, const unsigned* picks, int m, int k,
                                int ranks, int block) {
@@ -238,7 +244,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
       if (column < k)
 #pragma unroll
         for (int c = 0; c < ROWS / 8; ++c) v[c].load(x + static_cast<size_t>(min(8 * c + row, m - 1)) * k, column);
-      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // all: the sums of x
+      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // all: sums of x
 #pragma unroll
       for (int j = 0; j < N / 2; j += 2) {
         if constexpr (BITS != 0) {
@@ -262,7 +268,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             if constexpr (BITS == 0) total[i][c][e] += own[i][c][e];
-            else  // not left to the compiler, so that it is the same for any ROWS
+            else  // an explicit fmaf, so that the rounding is the same for any ROWS
               total[i][c][e] = fmaf(scale[s][i][e / 2], own[i][c][e], fmaf(bias[s][i][e / 2], all[c][e], total[i][c][e]));
     }
   }
@@ -287,8 +293,9 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
   }
 }
 
-/// Finds which of the three parts a block works on, and its index there; at = {k, ranks, z is given, then for each part:
-/// blocks, n, rank, begin, has_bias, has_gain}. TILES = 0 means without tensor cores.
+/// Finds which of the three parts a block works on, and the index of the block in that part. `at` holds k, the total
+/// rank, whether z is given, and for each part: blocks, n, rank, begin, has_bias, has_gain. TILES = 0 means that tensor
+/// cores are not used.
 template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                                const T* const (&bs)[3], const float* const (&gains)[3], const T* const (&bias)[3], const T* a,

@@ -1,8 +1,9 @@
-// Unpacks a frozen weight to T, with low-rank factors appended (csrc/ops/linear/joint_linear.h explains why), and rows of a
-// frozen table (csrc/ops/embedding/embedding.cpp).
+// Dequantizes frozen weights to the dtype T, with low-rank factors appended (csrc/ops/linear/joint_linear.h explains
+// why), and rows of a frozen table (csrc/ops/embedding/embedding.cpp).
 //
-// A thread unpacks eight neighbours of w at a time, which are in one group: BITS bytes of codes.
-// Up to three weights of one kind, of projections that read the same x, are stacked.
+// A thread dequantizes eight neighbouring elements of w at a time. They are in one quantization group, and their codes
+// take BITS bytes. Up to three weights W of n rows in total and k columns are stacked; they have the same format and
+// belong to projections that read the same x.
 //
 //   w = [ W  columns ]   [n + below, k + beside]; without a factor, beside or below is 0
 //       [ rows      0 ]
@@ -11,22 +12,23 @@ namespace segtrain {
 
 enum Mode { AFFINE, MXFP4, MXFP8, NVFP4, DENSE };
 
-/// E4M3: 4 bits of exponent, 3 of mantissa; all ones is NaN.
+/// Decodes E4M3: 4 exponent bits and 3 mantissa bits. If all of these bits are ones, the value is NaN.
 __device__ inline float e4m3(unsigned code) {
   const unsigned exponent = code >> 3 & 15, mantissa = code & 7;
   if ((code & 127) == 127) return __int_as_float(0x7fc00000);
   const float x = exponent ? __uint_as_float((exponent + 120) << 23 | mantissa << 20) : mantissa * 0x1p-9f;
   return code & 128 ? -x : x;
 }
-/// E8M0: a power of two, 2^(code − 127); all ones is NaN, the same as in MLX on CUDA (on the CPU, MLX has ∞).
+/// Decodes E8M0, which is a power of two: 2^(code − 127). The code 255 is NaN, as in MLX on CUDA (on the CPU it is ∞ in
+/// MLX).
 __device__ inline float e8m0(unsigned code) { return __uint_as_float(code == 255 ? 0x7fc00000 : code ? code << 23 : 0x400000); }
-/// E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+/// Decodes E2M1, whose magnitudes are 0, 0.5, 1, 1.5, 2, 3, 4 and 6.
 __device__ inline float e2m1(unsigned code) {
   const float x = 0.5f * (0xC8643210u >> (4 * (code & 7)) & 15);
   return code & 8 ? -x : x;
 }
 
-/// Eight values of BITS bits, little-endian.
+/// Reads eight codes of BITS bits each, in little-endian order.
 template <int BITS>
 __device__ inline unsigned long long eight_codes(const unsigned char* bytes) {
   if constexpr (BITS == 8) return *reinterpret_cast<const unsigned long long*>(bytes);
@@ -37,7 +39,7 @@ __device__ inline unsigned long long eight_codes(const unsigned char* bytes) {
   return codes;
 }
 
-/// The data that a thread reads for eight values of a row, and their conversion.
+/// The data that a thread reads for eight elements of a row, and the conversion of this data.
 template <int MODE, int BITS, int GROUP, typename W, typename S>
 struct Eight {
   unsigned long long codes;
@@ -82,7 +84,7 @@ struct Eight {
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                            const T* columns, const T* rows, const int* at, T* w) {
-  constexpr int AT_ONCE = 2;  // reads in flight per thread
+  constexpr int AT_ONCE = 2;  // number of reads in flight per thread
   const unsigned ends[3] = {0u + at[0], 0u + at[0] + at[1], 0u + at[0] + at[1] + at[2]};
   const unsigned k = at[3], beside = at[4], packs = (k + beside) / 8, all = (ends[2] + at[5]) * packs;
   Eight<MODE, BITS, GROUP, W, S> eight[AT_ONCE];
@@ -111,7 +113,7 @@ __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales
 
 // ---- rows of a table
 
-/// Eight values of row index[row] from column `col` of its part on.
+/// Returns eight elements of the table's row index[row]. They begin at column `col` of the columns that are read.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ inline Pack<T> eight_of(const W* w, const S* scales, const S* biases, const int* index, const int* at, int row, int col) {
   const size_t own = index[row], k = at[1], groups = own * (k / GROUP);
@@ -120,7 +122,7 @@ __device__ inline Pack<T> eight_of(const W* w, const S* scales, const S* biases,
   return eight.template values<T>();
 }
 
-/// y [rows, columns] <- rows·factor, each rounded.
+/// Writes rows·factor to y [rows, columns]; both the rows and the result are rounded to T.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void embedded_rows(const W* w, const S* scales, const S* biases, const int* index, const int* at, float factor, T* y) {
   const unsigned packs = at[3] / 8, i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -131,7 +133,8 @@ __device__ void embedded_rows(const W* w, const S* scales, const S* biases, cons
   reinterpret_cast<Pack<T>*>(y)[i] = pack;
 }
 
-/// y [rows, columns] <- (norm(x·f0) + rows·f1)·f2, rounded after every step like a sequence of ops. One block per row.
+/// Writes (norm(x·f0) + rows·f1)·f2 to y [rows, columns]. Each step is rounded, as in a sequence of ops. One block
+/// computes one row.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ void own_input(const T* x, const T* weight, const W* w, const S* scales, const S* biases, const int* index, const int* at,
                           float eps, const float* factors, T* y) {
@@ -161,12 +164,13 @@ __device__ void own_input(const T* x, const T* weight, const W* w, const S* scal
 }  // namespace segtrain
 
 // Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
-// at = {rows of each of three weights, k, beside, below}. If there are no columns or rows, any array is passed instead.
+// at = {rows of each of three weights, k, beside, below}. If there are no columns or no rows, any array may be passed
+// instead.
 
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
 dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),
                                   reinterpret_cast<const T*>(rows), at, w);
-// For one table; at = {rows, k, begin, columns}, args = factors.
+// These kernels read one table. at = {rows, k, begin, columns}, args = factors.
 //: embedded_rows: w scales biases index at args -> embedded
 embedded_rows<MODE, BITS, GROUP, T>(w, scales, biases, index, at, args[0], embedded);
 //: own_input: x weight w scales biases index at eps args -> own

@@ -1,18 +1,22 @@
-// Gated linear units: y = act(gate)·up, and both gradients in one pass. Metal twin: metal/glu.metal; CPU: csrc/cpu/rows.cpp.
+// Gated linear units: y = act(gate)·up, and both of its gradients in one pass. The Metal twin is metal/glu.metal; the
+// CPU code is in csrc/cpu/rows.cpp.
 //
-// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A thread processes
-// eight neighbours, in sixteen-byte pieces if all arrays begin at a multiple of 16 bytes (a slice may not).
+// gate, up, dy, y, dgate and dup [n] have the dtype T, where n is the number of elements. The arithmetic is in float32,
+// and results are rounded once. GELU selects the activation (GELU or SiLU). A thread processes eight neighbouring
+// elements. It reads and writes sixteen bytes at a time if all arrays begin at a multiple of 16 bytes, which need not be
+// the case for slices.
 
 namespace segtrain {
 
-/// s = sigmoid(u), bend = g·ds/dg. exp(−|u|) cannot overflow, and with it 1 − s loses no digits.
+/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and with which 1 − s loses no
+/// precision.
 struct Gate {
   float s, bend;
 };
 template <bool GELU>
 __device__ inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // Beyond |g| = 32, e is 0; q is limited because an infinite q would give 0·∞.
+  // For |g| > 32, e is 0. q is limited, because an infinite q would result in 0·∞.
   const float q = fminf(g * g, 1024.0f);
   const float u = GELU ? k * g * (1 + cubic * q) : g;
   const float du = GELU ? k * (1 + 3 * cubic * q) : 1;
@@ -20,7 +24,7 @@ __device__ inline Gate gate_of(float g) {
   return {u < 0 ? e * r : r, e * r * r * du * g};
 }
 
-/// Where a thread's eight elements begin, how many there are, and whether they may be moved as a Pack.
+/// Where a thread's eight elements begin, how many of them exist, and whether they may be read and written as a Pack.
 struct Mine {
   unsigned begin;
   int count;
@@ -91,9 +95,10 @@ __device__ void glu_vjp(const T* gate, const T* up, const T* dy, T* dgate, T* du
   store(dup, at, d);
 }
 
-// ---- gate and up side by side in one array [rows, 2·f], the result of one product; f is a multiple of 8
+// ---- gate and up side by side in one array [rows, 2·f], which one matrix product has computed; f is the width of each,
+// a multiple of 8
 
-/// The offset of a thread's eight gates; their ups are f elements further.
+/// Returns the offset of a thread's eight gate elements. The corresponding up elements are f elements further.
 __device__ inline size_t joint_gates(unsigned begin, unsigned f) { return static_cast<size_t>(begin / f) * 2 * f + begin % f; }
 
 template <bool GELU, typename T>
@@ -130,8 +135,8 @@ __device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, int n,
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take T and GELU;
-// at = {n}, for joint kernels {n, f}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; T and GELU are constants in all of
+// them. at = {n}, and {n, f} in the joint kernels.
 
 //: glu: gate up at -> y
 glu<GELU>(gate, up, y, at[0]);

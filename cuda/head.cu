@@ -1,14 +1,16 @@
-// Losses of rows and their gradients, one tile of the vocabulary after another; csrc/ops/head/head.cpp explains the algorithm.
-// CPU: csrc/ops/head/cpu.cpp, which computes whole rows.
+// The losses of m rows and their gradients, computed one tile of the vocabulary after another; csrc/ops/head/head.cpp
+// explains the algorithm. The CPU code, csrc/ops/head/cpu.cpp, computes whole rows.
 //
-// The state of rows, float32 [3, m]: max, Σ exp(z − max) over all tokens except the target, and the target's z.
+// The state of the rows is float32 [3, m]: the maximum of the logits z so far, Σ exp(z − max) over all tokens except the
+// target, and the z of the target.
 
 namespace segtrain {
 
 constexpr int HEAD_THREADS = 256;
 
-/// One threadgroup per row. z [m, v], the logits of tokens v0 … without the bias [v] → p = exp(z −
-/// max)·dz/dlogit, 0 at the target, and rescale [m], the factor for the earlier sums.
+/// One thread block computes one row. z [m, v] are the logits of the v tokens from v0 on, before the bias [v] is added.
+/// The results are p = exp(z − max)·dz/dlogit [m, v], which is 0 at the target, and rescale [m], the factor for the
+/// earlier sums.
 template <int PACKS, bool CAP, bool BIAS, typename T>
 __device__ void head_tile(const T* z, const float* bias, const int* targets, const float* before, int m, int v, int v0, float cap,
                           T* p, float* state, float* rescale) {
@@ -24,7 +26,7 @@ __device__ void head_tile(const T* z, const float* bias, const int* targets, con
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, to_float(mine[k].x[i]) + (BIAS ? bias[col + i] : 0));
   }
-  // The cap is monotonic: the largest z gives the largest capped z.
+  // The softcap is monotonic, so the largest z is also the largest z after the softcap.
   auto capped = [&](float x) { return CAP ? cap * tanh_of(x / cap) : x; };
   const float max_before = before[row], max_now = fmaxf(max_before, capped(block_reduce<true>(most)));
   float sum = 0;
@@ -54,7 +56,7 @@ __device__ void head_tile(const T* z, const float* bias, const int* targets, con
   rescale[row] = scale;
 }
 
-/// sum [m, h] = before·rescale + more
+/// Computes sum [m, h] = before·rescale + more, where h is the width of the model.
 template <typename T>
 __device__ void head_sum(const float* before, const T* more, const float* rescale, size_t n, int h, float* sum) {
   const size_t i = (static_cast<size_t>(blockIdx.x) * HEAD_THREADS + threadIdx.x) * 8;
@@ -67,7 +69,7 @@ __device__ void head_sum(const float* before, const T* more, const float* rescal
   *reinterpret_cast<Pack<float>*>(sum + i) = y;
 }
 
-/// The loss of a row, lse − z[target], without a difference of two large numbers.
+/// Computes the loss lse − z[target] of each row without subtracting two large numbers.
 template <typename T>
 __device__ void head_loss(const float* state, const int* targets, int m, int vocabulary, float* loss) {
   const int row = blockIdx.x * HEAD_THREADS + threadIdx.x;
@@ -77,8 +79,8 @@ __device__ void head_loss(const float* state, const int* targets, int m, int voc
               : ahead > 0 ? ahead + logf(others + own) : log1pf(others);
 }
 
-/// dh of a row's loss: (Σ p·w)/s − (1 − p[target])·(dz/dlogit)[target]·w[target], where w [m, h] are the targets' rows of the
-/// head.
+/// Computes dh of each row's loss: (Σ p·w)/s − (1 − p[target])·(dz/dlogit)[target]·w[target]. Here s is Σ exp(z − max)
+/// over all tokens, and w [m, h] holds the rows of the head's weight for the targets.
 template <bool CAP, typename T>
 __device__ void head_dh(const float* sum, const float* state, const int* targets, const T* w, int m, int h, int vocabulary,
                         float cap, T* dh) {

@@ -1,12 +1,16 @@
-// The heads of q, k and v from their joint product, each with an optional RMS norm; q and k are then rotated. Host:
-// csrc/ops/heads/lora_qkv.cpp. The arithmetic is that of rope.cu and norm.cu, with the same rounding.
+// Computes the heads of q, k and v from the result of their joint matrix product. Each has an optional RMS norm; q and k
+// are then rotated. The host code is in csrc/ops/heads/lora_qkv.cpp. The arithmetic and the rounding are the same as in
+// rope.cu and norm.cu.
 //
-// joint [B*T, heads*D] and q [B,H,T,D], k and v [B,G,T,D] in T, arithmetic in float32. The backward kernel computes the
-// gradient of joint from theirs. joint has the heads of q, then k, then v; if the values are the keys (SAME) it has none of v,
-// and with q alone G = 0. A warp processes a token and AT_ONCE heads. A lane has slots lane, lane + 32, … of each head: pairs
-// of elements, of which the first dims/2 are rotated.
+// joint [B*T, heads*D], q [B,H,T,D], k and v [B,G,T,D] have the dtype T, and the arithmetic is in float32. In the
+// shapes, B is the batch size, H the number of query heads, G that of key/value heads, T that of tokens, and D the head
+// size. The backward kernel computes the gradient of joint from the gradients of q, k and v. joint contains the heads of
+// q, then of k, then of v. If the values are the keys (SAME), it has no heads of v; if there is only q, G is 0. A warp
+// processes one token and AT_ONCE heads. A lane has the slots lane, lane + 32, … of each head. A slot is a pair of
+// elements, and the first dims/2 slots are rotated.
 //
-// positions [T] if PACKED, otherwise token t is at offset + t; freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// The positions are positions [T] if PACKED is set; otherwise token t is at offset + t. freqs is [dims/2]. If
+// TRADITIONAL is set, a pair consists of neighbouring elements; otherwise it consists of one element from each half.
 // NORMS has a bit for each of q, k and v.
 
 namespace segtrain {
@@ -113,13 +117,13 @@ struct Heads {
     const int t = row % at[1];
     return args[0] * static_cast<float>(PACKED ? positions[t] : at[5] + t);
   }
-  /// 0, 1 or 2: a head of q, k or v.
+  /// Returns 0, 1 or 2 for a head of q, k or v.
   __device__ int kind(int head) const { return (head >= at[2]) + (head >= at[2] + at[3]); }
   __device__ Norm<T> norm(int kind) const {
     const T* const weights[3] = {q_weight, k_weight, v_weight};
     return {pick(weights, kind), args[1 + kind]};
   }
-  /// The offset in q, k or v of a row of the head with this index in joint.
+  /// Returns the offset, in q, k or v, of a row of the head with the index `head` in joint.
   __device__ size_t place(int kind, int head, int row, int D) const {
     const int own = head - (kind > 0 ? at[2] : 0) - (kind > 1 ? at[3] : 0), all = kind > 0 ? at[3] : at[2];
     return ((static_cast<size_t>(row / at[1]) * all + own) * at[1] + row % at[1]) * D;
@@ -177,7 +181,7 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
       if (kind < 2) mine.round(g);
       mine.norm_back(x, g, c.norm(kind));
     }
-    if (SAME && kind == 1) {  // these keys are also values
+    if (SAME && kind == 1) {  // these keys are the values too
       float2 more[Mine::N];
       mine.load(v + c.place(1, head, row, D), more);
       if (NORMS >> 2 & 1) mine.norm_back(x, more, c.norm(2));
@@ -193,8 +197,8 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
 }  // namespace segtrain
 
 // Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, dims, offset}, args =
-// {scale and three eps}. For inputs that are not needed, any array of T is passed: weights of absent norms, joint without a
-// norm, k and v with q alone.
+// {scale and three eps}. For an input that is not needed, any array of T may be passed: the weight of an absent norm,
+// joint if there is no norm, and k and v if there is only q.
 
 //: heads: joint q_weight k_weight v_weight freqs positions at args -> q k v
 heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});

@@ -1,6 +1,7 @@
-// Concatenates up to 64 arrays: csrc/core/join.cpp.
+// Concatenates up to 64 arrays. The host code is in csrc/core/join.cpp.
 //
-// joined [ends[last]]; array i goes to ends[i - 1] … ends[i]. A row of blocks copies one array, a thread 16 elements of it.
+// Array i is copied to elements ends[i - 1] … ends[i] of joined [ends[last]]. The blocks with blockIdx.y = i copy array
+// i, and each thread copies 16 elements.
 
 namespace segtrain {
 

@@ -1,7 +1,8 @@
-// The rank-R parts of a LoRA product, each in one pass over the rows at hand: csrc/ops/linear/joint_linear.cpp.
+// The rank-R parts of linear layers with LoRA. Each kernel makes one pass over its rows. The host code is in
+// csrc/ops/linear/joint_linear.cpp. m is the number of rows, k the input width, n the output width and R the total rank.
 //
-// A product of R columns is limited by its reads: tensor cores wait for memory whatever the tile sizes are.
-// Fragments are therefore read directly from global memory, sixteen bytes per thread. That permutes the
+// The speed of a matrix product with R columns is limited by its reads: the tensor cores wait for memory whatever the
+// tile sizes are. Fragments are therefore read directly from global memory, sixteen bytes per thread. This permutes the
 // summed index (or the columns) of both operands in the same way. R is a multiple of 16 up to 96.
 
 namespace segtrain {
@@ -12,8 +13,8 @@ struct alignas(16) Words {
   unsigned w[4];  // eight values
 };
 
-/// z [m, R] = x·lᵀ, x [m, k], l [R, k], and wide [m, k + R] = [x z]. A threadgroup processes 16 rows of x; its warps divide the
-/// columns among them.
+/// Computes z [m, R] = x·lᵀ from x [m, k] and l [R, k], and wide [m, k + R] = [x z]. A thread block processes 16 rows of
+/// x, and its warps divide the columns among themselves.
 template <int R, typename T>
 __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T* z) {
   constexpr int NT = R / 8;
@@ -57,8 +58,8 @@ __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T*
   }
 }
 
-/// y [m, n] = y0 + z·lᵀ with [y0 z] in wide [m, n + R], l [n, R]; z [m, R] is copied out. A threadgroup processes 32 rows, a
-/// warp 32 columns at a time.
+/// Computes y [m, n] = y0 + z·lᵀ from wide [m, n + R] = [y0 z] and l [n, R], and copies z [m, R] out of wide. A thread
+/// block processes 32 rows, and a warp 32 columns at a time.
 template <int R, typename T>
 __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z) {
   constexpr int STEPS = R / 16;
@@ -91,7 +92,7 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
         for (int t = 0; t < 2; ++t) multiply_add<T>(sum[t][j], a[t][s], b.x, b.y);
       }
     }
-    // The four tiles are interleaved so that a thread has eight neighbours.
+    // The four tiles are interleaved, so that a thread has eight neighbouring elements.
     const int col = n0 + quad * 8;
 #pragma unroll
     for (int t = 0; t < 2; ++t)
@@ -107,12 +108,14 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
   }
 }
 
-/// Up to three projections of one x: their ranks, which begin at multiples of 8, and their widths.
+/// Up to three projections that read the same x: the rank of each, which begins at a multiple of 8 in R, and the output
+/// width of each.
 struct Projections {
   const int *ranks, *widths;
   int k;
 
-  /// The projection to which rank r of all belongs, or 3; r becomes its index within that projection.
+  /// Returns the projection to which rank r belongs, or 3 if there is none. r becomes the index of the rank within that
+  /// projection.
   __device__ int of_rank(int& r) const {
     int part = 0;
     while (part < 3 && r >= (ranks[part] + 7) / 8 * 8) r -= (ranks[part++] + 7) / 8 * 8;
@@ -120,9 +123,9 @@ struct Projections {
   }
 };
 
-/// Part `blockIdx.y` of the sums over rows that give the gradients of all projections' factors, concatenated: da [k, r] = xᵀ·u
-/// and db [r, width] = scale·zᵀ·dy of each. x [m, k], dy [m, n], z and u [m, R]. A threadgroup processes 128 columns of x or
-/// dy, a warp 16.
+/// Computes part `blockIdx.y` of the sums over rows that are the gradients of all projections' factors, concatenated: da
+/// [k, r] = xᵀ·u and db [r, width] = scale·zᵀ·dy for each projection of rank r. x [m, k], dy [m, n], z and u [m, R]. A
+/// thread block processes 128 columns of x or dy, and a warp 16 of them.
 template <int R, typename T>
 __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, const Projections& all, int m, const float* scales,
                                float* sums) {
@@ -171,7 +174,7 @@ __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, 
 #pragma unroll
   for (int t = 0; t < MT; ++t)
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {  // values i and i + 1 are neighbours of one rank
+    for (int i = 0; i < 4; i += 2) {  // elements i and i + 1 are neighbours and belong to the same rank
       int r = t * 16 + row_of(i), first = 0;
       const int part = all.of_rank(r);
       if (part == 3) continue;
@@ -191,9 +194,9 @@ __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, 
     }
 }
 
-/// The joint factors of all projections: a, concatenated, as rows [R, k]; scale·b, block-diagonal, as columns [n, R]; and for
-/// the backward pass a as columns [k, R] if OF_A, otherwise b as rows [R, n]. A thread processes eight ranks of one column of a
-/// or b.
+/// Computes the joint factors of all projections: the concatenated a as rows [R, k], and scale·b as a block-diagonal
+/// matrix of columns [n, R]. For the backward pass it also computes a as columns [k, R] if OF_A is set, and otherwise b
+/// as rows [R, n]. A thread processes eight ranks of one column of a or b.
 template <int R, bool OF_A, typename T>
 __device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const Projections& all, const float* scales,
                                  T* a_rows, T* b_columns, T* back) {
@@ -202,7 +205,7 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
   if (i >= k + n) return;
   const bool of_a = i < k;
   const int column = of_a ? i : i - k;
-  // The projection that has these ranks, and the column's place in it.
+  // The projection that has these ranks, and the index of the column in this projection.
   int first = r0, own = column;
   const int part = all.of_rank(first);
   for (int j = 0; !of_a && j < part; ++j) own -= widths[j];
@@ -224,8 +227,8 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; all take R.
-// at = {m, k}, or for kernels that know the projections {three ranks, three widths, k, m}; args = {scales}.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; R is a constant in all of them. at
+// = {m, k}; for low_rank_outer and low_rank_factors it is {three ranks, three widths, k, m}, and args = {scales}.
 
 //: low_rank_widen: x l at -> wide z
 low_rank_widen<R>(x, l, at[0], at[1], wide, z);

@@ -1,9 +1,10 @@
-// RMS norm of rows, its backward pass, and the sums next to norms in a layer. Host: csrc/ops/norm/norm.cpp; CPU:
-// csrc/cpu/rows.cpp.
+// RMS norm of m rows, its backward pass, and the residual sums that precede or follow a norm in a layer. The host code
+// is in csrc/ops/norm/norm.cpp, the CPU code in csrc/cpu/rows.cpp.
 //
-// One block per row of n elements, a multiple of 8; a thread processes PACKS times eight neighbours. Elements are in T,
-// arithmetic in float32. As in MLX's kernels, x·r is rounded before it is multiplied by the weight, and dx is rounded once;
-// sums are of rounded values.
+// One block processes one row of n elements, where n is a multiple of 8; a thread processes PACKS times eight
+// neighbouring elements. The elements have the dtype T, and the arithmetic is in float32. As in MLX's kernels, x·r is
+// rounded before it is multiplied by the weight, where r = 1 / sqrt(mean(x²) + eps), and dx is rounded once; residual
+// sums add rounded values.
 
 namespace segtrain {
 
@@ -11,7 +12,7 @@ template <int PACKS, typename T>
 struct Row {
   float x[PACKS][8];
 
-  /// Where pack p of this thread begins in its row.
+  /// Returns the column at which pack p of this thread begins.
   static __device__ int column(int p) { return (p * blockDim.x + threadIdx.x) * 8; }
 
   __device__ void load(const T* row, int n) {
@@ -53,7 +54,8 @@ struct Row {
 
 __device__ inline size_t row_begin(int n) { return static_cast<size_t>(blockIdx.x) * n; }
 
-/// y [m, n] <- norm of x; if ADDED, h + norm of x; if FACTOR, this is multiplied by factor [1].
+/// Writes norm(x) to y [m, n]. If ADDED is set, it writes h + norm(x) instead; if FACTOR is set, it multiplies the
+/// result by factor [1].
 template <int PACKS, bool ADDED, bool FACTOR, typename T, typename F>
 __device__ void rms_norm(const T* x, const T* weight, const T* h, const F* factor, float eps, int n, T* y) {
   Row<PACKS, T> own, w, other;
@@ -67,7 +69,8 @@ __device__ void rms_norm(const T* x, const T* weight, const T* h, const F* facto
   own.store(y + row_begin(n), n);
 }
 
-/// dx [m, n] <- dy. If FACTOR, dy is first multiplied by factor [1], and the product is also dh. If BESIDE, dh is added to dx.
+/// Computes dx [m, n] from dy. If FACTOR is set, dy is first multiplied by factor [1], and the result is also written to
+/// dh. If BESIDE is set, the gradient `beside` is added to dx.
 template <int PACKS, bool BESIDE, bool FACTOR, typename T, typename F>
 __device__ void rms_norm_back(const T* x, const T* weight, const T* dy, const T* beside, const F* factor, float eps, int n, T* dx, T* dh) {
   Row<PACKS, T> own, g, other;

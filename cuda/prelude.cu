@@ -1,11 +1,12 @@
-// Code shared by the kernels: number formats, copies into shared memory, and the parameters of attention. Precedes each text.
+// Code that all kernels share: number formats, copies to shared memory, matrix products, and the parameters of
+// attention. It is prepended to the text of each kernel file.
 namespace segtrain {
 
 constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-// CUDA's half types would need a header and the path to it.
+// These types replace CUDA's half-precision types, which would need a header and its path.
 struct half {
   unsigned short bits;
 };
@@ -25,7 +26,7 @@ __device__ inline void put(float& y, float x) { y = x; }
 __device__ inline void put(half& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 __device__ inline void put(bfloat16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
 
-/// x rounded to T.
+/// Returns x rounded to T.
 template <typename T>
 __device__ inline float rounded(float x) {
   T y;
@@ -40,11 +41,11 @@ __device__ inline float exp2_of(float x) {
   return y;
 }
 
-// The absolute error is near 1e-7. That of the hardware's tanh is 5e-4, which with a cap of 50 changes a
-// probability by 2 %.
+// The absolute error of this function is about 1e-7. The error of the hardware's tanh is 5e-4, which changes a
+// probability by 2 % if the softcap is 50.
 __device__ inline float tanh_of(float x) { return 1 - __fdividef(2.0f, 1 + exp2_of(2 * LOG2E * x)); }
 
-/// Eight neighbours of a row, moved in sixteen-byte pieces.
+/// Eight neighbouring elements of a row, which are read and written sixteen bytes at a time.
 template <typename T>
 struct alignas(16) Pack {
   T x[8];
@@ -55,7 +56,7 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
-/// Two half-precision values, x in the low bits.
+/// Returns two half-precision values in one word, with x in the low bits.
 template <typename T>
 __device__ inline unsigned pack2(float x, float y) {
   unsigned pair;
@@ -64,10 +65,11 @@ __device__ inline unsigned pack2(float x, float y) {
   return pair;
 }
 
-/// Two whole numbers below 128, each in the low bits of a half, as half-precision values: exact, without a conversion.
+/// Returns two half-precision values that equal two integers below 128, which are in the low bits of the two halves of a
+/// word. The result is exact, and no conversion instruction is needed.
 template <typename T>
 __device__ inline unsigned small_pair(unsigned numbers) {
-  unsigned pair;  // 1·(128 + x) − 128; for float16 1024
+  unsigned pair;  // 1·(128 + x) − 128; for float16, 1024 instead of 128
   if constexpr (is_bfloat16<T>)
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(numbers | 0x43004300), "r"(0x3f803f80), "r"(0xc300c300));
   else asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(numbers | 0x64006400), "r"(0x3c003c00), "r"(0xe400e400));
@@ -86,7 +88,7 @@ __device__ inline float2 unpack2(unsigned bits) {
 
 __device__ inline unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
 
-/// Starts copying BYTES, or zeros.
+/// Starts an asynchronous copy of BYTES bytes to shared memory. If `ok` is false, it writes zeros instead.
 template <int BYTES>
 __device__ inline void copy_async(unsigned to, const void* from, bool ok) {
   if constexpr (BYTES == 16)
@@ -103,9 +105,10 @@ __device__ inline T* shared_tiles() {
   return reinterpret_cast<T*>(shared_bytes);
 }
 
-// ---- products of the tensor cores
+// ---- matrix products on the tensor cores
 
-/// Four 8×8 matrices of a 16×16 block at x: rows 0–7 and 8–15 of columns 0–7, then of columns 8–15.
+/// Loads the 16×16 block at x as four 8×8 matrices: rows 0–7 and 8–15 of columns 0–7, then the same rows of columns
+/// 8–15.
 template <bool TRANSPOSE, typename T>
 __device__ inline void load_block(unsigned (&r)[4], const T* x, int ld) {
   int lane = threadIdx.x % 32;
@@ -131,7 +134,7 @@ __device__ inline void multiply_add(float (&c)[4], const unsigned (&a)[4], unsig
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/// c [16·MT, 8·NT] += a [16·MT, 16] · b, b [8·NT, 16] as rows, or [16, 8·NT] if B_DOWN.
+/// c [16·MT, 8·NT] += a [16·MT, 16] · b, where b is stored as [8·NT, 16], or as [16, 8·NT] if B_DOWN is set.
 template <typename T, bool B_DOWN, int MT, int NT>
 __device__ inline void step(float (&c)[MT][NT][4], const unsigned (&a)[MT][4], const T* b, int ldb) {
 #pragma unroll
@@ -146,20 +149,20 @@ __device__ inline void step(float (&c)[MT][NT][4], const unsigned (&a)[MT][4], c
   }
 }
 
-/// Element i of an accumulator tile lies in row(i) and column(i) of its 16×8.
+/// Element i of a thread's accumulator tile is in row row_of(i) and column col_of(i) of the 16×8 tile.
 __device__ inline int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
 __device__ inline int col_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
-// ---- products of a warpgroup of Hopper (wgmma), of tiles in shared memory: blocks of 64 columns, in each block rows of 128
-// bytes, whose sixteen-byte pieces are permuted by row (the 128-byte swizzle), so that they can be read as rows or as columns
+// ---- matrix products of a Hopper warpgroup (wgmma). The operands are tiles in shared memory. A tile consists of blocks
+// of 64 columns, whose rows have 128 bytes. The sixteen-byte pieces of a row are permuted depending on the row (the
+// 128-byte swizzle), so that a tile can be read by rows or by columns.
 
 constexpr int ALIGN = 1024;
 __device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
 constexpr int block_bytes(int rows) { return rows * 128; }
 
-/// The descriptor of a matrix for wgmma. `next_block` is the distance in bytes between blocks of 64 columns;
-/// it is used only if these columns are rows or columns of the result. Groups of eight rows are 1024 bytes
-/// apart.
+/// Returns the descriptor of a matrix for wgmma. `next_block` is the distance in bytes between blocks of 64 columns; it
+/// is used only if these columns are rows or columns of the result. Groups of eight rows are 1024 bytes apart.
 __device__ inline unsigned long long operand(unsigned address, int next_block = 16) {
   return (address & 0x3ffff) >> 4 | static_cast<unsigned long long>(next_block >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -181,8 +184,8 @@ __device__ inline unsigned long long operand(unsigned address, int next_block = 
   if constexpr (is_bfloat16<T>) WGMMA(from, n, "bf16", numbers, inputs, add_at, __VA_ARGS__); \
   else WGMMA(from, n, "f16", numbers, inputs, add_at, __VA_ARGS__)
 
-/// c [64, 2·N] += a [64, 16]·b [16, 2·N], or = if ADD is false. The axis of 16 runs along the rows of an
-/// operand, or along its columns if it is DOWN.
+/// c [64, 2·N] += a [64, 16]·b [16, 2·N]; if ADD is false, c is overwritten. The axis of length 16 runs along the stored
+/// rows of an operand, or along its columns if A_DOWN or B_DOWN is set.
 template <bool A_DOWN, bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -197,8 +200,8 @@ __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned lo
   }
 }
 
-/// The same with a in registers, in a warp's layout of a 16×16 block: two values each of rows 0 and 8 in columns 0–7, then in
-/// 8–15.
+/// Does the same for an `a` in registers. Its layout is that of a 16×16 block in a warp: two elements of row 0 and two
+/// of row 8 in columns 0–7, then the same in columns 8–15.
 template <bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -215,7 +218,8 @@ __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long 
   }
 }
 
-/// The compiler does not know that products still read or write these registers; it must not use them before this point.
+/// Prevents the compiler from using these registers for anything else before this point. It does not know that matrix
+/// products still read or write them.
 template <int N>
 __device__ inline void keep(float (&c)[N]) {
 #pragma unroll
@@ -229,28 +233,29 @@ __device__ inline void keep(unsigned (&c)[N]) {
 __device__ inline void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-/// Waits for this warpgroup's products, except for the last AHEAD groups.
+/// Waits until this warpgroup's matrix products are done, except for the last AHEAD groups of products.
 template <int AHEAD>
 __device__ inline void products_done() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(AHEAD) : "memory");
 }
 
-/// The position of a thread's accumulator i in the warpgroup's result: n·8 + column, in row 0 or 1.
+/// These functions return the position of a thread's accumulators in the warpgroup's result. Each thread has two rows (r
+/// = 0 and 1) and, in each block n of 8 columns, two neighbouring columns.
 __device__ inline int warpgroup() { return threadIdx.x / 128; }
 __device__ inline int result_row(int r) { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + r * 8; }
 __device__ inline int result_col(int n) { return n * 8 + threadIdx.x % 4 * 2; }
 
-// ---- a call of attention
+// ---- a call to attention
 
 struct Call {
   int B, H, G, T, S, q_start;
   float scale, cap;
   const int* first;
 
-  /// The first key that each query of a row of tiles sees; rows beyond T repeat the last one.
+  /// Returns the first key that query t sees. For t ≥ T it returns the value of the last query.
   __device__ int first_of(int t) const { return first[min(t, T - 1)]; }
   __device__ bool sees(int t, int key) const { return first_of(t) <= key && key <= q_start + t; }
-  /// Queries [q0, q1) all see the keys [k0, k1).
+  /// Returns whether all queries [q0, q1) see all keys [k0, k1).
   __device__ bool all_seen(int q0, int q1, int k0, int k1) const {
     return first_of(q1 - 1) <= k0 && k1 <= q_start + q0 + 1;
   }
@@ -260,7 +265,7 @@ __device__ inline Call make_call(const int* first, const int* at, const float* a
   return {at[2], at[3], at[4], at[5], at[6], at[0], args[0], args[1], first};
 }
 
-/// s' = cap·tanh(s·scale/cap) in units of log 2, and (ds'/ds) / scale.
+/// Computes s' = cap·tanh(s·scale/cap), or s·scale without a cap, in units of log 2, and (ds'/ds) / scale.
 template <bool CAP>
 struct Score {
   float in, out;
@@ -269,8 +274,8 @@ struct Score {
   __device__ float slope(float y) const { return CAP ? 1 - (y / out) * (y / out) : 1; }
 };
 
-/// The work of a threadgroup for a tile of queries. Long rows come first, since a causal triangle's last tiles are the
-/// heaviest.
+/// The work of a thread block for a tile of queries. Long rows come first, because the last tiles of a causal triangle
+/// need the most work.
 struct QueryTile {
   size_t bh, bg;
   int q0, rows, k_begin, k_end;
@@ -285,7 +290,7 @@ struct QueryTile {
   }
 };
 
-/// The first query whose range begins at `key` or later.
+/// Returns the first query whose range of keys begins at `key` or later.
 __device__ inline int queries_before(const Call& c, int key) {
   int low = 0, high = c.T;
   while (low < high) {
@@ -296,20 +301,20 @@ __device__ inline int queries_before(const Call& c, int key) {
   return low;
 }
 
-/// three[i]. A non-constant index would put the array into local memory.
+/// Returns three[i]. An index that is not a compile-time constant would put the array into local memory.
 template <typename P>
 __device__ inline P pick(P const (&three)[3], int i) {
   return i == 0 ? three[0] : i == 1 ? three[1] : three[2];
 }
 
-/// The largest or the sum of the threadgroup's values, the same in each thread.
+/// Returns the maximum or the sum of the values of all threads in the block, in each thread.
 template <bool MAX>
 __device__ inline float block_reduce(float x) {
   __shared__ float warps[32];
   auto both = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x = both(x, __shfl_xor_sync(~0u, x, lane));
-  __syncthreads();  // the last reduction's readers are done
+  __syncthreads();  // the threads have read the results of the last reduction
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : MAX ? -infinity() : 0;
@@ -318,7 +323,7 @@ __device__ inline float block_reduce(float x) {
   return x;
 }
 
-/// delta = Σ o·do, one warp a row.
+/// Computes Σ x·y for each row, with one warp per row. For x = o and y = do this is delta.
 template <typename T>
 __device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32;

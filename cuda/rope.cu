@@ -1,10 +1,12 @@
-// Rotary embedding of packed rows. Metal twin: metal/rope.metal; CPU: csrc/ops/rope/rope.cpp.
+// Rotary embeddings for packed rows. The Metal twin is metal/rope.metal; the CPU code is in csrc/ops/rope/rope.cpp.
 //
-// x and rotated in T, arithmetic in float32, rounded once. In the forward pass x is [B,T,H,D] and rotated [B,H,T,D]; BACK is
-// the inverse rotation, from [B,H,T,D] to [B,T,H,D]. A thread processes one pair of a row, or one element after the first
-// `dims`.
+// x and rotated have one dtype, the arithmetic is in float32, and results are rounded once. In the forward pass x is
+// [B,T,H,D] and rotated is [B,H,T,D]: B batch, T tokens, H heads, D head size. With BACK, x is [B,H,T,D], rotated is
+// [B,T,H,D], and the rotation is inverted. A thread processes one pair of elements of a row, or one of the elements
+// after the first `dims`, which are not rotated.
 //
-// positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// positions is [T], and freqs is [dims/2]. If TRADITIONAL is set, a pair consists of neighbouring elements; otherwise it
+// consists of one element from each half.
 
 namespace segtrain {
 

@@ -1,6 +1,7 @@
-// Rows of a table by index, and the gradient. Host: csrc/ops/rows/rows.cpp.
+// Gathers rows of a table by index, and computes the gradient. The host code is in csrc/ops/rows/rows.cpp.
 //
-// One block per row of the output. x and y in T, index [m] int32 of rows of x [n, W].
+// One block computes one row of the output. x and y have the dtype T. index [m] int32 selects m of the n rows of a table
+// with W columns.
 
 namespace segtrain {
 
@@ -12,7 +13,7 @@ __device__ void take_rows(const T* x, const int* index, T* y, int width) {
   for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-/// y [n, W]: row i is the sum, in order, of the rows of x [m, W] whose index is i.
+/// Row i of y [n, W] is the sum of the rows of x [m, W] whose index is i, added in their order.
 template <typename T>
 __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
   const int row = blockIdx.x;

@@ -21,27 +21,27 @@ Event = dict[str, Any]
 
 
 class Client:
-    """The few routes that a script needs. If the server answers with an error, the script ends."""
+    """Calls the few routes that a script needs. If the server returns an error, the script ends."""
 
     def __init__(self, url: str, token: str | None = None):
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # The first answer may have to wait until a long prompt has been processed.
+        # The first response may have to wait until a long prompt has been processed.
         self.http = httpx.Client(base_url=url, headers=headers, timeout=600)
 
     def post(self, route: str, /, **body: Any) -> dict[str, Any]:
         answer = self.http.post(route, json=body)
         found = answer.json()
         if answer.is_error:
-            error = found["error"]  # /v1 answers with an object, as OpenAI does
+            error = found["error"]  # in /v1, as in OpenAI's API, the error is an object
             sys.exit(f"{route}: {error if isinstance(error, str) else error['message']}")
         return found
 
     def follow(self, job: str, drop_every: int = 0) -> Iterator[Event]:
-        """Yields each event of a job once, even if the connection is lost.
+        """Yields each event of a job exactly once, even if the connection is lost.
 
-        Each event has an id. A new connection sends the id of the last event that was seen, and the
-        server continues after it. To show this, `drop_every` closes the connection after that many
-        events.
+        Each event has an id. A new connection sends the id of the last event that was received, and
+        the server continues with the next event. To show this, `drop_every` closes the connection
+        after that many events.
         """
         last_id, wait_s = "", 0.5
         while True:
@@ -64,7 +64,7 @@ class Client:
 
 
 def _events(lines: Iterator[str]) -> Iterator[tuple[str, Event, str]]:
-    """Yields name, data and id of each event of a stream (text/event-stream)."""
+    """Yields the name, the data and the id of each event in a stream (text/event-stream)."""
     name, data, event_id = "message", "", ""
     for line in lines:
         key, _, value = line.partition(":")

@@ -1,10 +1,11 @@
-"""LangChain and LiteLLM with a server: an answer, a stream, structured output, and a tool call.
+"""Uses a server through LangChain and LiteLLM: a response, a stream, structured output, and a tool
+call.
 
     pip install langchain-openai litellm
     python examples/other_clients.py --url http://localhost:8090
 
-No test runs this file, because the two packages take 0.4 GB. It was run with langchain-openai 1.7.4
-and litellm 1.110.2.
+No test runs this file, because the two packages take 0.4 GB. It was last run with langchain-openai
+1.7.4 and litellm 1.110.2.
 """
 
 import argparse

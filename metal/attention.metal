@@ -1,32 +1,37 @@
-// Attention in tiles of queries x keys: forward, dk with dv, and dq. CPU twin: csrc/ops/attention/cpu.cpp.
+// Attention in tiles of queries x keys. One kernel computes the forward pass, one dk and dv, and one dq. The
+// CPU twin is csrc/ops/attention/cpu.cpp.
 //
-// q, o, d_o [B,H,T,D], k, v [B,G,S,D] in T; lse, delta [B,H,T] float32; first [T] int32. Query t sees the
-// keys first[t] to q_start + t, and first is non-decreasing. D is a multiple of 16, and H of G; rows begin at
-// multiples of 8 bytes.
+// q, o, d_o [B,H,T,D] and k, v [B,G,S,D] have the dtype T; lse, delta [B,H,T] are float32; first [T] is int32.
+// In the shapes, B is the batch size, H the number of query heads, G that of key/value heads, T that of
+// queries, S that of keys, and D the head size. Query t sees the keys first[t] to q_start + t, and `first` is
+// non-decreasing. D is a multiple of 16, and H a multiple of G; rows begin at multiples of 8 bytes. R is the
+// number of rows that a simdgroup holds, divided by 8.
 //
 //   function              threads per group    grid                         per group      per simdgroup
 //   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
 //   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //
-// The backward pass takes five products: attention_vjp_kv_ds writes dS to memory in the type W, and
-// attention_vjp_q_ds multiplies it by K. W is T, except that it is float32 for half, in which small gradients
-// would underflow.
+// The backward pass takes five matrix products: attention_vjp_kv_ds writes dS to memory in the dtype W, and
+// attention_vjp_q_ds multiplies it by K. W is the same as T, unless T is half: then W is float32, because
+// small gradients would underflow in half.
 //
-// Only one simdgroup reads its own rows, so it reads them directly from device memory, and only once if they
-// fit in registers. The rows of the other side are staged in threadgroup memory for all simdgroups. Operands
-// of products are matrices of T; sums and scores are float32, and nothing except the dS for dQ is rounded.
+// Each simdgroup has its own rows, which no other simdgroup of the threadgroup reads: queries, or keys for dk
+// and dv. It reads them directly from device memory, and only once if they fit in registers. The rows that it
+// is multiplied with (keys, or queries for dk and dv) are staged in threadgroup memory for all simdgroups. The
+// operands of matrix products have the dtype T; sums and scores are float32, and of the intermediate results
+// only the dS for dQ is rounded.
 
 using namespace metal;
 
-// Arrays of matrices stay in registers only where every index is known.
+// Arrays of matrices stay in registers only if every index is known at compile time.
 #define UNROLL _Pragma("clang loop unroll(full)")
 
 namespace segtrain {
 
 using Matrix = simdgroup_matrix<float, 8, 8>;
 
-// The rows of the other side that are staged at a time: two such tiles take at most 17 KiB.
+// The rows that are staged at a time. Two such tiles take at most 17 KiB.
 template <typename T, int D>
 struct Tile {
   static constant constexpr int bytes = D * sizeof(T);
@@ -35,11 +40,11 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int SIMDS = 4;         // in a threadgroup that owns queries, or in half of one that owns keys
-constant constexpr int BLOCK = 32;        // number of queries and of keys of a block of dS
-constant constexpr int KEYS = 8 * SIMDS;  // keys of a threadgroup
+constant constexpr int SIMDS = 4;         // in a threadgroup for queries, or in half of a threadgroup for keys
+constant constexpr int BLOCK = 32;        // number of queries and of keys in a block of dS
+constant constexpr int KEYS = 8 * SIMDS;  // keys per threadgroup
 
-// R: the rows of a simdgroup divided by 8, as many as fit in registers.
+// These functions return R, the number of rows of a simdgroup divided by 8: as many as fit in registers.
 constexpr int forward_blocks(int D) {
   return D <= 64 ? 2 : 1;
 }
@@ -47,13 +52,13 @@ constexpr int queries_blocks(int D) {
   return D <= 64 ? 4 : D <= 128 ? 2 : 1;
 }
 
-// The first of the two neighbouring elements of a matrix that a lane holds.
+// The position of the first of the two neighbouring matrix elements that a lane holds.
 struct Place {
   int row, col;
   Place(uint lane) : row((lane / 4 & 4) + lane / 2 % 4), col((lane / 4 & 2) * 2 + lane % 2 * 2) {}
 };
 
-// The sizes of a call, and the offsets of heads.
+// The sizes of a call, and the indices of its heads.
 struct Shape {
   int heads, groups, queries, keys;
   Shape(const constant int* q_shape, const constant int* k_shape)
@@ -80,8 +85,8 @@ void write(threadgroup T* x, vec<T, N> values) {
   *reinterpret_cast<threadgroup vec<T, N>*>(x) = values;
 }
 
-// tile = rows [begin, begin + Tile::rows) of x. Rows beyond the end repeat the last row; they are masked or
-// not stored.
+// Copies rows [begin, begin + Tile::rows) of x to the tile. Beyond the last row of x the last row is repeated;
+// these rows are masked later, or their results are not stored.
 template <int D, typename T>
 void stage(threadgroup T* tile, const device T* x, int begin, int end, uint simd, uint simds, uint lane) {
   constexpr int fours = D / 4;
@@ -97,14 +102,14 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// A product may sum in any order, and the columns of a sum may be in any order. So neighbours in memory go to
-// different matrices, and a lane reads several of its elements at once: of `wide` matrices, matrix f has the
-// columns wide i + f, i < 8.
+// A matrix product may sum in any order, and the columns of its result may be in any order. So elements that
+// are neighbours in memory go to different matrices, and a lane reads several of its elements at once. Matrix
+// f of `wide` matrices has the columns wide i + f for i < 8.
 constexpr int wide_of(int D) {
   return D % 32 == 0 ? 4 : 2;
 }
 
-// W matrices of 8 rows in device memory; `row` is this lane's row.
+// Reads W matrices of 8 rows from device memory; `row` is this lane's row.
 template <int W, typename T>
 void along(thread simdgroup_matrix<T, 8, 8>* a, const device T* row, Place at) {
   const vec<T, W> left = read<W>(row + W * at.col), right = read<W>(row + W * at.col + W);
@@ -115,7 +120,7 @@ void along(thread simdgroup_matrix<T, 8, 8>* a, const device T* row, Place at) {
   }
 }
 
-// W matrices of 8 staged rows, transposed.
+// Reads W transposed matrices of 8 staged rows.
 template <int W, typename T>
 void across(thread simdgroup_matrix<T, 8, 8>* b, const threadgroup T* rows, int stride, Place at) {
   const threadgroup T* from = rows + at.col * stride + W * at.row;
@@ -127,7 +132,8 @@ void across(thread simdgroup_matrix<T, 8, 8>* b, const threadgroup T* rows, int 
   }
 }
 
-// The number of matrices that hold 8 rows of D elements in registers; 0 if they do not fit beside R sums.
+// Returns the number of matrices that hold 8 rows of D elements in registers, or 0 if they do not fit in
+// registers together with R sums.
 template <typename T>
 constexpr int kept_of(int D, int R) {
   return R * D / 4 + R * D / 16 * int(sizeof(T)) <= 80 ? D / 8 : 0;
@@ -140,8 +146,8 @@ void keep(thread simdgroup_matrix<T, 8, 8>* kept, const device T* own, Place at)
   for (int n = 0; n < KEPT; n += W) along<W>(kept + n, own + 8 * n, at);
 }
 
-// x = own tile^T [8 R, Tile::rows]. Own rows are read from `kept`, R times KEPT matrices, or from `own`, this
-// lane's row of 8, if nothing is kept.
+// Computes x = own tile^T [8 R, Tile::rows]. The simdgroup's own rows are R times KEPT matrices in `kept`; if
+// KEPT is 0, they are read from `own`, this lane's row of the 8 rows.
 template <int D, int R, int KEPT, typename T>
 void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8, 8>* kept, const threadgroup T* tile,
              Place at) {
@@ -167,8 +173,8 @@ void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8
   }
 }
 
-// sum += x tile [8 R, D]. Of each two neighbouring matrices, the first has the columns 4 i and 4 i + 1, i <
-// 4.
+// Computes sum += x tile [8 R, D]. In each pair of neighbouring matrices of the sum, the first matrix has the
+// columns 4 i and 4 i + 1 for i < 4.
 template <int D, int R, typename T>
 void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile, Place at) {
   constexpr int N = Tile<T, D>::rows / 8;
@@ -190,7 +196,7 @@ void accumulate(thread Matrix* sum, thread Matrix* x, const threadgroup T* tile,
   }
 }
 
-// to = sum * factor, for a sum with the column order of `accumulate`; `to` is this lane's row.
+// Writes sum * factor to `to`, which is this lane's row. The sum has the column order of `accumulate`.
 template <int D, typename T>
 void store(device T* to, thread Matrix* sum, float factor, Place at) {
   UNROLL
@@ -202,7 +208,7 @@ void store(device T* to, thread Matrix* sum, float factor, Place at) {
   }
 }
 
-// s from q k; `slope` becomes ds / d(scale q k).
+// Returns the score s for the dot product of q and k, and sets `slope` to ds / d(scale q k).
 template <bool CAP>
 float score(float qk, float scale, float cap, thread float& slope) {
   slope = 1;
@@ -212,7 +218,7 @@ float score(float qk, float scale, float cap, thread float& slope) {
   return cap * t;
 }
 
-// Reduces with f over the lanes that hold one row: their indices differ in bits 0 and 3.
+// Reduces x with f over the lanes that hold one row, whose indices differ in bits 0 and 3.
 template <typename F>
 float of_row(float x, F f) {
   x = f(x, simd_shuffle_xor(x, ushort(1)));
@@ -231,7 +237,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
                uint lane) {
   constexpr int BK = Tile<T, D>::rows, N = BK / 8, R = forward_blocks(D), ROWS = 8 * R * SIMDS;
   const Place at(lane);
-  // Long rows first: the last tiles of a causal triangle are the heaviest.
+  // Long rows come first, because the last tiles of a causal triangle need the most work.
   const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
   const int own0 = min(q0 + 8 * R * int(simd), q1 - 1), own1 = min(own0 + 8 * R, q1);
   const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
@@ -323,17 +329,17 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
   }
 }
 
-// dS of one head is stored in blocks of 32 keys x 32 queries. The blocks of the keys 32 i to 32 i + 31 are
-// consecutive, for the queries that see one of these keys: block index[i] + j has the queries from 32 j on.
-// Within a block, a lane's elements of two matrices, whose rows are keys, are consecutive: [two of
-// queries][four of keys][lane][4].
+// dS of one head is stored in blocks of 32 keys x 32 queries. For the keys 32 i to 32 i + 31, there are blocks
+// for the queries that see one of these keys. These blocks are consecutive, and block index[i] + j has the 32
+// queries that begin at 32 j. A block consists of 8 x 8 matrices whose rows are keys. The elements that a lane
+// holds of two matrices are consecutive: [two of queries][four of keys][lane][4].
 constant constexpr int BLOCK_SIZE = BLOCK * BLOCK;
 constexpr int in_block(int query, int key, int lane) {
   return ((query / 16 * (BLOCK / 8) + key / 8) * 32 + lane) * 4 + query / 8 % 2 * 2;
 }
 
-// Simdgroups 0 to 3 compute p and dv, simdgroups 4 to 7 dp and dk of the same keys, so that each holds only
-// one sum [8, D]. Simdgroup 4 + i gets p from simdgroup i through `weights`.
+// Simdgroups 0 to 3 compute p and dv, and simdgroups 4 to 7 compute dp and dk for the same keys, so that each
+// simdgroup holds only one sum [8, D]. Simdgroup 4 + i gets p from simdgroup i through `weights`.
 template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad, typename W>
 void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
                          const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
@@ -372,7 +378,7 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 
       /// dS = P (dP - delta)
       if (seen && !makes_dk) {
-        // Rows past the last key lie after every query's position.
+        // Rows after the last key are after the position of every query.
         const bool edge = first[q1 - 1] > k0 + own || k0 + own + 8 > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
         for (int n = 0; n < N; n += E / 2) {
@@ -420,8 +426,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
   if (row < k1) store<D>((makes_dk ? dk : dv) + at_key, sum, makes_dk ? scale : 1, at);
 }
 
-// Computes dQ^T = K^T dS^T, so that dS is read in the layout in which it was written; dQ's columns are rows
-// of the matrices.
+// Computes dQ^T = K^T dS^T, so that dS is read in the layout in which it was written. The columns of dQ are
+// the rows of the matrices.
 template <int D, typename T, typename W, typename Ints, typename Index>
 void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
                         float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
@@ -437,7 +443,7 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
   ds += bh * blocks * BLOCK_SIZE;
   Matrix sum[R * C];
   fill<R * C>(sum, 0);
-  // Only these keys have blocks with this simdgroup's queries.
+  // Only the keys in this range have blocks with this simdgroup's queries.
   const int own_begin = first[min(own_block * BLOCK, q1 - 1)] / BLOCK * BLOCK,
             own_end = own < q1 ? q_start + (own_block + 1) * BLOCK : 0;
   const int end = min(q_start + (q1 + BLOCK - 1) / BLOCK * BLOCK, shape.keys);
@@ -494,8 +500,9 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs. All take T and D, and
-// the ROWS and THREADS of a threadgroup, which must agree with the host's.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs. T and D are constants in
+// all of them, and so are ROWS and THREADS, the rows and threads of a threadgroup, which must agree with those
+// of the host.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
               "the host launches other groups");

@@ -1,8 +1,10 @@
-// Gated linear units: y = act(gate)*up, and both gradients in one pass. CUDA twin: cuda/glu.cu; CPU: csrc/cpu/rows.cpp.
+// Gated linear units: y = act(gate)*up, and both of its gradients in one pass. The CUDA twin is cuda/glu.cu;
+// the CPU code is in csrc/cpu/rows.cpp.
 //
-// gate, up, dy, y, dgate, dup [n] in T; arithmetic in float32, rounded once. GELU picks the activation. A
-// thread has PER elements that are THREADS apart, so that a simdgroup always reads neighbours, whatever the
-// arrays' alignment.
+// gate, up, dy, y, dgate and dup [n] have the dtype T, where n is the number of elements. The arithmetic is in
+// float32, and results are rounded once. GELU selects the activation (GELU or SiLU). A thread has PER elements
+// that are THREADS elements apart, so that a simdgroup always reads neighbouring elements, whatever the
+// alignment of the arrays.
 //
 //   function   threads per group    grid              per group
 //   glu        256                  ceil(n / 1024)    1024 elements
@@ -12,14 +14,15 @@ using namespace metal;
 
 namespace segtrain {
 
-// s = sigmoid(u), bend = g*ds/dg. exp(-|u|) cannot overflow, and with it 1 - s loses no digits.
+// s = sigmoid(u), bend = g*ds/dg. Both are computed from exp(-|u|), which cannot overflow and with which 1 - s
+// loses no precision.
 struct Gate {
   float s, bend;
 };
 template <bool GELU>
 Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // Beyond |g| = 32, e is 0; q is limited because an infinite q would give 0*inf.
+  // For |g| > 32, e is 0. q is limited, because an infinite q would result in 0*inf.
   const float q = min(g * g, 1024.0f);
   const float u = GELU ? k * g * (1.0f + cubic * q) : g;
   const float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;
@@ -27,7 +30,8 @@ Gate gate_of(float g) {
   return {u < 0.0f ? e * r : r, e * r * r * du * g};
 }
 
-// Arrays of fewer than 8 elements are in constant memory, so In is a pointer to constant or to device memory.
+// Arrays with fewer than 8 elements are in constant memory, so In is a pointer to constant memory or to device
+// memory.
 template <int THREADS, int PER, bool GELU, typename T, typename In>
 void glu(In gate, In up, device T* y, int n, uint group, uint thread_index) {
   for (int j = 0; j < PER; ++j) {
@@ -58,8 +62,8 @@ void glu_vjp(In gate, In up, In dy, device T* dgate, device T* dup, int n, uint 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; both take T, GELU, PER
-// and THREADS.
+// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; T, GELU, PER and THREADS
+// are constants in both of them.
 //: glu: gate up -> y
 segtrain::glu<THREADS, PER, GELU>(gate, up, y, gate_shape[0], threadgroup_position_in_grid.x,
                                   thread_index_in_threadgroup);

@@ -1,10 +1,12 @@
-// Rotary embedding of packed rows. CUDA twin: cuda/rope.cu; CPU: csrc/ops/rope/rope.cpp.
+// Rotary embeddings for packed rows. The CUDA twin is cuda/rope.cu; the CPU code is in csrc/ops/rope/rope.cpp.
 //
-// x and rotated in T, arithmetic in float32, rounded once. In the forward pass x is [B,T,H,D] and rotated
-// [B,H,T,D]; BACK is the inverse rotation, from [B,H,T,D] to [B,T,H,D]. A thread processes one pair of a row,
-// or one element after the first `dims`.
+// x and rotated have one dtype, the arithmetic is in float32, and results are rounded once. In the forward
+// pass x is [B,T,H,D] and rotated is [B,H,T,D]: B batch, T tokens, H heads, D head size. With BACK, x is
+// [B,H,T,D], rotated is [B,T,H,D], and the rotation is inverted. A thread processes one pair of elements of a
+// row, or one of the elements after the first `dims`, which are not rotated.
 //
-// positions [T], freqs [dims/2]; TRADITIONAL pairs neighbours, otherwise halves.
+// positions is [T], and freqs is [dims/2]. If TRADITIONAL is set, a pair consists of neighbouring elements;
+// otherwise it consists of one element from each half.
 //
 //   function   threads per group    grid                               per group
 //   rope       256                  ceil(B*T*H * (D - dims/2) / 256)   256 pairs or single elements
@@ -13,8 +15,8 @@ using namespace metal;
 
 namespace segtrain {
 
-// Arrays of fewer than 8 elements are in constant memory, so In, Freqs and Ints are pointers to constant or
-// to device memory.
+// Arrays with fewer than 8 elements are in constant memory, so In, Freqs and Ints are pointers to constant
+// memory or to device memory.
 template <bool TRADITIONAL, bool BACK, typename T, typename In, typename Freqs, typename Ints>
 void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Ints at, float scale, uint i) {
   const int B = at[0], H = at[1], N = at[2], D = at[3], dims = at[4], half_dims = dims / 2, items = D - half_dims;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Gemma 4 E4B in two steps; knobs.sh lists the environment variables that change options.
-#   DATA=/path/to/rows recipes/e4b.sh probe     two steps on the longest rows: shows time, memory and the loss; writes nothing
-#   DATA=/path/to/rows recipes/e4b.sh train     the run
+# Trains Gemma 4 E4B: first a probe, then the run. knobs.sh lists the environment variables that change options.
+#   DATA=/path/to/rows recipes/e4b.sh probe     shows time, memory and loss of two steps on the longest rows; writes nothing
+#   DATA=/path/to/rows recipes/e4b.sh train     the run itself
 #   ITERS=750 SEQ=4096 SEG=1 recipes/e4b.sh train
 # Flags of `mlx-segtrain train` come last and take precedence.
 set -euo pipefail

@@ -1,8 +1,8 @@
 """Turns feedback from users into training rows: `python recipes/feedback.py FEEDBACK.csv DIR`.
 
-FEEDBACK.csv has the columns prompt, answer and good (true or false). DIR/pairs gets each good
-answer to a prompt with each bad one, for dpo; DIR/labels gets the answers to all other prompts, for
-kto.
+FEEDBACK.csv has the columns prompt, answer and good (true or false). If a prompt has both good and
+bad answers, each good answer is written to DIR/pairs together with each bad one, for dpo. The
+answers to all other prompts are written to DIR/labels, for kto.
 """
 
 import csv

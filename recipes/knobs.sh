@@ -1,4 +1,4 @@
-# Turns environment variables into flags of mlx-segtrain. If a variable is not set, the recipe's value applies.
+# Turns environment variables into flags of mlx-segtrain. For a variable that is not set, the recipe's value applies.
 #
 #   MODEL       model_dir: a folder, or a name on the hub
 #   DATA        data_dir: a folder with train.jsonl, or a name on the hub
@@ -8,7 +8,7 @@
 #   LR          learning_rate
 #   SCALE       scale
 #   SEG         segment_size: layers per segment, 0 for no segments, or auto
-#   EVAL_EVERY  steps_per_eval; if only ITERS is set, a fifth of it
+#   EVAL_EVERY  steps_per_eval; by default a fifth of ITERS if ITERS is set
 #   ADAPTER     adapter_path
 #   CKPT        save_checkpoints: 1 or 0
 #   GRAD_CKPT   grad_checkpoint: 1 or 0
@@ -16,21 +16,21 @@
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: pip install it, or run make dev." >&2; exit 2; }
 
-# Prints the folder of a model in the hub's cache; if there are several, the newest.
+# Prints the folder of a model in the hub's cache; if there are several, it prints the newest.
 cached() {
   local hub="${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
   ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
 }
 
-# Prints the folder of SmolLM2-135M-Instruct with 4 bits, which is downloaded the first time.
+# Prints the folder of the 4-bit SmolLM2-135M-Instruct, which is downloaded the first time.
 demo_model() {
   python3 -c 'from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.files import cache_dir
 print(smollm2_snapshot(cache_dir()))'
 }
 
-# If DATA is not set, makes rows and sets DATA to them, and MODEL to the demo's model unless it is set. Arguments: the
-# name of the folder for the rows, and the kind of rows.
+# If DATA is not set, makes rows and sets DATA to their folder; if MODEL is not set either, sets it to the demo's model.
+# The arguments are the name of the folder for the rows, and the kind of rows.
 demo_without_data() {
   [ -z "${DATA:-}" ] || return 0
   DATA=$HOME/.cache/mlx-segtrain/data/$1
@@ -39,7 +39,8 @@ demo_without_data() {
   MODEL=${MODEL:-$demo_model}
 }
 
-# Fills `flags`. Arguments: the recipe, the model that it uses by default, and the adapter's name without the length.
+# Fills the array `flags`. The arguments are the recipe, the model that it uses by default, and the adapter's name
+# without the context length.
 knobs() {
   local name=$1 model=$2 adapter=$3
   local seq=${SEQ:-$(sed -n 's/^max_seq_length: *\([0-9]*\).*/\1/p' "$name.yaml")}

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Shows what a context length costs: the memory plan at several budgets. Trains nothing and loads no weights.
+# Shows how much memory and time a context length needs, by printing the memory plan for several budgets. It trains
+# nothing and loads no weights.
 #   recipes/long.sh                                         SmolLM2-135M at 8192 tokens
 #   MODEL=org/name SEQ=32768 BUDGETS="24 8 4" recipes/long.sh [FLAG ...]
 # Flags of `mlx-segtrain plan` come last and take precedence.
@@ -9,5 +10,5 @@ MODEL=${MODEL:-$(demo_model)}
 for budget in ${BUDGETS:-10 2 0.5}; do
   echo "With $budget GB:"
   mlx-segtrain plan --model "$MODEL" --max-seq-length "${SEQ:-8192}" --rank "${RANK:-16}" \
-    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # 2: it does not fit, as the output says
+    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # exit status 2: it does not fit, which the output says
 done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A task with a score from 0 to 100: scores the model, trains an adapter, and scores the model with it.
-#   recipes/task.sh chunk       split notes into chunks, as JSON with anchors
+# Runs a task whose score is from 0 to 100: scores the model, trains an adapter, and scores the model with the adapter.
+#   recipes/task.sh chunk       split notes into chunks, given as JSON with anchors
 #   recipes/task.sh tools       call the right tool with the right arguments
 #   recipes/task.sh persona     answer as an old sailor
 #   MODEL=/path/to/model ITERS=80 recipes/task.sh tools [FLAG ...]
-# tasks.py has the rows and the scores. Flags of `mlx-segtrain train` come last and take precedence: --overwrite
-# replaces an adapter.
+# tasks.py has the rows and the scores. Flags of `mlx-segtrain train` come last and take precedence; for example,
+# --overwrite replaces an adapter.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/knobs.sh"
@@ -18,7 +18,7 @@ DATA=${DATA:-$HOME/.cache/mlx-segtrain/data/$task}
 MODEL=${MODEL:-$(demo_model)}
 knobs "$here/task" SmolLM2-135M-Instruct-4bit "smollm2-$task"
 
-# Scores two completions of each held-out row, at a temperature that is nearly greedy.
+# Scores two completions for each held-out row, at such a low temperature that decoding is nearly greedy.
 score() {
   mlx-segtrain eval --model "$MODEL" --data "$DATA" --reward-functions "$here/tasks.py:$task" --pass-reward 100 \
     --group-size 2 --temperature 0.05 --max-completion-tokens 96 --max-seq-length 512 "$@"

@@ -1,12 +1,13 @@
-"""Three small tasks with scores from 0 to 100: chunks of a text, tool calls, a persona.
+"""Three small tasks with scores from 0 to 100: splitting a text into chunks, calling tools, and
+answering as a persona.
 
     python recipes/tasks.py chunk DIR
 
 writes DIR/train.jsonl and DIR/valid.jsonl.
 
 The functions `chunk`, `tools` and `persona` are rewards (docs/grpo.md): `mlx-segtrain eval
---reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. Each row's
-completion is the answer that the score compares with.
+--reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. The score
+compares an answer with the completion of its row.
 """
 
 import json
@@ -68,7 +69,7 @@ HELLO, GOODBYE = "Ahoy!", "Fair winds, Marlow."
 
 
 def chunk_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields notes on two or three topics, with the place where each topic begins."""
+    """Yields notes on two or three topics, with the words with which each topic begins."""
     while True:
         parts, answer = [], []
         for topic in draw.sample(sorted(TOPICS), draw.choice([2, 3])):
@@ -91,7 +92,7 @@ def tools_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def persona_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields questions, with the answers of an old sailor."""
+    """Yields questions, with answers that an old sailor would give."""
     while True:
         thing = draw.choice(sorted(THINGS))
         answer = f"{HELLO} A {thing} {THINGS[thing]}. {GOODBYE}"
@@ -99,7 +100,8 @@ def persona_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """Gives 20 for JSON, 30 for a list of objects with both keys, 50 for the right anchors (F1)."""
+    """Gives 20 for JSON, 30 for a list of objects with both keys, and up to 50 for the right
+    anchors (F1)."""
 
     def score(given: Any, wanted: list[dict[str, str]]) -> float:
         if not isinstance(given, list) or not given or not all(map(_is_part, given)):
@@ -111,7 +113,7 @@ def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """Gives 20 for JSON, 40 for the right tool, 40 for the right arguments."""
+    """Gives 20 for JSON, 40 for the right tool, and 40 for the right arguments."""
 
     def score(given: Any, wanted: dict[str, Any]) -> float:
         own = given if isinstance(given, dict) else {}
@@ -125,7 +127,7 @@ def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def persona(completions: Sequence[str]) -> list[float]:
-    """Gives 40 for the greeting, 40 for the goodbye, 20 if there are at most 30 words."""
+    """Gives 40 for the greeting, 40 for the goodbye, and 20 if there are at most 30 words."""
     return [
         40.0 * text.strip().startswith(HELLO)
         + 40.0 * text.strip().endswith(GOODBYE)
@@ -157,7 +159,7 @@ TASKS = {"chunk": chunk_rows, "tools": tools_rows, "persona": persona_rows}
 def main(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows, seen = TASKS[task](random.Random(0)), set()
-    for name in ("valid", "train"):  # held-out rows first, so that training leaves them out
+    for name in ("valid", "train"):  # held-out rows come first, so training rows can differ
         own: list[Row] = []
         while len(own) < ROWS[name]:
             row = next(rows)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a process without the user's settings, tiny models, and data."""
+"""Fixtures for all tests: an environment without the user's settings, tiny models, and data."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from lib.folders import write_llama, write_pairs, write_rows
 from lib.hub import serve_hub
 from lib.peers import load_peers
 
-# Tests and their child processes must not depend on what a user or a terminal has set: widths,
-# colours, settings of the hub or of a tracker.
+# Tests and their child processes must not depend on variables that a user or a terminal has set,
+# such as widths, colours, and settings of the hub or of a tracker.
 OURS = (
     r"COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*"
     r"|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
@@ -22,17 +22,18 @@ OURS = (
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 
-# A shell ignores SIGINT for background jobs, and nohup ignores SIGHUP. Processes that tests start
-# would inherit that. They do not inherit a handler.
+# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Processes that tests
+# start would inherit this, but they do not inherit a handler.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
 
 def fsync(file):
-    """Raises OSError for a closed file, like the system's fsync, but does not wait for the disk.
+    """Replaces the system's fsync. Like it, this function raises OSError for a closed file, but it
+    does not wait for the disk.
 
-    The wait was half the time of a tiny run, and no test cuts the power.
+    Waiting took half of the time of a tiny run, and no test cuts the power.
     """
     os.fstat(file if isinstance(file, int) else file.fileno())
 
@@ -41,11 +42,11 @@ os.fsync = fsync
 
 
 def stay_on_own_processors():
-    """Gives each process of the tests, with its children, an equal share of the processors.
+    """Gives each test process, together with its children, an equal share of the processors.
 
-    MLX's threads and the caller's thread take turns, and in tiny runs the kernel moves them between
-    processors each time. The kernels of this package still have as many threads as there are
-    processors.
+    MLX's threads and the caller's thread run alternately, and in tiny runs the operating system
+    moves them between processors each time. The CPU kernels of this package still use as many
+    threads as there are processors.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ or not hasattr(os, "sched_setaffinity"):
         return
@@ -59,25 +60,26 @@ def stay_on_own_processors():
 
 stay_on_own_processors()
 
-# Every machine has a CPU; DEVICE=gpu runs the same tests on a GPU. There, MLX would multiply
-# float32 as TF32, which is not accurate enough for the bounds of the tests.
+# By default tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. On a GPU, MLX would
+# multiply float32 matrices in TF32, which is not accurate enough for the error bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":
     os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
-# The time of an example depends on the other load of the machine.
+# There is no deadline, because the time of an example depends on other load on the machine.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
-#: Maximum bytes of address space of the tests that attack a server, and of their servers.
+#: The maximum address space, in bytes, of the tests that attack a server and of their servers.
 MOST_OF_ATTACKS = 24 << 30
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks attacks and comparisons with torch as acceptance tests, as some files mark themselves.
+    """Marks attacks and comparisons with torch as acceptance tests; other files mark themselves.
 
-    Files with acceptance tests run first: a slow file at the end would leave other processes idle.
+    Files with acceptance tests run first, because a slow file at the end would leave the other
+    processes idle.
     """
     for item in items:
         if "hostile" in item.path.parts or "hf" in getattr(item, "fixturenames", ()):
@@ -115,7 +117,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded(request):
-    """Limits the memory of tests that attack a server: a successful attack may take any amount."""
+    """Limits the memory of tests that attack a server, because a successful attack could take any
+    amount of memory."""
     if "hostile" not in request.path.parts:
         yield
         return

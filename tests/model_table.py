@@ -1,7 +1,7 @@
-"""Creates the table of docs/models.md: `python tests/model_table.py` rewrites it.
+"""Creates the table in docs/models.md. `python tests/model_table.py` updates the file.
 
-A tiny random model of each family of mlx-lm takes three steps; at each of them, and after the last
-one, the loss must equal that of mlx-lm's own code with the same adapter.
+A tiny random model of each mlx-lm family takes three steps. In each step, and after the last one,
+the loss must equal that of mlx-lm's own code with the same adapter.
 """
 
 import functools
@@ -28,7 +28,7 @@ HEAD = "| mlx-lm | path | why |\n|---|---|---|\n"
 
 
 def outcome(family: str) -> tuple[str, str]:
-    """Returns fast, generic or refused, and the reason. Raises AssertionError if the losses
+    """Returns `fast`, `generic` or `refused`, and the reason. Raises AssertionError if the losses
     differ."""
     if family in tiny_models.UNBUILDABLE:
         return "not tried", tiny_models.UNBUILDABLE[family]
@@ -67,7 +67,7 @@ def table() -> str:
 
 
 def documented() -> dict[str, tuple[str, str]]:
-    """Returns the outcomes by family in docs/models.md."""
+    """Returns the outcome for each family in docs/models.md."""
     lines = DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: (path, why) for name, path, why in cells}

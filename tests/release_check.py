@@ -1,4 +1,4 @@
-"""Checks the files of a release: `python tests/release_check.py dist/*` prints what is wrong.
+"""Checks the files of a release. `python tests/release_check.py dist/*` prints what is wrong.
 
 `make release-check` also runs twine, check-wheel-contents and auditwheel.
 """
@@ -17,7 +17,7 @@ NOTICES = ("LICENSE", "nanobind", "robin_map", "mlx", "uPlot")
 
 
 def project(name: str, text: str | None = None) -> str:
-    """Returns a plain value from pyproject.toml (Python 3.10 cannot parse TOML)."""
+    """Returns a plain value from pyproject.toml. Python 3.10 has no parser for TOML."""
     text = text or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(rf'^{name} = "(.*)"', text, re.M)
     assert found, name
@@ -25,7 +25,8 @@ def project(name: str, text: str | None = None) -> str:
 
 
 def faults_of_sources() -> list[str]:
-    """Returns sentences about disagreements of changelog, citation, SBOM and pyproject.toml."""
+    """Returns sentences about disagreements between changelog, citation, SBOM and
+    pyproject.toml."""
     version = project("version")
     faults = []
     if f"## [{version}]" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
@@ -47,7 +48,7 @@ def faults_of_sources() -> list[str]:
 
 
 def faults_of(file: Path) -> list[str]:
-    """Returns the faults of a wheel or an sdist."""
+    """Returns sentences about what is wrong in a wheel or an sdist."""
     version = project("version")
     faults = []
     if file.stat().st_size > MOST_MB * 10**6:

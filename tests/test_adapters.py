@@ -1,4 +1,5 @@
-"""Adapters of other tools: the same factors in every format, refused kinds, and mlx-lm's own."""
+"""Adapters from other tools: the same factors in every format, adapters that are refused, and
+adapters that mlx-lm has written."""
 
 import math
 import struct
@@ -40,7 +41,7 @@ def chain(llama):
 
 @pytest.fixture(scope="module")
 def gemma4(tmp_path_factory):
-    """Returns a multimodal model, which contains a text model."""
+    """Writes a multimodal model, which contains a text model, and returns its folder."""
     return write_tiny(tmp_path_factory.mktemp("models") / "gemma4", "gemma4")
 
 
@@ -126,7 +127,7 @@ def test_rs_lora_is_over_the_root_of_each_rank(config, optiq, chain, tmp_path):
     folder = write_mlx(tmp_path / "a", factors, config, optiq=optiq)
     want = {Q0: SCALE / math.sqrt(2), DOWN1: SCALE / math.sqrt(8)}
     assert read_adapter(folder, chain).scales == pytest.approx(want)
-    # In our adapters, the scale or B already includes the square root.
+    # In our adapters, the scale or B already includes the factor √rank of rsLoRA.
     ours = write_mlx(tmp_path / "b", factors, {**config, "segtrain": {}}, optiq=optiq)
     assert read_adapter(ours, chain).scales == {Q0: SCALE, DOWN1: SCALE}
 
@@ -138,7 +139,8 @@ K0, Q1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"
     "patterns,ranks,alphas",
     [
         ({"rank_pattern": {"q_proj": 2}}, (2, 4, 2), (6, 6, 6)),
-        # The first pattern that matches after a dot counts: "roj" and "0.self_attn" do not.
+        # PEFT uses the first pattern that matches after a dot; "roj" and "0.self_attn" do not
+        # match.
         (
             {"rank_pattern": {"roj": 9, "0.self_attn": 9, r"layers\.1\..*": 8, "q_proj": 2}},
             (2, 4, 8),
@@ -222,7 +224,7 @@ REFUSED = {
 
 
 def says(folder, chain, message, ranks_too=True):
-    """Checks that reading raises InputError: one sentence that names the folder."""
+    """Checks that reading the adapter raises InputError with one sentence that names the folder."""
     readers = [lambda: read_adapter(folder, chain)] + [lambda: ranks_in(folder)] * ranks_too
     for read in readers:
         with pytest.raises(InputError, match=message) as error:
@@ -337,13 +339,13 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)
 
 
-# ---- mlx-lm's own
+# ---- adapters that mlx-lm has written
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """mlx_lm.lora writes the adapter; if keys is null, it adapts every linear layer."""
+    """mlx_lm.lora writes the adapter. If `keys` is null, it adapts every linear layer."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

@@ -1,4 +1,4 @@
-"""Attention against the float64 oracle: every implementation, shape, and way to call it."""
+"""Compares attention with the float64 oracle, for every implementation, shape and kind of call."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
 from mlx_segtrain.ops import reference
 
 IMPLS = _core.attention_impls()
-#: A dtype that every implementation supports, and its error bound.
+#: A dtype that every implementation supports, and the error bound for it.
 DTYPE, BOUND = ("bfloat16", 1e-2) if ON_GPU else ("float32", 1e-6)
 
 
@@ -36,7 +36,8 @@ def test_oracle_attention_vjp_is_the_complex_step(spec):
 
 @pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
 def test_reference_is_the_oracle(spec):
-    """On the CPU, float32 products are not rounded to TF32."""
+    """This runs on the CPU, where the operands of float32 matrix products are not rounded to
+    TF32."""
     d_v = spec.Dv or spec.D
     options = {"scale": spec.D**-0.5, **spec.options}
     for dtype in specs.DTYPES:
@@ -158,7 +159,7 @@ def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
     """Padding rows after the last query must not be computed: their exp(0 − lse) would overflow."""
     rng = np.random.default_rng(7)
     q, k, v, do = (rand(rng, 1, 2, 131, 64, dtype=DTYPE)[0] for _ in range(4))
-    q, k = q / 64 - 1, k / 64 + 1  # each score near −4·64
+    q, k = q / 64 - 1, k / 64 + 1  # each score is near −4·64
 
     def f(*x):
         return ops.attention(*x, scale=4.0, impl=impl)
@@ -169,11 +170,11 @@ def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
     truth = [true, *oracle.attention_vjp(f64(q), f64(k), f64(v), f64(do), scale=4.0)]
     for name, x, y in zip(("o", "dq", "dk", "dv"), got, truth, strict=True):
         assert np.isfinite(f64(x)).all(), name
-        if name != "dq":  # dq is nearly 0: dS sums to 0 and the keys hardly differ
+        if name != "dq":  # dq is nearly 0, because dS sums to 0 and the keys hardly differ
             oracle.assert_close(name, f64(x), y, 5e-2 if ON_GPU else 1e-3)
 
 
-# ---- the transformations of MLX, and ours
+# ---- MLX's function transformations, and ours
 
 
 CALLS = {
@@ -246,7 +247,7 @@ def test_inside_the_scheduler(options, impl):
 
 
 def test_attention_memory_is_linear():
-    """At T = 2048 the scores of 4 heads would take 67 MB."""
+    """With T = 2048 queries, the scores of 4 heads would take 67 MB."""
     q = mx.random.normal((1, 4, 2048, 32)).astype(getattr(mx, DTYPE))
     mx.eval(q)
 
@@ -303,7 +304,7 @@ def test_the_core_checks_its_ranges():
 
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_the_same_bits_again(head):
-    """Rows are so long that libraries on a GPU would by default sum in any order."""
+    """The rows are so long that libraries on a GPU would by default sum in an unspecified order."""
     length = 8192 if ON_GPU else 256
     rng = np.random.default_rng(0)
     (q, _), (k, _), (do, _) = (

@@ -1,4 +1,4 @@
-"""Bad input through the real command: one sentence, exit code 2, nothing written."""
+"""For bad input, the real command prints one sentence, exits with code 2, and writes nothing."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mlx_segtrain.models import _reading, chain_of, load_base
 
 @pytest.fixture
 def world(tmp_path, llama4, data):
-    """Returns a folder with the inputs of a valid run, of which each test breaks one."""
+    """Returns a folder with the inputs of a valid run. Each test breaks one of these inputs."""
     shutil.copytree(llama4, tmp_path / "model")
     shutil.copytree(data, tmp_path / "data")
     return tmp_path
@@ -177,7 +177,7 @@ def test_adapters_that_do_not_fit(world, llama):
     ],
 )
 def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
-    """A fake mlx comes first on the path: one without its library, or another version."""
+    """A fake mlx comes first on the module path. It lacks its library, or has another version."""
     dist = tmp_path / "mlx-0.1.0.dist-info"
     if stub:
         (tmp_path / "mlx").mkdir()
@@ -197,7 +197,7 @@ def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
 
 
 def test_a_signal_while_a_file_is_opened_is_no_fault_of_the_file(tmp_path):
-    """A Ctrl-C within contextlib's code closes the generator."""
+    """If Ctrl-C arrives within contextlib's code, Python closes the generator."""
     reading = _reading(tmp_path)
     reading.__enter__()
     reading.gen.close()

@@ -1,4 +1,5 @@
-"""Answers with several adapters in one forward pass: each row gets its own update only."""
+"""Generation with several adapters in one forward pass. Each row gets only the update of its own
+adapter."""
 
 import asyncio
 import gc
@@ -60,7 +61,8 @@ def shared(model, adapters):
 
 @pytest.mark.parametrize("kind", ["rows", "in place", "DoRA in place"])
 def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
-    """Updates are attached before and after the twin is created; runs as on a GPU."""
+    """Adapters are attached both before and after the twin is created. The model runs as on a
+    GPU."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     base = read_base(model, Confined(model))
     try:
@@ -91,7 +93,8 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["rows", "one of rows", "in place", "DoRA in place", "none"])
 def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
-    """If a kernel supports them, q, k and v are one call with the model's results."""
+    """If a kernel supports q, k and v, one call computes all three, with the same results as the
+    model."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     calls = []
@@ -100,7 +103,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
     try:
         tokens = mx.array([[65], [66], [67]])
         twin = lora.twin_of(base.model)
-        assert isinstance(twin.lm_head, lora.twin._Frozen)  # it also runs through our kernel
+        assert isinstance(twin.lm_head, lora.twin._Frozen)  # it also uses our kernel
         ranks = dict.fromkeys([path for path in base.chain.linears if "up_proj" not in path], 4)
         adapters = {i: random_adapter(base.chain, ranks, 2.0, 0.1 * i) for i in (1, 2)}
         if kind == "DoRA in place":
@@ -129,7 +132,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
-    """If layers are added after the twin was created, another twin replaces it."""
+    """If layers are added after the twin has been created, a new twin replaces the old one."""
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     base = read_base(model, Confined(model))
     try:
@@ -155,7 +158,7 @@ def counted(run, calls):
 
 
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
-    """Returns the text and the pieces of an answer."""
+    """Returns the text and the pieces of a response."""
     chosen, pieces = engine.select(adapter), []
     async for piece in engine.generate(list(prompt), chosen, Options(max_tokens=n, **options)):
         pieces.append(piece)
@@ -190,7 +193,7 @@ class Base:
 
 
 class Mounted:
-    """The part of a mounted adapter that Linears reads."""
+    """Has those attributes of a mounted adapter that Linears reads."""
 
     def __init__(self, name, adapter):
         self.id, self.adapter, self.serial = name, adapter, hash(name)
@@ -222,7 +225,7 @@ def test_each_row_gets_its_own_update(base, names):
 
 
 def test_ranks_are_padded_in_groups(model):
-    """Adapters of small rank are not padded to a large one."""
+    """Adapters with a small rank are not padded to a large rank."""
 
     def mounted(base):
         made = {}
@@ -261,7 +264,7 @@ def test_linears_that_read_the_same_share_a_product(base, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_row(model):
-    """A badly trained or untrusted adapter may contain NaN."""
+    """An adapter that is untrusted or was trained badly may contain NaN."""
 
     def mounted(base):
         good = random_adapter(base.chain, dict.fromkeys(base.chain.linears, 4), 1.0, 0.1)
@@ -287,7 +290,7 @@ NAMES = [None, "a", "b", "c", "dora", "outer", "ab"]
 
 
 def test_no_request_s_adapter_reaches_another(shared, said):
-    """A thousand requests with random adapters, in waves of random size and length."""
+    """Sends a thousand requests with random adapters, in waves of random size and length."""
     rng = random.Random(0)
     prompts = [list(f"{'x' * (i % 3 * 11)}Prompt {i}".encode()) for i in range(12)]
     asked = [(rng.choice(NAMES), rng.randrange(12), rng.randrange(1, 9)) for _ in range(1000)]
@@ -332,8 +335,8 @@ def test_no_request_s_adapter_reaches_another(shared, said):
 
 
 def test_logprobs_are_the_model_s(shared, said):
-    """The log-probabilities of the chosen and the most likely tokens are those of the model, alone
-    and in a batch, up to rounding."""
+    """For a single request and in a batch, the log-probabilities of the chosen and of the most
+    likely tokens equal the model's, up to rounding."""
 
     async def main():
         crowd = [ask(shared, name, logprobs=i) for i, name in enumerate(["b", "none", "dora"])]
@@ -357,7 +360,7 @@ def test_logprobs_are_the_model_s(shared, said):
 
 
 def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
-    """Neither concurrent requests nor cached prompts change a deterministic answer."""
+    """Neither concurrent requests nor cached prompts change a deterministic response."""
     long = [97 + (7 * i) % 26 for i in range(300)]
 
     def bits(pieces):
@@ -387,7 +390,7 @@ def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
 
 
 def test_caches_go_with_their_batch():
-    """Caches are freed immediately, not at the next run of the garbage collector."""
+    """Caches are freed immediately, not when the garbage collector runs next."""
     batch = Batch(None)
     batch._cache = [BatchKVCache([0, 0])]
     batch._leave_masks_out()
@@ -426,7 +429,7 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
     def step(batch):
         lengths = [request.length for request in batch.answers]
         seen.add(len(shared._batches))
-        assert max(lengths) <= 2 * min(lengths) + 40  # they have grown since they were batched
+        assert max(lengths) <= 2 * min(lengths) + 40  # they have grown since the batch was formed
         return plain(batch)
 
     monkeypatch.setattr(Batch, "step", step)
@@ -441,7 +444,8 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
 
 
 def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
-    """Each stream gets a token between two parts of the prompt, whose size adapts to the time."""
+    """Each stream gets a token between two parts of the prompt. The size of the parts adapts to the
+    time that they take."""
     monkeypatch.setattr(module, "PROMPTS_S", 0.0)
     engine = Engine()
     asyncio.run(engine.load(model))
@@ -476,7 +480,7 @@ def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
 
 
 def failing(monkeypatch, error, when):
-    """Makes steps of batches fail at their end if `when(batch)` is true."""
+    """Makes a step of a batch fail at its end if `when(batch)` is true."""
     plain = Batch.step
 
     def step(batch):
@@ -503,7 +507,8 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """The failing request is unknown, so each one continues alone from its tokens so far."""
+    """It is unknown which request caused the error, so each request continues alone from the tokens
+    that it has so far."""
     failing(
         monkeypatch,
         ValueError("a bug"),
@@ -541,7 +546,7 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
         for i, run in enumerate(runs):
             if i % 3:
                 await run.aclose()
-        del run, runs  # forgotten
+        del run, runs  # deletes all references
         end = time.monotonic() + 60
         while engine._active or engine._waiting or engine._batches:
             assert time.monotonic() < end, "a request goes on for nobody"
@@ -554,6 +559,6 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
 
     sizes = asyncio.run(main())
     engine.close()
-    # The loop's variables may hold a few numbers of the last batch; if 4 bytes per request were
-    # kept, there would be 800.
+    # The loop's variables may still hold a few values of the last batch. If 4 bytes per request
+    # were kept, there would be 800 bytes.
     assert sizes[-1] <= sizes[0] + 256, sizes

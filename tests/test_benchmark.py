@@ -1,4 +1,4 @@
-"""The table of times: what a row says, and the command that prints it."""
+"""The table of benchmark times: the content of a row, and the command that prints the table."""
 
 import json
 

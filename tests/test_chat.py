@@ -1,4 +1,4 @@
-"""`chat`: a conversation in the terminal, with the base model and with adapters."""
+"""The command `chat`: a conversation in the terminal, with the base model and with adapters."""
 
 import io
 import json
@@ -21,13 +21,13 @@ from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
 TOKENS = 8
-#: The sampling options of `chat` without flags.
+#: The sampling options of `chat` if no flags are given.
 NOTHING = {f"draw_{name}": None for name in generate.DRAWING}
 
 
 @pytest.fixture(scope="module")
 def adapters(llama4, tmp_path_factory):
-    """Returns two adapters that answer differently."""
+    """Returns two adapters whose responses differ."""
     root = tmp_path_factory.mktemp("adapters")
     data = write_rows(root / "data")
     for name, seed in (("one", 0), ("two", 1)):
@@ -36,7 +36,7 @@ def adapters(llama4, tmp_path_factory):
 
 
 def told(monkeypatch, capsys, model, lines, *argv):
-    """Runs `chat` with these lines as input; returns its output."""
+    """Runs `chat` with these lines as input, and returns the output."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     how = ["--model", str(model), "--max-tokens", str(TOKENS)]
     assert cli.main(["chat", *how, *map(str, argv)]) == 0
@@ -44,7 +44,8 @@ def told(monkeypatch, capsys, model, lines, *argv):
 
 
 def answer(model_dir, adapter, turns):
-    """Returns mlx-lm's answer with a model of ours, without a cache of earlier turns."""
+    """Returns the response that mlx-lm generates with our model, without a cache of earlier
+    turns."""
     model, tokenizer = load(model_dir, adapter)
     prompt = Prompting().chat_ids(tokenizer, turns)
     return mlx_lm.generate(model, tokenizer, prompt, max_tokens=TOKENS)

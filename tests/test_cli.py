@@ -1,4 +1,5 @@
-"""The command line: flags from one declaration, one-sentence errors, exit codes, summaries."""
+"""The command line: flags that come from one declaration, errors of one sentence, exit codes, and
+summaries."""
 
 import io
 import json
@@ -44,7 +45,7 @@ TRAINED = training.TrainResult(
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, name: str, result: Any) -> Mock:
-    """Replaces a function of training with a mock of the same signature that returns `result`."""
+    """Replaces a training function with a mock that has the same signature and returns `result`."""
     mock = create_autospec(getattr(training, name), return_value=result)
     monkeypatch.setattr(training, name, mock)
     return mock
@@ -61,7 +62,8 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command with bad input; returns its one-sentence error. Nothing may be written."""
+    """Runs a command with bad input, and returns the error, which has one sentence. Nothing may be
+    written."""
     before = sorted(Path().rglob("*"))
     assert cli.main(argv) == 2
     assert sorted(Path().rglob("*")) == before
@@ -113,7 +115,7 @@ GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout", "parallel")
 
 
 def changed(method: str) -> dict[str, Any]:
-    """Returns values that differ from the defaults, for fields that affect this method."""
+    """Returns values that differ from the defaults, for all fields that affect this method."""
     common = {
         "model_dir": "m1",
         "data_dir": "d1",
@@ -192,7 +194,7 @@ METHODS = get_args(TrainConfig.model_fields["method"].annotation)
 
 def test_every_field_is_tried() -> None:
     tried = {name for method in METHODS for name in changed(method)}
-    # These two contradict segment_size and overwrite.
+    # The other two fields contradict segment_size and overwrite.
     assert tried | {"grad_checkpoint", "resume"} == set(TrainConfig.model_fields)
 
 

@@ -1,4 +1,4 @@
-"""TrainConfig: YAML, overrides, one-sentence errors, and the table in the documentation."""
+"""TrainConfig: YAML, overrides, errors of one sentence, and the table in the documentation."""
 
 from pathlib import Path
 
@@ -310,7 +310,7 @@ ANYTHING = st.recursive(
 @settings(max_examples=500)
 @given(st.sampled_from(sorted(TrainConfig.model_fields)), ANYTHING)
 def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) -> None:
-    """If a field accepts a value, it also accepts the converted value."""
+    """If a field accepts a value, it also accepts the value to which it was converted."""
     try:
         config = load_config(None, {**REQUIRED, field: value})
     except InputError as error:

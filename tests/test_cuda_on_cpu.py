@@ -1,4 +1,4 @@
-"""The text of cuda/decode.cu gives the right numbers; it runs on the CPU (lib/cuda_on_cpu.h)."""
+"""Runs the text of cuda/decode.cu on the CPU (lib/cuda_on_cpu.h) and checks its results."""
 
 import ctypes
 import os
@@ -26,7 +26,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 ADAPTERS, THREADS = 3, 256
 NAMES = {mx.bfloat16: "bfloat16", mx.float16: "half", mx.float32: "float"}
-#: Bits (0: dense), group size, dtype, the kernel's rows and tiles; rows, widths and ranks of calls.
+#: For each case: bits (0 for dense), group size, dtype, the rows and tiles of the kernel, and the
+#: rows, widths and ranks of calls.
 CASES = [
     (4, 64, mx.bfloat16, 16, 1, 13, (72, 8), 320, (16, 3)),
     (4, 128, mx.bfloat16, 8, 2, 5, (40,), 1280, (8,)),
@@ -38,7 +39,8 @@ CASES = [
 
 
 def source(text):
-    """Returns the kernel `decode_linears` of a text, as a function for each of CASES."""
+    """Returns C++ code that turns the kernel `decode_linears` in a text into one function for each
+    case in CASES."""
     head, *kernels = re.split(r"^//: ", text, flags=re.MULTILINE)
     line, body = next(x for x in kernels if x.startswith("decode_linears:")).split("\n", 1)
     inputs = line.partition(": ")[2].partition(" -> ")[0].split()
@@ -69,7 +71,7 @@ def library(tmp_path_factory):
 
 
 def numbers(x):
-    """Returns an array's numbers as they are in memory."""
+    """Returns the elements of an array in the form that they have in memory."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 

@@ -1,6 +1,6 @@
-"""The kernels of cuda/ compile for the devices they support, on a machine without a GPU.
+"""The kernels in cuda/ compile for the devices that they support, on a machine without a GPU.
 
-Only the host's part of each call and CUDA's compiler run here; the kernels need a GPU.
+Only the host code of each call and CUDA's compiler run here, because the kernels need a GPU.
 """
 
 import ctypes
@@ -32,15 +32,16 @@ COMPILER = "nvidia-cuda-nvrtc"
 
 
 def load_compiler():
-    """Loads the compiler's libraries into the process, where the core finds them by name."""
-    # Only files of the package: a torch for CUDA installs more libraries next to them.
+    """Loads the compiler's libraries into the process, so that _core finds them by name."""
+    # Only files of the compiler's package are used, because a torch for CUDA installs more
+    # libraries in the same folder.
     files = {file.name.partition(".so.")[0]: file for file in metadata.files(COMPILER) or []}
     for name in ("libnvrtc-builtins", "libnvrtc"):
         ctypes.CDLL(str(files[name].locate()), mode=ctypes.RTLD_GLOBAL)
 
 
 def differentiate(f, *args):
-    """Builds the graphs of the forward and backward pass, which compiles their kernels."""
+    """Builds the graphs of the forward and the backward pass, which compiles their kernels."""
     y = f(*args)
     ys = list(y) if isinstance(y, list | tuple) else [y]
     mx.vjp(f, list(args), [mx.zeros_like(x) for x in ys])
@@ -54,9 +55,9 @@ def attention(impl, dtype, d, **options):
 
 
 def the_plan_counts_sums():
-    """The plan counts dq, dk and dv in float32 for the deterministic kernel on Hopper.
+    """Checks that the plan counts dq, dk and dv in float32 for the deterministic kernel on Hopper.
 
-    Besides these the kernel needs only a few values per query.
+    Besides these arrays the kernel needs only a few values per query.
     """
     from mlx_segtrain import _core
     from mlx_segtrain.planning.costs import Device
@@ -85,7 +86,8 @@ def layer_ops(dtype):
     name = str(dtype).split(".")[-1]
     bases = [*BASES, ("affine", 2, 64), ("affine", 3, 128), ("affine", 5, 32), ("affine", 8, 32)]
     shapes = [([264], [16]), ([64], [6]), ([128, 32, 32], [40, 8, 3])]
-    # The unpacking kernels depend on the base, the products on the ranks: test each of them once.
+    # The kernels that dequantize depend on the base, and the matrix products on the ranks, so each
+    # base and each set of ranks is tested once.
     for base, (widths, ranks) in zip(bases, cycle(shapes), strict=False):
         linears, _ = linears_of(rng, 128, widths, ranks, base, name)
         differentiate(
@@ -145,7 +147,7 @@ def layer_ops(dtype):
 
 
 def decoding(dtype):
-    """Decoding steps of one row and of several rows, with and without updates."""
+    """Runs decoding steps with one row and with several rows, with and without low-rank updates."""
     from lib.linears import base_of
     from mlx_segtrain import ops
 
@@ -155,7 +157,7 @@ def decoding(dtype):
     calls = [(None, (8,), 1), (four, (8, 0, 8), 1), (four, (8, 0, 8), 16), (eight, (96, 8), 7)]
     calls += [(None, (8, 0), 9), (two, (8,), 5), (four, (0,), 16)]
     for kind, ranks, rows in calls:
-        out = 17000 if ranks == (0,) else 64  # a head's tiles are others
+        out = 17000 if ranks == (0,) else 64  # heads have other tiles
         bases = [base_of(rng, out, 128, kind)[0] for _ in ranks]
         if kind is None:
             bases = [ops.Base(bases[0].weight.astype(dtype))]
@@ -183,7 +185,7 @@ def compile_all():
 
 
 def compile_together():
-    """Collected kernels are compiled once, and later calls find them."""
+    """Checks that collected kernels are compiled once, and that later calls find them."""
     from mlx_segtrain import _core, ops
 
     load_compiler()
@@ -248,7 +250,7 @@ def launches_of_model(family, args):
 
     h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
     mx.eval(h, tokens, factors)
-    mx.eval(run(h, *factors))  # also creates the arrays that are cached
+    mx.eval(run(h, *factors))  # this also creates the arrays that are cached
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
     return Counter(_core.launches([y, dh, *grads]))
 
@@ -280,8 +282,8 @@ def launches(form):
 
 
 def kept(family):
-    """Returns, for each stage, the bytes that it keeps for its backward pass divided by the
-    plan's."""
+    """Returns, for each stage, the bytes that it keeps for its backward pass, divided by the bytes
+    in the plan."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
@@ -336,7 +338,7 @@ def kept(family):
     return found
 
 
-#: The maximum number of launches of a layer, by form.
+#: The maximum number of launches for a layer of each form.
 MOST_LAUNCHES = {
     **{"llama": 50, "qwen3": 50},
     **{"slides": 80, "full": 80, "shares": 80, "keys are values": 60},
@@ -345,7 +347,8 @@ FAMILIES = ["llama", "qwen3", "gemma4_text"]
 
 
 def count_all():
-    """Counts the launches of every form, and what stages of every family keep, in one process."""
+    """In one process, counts the launches of every form, and the bytes that the stages of every
+    family keep."""
     from mlx_segtrain import _core
 
     _core.collect_kernels()  # kernels do not run, so they need not be compiled
@@ -356,11 +359,12 @@ def count_all():
 
 
 def dry_run(call, folder):
-    """Runs a function of this file in a process that emulates a Hopper GPU; returns its output."""
+    """Runs a function of this file in a process that emulates a Hopper GPU, and returns its
+    output."""
     code = (
         f"import test_cuda_text as own, mlx_segtrain.torchless as x; x.hide_torch(); own.{call}()"
     )
-    for other in ("cudnn", "cusparselt"):  # a torch for CUDA installs these
+    for other in ("cudnn", "cusparselt"):  # a torch for CUDA installs these libraries
         (folder / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, DEVICE: "90", "PYTHONPATH": os.pathsep.join(folders)}
@@ -385,8 +389,8 @@ def counted(tmp_path_factory):
 
 @pytest.mark.parametrize("form", MOST_LAUNCHES)
 def test_launches_of_a_layer(form, counted):
-    """The time of a short step depends on the number of launches. Gemma 4's per-layer input has two
-    adapted linear layers here."""
+    """The number of launches determines the time of a short step. In this test, Gemma 4's per-layer
+    input has two adapted linear layers."""
     counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8
@@ -395,7 +399,8 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """Up to a few values per token, which are negligible at the widths of real models."""
+    """The difference is at most a few values per token, which is negligible for the widths of real
+    models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

@@ -1,4 +1,5 @@
-"""Cached tokens are the same as without a cache, survive interruptions, and are computed once."""
+"""Cached tokens are the same as tokens without a cache, survive interruptions, and are computed
+only once."""
 
 import hashlib
 import json
@@ -62,7 +63,7 @@ def tokenizer(model):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Returns an empty cache, which also caches small data, in blocks of a few rows."""
+    """Returns an empty cache that caches even small data, in blocks of a few rows."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "SMALL", 0)
     monkeypatch.setattr(limits, "BLOCK", 1500)
@@ -71,7 +72,7 @@ def kept(tmp_path, monkeypatch):
 
 @pytest.fixture
 def processes(monkeypatch):
-    """Makes two processes tokenize, even small data."""
+    """Makes two processes tokenize even small data."""
     monkeypatch.setattr(cache, "LARGE", 0)
     monkeypatch.setattr(cache, "cores", lambda: 2)
 
@@ -113,16 +114,17 @@ def assert_same(a, b):
 def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     tmp_path, tokenizer, model, kept, form, part
 ):
-    """This also holds if rows are truncated to a length that only some of them exceed."""
+    """The data is the same even if rows are truncated to a length that only some of them exceed."""
     data = write(tmp_path / "data", rows_of(form, 90))
     plain, _ = load_dataset(data, tokenizer, of(form, max_seq_length=4096))
     how = of(form, max_seq_length=int(np.percentile(plain.columns.length, part)))
     plain, _ = load_dataset(data, tokenizer, how)
-    for _ in range(2):  # written, then read
+    for _ in range(2):  # first written, then read
         stored, _ = load_dataset(data, tokenizer, how, model)
         assert_same(stored, plain)
     assert len(files(kept)) > 2
-    # Compare with an implementation without columns: each row is tokenized, truncated and counted.
+    # The result is compared with an implementation without columns, in which each row is tokenized,
+    # truncated and counted.
     encoder = Encoder(tokenizer, how)
     records = [checked(row, f"train.jsonl:{n}") for n, row in enumerate(rows_of(form, 90), 1)]
     whole = encode(encoder, records)
@@ -139,7 +141,7 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     expected = Columns.of([own[0] for own in short])
     for own in fields(Columns):
         found, wanted = getattr(plain.columns, own.name), getattr(expected, own.name)
-        if own.name == "top":  # may be in the truncated part
+        if own.name == "top":  # this word may be in the truncated part
             assert (found >= wanted).all()
         else:
             assert np.array_equal(found, wanted), own.name
@@ -169,8 +171,8 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         return cache.key_of(source, tokenizer, Options(**how), model)
 
     first = key()
-    # The key does not depend on what happens after tokenization, nor on the files' times and
-    # places.
+    # The key depends neither on options for what happens after tokenization, nor on the
+    # modification times and locations of the files.
     os.utime(data / "train.jsonl", (1, 1))
     for other in (
         {"max_seq_length": 7},
@@ -180,12 +182,12 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         {"val_split": 0.5},
         {"dedup": True},
         {"seed": 3},
-        {"prompt_format": "chat"},  # auto means this here
+        {"prompt_format": "chat"},  # auto selects this format here
     ):
         assert key(**other) == first, other
     moved = write(tmp_path / "moved", rows_of("text", 3))
     assert key(sources_of(moved)[0]) == first
-    # It depends on everything else.
+    # The key depends on everything else.
     found = [first]
     for other in (
         {"train_on": "last"},
@@ -193,14 +195,14 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         {"prompt_format": "raw"},
         {"chat_template_kwargs": {"a": 1}},
         {"data_format": "text"},
-        {"method": "grpo"},  # reads only prompts
+        {"method": "grpo"},  # grpo reads only prompts
         {"columns": {"text": "body"}},
     ):
         found.append(key(**other))
     write(data, rows_of("text", 4))
     found.append(key(sources_of(data)[0]))
     write(data, rows_of("text", 3), "validation.jsonl")
-    found.append(key(sources_of(data)[1]))  # the name of the file is part of the names of rows
+    found.append(key(sources_of(data)[1]))  # the names of rows contain the name of the file
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         other = tmp_path / f"model-{name}"
         other.mkdir()
@@ -234,7 +236,8 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
         assert_same(again, whole)
 
 
-#: Needs no `if __name__ == "__main__"`: our processes do not import the program that starts them.
+#: This script needs no `if __name__ == "__main__"`, because our processes do not import the program
+#: that starts them.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -259,8 +262,8 @@ def start(data, model):
 
 @pytest.mark.acceptance
 def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
-    """After Ctrl-C or a kill, no process is left, and continuing gives the files of a normal
-    run."""
+    """After Ctrl-C or a kill, no process is left. Continuing then creates the same files as an
+    uninterrupted run."""
     data = write(tmp_path / "data", rows_of("messages", 2000))
     before = {}
     for how in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM):
@@ -272,7 +275,7 @@ def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
         begun = time.monotonic()
         process.send_signal(how)
         process.wait(10)
-        assert time.monotonic() - begun < 5  # bench/data.py measures it on a quiet machine
+        assert time.monotonic() - begun < 5  # bench/data.py measures this time on an idle machine
         _, alive = psutil.wait_procs(children, 2)
         assert not alive
         last, before = before, {file: file.stat().st_ino for file in kept.glob("*/0*.arrow")}
@@ -280,7 +283,7 @@ def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
     process, lines = start(data, model)
     assert [*lines][-1] == "done\n" and process.wait() == 0
     assert all(file.stat().st_ino == inode for file, inode in before.items())
-    assert not list(kept.glob("*/.*"))  # no incomplete files
+    assert not list(kept.glob("*/.*"))  # there are no incomplete files
     continued = files(kept)
     for file in kept.glob("*/*"):
         file.unlink()
@@ -312,7 +315,7 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
     for line, message in ((21, "needs the keys"), (61, "must be a list"), (151, "must be a list")):
         with pytest.raises(InputError, match=rf"train\.jsonl:{line}: .*{message}"):
             load_dataset(data, tokenizer, of("messages"), model)
-        assert not list(kept.glob("*/*.arrow"))  # the rows stay wrong, so nothing is cached
+        assert not list(kept.glob("*/*.arrow"))  # the rows are still invalid, so nothing is cached
         rows[line - 1] = ROWS["messages"](line)
         write(data, rows)
     rows[99] = ROWS["preference"](1)
@@ -347,7 +350,7 @@ def test_where_nothing_can_be_written_all_stays_in_memory(
     assert_same(stored, plain)
     (tmp_path / "cache").unlink()
 
-    class Full:  # a full disk
+    class Full:  # simulates a full disk
         def __init__(self, *_):
             raise OSError(28, "No space left on device")
 
@@ -388,7 +391,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert main(["cache", "prune", "--older", "1"]) == 0
     assert "removed 0 of 1" in capsys.readouterr().out
     assert main(["cache", "prune", "nothing"]) == 2
-    # A writing process holds this lock.
+    # A process that writes the cache holds this lock.
     with open(kept / key / "lock", "a", encoding="utf-8") as file:
         assert cache.lock(file)
         assert main(["cache", "prune", "--all"]) == 0
@@ -396,7 +399,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert main(["cache", "prune", key]) == 0
     assert "removed 1 of 1" in capsys.readouterr().out
     assert not list(kept.iterdir())
-    assert_same(stored, plain)  # the removed files are still mapped
+    assert_same(stored, plain)  # the removed files are still memory-mapped
     assert isinstance(stored.rows[0], object) and not isinstance(stored.rows[0], Pair)
     assert main(["cache"]) == 0 and "no tokens are cached" in capsys.readouterr().out
 
@@ -410,17 +413,18 @@ def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monke
     plain = kept_files._sha256.__wrapped__
     monkeypatch.setattr(kept_files, "_sha256", lambda path, *_: read.append(path) or plain(path))
     right = hashlib.sha256(b"abcd").hexdigest()
-    assert kept_files.known_sha256(file) == right  # just written, so not cached
+    # The file was just written, so its hash is not cached.
+    assert kept_files.known_sha256(file) == right
     now = time.time_ns()
     monkeypatch.setattr(kept_files.time, "time_ns", lambda: now + 10**10)
     assert [kept_files.known_sha256(file) for _ in range(3)] == [right] * 3
     assert len(read) == 2
     before = file.stat()
-    file.write_bytes(b"abce")  # the same size, and its modification time is restored
+    file.write_bytes(b"abce")  # the size is the same, and the modification time is restored
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
     for note in (tmp_path / "cache" / "hashes").iterdir():
         note.write_text("{}")
     assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
-    file.write_bytes(b"ab")  # small files are not cached
+    file.write_bytes(b"ab")  # the hashes of small files are not cached
     assert kept_files.known_sha256(file) == hashlib.sha256(b"ab").hexdigest()

@@ -1,4 +1,5 @@
-"""Rows with a label: their formats, the sign of their weights, truncation, and bad rows."""
+"""Tests rows with a label: their formats, the signs of their weights, truncation, and invalid
+rows."""
 
 import json
 from dataclasses import replace
@@ -27,7 +28,7 @@ def tokenizer():
 
 
 def trained(row, tokenizer):
-    """Returns the texts whose weights are not 0."""
+    """Returns the texts of the spans whose weights are not 0."""
     return chats.trained(replace(row, weights=abs(row.weights)), tokenizer)
 
 
@@ -86,7 +87,8 @@ def test_a_pair_is_two_rows(tmp_path, tokenizer):
 
 
 def test_a_label_is_of_the_last_turn(tmp_path, tokenizer):
-    """With a method that ignores labels, all turns of a desirable row are in the loss as usual."""
+    """With a method that ignores labels, all assistant turns of a desirable row are in the loss as
+    usual."""
     rows = [
         {"messages": [USER, says("one"), MORE, says("two")], "label": label}
         for label in (True, False)
@@ -181,7 +183,8 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
 
 
 def test_tokens_are_kept_by_what_is_learned(tmp_path, tokenizer):
-    """The same file has different tokens for sft and for kto; all other methods share sft's."""
+    """The same file has different tokens for sft and for kto. All other methods use the same tokens
+    as sft."""
     row = {"prompt": "a", "completion": "b", "label": False}
     source, _ = sources_of(write(tmp_path, row))
     model = tmp_path / "model"

@@ -1,4 +1,5 @@
-"""Which tokens are in the loss, with real tokenizers and chat templates of known families."""
+"""Tests which tokens are in the loss, with real tokenizers and chat templates of known model
+families."""
 
 import numpy as np
 import pytest
@@ -21,12 +22,12 @@ from lib.chats import (
 )
 from mlx_segtrain.errors import InputError
 
-# Inserts a system message of its own, as SmolLM2's does.
+# This template inserts a default system message, like SmolLM2's template.
 DEFAULT_SYSTEM = (
     "{% if messages and messages[0].role != 'system' %}"
     "<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
 )
-# The generation prompt opens a thinking block that the finished turn does not have (DeepSeek-R1).
+# The generation prompt opens a thinking block, but finished turns have no such block (DeepSeek-R1).
 OPEN_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
@@ -108,8 +109,9 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
-    # "▁fine" contains the prompt's space and the answer: a token with any part of the answer is in
-    # the loss. The newline ends the turn, because there is no special token, and none is appended.
+    # "▁fine" contains the space of the prompt and the response: a token with any part of the
+    # response is in the loss. The newline ends the turn, because there is no special token for
+    # this, and none is appended.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 
@@ -117,7 +119,7 @@ def test_a_turn_without_special_token_is_trained_whole(tmp_path):
     tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     messages = chat("Hello", "I say <|im_end|> here", "Bye", "fine")
     data = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False)
-    # Without a generation prompt, the model also writes the name of the speaker.
+    # Because there is no generation prompt, the model must also write the name of the speaker.
     assert trained(data.rows[0], tokenizer) == [
         "assistant: I say <|im_end|> here\n",
         "assistant: fine\n",
@@ -151,7 +153,7 @@ def test_a_generation_prompt_that_the_finished_turn_lacks(tmp_path):
     tokenizer = byte_level(OPEN_THINKING)
     messages = chat("a", "<this is fine", "b", "two")
     data = load(tmp_path, tokenizer, {"messages": messages})
-    # The thinking block that the generation prompt opens is closed before the answer.
+    # The thinking block that the generation prompt opens is closed before the response.
     closed = "\n</think>\n\n"
     assert [trained(row, tokenizer) for row in data.rows] == [
         [closed + "<this is fine<|im_end|>"],

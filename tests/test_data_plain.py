@@ -1,4 +1,5 @@
-"""Prompt/completion and text rows, BOS and EOS, truncation, and rows without any loss."""
+"""Tests prompt/completion rows and text rows, BOS and EOS, truncation, and rows without tokens in
+the loss."""
 
 import json
 
@@ -98,7 +99,7 @@ def test_truncation_on_the_right(tmp_path):
         {"prompt": "Q", "completion": "WWWWW"},
         {"prompt": "Q", "completion": "W"},
     ]
-    data = load(tmp_path, tokenizer, *rows, max_seq_length=5)  # each letter is a token
+    data = load(tmp_path, tokenizer, *rows, max_seq_length=5)  # each letter is one token
     assert [text(row, tokenizer) for row in data.rows] == ["<s>QWWW", "<s>QW</s>"]
     assert [trained(row, tokenizer) for row in data.rows] == [["WWW"], ["W</s>"]]
     assert (data.n_rows, data.truncated, data.dropped) == (3, 1, 1)

@@ -1,4 +1,4 @@
-"""Pairs of answers: formats of rows, tokens, shared tokens, and truncation."""
+"""Tests pairs of responses: formats of rows, tokens, shared tokens, and truncation."""
 
 import json
 from itertools import islice
@@ -47,7 +47,7 @@ def texts(tokenizer, pair):
 
 
 def shown(tokenizer, row):
-    """Returns the text of a sequence with its response in brackets."""
+    """Returns the text of a sequence, with the response in brackets."""
     inside = row.weights > 0
     first, last = np.flatnonzero(inside)[[0, -1]]
     assert inside[first : last + 1].all()
@@ -125,7 +125,7 @@ def test_a_text_prompt_has_bos_once_and_eos(tmp_path):
     [
         ("WX", "ZZ", 3),  # <s> Q Q
         ("WX", "WZ", 4),  # <s> Q Q W
-        ("W", "WZ", 3),  # two of <s> Q Q W </s> are not shared
+        ("W", "WZ", 3),  # two tokens of <s> Q Q W </s> are not shared
         ("", "Z", 2),
     ],
 )
@@ -160,7 +160,7 @@ def test_prompts_that_end_in_other_tokens(tmp_path):
     (whole,) = load(tmp_path, tokenizer, row).rows
     starts = [int(np.argmax(own.weights > 0)) for own in (whole.chosen, whole.rejected)]
     assert starts[0] < starts[1] and whole.shared == starts[0]
-    most = starts[0] - 2  # leaves <s> and a token of the shorter prompt
+    most = starts[0] - 2  # leaves <s> and one token of the shorter prompt
     for wanted, cut in ((1, 1), (most, most), (most + 1, most)):
         length = len(whole.rejected) - wanted
         data = load(tmp_path, tokenizer, row, length=length)
@@ -234,7 +234,7 @@ def test_pairs_without_a_response_are_dropped(tmp_path):
     data = load(tmp_path, tokenizer, *rows, append_eos=False)
     assert (data.n_rows, len(data.rows), data.dropped) == (3, 1, 2)
     assert (data.truncated, data.prompts_cut) == (0, 0)
-    assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s>, then Q and the response twice
+    assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s> once, and Q and the response twice
     with pytest.raises(InputError, match=r"max_seq_length = 2; raise it \(.* has 4 tokens\)"):
         load(tmp_path, tokenizer, rows[0], length=2)
 

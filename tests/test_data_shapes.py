@@ -1,4 +1,5 @@
-"""The formats of rows, from several kinds of files, and which of their tokens are in the loss."""
+"""Tests the formats of rows in several kinds of files, and which of their tokens are in the
+loss."""
 
 import csv
 import json
@@ -21,7 +22,7 @@ CHAT = chat("Hello", "fine")
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]
 ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-#: A row, its format, the user's message, and the response.
+#: For each case, a row, its format, the user's message, and the response.
 SHAPES = {
     "messages": ({"messages": CHAT}, "messages", "Hello", "fine"),
     "messages as JSON": ({"messages": json.dumps(CHAT)}, "messages", "Hello", "fine"),
@@ -52,7 +53,7 @@ def write_csv(path, row):
 
 
 def write_table(path, row):
-    """Writes a table with two more columns, which are null, as in a table that also has other
+    """Writes a table with two additional columns that are null, as in a table that also has other
     rows."""
     path.unlink(missing_ok=True)
     pq.write_table(pa.Table.from_pylist([{**row, "system": None, "tools": None}]), path)
@@ -75,7 +76,7 @@ def read(folder, *rows, **options):
 def test_what_is_trained_of_a_row(name, file, tmp_path):
     row, format, prompt, response = SHAPES[name]
     if name == "lists" and file == "train.csv":
-        return  # a string would be the user's message
+        return  # a string would be read as the user's message
     WRITERS[file](tmp_path / file, row)
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert (data.format, data.notes.formats) == (format, {format: 1})
@@ -119,7 +120,7 @@ def test_the_system_s_text_twice(tmp_path):
         read(tmp_path, {"conversations": messages, "system": "Be quick."})
 
 
-#: A row with the keys of several formats has the first of these formats.
+#: A row that has the keys of several formats is read in the first of these formats.
 ORDER = [
     ({"prompt", "chosen", "rejected"}, "preference"),
     ({"prompt", "completion", "label"}, "kto"),
@@ -148,9 +149,9 @@ def test_which_format_a_row_with_several_is_of():
         later = {key for other, _ in ORDER[i + 1 :] for key in other}
         row = {key: values[key] for key in keys | later}
         first = next(own for marks, own in ORDER if marks <= row.keys())
-        assert checked(row, "a:1").format == first  # more keys may complete an earlier format
+        assert checked(row, "a:1").format == first  # additional keys may complete an earlier format
         assert checked({key: values[key] for key in keys}, "a:1").format == name
-        # A null value counts as absent.
+        # A null value counts as an absent key.
         nothing = dict.fromkeys(values.keys() - keys)
         assert checked({**nothing, **{key: values[key] for key in keys}}, "a:1").format == name
 
@@ -196,7 +197,7 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_rows_with_a_label(tmp_path):
-    """Undesirable rows are dropped with sft, with a message."""
+    """With sft, undesirable rows are dropped, and a message reports this."""
     rows = [
         {"prompt": "Q", "completion": f"A{i}", "label": label}
         for i, label in enumerate([True, False, 1, 0, "true", " False ", "1", "0"])
@@ -239,7 +240,7 @@ def test_rows_that_are_wrong(row, says, tmp_path):
 
 
 def test_values_of_a_table_that_are_no_text(tmp_path):
-    """Numbers, times and bytes are errors if a text is expected, and ignored elsewhere."""
+    """Numbers, times and bytes are errors where text is expected, and are ignored elsewhere."""
     times = pa.array([1, 2], pa.timestamp("ms"))
     columns = {"text": ["a", None], "when": times, "raw": pa.array([b"a", b"b"])}
     pq.write_table(pa.table({**columns, "text": ["a", "b"]}), tmp_path / "train.parquet")

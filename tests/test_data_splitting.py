@@ -1,4 +1,5 @@
-"""Held-out rows, duplicates, and rows in both sets, which are determined by content."""
+"""Tests held-out rows, duplicates, and rows that are in both sets. All of these depend only on the
+content of rows."""
 
 import json
 import random
@@ -43,7 +44,8 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
         texts(load(tmp_path, rows, method=method, val_split=0)[0])
     )
     held = set(texts(valid))
-    # The same rows in another order, with columns that nothing reads, and with additional rows.
+    # The rows are the same, in another order, with columns that nothing reads, and with additional
+    # rows.
     random.Random(0).shuffle(rows)
     others = [{"id": i, **own} for i, own in enumerate(rows)]
     assert set(texts(load(tmp_path, others, method=method)[1])) == held
@@ -81,10 +83,11 @@ def test_equal_rows_are_on_one_side(tmp_path):
     train, valid = load(tmp_path, rows, val_split=0.2)
     assert not set(texts(train)) & set(texts(valid))
     assert valid.n_rows == 40
-    train, valid = load(tmp_path, rows, val_split=7)  # one row, five times: two would be 10
+    # One row that occurs five times; two such rows would be 10.
+    train, valid = load(tmp_path, rows, val_split=7)
     assert valid.n_rows == 5
-    # If all rows are equal, or a row is repeated more often than val_split, none are held out, with
-    # a message.
+    # If all rows are equal, or a row occurs more than val_split times, no rows are held out, and a
+    # message reports this.
     assert load(tmp_path, [row(1)] * 200)[1] is None
     with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)

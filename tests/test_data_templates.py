@@ -1,4 +1,4 @@
-"""The text of a row is in the loss, whatever its chat template does."""
+"""The text of a row is in the loss, whatever the chat template does."""
 
 import json
 
@@ -80,7 +80,8 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         (PARTS, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
-@pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])  # letters in <|im_end|>
+# These letters occur in <|im_end|>.
+@pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])
 def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(
     tmp_path, template, answers, answers_are
 ):
@@ -175,7 +176,8 @@ def test_reasoning_is_trained_however_row_and_template_spell_it(tmp_path, key, t
     own = says("one", **{key: "hm"}) if key else says("<think>\nhm\n</think>\n\none")
     row = {"messages": [asks("a"), own, asks("b"), says("two")]}
     data = load(tmp_path, tokenizer, row, train_on="assistant")
-    if key is None and "m.reasoning }}" in template:  # this template also keeps tags in the content
+    # This template also keeps tags in the content of a message.
+    if key is None and "m.reasoning }}" in template:
         expected = "/<think>\nhm\n</think>\n\none<|im_end|>"
     assert spans(data, tokenizer)[0] == expected
     assert "reasoning" not in data.notes.findings

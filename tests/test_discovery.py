@@ -1,4 +1,4 @@
-"""Listing adapters, their model cards, and the commands that convert them."""
+"""Tests the list of adapters, their model cards, and the commands that convert them."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def run(*argv):
 @pytest.fixture(scope="module")
 def root(llama_mixed, data, tmp_path_factory):
     """Returns a folder with a run, its best adapter and checkpoints, an export, and a broken
-    one."""
+    adapter."""
     root = tmp_path_factory.mktemp("adapters")
     options = {"iters": 4, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama_mixed, data, root / "one", **options))
@@ -106,7 +106,8 @@ def test_curves(root, tmp_path):
 
 
 def test_the_commands(root, llama_mixed, data, tmp_path):
-    """Exports a run to PEFT, imports it again, merges adapters, and merges into the base model."""
+    """Exports a run to PEFT, imports it again, merges adapters, and merges an adapter into the base
+    model."""
     done = run(
         "export", root / "one", "--to", "peft", "--names", "text", "--out", tmp_path / "peft"
     )

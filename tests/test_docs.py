@@ -1,4 +1,4 @@
-"""The form of the documentation: line lengths, blocks, and commands, which must exist."""
+"""Checks the form of the documentation: line lengths, code blocks, and that the commands exist."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from mlx_segtrain.config import CALLED, TrainConfig
 EVERY = [(block, block.place) for page in PAGES for block in blocks(page)]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
-#: Commands of other programs that pages show.
+#: Commands from other programs that pages show.
 OTHERS = {
     *("pip", "python", "python3", "python3.12", "make", "curl", "apt", "git", "cd", "export"),
     *("caffeinate", "sudo", "xcode-select", "ssh", "hf", "mlx.launch", "mlx.distributed_config"),
@@ -37,7 +37,7 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_in_fences(page: Path) -> None:
-    """Indented blocks are for formulas and listings: no test runs them."""
+    """Indented blocks are for formulas and listings, because no test runs them."""
     command = re.compile(r" {4,}(mlx-segtrain|pip|python3?|make|curl|mlx\.launch|from|import) ")
     assert not [n for n, line in prose(page) if command.match(line)]
 
@@ -57,7 +57,8 @@ def test_a_block_is_what_it_says(block) -> None:
 
 
 def check_command(words: list[str], place: str) -> None:
-    """Checks that a command of ours parses, and that the files and targets of others exist."""
+    """Checks that a command of this package can be parsed, and that the files and targets in other
+    commands exist."""
     while words and re.match(r"[A-Z_]+=", words[0]):  # environment variables
         words = words[1:]
     own = next((i for i, word in enumerate(words) if word.endswith("mlx-segtrain")), None)
@@ -84,7 +85,7 @@ def check_command(words: list[str], place: str) -> None:
 
 
 def sentences() -> list[str]:
-    """Returns every f-string in the package, with … for its values."""
+    """Returns every f-string in the package, with its values replaced by …."""
     found = []
     for file in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -97,7 +98,7 @@ def sentences() -> list[str]:
 
 
 def test_errors_that_are_explained_exist() -> None:
-    """The headings of docs/troubleshooting.md are messages of the program."""
+    """The headings in docs/troubleshooting.md are messages that the program can print."""
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     headings = re.findall(r"^### `(.*)`$", text, re.M)
     assert len(headings) >= 15

@@ -1,7 +1,7 @@
-"""Every block of the documentation runs as printed, unless it says what it needs.
+"""Every code block in the documentation runs as printed, unless it says that it needs something.
 
-Each page has a folder with a tiny model called MODEL, rows called data, and the things that the
-page names as given. Commands of ours run in this process.
+Each page gets a folder with a tiny model called MODEL, rows called data, and the files that the
+page names as given. Commands of this package run in this process.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ADDRESS = "localhost:8090"
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with everything that a page may assume to exist."""
+    """Returns a folder with all files that a page may assume to exist."""
     path = tmp_path_factory.mktemp("things")
     write_llama(path / "MODEL", bits=4, layers=2, max_position_embeddings=65536)
     write_rows(path / "data", 12)
@@ -83,7 +83,7 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
 def run(block: Block, text: str) -> None:
     """Runs the commands of a shell block, one after another."""
     for line, words in commands(text):
-        if words[:2] == ["mlx-segtrain", "serve"]:  # servers have tests of their own
+        if words[:2] == ["mlx-segtrain", "serve"]:  # other tests cover servers
             assert cli.parsers()[0].parse_known_args(words[1:])[1] == []
         elif words[0] == "mlx-segtrain" and not SHELL.search(line.split(" #")[0]):
             said, sys.stdin = io.StringIO(), io.StringIO("Hello\n")

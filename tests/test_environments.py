@@ -1,4 +1,4 @@
-"""Conversations of grpo: an environment's turns and tools, whose tokens are not in the loss."""
+"""Conversations in grpo: turns and tools of an environment, whose tokens are not in the loss."""
 
 import json
 
@@ -22,7 +22,7 @@ from mlx_segtrain.training.ranks import LostRank
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-#: Tools as in the templates of Hermes and Qwen, from which mlx-lm infers how to parse calls.
+#: A template with tools like those of Hermes and Qwen, from which mlx-lm infers how to parse calls.
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -33,7 +33,7 @@ TOOLS = (
 
 
 class Guess:
-    """An environment that tells whether a guessed number is too low or too high."""
+    """An environment that says whether a guessed number is too low or too high."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed
@@ -139,7 +139,7 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
 
 
 def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
-    """The signal arrives in whatever code runs."""
+    """The signal can arrive in any code."""
 
     class Lost(Shelf):
         def add(self, a: int, b: int) -> int:
@@ -158,7 +158,7 @@ def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
 
 
 def test_calls_that_the_template_cannot_write(with_tools):
-    """Arguments that are not a mapping, or several calls in a turn, do not end a conversation."""
+    """Neither arguments that are not a mapping nor several calls in a turn end a conversation."""
     tokenizer = load_tokenizer(with_tools)
     strict = TOOLS.replace(
         "{{ tool_call.name }}",
@@ -210,8 +210,8 @@ def talkative(monkeypatch):
 
 
 def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
-    """This also holds if other conversations, with turns of other lengths, are decoded in the same
-    batch."""
+    """This also holds if other conversations, whose turns have other lengths, are decoded in the
+    same batch."""
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt
@@ -233,7 +233,8 @@ def test_what_ends_a_conversation(llama4, talkative):
         ["assistant", "user", "assistant"]
     ] * 6
     _, talks, made = rolled(llama4, {}, max_tokens=2)
-    for talk, own in zip(talks, made, strict=True):  # truncated, unless it ended by itself
+    # A conversation is truncated unless it ended by itself.
+    for talk, own in zip(talks, made, strict=True):
         assert talk.said[0] == {"role": "assistant", "content": own.text}
         assert own.finish == "length" and len(talk.said) == own.turns == 1
     _, talks, made = rolled(llama4, {}, max_tokens=20)
@@ -242,8 +243,8 @@ def test_what_ends_a_conversation(llama4, talkative):
 
 
 def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatch):
-    """Loss and gradient do not depend on the values of the environment's tokens, and no position
-    that predicts such a token is in the loss."""
+    """Loss and gradient do not depend on which tokens the environment returns, and no position that
+    predicts such a token is in the loss."""
     model, _, made = rolled(llama4, {}, max_tokens=400)
     chain = chain_of(model)
     config = configured(grpo_beta=0.0, max_completion_tokens=400, max_seq_length=600)
@@ -278,7 +279,8 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
 
 
 def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
-    """The environment is a Python class; rewards get the environments, and the log the messages."""
+    """The environment is a Python class. Rewards get the environments, and the log contains the
+    messages."""
     rows = [{"prompt": f"Guess {i}.", "answer": i} for i in range(4)]
 
     def run(out, iters, **more):
@@ -307,7 +309,7 @@ def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
 
 
 class Silent:
-    """An environment with neither `step` nor tools."""
+    """An environment that has neither `step` nor tools."""
 
     def reset(self): ...
 

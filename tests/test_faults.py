@@ -1,8 +1,8 @@
-"""Runs that are killed at any moment, full or broken disks, and power cuts. Only what was being
-written may be lost.
+"""Tests runs that are killed at any moment, full or broken disks, and power cuts. Only the file
+that was being written may be lost.
 
-A tiny run writes every kind of file, in processes forked from one that has imported everything.
-KILLS and FAULTS are the numbers of moments to try; FAULTS=0 tries all of them.
+A tiny run writes every kind of file. Runs are processes that are forked from a process that has
+imported everything. KILLS and FAULTS are the numbers of moments to try; FAULTS=0 tries all moments.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ def config(model, data, folder, **more):
 
 
 def in_child(queue, model, data, folder, fault, more):
-    """Trains in a forked process; sends the number of calls that changed something, or the
-    error."""
+    """Trains in a forked process, and sends the number of calls that changed something on the disk,
+    or the error."""
     mx.set_default_device(mx.cpu)
     os.environ.update(fault)
     told = []
@@ -65,7 +65,8 @@ class Forks:
         return process, queue
 
     def run(self, folder, fault=None, more=None):
-        """Returns the exit code, and (error, calls, warnings), or None if the run was killed."""
+        """Returns the exit code and (error, calls, warnings). The latter is None if the run was
+        killed."""
         process, queue = self.start(folder, fault, more)
         process.join(60)
         assert process.exitcode is not None, "a run hangs"
@@ -81,14 +82,15 @@ def forks(llama4, data):
 
 @pytest.fixture(scope="module")
 def whole(forks, tmp_path_factory):
-    """Returns the folder of an undisturbed run."""
+    """Returns the folder of a run without faults."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert forks.run(folder)[0] == 0
     return folder
 
 
 def assert_nothing_torn(run):
-    """Checks that every file with its final name is complete, except the log's last line."""
+    """Checks that every file that has its final name is complete, except for the last line of the
+    log."""
     for path in run.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(run).parts):
             continue
@@ -106,7 +108,7 @@ def assert_nothing_torn(run):
 
 
 def assert_ends_as(run, whole, lost=()):
-    """Checks that a run has the same files as `whole`, except the folders `lost`, and no others."""
+    """Checks that a run has exactly the same files as `whole`, except for the folders `lost`."""
     mine, its = (
         {name: x for name, x in files_of(folder).items() if "state" not in name.parts}
         for folder in (run, whole)
@@ -129,7 +131,7 @@ def assert_ends_as(run, whole, lost=()):
 
 
 def test_killed_at_random_moments(forks, whole, tmp_path):
-    """Kills and resumes a run until it ends, and then starts the next one."""
+    """Kills and resumes a run until it ends, and then starts the next run."""
     chance = random.Random(0)
     began = time.monotonic()
     assert forks.run(tmp_path / "timed")[0] == 0
@@ -156,14 +158,14 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Returns the numbers of some calls, evenly spaced, or of all."""
+    """Returns the numbers of some evenly spaced calls, or of all calls."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 
 
 @pytest.fixture(scope="module")
 def calls(forks, tmp_path_factory):
-    """Returns the number of calls in a run that change something."""
+    """Returns the number of calls in a run that change something on the disk."""
     folder = tmp_path_factory.mktemp("counted") / "run"
     code, (_, calls, _) = forks.run(folder, {"FAULT_ROOT": str(folder)})
     assert code == 0 and calls > 100
@@ -214,8 +216,8 @@ def test_killed_at_every_write(kind, forks, whole, calls, tmp_path):
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, calls, tmp_path):
-    """After one failure, the run continues or ends with a sentence. If all later writes fail too,
-    existing files stay intact."""
+    """After one failed write, the run continues or ends with an error of one sentence. If all later
+    writes fail too, existing files stay intact."""
     for at in points(calls):
         folder = tmp_path / f"run-{at}"
         fault = {"FAULT_ROOT": str(folder), "FAULT_AT": str(at), "FAULT_KIND": str(number)}
@@ -247,8 +249,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="names of open files 
 class Disk:
     """Simulates the content of a folder after a power cut, at each fsync and after each rename.
 
-    Content is on the disk once its file is synced. Names are on the disk once their folder is
-    synced, or at once: a disk may do either.
+    The content of a file is on the disk once the file is synced. A name is on the disk once its
+    folder is synced, or immediately; real disks may do either.
     """
 
     def __init__(self, root, monkeypatch):
@@ -350,7 +352,7 @@ def test_the_power_goes(llama4, data, whole, tmp_path, monkeypatch):
 
 @linux
 def test_a_rename_without_a_sync_would_be_seen(llama4, data, tmp_path, monkeypatch):
-    """Shows that the simulation finds faults: without syncs, checkpoints are torn."""
+    """Shows that the simulation finds faults: without syncs, checkpoints are incomplete."""
     (tmp_path / "disk").mkdir()
     disk = Disk(tmp_path / "disk" / "run", monkeypatch)
     monkeypatch.setattr(files, "sync", lambda path: None)

@@ -1,4 +1,5 @@
-"""Our adapters in stock mlx-lm and HF PEFT, their adapters here, and round trips."""
+"""Tests our adapters in stock mlx-lm and HF PEFT, their adapters in this package, and round
+trips."""
 
 import functools
 import json
@@ -29,7 +30,7 @@ from mlx_segtrain.models import chain_of, load_base
 
 pytestmark = pytest.mark.acceptance
 
-#: The name of the model, and the options of the run.
+#: For each run, the name of the model and the options of the run.
 RUNS = {
     "constant": ("llama", {"rank_scaling": "constant"}),
     "by bits": ("mixed", {}),
@@ -72,16 +73,16 @@ def trained(name, models, data, folder):
 
 @pytest.fixture(scope="module")
 def adapters(models, data, tmp_path_factory):
-    """Returns a function from a run's name to its model and folder, which tests must not change.
-    Each run is trained once."""
+    """Returns a function that maps the name of a run to its model and folder, which tests must not
+    change. Each run is trained once."""
     place = tmp_path_factory.mktemp("adapters")
     return functools.cache(lambda name: trained(name, models, data, place / name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """mlx-lm computes our logits from our folder and from an export; both formats can be
-    imported."""
+    """With our folder and with an export, mlx-lm computes the same logits as we do. Both formats
+    can be imported."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -101,7 +102,8 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
         again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
-        assert_close(form, again, ours, 1e-5)  # sums over padded ranks have another order
+        # Sums over padded ranks are computed in another order.
+        assert_close(form, again, ours, 1e-5)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -112,7 +114,7 @@ def test_a_trained_adapter_loads_in_peft(name, hf, adapters, tmp_path):
     assert_close("PEFT", peft_logits(hf, model_dir, tmp_path / "peft"), ours, 1e-4)
 
 
-#: Options of runs on SmolLM2, and the tokens of a text in its vocabulary.
+#: The options of runs on SmolLM2, and the tokens of a text in SmolLM2's vocabulary.
 SMOLLM2 = {
     "dora": {"use_dora": True},
     "rslora of the last layers": {"rs_lora": True, "num_layers": 4, "target_modules": ["q_proj"]},
@@ -122,7 +124,8 @@ TEXT = [[1, 504, 3575, 282, 4649, 314]]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Returns a function from a name in SMOLLM2 to the model, the adapter, and its PEFT export."""
+    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, and the PEFT export
+    of the adapter."""
     place = tmp_path_factory.mktemp("smollm2")
     model_dir = snapshot.smollm2_snapshot(cache_dir())
     rows = write_rows(place / "data", 8)
@@ -157,11 +160,11 @@ def test_an_adapter_of_smollm2_loads_in_peft(name, hf, smollm2):
 
 
 def in_float32(x):
-    """Converts floating-point arrays to float32, as our loader does on the CPU."""
+    """Converts floating-point arrays to float32, as our model loader does on the CPU."""
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
-# ---- adapters of other tools
+# ---- adapters from other tools
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,8 @@ def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
 
 
 def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
-    """Ranks 4 and 8 are exported as 8: the added columns get a gradient from the first step."""
+    """Ranks 4 and 8 are exported as rank 8. The added columns get a gradient from the first
+    step."""
     model_dir, folder = trained("by bits", models, data, tmp_path / "a")
     export(folder, tmp_path / "mlx", "mlx-lm")
     tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))
@@ -264,7 +268,7 @@ def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
     for name, x in further.items():
         axis = 0 if name.endswith("lora_a") else 1
         moved = mx.abs(x - tensors[name]).max(axis)
-        # B's new rows change in the first step, and A's new columns in the second one.
+        # The new rows of B change in the first step, and the new columns of A in the second step.
         assert (moved > 0).all(), name
 
 
@@ -309,7 +313,8 @@ def test_gguf(name, models, data, tmp_path):
 
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
-    """The order is the same as in SmolLM2's GGUF, whose rows the snapshot reorders."""
+    """The order of rows is the same as in SmolLM2's GGUF file, whose rows are reordered for the
+    snapshot."""
     from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]
@@ -393,7 +398,7 @@ def test_which_names_must_be_known(tmp_path):
 
 
 def test_unpadded_factors_of_an_earlier_adapter_are_not_read(models, data, tmp_path):
-    """If a user continues training with mlx-lm in the same folder, it only writes
+    """If a user continues training with mlx-lm in the same folder, mlx-lm writes only
     adapters.safetensors."""
     _, folder = trained("by bits", models, data, tmp_path / "a")
     assert set(read_stored(folder).ranks.values()) == {4, 8}

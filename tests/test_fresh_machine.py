@@ -1,6 +1,6 @@
-"""`make` and the tests must not need anything that only a developer's machine has.
+"""Checks that `make` and the tests need nothing that only a developer's machine has.
 
-`.ci/run` tests the rest: it runs the README's commands with an empty environment.
+`.ci/run` checks the rest by running the README's commands in an empty environment.
 """
 
 import ast
@@ -18,7 +18,8 @@ from lib import peers
 
 ROOT = Path(__file__).parents[1]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
-#: The extras that a target installs, besides `cpu` on Linux; None: it installs nothing.
+#: For each target, the extras that it installs besides `cpu` on Linux, or None if it installs
+#: nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None, "mac": []},
     **{name: ["dev"] for name in ("check", "test", "lint", "docs", "bench", "models")},
@@ -27,14 +28,14 @@ TARGETS = {
 
 
 def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
-    """Returns the commands of `make -n` if `uname` prints `system` and there is no environment
-    yet."""
+    """Returns the commands that `make -n` prints if `uname` prints `system` and there is no virtual
+    environment yet."""
     fake = folder / "uname"
     fake.write_text(f"#!/bin/sh\necho {system}\n")
     fake.chmod(0o755)
     done = subprocess.run(
         ["make", "-n", "-C", ROOT, f"VENV={folder / 'venv'}", *words],
-        # Must not contain the MAKEFLAGS of `make test`.
+        # The environment must not contain the MAKEFLAGS of `make test`.
         env={"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
@@ -45,7 +46,7 @@ def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
 
 
 def installed(commands: list[list[str]]) -> list[str]:
-    """Returns the arguments of `pip install`, without options."""
+    """Returns the arguments of the `pip install` commands, without options."""
     found = []
     for words in commands:
         if "install" in words:
@@ -65,7 +66,8 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if extras is None:
         assert got == []
         return
-    if target == "mac":  # compilers, and MLX for its headers and symbols, but not the package
+    # This installs compilers, and MLX for its headers and symbols, but not the package itself.
+    if target == "mac":
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
         return
@@ -89,7 +91,7 @@ def test_peers_that_are_missing_are_said(monkeypatch):
     monkeypatch.setenv("PEERS", "")
     with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
         peers.load_peers()
-    monkeypatch.setenv("PEERS", "1")  # nothing is skipped if they are required
+    monkeypatch.setenv("PEERS", "1")  # nothing may be skipped if these packages are required
     monkeypatch.setitem(sys.modules, "lib.hf_peers", None)
     with pytest.raises(ImportError):
         peers.load_peers()
@@ -110,7 +112,7 @@ def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
     return texts, packages
 
 
-#: Files that contain the names of languages of code blocks.
+#: Files that contain the names of languages used in code blocks.
 FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 
 

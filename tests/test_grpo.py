@@ -1,5 +1,5 @@
-"""GRPO's losses compared with TRL's formulas in float64 with complex steps; weights, packing and
-cuts."""
+"""Compares GRPO's losses with TRL's formulas in float64 with complex steps, and tests weights,
+packing and cuts."""
 
 import json
 import math
@@ -51,7 +51,8 @@ OWNER = np.repeat(np.arange(4), LENGTHS)
 
 
 def trl(own, log_p, old, rollout, reference, gains):
-    """Returns the loss [] as in TRL 1.16: [B, T] with a mask. Accepts complex log-probabilities."""
+    """Returns the loss, a scalar, as in TRL 1.16 from [B, T] arrays with a mask. Log-probabilities
+    may be complex."""
     mask = np.arange(LENGTHS.max()) < LENGTHS[:, None]
 
     def table(x):
@@ -127,11 +128,11 @@ def test_advantages():
 
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
 def test_a_token_that_was_certain_counts(kind):
-    """The token's log-probability was 0, which must not be treated as missing."""
+    """The log-probability of the token was 0, which must not be treated as missing."""
     own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
     reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
     loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
-    # Below the lower clip, so the gradient of a token with a negative advantage is 0.
+    # The ratio is below the lower clip, so the gradient of a token with a negative advantage is 0.
     ratio = math.exp(-0.7)
     assert math.isclose(float(loss), 1 - own.low + 0.1 * float(kl), rel_tol=1e-6)
     assert math.isclose(float(kl), 1 / ratio - 0.7 - 1, rel_tol=1e-6) and float(clipped) == 1
@@ -148,7 +149,7 @@ def test_a_token_that_only_marks_its_row_has_no_gradient():
 
 
 def completions():
-    """Returns four rows with everything that a loss reads."""
+    """Returns four rows with all values that a loss reads."""
     rng = np.random.default_rng(5)
     weights = Grpo().weights(LENGTHS, np.ones(4, bool))
     rows = []
@@ -175,7 +176,7 @@ def model():
 
 
 def run(model, objective, batches, size):
-    """Returns loss, metrics and gradients over batches."""
+    """Returns the loss, the metrics and the gradients of all batches together."""
     chain, adapter, params = model
     functions, total = Functions(objective, chain, adapter.scales), objective.total(batches)
     sums, grads = np.zeros(4), {}
@@ -210,7 +211,7 @@ def test_segments_and_packing_change_nothing(name, model):
 
 
 def test_without_old_ones_the_ratio_is_one(model):
-    """The gradient is the same as with the model's own log-probabilities as the old ones."""
+    """The gradient is the same as if the old log-probabilities were those of the current model."""
     chain, adapter, params = model
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
@@ -230,10 +231,10 @@ def test_collapse():
     fallen = [*rising, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     assert collapsed(fallen, 0) is None
     assert "fell from 0.700 to 0.225" in collapsed(fallen, 4)
-    # It has lost less than half of the gain.
+    # The last mean still has more than half of the gain over the first mean.
     assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None
     noisy = [x + 0.2 * (-1) ** i for i, x in enumerate(fallen)]
-    assert collapsed(noisy, 4) is None  # chance explains the loss
+    assert collapsed(noisy, 4) is None  # the drop is within random variation
 
 
 CURVES = {
@@ -245,7 +246,8 @@ CURVES = {
 
 @pytest.mark.parametrize("name", CURVES)
 def test_chance_is_no_collapse(name):
-    """Simulates runs with prompts of any difficulty, 4 per step, with 8 completions each."""
+    """Simulates runs with prompts of any difficulty, with 4 prompts per step and 8 completions per
+    prompt."""
     rng, stopped = np.random.default_rng(8), 0
     for _ in range(20):
         chances = np.clip(CURVES[name][:, None] + rng.normal(0, 0.3, (100, 4)), 0, 1)
@@ -256,7 +258,8 @@ def test_chance_is_no_collapse(name):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
 def test_log_probs_at_a_temperature(family):
-    """Values and gradients for a head of our ops, one with a cap, and one of mlx-lm."""
+    """Tests values and gradients for a head with our ops, a head with a softcap, and a head of
+    mlx-lm."""
     model, rng = tiny_models.build(family), np.random.default_rng(4)
     chain = chain_of(model)
     h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
@@ -331,7 +334,7 @@ def test_rewards_of_python_are_checks_and_functions(monkeypatch):
 
 
 def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
-    """A limit on the size of files stands for a full disk."""
+    """A limit on the size of files simulates a full disk."""
     said = []
     log = CompletionLog(tmp_path, said.append)
     log.write([{"step": 1, "text": "a"}])
@@ -349,7 +352,8 @@ def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
 
 
 def test_files_of_rewards_are_in_the_record(tmp_path):
-    """Files of the same name in two folders; after a change, a resume warns and continues."""
+    """The files have the same name in two folders. If one changes, a resumed run warns and
+    continues."""
     paths = [tmp_path / name / "own.py" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -372,7 +376,7 @@ def test_files_of_rewards_are_in_the_record(tmp_path):
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 60), (3, 4), (40, 90), (70, 110)])
 def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
-    """Checked for prompts and completions of all lengths up to the maximum."""
+    """This is checked for prompts and completions of all lengths up to the maximum."""
     config = config_of(packing=packs, max_completion_tokens=80, max_seq_length=200)
     own, rng = objective_of(config), np.random.default_rng(2)
 
@@ -413,7 +417,8 @@ def test_dropout_is_refused():
 
 
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
-    """A run is killed before its first checkpoint, and when it restarts, other memory is free."""
+    """A run is killed before its first checkpoint, and when it is started again, a different amount
+    of memory is free."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
     monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
@@ -431,7 +436,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
 
 
 def rolling(monkeypatch, roll_out):
-    """Returns a cycle that generates with this function."""
+    """Returns a cycle that uses this function to generate."""
     monkeypatch.setattr(cycle, "roll_out", roll_out)
     monkeypatch.setattr(cycle, "with_params", lambda *_: None)
     names = ("model", "tokenizer", "chain", "scales")

@@ -1,4 +1,4 @@
-"""The completions of a grpo run by step: from the file, over HTTP, and on the page."""
+"""Tests the completions of a grpo run by step: in the file, over HTTP, and on the page."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whole runs of grpo on tiny models: they learn, resume bit-identically, and keep their state."""
+"""Whole runs of grpo on tiny models learn, resume bit-identically, and keep their state."""
 
 import json
 import math
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 
 def vowels(completions, answer):
-    """Scores completions; every row must have an answer."""
+    """Scores completions, and checks that every row has an answer."""
     assert all(answer)
     return [sum(char in "aeiou" for char in text) / 8 for text in completions]
 
@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tm
 
 
 def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
-    """The error is one sentence, and the run can be resumed once the reward is fixed."""
+    """The error is one sentence, and the run can be resumed after the reward has been fixed."""
     calls = 0
 
     def reward(completions):
@@ -199,7 +199,7 @@ def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
 
 
 def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys):
-    """Python and the command line give the same results; pass@k follows from the counts."""
+    """Python and the command line return the same results, and pass@k follows from the counts."""
     own = tmp_path / "own.py"
     own.write_text("def odd(completions): return [ord(x[:1] or 'a') % 2 for x in completions]\n")
     how = {"reward_functions": [f"{own}:odd"], "group_size": 4}
@@ -249,7 +249,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
 
 @pytest.mark.parametrize("prompt", [30, 5000])
 def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, tmp_path):
-    """Tested with most memory in prompts, and with most memory in completions."""
+    """This is tested with most of the memory in prompts, and with most of it in completions."""
     made = config(llama4, prompts, tmp_path / "a", max_completion_tokens=40, max_seq_length=6000)
     model, tokenizer = load_model(llama4)[0], load_tokenizer(llama4)
     how = [Options(max_tokens=40, temperature=1.0, seed=i, logprobs=0) for i in range(12)]

@@ -1,4 +1,4 @@
-"""Help in groups, aliases of flags, suggestions for unknown flags, and shell completion."""
+"""Tests help in groups, aliases of flags, suggestions for unknown flags, and shell completion."""
 
 import os
 import pty
@@ -77,7 +77,7 @@ def test_flags_of_mlx_lm_beside_the_long_names() -> None:
         ("train", "--output-dir", "--adapter-path"),
         ("train", "--learning-rat", "--learning-rate"),
         ("plan", "--max-length", "--max-seq-length"),
-        ("plan", "--lr", ""),  # plan has no learning rate, so nothing is suggested
+        ("plan", "--lr", ""),  # `plan` has no learning rate, so there is no suggestion
     ],
 )
 def test_an_unknown_flag_is_understood_by_its_meaning(command, given, meant, capsys) -> None:
@@ -103,8 +103,8 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def completed(request, capsys, tmp_path: Path):
-    """Returns a function that completes words in a shell with our script, in a folder with a
-    file."""
+    """Returns a function that completes words in a shell with our completion script, in a folder
+    with a file."""
     shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
@@ -138,7 +138,7 @@ def in_fish(words: str, place: Path, _: str) -> str:
 
 
 def in_zsh(words: str, place: Path, wanted: str) -> str:
-    """Types words on a terminal, since zsh only completes there; returns its output up to
+    """Types words on a terminal, because zsh completes only there, and returns zsh's output up to
     `wanted`."""
     process, terminal = pty.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""The HTTP API, tested on a server that runs as for users."""
+"""Tests the HTTP API on a server that is started as by a user."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def run(server):
 
 
 def test_the_curl_lines_of_users(server, tmp_path):
-    """Bodies as in the documentation: with comments, over several lines."""
+    """Request bodies may have comments and several lines, as in the documentation."""
     body = """{
       "model_dir": "/path/to/snapshot",
       "data_dir": "/path/to/dataset",      // dir with train.jsonl (+ optional valid.jsonl)
@@ -153,7 +153,8 @@ def test_plan(server):
 
 def test_the_schema_is_the_command_line_s(server):
     rows = server.http.get("/api/finetune/defaults").json()["fields"]
-    refused = {"eval_command", "reward_command", "reward_functions", "environment"}  # they run code
+    # These fields run code.
+    refused = {"eval_command", "reward_command", "reward_functions", "environment"}
     assert {row["name"] for row in rows} == set(TrainConfig.model_fields) - refused
     rank = next(row for row in rows if row["name"] == "rank")
     assert (rank["default"], rank["allowed"]) == ("8", "an integer >= 2")
@@ -236,7 +237,8 @@ def test_cancel_and_resume(server):
 
 
 def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch):
-    """FOLLOWERS clients follow one job with dropped connections, besides 200 other requests."""
+    """FOLLOWERS clients follow one job over connections that drop, while 200 other requests are
+    made."""
     import os
 
     n = int(os.environ.get("FOLLOWERS", "60"))
@@ -246,7 +248,7 @@ def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch
     with httpx.Client(base_url=server.url, timeout=120, limits=limits) as http:
 
         def follow(i):
-            """Follows the job; every third client drops its connection now and then."""
+            """Follows the job. Every third client drops its connection from time to time."""
             found, last_id = [], ""
             while True:
                 headers = {"last-event-id": last_id} if last_id else {}
@@ -316,7 +318,7 @@ def test_a_server_that_is_killed_finds_its_jobs_again(tmp_path):
 
 
 def test_security_against_a_real_server(tmp_path):
-    """Repeats tests of tests/test_guard.py on a real server."""
+    """Repeats tests from tests/test_guard.py on a real server."""
     import socket
 
     place = write_place(tmp_path)
@@ -336,7 +338,7 @@ def test_security_against_a_real_server(tmp_path):
         entered = http.post("/login", data={"token": secret})
         cookie = entered.headers["set-cookie"]
         assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
-        assert http.get("/api/jobs").status_code == 200  # with the cookie
+        assert http.get("/api/jobs").status_code == 200  # uses the cookie
         http.cookies.clear()
         http.headers.update(good)
         assert http.get("/api/jobs", headers={"host": "evil.example"}).status_code == 403
@@ -355,7 +357,7 @@ def test_security_against_a_real_server(tmp_path):
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
-        # A body of 1 GB, with and without a content-length.
+        # The body has 1 GB, with and without a content-length.
         huge = {"content-length": str(10**9), "content-type": "application/json"}
         answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413")
@@ -369,7 +371,7 @@ def test_security_against_a_real_server(tmp_path):
             assert refused.status_code == 413
         except httpx.TransportError:
             pass  # the server has closed the connection before the end of the body
-        # Slow clients: a head and a body that never end.
+        # These are slow clients, whose head or body never ends.
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
         late = threading.Thread(target=_trickle, args=(slow,), daemon=True)
@@ -380,7 +382,7 @@ def test_security_against_a_real_server(tmp_path):
         assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 15
         late.join(15)
         assert not late.is_alive()
-        # More jobs than the limit.
+        # These are more jobs than the limit.
         many = {"adapter_path": str(place / "none"), "base_model": str(place / "model")}
         limit = [http.post("/api/finetune/export", json=many).status_code for _ in range(1)]
         assert set(limit) == {400}
@@ -402,7 +404,7 @@ def _raw(server, more, request, headers, body):
 
 
 def _trickle(wire):
-    """Sends a byte now and then, until the server closes the connection."""
+    """Sends a byte from time to time, until the server closes the connection."""
     try:
         while True:
             time.sleep(0.5)
@@ -445,7 +447,8 @@ def test_a_run_gets_a_folder_of_its_own(server, run):
 
 
 def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
-    """An answer is sent in two writes; on a kept connection the second one would wait 40 ms."""
+    """A response is sent in two writes. On a persistent connection, the second write must not wait
+    40 ms for an acknowledgement."""
 
     def seconds() -> float:
         began = time.perf_counter()
@@ -453,11 +456,11 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
         return time.perf_counter() - began
 
     took = [seconds() for _ in range(40)]
-    assert min(took[20:]) < 0.03  # the first answers are acknowledged at once
+    assert min(took[20:]) < 0.03  # the first responses are acknowledged at once
 
 
 def test_what_a_client_sends_keeps_nobody_waiting(server):
-    """An unterminated string, long configurations, and invalid text."""
+    """Clients send an unterminated string, long configurations, and invalid text."""
     http, as_json = server.http, {"content-type": "application/json"}
     begun = time.monotonic()
     for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):
@@ -553,16 +556,17 @@ def test_push_to_a_hub(tmp_path, hub):
         assert secret not in server.said and not any(secret.encode() in text for text in texts)
 
 
-@pytest.mark.parametrize("infinity", [-1, 2**63 - 1])  # Linux's, macOS's
+@pytest.mark.parametrize("infinity", [-1, 2**63 - 1])  # the values on Linux and on macOS
 @pytest.mark.parametrize(
     ("soft", "hard", "allows", "then"),
     [
         (1024, 4096, 4096, 4096),  # the hard limit is lower than what we want
         (1024, 524288, 524288, 65536),
         (1024, None, 2**62, 65536),
-        (256, None, 24576, 24576),  # macOS: the hard limit says infinity, kern.maxfilesperproc less
+        # MacOS: the hard limit is infinity, but kern.maxfilesperproc is lower.
+        (256, None, 24576, 24576),
         (256, None, 10240, 10240),
-        (256, None, 256, 256),  # no more is allowed
+        (256, None, 256, 256),  # no higher limit is allowed
         (100_000, None, 10240, 100_000),  # the limit is already higher
         (None, None, 10240, None),
     ],
@@ -585,7 +589,7 @@ def test_as_many_open_files_as_are_allowed(monkeypatch, infinity, soft, hard, al
 
 
 def test_lists_have_jobs_of_each_kind(server):
-    """A job of an unknown kind once broke the list of all jobs."""
+    """A job of an unknown kind must not break the list of all jobs, as it once did."""
     with of_each_kind(server.cache) as jobs:
         listed = {row["id"]: row for row in server.http.get("/api/jobs").json()["jobs"]}
         for id, (kind, title, name) in jobs.items():
@@ -594,7 +598,8 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """Each request's id is in a header of its answer. Unmounted adapters leave no counters."""
+    """The id of each request is in a header of the response. There are no counters
+    for unmounted adapters."""
 
     def values():
         answer = server.http.get("/metrics")
@@ -616,7 +621,7 @@ def test_metrics_and_the_log_tell_what_was_answered(server):
     assert len(set(ids)) == 4 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
     usage = answers[0].json()["usage"]
     answered = 'segtrain_requests_total{adapter="m",finish="length"}'
-    # A client may read the end of a stream before the server has counted it.
+    # A client may read the end of a stream before the server has counted the request.
     end = time.monotonic() + 10
     while (after := values())[answered] < 3:
         assert time.monotonic() < end, after

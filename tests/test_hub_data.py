@@ -1,4 +1,4 @@
-"""Data sets by name: which files of a repository are used, interrupted downloads, and offline
+"""Tests data sets by name: which files of a repository are used, interrupted downloads, and offline
 use."""
 
 import io
@@ -17,7 +17,7 @@ from mlx_segtrain.data.sources import rows_of, sources_of
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Sets an empty hub cache and the local hub; returns the cache's home folder."""
+    """Selects an empty hub cache and the local hub, and returns the home folder of the cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -38,7 +38,7 @@ def texts(source):
 
 
 def found(name, **how):
-    """Returns the texts of the training and of the validation rows."""
+    """Returns the texts of the training rows and of the validation rows."""
     return tuple(map(texts, sources_of(name, **how)))
 
 

@@ -1,4 +1,4 @@
-"""`init`: a YAML file of a run, with every field and its meaning."""
+"""Tests `init`, which writes a YAML file for a run with every field and its meaning."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def test_three_questions(monkeypatch, capsys) -> None:
     assert cli.main(["init"]) == 0
     assert [text.split("?")[0] for text in asked] == [
         "Which model",
-        "Which model",  # asked again, because there is no default
+        "Which model",  # the question is repeated, because there is no default
         "Which data",
         "How many passes over the data",
     ]

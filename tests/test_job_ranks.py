@@ -1,4 +1,4 @@
-"""Jobs of a server on several ranks, which mlx.launch starts on this machine."""
+"""Tests jobs of a server that run on several ranks, which mlx.launch starts on this machine."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ def until(holds, seconds=60):
 
 
 def running(id):
-    """Returns the processes below this one, by the second last word of their commands."""
+    """Returns the descendants of this process, by the second-to-last word of their commands."""
     found = {}
     for own in psutil.Process(id).children(recursive=True):
         found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
@@ -64,7 +64,8 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         for own in found["ranks"]:
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
         every = running(server.process.pid)
-        assert len(every["rank"]) == 3  # the command of mlx.launch ends with that of the ranks
+        # The command of mlx.launch ends with the command of the ranks.
+        assert len(every["rank"]) == 3
         (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
         assert launcher.cpu_percent(0.5) < 25  # mlx.launch alone takes a core for each rank
 
@@ -103,7 +104,8 @@ processes.command = lambda module, *args: (
 given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000 + " " * 3000}
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
-#: Prints what it has read, and waits; or ends at once, as if SSH could not log in.
+#: Stands in for a rank. It prints what it has read and waits, or ends at once as if SSH could not
+#: log in.
 FAKE = """
 import json, os, sys, time
 def tell(**event):

@@ -1,4 +1,5 @@
-"""The queue of jobs: their processes, their logs, and what survives when something is killed."""
+"""Tests the queue of jobs: the processes of jobs, their logs, and what survives when something is
+killed."""
 
 import asyncio
 import json
@@ -67,7 +68,7 @@ def kinds(events):
 
 
 async def events(jobs, id, after=0):
-    """Yields the events that a follower of a job reads, one by one."""
+    """Yields the events of a job, one by one, as a follower of the job reads them."""
     async for found in jobs.follow(id, after):
         for event in found:
             yield event
@@ -99,7 +100,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 
 
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
-    """The page can show the current memory and step, while the log of a long run stays short."""
+    """The page can show the current memory and step, although the log of a long run stays short."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
     assert job_kinds.finetune(run)["type"] == "done"
@@ -164,10 +165,10 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     assert eventlog.last(log, 0) == {"type": "done"}
     (rest,), end = eventlog.read(log, place, ended=True)
     assert json.loads(rest[1]) == {"type": "log", "line": "half a li"} and end == rest[0]
-    eventlog.append(log, {"type": "failed"})  # on a new line
+    eventlog.append(log, {"type": "failed"})  # begins a new line
     (more,), _ = eventlog.read(log, end, ended=True)
     assert json.loads(more[1]) == {"type": "failed"}
-    # Reading from any event, or from within a line, gives the same following events.
+    # Reading from any event, or from within a line, returns the same following events.
     whole = eventlog.events(log)
     for i, (place, _) in enumerate(running[:-1]):
         assert eventlog.events(log, place) == whole[i + 1 :]
@@ -229,7 +230,7 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path):
 
 
 def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
-    """A resume must not continue the run that the job was to replace."""
+    """If a job is resumed before it began, it must not continue the run that it was to replace."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "out", iters=3, seed=1)
@@ -251,7 +252,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
 
 
 def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
-    """Updates of a job that cannot be written now are written later, and the next job runs."""
+    """Updates of a job that cannot be written are written later, and the next job runs."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "one", iters=30)
@@ -272,7 +273,8 @@ def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
 
 
 def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
-    """A library's process that lives longer inherits the job's output, but not its lock."""
+    """A process of a library that outlives the job inherits the output of the job, but not the
+    job's lock."""
     log = tmp_path / "x.log"
     lock, out = eventlog.claim(log), eventlog.open_end(log)
     script = "import os, subprocess, sys; os.set_inheritable(int(sys.argv[1]), False); "
@@ -311,7 +313,7 @@ asyncio.run(main())
 
 
 def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
-    """Kills the server or the job's process at KILLS random moments."""
+    """Kills the server or the process of a job at KILLS random moments."""
     rng, store = random.Random(0), tmp_path / "store"
     iters = {}
 
@@ -320,7 +322,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
             iters[submit(jobs, place, tmp_path / f"out{i}", iters=30).id] = 30
         await asyncio.sleep(0)
 
-    served(store, fill)  # the first job continues
+    served(store, fill)  # here the first job continues
     killed_jobs = 0
     for _ in range(int(os.environ.get("KILLS", "5"))):
         server = subprocess.Popen(

@@ -1,5 +1,5 @@
-"""KTO on tiny models, compared with TRL's formula on mlx-lm's model in float64; cuts, micro-batches
-and rows."""
+"""Compares KTO on tiny models with TRL's formula on mlx-lm's model in float64, and tests cuts,
+micro-batches and rows."""
 
 import functools
 from dataclasses import replace
@@ -29,7 +29,7 @@ FAMILIES = {
     "gemma3": ("gemma3_text", {}),
     "generic": ("gpt_neox", {}),
 }
-#: For each row, the numbers of tokens of prompt and response, and the label.
+#: For each row, the number of tokens in the prompt and in the response, and the label.
 ROWS = [(9, 12, 1), (7, 8, -1), (5, 11, -1), (12, 9, 1), (6, 13, -1)]
 
 
@@ -51,7 +51,7 @@ def rows_of(*shapes) -> Dataset:
 
 
 def data_of(kind: str = "kto") -> Dataset:
-    """Returns rows with references near the models' log-probabilities."""
+    """Returns rows whose reference log-probabilities are near those of the models."""
     data = rows_of(*ROWS)
     data = mismatched(data, 30) if kind == "kto" else data
     sides = 2 if kind == "kto" else 1
@@ -90,7 +90,8 @@ def run(name, objective, batch, size=1, total=None, cuts=None, dropout=None):
 
 
 def plain(name, objective, batch):
-    """Returns TRL's loss in float64 with mlx-lm's model and LoRA layers, each row alone."""
+    """Returns TRL's loss in float64 with mlx-lm's model and LoRA layers, computed for each row
+    alone."""
     _, adapter, _ = setup(name)
     model = model_of(name)
     model.set_dtype(mx.float64)
@@ -140,7 +141,7 @@ def plain(name, objective, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["kto", "below 0", "apo_zero_unpaired"])
 def test_loss_and_gradients_are_trls_in_float64(name, kind):
-    """Tests a divergence above 0, one below 0, which is clipped, and none."""
+    """The divergence is above 0, below 0 (and so clipped), or absent."""
     own = "apo_zero_unpaired" if kind == "apo_zero_unpaired" else "kto"
     objective, batch = Kto(BETA, own, 1.3, 0.7), batch_of(own)
     if own == "kto":
@@ -149,7 +150,7 @@ def test_loss_and_gradients_are_trls_in_float64(name, kind):
         truth, true_grads = plain(name, objective, batch)
     assert (truth[-1] > 1) == (kind == "kto")
     outputs, grads = run(name, objective, batch)
-    # Without a divergence there is no such metric.
+    # If there is no divergence, there is no metric for it.
     count = len(truth) if own == "kto" else len(truth) - 1
     np.testing.assert_allclose(outputs[:count], truth[:count], rtol=1e-4)
     if own != "kto":
@@ -174,7 +175,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
     for cuts in (None, halves):
         outputs, grads = run(name, objective, batch, 1, total, cuts, dropout)
         if name == "generic" and mx.default_device() != mx.Device(mx.cpu):
-            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's ops
+            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # this case uses mlx-lm's ops
             continue
         assert outputs == expected
         for path, grad in expected_grads.items():
@@ -182,7 +183,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 
 
 def test_micro_batches_add_up_to_one_batch():
-    """The divergence is that of all micro-batches, whatever their size."""
+    """The divergence is computed over all micro-batches, whatever their size."""
     objective, data = Kto(BETA), data_of()
     chain, adapter, params = setup("llama")
     measure = functools.partial(total_of, objective, chain, adapter.scales, params)
@@ -219,7 +220,7 @@ def test_with_its_own_reference_nothing_has_been_learned(kind):
 
 
 def test_each_row_gets_the_response_of_another_prompt():
-    """Pairs of rows share a prompt, and their responses have about the same length."""
+    """Two rows each have the same prompt, and their responses have about the same length."""
     plain = rows_of(*((9, 12 + i // 2, 1 - 2 * (i % 2)) for i in range(8)))
     own = [plain.rows[i] for i in range(8)]
     for i in range(1, 8, 2):
@@ -255,7 +256,7 @@ def test_columns_and_shapes_are_those_of_the_rows(tokens):
 
 
 def test_a_full_batch_is_planned_as_rows_of_that_shape():
-    """300 tokens are run, and the last 100 are in the loss."""
+    """The rows of a full batch have 300 tokens, and the last 100 are in the loss."""
     data = rows_of((201, 100, 1), (201, 100, -1))
     for own in (data, mismatched(data, 301)):
         assert Kto().batch_shapes(own, 1) == [Kto().full_shape(1, 300, 100, 0)]

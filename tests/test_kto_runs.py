@@ -15,7 +15,8 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Three quarters of the responses are desirable, and similar for all prompts."""
+    """Writes rows and returns their folder. Three quarters of the responses are desirable, and
+    these are similar for all prompts."""
     folder = tmp_path_factory.mktemp("labelled")
     for name, first, count in (("train", 10, 12), ("valid", 50, 5)):
         own = [
@@ -35,8 +36,8 @@ def config(model, rows, out, **changes):
 
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
-    """A step without desirable (or undesirable) rows reports no reward for them; a warning names
-    the range of weights in the paper."""
+    """A step without desirable (or undesirable) rows reports no reward for such rows. A warning
+    names the range of weights in the paper."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
@@ -52,14 +53,14 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     seen = []
     train(config(llama4, rows, tmp_path / "b", **how, steps_per_report=12), seen.append)
     (_, whole) = [event for event in seen if event.get("kind") == "train"]
-    # The means over the steps of this report that have such a row.
+    # These are the means over those steps of the report that have such a row.
     for name in ("desirable_reward", "undesirable_reward", "kl"):
         own = [s[name] for s in steps if name in s]
         assert whole[name] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
-    """The divergence is computed over all rows."""
+    """The divergence is computed over all rows, not per batch."""
     how = {"iters": 8, "steps_per_eval": 8}
     result = train(config(llama4, rows, tmp_path / "a", **how))
     found = [
@@ -73,7 +74,7 @@ def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
 
 
 def test_references_are_computed_once(llama4, rows, pairs, tmp_path, monkeypatch):
-    """One file also has the references of pairs and of rows without a mismatched response."""
+    """The same file also has the references of pairs and of rows without a mismatched response."""
     counted = counted_references(monkeypatch)
 
     def run(name, data=rows, method="kto", **changes):
@@ -107,7 +108,7 @@ def test_weights_of_kinds_act(llama4, rows, tmp_path):
 
 
 def test_a_run_stays_within_its_plan(llama4, rows, tmp_path):
-    """A plan needs only headers; a run's plan also counts the longest mismatched response."""
+    """`plan` needs only headers. The plan of a run also counts the longest mismatched response."""
     own = config(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)
     plan = plan_run(own, full_batch(own, 0.5))
     single = config_of(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)

@@ -1,4 +1,4 @@
-"""Attention as launched on Metal, run on the CPU and compared with the float64 oracle.
+"""Runs attention on the CPU as it is launched on Metal, and compares it with the float64 oracle.
 
 docs/metal_on_linux.md
 """
@@ -19,7 +19,7 @@ from mlx_segtrain.ops import reference
 pytestmark = pytest.mark.acceptance
 
 SPECS = [
-    # With fewer than 8 queries, `first` and here also lse and delta are in constant memory.
+    # There are fewer than 8 queries, so `first`, lse and delta are in constant memory.
     (Attention(1, 2, 1, 3, 5, 64), "float32"),
     (Attention(1, 2, 1, 64, 64, 64), "float16"),
     (Attention(1, 3, 1, 33, 33, 64), "bfloat16"),
@@ -32,8 +32,8 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
-    # Padding: more than a tile in the middle, under a window, after the last offset, and
-    # everywhere.
+    # These have padding of more than a tile in the middle, padding with a window, padding after the
+    # last offset, and only padding.
     (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
     (
         Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),
@@ -60,7 +60,7 @@ def setup(spec, dtype, seed=0):
 
 
 def launch(q, k, v, do, options, *changes, impl="kernel"):
-    """Returns o, lse, dq, dk, dv."""
+    """Returns o, lse, dq, dk and dv."""
     with emulated(*changes):
         o, lse = ops.attention_forward(q, k, v, impl=impl, **options)
 
@@ -109,7 +109,8 @@ def test_same_call_is_bitwise_equal():
 
 
 def check_small_shares(*changes):
-    """Checks a gradient whose parts from many keys would underflow in half precision."""
+    """Checks a gradient to which many keys contribute values that would underflow in half
+    precision."""
     q, k, v, do, options = setup(Attention(1, 1, 1, 32, 2048, 64), "float16")
     q, do = q * 0.1, do * 2.0**-10
     dq = launch(q, k, v, do, options, *changes)[2]
@@ -206,11 +207,11 @@ def test_padding_that_is_seen(name, old, new):
         check(*PADDED, Change(name, old, new))
 
 
-# ---- the host
+# ---- the host code
 
 
 def test_launches():
-    """The launches for 45 queries and 77 keys, in tiles of 32."""
+    """Checks the launches for 45 queries and 77 keys, in tiles of 32."""
     spec, dtype = RAGGED
     q, k, v, do, options = setup(spec, dtype)
     with emulated() as launches:
@@ -246,7 +247,8 @@ def one_group_a_launch():
     ids=str,
 )
 def test_parts_add_up(spec, dtype, one_group_a_launch):
-    """If each launch has few rows and heads, o, lse and dq are the same as with one launch.
+    """If each launch has only a few rows and heads, o, lse and dq are the same as with a single
+    launch.
 
     dk and dv are sums over the launches.
     """
@@ -261,7 +263,7 @@ def test_parts_add_up(spec, dtype, one_group_a_launch):
             oracle.assert_close(name, f64(y), f64(x), 2 * oracle.EPS[dtype])
 
 
-#: The number of matrix products per block of scores.
+#: The number of matrix products per block of scores in each kernel.
 PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
 
 
@@ -269,8 +271,8 @@ PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
     "options", [{}, {"window": 4096}, {"segments": [0, 1000, 90000, 131072]}], ids=str
 )
 def test_no_launch_takes_long_on_an_m1(options):
-    """131,072 tokens with 32 heads: at the speed predicted in docs/performance.md, at most 0.3
-    s."""
+    """For 131,072 tokens with 32 heads, every launch takes at most 0.3 s at the speed that
+    docs/performance.md predicts."""
     heads, groups, t, d = 32, 8, 131072, 128
     q = mx.zeros((1, heads, t, d), mx.bfloat16)
     k = mx.zeros((1, groups, t, d), mx.bfloat16)
@@ -290,7 +292,7 @@ def test_no_launch_takes_long_on_an_m1(options):
         assert pairs * PRODUCTS[x.name] * d * own_heads / 5e11 < 0.3
         for name, shape, dtype in x.outputs:
             if name == "ds":
-                # 128 MB, and partial blocks at the edges.
+                # The limit is 128 MB, plus partial blocks at the edges.
                 assert np.prod(shape) * dtype.size <= 160 << 20
     assert covered == dict.fromkeys(PRODUCTS, t * heads)
     assert len(launches) > 2 * len(PRODUCTS)
@@ -309,9 +311,9 @@ ROWS = [
     (Attention(1, 2, 1, 9, 40, 8, options={"softcap": 2.0}), "float32"),
     (Attention(1, 2, 2, 40, 40, 24, options={"segments": ids(23, -17)}), "float16"),
     (Attention(1, 2, 1, 4, 601, 8), "bfloat16"),
-    # A window in bands of 128 queries; the last one is shorter.
+    # The window is computed in bands of 128 queries, and the last band is shorter.
     (Attention(1, 1, 1, 270, 300, 8, options={"window": 6}), "float32"),
-    (Attention(1, 1, 1, 1, 4, 8), "float32"),  # every array in constant memory
+    (Attention(1, 1, 1, 1, 4, 8), "float32"),  # every array is in constant memory
 ]
 
 

@@ -1,4 +1,4 @@
-"""The choice of the attention implementation on a Mac, by measured times."""
+"""Tests the choice of the attention implementation on a Mac by measured times."""
 
 import json
 
@@ -20,7 +20,8 @@ TIMES = {"stock": 3.0, "kernel": 2.0, "blocked": 5.0}
 
 @pytest.fixture
 def mac(monkeypatch, tmp_path):
-    """Simulates a Mac with these times; returns a list of what was timed."""
+    """Simulates a Mac with these times, and returns a list to which each timed implementation is
+    added."""
     timed = []
 
     def milliseconds(heads, way, until):
@@ -46,7 +47,7 @@ def test_the_fastest_is_taken_from_then_on(mac):
         WINDOW: {"kernel": 7, "blocked": 6},
     }
     assert len(mac) == 2 * len(choice.WAYS)
-    for dtype in (mx.bfloat16, mx.float16):  # a plan does not distinguish these two
+    for dtype in (mx.bfloat16, mx.float16):  # plans do not distinguish these two dtypes
         assert _core.attention_way("metal", 64, dtype) == "kernel"
     assert _core.attention_way("metal", 64, mx.float32) == "stock"
     assert _core.attention_way("metal", 128) == "stock"
@@ -83,7 +84,7 @@ def test_a_broken_cache_is_no_obstacle(mac, tmp_path):
 
 
 def test_a_plan_takes_no_times(mac):
-    """The server plans while a run is computing."""
+    """A plan measures nothing, because the server makes plans while a run is computing."""
     assert settle([HEADS], measures=False) == {} and mac == []
     first = settle([HEADS], measures=True)
     mac.clear()
@@ -120,7 +121,7 @@ def test_the_order_that_is_built_in_decides_between_equals():
 
 
 def test_what_does_not_serve_has_no_time(monkeypatch):
-    """Measures on this machine with few tokens; MLX's attention is not used on a CPU."""
+    """Measures on this machine with a few tokens. MLX's attention is not used on a CPU."""
     monkeypatch.setattr(choice, "TOKENS", 40)
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))
@@ -132,7 +133,7 @@ def test_what_does_not_serve_has_no_time(monkeypatch):
 
 
 def test_two_seconds_are_shared(monkeypatch):
-    """An implementation is not called again once its share of the time is over."""
+    """An implementation is not called again once its share of the time is used up."""
     now, calls = [0.0], []
 
     def attention(*args, impl, **options):

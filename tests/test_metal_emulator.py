@@ -1,4 +1,5 @@
-"""The emulator: its text equals MLX's, its operations are right, and planted faults are found."""
+"""Tests the emulator: its text equals MLX's, its operations are correct, and planted faults are
+found."""
 
 import os
 import subprocess
@@ -25,7 +26,8 @@ I = "const uint i = thread_position_in_grid.x;\n"  # noqa: E741
 
 
 def run(source, outputs, inputs=None, threads=32, group=None, template=None, header="", **rest):
-    """Runs a kernel on a one-dimensional grid; `outputs` maps names to counts of float32."""
+    """Runs a kernel on a one-dimensional grid. `outputs` maps names to numbers of float32
+    elements."""
     out = {k: x if isinstance(x, tuple) else ((x,), mx.float32) for k, x in outputs.items()}
     grid, size = (threads, 1, 1), (group or threads, 1, 1)
     return emulate("test", source, header, inputs or {}, out, template or {}, grid, size, **rest)
@@ -39,7 +41,7 @@ def values(x):
 
 
 def metal_text(kernel, inputs, outputs, template, capfd):
-    """Returns the text that MLX generates when a function is exported, which needs no GPU."""
+    """Returns the text that MLX generates when a function is exported. This needs no GPU."""
     function = mx.fast.metal_kernel(
         name=kernel.name,
         input_names=kernel.inputs,
@@ -89,7 +91,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's compiler hardens by default; glibc then aborts a process that jumps to a fiber."""
+    """Ubuntu's compiler enables hardening by default. glibc then aborts a process that jumps to a
+    fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
@@ -141,8 +144,8 @@ def test_simd_operations():
 
 
 def test_lanes_of_a_matrix():
-    """A lane has row 4·bit4 + bits 1–2, and columns 4·bit3 + 2·bit0 and the next one, as in MLX's
-    get_coord."""
+    """In terms of the bits of its index, a lane has the row 4·bit4 + bits 1–2, the column 4·bit3 +
+    2·bit0, and the column after it, as in MLX's get_coord."""
     body = """
       simdgroup_matrix<float, 8, 8> m;
       m.thread_elements()[0] = float(i);
@@ -230,7 +233,8 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
 
 
 def test_conversions_are_counted_and_wide_reads_are_one():
-    """Conversions by the emulator itself, in new matrices or products of bfloats, do not count."""
+    """Conversions by the emulator itself, in new matrices or in products of bfloats, do not
+    count."""
     body = """
       const device vec<bfloat, 4>* four = reinterpret_cast<const device vec<bfloat, 4>*>(x);
       const vec<bfloat, 4> own = four[i];
@@ -252,7 +256,8 @@ def test_conversions_are_counted_and_wide_reads_are_one():
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_attention_of_mlx_runs_here(size):
-    """The emulator runs the text in the installed package, so that its work can be counted."""
+    """The emulator can run the text in the installed MLX package, so that the work of MLX's kernel
+    can be counted."""
     rng = np.random.default_rng(2)
     q, k, v = (mx.array(rng.standard_normal((1, 1, 64, size))).astype(mx.bfloat16) for _ in "qkv")
     o, lse, counts = mlx_attention.run(q, k, v, size**-0.5)
@@ -265,7 +270,8 @@ def test_the_attention_of_mlx_runs_here(size):
 
 
 def test_the_documentation_has_what_is_counted():
-    """Checks the rows for D = 64, which are the fastest to count, and those of other kernels."""
+    """Checks the rows for D = 64, which can be counted fastest, and the rows for the other
+    kernels."""
     page = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
     with mx.stream(mx.cpu):
         tables = [*costs.tables_of((64,)).values(), costs.table_of_others()]
@@ -347,7 +353,8 @@ def test_right_barriers_pass():
 
 
 def test_orders_find_what_one_order_does_not():
-    """Two readers of an address are recorded; here a third one, in the other simdgroup, races."""
+    """The emulator records two readers of an address. Here a third reader, in the other simdgroup,
+    has a race."""
     body = """
       tile[i] = i;
       threadgroup_barrier(mem_flags::mem_threadgroup);

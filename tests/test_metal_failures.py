@@ -1,4 +1,5 @@
-"""The message when macOS ends work on the GPU, which MLX reports on a thread of Metal."""
+"""Tests the message for the case that macOS aborts work on the GPU, which MLX reports on one of
+Metal's threads."""
 
 import shutil
 import subprocess
@@ -37,7 +38,7 @@ def test_other_errors_are_not_explained():
 
 @pytest.mark.parametrize("reason", ["Impacting Interactivity", "Insufficient Memory"])
 def test_a_run_ends_with_the_sentence(reason):
-    """If memory is short, the run first tries a cheaper plan."""
+    """If memory is insufficient, the run first tries a plan that needs less."""
     asked = []
 
     def step(*what):

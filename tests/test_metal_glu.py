@@ -1,4 +1,5 @@
-"""Gated linear units as launched on Metal, run on the CPU and compared with the oracle.
+"""Runs gated linear units on the CPU as they are launched on Metal, and compares them with the
+oracle.
 
 docs/metal_on_linux.md
 """
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.acceptance
 
 
 def launch(op, gate, up, dy, *changes):
-    """Returns y, dgate, dup."""
+    """Returns y, dgate and dup."""
     with emulated(*changes):
 
         def unit(gate, up):
@@ -47,7 +48,8 @@ def grads_of(op, arrays):
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)
-@pytest.mark.parametrize("n", [1, 7, 8, 255, 1024, 1025, 3000])  # below 8: constant memory
+# Fewer than 8 are in constant memory.
+@pytest.mark.parametrize("n", [1, 7, 8, 255, 1024, 1025, 3000])
 @pytest.mark.parametrize("op", ["swiglu", "geglu"])
 def test_glu(op, n, dtype):
     check(op, n, dtype)

@@ -1,4 +1,5 @@
-"""Rotary embedding as launched on Metal, run on the CPU and compared with the oracle.
+"""Runs rotary embeddings on the CPU as they are launched on Metal, and compares them with the
+oracle.
 
 docs/metal_on_linux.md
 """

@@ -1,4 +1,4 @@
-"""Every family of mlx-lm trains three steps with mlx-lm's losses, or is refused as docs/models.md
+"""Every mlx-lm family trains for three steps with mlx-lm's losses, or is refused, as docs/models.md
 says."""
 
 import mlx_lm

@@ -1,4 +1,5 @@
-"""Compares the memory that an op reports for a call with the memory that it takes on the CPU."""
+"""Compares the memory that an op reports for a call with the memory that the call uses on the
+CPU."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,15 +15,15 @@ pytestmark = pytest.mark.skipif(
     mx.default_device() != mx.Device(mx.cpu), reason="bench/memory.py measures GPUs"
 )
 
-#: Bounds of the ratio of measured to reported memory. The measured memory may be a little more,
-#: because ops do not count low-rank branches, and less if not all threads work at once or the host
-#: is not ahead of the device.
+#: Bounds for the ratio of measured to reported memory. The measured memory may be slightly more,
+#: because ops do not count low-rank branches. It may be less if not all threads work at the same
+#: time, or if the host is not ahead of the device.
 LEAST, MOST = 0.5, 1.1
-#: The number of calls, of which the largest peak counts: threads overlap by chance.
+#: The number of calls whose largest peak is used, because the overlap of threads is random.
 TRIES = 3
 
 some = settings(max_examples=8, deadline=None)
-#: Large compared with the memory of each thread.
+#: These sizes are large compared with the memory of each thread.
 rows = st.integers(900, 1100)
 widths = st.sampled_from([256, 384, 512])
 
@@ -34,7 +35,8 @@ def array(*shape: int) -> mx.array:
 
 
 def peak(make: Callable[[], Sequence[mx.array]]) -> int:
-    """Returns the peak bytes of the evaluation. A limit of 1 byte makes MLX wait for each op."""
+    """Returns the peak memory of the evaluation in bytes. A memory limit of 1 byte makes MLX wait
+    for each op."""
     mx.synchronize()
     before = mx.get_active_memory()
     limit = mx.set_memory_limit(1)
@@ -78,7 +80,7 @@ def test_attention(batch, groups, share, head, queries, more, softcap):
         return ops.attention(q, k, v, scale=0.1, softcap=30.0 if softcap else None)
 
     check(cost.forward, q.nbytes, lambda: [run(q, k, v)])
-    # o is kept, dq has its size, and dk and dv have those of k and v.
+    # o is kept, dq is as large as q, and dk and dv are as large as k and v.
     gradients = 2 * q.nbytes + 2 * k.nbytes
     check(cost.backward, gradients, lambda: mx.vjp(run, [q, k, v], [do])[1])
     saved = ops.attention_forward(q, k, v, scale=0.1)

@@ -1,4 +1,4 @@
-"""/v1 as OpenAI's own client sees it, over a socket."""
+"""Tests /v1 with OpenAI's official client over a socket."""
 
 import asyncio
 import json
@@ -58,7 +58,8 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    # Without a token, clients may not trust each other; tests/hostile tests a server with a token.
+    # If there is no token, clients may not trust each other. A server with a token is tested in
+    # tests/hostile.
     assert ask(server, "b").usage.prompt_tokens_details is None
 
 
@@ -153,8 +154,8 @@ def test_models(server):
         server.client.models.retrieve("ORG/other")
 
 
-#: Fields of other servers' requests, with values that have no effect there either, and values that
-#: are refused here.
+#: Fields of requests to other servers. NEUTRAL has values that have no effect on those servers
+#: either, and REFUSED has values that are refused here.
 NEUTRAL = {
     "OpenAI": {
         **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},
@@ -303,7 +304,7 @@ def test_fields_within_fields_are_refused_too(server):
     answer = server.http.post("/v1/adapters", json={"id": "a", "path": "a", "scale": 2})
     check(answer, 400, "unknown field scale")
     own = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
-    # As in OpenAI's answers.
+    # This message is like those in OpenAI's responses.
     turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}
     cached = {"role": "user", "content": [part | {"cache_control": {"type": "ephemeral"}}]}
     answer = ask(server, messages=[hello, turn, cached])
@@ -369,7 +370,7 @@ def test_text_that_is_none(server):
         assert "template" not in error["message"]
     body = b'{"prompt": "caf\xe9"}'
     check(post("/v1/completions", content=body, headers=kind), 400, "the body is not UTF-8")
-    body = json.dumps({"prompt": "\U0001f389"})  # a pair is one character
+    body = json.dumps({"prompt": "\U0001f389"})  # a surrogate pair is one character
     assert "\\ud83c" in body
     assert post("/v1/completions", content=body, headers=kind).status_code == 200
 
@@ -485,7 +486,7 @@ def test_adapter_routes(folder, said, tmp_path):
         mounted = server.engine.adapters["a"]
         n = mounted.mounted_layers
         assert answer.json() == {"id": "a", "mounted_layers": n, "rank": 2, "scale": 1.0}
-        # An adapter that is already mounted stays.
+        # An adapter that is already mounted stays mounted.
         assert http.post("/v1/adapters", json={"id": "a", "path": "b"}).json() == answer.json()
         (row,) = http.get("/v1/adapters").json()["adapters"]
         assert row == {
@@ -514,7 +515,7 @@ def test_adapter_routes(folder, said, tmp_path):
 
 
 def test_remounting_under_the_same_id(folder, said):
-    """Cached prompts belong to an adapter's weights, not to its id."""
+    """Cached prompts belong to the weights of an adapter, not to its id."""
     with serving(folder, said.model) as server:
         for name in ("a", "b", "a"):
             server.http.post("/v1/adapters", json={"id": "x", "path": name})
@@ -537,7 +538,8 @@ def test_unmounting_under_a_stream(folder, said):
 
 
 def test_swaps_under_load(server, said):
-    """Eight clients send over 100 requests with three adapters; each must get the right answer."""
+    """Eight clients send over 100 requests with three adapters. Each must get the correct
+    response."""
     names = ["a", "b", "c", None]
     prompts = [[{"role": "user", "content": f"Tell me about {x}"}] for x in ("you", "it")]
     jobs = [(name, i) for name in names for i in range(2)]
@@ -573,7 +575,7 @@ def test_swaps_under_load(server, said):
         later, much_later = load(13)
     finally:
         del linears.put_in
-    assert swaps > 30  # in requests whose prompts were not cached
+    assert swaps > 30  # these are requests whose prompts were not cached
     assert later - active < 1 << 20 and much_later - resident < 24 << 20
     assert len(server.engine._prompts) <= module.MOST_PROMPTS
     server.idle()
@@ -591,7 +593,7 @@ def test_seeds_under_load(server):
 
 
 def test_clients_that_go_free_their_place(server):
-    """If it were not cancelled, an answer of 15,000 tokens would take a minute."""
+    """If a response of 15,000 tokens were not cancelled, it would take a minute."""
     stream = ask(server, "a", 15_000, stream=True, **NEVER_ENDS)
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert server.engine._active

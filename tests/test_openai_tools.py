@@ -1,4 +1,5 @@
-"""Tools, answer formats, log probabilities and /v1/responses, with OpenAI's official client."""
+"""Tests tools, response formats, log probabilities and /v1/responses, with OpenAI's official
+client."""
 
 import asyncio
 import json
@@ -22,7 +23,7 @@ from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
-#: A template like those of Qwen and Hermes, from which mlx-lm infers how to parse calls.
+#: A template like those of Qwen and Hermes. From it, mlx-lm infers how to parse calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
 You may call:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
 {% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -89,7 +90,8 @@ class Person(pydantic.BaseModel):
 
 
 def test_a_schema_by_the_official_client(server):
-    """A model that was never trained on JSON follows the schema, sampled and with an adapter."""
+    """A model that was never trained on JSON follows the schema, both with sampling and with an
+    adapter."""
     for more in ({}, {"temperature": 2.0, "seed": 3}, {"extra_body": {"adapter": "a"}}):
         answer = server.client.chat.completions.parse(
             model="ORG-Model", messages=HELLO, response_format=Person, max_tokens=300, **more
@@ -248,8 +250,8 @@ class Walk(pydantic.BaseModel, extra="forbid"):
 
 
 def test_tools_whose_parameters_refer_to_their_own(server):
-    """Each schema refers to its own $defs, even if another schema has definitions of the same
-    name."""
+    """Each schema refers to its own $defs, even if another schema has definitions with the same
+    names."""
     other = {"$defs": {"Place": {"const": {"$ref": "#/x"}}}, "$ref": "#/$defs/Place"}
     kinds = {"trip": Trip.model_json_schema(), "walk": Walk.model_json_schema(), "other": other}
     tools = [
@@ -284,7 +286,7 @@ def test_a_tool_that_has_to_be_called(server, stream):
 
 
 def test_calls_in_a_model_s_own_form(server, said):
-    """The model is forced to write this text: reasoning, content and calls."""
+    """The model is forced to write this text, which has reasoning, content and calls."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
     bad = "<tool_call>\nno JSON\n</tool_call>"
     whole = f"Well. {call}\n{bad}{call}"
@@ -313,7 +315,7 @@ STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
 
 
 def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
-    """If the model starts a call, it must match the schema; other text is unchanged."""
+    """If the model starts a call, the call must match the schema. Other text is not constrained."""
     bad = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
     other = '<tool_call>\n{"name": "clock", "arguments": {"x": 1}}\n</tool_call>'
     tools = {"tools": [STRICT, CLOCK]}
@@ -341,7 +343,8 @@ def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
 
 @pytest.mark.parametrize("stays", [False, True])
 def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
-    """Calls are parsed a little later; after a timeout, the client gets them as text."""
+    """If the server is busy, calls are parsed a little later. After a timeout, the client gets them
+    as text."""
     monkeypatch.setattr(answers, "CALLS_S", 0.3)
     confined, asked = server.engine.base.confined, []
     plain = confined.ask
@@ -395,8 +398,8 @@ class speaking:
 
 
 def test_reasoning_is_told_apart(folder, said, tmp_path):
-    """Reasoning is recognized by the tags of mlx-lm's tokenizer, whether the prompt or the answer
-    opens it."""
+    """Reasoning is recognized by the tags in mlx-lm's tokenizer, whether the prompt or the response
+    has the opening tag."""
     model = shutil.copytree(said.model, tmp_path / "ORG-Thinker")
     with serving(folder, model) as server:
         tokenizer = server.engine.base.tokenizer
@@ -412,7 +415,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "<think>hm, 2</think>\n\nTwo.") as body:
             closed = ask(server, **body)
             chunks = list(ask(server, stream=True, **body))
-            # A false format is no format.
+            # A format whose value is false is ignored.
             free = ask(server, extra={"structured_outputs": {"json_object": False}}, **body)
         opened = {"chat_template_kwargs": {"enable_thinking": "open"}}
         with speaking(server, "hm, 3</think>Three.") as body:
@@ -422,7 +425,8 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     assert free.choices[0].message.reasoning_content == "hm, 2"
-    # Each byte is a token: the last byte of the opening tag, the text, and the closing tag.
+    # Each byte is a token. The tokens are the last byte of the opening tag, the text, and the
+    # closing tag.
     assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
     assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
     assert plain.usage.completion_tokens_details.reasoning_tokens == 0
@@ -485,7 +489,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         check(server.http.post(CHATS, json=body), 400, "arguments is not JSON")
     deep = {"type": "function", "function": {"name": "f", "parameters": {"a": "DEEP"}}}
     text, header = json.dumps(CHAT | {"tools": [deep]}), {"content-type": "application/json"}
-    for n in range(900, 1000, 3):  # some of these can be parsed, but not serialized
+    for n in range(900, 1000, 3):  # some of these can be parsed but not serialized
         body = text.replace('"DEEP"', '{"a":' * n + "1" + "}" * n)
         assert server.http.post(CHATS, content=body, headers=header).status_code < 500, n
     body = CHAT | {"structured_outputs": {"json": "[" * 50_000}}
@@ -541,7 +545,7 @@ def test_logprobs_of_completions(server):
 
 
 def test_logprobs_of_characters_of_several_tokens(server):
-    """Offsets are those of characters; parts of a character are shown as bytes."""
+    """Offsets count characters, and parts of a character are shown as bytes."""
     how = {"model": "default", "prompt": "x", "max_tokens": 9, "logprobs": 20, "temperature": 0}
     how["extra_body"] = {"structured_outputs": {"regex": "é€x"}}
     own = server.client.completions.create(**how).choices[0]
@@ -556,8 +560,8 @@ def test_logprobs_of_characters_of_several_tokens(server):
 
 
 def test_bytes_of_tokens():
-    """In GPT-2's vocabularies letters stand for bytes; in SentencePiece's they are text, and only
-    tokens such as <0x0A> stand for bytes."""
+    """In vocabularies like GPT-2's, letters stand for bytes. In those of SentencePiece, letters are
+    text, and only tokens such as <0x0A> stand for bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -597,7 +601,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
 
 
 def test_several_answers(server):
-    """With a seed, answers are reproducible, and different from each other."""
+    """With a seed, the responses are reproducible and differ from one another."""
     how = {"n": 12, "temperature": 1.0, "seed": 4, **NEVER_ENDS}
     body = CHAT | how | {"n": 3, "max_tokens": 12}
     first, again = (

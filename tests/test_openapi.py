@@ -1,4 +1,4 @@
-"""Schemathesis: the server follows its OpenAPI document, whatever is sent."""
+"""Tests with Schemathesis that the server follows its OpenAPI document, whatever is sent."""
 
 import os
 import subprocess
@@ -22,8 +22,8 @@ ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 
 def test_every_route_does_what_it_says(tmp_path):
-    """Sends EXAMPLES random requests to each route, and requests with the schema's boundary
-    values."""
+    """Sends EXAMPLES random requests to each route, and requests with the boundary values of the
+    schema."""
     place = write_place(tmp_path)
     alike = [word for path in ALIKE for word in ("--exclude-path", path)]
     with Server(place, place / "model") as server:

@@ -1,4 +1,5 @@
-"""Every op against the float64 oracle: it must not be less accurate than the plain code."""
+"""Compares every op with the float64 oracle. An op must not be less accurate than the plain
+code."""
 
 import functools
 
@@ -239,7 +240,8 @@ def test_dequantize_is_bitwise_mlx(base):
 
 @pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
 def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
-    """Includes zeros of both signs, subnormal numbers, overflow, and NaN, whose bits may differ."""
+    """This includes zeros of both signs, subnormal numbers, overflow, and NaN, whose bits may
+    differ."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     per_row = 256 * 8 // bits // group
     scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
@@ -266,7 +268,7 @@ def test_lora_linear(impl, base, dtype):
     packed, w64 = base_of(rng, 536, 256, base, bias)
     (x, x64), (dy, dy64) = rand(rng, 65, 256, dtype=dtype), rand(rng, 65, 536, dtype=dtype)
     (a, _), (b, _) = rand(rng, 256, 4), rand(rng, 4, 536)
-    # Products round a and b to x's dtype; that is not an error of the op.
+    # Matrix products round a and b to the dtype of x, which does not count as an error of the op.
     a64, b64 = f64(a.astype(getattr(mx, dtype))), f64(b.astype(getattr(mx, dtype)))
     with served():
         check_op(
@@ -346,7 +348,7 @@ def test_dropout_keys_differ_by_seed_step_and_module():
     assert len({key(1, 2, "q"), key(2, 1, "q"), key(1, 3, "q"), key(1, 2, "k")}) == 4
 
 
-#: A dense head, and a quantized one of every mode and number of bits.
+#: A dense head, and a quantized head for every mode and number of bits.
 HEADS = [
     None,
     *[
@@ -358,8 +360,8 @@ HEADS = [
 
 
 def over_heads(*options):
-    """Combines each base with the last of these options, and two bases with all of them: how logits
-    are processed does not depend on how the weight is stored."""
+    """Combines each base with the last of these options, and two bases with all options. This is
+    enough, because the processing of logits does not depend on how the weight is stored."""
     return [
         (base, *own)
         for base in HEADS
@@ -453,7 +455,7 @@ def test_linear_log_probs_of_half_precision(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
 def test_linear_log_probs_touches_only_rows_with_a_target(impl):
-    """The other rows may contain NaN, and it may be that no row has a target."""
+    """Rows without a target may contain NaN, and possibly no row has a target."""
     h = mx.random.normal((9, 16)).astype(mx.bfloat16 if ON_GPU else mx.float32)
     h[::2] = mx.nan
     head = ops.Base(mx.random.normal((56, 16)))
@@ -486,7 +488,7 @@ def test_heads_compile(impl, op):
 @pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
 @pytest.mark.parametrize("op", [ops.linear_log_probs, ops.linear_cross_entropy])
 def test_memory_of_heads_has_no_rows_times_vocabulary(op):
-    """4096 rows of 32768 logits would take 537 MB; a chunk takes at most 64 MB."""
+    """The logits of 4096 rows and 32768 tokens would take 537 MB. A chunk takes at most 64 MB."""
     h = mx.random.normal((4096, 32))
     head = ops.Base(mx.random.normal((32768, 32)))
     t = mx.zeros(4096, mx.int32)
@@ -501,7 +503,7 @@ def test_memory_of_heads_has_no_rows_times_vocabulary(op):
 
 
 def quantized(mode, bits, group):
-    """Returns a base of 4 bits in groups of 32 that claims to have another quantization."""
+    """Returns a base with 4 bits in groups of 32 that claims to have another quantization."""
     return ops.Base(
         mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
     )

@@ -1,4 +1,4 @@
-"""Optimizers and schedules compared with their formulas in NumPy float64."""
+"""Compares optimizers and schedules with their formulas in NumPy and float64."""
 
 import math
 
@@ -47,7 +47,8 @@ def test_a_warmup_as_long_as_the_run_is_an_error():
         config(iters=20, warmup_iters=20)
 
 
-# ---- closed forms: state, gradient, parameter, rate, step from 1 → parameter
+# ---- closed forms: (state, gradient, parameter, learning rate, step counted from 1) → new
+# parameter
 
 
 def adamw(s, g, p, rate, t):
@@ -96,7 +97,8 @@ FORMS = {"adamw": adamw, "lion": lion, "sgd": sgd, "adafactor": adafactor, "muon
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_steps_are_those_of_the_closed_form(name, ratio):
-    """Two factors in each of two stages, cosine with warmup, decoupled weight decay, and LoRA+."""
+    """There are two factors in each of two stages, a cosine schedule with warmup, decoupled weight
+    decay, and LoRA+."""
     rng = np.random.default_rng(0)
     shapes = {"x.lora_a": (6, 3), "x.lora_b": (3, 5), "y.lora_a": (4, 2), "y.lora_b": (2, 7)}
     true = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
@@ -144,8 +146,8 @@ def test_runs_learn_with_each(name, llama4, data, tmp_path):
 
 
 def test_rs_lora_divides_by_the_root_of_each_rank(llama_mixed, data, tmp_path):
-    """With ranks 4 and 8 the multipliers differ; mlx-lm, which has only one, gives the same
-    logits."""
+    """With ranks 4 and 8 the multipliers differ. mlx-lm, which has only one multiplier, computes
+    the same logits."""
     result = train(config_of(llama_mixed, data, tmp_path / "a", scale=3.0, rs_lora=True))
     assert set(result.applied_ranks.values()) == {4, 8}
     assert_same_in_mlx_lm(llama_mixed, tmp_path / "a", apart=1e-3)

@@ -1,4 +1,4 @@
-"""The remaining time of a run: steps, evaluations and checkpoints."""
+"""Tests the remaining time of a run, which consists of steps, evaluations and checkpoints."""
 
 import pytest
 

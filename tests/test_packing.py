@@ -1,4 +1,4 @@
-"""Packed rows have the loss and gradients of single rows, and no row is split or lost."""
+"""Packed rows have the same loss and gradients as single rows, and no row is split or lost."""
 
 import json
 import time
@@ -25,13 +25,14 @@ from mlx_segtrain.planning.costs import CUDA
 from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
-#: Numbers of tokens: longer than the window of 8, longer than a tile, and the minimum.
+#: Numbers of tokens per row. Some are larger than the window of 8, some are larger than a tile, and
+#: some are the minimum.
 LENGTHS = (21, 2, 9, 70, 33, 3)
 BOUND = 1e-5
 
 
 def examples(lengths=LENGTHS, prompt=2, seed=0):
-    """Returns rows as single batches, as one padded batch, and packed."""
+    """Returns the rows as batches of one row, as one padded batch, and packed."""
     rng = np.random.default_rng(seed)
     count, ends = np.arange(len(lengths)), np.array(lengths)
     weights = rng.uniform(0.5, 1, (len(lengths), max(lengths))).astype(np.float32)
@@ -48,7 +49,7 @@ def examples(lengths=LENGTHS, prompt=2, seed=0):
 
 
 def step(chain, adapter, batch, total, size=1):
-    """Returns the loss, and gradients by path."""
+    """Returns the loss, and the gradients by path."""
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, total)
     (loss,), grads = value_and_grad(
@@ -58,9 +59,9 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """Compares packed rows with single rows. Errors must be within BOUND, or within those of a
-    padded batch: the sum of the gradients is smaller than each, and products of other shapes round
-    differently."""
+    """Compares packed rows with single rows. Errors must be within BOUND or within the errors of a
+    padded batch, because the sum of the gradients is smaller than each of them, and because matrix
+    products of other shapes round differently."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -153,7 +154,7 @@ def test_every_epoch_has_every_row_once_and_none_is_over(lengths, capacity, seed
 
 
 def test_best_fit_leaves_the_least_room():
-    """Worked out by hand: 7 + 3, 6 + 4, 5 + 5, and 2 alone."""
+    """The expected rows were worked out by hand: 7 + 3, 6 + 4, 5 + 5, and 2 alone."""
     lengths = np.array([5, 3, 2, 7, 5, 6, 4])
     rows = [sorted(lengths[row].tolist()) for row in Packing.of(lengths, 10).epoch(0, 0)]
     assert sorted(rows) == [[2], [3, 7], [4, 6], [5, 5]]
@@ -228,7 +229,8 @@ def write_data(folder, lengths=(3, 30, 9, 50, 12, 5, 22, 40, 7, 16)):
 
 
 def test_an_epoch_of_packed_rows(llama4, tmp_path):
-    """An epoch has every row, in fewer steps, and evaluations give the loss of single rows."""
+    """An epoch contains every row and has fewer steps, and evaluations return the loss of single
+    rows."""
     data, told = write_data(tmp_path / "data"), []
     how = {"epochs": 1.0, "max_seq_length": 64, "learning_rate": 1e-6}
     packed = train(config_of(llama4, data, tmp_path / "a", packing=True, **how), told.append)
@@ -244,7 +246,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A resumed run keeps its choice, even if the other one would now be faster."""
+    """A resumed run keeps its choice, even if the other choice would be faster now."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

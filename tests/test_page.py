@@ -1,4 +1,4 @@
-"""The page in a browser, with a real server, and SmolLM2 on the demo's data."""
+"""Tests the page in a browser, with a real server, and with SmolLM2 on the demo's data."""
 
 import csv
 import io
@@ -35,9 +35,10 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.skipif(BROWSER is None, reason="there is no browser on the path"),
 ]
-#: The first row of the data set, which would otherwise depend on the version of Python.
+#: The first row of the data set. Without it, this row would depend on the version of Python.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
-#: The timeout in milliseconds if a model has to compute; otherwise the default applies.
+#: The timeout in milliseconds for steps in which a model computes. For all others, the default
+#: applies.
 LONG = 240_000
 #: The address of the page's modules, for tests that import one.
 OURS = f"/finetune/files/{VERSION}"
@@ -127,7 +128,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     before = points(page)
     until(lambda: points(page) > before)
     page.reload()
-    until(lambda: points(page) > before)  # the run continues, and its earlier points are shown
+    until(lambda: points(page) > before)  # the run continues, and the points from before are shown
     assert site.job(id)["status"] == "running"
     expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
@@ -154,7 +155,8 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     expect(page.get_by_text(re.compile("tokens?, .* tokens/s"))).to_have_count(2, timeout=LONG)
     base, own = page.locator(".answer .said").all_inner_texts()
     assert base.strip() and own.strip()
-    expect(page.get_by_text("What does <b>os.getcwd</b> do?")).to_be_visible()  # shown as typed
+    # The text is shown as it was typed.
+    expect(page.get_by_text("What does <b>os.getcwd</b> do?")).to_be_visible()
     assert fits(page)
     user.shot(page, "chat")
 
@@ -216,7 +218,7 @@ def test_between_two_reports_memory_and_steps_go_on(user):
         return [live.active_gb, live.peak_gb, step, left, lines.length, train.step];
         }""".replace("OURS", OURS)
     )
-    assert told == [1.5, 3, 7, 900, 2, 1]  # the log has only the reports
+    assert told == [1.5, 3, 7, 900, 2, 1]  # the log contains only the reports
 
 
 def test_values_have_the_unit_of_their_method(user):
@@ -267,8 +269,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """It needs less than a second of CPU time, which does not depend on other load. All files are
-    fetched at once, and a second load fetches none."""
+    """A page needs less than a second of CPU time, which does not depend on other load on the
+    machine. All files are fetched at the same time, and a second load fetches none."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]
@@ -331,7 +333,8 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
     """Returns two finished runs with different settings, and a failed one."""
-    odd = str(site.work / "<img src=x onerror=boom()>")  # names must be shown as text everywhere
+    # The page must show names as text everywhere.
+    odd = str(site.work / "<img src=x onerror=boom()>")
     return [
         site.train(rank=4),
         site.train(learning_rate=0.003, adapter_path=odd),
@@ -364,7 +367,7 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
 
 
 def test_a_result_that_is_missing_has_no_difference(user, runs):
-    """The second run has failed before its first step."""
+    """The second run failed before its first step."""
     page = user.open("/finetune/jobs")
     for id in (runs[0], runs[2]):
         page.get_by_label(f"Compare {id}").click()
@@ -430,7 +433,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     page.get_by_role("button", name="Download", exact=True).first.click()
     failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
-    page.close()  # must be closed before the server ends
+    page.close()  # the page must be closed before the server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):
@@ -460,7 +463,7 @@ def test_older_jobs_are_a_click_away(user, site):
         expect(page.get_by_text(ids[0])).to_have_count(0)
         page.get_by_role("button", name="Older jobs").click()
         expect(page.get_by_text(ids[0])).to_be_visible()
-        page.wait_for_timeout(2500)  # it stays when the list is refreshed
+        page.wait_for_timeout(2500)  # the entry stays when the list is refreshed
         expect(page.get_by_text(ids[0])).to_be_visible()
     finally:
         for id in ids:
@@ -507,7 +510,7 @@ def test_a_failed_job_offers_what_helps(user, site):
         user.open(f"/finetune/job/{ids['input']}", page=page)
         page.get_by_role("button", name="Change the settings").click()
         wrong = page.locator(".field.invalid", has_text="rank must be >= 2")
-        expect(wrong).to_be_in_viewport()  # its section is open
+        expect(wrong).to_be_in_viewport()  # the section of the field is open
         user.open(f"/finetune/job/{ids['memory']}", page=page)
         page.get_by_role("button", name="New run that takes less memory").click()
         expect(page.locator("[title=max_seq_length]")).to_be_visible()
@@ -520,7 +523,8 @@ def test_a_failed_job_offers_what_helps(user, site):
 
 
 def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
-    """On a server that may start two processes, as a run of another one with three had."""
+    """This server may start two processes, while the run is from another server that may start
+    three."""
     config = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     config |= {"max_seq_length": 64}
     figures = dict.fromkeys(("tokens_per_sec", "supervised_tokens_per_sec", "left_s"), 1.0)
@@ -575,7 +579,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     choose(page, "Data set", "pairs")
     expect(wrong("Choose a data set first")).to_have_count(0)
     page.get_by_label(titles["max_seq_length"]).fill("64")
-    # The data fit another method.
+    # The data set fits another method.
     expect(wrong("which method sft does not accept")).to_be_visible(timeout=LONG)
     page.get_by_role("button", name="Use method dpo").click()
     expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
@@ -685,7 +689,8 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     until(lambda: scales()[4] == 3)
     own.get_by_label("Smoothing").fill("0.9")
     series = 'document.querySelector(".chart.tall").uplot.series.length'
-    # Steps, the smoothed and the raw training loss, validation.
+    # The series are the steps, the smoothed training loss, the raw training loss, and the
+    # validation loss.
     until(lambda: page.evaluate(series) == 4)
     user.shot(page, "smoothed")
     with page.expect_download() as found:
@@ -786,7 +791,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
 def test_files_of_rows_are_told_apart_by_their_names(browser, names, expected):
     page = browser.new_page()
 
-    def give(route: Any) -> None:  # provides only the modules, without a server
+    def give(route: Any) -> None:  # this provides only the modules, without a server
         name = route.request.url.rpartition("/")[2]
         if name:
             route.fulfill(path=FILES / name, content_type="text/javascript")
@@ -849,7 +854,8 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     (tmp_path / "broken" / names[0]).write_bytes(b"no weights")
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "broken" / x) for x in names])
     expect(page.get_by_role("alert").filter(has_text=names[0])).to_be_visible()
-    assert not list(site.cache.rglob("adapter-of-tiny"))  # nor are the files before it left
+    # The files that were sent before are deleted too.
+    assert not list(site.cache.rglob("adapter-of-tiny"))
     sent.clear()
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
     row = page.get_by_role("row").filter(has_text="adapter-of-tiny")
@@ -915,7 +921,7 @@ def test_the_keyboard_alone_starts_a_run(user, site, titles):
     keys.type("64")
     tab_to(titles["iters"])
     keys.type("3")
-    keys.press("Enter")  # in any field
+    keys.press("Enter")  # works in any field
     page.wait_for_url(re.compile("/finetune/job/job_"))
     expect(page.get_by_text("Step 3 of 3")).to_be_visible(timeout=LONG)
 
@@ -937,7 +943,7 @@ def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
         page.wait_for_timeout(400)
         assert fits(page), name
         user.shot(page, f"{name}-{size['width']}-{scheme}")
-        # Also check collapsed sections; of a group, only one would be open.
+        # Collapsed sections are checked too. In a group, only one section would be open.
         page.evaluate(
             """() => document.querySelectorAll("details").forEach((own) => {
             own.removeAttribute("name"); own.open = true; })"""
@@ -995,5 +1001,5 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}
         urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
-        page.wait_for_url("**/login")  # an open page changes, too
+        page.wait_for_url("**/login")  # a page that is open changes too
         page.context.close()

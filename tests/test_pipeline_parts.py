@@ -1,4 +1,5 @@
-"""The parts of a pipeline, without processes: cuts, the values that cross them, and plans."""
+"""Tests the parts of a pipeline without processes: cuts, the values that cross the cuts, and
+plans."""
 
 import threading
 import time
@@ -35,7 +36,8 @@ from mlx_segtrain.training.step import Stepper
 
 
 class Post:
-    """Transfers between pipes in one process: sent arrays are kept in boxes for the receiver."""
+    """Simulates transfers between pipes in one process. Arrays that are sent are kept in boxes
+    until they are received."""
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes = rank, boxes
@@ -63,7 +65,7 @@ class Post:
 
 
 class Alone(Ranks):
-    """A rank of a group in one process, which need not wait for others."""
+    """A rank of a group in one process. It need not wait for other ranks."""
 
     def wait_for(self, arrays):
         mx.eval(arrays)
@@ -79,8 +81,8 @@ def pipes_of(ends, layers, batches=1):
 
 
 def through(pipes, objective, chain, adapter, batch, size):
-    """Returns outputs and gradients of a batch that runs through all pipes, in segments of
-    `size`."""
+    """Runs a batch through all pipes, in segments of `size`, and returns the outputs and
+    gradients."""
     params = adapting.stage_params(chain, adapter)
     total = objective.total([batch])
     functions = Functions(objective, chain, adapter.scales)
@@ -143,12 +145,13 @@ def test_what_crosses_a_cut_is_what_later_stages_read():
         return border(specs, reads, [number[s.owner] < layer for s in stages])
 
     first = at(1)
-    # No layer with an adapter comes before.
+    # No earlier layer has an adapter.
     assert first.values == ("h",) and first.differentiable == ()
     given = [f"{kind} of model.layers.{i}" for i in (1, 2) for kind in ("keys", "values")]
     third = at(3)
     assert third.values == ("h", *given) and third.differentiable == third.values
-    # Layers 3 and 4, with windows, read the keys of layer 1, and layer 5 those of layer 2.
+    # Layers 3 and 4, which have windows, read the keys of layer 1, and layer 5 reads the keys of
+    # layer 2.
     assert third.summed == {*given[:2]}
     assert at(5).values == ("h", *given[2:]) and not at(5).summed
 
@@ -196,12 +199,12 @@ def test_parts_of_a_plan_hold_their_layers(family):
     doubled = sum(weight_bytes(shape, p, True) for p in own) - shape.weight_bytes(True)
     once = sum(4 * np.prod(s) for name, (_, s) in shape.tensors.items() if "layers." not in name)
     table = 4 * np.prod(shape.tensors["model.embed_tokens.weight"][1])
-    # Gemma 4's layers also read the tables; two ranks have an embedding that is also the head.
+    # Gemma 4's layers also read the tables. An embedding that is also the head is on two ranks.
     assert doubled == (2 * once if family == "gemma4_text" else table)
 
 
 def test_a_part_waits_with_what_its_batches_keep():
-    """If two more batches wait between their two passes, they take twice the memory that one batch
+    """If two more batches wait between their two passes, they need twice the memory that one batch
     keeps."""
     model = tiny_models.build("llama", num_hidden_layers=4)
     shape = shape_of(tiny_models.config("llama", num_hidden_layers=4), headers(model))
@@ -212,11 +215,11 @@ def test_a_part_waits_with_what_its_batches_keep():
         run.of_part(Part(0, 3, 0, 2, 4, n), 10**12, CPU).planned.peak for n in (1, 2, 3)
     )
     h = 64 * shape.width * 4
-    # A batch keeps its input, the values between its two layers, and everything of the second
-    # layer.
+    # A batch keeps its input, the values between the two layers, and all intermediate arrays of the
+    # second layer.
     assert three - two == two - one > 2 * h
     last = [run.of_part(Part(2, 3, 2, 4, 4, n), 10**12, CPU).planned.peak for n in (1, 3)]
-    assert last[0] == last[1]  # the last rank runs each batch backward at once
+    assert last[0] == last[1]  # the last rank runs the backward pass of each batch at once
 
 
 def test_a_plan_says_what_each_rank_holds():
@@ -226,7 +229,7 @@ def test_a_plan_says_what_each_rank_holds():
     batch = BatchShape.single(1, 64, 64, 64, accumulates=True)
     run = RunPlan(shape, (batch,), ranks, CUDA, 10**9, None, ())
     found = held(split_run(run, [Member(10**9, "cuda", 2), Member(10**9, "cpu", 4)], 3))
-    # In such a small model most time is launches, which a CPU does not have.
+    # In such a small model, most of the time would be for launches, which a CPU does not have.
     assert found[0].layers.startswith("1-") and found[1].layers.endswith("-8")
     count = [int(own.layers.split("-")[1]) - int(own.layers.split("-")[0]) + 1 for own in found]
     assert count == [1, 7]
@@ -248,7 +251,8 @@ def test_only_the_layers_of_a_rank_are_read(tmp_path):
 
 
 def skips(self, inputs, cache=None):
-    """The forward pass of a model whose third layer also reads the output of the first one."""
+    """The forward pass of a model in which the third layer also reads the output of the first
+    layer."""
     h = self.embed_tokens(inputs)
     given = []
     for layer in self.layers:
@@ -262,7 +266,7 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
     for layers in (range(0, 1), range(1, 3), range(2, 3)):
         assert len(chain_of(model, layers).layers) == 3
     monkeypatch.setattr(type(model.model), "__call__", skips)
-    assert len(chain_of(model, range(0, 2)).layers) == 3  # no value that layer 2 reads
+    assert len(chain_of(model, range(0, 2)).layers) == 3  # it has no value that layer 2 reads
     for layers in (range(1, 3), range(2, 3)):
         with pytest.raises(
             InputError, match="run layer by layer, it gives different hidden states"
@@ -296,7 +300,8 @@ def test_ranks_add_up_the_baseline_of_their_own_batches():
 
 
 def test_other_threads_run_while_a_step_is_given_to_the_device():
-    """If memory is short, MLX waits in async_eval; a rank's beats must not wait with it."""
+    """If memory is insufficient, MLX waits in async_eval. The heartbeats of a rank must not wait
+    too."""
     w = mx.random.normal((200, 200)) / 14
 
     def stage(params, h):

@@ -1,5 +1,5 @@
-"""For any chain and cuts, a plan's moves find the values that they read, and every kept value is
-read."""
+"""For any chain and any cuts, the moves of a plan find the values that they read, and every value
+that is kept is read."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ BYTES = {"h": 10, "k": 3, "v": 7}
 
 @dataclass
 class Chain:
-    """Stages over h, some of which also write and read k and v; the values that the head reads; and
-    cuts."""
+    """A chain of stages over h, some of which also write and read k and v, with the values that the
+    head reads, and cuts."""
 
     stages: list[_core.StageSpec]
     head: list[str]
@@ -73,7 +73,8 @@ def parsed(line: str) -> Move:
 
 
 def reads_of(chain: Chain, move: Move) -> set[str]:
-    """Returns the versions of values that a move's stages, and the head, read from other moves."""
+    """Returns the versions of the values that the stages of a move, and the head, read from other
+    moves."""
     version = {"h": "h@input", "y": "y@input"}
     for stage in chain.stages[: move.begin]:
         version |= {name: f"{name}@{stage.name}" for name in stage.writes}
@@ -103,7 +104,7 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
         alive |= set(move.keeps)
         assert set(move.drops) <= alive
         alive -= set(move.drops)
-        for value in alive:  # it is read before it is recomputed
+        for value in alive:  # the value is read before it is recomputed
             later = (x for x in moves[i + 1 :] if value in (*x.reads, *x.keeps))
             assert value in next(later).reads
     assert not alive and not cotangents
@@ -150,7 +151,7 @@ def test_an_estimate_holds_all_that_is_kept(chain):
 
 
 def arrays_of(chain):
-    """Returns functions and parameters for the stages, values for the inputs, and a head."""
+    """Returns functions and parameters for the stages, arrays for the inputs, and a head."""
     keys = iter(mx.random.split(mx.random.key(0), len(chain.stages) + 2))
 
     def stage_of(spec):

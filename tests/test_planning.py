@@ -1,4 +1,5 @@
-"""The planner: shapes from headers, exact costs of simple chains, and the memory of real steps."""
+"""Tests the planner: shapes that are read from headers, exact costs of simple chains, and the
+memory of real steps."""
 
 import json
 import resource
@@ -65,7 +66,7 @@ def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
         ]
         assert tuple(costs.layers) == chain.cuts(1, streams).segments
         assert [s.trainable for s in costs.stages] == [s.owner in params for s in stages]
-        # The gradients of several streams are added to those of the last one.
+        # The gradients of several streams are added to those of the last stream.
         last = {stage.owner: stage for stage in stages}.values()
         sizes = [sum(f.nbytes for f in params.get(s.owner, {}).values()) for s in stages]
         sizes = [n if stage in last else 0 for n, stage in zip(sizes, stages, strict=True)]
@@ -141,7 +142,7 @@ def cost(**given):
 
 
 def chain_costs(costs, **given):
-    """Returns the costs of a chain over h whose layers have two stages each."""
+    """Returns the costs of a chain over h in which each layer has two stages."""
     stages = [_core.StageSpec(str(i), ["h"], ["h"], True) for i in range(len(costs))]
     layers = list(range(2, len(costs) + 1, 2))
     zero = dict.fromkeys(("head", "ahead", "fixed", "update"), 0) | {"head_work": 0.0}
@@ -159,8 +160,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # Each move adds a value to h@input. The head's move has the last stage, its output, and the
-    # head.
+    # Each move adds a value to h@input. The head's move includes the last stage, the output of this
+    # stage, and the head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]
@@ -172,7 +173,7 @@ def test_what_is_alive_move_by_move():
 def test_a_group_holds_its_inner_values_only_when_its_turn_comes():
     costs = chain_costs([cost(forward=30, backward=100, forward_work=1.0)] * 6)
     got = estimate(costs, [1, 2, 3, 4, 5, 6, 6], [2, 4, 6, 7])
-    kinds = [4, 5, 6]  # the last group's moves after the head: one forward, two backward
+    kinds = [4, 5, 6]  # the moves of the last group after the head: one forward and two backward
     assert [m.values for m in got.moves[:4]] == [10, 20, 30, 40]
     assert [got.moves[i].values for i in kinds] == [30, 40, 30]
     assert got.again == 3
@@ -208,7 +209,7 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
-    together = estimate(costs, [1, 4], [1, 2])  # just as wide if they share a segment
+    together = estimate(costs, [1, 4], [1, 2])  # as wide if readers share a segment
     assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 
@@ -232,7 +233,7 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
-    """Tries all segment sizes, tails and numbers of saving stages of a random chain."""
+    """Tries all segment sizes, tails and numbers of saving stages for a random chain."""
     rng = np.random.default_rng(seed)
     costs = []
     for i in range(12):
@@ -265,7 +266,8 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
 
 
 def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
-    """This room causes no recomputation; without it, MLX waits earlier, and needs less memory."""
+    """The plan reserves this memory only if that causes no recomputation. Without it, MLX waits
+    earlier and needs less memory."""
     shape = read_shape(llama4)
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
     ranks = ranks_of(shape, **how)
@@ -310,7 +312,7 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_predicted_peak_is_the_measured_one(packed):
-    """A step with its optimizer on this machine; bench/memory.py measures whole models."""
+    """Measures a step with its optimizer on this machine. bench/memory.py measures whole models."""
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("bench/memory.py measures GPUs")
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
@@ -344,7 +346,7 @@ def test_predicted_peak_is_the_measured_one(packed):
     losses = set()
     functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
-    # With packed rows, only the plans with the lowest and the highest peak.
+    # With packed rows, only the plans with the lowest and the highest peak are measured.
     for plan in plans[::3] if packed else plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
@@ -379,7 +381,7 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
     assert abs(tiled_loss - loss) < 1e-6 * abs(loss)
     for path, grad in whole.items():
         assert mx.allclose(tiled[path], grad, rtol=1e-4, atol=1e-6), path
-    for size in (0, 2):  # every plan still gives bit-identical results
+    for size in (0, 2):  # the results of all plans are still bit-identical
         _, again = run(chain, adapter, batch, size)
         assert all(mx.array_equal(again[path], grad) for path, grad in tiled.items())
 
@@ -537,7 +539,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time does not depend on the machine's other load.
+        # Processor time does not depend on other load on the machine.
         best = min(best, sum(ended[:2]) - sum(began[:2]))
     assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):

@@ -1,4 +1,4 @@
-"""The settings of MLX during a run, which are the same for everything that runs a model."""
+"""Tests the settings of MLX during a run, which are the same for all code that runs a model."""
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,7 @@ WORKING_SET = 24 << 30
 
 @pytest.fixture
 def metal(monkeypatch):
-    """Simulates a Mac; returns the wired limits that are set, in order."""
+    """Simulates a Mac, and returns a list of the wired limits that are set, in order."""
     limits = [0]
 
     def set_wired_limit(n):
@@ -59,11 +59,11 @@ def test_elsewhere_no_limit_is_set(missing, metal, monkeypatch):
     assert policy.wire() is None and metal == [0]
 
 
-# ---- everything that runs a model has the same settings
+# ---- all code that runs a model uses the same settings
 
 
 class Spy:
-    """Records the settings whenever a model is run."""
+    """Records the settings each time a model is run."""
 
     def __init__(self, monkeypatch):
         self.seen, self.limit = [], None
@@ -174,4 +174,4 @@ def test_a_run_takes_no_references_of_an_evaluation_that_was_not_repeatable(
     assert spy.in_force("references") == {(True, WORKING_SET)}
     spy.seen.clear()
     evaluate(how)
-    assert spy.in_force("references") == set()  # they are cached by now
+    assert spy.in_force("references") == set()  # the references are cached by now

@@ -1,5 +1,5 @@
-"""Preference losses compared with TRL's formulas on mlx-lm's model in float64; streams, cuts and
-dropout."""
+"""Compares preference losses with TRL's formulas on mlx-lm's model in float64, and tests streams,
+cuts and dropout."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ OBJECTIVES = {
 
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
-    """Makes streams be split and trimmed at single tokens."""
+    """Makes streams be split and trimmed at any token."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 1)
 
@@ -99,8 +99,8 @@ def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):
 
 
 def trl(objective, log_p: list, batch: PairBatch):
-    """Returns TRL's loss of pairs, from the log-probabilities [B, T] of all tokens of both
-    sides."""
+    """Returns TRL's loss for pairs, computed from the log-probabilities [B, T] of all tokens on
+    both sides."""
     inside = [mx.array(side.weights[:, 1:]) for side in (batch.chosen, batch.rejected)]
     sums = [(p * m).sum(1) for p, m in zip(log_p, inside, strict=True)]
     means = [s / m.sum(1) for s, m in zip(sums, inside, strict=True)]
@@ -148,8 +148,8 @@ def trl(objective, log_p: list, batch: PairBatch):
 
 
 def oracle(name, objective, batch, dtype):
-    """Returns loss and gradients of mlx-lm's model with LoRA layers, each sequence alone, with
-    whole arrays of logits."""
+    """Returns the loss and the gradients of mlx-lm's model with LoRA layers. Each sequence is run
+    alone, with the whole array of logits."""
     _, adapter, _ = setup(name)
     # GPUs do not support float64.
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
@@ -189,8 +189,8 @@ def plain(name, adapter, objective, batch, dtype):
 def test_losses_and_gradients_are_trls_in_float64(kind):
     objective, batch = OBJECTIVES[kind], pair_batch(9, lengths=((21, 17), (15, 20)))
     if kind not in ("hinge", "sigmoid", "conservative", "robust", "ipo"):
-        batch.reference[:] = [-58, -60, -57, -61]  # so that no sigmoid is saturated
-    if kind == "hinge":  # pairs on both sides of the kink
+        batch.reference[:] = [-58, -60, -57, -61]  # with these values no sigmoid is saturated
+    if kind == "hinge":  # the pairs are on both sides of the kink
         batch.reference[:] = [-60, -40, -40, -40]
     truth, true_grads = oracle("llama", objective, batch, mx.float64)
     assert all(np.abs(g).max() > 0 for g in map(np.array, true_grads.values()))
@@ -206,8 +206,8 @@ def test_losses_and_gradients_are_trls_in_float64(kind):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_every_family_is_as_mlx_lms(name, kind):
-    """Includes windows of 8 that reach from responses into the prompt, and layers that share
-    keys."""
+    """This includes windows of 8 that reach from the responses into the prompt, and layers that
+    share keys."""
     objective, batch = OBJECTIVES[kind], pair_batch(9)
     truth, true_grads = oracle(name, objective, batch, mx.float32)
     outputs, grads = run(name, objective, batch)
@@ -222,8 +222,8 @@ def test_every_family_is_as_mlx_lms(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 @pytest.mark.parametrize("shared", [1, 5, 9, 12, 15])
 def test_a_shared_prefix_is_two_forwards(name, shared):
-    """This also holds if the ends of the prompts differ (only 5 of 9 tokens are shared), or if the
-    responses begin with the same tokens."""
+    """The result is also the same if the ends of the prompts differ (only 5 of 9 tokens are
+    shared), or if the responses begin with the same tokens."""
     for objective in (OBJECTIVES["sigmoid"], OBJECTIVES["orpo"]):
         batch = pair_batch(shared)
         apart = PairBatch(batch.chosen, batch.rejected, 0, batch.rows, batch.reference)
@@ -253,7 +253,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
 @pytest.mark.parametrize("same", [0, 150])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
-    """300 tokens are run, and the last 100 are in the loss."""
+    """The rows of a full batch have 300 tokens, and the last 100 are in the loss."""
     weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
@@ -267,7 +267,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7, 2)])
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "orpo"])
 def test_every_cut_gives_the_same_bits(name, dropout, kind):
-    """This also holds with dropout, because recomputation uses the same masks."""
+    """This is also true with dropout, because recomputation uses the same masks."""
     objective = Sft() if kind == "sft" else OBJECTIVES[kind]
     batch = pair_batch(9)
     batch = batch.chosen if kind == "sft" else batch
@@ -281,7 +281,7 @@ def test_every_cut_gives_the_same_bits(name, dropout, kind):
     for cuts in (None, halves):
         outputs, grads = run(name, objective, batch, 1, cuts, dropout)
         if name == "generic" and mx.default_device() != mx.Device(mx.cpu):
-            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # mlx-lm's ops
+            np.testing.assert_allclose(outputs, expected, rtol=1e-5)  # this case uses mlx-lm's ops
             continue
         assert outputs == expected
         for path, grad in expected_grads.items():
@@ -328,7 +328,7 @@ def test_references_are_the_log_probabilities_without_an_adapter():
         log_p = -nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
         expected += (log_p * mx.array(side.weights[:, 1:])).sum(1).tolist()
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
-    # With these as the reference, the model has learned nothing yet.
+    # If the reference log-probabilities equal these sums, the model has learned nothing yet.
     batch = PairBatch(batch.chosen, batch.rejected, 9, batch.rows, np.array(sums))
     (loss, _, margin, *_) = value(Dpo(), chain, {}, {}, batch, Dpo().total([batch]))
     assert abs(float(loss) - np.log(2)) < 1e-5 and abs(float(margin)) < 1e-4

@@ -1,4 +1,4 @@
-"""Whole runs of DPO and ORPO on tiny models, and features that all methods have."""
+"""Tests whole runs of DPO and ORPO on tiny models, and features that all methods have."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
     better, worse = ("desirable", "undesirable") if method == "kto" else ("chosen", "rejected")
     assert last[f"{better}_reward"] > last[f"{worse}_reward"]
     assert result.final_val_accuracy == last["accuracy"]
-    if method == "dpo":  # the model is its own reference before the first step
+    if method == "dpo":  # before the first step, the model equals the reference
         assert math.isclose(first["loss"], math.log(2), rel_tol=1e-5)
         assert abs(first["margin"]) < 1e-4
     step = next(event for event in seen if event.get("kind") == "train")
@@ -46,7 +46,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
 
 
 def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_path, monkeypatch):
-    """Cached references equal computed ones; they are not used for other data, lengths or
+    """Cached references equal computed references. They are not used for other data, lengths or
     models."""
     counted = counted_references(monkeypatch)
 
@@ -60,7 +60,8 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert n == 12 + 6
     n, cached = run("a")
     assert n == 0 and all(mx.array_equal(cached[key], fresh[key]) for key in fresh)
-    assert run("b", iters=30, seed=3)[0] == 0  # another order, rank or rate, but the same pairs
+    # The order, rank or learning rate differs, but the pairs are the same.
+    assert run("b", iters=30, seed=3)[0] == 0
     assert run("b", rank=8, learning_rate=1e-4, dpo_loss="ipo")[0] == 0
     assert run("b", max_seq_length=60)[0] == 18  # prompts are truncated
     write_pairs(pairs, n=14)
@@ -71,7 +72,7 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert run("b", model=llama)[0] > 0
     assert run("b", reference_free=True)[0] == 0
     for file in (tmp_path / "cache" / "references").iterdir():
-        file.write_bytes(file.read_bytes()[:100])  # incomplete files
+        file.write_bytes(file.read_bytes()[:100])  # truncates the files
     assert run("a")[0] > 0
 
 
@@ -104,7 +105,8 @@ def test_dropout_acts_in_every_method_and_follows_the_seed(method, llama4, data,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_plus_and_rslora_act_in_every_method(method, llama4, data, pairs, tmp_path):
-    """After one step of SGD, B has changed by its rate times its gradient, and A not at all."""
+    """After one step of SGD, B has changed by its learning rate times its gradient, and A has not
+    changed."""
 
     def run(name, **changes):
         how = {"iters": 1, "optimizer": "sgd", "weight_decay": 0, "grad_clip_norm": 0, "rank": 4}
@@ -131,7 +133,7 @@ def adapters_of(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_by_bits_and_by_kl_in_every_method(method, llama_mixed, data, pairs, tmp_path):
-    """The base has 4 and 8 bits; a copy of its folder also has OptiQ's file."""
+    """The base has 4-bit and 8-bit layers. A copy of its folder also has OptiQ's file."""
     result = train(setup_of(method, llama_mixed, data, pairs, tmp_path / "a", iters=1, rank=4))
     assert set(result.applied_ranks.values()) == {4, 8}
     model = tmp_path / "model"
@@ -166,8 +168,8 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_warm_start_goes_on_from_an_adapter(method, llama_mixed, data, pairs, tmp_path):
-    """The run keeps the adapter's ranks (4 and 8) and multipliers; its first loss is the last one
-    of the earlier run."""
+    """The run keeps the ranks (4 and 8) and multipliers of the adapter, and its first loss is the
+    last loss of the earlier run."""
     first = setup_of(method, llama_mixed, data, pairs, tmp_path / "a", rank=4, rs_lora=True)
     before = train(first)
     more = {"warm_start": tmp_path / "a", "iters": 3}
@@ -247,7 +249,8 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
 
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):
-    """As one stream, they would need more memory than the budget; the loss is the same."""
+    """As one stream, the pairs would need more memory than the budget allows. The loss is the
+    same."""
     from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))

@@ -1,4 +1,5 @@
-"""A model that has memorized its rows answers them and stops, whatever the chat template."""
+"""A model that has memorized its rows generates their responses and stops, whatever the chat
+template is."""
 
 import json
 from dataclasses import replace
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.acceptance
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]
 CLOSED = "\n</think>\n\n"
-#: By template: the run's template variables, and the text before each answer.
+#: For each template, the template variables of the run, and the text before each response.
 KINDS = {
     "CHATML": ({}, ""),
     "OPEN": ({}, CLOSED),
@@ -84,7 +85,7 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, 
             chat_template_kwargs=variables,
             prompt_format="raw" if kind == "raw" else "auto",
         ),
-        on_step=lambda event: event["loss"] < 0.005,  # stop early
+        on_step=lambda event: event["loss"] < 0.005,  # stops the run early
     )
     assert result.final_train_loss is not None and result.final_train_loss < 0.02
 

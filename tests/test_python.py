@@ -1,4 +1,5 @@
-"""`mlx_segtrain.train` in Python: keywords, rows, a loaded model, callbacks, and the result."""
+"""Tests `mlx_segtrain.train` in Python: keywords, rows, a loaded model, callbacks, and the
+result."""
 
 import io
 import json
@@ -27,7 +28,7 @@ HOW = {"iters": 4, "lr": 1e-2, "rank": 4, "max_seq_length": 100}
 
 @pytest.fixture(scope="module")
 def trained(llama4, tmp_path_factory):
-    """Trains on Python rows; returns the result, and what the callbacks received."""
+    """Trains on Python rows, and returns the result and the values that the callbacks received."""
     steps, evals = [], []
     out = tmp_path_factory.mktemp("runs") / "a"
     how = {**HOW, "iters": 6, "val_split": 3, "steps_per_eval": 3, "steps_per_report": 4}
@@ -187,7 +188,7 @@ def test_a_bar_where_people_see_it(terminal, trained, monkeypatch):
                 step(own)
     assert ("━" in out.getvalue() and "6/6" in out.getvalue()) is terminal
     assert len(called) == (6 if terminal else 0)
-    with api._shown(print, None, None) as (tell, _):  # the caller gets the events
+    with api._shown(print, None, None) as (tell, _):  # the caller's function gets the events
         assert tell is print
 
 

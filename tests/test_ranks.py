@@ -1,4 +1,5 @@
-"""Runs on several ranks on this machine, connected by MLX's ring over the loopback."""
+"""Tests runs on several ranks on this machine, which are connected by MLX's ring over the
+loopback."""
 
 import json
 import signal
@@ -128,7 +129,7 @@ def test_a_frozen_rank_is_named_by_all_and_by_itself(model, rows, tmp_path):
     assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is kept" in found[0][2]
 
 
-#: A step of rank 1 takes longer than the others wait for its messages.
+#: Makes a step of rank 1 take longer than the others wait for its messages.
 SLOW = """
 from mlx_segtrain.training import step
 ranks.SLOW = 1.0

@@ -1,4 +1,4 @@
-"""The recipes run as their comments show."""
+"""The recipes can be run as their comments show."""
 
 import importlib.util
 import json

@@ -1,4 +1,5 @@
-"""Graphs kept from one step to the next: results are unchanged, and functions are not called."""
+"""Tests graphs that are kept from one step to the next: results do not change, and functions are
+not called."""
 
 import functools
 from dataclasses import replace
@@ -18,7 +19,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Stage
 
 H = 16
-CALLS = 3  # one that may cache arrays, one that is recorded, and one that is compared
+CALLS = 3  # a call that may cache arrays, a call that is recorded, and a call that is compared
 
 
 def bits(outputs, grads):
@@ -126,13 +127,14 @@ def test_what_changes_outside_of_the_arrays_is_seen():
             run = segmented_value_and_grad(stages, head, recordings=recordings, segment_size=0)
             got, grads = run(params, {"h": h})
             assert len(now) == step + 1, kind
-            alone, _ = simple(lambda: now[-1])  # noqa: B023 - called at once
+            alone, _ = simple(lambda: now[-1])  # noqa: B023 - it is called at once
             want, wanted = segmented_value_and_grad(alone, head, segment_size=0)(params, {"h": h})
             assert bits(got, grads) == bits(want, wanted), kind
 
 
 def test_what_a_primitive_holds_is_compared():
-    """Slices with different starts have the same inputs and shapes, but differ."""
+    """Slices with different start positions have the same inputs and shapes, but must be recognized
+    as different."""
     starts = iter([0, 1, 2, 3, 4, 5])
     stages, params = simple(lambda: 1.0)
 

@@ -1,4 +1,4 @@
-"""What a release must have: versions that agree, and wheels with their notices."""
+"""Tests that the versions in a release agree, and that wheels contain their notices."""
 
 import tarfile
 import zipfile

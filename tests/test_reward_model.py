@@ -1,5 +1,5 @@
-"""A reward model: its scores, dense or quantized, equal those of transformers, and its memory is as
-planned."""
+"""The scores of a reward model, dense or quantized, equal those of transformers, and its memory is
+as planned."""
 
 import json
 
@@ -21,7 +21,7 @@ CHATS = ["Yes.", "No, that is wrong, and here is why: it is not so.", "", "ÄÖ<
 
 
 def scorer(path, labels=1, **how):
-    """Writes a quantized model of mlx-lm with a score weight, and returns its folder."""
+    """Writes a quantized mlx-lm model with the weight of a score head, and returns its folder."""
     write_llama(path, tied=False, **how)
     weights = mx.load(str(path / "model.safetensors"))
     rest = {name: x for name, x in weights.items() if not name.startswith("lm_head")}
@@ -50,8 +50,8 @@ def test_prompts_and_completions_are_as_many(tmp_path):
 
 
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
-    """Scores are the same in batches of several lengths, for long texts in parts, and with
-    padding."""
+    """Scores are the same in batches of different lengths, for long texts that are processed in
+    parts, and with padding."""
     model = hf.write_scorer(tmp_path / "m")
     write_tokenizer(tmp_path / "m")
     own = judge(tmp_path / "m")
@@ -65,7 +65,7 @@ def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "PREFILL", 64)
     assert np.allclose(own(prompts=["Is it?"] * 5, completions=answers), wanted, atol=2e-5)
     raw = judge(tmp_path / "m", raw=True)
-    # The second text ends with tokens that are also padding.
+    # The second text ends with tokens that are also used for padding.
     texts = ["a b", "a b<|im_end|><|im_end|>"]
     plain = hf.scores_of(model, [tokenizer.encode(x, add_special_tokens=False) for x in texts])
     found = raw(prompts=["a ", "a "], completions=[x[2:] for x in texts])

@@ -1,4 +1,4 @@
-"""Layers of the package: a module may only import modules of lower layers."""
+"""Tests the layers of the package: a module may import only modules in lower layers."""
 
 import ast
 from pathlib import Path
@@ -24,7 +24,7 @@ SERVING = (
 
 
 def modules():
-    """Yields every module of the package: its dotted name below the package, and its path."""
+    """Yields, for every module of the package, its dotted name below the package and its path."""
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
@@ -70,7 +70,7 @@ def upward(rooms, within=""):
 
 
 def test_no_test_imports_another_one():
-    """Code that two test files need is in tests/lib, which imports no test either."""
+    """Code that two test files need is in tests/lib, which does not import tests either."""
     tests = Path(__file__).parent
     modules = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
     for file in tests.rglob("*.py"):

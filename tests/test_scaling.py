@@ -1,4 +1,4 @@
-"""The figures of `plan --ranks`, compared with a simulated ring and a real adapter."""
+"""Compares the figures of `plan --ranks` with a simulated ring and a real adapter."""
 
 import json
 
@@ -13,8 +13,8 @@ from mlx_segtrain.planning.scaling import LATENCY
 
 
 def ring(n, numbers, link, batch_s):
-    """Returns the bytes that the busiest rank sends, and the time of a step, by simulating a ring:
-    segments are passed around to be summed, and then to be distributed."""
+    """Simulates a ring in which segments are passed around, first to be summed and then to be
+    distributed. Returns the bytes that the busiest rank sends, and the time of a step."""
     segments = [len(range(i, numbers, n)) for i in range(n)]
     sent, seconds = [0] * n, batch_s
     for turn in range(2 * (n - 1)):

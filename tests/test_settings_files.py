@@ -1,4 +1,5 @@
-"""A YAML file with settings, as the page reads it: all of its faults, not only the first one."""
+"""Tests YAML files with settings as the page reads them: it reports all errors in a file, not only
+the first one."""
 
 import json
 import time

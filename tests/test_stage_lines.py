@@ -1,7 +1,8 @@
-"""Kernels of one op for several devices have the same stages: the same `///` comments in order.
+"""Kernels of one op for several devices have the same stages, that is, the same `///` comments in
+the same order.
 
-Kernels with the same outputs on two devices are twins. A function of a CPU kernel in csrc/ with the
-name of one of them is a twin, too.
+Kernels with the same outputs on two devices are twins. If a CPU function in csrc/ has the name of
+one of them, it is a twin too.
 """
 
 import functools
@@ -17,7 +18,7 @@ TEXTS = {
     for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp", "csrc/ops/*/cpu.cpp")
     for file in sorted(ROOT.glob(pattern))
 }
-#: Kernels that have the outputs of another kernel but are not its twin, and why.
+#: Kernels that have the same outputs as another kernel but are not its twin, and the reasons.
 EXEMPT = {
     "attention_sum_parts": "adds up what parts of the heads gave attention_vjp_kv",
     "attention_queries_vjp": "one product with a dS that attention_scores_vjp wrote out",
@@ -29,8 +30,8 @@ ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-", "²": "^2"})
 
 @functools.cache
 def functions(text: str) -> dict[str, list[str]]:
-    """Returns the bodies of the functions in a text by name, up to a brace at the start of a
-    line."""
+    """Returns the bodies of the functions in a text by name. A body ends with a brace at the start
+    of a line."""
     found: dict[str, list[str]] = {}
     for match in re.finditer(r"^[\w ]*\bvoid (\w+)\(", text, flags=re.M):
         end = text.find("\n}", match.start())
@@ -58,12 +59,12 @@ def kernels(text: str) -> dict[str, tuple[str, str]]:
 
 
 def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Returns (file, function) of all twins, by their outputs."""
+    """Returns (file, function) for all twins, by their outputs."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for file, text in texts.items():
         for name, (outputs, body) in kernels(text).items():
             if name not in EXEMPT:
-                # An additional output for another kernel does not make a difference.
+                # An additional output for another kernel does not matter.
                 outputs = outputs.removesuffix(" ds")
                 found.setdefault(outputs, []).append((file, name, body))
     shared = {}
@@ -77,8 +78,8 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
                 for name in sorted(names & functions(text).keys())
                 if file.startswith("csrc/")
             ]
-            # A function with stages may be called by one of the same name that distributes the
-            # work.
+            # A function with stages may be called by a function of the same name that distributes
+            # the work.
             shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
     return shared
 
@@ -110,7 +111,7 @@ def test_twins_have_the_same_stages():
 
 
 def test_what_is_known_to_be_shared_is_found():
-    """Otherwise the test would pass if no twins were found."""
+    """Without this, the test would pass if no twins were found."""
     names = {(file, function) for own in TWINS.values() for file, function in own}
     assert {file for file, _ in names} >= {
         "metal/attention.metal",

@@ -1,4 +1,4 @@
-"""Untrusted adapter files: randomly changed files are read, or refused with one sentence.
+"""Tests untrusted adapter files: randomly changed files are read, or refused with one sentence.
 
 MUTATIONS is the number of files to try.
 """
@@ -43,7 +43,8 @@ def folders(chain, tmp_path):
 
 
 def test_whatever_is_in_the_files(chain, folders, tmp_path):
-    """Reading gives values or one sentence, without a traceback, a hang, or writing anything."""
+    """Reading returns values or raises an error of one sentence. It never prints a traceback, hangs
+    or writes anything."""
     mutator = Mutator(0)
     whole = {f: {x.name: x.read_bytes() for x in f.iterdir()} for f in folders}
     listing = sorted(tmp_path.rglob("*"))
@@ -157,7 +158,8 @@ def test_pickles_are_not_read(tmp_path):
     "pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 30, ".?" * 31, r"\\\\*" * 8, "(.*)+" * 9]
 )
 def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
-    """Python's regular expressions take exponential time for some of these; ours are fast."""
+    """Python's regular expressions take exponential time for some of these patterns. Ours are
+    fast."""
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={pattern: RANK, "q_proj": RANK})
     begun = time.monotonic()

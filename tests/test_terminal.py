@@ -1,4 +1,5 @@
-"""The output of a run: plain lines in a pipe, a bar on a terminal, and events without NaN."""
+"""Tests the output of a run: plain lines in a pipe, a progress bar on a terminal, and events
+without NaN."""
 
 import io
 import json
@@ -54,7 +55,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
 
 
 def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
-    """Returns the output of a run; with `steps`, also for every step."""
+    """Returns the output of a run. With `steps`, it includes every step."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
     with Terminal(console, Output(**how)) as terminal_:
@@ -66,7 +67,7 @@ def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
 
 
 def test_plain_lines_without_a_terminal() -> None:
-    # Narrower than the lines, which must not be wrapped.
+    # The terminal is narrower than the lines, which must not be wrapped.
     lines = show(40, terminal=False).splitlines()
     assert lines == [
         "loading the model",
@@ -104,7 +105,7 @@ def test_the_bar_moves_with_every_step_and_fits_in_a_line(width: int) -> None:
     assert all(len(line) <= width - ROOM and "…" not in line for line in shown)
 
 
-#: The figures beside the bar, by width.
+#: The figures beside the progress bar, for each width.
 FIGURES = {
     80: "loss 0.2500  12,346 tokens/s  3.25 of 8.00 GB  20m34s left",
     160: "loss 0.2500  1,234 supervised of 12,346 tokens/s  peak 3.25 of 8.00 GB  20m34s left",
@@ -297,7 +298,7 @@ def checks(gpu: bool, reason: str) -> str:
 
 
 def test_checks_of_kernels() -> None:
-    reason = "error: " + 40 * "long "  # longer than a line, but must not be wrapped
+    reason = "error: " + 40 * "long "  # this is longer than a line but must not be wrapped
     text = checks(gpu=True, reason=reason)
     lines = [line.split() for line in text.splitlines()]
     assert ["device", "A", "GPU", "(GPU)"] in lines
@@ -305,7 +306,7 @@ def test_checks_of_kernels() -> None:
     assert ["attention", "causal", "ok", "1.0e-03", "1.23", "56.70"] in lines
     assert f"\nattention (window): {reason}\n" in text
     assert "another implementation replaces it" in text
-    wrong = checks(gpu=False, reason=reason)  # the CPU's kernels are never switched off
+    wrong = checks(gpu=False, reason=reason)  # the CPU kernels are never disabled
     assert " wrong " in wrong and "off" not in wrong
     good = checks(gpu=True, reason="")
     assert "off" not in good and "agrees" in good and "attention (window)" not in good

@@ -1,4 +1,4 @@
-"""Trackers, run.json and `verify`."""
+"""Tests trackers, run.json and `verify`."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Uploads and downloads of data sets and adapters, and labels and tags of jobs."""
+"""Tests uploads and downloads of data sets and adapters, and labels and tags of jobs."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_an_adapter_comes_and_goes(server, uploads):
 
 @pytest.mark.acceptance
 def test_large_files_are_streamed_and_broken_ones_leave_nothing(server, uploads):
-    """The file is larger than the memory limit for all bodies together."""
+    """The file is larger than the memory limit for all request bodies together."""
     part, n = ROWS * 10_000, 60
     before = server.resident_mb
     sent = server.http.put("/api/datasets/large/train.jsonl", content=(part for _ in range(n)))

@@ -1,4 +1,4 @@
-"""Adapters of an embedding that is also the head: their meaning in mlx-lm and PEFT, and
+"""Tests adapters for an embedding that is also the head: their meaning in mlx-lm and PEFT, and
 refusals."""
 
 import json
@@ -38,7 +38,8 @@ RANK, ALPHA = 4, 6
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, llama):
-    """Returns a tied and an untied base with the same weights: the untied head is the embedding."""
+    """Returns a tied and an untied base with the same weights. The untied head is a copy of the
+    embedding."""
     folder = tmp_path_factory.mktemp("bases")
     untied = write_llama(folder / "untied", tied=False)
     weights = dict(mx.load(str(llama / "model.safetensors")))
@@ -93,7 +94,7 @@ def logits(base, folder=None):
 
 
 def readers(base, data, tmp_path):
-    """Returns everything that reads an adapter for a base, by name."""
+    """Returns all functions that read an adapter for a base, by name."""
 
     def warm(run):
         def start(folder):
@@ -137,7 +138,7 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
     kind, tie, says, reader, bases, data, tmp_path
 ):
     folder = peft_folder(tmp_path / "theirs", kind, tie=tie)
-    if reader == "plan" and kind == "apart":  # it reads only names
+    if reader == "plan" and kind == "apart":  # `plan` reads only names
         readers(bases["tied"], data, tmp_path)[reader](folder)
     else:
         with pytest.raises(InputError, match=says):
@@ -150,7 +151,7 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("reader", READERS)
 def test_one_update_of_both_is_ours(reader, tie, bases, data, tmp_path):
-    """The logits are the same whether PEFT tied the updates or they are merely equal."""
+    """The logits are the same whether PEFT has tied the updates or they are merely equal."""
     folder = peft_folder(tmp_path / "theirs", "twins", tie=tie)
     readers(bases["tied"], data, tmp_path)[reader](folder)
     assert [one.fits for one in adapters([folder], bases["tied"])] == [True]
@@ -187,11 +188,12 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
         with pytest.raises(InputError, match="the base model must show whether"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # Without the base, the configuration and the two equal updates show that they are tied.
+    # Without the base, the configuration and the equality of the two updates show that they are
+    # tied.
     folder = peft_folder(tmp_path / "tied", "twins", tie=True)
     import_(folder, tmp_path / "out")
     assert read_stored(tmp_path / "out").tied is True
-    # An update of a head is refused as soon as the base is known to have none.
+    # An update for a head is refused as soon as it is known that the base has no separate head.
     folder = peft_folder(tmp_path / "head", "head")
     import_(folder, tmp_path / "ours")
 
@@ -201,7 +203,7 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(bases, data, tmp_path_factory):
-    """Returns runs that adapt the embedding of either base."""
+    """Returns runs that adapt the embedding of each of the two bases."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, base in bases.items():
         how = {"target_modules": ["embed_tokens", "q_proj"], "iters": 2, "learning_rate": 2e-2}
@@ -239,7 +241,7 @@ def test_what_does_not_touch_the_embedding_is_for_both_kinds(bases, data, tmp_pa
 
 
 def test_mlx_lm_s_files_mean_the_weight(bases, tmp_path):
-    """The changed weight is also the head's in the tied base only, as in stock mlx-lm."""
+    """As in stock mlx-lm, the changed weight is also used by the head only in the tied base."""
     pair = mx.random.normal((300, 4)) * 0.1, mx.random.normal((4, 64)) * 0.1
     (tmp_path / "a").mkdir()
     flat = {f"{EMBEDDING}.lora_a": pair[0], f"{EMBEDDING}.lora_b": pair[1]}
@@ -272,11 +274,11 @@ def test_a_merge_into_the_base_changes_what_the_head_computes_with(bases, tmp_pa
     assert_close("folded", logits(tmp_path / "out"), expected, 1e-5)
 
 
-# ---- PEFT itself
+# ---- comparison with PEFT
 
 
 def peft_logits(hf, base, folder):
-    """Returns the logits of transformers' model with the adapter."""
+    """Returns the logits of the transformers model with the adapter."""
     return adapter_files.peft_logits(hf, base, folder, TOKENS)
 
 
@@ -291,8 +293,8 @@ def test_peft_computes_with_one_update_of_both_as_we_do(tie, hf, bases, tmp_path
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "apart"])
 def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
-    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not like ours on
-    the tied one."""
+    """In PEFT, such an adapter on the tied base has the effect of our adapter on the untied base,
+    not of our adapter on the tied base."""
     folder = peft_folder(tmp_path / "theirs", kind)
     theirs = peft_logits(hf, bases["tied"], folder)
     assert_close("as beside a head", logits(bases["untied"], folder), theirs, 1e-4)
@@ -300,7 +302,7 @@ def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
 
 @pytest.mark.parametrize("knows", [True, False])
 def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
-    """Tested with and without support of ensure_weight_tying in PEFT."""
+    """This is tested with and without support for ensure_weight_tying in PEFT."""
     done = export(runs / "tied", tmp_path / "peft", "peft", names="text")
     assert done.difference <= 1e-6 * done.update
     config = json.loads((tmp_path / "peft" / CONFIG).read_text())
@@ -316,7 +318,7 @@ def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
 
 
 def test_peft_s_own_tied_adapter_is_imported(hf, bases, tmp_path):
-    """The adapter is created and saved by PEFT itself."""
+    """PEFT itself creates and saves the adapter."""
     model = adapter_files.in_transformers(hf, bases["tied"])
     modules = ["embed_tokens", "q_proj"]
     how = {"r": 4, "lora_alpha": 6, "target_modules": modules, "ensure_weight_tying": True}

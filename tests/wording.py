@@ -1,7 +1,7 @@
-"""Words that a native reader stumbles over, in everything that people read.
+"""Finds words over which native readers stumble, in all texts that people read.
 
-`python tests/wording.py` prints each place; `--allow` writes tests/wording_allowed.txt, the number
-of such places that each file still has. tests/test_wording.py lets no file have more.
+`python tests/wording.py` prints each place. `--allow` writes the number of such places that each
+file still has to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more.
 """
 
 import ast
@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALLOWED = ROOT / "tests" / "wording_allowed.txt"
 
-#: Marks the beginning of a docstring, which says first what a function does.
+#: Marks the beginning of a docstring. A docstring must begin with what the function does.
 DOCSTRING = "docstring:"
-#: What is wrong, and what to write.
+#: Patterns of words to avoid, and what to write instead.
 WORDS = {
     rf"{DOCSTRING} (Of|By|What|That|Those)\b": "begin with what it does or returns",
     r"\bbehind\b": "after",
@@ -42,12 +42,12 @@ WORDS = {
     r"\bthe likeliest\b": "the most likely",
 }
 ANY = re.compile("|".join(WORDS), re.I)
-#: Texts that quote other people's words, or the list itself.
+#: Files that quote other people's words, or that contain this list.
 SKIPPED = ("tests/wording.py", "serving/page/vendor/", "/_core.pyi")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields the texts of a file that people read, each with its first line number."""
+    """Yields the texts in a file that people read, each with the number of its first line."""
     source = file.read_text(encoding="utf-8")
     if file.suffix == ".py":
         yield from _python(source)
@@ -70,7 +70,7 @@ def _python(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _prose(source: str) -> Iterator[tuple[int, str]]:
-    """Yields the paragraphs of a page outside its code blocks."""
+    """Yields the paragraphs of a page that are outside its code blocks."""
     inside, begin, own = False, 1, []
     for number, line in enumerate([*source.splitlines(), ""], 1):
         if line.startswith("```") or not line.strip() or line.startswith(("|", "- ", "#")):
@@ -82,7 +82,7 @@ def _prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(file: Path) -> list[str]:
-    """Returns every place in a file with such a word, and what to write instead."""
+    """Returns every place in a file that has such a word, and what to write instead."""
     found = []
     for line, text in texts(file):
         if ANY.search(text := " ".join(text.split())):
@@ -104,7 +104,7 @@ def files() -> list[Path]:
 
 
 def allowed() -> dict[str, int]:
-    """Returns the number of such places that each file may still have; after a merge, a file may be
+    """Returns the number of such places that each file may still have. After a merge, a file may be
     listed twice."""
     found: dict[str, int] = {}
     for line in ALLOWED.read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,5 @@
-// Each op's Python binding is at the end of its file: names, defaults and docstrings, no logic.
+// The Python binding of each op is at the end of the op's file. It consists of names, defaults and
+// docstrings, and contains no logic.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -18,8 +19,8 @@ namespace segtrain {
 namespace nb = nanobind;
 using namespace nb::literals;
 
-/// Registers `add`, which is called when the module is imported. Each file with bindings has a static
-/// Binding.
+/// Registers the function `add`, which is called when the module is imported. Each file with bindings has one
+/// static Binding.
 struct Binding {
   using Add = void (*)(nb::module_&);
   explicit Binding(Add add) { all().push_back(add); }

@@ -12,7 +12,8 @@ namespace {
 
 using Program = struct NvrtcProgram*;
 
-/// The libnvrtc functions that we call, declared here so that building does not need its header.
+/// The libnvrtc functions that we call. They are declared here so that the build does not need NVRTC's
+/// header.
 struct Nvrtc {
   int (*create)(Program*, const char* source, const char* name, int, const char* const*, const char* const*);
   int (*destroy)(Program*);
@@ -54,7 +55,8 @@ std::string compile_cuda(const std::string& name, const std::string& source, int
   check(nvrtc.create(&program, source.c_str(), (name + ".cu").c_str(), 0, nullptr, nullptr), "reading");
   std::unique_ptr<NvrtcProgram, void (*)(Program)> owner(program, [](Program p) { nvrtc.destroy(&p); });
 
-  // "a" enables instructions that only this architecture has, such as Hopper's warpgroup products.
+  // "a" enables instructions that only this architecture has, such as Hopper's warpgroup matrix
+  // multiplications.
   auto architecture = "--gpu-architecture=sm_" + std::to_string(capability) + (capability >= 90 ? "a" : "");
   const char* options[] = {architecture.c_str(), "--std=c++17", "--device-as-default-execution-space"};
   size_t size = 0;

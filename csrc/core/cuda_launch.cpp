@@ -10,7 +10,7 @@ FixedInputs::FixedInputs(Arrays all, std::vector<size_t> open)
   Arrays pending;
   for (auto& x : inputs)
     if (!x.is_available() || !x.flags().row_contiguous) pending.push_back(x = mx::contiguous(x));
-  if (!pending.empty()) mx::eval(pending);  // it waits for the device
+  if (!pending.empty()) mx::eval(pending);  // waits for the device
   auto& memory = mx::allocator::allocator();
   auto release = [kept = inputs, &memory](mx::allocator::Buffer own) { memory.free(own); };
   keeper = mx::array(mx::allocator::Data(memory.malloc(sizeof(int32_t)), release), {1}, mx::int32);
@@ -26,9 +26,9 @@ FixedInputs::FixedInputs(Arrays all, std::vector<size_t> open)
 
 #include "mlx/primitives.h"
 
-// Symbols exported by libmlx.so of mlx-cuda. They are declared here because MLX's header for them,
-// mlx/backend/cuda/device.h, needs CUDA's headers. Weak, because libmlx.so for other devices does not have
-// them.
+// Symbols that libmlx.so of mlx-cuda exports. They are declared here because the MLX header that declares
+// them, mlx/backend/cuda/device.h, needs CUDA's headers. They are weak symbols, because libmlx.so for other
+// devices does not export them.
 struct CUfunc_st;
 struct dim3 {
   unsigned x, y, z;
@@ -52,7 +52,8 @@ namespace segtrain {
 
 namespace {
 
-/// The CUDA driver functions that we call, declared here so that building does not need CUDA's header.
+/// The CUDA driver functions that we call. They are declared here so that the build does not need CUDA's
+/// headers.
 struct Driver {
   int (*load)(void** module, const void* image) = nullptr;
   int (*function)(CUfunc_st** function, void* module, const char* name) = nullptr;
@@ -76,7 +77,7 @@ const Driver& driver() {
   return own;
 }
 
-/// Returns the kernel loaded on the current device; nullptr if loading fails.
+/// Returns the kernel after loading it on the current device, or nullptr if loading fails.
 CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
   constexpr int MOST_DYNAMIC_SHARED_MEMORY = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
   static std::mutex lock;
@@ -91,15 +92,15 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
         (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory))) {
       found->second = function;
     } else {
-      known.erase(found);  // a device that is full now may have room next time
+      known.erase(found);  // a device whose memory is full now may have room next time
       return nullptr;
     }
   }
   return found->second;
 }
 
-/// MLX does not export its allocator of device memory, so we call it through a concatenation of no arrays,
-/// which does nothing but allocate its output.
+/// MLX does not export its allocator for device memory. We call it through a concatenation of no arrays,
+/// which only allocates its output.
 mx::Primitive& allocation(mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
@@ -161,7 +162,8 @@ class CudaKernel : public mx::Primitive {
                                 grid_.shared_memory, arguments.data());
   }
 
-  /// Launches through MLX, which copies non-contiguous inputs and reports why a binary does not load.
+  /// Launches the kernel through MLX, which copies non-contiguous inputs and reports why a binary cannot be
+  /// loaded.
   void by_mlx(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) {
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
@@ -180,7 +182,7 @@ class CudaKernel : public mx::Primitive {
   const char* name() const override { return binary_.name.c_str(); }
 
  private:
-  /// All inputs of the kernel.
+  /// Returns all inputs of the kernel.
   Arrays completed(const Arrays& inputs) const {
     Arrays all = fixed_->inputs;
     for (size_t i = 0; i < fixed_->open.size(); ++i) all[fixed_->open[i]] = inputs[i];

@@ -1,5 +1,6 @@
-// Replacements for kernels on machines without a GPU: for CUDA's kernels a dry run, which counts the launches
-// that a device would make; for Metal's kernels a function that a test provides.
+// Replacements for GPU kernels on machines without a GPU. CUDA kernels are replaced by a dry run, which
+// counts the launches that a device would make. Metal kernels are replaced by a function that a test
+// provides.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -43,8 +44,8 @@ class DryKernel : public mx::Primitive {
   std::string name_;
 };
 
-/// The uncomputed arrays that `outputs` depend on, each after its inputs. Of an op with several outputs, only
-/// one is listed.
+/// Returns the arrays that `outputs` depend on and that are not computed yet, each after its inputs. If an op
+/// has several outputs, only one of them is listed.
 Arrays in_order(const Arrays& outputs) {
   Arrays order;
   std::set<std::uintptr_t> seen;
@@ -68,15 +69,15 @@ Arrays in_order(const Arrays& outputs) {
   return order;
 }
 
-/// The number of kernels, by name, that a CUDA device would launch for these arrays. An op whose output
-/// shares its input's memory launches none. Our kernels also copy inputs that are not row-contiguous. A
-/// concatenation launches a copy for each input.
+/// Returns the number of kernels, by name, that a CUDA device would launch to compute these arrays. An op
+/// whose output shares the memory of its input launches no kernel. Our kernels also launch a copy for each
+/// input that is not row-contiguous. A concatenation launches a copy for each input.
 std::map<std::string, int> launches(const Arrays& outputs) {
   check(dry_run(), "[launches] works in a dry run only.");
   std::map<std::string, int> counts;
   const auto order = in_order(outputs);
   std::vector<Arrays> inputs;
-  for (const auto& x : order) inputs.push_back(x.inputs());  // before evaluation removes them
+  for (const auto& x : order) inputs.push_back(x.inputs());  // before the evaluation removes them
   for (size_t i = 0; i < order.size(); ++i) {
     auto x = order[i];
     const auto primitive = x.primitive_ptr();
@@ -122,13 +123,11 @@ const Binding binding([](nb::module_& m) {
   m.def(
       "emulate_metal", [](std::optional<RunMetal> run) { emulate_metal(run.value_or(nullptr)); },
       "run"_a.none(),
-      "Makes calls on this thread choose implementations as on Metal; `run` returns the outputs of each "
-      "launch. "
-      "None ends the emulation. For tests.");
+      "Makes calls on this thread choose implementations as on Metal; `run` is called for each launch and "
+      "returns its outputs. None ends the emulation. This is meant for tests.");
   m.def("launches", &launches, "arrays"_a,
-        "Counts the kernels that a CUDA device would launch for these arrays, by name. In a dry run, which "
-        "evaluates "
-        "them.");
+        "Evaluates these arrays in a dry run and returns the number of kernels, by name, that a CUDA device "
+        "would launch for them.");
 });
 
 }  // namespace segtrain

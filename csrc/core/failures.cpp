@@ -1,5 +1,6 @@
-// Explains the failure when macOS ends work on the GPU. MLX then throws on a thread of Metal's, where the
-// exception cannot be caught, and the process ends with Metal's message, which only names an error constant.
+// Explains what happened when macOS aborts work on the GPU. In this case MLX throws an exception on one of
+// Metal's threads, where it cannot be caught, and the process ends with Metal's message, which only names an
+// error constant.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -11,7 +12,7 @@ namespace segtrain {
 
 namespace {
 
-/// A sentence that explains MLX's message about a failed command buffer; empty for other messages.
+/// Returns a sentence that explains MLX's message about a failed command buffer; empty for other messages.
 std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
   if (!has("Command buffer execution failed")) return "";
@@ -47,8 +48,8 @@ std::terminate_handler before = nullptr;
 const Binding binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
   m.def("explain_failure", &explained, "what"_a,
-        "Explains MLX's message that a command buffer failed on Metal, in one sentence; empty for any other "
-        "message.");
+        "Returns a sentence that explains MLX's message about a failed command buffer on Metal; empty for "
+        "any other message.");
 });
 
 }  // namespace segtrain

@@ -50,8 +50,8 @@ std::vector<std::string> words(const std::string& line) {
   return all;
 }
 
-/// A file has a header and then its kernels. Each kernel is a line "//: name: inputs -> outputs" and its
-/// body.
+/// Reads the kernels in a file. The file consists of a header and kernels; each kernel is a line "//: name:
+/// inputs -> outputs" followed by its body.
 void parse(const std::string& file, const std::string& prelude, std::map<std::string, Text>& kernels) {
   const std::string mark = "\n//: ";
   size_t at = file.find(mark);
@@ -90,7 +90,7 @@ mx::array device_numbers(const std::vector<T>& values) {
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;
-  // The arrays for long or packed rows are different in every step, so the cache must be limited.
+  // Arrays that describe long or packed rows differ in every step, so the size of the cache must be limited.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
   auto array = upload(values);
@@ -98,7 +98,7 @@ mx::array device_numbers(const std::vector<T>& values) {
   return known.emplace(values, array).first->second;
 }
 
-/// The name of a dtype in the kernels of cuda/.
+/// Returns the name that the kernels in cuda/ use for a dtype.
 std::string cuda_type(const mx::Dtype& dtype) {
   if (dtype == mx::bool_) return "bool";
   if (dtype == mx::uint8) return "unsigned char";
@@ -110,9 +110,9 @@ std::string cuda_type(const mx::Dtype& dtype) {
   return "bfloat16";
 }
 
-/// The kernel's text as one function, with the template arguments as constants. Its numbers of threads and
-/// bytes of shared memory, which the host has computed, are constants too; the text asserts that they are
-/// what it needs.
+/// Returns the kernel's text as one function, with the template arguments as constants. The number of threads
+/// and the bytes of shared memory, which the host has computed, are constants too; the text asserts that they
+/// match what it needs.
 std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
                         const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
   std::string source =
@@ -136,9 +136,9 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
   return source + text.source + "\n}\n}\n";
 }
 
-/// Binaries for this device, each compiled once per process, and the sources of collected kernels, which are
-/// not compiled yet. MLX's JIT is not used: it would compile two seconds of headers with every kernel, and
-/// does not support launch bounds.
+/// The binaries for this device, each compiled once per process, and the sources of collected kernels, which
+/// are not compiled yet. We do not use MLX's JIT: with every kernel it would compile headers that take two
+/// seconds, and it does not support launch bounds.
 struct Binaries {
   struct Source {
     std::string name, text;
@@ -155,11 +155,12 @@ Binaries& binaries() {
 /// Whether calls on this thread only record the kernels that they need. Other threads are not affected.
 thread_local bool collects = false;
 
-/// Returns the kernel's binary; nullptr if kernels are being collected and this one is still to be compiled.
+/// Returns the kernel's binary, or nullptr if kernels are being collected and this one is not compiled yet.
 const CudaBinary* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                               const Grid& grid) {
-  std::string key = name + ' ';  // raw bytes follow: formatting numbers would take longer than the launch
+  // Raw bytes follow the name, because formatting numbers would take longer than the launch.
+  std::string key = name + ' ';
   auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
   for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
   for (const auto& x : inputs) add(x.dtype().val());

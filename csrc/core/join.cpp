@@ -1,4 +1,4 @@
-// Concatenates many small arrays. On CUDA a launch copies up to 64 arrays, where MLX needs 64 launches.
+// Concatenates many small arrays. On CUDA one launch copies up to 64 arrays; MLX needs one launch per array.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "segtrain.h"

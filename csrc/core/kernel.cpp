@@ -99,8 +99,9 @@ Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vj
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  // By default the C library returns large blocks to the system at once, so the system clears every page of
-  // an op's outputs again. That takes four fifths of the time of a pass over 50 MB.
+  // By default the C library returns large blocks to the operating system immediately, and the system then
+  // clears every page again before it holds the outputs of the next op. Clearing takes four fifths of the
+  // time of a pass over 50 MB.
   constexpr int most = 1 << 30;
   mallopt(M_MMAP_THRESHOLD, most);
   mallopt(M_TRIM_THRESHOLD, most);

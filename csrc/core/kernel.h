@@ -1,4 +1,5 @@
-// Checks, the choice of an implementation, and CPU primitives. Only this file and gpu.h name backends.
+// Argument checks, the choice of an implementation, and CPU primitives. Only this file and gpu.h name MLX's
+// backends.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +20,8 @@ inline std::ostream& operator<<(std::ostream& os, const mx::Shape& shape) {
   return os << ")";
 }
 
-/// Unless `ok`, throws std::invalid_argument (ValueError in Python) with the concatenated parts as its
-/// message.
+/// Throws std::invalid_argument (ValueError in Python) if `ok` is false. The message is the concatenation of
+/// `parts`.
 template <class... Parts>
 void check(bool ok, const Parts&... parts) {
   if (ok) return;
@@ -31,20 +32,20 @@ void check(bool ok, const Parts&... parts) {
 
 enum class Gpu { none, metal, cuda };
 
-/// One way to compute an op, and whether it supports the given arguments.
+/// An implementation of an op, and whether it supports the given arguments.
 struct Way {
   std::string name;
   bool ok;
   std::string reason;  ///< why not
 };
 
-/// Returns the name of the way to use: for "auto" the first that is ok, otherwise the one named `impl`. If
-/// that one is not ok, throws its reason.
+/// Returns the name of the implementation to use. If `impl` is "auto", this is the first one that is ok;
+/// otherwise it is the one named `impl`. If that one is not ok, throws an error with its reason.
 std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
 
-/// The compute capability in $MLX_SEGTRAIN_DRY_RUN_CUDA; 0 if it is not set. If it is set, which is for
-/// tests, calls choose implementations as on such a CUDA device. Kernels are compiled but not run, and return
-/// zeros.
+/// Returns the compute capability in $MLX_SEGTRAIN_DRY_RUN_CUDA, or 0 if the variable is not set. The
+/// variable is meant for tests. If it is set, calls choose implementations as on a CUDA device with this
+/// compute capability; kernels are compiled but not run, and their outputs are zeros.
 int dry_run();
 
 /// Whether this thread emulates a Metal device; see emulate_metal in core/gpu.h.
@@ -52,7 +53,7 @@ bool emulates_metal();
 
 bool on_cpu(mx::StreamOrDevice s);
 
-/// The implementation "kernel" of an op whose only kernel is the C++ one for the CPU.
+/// Returns the implementation "kernel" for an op whose only kernel is the C++ kernel for the CPU.
 Way cpu_kernel(mx::StreamOrDevice s);
 
 /// Pointers to a CPU kernel's row-major inputs, in order. Most inputs are floats.
@@ -64,7 +65,7 @@ struct Inputs : std::vector<const void*> {
   }
 };
 
-/// Fills the outputs, in order. Runs on the stream's thread.
+/// Computes a CPU op: fills the output buffers `out`, in order. It runs on the stream's thread.
 using CpuRun = std::function<void(const Inputs& in, const std::vector<float*>& out)>;
 
 /// Returns float32 arrays that `run` fills on the CPU. Floating inputs are first converted to float32, and
@@ -75,18 +76,20 @@ Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> sha
 using Forward = std::function<Arrays(const Arrays& x)>;
 using Vjp = std::function<Arrays(const Arrays& x, const Arrays& dy, const Arrays& made)>;
 
-/// Returns the first n arrays of forward(x); `vjp` gets all of them as `made`. With mx::custom_vjp, a
-/// backward pass that uses one of them recomputes all of them; here, only those that it uses.
+/// Returns the first n arrays of forward(x); `vjp` gets all arrays of forward(x) as `made`. With
+/// mx::custom_vjp, a backward pass that uses one of these arrays recomputes all of them; here, it recomputes
+/// only those that it uses.
 Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp);
 
-/// Lets the C library keep up to 1 GB of freed memory for later allocations, in the whole process.
+/// Lets the C library keep up to 1 GB of freed memory for later allocations. This affects the whole process.
 void keep_freed_memory();
 
-/// Returns x, but makes it available only after `others` are computed. Otherwise MLX leaves results that no
-/// other op reads, such as gradients of factors, to the end, and keeps their inputs alive until then.
+/// Returns x, which becomes available only after `others` are computed. Without this, MLX computes results
+/// that no other op reads, such as the gradients of LoRA factors, at the very end, and keeps their inputs
+/// alive until then.
 mx::array after(const mx::array& x, const Arrays& others);
 
-/// x as float32.
+/// Returns x as float32.
 mx::array f32(const mx::array& x, mx::StreamOrDevice s);
 
 }  // namespace segtrain

@@ -15,7 +15,7 @@ namespace segtrain {
 
 namespace {
 
-/// The number of buffers of each size. They are filled in turn, so that the host seldom has to wait until the
+/// The number of buffers of each size. They are filled in turn, so that the host rarely has to wait until the
 /// device has read one.
 constexpr size_t TURNS = 4;
 
@@ -24,8 +24,8 @@ struct Buffer {
   mx::array copy;  ///< the last copy made of `host`
 };
 
-/// Fills the next buffer of the right size, or replaces it with a new one if its last copy was never
-/// evaluated.
+/// Fills the next buffer of the right size and returns a copy on the device. If the last copy of that buffer
+/// was never evaluated, a new buffer replaces it.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;
@@ -35,7 +35,7 @@ mx::array device_copy(const T* numbers, size_t count) {
   auto& own = buffers[room];
   if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
   if (own.size() < TURNS) {
-    const std::vector<T> zeros(room);  // MLX copies them to host memory, which we keep
+    const std::vector<T> zeros(room);  // MLX copies the zeros to host memory, which we keep
     const mx::array host(zeros.begin(), {static_cast<int>(room)});
     own.push_front({host, host});
   }

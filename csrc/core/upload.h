@@ -1,15 +1,16 @@
-// Copies of host data on the device.
+// Copies data from host memory to the device.
 #pragma once
 
 #include "segtrain.h"
 
 namespace segtrain {
 
-/// Returns the values as an array [n] on the device. The caller evaluates it.
+/// Returns the values as an array [n] on the device. The caller must evaluate the array.
 ///
-/// When MLX makes an array from host data on CUDA, it takes a device buffer from its cache and converts it to
-/// memory that host and device can access, which takes more than a millisecond each time. Here this memory is
-/// kept and reused. On other devices the array is made the way MLX makes it.
+/// When MLX creates an array from host data on CUDA, it takes a device buffer from its cache and converts it
+/// to memory that both host and device can access. The conversion takes more than a millisecond each time.
+/// This function keeps the converted memory and reuses it. On other devices it creates the array in the same
+/// way as MLX.
 mx::array upload(const std::vector<int32_t>& numbers);
 mx::array upload(const std::vector<float>& numbers);
 

@@ -1,4 +1,5 @@
-// float32 GEMM on the calling thread. Our kernels cut the work into tiles and hand the tiles to threads.
+// float32 matrix multiplication (GEMM) on the calling thread. Our kernels divide the work into tiles and
+// distribute the tiles over threads.
 #pragma once
 
 #ifdef __APPLE__
@@ -16,7 +17,8 @@ namespace segtrain::cpu {
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
                  int ldb, float beta, float* c, int ldc) {
 #ifndef __APPLE__
-  // No other code here uses this copy of the library: NumPy and SciPy have theirs under other names.
+  // Limiting this library to one thread affects no other code: NumPy and SciPy load their own copies of
+  // OpenBLAS under other names.
   static const bool single = (scipy_openblas_set_num_threads(1), true);
   (void)single;
 #endif

@@ -1,6 +1,6 @@
-// Compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. It includes no C++ library header,
-// because the linker keeps one copy of each inline function for the whole program. If that copy were compiled
-// here with AVX, it would also run on processors without AVX.
+// This file is compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. It includes no header of
+// the C++ library, because the linker keeps one copy of each inline function for the whole program. If that
+// copy came from a build of this file with AVX, it would also run on processors without AVX.
 #include "cpu/rows.h"
 
 #include <math.h>
@@ -14,7 +14,8 @@ namespace segtrain::cpu {
 
 namespace {
 
-/// exp, accurate to about 1 ulp if the result is a normal float; 0 below that range, inf above.
+/// Returns exp(x), accurate to about 1 ulp if the result is a normal float. It returns 0 below that range and
+/// inf above it.
 inline float exp1(float x) {
   float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
   // Adding 1.5·2²³ rounds to the nearest integer.
@@ -39,7 +40,7 @@ inline float exp1(float x) {
 }
 
 inline float tanh1(float x) {
-  // For small |x| the formula with exp loses digits, so a series is used.
+  // For small |x| the formula with exp loses precision, so a series is used.
   float x2 = x * x;
   float small =
       x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
@@ -140,14 +141,15 @@ void softmax_vjp(float* dp, const float* p, const float* capped, int n, float de
   }
 }
 
-/// s = sigmoid(u), bend = g·ds/dg. exp(−|u|) cannot overflow, and with it 1 − s loses no digits.
+/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and with which 1 −
+/// s loses no precision.
 struct Gate {
   float s, bend;
 };
 template <bool GELU>
 inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // Beyond |g| = 32, e is 0; q is limited because an infinite q would give 0·∞.
+  // For |g| > 32, e is 0. q is limited, because an infinite q would result in 0·∞.
   float q = g * g < 1024.0f ? g * g : 1024.0f;
   float u = GELU ? k * g * (1.0f + cubic * q) : g;
   float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;

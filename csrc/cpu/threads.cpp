@@ -30,7 +30,8 @@ int n_threads() {
 
 namespace {
 
-/// A batch of jobs. It is shared, because it must live until the last helper has left it.
+/// A batch of jobs. Threads share ownership, because the batch must live until the last helper thread has
+/// finished with it.
 struct Batch {
   const std::function<void(int)>* job;
   int n;
@@ -101,7 +102,7 @@ void parallel_for(int n, const std::function<void(int)>& job) {
     for (int i = 0; i < n; ++i) job(i);
     return;
   }
-  static Pool* pool = new Pool;  // never destroyed: its threads may outlive static destructors
+  static Pool* pool = new Pool;  // never destroyed: its threads may still run after static destructors
   static std::mutex one_at_a_time;
   std::lock_guard lock(one_at_a_time);
   pool->run(n, job);

@@ -9,20 +9,22 @@
 
 namespace segtrain::cpu {
 
-/// The number of processors that this process may use, or $MLX_SEGTRAIN_THREADS if it is set.
+/// Returns the number of processors that this process may use, or the value of $MLX_SEGTRAIN_THREADS if it is
+/// set.
 int n_threads();
 
-/// Runs job(0) … job(n − 1) on all threads, the caller's included; returns when all are done.
-/// Jobs are handed out in order, so results must not depend on which thread takes one.
+/// Runs job(0) … job(n − 1) on all threads, including the caller's, and returns when all are done. Jobs are
+/// started in order, but any thread may run any job, so results must not depend on the thread.
 void parallel_for(int n, const std::function<void(int)>& job);
 
-/// Splits n items into equal runs that keep every thread busy. Returns the length of a run: at most `most`,
-/// then rounded up to a multiple of `align`.
+/// Splits n items into equal ranges that keep every thread busy. Returns the length of a range, which is
+/// limited to `most` and then rounded up to a multiple of `align`.
 int split(int n, int most, int align);
 
-constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< floats that make an elementwise pass worth a thread
+constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< minimum number of floats per thread in an elementwise pass
 
-/// Calls run(begin, end) in parallel for ranges that cover [0, n), each of at least `least` items.
+/// Calls run(begin, end) in parallel for ranges that cover [0, n). Each range except the last has at least
+/// `least` items, if n is that large.
 template <class Run>
 void over(size_t n, size_t least, const Run& run) {
   size_t runs = std::clamp<size_t>(n / std::max<size_t>(least, 1), 1, 4 * n_threads());

@@ -1,5 +1,5 @@
-// Compiled like rows.cpp, but with -ffp-contract=off. Like rows.cpp, it includes no header of the C++
-// library.
+// This file is compiled in the same way as rows.cpp, but with -ffp-contract=off. For the same reason as
+// rows.cpp, it includes no header of the C++ library.
 #include "cpu/unpack.h"
 
 #include <string.h>
@@ -20,7 +20,7 @@ inline float flip_sign(float x, uint32_t sign) {
   return from_bits(bits ^ sign);
 }
 
-/// E4M3: 4 bits of exponent, 3 of mantissa; all ones is NaN.
+/// Decodes E4M3: 4 exponent bits and 3 mantissa bits. If all of these bits are ones, the value is NaN.
 inline float e4m3(uint32_t code) {
   uint32_t exponent = (code >> 3) & 15, normal = exponent ? 1 : 0;
   int32_t mantissa = (int32_t)((code & 7) + 8 * normal);
@@ -29,7 +29,7 @@ inline float e4m3(uint32_t code) {
   return flip_sign(x, (code & 128) << 24);
 }
 
-/// E8M0: a power of two, 2^(code − 127).
+/// Decodes E8M0, which is a power of two: 2^(code − 127).
 inline float e8m0(uint32_t code) {
   return from_bits(code ? code << 23 : 0x400000);
 }
@@ -108,7 +108,8 @@ void SEGTRAIN_FOR_ISA(dequantize_fp_)(const uint32_t* packed, const uint8_t* sca
       for (int w = 0; w < group / 8; ++w)
 #pragma omp simd
         for (int j = 0; j < 8; ++j) {
-          // The digits of 0xC8643210 are twice the magnitudes of E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+          // The hexadecimal digits of 0xC8643210 are the magnitudes of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6),
+          // doubled.
           uint32_t code = word[w] >> (4 * j), twice = (0xC8643210u >> (4 * (code & 7))) & 15u;
           y[w * 8 + j] = flip_sign((float)(int32_t)twice * half, (code & 8) << 28);
         }

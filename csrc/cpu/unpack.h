@@ -1,6 +1,6 @@
-// Unpacks rows of a quantized weight to floats; compiled once per instruction set. The multiplication and the
-// addition are rounded separately, as in MLX, so these loops are compiled apart from rows.cpp, where the
-// compiler may fuse the two.
+// Dequantizes rows of a weight to floats. The loops are compiled once per instruction set. They are not part
+// of rows.cpp, where the compiler may fuse a multiplication and an addition: here the two are rounded
+// separately, as in MLX.
 #pragma once
 
 #include <stdint.h>

@@ -14,7 +14,7 @@ struct Segment {
   int begin, end;
 };
 
-/// The ranges between ascending ends, the last of which must be n. The last range may be empty.
+/// Returns the ranges between ascending ends, the last of which must be n. The last range may be empty.
 std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
   std::vector<Segment> ranges;
   for (int begin = 0; int end : ends) {
@@ -32,7 +32,7 @@ void add_unique(std::vector<int>& list, int value) {
   if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
 }
 
-/// Returns a plan with the chain, but without moves.
+/// Returns a plan that has the chain but no moves yet.
 Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
              const std::vector<std::string>& head_reads, const std::vector<std::string>& incoming) {
   Plan plan;
@@ -67,7 +67,8 @@ Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string
   return plan;
 }
 
-/// The values that stages [begin, end) read and stages [from, to) write, in the order in which they are read.
+/// Returns the values that stages [begin, end) read and that stages [from, to) write, in the order in which
+/// they are read.
 std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to) {
   std::vector<int> found;
   for (int i = begin; i < end; ++i)
@@ -76,7 +77,7 @@ std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to)
   return found;
 }
 
-/// A move over stages that run together.
+/// Returns a move over stages that run together.
 Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   Move move{kind, s.begin, s.end};
   move.reads = read_of(plan, s.begin, end_of(move), -1, s.begin);
@@ -90,7 +91,8 @@ Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   return move;
 }
 
-/// Finds the values that are not needed after a move, or not until they are recomputed.
+/// For each move, finds the values that can be dropped after it: those that are never needed again, or not
+/// until they have been recomputed.
 void assign_drops(Plan& plan) {
   std::set<int> needed;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move) {
@@ -101,7 +103,8 @@ void assign_drops(Plan& plan) {
   }
 }
 
-/// A stage saves in the last forward move before its backward pass; without a backward pass it saves nothing.
+/// Assigns each saving stage to the last forward move before its backward pass. A stage without a backward
+/// pass saves nothing.
 void assign_saves(Plan& plan, const std::vector<int>& saves) {
   std::set<int> wanted;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
@@ -139,7 +142,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
   auto forward = [&](Segment s) { plan.moves.push_back(move_over(plan, Move::Kind::forward, s)); };
   auto backward = [&](int i) {
     auto move = move_over(plan, Move::Kind::backward, segments[i]);
-    // Stages before the first parameter have no backward pass.
+    // Stages before the first stage with a parameter have no backward pass.
     if (!move.writes.empty()) plan.moves.push_back(move);
   };
   const auto last = groups.back();
@@ -155,7 +158,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
       auto move = move_over(plan, Move::Kind::forward, segments[i]);
       // Keep only the values that later segments of this group read.
       std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
-      // If there are none, the segment need not run, unless one of its stages saves.
+      // If there are no such values, the segment need not run, unless one of its stages saves arrays.
       const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
                                      [&](int stage) { return stage >= move.begin && stage < move.end; });
       if (!move.writes.empty() || saves) plan.moves.push_back(move);

@@ -10,7 +10,8 @@ namespace segtrain {
 
 namespace {
 
-/// Marks the stages that have a parameter in or before them. The others run forward only and keep nothing.
+/// Marks the stages that have a backward pass: they, or stages before them, have parameters. The other stages
+/// only run forward and keep nothing.
 std::vector<bool> stages_that_go_back(const Plan& plan) {
   std::vector<bool> back(plan.stages.size());
   for (const auto& value : plan.values)
@@ -18,7 +19,7 @@ std::vector<bool> stages_that_go_back(const Plan& plan) {
   return back;
 }
 
-/// Follows the moves of a plan and counts the bytes that are alive.
+/// Follows the moves of a plan and counts the bytes that are in use.
 class Walk {
  public:
   Walk(const Plan& plan, const Costs& costs)
@@ -72,8 +73,8 @@ class Walk {
     return std::find(move.saves.begin(), move.saves.end(), stage) != move.saves.end();
   }
 
-  /// Bytes of the values that earlier stages of the move have computed and that `stage` or a later stage of
-  /// the move reads. Values that the move keeps are counted elsewhere.
+  /// Returns the bytes of the values that earlier stages of the move have computed and that `stage` or a
+  /// later stage of the move reads. Values that the move keeps are counted elsewhere.
   int64_t passing(const Move& move, int stage) const {
     int64_t bytes = 0;
     for (size_t v = 0; v < bytes_.size(); ++v) {
@@ -86,8 +87,8 @@ class Walk {
     return bytes;
   }
 
-  /// Peak inside a forward move: values that it keeps, values that its later stages read, and the stage
-  /// itself.
+  /// Returns the peak inside a forward move. It consists of the values that the move keeps, the values that
+  /// its later stages read, and the memory of the running stage.
   int64_t forward(const Move& move) {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
@@ -101,7 +102,8 @@ class Walk {
     return most;
   }
 
-  /// Peak while a move's stages run with everything kept, and then their backward passes, last stage first.
+  /// Returns the peak of a move whose stages first run and keep everything, and then run their backward
+  /// passes from the last stage to the first.
   int64_t backward(const Move& move) {
     const bool head = move.kind == Move::Kind::head;
     int64_t most = 0, kept = 0;
@@ -114,8 +116,8 @@ class Walk {
       }
       if (i > move.begin && !goes_back_[i - 1]) kept += passing(move, i);
       const bool last = i + 1 == move.end && !head;
-      // What the stage saved is already counted. The cotangents that arrive at an inner stage are as large as
-      // its writes.
+      // The arrays that the stage saved are already counted. The cotangents that arrive at an inner stage are
+      // as large as the values that it writes.
       most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
       kept += cost.kept - saved_[i] + (last ? 0 : written(i));
       double again = (last ? cost.again_work : cost.forward_work) - (saved_[i] ? cost.saved_work : 0);
@@ -163,7 +165,8 @@ class Walk {
   double work_ = 0, again_ = 0;
 };
 
-/// The largest n in [0, most] for which `fits` is true. It is assumed to be true for 0 and monotonic.
+/// Returns the largest n in [0, most] for which fits(n) is true. This assumes that fits(0) is true and that
+/// `fits` is monotonic.
 int largest(int most, const std::function<bool(int)>& fits) {
   int low = 0, high = most;
   while (low < high) {
@@ -198,14 +201,14 @@ class Search {
         for (int saves : {0, all}) {
           try_tails({halves, group, layers, 0, saves});
           if (group < 2) continue;
-          // Put only as many layers into groups as necessary.
+          // Only as many layers as necessary are put into groups.
           auto free = largest(layers, [&](int n) { return fits({halves, group, layers - n, 0, saves}); });
           try_tails({halves, group, layers - free, 0, saves});
         }
     return found_ ? best_ : least_;
   }
 
-  /// The least peak if nothing is saved and almost nothing is kept.
+  /// Returns the lowest peak if nothing is saved and almost nothing is kept.
   int64_t least() {
     try_least();
     return least_.estimate.peak;
@@ -219,10 +222,10 @@ class Search {
         for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
   }
 
-  /// The segments are layers or, with `halves`, single stages. If `group` is 0, the values between them are
-  /// kept. Otherwise the first `grouped` layers are in groups of `group` layers, and each other layer is its
-  /// own group. The last `tail` layers run with the head, with everything kept. The first `saves` of savers_
-  /// save.
+  /// The form of the cuts that are tried. Segments are layers or, with `halves`, single stages. If `group` is
+  /// 0, the values between segments are kept. Otherwise the first `grouped` layers are in groups of `group`
+  /// layers, and each other layer is a group by itself. The last `tail` layers run together with the head,
+  /// and all of their intermediate arrays are kept. The first `saves` stages of savers_ save arrays.
   struct Form {
     bool halves;
     int group, grouped, tail, saves;
@@ -235,7 +238,7 @@ class Search {
     return sizes;
   }
 
-  /// Tries the largest tail that fits, and half of it; each with as many saving stages as fit.
+  /// Tries the largest tail that fits and half of that tail, each with as many saving stages as fit.
   void try_tails(Form form) {
     auto most = [&](int Form::* what, int limit) {
       return largest(limit, [this, form, what](int n) mutable {
@@ -255,7 +258,7 @@ class Search {
   Cuts cuts(const Form& form) const {
     const auto& ends = costs_.layers;
     const int n = static_cast<int>(costs_.stages.size()), layers = static_cast<int>(ends.size());
-    // The first stage of the last segment, which may consist of the head alone.
+    // The first stage of the last segment. The last segment may consist of the head alone.
     const int at = form.tail >= layers ? 0 : ends[layers - form.tail - 1];
     Cuts cuts;
     if (form.halves)
@@ -265,7 +268,7 @@ class Search {
         if (end <= at) cuts.segments.push_back(end);
     const int segments = static_cast<int>(cuts.segments.size());
     cuts.segments.push_back(n);
-    auto segments_of = [&](int layer) {  // number of segments up to the end of a layer
+    auto segments_of = [&](int layer) {  // the number of segments up to the end of a layer
       auto end = std::upper_bound(cuts.segments.begin(), cuts.segments.end() - 1, ends[layer]);
       return static_cast<int>(end - cuts.segments.begin());
     };
@@ -276,7 +279,7 @@ class Search {
     }
     if (!form.group)
       for (int i = 1; i <= segments; ++i) cuts.groups.push_back(i);
-    // The last group is the head's, which keeps the values between its segments.
+    // The last group contains the head and keeps the values between its segments.
     cuts.groups.push_back(segments + 1);
     for (int i = 0; i < form.saves; ++i)
       if (savers_[i] < at) cuts.saves.push_back(savers_[i]);
@@ -301,7 +304,7 @@ class Search {
 
   const Costs& costs_;
   int64_t budget_;
-  std::vector<int> savers_;  ///< stages that can save, first those that avoid the most work per byte
+  std::vector<int> savers_;  ///< stages that can save, those that avoid the most work per byte first
   int adapted_ = 0;          ///< number of layers with a backward pass
   bool found_ = false;
   Choice best_, least_;

@@ -1,5 +1,5 @@
 // Estimates the memory and work of a plan, and chooses the plan with the least work within a memory budget.
-// It handles sizes instead of arrays, and so needs only the standard library.
+// This code handles sizes instead of arrays, so it needs only the standard library.
 #pragma once
 
 #include <cstdint>
@@ -8,17 +8,19 @@
 
 namespace segtrain {
 
-/// Bytes and floating-point operations of a stage at one batch shape. The bytes do not include the stage's
-/// reads and the cotangents that arrive.
+/// The bytes and floating-point operations of a stage for one batch shape. The bytes include neither the
+/// values that the stage reads nor the cotangents that arrive.
 struct StageCost {
-  std::vector<int64_t> writes;  ///< bytes of each value that it writes
-  int64_t forward = 0;          ///< peak during its forward pass, including its writes
-  int64_t backward = 0;   ///< peak while it is run again for its backward pass, including its cotangents
-  int64_t kept = 0;       ///< the part of `backward` that is held between the two passes
-  int64_t saved = 0;      ///< bytes that it can save for its backward pass; 0: it cannot save
-  int64_t gradients = 0;  ///< bytes of its parameters' gradients
+  std::vector<int64_t> writes;  ///< bytes of each value that the stage writes
+  int64_t forward = 0;          ///< peak during the forward pass, including the values that it writes
+  int64_t backward = 0;         ///< peak while the stage is run again for its backward pass, including the
+                                ///< cotangents that it computes
+  int64_t kept = 0;             ///< the part of `backward` that is held between the two passes
+  int64_t saved = 0;            ///< bytes that the stage can save for its backward pass; 0 if it cannot save
+  int64_t gradients = 0;        ///< bytes of the gradients of its parameters
   double forward_work = 0;
-  double again_work = 0;  ///< work of recomputation; it omits the last product, which only later stages need
+  double again_work = 0;  ///< work of recomputation, which omits the last matrix product, because only later
+                          ///< stages need its result
   double saved_work = 0;  ///< the part of `again_work` that saved arrays make unnecessary
   double backward_work = 0;
 };
@@ -32,20 +34,23 @@ struct Costs {
   std::vector<int> layers;                 ///< one past the last stage of each layer
   std::vector<StageCost> costs;            ///< cost of each stage
   int64_t head = 0;                        ///< peak while the head runs
-  int64_t ahead = 0;  ///< allocated meanwhile for the backward passes that follow in the same move
+  /// bytes that are allocated meanwhile for the backward passes that follow in the same move
+  int64_t ahead = 0;
   double head_work = 0;
-  int64_t fixed = 0;   ///< weights, factors, optimizer state: always in memory
+  int64_t fixed = 0;   ///< weights, LoRA factors and optimizer state, which are always in memory
   int64_t update = 0;  ///< peak beyond `fixed` during the optimizer's update, including gradients
-  double widened = 1;  ///< bytes of a cotangent to which several segments add, relative to those of its value
-  int under_way = 1;   ///< batches that have run forward and wait for their cotangents, including this one
+  /// bytes of a cotangent to which several segments add, relative to the bytes of its value
+  double widened = 1;
+  /// number of batches that have run forward and wait for their cotangents, including this one
+  int under_way = 1;
 };
 
-/// Bytes that are alive at the peak of a move, by kind.
+/// The bytes that are in use at the peak of a move, by kind.
 struct Alive {
   int64_t values = 0;      ///< boundary values
   int64_t saved = 0;       ///< arrays that stages have saved for their backward pass
   int64_t cotangents = 0;  ///< cotangents of boundary values
-  int64_t gradients = 0;   ///< gradients of parameters, so far
+  int64_t gradients = 0;   ///< gradients of parameters that have been computed so far
   int64_t working = 0;     ///< arrays inside the stages of the move
 
   int64_t total() const { return values + saved + cotangents + gradients + working; }
@@ -66,16 +71,17 @@ struct Choice {
   Estimate estimate;
 };
 
-/// Returns the cuts with the least work whose peak is at most `budget`, or else those with the least peak.
+/// Returns the cuts with the least work whose peak is at most `budget`. If no cuts fit, returns those with
+/// the lowest peak.
 ///
-/// It tries segments of one layer or of one stage. The values between them are kept, or the segments are put
-/// into groups that are run again: either all of them, or only as many as necessary. In each case, as
-/// many of the last layers as fit are kept whole, and as many stages as fit save, first those that avoid the
-/// most work per byte.
+/// It tries segments of one layer or of one stage. Either all values between segments are kept, or segments
+/// are put into groups that are run again: all segments, or only as many as necessary. In each case, all
+/// intermediate arrays are kept for as many of the last layers as fit. As many stages as fit save arrays;
+/// those for which a saved byte avoids the most work come first.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
-/// Returns the least peak of cuts that keep little. It is close to that of choose_cuts with a budget of 0,
-/// and faster to compute.
+/// Returns the lowest peak among cuts that keep almost nothing. It is close to the peak that choose_cuts
+/// finds with a budget of 0, and is faster to compute.
 int64_t least_peak(const Costs& costs);
 
 }  // namespace segtrain

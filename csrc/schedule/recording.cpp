@@ -10,11 +10,12 @@ namespace segtrain {
 
 namespace {
 
-/// Constants of up to this many bytes are compared by value, since each call may create them again.
+/// Constants of up to this many bytes are compared by value, because each call may create them again.
 constexpr size_t SMALL = 256;
 
-/// The input that an op returns unchanged, or nullptr. Ops that only affect derivatives are left out of a
-/// recording: they are not needed, and they would keep alive what their functions refer to.
+/// Returns the input that the op of x returns unchanged, or nullptr if there is none. Ops that only affect
+/// derivatives are left out of a recording: they are not needed, and they would keep alive the objects that
+/// their functions refer to.
 const mx::array* passed_on(const mx::array& x) {
   const std::string name = x.primitive().name();
   const auto& inputs = x.inputs();
@@ -39,11 +40,11 @@ bool equal(const mx::array& x, const mx::array& y) {
 }  // namespace
 
 Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(inputs.size()) {
-  std::unordered_map<std::uintptr_t, int> number;  // constants count down from -1 until all are known
+  std::unordered_map<std::uintptr_t, int> number;  // constants are numbered down from -1 until all are known
   Arrays held;                                     // an id is unique only while its array is alive
   for (size_t i = 0; i < inputs.size(); ++i) {
     number.insert({inputs[i].id(), static_cast<int>(i)});
-    // MLX traces a copy of the input, which it makes itself.
+    // MLX traces a copy of the input, which MLX makes itself.
     if (is_computed(inputs[i]) && !std::strcmp(inputs[i].primitive().name(), "Copy"))
       number.insert({inputs[i].inputs()[0].id(), static_cast<int>(i)});
   }
@@ -79,7 +80,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
     for (enter(y); !path.empty();) {
       auto& [x, next] = path.back();
       if (number.count(x.id())) {
-        path.pop_back();  // recorded already, with a sibling or on another path
+        path.pop_back();  // already recorded, with a sibling or on another path
       } else if (next < x.inputs().size()) {
         enter(mx::array(x.inputs()[next++]));
       } else {

@@ -1,4 +1,4 @@
-// Runs a plan over callables. A Runner executes the whole training step.
+// Runs a plan whose stages are callables. A Runner executes one whole training step.
 #include <deque>
 #include <set>
 
@@ -11,7 +11,7 @@ namespace segtrain {
 
 namespace {
 
-/// The primitive of a placeholder array: its input is set later, and is then its value.
+/// The primitive of a placeholder array. Its input is set later and then becomes the value of the array.
 class Later : public mx::Primitive {
  public:
   using Primitive::Primitive;
@@ -23,17 +23,18 @@ class Later : public mx::Primitive {
   const char* name() const override { return "Later"; }
 };
 
-/// The number of stages per launch where nothing is recomputed: one layer of most models. The device works on
-/// them while the host traces the next ones. Fewer would mean more launches, more would mean a later start.
+/// The number of stages per launch if nothing is recomputed. In most models this is one layer. The device
+/// works on these stages while the host traces the next ones. With fewer stages there would be more launches;
+/// with more stages the device would start later.
 constexpr int AT_A_TIME = 2;
 
-/// The maximum number of these launches that are pending on a CPU. Launched work cannot be cancelled: if a
-/// user interrupts the step, saving a checkpoint has to wait for it.
+/// The maximum number of these launches that may be pending on a CPU. Launched work cannot be cancelled, so
+/// if a user interrupts the step, saving a checkpoint has to wait for this work.
 constexpr size_t UNDER_WAY = 2;
 
-/// The number of moves that are launched at a time on CUDA, so that the next one is ready when one ends.
-/// Memory stays within the plan, because MLX's memory limit is set to it: above the limit, MLX waits for each
-/// op.
+/// The number of moves that may be pending at a time on CUDA, so that the next move is ready when one ends.
+/// Memory use stays within the plan, because MLX's memory limit is set to the planned memory: above the
+/// limit, MLX waits for each op.
 constexpr size_t CUDA_MOVES = 2;
 
 bool contains(const std::vector<int>& values, int value) {
@@ -64,7 +65,7 @@ class Runner {
     result_.grads.resize(params.size());
   }
 
-  /// Runs the moves before the head, and the stages that run together with the head.
+  /// Runs the moves before the head's move, and the stages that run together with the head.
   Arrays forward() {
     for (; plan_.moves[at_].kind == Move::Kind::forward; ++at_)
       finish(plan_.moves[at_], forward(plan_.moves[at_]));
@@ -74,7 +75,8 @@ class Runner {
       if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
     const Arrays made = found(plan_.head_reads, values_);
-    if (!head_)  // the caller holds them now, and the graphs in `kept_` hold what they need
+    if (!head_)  // now the caller holds these values, and the graphs in `kept_` hold the arrays that they
+                 // need
       for (int value : move.drops) values_[value].reset();
     return made;
   }
@@ -85,7 +87,7 @@ class Runner {
     for (; at_ < plan_.moves.size(); ++at_) finish(plan_.moves[at_], backward(plan_.moves[at_]));
     settle(at_a_time_ == 1 ? 0 : at_a_time_);
     for (size_t i = 0; i < params_.size(); ++i)
-      if (result_.grads[i].empty())  // the loss does not depend on them
+      if (result_.grads[i].empty())  // the loss does not depend on these parameters
         for (const auto& p : params_[i]) result_.grads[i].push_back(mx::zeros_like(p));
     for (size_t i = 0; i < plan_.values.size() && plan_.values[i].producer < 0; ++i)
       if (plan_.values[i].differentiable && cotangents_[i]) result_.incoming.push_back(*cotangents_[i]);
@@ -93,27 +95,27 @@ class Runner {
   }
 
  private:
-  /// A stage that has run, and the graph of its backward pass for cotangents that are not known yet.
+  /// A stage that has run, and the graph of its backward pass, whose cotangents are not known yet.
   struct Kept {
     int stage;
-    std::vector<int> writes = {};  ///< the writes that get a cotangent
+    std::vector<int> writes = {};  ///< the values it writes that will get a cotangent
     Arrays cotangents = {};        ///< placeholders for these cotangents
-    Arrays grads = {};             ///< gradients of its parameters, then of its differentiable reads
+    Arrays grads = {};  ///< gradients of its parameters, then of the differentiable values that it reads
   };
 
-  /// Launches the results of a move.
+  /// Launches the computation of a move's results.
   void finish(const Move& move, const Arrays& made) {
     for (int value : move.drops) values_[value].reset();
     settle(at_a_time_ - 1);
     begin(made);
-    // Cotangents are not held here, so that the next move can free the ones that it consumes.
+    // This does not hold the cotangents, so that the next move can free those that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
     running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
   }
 
-  /// Waits until at most `left` earlier moves are still running; the intermediate arrays of the others are
-  /// then freed.
+  /// Waits until at most `left` earlier moves are still running. The intermediate arrays of the finished
+  /// moves are then free.
   void settle(size_t left) {
     if (running_.size() <= left) wait_({});
     while (running_.size() > left) {
@@ -123,18 +125,18 @@ class Runner {
     }
   }
 
-  /// Launches a move stage by stage, so that the device runs the first stages while the host launches the
-  /// others. While kernels are collected, nothing is launched.
+  /// Launches a move stage by stage, so that the device already runs the first stages while the host launches
+  /// the others. While kernels are being collected, nothing is launched.
   void begin(const Arrays& made) {
     for (auto& part : parts_) {
       if (!collects_kernels() && !part.empty()) launch_(part);
-      part.clear();  // or its arrays would stay alive until the whole move is launched
+      part.clear();  // otherwise its arrays would stay alive until the whole move is launched
     }
     parts_.clear();
     if (!collects_kernels()) launch_(made);
   }
 
-  /// The arrays of those `values` that have one.
+  /// Returns the arrays in `of` for those `values` that have one.
   static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     Arrays all;
     for (int value : values)
@@ -182,7 +184,7 @@ class Runner {
     return made;
   }
 
-  /// Used instead of with_head: the caller provides the cotangents of the values that the head reads.
+  /// Replaces with_head if the caller provides the cotangents of the values that a head would read.
   Arrays with_cotangents(const Move& move, const Arrays& cotangents) {
     auto given = cotangents.begin();
     for (int value : plan_.head_reads) {
@@ -196,7 +198,8 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Launches `made` and the arrays of `values` before the rest of their move is traced.
+  /// Launches the computation of `made` and of the arrays of `values` before the rest of their move is
+  /// traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
@@ -220,7 +223,7 @@ class Runner {
     return go_back(move, kept);
   }
 
-  /// Runs a stage of a move from the values that it reads.
+  /// Runs a stage of a move on the values that the stage reads.
   Kept run_stage(const Move& move, int i) {
     const auto& stage = plan_.stages[i];
     const bool goes_back = move.kind != Move::Kind::forward, save = contains(move.saves, i);
@@ -236,7 +239,8 @@ class Runner {
     const Arrays all =
         recorded(key, params, stage.reads, saved_[i], [&] { return write_down(i, save, kept.writes); });
 
-    // `all` holds the writes, the saved arrays, the placeholders of cotangents, and the gradients.
+    // `all` holds the values that the stage writes, the saved arrays, the placeholders for cotangents, and
+    // the gradients, in this order.
     auto at = all.begin();
     for (int value : stage.writes) values_[value] = *at++;
     const auto late = all.end() - n_grads - kept.writes.size();
@@ -253,10 +257,11 @@ class Runner {
     return kept;
   }
 
-  /// Traces the function of a stage. Returns its writes, what it saves, placeholders for the cotangents of
-  /// the values `cotangents`, and the gradients of its parameters and differentiable reads. It is traced
-  /// under vjp even if no backward pass follows, so that the results are the same in both cases: without vjp,
-  /// mx.compile fuses ops, which may change rounding, and MLX's ops may choose other implementations.
+  /// Traces the function of a stage. Returns the values that it writes, the arrays that it saves,
+  /// placeholders for the cotangents of the values `cotangents`, and the gradients of its parameters and of
+  /// the differentiable values that it reads. The function is traced under vjp even if no backward pass
+  /// follows, so that the results are the same in both cases: without vjp, mx.compile fuses ops, which may
+  /// change rounding, and MLX's ops may choose other implementations.
   Arrays write_down(int i, bool save, const std::vector<int>& cotangents) {
     const auto& stage = plan_.stages[i];
     Arrays primals = params_[owners_[i]];
@@ -280,14 +285,14 @@ class Runner {
       }
       return out;
     };
-    // vjp reads `late` only after it has called fn, which fills it.
+    // mx::vjp reads `late` only after it has called fn, which fills `late`.
     auto [all, grads] = mx::vjp(fn, primals, late);
     for (const auto* more : {&saved, &late, &grads}) all.insert(all.end(), more->begin(), more->end());
     return all;
   }
 
-  /// Returns what `run` computes from the parameters, reads and saved arrays. If there is a recording of such
-  /// a call, it is replayed instead.
+  /// Returns the arrays that `run` computes from the parameters, the values read and the saved arrays. If
+  /// there is a recording of such a call, it is replayed instead of calling `run`.
   Arrays recorded(std::string key, const Arrays& params, const std::vector<int>& reads, const Arrays& saved,
                   const std::function<Arrays()>& run) {
     if (!recordings_) return run();
@@ -301,20 +306,22 @@ class Runner {
     return outputs;
   }
 
-  /// Runs the backward passes of a move's stages, for the cotangents that have arrived. Returns the gradients
-  /// of their parameters and the cotangents of the values that the move reads, both as accumulated so far.
+  /// Runs the backward passes of a move's stages with the cotangents that have arrived. Returns the gradients
+  /// of the stages' parameters and the cotangents of the values that the move reads, both as accumulated so
+  /// far.
   Arrays go_back(const Move& move, std::vector<Kept>& kept) {
     std::set<int> owners;
     for (auto stage = kept.rbegin(); stage != kept.rend(); ++stage) {
       for (size_t j = 0; j < stage->writes.size(); ++j) {
         auto& sum = cotangents_[stage->writes[j]];
         auto& arriving = stage->cotangents[j];
-        // No cotangent has arrived if the outputs of the value's readers are not read.
+        // If no stage reads the outputs of the value's readers, no cotangent has arrived.
         arriving.inputs() = {sum ? mx::astype(*sum, arriving.dtype())
                                  : mx::zeros(arriving.shape(), arriving.dtype())};
         sum.reset();
       }
-      // Gradients of shared parameters are added from the last stage to the first, wherever the cuts are.
+      // The gradients of shared parameters are always added from the last stage to the first, so that the
+      // cuts do not change the rounding.
       const int owner = owners_[stage->stage];
       auto& sums = result_.grads[owner];
       const size_t n = params_[owner].size();
@@ -328,7 +335,7 @@ class Runner {
       const auto& reads = plan_.stages[stage->stage].reads;
       accumulate(reads, stage->grads);
       saved_[stage->stage].clear();
-      stage->grads.clear();  // or they would keep intermediate arrays alive until the move ends
+      stage->grads.clear();  // otherwise they would keep intermediate arrays alive until the move ends
       if (move.kind != Move::Kind::head) {
         parts_.push_back(found(reads, cotangents_));
         parts_.back().insert(parts_.back().end(), sums.begin(), sums.end());
@@ -349,7 +356,8 @@ class Runner {
       if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
   }
 
-  /// The arrays of `reads`, of which the differentiable ones are taken from `primals`, starting at `next`.
+  /// Returns the arrays of `reads`. The differentiable ones are taken from `primals`, starting at index
+  /// `next`.
   Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
     Arrays all;
     for (int value : reads)
@@ -357,9 +365,9 @@ class Runner {
     return all;
   }
 
-  /// Adds the gradients of the differentiable reads, which are the last of `grads`, to the cotangents that
-  /// have arrived before. If a value has several readers, they are added in float32 from the last reader to
-  /// the first, wherever the cuts are.
+  /// Adds the gradients of the differentiable `reads`, which are at the end of `grads`, to the cotangents
+  /// that have arrived before. If a value has several readers, their gradients are added in float32 from the
+  /// last reader to the first, so that the cuts do not change the rounding.
   void accumulate(const std::vector<int>& reads, const Arrays& grads) {
     auto grad = grads.rbegin();
     for (auto read = reads.rbegin(); read != reads.rend(); ++read) {
@@ -381,10 +389,11 @@ class Runner {
   const Launch launch_;
   const Watch watch_;
   Recordings* recordings_;
-  size_t at_ = 0;              ///< index of the next move
-  std::vector<Kept> kept_;     ///< stages of the head's move that have run, before their backward pass
-  size_t at_a_time_;           ///< maximum number of moves that are launched at a time
-  std::vector<Arrays> saved_;  ///< what each stage saved, from its last run to its backward pass
+  size_t at_ = 0;           ///< index of the next move
+  std::vector<Kept> kept_;  ///< stages of the head's move that have run and whose backward pass has not
+  size_t at_a_time_;        ///< maximum number of moves that may be pending at a time
+  std::vector<Arrays>
+      saved_;  ///< arrays that each stage saved, from its last forward run to its backward pass
   std::vector<std::optional<mx::array>> values_;
   std::vector<std::optional<mx::array>> cotangents_;
   std::vector<Arrays> parts_;     ///< results of the move that is being traced, by stage

@@ -1,8 +1,9 @@
-"""Small files that unpack to much memory (decompression bombs): writes them, and reads them.
+"""Writes and reads small files that take much memory when they are unpacked (decompression bombs).
 
     python tests/hostile/bombs.py FOLDER [NAME ...]
 
-prints a line of JSON for each: the memory and time that reading it took, and the error, if any.
+prints a line of JSON for each file, with the memory and time that reading took, and the error, if
+any.
 """
 
 import base64
@@ -28,7 +29,7 @@ from mlx_segtrain.data import tables
 from mlx_segtrain.data.sources import rows_of, source_of
 
 MB = 1 << 20
-#: Maximum memory in bytes, which protects the machine from a reader that does not check sizes.
+#: The maximum memory in bytes. It protects the machine from a reader that does not check sizes.
 CONFINED = 6 << 30
 
 #: The file extension of each bomb, and the function that creates its bytes.
@@ -44,7 +45,7 @@ def bomb(ending: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
 
 
 def packed(codec: str, piece: bytes, times: int, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Compresses a piece many times over, without holding the whole text in memory."""
+    """Compresses many repetitions of a piece without having the whole text in memory."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, codec) as file:
         file.write(before)
@@ -172,7 +173,7 @@ def a_run_of_a_thousand_million() -> bytes:
 
 @bomb(".arrow")
 def images() -> bytes:
-    """A valid file whose images are not read."""
+    """Returns a valid file whose images are not read."""
     return ipc(pa.table({"text": ["a"] * 300, "image": [b"x" * MB] * 300}))
 
 
@@ -189,8 +190,8 @@ def columns_that_are_shared() -> bytes:
 
 
 def shared_schema(depth: int, padding: int) -> bytes:
-    """A schema of nested structs whose two columns are the same bytes, so it has 2^depth
-    columns."""
+    """Returns a schema of nested structs. In each struct, both columns are the same bytes, so the
+    schema has 2^depth columns."""
     kind: Any = pa.int8()
     for _ in range(depth):
         kind = pa.struct([pa.field("a", kind), pa.field("b", pa.int8())])
@@ -215,7 +216,7 @@ def shared_schema(depth: int, padding: int) -> bytes:
     return bytes(content)
 
 
-# ---- Parquet, as its parts: numbers of Thrift's compact protocol, headers, pages
+# ---- Parquet files in parts: numbers in Thrift's compact protocol, headers, pages
 
 
 class I32(int):
@@ -235,7 +236,8 @@ def signed(n: int) -> bytes:
 
 
 def thrift(value: Any) -> tuple[int, bytes]:
-    """Returns a value's type and bytes; a dict is a struct whose keys are field numbers."""
+    """Returns the type and the bytes of a value. A dict is a struct whose keys are field
+    numbers."""
     if isinstance(value, int):
         return 5 if isinstance(value, I32) else 6, signed(value)
     if isinstance(value, bytes):
@@ -271,7 +273,7 @@ def in_list(kind: int, **more: int) -> list[dict]:
 
 
 def page(count: int, content: bytes, encoding: int = 0, size: int = 0) -> bytes:
-    """Returns a page of values; `size` is the uncompressed size of content that is compressed."""
+    """Returns a page of values. If the content is compressed, `size` is its uncompressed size."""
     own = {1: I32(count), 2: I32(encoding), 3: I32(3), 4: I32(3)}
     size, content = (size, content) if size else (len(content), squeezed(content))
     return thrift({1: I32(0), 2: I32(size), 3: I32(len(content)), 5: own})[1] + content
@@ -311,8 +313,8 @@ def parquet(
 ) -> bytes:
     """Returns a Parquet file with false sizes.
 
-    A column is its type, its pages, the first of which may be a dictionary, and the number of its
-    values. `told` replaces fields of its metadata. `stored` is a schema of Arrow.
+    A column consists of its type, its pages, the first of which may be a dictionary, and the number
+    of its values. `told` replaces fields of the metadata. `stored` is an Arrow schema.
     """
     content, chunks = b"PAR1", []
     names = [[own[4]] for own in schema if 5 not in own]
@@ -342,7 +344,8 @@ def text_of(mb: int) -> bytes:
 
 
 def numbers(*values: int, count: int | None = None) -> bytes:
-    """Encodes numbers in DELTA_BINARY_PACKED; repeats the last one up to `count` numbers."""
+    """Encodes numbers in DELTA_BINARY_PACKED, and repeats the last number until there are `count`
+    numbers."""
     block = 128
     while count and block < count:
         block *= 2
@@ -457,7 +460,7 @@ def more_beginnings_than_values() -> bytes:
 
 @bomb(".parquet")
 def a_codec_that_is_not_known() -> bytes:
-    """A file for which Arrow aborts the process, as it does for the next one."""
+    """Returns a file for which Arrow aborts the process, as it does for the next one."""
     column = (TEXT, [text_of(1)], 1)
     return parquet([element(b"text", TEXT)], [column], told={4: I32(-33)})
 
@@ -470,7 +473,7 @@ def counts_of_levels_that_are_not_there() -> bytes:
 
 @bomb(".parquet")
 def a_footer_of_columns() -> bytes:
-    """A row group with a million columns of three bytes each."""
+    """Returns a file with a row group that has a million columns of three bytes each."""
     schema = thrift([element(b"schema", children=1), element(b"text", TEXT)])[1]
     n = 1_000_000
     group = b"\x19\xfc" + number(n) + b"\x26\x00\x00" * n + b"\x16\x00\x16\x00\x00"
@@ -491,17 +494,19 @@ def a_schema_that_is_stored() -> bytes:
     return parquet([own], [(TEXT, [content], 1)], stored=shared_schema(18, 280_000))
 
 
-# ---- what reading takes
+# ---- memory and time of reading
 
 
 def memory(key: str) -> int:
-    """Returns bytes of this process: VmRSS (resident now) or VmHWM (the peak so far)."""
+    """Returns the memory of this process in bytes: VmRSS (resident now) or VmHWM (the peak so
+    far)."""
     status = Path("/proc/self/status").read_text()
     return int(re.findall(rf"{key}:\s+(\d+)", status)[0]) << 10
 
 
 def apart(work: Callable[[], None]) -> None:
-    """Runs `work` in a fork, which has the imported modules but no freed memory to reuse."""
+    """Runs `work` in a fork, which has the imported modules but no freed memory that could be
+    reused."""
     if (child := os.fork()) == 0:
         work()
         sys.stdout.flush()

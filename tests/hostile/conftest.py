@@ -1,4 +1,4 @@
-"""Watches every attack: it must not affect other clients, and its memory must be freed."""
+"""Watches every attack. An attack must not affect other clients, and its memory must be freed."""
 
 import time
 
@@ -8,25 +8,26 @@ from lib.attack import Watch, memory_mb, patience
 from lib.folders import write_llama
 from mlx_segtrain.models import load_tokenizer
 
-#: Additional memory that an attack may take, and that may remain after it, in 10⁶ bytes: a helper
-#: process that the server started for it stays.
+#: The additional memory that an attack may take, and the memory that may remain after it, in 10⁶
+#: bytes. Some memory remains because a helper process that the server has started stays alive.
 MOST_MB, LEFT_MB = 500, 250
-#: Seconds within which the memory is freed, and within which an attacked server answers. On its own
-#: processor it takes 1 s, but attackers and other tests use the processor here.
+#: The seconds within which the memory must be freed, and within which a server under attack must
+#: respond. With a processor of its own, a server responds within 1 s, but here attackers and other
+#: tests use the processor too.
 BACK_S, ANSWER_S = 60, 2
 
 
 @pytest.fixture(scope="session", autouse=True)
 def warm(tmp_path_factory):
-    """Loads 200 MB of libraries before the first attack, which would otherwise be blamed for
-    them."""
+    """Loads 200 MB of libraries before the first attack. Otherwise their memory would be attributed
+    to this attack."""
     load_tokenizer(write_llama(tmp_path_factory.mktemp("warm") / "model"))
 
 
 @pytest.fixture(autouse=True)
 def watched(request, warm):
-    """Watches a server's /healthz, page and memory; without a server, the memory of this
-    process."""
+    """Watches the /healthz, the page and the memory of a server. Without a server, watches the
+    memory of this process."""
     server = request.getfixturevalue("server") if "server" in request.fixturenames else None
     with Watch(server) as watch:
         yield

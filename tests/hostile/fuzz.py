@@ -1,9 +1,10 @@
-"""Fuzzes every reader and every route: no input may cause a crash, a 500, a hang, or a leak.
+"""Fuzzes every reader and every route. No input may cause a crash, a response with status 500, a
+hang, or a leak.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz.py
 
-runs outside of pytest, in parts, and prints a line for each. A file outside of the server's roots
-contains a canary, whose text must not appear in any answer, message or log.
+runs the fuzzer outside of pytest, in parts, and prints a line for each part. A file outside of the
+server's roots contains a canary, whose text must not appear in any response, message or log.
 """
 
 import json
@@ -32,9 +33,9 @@ from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
 
 CANARY = "canary-7f3a91c2"
-#: Maximum seconds for an input.
+#: The maximum number of seconds for an input.
 LONGEST_S = 5.0
-#: Number of faults after which the fuzzer stops.
+#: The number of faults after which the fuzzer stops.
 MOST_FAULTS = 20
 
 
@@ -53,7 +54,7 @@ def write_adapter_folder(path: Path) -> Path:
 
 
 class Readers:
-    """The kinds of files, and the reader of each."""
+    """The kinds of files, and a reader for each kind."""
 
     def __init__(self, place: Path, fuzzer: Mutator):
         self.fuzzer = fuzzer
@@ -71,8 +72,8 @@ class Readers:
         self.whole = {name: file.read_bytes() for name, (file, _) in self.kinds.items()}
 
     def one(self) -> str:
-        """Changes and reads one file; returns the error, or an empty string."""
-        # A tokenizer needs a process, which takes a hundred times as long.
+        """Changes one file and reads it. Returns the error, or an empty string."""
+        # Loading a tokenizer needs a process, which takes a hundred times as long.
         names = [name for name in self.kinds if name != "tokenizer.json"]
         rare = self.fuzzer.chance.random() < 0.005
         name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)
@@ -127,7 +128,7 @@ class Readers:
 
 
 def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
-    """Returns method, path and a valid body of every route that takes a body."""
+    """Returns the method, the path and a valid body for every route that takes a body."""
     model, data, adapter = (str(place / name) for name in ("model", "data", "adapter"))
     run = {"model_dir": model, "data_dir": data, "max_seq_length": 64, "iters": 1, "rank": 8}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "adapter": "none"}
@@ -161,7 +162,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
 
 
 class Routes:
-    """A server, and the bodies to change and send."""
+    """A server, and the request bodies to change and send."""
 
     def __init__(self, server: Server, fuzzer: Mutator, canary: Path):
         self.server, self.fuzzer = server, fuzzer

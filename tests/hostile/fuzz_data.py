@@ -1,9 +1,10 @@
-"""Fuzzes the readers of data files: only InputError is allowed, and no hang or excessive memory.
+"""Fuzzes the readers of data files. They may raise only InputError, and must not hang or use
+excessive memory.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz_data.py [KIND ...]
 
-runs outside of pytest and prints a line for each kind of file. If a library crashes, the run ends,
-and the last file is in the folder that it has printed.
+runs the fuzzer outside of pytest and prints a line for each kind of file. If a library crashes, the
+run ends, and the folder whose name it has printed contains the last file.
 """
 
 import csv
@@ -31,9 +32,10 @@ from mlx_segtrain import InputError
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.sources import rows_of, source_of
 
-#: Maximum seconds for a file, and bytes by which all files together may increase the memory.
+#: The maximum number of seconds for a file, and the number of bytes by which all files together may
+#: increase the memory.
 LONGEST_S, ROOM = 10, 256 << 20
-#: Number of faults after which the fuzzer stops.
+#: The number of faults after which the fuzzer stops.
 MOST_FAULTS = 10
 
 CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi é🎉"}]
@@ -80,7 +82,7 @@ def zst(content: bytes) -> bytes:
 
 
 def table(rows: list[Any]) -> pa.Table:
-    """Returns a table of the rows, or of the first one if Arrow cannot combine them."""
+    """Returns a table of the rows, or of the first row if Arrow cannot combine the rows."""
     for some in (rows, rows[:1], ROWS[:1]):
         try:
             return pa.Table.from_pylist(some)
@@ -113,7 +115,7 @@ def parquet(**how: Any) -> Callable[[list[Any]], bytes]:
         sink = pa.BufferOutputStream()
         try:
             pq.write_table(table(rows), sink, **how)
-        except Exception:  # a struct without fields
+        except Exception:  # the rows contain a struct without fields
             sink = pa.BufferOutputStream()
             pq.write_table(table(ROWS[:1]), sink, **how)
         return sink.getvalue().to_pybytes()
@@ -131,7 +133,7 @@ def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
     return write_texts
 
 
-#: The extension of each kind of file, and the function that writes rows to it.
+#: The extension of each kind of file, and the function that writes rows to such a file.
 KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "jsonl": (".jsonl", lines),
     "jsonl.gz": (".jsonl.gz", lambda rows: gzip.compress(lines(rows), 1)),
@@ -160,7 +162,7 @@ KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
 
 
 def changed(kind: str, fuzzer: Mutator) -> bytes:
-    """Returns a file with odd values, odd bytes, or both."""
+    """Returns a file with unusual values, changed bytes, or both."""
     write = KINDS[kind][1]
     rows: list[Any] = fuzzer.chance.choices(ROWS, k=fuzzer.chance.randrange(1, 4))
     how = fuzzer.chance.random()
@@ -170,13 +172,13 @@ def changed(kind: str, fuzzer: Mutator) -> bytes:
         whole = write(rows)
     except (ValueError, TypeError, OverflowError):
         whole = write(ROWS[:2])
-    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # changes the uncompressed bytes
+    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # this changes the uncompressed bytes
         whole = (gzip.compress if kind == "jsonl.gz" else zst)(fuzzer.bytes(lines(ROWS[:3])))
     return whole if 0.2 < how < 0.4 else fuzzer.bytes(whole)
 
 
 def read(path: Path) -> str:
-    """Returns the error about a file; "" if all of its rows can be read."""
+    """Returns the error about a file, or "" if all of its rows can be read."""
     try:
         for source, row in rows_of(source_of(path)):
             checked(row, source)
@@ -191,7 +193,8 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """Raises AssertionError with the files that caused a fault, which stay in the folder."""
+    """Raises AssertionError with the names of the files that caused a fault. These files stay in
+    the folder."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""Request bodies that need far more memory or time than their size suggests."""
+"""Tests request bodies that need far more memory or time than their size suggests."""
 
 import asyncio
 import json
@@ -59,7 +59,8 @@ def server(tmp_path_factory):
 
 
 def test_bodies_that_hold_millions(server):
-    """4 million bad messages once took 8 GB and blocked all other clients for a minute."""
+    """A body with 4 million invalid messages once took 8 GB and blocked all other clients for a
+    minute."""
     with bystander(server) as other, httpx.Client(base_url=server.url, timeout=60) as http:
         for name, (path, body) in BODIES.items():
             kind = "x-www-form-urlencoded" if path == "/login" else "json"
@@ -73,7 +74,7 @@ def test_bodies_that_hold_millions(server):
 
 
 def test_many_large_bodies_at_once(server):
-    """The total size of all bodies is limited, and so is the memory after parsing."""
+    """The total size of all bodies is limited, and so is their memory after parsing."""
     body = json.dumps({"prompt": [5] * 1_000_000, "max_tokens": 1}).encode()
     assert len(body) < 8 << 20
 
@@ -88,7 +89,7 @@ def test_many_large_bodies_at_once(server):
 
 
 def test_bodies_that_never_end_are_bounded_together(server):
-    """60 clients send 6 MB of a 7 MB body each, and then wait."""
+    """Each of 60 clients sends 6 MB of a body of 7 MB, and then waits."""
     rest, wires = memory_mb(server.process.pid), []
     head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 
@@ -100,7 +101,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
             for _ in range(60):
                 wire.sendall(b" " * 100_000)
         except OSError:
-            pass  # refused, as most must be
+            pass  # most of the clients must be refused
 
     threads = [threading.Thread(target=hold) for _ in range(60)]
     try:
@@ -131,7 +132,7 @@ def test_memory_is_given_back(tmp_path, monkeypatch):
         await asyncio.sleep(0.3)
         rest = service.resident()
         blocks = [bytearray(50_000) for _ in range(6000)]
-        last = blocks[-1]  # keeps the end of the heap in use, so that it cannot shrink
+        last = blocks[-1]  # keeps the end of the heap in use, so that the heap cannot shrink
         await asyncio.sleep(0.3)
         del blocks
         end = time.monotonic() + 10
@@ -145,7 +146,7 @@ def test_memory_is_given_back(tmp_path, monkeypatch):
 
 
 def test_a_large_prompt_is_still_a_prompt(server):
-    """The limits are far above the sizes of real chats and prompts."""
+    """The limits are far above the sizes of real conversations and prompts."""
     turns = [{"role": "user", "content": 'He said: "{[,:"\\'} for _ in range(9000)]
     answer = server.http.post(CHAT, json={"messages": turns, "max_tokens": 1})
     assert answer.status_code == 400 and "context length" in answer.json()["error"]["message"]

@@ -1,4 +1,5 @@
-"""Reading small files that unpack to much memory, in every format, stays within the limits."""
+"""In every format, reading small files that take much memory when they are unpacked stays within
+the limits."""
 
 import json
 import os
@@ -9,10 +10,11 @@ from pathlib import Path
 import bombs
 import pytest
 
-#: Maximum bytes for reading a file, besides the file itself, which may be mapped; and seconds.
+#: The maximum number of bytes for reading a file, besides the file itself, which may be
+#: memory-mapped, and the maximum number of seconds.
 ROOM, LONGEST_S = 448 << 20, 30
 
-#: Valid files, and files whose rows are read before the fault.
+#: Valid files, and files in which rows are read before the fault.
 READ = ("images", "members_without_end", "a_schema_that_is_stored")
 
 pytestmark = pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Hostile models in the engine: panics in Rust, and tokens past the end of a table."""
+"""Tests hostile models in the engine: panics in Rust, and tokens past the end of a table."""
 
 import asyncio
 import json
@@ -63,7 +63,8 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic in tokenizers is not an Exception: it once ended the thread, and requests hung."""
+    """A panic in tokenizers is not an Exception. It once ended the engine's thread, and requests
+    hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)
@@ -76,7 +77,7 @@ def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
 
 
 class Panic(BaseException):
-    """Stands for pyo3_runtime.PanicException, whose class cannot be imported."""
+    """Stands in for pyo3_runtime.PanicException, whose class cannot be imported."""
 
 
 def panic(*_, **__):
@@ -130,8 +131,8 @@ def test_health_says_when_the_engine_has_ended(model, tmp_path, monkeypatch):
 
 
 def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
-    """For a multimodal model, mlx-lm reads the values in text_config, so those outside of it may be
-    anything."""
+    """For a multimodal model, mlx-lm reads the values in text_config, so the values outside of
+    text_config may be anything."""
     path = write_llama(tmp_path / "false")
     config = json.loads((path / "config.json").read_text())
     outer = {"model_type": "mistral3", "vocab_size": 10**6, "max_position_embeddings": 10**6}
@@ -174,9 +175,9 @@ def test_training_refuses_tokens_that_the_model_has_no_rows_for(tmp_path):
         train(config, lambda event: None)
 
 
-# Long answers and waiting requests
+# Long responses and waiting requests
 
-LONG = {"logit_bias": {259: -100.0}}  # the answer never ends by itself
+LONG = {"logit_bias": {259: -100.0}}  # the response never ends by itself
 
 
 async def long_answer(engine, n=100):
@@ -185,7 +186,7 @@ async def long_answer(engine, n=100):
 
 
 def test_long_answers_give_way_to_those_who_wait(engine, model, monkeypatch):
-    """Clients with long answers once kept all slots until their answers were complete."""
+    """Clients with long responses once occupied all slots until their responses were complete."""
     for name, value in {"MOST_ACTIVE": 2, "TURN_S": 0.1, "MOST_PAUSED": 2}.items():
         monkeypatch.setattr(module, name, value)
     asyncio.run(engine.load(model))
@@ -203,7 +204,7 @@ def test_long_answers_give_way_to_those_who_wait(engine, model, monkeypatch):
         engine._round = plain
         return await asyncio.gather(*long)
 
-    for pieces in asyncio.run(main()):  # the answers are the same as without pauses
+    for pieces in asyncio.run(main()):  # the responses are the same as without pauses
         assert [piece.text for piece in pieces] == [piece.text for piece in alone]
     assert seen[0] == [False, False]
 
@@ -244,7 +245,8 @@ def test_who_waits_too_long_is_told(engine, model, monkeypatch):
 
 
 def test_a_swap_of_models_waits_for_a_while_and_then_lets_others_on(engine, model, monkeypatch):
-    """A long answer and a model swap once blocked all other requests until the answer ended."""
+    """A long response and a change of the model once blocked all other requests until the response
+    ended."""
     monkeypatch.setattr(module, "SWAP_S", 0.3)
     asyncio.run(engine.load(model))
     plain = engine._round
@@ -259,7 +261,7 @@ def test_a_swap_of_models_waits_for_a_while_and_then_lets_others_on(engine, mode
             await engine.load(model)
         assert time.monotonic() - begun < 5 and not long.done()
         assert isinstance(await ask(engine), str)
-        with pytest.raises(Busy, match="take long: try again"):  # repeated attempts fail, too
+        with pytest.raises(Busy, match="take long: try again"):  # repeated attempts fail too
             await engine.load(model)
         await long
         engine._next_swap = 0.0
@@ -310,7 +312,7 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def write_sparse(file, shapes):
-    """Writes a sparse safetensors file, whose data take no disk space."""
+    """Writes a sparse safetensors file. Its data take no disk space."""
     header, place = {}, 0
     for name, shape in shapes.items():
         after = place + 2 * math.prod(shape)
@@ -322,7 +324,7 @@ def write_sparse(file, shapes):
 
 
 def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
-    """A sparse adapter takes a few kilobytes on disk, but much memory when loaded."""
+    """A sparse adapter takes a few kilobytes on disk, but much memory when it is loaded."""
     name, rank = "model.layers.0.self_attn.q_proj", 50_000_000
     shapes = {f"{name}.lora_a": [64, rank], f"{name}.lora_b": [rank, 64]}
     write_sparse(tmp_path / "adapters.safetensors", shapes)
@@ -334,7 +336,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
     with pytest.raises(InputError, match="GB of memory, but mounted adapters may take"):
         asyncio.run(engine.mount("a", tmp_path))
     assert resident_mb() - before < 100 and time.monotonic() - begun < 5
-    # It is not read when adapters are listed, either.
+    # It is not read when adapters are listed either.
     os.truncate(tmp_path / "adapters.safetensors", 1 << 42)
     (tmp_path / "adapters_unpadded.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "adapters_unpadded.safetensors", 1 << 42)
@@ -344,7 +346,8 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
 
 
 def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
-    """Four adapters can be combined in 15 ways; the 24 orders of all four give the same sum."""
+    """Four adapters can be combined in 15 ways. The 24 orders of all four adapters have the same
+    sum."""
     chain = chain_of(load_base(model)[0])
     ranks = dict.fromkeys(chain.linears, 4)
     asyncio.run(engine.load(model))

@@ -1,4 +1,5 @@
-"""Folders: what clients may name, what is pushed to the hub, and what may be overwritten."""
+"""Tests which folders clients may name, which files are pushed to the hub, and which folders may be
+overwritten."""
 
 import asyncio
 import json
@@ -21,7 +22,8 @@ from mlx_segtrain.training.contents import check_own
 
 
 def write_adapter(folder):
-    """Writes an adapter as a run does, and other files that a user's folder may contain."""
+    """Writes an adapter in the same way as a run, and other files that a user's folder may
+    contain."""
     (folder / "state" / "step-00001").mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros((2, 2))})
     (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
@@ -77,7 +79,7 @@ def test_links_at_any_depth(tmp_path):
     with pytest.raises(Outside, match=r"default\.jinja is not below a directory"):
         roots.resolve(model)
     link.unlink()
-    # A link to a folder below the root that contains a link.
+    # This is a link to a folder below the root that itself contains a link.
     (root / "templates").mkdir()
     (root / "templates" / "default.jinja").symlink_to(outside / "default.jinja")
     (model / "additional_chat_templates").rmdir()
@@ -228,7 +230,7 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns the inputs of a run, and an existing folder of a user as its output."""
+    """Returns the inputs of a run whose output is an existing folder of a user."""
     model, data, out = (tmp_path / "root" / name for name in ("model", "data", "out"))
     for folder in (model, data, out):
         folder.mkdir(parents=True)
@@ -255,7 +257,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):
         service.submit(values)
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt"):
-        check_own(out)  # the run's own check
+        check_own(out)  # the check that a run makes
     assert (out / "checkpoints" / "thesis.txt").read_text() == CANARY
 
 
@@ -308,7 +310,8 @@ def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
 
 @pytest.mark.parametrize(("chains", "length"), [(1, 20), (1500, 1)])
 def test_very_many_links_are_not_followed(tmp_path, chains, length):
-    """Resolving each link of a chain takes time proportional to the chain's length."""
+    """Resolving all links of a chain would take time proportional to the length of the chain for
+    each link."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
     for chain in range(chains):
@@ -321,7 +324,7 @@ def test_very_many_links_are_not_followed(tmp_path, chains, length):
 
 
 def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
-    """Ending the processes of an unused model must not block other requests."""
+    """When the processes of an unused model are ended, other requests must not be blocked."""
     closing, closed = threading.Event(), threading.Event()
 
     def close(self):
@@ -331,7 +334,7 @@ def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(Confined, "close", close)
     service = Service(Settings(store=tmp_path / "store", roots=(tmp_path,)))
     first = service._confined(tmp_path / "0")
-    first.users = 1  # a tokenizer in use is never ended
+    first.users = 1  # the process of a tokenizer that is in use is never ended
     for i in range(1, 5):
         service._confined(tmp_path / str(i))
     assert closing.wait(5) and not closed.is_set()

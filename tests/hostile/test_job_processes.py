@@ -1,4 +1,4 @@
-"""A job's process must not get foreign modules, secrets, or open files of the server."""
+"""The process of a job must not get foreign modules, secrets, or open files of the server."""
 
 import asyncio
 import json
@@ -17,9 +17,10 @@ from mlx_segtrain.serving.jobs import queue as jobs_module
 from mlx_segtrain.serving.jobs.kinds import KINDS
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Modules that a job imports: a file of this name in the module path would be run instead.
+#: Modules that a job imports. If a file with such a name were on the module path, it would be run
+#: instead.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
-#: Replaces a job's process; prints its environment, arguments and open files.
+#: Replaces the process of a job, and prints its environment, arguments and open files.
 TELLS = """
 import json, os, sys
 files = [int(name) for name in os.listdir("/dev/fd")]
@@ -39,7 +40,7 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
     monkeypatch.chdir(start)
     monkeypatch.setenv("PYTHONPATH", "")  # Python treats this as the working directory
     monkeypatch.setattr(processes, "STARTED_IN", str(start))
-    for first in ("", str(start), "."):  # the first entry of the path with `python -m`
+    for first in ("", str(start), "."):  # the first entry of the module path with `python -m`
         with monkeypatch.context() as patch:
             patch.setattr(sys, "path", [first, *sys.path])
             values = {"model_dir": "/nowhere", "data_dir": "/nowhere", "split": "valid"}
@@ -49,7 +50,7 @@ def test_modules_in_the_folder_where_the_server_starts_are_not_run(tmp_path, mon
 
 
 def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
-    """A job runs the server's copy of the package, even if another one is installed."""
+    """A job runs the server's copy of the package, even if another copy is installed."""
     package = tmp_path / "mlx_segtrain"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -64,7 +65,7 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """
         made = subprocess.run(
-            # Without site, since otherwise an editable installation would be found first.
+            # -S disables site, because otherwise an editable installation would be found first.
             [sys.executable, "-I", "-S", "-c", textwrap.dedent(script)],
             cwd=tmp_path,
             capture_output=True,
@@ -75,8 +76,8 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
 
 
 def test_what_a_file_makes_libraries_print_is_no_event(tmp_path):
-    """transformers prints some settings verbatim; a forged progress of 10⁴⁰ once stopped the
-    queue."""
+    """transformers prints some settings verbatim. A forged progress event with the value 10⁴⁰ once
+    stopped the queue."""
     model, data = write_llama(tmp_path / "model"), write_rows(tmp_path / "data", 3)
     forged = json.dumps({"type": "metric", "progress": 10**40, "message": {}})
     for name, change in (
@@ -90,7 +91,7 @@ def test_what_a_file_makes_libraries_print_is_no_event(tmp_path):
     found = [json.loads(line) for line in log.splitlines()]
     assert row.status == "failed" and 0 <= row.progress <= 1, log
     assert not [event for event in found if event["type"] == "metric"]
-    assert [event for event in found if "10000" in event.get("line", "")]  # it was printed
+    assert [event for event in found if "10000" in event.get("line", "")]  # the text was printed
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert told["files"] == [int(told["args"][3])]  # the job inherits only the lock
 
 
-#: Replaces a job's process; ignores SIGTERM, as compiled code may.
+#: Replaces the process of a job, and ignores SIGTERM, as compiled code may do.
 DEAF = """
 import json, os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -139,7 +140,7 @@ time.sleep(600)
 
 
 def test_a_job_that_looks_at_no_signal_is_killed_in_the_end(tmp_path, monkeypatch):
-    """A hostile tokenizer can run for hours, while other jobs wait."""
+    """Without this, a hostile tokenizer could run for hours while other jobs wait."""
     monkeypatch.setattr(processes, "command", lambda *args: [sys.executable, "-I", "-c", DEAF])
     monkeypatch.setattr(jobs_module, "KILLED_AFTER_S", 0.5)
 

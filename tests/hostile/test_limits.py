@@ -1,4 +1,4 @@
-"""Limits on request heads, token guesses, claimed client addresses, and the log."""
+"""Tests limits on request heads, guesses of tokens, claimed client addresses, and the log."""
 
 import json
 import logging
@@ -30,13 +30,13 @@ def server(tmp_path_factory):
 
 
 def raw(server, *parts, seconds=20):
-    """Sends bytes on a new socket; returns the answer."""
+    """Sends bytes on a new socket, and returns the response."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=seconds) as wire:
         try:
             for part in parts:
                 wire.sendall(part)
         except OSError:
-            pass  # the server has closed the connection; its answer is read below
+            pass  # the server has closed the connection; the response is read below
         found = b""
         try:
             while part := wire.recv(65536):
@@ -72,7 +72,7 @@ def test_a_head_may_have_what_browsers_send(server):
 
 
 def guess(server, path="/api/jobs"):
-    """Sends a wrong token; returns the status and the seconds that it took."""
+    """Sends a wrong token, and returns the status and the seconds that the request took."""
     begun = time.monotonic()
     if path == "/login":
         answer = httpx.post(f"{server.url}/login", data={"token": "wrong-token"}, timeout=60)
@@ -113,7 +113,7 @@ def test_a_token_that_is_not_ascii_is_one_everywhere(server):
     with httpx.Client(base_url=server.url) as http:
         assert http.get("/api/jobs", headers=GOOD).status_code == 200
         assert http.post("/login", data={"token": TOKEN}).status_code == 303
-        assert http.get("/api/jobs").status_code == 200  # with the cookie
+        assert http.get("/api/jobs").status_code == 200  # uses the cookie
 
 
 def test_nobody_says_to_be_another(server):
@@ -150,7 +150,7 @@ def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):
 
 
 def test_cookies_of_others_cost_nothing(server):
-    """Python's parser takes quadratic time for a long quoted cookie (CVE-2024-7592)."""
+    """Python's cookie parser takes quadratic time for a long quoted cookie (CVE-2024-7592)."""
     slow = b'a="' + b"\\" * 40_000 + b'"; theme=dark'
     with (
         httpx.Client(base_url=server.url, timeout=60) as http,
@@ -163,7 +163,7 @@ def test_cookies_of_others_cost_nothing(server):
 
 
 def test_a_long_path_is_none(server):
-    """Resolving a path takes time quadratic in its length."""
+    """Resolving a path takes time that is quadratic in the length of the path."""
     with bystander(server, chats=False) as other:
         for path, field in (
             *(("/api/models/serve", "model_dir"), ("/api/finetune/submit", "model_dir")),
@@ -180,7 +180,7 @@ def test_a_long_path_is_none(server):
 
 
 def test_a_page_costs_no_memory(server):
-    """Each page load once took 3 MB, which was not freed."""
+    """Each load of the page once took 3 MB, which were not freed."""
     assert server.http.get("/finetune").status_code == 200
     rest = memory_mb(server.process.pid)
     for _ in range(120):
@@ -189,7 +189,8 @@ def test_a_page_costs_no_memory(server):
 
 
 def test_no_text_becomes_html_or_a_program():
-    """The page shows texts from files, models and clients; the browser must not run any of them."""
+    """The page shows texts from files, models and clients. The browser must not run any of these
+    texts."""
     sinks = r"(inner|outer)HTML|insertAdjacentHTML|srcdoc|document\.write|\b(eval|Function)\("
     index = (pages.FILES / "index.html").read_text()
     assert "require-trusted-types-for 'script'" in index

@@ -1,4 +1,4 @@
-"""Links that are created between the check of a path and its use."""
+"""Tests links that are created between the check of a path and its use."""
 
 import asyncio
 import json
@@ -14,7 +14,8 @@ import pytest
 from lib.attack import CANARY, write_canary
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Reads and writes below a root in every way that Python has, in a confined process.
+#: Reads and writes below a root with every function that Python has for this, in a confined
+#: process.
 CONFINED = """
 import builtins, codecs, io, json, os, pathlib, sys
 from mlx_segtrain.serving.roots import Outside, Roots
@@ -49,7 +50,7 @@ def outcome(way):
         return "refused"
 print(json.dumps({name: outcome(way) for name, way in ways.items()}))
 """
-#: Reads a file again and again for two seconds; prints how often each content was seen.
+#: Reads a file repeatedly for two seconds, and prints how often each content was seen.
 READS = """
 import pathlib, sys, time
 from mlx_segtrain.serving.roots import Outside, Roots
@@ -82,10 +83,10 @@ def test_every_way_to_open_a_link_to_elsewhere(tmp_path):
     (root / "file").symlink_to(outside / "secret")
     seen = json.loads(python(CONFINED, root))
     assert set(seen.values()) == {"refused"}, seen
-    assert (outside / "secret").read_text() == CANARY  # it was not truncated, either
+    assert (outside / "secret").read_text() == CANARY  # the file was not truncated either
     (root / "file").unlink()
     (root / "real").write_text("mine")
-    (root / "file").symlink_to(root / "real")  # a cache of the hub has such links
+    (root / "file").symlink_to(root / "real")  # the hub's cache has such links
     seen = json.loads(python(CONFINED, root))
     assert seen.pop("relative") == "(None, 'mine')"
     writes = {name: seen.pop(name) for name in ("write", "append", "write text", "truncate")}
@@ -93,7 +94,7 @@ def test_every_way_to_open_a_link_to_elsewhere(tmp_path):
 
 
 def test_a_link_that_comes_and_goes(tmp_path):
-    """The file that was checked is the file that is opened, whenever the link changes."""
+    """The file that was checked is the file that is opened, no matter when the link changes."""
     root, outside = tmp_path / "root", write_canary(tmp_path / "outside")
     root.mkdir()
     (root / "file").write_text("mine")
@@ -124,7 +125,7 @@ def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, na
     link = tmp_path / "root" / name
 
     def check(values):
-        """Runs the server's check, and then creates a link, like an attacker who waits for this
+        """Runs the server's check and then creates a link, like an attacker who waits for this
         moment."""
         link.unlink(missing_ok=True)
         link.symlink_to(outside / ("train.jsonl" if name.endswith("l") else "default.jinja"))
@@ -152,7 +153,7 @@ def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, na
 
 
 def test_a_base_that_an_adapter_names(tmp_path, llama):
-    """A server does not look for the base in folders that it may not read."""
+    """A server does not look for the base model in folders that it may not read."""
     script = """if True:
         import json, pathlib, sys
         from mlx_segtrain.lora.folder import open_folder

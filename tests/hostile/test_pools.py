@@ -1,4 +1,4 @@
-"""Templates that loop or grow, and slow inspections: they must not affect other clients."""
+"""Templates that loop or grow and slow inspections must not affect other clients."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from mlx_segtrain.serving.confined import parent as module
 from mlx_segtrain.serving.confined.parent import Confined, Failed, Limits
 from mlx_segtrain.serving.pools import Busy
 
-#: Loops or grows if the message says so.
+#: A template that loops or grows if the message says so.
 TEMPLATE = (
     "{% set said = messages[0].content %}"
     "{% if said == 'loop' %}"
@@ -55,7 +55,7 @@ def say(server, text):
 
 
 def test_seven_chats_with_a_template_that_loops(server):
-    """Such chats once occupied all threads forever."""
+    """Seven such requests once occupied all threads forever."""
     rest = memory_mb(server.process.pid)
     with ThreadPoolExecutor(14) as pool:
         attacks = [pool.submit(say, server, "loop") for _ in range(7)]
@@ -252,7 +252,7 @@ def test_tokenizers_that_are_not_served(change, says, tmp_path):
 
 
 def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
-    """No process is left, even if the server is killed."""
+    """No process remains, even if the server is killed."""
     model = write_llama(tmp_path / "model")
     code = (
         "import os, sys, time\n"
@@ -299,7 +299,7 @@ def test_pools_are_bounded():
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="too many requests for tests"):
             await pool.run(go.wait)
-        calls[0].cancel()  # its thread continues, and still counts
+        calls[0].cancel()  # the thread of this call continues and still counts
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):
             await pool.run(go.wait)
@@ -312,7 +312,8 @@ def test_pools_are_bounded():
 
 
 def test_an_answer_that_comes_in_parts(monkeypatch):
-    """On a busy machine, a worker may pause within its answer for longer than a time slice."""
+    """On a busy machine, a worker may pause in the middle of its response for longer than a time
+    slice."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(module, "SLICE_S", 0.05)
     monkeypatch.setattr(Confined, "start", lambda self: None)
@@ -332,7 +333,7 @@ def test_an_answer_that_comes_in_parts(monkeypatch):
 
 
 def test_an_account_with_limits_of_its_own(tmp_path):
-    """Limits that `ulimit -v` and `ulimit -t` have set cannot be raised again."""
+    """Limits that were set with `ulimit -v` and `ulimit -t` cannot be raised again."""
     script = """if True:
         import resource, sys
         from mlx_segtrain.serving.confined.parent import Confined, Limits

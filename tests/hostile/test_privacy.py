@@ -1,4 +1,5 @@
-"""What other users of this machine, and other sites in this browser, can see of a server."""
+"""Tests what other users of this machine, and other sites in the same browser, can see of a
+server."""
 
 import os
 import stat
@@ -16,7 +17,7 @@ TOKEN = "a token of this test"
 
 
 def modes(folder):
-    """Returns the modes of all paths below and including a folder that other users can access."""
+    """Returns the modes of those paths at and below a folder that other users can access."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): oct(path.stat().st_mode) for path in paths if path.stat().st_mode & 0o077}
 
@@ -73,7 +74,8 @@ def test_a_browser_has_a_session_and_not_the_token(server):
     assert cookie.startswith(f"{COOKIE}=") and TOKEN not in cookie and cookie != its_cookie
     assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
     assert browser.get("/api/jobs").status_code == other.get("/api/jobs").status_code == 200
-    # Another program on a port of localhost gets the cookie, which must not work as a bearer token.
+    # Another program on a port of localhost gets the cookie too, so the cookie must not work as a
+    # bearer token.
     stolen = browser.cookies[COOKIE]
     as_token = httpx.get(f"{server.url}/api/jobs", headers={"authorization": f"Bearer {stolen}"})
     assert as_token.status_code == 401

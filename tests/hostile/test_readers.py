@@ -1,4 +1,5 @@
-"""Files that would take too much memory or time, in the server, in train and in inspect."""
+"""Tests files that would take too much memory or time, in the server, in `train` and in
+`inspect`."""
 
 import json
 import os
@@ -19,12 +20,12 @@ from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 
-#: Maximum bytes of memory of a command, besides its libraries.
+#: The maximum memory of a command in bytes, besides its libraries.
 ROOM = 3 << 30
 
 
 def segtrain(*args, seconds=60):
-    """Runs a command with limited memory; returns its standard error and exit code."""
+    """Runs a command with limited memory, and returns its standard error and exit code."""
 
     def confined():
         resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))
@@ -166,7 +167,8 @@ def test_a_configuration_that_is_too_large(model):
 )
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
-    """Each line of a vocabulary becomes a token, so an answer could contain the file's text."""
+    """Each line of a vocabulary file becomes a token, so a response could contain the text of the
+    file."""
     secret = tmp_path / "secret"
     secret.write_text("a\n,\nb\n[UNK]\n")
     model = write_llama(tmp_path / "model")

@@ -1,1 +1,1 @@
-"""Code that several tests share. No test imports another one."""
+"""Code that several tests share. No test file imports another test file."""

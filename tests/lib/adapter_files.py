@@ -1,4 +1,5 @@
-"""Adapter folders in the formats of mlx-lm and PEFT, and the same models in transformers."""
+"""Adapter folders in the formats of mlx-lm and PEFT, and the corresponding models in
+transformers."""
 
 import json
 
@@ -31,7 +32,7 @@ PEFT = {
 
 
 def factors_of(chain, ranks):
-    """Returns random a and b by path, in numbers that bfloat16 can represent."""
+    """Returns random a and b for each path, with values that bfloat16 can represent."""
     mx.random.seed(7)
     return {
         path: tuple(
@@ -70,7 +71,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Returns the weights that mlx-lm computes with, in float32, by name."""
+    """Returns the weights that mlx-lm uses, in float32, by name."""
     model, _, _ = load_base(model_dir)
     found = {}
     for path, module in model.named_modules():
@@ -85,7 +86,7 @@ def dense_weights(model_dir):
 
 
 def in_transformers(hf, model_dir):
-    """Returns the model in transformers, with the weights that mlx-lm computes with."""
+    """Returns the model in transformers, with the weights that mlx-lm uses."""
     config = json.loads((model_dir / "config.json").read_text())
     config.pop("quantization", None)
     if config["model_type"] == "llama":

@@ -1,5 +1,5 @@
-"""Code for tests that attack a server: innocent clients, the memory of a process, and a secret file
-outside of the server's roots."""
+"""Code for tests that attack a server: clients that do not attack, the memory of a process, and a
+secret file outside of the server's roots."""
 
 import os
 import threading
@@ -13,15 +13,18 @@ CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
-    """Returns the factor by which the machine's current load stretches time limits."""
+    """Returns the factor by which time limits are multiplied because of the machine's current
+    load."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Watch:
-    """A client that requests /healthz, the page and chats while others attack the server.
+    """A client that requests /healthz, the page and chat completions while other clients attack the
+    server.
 
     Without a server it only measures the memory of this process. `health` and `answers` are the
-    seconds that each check and each chat took, and `rest` and `peak` the memory in 10⁶ bytes.
+    seconds that each health check and each chat completion took. `rest` and `peak` are the memory
+    before the attack and its maximum, in 10⁶ bytes.
     """
 
     def __init__(self, server=None, chats=False):
@@ -70,10 +73,10 @@ class Watch:
 
 @contextmanager
 def bystander(server, chats=True):
-    """Yields a client of a server that has been served before the attack begins."""
+    """Yields a client that has received responses from the server before the attack begins."""
     with Watch(server, chats) as own:
         end = time.monotonic() + 60
-        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both threads have started
+        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both threads have begun
             assert time.monotonic() < end, own.failures
             time.sleep(0.02)
         yield own
@@ -82,7 +85,8 @@ def bystander(server, chats=True):
 
 
 def memory_mb(pid):
-    """Returns the resident memory of a process and its helpers in 10⁶ bytes; shared memory once."""
+    """Returns the resident memory of a process and its helper processes in 10⁶ bytes. Memory that
+    they share is counted once."""
     total = 0
     for own in [pid, *_children(pid)]:
         try:
@@ -105,7 +109,7 @@ def _children(pid):
 
 
 def write_canary(folder):
-    """Makes a folder that no server may use, with a secret in it."""
+    """Creates a folder with a secret, which no server may read."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "secret").write_text(CANARY)
     (folder / "train.jsonl").write_text(f'{{"text": "{CANARY}"}}\n' * 4)

@@ -1,4 +1,5 @@
-"""Tests of the page in a browser: a server with its folders, and a user who opens its pages."""
+"""Code for tests of the page in a browser: a server with its folders, and a user who opens its
+pages."""
 
 import json
 import os
@@ -19,7 +20,8 @@ from playwright.sync_api import expect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-#: The timeout in milliseconds, higher than the default of 5000 for busy machines.
+#: The timeout is in milliseconds. It is higher than the default of 5000 because machines may be
+#: busy.
 expect.set_options(timeout=15_000)
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
@@ -114,7 +116,8 @@ class User:
         page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
     def _note(self, message: Any) -> None:
-        # The browser logs each error status, which the page shows anyway.
+        # The browser logs each response with an error status, and the page shows these errors
+        # anyway.
         refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
         asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
         if message.type in ("error", "warning") and not (refused and asked):
@@ -132,7 +135,7 @@ def choose(page: Any, label: str, option: str) -> None:
 
 
 def points(page: Any, line: int = 0) -> int:
-    """Returns the number of points of a line in the large chart."""
+    """Returns the number of points that a line in the large chart has."""
     return page.evaluate(
         """line => document.querySelector(".chart.tall")?.lines[line]?.points.length ?? 0""", line
     )

@@ -14,7 +14,8 @@ from mlx_segtrain.objectives.sft import Sft
 SCALE = 1.5
 
 
-#: By name: the family and its options. T is larger than the window of 8.
+#: For each name, the model family and its options. The number of tokens is larger than the window
+#: of 8.
 FAST = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
@@ -54,7 +55,8 @@ FAST = {
 
 
 def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
-    """Returns random tokens with padding on the right, in the loss from `prompt` on."""
+    """Returns random tokens with padding on the right. The tokens from index `prompt` on are in the
+    loss."""
     rng = np.random.default_rng(rows)
     tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
     weights = rng.uniform(0.5, 1, tokens.shape).astype(np.float32)
@@ -65,7 +67,7 @@ def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
 
 
 def adapter_of(chain) -> Adapter:
-    """Returns an adapter whose ranks differ."""
+    """Returns an adapter whose linear layers have different ranks."""
     ranks = {path: 3 + i % 3 for i, path in enumerate(sorted(chain.linears))}
     return random_adapter(chain, ranks, SCALE, 0.1)
 
@@ -79,7 +81,8 @@ def run(chain, adapter, batch, segment_size=1, cuts=None):
 
 
 def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0) -> PairBatch:
-    """Returns pairs that begin with `shared` equal tokens; responses begin after the prompt."""
+    """Returns pairs whose sequences begin with `shared` equal tokens. The responses begin after the
+    prompt."""
     rng = np.random.default_rng(seed)
     b = len(lengths)
     chosen = rng.integers(0, 128, (b, max(c for c, _ in lengths))).astype(np.int32)

@@ -1,19 +1,19 @@
-"""Our own chat templates, each of which behaves like those of some models."""
+"""Chat templates that we wrote. Each behaves like the templates of some models."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The generation prompt opens a thinking block, which no finished turn has (DeepSeek R1).
+# The generation prompt opens a thinking block, but finished turns have no such block (DeepSeek R1).
 OPEN = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# As before, but a variable closes the block (Nemotron 3, MiniCPM5).
+# The same, but a template variable closes the block (Nemotron 3, MiniCPM5).
 SWITCHED = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>"
     "{% else %}<think>\n{% endif %}{% endif %}",
 )
-# A finished turn without reasoning has the closing tag alone; earlier reasoning is dropped (GLM).
-# A turn ends by the header of the next one.
+# A finished turn without reasoning has only the closing tag, and the reasoning of earlier turns is
+# dropped (GLM). A turn ends with the header of the next turn.
 NEXT_ROLE = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' %}"
@@ -24,7 +24,8 @@ NEXT_ROLE = (
     "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-# The system message is before the last user message, if that is the last message (Mistral).
+# The system message comes directly before the last user message, if that is the last message
+# (Mistral).
 SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -32,28 +33,30 @@ SYSTEM_LAST = (
     "{% if loop.last and system is defined %}{{ system }}\n\n{% endif %}{{ m.content }}[/INST]"
     "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
-# Two tokens that stop generation at the end (Phi 3).
+# A turn ends with two tokens that stop generation (Phi 3).
 TWO_STOPS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}"
 )
-# Always continues into the header of an answer (Command R7B, Firefunction).
+# The text always ends with the header of an assistant turn (Command R7B, Firefunction).
 ALWAYS_HEADER = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
 )
-# No token at the end of a turn (Apertus' end is not one of the model's stop tokens).
+# No stop token ends a turn (the token that Apertus writes there is not one of the model's stop
+# tokens).
 NO_STOP = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Content as a list of parts (SmolVLM).
+# The content of a message is a list of parts (SmolVLM).
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Tools, calls with arguments as a mapping, and results; content must be text (Qwen, Hermes).
+# A template with tools, with calls whose arguments are a mapping, and with results; content must be
+# text (Qwen, Hermes).
 CALLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' + m.content }}"
@@ -62,7 +65,7 @@ CALLS = (
     "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The same with arguments as text (DeepSeek V3), and with ids of nine letters (Mistral).
+# The same, but arguments are text (DeepSeek V3), and ids have nine letters (Mistral).
 TEXT_CALLS = CALLS.replace(
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}",
     "{{ call.function.name + '\n' + call.function.arguments }}",

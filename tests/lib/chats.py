@@ -1,4 +1,5 @@
-"""Tokenizers of both kinds, chat templates, and the part of a row that is in the loss."""
+"""Tokenizers of both kinds (byte-level and SentencePiece-like), chat templates, and the part of a
+row that is in the loss."""
 
 import json
 
@@ -36,7 +37,7 @@ INST = (
 )
 
 
-# An empty thinking block in the last turn only, as in Qwen3's.
+# Only the last turn has an empty thinking block, as in Qwen3's template.
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -65,7 +66,8 @@ def add_bos(tokenizer):
 
 
 def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
-    """Returns byte-level BPE: only merges make pieces depend on the text before them."""
+    """Returns a byte-level BPE tokenizer, in which a piece depends on the text before it only
+    through merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -85,7 +87,8 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
 
 
 def metaspace(template=INST, scheme="first"):
-    """Returns BPE over ▁-words, like SentencePiece, which puts a space before every text."""
+    """Returns a BPE tokenizer over words that begin with ▁. Like SentencePiece, it puts a space
+    before every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)

@@ -1,4 +1,5 @@
-"""Code that tests share: random arrays and adapters, gradients, and the check of one call."""
+"""Code that tests share: random arrays and adapters, gradients, and a check of one call to an
+op."""
 
 from contextlib import contextmanager
 
@@ -16,7 +17,8 @@ ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 
 @contextmanager
 def served():
-    """Skips a call that an implementation for some GPUs does not support; fails on a CPU."""
+    """Skips the test if an implementation that supports only some GPUs does not support the call.
+    On a CPU, the test fails instead."""
     try:
         yield
     except ValueError as error:
@@ -26,13 +28,14 @@ def served():
 
 
 def needs_router_gradient():
-    """Skips the test if mlx-lm's router has no gradient (as in its version for Python 3.10)."""
+    """Skips the test if mlx-lm's router has no gradient, as in the mlx-lm version for Python
+    3.10."""
     if mlx_lm.__version__ < "0.32":
         pytest.skip(f"the experts' router of mlx-lm {mlx_lm.__version__} has no gradient")
 
 
 def rand(rng, *shape, dtype="float32"):
-    """Returns random numbers as an mx array of `dtype`, and the same numbers as float64."""
+    """Returns random values as an mx array of `dtype`, and the same values as a float64 array."""
     x = mx.array(rng.standard_normal(shape).astype(np.float32)).astype(getattr(mx, dtype))
     return x, f64(x)
 
@@ -46,7 +49,8 @@ def grads(f, args, dy):
 
 
 def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Checks value and gradients of f, each gradient alone, and that two calls agree."""
+    """Checks the value and the gradients of f, also when each gradient is computed alone, and that
+    two calls agree."""
     y = f(*args)
     assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
     oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)
@@ -64,7 +68,8 @@ def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
 
 
 def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
-    """Returns a LoRA adapter whose B has deviation `size`, not 0, so that A has a gradient."""
+    """Returns a LoRA adapter whose B is not 0 but random with standard deviation `size`, so that A
+    has a gradient."""
     fresh = adapting.init(chain, ranks, scale, seed=1)
     keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
     tensors = {

@@ -1,6 +1,6 @@
 // Runs the text of a CUDA kernel on the CPU, one block at a time. Every thread has its own context, and the
-// threads of a warp meet at products of the tensor cores and at shuffles. This header replaces
-// cuda/prelude.cu; its functions do not use the device's instructions.
+// threads of a warp wait for each other at matrix products of the tensor cores and at shuffles. This header
+// replaces cuda/prelude.cu with functions that use no GPU instructions.
 #pragma once
 #include <ucontext.h>
 
@@ -12,7 +12,7 @@
 #include <vector>
 
 #define __device__
-#define __shared__ static  // one block at a time
+#define __shared__ static  // works because one block runs at a time
 
 using std::min;
 
@@ -73,7 +73,7 @@ inline float __shfl_xor_sync(unsigned, float x, int mask) {
   return values[emulated::current ^ mask];
 }
 
-/// Runs `blocks` blocks of `count` threads.
+/// Runs `blocks` blocks with `count` threads each.
 inline void launch(int blocks, int count, const std::function<void()>& kernel) {
   using namespace emulated;
   body = kernel;
@@ -154,8 +154,8 @@ float half_of(unsigned pair, int i) {
   return to_float(x);
 }
 
-/// The places of elements of a [16, 16], b [16, 8] and c [16, 8] according to the PTX ISA ("Matrix fragments
-/// for mma.m16n8k16").
+/// The positions of the elements of a [16, 16], b [16, 8] and c [16, 8] are those in the PTX ISA ("Matrix
+/// fragments for mma.m16n8k16").
 template <typename T>
 void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   static unsigned as[1024][4], bs[1024][2];

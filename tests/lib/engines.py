@@ -1,4 +1,4 @@
-"""An engine with a model and adapters, and mlx-lm's answers with each adapter alone."""
+"""An engine with a model and adapters, and the responses of mlx-lm with each adapter alone."""
 
 import asyncio
 
@@ -18,19 +18,21 @@ END = 259  # <|im_end|>
 
 
 def write_lively(path):
-    """Writes a model with a large context length, whose answers are printable and seldom repeat."""
+    """Writes a model with a large context length. Its responses are printable and rarely repeat
+    themselves."""
     write_llama(path, tied=False, max_position_embeddings=20_000)
     file = str(path / "model.safetensors")
     weights = {k: 3 * x if "_proj" in k else x for k, x in mx.load(file).items()}
     weights["model.embed_tokens.weight"] *= 20
-    weights["lm_head.weight"] *= mx.where(mx.arange(300) < 94, 3, 0.5)[:, None]  # ! to ~
+    weights["lm_head.weight"] *= mx.where(mx.arange(300) < 94, 3, 0.5)[:, None]  # tokens ! to ~
     mx.eval(weights)
     mx.save_safetensors(file, weights, {"format": "mlx"})
     return path
 
 
 def write_adapters(folder, model):
-    """Returns folders by name: one with DoRA, one of the embedding, and `ab`, the sum a + b."""
+    """Returns adapter folders by name. One adapter has DoRA, one adapts the embedding, and `ab` is
+    the sum a + b."""
     chain = chain_of(load_base(model)[0])
 
     def write(name, adapter):
@@ -52,7 +54,7 @@ def write_adapters(folder, model):
 
 
 def mounted(model, adapters):
-    """Returns an engine with the model and all of its adapters; the caller closes it."""
+    """Returns an engine with the model and all of its adapters. The caller must close it."""
     engine = Engine()
 
     async def begin():
@@ -65,7 +67,7 @@ def mounted(model, adapters):
 
 
 class Alone:
-    """Computes greedy answers with mlx-lm, with a separate model for each adapter."""
+    """Computes greedy responses with mlx-lm, using a separate model for each adapter."""
 
     def __init__(self, model, adapters):
         self.model, self.adapters, self.models, self.known = model, adapters, {}, {}
@@ -94,5 +96,5 @@ class Alone:
                 return
 
     def __call__(self, *args, **how):
-        """Returns their text."""
+        """Returns the text of the response."""
         return self.tokenizer.decode([x for x in self.tokens(*args, **how) if x != END])

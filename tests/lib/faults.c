@@ -1,9 +1,9 @@
-/* Makes the n-th call that changes something below a folder fail. Loaded with LD_PRELOAD.
+/* Makes the n-th call that changes something below a folder fail. The library is loaded with LD_PRELOAD.
  *
- * FAULT_ROOT  the folder; unset: nothing happens
- * FAULT_AT    which call, from 1; 0: none, calls are only counted
- * FAULT_KIND  kill: SIGKILL before the call; torn: SIGKILL after half of it; or the number of an errno
- * FAULT_STAYS 1: the calls after it fail as well
+ * FAULT_ROOT  the folder; if it is not set, nothing happens
+ * FAULT_AT    the number of the call, from 1; if it is 0, calls are only counted
+ * FAULT_KIND  kill (SIGKILL before the call), torn (SIGKILL after half of the call), or the number of an errno
+ * FAULT_STAYS if it is 1, all later calls fail too
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -43,7 +43,7 @@ static int at_below(int dir, const char *path) {
 
 enum { PASS, FAIL, TORN };
 
-/* What happens to a call that is counted. */
+/* Counts a call, and returns what happens to it. */
 static int fault(int counts) {
   if (!counts) return PASS;
   const char *at = getenv("FAULT_AT"), *kind = getenv("FAULT_KIND");
@@ -81,7 +81,7 @@ ssize_t write(int fd, const void *data, size_t n) {
 ssize_t writev(int fd, const struct iovec *parts, int n) { CALL(fd_below(fd), REAL(writev)(fd, parts, n)); }
 ssize_t pwrite(int fd, const void *data, size_t n, off_t at) { CALL(fd_below(fd), REAL(pwrite)(fd, data, n, at)); }
 ssize_t pwrite64(int fd, const void *data, size_t n, off64_t at) { CALL(fd_below(fd), REAL(pwrite64)(fd, data, n, at)); }
-/* Does not wait for the disk: a killed process loses nothing that it has written, synced or not. */
+/* Does not wait for the disk, because a killed process loses nothing that it has written, whether it is synced or not. */
 int fsync(int fd) { CALL(fd_below(fd), 0); }
 int ftruncate(int fd, off_t n) { CALL(fd_below(fd), REAL(ftruncate)(fd, n)); }
 int ftruncate64(int fd, off64_t n) { CALL(fd_below(fd), REAL(ftruncate64)(fd, n)); }

@@ -1,4 +1,5 @@
-"""Forks of a process that has imported everything for a run: they start in 0.6 s instead of 5."""
+"""Forks of a process that has imported everything that a run needs. They start in 0.6 s instead of
+5 s."""
 
 import functools
 import multiprocessing
@@ -19,16 +20,17 @@ PRELOADED = ["lib.warm", "lib.runs", "lib.launched", "pytest"]
 
 @functools.cache
 def processes() -> Any:
-    """Returns a context of multiprocessing whose processes are forks.
+    """Returns a multiprocessing context whose processes are forks.
 
-    faults.c is loaded in each of them and does nothing unless FAULT_ROOT is set. On a Mac, where
-    Apple's libraries do not survive a fork, processes are spawned and have no faults.
+    faults.c is loaded in each of these processes and does nothing unless FAULT_ROOT is set. On a
+    Mac, where Apple's libraries do not work after a fork, processes are spawned instead, and
+    faults.c is not loaded.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
-    global _place  # removed when this process ends
+    global _place  # the folder is removed when this process ends
     _place = TemporaryDirectory()
     model, library = Path(_place.name, "model"), Path(_place.name, "faults.so")
     write_tokenizer(model)
@@ -42,7 +44,7 @@ def processes() -> Any:
         **{"WARM_MODEL": str(model), "OMP_NUM_THREADS": "1"},
     }
     with patch.dict(os.environ, own):
-        first = found.Process(target=os.getpid)  # starts the process that is forked
+        first = found.Process(target=os.getpid)  # starts the process from which others are forked
         first.start()
         first.join()
     assert first.exitcode == 0

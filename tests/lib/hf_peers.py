@@ -1,6 +1,7 @@
-"""Logits, loss and LoRA gradients of transformers with PEFT, on torch's CPU in float32.
+"""Logits, loss and LoRA gradients computed by transformers with PEFT, with torch on the CPU in
+float32.
 
-Only this file imports torch and PEFT; tests get it through the fixture `hf`.
+Only this file imports torch and PEFT; tests get this module through the fixture `hf`.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-#: Differences between a family's arguments in mlx-lm and its config in transformers.
+#: For each family, the differences between its arguments in mlx-lm and its config in transformers.
 CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda args: {
         "layer_types": ["full_attention"] * args["num_hidden_layers"],  # mlx-lm has no window
@@ -34,8 +35,8 @@ CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
 }
 
-#: Renamed tensors, by the end of their name in transformers: the names in mlx-lm, whose tensors are
-#: concatenated along the second last axis.
+#: For the end of a tensor's name in transformers, the names of the mlx-lm tensors that it consists
+#: of, concatenated along the second-to-last axis.
 JOINED: dict[str, tuple[str, ...]] = {
     "experts.gate_up_proj": (
         "experts.switch_glu.gate_proj.weight",
@@ -46,7 +47,7 @@ JOINED: dict[str, tuple[str, ...]] = {
 
 
 def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConfig:
-    """Returns the config for transformers; fields that `config` lacks have mlx-lm's default."""
+    """Returns the config for transformers. Fields that `config` lacks get mlx-lm's default."""
     args = asdict(importlib.import_module(f"mlx_lm.models.{family}").ModelArgs.from_dict(config))
     given = {key: value for key, value in args.items() if value is not None}
     given |= CONFIG[family](args) if family in CONFIG else {}
@@ -62,7 +63,7 @@ def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConf
 
 
 def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Returns the parameters of an mlx-lm model under transformers' names."""
+    """Returns the parameters of an mlx-lm model under the names that they have in transformers."""
     left = dict(weights)
     for name, (first, *rest) in JOINED.items():
         for key in [key for key in left if key.endswith(first)]:
@@ -74,7 +75,7 @@ def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 
 
 def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """Returns the model in transformers with an mlx-lm model's weights."""
+    """Returns the transformers model with the weights of an mlx-lm model."""
     model = AutoModelForCausalLM.from_config(
         hf_config(family, config, tied="lm_head.weight" not in weights),
         attn_implementation="eager",
@@ -85,7 +86,7 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
 
 
 def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """Returns a Llama from the fields that its config.json shares with transformers."""
+    """Returns a Llama made from the fields of config.json that transformers has too."""
     known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
     known += ("max_position_embeddings", "tie_word_embeddings")
@@ -99,7 +100,7 @@ def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
 
 
 def gemma3_with_images(text_config: dict[str, Any]) -> Any:
-    """Returns a random Gemma 3 for text and images, whose text model has this config."""
+    """Returns a random Gemma 3 for text and images. Its text model has this config."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(1)
@@ -108,7 +109,7 @@ def gemma3_with_images(text_config: dict[str, Any]) -> Any:
 
 
 def logits_of(folder: Path, tokens: list[list[int]]) -> np.ndarray:
-    """Returns logits [B, T, V] in float32 of the model in a folder, as transformers loads it."""
+    """Returns the float32 logits [B, T, V] of the model in a folder, loaded by transformers."""
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -118,21 +119,23 @@ def logits_of(folder: Path, tokens: list[list[int]]) -> np.ndarray:
 
 
 def logits_with_adapter(base: Any, folder: Path, tokens: list[list[int]]) -> np.ndarray:
-    """Returns logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
+    """Returns the logits [B, T, V] of a model with the folder's adapter, loaded by PEFT."""
     model = PeftModel.from_pretrained(base, folder).eval()
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.numpy()
 
 
 def update_of(base: Any, folder: Path, path: str) -> np.ndarray:
-    """Returns what PEFT adds to a linear layer's weight [out, in] with the folder's adapter."""
+    """Returns the update [out, in] that PEFT adds to a linear layer's weight for the folder's
+    adapter."""
     linear = PeftModel.from_pretrained(base, folder).base_model.model.get_submodule(path)
     weight = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     return (linear.scaling["default"] * weight).detach().numpy()
 
 
 def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np.ndarray:
-    """Saves a PEFT adapter whose B is not zero; returns logits [B, T, V] of the model with it."""
+    """Saves a PEFT adapter whose B is not zero, and returns the logits [B, T, V] of the model with
+    this adapter."""
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(**how)).eval()
     draw = torch.Generator().manual_seed(0)
@@ -156,7 +159,8 @@ def hf_loss_and_grads(
     lora: dict[str, tuple[np.ndarray, np.ndarray]],
     scale: float,
 ) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Returns the weighted mean cross-entropy of the tokens, and (dA, dB) by layer in `lora`."""
+    """Returns the weighted mean cross-entropy of the tokens, and (dA, dB) for each layer in
+    `lora`."""
     model = hf_model(family, config, weights)
     ranks = {path: a.shape[1] for path, (a, _) in lora.items()}
     peft_config = LoraConfig(
@@ -187,7 +191,7 @@ def hf_loss_and_grads(
 
 
 def write_scorer(folder: Path, seed: int = 0, labels: int = 1, **changes: Any) -> Any:
-    """Writes a random Llama for sequence classification to a folder; returns the model."""
+    """Writes a random Llama for sequence classification to a folder, and returns the model."""
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(seed)

@@ -1,4 +1,5 @@
-"""A simulated Hugging Face hub on this machine: models and data sets to download, and uploads."""
+"""A simulated Hugging Face hub on this machine, which offers models and data sets for download and
+accepts uploads."""
 
 import base64
 import hashlib
@@ -11,18 +12,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-#: Larger files are stored as LFS stores them: under their SHA-256.
+#: Files that are larger than this are stored as in LFS, under their SHA-256.
 SMALL = 10_000
 
 
 @dataclass
 class Repository:
-    """Files by name. A new commit changes `commit`; a gated repository requires a known token."""
+    """A repository with its files by name. A new commit changes `commit`. A gated repository
+    requires a known token."""
 
     files: dict[str, bytes]
     commit: str
     refs: dict[str, str] = field(default_factory=dict)  #: other names of commits
-    readers: set[str] | None = None  #: tokens of users who may read it; None means anyone
+    readers: set[str] | None = None  #: tokens of the users who may read; None means everyone
     branches: dict[str, "Repository"] = field(default_factory=dict)  #: branches by name
 
 
@@ -35,15 +37,16 @@ class Hub:
     requests: list = field(default_factory=list)  #: ("GET", "/org/name/resolve/…", Range header)
     repositories: dict = field(
         default_factory=dict
-    )  #: keys are ("models" or "datasets", "org/name")
-    breaks_after: int | None = None  #: bytes of a file after which the connection ends
-    pause_s: float = 0.0  #: seconds between pieces of a file
-    sent: int = 0  #: number of bytes of files that were sent
+    )  #: the keys are ("models" or "datasets", "org/name")
+    breaks_after: int | None = None  #: number of bytes of a file after which the connection ends
+    pause_s: float = 0.0  #: seconds between the pieces in which a file is sent
+    sent: int = 0  #: number of bytes of files that have been sent
     searches_fail: bool = False
-    says_more: int = 0  #: bytes that are added to the reported size of large files
+    says_more: int = 0  #: number of bytes by which the reported size of large files is too high
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """Adds a repository with these files, or those of a folder, and perhaps a branch."""
+        """Adds a repository with these files or with the files in a folder, and optionally a
+        branch."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):
@@ -61,7 +64,7 @@ class Hub:
         return own
 
     def files_asked(self) -> list[str]:
-        """Returns the names of the files whose content was requested."""
+        """Returns the names of all files whose content has been requested."""
         asked = [path for method, path, _ in self.requests if method == "GET"]
         return [
             path.split("/resolve/")[1].partition("/")[2] for path in asked if "/resolve/" in path
@@ -69,19 +72,19 @@ class Hub:
 
 
 def etag(content: bytes) -> str:
-    """Returns the ETag of a blob of git or LFS."""
+    """Returns the ETag of a git or LFS blob."""
     if len(content) > SMALL:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class Broken(Exception):
-    """Ends the connection at this point."""
+    """Raised to end the connection at this point."""
 
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """Serves a hub that has the repositories that are added, and accepts commits of any files."""
+    """Serves a hub with the repositories that are added to it. It accepts commits of any files."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -139,7 +142,7 @@ def serve_hub() -> Iterator[Hub]:
             if kind in ("models", "datasets") and not rest:
                 self.search(kind)
                 return
-            if kind not in ("models", "datasets"):  # another request of the client
+            if kind not in ("models", "datasets"):  # the client requests something else
                 self.fault(404, "")
                 return
             name, revision = "/".join(rest[:2]), "/".join(rest[3:]) or "main"
@@ -199,7 +202,8 @@ def serve_hub() -> Iterator[Hub]:
             hub.authorization.add(self.headers["authorization"])
             own = hub.repositories.get((kind, name))
             if own is None:
-                # As the real hub: without a token it does not say which repositories exist.
+                # Like the real hub, this one does not reveal which repositories exist to clients
+                # without a token.
                 self.fault(404 if self.headers["authorization"] else 401, "RepoNotFound")
                 return None
             for name, other in own.branches.items():

@@ -1,4 +1,5 @@
-"""Ranks of a run as processes on this machine, connected by a ring over the loopback."""
+"""Starts the ranks of a run as processes on this machine, which are connected by a ring over the
+loopback."""
 
 import json
 import os
@@ -13,7 +14,7 @@ from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import ranks, watch
 
-#: Each rank writes its factors to a separate file at the end of a run.
+#: Code that makes each rank write its factors to a separate file at the end of a run.
 FACTORS = """
 import numpy as np
 from pathlib import Path
@@ -28,7 +29,7 @@ loop.Run._result = result
 
 
 def run(rank, folder, given, before, environment):
-    """Trains one configuration after another. `before` is code of the test that runs first."""
+    """Trains one configuration after another. `before` is code from the test, which runs first."""
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(("out", "err"), 1):
@@ -46,7 +47,7 @@ def run(rank, folder, given, before, environment):
 
 
 class Rank:
-    """A rank's process, with the methods of subprocess.Popen that the tests need."""
+    """The process of a rank, with those methods of subprocess.Popen that the tests need."""
 
     def __init__(self, *args):
         self._process = processes().Process(target=run, args=args)
@@ -74,7 +75,7 @@ def free_ports(n):
 
 @contextmanager
 def ranks_of(n, folder, *configs, before=""):
-    """Starts n ranks, each of which runs these configurations, and kills them at the end."""
+    """Starts n ranks, each of which runs these configurations, and kills the ranks at the end."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     given = json.dumps([json.loads(own.model_dump_json(exclude_unset=True)) for own in configs])
@@ -93,7 +94,7 @@ def ranks_of(n, folder, *configs, before=""):
 
 
 def said(folder, rank):
-    """Returns what a rank has printed: events, and how each run ended."""
+    """Returns the lines that a rank has printed: events, and how each run ended."""
     lines = (folder / f"out{rank}").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -109,7 +110,8 @@ def wait_for_step(folder, step, seconds=60):
 
 
 def ends(folder, started, but=(), seconds=60):
-    """Returns how the last run of each rank ended, and after how many seconds."""
+    """Returns how the last run of each rank ended, and the number of seconds after which it
+    ended."""
     begin = time.monotonic()
     for rank, own in enumerate(started):
         if rank not in but:

@@ -1,4 +1,4 @@
-"""A server of OpenAI's routes on a socket, and what its tests send and check."""
+"""A server for OpenAI's routes on a socket, and the requests and checks of its tests."""
 
 import asyncio
 import threading
@@ -23,7 +23,8 @@ CHAT = {"messages": HELLO, "max_tokens": 1}
 
 
 class Server:
-    """OpenAI's routes with an engine, on a local port; the object is the routes' service, too."""
+    """OpenAI's routes with an engine, on a local port. The object is also the service that the
+    routes use."""
 
     def __init__(self, folder, policy="serve"):
         self.engine, self.trains, self.folder, self.policy = Engine(), False, folder, policy
@@ -70,7 +71,7 @@ class Server:
         return asyncio.run(self.engine.call(fn))
 
     def idle(self, within_s=5.0):
-        """Waits until nothing generates."""
+        """Waits until no request is being generated."""
         end = time.monotonic() + within_s
         while self.engine._active or self.engine._waiting:
             assert time.monotonic() < end, "a sequence continues that nobody reads"
@@ -94,7 +95,7 @@ def chat_tokens(said, messages=HELLO):
 
 
 def check(answer, status, says):
-    """Checks that an error has OpenAI's form and is one sentence."""
+    """Checks that an error has the form of OpenAI's errors and consists of one sentence."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]

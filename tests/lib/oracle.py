@@ -1,7 +1,9 @@
-"""The reference for the ops: NumPy in float64 with complex-step derivatives; and all error bounds.
+"""The reference for the ops, in NumPy and float64 with complex-step derivatives, and all error
+bounds.
 
-F'(x) = Im F(x + ih) / h has no subtraction, so any tiny step works (h = 1e-200). Functions also
-work for complex arguments: they use no abs or max of values that depend on x.
+The derivative of F is F'(x) = Im F(x + ih) / h. This formula has no subtraction, so any tiny step
+works (h = 1e-200). All functions work for complex arguments, because they do not use abs or max of
+values that depend on x.
 """
 
 import numpy as np
@@ -10,7 +12,7 @@ H = 1e-200
 
 
 def vjp(f, args, dy):
-    """d⟨dy, f(args)⟩ / d args for real float64 args, entry by entry."""
+    """Returns d⟨dy, f(args)⟩ / d args for real float64 args, computed entry by entry."""
     grads = []
     for i, x in enumerate(args):
         grad = np.zeros_like(x)
@@ -31,7 +33,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
     seen = key <= position
     if window is not None:
         seen &= key > position - window
-    if isinstance(segments, list):  # offsets; tokens after the last one are padding
+    if isinstance(segments, list):  # a list of offsets; tokens after the last offset are padding
         ids = np.searchsorted(segments, np.arange(s), side="right")
         ids[ids == len(segments)] = -1
     else:
@@ -40,7 +42,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
 
 
 def softmax(s, seen):
-    """Softmax over the last axis; 0 in rows that see nothing."""
+    """Returns the softmax over the last axis; rows that see no key are 0."""
     top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
     p = np.exp(np.where(seen, s - np.where(np.isfinite(top), top, 0), -np.inf))
     total = p.sum(-1, keepdims=True)
@@ -128,7 +130,8 @@ def rope(x, dims, *, traditional=False, base=None, scale=1.0, offset=0, freqs=No
 
 
 def lora_linear(x, w, bias, a, b, scale, mask=1.0):
-    """The elements of `mask` are 0 or 1 / (1 − dropout)."""
+    """y = x·wᵀ + bias + scale·((x∘mask)·a)·b, where the elements of `mask` are 0 or 1 / (1 −
+    dropout)."""
     return x @ w.T + bias + scale * (mask * x) @ a @ b
 
 
@@ -174,29 +177,29 @@ def cross_entropy_vjp(h, w, targets, weights, softcap=None, bias=0.0, smoothing=
     return (np.where(targets < 0, 0, weights)[:, None] * p * slope) @ w
 
 
-# ---- the only place with error bounds
+# ---- no other file has error bounds
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def errors(x, truth):
-    """Relative L2 error, and the largest error relative to the largest value."""
+    """Returns the relative L2 error, and the largest error relative to the largest value."""
     x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
     assert x.shape == truth.shape, (x.shape, truth.shape)
     assert np.isfinite(x).all()
     norm, top = np.linalg.norm(truth), np.abs(truth).max(initial=0)
-    if top < 1e-12:  # a 0 that is a difference of sums has rounding errors
+    if top < 1e-12:  # the true value is 0 as a difference of sums, which have rounding errors
         norm = top = 3
     return np.linalg.norm(x - truth) / (norm or 1), np.abs(x - truth).max(initial=0) / (top or 1)
 
 
 def assert_no_worse(name, x, reference, truth, dtype):
-    """Checks that x has at most twice the error of the plain code in the same dtype, in both
-    measures.
+    """Checks that the error of x is at most twice the error of the plain code in the same dtype,
+    both in the relative L2 norm and in the largest element.
 
     A bound on the largest error alone would accept a gradient that is 1 % wrong in bfloat16. The
-    allowance for one rounding has a float32 part, because lse, a float32 number, scales a whole
-    row, and because the order of sums in a BLAS depends on the CPU.
+    bound allows for one rounding. The allowance has a float32 part, because the float32 value lse
+    scales a whole row, and because the order of sums in a BLAS depends on the CPU.
     """
     eps = EPS[dtype]
     (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
@@ -207,7 +210,8 @@ def assert_no_worse(name, x, reference, truth, dtype):
 
 
 def assert_rounded(name, x, truth, dtype):
-    """Checks plain code: float32 arithmetic, and for half precision one rounding."""
+    """Checks that plain code is as accurate as float32 arithmetic, with one more rounding for half
+    precision."""
     l2, _ = errors(x, truth)
     bound = 16 * EPS["float32"] + (EPS[dtype] / 2 if dtype != "float32" else 0)
     assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"

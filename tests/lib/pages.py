@@ -1,7 +1,7 @@
-"""The pages of the documentation, and the blocks of code in them.
+"""The pages of the documentation, and the code blocks in them.
 
-A fence may say that a block needs something that not every machine has: ```sh needs: cuda. A page
-may say which files its reader already has: <!-- given: out rows.csv -->.
+A fence may say that a block needs something that not every machine has, such as ```sh needs: cuda.
+A page may say which files the reader already has, such as <!-- given: out rows.csv -->.
 """
 
 import re
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: Pages whose blocks run unless they say what they need.
+#: The pages whose blocks are run, except blocks that need something.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
-#: The things that a block may need (docs/hooks.py shows them to readers).
+#: The things that a block may need; docs/hooks.py shows them to readers.
 NEEDS = {"cuda", "mac", "network", "hosts", "packages", "server", "checkout"}
 FENCE = re.compile(r"^```(\w*)(?: needs: (\w+))?$")
 
@@ -33,7 +33,8 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yields a page's fenced blocks. Raises ValueError for an unclosed or unknown fence."""
+    """Yields the fenced blocks of a page. Raises ValueError for a fence that is not closed or not
+    known."""
     begun: tuple[int, str, str | None] | None = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
@@ -53,7 +54,7 @@ def blocks(page: Path) -> Iterator[Block]:
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a page outside its blocks, with their numbers."""
+    """Yields the lines of a page that are outside its blocks, with their line numbers."""
     inside = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
@@ -69,13 +70,14 @@ def given(page: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields the commands of a shell block, as they are written and as words without comments."""
+    """Yields the commands of a shell block, both as they are written and as words without
+    comments."""
     own = ""
     for line in text.replace("\\\n", " ").splitlines():
         own += line
         try:
             words = shlex.split(own, comments=True)
-        except ValueError:  # a quotation that continues on the next line
+        except ValueError:  # a quoted string continues on the next line
             own += "\n"
             continue
         if words:

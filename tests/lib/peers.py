@@ -1,4 +1,4 @@
-"""The packages that we compare with, if they are installed."""
+"""The packages with which tests compare, if they are installed."""
 
 import importlib
 import importlib.util
@@ -8,7 +8,8 @@ import pytest
 
 
 def load_peers():
-    """Returns lib.hf_peers if torch and PEFT are installed; with PEERS=1 they have to be."""
+    """Returns lib.hf_peers if torch and PEFT are installed. With PEERS=1, they must be
+    installed."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("PEERS", "0") in ("", "0"):
         pytest.skip(

@@ -1,4 +1,5 @@
-"""Tiny runs: their configuration, ways to end them early, and comparisons."""
+"""Tiny runs: their configuration, functions that end them early, and functions that compare
+them."""
 
 import gc
 import json
@@ -21,16 +22,17 @@ def config_of(model, data, out, **changes):
 
 
 def existing_bytes():
-    """Returns the bytes of the arrays that earlier tests of the process still hold.
+    """Returns the bytes of the arrays that earlier tests in this process still hold.
 
-    First frees reference cycles, which would otherwise be counted, and freed during a step.
+    It frees reference cycles first. Otherwise they would be counted here, but freed during a step.
     """
     gc.collect()
     return mx.get_active_memory()
 
 
 def counted_references(monkeypatch):
-    """Returns a list that gets a number for each row whose reference is computed, one by one."""
+    """Returns a list that gets one element for each row whose reference log-probabilities are
+    computed."""
     counted, original = [], references.one_row
 
     def one_row(*args):
@@ -46,8 +48,8 @@ def weights_of(path):
 
 
 def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Asserts that stock mlx-lm with the adapter has our logits, which differ from the base's by
-    `apart`. Returns tokens and these logits."""
+    """Asserts that stock mlx-lm with the adapter has the same logits as our model, and that these
+    differ from the logits of the base model by `apart`. Returns tokens and these logits."""
     tokens = mx.array([[1, 5, 9, 200, 17, 33]])
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
     own, _ = mlx_segtrain.load(model_dir, adapter)
@@ -58,7 +60,7 @@ def assert_same_in_mlx_lm(model_dir, adapter, apart):
 
 
 def losses_of(monkeypatch, losses):
-    """Makes evaluations return these losses, and then the last one forever."""
+    """Makes evaluations return these losses in turn. After the last one, they keep returning it."""
     left = list(losses)
     monkeypatch.setattr(step, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
@@ -74,7 +76,7 @@ class Crash(BaseException):
 
 
 def crash_behind(last, told=None):
-    """Returns an on_event that ends the run when it gets the loss of step `last`."""
+    """Returns an on_event function that ends the run when it gets the loss of step `last`."""
 
     def on_event(event):
         if told is not None:
@@ -86,7 +88,8 @@ def crash_behind(last, told=None):
 
 
 def lines_of(run):
-    """Returns metrics.jsonl without anything that depends on the clock or on a resumption."""
+    """Returns the lines of metrics.jsonl without values that depend on the clock or on whether the
+    run was resumed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: x for key, x in line.items() if key not in TIMES and "path" not in key}
@@ -96,7 +99,7 @@ def lines_of(run):
 
 
 def essence(result):
-    """Returns the parts of a result that are not times, memory or paths."""
+    """Returns a result without its times, memory and paths."""
     return replace(
         result, adapter_path=None, wall_s=0, tokens_per_sec=0, supervised_tokens_per_sec=0,
         peak_gb=0, process_gb=0, resumed_from=None,
@@ -104,7 +107,7 @@ def essence(result):
 
 
 def files_of(run):
-    """Returns the bytes of a run's safetensors files, by path."""
+    """Returns the content of each safetensors file of a run, by path."""
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
 
 
@@ -122,7 +125,7 @@ def assert_twins(config, resumed, plain):
 
 
 def timeless(progress):
-    """Returns the progress without values that depend on the clock."""
+    """Returns the progress of a run without values that depend on the clock."""
     last = progress.last and replace(progress.last, seconds=0)
     recent = [replace(outcome, seconds=0) for outcome in progress.recent]
     return replace(progress, last=last, recent=recent, train_s=0, wall_s=0, peak=0)

@@ -1,4 +1,4 @@
-"""A server as users run it: `mlx-segtrain serve` in a separate process."""
+"""Starts a server in the same way as a user: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -17,7 +17,8 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
-    """Runs a server while it is active; `http` is a client, and `cache` contains its store."""
+    """Runs a server while this context is active. `http` is a client of the server, and `cache`
+    contains the server's store."""
 
     def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
         self.cwd, self.args, self.port = cwd, args, port
@@ -55,7 +56,7 @@ class Server:
 
     @property
     def said(self) -> str:
-        """Returns what the server wrote to standard error."""
+        """Returns the text that the server has written to standard error."""
         return self.log.read_text()
 
     @property
@@ -67,7 +68,7 @@ class Server:
         return self.http.get(f"/api/jobs/{id}").json()["job"]
 
     def ended(self, id: str, seconds: float = 120) -> dict:
-        """Waits until the job has ended, and returns it."""
+        """Waits until a job has ended, and returns the job."""
         end = time.monotonic() + seconds
         while (job := self.job(id))["status"] in ("queued", "running"):
             assert time.monotonic() < end, job
@@ -83,12 +84,12 @@ class Server:
         return answer.json()["job_id"]
 
     def events(self, id: str) -> list[dict]:
-        """Returns all events of a job, after it has ended."""
+        """Waits until a job has ended, and returns all of its events."""
         return [event for _, event in frames(self.http, id)]
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
-    """Returns the id and the content of each event of a stream, up to its end."""
+    """Returns the id and the content of each event in a stream, up to the end of the stream."""
     headers = {"last-event-id": last_id} if last_id else {}
     found, own = [], ""
     with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:
@@ -113,7 +114,7 @@ def write_place(path: Path) -> Path:
 
 
 def ended(folder, kind, values=None, **environment):
-    """Runs a job until it has ended; returns it and its log."""
+    """Runs a job until it has ended, and returns the job and its log."""
 
     async def run():
         jobs = Jobs(folder)

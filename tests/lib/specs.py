@@ -1,4 +1,5 @@
-"""Shapes for all implementations of an op: aligned, off by one, tiny, grouped, T < S, padding."""
+"""Shapes for all implementations of an op: aligned sizes, sizes that are off by one, tiny sizes,
+grouped heads, T < S (fewer queries than keys), and padding."""
 
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -25,7 +26,8 @@ class Attention:
 
 
 def ids(*runs: int) -> np.ndarray:
-    """Returns an id per key from the lengths of runs in order; a negative length is padding."""
+    """Returns a segment id for each key. `runs` are the lengths of the segments in order; a
+    negative length means padding."""
     return np.repeat([np.sign(n) * (9 - i) for i, n in enumerate(runs)], np.abs(runs))
 
 
@@ -57,7 +59,8 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
-    # Padding: more than a tile in the middle, with a window, after the last offset, and everywhere.
+    # These have padding of more than a tile in the middle, padding with a window, padding after the
+    # last offset, and only padding.
     Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
     Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),
     Attention(1, 2, 1, 280, 300, 96, options={"segments": [0, 100, 130], "softcap": 3.0}),
@@ -71,12 +74,12 @@ ATTENTION_TINY = [
     Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
-#: Shapes for gated linear units: whole threadgroups, off by one, and any number of axes; and shapes
-#: with few elements, for which the plain code may happen to have no error.
+#: Shapes for gated linear units: whole threadgroups, sizes that are off by one, different numbers
+#: of axes, and few elements, for which the plain code may happen to have no error.
 GLU = [(2, 5, 129), (2, 1024), (2049,), (1, 2, 3, 343), (40, 1536)]
 GLU_TINY = [(), (1, 1), (7,), (8,), (3, 3)]
 
-#: Every quantization of MLX, as (mode, bits, group).
+#: All quantizations that MLX supports, as (mode, bits, group size).
 QUANTIZATIONS = [
     *[("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)],
     ("mxfp4", 4, 32),

@@ -12,7 +12,7 @@ from mlx.utils import tree_map
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
-# Field names that families share. A family takes the ones that its ModelArgs has.
+# Values of fields that several families have. A family gets those fields that its ModelArgs has.
 COMMON: dict[str, Any] = {
     name: value
     for value, names in (
@@ -95,7 +95,8 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# Differences from COMMON; with a text_config, the differences in it.
+# For each family, the values that differ from COMMON. If there is a text_config, these are values
+# in it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},
@@ -344,7 +345,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "youtu_llm": {},
 }
 
-# Families without a forward pass on the CPU, and mlx-lm's reason.
+# Families without a forward pass on the CPU, and the reason in mlx-lm.
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "BitLinear multiplies with a Metal kernel only",
     "muse_spark": "queries and keys are normed and rotated by a Metal kernel only",
@@ -359,7 +360,8 @@ def _module(family: str) -> ModuleType:
 
 
 def config(family: str, **overrides: Any) -> dict[str, Any]:
-    """Returns a config.json of the family; fields that ModelArgs lacks go to text_config."""
+    """Returns a config.json for the family. Fields that ModelArgs does not have are put into
+    text_config."""
     fields = {field.name for field in dataclasses.fields(_module(family).ModelArgs)}
     own = FAMILIES[family] | overrides
     if "text_config" in fields:
@@ -373,7 +375,8 @@ def config(family: str, **overrides: Any) -> dict[str, Any]:
 
 
 def build(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
-    """Returns the family's model, with noise on every parameter that starts as a constant."""
+    """Returns the family's model. Noise is added to every parameter that is initialized as a
+    constant."""
 
     def noisy(x: mx.array) -> mx.array:
         constant = mx.issubdtype(x.dtype, mx.floating) and (x.max() == x.min()).item()

@@ -1,6 +1,8 @@
-"""Imported by processes from which runs are forked, because it imports everything a run needs.
+"""Processes from which runs are forked import this module, because it imports everything that a run
+needs.
 
-It computes nothing, since MLX's threads do not survive a fork. WARM_MODEL is a model's folder.
+It computes nothing, because MLX's threads do not exist in a fork. The variable WARM_MODEL is the
+folder of a model.
 """
 
 import os

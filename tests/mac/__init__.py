@@ -1,1 +1,1 @@
-"""Checks on Linux that the package would build on a Mac: `make mac`. docs/metal_on_linux.md"""
+"""`make mac` checks on Linux that the package would build on a Mac. See docs/metal_on_linux.md."""

@@ -1,6 +1,6 @@
-"""`make -n` of every target as on a Mac: it may only run commands that a Mac has.
+"""Checks with `make -n` that every target, as on a Mac, runs only commands that a Mac has.
 
-macOS has GNU make 3.81, of 2006, and the tools of BSD.
+macOS has GNU make 3.81 from 2006, and BSD's tools.
 """
 
 import os
@@ -9,7 +9,7 @@ import re
 from .machine import BUILD, ROOT, Found, run
 
 MAKEFILE = ROOT / "Makefile"
-#: Features of GNU make after 3.81.
+#: Features that were added to GNU make after version 3.81.
 NEWER_MAKE = {
     ".ONESHELL": r"^\.ONESHELL",
     "$(file)": r"\$\(file ",
@@ -21,7 +21,7 @@ NEWER_MAKE = {
     "private": r"^\S+: private ",
     "$(shell) with .SHELLSTATUS": r"\.SHELLSTATUS",
 }
-#: Commands or options that BSD's tools lack or interpret differently.
+#: Commands and options that BSD's tools do not have or interpret differently.
 NOT_ON_A_MAC = {
     "sed -i without an ending": r"\bsed (-\w+ )*-i ",
     "sed -r": r"\bsed -\w*r",
@@ -39,7 +39,7 @@ NOT_ON_A_MAC = {
     "getconf, mktemp --options": r"\bmktemp --",
     "env -0": r"\benv -0",
 }
-#: A command that runs only if there is apt-get.
+#: A command that runs only on machines with apt-get.
 LINUX_ONLY = re.compile(r"^for name in chromium.*?; fi$", re.M | re.S)
 
 

@@ -1,7 +1,8 @@
-"""The c++ of a Mac, as called by CMake: zig's, with stand-ins for libraries that only a Mac has.
+"""Stands in for the c++ command of a Mac, which CMake calls: it runs zig's compiler, with stand-ins
+for libraries that only a Mac has.
 
 The stand-in of a library is a list of symbols. For the C++ library, these are the symbols that
-MLX's wheels for the same macOS need, and a few older ones.
+MLX's wheels for the same macOS version need, and a few older symbols.
 """
 
 import re
@@ -13,11 +14,12 @@ from .machine import BUILD, HERE, MACOS, SITE, environment, zig
 from .macho import symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
-#: Macros that mark functions newer than the target; Apple's headers use them, zig's do not.
+#: This macro enables marks on functions that are newer than the target. Apple's headers use them,
+#: and zig's do not.
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
 LIBCXX = "/usr/lib/libc++.1.dylib"
-#: Symbols of the C++ library that MLX's wheels do not need: parts of C++98 to C++14.
+#: Symbols of the C++ library that MLX's wheels do not need. They belong to C++98 to C++14.
 OLD_LIBCXX = re.compile(
     r"__ZN?K?St(11logic_error|3__1(17__assoc_sub_state|6futureIvE|6thread|17bad_function_call|"
     r"13basic_istreamI|19basic_istringstreamI))|"
@@ -68,9 +70,9 @@ def link(arguments: list[str]) -> list[str | Path]:
             next(rest)
         elif (
             argument == "-bundle"
-        ):  # zig has no bundles, only libraries, which differ in how they can be loaded
+        ):  # zig has libraries but no bundles, which are loaded in a different way
             kept.append("-shared")
-        elif argument.startswith("-Wl,@"):  # -U and a name of CPython on each line
+        elif argument.startswith("-Wl,@"):  # each line has -U and a name from CPython
             python += Path(argument.removeprefix("-Wl,@")).read_text().split()
         elif not argument.startswith(("-Wl,", "-F", "-mmacosx-version-min", "-O", "-D", "-Werror")):
             kept.append(argument)

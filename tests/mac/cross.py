@@ -1,4 +1,4 @@
-"""Compiles and links every C++ file for macOS, and plants faults that must be found."""
+"""Compiles and links every C++ file for macOS, and checks that planted faults are found."""
 
 import json
 import re
@@ -17,7 +17,7 @@ MODULE = "_core"
 
 
 def tool(name: str) -> Path:
-    """Returns a program of this environment."""
+    """Returns the path of a program in this environment."""
     return Path(sys.executable).with_name(name)
 
 
@@ -30,8 +30,8 @@ def configure() -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPython_INCLUDE_DIR={BUILD / 'headers'}",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        # -O3 would take a third longer, and the compiled code is never run. With -O0, zig would add
-        # checks.
+        # We use -O1, because -O3 would take a third longer and the code is never run, and because
+        # zig adds checks with -O0.
         "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
     ]
     if (done := run(command, env=environment())).returncode:
@@ -39,7 +39,7 @@ def configure() -> None:
 
 
 def build() -> int:
-    """Compiles and links; returns the number of files."""
+    """Compiles and links all files, and returns their number."""
     done = run([tool("ninja"), "-C", CMAKE, "-k", "0", MODULE], env=environment())
     if done.returncode:
         errors = re.findall(r"^.*(?:error|warning): .*$", done.stdout, re.M)
@@ -52,7 +52,7 @@ def build() -> int:
 
 
 def compile_commands() -> dict[Path, list[str]]:
-    """Returns the compiler's arguments for each file, without the names of the file and its
+    """Returns the compiler's arguments for each file, except the names of the file and of its
     output."""
     commands = {}
     for entry in json.loads((CMAKE / "compile_commands.json").read_text()):
@@ -62,7 +62,8 @@ def compile_commands() -> dict[Path, list[str]]:
 
 
 def check_host_faults() -> int:
-    """Checks that each fault in a C++ file causes an error that names it; returns their number."""
+    """Checks that each fault in a C++ file causes an error that names the fault. Returns the number
+    of faults."""
     folder = BUILD / "faults"
     shutil.rmtree(folder, ignore_errors=True)
     commands = compile_commands()
@@ -83,7 +84,8 @@ def check_host_faults() -> int:
 
 
 def check_symbol_faults() -> int:
-    """Checks that a module does not link if it needs a symbol that a Mac does not have."""
+    """Checks that linking fails if a module needs a symbol that a Mac does not have. Returns the
+    number of faults."""
     folder = BUILD / "symbols"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

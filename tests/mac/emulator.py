@@ -1,4 +1,5 @@
-"""Compiles the emulator's C++ for macOS, where tests build it with Apple's headers and Clang."""
+"""Compiles the emulator's C++ code for macOS. On a Mac, tests build it with Apple's headers and
+Clang."""
 
 from itertools import product
 

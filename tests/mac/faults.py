@@ -1,11 +1,12 @@
-"""Faults that a build on Linux would not find: `make mac` plants each of them and must find it."""
+"""Faults that a build for Linux would not find. `make mac` plants each of them and must find it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Text:
-    """Replaces `old` in a file with `new`; the pattern `says` must match the compiler's message."""
+    """A fault that replaces `old` in a file with `new`. The pattern `says` must match the
+    compiler's message."""
 
     what: str
     file: str
@@ -16,7 +17,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Symbol:
-    """Links a file with the others, or leaves out a part of them."""
+    """A fault that links an additional file, or leaves out some of the files."""
 
     what: str
     source: str
@@ -163,7 +164,7 @@ SYMBOLS = [
     ),
 ]
 
-#: Faults in the text of a kernel, which `file` names.
+#: Faults in the text of a kernel; `file` is the name of its file.
 METAL = [
     Text(
         "threadgroup memory as the device's", "attention",

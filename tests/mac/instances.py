@@ -1,5 +1,5 @@
-"""The kernels of metal/ with all template arguments that the host may use, and their text as MLX
-generates it."""
+"""The kernels in metal/ with all template arguments that the host may use, and the text that MLX
+generates for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from metal_emulator import kernel_text
 from metal_emulator.kernels import KERNELS
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-#: csrc/ops/attention/kernel.cpp
+#: The head sizes in csrc/ops/attention/kernel.cpp.
 HEADS = (64, 80, 96, 128, 192, 256)
 SCALARS = {"q_start", "blocks", "q0", "k0", "nq", "period", "scale", "cap"}
-#: Inputs that are integers for any T.
+#: Inputs that are integers, whatever the dtype T is.
 INTS = {"first", "index", "positions", "at", "q_start", "blocks", "q0", "k0", "nq", "period"}
-#: Inputs that are float32 for any T.
+#: Inputs that are float32, whatever the dtype T is.
 FLOATS = {"s", "dp", "lse", "delta", "freqs", "args", "scale", "cap"}
 #: Arrays that always have at least 8 elements, and arrays that always have fewer.
 LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
@@ -25,8 +25,8 @@ LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel with its arguments. If `small`, all arrays that can be shorter than 8 elements are,
-    and MLX passes them in constant memory."""
+    """A kernel with its arguments. If `small` is set, all arrays that may have fewer than 8
+    elements have fewer, so MLX passes them in constant memory."""
 
     kernel: str
     arguments: dict[str, Any]

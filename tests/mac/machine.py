@@ -1,4 +1,4 @@
-"""Compilers, MLX's wheels for macOS, and the folder in which everything is built."""
+"""Sets up compilers, MLX's wheels for macOS, and the folder in which everything is built."""
 
 import contextlib
 import os
@@ -18,25 +18,25 @@ from typing import TypeVar
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "mac"
-#: MLX's package for macOS, unpacked.
+#: The folder with MLX's unpacked package for macOS.
 SITE = BUILD / "site"
 BIN = BUILD / "bin"
 CORES = os.cpu_count() or 1
 #: The deployment target of MLX's wheels and of CMakeLists.txt.
 MACOS = "14.0"
-#: The Python version of the wheels, on which their C++ does not depend.
+#: The Python version of the wheels that are used. Their C++ code does not depend on it.
 WHEELS_OF = "3.12"
 
 A, B = TypeVar("A"), TypeVar("B")
 
 
 class Found(Exception):
-    """A fault was found; the message says which."""
+    """A fault was found; the message names it."""
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Prints how long a step took when it is done."""
+    """When a step is done, prints how long it took."""
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -49,7 +49,8 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment of zig, whose caches stay in our folder, and of the wrappers."""
+    """Returns the environment variables for zig and the wrappers. They keep zig's caches in our
+    folder."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
     return {**os.environ, **caches, "MAC_BIN": str(BIN), "PYTHONPATH": path}
@@ -60,14 +61,15 @@ def zig(*arguments: str | Path) -> list[str | Path]:
 
 
 def at_once(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """Calls the function for each item, on as many threads as there are cores; returns the
+    """Calls the function for each item, on as many threads as there are cores, and returns the
     results."""
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(function, items))
 
 
 def fetch() -> int:
-    """Unpacks MLX's wheels for macOS; returns the bytes that were downloaded."""
+    """Downloads and unpacks MLX's wheels for macOS. Returns the number of bytes that were
+    downloaded."""
     version = re.search(r'"mlx==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert version
     wheels, done = BUILD / "wheels", SITE / f"{version[1]}.done"
@@ -84,7 +86,8 @@ def fetch() -> int:
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as file:
             file.extractall(SITE)
-    # CMakeLists.txt imports the package to find its folder, which would load mlx.core.
+    # CMakeLists.txt imports the package to find its folder. This would load mlx.core, so a stub
+    # replaces it.
     core = SITE / "mlx" / "core" / "__init__.py"
     core.write_text("__version__ = None\n")
     done.touch()
@@ -92,7 +95,7 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """Writes wrappers of zig under the names that CMake calls, and Python's headers for macOS."""
+    """Writes wrappers for zig under the names that CMake calls, and Python's headers for macOS."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),

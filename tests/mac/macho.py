@@ -1,15 +1,15 @@
-"""The symbols that a Mach-O file needs, and the symbols that it defines."""
+"""Reads the symbols that a Mach-O file needs and the symbols that it defines."""
 
 import struct
 from pathlib import Path
 
 MAGIC, SYMTAB = 0xFEEDFACF, 2
-#: The bits of a symbol's type.
+#: The bits in the type of a symbol.
 DEBUGGING, PRIVATE, TYPE, EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
 
 
 def symbols(path: Path) -> tuple[set[str], set[str]]:
-    """Returns the needed and the defined symbols of a 64-bit object or library."""
+    """Returns the symbols that a 64-bit object file or library needs, and the ones it defines."""
     data = path.read_bytes()
     magic, *_, n_commands = struct.unpack_from("<5I", data)
     if magic != MAGIC:

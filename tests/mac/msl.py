@@ -1,10 +1,10 @@
-"""Compiles the Metal text of every kernel, as MLX would pass it, with a compiler that has address
-spaces.
+"""Compiles the Metal text of every kernel, as MLX would pass it, with a compiler that supports
+address spaces.
 
-Clang's C++ for OpenCL has address spaces in its types, like Metal. Two more passes, as plain C++,
-check the language versions on which Metal is based. `says_of` finds faults that these compilers
-accept and Apple's refuses: a pointer or reference without an address space, and variables or
-threadgroup memory outside of a kernel.
+In Clang's C++ for OpenCL, as in Metal, types have address spaces. Two more passes compile the text
+as plain C++, to check the language versions on which Metal is based. `says_of` finds faults that
+these compilers accept and Apple's compiler refuses: pointers or references without an address
+space, and variables or threadgroup memory outside of a kernel.
 """
 
 import re
@@ -23,7 +23,8 @@ from .machine import BUILD, HERE, SITE, Found, at_once, environment, run, zig
 
 FOLDER = BUILD / "metal"
 UTILS = SITE / "mlx" / "include" / "mlx" / "backend" / "metal" / "kernels"
-#: Limits of every Apple GPU: bytes of threadgroup memory, threads of a threadgroup and a simdgroup.
+#: The limits of all Apple GPUs: bytes of threadgroup memory, threads per threadgroup, and threads
+#: per simdgroup.
 MEMORY, MOST_THREADS, SIMD = 32768, 1024, 32
 WARNINGS = [
     *("-Werror", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-Wdouble-promotion"),
@@ -39,7 +40,7 @@ OPENCL = [
 class Mode:
     name: str
     flags: list[str]
-    utils: bool  #: whether MLX's own text precedes the kernel
+    utils: bool  #: whether MLX's text precedes the kernel
     kernels: (
         bool  #: whether template arguments are constants of a kernel, or a template is compiled
     )
@@ -63,7 +64,7 @@ SHAPE = re.compile(
 
 
 def own_words() -> str:
-    """Returns declarations of the functions of Apple's compiler that MLX's text uses."""
+    """Returns declarations of those functions of Apple's compiler that MLX's text uses."""
     text = (UTILS / "bf16_math.h").read_text()
     names = sorted(set(re.findall(r"__metal_\w+", text)))
     first = "template <typename T, typename... A> T first_of(T, A...);\n"
@@ -73,7 +74,7 @@ def own_words() -> str:
 
 
 def split(instance: Instance) -> tuple[str, re.Match[str]]:
-    """Returns the header of a kernel's text, and a match of its parts."""
+    """Returns the header of a kernel's text, and a regex match with the parts of the kernel."""
     text = instance.text()
     match = SHAPE.search(text)
     if match is None:
@@ -82,7 +83,7 @@ def split(instance: Instance) -> tuple[str, re.Match[str]]:
 
 
 def limits(body: str, arguments: dict) -> str:
-    """Returns assertions about a kernel's threadgroup memory and threads."""
+    """Returns static assertions about a kernel's threadgroup memory and number of threads."""
     sizes = [f"sizeof({type_}) * ({n})" for type_, _, n in SHARED.findall(body)]
     asserts = [
         f'static_assert({x} % 16 == 0, "the next array is out of alignment");' for x in sizes
@@ -140,7 +141,8 @@ TYPES = {"T", "float", "int", "uint", "half", "bool", "Matrix", "Shape", "Place"
 
 
 def says_of(header: str) -> str:
-    """Returns an error for text that only Apple's compiler would refuse, or an empty string."""
+    """Returns an error if only Apple's compiler would refuse the text, and otherwise an empty
+    string."""
     text = re.sub(r"//[^\n]*", "", header)
     for match in re.finditer(r"(\w+(?:<[^<>;{}()]*>)?)\s*([*&])\s*(\w+)(?=\s*[,)])", text):
         line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
@@ -156,7 +158,7 @@ def says_of(header: str) -> str:
 
 
 def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str:
-    """Returns the compiler's errors; empty if it accepts the text."""
+    """Returns the compiler's errors; empty if the compiler accepts the text."""
     start = '#include "mlx/backend/metal/kernels/utils.h"\n' if mode.utils else ""
     start = PLAIN.split("\n")[0] + "\n" + own_words() + start if mode.utils else PLAIN
     text = f'{start}#line 1 "header"\n{header}\n'
@@ -174,13 +176,14 @@ def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str
     )
     done = run(command, env=environment())
     said = done.stderr
-    # C++ for OpenCL does not accept all of MLX's text, so only errors in ours count.
+    # C++ for OpenCL does not accept all of MLX's text, so only errors in our text count.
     errors = re.findall(r"^(?!\S*/mlx/backend/)\S+: (?:fatal )?error: .*(?:\n.*){0,2}", said, re.M)
     return "\n".join(errors) or (said if done.returncode and not mode.utils else "")
 
 
 def check() -> int:
-    """Raises an error if a kernel does not compile; returns the numbers of kernels and of modes."""
+    """Raises an error if a kernel does not compile. Returns the number of kernels and the number of
+    modes."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     groups: dict[tuple[str, str, bool], list[Instance]] = defaultdict(list)
@@ -209,7 +212,8 @@ def check() -> int:
 
 
 def check_faults() -> int:
-    """Checks that each fault in a kernel causes an error that names it; returns their number."""
+    """Checks that each fault in a kernel causes an error that names the fault. Returns the number
+    of faults."""
     by_name = {
         "attention": Instance(
             "attention",

@@ -1,8 +1,9 @@
-"""Runs the text of a Metal kernel on the CPU, and checks its accesses. docs/metal_on_linux.md
+"""Runs the text of a Metal kernel on the CPU, and checks its memory accesses. See
+docs/metal_on_linux.md.
 
-`kernel_text` generates the same text as `mx.fast.metal_kernel`, `rewrite` converts it to C++ for
-emulator.h, and `emulate` builds that, runs it in several orders of threads, and compares the
-results.
+`kernel_text` generates the same text as `mx.fast.metal_kernel`, and `rewrite` converts the text to
+C++ for emulator.h. `emulate` builds this C++ code, runs it with several orders of threads, and
+compares the results.
 """
 
 import ctypes
@@ -21,11 +22,11 @@ import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).parent
-#: Orders of simdgroups and lanes: ascending, descending, and a random one.
+#: Orders of simdgroups and lanes: ascending, descending, and random.
 ORDERS = (0, 1, 7)
 CXX = shlex.split(os.environ.get("METAL_EMULATOR_CXX", "g++"))
-#: Flags for every compiler. For Clang `1.0 * x` is a product of doubles, unlike for Metal, so
-#: kernels write `1.0f`.
+#: Flags for every compiler. In Clang `1.0 * x` is computed with doubles, unlike in Metal, so
+#: kernels use `1.0f`.
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off"),
     *("-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-deprecated-declarations"),
@@ -46,7 +47,7 @@ TYPES = {
     mx.bfloat16: "bfloat16_t",
     mx.float32: "float",
 }
-#: The attributes that a body may name, as in MLX.
+#: The thread attributes that a kernel body may name, as in MLX.
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": "uint",
     "dispatch_simdgroups_per_threadgroup": "uint",
@@ -75,7 +76,7 @@ Outputs = Mapping[str, tuple[Sequence[int], mx.Dtype]]
 
 
 class MetalError(Exception):
-    """The kernel does something that Metal does not allow, or whose result is undefined."""
+    """The kernel does something that Metal does not allow, or that has an undefined result."""
 
 
 def template_value(x: mx.Dtype | int | bool) -> str:
@@ -90,7 +91,7 @@ def kernel_text(
     outputs: Outputs,
     template: Template,
 ) -> tuple[str, str, list[str]]:
-    """Returns the text and the kernel's name as in MLX, and the C++ expression of each argument."""
+    """Returns the text and the kernel's name as in MLX, and a C++ expression for each argument."""
     if not (header + source).isascii():
         raise MetalError(
             f"{name}: MLX passes the text to Metal as ASCII, but it has other characters"
@@ -139,7 +140,7 @@ def kernel_text(
 
 
 def numbers(type_: str, values: Sequence[int]) -> str:
-    """Returns the expression of a pointer to constants that are known at launch."""
+    """Returns an expression for a pointer to constants that are known at launch."""
     return f"emu::numbers<{type_}, {', '.join(map(str, values))}>()"
 
 
@@ -151,7 +152,7 @@ SHARED = re.compile(rf"\bthreadgroup\s+({TYPE})\s+(\w+)\s*\[([^\]]*)\]\s*;")
 
 
 def rewrite(text: str, body_begins: int) -> str:
-    """Replaces address spaces with types; every line keeps its number."""
+    """Replaces address spaces with types. Line numbers do not change."""
 
     def blank(match):
         return re.sub(r"[^\n]", " ", match[0])
@@ -179,7 +180,7 @@ def rewrite(text: str, body_begins: int) -> str:
 
 @functools.cache
 def compiler() -> tuple[list[str], str]:
-    """Returns the compiler's command with its flags, and its version."""
+    """Returns the command of the compiler with its flags, and the version of the compiler."""
     version = subprocess.run([*CXX, "--version"], capture_output=True, text=True, check=True).stdout
     more = CLANG_FLAGS if "clang" in version else GCC_FLAGS
     return [*CXX, *FLAGS, *more], version
@@ -187,10 +188,10 @@ def compiler() -> tuple[list[str], str]:
 
 @functools.cache
 def build_folder() -> Path:
-    """Returns a folder for this emulator, flags and compiler, with the files that every kernel
-    needs.
+    """Returns a folder for this version of the emulator, the flags and the compiler, with the files
+    that every kernel needs.
 
-    It has the precompiled header and the compiled machine.
+    The folder contains the precompiled header and the compiled machine.cpp.
     """
     files = {name: (HERE / name).read_text() for name in ("emulator.h", "machine.cpp")}
     key = hashlib.sha256(repr((files, compiler())).encode()).hexdigest()[:16]
@@ -224,7 +225,7 @@ def compile_cxx(source: Path, target: Path, *flags: str) -> None:
 
 
 class Counts(ctypes.Structure):
-    """The work of a launch: `Counts` of emulator.h."""
+    """The work of a launch; the same as `Counts` in emulator.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -282,7 +283,7 @@ def to_bytes(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
 
 
-#: The functions that a built kernel exports, after `static void kernel()`.
+#: The functions that a built kernel exports. They follow `static void kernel()`.
 EXPORTS = (
     'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
     " { return emu::launch(kernel, args, n, *at); }\n"
@@ -298,7 +299,7 @@ def to_cxx(
     outputs: Outputs,
     template: Template,
 ) -> str:
-    """Returns the C++ of a kernel that exports `launch`, to be compiled after emulator.h."""
+    """Returns the C++ code of a kernel that exports `launch`. It is compiled after emulator.h."""
     text, full, arguments = kernel_text(name, source, header, inputs, outputs, template)
     body = rewrite(text, body_begins=len(header))
     return (
@@ -319,8 +320,8 @@ def emulate(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> list[mx.array]:
-    """Returns what `mx.fast.metal_kernel(...)(...)` would return; `outputs` maps names to shape and
-    dtype.
+    """Returns the arrays that `mx.fast.metal_kernel(...)(...)` would return. `outputs` maps names
+    to shape and dtype.
 
     Appends the work of the launch to `counts`. Returns mx arrays, because NumPy has no bfloat16.
     Raises MetalError.
@@ -340,7 +341,8 @@ def execute(
     orders: Sequence[int],
     counts: list[dict[str, int]] | None,
 ) -> list[mx.array]:
-    """Builds the result of `to_cxx` and runs it; its arguments are `arrays`, then `outputs`."""
+    """Builds the result of `to_cxx` and runs it. Its arguments are `arrays`, followed by
+    `outputs`."""
     library = build(cxx)
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:

@@ -1,4 +1,5 @@
-"""The work of our attention kernels on Metal and of MLX's: the tables of docs/performance.md.
+"""Counts the work of our attention kernels and of MLX's on Metal, for the tables in
+docs/performance.md.
 
 cd tests && python -m metal_emulator.costs
 """
@@ -14,8 +15,9 @@ from . import mlx_attention
 from .kernels import emulated
 
 DTYPE = mx.bfloat16
-#: GPU cores, GHz, and GB/s of memory, as published or measured; the M5 Max's clock is an estimate.
-#: A core has four parts, each of which does 32 multiply-adds per clock.
+#: For each device, the number of GPU cores, the clock in GHz, and the memory bandwidth in GB/s, as
+#: published or measured; the clock of the M5 Max is an estimate. A core has four parts, each of
+#: which does 32 multiply-adds per clock.
 DEVICES = {
     "M1": (8, 1.28, 68),
     "M1 Max": (32, 1.30, 400),
@@ -25,25 +27,27 @@ DEVICES = {
     "M5": (10, 1.58, 153),
     "M5 Max": (40, 1.75, 614),
 }
-#: Generations without bfloat units: the compiler converts an operand of a product to float32 if the
-#: text does not (the other operand is kept).
+#: Generations without bfloat units. If the text does not convert an operand of a matrix product to
+#: float32, the compiler does (the other operand is kept in its converted form).
 NO_BFLOAT = ("M1", "M2")
-#: Queries and keys of a block of scores in MLX's backward pass. This is an assumption, since the
-#: package does not contain it.
+#: The number of queries and of keys in a block of scores in MLX's backward pass. This is an
+#: assumption, because the package does not contain the number.
 MLX_BLOCK = 1024
-#: Half-precision multiply-adds per clock of a core's neural accelerators, on M5.
+#: Half-precision multiply-adds per clock of the neural accelerators in a core of an M5.
 ACCELERATOR = 512
-#: The size of the launches that docs/performance.md predicts.
+#: The number of heads and tokens for which docs/performance.md predicts times.
 HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
-#: Head sizes and windows, as Gemma's layers have them.
+#: Head sizes and windows of Gemma's layers.
 WINDOWS = ((128, 512), (256, 512))
-#: The clock cycles that a part of a core needs for an instruction for 32 lanes; and the arithmetic
-#: instructions per score besides products: scale, compare, maximum, subtract, add, multiply.
+#: FUNCTION is the number of clock cycles that a part of a core needs to compute a function such as
+#: exp for 32 lanes. ARITHMETIC is the number of arithmetic instructions per score besides matrix
+#: products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
-#: Two lengths at which kernels are counted, to separate the terms that grow with their square.
+#: Two lengths for which the work of kernels is counted, to separate terms that are quadratic in the
+#: length from linear terms.
 TOKENS = (128, 256)
-#: The columns, and how each is computed from a launch's counts.
+#: The columns of the tables, and how each of them is computed from the counts of a launch.
 COLUMNS = {
     "multiply-adds": lambda x: 512 * x["products"],
     "threadgroup bytes": lambda x: x["threadgroup_read"] + x["threadgroup_written"],
@@ -58,7 +62,7 @@ Counts = Mapping[str, float]
 
 
 def launches(d: int, tokens: int, window: int | None = None) -> dict[str, dict[str, int]]:
-    """Returns the counts of our kernels for causal attention, one head, T = S = tokens."""
+    """Returns the counts of our kernels for causal attention with one head and T = S = `tokens`."""
     q, k, v, do = (mx.random.normal((1, 1, tokens, d)).astype(DTYPE) for _ in range(4))
     counts: list[dict[str, int]] = []
 
@@ -76,7 +80,8 @@ def launches_of_mlx(d: int, tokens: int) -> dict[str, dict[str, int]]:
 
 
 def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> dict[str, float]:
-    """Returns counts per visible score at this length, given that a count is a·T² + b·T."""
+    """Returns the counts per visible score at this length, assuming that a count is a·T² + b·T for
+    T tokens."""
     found = {}
     small, large = TOKENS
     for name in few:
@@ -88,17 +93,17 @@ def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> d
 
 
 def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
-    """Returns the counts of MLX's backward pass per visible score: five products, and the passes
-    between them.
+    """Returns the counts of MLX's backward pass per visible score. It consists of five matrix
+    products and the passes between them.
 
     It computes whole blocks of S and dP, also on the diagonal. A threadgroup of 128 threads
     computes 64 × 64 elements of a product, 16 columns of the operands at a time. Each of its
-    simdgroups has 32 × 32 of them: for 16 matrix products it reads 4 + 4 matrices from threadgroup
-    memory, with two reads per lane, and converts them to float32.
+    simdgroups computes 32 × 32 of these elements: for every 16 products of 8 × 8 matrices, it reads
+    4 + 4 matrices from threadgroup memory, with two reads per lane, and converts them to float32.
     """
     whole = (length + MLX_BLOCK) / length
-    mma = d / 512 * whole  # one of the five products
-    # Elements that are read from the device and written, 8 at a time.
+    mma = d / 512 * whole  # one of the five matrix products
+    # Elements that are read from device memory and written to threadgroup memory, 8 at a time.
     staged = mma / 128 * 2 * 64 * 16
     one = {
         "products": mma,
@@ -114,10 +119,10 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
         "barriers": mma / 128 * 2,
     }
     products = {name: 5 * x for name, x in one.items()}
-    # S and dP are written; P is read once and dS twice, in half precision.
+    # S and dP are written, and P is read once and dS twice, in half precision.
     products |= {"device_written": 4 * whole, "memory": (2 + 2 + 2 + 4) * whole}
-    # S and dP are read, dS and P are written. For each block, dK and dV in half precision are read,
-    # added to sums in float32 and written in half precision again.
+    # S and dP are read, and dS and P are written. For each block, dK and dV are read in half
+    # precision, added to float32 sums, and written in half precision again.
     sums = 2 * d / MLX_BLOCK * whole
     between = dict.fromkeys(one, 0.0) | {
         "device_read": 4 * whole + (2 + 4) * sums,
@@ -131,10 +136,11 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
 
 
 def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
-    """Returns the counts of each kernel per visible score, for plain causal attention of this
+    """Returns the counts of each kernel per visible score, for plain causal attention with this
     length.
 
-    `memory` are bytes that no cache can save, because there is an element for each score.
+    `memory` is the number of bytes whose transfer no cache can avoid, because there is an element
+    for each score.
     """
     few, many = (launches(d, tokens) | launches_of_mlx(d, tokens) for tokens in TOKENS)
     found = {name: per_score(few[name], many[name], length) for name in few}
@@ -144,7 +150,8 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Returns the counts of `blocked` at D = 512 per score: MLX's products, and writing the scores.
+    """Returns the counts of `blocked` per score for D = 512: those of MLX's matrix products and of
+    writing the scores.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
     half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
@@ -169,10 +176,10 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Returns the multiply-adds of each of our kernels per visible score, for a query far from the
-    start.
+    """Returns the number of multiply-adds per visible score for each of our kernels, for a query
+    far from the start.
 
-    With a window, counts grow by the same amount for each further query.
+    With a window, counts grow by the same amount for each additional query.
     """
     few, many = (launches(d, window + more, window) for more in (128, 256))
     return {
@@ -182,7 +189,7 @@ def in_window(d: int, window: int) -> dict[str, float]:
 
 
 def of_other_kernels() -> dict[str, dict[str, float]]:
-    """Returns the counts of other kernels per element of an output."""
+    """Returns the counts of the other kernels per element of an output."""
     n = 4096
     counts: list[dict[str, int]] = []
     x, y, z = (mx.random.normal((n,)).astype(DTYPE) for _ in range(3))
@@ -201,16 +208,17 @@ def scores(heads: int = HEADS, length: int = LENGTH) -> float:
 
 
 def floor_ms(multiply_adds: float, device: str) -> float:
-    """Returns the milliseconds of a causal launch whose products run at the peak rate."""
+    """Returns the milliseconds that a causal launch would take if its matrix products ran at the
+    peak speed."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * 128 * ghz * 1e9) * 1e3
 
 
 def predicted_ms(x: Counts, device: str) -> float:
-    """Returns the milliseconds if each part of a core issues one instruction per clock without
-    waiting or overlap.
+    """Returns the milliseconds that a launch would take if each part of a core issued one
+    instruction per clock without waiting or overlap.
 
-    If moving `memory` takes longer, returns that time.
+    If transferring `memory` takes longer, returns the time of this transfer.
     """
     cores, ghz, bandwidth = DEVICES[device]
     lanes = x["threadgroup_reads"] + x["threadgroup_writes"] + x["device_accesses"]
@@ -223,7 +231,7 @@ def predicted_ms(x: Counts, device: str) -> float:
 
 
 def accelerated_ms(multiply_adds: float, device: str) -> float:
-    """Like floor_ms, with neural accelerators."""
+    """Does the same as floor_ms for a device with neural accelerators."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * ACCELERATOR * ghz * 1e9) * 1e3
 

@@ -1,9 +1,10 @@
-// Implements in C++20 the part of the Metal Shading Language that the kernels use. docs/metal_on_linux.md
+// Implements in C++20 the part of the Metal Shading Language that the kernels use. See
+// docs/metal_on_linux.md.
 //
-// A thread is a fiber. A simdgroup runs until all its lanes wait, then the next one runs, so that a missing
-// barrier shows its worst effect in both directions. Device and threadgroup memory is accessed through
-// checked pointers. Each kernel is compiled with this header; machine.cpp does not depend on the kernel and
-// is compiled once.
+// A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. With
+// several orders of simdgroups, a missing barrier thus has its worst effect in both directions. Device and
+// threadgroup memory is accessed through checked pointers. Each kernel is compiled with this header;
+// machine.cpp does not depend on the kernel and is compiled once.
 //
 // glibc's hardening, which Ubuntu's compilers enable by default, treats a jump between fibers as an attack.
 #undef _FORTIFY_SOURCE
@@ -43,7 +44,7 @@ namespace emu {
 extern int64_t conversions;  ///< conversions of bfloat to float or back
 }
 
-/// As in Metal, a float becomes a bfloat only by an explicit conversion.
+/// As in Metal, a float is converted to a bfloat only explicitly.
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
@@ -142,7 +143,7 @@ constexpr int LANES = 32;
 constexpr size_t SHARED_LIMIT = 32768, STACK = 128 << 10;
 using Where = std::source_location;
 
-/// The attributes of a thread, which MLX passes if the body names them.
+/// The attributes of a thread. MLX passes those that the body names.
 struct Attributes {
   uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
   uint3 dispatch_threads_per_threadgroup, grid_origin, grid_size;
@@ -168,11 +169,11 @@ struct Fiber {
   const char* op;
   int line;
   int index, simd;
-  int thread;                  ///< in the whole grid, from 1
-  uint32_t epoch, simd_epoch;  ///< barriers passed
+  int thread;                  ///< index in the whole grid, from 1
+  uint32_t epoch, simd_epoch;  ///< number of barriers that the thread has passed
 };
 
-/// The lanes of a simdgroup that have reached an operation.
+/// The lanes of a simdgroup that have reached a collective operation.
 struct Simd {
   const void* in[LANES];
   void* out[LANES];
@@ -199,13 +200,13 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
-/// The work of a launch. Bytes count every read and write, although a cache would save some, except reads of
-/// constant memory.
+/// The work of a launch. The bytes include every read and write, although a cache would avoid some of them,
+/// except reads from constant memory.
 struct Counts {
   int64_t products;                                                            ///< products of 8 × 8 matrices
   int64_t device_read, device_written, threadgroup_read, threadgroup_written;  ///< bytes
   int64_t device_accesses, threadgroup_reads, threadgroup_writes;              ///< accesses, each by one lane
-  int64_t barriers;                                                            ///< barriers of a threadgroup
+  int64_t barriers;                                                            ///< barriers for a whole threadgroup
   int64_t functions;    ///< exp, log, tanh and similar functions, each by one lane
   int64_t conversions;  ///< conversions of bfloat to float or back, each by one lane
 };
@@ -230,7 +231,7 @@ inline Fiber& self() {
 /// Suspends the running fiber and resumes another one.
 void wait(State state, const char* op, int line);
 
-/// Collects a value from every lane; `combine(in, out, lanes)` computes every lane's result.
+/// Collects a value from every lane. `combine(in, out, lanes)` computes the result of every lane.
 template <typename R, typename V, typename F>
 R collective(const char* op, V value, F combine, Where where) {
   Fiber& f = self();
@@ -255,7 +256,7 @@ R collective(const char* op, V value, F combine, Where where) {
 
 // ---- memory
 
-/// Counts an access of the running fiber, and fails if it is not allowed.
+/// Counts a memory access by the running fiber, and fails if the access is not allowed.
 void touch(Block& b, ptrdiff_t at, size_t bytes, bool write);
 
 struct Device {};
@@ -283,7 +284,7 @@ struct ref {
   const ref& operator*=(T x) const { return *this = T(T(*this) * x); }
 };
 
-/// The type of an expression after it is read.
+/// The type of an expression after its value has been read.
 template <typename T>
 struct read {
   using type = T;
@@ -295,7 +296,7 @@ struct read<ref<T>> {
 template <typename T>
 using Value = typename read<T>::type;
 
-/// A pointer of one address space; const T may only be read.
+/// A pointer in an address space. If T is const, it may only be used to read.
 template <typename T, typename Space>
 struct ptr;
 
@@ -316,7 +317,7 @@ struct ptr<const T, Space> {
   T operator[](ptrdiff_t i) const {
     const ref<T> element{block, at + i * BYTES};
     if constexpr (!std::is_same_v<Space, Constant>) return element;
-    const Counts counts = machine.counts;  // constant memory is read only once
+    const Counts counts = machine.counts;  // reads of constant memory are not counted
     const T x = element;
     machine.counts = counts;
     return x;
@@ -332,7 +333,7 @@ struct ptr<const T, Space> {
   auto operator<=>(const ptr&) const = default;
 };
 
-/// Derived, so that a template's `const T*` accepts a `T*` as it does in C++.
+/// This is a derived class, so that a template's `const T*` accepts a `T*`, as in C++.
 template <typename T, typename Space>
 struct ptr : ptr<const T, Space> {
   using Base = ptr<const T, Space>;
@@ -346,10 +347,10 @@ struct ptr : ptr<const T, Space> {
   ptr& operator++() { return *this += 1; }
 };
 
-/// One block for all threads of the group.
+/// Returns the memory block that all threads of the threadgroup share.
 Block& shared_block(const char* name, size_t bytes);
 
-/// `threadgroup T name[N]` in a body.
+/// Implements `threadgroup T name[N]` in a kernel body.
 template <typename T, size_t N>
 ptr<T, Threadgroup> shared(const char* name) {
   return {&shared_block(name, N * sizeof(T)), 0};
@@ -359,10 +360,10 @@ ptr<T, Threadgroup> shared(const char* name) {
 
 struct Launch {
   int grid[3], threadgroup[3];
-  int order;  ///< order of simdgroups and lanes: 0 ascending, 1 descending, else a random seed
+  int order;  ///< order of simdgroups and lanes: 0 is ascending, 1 is descending, and other values are random seeds
 };
 
-/// The description of one argument that Python passes.
+/// The description of an argument that Python passes.
 struct Argument {
   const char* name;
   char* data;
@@ -370,16 +371,16 @@ struct Argument {
   int output;
 };
 
-/// Returns null, or an error message.
+/// Runs a launch. Returns null, or an error message.
 const char* launch(void (*kernel)(), const Argument* args, int n, const Launch& at);
 
-/// The memory of the launch's argument i.
+/// Returns the memory block of the launch's argument i.
 Block* block(int i);
 
-/// Memory that a kernel may read, for as long as the process lives.
+/// Returns a memory block that kernels may read as long as the process lives.
 Block* constants(const char* name, void* data, size_t size);
 
-/// Shapes and strides, which the launch passes by value.
+/// Returns a pointer to shapes or strides, which the launch passes by value.
 template <typename T, T... values>
 ptr<const T, Constant> numbers() {
   static T list[] = {values...};
@@ -497,7 +498,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions = emu::conversions;  // the kernel's text does not contain this conversion
+    const auto conversions = emu::conversions;  // this conversion is not in the kernel's text, so it does not count
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }
@@ -519,8 +520,8 @@ simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
   return m;
 }
 
-/// Column and row in memory of this lane's element i. Metal's manual does not say what an origin means when
-/// transposing.
+/// Returns the column and the row, in memory, of this lane's element i. Metal's manual does not define an
+/// origin for transposed matrices.
 inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
   if (transpose && (origin.x || origin.y))
     emu::fail("a transposed matrix with an origin: move the pointer instead");
@@ -554,7 +555,7 @@ struct EmuProduct {
   vec<C, 2> c;
 };
 
-/// d = a·b + c in float32, rounded to d's type at the end.
+/// Computes d = a·b + c in float32. The result is rounded to the type of d at the end.
 template <typename D, typename A, typename B, typename C>
 void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
                                    const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>& c,
@@ -566,7 +567,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
       [](auto in, auto out, int lanes) {
         ++emu::machine.counts.products;
         const auto conversions =
-            emu::conversions;  // the matrix unit does the conversions of the product itself
+            emu::conversions;  // the matrix unit itself does the conversions for the product
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
@@ -621,7 +622,8 @@ namespace precise {
 EMU_MATH_ALL
 }
 
-// All arguments have one type: where Metal would convert, our kernels convert explicitly.
+// All arguments must have the same type. Where Metal would convert an argument, our kernels convert it
+// explicitly.
 template <typename T, typename V>
 concept Same = std::is_same_v<emu::Value<T>, V>;
 
@@ -672,4 +674,4 @@ To as_type(From x) {
 
 using namespace metal;
 #define thread
-#define constant const  // the remaining uses are values of program scope
+#define constant const  // the remaining uses are constants in program scope

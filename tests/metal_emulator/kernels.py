@@ -1,4 +1,4 @@
-"""The kernels of metal/ as the host launches them, run by the emulator instead of a device."""
+"""Runs the kernels in metal/, as the host launches them, in the emulator instead of on a device."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,8 +23,8 @@ class Kernel:
 
 
 def load(file: Path) -> dict[str, Kernel]:
-    """Splits a file into its header and its bodies, each of which follows a line `//: name: inputs
-    -> outputs`."""
+    """Splits a file into its header and its kernel bodies. Each body follows a line `//: name:
+    inputs -> outputs`."""
     header, *bodies = re.split(r"^//: ", file.read_text(), flags=re.M)
     kernels = {}
     for body in bodies:
@@ -41,8 +41,8 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Change:
-    """Replaces occurrence number `at` of `old` in a kernel with `new`: a fault that must be
-    found."""
+    """A fault that must be found. It replaces occurrence number `at` of `old` in a kernel with
+    `new`."""
 
     kernel: str
     old: str
@@ -62,11 +62,12 @@ def emulated(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> Iterator[list]:
-    """While it is active, calls choose implementations as on Metal, and the emulator runs them.
+    """While this context is active, calls choose implementations as on Metal, and the emulator runs
+    them.
 
-    Yields the growing list of launches. It is an error if a change does not apply to the text, or
-    if `make mac` does not compile a launch's template arguments. `counts` gets the work of each
-    launch.
+    Yields a list to which every launch is added. It is an error if a change does not apply to the
+    text, or if `make mac` does not compile the template arguments of a launch. `counts` gets the
+    work of each launch.
     """
     from mac.instances import instances
     from mlx_segtrain import _core
@@ -105,7 +106,8 @@ def emulated(
 
 @contextmanager
 def launched() -> Iterator[list]:
-    """While it is active, calls choose implementations as on Metal, and launches return zeros."""
+    """While this context is active, calls choose implementations as on Metal, and launches return
+    zeros."""
     from mlx_segtrain import _core
 
     launches = []

@@ -1,7 +1,7 @@
 // Runs the threads of a kernel and checks their accesses. This part of the emulator does not depend on the
 // kernel.
 #include "emulator.h"
-// Keywords of the kernels, which the headers of libraries do not expect.
+// These are keywords in kernels, which the headers of libraries do not expect.
 #undef thread
 #undef constant
 #include <sys/mman.h>
@@ -26,7 +26,7 @@ void fail(const char* format, ...) {
   char where[100];
   snprintf(where, sizeof where, " [thread %d of threadgroup %u,%u,%u]", self().index, g.x, g.y, g.z);
   machine.error = std::string(text) + where;
-  _longjmp(machine.scheduler, 1);  // the fibers are abandoned
+  _longjmp(machine.scheduler, 1);  // the fibers are not resumed
 }
 
 void wait(State state, const char* op, int line) {
@@ -129,7 +129,7 @@ static std::string describe(const Fiber& f) {
   return text + " waits in " + f.op + " (line " + std::to_string(f.line) + ")";
 }
 
-/// Runs one threadgroup; false on an error.
+/// Runs one threadgroup. Returns false if there is an error.
 static bool run_group(int order, std::mt19937& random) {
   auto& m = machine;
   while (true) {
@@ -146,11 +146,13 @@ static bool run_group(int order, std::mt19937& random) {
         }
       }
     }
-    // No thread can continue: all have returned, or all wait at one barrier, or they have diverged.
+    // No thread can continue: all threads have returned, or all wait at the same barrier, or they have
+    // diverged.
     const Fiber& one = m.fibers[0];
     for (auto& f : m.fibers)
       if (f.state != one.state || f.line != one.line || f.state == State::IN_SIMD) {
-        // If a simdgroup itself is stuck, name two of its threads, neither of which can be `one`.
+        // If a single simdgroup has diverged, the error names two of its threads. Neither of them need be
+        // `one`.
         const Fiber* stuck = &f;
         for (auto& g : m.fibers)
           if (g.state == State::IN_SIMD) stuck = &g;
@@ -166,7 +168,7 @@ static bool run_group(int order, std::mt19937& random) {
   }
 }
 
-/// Runs every threadgroup; false on an error.
+/// Runs all threadgroups. Returns false if there is an error.
 static bool run(void (*kernel)(), const Launch& launch) {
   auto& m = machine;
   m.kernel = kernel;
@@ -190,7 +192,7 @@ static bool run(void (*kernel)(), const Launch& launch) {
   const int n_groups = groups.x * groups.y * groups.z;
   for (int g : order_of(n_groups, launch.order, random)) {
     uint3 at(g % groups.x, g / groups.x % groups.y, g / groups.x / groups.y), here;
-    // Metal truncates the groups at the end of the grid.
+    // Metal truncates the threadgroups at the end of the grid.
     for (int i = 0; i < 3; ++i) here[i] = std::min(size[i], grid[i] - at[i] * size[i]);
     const int n = here.x * here.y * here.z;
     const uint n_simds = (n + LANES - 1) / LANES;

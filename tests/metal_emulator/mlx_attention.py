@@ -1,7 +1,7 @@
-"""Counts the work of MLX's attention kernel for Metal like that of ours, by running its text in the
-emulator.
+"""Counts the work of MLX's attention kernel for Metal in the same way as that of our kernels, by
+running its text in the emulator.
 
-The text comes from the installed MLX package, which contains the headers of its kernels.
+The text comes from the installed MLX package, which contains the header files of MLX's kernels.
 """
 
 import ctypes
@@ -15,7 +15,8 @@ from . import EXPORTS, execute, rewrite
 
 PACKAGE = next(x for x in Path(mx.__file__).parents if x.name == "mlx")
 HEADERS = PACKAGE / "include" / "mlx" / "backend" / "metal" / "kernels"
-#: The headers that the kernel needs besides Metal's library, in the order of their inclusion.
+#: The header files that the kernel needs besides Metal's library, in the order in which they are
+#: included.
 FILES = [
     "steel/attn/params.h",
     "steel/attn/loader.h",
@@ -23,7 +24,8 @@ FILES = [
     "steel/attn/mma.h",
 ]
 KERNEL = "steel/attn/kernels/steel_attention.h"
-#: Replaces MLX's macros, traits and limits, which depend on internals of Apple's compiler.
+#: Text that replaces MLX's macros, traits and limits, which depend on internals of Apple's
+#: compiler.
 PRELUDE = """
 #define METAL_FUNC inline
 #define STEEL_CONST static constexpr
@@ -46,7 +48,8 @@ using Int = std::integral_constant<int, v>;
 template <typename T>
 struct Limits { static constexpr T finite_min = -std::numeric_limits<T>::max(); };
 """
-#: Constants as set by the host for a plain causal call whose length is a multiple of every tile.
+#: The constants that the host sets for a plain causal call whose length is a multiple of all tile
+#: sizes.
 CONSTANTS = {
     "align_Q": True,
     "align_K": True,
@@ -57,7 +60,7 @@ CONSTANTS = {
 
 
 class Params(ctypes.Structure):
-    """AttnParams of steel/attn/params.h."""
+    """The same as AttnParams in steel/attn/params.h."""
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("B", "H", "D", "qL", "kL", "gqa_factor")),
@@ -71,10 +74,11 @@ class Params(ctypes.Structure):
 
 
 def shape_of_groups(d: int) -> tuple[int, int, int]:
-    """Returns the keys of a tile, and the simdgroups along rows and along D, in MLX's instances.
+    """Returns the number of keys in a tile, and the number of simdgroups along rows and along D, in
+    MLX's instances of the kernel.
 
-    A tile has 32 queries. These are the instances in steel_attention.metal that the host chooses
-    without neural accelerators.
+    A tile has 32 queries. These are the instances in steel_attention.metal that the host chooses if
+    there are no neural accelerators.
     """
     return (16 if d in (128, 192) else 32), 4, 2 if d == 256 else 1
 
@@ -90,17 +94,18 @@ def text_of(kernel: str, save_lse: bool) -> str:
             f"static constexpr bool {name} = {str(value).lower()};",
             body,
         )
-    # Replace addresses of elements with advanced pointers: elements are values in the emulator.
+    # Addresses of elements are replaced with advanced pointers, because elements are values in the
+    # emulator.
     whole = re.sub(r"&\(\s*(\w+)\[([^\[\]]*)\]\)", r"(\1 + (\2))", text + body)
     whole = re.sub(r"&(\w+)\[([^\[\]]*)\]", r"(\1 + (\2))", whole)
     return rewrite(whole, body_begins=0)
 
 
 def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array, dict]:
-    """Returns o, lse and the counts of plain causal attention by MLX's kernel.
+    """Returns o, lse and the counts of plain causal attention with MLX's kernel.
 
-    q, k, v [1,1,T,D], T a multiple of 32. lse is 0 if two simdgroups share a row, since both would
-    write it.
+    q, k and v are [1,1,T,D], where T is a multiple of 32. lse is 0 if two simdgroups share a row,
+    because both would write it.
     """
     tokens, d = q.shape[2:]
     bk, wm, wn = shape_of_groups(d)

@@ -15,8 +15,9 @@ namespace segtrain {
 
 namespace {
 
-/// Whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function for
-/// this, so we make a call that requires a fused kernel; it throws at once if there is none.
+/// Returns whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function that
+/// reports this, so we make a call that requires a fused kernel. The call throws immediately if there is no
+/// such kernel.
 bool has_nax() {
   static const bool has = [] {
     if (!mx::metal::is_available()) return false;
@@ -83,9 +84,9 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   return c;
 }
 
-/// Why MLX's attention would materialize T × S scores for this head size, in the forward or the backward
-/// pass; empty if it does not. According to MLX 0.32.4: has_fused_kernel in scaled_dot_product_attention.cpp,
-/// in mlx/backend/metal and mlx/backend/cuda.
+/// Returns why MLX's attention would materialize T × S scores for this head size in the forward or the
+/// backward pass; empty if it would not. The conditions are those of MLX 0.32.4: see has_fused_kernel in
+/// scaled_dot_product_attention.cpp, in mlx/backend/metal and mlx/backend/cuda.
 std::string stock_heads_unfit(const Call& c) {
   bool half = c.dtype == mx::float16 || c.dtype == mx::bfloat16;
   std::string sizes;
@@ -103,13 +104,14 @@ std::string stock_heads_unfit(const Call& c) {
   return "its memory is linear for D = Dv " + sizes + " only";
 }
 
-/// MLX's attention, if both its forward and its backward pass are linear in memory.
+/// MLX's attention as an implementation. It is ok only if the memory of both its forward and its backward
+/// pass is linear in T and S.
 Way stock_way(const Call& c) {
   if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
   if (!c.causal_only)
     return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
-  // The forward and the backward pass are one launch each, which cannot be split.
+  // The forward and the backward pass are each a single launch, which cannot be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
     unfit = "a single launch would take so long that macOS might end the program";
@@ -119,10 +121,10 @@ Way stock_way(const Call& c) {
   return way;
 }
 
-/// On CUDA, MLX does not use its fused kernel unless T is a multiple of 128, so we append zeros, which no
-/// query sees. On Metal, MLX does not use it for wide heads without a backward pass, because another way is
-/// faster, so we require it. Up to 8 queries use another kernel, which has no backward pass; they are too few
-/// to matter.
+/// On CUDA, MLX uses its fused kernel only if T is a multiple of 128, so we append zeros, which no query
+/// sees. On Metal, MLX does not use the fused kernel for wide heads if there is no backward pass, because its
+/// other implementation is faster; we request the fused kernel explicitly. For up to 8 queries MLX uses
+/// another kernel, which has no backward pass; so few queries need little memory in any case.
 mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
   int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
   bool insist = c.device == Gpu::metal && c.T > 8;
@@ -180,13 +182,14 @@ bool has_neural_accelerators() {
 
 namespace {
 
-/// Whether MLX's attention and cuDNN may be used. An implementation that the caller names always may.
+/// Returns whether MLX's attention and cuDNN may be used. An implementation that the caller names may always
+/// be used.
 bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// The fastest implementation on this machine's GPU for calls with the same D and dtype, and plain causal or
-/// not.
+/// Calls for which the same implementation is the fastest on this machine's GPU. They have the same D and
+/// dtype, and are all plain causal or all not.
 using Alike = std::tuple<int, mx::Dtype::Val, bool>;
 std::mutex preferred_lock;
 std::map<Alike, std::string> preferred;
@@ -195,8 +198,9 @@ Alike alike(const Call& c) {
   return {c.D, c.dtype.val(), c.causal_only};
 }
 
-/// The order follows the measurements in bench/LOG.md on an H100 and an H200: cuDNN as we call it, our
-/// kernels for Hopper, MLX's attention, our kernel for any GPU, and products of whole blocks.
+/// The order follows the measurements in bench/LOG.md on an H100 and an H200. From fastest to slowest, the
+/// implementations are cuDNN as we call it, our kernels for Hopper, MLX's attention, our kernel for any GPU,
+/// and matrix products of whole blocks.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
                                      : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
@@ -264,7 +268,8 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// A call as the planner describes it: which keys a query sees is not known in more detail.
+/// Returns a call as the planner describes it. The planner does not know in more detail which keys a query
+/// sees.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
           .H = H,
@@ -282,16 +287,16 @@ Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S
           .nax = device.nax};
 }
 
-/// The implementation that 'auto' chooses on a device, which need not be in this machine.
+/// Returns the implementation that 'auto' chooses on a device, which need not be in this machine.
 std::string planned_way(const Device& device, const Call& c) {
   bool libraries = may_use_libraries(c.device, "auto", device.repeatable);
   bool cudnn = libraries && device.cudnn && c.device == Gpu::cuda && cudnn_call_unfit(c).empty();
   return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
 }
 
-/// As measured by bench/memory.py on an H100, for every implementation except the fused kernels for Hopper:
-/// dk and dv in float32 (for each query head with cuDNN), and the scores that the kernel for wide heads
-/// writes to memory.
+/// The cost that bench/memory.py measured on an H100, for every implementation except the fused kernels for
+/// Hopper. It consists of dk and dv in float32 (with cuDNN, for each query head) and of the scores that the
+/// kernel for wide heads writes to memory.
 OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
   const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
   const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);
@@ -305,10 +310,11 @@ struct AttentionCost : OpCost {
   int64_t saved = 0;  ///< bytes that attention_forward returns for the backward pass
 };
 
-/// The cost of attention in a stage. A row has `keys` tokens, and the last `queries` of them are queries. If
-/// there is a branch, the last `branch` queries and keys are a second sequence that continues the first
-/// `shared` keys, and attention is called a second time for it. `groups` is 0 if keys and values are another
-/// layer's, which also accounts for them. `packed`: the row is cut into segments.
+/// Returns the cost of attention in a stage. A row has `keys` tokens, and the last `queries` of them are
+/// queries. If there is a branch, the last `branch` queries and keys are a second sequence that continues the
+/// first `shared` keys, and attention is called a second time for this sequence. `groups` is 0 if the keys
+/// and values come from another layer, whose cost then includes them. `packed` says whether the row consists
+/// of several segments.
 AttentionCost attention_cost(const Device& device, int rows, int heads, int groups, int head, int queries,
                              int keys, std::optional<int> window, bool softcap, int branch, int shared,
                              bool packed) {
@@ -377,29 +383,30 @@ const Binding binding([](nb::module_& m) {
         "impl"_a = "auto", "stream"_a = nb::none(),
         "Returns {o, statistics}, which can be passed to attention as `saved`.");
   m.def("attention_impls", &attention_impls,
-        "Returns the implementations of attention that the default device has.");
+        "Returns the names of the attention implementations for the default device.");
   m.def("prefer_attention", &prefer_attention, "head"_a, "dtype"_a, "causal"_a, "way"_a,
-        "Makes 'auto' prefer this implementation on Metal, where it supports the call, for calls of this "
-        "kind: plain "
-        "causal, or with a window, segments or a cap. An empty name restores the built-in order.");
+        "Makes 'auto' prefer the implementation `way` on Metal for calls with this head size, dtype and kind "
+        "(plain causal, or with a window, segments or a cap), if `way` supports the call. An empty name "
+        "restores the built-in order.");
   m.def("set_repeatable", &set_repeatable, "on"_a,
-        "Sets whether 'auto' uses only implementations with bit-identical results; returns the previous "
-        "setting.");
-  m.def("is_repeatable", &is_repeatable, "Returns the value last passed to set_repeatable.");
+        "Sets whether 'auto' is limited to implementations whose results are bit-identical when a call is "
+        "repeated; returns the previous setting.");
+  m.def("is_repeatable", &is_repeatable, "Returns the value that was last passed to set_repeatable.");
   m.def(
       "attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
       "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
       "Returns the implementation that 'auto' chooses for plain causal attention over many tokens on 'cpu', "
       "'metal' or 'cuda', which this machine need not have.");
-  nb::class_<AttentionCost, OpCost>(m, "AttentionCost",
-                                    "The cost of attention, with the bytes that attention_forward returns.")
+  nb::class_<AttentionCost, OpCost>(
+      m, "AttentionCost",
+      "The cost of attention, including the bytes that attention_forward returns for the backward pass.")
       .def_ro("saved", &AttentionCost::saved);
   m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
         "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,
         "shared"_a = 0, "packed"_a = false,
-        "Returns the cost of attention in a stage on a device; csrc/ops/attention/attention.cpp.");
+        "Returns the cost of attention in a stage on a device; see csrc/ops/attention/attention.cpp.");
   m.def("has_neural_accelerators", &has_neural_accelerators,
-        "Returns whether MLX has attention kernels for the neural accelerators of this machine's GPU.");
+        "Returns whether this machine's GPU has neural accelerators for which MLX has attention kernels.");
 });
 
 }  // namespace segtrain

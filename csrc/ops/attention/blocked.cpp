@@ -1,8 +1,8 @@
-// Attention as plain matrix products of a block of queries with the range of keys that they see.
-// docs/attention.md, "blocked".
+// Attention as plain matrix products: each block of queries is multiplied by the range of keys that these
+// queries see. See docs/attention.md, "blocked".
 //
-// Scores are float32. On CUDA a product has the dtype of its operands, so half-precision operands are cast to
-// float32 first. They are exact in TF32, so this costs speed but no accuracy.
+// Scores are float32. On CUDA a matrix product has the dtype of its operands, so half-precision operands are
+// cast to float32 first. TF32 represents their values exactly, so this costs speed but no accuracy.
 #include <cmath>
 
 #include "core/gpu.h"
@@ -12,9 +12,9 @@ namespace segtrain {
 
 namespace {
 
-/// Queries [q0, q1) in runs of `period`, each against `nk` keys. The keys of the first run begin at k0, those
-/// of each following run `period` keys later. The plain case is one run of all queries; a window gives many
-/// runs (bands).
+/// Queries [q0, q1), divided into runs of `period` queries. Each run is multiplied by `nk` keys. The keys of
+/// the first run begin at k0, and those of each following run begin `period` keys later. Without a window
+/// there is one run with all queries; with a window there are many runs (bands).
 struct Block {
   int q0, q1, k0, nk, period;
   int runs() const { return (q1 - q0) / period; }
@@ -24,12 +24,12 @@ mx::array number(int x) {
   return mx::array(x, mx::int32);
 }
 
-// ---- passes over rows: one kernel each on a GPU, otherwise MLX's ops
+// ---- passes over rows: on a GPU each pass is one kernel, elsewhere it consists of MLX's ops
 
-/// The parameters of a block that the row kernels need.
+/// Returns the inputs and parameters of a block that the row kernels need.
 std::map<std::string, mx::array> row_values(const Call& c, const Block& b, const mx::array& s) {
   std::vector<int32_t> first = c.first;
-  first.resize(std::max<int>(b.q1, c.T), c.S);  // a padded query sees nothing
+  first.resize(std::max<int>(b.q1, c.T), c.S);  // a query that is padding sees no key
   return {{"s", s},
           {"first", device_ints(first)},
           {"at", device_ints({b.q0, b.q1 - b.q0, b.k0, c.q_start, b.period, b.nk})},
@@ -52,7 +52,8 @@ Grid row_grid(int rows) {
   return {{rows, 1, 1}, 128};
 }
 
-/// Whether each query of the block may see each key: a mask [nq, nk], in the shape [runs, period, nk].
+/// Returns the mask that says which keys each query of the block sees, [nq, nk] in the shape [runs, period,
+/// nk].
 mx::array seen(const Call& c, const Block& b) {
   auto at = mx::reshape(mx::arange(b.q0, b.q1, mx::int32, c.s), {b.runs(), b.period, 1}, c.s);
   auto run = mx::reshape(mx::arange(0, b.runs(), mx::int32, c.s), {b.runs(), 1, 1}, c.s);
@@ -112,9 +113,9 @@ Arrays softmax_vjp_rows(const Call& c, const Block& b, const mx::array& s, const
   return {mx::astype(p, c.dtype, c.s), mx::astype(ds, c.dtype, c.s)};
 }
 
-// ---- the products of a block
+// ---- the matrix products of a block
 
-/// The blocks of a call, and the zeros that pad queries and keys to whole blocks.
+/// The blocks of a call, and the number of zeros that pad the queries and keys to whole blocks.
 struct Blocks {
   std::vector<Block> list;
   int more_queries = 0, keys_before = 0, keys_behind = 0;
@@ -123,8 +124,8 @@ struct Blocks {
 Blocks blocks(const Call& c) {
   const long long heads = static_cast<long long>(c.B) * c.H;
   Blocks all;
-  // With a window, each run is at least as long as the window, so it sees itself and the run before it. All
-  // of these bands have the same shape.
+  // With a window, each run is at least as long as the window, so its queries see only keys of this run and
+  // of the run before. All of these bands have the same shape.
   int run = std::max(128, (c.window - 1 + 127) / 128 * 128);
   if (c.window > 0 && c.T > 2 * run) {
     int n = (c.T + run - 1) / run;
@@ -136,11 +137,11 @@ Blocks blocks(const Call& c) {
     all.keys_behind = std::max(0, c.q_start + n * run - c.S);
     return all;
   }
-  // Otherwise at most 2²⁵ scores at a time (128 MB), in multiples of 128 rows.
+  // Without bands, at most 2²⁵ scores (128 MB) are computed at a time, in multiples of 128 rows.
   int rows = std::clamp(static_cast<int>((1LL << 25) / (heads * c.S)) / 128 * 128, 128, 1024);
   for (int q0 = 0; q0 < c.T; q0 += rows) {
     int q1 = std::min(c.T, q0 + rows);
-    int k0 = std::min(c.first[q0], c.q_start + q1 - 1);  // at least one key, even if no query sees any
+    int k0 = std::min(c.first[q0], c.q_start + q1 - 1);  // at least one key, even if no query sees a key
     all.list.push_back({q0, q1, k0, c.q_start + q1 - k0, q1 - q0});
   }
   return all;
@@ -155,15 +156,16 @@ mx::array cut(const mx::array& x, int begin, int end, const Call& c) {
   return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, c.s);
 }
 
-/// The queries of a block as operands [B,G,·,runs,·,d]. With one run, the heads of a group are rows of a
-/// single product.
+/// Returns the queries of a block as operands [B,G,·,runs,·,d]. With one run, the heads of a group are the
+/// rows of a single matrix product.
 mx::array rows_of(const mx::array& x, const Block& b, const Call& c) {
   auto part = cut(x, b.q0, b.q1, c);
   if (b.runs() == 1) return mx::reshape(part, {c.B, c.G, 1, 1, c.share() * b.period, x.shape(3)}, c.s);
   return mx::reshape(part, {c.B, c.G, c.share(), b.runs(), b.period, x.shape(3)}, c.s);
 }
 
-/// The keys of a block [B,G,1,runs,nk,d]: those of the previous run and of its own, for each run.
+/// Returns the keys of a block, [B,G,1,runs,nk,d]. For each run, these are the keys of the previous run and
+/// of the run itself.
 mx::array keys_of(const mx::array& x, const Block& b, int keys_before, const Call& c) {
   int begin = b.k0 + keys_before, d = x.shape(3);
   if (b.nk != 2 * b.period || b.runs() == 1)
@@ -218,12 +220,12 @@ Arrays forward(const Call& c, const Arrays& x) {
   return {o, mx::slice(mx::concatenate(lses, 2, c.s), {0, 0, 0}, {c.B, c.H, c.T}, c.s)};
 }
 
-/// Sums pieces of dk or dv that cover ranges of keys, in float32.
+/// Adds up pieces of dk or dv in float32. Each piece covers a range of keys.
 class KeySum {
  public:
   KeySum(const Call& c, const mx::array& like) : c_(c), sum_(mx::zeros(like.shape(), mx::float32, c.s)) {}
 
-  /// Adds a piece [B,G,·,runs,nk,d], whose runs overlap by half.
+  /// Adds a piece [B,G,·,runs,nk,d], in which each run shares half of its keys with the next run.
   void add(const mx::array& piece, const Block& b, int begin) {
     auto y = mx::sum(f32(piece, c_.s), 2, false, c_.s);
     if (b.runs() == 1) return add(mx::reshape(y, {c_.B, c_.G, b.nk, y.shape(4)}, c_.s), begin);

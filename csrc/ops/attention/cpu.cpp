@@ -1,4 +1,4 @@
-// Attention in tiles of queries × keys. docs/attention.md derives it; the names here are those of that page.
+// Attention in tiles of queries × keys. docs/attention.md has the derivation, and this file uses its names.
 #include "ops/attention/cpu.h"
 
 #include <algorithm>
@@ -15,7 +15,8 @@ namespace {
 
 constexpr int BQ = 128, BK = 256;
 
-/// The part of a tile's row that the query sees: columns [begin, end) relative to the tile's first key.
+/// The part of a tile's row that the query sees: columns [begin, end), counted from the first key of the
+/// tile.
 struct Seen {
   int begin, end;
 };
@@ -25,12 +26,12 @@ Seen seen(const Attention& a, int query, int k0, int k1) {
   return {std::clamp(a.first[query] - k0, 0, k1 - k0), std::clamp(last - k0, 0, k1 - k0)};
 }
 
-/// The range of key tiles that queries [q0, q1) see.
+/// Returns the range of key tiles that queries [q0, q1) see.
 Seen tiles(const Attention& a, int q0, int q1) {
   return {a.first[q0] / BK, (a.q_start + q1 + BK - 1) / BK};
 }
 
-/// S = scale·q·kᵀ, capped. [nq, nk]
+/// Computes S = scale·q·kᵀ, softcapped. [nq, nk]
 void scores(const Attention& a, const float* q, const float* k, int nq, int nk, float* s) {
   gemm(false, true, nq, nk, a.d, a.scale, q, a.d, k, a.d, 0, s, nk);
   if (a.cap > 0) rows().softcap(s, nq * nk, a.cap);
@@ -53,7 +54,7 @@ size_t attention_scratch(const Attention& a, bool backward) {
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse) {
   const int q_tiles = (a.t + BQ - 1) / BQ, share = a.heads / a.groups;
   parallel_for(a.batch * a.heads * q_tiles, [&](int job) {
-    // Long rows first: the last tiles of a causal triangle are the heaviest.
+    // Long rows come first: in a causal triangle, the last tiles need the most work.
     const int q0 = (q_tiles - 1 - job / (a.batch * a.heads)) * BQ, q1 = std::min(a.t, q0 + BQ), nq = q1 - q0;
     const size_t bh = job % (a.batch * a.heads), bg = bh / a.heads * a.groups + bh % a.heads / share;
     const float* q_tile = q + (bh * a.t + q0) * a.d;
@@ -98,7 +99,8 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
 void attention_vjp(const Attention& a, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
   const int share = a.heads / a.groups, q_tiles = (a.t + BQ - 1) / BQ;
-  // One job is one query head, so that dq, dk and dv each have one writer and sums keep their order.
+  // Each job handles one query head, so that only one thread writes each part of dq, dk and dv, and sums have
+  // a fixed order.
   parallel_for(a.batch * a.heads, [&](int job) {
     const size_t bh = job, bg = bh / a.heads * a.groups + bh % a.heads / share;
     const float *q_bh = q + bh * a.t * a.d, *k_bg = k + bg * a.s * a.d, *v_bg = v + bg * a.s * a.dv;

@@ -1,5 +1,5 @@
-// Attention on Hopper's warpgroup products: hopper_fused.cpp where a head is small enough, else
-// cuda/attention_hopper.cu. docs/attention.md, "hopper".
+// Attention with Hopper's warpgroup matrix multiplications. If heads are small enough, hopper_fused.cpp
+// computes it, otherwise cuda/attention_hopper.cu. See docs/attention.md, "hopper".
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 
@@ -16,14 +16,14 @@ int forward_bytes(const Call& c) {
   return 64 * tiles(c.D, 128) * 128 * 2 + 64 * TILE * 2 + 4 * TILE * 128 * 2 + 2 * 64 * 4 + ALIGN;
 }
 
-/// The maximum number of columns of dk, dv and dq that a block sums. With fewer columns two blocks share a
-/// core, which is faster for small heads.
+/// Returns the maximum number of columns of dk, dv and dq that a block sums. With fewer columns, two blocks
+/// fit on one multiprocessor, which is faster for small heads.
 int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
 
-/// The same as struct Columns in the kernel's text, which checks it: the number of blocks over which the
-/// columns are distributed, and the bytes of each block's ring of tiles.
+/// The number of blocks over which the columns are distributed, and the bytes of each block's ring buffer of
+/// tiles. This must equal struct Columns in the kernel's text, which checks it.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {
@@ -33,7 +33,8 @@ struct Columns {
   }
 };
 
-/// A range of query tiles of some groups. `width` is the maximum number of key tiles that a query tile sees.
+/// A range of query tiles in a range of groups. `width` is the maximum number of key tiles that a query tile
+/// sees.
 struct Range {
   int group, groups, tile, tiles, width;
 };
@@ -43,8 +44,8 @@ int key_tiles(const Call& c, int tile) {
   return std::max(1, tiles(c.q_start + std::min(c.T, (tile + 1) * TILE), TILE) - begin);
 }
 
-/// Cuts the queries into ranges whose tiles of P and dS take at most `bytes`. A range has at least one row of
-/// tiles of one group.
+/// Divides the queries into ranges whose tiles of P and dS need at most `bytes`. A range has at least one row
+/// of tiles in one group.
 std::vector<Range> ranges(const Call& c, size_t bytes) {
   const int rows = tiles(c.T, TILE), all = c.B * c.G;
   std::vector<int> width(rows);
@@ -67,9 +68,9 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
   return list;
 }
 
-/// Bytes of scratch for P and dS. Each range reads and writes the sums of all keys that it sees. Few large
-/// ranges are faster if a range sees most keys, or if heads are small, so that there is little work between
-/// launches.
+/// Returns the bytes of scratch memory for P and dS. Each range reads and writes the sums of all keys that it
+/// sees. Few large ranges are faster if a range sees most keys, or if heads are small, because then each
+/// launch has little work.
 size_t scratch_bytes(const Call& c) {
   constexpr size_t some = 48 << 20, most = 256 << 20;
   if (std::max(c.D, c.Dv) <= 128) return most;
@@ -130,7 +131,8 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
   values.insert(
       {{"delta", begun[0]}, {"p", begun[1]}, {"ds", begun[2]}, {"dk_sum", begun[3]}, {"dv_sum", begun[4]}});
 
-  // The chain that orders the writes: scores wait for the previous range's sums, and sums for the scores.
+  // These two arrays order the writes: the scores of a range wait for the sums of the previous range, and the
+  // sums of a range wait for its scores.
   auto keys_done = values.at("args"), queries_done = x[0];
   Arrays parts, groups;
   for (const auto& r : list) {
@@ -153,7 +155,7 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
     groups.push_back(parts.size() == 1 ? parts[0] : mx::concatenate(parts, 1, c.s));
     parts.clear();
   }
-  // `keys_done` is 0: adding it makes the results wait for the sums of the last range.
+  // `keys_done` is 0. Adding it makes the results wait for the sums of the last range.
   auto rounded = [&](const char* sum) {
     return mx::astype(mx::add(values.at(sum), keys_done, c.s), c.dtype, c.s);
   };

@@ -1,5 +1,5 @@
-// Attention on Hopper with scores that stay on the chip: cuda/attention_fused.cu. docs/attention.md,
-// "hopper".
+// Attention on Hopper that never writes scores to device memory (cuda/attention_fused.cu). See
+// docs/attention.md, "hopper".
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int ALIGN = 1024, BARRIERS = 256, BK = 128;
 
-/// Launch parameters by head size. They equal those of the structs Forward and Backward in the kernel's text,
-/// which checks them.
+/// Launch parameters for a head size. They must equal those of the structs Forward and Backward in the
+/// kernel's text, which checks them.
 struct Launch {
   int bq, threads, bytes;
 };
@@ -30,7 +30,7 @@ Launch backward_launch(int D) {
           ALIGN + rows * padded(D) * 2 + 2 * BK * bq * 2 + bq * padded(D) * 4 + 8 * bq * 4 + BARRIERS};
 }
 
-/// The number of query tiles of all query heads, and of key tiles of all key/value heads.
+/// The total number of query tiles over all query heads, and of key tiles over all key/value heads.
 struct Tiles {
   int queries, keys;
   explicit Tiles(const Call& c)

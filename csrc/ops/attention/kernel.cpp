@@ -1,4 +1,4 @@
-// Attention by our kernels: cpu.cpp, metal/attention.metal, cuda/attention.cu.
+// Attention with our kernels in cpu.cpp, metal/attention.metal and cuda/attention.cu.
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 #include "ops/attention/cpu.h"
@@ -36,7 +36,7 @@ Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 
 constexpr int CUDA_BYTES = 227 * 1024;  // maximum shared memory of a block on Hopper
 
-/// The launch parameters of the CUDA kernels, computed from D in the same way as in struct Shapes of
+/// The launch parameters of the CUDA kernels. They are computed from D in the same way as in struct Shapes of
 /// cuda/attention.cu, which checks them.
 struct CudaTiles {
   int bq, threads, bk_dkv, forward, dq, dkv;
@@ -52,7 +52,8 @@ struct CudaTiles {
 };
 
 std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int parts) {
-  // MLX passes inputs of fewer than 8 elements in another address space, so `first` is padded to 8.
+  // MLX passes inputs with fewer than 8 elements in another address space, so `first` is padded to at least 8
+  // elements.
   std::vector<int32_t> first = c.first;
   first.resize(std::max<size_t>(first.size(), 8), c.first.back());
   return {{"q", x[0]},
@@ -83,7 +84,7 @@ Grid query_grid(const Call& c, bool backward) {
   return {{tiles(c.T, t.bq) * c.B * c.H, 1, 1}, t.threads, backward ? t.dq : t.forward};
 }
 
-/// Elements [begin, end) along an axis: 1 for heads, 2 for rows.
+/// Returns the elements [begin, end) of x along an axis: 1 for heads, 2 for rows.
 mx::array part_of(const mx::array& x, int axis, std::pair<int, int> part, mx::StreamOrDevice s) {
   if (part.first == 0 && part.second == x.shape(axis)) return x;
   mx::Shape begin(x.ndim(), 0), end = x.shape();
@@ -95,7 +96,7 @@ mx::array rows_of(const mx::array& x, std::pair<int, int> part, mx::StreamOrDevi
   return part_of(x, 2, part, s);
 }
 
-/// Calls `launches` for each part, and concatenates the results along an axis.
+/// Calls `launches` for each part and concatenates the results along an axis.
 template <class Launches>
 Arrays of_parts(const Ranges& parts, int axis, const Launches& launches, mx::StreamOrDevice s) {
   if (parts.size() == 1) return launches(parts[0]);
@@ -124,8 +125,8 @@ Arrays gpu_forward(const Call& c, const Arrays& x) {
   return of_parts(c.device == Gpu::metal ? forward_parts(c) : whole(c.T), 2, part, c.s);
 }
 
-/// dq, dk and dv for the queries of one launch. dk and dv cover all keys of the call and have the dtype
-/// `sums`. `x` is q, k, v, lse, delta, d_o.
+/// Returns dq, dk and dv for the queries of one launch. dk and dv cover all keys of the call and have the
+/// dtype `sums`. `x` holds q, k, v, lse, delta and d_o.
 Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const auto blocks = score_blocks(c);
   const mx::Shape of_q{c.B, c.H, c.T, c.D}, of_k{c.B, c.G, c.S, c.D};
@@ -146,13 +147,14 @@ Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const int rows = metal_vjp_rows(c.D);
   auto dq = launch("attention_vjp_q_ds", values, {of_q}, {c.dtype},
                    {{"T", c.dtype}, {"D", c.D}, {"ROWS", rows}}, {{tiles(c.T, rows), c.H, c.B}, 128}, c.s);
-  // If a caller evaluates dk first, the dS of all launches must not stay in memory until dq is computed.
+  // dk and dv wait for dq. Without this, if a caller evaluates dk first, the dS of all launches would stay in
+  // memory until dq is computed.
   auto sum = mx::depends({of_keys[0], of_keys[1]}, {dq[0]});
   return {dq[0], sum[0], sum[1]};
 }
 
-/// dq, dk and dv. The ranges of queries are computed one after another, so that only one dS is in memory at a
-/// time.
+/// Returns dq, dk and dv. The ranges of queries are computed one after another, so that the dS of only one
+/// range is in memory at a time.
 Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   if (parts.size() == 1) return metal_vjp_launches(c, x, c.dtype);
   auto zero = mx::zeros({c.B, c.G, c.S, c.D}, mx::float32, c.s), dk = zero, dv = zero;
@@ -171,9 +173,10 @@ Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   return {mx::concatenate(dqs, 2, c.s), dk, dv};
 }
 
-/// `x` is q, k, v, lse, delta, d_o.
+/// Returns dq, dk and dv. `x` holds q, k, v, lse, delta and d_o.
 Arrays metal_vjp(const Call& c, const Arrays& x) {
-  // If launches over all heads could take only a few queries each, compute a few groups of heads at a time.
+  // If a launch over all heads could process only a few queries, we compute a few groups of heads at a time
+  // instead.
   int groups = c.G;
   auto parts = vjp_parts(c);
   while (groups % 2 == 0 && parts.size() > 1 && c.T < 1024 * static_cast<int>(parts.size())) {
@@ -194,8 +197,8 @@ Arrays metal_vjp(const Call& c, const Arrays& x) {
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
                const mx::array& lse) {
-  // On CUDA, if there are few tiles of keys, the heads of a group are split over `parts` blocks, whose
-  // results are summed afterwards.
+  // On CUDA, if there are few key tiles, the heads of a group are divided over `parts` blocks, whose results
+  // are then summed.
   bool metal = c.device == Gpu::metal;
   CudaTiles t(c.D);
   int parts = 1;
@@ -227,7 +230,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 }  // namespace
 
 OpCost cpu_attention_cost(const Call& c) {
-  // dk and dv of each query head, until the heads of a group are summed.
+  // The bytes of dk and dv for each query head, which are in memory until the heads of a group are summed.
   int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
   int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
           backward = cpu::attention_scratch(cpu_args(c), true);

@@ -1,5 +1,6 @@
-// Rows of a frozen table, dense or quantized, and the per-layer inputs that Gemma 4 computes from them. On
-// CUDA each of the two is one kernel (cuda/dequantize.cu); elsewhere it is a sequence of MLX's ops.
+// Looks up rows of a frozen table, dense or quantized, and computes Gemma 4's per-layer inputs from such
+// rows. On CUDA each of the two functions is one kernel (cuda/dequantize.cu); elsewhere it is a sequence of
+// MLX's ops.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/base.h"
@@ -10,7 +11,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/// The columns [begin, end) of the rows of `table` that `index` names.
+/// The columns [begin, end) of the rows of `table` whose indices are in `index`.
 struct Rows {
   Base table;
   mx::array index;
@@ -37,7 +38,7 @@ std::string unfit(const Rows& c) {
   return unpack_unfit({c.table}, c.dtype());
 }
 
-/// The factor, rounded the way MLX's ops round it before they multiply.
+/// Returns the factor after the rounding that MLX's ops apply to it before they multiply.
 float rounded(float x, mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return static_cast<float>(mx::bfloat16_t(x));
   return dtype == mx::float16 ? static_cast<float>(mx::float16_t(x)) : x;
@@ -57,7 +58,8 @@ mx::array run(const Rows& c, const char* kernel, std::map<std::string, mx::array
 
 mx::array stock(const Rows& c, float factor) {
   const int width = c.table.in(), parts = c.columns() ? width / c.columns() : 1;
-  // Equal parts of rows, if they consist of whole quantization groups, are the rows of a longer table.
+  // If rows are cut into equal parts that consist of whole quantization groups, these parts are the rows of a
+  // longer table.
   const bool alike = parts * c.columns() == width && c.begin % c.columns() == 0 &&
                      (!c.table.scales || c.table.scales->shape(1) % parts == 0);
   auto at = mx::astype(c.index, mx::int32, c.s);  // a narrower type may not hold the new indices
@@ -128,10 +130,12 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
 const Binding binding([](nb::module_& m) {
   m.def("embedded_rows", &embedded_rows, "table"_a, "index"_a, nb::kw_only(), "begin"_a = 0,
         "end"_a = nb::none(), "factor"_a = 1.0f, "impl"_a = "auto", "stream"_a = nb::none(),
-        "Columns [begin, end) of a table's rows, times factor. index [...] → [..., end − begin].");
+        "Returns columns [begin, end) of a table's rows, multiplied by `factor`. index [...] → [..., end − "
+        "begin].");
   m.def("own_input", &own_input, "x"_a, "weight"_a, "eps"_a, "table"_a, "index"_a, "begin"_a, "factors"_a,
         nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "(rms_norm(x·f0) + rows·f1)·f2 with a table's rows from column `begin` on. x [..., D] → [..., D].");
+        "(rms_norm(x·f0) + rows·f1)·f2, where `rows` are D columns of a table's rows, starting at column "
+        "`begin`. x [..., D] → [..., D].");
 });
 
 }  // namespace segtrain

@@ -1,7 +1,9 @@
-// Gated linear units, with one kernel per direction: csrc/cpu/rows.cpp, metal/glu.metal, cuda/glu.cu.
+// Gated linear units. The forward and the backward pass are one kernel each (csrc/cpu/rows.cpp,
+// metal/glu.metal, cuda/glu.cu).
 //
-// Both activations are g·σ(u): u = g is SiLU, and u = k·(g + 0.044715·g³) with k = 2·√(2/π) is the tanh form
-// of GELU, since (1 + tanh z)/2 = σ(2z). Without a tanh, large negative gates lose no digits.
+// Both activations are g·σ(u), where g is the gate. With u = g this is SiLU. With u = k·(g + 0.044715·g³) and
+// k = 2·√(2/π) it is the tanh approximation of GELU, since (1 + tanh z)/2 = σ(2z). In this form without tanh,
+// large negative gates lose no precision.
 #include "ops/glu/glu.h"
 
 #include <climits>
@@ -103,11 +105,11 @@ mx::array scaled(const mx::array& x, float factor, mx::StreamOrDevice s) {
 
 constexpr float K = 1.5957691216f, CUBIC = 0.044715f;
 
-/// {u, du/dg}.
+/// Returns {u, du/dg}.
 std::pair<mx::array, mx::array> inner(const Glu& c, const mx::array& g) {
   auto one = mx::array(1.0f);
   if (!c.gelu) return {g, one};
-  // Beyond |g| = 32, σ is 0 or 1; q is limited because an infinite du would give 0·∞.
+  // For |g| > 32, σ is 0 or 1. q is limited, because an infinite du would result in 0·∞.
   auto q = mx::minimum(mx::square(g, c.s), mx::array(1024.0f), c.s);
   auto u = mx::multiply(scaled(g, K, c.s), mx::add(one, scaled(q, CUBIC, c.s), c.s), c.s);
   return {u, scaled(mx::add(one, scaled(q, 3 * CUBIC, c.s), c.s), K, c.s)};
@@ -173,7 +175,7 @@ const Binding binding([](nb::module_& m) {
   m.def("swiglu", &swiglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
         "silu(gate)·up. [..., F] → [..., F].");
   m.def("geglu", &geglu, "gate"_a, "up"_a, nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "gelu(gate)·up, tanh form. [..., F] → [..., F].");
+        "gelu(gate)·up with the tanh approximation of GELU. [..., F] → [..., F].");
 });
 
 }  // namespace segtrain

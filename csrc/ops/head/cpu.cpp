@@ -13,19 +13,19 @@ namespace segtrain::cpu {
 
 namespace {
 
-constexpr int TILE_ROWS = 256;               // rows of the head that are unpacked at a time
-constexpr size_t LOGITS = size_t{16} << 20;  // floats of one chunk of logits: 64 MB
+constexpr int TILE_ROWS = 256;               // rows of the head's weight that are dequantized at a time
+constexpr size_t LOGITS = size_t{16} << 20;  // floats in one chunk of logits (64 MB)
 
-/// The number of rows whose logits are in memory at a time.
+/// Returns the number of rows whose logits are in memory at a time.
 int chunk_of(int rows, int vocabulary) {
   return std::min(rows, static_cast<int>(std::clamp<size_t>(LOGITS / vocabulary, 16, 256)));
 }
 
-/// Called with the index of a row, its (capped) logits z [V], and its target.
+/// A function that is called with the index of a row, its logits z [V] after the softcap, and its target.
 using RowJob = std::function<void(int i, float* z, int target)>;
 
-/// Runs `job` on the logits of the rows `live` (ascending), chunk by chunk. If `dh` [m, hidden] is given, the
-/// job replaces z with dz, and dh = dz·W; rows that are not live get 0.
+/// Runs `job` on the logits of the rows `live` (in ascending order), chunk by chunk. If `dh` [m, hidden] is
+/// given, the job replaces z with dz, and then dh = dz·W; dh is 0 for rows that are not live.
 void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
                   const RowJob& job) {
   const int v = head.n, hidden = head.k, n_live = static_cast<int>(live.size());
@@ -39,13 +39,13 @@ void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int
   for (int m0 = 0; m0 < n_live; m0 += chunk) {
     const int m = std::min(chunk, n_live - m0);
     const int* at = live.data() + m0;
-    // Contiguous rows are used in place.
+    // If the rows of the chunk are contiguous, they are not copied.
     const bool run = at[m - 1] - at[0] == m - 1;
     const float* h = run ? in.h + at[0] * row : gathered;
     if (!run)
       for (int i = 0; i < m; ++i) std::copy_n(in.h + at[i] * row, row, gathered + i * row);
 
-    // z = h · Wᵀ + bias, capped.
+    // z = h · Wᵀ + bias, softcapped
     parallel_for(blocks, [&](int block) {
       int n0 = block * TILE_ROWS, n1 = std::min(v, n0 + TILE_ROWS);
       Scratch scratch(head.dense ? 0 : static_cast<size_t>(n1 - n0) * hidden);
@@ -68,7 +68,7 @@ void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int
   }
 }
 
-/// Rows with a target for which `counts` is true.
+/// Returns the rows that have a target and for which `counts` is true.
 template <class Counts>
 std::vector<int> live_rows(const HeadInput& in, Counts counts) {
   std::vector<int> live;

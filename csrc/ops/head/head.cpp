@@ -69,8 +69,9 @@ mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx
 // ---- tiles of the vocabulary
 //
 // As in flash attention, Σ exp(z − max)·w of a row is accumulated over the tiles, and rescaled when the
-// maximum rises. Each tile of the head is unpacked once, and its logits are freed after it. The sums leave
-// out the target: if the target is nearly certain, 1 − p would lose all digits as a difference.
+// maximum rises. Each tile of the head's weight is dequantized once, and its logits are freed before the next
+// tile. The sums exclude the target: if the probability p of the target is nearly 1, computing 1 − p as a
+// difference would lose all precision.
 
 namespace {
 
@@ -84,7 +85,7 @@ Base rows_of(const Base& base, const std::function<mx::array(const mx::array&)>&
   return part;
 }
 
-/// {loss, dh} of up to ROWS rows.
+/// Returns {loss, dh} for up to ROWS rows.
 Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targets, bool needs_grad) {
   const auto& s = call.s;
   const int m = h.shape(0), hidden = h.shape(1), vocabulary = call.head.out();
@@ -173,7 +174,8 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad) 
 
 namespace {
 
-/// On a GPU: a tile of the weight, and for a chunk of rows the tile's logits, their gradients, and dh.
+/// Returns the cost of a head. On a GPU it consists of a tile of the weight and, for a chunk of rows, the
+/// tile's logits, their gradients, and dh.
 OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
   int64_t most = cpu::head_scratch(rows, vocabulary, inputs);
   if (device.gpu() != Gpu::none) {
@@ -187,8 +189,8 @@ OpCost head_cost(const Device& device, int rows, int inputs, int vocabulary) {
 
 const Binding binding([](nb::module_& m) {
   m.def("head_cost", &head_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "vocabulary"_a,
-        "Returns the memory that linear_cross_entropy or linear_log_probs needs on a device, for rows with a "
-        "target.");
+        "Returns the memory that linear_cross_entropy or linear_log_probs needs on a device for this number "
+        "of rows with a target.");
 });
 
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded) {

@@ -1,4 +1,4 @@
-// Code shared by the ops of a head. They never hold the logits of all rows.
+// Code that the ops of a language-model head share. These ops never have the logits of all rows in memory.
 #pragma once
 
 #include "ops/head/cpu.h"
@@ -6,22 +6,22 @@
 
 namespace segtrain {
 
-/// The checked arguments of a call; `targets` are cast to int32.
+/// The arguments of a call after they have been checked; `targets` has been cast to int32.
 struct HeadCall {
   Base head;
   mx::array targets;
   int M;
-  float cap;  ///< 0: none
+  float cap;  ///< 0 means no softcap
   mx::StreamOrDevice s;
 
   HeadCall(const std::string& op, const mx::array& h, const Base& head, const mx::array& targets,
            std::optional<float> softcap, mx::StreamOrDevice s);
 };
 
-/// The inputs of a cpu_op that all kernels of a head have in common, and functions to read them in its
-/// kernel.
+/// The inputs that the CPU kernels of all head ops have in common, and functions with which a kernel reads
+/// them.
 struct HeadKernel {
-  Arrays arrays;  ///< the caller moves them out, so that the op does not keep h alive
+  Arrays arrays;  ///< the caller moves these out, so that the op does not keep h alive
   CpuBase base;
   int m;
   float cap;
@@ -32,36 +32,39 @@ struct HeadKernel {
   cpu::HeadInput input(const Inputs& in) const;
 };
 
-/// Rows [begin, end) of a blocked pass.
+/// A block of rows [begin, end) in a blocked pass.
 struct RowBlock {
   int begin, end;
-  mx::array z;       ///< [rows, V] float32, capped
-  mx::array counts;  ///< [rows, 1]: target ≥ 0
-  mx::array target;  ///< [rows, 1], 0 where it does not count
+  mx::array z;       ///< logits [rows, V] float32, after the softcap
+  mx::array counts;  ///< [rows, 1]: whether target ≥ 0
+  mx::array target;  ///< [rows, 1]; 0 if the row has no target
   mx::array onehot;  ///< [rows, V]
 };
 
-/// Calls `use` with each block of rows in turn. What it returns is computed before the next block's logits.
+/// Calls `use` with each block of rows in turn. The arrays that `use` returns are computed before the next
+/// block's logits.
 void for_each_block(const HeadCall& call, const mx::array& h,
                     const std::function<Arrays(const RowBlock&)>& use);
 
-/// The part of x [M] that belongs to a block, as a column.
+/// Returns the part of x [M] that belongs to a block, as a column.
 mx::array column(const mx::array& x, const RowBlock& block, mx::StreamOrDevice s);
 
-/// (dz·cap'(z))·W in float32, where dz [rows, V] is the gradient with respect to the capped logits.
+/// Returns (dz·cap'(z))·W in float32, where dz [rows, V] is the gradient with respect to the logits after the
+/// softcap.
 mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx::Dtype dtype);
 
-/// The loss lse(z) − z[target] of each row, [M] float32, in one pass over tiles of the vocabulary on CUDA
-/// (cuda/head.cu). If `needs_grad`, the pass also computes dh.
+/// Returns the loss lse(z) − z[target] of each row, [M] float32. On CUDA it is computed in one pass over
+/// tiles of the vocabulary (cuda/head.cu). If `needs_grad` is set, the same pass computes dh.
 mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
-/// Why row_losses does not support a call; empty if it does.
+/// Returns why row_losses does not support a call; empty if it does.
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
 
-/// The indices of the rows with a target; nullopt if all rows are used: nothing is `padded`, every row has a
-/// target, or MLX is tracing, so that the targets cannot be read. For padded targets the host waits until
-/// they are computed, and so for all work that was launched before.
+/// Returns the indices of the rows with a target, or nullopt if all rows are used. All rows are used if
+/// `padded` is false, if every row has a target, or if MLX is tracing, so that the targets cannot be read. If
+/// `padded` is true, the host waits until the targets are computed, and so for all work that was launched
+/// before them.
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded);
-/// The call restricted to these rows.
+/// Returns the call restricted to these rows.
 HeadCall some_rows(HeadCall call, const mx::array& index);
 
 }  // namespace segtrain

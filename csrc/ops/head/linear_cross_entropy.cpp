@@ -1,6 +1,7 @@
 // loss = Σ w·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = cap(h·Wᵀ + bias);
 // dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·cap'(z);  dh = dz·W.
-// dh is computed while the z of a chunk is in memory, so that z is neither kept nor recomputed.
+// ε is the label smoothing and V the vocabulary size. dh is computed while the z of a chunk of rows is in
+// memory, so that z is neither kept nor recomputed.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"
@@ -15,7 +16,7 @@ struct Loss {
   bool needs_grad;
 };
 
-/// {loss, dh} by the kernel of cpu.cpp.
+/// Computes {loss, dh} with the kernel in cpu.cpp.
 Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   HeadKernel head(call, h);
   Arrays inputs = std::exchange(head.arrays, {});
@@ -32,7 +33,7 @@ Arrays kernel_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
       call.s);
 }
 
-/// {loss, dh} by MLX's ops on blocks of rows.
+/// Computes {loss, dh} with MLX's ops on blocks of rows.
 Arrays blocked_pass(const HeadCall& call, const mx::array& h, const Loss& loss) {
   const auto& s = call.s;
   auto total = mx::array(0.0f);

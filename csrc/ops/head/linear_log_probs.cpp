@@ -8,7 +8,7 @@ namespace segtrain {
 
 namespace {
 
-/// {log_p, lse} by the kernel of cpu.cpp.
+/// Computes {log_p, lse} with the kernel in cpu.cpp.
 Arrays kernel_forward(const HeadCall& call, const mx::array& h) {
   HeadKernel head(call, h);
   const Arrays inputs = std::exchange(head.arrays, {});
@@ -32,7 +32,7 @@ mx::array kernel_vjp(const HeadCall& call, const mx::array& h, const mx::array& 
       call.s)[0];
 }
 
-/// {log_p, lse} by MLX's ops on blocks of rows.
+/// Computes {log_p, lse} with MLX's ops on blocks of rows.
 Arrays blocked_forward(const HeadCall& call, const mx::array& h) {
   const auto& s = call.s;
   Arrays log_ps, lses;
@@ -82,7 +82,7 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   if (kernel && cpu) return run(whole, h);
 
   // The C++ kernel skips rows without a target. The other implementations compute all rows that they get, so
-  // the rows with a target are selected first.
+  // we select the rows with a target before calling them.
   auto index = rows_with_target(whole, padded);
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);

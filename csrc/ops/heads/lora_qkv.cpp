@@ -1,7 +1,7 @@
-// q, k and v of attention from x: lora_linears, rms_norm of each head if it has one, a transpose to
-// [B, heads, T, D], and rope of q and k.
-// On CUDA one kernel computes the heads from the joint product, and one computes the gradient of the product
-// from those of the heads (cuda/heads.cu). The product is kept for the backward pass if there is a norm.
+// Computes q, k and v of attention from x with lora_linears, an optional rms_norm per head, a transpose to
+// [B, heads, T, D], and rope for q and k. On CUDA, one matrix product computes the linear layers together.
+// One kernel computes the heads from its result, and another computes the gradient of this result from the
+// gradients of the heads (cuda/heads.cu). The result is kept for the backward pass if there is a norm.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/joint_linear.h"
@@ -37,7 +37,7 @@ constexpr int WARPS = 8, MOST_D = 512;
 Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
   const bool same = linears.size() == 2;
   const int groups = linears.size() == 1 ? 0 : c.groups, given = c.heads + (same ? 1 : 2) * groups;
-  const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // a lane's elements are in registers
+  const int at_once = c.D <= 128 ? 4 : c.D <= 256 ? 2 : 1;  // each lane keeps its elements in registers
   const mx::Shape of_q{c.B, c.heads, c.T, c.D}, of_k{c.B, groups, c.T, c.D};
   const auto at = device_ints({c.B, c.T, c.heads, groups, c.dims, c.offset});
   int bits = 0;
@@ -83,7 +83,7 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
   return joint_linears(mx::reshape(x, {c.B * c.T, -1}, c.s), linears, parts, c.s);
 }
 
-/// Why the kernels do not support a call; empty if they do.
+/// Returns why the kernels do not support a call; empty if they do.
 std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
   if (c.D % 2 || c.D > MOST_D) return "it supports heads with an even number of dimensions up to 512";
   for (size_t i = 0; i < c.norms.size(); ++i)
@@ -131,7 +131,8 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s) {
   check(o.ndim() == 4, "[merge_heads] expected o [B,H,T,D]; got ", o.shape(), ".");
   const int B = o.shape(0), H = o.shape(1), T = o.shape(2), D = o.shape(3);
   auto turned = [s](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}, s); };
-  // Attention's kernels need a row-contiguous gradient. This makes one copy instead of one for each kernel.
+  // The attention kernels need a row-contiguous gradient. This makes one copy for all of them, instead of one
+  // for each kernel.
   auto op = mx::custom_vjp(
       [=](const Arrays& in) -> Arrays { return {mx::reshape(turned(in[0]), {B, T, H * D}, s)}; },
       [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays {
@@ -158,7 +159,8 @@ const Binding binding([](nb::module_& m) {
       "base"_a = nb::none(), "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(),
       "segments"_a = nb::none(), "norms"_a = std::vector<std::optional<HeadNorm>>{}, "impl"_a = "auto",
       "stream"_a = nb::none(),
-      "q and k, normed and rotated, and v, normed. x [B,T,H] → [B,heads,T,D], [B,groups,T,D] and alike.");
+      "Returns q and k, normalized and rotated, and v, normalized. x [B,T,H] → [B,heads,T,D], "
+      "[B,groups,T,D], [B,groups,T,D].");
   m.def("merge_heads", &merge_heads, "o"_a, nb::kw_only(), "stream"_a = nb::none(),
         "o [B,H,T,D] → [B,T,H·D].");
 });

@@ -14,8 +14,8 @@ int Base::in() const {
 
 namespace {
 
-/// A quantization mode. `code` is MODE in cuda/dequantize.cu. Scales are floats in modes with biases, else
-/// bytes.
+/// A quantization mode. `code` is the value of MODE in cuda/dequantize.cu. The scales are floats in modes
+/// with biases, and bytes in the others.
 struct Mode {
   std::string name;
   std::vector<int> bits, groups;
@@ -23,7 +23,7 @@ struct Mode {
   bool float_scales;
 };
 
-/// The modes that mx::quantize supports.
+/// The quantization modes that mx::quantize supports.
 const std::vector<Mode> MODES{{"affine", {2, 3, 4, 5, 6, 8}, {32, 64, 128}, 0, true},
                               {"mxfp4", {4}, {32}, 1, false},
                               {"mxfp8", {8}, {32}, 2, false},
@@ -209,11 +209,13 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float
 
 mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx::StreamOrDevice s) {
   if (!base.scales) return matmul(x, mx::astype(base.weight, x.dtype(), s), false, transpose, 1, s);
-  // On CUDA, MLX's quantized GEMM is four times slower than unpacking once and calling cuBLAS, and takes
-  // minutes to compile. On Metal it is as fast as a dense GEMM.
+  // On CUDA, MLX's quantized matrix multiplication is four times slower than dequantizing the weight once and
+  // calling cuBLAS, and its kernel takes minutes to compile. On Metal it is as fast as a dense matrix
+  // multiplication.
   bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
   if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
-  // On the CPU, MLX accumulates half-precision products in half precision.
+  // On the CPU, x is cast to float32, because MLX accumulates matrix products of half-precision arrays in
+  // half precision.
   auto y = mx::quantized_matmul(on_cpu(s) ? f32(x, s) : x, base.weight, *base.scales, base.biases, transpose,
                                 base.group_size, base.bits, base.mode, s);
   return mx::astype(y, x.dtype(), s);
@@ -239,12 +241,13 @@ const Binding binding([](nb::module_& m) {
       .def(nb::init<Base, std::optional<mx::array>, std::optional<mx::array>, float>(), "base"_a,
            "a"_a = nb::none(), "b"_a = nb::none(), "scale"_a = 1.0f)
       .def_ro("base", &Linear::base)
-      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a, "Returns the same layer with other factors.")
+      .def("with_factors", &Linear::with_factors, "a"_a, "b"_a,
+           "Returns a copy of this layer with other factors.")
       .def_ro("a", &Linear::a)
       .def_ro("b", &Linear::b)
       .def_ro("scale", &Linear::scale);
   m.def("dequantize", &dequantize, "base"_a, "dtype"_a = mx::float32, nb::kw_only(), "stream"_a = nb::none(),
-        "Dequantizes a weight to an array [out, in].");
+        "Returns a weight as a dense array [out, in].");
 });
 
 }  // namespace segtrain

@@ -1,4 +1,4 @@
-// Products with a frozen weight on raw row-major float32 memory, on all threads.
+// Matrix products with a frozen weight on raw row-major float32 memory. They use all threads.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace segtrain::cpu {
 
-/// A frozen weight [n, k]: dense, or packed with scales [n, k / group]. Scales are floats if there are biases
-/// (the affine mode), otherwise bytes (floating-point modes).
+/// A frozen weight [n, k]. It is dense, or quantized with scales [n, k / group]. The scales are floats if
+/// there are biases (the affine mode), and bytes otherwise (the floating-point modes).
 struct Weight {
   const float* dense;
   const uint32_t* packed;
@@ -17,17 +17,17 @@ struct Weight {
   int n, k;
 };
 
-/// A piece of a weight as float32, row stride `ld`.
+/// A piece of a weight in float32; `ld` is the row stride.
 struct Tile {
   const float* data;
   int ld;
 };
 
-/// Rows [n0, n1) and columns [k0, k1) of w; unpacked into `scratch` ((n1−n0)·(k1−k0) floats) unless w is
-/// dense.
+/// Returns rows [n0, n1) and columns [k0, k1) of w. Unless w is dense, they are dequantized into `scratch`,
+/// which has (n1−n0)·(k1−k0) floats.
 Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch);
 
-/// All of w, unpacked: out [n, k].
+/// Dequantizes the whole of w into out [n, k].
 void dequantize(const Weight& w, float* out);
 
 /// c = alpha·op(a)·op(b) for each of `batch` row-major matrices.
@@ -38,7 +38,7 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y);
 
-/// Bytes of scratch that `linear` needs, over all threads, for a packed w.
+/// Returns the bytes of scratch memory that `linear` needs, over all threads, for a quantized w.
 size_t linear_scratch(int n, int k);
 
 /// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.

@@ -1,6 +1,6 @@
-// Linear layers in a decoding step, which is limited by the launches of the host. MLX's ops need a launch for
-// each product and two more for each update. On CUDA, one launch computes all linear layers that read the
-// same x (cuda/decode.cu); elsewhere we use MLX's ops.
+// Linear layers in a decoding step, whose speed is limited by how fast the host launches kernels. MLX's ops
+// need one launch for each layer's matrix product and two more for its low-rank update. On CUDA, one launch
+// computes all linear layers that read the same x (cuda/decode.cu); elsewhere we use MLX's ops.
 #include <mutex>
 
 #include "core/binding.h"
@@ -13,23 +13,24 @@ namespace {
 
 constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in cuda/decode.cu
 constexpr size_t MOST_PARTS = 3;
-constexpr int BLOCKS = 1024;  ///< maximum per layer, so that a block reuses its z
+constexpr int BLOCKS = 1024;  ///< maximum number of blocks per layer, so that each block reuses its z
 constexpr int MOST_ROWS = 16;
-constexpr int MANY_OUTS = 16384;  ///< outputs from which on a block has two tiles, which share x
+constexpr int MANY_OUTS = 16384;  ///< number of outputs from which a block computes two tiles, which share x
 
-/// Tensor cores multiply two and more rows, so that a row's result is the same in any such batch.
+/// Returns whether tensor cores compute this number of rows. They do so for all batches of two or more rows,
+/// so that a row's result is the same in each of these batches.
 bool by_tensor_cores(mx::Dtype dtype, int rows) {
   return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
 }
 
-/// The number of rows for which the kernel for this many rows is compiled.
+/// Returns the number of rows for which the kernel that computes `rows` rows is compiled.
 int kernel_rows(mx::Dtype dtype, int rows) {
   if (rows == 1) return 1;
   const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;
   return rows <= fewer ? fewer : MOST_ROWS;
 }
 
-/// The array that replaces an input that a call does not have.
+/// Returns an array that is passed instead of an input that a call does not have.
 mx::array absent(mx::Dtype dtype) {
   static std::mutex lock;
   static auto& known = *new std::map<int, mx::array>;  // never destroyed: outlives MLX's statics
@@ -214,23 +215,27 @@ Arrays DecodeLinears::operator()(const mx::array& x, const mx::array& picks, con
 }
 
 const Binding binding([](nb::module_& m) {
-  nb::class_<DecodeLinears>(m, "DecodeLinears",
-                            "Linear layers that read the same few rows in a decoding step, each with the "
-                            "updates of several adapters. Each row uses one of them.")
+  nb::class_<DecodeLinears>(
+      m, "DecodeLinears",
+      "Linear layers that read the same few rows in a decoding step. Each layer has the low-rank updates of "
+      "several adapters, and each row uses one of these adapters.")
       .def(nb::init<std::vector<Base>, std::optional<mx::array>, std::vector<std::optional<mx::array>>,
                     std::vector<std::optional<mx::array>>>(),
            "bases"_a, "a"_a = nb::none(), "b"_a = std::vector<std::optional<mx::array>>(),
            "gains"_a = std::vector<std::optional<mx::array>>(),
-           "a [E, R, in], b [E, out, R_j] of each linear layer, whose ranks add up to R; gains [E, out] "
-           "float32.")
+           "For E adapters, `a` is [E, R, in]. For each linear layer, `b` has an array [E, out, R_j], where "
+           "the ranks R_j add up to R, and `gains` has an array [E, out] float32.")
       .def("__call__", &DecodeLinears::operator(), "x"_a, "picks"_a, nb::kw_only(), "impl"_a = "auto",
-           "stream"_a = nb::none(), "x [..., in], picks [rows] uint32 → [..., out] of each linear layer.")
+           "stream"_a = nb::none(),
+           "x [..., in], picks [rows] uint32 → [..., out] for each linear layer. `picks` holds the index of "
+           "the adapter for each row.")
       .def(
           "unfit",
           [](const DecodeLinears& op, mx::Dtype dtype, int rows) {
             return gpu_kernel("decode_linears", op.unfit(dtype, rows)).reason;
           },
-          "dtype"_a, "rows"_a, "Returns why no kernel supports rows of this type; empty if one does.");
+          "dtype"_a, "rows"_a,
+          "Returns why no kernel supports this number of rows of this dtype; empty if one does.");
 });
 
 }  // namespace segtrain

@@ -12,7 +12,7 @@ int up_to(int n, int multiple) {
   return tiles(n, multiple) * multiple;
 }
 
-/// The number of columns of all low-rank branches, where each branch begins at a multiple of 8.
+/// Returns the number of columns of all low-rank branches together. Each branch begins at a multiple of 8.
 int padded_ranks(const std::vector<int>& ranks) {
   int all = 0;
   for (int r : ranks) all += up_to(r, 8);
@@ -114,8 +114,9 @@ JointLinear::Forward JointLinear::forward(const mx::array& x, const Arrays& ab) 
         {{"a" + number, f32(ab[has ? next : 0], s_)}, {"b" + number, f32(ab[has ? next + 1 : 1], s_)}});
     if (has) next += 2;
   }
-  // If x is narrower than y: [x z]·[W b]ᵀ, and in the backward pass dy·[W b] = [dx u]. If it is wider: x·[W;
-  // aᵀ]ᵀ and [dy u]·[W; aᵀ]. If they are equally wide, both x and dy are widened.
+  // If x is narrower than y, we compute [x z]·[W b]ᵀ, and in the backward pass dy·[W b] = [dx u]. If x is
+  // wider, we compute x·[W; aᵀ]ᵀ, and in the backward pass [dy u]·[W; aᵀ]. If x and y have the same width,
+  // columns are appended to both x and dy.
   const bool of_a = k_ < n_;
   auto made =
       launch("low_rank_factors", values, {{r_, k_}, {n_, r_}, of_a ? mx::Shape{k_, r_} : mx::Shape{r_, n_}},

@@ -1,7 +1,7 @@
 // y = x·Wᵀ + bias + scale·(x·A)·B with W frozen.
 //   dx = dy·W + u·Aᵀ, dA = xᵀ·u, dB = zᵀ·dy   with u = scale·dy·Bᵀ, z = scale·x·A  (both [rows, R])
-// With dropout p, x·A reads mask∘x and scale is scale / (1 − p); then dx = dy·W + mask∘(u·Aᵀ), dA =
-// (mask∘x)ᵀ·u. The backward pass draws the mask again from its key.
+// With dropout p, mask∘x replaces x in x·A, and scale / (1 − p) replaces scale; then dx = dy·W + mask∘(u·Aᵀ)
+// and dA = (mask∘x)ᵀ·u. The backward pass draws the same mask again from its key.
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -12,7 +12,7 @@ namespace segtrain {
 
 namespace {
 
-/// x·Wᵀ + bias + z·b or, if not `transpose`, x·W + z·bᵀ. x [M, ·], z [M, R].
+/// Returns x·Wᵀ + bias + z·b or, if `transpose` is false, x·W + z·bᵀ. x [M, ·], z [M, R].
 mx::array product(const mx::array& x, const Base& base, bool transpose, const std::optional<mx::array>& z,
                   const std::optional<mx::array>& b, bool kernel, mx::StreamOrDevice s) {
   int m = x.shape(0);
@@ -42,7 +42,7 @@ mx::array product(const mx::array& x, const Base& base, bool transpose, const st
   return mx::astype(cpu_op("lora_linear", inputs, {{m, transpose ? w.n : w.k}}, run, s)[0], x.dtype(), s);
 }
 
-/// The output of one linear layer; x [M, in].
+/// Returns the output of one linear layer. x [M, in].
 mx::array single(const mx::array& x, const Linear& linear, float dropout, const std::optional<mx::array>& key,
                  bool kernel, mx::StreamOrDevice s) {
   const auto& base = linear.base;
@@ -77,7 +77,7 @@ mx::array single(const mx::array& x, const Linear& linear, float dropout, const 
   return with_vjp(primals_of(x, {linear}), 1, forward, vjp)[0];
 }
 
-/// The outputs of all linear layers, by one product; x [M, in].
+/// Returns the outputs of all linear layers, computed as one matrix product. x [M, in].
 Arrays joint(const mx::array& x, const std::vector<Linear>& linears, mx::StreamOrDevice s) {
   mx::Shape ends;
   for (size_t i = 0, end = 0; i + 1 < linears.size(); ++i) ends.push_back(end += linears[i].base.out());
@@ -155,8 +155,8 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
 
 namespace {
 
-/// The cost of linear layers with this many outputs in total. On GPUs: the unpacked weights and the library's
-/// workspace, as measured by bench/memory.py.
+/// Returns the cost of linear layers with this many outputs in total. On GPUs it consists of the dequantized
+/// weights and the library's workspace, as measured by bench/memory.py.
 OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   if (device.gpu() == Gpu::none)
     return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),
@@ -164,7 +164,7 @@ OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
 }
 
-/// The bytes that dropout of this many elements needs, for the random bits and for x after dropout.
+/// Returns the bytes that dropout of this many elements needs for the random bits and for x after dropout.
 int64_t dropout_bytes(const Device& device, int64_t numbers) {
   return numbers * (4 + device.size);
 }
@@ -175,10 +175,10 @@ const Binding binding([](nb::module_& m) {
   m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
         "Returns the memory that linear layers with this many outputs in total need on a device.");
   m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
-        "Returns the memory that dropout of this many elements before a linear layer needs while it runs.");
+        "Returns the memory that dropout before a linear layer needs while it runs on this many elements.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
-        "x·Wᵀ + bias + scale·(x·a)·b of each linear layer. x [..., in] → [..., out] each.");
+        "x·Wᵀ + bias + scale·(x·a)·b for each linear layer. x [..., in] → [..., out] for each layer.");
 });
 
 }  // namespace segtrain

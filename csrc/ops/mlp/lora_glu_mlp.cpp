@@ -1,6 +1,6 @@
 // y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is recomputed.
-//   dh by lora_linear (down);  dgate, dup by glu;  dx by lora_linears (gate and up)
-// On CUDA one product computes gate and up as one array; its gradient is one array, too.
+//   lora_linears (down) computes dh; glu computes dgate and dup; lora_linears (gate and up) computes dx.
+// On CUDA, one matrix product computes gate and up as one array, whose gradient is one array too.
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -21,11 +21,12 @@ struct Mlp {
   size_t at_up() const { return gate.a ? 3 : 1; }
   size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
 
-  /// The layer with p[at] and p[at + 1] as its factors, if it has factors.
+  /// Returns the layer with p[at] and p[at + 1] as its factors; a layer without factors is returned
+  /// unchanged.
   static Linear with(const Linear& linear, const Arrays& p, size_t at) {
     return linear.a ? linear.with_factors(p[at], p[at + 1]) : linear;
   }
-  /// The MLP with its factors replaced by those in the primals `p`.
+  /// Returns the MLP with its factors replaced by those in the primals `p`.
   Mlp with(const Arrays& p) const {
     return {with(gate, p, 1), with(up, p, at_up()), with(down, p, at_down()), gelu, impl, s};
   }
@@ -92,8 +93,8 @@ mx::array whole(const Mlp& c, const mx::array& x) {
   return joint ? by_joint_kernels(c, x) : by_ops(c, x);
 }
 
-/// Computes tile by tile, and keeps only x. Each tile waits for the previous one, so that one tile is in
-/// memory at a time.
+/// Computes the MLP tile by tile and keeps only x. Each tile waits for the previous one, so that only one
+/// tile is in memory at a time.
 mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
   auto slice = [s = c.s](const mx::array& y, int begin, int end) {
     return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
@@ -160,7 +161,8 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
                          std::optional<int> tile_rows) {
   const int tile = std::min(rows, tile_rows.value_or(rows));
   const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
-  // Tiles keep only x. Their outputs are concatenated at the end; on a GPU, twice their size was measured.
+  // With tiles, only x is kept. The outputs of the tiles are concatenated at the end; on a GPU this was
+  // measured to take twice the size of the outputs.
   const int64_t kept = tile < rows ? 0 : 2 * f;
   const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
   const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;
@@ -172,7 +174,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
             .backward = 6 * f + joined + either(cpu::linear_dx_scratch),
             .kept = kept};
   }
-  // During the first product, its unpacked weights and the library's workspace are in memory, too.
+  // During the first matrix product, its dequantized weights and the library's workspace are in memory too.
   const auto weights = static_cast<int64_t>(1.6 * 2 * static_cast<double>(h * inputs));
   const int64_t first = 2 * f + weights + device.workspace;
   return {.forward = std::max(first, 3 * f) + joined, .backward = 5 * f + joined, .kept = kept};
@@ -182,7 +184,7 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
 
 const Binding binding([](nb::module_& m) {
   m.def("lora_glu_mlp_cost", &lora_glu_mlp_cost, "device"_a, nb::kw_only(), "rows"_a, "inputs"_a, "hidden"_a,
-        "tile_rows"_a = nb::none(), "Returns the memory that the MLP needs on a device.");
+        "tile_rows"_a = nb::none(), "Returns the memory that lora_glu_mlp needs on a device.");
   m.def("lora_glu_mlp", &lora_glu_mlp, "x"_a, "gate"_a, "up"_a, "down"_a, nb::kw_only(), "gelu"_a = false,
         "tile_rows"_a = nb::none(), "impl"_a = "auto", "stream"_a = nb::none(),
         "down(act(gate(x))·up(x)). x [..., H] → [..., H].");

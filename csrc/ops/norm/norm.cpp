@@ -1,7 +1,7 @@
-// RMS norm, alone and together with the sum next to it in a layer. On the CPU we use our kernel, because
-// MLX's norm is a chain of small ops there. On CUDA we use ours (cuda/norm.cu), because MLX's also computes
-// the gradient of the weight, which is not needed, and takes one more launch for each sum. On Metal we use
-// MLX's.
+// RMS norm, alone or together with the residual sum that precedes or follows it in a layer. On the CPU we use
+// our own kernel, because MLX's norm is a sequence of small ops there. On CUDA we use our own kernel
+// (cuda/norm.cu), because MLX's kernel also computes the gradient of the weight, which we do not need, and a
+// sum would take one more launch. On Metal we use MLX's kernel.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "cpu/rows.h"
@@ -69,7 +69,7 @@ bool by_cuda(const Norm& c, const mx::array& x) {
   return !on_cpu(c.s) && way_of(c, x).ok;
 }
 
-/// Launches a kernel with `n` outputs, each like x.
+/// Launches a kernel with `n` outputs, each with the shape and dtype of x.
 Arrays cuda_norm(const Norm& c, const char* kernel, const mx::array& x,
                  std::map<std::string, mx::array> more = {}, size_t n = 1) {
   more.insert({{"x", x}, {"weight", c.weight}, {"at", device_ints({c.n})}, {"args", device_floats({c.eps})}});
@@ -153,11 +153,11 @@ const Binding binding([](nb::module_& m) {
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rms_norm_beside", &rms_norm_beside, "h"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(),
-        "Returns h and its norm; the backward pass adds their gradients. h [..., H], weight [H] → two of "
-        "[..., H].");
+        "Returns h and rms_norm(h). The backward pass of the norm also adds the gradient that arrives at the "
+        "output h. h [..., H], weight [H] → [..., H], [..., H].");
   m.def("add_rms_norm", &add_rms_norm, "h"_a, "x"_a, "weight"_a, "eps"_a, "factor"_a = nb::none(),
         nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "(h + rms_norm(x))·factor. h, x [..., H], weight [H], factor one number, frozen → [..., H].");
+        "(h + rms_norm(x))·factor. h, x [..., H], weight [H], frozen scalar factor → [..., H].");
 });
 
 }  // namespace segtrain

@@ -1,6 +1,6 @@
-// Rotary embedding. On the CPU we use our kernel, because MLX's rope is a chain of small ops there. On GPUs
-// we use MLX's, except with segments, which it does not support: then we use metal/rope.metal or
-// cuda/rope.cu.
+// Rotary embeddings. On the CPU we use our own kernel, because MLX's rope is a sequence of small ops there.
+// On GPUs we use MLX's rope, except if there are segments, which it does not support; in this case we use
+// metal/rope.metal or cuda/rope.cu.
 #include "ops/rope/rope.h"
 
 #include <climits>
@@ -16,8 +16,8 @@ namespace segtrain {
 
 namespace {
 
-/// y = x with the first `dims` of each row rotated by angle positions[t]·scale / freqs[i]; `sign` −1 rotates
-/// back.
+/// Copies x to y and rotates the first `dims` dimensions of each row by the angles positions[t]·scale /
+/// freqs[i]. If `sign` is −1, it rotates in the opposite direction.
 void rotate_rows(const float* x, const float* freqs, float scale, float sign,
                  const std::vector<int32_t>& positions, bool traditional, int n_rows, int d, int dims,
                  float* y) {
@@ -45,7 +45,7 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
 
 constexpr int THREADS = 256;  ///< threads per group
 
-/// The parameters of a rotation, besides x and the divisors.
+/// The parameters of a rotation other than x and the divisors.
 struct Rope {
   int dims;
   bool traditional;
@@ -65,11 +65,12 @@ mx::array cpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
       c.s)[0];
 }
 
-/// The product that computes the heads, and the one that reads their gradient, use [B, T, H, D]; attention
-/// uses [B, H, T, D]. The kernel reads one layout and writes the other, which avoids copies.
+/// The matrix products that compute the heads and read their gradient use the layout [B, T, H, D], and
+/// attention uses [B, H, T, D]. The kernel reads one layout and writes the other, which avoids copies.
 mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
   const int B = x.shape(0), H = x.shape(1), T = x.shape(2), D = x.shape(3), items = D - c.dims / 2;
-  // MLX passes inputs of fewer than 8 elements to Metal in another address space: pad `positions` to 8.
+  // MLX passes inputs with fewer than 8 elements to Metal in another address space, so `positions` is padded
+  // to at least 8 elements.
   auto positions = c.positions;
   positions.resize(std::max<size_t>(positions.size(), 8));
   auto by_token = [&](const mx::array& y) { return mx::transpose(y, {0, 2, 1, 3}, c.s); };
@@ -87,7 +88,7 @@ mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
 
 std::string gpu_unfit(const mx::array& x) {
   if (x.size() == 0) return "x is empty";
-  // The number of threads, in whole groups, must fit in an int.
+  // The number of threads, rounded up to whole groups, must fit in an int.
   return x.size() > INT_MAX - THREADS ? "x has up to 2³¹ − 257 elements" : "";
 }
 
@@ -149,7 +150,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
 const Binding binding([](nb::module_& m) {
   m.def("rope", &rope, "x"_a, "dims"_a, nb::kw_only(), "traditional"_a = false, "base"_a = nb::none(),
         "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(), "segments"_a = nb::none(),
-        "impl"_a = "auto", "stream"_a = nb::none(), "Rotary embedding. x [B,H,T,D] → [B,H,T,D].");
+        "impl"_a = "auto", "stream"_a = nb::none(), "Applies rotary embeddings. x [B,H,T,D] → [B,H,T,D].");
 });
 
 }  // namespace segtrain

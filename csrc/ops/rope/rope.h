@@ -1,15 +1,16 @@
-// Inputs of rotary embeddings, for ops that include one.
+// Computes the inputs of rotary embeddings, for all ops that apply them.
 #pragma once
 
 #include "core/kernel.h"
 
 namespace segtrain {
 
-/// The positions of n tokens from `offset` on. They count from the start of each segment; a token outside all
-/// segments has its index as its position.
+/// Returns the positions of n tokens, the first of which has the index `offset`. In each segment, positions
+/// count from the start of the segment. A token outside all segments has its index as its position.
 std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments);
 
-/// The divisors of positions: `freqs`, or base^(2i / dims) in an array that all layers share.
+/// Returns the numbers by which positions are divided. They are `freqs` or, if `base` is given, base^(2i /
+/// dims) in an array that all layers share.
 mx::array device_divisors(int dims, std::optional<float> base, const std::optional<mx::array>& freqs,
                           mx::StreamOrDevice s);
 

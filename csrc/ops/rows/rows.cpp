@@ -1,5 +1,5 @@
-// Rows of a table by index. We use MLX's op, except on CUDA: there it compiles a kernel for each pair of
-// types at first use, which takes six seconds, so we use cuda/rows.cu.
+// Gathers rows of a table by index. We use MLX's op, except on CUDA, where MLX compiles a kernel for each
+// pair of dtypes at first use, which takes six seconds; there we use cuda/rows.cu.
 #include "core/binding.h"
 #include "core/gpu.h"
 
@@ -9,7 +9,8 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/// take_rows: x [n, W], index [m] → [m, W]. put_rows, its gradient: dy [m, W], index [m] → dx [n, W].
+/// Launches take_rows (x [n, W], index [m] → [m, W]) or put_rows, its gradient (dy [m, W], index [m] → dx [n,
+/// W]).
 mx::array cuda_rows(const char* kernel, const mx::array& x, const mx::array& index, int blocks,
                     mx::StreamOrDevice s) {
   const int W = x.shape(1);

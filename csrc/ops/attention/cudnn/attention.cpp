@@ -1,8 +1,8 @@
-// Causal attention, also of packed segments, through cuDNN's graph API. MLX's own use of cuDNN is slower, and
-// is limited to D ≤ 128.
+// Causal attention through cuDNN's graph API, with support for packed segments. The way in which MLX itself
+// uses cuDNN is slower and is limited to D ≤ 128.
 //
 // No CUDA library is linked. We use the cuDNN that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
-// runtime by itself. Of MLX we use only exported symbols.
+// runtime by itself. From MLX, we use only exported symbols.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
@@ -25,18 +25,18 @@ namespace {
 
 namespace fe = cudnn_frontend;
 
-DeviceInts* device_ints;  // points to the core's function
+DeviceInts* device_ints;  // points to the function in _core
 
-/// With older versions, the frontend makes copies if a length is not a multiple of 128. A CUDA graph would
-/// repeat them from memory that has been freed.
+/// With older cuDNN versions, the frontend makes copies if a length is not a multiple of 128. When a CUDA
+/// graph is replayed, these copies would read memory that has been freed.
 constexpr size_t CUDNN_MIN = 91600;
 
-/// The parameters that a plan is built for.
+/// The parameters for which a cuDNN plan is built.
 struct Problem {
   int device;
   mx::Dtype::Val dtype;
   int B, H, G, T, D, Dv;
-  int segments;  ///< maximum number of segments in the whole batch; 0: each row is one segment
+  int segments;  ///< maximum number of segments in the whole batch; 0 if each row is one segment
   int longest;   ///< maximum length of a segment; T if each row is one segment
   bool backward;
 
@@ -77,8 +77,8 @@ cudnnHandle_t handle_of(mx::cu::Device& device) {
   return found->second;
 }
 
-/// Names of tensors. The last five describe packed segments: their lengths, and their offsets in q, k, v and
-/// o.
+/// The names of tensors. The last five tensors describe packed segments: their lengths, and their offsets in
+/// q, k, v and o.
 enum Uid { Q, K, V, O, LSE, D_O, D_Q, D_K, D_V, SCALE, LENGTHS, AT_Q, AT_K, AT_V, AT_O };
 
 using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
@@ -143,8 +143,8 @@ void add_nodes(fe::graph::Graph& graph, const Problem& p) {
     lse->set_output(true);
     return;
   }
-  // We use cuDNN's nondeterministic algorithm, which sums dq in any order: the deterministic one keeps dP, a
-  // T × S array for each head, or needs cuDNN 9.25.
+  // We use cuDNN's nondeterministic algorithm, which sums dq in an unspecified order. The deterministic
+  // algorithm either keeps dP, a T × S array for each head, or needs cuDNN 9.25.
   fe::graph::Tensor_attributes kept;
   of_rows(kept);
   auto o = input(O, AT_O, p.H, p.Dv), lse = graph.tensor(kept), d_o = input(D_O, AT_O, p.H, p.Dv);
@@ -176,7 +176,7 @@ Plan build(const Problem& p, cudnnHandle_t handle) {
   return plan;
 }
 
-/// Returns the plan for p, which is built once. Plans are never freed, since CUDA graphs that MLX caches
+/// Returns the plan for p, which is built once. Plans are never freed, because CUDA graphs that MLX caches
 /// refer to their code.
 const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   static auto& plans = *new std::map<Problem, Plan>;
@@ -189,8 +189,8 @@ const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   return found->second;
 }
 
-/// The primitive of a kernel that does nothing. MLX does not export its allocator, so we use this primitive
-/// to allocate outputs.
+/// Returns the primitive of a kernel that does nothing. MLX does not export its allocator, so we use this
+/// primitive to allocate outputs.
 std::shared_ptr<mx::Primitive> allocation(mx::Stream s) {
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
   std::lock_guard guard(lock);
@@ -237,7 +237,7 @@ class CudnnOp : public mx::Primitive {
     std::lock_guard guard(lock);
     auto handle = handle_of(encoder.device());
     mx::cu::CommandEncoder::CaptureContext capture(encoder);
-    capture.discard = true;  // discards the graph unless everything is captured
+    capture.discard = true;  // the graph is discarded if an exception is thrown before everything is captured
     check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
     std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
     auto uid = uids_.begin();
@@ -250,7 +250,8 @@ class CudnnOp : public mx::Primitive {
   const char* name() const override { return problem_.backward ? "CudnnAttentionVJP" : "CudnnAttention"; }
 
  private:
-  /// An array of 8-byte elements, since sizes in a shape are ints, which would limit bytes to 2 GiB.
+  /// Returns an array with 8-byte elements. The sizes in a shape are ints, so an array of single bytes would
+  /// be limited to 2 GiB.
   static mx::array scratch(int64_t bytes) {
     return mx::array({static_cast<int>((bytes + 7) / 8)}, mx::uint64, nullptr, {});
   }
@@ -266,7 +267,7 @@ mx::cu::Device& device_of(const Call& c) {
   return mx::cu::device(mx::to_stream(c.s).device);
 }
 
-/// The segments of a row, as [begin, end).
+/// Returns the segments of a row, each as [begin, end).
 Ranges segments_of(const Call& c) {
   Ranges ranges;
   for (int t = 0; t < c.T; ++t) {
@@ -277,8 +278,8 @@ Ranges segments_of(const Call& c) {
   return ranges;
 }
 
-/// Building a plan takes a second, and a plan works for all smaller sizes. With sizes rounded up to powers of
-/// two, a run with packed rows needs few plans.
+/// Rounds a size up to a power of two. Building a plan takes a second, but a plan works for all smaller
+/// sizes, so with rounded sizes a run with packed rows needs few plans.
 int round_up(int n, int least) {
   int power = least;
   while (power < n) power *= 2;
@@ -314,7 +315,7 @@ std::string unfit(const Call& c) {
   return "";
 }
 
-/// The arrays that describe packed segments to cuDNN, in the order LENGTHS … AT_O.
+/// Returns the arrays that describe packed segments to cuDNN, in the order LENGTHS … AT_O.
 Arrays packing(const Call& c, const Problem& p) {
   const auto ranges = segments_of(c);
   std::vector<int32_t> lengths;
@@ -347,7 +348,7 @@ Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<Uid> u
   auto stream = mx::to_stream(c.s);
   auto ys = mx::array::make_arrays(std::move(shapes), dtypes,
                                    std::make_shared<CudnnOp>(stream, problem, plan, c.scale, uids), rows);
-  // cuDNN does not write positions outside all segments: set them to 0.
+  // cuDNN does not write to positions outside all segments, so we set these positions to 0.
   std::vector<int32_t> seen;
   for (int t = 0; t < c.T; ++t) seen.push_back(c.first[t] <= t);
   if (std::find(seen.begin(), seen.end(), 0) != seen.end()) {

@@ -1,5 +1,5 @@
-// cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so: it needs symbols that only MLX's
-// CUDA build has, and the rest of the package must load everywhere.
+// cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so, because it needs symbols that
+// only MLX's CUDA build has, and the rest of the package must load everywhere.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -7,21 +7,23 @@
 namespace segtrain {
 
 struct CudnnAttention {
-  std::string (*unfit)(const Call&);  ///< why it does not support a call; empty if it does
+  std::string (*unfit)(const Call&);  ///< returns why cuDNN does not support a call; empty if it does
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. The library gets a pointer to it, because it cannot link the core.
+/// The type of device_ints in gpu.h. The library gets a pointer to this function, because it cannot link to
+/// _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
-/// Whether the package has the library and it can be loaded.
+/// Returns whether the package includes the library and the library can be loaded.
 bool has_cudnn();
 
-/// The implementation "cudnn": ok if the package has the library, cuDNN supports the call, and the self-check
-/// did not fail. This takes a second for a new shape, because the plans of both directions are built.
+/// Returns the implementation "cudnn". It is ok if the package includes the library, cuDNN supports the call,
+/// and the self-check has not failed. The first call for a new shape takes a second, because the plans for
+/// the forward and the backward pass are built.
 Way cudnn_way(const Call& c);
 
-/// Why cuDNN does not support the call on any device; empty if it may support it.
+/// Returns why cuDNN does not support the call on any device; empty if some device may support it.
 inline std::string cudnn_call_unfit(const Call& c) {
   if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN supports half precision only";
   if (c.window || c.cap || c.T != c.S)
@@ -32,10 +34,10 @@ inline std::string cudnn_call_unfit(const Call& c) {
   return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
-/// The implementation. May be called only if cudnn_way is ok.
+/// Returns the functions of the implementation. It may be called only if cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 
 }  // namespace segtrain
 
-/// The entry point of the library, which is looked up by name.
+/// The library's entry point, which is looked up by name.
 extern "C" const segtrain::CudnnAttention* segtrain_cudnn_attention(segtrain::DeviceInts* device_ints);

@@ -1,4 +1,5 @@
-// The part of csrc/ops/attention/cudnn/ that belongs to _core: loads the library beside it on first use.
+// The only file of csrc/ops/attention/cudnn/ that is compiled into _core. On first use it loads the library
+// _cudnn.so, which is next to _core.
 #include <dlfcn.h>
 
 #include "core/gpu.h"

@@ -1,4 +1,5 @@
-// The parts of Apple's header that our code uses. Its symbols have this suffix if ACCELERATE_NEW_LAPACK is set.
+// The parts of Apple's header that our code uses. The symbols have this suffix if ACCELERATE_NEW_LAPACK is
+// defined.
 #pragma once
 
 #ifndef ACCELERATE_NEW_LAPACK
