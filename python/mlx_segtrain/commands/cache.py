@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_commands(command: Callable[..., Any]) -> None:
     """Adds the command. `command(name, run, text)` creates its parser."""
-    added = command("cache", _list, "list cached tokens of data sets, or remove them")
+    added = command("cache", _list, "list or remove the cached tokens of data sets")
     added.add_argument("--json", action="store_true", help="print JSON")
     parts = added.add_subparsers(metavar="", title="actions; the default is list")
     for name, run, text in (

@@ -68,7 +68,9 @@ ONLY_DRAWN = ("top_p", "top_k", "min_p", "seed")
 
 def add_command(command: Callable[..., Parser]) -> None:
     """Adds the command. `command(name, run, text)` creates its parser."""
-    added = command("generate", _generate, "answer a prompt, with or without an adapter")
+    added = command(
+        "generate", _generate, "answer a prompt with a model, with or without an adapter"
+    )
     add_flags(added, ("model_dir",), required=True)
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
