@@ -172,7 +172,10 @@ def test_adapters_that_do_not_fit(world, llama):
 @pytest.mark.parametrize(
     "stub,says",
     [
-        ("raise ImportError('libmlx.so: cannot open shared object file')", "without its library"),
+        (
+            "raise ImportError('libmlx.so: cannot open shared object file')",
+            "its backend for this machine is missing",
+        ),
         (None, "was built for mlx 0.32.4, but mlx 0.1.0 is installed"),
     ],
 )

@@ -169,7 +169,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkey
     assert ask("t")[0][0] == 422
     hub.searches_fail = True
     ((status, said),) = ask("other")
-    assert status == 400 and "the hub answers 503" in said["error"]
+    assert status == 400 and "the hub answered a search with status 503" in said["error"]
     hub.searches_fail = False
     many = ask(*(f"words {n}" for n in range(60)), "tiny")
     # The last result is cached.

@@ -473,7 +473,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         check(server.http.post("/v1/chat/completions", json=body), 400, says)
     form = {"response_format": {"type": "json_object"}}
     body = CHAT | {"tools": [STRICT]} | form
-    check(server.http.post("/v1/chat/completions", json=body), 400, "strict is not possible")
+    check(server.http.post("/v1/chat/completions", json=body), 400, "strict cannot be combined")
     odd = {"type": "function", "function": {"name": "f"}, "cache": 1}
     check(server.http.post("/v1/chat/completions", json=CHAT | {"tools": [odd]}), 400, "cache")
     turn = {"role": "assistant", "content": None}

@@ -132,7 +132,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text(re.compile("Cancelled: step [0-9]+ is kept"))).to_be_visible(
+    expect(page.get_by_text(re.compile("Cancelled: step [0-9]+ is saved"))).to_be_visible(
         timeout=LONG
     )
     kept = points(page)
@@ -388,7 +388,9 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.shot(page, "search")
     hub.searches_fail = True
     model.fill("small-8")
-    expect(page.get_by_text("the hub answers 503 to a search: try again later.")).to_be_visible()
+    expect(
+        page.get_by_text("the hub answered a search with status 503: try again later.")
+    ).to_be_visible()
     model.fill("org/small-4bit")
     expect(
         page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub")

@@ -384,7 +384,7 @@ FAULTS = {
         "has lora_a but no lora_b",
     ),
     "shape": (_tensors(lambda t: t | {f"{Q}.lora_a": mx.ones((63, 2))}), "the model needs"),
-    "nothing": (_tensors(lambda t: {}), "holds no lora_a"),
+    "nothing": (_tensors(lambda t: {}), "contains no lora_a"),
     "another": (
         _tensors(lambda t: {k.replace("layers", "blocks"): x for k, x in t.items()}),
         "is not a layer of this model",

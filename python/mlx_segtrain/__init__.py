@@ -47,7 +47,7 @@ MLX_VERSION = "0.32.4"
 def _require_mlx() -> None:
     """Raises ImportError, with a command that fixes it, unless the right MLX is installed."""
     mend = (
-        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
+        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx {MLX_VERSION}'
     )
     try:
         found = version("mlx")
@@ -61,7 +61,7 @@ def _require_mlx() -> None:
         import_module("mlx.core")
     except ImportError as error:
         raise ImportError(
-            f"MLX is installed without its library for this machine ({error}): {mend}."
+            f"MLX is installed, but its backend for this machine is missing ({error}): {mend}."
         ) from None
 
 

@@ -209,7 +209,7 @@ def show_plan(report: PlanReport) -> None:
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
         line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
     if report.ranks and report.rollout_batch is not None:
-        line("", "Only an update with one pass on each rank is counted, and no time to generate.")
+        line("", "This counts one update with one pass on each rank, and no time for generation.")
 
 
 def _longest(tokens: int, most: int | None) -> str:

@@ -71,8 +71,8 @@ class Roots:
         if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} is not below a directory that this server may use ({where}, and nothing "
-                "hidden there): see --root."
+                f"{named} is not below a directory that this server may use ({where}, without "
+                "hidden files): see --root."
             )
 
     def allows(self, path: Path) -> bool:

@@ -331,9 +331,9 @@ class Cycle(Stepper):
         # Raised outside of the handler, because the caught exception's frames keep arrays alive.
         at_once = setup.config.rollout_batch
         raise NoMemory(
-            f"step {step}: the device has no memory for generating {at_once} completions at once "
-            f"({reason}): free memory and resume, perhaps with a lower rollout_batch, or start "
-            "with a lower max_completion_tokens."
+            f"step {step}: the device has too little memory to generate {at_once} completions at "
+            f"once ({reason}): free memory and resume, perhaps with a lower rollout_batch, or "
+            "start with a lower max_completion_tokens."
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:

@@ -61,7 +61,7 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())[:300]
-            raise InputError(f"the grammar of the answer cannot be followed further: {reason}")
+            raise InputError(f"the answer cannot continue in its grammar: {reason}")
 
 
 class Grammars:

@@ -153,5 +153,5 @@ class Group:
                 error += f" on {host}: `ssh {host} true` must print nothing"
         if self.printed:
             error += f" (the last output was: {self.printed[:200]})"
-        error += "; resume the job when that is repaired"
+        error += "; resume the job when this is fixed"
         return {"type": "failed", "ts": events.now(), "error": error, "fault": "killed"}
