@@ -107,7 +107,7 @@ def test_what_cannot_be_merged(llama4, tmp_path):
     b = written(tmp_path / "b", random_adapter(llama4, ranks_of(llama4, "q_proj")), "x/two")
     with pytest.raises(InputError, match=r"different base models \(x/one, x/two\)"):
         merge([a, b], tmp_path / "c")
-    with pytest.raises(InputError, match="3 weights for 2 adapters"):
+    with pytest.raises(InputError, match="3 weights were given for 2 adapters"):
         merge([a, b], tmp_path / "c", [1, 2, 3])
     dora = random_adapter(llama4, ranks_of(llama4, "q_proj"), dora=True)
     with pytest.raises(InputError, match="DoRA adapters cannot be merged"):

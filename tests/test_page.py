@@ -644,7 +644,7 @@ def test_a_run_has_a_name_tags_and_a_note(user, site, runs):
     expect(page.get_by_text(runs[0])).to_be_visible()
     expect(page.get_by_text(runs[1])).to_be_hidden()
     page.get_by_label("Find").fill("nothing has this")
-    expect(page.get_by_text("No job has all of these words.")).to_be_visible()
+    expect(page.get_by_text("No job contains all of these words.")).to_be_visible()
     job = site.job(runs[0])
     assert (job["name"], job["tags"]) == ("<i>low</i> rank", ["small", "second try"])
 
@@ -780,7 +780,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
         (["rows.csv", "my_train.csv"], ["my_train.csv as train.csv", "rows.csv as valid.csv"]),
         (["devices.csv", "test.csv"], ["devices.csv as train.csv", "test.csv as valid.csv"]),
         (["valid.jsonl"], ["valid.jsonl as train.jsonl"]),
-        (["a.csv", "b.csv"], "a.csv and b.csv do not say which of them is for validation"),
+        (["a.csv", "b.csv"], "a.csv and b.csv do not say which file is for validation"),
         (["train.csv", "train.json"], "train.csv and train.json do not say"),
         (["train.csv", "dev.csv", "test.csv"], "Choose one file, or one for training and one"),
     ],

@@ -60,7 +60,7 @@ def weighted(
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
         raise InputError(
-            f"got {len(chosen)} weights for {len(paths)} adapters: pass one weight for each "
+            f"{len(chosen)} weights were given for {len(paths)} adapters: pass one weight for each "
             "adapter."
         )
     if not all(map(math.isfinite, chosen)):
