@@ -67,7 +67,9 @@ class Roots:
     def check(self, named: Path, path: Path) -> None:
         """Raises Outside if a resolved path is not below the roots; the message says `named`."""
         if self._is_of_jobs(path):
-            raise Outside(f"{named} is not accessible to clients: jobs belong to the server.")
+            raise Outside(
+                f"{named} is not accessible to clients, because it belongs to the server's jobs."
+            )
         if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(

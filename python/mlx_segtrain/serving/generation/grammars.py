@@ -145,8 +145,8 @@ class Grammars:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:
             raise InputError(
-                f"{field} has more than {MOST_RULES} of the letters {begins} that its parts begin "
-                "with: shorten it."
+                f"{field} has more than {MOST_RULES} of the characters {begins}, with which its "
+                "parts begin: shorten it."
             )
         try:
             known = self._tokens_known()

@@ -68,7 +68,7 @@ def _free_port(count: int) -> int:
             for own in range(port, port + count):
                 opened.enter_context(socket.socket()).bind(("", own))
             return port
-    raise RunError(f"no {count} consecutive ports are free on this machine: end other programs.")
+    raise RunError(f"no {count} consecutive ports are free on this machine: stop other programs.")
 
 
 class Group:
