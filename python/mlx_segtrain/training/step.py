@@ -118,8 +118,8 @@ class Stepper:
         if loss > bound:
             outcome = replace(outcome, bound=bound)
             if config.on_spike == "stop":
-                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} that follows "
-                said += f"from the last {len(losses)} steps"
+                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} set by the last "
+                said += f"{len(losses)} steps"
                 raise _halted(at, outcome, said, self.rows(accumulated), losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
