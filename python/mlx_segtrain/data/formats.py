@@ -26,7 +26,7 @@ NOTHING: Mapping[str, str] = {}
 #: The keys that the error names if a row has no known format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
-    "format in docs/data.md (or give columns)"
+    "format in docs/data.md (or set columns)"
 )
 
 

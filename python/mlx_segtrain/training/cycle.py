@@ -189,8 +189,8 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
-            f"{row.source}: reset of the environment adds {added} tokens to the prompt, so "
-            "max_completion_tokens leaves none for an answer: raise it."
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, which "
+            "leaves no room for an answer within max_completion_tokens: raise it."
         )
     return replace(options, max_tokens=options.max_tokens - added)
 
