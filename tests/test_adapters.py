@@ -279,7 +279,7 @@ def test_folders_that_are_no_adapter(chain, tmp_path):
     config.write_text("[]")
     says(folder, chain, "JSON object")
     config.unlink()
-    says(folder, chain, "holds no adapter_config.json")
+    says(folder, chain, "contains no adapter_config.json")
     says(write(tmp_path / "b", {}, MLX_LM), chain, "contains no lora_a")
 
 

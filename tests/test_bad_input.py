@@ -63,7 +63,7 @@ def spoil_row(text):
 LINE = "train.jsonl:25"
 CASES = {
     "model folder missing": (lambda w: shutil.rmtree(w / "model"), {}, "model is not a folder"),
-    "model folder empty": (lambda w: empty(w / "model"), {}, "holds no config.json"),
+    "model folder empty": (lambda w: empty(w / "model"), {}, "contains no config.json"),
     "no weights": (lambda w: (w / "model/model.safetensors").unlink(), {}, "no weights to load"),
     "torn weights": (
         lambda w: (w / "model/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
