@@ -118,7 +118,7 @@ def test_data_sets_by_name(place, hub):
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
         asked = post("/api/finetune/inspect-dataset", json=inspect)
-        assert asked.status_code == 400 and "download it first" in asked.json()["error"]
+        assert asked.status_code == 400 and "download the repository first" in asked.json()["error"]
         body = {"name": "org/notes", "kind": "dataset"}
         job = server.ended(post("/api/hub/download", json=body).json()["job_id"])
         assert job["status"] == "done" and job["result"]["path"].endswith(own.commit)

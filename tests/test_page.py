@@ -780,8 +780,8 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
         (["rows.csv", "my_train.csv"], ["my_train.csv as train.csv", "rows.csv as valid.csv"]),
         (["devices.csv", "test.csv"], ["devices.csv as train.csv", "test.csv as valid.csv"]),
         (["valid.jsonl"], ["valid.jsonl as train.jsonl"]),
-        (["a.csv", "b.csv"], "a.csv and b.csv do not say which file is for validation"),
-        (["train.csv", "train.json"], "train.csv and train.json do not say"),
+        (["a.csv", "b.csv"], "The names a.csv and b.csv do not say which file is for validation"),
+        (["train.csv", "train.json"], "The names train.csv and train.json do not say"),
         (["train.csv", "dev.csv", "test.csv"], "Choose one file, or one for training and one"),
     ],
 )

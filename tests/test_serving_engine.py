@@ -378,7 +378,10 @@ Q = "model.layers.0.self_attn.q_proj"
 FAULTS = {
     "no folder": (shutil.rmtree, "is not a folder"),
     "no weights": (lambda x: (x / "adapters.safetensors").unlink(), "contains neither"),
-    "no config": (lambda x: (x / "adapter_config.json").unlink(), "contains no adapter_config.json"),
+    "no config": (
+        lambda x: (x / "adapter_config.json").unlink(),
+        "contains no adapter_config.json",
+    ),
     "one side": (
         _tensors(lambda t: {k: x for k, x in t.items() if k != f"{Q}.lora_b"}),
         "has lora_a but no lora_b",
