@@ -281,16 +281,16 @@ def test_folders_that_are_no_adapter(chain, tmp_path):
     config.write_text("[]")
     says(folder, chain, "JSON object")
     config.unlink()
-    says(folder, chain, "holds no adapter_config.json")
-    says(write(tmp_path / "b", {}, MLX_LM), chain, "holds no lora_a")
+    says(folder, chain, "contains no adapter_config.json")
+    says(write(tmp_path / "b", {}, MLX_LM), chain, "contains no lora_a")
 
 
 @pytest.mark.parametrize(
     "config,message",
     [
-        (without_scale(), r"no lora_parameters\.scale, no scale, and no lora_alpha with an r"),
-        (without_scale(lora_alpha=8), "no lora_alpha with an r"),
-        (without_scale(lora_alpha=8, r=0), "no lora_alpha with an r"),
+        (without_scale(), r"does not set the LoRA scale \(lora_parameters\.scale"),
+        (without_scale(lora_alpha=8), r"lora_alpha and r\)"),
+        (without_scale(lora_alpha=8, r=0), r"lora_alpha and r\)"),
         (without_scale(scale="2"), "scale must be a finite number; got '2'"),
         (without_scale(scale=True), "scale must be a finite number; got True"),
         (without_scale(scale=math.nan), "scale must be a finite number; got nan"),
@@ -322,7 +322,7 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     a, b = factors[Q0]
     for name, pair in {"one dimension": (a[0], b), "no rank": (a[:, :0], b[:0])}.items():
-        says(write_mlx(tmp_path / name, {Q0: pair}), chain, "which has no rank")
+        says(write_mlx(tmp_path / name, {Q0: pair}), chain, "from which no rank can be read")
     twice = {**factors, f"language_model.{Q0}": factors[Q0]}
     says(write_mlx(tmp_path / "twice", twice), chain, "holds two updates", ranks_too=False)
     half = {f"base_model.model.{DOWN1}.lora_B.weight": mx.ones((64, 4))}

@@ -63,7 +63,7 @@ def spoil_row(text):
 LINE = "train.jsonl:25"
 CASES = {
     "model folder missing": (lambda w: shutil.rmtree(w / "model"), {}, "model is not a folder"),
-    "model folder empty": (lambda w: empty(w / "model"), {}, "holds no config.json"),
+    "model folder empty": (lambda w: empty(w / "model"), {}, "contains no config.json"),
     "no weights": (lambda w: (w / "model/model.safetensors").unlink(), {}, "no weights to load"),
     "torn weights": (
         lambda w: (w / "model/model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}"),
@@ -172,7 +172,10 @@ def test_adapters_that_do_not_fit(world, llama):
 @pytest.mark.parametrize(
     "stub,says",
     [
-        ("raise ImportError('libmlx.so: cannot open shared object file')", "without its library"),
+        (
+            "raise ImportError('libmlx.so: cannot open shared object file')",
+            "its backend for this machine is missing",
+        ),
         (None, "was built for mlx 0.32.4, but mlx 0.1.0 is installed"),
     ],
 )

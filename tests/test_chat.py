@@ -92,7 +92,7 @@ def test_commands_that_cannot_be_obeyed_say_so(llama4, monkeypatch, capsys):
     assert out.startswith(
         "there is no message to answer yet\n"
         "there is no adapter to compare with: start chat with --adapter DIR\n"
-        "now base; choose one of: 0 base\n"
+        "answering with base; choose one of: 0 base\n"
         "/foo is not known: /help lists the commands\n"
         "/adapter NAME "
     )

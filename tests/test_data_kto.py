@@ -147,11 +147,11 @@ def test_a_prompt_is_cut_before_its_response(tmp_path, bos):
         ),
         (
             {"messages": [USER, says("no"), MORE], "label": True},
-            '"messages" must end with a message of the user and one of the assistant',
+            '"messages" must end with a user message and an assistant message',
         ),
         (
             {"conversations": [{"from": "gpt", "value": "no"}], "label": True},
-            '"conversations" must end with a message of the user and one of the assistant',
+            '"conversations" must end with a user message and an assistant message',
         ),
         (
             {"messages": [USER, {**says("no"), "weight": 0.5}], "label": True},

@@ -171,5 +171,5 @@ def test_findings_are_told_of_the_side_where_they_are(tmp_path):
     assert len(train.notes.where["special"]) == 20
     lines = {own.source for own in valid.rows}
     assert set(valid.notes.where["special"]) <= lines
-    with pytest.raises(InputError, match="100 of 200 samples a message holds the text"):
+    with pytest.raises(InputError, match="100 of 200 samples a message contains the text"):
         load(tmp_path, rows, prompt_format="chat", strict=True)

@@ -138,7 +138,9 @@ def test_without_append_eos_a_turn_without_stop_is_reported(tmp_path):
     tokenizer = byte_level(NO_STOP)
     data = load(tmp_path, tokenizer, {"messages": chat("a", "one")}, append_eos=False)
     assert spans(data, tokenizer) == ["one\n"] and data.notes.findings == {"stop": 1}
-    with pytest.raises(InputError, match=r"train\.jsonl: in 1 of 1 samples no token that stops"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl: in 1 of 1 samples the turn does not end with a token"
+    ):
         load(tmp_path, tokenizer, {"messages": chat("a", "one")}, append_eos=False, strict=True)
 
 
@@ -398,7 +400,9 @@ def test_what_is_left_out_of_a_folder_is_said(tmp_path):
         'train.jsonl: the column "id" of 2 rows is ignored',
         'train.jsonl: the column "source" of 1 rows is ignored',
     ]
-    assert said[4].startswith(f"not read in {tmp_path}: other.json, test.jsonl, val.jsonl (")
+    assert said[4].startswith(
+        f"files of {tmp_path} that are not read: other.json, test.jsonl, val.jsonl ("
+    )
     assert said[5] == f"{tmp_path} has no validation file, so there is no validation loss"
     assert inspect(tmp_path, tokenizer, options).remarks == said
     assert train.as_json()["ignored_columns"] == {"id": 2, "source": 1}

@@ -109,7 +109,7 @@ def test_what_cannot_be_merged(llama4, tmp_path):
     b = written(tmp_path / "b", random_adapter(llama4, ranks_of(llama4, "q_proj")), "x/two")
     with pytest.raises(InputError, match=r"different base models \(x/one, x/two\)"):
         merge([a, b], tmp_path / "c")
-    with pytest.raises(InputError, match="3 weights for 2 adapters"):
+    with pytest.raises(InputError, match="3 weights were given for 2 adapters"):
         merge([a, b], tmp_path / "c", [1, 2, 3])
     dora = random_adapter(llama4, ranks_of(llama4, "q_proj"), dora=True)
     with pytest.raises(InputError, match="DoRA adapters cannot be merged"):
@@ -439,7 +439,7 @@ def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_
 def test_more_than_a_weight_is_refused_and_not_dropped(llama, llama4, tmp_path):
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"))
     for name, x, message in (
-        ("global_scale", mx.ones(1), "has global_scale and cannot be merged into"),
+        ("global_scale", mx.ones(1), "which has global_scale"),
         ("weight_scale_inv", mx.ones((1, 1)), "has weight_scale_inv"),
     ):
         model = shutil.copytree(llama4, tmp_path / name)
@@ -453,7 +453,7 @@ def test_more_than_a_weight_is_refused_and_not_dropped(llama, llama4, tmp_path):
     found = tensors_of(llama)
     found = {k: x.astype(mx.uint8) if "q_proj" in k else x for k, x in found.items()}
     mx.save_safetensors(str(model / "model.safetensors"), found)
-    with pytest.raises(InputError, match=r"uint8 and cannot be merged into"):
+    with pytest.raises(InputError, match=r"cannot be merged into .*uint8"):
         fold(adapter, model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

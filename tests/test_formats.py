@@ -224,7 +224,7 @@ def test_what_peft_has_not(models, data, tmp_path):
     factors = mx.ones((2, 4, 8)), mx.ones((2, 8, 4))
     path = "model.layers.0.mlp.switch_mlp.up_proj"
     write_adapter(tmp_path / "experts", lora.Adapter({path: factors}, {path: 1.0}), About("m"))
-    with pytest.raises(InputError, match="has the experts in one tensor"):
+    with pytest.raises(InputError, match="stores all experts in one tensor"):
         export(tmp_path / "experts", tmp_path / "out", "peft")
     path = "transformer.h.0.attn.c_attn"
     pair = mx.ones((8, 4)), mx.ones((4, 8))
@@ -324,7 +324,9 @@ def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
 
 def test_what_gguf_has_not(models, data, tmp_path):
     _, folder = trained("gemma 4", models, data, tmp_path / "a")
-    with pytest.raises(InputError, match="models of type gemma4_text cannot be exported to GGUF"):
+    with pytest.raises(
+        InputError, match="adapters of gemma4_text models cannot be exported to GGUF"
+    ):
         export(folder, tmp_path / "out", "gguf")
     _, folder = trained("dora", models, data, tmp_path / "b")
     with pytest.raises(InputError, match=r"llama.cpp does not support DoRA"):
@@ -379,7 +381,7 @@ def test_whether_the_head_is_the_embedding_must_be_known(models, tmp_path):
     pair = mx.ones((300, 4)), mx.ones((4, 64))
     adapter = lora.Adapter({"model.embed_tokens": pair}, {"model.embed_tokens": 1.0})
     write_adapter(tmp_path / "a", adapter, About("nowhere"))
-    with pytest.raises(InputError, match="the base model must show whether"):
+    with pytest.raises(InputError, match="depends on the base model"):
         export(tmp_path / "a", tmp_path / "out", "peft")
     for model in ("gemma4_text", "untied"):
         out = tmp_path / model
@@ -393,7 +395,7 @@ def test_which_names_must_be_known(tmp_path):
     path = "language_model.model.layers.0.self_attn.q_proj"
     adapter = lora.Adapter({path: (mx.ones((8, 4)), mx.ones((4, 8)))}, {path: 1.0})
     write_adapter(tmp_path / "a", adapter, About(""))
-    with pytest.raises(InputError, match="or --names"):
+    with pytest.raises(InputError, match="with --names"):
         export(tmp_path / "a", tmp_path / "out", "peft")
 
 
@@ -417,10 +419,10 @@ def test_numbers_that_are_none_are_refused(models, data, tmp_path):
     good = mx.load(str(file))
     name = next(name for name in good if name.endswith("lora_b"))
     mx.save_safetensors(str(file), good | {name: good[name] * math.nan})
-    with pytest.raises(InputError, match="has factors that are not finite"):
+    with pytest.raises(InputError, match="has factors with NaN or infinite values"):
         import_(folder, tmp_path / "out")
     mx.save_safetensors(str(file), good | {name: good[name] + 1e6})
-    with pytest.raises(InputError, match=r"not finite|would differ by"):
+    with pytest.raises(InputError, match=r"NaN or infinite|would change by"):
         export(folder, tmp_path / "out", "peft", dtype="float16")
     assert not (tmp_path / "out").exists()
 

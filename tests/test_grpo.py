@@ -463,6 +463,6 @@ def test_no_memory_for_generating(monkeypatch):
     def fails(*_):
         raise MemoryError("[malloc] Unable to allocate 7 bytes.")
 
-    said = "step 3: the device has no memory for generating 9 completions .* a lower rollout_batch"
+    said = "the device has too little memory to generate 9 completions .* a lower rollout_batch"
     with pytest.raises(NoMemory, match=said):
         Cycle._roll_out(rolling(monkeypatch, fails), 3, {}, [], [])

@@ -126,5 +126,5 @@ def test_a_long_rollout_is_waited_for_and_a_rank_that_ends_in_one_is_named(confi
     kind, name, text = found[0]
     assert (kind, name) == ("failed", "LostRank") and seconds < 40
     assert text.startswith(f"step 3: rank 1 (process {started[1].pid} on ")
-    assert "has ended: the state of step 2 is kept" in text
+    assert "has ended: the state of step 2 is saved" in text
     assert checkpoint._read(checkpoint_of(tmp_path / "run")).step == 2

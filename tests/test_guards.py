@@ -68,7 +68,7 @@ def test_the_row_and_the_layer_are_named(tmp_path):
     found = [int(word) for word in str(error.value).split(":")[0].split() if word.isdigit()]
     (at,) = found
     assert "train.jsonl:4 (first in h after model.layers.0.self_attn)" in str(error.value)
-    kept = f"the state of step {at - 1} is kept" if at > 1 else "nothing has been trained yet"
+    kept = f"the state of step {at - 1} is saved" if at > 1 else "nothing has been trained yet"
     assert kept in str(error.value)
     report = json.loads((tmp_path / "a" / f"fault-step-{at:05d}.json").read_text())
     assert report["kind"] == "nonfinite" and report["loss"] is None and report["step"] == at

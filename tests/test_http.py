@@ -226,7 +226,7 @@ def test_cancel_and_resume(server):
     assert server.http.delete(f"/api/jobs/{id}").status_code == 409
     assert server.http.post(f"/api/jobs/{id}/cancel").json()["job"]["status"] == "running"
     row = server.ended(id)
-    assert row["status"] == "cancelled" and "is kept" in row["message"]
+    assert row["status"] == "cancelled" and "is saved" in row["message"]
     assert server.http.post(f"/api/jobs/{id}/resume").json()["job"]["status"] == "running"
     while '"started"' not in Path(row["log_path"]).read_text().partition("cancelled")[2]:
         time.sleep(0.05)

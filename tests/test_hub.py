@@ -347,7 +347,7 @@ def test_search_lists_what_the_hub_has(hub, home, capsys, monkeypatch):
     assert main(["search", "notes"]) == 0 and "nothing on the hub" in capsys.readouterr().out
     hub.searches_fail = True
     assert main(["search", "tiny"]) == 2
-    assert "the hub answers 503 to a search: try again later." in capsys.readouterr().err
+    assert "the hub answered a search with status 503: try again later." in capsys.readouterr().err
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert main(["search", "tiny"]) == 2 and "does not answer" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -131,8 +131,8 @@ def test_the_hubs_own_copies_where_a_program_makes_the_rows(hub, home):
     ("name", "reason"),
     [
         ("org/none", "neither a path nor a dataset on the hub"),
-        ("org/chat/huge", "has no configuration 'huge', only default or small"),
-        ("org/chat:dev", "has no split dev, only train_sft, test_sft or train_gen"),
+        ("org/chat/huge", "has no configuration 'huge'; use default or small"),
+        ("org/chat:dev", "has no split dev; use train_sft, test_sft or train_gen"),
         ("org/chat@v9", "has no revision v9"),
         ("org/odd", "no split called train: pick one of one or two, as in org/odd:one"),
     ],

@@ -118,7 +118,7 @@ def test_data_sets_by_name(place, hub):
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}
         asked = post("/api/finetune/inspect-dataset", json=inspect)
-        assert asked.status_code == 400 and "download it first" in asked.json()["error"]
+        assert asked.status_code == 400 and "download the repository first" in asked.json()["error"]
         body = {"name": "org/notes", "kind": "dataset"}
         job = server.ended(post("/api/hub/download", json=body).json()["job_id"])
         assert job["status"] == "done" and job["result"]["path"].endswith(own.commit)
@@ -169,7 +169,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkey
     assert ask("t")[0][0] == 422
     hub.searches_fail = True
     ((status, said),) = ask("other")
-    assert status == 400 and "the hub answers 503" in said["error"]
+    assert status == 400 and "the hub answered a search with status 503" in said["error"]
     hub.searches_fail = False
     many = ask(*(f"words {n}" for n in range(60)), "tiny")
     # The last result is cached.

@@ -71,7 +71,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
 
         server.http.post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
-        kept = re.fullmatch(r"step (\d+) is kept in .*/out", job["message"])
+        kept = re.fullmatch(r"step (\d+) is saved in .*/out", job["message"])
         assert job["status"] == "cancelled" and kept and ended(every), job
         metrics = [own for own in server.events(id) if own["type"] == "metric"]
         logged = (place / "out" / "metrics.jsonl").read_text().splitlines()
@@ -85,7 +85,9 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         os.kill(int(pid), signal.SIGKILL)
         job = server.ended(id)
         assert (job["status"], job["fault"]) == ("failed", "run")
-        lost = rf"step \d+: rank 1 \(process {pid} on .*\) has ended: the state of step \d+ is kept"
+        lost = (
+            rf"step \d+: rank 1 \(process {pid} on .*\) has ended: the state of step \d+ is saved"
+        )
         assert re.match(lost, job["error"]), job
         assert ended(every)
 

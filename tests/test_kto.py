@@ -274,7 +274,7 @@ def test_batches_have_both_kinds_though_one_is_longer():
 def test_what_the_weights_should_be_is_said():
     data = rows_of(*[(5, 6, 1)] * 2, *[(5, 6, -1)] * 6)
     (said,) = Kto().remarks(data)
-    assert "2 rows are desirable and 6 are not" in said and "desirable_weight of 3 to 4" in said
+    assert "2 rows are desirable and 6 are not" in said and "a value from 3 to 4" in said
     assert Kto(desirable=3.5).remarks(data) == [] and Kto(desirable=0).remarks(data) == []
     (said,) = Kto().remarks(data.take(np.arange(2)))
     assert said.endswith("the label of every row is true")

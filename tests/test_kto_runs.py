@@ -42,8 +42,10 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
     warnings = [event["message"] for event in seen if event["type"] == "warning"]
-    said = "9 rows are desirable and 3 are not; with these weights that is 3.00 to 1"
-    assert any(said in w and "set a desirable_weight of 0.333 to 0.444" in w for w in warnings)
+    said = "9 rows are desirable and 3 are not; with these weights the ratio is 3.00 to 1"
+    assert any(
+        said in w and "set desirable_weight to a value from 0.333 to 0.444" in w for w in warnings
+    )
     steps = [event for event in seen if event.get("kind") == "train"]
     kinds = [("desirable_reward" in s, "undesirable_reward" in s) for s in steps]
     assert sorted(kinds) == [(False, True)] * 3 + [(True, False)] * 9

@@ -284,7 +284,7 @@ def test_fields_that_change_nothing_are_taken(server, source):
 def test_fields_that_would_have_no_effect_are_refused_by_name(server, name, value):
     for path, body in (("chat/completions", CHAT), ("completions", {"prompt": "x"})):
         answer = server.http.post(f"/v1/{path}", json=body | {name: value})
-        error = check(answer, 400, f"{name}: this server does not implement it")
+        error = check(answer, 400, f"{name}: this server does not support this field")
         assert "leave it out" in error["message"]
 
 

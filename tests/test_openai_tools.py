@@ -179,10 +179,10 @@ def chained(n, groups=0):
         ({"choice": ["a" * 40_000, "b" * 40_000]}, "choice has more than 65536 characters"),
         ({"grammar": f'start: "{"a" * 70_000}"'}, "grammar has more than 65536 characters"),
         ({"json": {"const": "a" * 70_000}}, "json has more than 65536 characters"),
-        ({"grammar": chained(1500)}, "grammar has more than 1000 of the letters :(["),
-        ({"grammar": chained(300, 15)}, "grammar has more than 1000 of the letters :(["),
+        ({"grammar": chained(1500)}, "grammar has more than 1000 of the characters :(["),
+        ({"grammar": chained(300, 15)}, "grammar has more than 1000 of the characters :(["),
         ({"grammar": chained(600).replace(":", " ::=")}, "grammar has more than 1000 of the"),
-        ({"json": {"anyOf": [{}] * 1001}}, "json has more than 1000 of the letters {"),
+        ({"json": {"anyOf": [{}] * 1001}}, "json has more than 1000 of the characters {"),
     ],
     ids=["regex", "choice", "text", "json", "rules", "groups", "gbnf", "schemas"],
 )
@@ -477,7 +477,7 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
         check(server.http.post("/v1/chat/completions", json=body), 400, says)
     form = {"response_format": {"type": "json_object"}}
     body = CHAT | {"tools": [STRICT]} | form
-    check(server.http.post("/v1/chat/completions", json=body), 400, "strict is not possible")
+    check(server.http.post("/v1/chat/completions", json=body), 400, "strict cannot be combined")
     odd = {"type": "function", "function": {"name": "f"}, "cache": 1}
     check(server.http.post("/v1/chat/completions", json=CHAT | {"tools": [odd]}), 400, "cache")
     turn = {"role": "assistant", "content": None}
@@ -711,9 +711,12 @@ def test_a_response_of_a_form_and_with_tools(server):
         ({"input": []}, "input"),
         ({"input": [{"role": "user"}]}, "input.0: a message needs a role and content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text"),
-        ({"previous_response_id": "x"}, "previous_response_id: this server does not implement it"),
+        (
+            {"previous_response_id": "x"},
+            "previous_response_id: this server does not support this field",
+        ),
         ({"metadata": "x"}, "metadata"),
-        ({"store": True}, "store: this server does not implement it"),
+        ({"store": True}, "store: this server does not support this field"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type: the model can only call functions"),
         ({"temperature": 11}, "temperature"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "schema is missing"),

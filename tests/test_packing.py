@@ -238,7 +238,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
     assert alone.steps == 10 and packed.steps == 4
     assert packed.first_val_loss == pytest.approx(alone.first_val_loss, rel=1e-6)
     said = next(e["message"] for e in told if e.get("stage") == "data")
-    assert "4 batches per epoch, packed: 2.5 rows on average fill" in said
+    assert "4 batches per epoch, packed: on average 2.5 rows fill" in said
     reports = [e for e in told if e.get("kind") == "train"]
     for event in reports:
         assert 0 < event["supervised_tokens_per_sec"] <= event["tokens_per_sec"]
@@ -265,7 +265,7 @@ def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path
         config_of(llama4, pairs, tmp_path / "a", method="dpo", packing=True)
     generic = write_tiny(tmp_path / "generic", "stablelm")
     with pytest.raises(
-        InputError, match="packing is not supported for stablelm, whose layers are mlx-lm"
+        InputError, match="packing is not supported for stablelm, which runs with mlx-lm"
     ):
         train(config_of(generic, data, tmp_path / "a", packing=True))
     train(config_of(generic, data, out := tmp_path / "b", packing="auto", iters=1))

@@ -133,7 +133,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
     page.get_by_role("button", name="Cancel").click()
-    expect(page.get_by_text(re.compile("Cancelled: step [0-9]+ is kept"))).to_be_visible(
+    expect(page.get_by_text(re.compile("Cancelled: step [0-9]+ is saved"))).to_be_visible(
         timeout=LONG
     )
     kept = points(page)
@@ -391,7 +391,9 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     user.shot(page, "search")
     hub.searches_fail = True
     model.fill("small-8")
-    expect(page.get_by_text("the hub answers 503 to a search: try again later.")).to_be_visible()
+    expect(
+        page.get_by_text("the hub answered a search with status 503: try again later.")
+    ).to_be_visible()
     model.fill("org/small-4bit")
     expect(
         page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub")
@@ -646,7 +648,7 @@ def test_a_run_has_a_name_tags_and_a_note(user, site, runs):
     expect(page.get_by_text(runs[0])).to_be_visible()
     expect(page.get_by_text(runs[1])).to_be_hidden()
     page.get_by_label("Find").fill("nothing has this")
-    expect(page.get_by_text("No job has all of these words.")).to_be_visible()
+    expect(page.get_by_text("No job contains all of these words.")).to_be_visible()
     job = site.job(runs[0])
     assert (job["name"], job["tags"]) == ("<i>low</i> rank", ["small", "second try"])
 
@@ -783,8 +785,8 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
         (["rows.csv", "my_train.csv"], ["my_train.csv as train.csv", "rows.csv as valid.csv"]),
         (["devices.csv", "test.csv"], ["devices.csv as train.csv", "test.csv as valid.csv"]),
         (["valid.jsonl"], ["valid.jsonl as train.jsonl"]),
-        (["a.csv", "b.csv"], "a.csv and b.csv do not say which of them is for validation"),
-        (["train.csv", "train.json"], "train.csv and train.json do not say"),
+        (["a.csv", "b.csv"], "The names a.csv and b.csv do not say which file is for validation"),
+        (["train.csv", "train.json"], "The names train.csv and train.json do not say"),
         (["train.csv", "dev.csv", "test.csv"], "Choose one file, or one for training and one"),
     ],
 )

@@ -187,7 +187,7 @@ def test_a_warm_start_of_another_model_is_refused_before_the_load(llama4, llama,
     }
     mx.save_safetensors(str(tmp_path / "a" / "adapters.safetensors"), weights)
     config = config_of(llama, data, tmp_path / "b", warm_start=tmp_path / "a")
-    with pytest.raises(InputError, match="does not have: it was trained on another model"):
+    with pytest.raises(InputError, match="does not have: the adapter was trained on another model"):
         train(config)
     assert not (tmp_path / "b").exists()
 

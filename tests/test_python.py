@@ -139,7 +139,7 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
             {"resume": True},
             'leave resume=True out, or use resume="auto", which then starts a new run.',
         ),
-        ({"model": (1, 2)}, "pass (model, tokenizer), as load returns them."),
+        ({"model": (1, 2)}, "pass the two values that load returns."),
         ({"data": [{"prompt": "x"}]}, "train_data:1: the row needs the keys"),
     ],
 )

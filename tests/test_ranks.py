@@ -95,7 +95,7 @@ def test_a_killed_rank_is_named_by_all_and_the_run_goes_on_with_three(model, row
     assert (kind, name) == ("failed", "LostRank")
     assert f"rank 1 (process {started[1].pid} on " in text and "has ended" in text
     step = checkpoint._read(checkpoint_of(out)).step
-    assert f"the state of step {step} is kept" in text
+    assert f"the state of step {step} is saved" in text
 
     last = step + 4
     again = {"resume": True, "iters": last, "steps_per_eval": 10000}
@@ -126,7 +126,7 @@ def test_a_frozen_rank_is_named_by_all_and_by_itself(model, rows, tmp_path):
         assert f"rank 1 (process {started[1].pid} on " in text
         assert "has not answered for 4 s" in text
     assert "which is this one" in found[1][2]
-    assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is kept" in found[0][2]
+    assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is saved" in found[0][2]
 
 
 #: Makes a step of rank 1 take longer than the others wait for its messages.

@@ -211,5 +211,5 @@ def test_a_loss_that_is_none():
 
 def test_a_command_that_fails():
     command = shlex.join([sys.executable, "-c", "raise SystemExit('out of order')"])
-    with pytest.raises(RunError, match="reward_command ended with 1: out of order"):
+    with pytest.raises(RunError, match="reward_command exited with code 1: out of order"):
         scores(Rewards.of(config_of(reward_command=command)), ["a"])

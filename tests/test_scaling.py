@@ -56,7 +56,11 @@ def test_what_is_not_counted_of_grpo(llama, capsys):
     how = ["--method", "grpo", "--max-completion-tokens", "40", "--batch-size", "5"]
     text = planned(capsys, llama, *how, "--ranks", "2")
     assert " 24 completions at once" in text, "three of the prompts"
-    assert text.splitlines()[-1].strip().startswith("Only an update with one pass on each rank")
+    assert (
+        text.splitlines()[-1]
+        .strip()
+        .startswith("This counts one update with one pass on each rank")
+    )
 
 
 def test_options_without_ranks_are_refused(llama, capsys):

@@ -379,14 +379,17 @@ def _tensors(change):
 Q = "model.layers.0.self_attn.q_proj"
 FAULTS = {
     "no folder": (shutil.rmtree, "is not a folder"),
-    "no weights": (lambda x: (x / "adapters.safetensors").unlink(), "holds neither"),
-    "no config": (lambda x: (x / "adapter_config.json").unlink(), "holds no adapter_config.json"),
+    "no weights": (lambda x: (x / "adapters.safetensors").unlink(), "contains neither"),
+    "no config": (
+        lambda x: (x / "adapter_config.json").unlink(),
+        "contains no adapter_config.json",
+    ),
     "one side": (
         _tensors(lambda t: {k: x for k, x in t.items() if k != f"{Q}.lora_b"}),
         "has lora_a but no lora_b",
     ),
     "shape": (_tensors(lambda t: t | {f"{Q}.lora_a": mx.ones((63, 2))}), "the model needs"),
-    "nothing": (_tensors(lambda t: {}), "holds no lora_a"),
+    "nothing": (_tensors(lambda t: {}), "contains no lora_a"),
     "another": (
         _tensors(lambda t: {k.replace("layers", "blocks"): x for k, x in t.items()}),
         "is not a layer of this model",

@@ -199,8 +199,8 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row is larger than"),
         ("a.parquet", "PAR1 nothing PAR1", "a.parquet cannot be read"),
         ("a.arrow", "ARROW1 nothing", "a.arrow cannot be read"),
-        ("a.txt", "", "a.txt is not a supported file of rows: use .jsonl"),
-        ("a.parquet.gz", "", "a.parquet.gz is not a supported file of rows"),
+        ("a.txt", "", "a.txt is not a data file in a supported format: use .jsonl"),
+        ("a.parquet.gz", "", "a.parquet.gz is not a data file in a supported format"),
     ],
 )
 def test_a_broken_file(name, content, says, tmp_path, monkeypatch):
@@ -232,7 +232,9 @@ def test_what_would_grow(tmp_path, monkeypatch):
     )
     write_arrow(tmp_path / "a.arrow", pa.table({"text": dictionary(9000, "x" * 5000)}), n=9000)
     for name in ("a.jsonl.zst", "a.parquet", "b.parquet", "a.arrow"):
-        with pytest.raises(InputError, match=f"{name} unpacks to more than 200 times its size"):
+        with pytest.raises(
+            InputError, match=f"{name} decompresses to more than 200 times its size"
+        ):
             for _ in source_of(tmp_path / name).blocks():
                 pass
     empty = pa.FixedSizeListArray.from_arrays(pa.nulls(10**9), 10**9)
@@ -442,7 +444,7 @@ def test_parquet_that_ends_a_process(tmp_path):
     assert many != footer
     end = many + struct.pack("<I", len(many)) + b"PAR1"
     (tmp_path / "b.parquet").write_bytes(content[: -8 - len(footer)] + end)
-    with pytest.raises(InputError, match=r"b\.parquet unpacks to more than"):
+    with pytest.raises(InputError, match=r"b\.parquet decompresses to more than"):
         list(source_of(tmp_path / "b.parquet").blocks())
 
 
@@ -484,7 +486,7 @@ def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
         (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
         (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
         (["train-0-of-3.csv", "train-2-of-3.csv"], "has 2 of the files train-*-of-3.csv: put all"),
-        (["a.csv", "b.csv"], "has no file train.jsonl, nor one of another format"),
+        (["a.csv", "b.csv"], "has no file train.jsonl, and no train file in another format"),
         (["valid.csv"], "has no file train.jsonl"),
         ([".train.csv"], "has no file train.jsonl"),
     ],
@@ -569,7 +571,7 @@ def test_splits_of_python(tmp_path):
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),
-        ({"test": []}, "has no split \"train\", only 'test'"),
+        ({"test": []}, "has no split \"train\" (it has 'test')"),
     ],
 )
 def test_python_data_that_cannot_be_used(data, says):

@@ -150,7 +150,7 @@ def test_pickles_are_not_read(tmp_path):
 
     (tmp_path / "adapter_config.json").write_text(json.dumps(PEFT))
     (tmp_path / "adapter_model.bin").write_bytes(pickle.dumps({"a": 1}))
-    with pytest.raises(InputError, match="holds neither"):
+    with pytest.raises(InputError, match="contains neither"):
         read_stored(tmp_path)
 
 

@@ -190,11 +190,11 @@ class Runner {
     for (int value : plan_.head_reads) {
       if (!plan_.values[value].differentiable) continue;
       check(given != cotangents.end(),
-            "[schedule] expected a cotangent for each differentiable value that leaves.");
+            "[schedule] expected a cotangent for each differentiable value that the head reads.");
       cotangents_[value] = *given++;
     }
     check(given == cotangents.end(),
-          "[schedule] expected a cotangent for each differentiable value that leaves.");
+          "[schedule] expected a cotangent for each differentiable value that the head reads.");
     return go_back(move, kept_);
   }
 
@@ -413,7 +413,8 @@ Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::o
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
-    check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters ", owner, ".");
+    check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters of owner ",
+          owner, ".");
   auto runner = std::make_shared<Runner>(plan, fns, head, params, owners, head_params, inputs, wait, launch,
                                          watch, recordings);
   return {[runner] { return runner->forward(); },

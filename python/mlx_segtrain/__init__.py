@@ -48,7 +48,7 @@ def _require_mlx() -> None:
     """Raises ImportError unless this MLX release is installed. The message contains a command that
     installs it."""
     mend = (
-        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which brings mlx {MLX_VERSION}'
+        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx {MLX_VERSION}'
     )
     try:
         found = version("mlx")
@@ -62,7 +62,7 @@ def _require_mlx() -> None:
         import_module("mlx.core")
     except ImportError as error:
         raise ImportError(
-            f"MLX is installed without its library for this machine ({error}): {mend}."
+            f"MLX is installed, but its backend for this machine is missing ({error}): {mend}."
         ) from None
 
 

@@ -230,7 +230,7 @@ def _given(
 
     if len(pair) != 2 or not isinstance(pair[0], nn.Module):
         raise InputError(
-            "model is a tuple of the wrong form: pass (model, tokenizer), as load returns them."
+            "model is not a tuple (model, tokenizer): pass the two values that load returns."
         )
     model, tokenizer = pair
     if "model_dir" not in fields:

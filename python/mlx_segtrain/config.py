@@ -525,13 +525,13 @@ class TrainConfig(BaseModel):
         if self.epochs is None and self.warmup_iters >= self.iters:
             raise InputError(
                 f"warmup_iters = {self.warmup_iters} must be smaller than iters = {self.iters}: "
-                "the learning rate would never reach its peak, so lower it",
+                "lower it, because the learning rate would never reach its peak",
                 field="warmup_iters",
             )
         if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:
             raise InputError(
-                "dpo_loss exo_pair needs label_smoothing above 0, or the loss of a pair is "
-                "infinite: set it, to 0.001 for instance",
+                "dpo_loss exo_pair needs label_smoothing above 0, because the loss of a pair is "
+                "infinite without it: set it to 0.001, for instance",
                 field="label_smoothing",
             )
         if self.method == "grpo" and self.max_completion_tokens >= self.max_seq_length - 1:

@@ -248,7 +248,7 @@ def fetch(
         if ask:
             why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository there"
         else:
-            why = "this command downloads nothing: download it first"
+            why = "this command downloads nothing: download the repository first"
         raise InputError(f"{repository} is incomplete in {cache()}, but {why}.")
     try:
         commit, listed = _listed(repository)
@@ -257,7 +257,7 @@ def fetch(
             return folder
         raise InputError(
             f"{repository} is not a folder, but the hub cannot be reached ({error}): check the "
-            f"network, or download it elsewhere and copy it to {cache()}."
+            f"network, or download it on another machine and copy it to {cache()}."
         ) from None
     check(listed)
     # The configuration and the tokenizer come first, so that everything is complete once the
@@ -375,8 +375,8 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{repository.id} is neither a path nor a {repository.kind} on the hub that you "
-            "may read: check the spelling; for a private one log in with `hf auth login`, or set "
+            f"{repository.id} is neither a path nor a {repository.kind} on the hub that you may "
+            "read: check the spelling; if it is private, log in with `hf auth login`, or set "
             "HF_TOKEN."
         ) from None
     except refused as error:
@@ -469,7 +469,7 @@ def _download(
     if total - there + MARGIN > free:
         raise InputError(
             f"{repository} needs {amount(total)} more, but {amount(free)} are free on the disk of "
-            f"{cache()}: free some, or set HF_HOME to a folder on another disk."
+            f"{cache()}: free some space, or set HF_HOME to a folder on another disk."
         )
     meter = Meter(str(repository), total, tell)
     exact = replace(repository, revision=commit)

@@ -45,7 +45,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         wait = "wait a while" if status == 429 else "try again later"
-        raise InputError(f"the hub answers {status} to a search: {wait}.") from None
+        raise InputError(f"the hub answered a search with status {status}: {wait}.") from None
     except Exception as error:  # exceptions depend on the client's HTTP library
         raise InputError(
             f"the hub does not answer ({reason(error)}): check the network, or use a full name, "

@@ -67,7 +67,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if whole and end != total - 8 - size:
             raise ValueError(
-                f"its tensors take {end} bytes, but the file has {total - 8 - size} of data"
+                f"its tensors take {end} bytes, but the file has {total - 8 - size} bytes of data"
             )
         return tensors
     except (OSError, ValueError, struct.error, RecursionError) as error:

@@ -218,7 +218,7 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
     adapter = write_adapter(tmp_path / "root" / "adapter")
     for path in names_of_the_store(tmp_path / "store"):
         with pytest.raises(
-            InputError, match=r"reserved by the store|belong to the server|already exists"
+            InputError, match=r"reserved by the store|belongs to the server|already exists"
         ):
             service.enqueue(
                 "export", adapter_path=str(adapter), base_model=None, output_dir=str(path)

@@ -70,7 +70,7 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   for (int i = 0, end = 0; i < static_cast<int>(ranges.size()); end = ranges[i++].second)
     check(end <= ranges[i].first && ranges[i].first < ranges[i].second && ranges[i].second <= c.S,
           "[attention] expected segments as rising ranges of the ", c.S, " keys; got ", ranges[i].first,
-          " … ", ranges[i].second, " behind ", end, ".");
+          " … ", ranges[i].second, " after ", end, ".");
   auto segment = ranges.begin();
   for (int t = 0; t < c.T; ++t) {
     int position = c.q_start + t;
@@ -97,11 +97,11 @@ std::string stock_heads_unfit(const Call& c) {
     sizes = "of 64, 72, 80, 96, 128, 192 and 256 and, with neural accelerators, 512 in half precision";
   } else {
     if (!half) return "it has no float32 kernel on CUDA";
-    if (int has = compute_capability(); has && has < 80) return "it needs a GPU of compute capability 8.0";
+    if (int has = compute_capability(); has && has < 80) return "it needs compute capability 8.0 or higher";
     if (c.D % 8 == 0 && c.D <= 128 && c.D == c.Dv) return "";
     sizes = "in multiples of 8 up to 128";
   }
-  return "its memory is linear for D = Dv " + sizes + " only";
+  return "its memory is linear in S only for D = Dv " + sizes;
 }
 
 /// MLX's attention as an implementation. It is ok only if the memory of both its forward and its backward

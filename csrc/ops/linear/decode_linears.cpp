@@ -91,7 +91,7 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
   for (const auto& base : bases_) {
     if (base.scales.has_value() != first.scales.has_value() || base.bits != first.bits ||
         base.group_size != first.group_size)
-      return "its weights must be of one kind";
+      return "its weights must all be dense, or all have the same quantization";
     if (base.scales && (base.mode != "affine" || (base.bits != 4 && base.bits != 8 && base.bits != 2)))
       return "a quantized weight must be affine with 2, 4 or 8 bits";
     if (base.scales && (base.scales->dtype() != first.scales->dtype() ||

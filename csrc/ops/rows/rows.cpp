@@ -22,7 +22,7 @@ mx::array cuda_rows(const char* kernel, const mx::array& x, const mx::array& ind
 
 std::string unfit(const mx::array& x, const mx::array& index) {
   if (x.size() == 0 || index.size() == 0) return "x or index is empty";
-  return x.dtype() == mx::float64 ? "float64" : "";
+  return x.dtype() == mx::float64 ? "it does not support float64" : "";
 }
 
 }  // namespace
@@ -32,7 +32,7 @@ mx::array take_rows(const mx::array& x, const mx::array& index, const std::strin
   check(x.ndim() > 0, "[take_rows] expected x [N, ...]; got ", x.shape(), ".");
   const bool cuda = gpu() == Gpu::cuda && !on_cpu(s);
   const Way kernel =
-      cuda ? gpu_kernel("take_rows", unfit(x, index)) : Way{"kernel", false, "only CUDA has one"};
+      cuda ? gpu_kernel("take_rows", unfit(x, index)) : Way{"kernel", false, "only CUDA has this kernel"};
   if (choose("take_rows", impl, {kernel, {"stock", true, ""}}) == "stock") return mx::take(x, index, 0, s);
   const int n = x.shape(0);
   mx::Shape shape = index.shape();

@@ -72,8 +72,9 @@ def export(
         if to == "peft":
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
-                    "the adapter belongs to a model for text and images, which transformers names "
-                    "in two ways: add --model with its folder, or --names."
+                    "the adapter belongs to a model for text and images, whose modules have two "
+                    "possible names in transformers: choose with --names, or pass the folder of "
+                    "the model with --model."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
@@ -117,8 +118,8 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "the base model must show whether the embedding is also the head: add its folder with "
-            "--model."
+            "whether the embedding is also the head depends on the base model: pass its folder "
+            "with --model."
         )
     return replace(adapter, tied=tied)
 
@@ -147,7 +148,7 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
-            f"converted to {dtype}, the adapter would differ by {difference:.2g}, while its "
+            f"converted to {dtype}, the adapter would change by {difference:.2g}, while its "
             f"largest update is {update:.2g}: nothing was written."
         )
     ranks = sorted(set(adapter.ranks.values()))

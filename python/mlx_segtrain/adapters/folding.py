@@ -144,7 +144,8 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
         if path is None:
             raise InputError(
                 f"'{name}' is not a layer in the files of {base.folder}: the adapter belongs to "
-                "another model, or this model is not in mlx-lm's format (mlx_lm.convert)."
+                "another model, or this model is not in mlx-lm's format (convert it with "
+                "mlx_lm.convert)."
             )
         if path in found:
             raise InputError(f"the adapter holds two updates of '{path}': remove one.")
@@ -184,8 +185,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
         what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
         raise InputError(
-            f"'{path}' of {base.folder} {what} and cannot be merged into: convert the model first "
-            "(mlx_lm.convert)."
+            f"the adapter cannot be merged into '{path}' of {base.folder}, which {what}: convert "
+            "the model first (mlx_lm.convert)."
         )
 
 
@@ -273,7 +274,7 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
     if delta.shape != weight.shape:
         raise InputError(
             f"'{name}' has an update of {delta.shape}, but the model's weight is {weight.shape}: "
-            "it was trained on another model."
+            "the adapter was trained on another model."
         )
     new = weight + adapter.scales[name] * delta
     more = adapter.more.get(name)

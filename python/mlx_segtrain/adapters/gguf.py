@@ -49,8 +49,8 @@ def write_gguf(
     family = str(base.get("model_type"))
     if family not in ARCHITECTURES:
         raise InputError(
-            f"models of type {family} cannot be exported to GGUF, only "
-            f"{', '.join(sorted(ARCHITECTURES))}."
+            f"adapters of {family} models cannot be exported to GGUF; the supported model types "
+            f"are {', '.join(sorted(ARCHITECTURES))}."
         )
     name, neighbours = ARCHITECTURES[family]
     heads_of = {}

@@ -60,10 +60,11 @@ def weighted(
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
         raise InputError(
-            f"{len(chosen)} weights for {len(paths)} adapters: pass one weight for each."
+            f"{len(chosen)} weights were given for {len(paths)} adapters: pass one weight for each "
+            "adapter."
         )
     if not all(map(math.isfinite, chosen)):
-        raise InputError("a weight is not a finite number.")
+        raise InputError("the weights of the adapters must be finite numbers.")
     if len(paths) == 1 and chosen == [1.0]:
         return read_stored(paths[0], model_dir=model_dir)
     return merged([read_stored(path, model_dir=model_dir) for path in paths], chosen)

@@ -59,8 +59,8 @@ def _scale(folder: Folder) -> float:
     alpha, r = number(file, config, "lora_alpha"), number(file, config, "r")
     if alpha is None or not r:
         raise InputError(
-            f"{file} has no lora_parameters.scale, no scale, and no lora_alpha with an r: add the "
-            "multiplier as lora_parameters.scale."
+            f"{file} does not set the LoRA scale (lora_parameters.scale, scale, or lora_alpha and "
+            "r): add lora_parameters.scale."
         )
     return alpha / r
 

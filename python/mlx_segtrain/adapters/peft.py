@@ -31,7 +31,7 @@ def hf_path(path: str, names: Names) -> str:
     inner = bare(path)
     if not _KNOWN.fullmatch(inner):
         why = (
-            "transformers has the experts in one tensor, which PEFT's LoRA does not split"
+            "transformers stores all experts in one tensor, which PEFT's LoRA cannot split"
             if "switch_mlp" in inner or "experts" in inner
             else "its name in transformers is unknown"
         )

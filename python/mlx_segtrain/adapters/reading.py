@@ -57,16 +57,17 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
-                f"{weights}: '{name}' is not a layer of this model that can be adapted: it was "
-                "trained on another model, or on parts of it that cannot be adapted here."
+                f"{weights}: '{name}' is not a layer of this model that mlx_segtrain can adapt: "
+                "the adapter was trained on another model, or on layers that are not supported "
+                "here."
             )
         if linear in arrays:
             raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
         wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
-                f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the "
-                f"model needs {wanted[0]} and {wanted[1]}: it was trained on another model."
+                f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the model "
+                f"needs {wanted[0]} and {wanted[1]}: the adapter was trained on another model."
             )
         kind = stored.kind
         if kind is not LORA and isinstance(adaptable[linear], EMBEDDINGS):
@@ -114,16 +115,18 @@ def read_stored(
             raise InputError(f"{folder.weights} holds two updates of '{path}': remove one.")
         if not _fit(a.shape, b.shape):
             raise InputError(
-                f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, which do "
-                "not fit together."
+                f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, whose "
+                "shapes do not match."
             )
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
                 f"{folder.weights}: '{stored}' has {folder.kind.called} of shape {more[0].shape}, "
-                f"which do not fit lora_b {b.shape}."
+                f"which does not match lora_b {b.shape}."
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *more)):
-            raise InputError(f"{folder.weights}: '{stored}' has factors that are not finite.")
+            raise InputError(
+                f"{folder.weights}: '{stored}' has factors with NaN or infinite values."
+            )
         updates[stored] = a, b, multiplier(stored, rank)
         if stored in found:
             arrays[path] = dict(zip(folder.arrays, (a, b, *more), strict=True))
@@ -199,7 +202,7 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
             raise InputError(f"{folder.weights}: tensor '{name}' is not a LoRA factor.")
         found.setdefault(match[1], {})[known[match[2]]] = name
     if not found:
-        raise InputError(f"{folder.weights} holds no lora_a for any layer.")
+        raise InputError(f"{folder.weights} contains no lora_a.")
     called = {name: name for name in FACTORS} | {kind.array: kind.called for kind in KINDS}
     for stored, own in found.items():
         for key in folder.arrays:
@@ -219,5 +222,8 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     """Returns the rank, which follows from the shape of the stored A factor."""
     rank = shape[0 if folder.peft else 1] if len(shape) > 1 else 0
     if rank == 0:
-        raise InputError(f"{folder.weights}: '{stored}' has lora_a {shape}, which has no rank.")
+        raise InputError(
+            f"{folder.weights}: '{stored}' has lora_a of shape {shape}, from which no rank can be "
+            "read."
+        )
     return rank

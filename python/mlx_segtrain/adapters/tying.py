@@ -26,8 +26,8 @@ Found = dict[str, list[str]]
 #: Names of the head in transformers.
 HEADS = ("lm_head", "embed_out")
 MENDED = (
-    "but this model has one weight for both: train it again with ensure_weight_tying, or merge it "
-    "with PEFT into a model that has a separate head."
+    "but this model has one weight for both: train the adapter again with ensure_weight_tying, "
+    "or merge it with PEFT into a model that has a separate head."
 )
 
 
@@ -52,8 +52,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights}: the base model must show whether the embedding is also the head: add "
-        "its folder with --model."
+        f"{folder.weights}: whether the embedding is also the head depends on the base model: "
+        "pass its folder with --model."
     )
 
 
@@ -72,7 +72,7 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
         own, other = ("no separate head", "one") if tied else ("a separate head", "none")
         raise InputError(
             f"{folder.weights}: this model has {own}, but the model on which the update of the "
-            f"embedding was trained has {other}: it was trained on another model."
+            f"embedding was trained has {other}: the adapter was trained on another model."
         )
     if not tied:
         return found, {}
@@ -141,8 +141,8 @@ def common(adapters: list[Adapter]) -> bool | None:
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(
-            "the adapters belong to different models: one updates an embedding that is also the "
-            "head, another an embedding beside a separate head."
+            "the adapters belong to different models: in one of them the embedding is also the "
+            "head, in another one the head is separate."
         )
     return kinds.pop() if kinds else None
 

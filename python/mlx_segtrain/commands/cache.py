@@ -104,5 +104,5 @@ def _prune(args: argparse.Namespace) -> int:
     freed = sum(found[key].size for key in keys if key not in stay)
     print(f"removed {len(keys) - len(stay)} of {len(found)} folders, {freed / 1e6:,.1f} MB")
     for key in stay:
-        print(f"{key} was kept, because another process is writing it")
+        print(f"{key} was not removed, because another process is writing it")
     return 0

@@ -177,7 +177,7 @@ class Chat:
             self.voice = self.voices[names.index(name)]
         else:
             listed = ", ".join(f"{i} {own}" for i, own in enumerate(names))
-            return f"now {self.voice.name}; choose one of: {listed}"
+            return f"answering with {self.voice.name}; choose one of: {listed}"
         return f"answering with {self.voice.name}"
 
 

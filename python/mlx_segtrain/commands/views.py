@@ -45,7 +45,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
     elif report.prompt_format == "raw":
         line("prompts  are raw, without the chat template")
     if report.length_max is None:
-        line("give --model to count tokens and to see which of them are in the loss")
+        line("pass --model to count tokens and to see which of them are in the loss")
         return
     line(
         f"length   {report.length_min} to {report.length_max} tokens, "
@@ -199,7 +199,7 @@ def show_plan(report: PlanReport) -> None:
         line("", f"{gb(n)}  {name}")
     if report.rollout_peak is not None:
         line("rollouts", f"{gb(report.rollout_peak)}, {report.rollout_batch} completions at once")
-    line("recomputed", f"{report.recomputed:.0%} of the work that must be done")
+    line("recomputed", f"{report.recomputed:.0%} of the work of a plan without recomputation")
     line("longest", _longest(report.longest, report.max_length))
     for other in report.alternatives:
         if other.fits:
@@ -215,7 +215,7 @@ def show_plan(report: PlanReport) -> None:
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
         line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
     if report.ranks and report.rollout_batch is not None:
-        line("", "Only an update with one pass on each rank is counted, and no time to generate.")
+        line("", "This counts one update with one pass on each rank, and no time for generation.")
 
 
 def _longest(tokens: int, most: int | None) -> str:
@@ -307,8 +307,8 @@ def show_fold(report: folding.Report) -> None:
         way = "--bits 8 or --dequantize" if quantized else "--dequantize --dtype float32"
         say(
             f"warning: {len(swallowed)} of {len(report.linears)} linear layers lost more than a "
-            f"tenth of the update to rounding. Merge with {way}, or serve model and adapter "
-            "separately."
+            f"tenth of the update to rounding. Merge with {way}, or serve the adapter without "
+            "merging it."
         )
 
 

@@ -149,17 +149,17 @@ def padding(dataset: Dataset, batch_size: int) -> float:
 def described(dataset: Dataset, batch_size: int) -> str:
     """Describes in words how many batches an epoch has, and how much of an epoch is padding."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
-        return "not one batch"
+        return "less than one batch"
     said = f"{count:,} batch{'es' if count > 1 else ''} per epoch"
     if batch_size == 1 and not dataset.packed:
         return said
     share = padding(dataset, batch_size)
     if dataset.packed:
         return (
-            f"{said}, packed: {len(dataset) / len(dataset.packing):.1f} rows on average fill "
+            f"{said}, packed: on average {len(dataset) / len(dataset.packing):.1f} rows fill "
             f"{1 - share:.1%} of {dataset.packed:,} tokens"
         )
-    return f"{said}, {share:.1%} of their tokens padding"
+    return f"{said}; {share:.1%} of the tokens are padding"
 
 
 def one_row(dataset: Dataset, i: int) -> AnyBatch:

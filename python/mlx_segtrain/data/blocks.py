@@ -76,8 +76,8 @@ def _parse(line: bytes, source: str) -> Row:
         ) from error
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{source}: the row holds a lone surrogate (\\ud800 to \\udfff), not a character; "
-            "remove it."
+            f"{source}: the row holds a lone surrogate (\\ud800 to \\udfff), which is not a "
+            "character; remove it."
         ) from error
     except RecursionError as error:
         raise InputError(f"{source}: the row is nested too deeply; flatten it.") from error

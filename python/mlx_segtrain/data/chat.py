@@ -158,8 +158,8 @@ def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
 
 def _unplaced(i: int) -> TemplateError:
     return TemplateError(
-        f"the start of messages[{i}] in the rendering of the chat template is unclear, so this "
-        'turn cannot be trained; set "train": false on it or leave the row out.'
+        f"the output of the chat template does not show where messages[{i}] starts, so this turn "
+        'cannot be in the loss; set "train": false on it or leave the row out.'
     )
 
 

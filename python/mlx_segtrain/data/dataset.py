@@ -263,8 +263,8 @@ def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source |
         if names := [path.name for path in rows_in(data) if path.name not in read]:
             shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
             said.append(
-                f"not read in {data}: {shown} (training rows are read from the file train, "
-                "validation rows from valid or validation)"
+                f"files of {data} that are not read: {shown} (training rows are read from a file "
+                "called train, validation rows from valid or validation)"
             )
         if valid is None:
             said.append(f"{data} has no validation file, so there is no validation loss")

@@ -268,7 +268,7 @@ class Encoder:
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"{sample.source}: the start of the text in the loss is unknown, because this "
-                "tokenizer gives no character offsets; use its fast version (tokenizer.json)."
+                "tokenizer provides no character offsets; use its fast version (tokenizer.json)."
             )
         output = self._tokenizer(
             sample.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False

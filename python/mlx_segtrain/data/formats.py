@@ -26,7 +26,7 @@ NOTHING: Mapping[str, str] = {}
 #: The keys that the error message lists if a row has no known format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
-    "format in docs/data.md (or give columns)"
+    "format in docs/data.md (or set columns)"
 )
 
 
@@ -96,7 +96,8 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
-                f'{source}: the row has no column "{theirs}", which columns names for "{ours}".'
+                f'{source}: the row has no column "{theirs}", which the option columns maps to '
+                f'"{ours}".'
             )
     if not columns:
         return row
@@ -193,8 +194,8 @@ def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
     *prompt, last = row["messages"]
     if last["role"] != "assistant" or all(own["role"] == "system" for own in prompt):
         raise InputError(
-            f'{source}: "messages" must end with a message of the user and one of the assistant, '
-            'to which the "label" belongs.'
+            f'{source}: "messages" must end with a user message and an assistant message, to '
+            'which the "label" belongs.'
         )
     return {**row, "prompt": prompt, "completion": [last], "label": label}
 
@@ -229,7 +230,7 @@ def _check_completion(row: dict[str, Any], source: str) -> dict[str, Any]:
         row = {**row, **{key: _turns(row, key, source) for key in ("prompt", "completion")}}
         if not _answers(row["completion"]):
             raise InputError(
-                f'{source}: "completion" has no assistant message, so nothing to train on.'
+                f'{source}: "completion" has no assistant message, so there is nothing to train on.'
             )
     return _with_system(row, source)
 
@@ -240,7 +241,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string like "prompt", not {kind}; if "{key}" '
+                    f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
                     'also holds the prompt, remove "prompt".'
                 )
     else:
@@ -381,8 +382,8 @@ def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
 def _several(source: str) -> InputError:
     """Returns the error for a response that would become several samples."""
     return InputError(
-        f"{source}: the chat template renders a turn of the response differently once others "
-        "follow; use responses of one assistant message."
+        f"{source}: the chat template renders a turn of the response differently if other turns "
+        "follow it; use responses of one assistant message."
     )
 
 

@@ -81,6 +81,6 @@ def check_growth(name: str, unpacked: int, size: int) -> None:
     """Raises InputError if a file of `size` bytes has decompressed to too many bytes."""
     if unpacked > SLACK + MOST_UNPACKED * size:
         raise InputError(
-            f"{name} unpacks to more than {MOST_UNPACKED} times its size; if the file "
-            "is valid, write it in another format."
+            f"{name} decompresses to more than {MOST_UNPACKED} times its size; if the file is "
+            "valid, write it in another format."
         )

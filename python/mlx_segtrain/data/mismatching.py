@@ -61,7 +61,8 @@ def _others(data: Dataset) -> np.ndarray:
         if not left.size:
             return other
     raise InputError(
-        f"{data.name}: all rows have the same prompt, but method kto compares with responses to "
-        "other prompts: add rows, or use kto_loss apo_zero_unpaired.",
+        f"{data.name}: all rows have the same prompt, but method kto compares each row with a "
+        "response to another prompt: add rows with other prompts, or use kto_loss "
+        "apo_zero_unpaired.",
         field="kto_loss",
     )

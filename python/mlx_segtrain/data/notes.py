@@ -11,8 +11,10 @@ FINDINGS = {
     "call": "a tool call of the row is missing or mangled in what the chat template renders",
     "result": "a tool result of the row is missing from what the chat template renders",
     "tools": "a tool definition of the row is missing from what the chat template renders",
-    "special": "a message holds the text of a special token, which the model reads as that token",
-    "stop": "no token that stops generation ends the turn",
+    "special": (
+        "a message contains the text of a special token, which the model reads as that token"
+    ),
+    "stop": "the turn does not end with a token that stops generation",
 }
 #: The maximum number of rows that are listed for each finding.
 MOST_NAMED = 20

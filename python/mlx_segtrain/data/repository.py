@@ -122,7 +122,7 @@ def fetch(
     splits = configs[_chosen(name, configs, standard)]
     train = name.split or _training(name, splits)
     if train not in splits:
-        raise InputError(f"{name.repository.id} has no split {train}, only {_list(splits)}.")
+        raise InputError(f"{name.repository.id} has no split {train}; use {_list(splits)}.")
     valid = None if name.split else _validation(train, splits)
     wanted = {*splits[train], *(splits[valid] if valid else ())}
     exact = replace(name.repository, revision=folder.name)
@@ -254,7 +254,7 @@ def _chosen(name: Named, configs: Mapping[str, Splits], standard: str | None) ->
         )
     if config not in configs:
         raise InputError(
-            f"{name.repository.id} has no configuration {shown(config)}, only {_list(configs)}."
+            f"{name.repository.id} has no configuration {shown(config)}; use {_list(configs)}."
         )
     return config
 

@@ -185,7 +185,7 @@ def sources_of(
         if named["train"] is None:
             had = ", ".join(map(shown, data)) or "nothing"
             raise InputError(
-                f'the data has no split "train", only {had}: add it, or pass one split.'
+                f'the data has no split "train" (it has {had}): add it, or pass a single split.'
             )
         train = _python(named["train"], "train_data")
         own = None if named["valid"] is None else _python(named["valid"], "valid_data")
@@ -193,7 +193,9 @@ def sources_of(
         train, own = _python(data, "train_data"), None
     if valid is not None:
         if own is not None:
-            raise InputError(f"{own.name} already has validation rows: use only one of the two.")
+            raise InputError(
+                f"{own.name} already has validation rows: leave out either these or valid_data."
+            )
         found = isinstance(valid, str | Path)
         own = _in_place(valid, tell, ask)[0] if found else _python(valid, "valid_data")
     return train, own
@@ -209,7 +211,7 @@ def source_of(path: Path) -> Source:
     if not path.exists():
         raise InputError(f"The data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
-        raise InputError(f"{path} is not a supported file of rows: use {ENDINGS}.")
+        raise InputError(f"{path} is not a data file in a supported format: use {ENDINGS}.")
     return Files({path.name: path})
 
 
@@ -233,8 +235,8 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
         valid = split_in(place, place, "valid")
         return Files({others[0].name: others[0]}), Files(valid) if valid else None
     raise InputError(
-        f"{place} has no file train.jsonl, nor one of another format; put the training rows there "
-        f"({ENDINGS})."
+        f"{place} has no file train.jsonl, and no train file in another format; put the training "
+        f"rows there ({ENDINGS})."
     )
 
 

@@ -142,8 +142,8 @@ class _Worker:
             else f"was killed by {signal.Signals(-code).name}"
         )
         return RunError(
-            f"a tokenizing process {how}: run the same command again, which continues from what is "
-            "done; if memory is short, limit the number of processors (taskset)."
+            f"a tokenizing process {how}: run the same command again, which continues where this "
+            "one stopped; if memory is short, limit the number of processors (taskset)."
         )
 
 

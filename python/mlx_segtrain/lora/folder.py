@@ -84,9 +84,13 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         raise InputError(f"the adapter {path} is not a folder: pass the folder of an adapter.")
     weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
-        raise InputError(f"{path} holds neither {WEIGHTS} nor {PEFT_WEIGHTS}: not an adapter.")
+        raise InputError(
+            f"{path} contains neither {WEIGHTS} nor {PEFT_WEIGHTS}, so it is not an adapter."
+        )
     if not (path / CONFIG).is_file():
-        raise InputError(f"{path} holds no {CONFIG}, which gives the scale: not an adapter.")
+        raise InputError(
+            f"{path} contains no {CONFIG}, which has the scale, so it is not an adapter."
+        )
     config = read_json(path / CONFIG)
     if _is_unpadded(path, config):
         weights.insert(0, path / UNPADDED)
@@ -173,6 +177,6 @@ def refuse(folder: Folder, what: str) -> NoReturn:
     supported."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
-        f"{what} are not supported, only {kinds}: merge {folder.weights.parent} into its model "
-        "with the tool that made it."
+        f"{what} are not supported, only {kinds} adapters are: merge {folder.weights.parent} into "
+        "its model with the tool that created it."
     )

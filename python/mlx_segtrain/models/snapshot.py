@@ -38,7 +38,7 @@ class Snapshot:
         file = self.folder / name
         if not file.is_file():
             raise InputError(
-                f"model_dir {self.folder} holds no {name} ({what}): not a model folder."
+                f"model_dir {self.folder} contains no {name} ({what}), so it is not a model folder."
             )
         return file
 
@@ -56,7 +56,8 @@ class Snapshot:
                 raise InputError(f"model_dir {self.folder} has more than {MOST_TENSORS:,} tensors.")
         if not any(found.values()):
             raise InputError(
-                f"model_dir {self.folder} holds no model*.safetensors: no weights to load."
+                f"model_dir {self.folder} contains no model*.safetensors, so there are no weights "
+                "to load."
             )
         return found
 

@@ -174,8 +174,9 @@ class Kto(Responses):
         ends = [self.undesirable * rows[1] * end / rows[0] for end in ADVISED]
         return [
             f"{data.name}: {rows[0]:,} rows are desirable and {rows[1]:,} are not; with these "
-            f"weights that is {weighted[0] / weighted[1]:.2f} to 1, where KTO's paper advises 1 to "
-            f"1.33: set a desirable_weight of {ends[0]:.3g} to {ends[1]:.3g}"
+            f"weights the ratio is {weighted[0] / weighted[1]:.2f} to 1, but KTO's paper "
+            "recommends a ratio from 1 to 1.33: set desirable_weight to a value from "
+            f"{ends[0]:.3g} to {ends[1]:.3g}"
         ]
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:

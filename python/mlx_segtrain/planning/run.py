@@ -72,7 +72,9 @@ class RunPlan:
 
     def __str__(self) -> str:
         if self.planned is None:
-            return f"memory is not predicted for {self.shape.family}, whose layers are mlx-lm's"
+            return (
+                f"memory is not predicted for {self.shape.family}, which runs with mlx-lm's layers"
+            )
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         own = f"{self.part}; " if self.part else ""
@@ -271,8 +273,9 @@ def planned(
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not supported for {shape.family}, whose layers are mlx-lm's and take no "
-            "packed rows: leave it out and set a batch_size, which groups rows of similar length.",
+            f"packing is not supported for {shape.family}, which runs with mlx-lm's layers, and "
+            "they do not support packed rows: leave packing out and set batch_size; rows of "
+            "similar length are batched together.",
             field="packing",
         )
     ranks = adapter_ranks(config, shape) if shape.fast else {}
@@ -337,7 +340,7 @@ def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
     if "" in ranks:
         raise InputError(
             f"warm_start {config.warm_start} adapts linear layers that {title(config.model_dir)} "
-            "does not have: it was trained on another model.",
+            "does not have: the adapter was trained on another model.",
             field="warm_start",
         )
     return ranks

@@ -189,8 +189,8 @@ def split(
     if len(found) < ranks:
         at = found[-1].end if found else 0
         raise NoRoom(
-            f"the model does not fit on {ranks} ranks: with {len(found)} of them full, layer "
-            f"{at + 1} of {layers} is left: lower max_seq_length or batch_size, raise "
+            f"the model does not fit on {ranks} ranks: {len(found)} of them are full, and layer "
+            f"{at + 1} of {layers} still has no place: lower max_seq_length or batch_size, raise "
             "memory_budget_gb, or start more ranks."
         )
     low, high = 0.0, max(map(takes, found))

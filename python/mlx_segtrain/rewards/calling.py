@@ -101,7 +101,7 @@ def by_command(command: str) -> Callable[..., list[float]]:
             ) from error
         if done.returncode:
             last = " ".join(done.stderr.strip().splitlines()[-1:])[:300]
-            raise RunError(f"reward_command ended with {done.returncode}: {last}")
+            raise RunError(f"reward_command exited with code {done.returncode}: {last}")
         return [float(line) for line in done.stdout.split()]
 
     return score

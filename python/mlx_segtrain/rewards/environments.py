@@ -72,9 +72,9 @@ class Environments:
             )
         if self.tools and not tokenizer.has_tool_calling:
             raise InputError(
-                f"environment {self.name} has tools, but mlx-lm does not know how tools are called "
-                "in the model's chat template: use a model that calls tools, or write the class "
-                "with a method step.",
+                f"environment {self.name} has tools, but mlx-lm does not know how tools are "
+                "called in the model's chat template: use a model that calls tools, or give the "
+                "class a method step instead.",
                 field="environment",
             )
         for row in rows:
@@ -122,7 +122,7 @@ class Conversation:
             said = with_what_it_takes(self.environment.reset)(**columns)
         if said is not None:
             if not isinstance(said, str):
-                raise _wrong(of.name, "reset", said, "a text, which the prompt then ends with")
+                raise _wrong(of.name, "reset", said, "a string, which is appended to the prompt")
             *before, last = self.messages
             text = f"{last.get('content') or ''}{said}"
             self.messages = [*before, {**last, "content": text}]
@@ -172,7 +172,7 @@ class Conversation:
             return None
         new = [{"role": "user", "content": said}] if isinstance(said, str) else said
         if not isinstance(new, list) or not new or not all(map(_is_message, new)):
-            wanted = "a text, a list of messages with role and content, or None at the end"
+            wanted = "a string, a list of messages with role and content, or None at the end"
             raise _wrong(self._of.name, "step", said, wanted)
         return [dict(own) for own in new]
 
@@ -234,12 +234,12 @@ class Conversation:
             except Exception:  # other templates reject several calls, now and in later turns
                 answer = bare
         if rest is None:
-            with _failing(self._of.name, "the chat template after it"):
+            with _failing(self._of.name, "rendering its messages with the chat template"):
                 rest = after(bare)
         if rest is None:
             raise RunError(
-                f"environment {self._of.name}: the model's chat template does not write what the "
-                "assistant says, so a conversation cannot continue: use another model."
+                f"environment {self._of.name}: the model's chat template does not render the text "
+                "of assistant messages, so a conversation cannot continue: use another model."
             )
         self._accepted += [answer, *new]
         stops = (tokenizer.decode([token]) for token in tokenizer.eos_token_ids)

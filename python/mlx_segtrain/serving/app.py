@@ -95,8 +95,8 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
-            f"address {settings.host}, port {settings.port} is not available ({error.strerror}): "
-            "choose another --port."
+            f"on address {settings.host}, port {settings.port} is not available "
+            f"({error.strerror}): choose another --port."
         ) from None
     service = Service(settings)
     confine(service.roots)

@@ -97,7 +97,7 @@ def read(file: Path) -> Hosts:
             f"--hostfile {file} is not a host file of mlx.launch: {where}: {first['msg']}."
         ) from None
     except ValueError as error:
-        raise InputError(f"--hostfile {file} is not JSON ({error}): repair it.") from None
+        raise InputError(f"--hostfile {file} is not JSON ({error}): correct it.") from None
     return _checked(own, file)
 
 

@@ -69,12 +69,14 @@ class Roots:
         """Raises Outside if a resolved path is not below the roots. The message contains `named`
         instead of that path."""
         if self._is_of_jobs(path):
-            raise Outside(f"{named} is not accessible to clients: jobs belong to the server.")
+            raise Outside(
+                f"{named} is not accessible to clients, because it belongs to the server's jobs."
+            )
         if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} is not below a directory that this server may use ({where}, and nothing "
-                "hidden there): see --root."
+                f"{named} is not below a directory that this server may use ({where}, without "
+                "hidden files): see --root."
             )
 
     def allows(self, path: Path) -> bool:

@@ -38,7 +38,7 @@ class Settings:
             raise InputError("the token has fewer than 8 characters: choose a longer one.")
         if self.host not in LOOPBACK and self.token is None:
             raise InputError(
-                f"on the address {self.host} other machines can reach this server: set a --token, "
+                f"other machines can reach this server at the address {self.host}: set a --token, "
                 "or leave --host out."
             )
         if not 0 <= self.prompt_cache_gb < 1e6:

@@ -155,8 +155,8 @@ def _read(folder: Path) -> Checkpoint:
     version = rest.pop("version")
     if version != VERSION:
         raise InputError(
-            f"{folder} was written by version {version} of mlx-segtrain, and this is {VERSION}: "
-            f"resume with {version}."
+            f"{folder} was written by version {version} of mlx-segtrain, but this is version "
+            f"{VERSION}: resume with version {version}."
         )
     mx.eval(tensors)  # reads the file now, while its content is still what was hashed
     rest["progress"] = Progress.from_json(rest["progress"])

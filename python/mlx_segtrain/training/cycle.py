@@ -195,8 +195,8 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
-            f"{row.source}: reset of the environment adds {added} tokens to the prompt, so "
-            "max_completion_tokens leaves none for an answer: raise it."
+            f"{row.source}: reset of the environment adds {added} tokens to the prompt, which "
+            "leaves no room for an answer within max_completion_tokens: raise it."
         )
     return replace(options, max_tokens=options.max_tokens - added)
 
@@ -342,9 +342,9 @@ class Cycle(Stepper):
         # Raised outside the handler, because the frames of the caught exception keep arrays alive.
         at_once = setup.config.rollout_batch
         raise NoMemory(
-            f"step {step}: the device has no memory for generating {at_once} completions at once "
-            f"({reason}): free memory and resume, perhaps with a lower rollout_batch, or start "
-            "with a lower max_completion_tokens."
+            f"step {step}: the device has too little memory to generate {at_once} completions at "
+            f"once ({reason}): free memory and resume, perhaps with a lower rollout_batch, or "
+            "start with a lower max_completion_tokens."
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:

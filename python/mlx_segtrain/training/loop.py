@@ -398,8 +398,8 @@ class Run:
         self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
-                f"step {step}: the clock jumped by {jumped:+.0f} s against elapsed time (or the "
-                "machine slept): times in the log jump, but the run does not depend on them"
+                f"step {step}: the clock jumped by {jumped:+.0f} s relative to elapsed time (or "
+                "the machine slept): times in the log jump, but the run does not depend on them"
             )
 
     def _own_figures(self) -> dict[str, float]:
@@ -550,7 +550,7 @@ class Run:
         if step and self.ranks.pipeline:
             kept = "its factors are lost, so the run resumes from the last checkpoint"
         elif step:
-            kept = f"the state of step {step} is kept"
+            kept = f"the state of step {step} is saved"
             if not self.ranks.first:
                 kept = "rank 0 saves its last step if it can"
                 if (lost := self.ranks.links and self.ranks.links.lost) and lost.rank == 0:

@@ -292,9 +292,9 @@ class Ranks:
         odd = [self.name(r) for r, own in enumerate(every) if own != most]
         if odd:
             raise Diverged(
-                f"step {step}: the factors of {', '.join(odd)} differ from those of the others, "
-                "probably because a device or a connection is faulty: nothing is saved; resume "
-                "from the last checkpoint, on other hardware if it happens again."
+                f"step {step}: the factors of {', '.join(odd)} differ from those of the other "
+                "ranks, probably because a device or a connection is faulty: nothing is saved; "
+                "resume from the last checkpoint, on other hardware if it happens again."
             )
 
 

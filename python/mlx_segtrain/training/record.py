@@ -187,7 +187,7 @@ class Record:
             what = "was changed" if now else "was removed"
             raise RunError(
                 f"step {step}: {path} {what} during the run, so the adapter would not match any "
-                f"model: the state of step {step} is kept; restore the file and resume."
+                f"model: the state of step {step} is saved; restore the file and resume."
             )
 
 
@@ -220,7 +220,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         change = f"{name} = {now[name]}, but the run in {run} began with {then}"
         if own.on_resume == "refuse":
             raise InputError(f"{change}: use {flag(name)} {then}, or start a new run.")
-        warn(f"{change}: the rest of the run differs from what it would have been")
+        warn(f"{change}: the remaining steps will differ from those of an uninterrupted run")
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
         if what.startswith("rewards"):  # the user may have repaired a reward that failed
@@ -231,7 +231,8 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         # is.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
-                f"{what} {differs} since the run in {run} began: undo that, or start a new run."
+                f"{what} {differs} since the run in {run} began: undo the change, or start a new "
+                "run."
             )
     for part in OF_MACHINE:
         for what, differs in differences(record.values[part], earlier[part]).items():

@@ -53,7 +53,7 @@ def with_references(
     unknown = ranks.gather([i for i, key in keys.items() if key not in known])
     missing = sorted({i for own in unknown for i in own})
     if missing:
-        count = f"{len(missing)} rows through the model without an adapter"
+        count = f"{len(missing)} rows with the model without its adapter"
         on_event(events.stage("data", 0.03, f"reference: {count}"))
         found = {}
         for i in ranks.share(missing):
@@ -69,7 +69,7 @@ def with_references(
             _write(file, known)
         except OSError as error:
             said = f"{file} cannot be written ({error.strerror or error})"
-            on_event(events.warning(f"{said}: other runs will compute these again"))
+            on_event(events.warning(f"{said}: other runs will compute these values again"))
     of_rows = {i: known[key] for i, key in keys.items()}
     return data.map(lambda i, row: replace(row, reference=of_rows.get(i)))
 

@@ -438,8 +438,8 @@ def load_setup(
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not supported for {config.model_dir.name}, whose layers are mlx-lm's and "
-            "take no packed rows: leave it out.",
+            f"packing is not supported for {config.model_dir.name}, which runs with mlx-lm's "
+            "layers, and they do not support packed rows: leave packing out.",
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)

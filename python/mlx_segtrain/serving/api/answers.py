@@ -303,8 +303,8 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
     each = options.max_tokens if most is None else min(options.max_tokens, most)
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
-            f"logprobs: {answers} x {each} tokens with {options.logprobs} others each are more "
-            f"than {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
+            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each are "
+            f"more than {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
         )
 
 

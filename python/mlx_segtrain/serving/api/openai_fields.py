@@ -107,8 +107,8 @@ class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
             if name not in self.neutral:
                 hint = nearest(name[:100], list(type(self).model_fields))
             raise InputError(
-                f"{where}{word(name)}: this server does not implement it (it got {_shown(value)}): "
-                f"{ways}.{hint}"
+                f"{where}{word(name)}: this server does not support this field (its value is "
+                f"{_shown(value)}): {ways}.{hint}"
             )
 
 

@@ -361,7 +361,7 @@ class ChatRequest(Generate):
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
             raise InputError("tool_choice: there are no tools to call: add some.")
         if self._is_strict and self.is_formed:
-            raise InputError("tools: strict is not possible with an answer format.")
+            raise InputError("tools: strict cannot be combined with an answer format.")
 
     @property
     def _is_strict(self) -> bool:

@@ -64,7 +64,7 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())[:300]
-            raise InputError(f"the grammar of the answer cannot be followed further: {reason}")
+            raise InputError(f"the answer cannot continue in its grammar: {reason}")
 
 
 class Grammars:
@@ -150,8 +150,8 @@ class Grammars:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:
             raise InputError(
-                f"{field} has more than {MOST_RULES} of the letters {begins} that its parts begin "
-                "with: shorten it."
+                f"{field} has more than {MOST_RULES} of the characters {begins}, with which its "
+                "parts begin: shorten it."
             )
         try:
             known = self._tokens_known()

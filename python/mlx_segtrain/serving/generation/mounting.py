@@ -58,7 +58,10 @@ class Base:
         """Returns the tokens of a text that is not a chat, including the tokenizer's special
         tokens."""
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise InputError("prompt: it contains half of a character (a surrogate): send text.")
+            raise InputError(
+                "prompt: it contains a lone surrogate, which is half of a character: send valid "
+                "text."
+            )
         what = f"prompt: the tokenizer of {self.id}"
         return self.tokens("encode", what, len(text), text=text)
 

@@ -73,7 +73,7 @@ def _free_port(count: int) -> int:
             for own in range(port, port + count):
                 opened.enter_context(socket.socket()).bind(("", own))
             return port
-    raise RunError(f"no {count} consecutive ports are free on this machine: end other programs.")
+    raise RunError(f"no {count} consecutive ports are free on this machine: stop other programs.")
 
 
 class Group:
@@ -153,5 +153,5 @@ class Group:
                 error += f" on {host}: `ssh {host} true` must print nothing"
         if self.printed:
             error += f" (the last output was: {self.printed[:200]})"
-        error += "; resume the job when that is repaired"
+        error += "; resume the job when this is fixed"
         return {"type": "failed", "ts": events.now(), "error": error, "fault": "killed"}

@@ -91,7 +91,7 @@ def finetune(values: Values) -> events.Event:
     if first:
         draw_run(config, lambda message: tell(events.warning(message)))
     if result.interrupted:
-        kept = f"step {result.steps} is kept in {result.adapter_path}" if result.steps else ""
+        kept = f"step {result.steps} is saved in {result.adapter_path}" if result.steps else ""
         return {"type": "cancelled", "ts": events.now(), "step": result.steps, "message": kept}
     facts = asdict(result)
     facts.pop("applied_ranks")

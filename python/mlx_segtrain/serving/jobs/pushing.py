@@ -42,10 +42,10 @@ MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 
 #: Advice for each status code with which the hub refuses an upload.
 REFUSALS = {
-    401: "it does not know the token: log in again with `hf auth login`, or set another HF_TOKEN",
+    401: "the token is not valid: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
     404: "there is no such user or organization, or the token may not see it",
-    429: "it got too many requests: wait a while",
+    429: "it received too many requests: wait a while",
 }
 
 

@@ -92,8 +92,8 @@ class Jobs:
         self.claim = eventlog.claim(self.logs / "server")
         if self.claim is None:
             raise InputError(
-                f"another server is using the jobs in {folder}: end it, or set MLX_SEGTRAIN_CACHE "
-                "to another folder."
+                f"another server is using the jobs in {folder}: stop it, or set "
+                "MLX_SEGTRAIN_CACHE to another folder."
             )
         self.store = Store(folder / "jobs.sqlite")
         #: Environment variables for the kinds of jobs that need them. They are never written to a

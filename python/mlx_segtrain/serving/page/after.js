@@ -72,7 +72,7 @@ export default async function after(row, values, schema) {
 
   function fold() {
     const [weights, type, [where, given]] = [select(WEIGHTS), select(TYPES), folder("model")];
-    const about = "Lower precision loses more of the training.";
+    const about = "Lower precision loses more of the update.";
     const shown = [field("Weights", weights, { about }),
       field("dtype of unquantized weights", type), where];
     return part("Merge into base model", "a model without an adapter (mlx-lm: fuse)", shown,

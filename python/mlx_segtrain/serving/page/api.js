@@ -26,7 +26,7 @@ async function request(path, body, more = {}) {
   if (answer.ok) return answer;
   if (answer.status === 401) location.assign("/login"); // the session has ended
   const { error, field } = await answer.json().catch(() => ({}));
-  const said = error?.message ?? error ?? `the server answers ${answer.status}.`;
+  const said = error?.message ?? error ?? `the server answered with status ${answer.status}.`;
   throw new Problem(said, field, answer.status);
 }
 
@@ -42,7 +42,7 @@ export function upload(path, file, tell) {
     sent.upload.onprogress = ({ loaded, total }) => tell(loaded / total);
     sent.onload = () => {
       if (sent.status < 300) return done(sent.response);
-      failed(new Problem(sent.response?.error ?? `the server answers ${sent.status}.`, null, sent.status));
+      failed(new Problem(sent.response?.error ?? `the server answered with status ${sent.status}.`, null, sent.status));
     };
     sent.onerror = () => failed(new Problem("the connection broke off: is the server running?"));
     sent.send(file);

@@ -88,7 +88,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     drawAgain();
   };
 
-  // The lines to draw: behind a smoothed line is the original one.
+  // Returns the lines to draw: for a smoothed line, also a pale line of the original values.
   function all() {
     const share = Number(smoothing.value);
     return element.lines.filter((line) => line.points.length).flatMap((line) =>

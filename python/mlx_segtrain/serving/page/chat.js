@@ -83,7 +83,7 @@ export default async function chatPage(main) {
         field("Right", sides[1])),
       load, told,
       expansion("System prompt and sampling", "temperature, max tokens, top p, …", h("div.stack",
-        field("System prompt", system, { about: "If empty: the chat template's own, if it has one." }),
+        field("System prompt", system, { about: "If empty, the chat template's default is used, if it has one." }),
         h("div.fields", sampling.map((own) => own.element))))),
     card("Conversation", list,
       h("form.stack", { novalidate: true, onsubmit: ask },
@@ -254,7 +254,7 @@ export default async function chatPage(main) {
       turns.push(turn);
       show(list, turns.map(shownTurn));
       prompt.scrollIntoView({ block: "nearest" });
-      announce("The models answer.");
+      announce("The models are answering.");
       await Promise.all(ids.map((adapter, i) =>
         answer(turn, i, earlier[i], { ...how, adapter }, signal)));
       announce("Responses ready.");

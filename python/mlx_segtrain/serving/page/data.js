@@ -3,7 +3,7 @@
 import { expansion, facts, h, notice } from "./dom.js";
 import { count, counted, percent, sentence } from "./text.js";
 
-// Maximum number of tokens that are shown of a row.
+// Maximum number of tokens shown per row.
 const SHOWN = 1500;
 
 // Shows a successful answer of /api/finetune/inspect-dataset.

@@ -6,7 +6,7 @@ import { counted } from "./text.js";
 const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
 // Settings that are always visible; all others are in sections that can be opened.
 const BASIC = ["max_seq_length", "iters", "learning_rate", "method"];
-// Presets: name, description, and values. Each sets all fields that any of them has.
+// Presets: name, description, and values. Each preset sets all fields that occur in any preset.
 export const PRESETS = [
   ["Quick try", "20 steps, to see that everything works",
     { iters: 20, steps_per_report: 1, steps_per_eval: 10 }],

@@ -8,7 +8,7 @@ import { many, percent, sentence, size } from "./text.js";
 export const NAME = /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w./-]+)?$/;
 export const DATA_NAME =
   /^[A-Za-z0-9][\w.-]*\/[A-Za-z0-9][\w.-]*(@[\w.-]+)?(\/[\w.+-]+)?(:[\w.-]+)?$/;
-// Extensions of files with rows that the server can read.
+// Extensions of the data files that the server can read.
 export const ROWS = ".jsonl,.ndjson,.json,.csv,.tsv,.parquet,.arrow,.feather,.gz,.zst";
 
 // Searches models or data sets on the hub; returns options for a combobox.
@@ -119,8 +119,8 @@ export function splits(files) {
   const [train, valid] = files.toSorted((a, b) => late(a) - late(b));
   if (!valid) return [[train, namedAs("train", train)]];
   if (late(train) === late(valid)) {
-    throw new Error(`${train.name} and ${valid.name} do not say which of them is for validation: ` +
-      "call them train and valid.");
+    throw new Error(`The names ${train.name} and ${valid.name} do not say which file is for validation: ` +
+      "rename the files to train and valid.");
   }
   return [[train, namedAs("train", train)], [valid, namedAs("valid", valid)]];
 }

@@ -184,7 +184,7 @@ export default async function jobPage(main, id) {
     const { fault } = row;
     const said = {
       input: trains && "The settings or the data have to be changed; resuming would fail again.",
-      memory: "The device does not have enough memory for this run: lower the context length or the batch.",
+      memory: "The device does not have enough memory for this run: lower the context length or the batch size.",
       killed: "The process was killed from outside: by a person, or by the system when memory ran out.",
       run: "The sentence above says what happened.",
       bug: "This is a bug, not your fault. The log below has the traceback: please include it in a report.",

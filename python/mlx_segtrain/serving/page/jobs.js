@@ -47,7 +47,7 @@ export default async function jobsPage(main) {
   const comparison = card("Compare runs", how, losses, numbers, h("div.actions", saved));
   const find = input("name, tag, status or id", { type: "search", oninput: filter });
   const list = h("div.scroll", { tabindex: 0, role: "region", "aria-label": "List of jobs" });
-  const none = h("p.empty", { hidden: true }, "No job has all of these words.");
+  const none = h("p.empty", { hidden: true }, "No job contains all of these words.");
   const more = button("Older jobs", showOlder);
   find.value = given.get("find") ?? "";
   main.append(h("h1", "Jobs"), comparison,

@@ -106,7 +106,7 @@ export default async function library(main) {
         { accept: ROWS, several: true })
       : own.kind === "adapters" && picker("Upload an adapter", fails(sendAdapter),
         { accept: ".json,.safetensors", several: true });
-    const about = { datasets: "One file with rows to train on, or two whose names say which is for validation.",
+    const about = { datasets: "One file of training rows, or two files whose names say which one is for validation.",
       adapters: "adapter_config.json and its .safetensors file, both at once." }[own.kind];
     return card(own.title, own.list,
       send && h("div.row-line", send, h("span.small.muted", about)),

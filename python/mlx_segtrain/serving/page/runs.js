@@ -15,7 +15,7 @@ const METRIC = /^[a-z][\w ]{0,79}$/;
 const OTHER = ["type", "kind", "step", "loss", "step_s", "left_s", "progress", "message", "ts",
   "ranks", "slowest", ...DRAWN];
 
-// Of two points, the one with the lower or the higher value.
+// Returns the point with the lower or the higher value.
 const lower = (a, b) => (b[1] < a[1] ? b : a);
 const higher = (a, b) => (b[1] > a[1] ? b : a);
 
