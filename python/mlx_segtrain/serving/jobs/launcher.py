@@ -24,7 +24,7 @@ INPUT_S = 0.05
 
 def main(watched: str, *arguments: str) -> None:
     threading.Thread(target=_end_with, args=(int(watched),), daemon=True).start()
-    vars(launch)["select"] = _select
+    launch.select = _select  # pyright: ignore[reportPrivateImportUsage]
     sys.argv[1:] = arguments
     launch.main()
 
