@@ -141,9 +141,9 @@ def train(
     `progress` is False, terminals and notebooks show a progress bar. `on_step` and `on_eval`
     receive the metrics of every training step and every evaluation as a dict; if one of them
     returns True, the run saves its state and ends. `score(model, tokenizer)` is called at every
-    evaluation and must return a number or a dict of numbers. For method grpo, `rewards` is a list
-    of functions that score completions and of names of checks, as in the field `rewards`;
-    `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
+    evaluation and must return a number or a dict of numbers. For method grpo, each
+    item of `rewards` is a function that scores completions or the name of a check, as in the field
+    `rewards`; `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
     Ctrl-C ends the run after the last finished step has been saved (`interrupted`); `resume=True`
     continues such a run. Raises InputError if an input cannot be used; nothing has been written

@@ -130,7 +130,7 @@ class TrainConfig(BaseModel):
         ..., FIRST | FREE, title="Adapter folder", aliases=("--adapter",)
     )
     """Directory of the adapter; a run also writes metrics.jsonl and its checkpoints there. On the
-    command line, the default is adapters."""
+    command line, the default is ./adapters."""
     method: Method = option("sft", FIRST | ALL | CARD)
     """Training objective. sft trains on texts and chats; dpo, orpo and simpo on pairs of chosen and
     rejected responses; kto on labelled responses or on pairs; grpo on prompts."""

@@ -48,8 +48,8 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """If the embedding is adapted, whether the adapter is for a base model whose head is the
-        embedding; None if that is unknown."""
+        """Whether an adapter of the embedding is for a base model with tied embeddings, in which the
+        head has the embedding's weight; None if that is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 

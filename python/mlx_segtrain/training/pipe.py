@@ -58,7 +58,7 @@ class Pipe:
         self, functions: Functions, batch: Any, total: Any, trainable: Container[str] = ()
     ) -> Own:
         """Returns this rank's work on a batch. `trainable` contains the owners that have trainable
-        parameters, on whichever rank they are."""
+        parameters, including owners on other ranks."""
         part, chain, objective = self.part, functions.chain, functions.objective
         streams = objective.streams(chain, batch)
         stages, head, recordings = functions(streams)

@@ -85,7 +85,7 @@ IN_MESSAGE: Neutral = {
     "annotations": ([],),
     "reasoning": ("",),
 }
-#: Fields of a part of a message's content, which are hints for caches.
+#: Fields of a content part of a message. They are only hints for caching.
 IN_PART: Neutral = {"cache_control": ANYTHING, "prompt_cache_breakpoint": ANYTHING}
 #: Fields of stream_options.
 IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}

@@ -1,4 +1,4 @@
-// /finetune/job/ID: a running or finished job, from its row and its log.
+// /finetune/job/ID: the page of a running or finished job, which shows its record (/api/jobs/ID) and its log.
 
 import after from "./after.js";
 import { api, every } from "./api.js";
