@@ -48,8 +48,8 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """Whether an adapter of the embedding is for a base model with tied embeddings, in which the
-        head has the embedding's weight; None if that is unknown."""
+        """Whether an adapter of the embedding is for a base model with tied embeddings, whose head
+        has the embedding's weight; None if that is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
