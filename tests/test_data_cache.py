@@ -395,7 +395,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     with open(kept / key / "lock", "a", encoding="utf-8") as file:
         assert cache.lock(file)
         assert main(["cache", "prune", "--all"]) == 0
-        assert f"{key} was kept" in capsys.readouterr().out
+        assert f"{key} was not removed" in capsys.readouterr().out
     assert main(["cache", "prune", key]) == 0
     assert "removed 1 of 1" in capsys.readouterr().out
     assert not list(kept.iterdir())

@@ -345,7 +345,7 @@ def test_what_is_refused(tokenizer, with_tools):
 @pytest.mark.parametrize(
     ("said", "says"),
     [
-        (7, "step returned 7; it must return a text"),
+        (7, "step returned 7; it must return a string"),
         (RuntimeError("oh"), r"step failed \(RuntimeError: oh\)"),
     ],
 )
