@@ -40,26 +40,6 @@ def fsync(file):
 
 os.fsync = fsync
 
-
-def stay_on_own_processors():
-    """Gives each test process, together with its children, an equal share of the processors.
-
-    MLX's threads and the caller's thread run alternately, and in tiny runs the operating system
-    moves them between processors each time. The CPU kernels of this package still use as many
-    threads as there are processors.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ or not hasattr(os, "sched_setaffinity"):
-        return
-    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    count = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    allowed = sorted(os.sched_getaffinity(0))
-    os.environ.setdefault("MLX_SEGTRAIN_THREADS", str(len(allowed)))
-    if len(allowed) >= count:
-        os.sched_setaffinity(0, allowed[worker::count])
-
-
-stay_on_own_processors()
-
 # By default tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. On a GPU, MLX would
 # multiply float32 matrices in TF32, which is not accurate enough for the error bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":

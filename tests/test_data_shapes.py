@@ -179,7 +179,9 @@ def test_columns_by_other_names(tmp_path):
     assert [trained(own, TOKENIZER) for own in data.rows] == [["A<|im_end|>"]] * 2
     assert ASKED.format("Q") in text(data.rows[0], TOKENIZER)
     assert SYSTEM in text(data.rows[1], TOKENIZER)
-    with pytest.raises(InputError, match=r'train.jsonl:2: the row has no column "a", which the option'):
+    with pytest.raises(
+        InputError, match=r'train.jsonl:2: the row has no column "a", which the option'
+    ):
         read(tmp_path, row, {"q": "Q"}, columns=columns)
     with pytest.raises(InputError, match='"a" must be a string or a list, not a number'):
         read(tmp_path, {**row, "a": 7}, columns=columns)
