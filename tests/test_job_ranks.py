@@ -250,6 +250,7 @@ def test_ranks_of_a_host_share_its_memory(monkeypatch):
     own = hosts.Hosts(hosts=[hosts.Host(ssh=name) for name in ("a", "b", "a")])
     assert own.ranks_here == [2, 1, 2]
     monkeypatch.setattr(rank, "budget_bytes", lambda: 8 * 10**9)
-    for count, given, budget in ((2, {}, 4), (1, {}, None), (2, {"memory_budget_gb": 1}, 1)):
+    null, one = {"memory_budget_gb": None}, {"memory_budget_gb": 1}
+    for count, given, budget in ((2, {}, 4), (2, null, 4), (1, {}, None), (2, one, 1)):
         rank.share_memory(given, count)
         assert given.get("memory_budget_gb") == budget
