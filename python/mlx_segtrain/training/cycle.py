@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -54,6 +54,14 @@ def rewards_of(
             "rewards has no effect unless method is grpo: leave it out.", field="rewards"
         )
     return None
+
+
+class Counts(NamedTuple):
+    """Sums over all ranks for an update."""
+
+    total: float  #: the objective's total, by which the sum of the losses is divided
+    run: int  #: tokens that are processed
+    trained: int  #: tokens in the loss
 
 
 @dataclass(frozen=True)
@@ -218,10 +226,9 @@ class Cycle(Stepper):
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
         self._lines: list[dict[str, Any]] = []
-        #: Sums over all ranks in a step: the total by which the loss is divided, the number of
-        #: tokens that are run, and the number of tokens in the loss.
-        self._counts: list[Any] = []
-        self._own_tokens = 0
+        # Of the current step; take() sets them.
+        self._counts: Counts
+        self._own_tokens: int
 
     @property
     def completions(self) -> list[dict[str, Any]]:
@@ -258,7 +265,7 @@ class Cycle(Stepper):
         run, trained = int(data.columns.run.sum()), int(data.columns.trained.sum())
         self._own_tokens = run
         every = self.ranks.gather([self.objective.total(batches), run, trained])
-        self._counts = [sum(own) for own in zip(*every, strict=True)]
+        self._counts = Counts(*map(sum, zip(*every, strict=True)))
         self.setup = replace(prompts, train=data)
         try:
             known = attempt(lambda: self._with_references(params, batches))
@@ -276,10 +283,10 @@ class Cycle(Stepper):
         return items
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> float:
-        return self._counts[0]
+        return self._counts.total
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
-        return self._counts[1], self._counts[2]
+        return self._counts.run, self._counts.trained
 
     def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
         return self._own_tokens
