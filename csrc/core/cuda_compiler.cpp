@@ -2,9 +2,11 @@
 
 #include <dlfcn.h>
 
-#include <iterator>
 #include <memory>
 #include <stdexcept>
+#include <vector>
+
+#include "core/kernel.h"
 
 namespace segtrain {
 
@@ -58,9 +60,12 @@ std::string compile_cuda(const std::string& name, const std::string& source, int
   // "a" enables instructions that are specific to this architecture, such as Hopper's warpgroup matrix
   // multiplications.
   auto architecture = "--gpu-architecture=sm_" + std::to_string(capability) + (capability >= 90 ? "a" : "");
-  const char* options[] = {architecture.c_str(), "--std=c++17", "--device-as-default-execution-space"};
+  std::vector<const char*> options{architecture.c_str(), "--std=c++17",
+                                   "--device-as-default-execution-space"};
+  // A dry run only checks that the kernel compiles, for which no optimization is needed.
+  if (dry_run()) options.push_back("--Ofast-compile=max");
   size_t size = 0;
-  if (nvrtc.compile(program, std::size(options), options)) {
+  if (nvrtc.compile(program, static_cast<int>(options.size()), options.data())) {
     check(nvrtc.log_size(program, &size), "reading the log");
     std::string log(size, ' ');
     check(nvrtc.log(program, log.data()), "reading the log");
