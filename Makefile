@@ -1,26 +1,25 @@
-# Every target uses the virtual environment .venv, which is created on first use and updated when a source file has
-# changed.
+# Every target uses the virtual environment .venv, which is created on first use and updated when a source file changes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# pip would byte-compile all 18,000 Python files, which takes a minute. Without this, Python compiles each file when it
-# is first imported.
+# By default, pip would byte-compile all 18,000 Python files, which takes a minute. With --no-compile, Python compiles
+# each file when it is first imported.
 INSTALL := $(PIP) install --quiet --no-compile
 COMMA := ,
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 # On Linux, MLX's backend is an extra; on macOS it is part of MLX.
 CPU := $(if $(filter Darwin,$(shell uname -s)),,cpu)
-# With PEERS=1, torch and PEFT, which are large, are installed too, and the tests that compare with them run.
+# With PEERS=1, torch and PEFT, which are large, are installed too, and the tests that compare with them are run.
 PEERS ?=
 PEER_EXTRA := $(if $(filter-out 0,$(PEERS)),peers)
 TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
-# The tests of a file share servers and trained models, so one process runs all of them. Slow files start first
+# The tests of a file share servers and trained models, so they all run in one process. Slow files start first
 # (conftest.py). OMP_NUM_THREADS limits torch to one thread per process.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
-# The argument that makes `pip install` install the wheel that was built, with these extras.
+# The argument of `pip install` that names the built wheel and these extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
 RELEASE_TOOLS = $(shell sed -nE '/^release = /,/^\]/ s/^ *"([a-z-]+>=[0-9.]+).*/\1/p' pyproject.toml)
@@ -71,7 +70,7 @@ dev: $(VENV)/made ## Install in editable mode; run it again after C++ edits
 wheel: $(VENV)/made ## Build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
 
-# If there are files in dist/, they are checked without another build.
+# Files that are already in dist/ are checked without another build.
 release-check: $(VENV)/release $(if $(wildcard dist/*),,wheel) ## Check the wheels and the sdist in dist/
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
@@ -83,7 +82,7 @@ clean: ## Remove the environment and everything that was built
 
 $(VENV)/made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-	  echo "'$(PYTHON)' is not Python 3.10 or newer: name one, as in make demo PYTHON=python3.12" >&2; \
+	  echo "'$(PYTHON)' is not Python 3.10 or newer: specify one, as in make demo PYTHON=python3.12" >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
@@ -97,12 +96,12 @@ $(VENV)/built: $(VENV)/made $(SOURCES)
 	@touch $@
 
 $(VENV)/installed: $(VENV)/built
-	@echo "Installing what it needs into $(VENV)"
+	@echo "Installing dependencies into $(VENV)"
 	$(INSTALL) $(call package,$(CPU))
 	@touch $@
 
 $(TOOLS): $(VENV)/built
-	@echo "Installing what it needs into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
+	@echo "Installing dependencies into $(VENV), with tools$(if $(PEER_EXTRA), and peers)"
 	$(INSTALL) $(call package,$(CPU) dev $(PEER_EXTRA))
 	@touch $(VENV)/installed $(sort $(VENV)/tools $(TOOLS))
 
@@ -114,7 +113,7 @@ $(VENV)/for_mac: $(VENV)/made tests/mac/requirements.txt pyproject.toml
 	@touch $@
 
 $(VENV)/release: $(VENV)/made pyproject.toml
-	@echo "Installing what checks a release into $(VENV)"
+	@echo "Installing release tools into $(VENV)"
 	$(PIP) install --quiet $(foreach tool,$(RELEASE_TOOLS),'$(tool)')
 	@touch $@
 

@@ -5,11 +5,11 @@ the step times of the same job without clients.
                            [--tokens 128] [--budget GB]
 
 SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. A server
-(`mlx-segtrain serve`) gets the same job three times: the first run is a warm-up, which compiles
-kernels and reads the data; the second runs without clients; and during the third, each client
-requests one completion after another. Rows have --length tokens, and LoRA has rank 16. Prints the
-median time of the steps after the first four, the peak memory of the job, and the speed and the
-longest wait of the clients without and with the job.
+(`mlx-segtrain serve`) runs the same job three times. The first run is a warm-up, which compiles
+kernels and reads the data. The second runs without clients. During the third, each client requests
+one completion after another. Rows have --length tokens, and LoRA has rank 16. Prints the median
+time of the steps after the first four, the peak memory of the job, and the speed and the longest
+wait of the clients without and with the job.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from lib.served import Server  # pyright: ignore[reportMissingImports]
 from ranks import WARM_UP, metrics, write_inputs
 from step import SHAPES
 
-#: The time, in seconds, for which the clients are measured without a job.
+#: The number of seconds for which the clients are measured without a job.
 ALONE_S = 8.0
 
 
@@ -55,7 +55,7 @@ class Clients:
                 asked = (asked + 1) % len(topics)
 
     def stream(self, http, body):
-        before = None  # only waits within a completion count, not the wait for its first token
+        before = None  # count waits within a completion, but not the wait for its first token
         with http.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
@@ -85,8 +85,8 @@ class Clients:
 
 
 def run(server, model, data, args):
-    """Returns the log lines of a run's steps, and the times at which the first and the last of them
-    were seen."""
+    """Returns the log lines of a run's steps, and the times at which the first and the last line
+    appeared."""
     config = {
         "model_dir": str(model), "data_dir": str(data), "max_seq_length": args.length, "rank": 16,
         "iters": args.steps, "steps_per_report": 1, "steps_per_save": 0, "val_split": 0,
@@ -106,10 +106,10 @@ def run(server, model, data, args):
 def main():
     parser = argparse.ArgumentParser(description="Times a job while clients chat.")
     parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a row")
+    parser.add_argument("--length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=128, help="of a completion")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per completion")
     parser.add_argument("--budget", type=float, help="memory budget of the job in GB")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -120,8 +120,8 @@ def main():
             model, data = Path(args.model), place / "rows"
             data.mkdir()
             text = "\n".join(topics.values())
-            # The number of characters exceeds what fits in a row, so every row is truncated to
-            # --length tokens.
+            # This number of characters always exceeds a row, so every row is truncated to --length
+            # tokens.
             size = 6 * args.length
             rows = [text[i : i + size] for i in range(0, len(text) - size, size // 8)]
             lines = [json.dumps({"text": row}) + "\n" for row in rows]
@@ -139,7 +139,7 @@ def main():
                 beside = statistics.median(own["step_s"] for own in steps)
                 during = clients.figures(begin, end)
     print(f"{Path(args.model).name}, rows of {args.length} tokens, {args.clients} clients")
-    print(f"a step alone {alone * 1e3:,.0f} ms, beside the clients {beside * 1e3:,.0f} ms", end="")
+    print(f"a step: {alone * 1e3:,.0f} ms alone, {beside * 1e3:,.0f} ms with clients", end="")
     print(f" ({beside / alone:.2f} times); peak {max(own['peak_gb'] for own in steps):.2f} GB")
     print(f"clients without the job: {without}; with it: {during}")
 

@@ -3,7 +3,7 @@
 python bench/chart.py [--out docs/performance.svg]
 
 The data is in the newest block that begins with ```csv. Its columns are model, tokens, trainer, ms
-and GB (empty if unknown). Each trainer is one line in the chart.
+and GB (empty if unknown). The chart has one line per trainer.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    rcParams["svg.hashsalt"] = "performance"  # makes the file depend only on the data
+    rcParams["svg.hashsalt"] = "performance"  # makes the file depend on nothing but the data
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False)
@@ -49,12 +49,12 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
             style |= {} if ours else {"linestyle": "--"}
             time.plot(tokens, [x / 1000 for x in ms], label=trainer, **style)
             memory.plot(tokens, gb, label=trainer, **style)
-        for axis, label in ((time, "seconds a step"), (memory, "peak memory, GB")):
+        for axis, label in ((time, "seconds per step"), (memory, "peak memory, GB")):
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
             for ticks in (axis.xaxis, axis.yaxis):
                 ticks.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.set_xlabel("tokens in a row")
+            axis.set_xlabel("tokens per row")
             axis.set_ylabel(label)
             axis.set_title(model, fontsize=10)
             axis.grid(alpha=0.3)

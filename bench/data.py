@@ -1,13 +1,13 @@
-"""Measures runs on a million rows: the time of the first and the second start, the memory, and the
-time that an interruption takes.
+"""Measures runs on a million rows: the time until training starts in a first and a second run,
+the memory, and the time until an interrupted run ends.
 
     python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
     python bench/data.py run --data DIR --model MODEL      # two starts, Ctrl-C, resume
 
 Rows are messages of about 1 KB: a question from the documentation of Python, and a piece of its
-standard library as the response. Each figure comes from a separate process, `mlx-segtrain train`,
-which is started as a user would start it. Memory is the sum of the proportional set sizes of all of
-its processes, sampled ten times a second.
+standard library as the response. Each figure comes from a separate `mlx-segtrain train` process,
+started as a user would start it. Memory is the sum of the proportional set sizes of all processes
+of the run, sampled ten times a second.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import psutil
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Yields rows that all differ from one another and are the same on every call."""
+    """Yields distinct rows, the same ones on every call."""
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
     code = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-t]*.py"))]
@@ -63,8 +63,8 @@ def make(out: Path, count: int) -> None:
 
 
 class Watched:
-    """Runs `mlx-segtrain train`, and records its memory and each line of its output with the
-    time."""
+    """Runs `mlx-segtrain train`, and records its memory and each line of its output with a
+    timestamp."""
 
     def __init__(self, *args: str, cache: Path):
         self.lines: list[tuple[float, str]] = []
@@ -109,11 +109,11 @@ class Watched:
                 break
             time.sleep(0.01)
         raise SystemExit(
-            f"{text!r} never came:\n" + "\n".join(line for _, line in self.lines[-20:])
+            f"{text!r} was never printed:\n" + "\n".join(line for _, line in self.lines[-20:])
         )
 
     def interrupt(self) -> float:
-        """Sends the signal of Ctrl-C, and returns the seconds until the process ended."""
+        """Sends SIGINT, as Ctrl-C does, and returns the seconds until the process ended."""
         begun = time.monotonic()
         self.process.send_signal(signal.SIGINT)
         self.process.wait()
@@ -135,7 +135,7 @@ def run(data: Path, model: str, iters: int) -> None:
         cut = Watched(*how, cache=cache)
         cut.until("tokenizing")
         time.sleep(15)
-        print(f"Ctrl-C while it tokenizes: {cut.interrupt():.2f} s")
+        print(f"Ctrl-C during tokenization: {cut.interrupt():.2f} s")
         cut.end()
         blocks = len(list(cache.glob("tokens/*/*.arrow")))
         print(f"  {blocks} blocks were done")
@@ -148,17 +148,17 @@ def run(data: Path, model: str, iters: int) -> None:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         tokenized = max(at for at, line in first.lines if "tokenizing" in line)
-        print(f"first start, which continued: tokens {tokenized:.1f} s, first step {step:.1f} s")
-        print(f"  processor {cpu:.0f} s (all of the run), memory {first.peak / 1e9:.2f} GB")
-        print(f"  first sign {begin:.1f} s; {read:.1f} s")
+        print(f"first start, resumed: tokens {tokenized:.1f} s, first step {step:.1f} s")
+        print(f"  processor {cpu:.0f} s (whole run), memory {first.peak / 1e9:.2f} GB")
+        print(f"  first output {begin:.1f} s; {read:.1f} s")
 
         second = Watched(*how, "--overwrite", cache=cache)
         begun, ready = second.until("steps on"), second.until("step 1/")
         second.until("step 4/")
-        print(f"Ctrl-C while it trains: {second.interrupt():.2f} s")
+        print(f"Ctrl-C during training: {second.interrupt():.2f} s")
         second.end()
         print(f"second start: validation and the first step begin after {begun:.1f} s")
-        print(f"  first step done after {ready:.1f} s, memory {second.peak / 1e9:.2f} GB")
+        print(f"  first step is done after {ready:.1f} s, memory {second.peak / 1e9:.2f} GB")
 
         third = Watched(*how, "--resume", cache=cache)
         begun = third.until("resumed")
@@ -172,7 +172,8 @@ def run(data: Path, model: str, iters: int) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # A shell may start background processes with SIGINT ignored, and a run would inherit this.
+    # A shell may start background processes with SIGINT ignored, and runs would inherit this
+    # setting.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)

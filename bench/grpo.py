@@ -8,10 +8,10 @@ SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 b
 16 on all projections. No token ends a completion, so each completion has --tokens tokens. All
 completions have different rewards, so all of them are in the loss. --at-once completions are
 generated at a time, and then packed into passes of --pass-tokens tokens. The output shows the first
-cycle, which includes compilation, separately from the median of the other cycles. Peaks are of
-MLX's active memory. With `--trl N`, a separate process then runs the same with TRL's GRPOTrainer
-and transformers' generation, in bfloat16 with N sequences per pass. By default there are 16
-completions of 2048 tokens; for 16K tokens in 24 GB pass --tokens 16384 --group 8 --prompts 1
+cycle, which includes compilation, separately from the median of the other cycles. Peaks are peaks
+of MLX's active memory. With `--trl N`, a separate process then runs the same cycles with TRL's
+GRPOTrainer and transformers' generation, in bfloat16 with N sequences per pass. By default there
+are 16 completions of 2048 tokens. For 16K tokens in 24 GB, use --tokens 16384 --group 8 --prompts 1
 --at-once 8 --pass-tokens 16512 --budget-gb 24 --cycles 0.
 """
 
@@ -41,7 +41,7 @@ from mlx_segtrain.training.setup import Setup
 
 
 class Endless:
-    """A tokenizer in which no token ends a text."""
+    """A tokenizer without a token that ends a text."""
 
     eos_token_ids: tuple[int, ...] = ()
 
@@ -113,7 +113,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Does the same as `cycles_of` with TRL's trainer."""
+    """Does the same as `cycles_of`, but with TRL's trainer."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -125,13 +125,13 @@ def of_trl(args):
     how = (args.group, args.tokens, args.trl, 1 + args.cycles, lora, args.beta)
     found = peers.Groups(place, prompts, *how).run()
     made = args.prompts * args.group * args.tokens
-    assert all(own[-1] == made for own in found), "a completion was shorter"
+    assert all(own[-1] == made for own in found), "a completion is too short"
     return [own[:-1] for own in found]
 
 
 def cycles_of(args):
-    """Returns, for each cycle, the seconds of the rollouts and of the update, and the peak memory
-    of each in bytes."""
+    """Returns the seconds and the peak memory in bytes of the rollouts and of the update of each
+    cycle."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")
@@ -150,14 +150,16 @@ def main():
     parser = argparse.ArgumentParser(description="Times a cycle of grpo.")
     parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
     parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--group", type=int, default=8, help="completions of each prompt")
-    parser.add_argument("--tokens", type=int, default=2048, help="of a completion")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--group", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens per completion")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens per prompt")
     parser.add_argument("--at-once", type=int, default=16, help="completions generated together")
-    parser.add_argument("--pass-tokens", type=int, default=8192, help="tokens of a pass")
-    parser.add_argument("--cycles", type=int, default=3, help="after the first")
-    parser.add_argument("--beta", type=float, default=0.0, help="with a reference pass if above 0")
-    parser.add_argument("--budget-gb", type=float, help="default: what the device has free")
+    parser.add_argument("--pass-tokens", type=int, default=8192, help="tokens per pass")
+    parser.add_argument("--cycles", type=int, default=3, help="number of cycles after the first")
+    parser.add_argument(
+        "--beta", type=float, default=0.0, help="above 0, a reference pass is added"
+    )
+    parser.add_argument("--budget-gb", type=float, help="default: the free memory of the device")
     parser.add_argument(
         "--trl", type=int, default=0, help="also time TRL, with this many sequences per pass"
     )

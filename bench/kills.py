@@ -2,14 +2,14 @@
 
     python bench/kills.py [--kills 50] [--seed 0] [--shape SHAPE [--length 8192]]
 
-By default, the objective of the runs is grpo, the model is a tiny random one on the CPU, the reward
-is a reward check, and each step writes a checkpoint. With --shape, the objective is sft, and the
-runs use a GPU if there is one: they take 30 steps on rows of --length tokens, with a model of this
-shape (one of those in bench/step.py) and a checkpoint every five steps. They are only killed after
-the first step. Each run is a process that gets SIGKILL after a random time, and is started again
-with --resume auto until the run has ended. Then its adapter and its completions are compared with
-those of a run that was never killed, and the next run begins. Prints the part of a step in which
-each run was killed, and the number of kills.
+By default, the runs use grpo with a tiny random model on the CPU and a reward check, and write a
+checkpoint at each step. With --shape, the objective is sft, and the runs use a GPU if there is one:
+they take 30 steps on rows of --length tokens, with a model of this shape (one of those in
+bench/step.py) and a checkpoint every five steps, and are only killed after the first step. Each run
+is a process that is killed with SIGKILL after a random time and restarted with --resume auto until
+the run has ended. Then its adapter and its completions are compared with those of a run that was
+never killed, and the next run begins. Prints the number of kills, and during which part of a step
+they happened.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-# These imports are slow and compute nothing, so they are made once, before the children are forked.
+# These imports are slow and compute nothing, so they run once, before the children are forked.
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
@@ -42,8 +42,8 @@ LONG_ITERS = 30
 
 
 def train(model, out, state):
-    """Trains a run, or the rest of a run that was killed; `state` gets the part of a step that the
-    run is in."""
+    """Trains a run, or the rest of a run that was killed. Keeps the current part of the step in the
+    file `state`."""
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))
@@ -90,8 +90,8 @@ def train_long(place, shape, length, out, state):
 
 
 def wrap(state):
-    """Makes a run write the part of the step that it is in to a file while it runs, because it
-    cannot report this when it is killed."""
+    """Makes a run write the current part of the step to a file, because a killed run cannot
+    report it."""
 
     def told(module, name, word):
         plain = getattr(module, name)
@@ -114,8 +114,8 @@ def wrap(state):
 
 
 def started(out, state, work):
-    """Starts the process of a run, which has imported the libraries but has not computed
-    anything."""
+    """Forks the process of a run. This parent process has imported the libraries but has computed
+    nothing."""
     state.write_text("setup")
     pid = os.fork()
     if pid:
@@ -131,7 +131,7 @@ def started(out, state, work):
 
 def waited(pid, seconds=None, first=None):
     """Waits for a process and returns its exit status, or kills it after `seconds` and returns
-    None. With `first`, the seconds count from the moment when this file has a new line."""
+    None. With `first`, the time starts when a line is added to this file."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:
@@ -164,10 +164,8 @@ def main():
     parser = argparse.ArgumentParser(description="Kills runs at random moments and resumes them.")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--shape", help="a shape of bench/step.py: kills runs of sft with long rows"
-    )
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a row, with --shape")
+    parser.add_argument("--shape", help="a shape in bench/step.py, for runs of sft with long rows")
+    parser.add_argument("--length", type=int, default=8192, help="tokens per row, with --shape")
     parser.add_argument("--work", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -182,13 +180,13 @@ def main():
         if args.shape:
             work = partial(execute, place, args.shape, args.length)
         else:
-            if not (pid := os.fork()):  # the parent must not compute, otherwise it could not fork
+            if not (pid := os.fork()):  # because the parent could not fork after computing
                 write_llama(place / "model", bits=4)
                 os._exit(0)
             assert waited(pid) == 0
             work = partial(train, place / "model")
         begun = time.monotonic()
-        assert waited(started(plain, state, work)) == 0, "the run itself fails"
+        assert waited(started(plain, state, work)) == 0, "the run without kills failed"
         whole, runs, kills = time.monotonic() - begun, 0, 0
         if args.shape:
             lines = map(json.loads, (plain / "metrics.jsonl").read_text().splitlines())
@@ -207,12 +205,10 @@ def main():
                 if kills == args.kills:
                     assert waited(started(out, state, work)) == 0, "the last run failed"
                     break
-            assert content(out) == wanted, f"run {runs} ended with different bytes"
+            assert content(out) == wanted, f"run {runs} ended with different results"
             shutil.rmtree(out)
             runs += 1
-            print(
-                f"{kills} kills, {runs} runs ended with the same bytes; {dict(places)}", flush=True
-            )
+            print(f"{kills} kills, {runs} runs with identical results; {dict(places)}", flush=True)
 
 
 if __name__ == "__main__":

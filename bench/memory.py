@@ -1,14 +1,14 @@
-"""Compares the predicted with the measured peak memory of training steps.
+"""Compares the predicted peak memory of training steps with the measured one.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
                            [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
 
 Plans and SHAPEs have the same names as in bench/step.py. Each cell frees the memory of the previous
-cell and then takes --steps whole steps, including the optimizer (at least two steps, because the
+cell and then runs --steps whole steps, including the optimizer (at least two steps, because the
 optimizer has no state in the first). `--moves` prints the predicted and the measured peak of every
-move of the plan. With `--pairs`, the steps are on DPO pairs whose sequences have this fraction of
-their tokens in common. `--adapter` is lora, dora, dropout (0.1), or embeddings, which adapts the
-embedding and the head too.
+move of the plan. With `--pairs`, the steps use DPO pairs whose sequences have this fraction of
+their tokens in common. `--adapter` is lora, dora, dropout (0.1), or embeddings, which also adapts
+the embedding and the head.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compares predicted with measured peaks.")
+    parser = argparse.ArgumentParser(description="Compares predicted peaks with measured ones.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", nargs="+", type=int, required=True)
     parser.add_argument("--plans", nargs="+", default=["min", "1", "auto"])

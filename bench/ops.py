@@ -1,4 +1,5 @@
-"""Times the ops of a layer on this device beside MLX's own ops, as `mlx-segtrain bench` does.
+"""Times the ops of a layer on this device and compares them with MLX's own ops, as `mlx-segtrain
+bench` does.
 
 python bench/ops.py [--only NAME …] [--impls NAME …] [--runs N] [--peers]
 
@@ -42,11 +43,11 @@ def torch_attention(runs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times the ops of a layer beside their peers.")
+    parser = argparse.ArgumentParser(description="Times the ops of a layer and of other libraries.")
     parser.add_argument(
-        "--only", nargs="+", default=[], help="ops or shapes that hold one of these"
+        "--only", nargs="+", default=[], help="ops or shapes whose names contain one of these"
     )
-    parser.add_argument("--impls", nargs="+", default=[], help="implementations; default all")
+    parser.add_argument("--impls", nargs="+", default=[], help="implementations; default: all")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Compares packed rows with batches by their tokens and their tokens in the loss per second.
+"""Compares packed rows with padded batches: tokens per second, and tokens in the loss per second.
 
     python bench/packing.py [--model DIR|SHAPE] [--batches 1 2 4 8 16 32] [--packed 2048 4096 8192]
                             [--turns 40] [--seconds 150] [--rows 4000] [--peft]
                             [--peer trl|unsloth]
 
 The rows are synthetic and have lengths as in instruction data: lognormal, with a median of 138,
-95 % below 360, and at most 2048 tokens (or as many as the shortest packed row holds). The last 55 %
-of each row are in the loss. LoRA has rank 16 on all seven projections. The cell `batch N` pads N
-rows of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each turn,
-every cell takes a step on its next batch, after two warm-up turns. Tokens per second are all tokens
+95 % below 360, and at most 2048 tokens (or the length of the shortest packed row). The last 55 % of
+each row are in the loss. LoRA has rank 16 on all seven projections. The cell `batch N` pads N rows
+of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each turn,
+every cell runs a step on its next batch, after two warm-up turns. Tokens per second are all tokens
 (without padding) divided by the total time. `--peft` adds the same cells with transformers and
 PEFT, where position_ids separate the rows of a packed row, as in TRL. `--peer` adds packed rows
 with TRL's trainer (trl, bfloat16), or with Unsloth through TRL's trainer (unsloth, nf4), in a
@@ -55,7 +55,7 @@ def dataset(n, longest, vocabulary):
 
 
 class Cell:
-    """Packed or unpacked data, its batches, and the function that takes a step on one batch."""
+    """Packed or unpacked data, its batches, and the function that runs a step on one batch."""
 
     def __init__(self, name, data, rows, step, plan=None):
         from mlx_segtrain.data import batches, padding
@@ -83,7 +83,7 @@ def line(name, times, tokens, supervised):
 
 
 def peer_lines(peer, name, data, packed, steps):
-    """Returns the output lines for TRL's trainer on these rows; its first steps are not counted."""
+    """Returns the output lines for TRL's trainer on these rows, without the warm-up steps."""
     import peers
 
     lora = (RANK, SCALE, SUFFIXES)
@@ -97,7 +97,7 @@ def peer_lines(peer, name, data, packed, steps):
 
 
 def peft_step(name):
-    """Returns a function that takes a PEFT step on a batch, packed or padded."""
+    """Returns a function that runs a PEFT step on a batch, packed or padded."""
     import torch  # pyright: ignore[reportMissingImports]
 
     model, device, _ = peft_model(name)
@@ -128,15 +128,19 @@ def main():
     from mlx_segtrain.objectives.sft import Sft
 
     gpu = mx.default_device() != mx.Device(mx.cpu)
-    parser = argparse.ArgumentParser(description="Times packed rows beside batches.")
-    parser.add_argument("--model", help="folder of an MLX model, or a shape of bench/step.py")
+    parser = argparse.ArgumentParser(description="Times packed rows and padded batches.")
+    parser.add_argument("--model", help="folder of an MLX model, or a shape in bench/step.py")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--packed", type=int, nargs="*", default=[2048, 4096, 8192])
     parser.add_argument("--turns", type=int, default=40)
-    parser.add_argument("--seconds", type=float, default=150, help="after which no turn begins")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="time after which no turn begins"
+    )
     parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--peft", action="store_true", help="its cells too")
-    parser.add_argument("--peer", choices=("trl", "unsloth"), help="of a SHAPE, on a GPU")
+    parser.add_argument("--peft", action="store_true", help="add its cells")
+    parser.add_argument(
+        "--peer", choices=("trl", "unsloth"), help="add this trainer (needs a SHAPE and a GPU)"
+    )
     args = parser.parse_args()
     if args.model is None and not gpu:
         from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
@@ -204,5 +208,5 @@ def main():
 if __name__ == "__main__":
     from mlx_segtrain import ops
 
-    with ops.repeatable(True):  # as in `train`
+    with ops.repeatable(True):  # as `train` does
         main()

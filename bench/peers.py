@@ -1,9 +1,8 @@
 """Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that this module writes. The
-packages that they need must be installed on the GPU machine: torch, transformers, peft and
-bitsandbytes; liger-kernel; unsloth with unsloth_zoo and trl. Neither mlx_segtrain nor its tests
-import this module.
+They run on random weights of a SHAPE, in bfloat16, from a snapshot that this module writes. The GPU
+machine must have the packages torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
+with unsloth_zoo and trl. Neither mlx_segtrain nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
@@ -19,7 +18,7 @@ import numpy as np
 
 
 def snapshot(shape, peer):
-    """Writes a folder with random weights of a shape and a word tokenizer, in Hugging Face's
+    """Writes a folder with random weights of a shape and a word tokenizer, in the Hugging Face
     format."""
     if peer == "unsloth":
         import unsloth  # noqa: F401 - it patches the modules that are imported after it
@@ -54,8 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Returns the steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16, or
-    nf4-ckpt or bf16-ckpt with gradient checkpointing."""
+    """Returns the steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16;
+    nf4-ckpt and bf16-ckpt use gradient checkpointing."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -170,15 +169,15 @@ class Packed:
 
     def run(self):
         self.trainer.train()
-        n = len(self.times)  # the data loader reads ahead
+        n = len(self.times)  # the data loader reads ahead, so only the first n count
         self.tokens, self.supervised = self.tokens[:n], self.supervised[:n]
 
 
 class Groups:
-    """A run of TRL's GRPOTrainer with transformers' generation. For each cycle it records the
+    """A run of TRL's GRPOTrainer with transformers' generation. For each cycle, it records the
     seconds of the rollouts and of the update, and the peak memory of each in bytes.
 
-    `prompts` are texts. Each prompt gets `group` completions of exactly `tokens` tokens, because no
+    `prompts` are texts. Each prompt has `group` completions of exactly `tokens` tokens, because no
     token ends a completion. The update runs `at_once` sequences per forward and backward pass.
     """
 

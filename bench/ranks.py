@@ -5,14 +5,14 @@ same rows.
                           [--parallel data|pipeline] [--batches N] [--budget GB]
                           [--signal KILL|STOP] [--transfer MB ...]
 
-On the first run, a model with random 4-bit weights (its shape is one of those in bench/step.py) and
-rows of random bytes are written below --folder. LoRA has rank 16 on all projections, and a step has
-one row for each rank. The ranks are connected by NCCL with CUDA, and otherwise by MLX's ring over
-the loopback. Prints the median time of the steps after the first four, and the speed divided by the
-speed of one rank; for a group that does not have enough memory, it prints this fact instead. With
---signal, the last rank of the largest group gets this signal after its fourth step, and the output
-of each rank is printed with the time until the rank ended. With --transfer nothing is trained:
-arrays of MB · 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.
+The first run writes a model with random 4-bit weights (its shape is one of those in bench/step.py)
+and rows of random bytes below --folder. LoRA has rank 16 on all projections, and a step has one row
+for each rank. The ranks are connected by NCCL with CUDA, and otherwise by MLX's ring over the
+loopback interface. Prints the median time of the steps after the first four, and the speed relative
+to one rank. If a group does not have enough memory, this is printed instead. With --signal, the
+last rank of the largest group receives this signal after its fourth step, and the output of each
+rank is printed with the time until the rank ended. With --transfer nothing is trained: arrays of MB
+· 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.
 """
 
 import argparse
@@ -69,13 +69,13 @@ def work(model, data, out, length, steps, more):
 
 
 def tell(event):
-    """Prints the plan of a rank to its standard error."""
+    """Prints the memory plan of a rank to its standard error."""
     if event["type"] == "plan":
         print(event["message"], file=sys.stderr, flush=True)
 
 
 def transfer(*sizes):
-    """Sends arrays to the other rank of two and back."""
+    """Sends arrays to the other of two ranks and back."""
     import mlx.core as mx
 
     from mlx_segtrain.training import transfers
@@ -127,8 +127,7 @@ def metrics(out):
 
 
 def start(n, folder, cuda, *what):
-    """Starts n ranks, and returns their processes and the files to which they write their
-    output."""
+    """Starts n ranks, and returns their processes and the files that contain their output."""
     started, errors = [], [folder / f"err-{rank}" for rank in range(n)]
     for rank in range(n):
         own = os.environ | environment(n, rank, folder, cuda) | {"PYTHONPATH": path()}
@@ -157,13 +156,13 @@ def run(n, folder, model, data, args, cuda, sent=None):
             try:
                 code = own.wait(90)
             except subprocess.TimeoutExpired:
-                code = "still there: killed"
+                code = "still running: killed"
                 own.kill()
             last = errors[rank].read_text().strip().splitlines()[-1:]
             print(f"rank {rank}: {code} after {time.monotonic() - begin:.1f} s: {last}")
         started[-1].kill()
         kept = sorted(own.name for own in (out / "state").glob("step-*"))
-        print(f"steps that had ended: {metrics(out)[-1]['step']}, kept: {kept}")
+        print(f"completed steps: {metrics(out)[-1]['step']}, kept: {kept}")
         return []
     codes = [own.wait() for own in started]
     texts = [own.read_text() for own in errors]
@@ -223,7 +222,7 @@ def main():
         one = speed if n == 1 else one
         beside = f", {speed / one:.2f} times as fast as one" if one else ""
         print(
-            f"{n} ranks: {statistics.median(seconds) * 1e3:,.0f} ms a step "
+            f"{n} ranks: {statistics.median(seconds) * 1e3:,.0f} ms per step "
             f"({seconds[0] * 1e3:,.0f} to {seconds[-1] * 1e3:,.0f}), {speed:,.0f} tokens/s"
             f"{beside}; {peak:.2f} GB on rank 0",
             flush=True,

@@ -6,9 +6,9 @@ change the adapter.
 
 SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. Everything runs
 in one process with greedy decoding, and each cell has a warm-up. All prompts differ, and none is
-cached. Every round runs all cells, so that other load on the machine affects all cells equally. The
-best round of each cell is printed. If `--at-once` has no numbers, only the cells with one request
-run. The cells are:
+cached. Every round runs all cells, so other load on the machine affects all cells equally. The best
+round of each cell is printed. If `--at-once` is given without numbers, only the cells with one
+request run. The cells are:
     mlx-lm            generate_step with the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
     mlx-lm, N         mlx-lm's BatchGenerator with N prompts, which all use the same adapter if
@@ -17,8 +17,8 @@ run. The cells are:
     deterministic     the same with "deterministic": true
     N at once         N requests to our engine, without adapters, and with three adapters in turn
 The columns are the seconds to the first token of the median request; the tokens/s of all requests,
-once after the first token and once over the whole run with its prompts; and the longest wait
-between two tokens of one response.
+first counted from the first token and then over the whole run with its prompts; and the longest
+wait between two tokens of one response.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from step import SHAPES, load
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """Returns the folder of the model, which mlx-lm can load."""
+    """Returns the folder of the model in a form that mlx-lm can load."""
     if name not in SHAPES:
         return Path(name)
     from mlx.utils import tree_flatten
@@ -89,7 +89,7 @@ Times = list[list[float]]  #: for each request, the times at which its tokens ar
 
 
 class Table:
-    """A table with the best round of each cell."""
+    """A table that contains the best round of each cell."""
 
     def __init__(self) -> None:
         self.rows: dict[str, tuple[float, float, float, float]] = {}
@@ -150,7 +150,7 @@ async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) ->
 
     engine = Engine(cache_bytes=0)
     base = await engine.load(model)
-    base.tokenizer.eos_token_ids = set()  # so that every response has all of its tokens
+    base.tokenizer.eos_token_ids = set()  # so that no response ends early
     for i, folder in enumerate(folders):
         await engine.mount(f"a{i}", folder)
     most = max([1, *args.at_once])

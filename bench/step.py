@@ -1,15 +1,15 @@
-"""Times a step of this package and of other trainers on the same model and tokens, in one process
-per cell.
+"""Times a step of this package and of other trainers on the same model and tokens. Each cell
+runs in its own process.
 
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA has rank 16 on all seven projections, a batch has one row, and --loss-rows is the fraction at
-the end of a row that is in the loss. SHAPE is the shape of a known model (gemma4-e4b, minicpm5-1b
+LoRA has rank 16 on all seven projections, a batch has one row, and --loss-rows is the fraction of a
+row, at its end, that is in the loss. SHAPE is the shape of a known model (gemma4-e4b, minicpm5-1b
 or qwen3-8b), with random 4-bit weights. The cells are:
     segtrain:N    this package with N layers per segment (0 turns segments off)
     segtrain:XGB  the fastest plan that fits in this much memory; segtrain:min is the plan with the
-                  least memory, and segtrain:auto uses what the device has free
+                  least memory, and segtrain:auto uses the device's free memory
     dpo:…         the same plans for a DPO step of one pair with --length tokens in each sequence;
                   the fraction --shared is common to both, and the rest is the response; the
                   log-probabilities of the reference are given
@@ -22,12 +22,12 @@ or qwen3-8b), with random 4-bit weights. The cells are:
                   gradient checkpointing
     unsloth:keep  for a SHAPE on a GPU: Unsloth with a 4-bit base; unsloth:ckpt uses gradient
                   checkpointing, and unsloth:offload uses Unsloth's own version of it
-Prints a table with the median, p20 and p80 of the steps after three warm-up steps (slow cells have
-fewer, as shown). `peak` is the peak of MLX's active memory; `rss` is the highest resident memory of
+Prints a table with the median, p20 and p80 of the steps after three warm-up steps (fewer for slow
+cells, as shown). `peak` is the peak of MLX's active memory; `rss` is the highest resident memory of
 the process. The steps of this package are the same as those of `train`; their results are
 bit-identical when repeated, unless `--any-order` is given. On CUDA, if torch is installed to trace
-the steps, `busy` is the fraction of a step in which the device runs a kernel, and `of_peak` is the
-fraction of the step that its matrix products, without recomputation, would take at the speed of an
+the steps, `busy` is the fraction of a step in which the device runs a kernel. `of_peak` is the
+fraction of the step that its matrix products, without recomputation, would need at the speed of an
 8192 × 8192 × 8192 product.
 """
 
@@ -121,7 +121,7 @@ def load(name):
     model = module.Model(module.ModelArgs.from_dict(config))
     model.set_dtype(mx.bfloat16)
     nn.quantize(model, 64, 4)
-    # Weights are evaluated one at a time, so that few float32 arrays exist at once.
+    # Weights are evaluated one at a time, so only a few float32 arrays exist at once.
     for _, weight in tree_flatten(model.parameters()):
         mx.eval(weight)
         mx.clear_cache()
@@ -185,8 +185,8 @@ def batch_of(vocabulary, length, rows, shared=None):
 
 
 def plan_of(shape, kind, batch, adapter="lora", repeats=True):
-    """Returns the plan that the name of a cell asks for: a number of layers, min, auto, or a budget
-    such as 1.8GB."""
+    """Returns the plan for the name of a cell, which is a number of layers, min, auto, or a
+    budget such as 1.8GB."""
     from mlx_segtrain import planning
 
     what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
@@ -197,13 +197,13 @@ def plan_of(shape, kind, batch, adapter="lora", repeats=True):
 
 
 def prompt(args):
-    """Returns the number of tokens before those in the loss."""
+    """Returns the number of tokens that precede those in the loss."""
     return args.length - round(args.length * args.loss_rows)
 
 
 def timed(step, steps, slow_s=15.0):
-    """Times single steps: first the initial step separately, and then up to `steps` steps after
-    three warm-up steps (one if steps are slow)."""
+    """Times single steps: first the initial step, and then up to `steps` steps after three
+    warm-up steps (one if steps are slow)."""
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
@@ -227,7 +227,7 @@ def reset_peak():
 
 
 def run_plan(shape, batch, plan, repeats=True):
-    """Applies a plan in the same way as a run."""
+    """Applies a plan as a run does."""
     from mlx_segtrain import planning
     from mlx_segtrain.planning.run import RunPlan
 
@@ -236,7 +236,7 @@ def run_plan(shape, batch, plan, repeats=True):
 
 
 def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
-    """Returns an object that takes the steps of `train` on batches of a data set with a plan, and
+    """Returns an object that runs the steps of `train` on batches of a data set with a plan, and
     its initial state."""
     import mlx.core as mx
 
@@ -260,7 +260,7 @@ def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
 
 
 def training_step(model, shape, plan, objective, batch, watch=None, kind="lora", of=None):
-    """Returns a function that takes the step of `train` on one batch with a plan."""
+    """Returns a function that runs the step of `train` on one batch with a plan."""
     import mlx.core as mx
 
     from mlx_segtrain.data import Dataset, PairBatch, Row
@@ -349,8 +349,8 @@ def mlx_lm(args, variant):
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # On the CPU, the model runs in float32, because half precision is ten times slower and the
-    # other trainer should run at its best.
+    # On the CPU, the model runs in float32: half precision is ten times slower, and the other
+    # trainer should run at its best.
     model, vocabulary = load(args.model)
     model.freeze()
     linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})
@@ -430,8 +430,8 @@ def peft(args, variant):
 
 
 def peer(name, args, variant):
-    """Runs the cell of a trainer in bench/peers.py, with the loss that the trainer's own forward
-    pass computes."""
+    """Runs the cell of a trainer in bench/peers.py, with the loss of the trainer's own forward
+    pass."""
     import torch  # pyright: ignore[reportMissingImports]
 
     import peers
@@ -485,14 +485,20 @@ def run_cell(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Times a training step beside its peers.")
+    parser = argparse.ArgumentParser(
+        description="Times a training step of this package and of other trainers."
+    )
     parser.add_argument("--model", help="folder of an MLX model, or a shape; default: the demo's")
-    parser.add_argument("--length", type=int, default=512, help="tokens a row")
-    parser.add_argument("--loss-rows", type=float, default=1.0, help="part of them in the loss")
+    parser.add_argument("--length", type=int, default=512, help="tokens per row")
+    parser.add_argument(
+        "--loss-rows", type=float, default=1.0, help="fraction of a row that is in the loss"
+    )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--shared", type=float, default=0.0, help="part that both of a pair share")
-    parser.add_argument("--limit-gb", type=float, help="mlx-lm waits for the device above it")
-    parser.add_argument("--any-order", action="store_true", help="as with deterministic: false")
+    parser.add_argument(
+        "--shared", type=float, default=0.0, help="fraction common to a pair's sequences"
+    )
+    parser.add_argument("--limit-gb", type=float, help="memory above which mlx-lm waits")
+    parser.add_argument("--any-order", action="store_true", help="the same as deterministic: false")
     parser.add_argument(
         "--cells",
         nargs="+",
@@ -501,7 +507,7 @@ def main():
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not 0 < args.loss_rows <= 1:
-        parser.error(f"--loss-rows is a part of the rows, above 0 and at most 1: {args.loss_rows}")
+        parser.error(f"--loss-rows must be above 0 and at most 1; got {args.loss_rows}")
     if args.model is None:
         from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
         from mlx_segtrain.files import cache_dir

@@ -1,4 +1,4 @@
-// Defines the Python module and the bindings for plans. The bindings for each op are in the op's source file
+// Defines the Python module and its bindings for plans. The bindings of each op are in the op's source file
 // (core/binding.h).
 #include "core/binding.h"
 #include "core/cost.h"
@@ -35,7 +35,7 @@ NB_MODULE(_core, m) {
       .def_ro("size", &Device::size)
       .def_ro("workspace", &Device::workspace)
       .def_prop_ro("gpu", [](const Device& device) { return device.gpu() != Gpu::none; });
-  nb::class_<OpCost>(m, "OpCost", "Bytes that one call of an op needs; csrc/core/cost.h.")
+  nb::class_<OpCost>(m, "OpCost", "The memory, in bytes, that one call of an op needs; see csrc/core/cost.h.")
       .def_ro("forward", &OpCost::forward)
       .def_ro("backward", &OpCost::backward)
       .def_ro("kept", &OpCost::kept);
@@ -44,8 +44,8 @@ NB_MODULE(_core, m) {
   m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,
         "Disables a kernel in this process, because the kernel failed the self-check on this device.");
 
-  nb::class_<StageSpec>(m, "StageSpec",
-                        "The names that a stage reads and writes, and whether it has parameters.")
+  nb::class_<StageSpec>(
+      m, "StageSpec", "The names of the values that a stage reads and writes, and whether it has parameters.")
       .def(nb::init<std::string, std::vector<std::string>, std::vector<std::string>, bool>(), "name"_a,
            "reads"_a, "writes"_a, "trainable"_a)
       .def_ro("name", &StageSpec::name)
@@ -60,10 +60,11 @@ NB_MODULE(_core, m) {
       .def_ro("head_reads", &Plan::head_reads)
       .def("readers", nb::overload_cast<int, int, int>(&Plan::readers, nb::const_), "value"_a, "begin"_a,
            "end"_a,
-           "Returns how often stages [begin, end) read a value; the head has the index after the last stage.")
+           "Returns how often stages [begin, end) read a value; the head's index is one past the last "
+           "stage's.")
       .def("describe", &describe,
-           "Returns one line per move, with the stages that it runs and the values that it reads, keeps, "
-           "takes, gives and drops.");
+           "Returns one line per move, with its stages, the values that it reads, keeps and drops, and the "
+           "cotangents that it uses and computes.");
   m.def(
       "make_plan",
       [](const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
@@ -74,8 +75,8 @@ NB_MODULE(_core, m) {
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
       "incoming"_a = std::vector<std::string>{},
-      "Returns the plan for a chain that is cut after the stages `segments`, with groups that end after the "
-      "segments `groups`. The stages `saves` save arrays. The inputs `incoming` depend on parameters of "
+      "Returns the plan for a chain that is cut after the stages `segments`. Groups end after the "
+      "segments `groups`, the stages `saves` save arrays, and the inputs `incoming` depend on parameters of "
       "other stages.");
 
   nb::class_<Cuts>(
@@ -86,8 +87,9 @@ NB_MODULE(_core, m) {
       .def_ro("segments", &Cuts::segments)
       .def_ro("groups", &Cuts::groups)
       .def_ro("saves", &Cuts::saves);
-  nb::class_<StageCost>(m, "StageCost",
-                        "The memory and work of a stage for one batch shape; see csrc/schedule/planner.h.")
+  nb::class_<StageCost>(
+      m, "StageCost",
+      "The memory and the amount of computation of a stage for one batch shape; see csrc/schedule/planner.h.")
       .def(nb::init<std::vector<int64_t>, int64_t, int64_t, int64_t, int64_t, int64_t, double, double, double,
                     double>(),
            nb::kw_only(), "writes"_a, "forward"_a, "backward"_a, "kept"_a, "saved"_a, "gradients"_a,
@@ -96,8 +98,8 @@ NB_MODULE(_core, m) {
       .def_ro("saved", &StageCost::saved)
       .def_ro("saved_work", &StageCost::saved_work)
       .def_ro("gradients", &StageCost::gradients);
-  nb::class_<Costs>(
-      m, "Costs", "A chain of stages with everything that a plan for it depends on; csrc/schedule/planner.h.")
+  nb::class_<Costs>(m, "Costs",
+                    "A chain of stages and the costs from which it is planned; see csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
                     std::vector<int64_t>, std::vector<std::string>, std::vector<int>, std::vector<StageCost>,
                     int64_t, int64_t, double, int64_t, int64_t, double, int>(),
@@ -117,44 +119,46 @@ NB_MODULE(_core, m) {
       .def_ro("widened", &Costs::widened)
       .def_ro("fixed", &Costs::fixed)
       .def_ro("update", &Costs::update);
-  nb::class_<Alive>(m, "Alive",
-                    "The bytes in use at the peak of a move, excluding the memory that is always in use.")
+  nb::class_<Alive>(
+      m, "Alive",
+      "The bytes in use at the peak of a move, excluding memory that is in use for the whole run.")
       .def_ro("values", &Alive::values)
       .def_ro("saved", &Alive::saved)
       .def_ro("cotangents", &Alive::cotangents)
       .def_ro("gradients", &Alive::gradients)
       .def_ro("working", &Alive::working)
       .def_prop_ro("total", &Alive::total);
-  nb::class_<Estimate>(m, "Estimate", "The memory and work of a plan.")
+  nb::class_<Estimate>(m, "Estimate", "The memory and the amount of computation of a plan.")
       .def_ro("moves", &Estimate::moves)
       .def_ro("peak", &Estimate::peak)
       .def_ro("work", &Estimate::work)
       .def_ro("again", &Estimate::again);
-  m.def("estimate", &estimate, "plan"_a, "costs"_a, "Estimates the bytes and work of a plan.");
-  nb::class_<Choice>(m, "Choice", "Cuts, and the estimate of the plan with them.")
+  m.def("estimate", &estimate, "plan"_a, "costs"_a,
+        "Estimates the memory and the amount of computation of a plan.");
+  nb::class_<Choice>(m, "Choice", "The cuts of a chain, and the estimate for the resulting plan.")
       .def_ro("cuts", &Choice::cuts)
       .def_ro("estimate", &Choice::estimate);
   m.def("choose_cuts", &choose_cuts, "costs"_a, "budget"_a,
-        "Returns the cuts with the least work whose peak is at most `budget` bytes. If no cuts fit, returns "
-        "those with the lowest peak.");
+        "Returns the cuts with the least computation whose peak is at most `budget` bytes. If no cuts fit, "
+        "returns the cuts with the lowest peak.");
 
   m.def("least_peak", &least_peak, "costs"_a,
         "Returns the lowest peak, in bytes, among cuts that keep almost nothing.");
 
   m.def("collect_kernels", &collect_kernels,
-        "From now on, calls on this thread only record which kernels they need. They return zeros that must "
-        "not be evaluated.");
+        "Makes later calls on this thread record which kernels they need, instead of running them. The calls "
+        "return zeros that must not be evaluated.");
   m.def("compile_kernels", &compile_kernels, nb::call_guard<nb::gil_scoped_release>(),
         "Stops recording, compiles the recorded kernels in parallel, and returns how many it compiled.");
 
   nb::class_<StepResult>(m, "StepResult", "The outputs of the head and the gradients of all parameters.")
-      // These properties return copies of array handles. A reference into the result would keep the whole
-      // result alive, so a caller that holds the loss would also hold every gradient.
+      // These properties return copies of array handles. With a reference, a caller that holds the loss would
+      // keep the whole result alive, including every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
       .def_ro("incoming", &StepResult::incoming, nb::rv_policy::copy);
-  nb::class_<Passes>(m, "Passes", "Runs a plan in two calls; csrc/segtrain.h.")
+  nb::class_<Passes>(m, "Passes", "Runs a plan in two calls; see csrc/segtrain.h.")
       .def(
           "forward", [](const Passes& passes) { return passes.forward(); },
           "Runs the forward pass and returns the values that the head reads.")
@@ -162,8 +166,8 @@ NB_MODULE(_core, m) {
           "backward",
           [](const Passes& passes, const Arrays& cotangents) { return passes.backward(cotangents); },
           "cotangents"_a = Arrays{},
-          "Runs the backward pass and returns the result. Without a head, `cotangents` are those of the "
-          "differentiable values that `forward` returned.");
+          "Runs the backward pass and returns the result. Without a head, `cotangents` must be the "
+          "cotangents of the differentiable values that `forward` returned.");
   nb::class_<Recordings>(
       m, "Recordings",
       "The graphs of a plan's functions, which later steps reuse if they call the same functions.")
@@ -173,15 +177,14 @@ NB_MODULE(_core, m) {
       [](const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
          const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
-        // The GIL is released while MLX computes, and while MLX waits before it accepts more work, which may
-        // take long. It is not released for the whole step, because MLX calls back into Python while it
-        // differentiates (mx.checkpoint, mx.custom_function), and these callbacks assume that the GIL is
-        // held.
+        // The GIL is released while MLX computes, and while MLX waits before it accepts more work, because
+        // both may take long. It is held during the rest of the step, because MLX calls back into Python
+        // while it differentiates (mx.checkpoint, mx.custom_function), and these callbacks assume that they
+        // have the GIL.
         auto wait = [](const Arrays& made) {
           {
             nb::gil_scoped_release others;
-            // We do not call mx::eval here, because it would also wait for work that was launched after these
-            // arrays.
+            // We do not call mx::eval here, because it would also wait for work that was launched later.
             for (auto x : made) x.wait();
           }
           if (PyErr_CheckSignals()) throw nb::python_error();
@@ -195,6 +198,6 @@ NB_MODULE(_core, m) {
       },
       "plan"_a, "fns"_a, "head"_a.none(), "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
       "watch"_a = nb::none(), "recordings"_a.none() = nb::none(), nb::keep_alive<0, 9>(),
-      "Prepares a plan whose stages are callables (params, reads) → writes; each stage gets the params of "
-      "its owner. `watch` is called after each move.");
+      "Prepares a plan whose stages are callables (params, reads) → writes; each stage is called with the "
+      "params of its owner. `watch` is called after each move.");
 }

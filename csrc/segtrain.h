@@ -1,8 +1,8 @@
 // The C++ interface of mlx_segtrain. Ops are functions of arrays, each with a hand-written VJP.
 //
 // B batch · H query heads · G key/value heads · T queries · S keys · D head size · F feed-forward width · M
-// rows · R LoRA rank · V vocabulary size. The gradient with respect to x is called dx; `lse` is the
-// log-sum-exp of a row.
+// rows · R LoRA rank · V vocabulary size. dx is the gradient with respect to x; `lse` is the log-sum-exp of a
+// row.
 #pragma once
 
 #include <functional>
@@ -48,7 +48,7 @@ struct Linear {
 };
 
 /// Linear layers that read the same few rows in a decoding step. Each layer has the low-rank updates of
-/// several adapters, and each row picks one adapter: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, where z =
+/// several adapters, and each row selects one adapter: y_j = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j, where z =
 /// x·aᵀ. An object is created once and called many times. Its output has no gradient.
 class DecodeLinears {
  public:
@@ -57,12 +57,11 @@ class DecodeLinears {
   DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a, std::vector<std::optional<mx::array>> b,
                 std::vector<std::optional<mx::array>> gains);
 
-  /// x [..., in] → [..., out] for each layer. picks [rows] uint32 holds the index of the adapter for each
-  /// row.
+  /// x [..., in] → [..., out] for each layer. picks [rows] uint32 contains the adapter's index for each row.
   Arrays operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
                     mx::StreamOrDevice s);
 
-  /// Returns why no kernel supports this number of rows of this dtype; empty if one does.
+  /// Returns why no kernel supports this number of rows of this dtype, or an empty string if one does.
   std::string unfit(mx::Dtype dtype, int rows) const;
 
  private:
@@ -76,10 +75,10 @@ class DecodeLinears {
   std::map<std::pair<int, int>, std::shared_ptr<Calls>> calls_;  ///< by dtype and number of rows
 };
 
-/// Query t is at position q_start + t (q_start is S − T by default). It sees the keys up to its own position.
-/// With `window`, it sees only the last `window` of these keys; with `segments` (in ascending order), only
-/// the keys in its own segment. A position outside all segments is padding: its query sees no key, its key is
-/// seen by no query, and its output is 0.
+/// Query t is at position q_start + t (q_start is S − T by default). It attends to the keys up to its own
+/// position. With `window`, it attends only to the last `window` of these keys; with `segments` (in ascending
+/// order), only to the keys in its own segment. A position outside all segments is padding: its query attends
+/// to no key, no query attends to its key, and its output is 0.
 struct AttentionOptions {
   float scale;
   std::optional<int> window;
@@ -88,15 +87,15 @@ struct AttentionOptions {
   std::optional<int> q_start;
 };
 
-/// softmax(scale·q·kᵀ)·v over the keys that each query sees, without materializing a T × S array.
+/// softmax(scale·q·kᵀ)·v over the keys to which each query attends, without materializing a T × S array.
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → [B,H,T,Dv].
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
                     const AttentionOptions& options, const std::optional<Arrays>& saved,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// Returns o, followed by the arrays that the backward pass needs. If this result is passed as `saved` to
-/// attention() with the same arguments, attention() computes only the backward pass. The result is empty if
-/// the implementation (`stock`) cannot provide these arrays. This function has no gradient.
+/// Returns o, followed by the arrays that the backward pass needs. If the result is passed as `saved` to
+/// attention() with the same arguments, attention() computes only the backward pass. It is empty if the
+/// implementation (`stock`) cannot provide these arrays. This function has no gradient.
 Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
                          const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s);
 
@@ -108,8 +107,8 @@ std::vector<std::string> attention_impls();
 /// causal or not), if `way` supports the call. An empty `way` restores the built-in order.
 void prefer_attention(int head, mx::Dtype dtype, bool causal, const std::string& way);
 
-/// Sets whether 'auto' is limited to implementations whose results are bit-identical when a call is repeated;
-/// returns the previous setting. On CUDA, implementations that use cuDNN, which include MLX's, sum dq in an
+/// Sets whether 'auto' is limited to implementations whose results are bit-identical when a call is repeated,
+/// and returns the previous setting. On CUDA, implementations that use cuDNN, including MLX's, sum dq in an
 /// unspecified order.
 bool set_repeatable(bool on);
 
@@ -117,9 +116,9 @@ bool set_repeatable(bool on);
 bool is_repeatable();
 
 /// Returns the implementation that 'auto' chooses for plain causal attention over many tokens on a device
-/// ("cpu", "metal" or "cuda"), which this machine need not have. `cudnn` says whether the package includes
-/// cuDNN's attention (CUDA), and `nax` whether the GPU has neural accelerators (Metal); `repeats` is the
-/// setting of set_repeatable.
+/// ("cpu", "metal" or "cuda"). This machine need not have the device. `cudnn` says whether the package
+/// includes cuDNN's attention (CUDA), and `nax` whether the GPU has neural accelerators (Metal); `repeats` is
+/// the setting of set_repeatable.
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
                           bool repeats);
 
@@ -136,8 +135,7 @@ mx::array geglu(const mx::array& gate, const mx::array& up, const std::string& i
 mx::array rms_norm(const mx::array& x, const mx::array& weight, float eps, const std::string& impl,
                    mx::StreamOrDevice s);
 
-/// Returns h and rms_norm(h). The backward pass of the norm also adds the gradient that arrives at the output
-/// h. h [..., H].
+/// Returns h and rms_norm(h). The norm's backward pass also adds the gradient of the output h. h [..., H].
 Arrays rms_norm_beside(const mx::array& h, const mx::array& weight, float eps, const std::string& impl,
                        mx::StreamOrDevice s);
 
@@ -145,9 +143,8 @@ Arrays rms_norm_beside(const mx::array& h, const mx::array& weight, float eps, c
 mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& weight, float eps,
                        const std::optional<mx::array>& factor, const std::string& impl, mx::StreamOrDevice s);
 
-/// Applies rotary embeddings to x [B, H, T, D] at positions offset + t; within a segment, positions count
-/// from the start of the segment. The angles are scale · position · base^(−2i/dims), or scale · position /
-/// freqs if `freqs` is given.
+/// Applies rotary embeddings to x [B, H, T, D] at positions offset + t; positions restart in each segment.
+/// The angles are scale · position · base^(−2i/dims), or scale · position / freqs if `freqs` is given.
 mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<float> base, float scale,
                int offset, const std::optional<mx::array>& freqs, const std::optional<Ranges>& segments,
                const std::string& impl, mx::StreamOrDevice s);
@@ -167,7 +164,7 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
                     const mx::array& index, int begin, const std::vector<float>& factors,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// How q, k and v are computed for each head: an optional RMS norm, and for q and k a rotation as in `rope`.
+/// The norm of q, k or v, which is applied to each head before the rotation of q and k.
 struct HeadNorm {
   mx::array weight;  ///< [D], frozen
   float eps;
@@ -193,30 +190,30 @@ Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const He
 /// o [B, H, T, D] → [B, T, H·D], the layout that the output projection reads.
 mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s);
 
-/// Returns the outputs of linear layers that read the same x [..., in] → [..., out] for each layer. It keeps
-/// x and x·a for the backward pass. Dropout applies only to the x that the low-rank branches read; each layer
+/// Returns the outputs of linear layers that read the same x [..., in] → [..., out] for each layer. Keeps x
+/// and x·a for the backward pass. Dropout applies only to the input of the low-rank branches; each layer
 /// draws its mask from its key [2] uint32, and draws the same mask again in the backward pass.
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
                     const std::string& impl, mx::StreamOrDevice s);
 
-/// down(act(gate(x))·up(x)), where act is SiLU or the tanh approximation of GELU. x [..., H] → [..., H]. It
-/// keeps x and the outputs of gate and up for the backward pass. With `tile_rows` it keeps only x: it
-/// computes that many rows at a time, and recomputes them in the backward pass.
+/// down(act(gate(x))·up(x)), where act is SiLU or the tanh approximation of GELU. x [..., H] → [..., H].
+/// Keeps x and the outputs of gate and up for the backward pass. With `tile_rows`, keeps only x: that many
+/// rows are computed at a time, and recomputed in the backward pass.
 mx::array lora_glu_mlp(const mx::array& x, const Linear& gate, const Linear& up, const Linear& down,
                        bool gelu, std::optional<int> tile_rows, const std::string& impl,
                        mx::StreamOrDevice s);
 
 /// Σ weights·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), where z is h·Wᵀ + bias after the softcap, and ε is the
 /// label smoothing. Rows with target < 0 do not contribute; such rows are allowed only if `padded` is set. h
-/// [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is computed in the same pass, chunk by
-/// chunk of rows.
+/// [M, H], targets [M] int32, weights [M] float32 → [] float32. dh is computed in the same pass, in chunks of
+/// rows.
 mx::array linear_cross_entropy(const mx::array& h, const Base& head, const mx::array& targets,
                                const std::optional<mx::array>& weights, std::optional<float> softcap,
                                float label_smoothing, bool needs_grad, bool padded, const std::string& impl,
                                mx::StreamOrDevice s);
 
-/// z[target] − lse(z) for each row, with z as in linear_cross_entropy. It keeps h and lse for the backward
-/// pass. Rows with target < 0 are skipped, and their result is 0. h [M, H], targets [M] int32 → [M] float32.
+/// z[target] − lse(z) for each row, with z as in linear_cross_entropy. Keeps h and lse for the backward pass.
+/// Rows with target < 0 are skipped, and their result is 0. h [M, H], targets [M] int32 → [M] float32.
 mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array& targets,
                            std::optional<float> softcap, bool needs_grad, bool padded,
                            const std::string& impl, mx::StreamOrDevice s);
@@ -232,8 +229,8 @@ mx::array join(const Arrays& arrays, mx::StreamOrDevice s);
 mx::array matmul(const mx::array& a, const mx::array& b, bool transpose_a, bool transpose_b, float alpha,
                  mx::StreamOrDevice s);
 
-/// (params, reads) → writes. If `save` is set, a stage that can save returns extra arrays after its writes;
-/// these are passed back as `saved` when the stage is run again.
+/// (params, reads) → writes. If `save` is set, a stage that can save arrays returns them after its writes.
+/// They are passed back as `saved` when the stage is run again.
 using StageFn =
     std::function<Arrays(const Arrays& params, const Arrays& reads, const Arrays& saved, bool save)>;
 
@@ -241,7 +238,7 @@ using StageFn =
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
 /// Waits for arrays that are being computed (possibly none). The caller's function may do other things too,
-/// such as release a lock. If it throws an exception, the step ends.
+/// such as release a lock. If the function throws an exception, the step ends.
 using Wait = std::function<void(const Arrays&)>;
 
 /// Launches the evaluation of arrays. The caller's function may do other things too.
@@ -256,24 +253,24 @@ struct StepResult {
   Arrays outputs;             ///< the outputs of the head, loss first
   std::vector<Arrays> grads;  ///< for each owner, in the order of its parameters
   Arrays head_grads;
-  Arrays incoming;  ///< cotangents of the inputs that have a cotangent, in input order
+  Arrays incoming;  ///< cotangents of the inputs that have one, in input order
 };
 
 /// Runs a plan in two calls: `forward` returns the values that the head reads, and `backward` returns the
-/// result. If the chain continues on another device and has no head here, `backward` gets the cotangents of
-/// the differentiable values that `forward` returned. Between the two calls, only what the plan keeps is in
-/// memory.
+/// result. If the chain continues on another device and has no head here, `backward` is called with the
+/// cotangents of the differentiable values that `forward` returned. Between the two calls, memory contains
+/// only what the plan keeps.
 struct Passes {
   std::function<Arrays()> forward;
   std::function<StepResult(const Arrays& cotangents)> backward;
 };
 
 /// Returns two passes that compute the loss and the gradients of all parameters, and that keep only the
-/// plan's boundary values between moves. Stage i has the parameters `params[owners[i]]`; the gradients of
-/// stages that share an owner are added. A stage gets its `reads` in the order of its spec. One move runs at
-/// a time (on CUDA up to two) while the host prepares the next. `recordings` holds graphs from earlier steps
-/// with the same functions: once several calls of a function have built equal graphs, the function is not
-/// called again, and its graph is rebuilt from the recording.
+/// plan's boundary values between moves. Stage i has the parameters `params[owners[i]]`; if stages share an
+/// owner, their gradients are added. A stage is called with its `reads` in the order of its spec. One move
+/// runs at a time (on CUDA up to two) while the host prepares the next. `recordings` contains graphs from
+/// earlier steps with the same functions: once several calls of a function have built equal graphs, the
+/// function is no longer called, and its graph is rebuilt from the recording.
 Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,
                  const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
                  const Arrays& inputs, const Wait& wait, const Launch& launch, const Watch& watch,

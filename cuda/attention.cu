@@ -1,21 +1,21 @@
-// Attention in tiles of queries × keys on the tensor cores. docs/attention.md has the derivation; the CPU twin is
+// Attention in tiles of queries × keys on the tensor cores. For the derivation, see docs/attention.md. The CPU twin is
 // csrc/ops/attention/cpu.cpp.
 //
-// q, o [B,H,T,D], k, v [B,G,S,D]: B batch, H query heads, G key/value heads (each shared by a group of H/G query heads),
-// T queries, S keys, D head size; b, h and g are indices. attention and attention_dq use one thread block per (tile of
+// q, o [B,H,T,D], k, v [B,G,S,D]: B batch, H query heads, G key/value heads (each for a group of H/G query heads), T
+// queries, S keys, D head size; b, h and g are indices. attention and attention_dq use one thread block per (tile of
 // queries, b, h) and 16·MT queries per warp; p and ds stay in registers. attention_dkv uses one thread block per (tile
-// of keys, b, g, part of the group's heads), so that each element of dk and dv has one writer; its warps form a WM × WN
-// grid and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
-// non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the launch
-// parameters follow from D alone; see struct Shapes.
+// of keys, b, g, part of the group's heads), so each element of dk and dv has one writer; its warps form a WM × WN grid
+// and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
+// non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the
+// launch parameters depend only on D; see struct Shapes.
 //
-// These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used where it fits: the peak speed
-// of its matrix multiplications is about 1.6 times as high.
+// These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used for the calls that it
+// supports: the peak speed of its matrix multiplications is about 1.6 times as high.
 
 namespace segtrain {
 
-// ---- tiles in shared memory: rows have LD = DP + 8 elements, so that 16-byte pieces of eight rows are in different
-// banks
+// ---- tiles in shared memory: a row has LD = DP + 8 elements, so that the 16-byte pieces of eight rows are in
+// different banks
 
 /// Copies x [rows, D] to the tile [ROWS, DP] and fills the rest of the tile with zeros.
 template <int ROWS, int D, int DP, int THREADS, typename T>
@@ -82,7 +82,7 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
-  // For D ≤ 128, a warp has registers for 32 queries, which halves how often k and v are read, and two blocks fit on a
+  // For D ≤ 128, a warp has registers for 32 queries, which halves the reads of k and v, and two blocks fit on a
   // multiprocessor.
   static constexpr int MT = D <= 128 ? 2 : 1, WARPS = D <= 128 ? 4 : 8, BQ = 16 * MT * WARPS;
   static constexpr int BK = D <= 128 ? 32 : 64, BK_DQ = 32;
@@ -143,7 +143,7 @@ __device__ void attention(const T* q, const T* k, const T* v, Call c, T* o, floa
         }
     }
 
-    /// Online softmax: the sums so far were relative to the old maximum.
+    /// Online softmax: rescales the sums, which are relative to the old maximum.
 #pragma unroll
     for (int a = 0; a < MT; ++a)
 #pragma unroll
@@ -262,7 +262,7 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   constexpr int NQ = BQ / X::WN / 8, ND = DP / X::WN / 8;  // columns of pᵀ and of dk per warp, divided by 8
   const int jobs = c.B * c.G * parts, share = c.H / c.G / parts;
   const size_t job = blockIdx.x % jobs, bg = job / parts;
-  // The first keys start first, because in a causal triangle most queries see them.
+  // The blocks of the first keys start first, because with a causal mask most queries see these keys.
   const int k0 = blockIdx.x / jobs * BK;
   const size_t bh = bg / c.G * c.H + (bg % c.G * parts + job % parts) * share;
   const int wm = threadIdx.x / 32 / X::WN * 32, wn = threadIdx.x / 32 % X::WN;
@@ -360,9 +360,8 @@ __device__ void sum_parts(const float* x, int parts, size_t n, size_t at, T* y) 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; D and CAP are constants in all of
-// them.
-// at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. D and CAP are constants in all
+// of them. at = {q_start, parts, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention: q k v first at args -> o lse
 using X = Shapes<D>;

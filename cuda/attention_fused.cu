@@ -1,17 +1,17 @@
 // Attention on Hopper that never writes scores to device memory. See docs/attention.md, "hopper";
-// csrc/ops/attention/hopper_fused.cpp launches these kernels. The ideas come from FlashAttention-3 (Shah et al. 2024,
-// arXiv:2407.08608): some warps copy while others multiply, and the matrix products of one tile run while the softmax of
-// another tile is computed.
+// csrc/ops/attention/hopper_fused.cpp launches these kernels. As in FlashAttention-3 (Shah et al. 2024,
+// arXiv:2407.08608), some warps copy while others multiply, and the matrix products of one tile run while the softmax
+// of another tile is computed.
 //
 // The shapes are those in attention.cu; b and h are indices into batch and query heads. attention_fused uses one block
 // per (192 or 128 queries, b, h). Each group of 128 threads computes 64 of the block's queries.
 //
-// attention_fused_vjp uses one block per (128 keys, b, h). The block holds dk and dv of its keys in registers and
+// attention_fused_vjp uses one block per (128 keys, b, h). The block keeps dk and dv of its keys in registers and
 // iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. If
-// several blocks add to a sum, they do so in a fixed order, so that results are bit-identical: the order of the keys for
-// dq, and the order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because
-// blocks take numbered tickets for their work: every block that it waits for has an earlier ticket, and so is running or
-// has finished.
+// several blocks add to a sum, they do so in a fixed order, so results are bit-identical: the order of the keys for dq,
+// and the order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because
+// blocks take numbered tickets for their work: every block that it waits for has an earlier ticket, and therefore is
+// running or has finished.
 
 namespace segtrain {
 
@@ -37,13 +37,12 @@ __device__ inline void wait(unsigned at, unsigned phase) {
                ::"r"(at), "r"(phase) : "memory");
 }
 
-/// Makes all writes to shared memory that are visible to this thread visible to later reads by tensor cores and bulk
-/// copies.
+/// Makes all writes to shared memory that this thread can see visible to later reads by tensor cores and bulk copies.
 __device__ inline void publish() { asm volatile("fence.proxy.async;" ::: "memory"); }
 
-/// Waits at the barrier `from`, publishes the data, and arrives at the barrier `to`. Because the fence in publish()
-/// waits for the matrix products of the calling thread, threads without matrix products call this function. (In threads
-/// that multiply, the fence took a quarter of their time.)
+/// Waits at the barrier `from`, publishes the data, and arrives at the barrier `to`. Only threads without matrix
+/// products call this function, because the fence in publish() waits for the calling thread's matrix products. (In
+/// threads that multiply, the fence was measured to take a quarter of the time.)
 __device__ inline void relay(unsigned from, unsigned to, unsigned phase) {
   wait(from, phase);
   publish();
@@ -95,7 +94,7 @@ __device__ inline unsigned piece_at(int row, int col, int block) {
   return col / 8 * block + row * 128 + ((col % 8 ^ row % 8) << 4);
 }
 
-/// Writes a 16×16 block that a warp holds in registers. Its first row is `row`, and its first column is that of `piece`.
+/// Writes a 16×16 block from a warp's registers. Its first row is `row`, and its first column is that of `piece`.
 __device__ inline void store_block(unsigned tile, int row, int piece, int block, const unsigned (&x)[4]) {
   const int lane = threadIdx.x % 32;
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
@@ -139,7 +138,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
   const QueryTile t(c, BQ);
   const int tiles = (t.k_end - t.k_begin + BK - 1) / BK;
   const unsigned q_tile = tiles_begin(), k_tiles = q_tile + X::Q_BYTES, v_tiles = k_tiles + STAGES * X::TILE_BYTES;
-  // The barriers of each buffer say that its data is copied, is published, or is no longer needed.
+  // Each buffer has barriers that signal that its data is copied, is published, or is no longer needed.
   const unsigned q_copied = v_tiles + STAGES * X::TILE_BYTES, k_copied = q_copied + 8, v_copied = k_copied + 8 * STAGES;
   const unsigned q_here = v_copied + 8 * STAGES, k_here = q_here + 8, v_here = k_here + 8 * STAGES;
   const unsigned k_free = v_here + 8 * STAGES, v_free = k_free + 8 * STAGES;
@@ -181,7 +180,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 
   more_registers<X::REGISTERS>();
   const int group = warpgroup() - 1, q0 = t.q0 + group * 64;
-  // Scores are kept unscaled; multiplying them by `fold` turns them into exponents of 2. `fold` is positive, so that the
+  // Scores are kept unscaled; multiplying them by `fold` converts them to exponents of 2. `fold` is positive, so the
   // multiplication preserves order and −∞.
   const float fold = CAP ? 1 : fmaxf(fabsf(c.scale) * LOG2E, 1e-30f);
   const Score<CAP> score(c);
@@ -216,7 +215,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     k_turn.next();
   };
 
-  /// Online softmax: the sums so far were relative to the old maximum.
+  /// Online softmax: rescales the sums, which are relative to the old maximum.
   auto softmax = [&](int k0) {
     if (CAP || c.scale < 0)
 #pragma unroll
@@ -319,8 +318,8 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
     if (threadIdx.x % 4 == 0 && row < t.rows)
       lse[t.bh * c.T + t.q0 + row] = l[r] > 0 ? m[r] * fold * LN2 + logf(l[r]) : -infinity();
   }
-  // The output is first collected in the shared memory of this warp's queries, which no other warp reads, so that whole
-  // cache lines are written to device memory.
+  // The output is first collected in the shared memory for this warp's queries, which no other warp reads, so that
+  // whole cache lines are written to device memory.
 #pragma unroll
   for (int n = 0; n < DP / 8; n += 2) {
     const unsigned block[4] = {pack2<T>(sum[n * 4] * inverse[0], sum[n * 4 + 1] * inverse[0]),
@@ -342,7 +341,7 @@ __device__ void attention_fused(const T* q, const T* k, const T* v, Call c, T* o
 // ---- dq, dk, dv
 
 /// For each query tile of a head, the range of key tiles that it sees, and for each key tile, the range of query tiles
-/// that see it. Both bounds of a range are non-decreasing in the index of the tile.
+/// that see it. Both bounds of a range are non-decreasing in the tile's index.
 template <int BQ, int BK>
 struct Pairs {
   const Call& c;
@@ -355,7 +354,7 @@ struct Pairs {
     return key_tile < keys_end(query_tiles() - 1) ? (queries_before(c, (key_tile + 1) * BK) + BQ - 1) / BQ : 0;
   }
   /// Returns the number of counters: one for tickets, and one for each tile of dq and each tile of dk and dv, which
-  /// counts the blocks that have added to it.
+  /// counts the blocks that have added to the tile.
   __device__ int counts() const { return 1 + c.B * c.H * query_tiles() + c.B * c.G * key_tiles(); }
 };
 
@@ -363,8 +362,8 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // The number of heads of a group that are processed at once is increased until this many blocks have work. Blocks for
-  // different heads wait for each other when they end, and blocks for different key tiles of one head when they begin.
+  // The number of heads of a group that are processed at once is increased until there are this many blocks. Blocks for
+  // different heads wait for each other at the end, and blocks for different key tiles of one head at the beginning.
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
@@ -391,7 +390,7 @@ __device__ inline void copy_numbers(unsigned to, const X* x, int rows, int lane)
   for (int i = lane; i < ROWS; i += 32) copy_async<4>(to + i * 4, x + min(i, rows - 1), REPEAT || i < rows);
 }
 
-/// wait_for_turn waits until `turn` other blocks have added to the sum. end_turn reports that this block has added.
+/// wait_for_turn waits until `turn` other blocks have added to the sum; end_turn signals that this block has added.
 __device__ inline void wait_for_turn(const int* count, int turn) {
   for (;;) {
     int now;
@@ -402,8 +401,8 @@ __device__ inline void wait_for_turn(const int* count, int turn) {
 }
 __device__ inline void end_turn(int* count) { asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(count) : "memory"); }
 
-/// Starts a bulk copy of floats from shared memory to `to` [bytes / 4], or a bulk addition to `to`. One thread calls
-/// this function.
+/// Starts a bulk copy of floats from shared memory to `to` [bytes / 4], or a bulk addition to `to`. Call it from one
+/// thread.
 __device__ inline void store_bulk(float* to, unsigned from, int bytes, bool add) {
   if (add)
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;"
@@ -419,8 +418,8 @@ __device__ inline void stores_done() {
   publish();
 }
 
-/// Stores the accumulators of a group as consecutive float4s, one per thread at a time, so that neighbouring threads
-/// write neighbouring memory.
+/// Stores the accumulators of a group as float4s, one per thread at a time, so that neighbouring threads write
+/// neighbouring memory.
 template <int N>
 __device__ inline void store_sums(unsigned tile, const float (&x)[N]) {
   const unsigned to = tile + (warpgroup() - 1) * N * 512 + threadIdx.x % 128 * 16;
@@ -436,8 +435,8 @@ __device__ inline auto& pick_array(float (&a)[N], float (&b)[M]) {
   else return b;
 }
 
-/// `counts` has the layout of Pairs and must contain zeros at the start. dq_sum, dk_sum and dv_sum consist of tiles
-/// whose elements are in the order of the threads that hold them, before they are multiplied by the scale.
+/// `counts` has the layout of Pairs and must contain zeros at the start. dq_sum, dk_sum and dv_sum consist of tiles,
+/// not yet multiplied by the scale, whose elements are in the order of the threads that computed them.
 template <int D, bool CAP, typename T>
 __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
                           int* counts, float* dq_sum, float* dk_sum, float* dv_sum) {
@@ -448,7 +447,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
   const unsigned do_tiles = q_tiles + QS * X::QUERY_BYTES, ds_tiles = do_tiles + OS * X::QUERY_BYTES;
   const unsigned dq_tile = ds_tiles + 2 * X::DS_BYTES, lse_rows = dq_tile + X::DQ_BYTES;
   const unsigned first_rows = lse_rows + QS * X::ROWS_BYTES, delta_rows = first_rows + QS * X::ROWS_BYTES;
-  // The barriers of each buffer say that its data is copied or written, is published, or is no longer needed.
+  // Each buffer has barriers that signal that its data is copied or written, is published, or is no longer needed.
   const unsigned k_copied = delta_rows + OS * X::ROWS_BYTES, v_copied = k_copied + 8, q_copied = v_copied + 8;
   const unsigned do_copied = q_copied + 8 * QS, k_here = do_copied + 8 * OS, v_here = k_here + 8, q_here = v_here + 8;
   const unsigned do_here = q_here + 8 * QS, q_free = do_here + 8 * OS, do_free = q_free + 8 * QS, ds_written = do_free + 8 * OS;
@@ -465,8 +464,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(ticket_at), "r"(atomicAdd(counts, 1)) : "memory");
   }
   __syncthreads();
-  // The order of the tickets: first come some heads of each group with all of their keys, beginning with the first keys
-  // (which most queries see in a causal triangle), and then the next heads.
+  // The order of the tickets: first some heads of each group with all of their keys, beginning with the first keys
+  // (which most queries see with a causal mask), and then the next heads.
   const int ticket = read_shared<int>(ticket_at), share = c.H / c.G, groups = c.B * c.G, key_tiles = pairs.key_tiles();
   int at_once = 1;
   while (share % (2 * at_once) == 0 && at_once * groups * key_tiles < X::AT_ONCE) at_once *= 2;
@@ -593,9 +592,9 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     products_done<0>();
     keep(s);
   }
-  // The matrix products run one after another without a gap: the product for dP runs while P is computed, the one for dV
-  // while dS is computed, and those for dK and the next step's S while dQ is written. After each wait for all products,
-  // the compiler can reuse their registers.
+  // The matrix products run one after another without a gap: the product for dP runs while P is computed, the one for
+  // dV while dS is computed, and the ones for dK and the next step's S while dQ is written. After each wait for all
+  // products, the compiler can reuse their registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
@@ -631,7 +630,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
       }
     }
     // P is kept for dS in half precision, multiplied by the slope of the softcap, because there are no registers for
-    // more.
+    // float32.
     unsigned short_p[BQ / 4];
 #pragma unroll
     for (int i = 0; i < BQ / 4; ++i) {
@@ -706,10 +705,10 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
 
 // ---- rounding of the sums
 
-/// Writes scale·sum to y [heads, rows, D], or zeros where no block has `added`. A tile has ROWS·DP elements in the order
-/// in which store_sums writes them. They come from two groups: with SIDE, each group has half of the columns; otherwise
-/// each group has half of the rows. 256 threads process 4096 elements, and each thread processes eight columns of two
-/// rows.
+/// Writes scale·sum to y [heads, rows, D], or zeros where no block has `added`. A tile has ROWS·DP elements in the
+/// order in which store_sums writes them. They come from two groups: with SIDE, each group has half of the columns;
+/// otherwise, each has half of the rows. 256 threads process 4096 elements, and each thread processes eight columns of
+/// two rows.
 template <int ROWS, int D, bool SIDE, typename T, typename Added>
 __device__ inline void round_tiles(const float* sum, int rows, float scale, int job, Added added, T* y) {
   constexpr int PIECES = (D + 63) / 64 * 8, PARTS = ROWS * PIECES / 512, OF_GROUP = SIDE ? PIECES / 2 : PIECES;
@@ -749,7 +748,7 @@ __device__ void round_sums(const float* dq_sum, const float* dk_sum, const float
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S}, args = {scale, cap}.
 
 //: attention_fused: q k v first at args -> o lse

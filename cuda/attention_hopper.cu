@@ -5,15 +5,16 @@
 // attention_hopper uses one block per (64 queries, b, h). For S, each of the block's two warpgroups computes half of the
 // keys of a tile; for O, it computes half of the columns. They exchange P through shared memory.
 //
-// The backward pass processes a limited range of queries at a time, in three steps over a scratch array of 16-bit tiles:
-// attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, and attention_queries_vjp sums dQ. Each step
-// multiplies whole tiles, and every output has one writer. This takes five matrix products per pair of tiles for any
-// head size, while a kernel that keeps P and dS in registers takes seven. In return, P and dS are written to memory
-// once.
+// The backward pass processes a limited range of queries at a time, in three steps over a scratch array of 16-bit
+// tiles: attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, and attention_queries_vjp sums dQ.
+// Each step multiplies whole tiles, and every output has one writer. This needs five matrix products per pair of tiles
+// for any head size, whereas a kernel that keeps P and dS in registers needs seven. In exchange, P and dS are written
+// to memory once.
 //
-// A chain of launches writes scratch and sums in place, although MLX sees them as inputs. MLX keeps what a graph
-// allocates until the graph is done, so new scratch arrays for all ranges together would be as large as all of P. Small
-// outputs (`done`) order the chain: a kernel that reads scratch or sums has the last such output as an additional input.
+// A chain of launches writes scratch and sums in place, although MLX treats these arrays as inputs. MLX keeps what a
+// graph allocates until the graph is done, so with new scratch arrays for each range, memory would grow to the size of
+// all of P. Small outputs (`done`) order the chain: a kernel that reads scratch or sums has the last such output as an
+// additional input.
 
 namespace segtrain {
 
@@ -49,8 +50,7 @@ __device__ inline void copies_here() {
 /// A ring buffer of tiles in shared memory. While the matrix products of a step run, the data of the following steps is
 /// copied. `load(address)` starts the copies for the next step; after the last step it does nothing. A stage is
 /// overwritten once the products that read it are done in every warpgroup. With DRAIN, each step waits for its own
-/// products (blocks that share a multiprocessor fill each other's gaps); otherwise it waits for the products of the
-/// previous step.
+/// products (blocks on the same multiprocessor use the gaps); otherwise it waits for the products of the previous step.
 template <int STAGES, int STAGE_BYTES, bool DRAIN>
 struct Ring {
   static constexpr int AHEAD = DRAIN ? STAGES - 1 : STAGES - 2, BYTES = STAGES * STAGE_BYTES;
@@ -85,7 +85,8 @@ struct Ring {
 
 // ---- o, lse
 
-/// Shared memory for the queries, P, a ring buffer of keys and values, and the data that the two warpgroups exchange.
+/// The layout of shared memory: the queries, P, a ring buffer of keys and values, and the data that the two warpgroups
+/// exchange.
 template <int D>
 struct ForwardTiles {
   static constexpr int BQ = 64, BK = 128, DP = (D + 127) / 128 * 128;
@@ -94,7 +95,7 @@ struct ForwardTiles {
 };
 
 /// Keys are read in tiles of 128. A step copies 128 columns of k, or a quarter of the rows of v; for D = 512, S and O
-/// take four steps each.
+/// need four steps each.
 template <int D, int DV, bool CAP, typename T>
 __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* o, float* lse) {
   using X = ForwardTiles<D>;
@@ -158,7 +159,7 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
     }
     __syncthreads();
 
-    /// Online softmax: the sums so far were relative to the old maximum.
+    /// Online softmax: rescales the sums, which are relative to the old maximum.
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float both = fmaxf(m[r], fmaxf(top[r], shared[(1 - warpgroup()) * BQ + result_row(r)]));
@@ -176,8 +177,8 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
         asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack2<T>(x, y)) : "memory");
       }
     }
-    // The wait of the next step also makes P visible to the tensor cores, because its fence and barrier come before the
-    // matrix products.
+    // The next step's wait also makes P visible to the tensor cores, because its fence and barrier precede the matrix
+    // products.
 
     /// O += P·V
     for (int part = 0; part < 4; ++part)
@@ -216,7 +217,7 @@ __device__ void attention_hopper(const T* q, const T* k, const T* v, Call c, T* 
   }
 }
 
-// ---- backward pass: code that the three steps share
+// ---- backward pass: code that is common to the three steps
 
 constexpr int TILE = 128, TILE_SIZE = TILE * TILE;  // number of queries and of keys in a tile of P and dS
 
@@ -228,8 +229,8 @@ struct Range {
 };
 __device__ inline Range make_range(const int* at) { return {at[7], at[8], at[9], at[10], at[11], at[12] != 0}; }
 
-/// The elements that a thread holds of a row of P are pairs, eight columns apart. This function maps between their order
-/// and another order, in which four such pairs are sixteen consecutive bytes. It is its own inverse.
+/// A thread's elements of a row of P are pairs, eight columns apart. This function maps between their order and another
+/// order, in which four such pairs are sixteen consecutive bytes. It is its own inverse.
 __device__ inline int swap_pairs(int x) { return x & ~30 | (x >> 1 & 3) << 3 | (x >> 3 & 3) << 1; }
 
 struct KeyTiles {
@@ -242,7 +243,7 @@ struct KeyTiles {
 
 // ---- p, ds
 
-/// One block computes one tile. Two blocks share a multiprocessor, so that the matrix products of one block run while
+/// One block computes one tile. Two blocks run on a multiprocessor, so that the matrix products of one block run while
 /// the other block writes.
 template <int D, int DV, bool CAP, typename T>
 __device__ void scores_vjp(const T* q, const T* k, const T* v, const float* lse, const float* delta, const T* d_o, Call c,
@@ -354,8 +355,8 @@ struct Columns {
   using Tiles = Ring<(N > 128 ? 4 : 3), A_BYTES + B_BYTES, (N <= 128)>;
 };
 
-/// One block per (tile of keys, b, g, part of D) adds scale·aᵀ·x, over the range's queries and the group's heads, to sum
-/// [B,G,S,D]. In the first range it overwrites the sum. a and x are P and dO, or dS and Q.
+/// One block per (tile of keys, b, g, part of D) adds scale·aᵀ·x, over the range's queries and the group's heads, to
+/// sum [B,G,S,D]. For the first range, it overwrites the sum. a and x are P and dO, or dS and Q.
 template <int D, int MOST, typename T>
 __device__ void keys_vjp(const T* a, const T* x, Call c, Range h, int job, float scale, float* sum) {
   using X = Columns<D, MOST>;
@@ -469,7 +470,7 @@ __device__ void queries_vjp(const T* ds, const T* k, Call c, Range h, T* dq) {
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
 // at = {q_start, -, B, H, G, T, S, group, groups, tile, tiles, width, first}, args = {scale, cap}.
 
 //: attention_hopper: q k v first at args -> o lse

@@ -1,15 +1,15 @@
-// The passes over rows in blocked attention, which computes everything else with plain matrix products. See
-// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp computes the same with MLX's ops.
+// The row-wise passes of blocked attention, which computes everything else with plain matrix products. See
+// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp does the same with MLX's ops.
 //
-// softmax_rows and softmax_vjp_rows use one thread block per row of s [R, cols], where R is the number of rows. Row r is
-// query q0 + r % nq, where nq is the number of queries in the block of scores, and it sees the columns first[query] − k0
-// … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: after every `period` queries, k0 increases by
-// `period`, as in the bands of a window. `args` = {scale, cap}. All blocks of scores use the same compiled kernel and
-// differ only in these inputs.
+// softmax_rows and softmax_vjp_rows use one thread block per row of s [R, cols], where R is the number of rows. Row r
+// is query q0 + r % nq, where nq is the number of queries in the block of scores, and it sees the columns first[query]
+// − k0 … q_start + query − k0. `at` = {q0, nq, k0, q_start, period, cols}: after every `period` queries, k0 increases
+// by `period`, as in the bands of a window. `args` = {scale, cap}. All blocks of scores use the same compiled kernel
+// and differ only in these inputs.
 
 namespace segtrain {
 
-constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; if a row is longer, the rest is read again
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, the rest is read again
 
 /// The columns [begin, end) that a row sees.
 struct Seen {
@@ -23,7 +23,7 @@ __device__ inline Seen seen(const int* first, const int* at, int row, int cols) 
   return {min(end, max(0, first[query] - k0)), end};
 }
 
-/// Returns x[col … col + 8) as float32. Columns that the row does not see are not read; they get the value `other`.
+/// Returns x[col … col + 8) as float32. Columns that the row does not see are not read; their value is `other`.
 template <typename T>
 __device__ void load(const T* x, int col, Seen see, bool aligned, float other, float (&y)[8]) {
   if (aligned) {
@@ -64,7 +64,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
   s += row * cols;
   p += row * cols;
 
-  /// m = max S, l = sum of exp(S − m) of what the row sees, S capped
+  /// m = max S, l = sum of exp(S − m) over the keys that the row sees, S capped
   auto scores = [&](int col, float (&x)[8]) {
     load(s, col, see, aligned, -infinity(), x);
     for (int i = 0; i < 8; ++i)
@@ -150,7 +150,7 @@ __device__ void softmax_vjp_rows(const S* s, const S* dp, const float* lse, cons
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; S, T (dtypes) and CAP are
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. S, T (dtypes) and CAP are
 // constants in all of them.
 
 //: softmax_rows: s first at args -> p lse

@@ -1,13 +1,13 @@
 // Linear layers that read the same few rows in a decoding step. One launch computes up to three layers with frozen
-// weights, each with the low-rank update of the adapter that a row picks. The host code is in
+// weights, each with the low-rank update of the adapter that a row selects. The host code is in
 // csrc/ops/linear/decode_linears.cpp.
 //
 // y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ, for m rows of k inputs, n_j outputs of layer j, and
-// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and follow one another in one output. x
-// [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m] holds
-// the index of the adapter for each row. The arithmetic is in float32. In decode_linear a warp computes OUT elements of
-// each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product computes several
-// rows in half precision with the tensor cores, whose products of codes and x are exact.
+// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and follow one another in one output.
+// x [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m]
+// contains the adapter's index for each row. The arithmetic is in float32. In decode_linear, a warp computes OUT
+// elements of each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product
+// computes several rows in half precision on the tensor cores, whose products of codes and x are exact.
 //
 // BITS is the number of bits per value of a quantized weight, or 0 for a dense weight; GROUP is the size of a
 // quantization group.
@@ -89,13 +89,13 @@ struct Part {
   const S *scales, *biases;
   const T *b, *bias;
   const float* gain;
-  int n, rank, begin;  ///< the part's ranks are [begin, begin + rank) of the total rank R
+  int n, rank, begin;  ///< the layer's ranks are [begin, begin + rank) of the total rank R
   bool has_bias, has_gain;
   T* y;
 };
 
-/// Computes a layer for up to ROWS rows. If `z` is null, there is a single row, and each block computes the part of z
-/// that it needs.
+/// Computes a layer for up to ROWS rows. If `z` is null, there is a single row, and each block computes its part of z
+/// itself.
 template <int BITS, int GROUP, int ROWS, typename T, typename S, typename W>
 __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a, const float* z, const unsigned* picks, int m,
                               int k, int ranks, int block, int blocks) {
@@ -163,8 +163,7 @@ __device__ void decode_linear(const T* x, const Part<T, S, W>& part, const T* a,
 
 // ---- several rows, with tensor cores
 
-/// N neighbouring elements of a weight's row in the form in which they are stored: codes, or pairs of half-precision
-/// values.
+/// N neighbouring elements of a weight's row as they are stored: codes, or pairs of half-precision values.
 template <int BITS, int N>
 struct Share {
   static constexpr int BYTES = N * (BITS ? BITS : 16) / 8, WORDS = (BYTES + 3) / 4, AT_ONCE = WORDS < 4 ? WORDS : 4;
@@ -203,10 +202,10 @@ struct Share {
 };
 
 /// Computes the outputs of a block: TILES tiles of 16 outputs for up to ROWS rows, where ROWS is a multiple of 8. The
-/// warps divide k into chunks that are each within one quantization group. From a chunk, a lane holds N neighbouring
-/// elements of two outputs and of one row of x. These are the elements that the tensor cores expect in this lane if the
-/// columns are numbered in another order. Which products a warp sums, and in which order, depends only on k, so the
-/// result of a row does not depend on other rows.
+/// warps divide k into chunks, each of which lies within one quantization group. From a chunk, a lane reads N
+/// neighbouring elements of two outputs and of one row of x. These are the elements that the tensor cores expect in
+/// this lane if the columns are numbered in another order. Which products a warp sums, and in which order, depends only
+/// on k, so the result of a row does not depend on other rows.
 template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_product(const T* x, const Part<T, S, W>& part, const float* z, const unsigned* picks, int m, int k,
                                int ranks, int block) {
@@ -268,7 +267,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
 #pragma unroll
           for (int e = 0; e < 4; ++e)
             if constexpr (BITS == 0) total[i][c][e] += own[i][c][e];
-            else  // an explicit fmaf, so that the rounding is the same for any ROWS
+            else  // explicit fmaf, so that rounding does not depend on ROWS
               total[i][c][e] = fmaf(scale[s][i][e / 2], own[i][c][e], fmaf(bias[s][i][e / 2], all[c][e], total[i][c][e]));
     }
   }
@@ -293,9 +292,9 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
   }
 }
 
-/// Finds which of the three parts a block works on, and the index of the block in that part. `at` holds k, the total
-/// rank, whether z is given, and for each part: blocks, n, rank, begin, has_bias, has_gain. TILES = 0 means that tensor
-/// cores are not used.
+/// Finds which of the three layers a block computes, and the index of the block in that layer. `at` contains k, the
+/// total rank, whether z is given, and for each layer: blocks, n, rank, begin, has_bias, has_gain. TILES = 0 means that
+/// tensor cores are not used.
 template <int BITS, int GROUP, int ROWS, int TILES, typename T, typename S, typename W>
 __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S* const (&scales)[3], const S* const (&biases)[3],
                                const T* const (&bs)[3], const float* const (&gains)[3], const T* const (&bias)[3], const T* a,
@@ -316,7 +315,7 @@ __device__ void decode_linears(const T* x, const W* const (&weights)[3], const S
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
 
 //: decode_factors: x a picks at rows -> low
 decode_factors(x, a, picks, rows[0], at[0], at[1], low);

@@ -1,9 +1,9 @@
-// Dequantizes frozen weights to the dtype T, with low-rank factors appended (csrc/ops/linear/joint_linear.h explains
-// why), and rows of a frozen table (csrc/ops/embedding/embedding.cpp).
+// Dequantizes frozen weights to the dtype T, with low-rank factors appended (see csrc/ops/linear/joint_linear.h for the
+// reason), and rows of a frozen table (csrc/ops/embedding/embedding.cpp).
 //
 // A thread dequantizes eight neighbouring elements of w at a time. They are in one quantization group, and their codes
-// take BITS bytes. Up to three weights W of n rows in total and k columns are stacked; they have the same format and
-// belong to projections that read the same x.
+// take BITS bytes. Up to three weights W with n rows in total and k columns are stacked. They have the same format and
+// belong to linear layers that read the same x.
 //
 //   w = [ W  columns ]   [n + below, k + beside]; without a factor, beside or below is 0
 //       [ rows      0 ]
@@ -39,7 +39,7 @@ __device__ inline unsigned long long eight_codes(const unsigned char* bytes) {
   return codes;
 }
 
-/// The data that a thread reads for eight elements of a row, and the conversion of this data.
+/// The data that a thread reads for eight elements of a row, and the code that converts it.
 template <int MODE, int BITS, int GROUP, typename W, typename S>
 struct Eight {
   unsigned long long codes;
@@ -113,7 +113,7 @@ __device__ void dequantize(const W* const (&weights)[3], const S* const (&scales
 
 // ---- rows of a table
 
-/// Returns eight elements of the table's row index[row]. They begin at column `col` of the columns that are read.
+/// Returns eight elements of the table's row index[row], from column `col` of the columns that are read.
 template <int MODE, int BITS, int GROUP, typename T, typename W, typename S>
 __device__ inline Pack<T> eight_of(const W* w, const S* scales, const S* biases, const int* index, const int* at, int row, int col) {
   const size_t own = index[row], k = at[1], groups = own * (k / GROUP);
@@ -163,9 +163,9 @@ __device__ void own_input(const T* x, const T* weight, const W* w, const S* scal
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
-// at = {rows of each of three weights, k, beside, below}. If there are no columns or no rows, any array may be passed
-// instead.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
+// at = {rows of each of three weights, k, beside, below}. If there are no columns or rows, any array may be passed for
+// them.
 
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
 dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),

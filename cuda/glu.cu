@@ -3,13 +3,13 @@
 //
 // gate, up, dy, y, dgate and dup [n] have the dtype T, where n is the number of elements. The arithmetic is in float32,
 // and results are rounded once. GELU selects the activation (GELU or SiLU). A thread processes eight neighbouring
-// elements. It reads and writes sixteen bytes at a time if all arrays begin at a multiple of 16 bytes, which need not be
-// the case for slices.
+// elements. It reads and writes sixteen bytes at a time if all arrays begin at a multiple of 16 bytes, which is not
+// always true of slices.
 
 namespace segtrain {
 
-/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and with which 1 − s loses no
-/// precision.
+/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and avoids the loss of
+/// precision in 1 − s.
 struct Gate {
   float s, bend;
 };
@@ -24,7 +24,7 @@ __device__ inline Gate gate_of(float g) {
   return {u < 0 ? e * r : r, e * r * r * du * g};
 }
 
-/// Where a thread's eight elements begin, how many of them exist, and whether they may be read and written as a Pack.
+/// A thread's eight elements: where they begin, how many exist, and whether they may be read and written as a Pack.
 struct Mine {
   unsigned begin;
   int count;
@@ -95,8 +95,8 @@ __device__ void glu_vjp(const T* gate, const T* up, const T* dy, T* dgate, T* du
   store(dup, at, d);
 }
 
-// ---- gate and up side by side in one array [rows, 2·f], which one matrix product has computed; f is the width of each,
-// a multiple of 8
+// ---- gate and up side by side in one array [rows, 2·f], the result of one matrix product; f is the width of each, a
+// multiple of 8
 
 /// Returns the offset of a thread's eight gate elements. The corresponding up elements are f elements further.
 __device__ inline size_t joint_gates(unsigned begin, unsigned f) { return static_cast<size_t>(begin / f) * 2 * f + begin % f; }
@@ -135,8 +135,8 @@ __device__ void glu_joint_vjp(const T* gate_up, const T* dy, T* dgate_up, int n,
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; T and GELU are constants in all of
-// them. at = {n}, and {n, f} in the joint kernels.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T and GELU are constants in
+// all of them. at = {n}, and {n, f} in the joint kernels.
 
 //: glu: gate up at -> y
 glu<GELU>(gate, up, y, at[0]);

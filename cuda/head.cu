@@ -1,16 +1,16 @@
-// The losses of m rows and their gradients, computed one tile of the vocabulary after another; csrc/ops/head/head.cpp
+// Computes the losses of m rows and their gradients, one tile of the vocabulary at a time. csrc/ops/head/head.cpp
 // explains the algorithm. The CPU code, csrc/ops/head/cpu.cpp, computes whole rows.
 //
-// The state of the rows is float32 [3, m]: the maximum of the logits z so far, Σ exp(z − max) over all tokens except the
-// target, and the z of the target.
+// The rows' state is float32 [3, m]: the maximum of the logits z so far, Σ exp(z − max) over all tokens except the
+// target, and the target's z.
 
 namespace segtrain {
 
 constexpr int HEAD_THREADS = 256;
 
-/// One thread block computes one row. z [m, v] are the logits of the v tokens from v0 on, before the bias [v] is added.
-/// The results are p = exp(z − max)·dz/dlogit [m, v], which is 0 at the target, and rescale [m], the factor for the
-/// earlier sums.
+/// Computes one row per thread block. z [m, v] are the logits of v tokens, the first of which is v0, before the bias
+/// [v] is added. The results are p = exp(z − max)·dz/dlogit [m, v], which is 0 at the target, and rescale [m], the
+/// factor for the earlier sums.
 template <int PACKS, bool CAP, bool BIAS, typename T>
 __device__ void head_tile(const T* z, const float* bias, const int* targets, const float* before, int m, int v, int v0, float cap,
                           T* p, float* state, float* rescale) {
@@ -26,7 +26,7 @@ __device__ void head_tile(const T* z, const float* bias, const int* targets, con
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, to_float(mine[k].x[i]) + (BIAS ? bias[col + i] : 0));
   }
-  // The softcap is monotonic, so the largest z is also the largest z after the softcap.
+  // The softcap is monotonic, so the largest z is also largest after the softcap.
   auto capped = [&](float x) { return CAP ? cap * tanh_of(x / cap) : x; };
   const float max_before = before[row], max_now = fmaxf(max_before, capped(block_reduce<true>(most)));
   float sum = 0;
@@ -80,7 +80,7 @@ __device__ void head_loss(const float* state, const int* targets, int m, int voc
 }
 
 /// Computes dh of each row's loss: (Σ p·w)/s − (1 − p[target])·(dz/dlogit)[target]·w[target]. Here s is Σ exp(z − max)
-/// over all tokens, and w [m, h] holds the rows of the head's weight for the targets.
+/// over all tokens, and w [m, h] contains the rows of the head's weight for the targets.
 template <bool CAP, typename T>
 __device__ void head_dh(const float* sum, const float* state, const int* targets, const T* w, int m, int h, int vocabulary,
                         float cap, T* dh) {
@@ -101,7 +101,7 @@ __device__ void head_dh(const float* sum, const float* state, const int* targets
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
 // at = {m, tokens of the tile, its first token, h, vocabulary}, args = {cap}.
 
 //: head_tile: z bias targets before at args -> p state rescale

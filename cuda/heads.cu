@@ -1,15 +1,15 @@
-// Computes the heads of q, k and v from the result of their joint matrix product. Each has an optional RMS norm; q and k
-// are then rotated. The host code is in csrc/ops/heads/lora_qkv.cpp. The arithmetic and the rounding are the same as in
-// rope.cu and norm.cu.
+// Computes the heads of q, k and v from the result of their joint matrix product: each has an optional RMS norm, and q
+// and k are then rotated. The host code is in csrc/ops/heads/lora_qkv.cpp. The arithmetic and the rounding are the same
+// as in rope.cu and norm.cu.
 //
 // joint [B*T, heads*D], q [B,H,T,D], k and v [B,G,T,D] have the dtype T, and the arithmetic is in float32. In the
-// shapes, B is the batch size, H the number of query heads, G that of key/value heads, T that of tokens, and D the head
-// size. The backward kernel computes the gradient of joint from the gradients of q, k and v. joint contains the heads of
-// q, then of k, then of v. If the values are the keys (SAME), it has no heads of v; if there is only q, G is 0. A warp
-// processes one token and AT_ONCE heads. A lane has the slots lane, lane + 32, … of each head. A slot is a pair of
-// elements, and the first dims/2 slots are rotated.
+// shapes, B is the batch size, H the number of query heads, G the number of key/value heads, T the number of tokens,
+// and D the head size. The backward kernel computes the gradient of joint from the gradients of q, k and v. joint
+// contains the heads of q, then of k, then of v. If the keys are also the values (SAME), it has no heads of v; if there
+// is only q, G is 0. A warp processes one token and AT_ONCE heads. A lane has the slots lane, lane + 32, … of each
+// head. A slot is a pair of elements, and the first dims/2 slots are rotated.
 //
-// The positions are positions [T] if PACKED is set; otherwise token t is at offset + t. freqs is [dims/2]. If
+// Token t is at positions[t] (positions [T]) if PACKED is set, and at offset + t otherwise. freqs is [dims/2]. If
 // TRADITIONAL is set, a pair consists of neighbouring elements; otherwise it consists of one element from each half.
 // NORMS has a bit for each of q, k and v.
 
@@ -181,7 +181,7 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
       if (kind < 2) mine.round(g);
       mine.norm_back(x, g, c.norm(kind));
     }
-    if (SAME && kind == 1) {  // these keys are the values too
+    if (SAME && kind == 1) {  // these keys are also the values
       float2 more[Mine::N];
       mine.load(v + c.place(1, head, row, D), more);
       if (NORMS >> 2 & 1) mine.norm_back(x, more, c.norm(2));
@@ -196,9 +196,9 @@ __device__ void heads_back(const T* __restrict__ joint, const T* __restrict__ q,
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, T, H, G, dims, offset}, args =
-// {scale and three eps}. For an input that is not needed, any array of T may be passed: the weight of an absent norm,
-// joint if there is no norm, and k and v if there is only q.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. Here, at = {B, T, H, G, dims,
+// offset}, args = {scale and three eps}. Any array of T may be passed for an input that is not needed: for the weight
+// of an absent norm, for joint if there is no norm, and for k and v if there is only q.
 
 //: heads: joint q_weight k_weight v_weight freqs positions at args -> q k v
 heads<D, NORMS, AT_ONCE, SAME, TRADITIONAL, PACKED, T>(joint, q, k, v, {q_weight, k_weight, v_weight, freqs, args, positions, at});

@@ -1,8 +1,9 @@
-// The rank-R parts of linear layers with LoRA. Each kernel makes one pass over its rows. The host code is in
-// csrc/ops/linear/joint_linear.cpp. m is the number of rows, k the input width, n the output width and R the total rank.
+// The rank-R parts of linear layers with LoRA, with one pass over the rows in each kernel. The host code is in
+// csrc/ops/linear/joint_linear.cpp. m is the number of rows, k the input width, n the output width and R the total
+// rank.
 //
-// The speed of a matrix product with R columns is limited by its reads: the tensor cores wait for memory whatever the
-// tile sizes are. Fragments are therefore read directly from global memory, sixteen bytes per thread. This permutes the
+// The speed of a matrix product with R columns is limited by its reads: the tensor cores wait for memory, regardless of
+// the tile sizes. Fragments are therefore read directly from global memory, sixteen bytes per thread. This permutes the
 // summed index (or the columns) of both operands in the same way. R is a multiple of 16 up to 96.
 
 namespace segtrain {
@@ -13,8 +14,8 @@ struct alignas(16) Words {
   unsigned w[4];  // eight values
 };
 
-/// Computes z [m, R] = x·lᵀ from x [m, k] and l [R, k], and wide [m, k + R] = [x z]. A thread block processes 16 rows of
-/// x, and its warps divide the columns among themselves.
+/// Computes z [m, R] = x·lᵀ from x [m, k] and l [R, k], and wide [m, k + R] = [x z]. A thread block processes 16 rows
+/// of x, and its warps divide the columns among themselves.
 template <int R, typename T>
 __device__ void low_rank_widen(const T* x, const T* l, int m, int k, T* wide, T* z) {
   constexpr int NT = R / 8;
@@ -108,14 +109,14 @@ __device__ void low_rank_up(const T* wide, const T* l, int m, int n, T* y, T* z)
   }
 }
 
-/// Up to three projections that read the same x: the rank of each, which begins at a multiple of 8 in R, and the output
+/// Up to three layers that read the same x: the rank of each, whose first index in R is a multiple of 8, and the output
 /// width of each.
 struct Projections {
   const int *ranks, *widths;
   int k;
 
-  /// Returns the projection to which rank r belongs, or 3 if there is none. r becomes the index of the rank within that
-  /// projection.
+  /// Returns the layer to which rank r belongs, or 3 if there is none. Sets r to the index of the rank within that
+  /// layer.
   __device__ int of_rank(int& r) const {
     int part = 0;
     while (part < 3 && r >= (ranks[part] + 7) / 8 * 8) r -= (ranks[part++] + 7) / 8 * 8;
@@ -123,9 +124,9 @@ struct Projections {
   }
 };
 
-/// Computes part `blockIdx.y` of the sums over rows that are the gradients of all projections' factors, concatenated: da
-/// [k, r] = xᵀ·u and db [r, width] = scale·zᵀ·dy for each projection of rank r. x [m, k], dy [m, n], z and u [m, R]. A
-/// thread block processes 128 columns of x or dy, and a warp 16 of them.
+/// Computes part `blockIdx.y` of the sums over rows that are the gradients of all layers' factors, concatenated: da [k,
+/// r] = xᵀ·u and db [r, width] = scale·zᵀ·dy for each layer of rank r. x [m, k], dy [m, n], z and u [m, R]. A thread
+/// block processes 128 columns of x or dy, and a warp 16 of them.
 template <int R, typename T>
 __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, const Projections& all, int m, const float* scales,
                                float* sums) {
@@ -194,9 +195,9 @@ __device__ void low_rank_outer(const T* x, const T* u, const T* dy, const T* z, 
     }
 }
 
-/// Computes the joint factors of all projections: the concatenated a as rows [R, k], and scale·b as a block-diagonal
-/// matrix of columns [n, R]. For the backward pass it also computes a as columns [k, R] if OF_A is set, and otherwise b
-/// as rows [R, n]. A thread processes eight ranks of one column of a or b.
+/// Computes the joint factors of all layers: the concatenated a as rows [R, k], and scale·b as a block-diagonal matrix
+/// of columns [n, R]. For the backward pass it also computes a as columns [k, R] if OF_A is set, and b as rows [R, n]
+/// otherwise. A thread processes eight ranks of one column of a or b.
 template <int R, bool OF_A, typename T>
 __device__ void low_rank_factors(const float* const (&a)[3], const float* const (&b)[3], const Projections& all, const float* scales,
                                  T* a_rows, T* b_columns, T* back) {
@@ -205,7 +206,7 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
   if (i >= k + n) return;
   const bool of_a = i < k;
   const int column = of_a ? i : i - k;
-  // The projection that has these ranks, and the index of the column in this projection.
+  // The layer that has these ranks, and the index of the column in this layer.
   int first = r0, own = column;
   const int part = all.of_rank(first);
   for (int j = 0; !of_a && j < part; ++j) own -= widths[j];
@@ -227,8 +228,9 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; R is a constant in all of them. at
-// = {m, k}; for low_rank_outer and low_rank_factors it is {three ranks, three widths, k, m}, and args = {scales}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. R is a constant in all of
+// them. at = {m, k}; for low_rank_outer and low_rank_factors it is {three ranks, three widths, k, m}, and args =
+// {scales}.
 
 //: low_rank_widen: x l at -> wide z
 low_rank_widen<R>(x, l, at[0], at[1], wide, z);

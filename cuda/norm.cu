@@ -1,9 +1,9 @@
 // RMS norm of m rows, its backward pass, and the residual sums that precede or follow a norm in a layer. The host code
 // is in csrc/ops/norm/norm.cpp, the CPU code in csrc/cpu/rows.cpp.
 //
-// One block processes one row of n elements, where n is a multiple of 8; a thread processes PACKS times eight
+// One block processes one row of n elements, where n is a multiple of 8; a thread processes PACKS packs of eight
 // neighbouring elements. The elements have the dtype T, and the arithmetic is in float32. As in MLX's kernels, x·r is
-// rounded before it is multiplied by the weight, where r = 1 / sqrt(mean(x²) + eps), and dx is rounded once; residual
+// rounded before it is multiplied by the weight, where r = 1 / sqrt(mean(x²) + eps), and dx is rounded once. Residual
 // sums add rounded values.
 
 namespace segtrain {
@@ -94,7 +94,7 @@ __device__ void rms_norm_back(const T* x, const T* weight, const T* dy, const T*
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {n}, args = {eps}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. Here, at = {n}, args = {eps}.
 
 //: rms_norm: x weight at args -> normed
 rms_norm<PACKS, false, false>(x, weight, x, args, args[0], at[0], normed);

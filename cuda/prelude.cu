@@ -1,4 +1,4 @@
-// Code that all kernels share: number formats, copies to shared memory, matrix products, and the parameters of
+// Code that is common to all kernels: number formats, copies to shared memory, matrix products, and the parameters of
 // attention. It is prepended to the text of each kernel file.
 namespace segtrain {
 
@@ -41,7 +41,7 @@ __device__ inline float exp2_of(float x) {
   return y;
 }
 
-// The absolute error of this function is about 1e-7. The error of the hardware's tanh is 5e-4, which changes a
+// The absolute error of this function is about 1e-7. The hardware's tanh has an error of 5e-4, which changes a
 // probability by 2 % if the softcap is 50.
 __device__ inline float tanh_of(float x) { return 1 - __fdividef(2.0f, 1 + exp2_of(2 * LOG2E * x)); }
 
@@ -56,7 +56,7 @@ constexpr bool is_bfloat16 = false;
 template <>
 constexpr bool is_bfloat16<bfloat16> = true;
 
-/// Returns two half-precision values in one word, with x in the low bits.
+/// Packs two half-precision values into one word, with x in the low bits.
 template <typename T>
 __device__ inline unsigned pack2(float x, float y) {
   unsigned pair;
@@ -65,8 +65,8 @@ __device__ inline unsigned pack2(float x, float y) {
   return pair;
 }
 
-/// Returns two half-precision values that equal two integers below 128, which are in the low bits of the two halves of a
-/// word. The result is exact, and no conversion instruction is needed.
+/// Converts two integers below 128, which are in the low bits of the two halves of a word, to two half-precision
+/// values. The result is exact, and no conversion instruction is needed.
 template <typename T>
 __device__ inline unsigned small_pair(unsigned numbers) {
   unsigned pair;  // 1·(128 + x) − 128; for float16, 1024 instead of 128
@@ -153,9 +153,9 @@ __device__ inline void step(float (&c)[MT][NT][4], const unsigned (&a)[MT][4], c
 __device__ inline int row_of(int i) { return threadIdx.x % 32 / 4 + i / 2 * 8; }
 __device__ inline int col_of(int i) { return threadIdx.x % 4 * 2 + i % 2; }
 
-// ---- matrix products of a Hopper warpgroup (wgmma). The operands are tiles in shared memory. A tile consists of blocks
-// of 64 columns, whose rows have 128 bytes. The sixteen-byte pieces of a row are permuted depending on the row (the
-// 128-byte swizzle), so that a tile can be read by rows or by columns.
+// ---- matrix products of a Hopper warpgroup (wgmma). The operands are tiles in shared memory. A tile consists of
+// blocks of 64 columns, whose rows have 128 bytes. The sixteen-byte pieces of a row are permuted depending on the row
+// (the 128-byte swizzle), so a tile can be read by rows or by columns.
 
 constexpr int ALIGN = 1024;
 __device__ inline unsigned tiles_begin() { return shared_address(shared_tiles<char>()) + ALIGN - 1 & -ALIGN; }
@@ -184,8 +184,8 @@ __device__ inline unsigned long long operand(unsigned address, int next_block = 
   if constexpr (is_bfloat16<T>) WGMMA(from, n, "bf16", numbers, inputs, add_at, __VA_ARGS__); \
   else WGMMA(from, n, "f16", numbers, inputs, add_at, __VA_ARGS__)
 
-/// c [64, 2·N] += a [64, 16]·b [16, 2·N]; if ADD is false, c is overwritten. The axis of length 16 runs along the stored
-/// rows of an operand, or along its columns if A_DOWN or B_DOWN is set.
+/// c [64, 2·N] += a [64, 16]·b [16, 2·N]; if ADD is false, c is overwritten. The axis of length 16 runs along the
+/// stored rows of an operand, or along its columns if A_DOWN or B_DOWN is set.
 template <bool A_DOWN, bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -200,8 +200,8 @@ __device__ inline void multiply(float (&c)[N], unsigned long long a, unsigned lo
   }
 }
 
-/// Does the same for an `a` in registers. Its layout is that of a 16×16 block in a warp: two elements of row 0 and two
-/// of row 8 in columns 0–7, then the same in columns 8–15.
+/// Does the same for an `a` in registers. a has the layout of a 16×16 block in a warp: two elements of row 0 and two of
+/// row 8 in columns 0–7, then the same in columns 8–15.
 template <bool B_DOWN, typename T, bool ADD = true, int N>
 __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long long b) {
   static_assert(N == 32 || N == 64 || N == 96 || N == 128);
@@ -218,8 +218,8 @@ __device__ inline void multiply(float (&c)[N], const unsigned* a, unsigned long 
   }
 }
 
-/// Prevents the compiler from using these registers for anything else before this point. It does not know that matrix
-/// products still read or write them.
+/// Prevents the compiler from using these registers for anything else before this point, because it does not know that
+/// matrix products still read or write them.
 template <int N>
 __device__ inline void keep(float (&c)[N]) {
 #pragma unroll
@@ -274,7 +274,7 @@ struct Score {
   __device__ float slope(float y) const { return CAP ? 1 - (y / out) * (y / out) : 1; }
 };
 
-/// The work of a thread block for a tile of queries. Long rows come first, because the last tiles of a causal triangle
+/// The work of a thread block for a tile of queries. Long rows come first, because with a causal mask the last tiles
 /// need the most work.
 struct QueryTile {
   size_t bh, bg;
@@ -301,13 +301,13 @@ __device__ inline int queries_before(const Call& c, int key) {
   return low;
 }
 
-/// Returns three[i]. An index that is not a compile-time constant would put the array into local memory.
+/// Returns three[i]. A subscript that is not a compile-time constant would move the array to local memory.
 template <typename P>
 __device__ inline P pick(P const (&three)[3], int i) {
   return i == 0 ? three[0] : i == 1 ? three[1] : three[2];
 }
 
-/// Returns the maximum or the sum of the values of all threads in the block, in each thread.
+/// Returns, in every thread, the maximum or the sum of the values of all threads in the block.
 template <bool MAX>
 __device__ inline float block_reduce(float x) {
   __shared__ float warps[32];
@@ -323,7 +323,7 @@ __device__ inline float block_reduce(float x) {
   return x;
 }
 
-/// Computes Σ x·y for each row, with one warp per row. For x = o and y = do this is delta.
+/// Computes Σ x·y for each row, with one warp per row. For x = o and y = do, this is delta.
 template <typename T>
 __device__ void row_dot(const T* x, const T* y, int rows, int cols, float* sum) {
   const int row = blockIdx.x * 8 + threadIdx.x / 32;

@@ -1,7 +1,7 @@
 // Rotary embeddings for packed rows. The Metal twin is metal/rope.metal; the CPU code is in csrc/ops/rope/rope.cpp.
 //
-// x and rotated have one dtype, the arithmetic is in float32, and results are rounded once. In the forward pass x is
-// [B,T,H,D] and rotated is [B,H,T,D]: B batch, T tokens, H heads, D head size. With BACK, x is [B,H,T,D], rotated is
+// x and rotated have the same dtype, the arithmetic is in float32, and results are rounded once. In the forward pass x
+// is [B,T,H,D] and rotated is [B,H,T,D]: B batch, T tokens, H heads, D head size. With BACK, x is [B,H,T,D], rotated is
 // [B,T,H,D], and the rotation is inverted. A thread processes one pair of elements of a row, or one of the elements
 // after the first `dims`, which are not rotated.
 //
@@ -35,7 +35,8 @@ __device__ void rope(const T* x, const float* freqs, const int* positions, T* ro
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, H, T, D, dims}, args = {scale}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. Here, at = {B, H, T, D, dims},
+// args = {scale}.
 
 //: rope: x freqs positions at args -> rotated
 rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0]);

@@ -13,7 +13,7 @@ __device__ void take_rows(const T* x, const int* index, T* y, int width) {
   for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
 }
 
-/// Row i of y [n, W] is the sum of the rows of x [m, W] whose index is i, added in their order.
+/// Row i of y [n, W] is the sum of the rows of x [m, W] whose index is i, added in order.
 template <typename T>
 __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
   const int row = blockIdx.x;
@@ -36,7 +36,7 @@ __device__ void put_rows(const T* x, const int* index, T* y, int m, int width) {
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {m, W}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. Here, at = {m, W}.
 
 //: take_rows: x index at -> taken
 take_rows(x, index, taken, at[1]);

@@ -1,26 +1,26 @@
-// Attention in tiles of queries x keys. One kernel computes the forward pass, one dk and dv, and one dq. The
-// CPU twin is csrc/ops/attention/cpu.cpp.
+// Attention in tiles of queries x keys. One kernel computes the forward pass, a second one dk and dv, and a
+// third one dq. The CPU twin is csrc/ops/attention/cpu.cpp.
 //
 // q, o, d_o [B,H,T,D] and k, v [B,G,S,D] have the dtype T; lse, delta [B,H,T] are float32; first [T] is int32.
-// In the shapes, B is the batch size, H the number of query heads, G that of key/value heads, T that of
-// queries, S that of keys, and D the head size. Query t sees the keys first[t] to q_start + t, and `first` is
-// non-decreasing. D is a multiple of 16, and H a multiple of G; rows begin at multiples of 8 bytes. R is the
-// number of rows that a simdgroup holds, divided by 8.
+// In the shapes, B is the batch size, H the number of query heads, G the number of key/value heads, T the
+// number of queries, S the number of keys, and D the head size. Query t sees the keys first[t] to q_start + t,
+// and `first` is non-decreasing. D is a multiple of 16, and H a multiple of G; rows begin at multiples of 8
+// bytes. R is the number of a simdgroup's rows, divided by 8.
 //
 //   function              threads per group    grid                         per group      per simdgroup
 //   attention             128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //   attention_vjp_kv_ds   256                  256*ceil(S/32), G, B         32 keys        8 keys, for dv or for dk
 //   attention_vjp_q_ds    128                  128*ceil(T/(32 R)), H, B     32 R queries   8 R queries
 //
-// The backward pass takes five matrix products: attention_vjp_kv_ds writes dS to memory in the dtype W, and
-// attention_vjp_q_ds multiplies it by K. W is the same as T, unless T is half: then W is float32, because
-// small gradients would underflow in half.
+// The backward pass needs five matrix products: attention_vjp_kv_ds writes dS to memory in the dtype W, and
+// attention_vjp_q_ds multiplies it by K. W is the same as T, unless T is half: then W is float32, because small
+// gradients would underflow in half.
 //
-// Each simdgroup has its own rows, which no other simdgroup of the threadgroup reads: queries, or keys for dk
-// and dv. It reads them directly from device memory, and only once if they fit in registers. The rows that it
-// is multiplied with (keys, or queries for dk and dv) are staged in threadgroup memory for all simdgroups. The
-// operands of matrix products have the dtype T; sums and scores are float32, and of the intermediate results
-// only the dS for dQ is rounded.
+// Each simdgroup has its own rows (queries, or keys for dk and dv), which no other simdgroup of the threadgroup
+// reads. It reads them directly from device memory, and only once if they fit in registers. The rows by which
+// they are multiplied (keys, or queries for dk and dv) are staged in threadgroup memory for all simdgroups. The
+// operands of matrix products have the dtype T; sums and scores are float32. Of the intermediate results, only
+// the dS for dQ is rounded.
 
 using namespace metal;
 
@@ -31,7 +31,7 @@ namespace segtrain {
 
 using Matrix = simdgroup_matrix<float, 8, 8>;
 
-// The rows that are staged at a time. Two such tiles take at most 17 KiB.
+// The rows that are staged at a time. Two such tiles need at most 17 KiB.
 template <typename T, int D>
 struct Tile {
   static constant constexpr int bytes = D * sizeof(T);
@@ -40,11 +40,11 @@ struct Tile {
   static constant constexpr int size = rows * stride;
 };
 
-constant constexpr int SIMDS = 4;         // in a threadgroup for queries, or in half of a threadgroup for keys
+constant constexpr int SIMDS = 4;         // per threadgroup for queries, or per half of a threadgroup for keys
 constant constexpr int BLOCK = 32;        // number of queries and of keys in a block of dS
 constant constexpr int KEYS = 8 * SIMDS;  // keys per threadgroup
 
-// These functions return R, the number of rows of a simdgroup divided by 8: as many as fit in registers.
+// These functions return R, the number of a simdgroup's rows divided by 8: as many rows as fit in registers.
 constexpr int forward_blocks(int D) {
   return D <= 64 ? 2 : 1;
 }
@@ -52,7 +52,7 @@ constexpr int queries_blocks(int D) {
   return D <= 64 ? 4 : D <= 128 ? 2 : 1;
 }
 
-// The position of the first of the two neighbouring matrix elements that a lane holds.
+// The position of the first of a lane's two neighbouring matrix elements.
 struct Place {
   int row, col;
   Place(uint lane) : row((lane / 4 & 4) + lane / 2 % 4), col((lane / 4 & 2) * 2 + lane % 2 * 2) {}
@@ -85,7 +85,7 @@ void write(threadgroup T* x, vec<T, N> values) {
   *reinterpret_cast<threadgroup vec<T, N>*>(x) = values;
 }
 
-// Copies rows [begin, begin + Tile::rows) of x to the tile. Beyond the last row of x the last row is repeated;
+// Copies rows [begin, begin + Tile::rows) of x to the tile. Beyond the end of x, the last row is repeated;
 // these rows are masked later, or their results are not stored.
 template <int D, typename T>
 void stage(threadgroup T* tile, const device T* x, int begin, int end, uint simd, uint simds, uint lane) {
@@ -102,9 +102,9 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// A matrix product may sum in any order, and the columns of its result may be in any order. So elements that
-// are neighbours in memory go to different matrices, and a lane reads several of its elements at once. Matrix
-// f of `wide` matrices has the columns wide i + f for i < 8.
+// A matrix product may sum in any order, and the columns of its result may be in any order. Elements that are
+// neighbours in memory therefore go to different matrices, and a lane reads several of its elements at once.
+// Matrix f of `wide` matrices has the columns wide i + f for i < 8.
 constexpr int wide_of(int D) {
   return D % 32 == 0 ? 4 : 2;
 }
@@ -132,8 +132,8 @@ void across(thread simdgroup_matrix<T, 8, 8>* b, const threadgroup T* rows, int 
   }
 }
 
-// Returns the number of matrices that hold 8 rows of D elements in registers, or 0 if they do not fit in
-// registers together with R sums.
+// Returns the number of matrices that hold 8 rows of D elements in registers, or 0 if they do not fit together
+// with R sums.
 template <typename T>
 constexpr int kept_of(int D, int R) {
   return R * D / 4 + R * D / 16 * int(sizeof(T)) <= 80 ? D / 8 : 0;
@@ -147,7 +147,7 @@ void keep(thread simdgroup_matrix<T, 8, 8>* kept, const device T* own, Place at)
 }
 
 // Computes x = own tile^T [8 R, Tile::rows]. The simdgroup's own rows are R times KEPT matrices in `kept`; if
-// KEPT is 0, they are read from `own`, this lane's row of the 8 rows.
+// KEPT is 0, the rows are read from memory at `own`, which points to this lane's row.
 template <int D, int R, int KEPT, typename T>
 void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8, 8>* kept, const threadgroup T* tile,
              Place at) {
@@ -218,7 +218,7 @@ float score(float qk, float scale, float cap, thread float& slope) {
   return cap * t;
 }
 
-// Reduces x with f over the lanes that hold one row, whose indices differ in bits 0 and 3.
+// Reduces x with f over the lanes of one row, whose indices differ in bits 0 and 3.
 template <typename F>
 float of_row(float x, F f) {
   x = f(x, simd_shuffle_xor(x, ushort(1)));
@@ -237,7 +237,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
                uint lane) {
   constexpr int BK = Tile<T, D>::rows, N = BK / 8, R = forward_blocks(D), ROWS = 8 * R * SIMDS;
   const Place at(lane);
-  // Long rows come first, because the last tiles of a causal triangle need the most work.
+  // Long rows come first, because with a causal mask the last tiles need the most work.
   const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
   const int own0 = min(q0 + 8 * R * int(simd), q1 - 1), own1 = min(own0 + 8 * R, q1);
   const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
@@ -263,8 +263,8 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
     l[r] = 0;
     keep<KEPT, wide_of(D)>(q_kept + r * KEPT, q + size_t(t[r]) * D, at);
   }
-  // No row of this simdgroup sees a key before own_begin, all rows see the keys [all_begin, all_end),
-  // and no row sees a key from own_end on.
+  // No row of this simdgroup sees a key before own_begin, all rows see the keys [all_begin, all_end), and no
+  // row sees a later key than own_end - 1.
   const int own_begin = first[own0], all_begin = first[own1 - 1], all_end = q_start + own0 + 1,
             own_end = q_start + own1;
 
@@ -293,7 +293,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
         }
       }
 
-      /// Online softmax: the sums so far were relative to the old maximum.
+      /// Online softmax: rescales the sums, which are relative to the old maximum.
       top = of_row(top, Max());
       const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
       const float shrink = fast::exp(m[r] - base);
@@ -329,17 +329,17 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
   }
 }
 
-// dS of one head is stored in blocks of 32 keys x 32 queries. For the keys 32 i to 32 i + 31, there are blocks
-// for the queries that see one of these keys. These blocks are consecutive, and block index[i] + j has the 32
-// queries that begin at 32 j. A block consists of 8 x 8 matrices whose rows are keys. The elements that a lane
-// holds of two matrices are consecutive: [two of queries][four of keys][lane][4].
+// The dS of one head is stored in blocks of 32 keys x 32 queries. For the keys 32 i to 32 i + 31, there are
+// consecutive blocks for the queries that see one of these keys: block index[i] + j has the 32 queries that
+// begin at 32 j. A block consists of 8 x 8 matrices whose rows are keys. A lane's elements of two matrices are
+// consecutive: [two of queries][four of keys][lane][4].
 constant constexpr int BLOCK_SIZE = BLOCK * BLOCK;
 constexpr int in_block(int query, int key, int lane) {
   return ((query / 16 * (BLOCK / 8) + key / 8) * 32 + lane) * 4 + query / 8 % 2 * 2;
 }
 
-// Simdgroups 0 to 3 compute p and dv, and simdgroups 4 to 7 compute dp and dk for the same keys, so that each
-// simdgroup holds only one sum [8, D]. Simdgroup 4 + i gets p from simdgroup i through `weights`.
+// Simdgroups 0 to 3 compute p and dv, and simdgroups 4 to 7 compute dp and dk for the same keys, so each
+// simdgroup needs only one sum [8, D]. Simdgroup 4 + i receives p from simdgroup i through `weights`.
 template <int D, bool CAP, typename T, typename Rows, typename Ints, typename Index, typename Grad, typename W>
 void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v, Rows lse, Rows delta,
                          const device T* d_o, Ints first, Index index, int blocks, int q_start, float scale, float cap,
@@ -378,7 +378,7 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 
       /// dS = P (dP - delta)
       if (seen && !makes_dk) {
-        // Rows after the last key are after the position of every query.
+        // Rows after the last key are at later positions than all queries.
         const bool edge = first[q1 - 1] > k0 + own || k0 + own + 8 > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
         for (int n = 0; n < N; n += E / 2) {
@@ -426,8 +426,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
   if (row < k1) store<D>((makes_dk ? dk : dv) + at_key, sum, makes_dk ? scale : 1, at);
 }
 
-// Computes dQ^T = K^T dS^T, so that dS is read in the layout in which it was written. The columns of dQ are
-// the rows of the matrices.
+// Computes dQ^T = K^T dS^T, which reads dS in the layout in which it was written. The columns of dQ are the
+// rows of the matrices.
 template <int D, typename T, typename W, typename Ints, typename Index>
 void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
                         float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
@@ -500,9 +500,9 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs. T and D are constants in
-// all of them, and so are ROWS and THREADS, the rows and threads of a threadgroup, which must agree with those
-// of the host.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, D, ROWS and THREADS
+// are constants in all of them. ROWS and THREADS, the rows and threads of a threadgroup, must agree with the
+// host's.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
               "the host launches other groups");

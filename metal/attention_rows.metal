@@ -1,12 +1,12 @@
-// Softmax over the rows of a block of scores, and its derivative. Blocked attention uses them and computes
-// everything else with plain matrix products.
+// Softmax over the rows of a block of scores, and its derivative, for blocked attention. Blocked attention
+// computes everything else with plain matrix products.
 //
-// There are R = B*G*share*nq rows and nk columns: B is the batch size, G the number of key/value heads,
-// `share` the number of query heads per key/value head, nq the number of queries in the block, and nk the
-// number of keys in each row. Row r is query t = q0 + i with i = r % nq, and its column c is key k0 + i /
-// period * period + c, so that with a window the keys move along with the queries. Query t sees the keys
-// first[t] to q_start + t; `first` has at least q0 + nq elements. s, dp [R, nk] are in the dtype T or float32;
-// p, ds [R, nk] are in T; lse, delta [R] are float32; first is int32.
+// There are R = B*G*share*nq rows and nk columns: B is the batch size, G the number of key/value heads, `share`
+// the number of query heads per key/value head, nq the number of queries in the block, and nk the number of
+// keys in each row. Row r is query t = q0 + i with i = r % nq, and its column c is key k0 + i / period * period
+// + c, so with a window the keys move along with the queries. Query t sees the keys first[t] to q_start + t;
+// `first` has at least q0 + nq elements. s, dp [R, nk] are in the dtype T or float32; p, ds [R, nk] are in T;
+// lse, delta [R] are float32; first is int32.
 //
 //   function           threads per group    grid        per group
 //   softmax_rows       256                  256, R      a row
@@ -16,7 +16,7 @@ using namespace metal;
 
 namespace segtrain {
 
-// The columns [begin, end) of its row that a query sees.
+// The columns [begin, end) of a row that its query sees.
 struct Seen {
   int begin, end;
 };
@@ -40,7 +40,7 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
   p += size_t(row) * nk;
   const Seen see = seen(first, q_start, q0, k0, nq, period, nk, row);
 
-  /// m = max S, l = sum of exp(S - m) of what the row sees, S capped
+  /// m = max S, l = sum of exp(S - m) over the keys that the row sees, S capped
   float m = -INFINITY, l = 0;
   for (int c = see.begin + int(thread_index); c < see.end; c += THREADS) {
     const float x = capped<CAP>(float(s[c]), cap);
@@ -51,7 +51,7 @@ void softmax_rows(Scores s, Ints first, int q_start, int q0, int k0, int nq, int
     l += fast::exp(x - m);
   }
 
-  // The reduction is first over this thread's columns, and then over the row.
+  // Reduces over this thread's columns first, and then over the row.
   const float simd_top = simd_max(m);
   const float simd_l = simd_sum(l > 0 ? l * fast::exp(m - simd_top) : 0.0f);
   if (lane == 0) {
@@ -95,7 +95,7 @@ void softmax_vjp_rows(Scores s, Scores dp, Rows lse, Rows delta, Ints first, int
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; T, CAP and THREADS are
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, CAP and THREADS are
 // constants in both of them.
 //: softmax_rows: s first q_start q0 k0 nq period cap -> p lse
 threadgroup float tops[THREADS / 32];

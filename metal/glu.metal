@@ -2,9 +2,9 @@
 // the CPU code is in csrc/cpu/rows.cpp.
 //
 // gate, up, dy, y, dgate and dup [n] have the dtype T, where n is the number of elements. The arithmetic is in
-// float32, and results are rounded once. GELU selects the activation (GELU or SiLU). A thread has PER elements
-// that are THREADS elements apart, so that a simdgroup always reads neighbouring elements, whatever the
-// alignment of the arrays.
+// float32, and results are rounded once. GELU selects the activation (GELU or SiLU). A thread's PER elements
+// are THREADS elements apart, so a simdgroup always reads neighbouring elements, regardless of the arrays'
+// alignment.
 //
 //   function   threads per group    grid              per group
 //   glu        256                  ceil(n / 1024)    1024 elements
@@ -14,8 +14,8 @@ using namespace metal;
 
 namespace segtrain {
 
-// s = sigmoid(u), bend = g*ds/dg. Both are computed from exp(-|u|), which cannot overflow and with which 1 - s
-// loses no precision.
+// s = sigmoid(u), bend = g*ds/dg. Both are computed from exp(-|u|), which cannot overflow and avoids the loss
+// of precision in 1 - s.
 struct Gate {
   float s, bend;
 };
@@ -30,7 +30,7 @@ Gate gate_of(float g) {
   return {u < 0.0f ? e * r : r, e * r * r * du * g};
 }
 
-// Arrays with fewer than 8 elements are in constant memory, so In is a pointer to constant memory or to device
+// MLX passes arrays with fewer than 8 elements in constant memory, so In is a pointer to constant or device
 // memory.
 template <int THREADS, int PER, bool GELU, typename T, typename In>
 void glu(In gate, In up, device T* y, int n, uint group, uint thread_index) {
@@ -62,8 +62,8 @@ void glu_vjp(In gate, In up, In dy, device T* dgate, device T* dup, int n, uint 
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; T, GELU, PER and THREADS
-// are constants in both of them.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, GELU, PER and
+// THREADS are constants in both of them.
 //: glu: gate up -> y
 segtrain::glu<THREADS, PER, GELU>(gate, up, y, gate_shape[0], threadgroup_position_in_grid.x,
                                   thread_index_in_threadgroup);

@@ -1,6 +1,6 @@
 // Rotary embeddings for packed rows. The CUDA twin is cuda/rope.cu; the CPU code is in csrc/ops/rope/rope.cpp.
 //
-// x and rotated have one dtype, the arithmetic is in float32, and results are rounded once. In the forward
+// x and rotated have the same dtype, the arithmetic is in float32, and results are rounded once. In the forward
 // pass x is [B,T,H,D] and rotated is [B,H,T,D]: B batch, T tokens, H heads, D head size. With BACK, x is
 // [B,H,T,D], rotated is [B,T,H,D], and the rotation is inverted. A thread processes one pair of elements of a
 // row, or one of the elements after the first `dims`, which are not rotated.
@@ -15,8 +15,8 @@ using namespace metal;
 
 namespace segtrain {
 
-// Arrays with fewer than 8 elements are in constant memory, so In, Freqs and Ints are pointers to constant
-// memory or to device memory.
+// MLX passes arrays with fewer than 8 elements in constant memory, so In, Freqs and Ints are pointers to
+// constant or device memory.
 template <bool TRADITIONAL, bool BACK, typename T, typename In, typename Freqs, typename Ints>
 void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Ints at, float scale, uint i) {
   const int B = at[0], H = at[1], N = at[2], D = at[3], dims = at[4], half_dims = dims / 2, items = D - half_dims;
@@ -41,8 +41,8 @@ void rope(In x, Freqs freqs, const device int* positions, device T* rotated, Int
 
 }  // namespace segtrain
 
-// Kernel bodies, each after a line that names the kernel, its inputs and its outputs; at = {B, H, T, D,
-// dims}, args = {scale}.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. Here, at = {B, H, T,
+// D, dims}, args = {scale}.
 //: rope: x freqs positions at args -> rotated
 segtrain::rope<TRADITIONAL, BACK>(x, freqs, positions, rotated, at, args[0],
                                   threadgroup_position_in_grid.x * THREADS + thread_index_in_threadgroup);

@@ -82,7 +82,7 @@ def test_with_what_was_saved_the_backward_pass_is_the_same(impl, spec):
             kept, grads(lambda *x: ops.attention(*x, **options), [q, k, v], do), strict=True
         ):
             assert mx.array_equal(got, expected)
-        with pytest.raises(ValueError, match="saved must be what attention_forward"):
+        with pytest.raises(ValueError, match="saved must be the result of attention_forward"):
             ops.attention(q, k, v, saved=[saved[1], saved[0]], **options)
 
 
@@ -273,7 +273,7 @@ BAD = [
     (lambda x: ops.attention(x[0], x, x, scale=1.0), r"expected q \[B,H,T,D\].*\(2,5,8\)"),
     (lambda x: ops.attention(x, x, x, scale=1.0, window=0), r"window must be at least 1; got 0"),
     (lambda x: ops.attention(x, x, x, scale=1.0, q_start=1), r"q_start 1 and T 5"),
-    (lambda x: ops.attention(x, x, x.astype(mx.float16), scale=1.0), r"one floating dtype"),
+    (lambda x: ops.attention(x, x, x.astype(mx.float16), scale=1.0), r"the same floating dtype"),
     (lambda x: ops.attention(x, x, x, scale=1.0, impl="fast"), r"impl must be .*'blocked'.*'fast'"),
     (
         by_segments([0, 0, 5]),
@@ -298,7 +298,7 @@ def test_bad_arguments_are_named_when_the_graph_is_built(call, message):
 def test_the_core_checks_its_ranges():
     x = mx.ones((1, 2, 5, 8))
     for ranges in ([(0, 2), (1, 5)], [(0, 0)], [(-1, 2)], [(0, 6)]):
-        with pytest.raises(ValueError, match="rising ranges of the 5 keys; got"):
+        with pytest.raises(ValueError, match="ascending ranges of the 5 keys; got"):
             _core.attention(x, x, x, _core.AttentionOptions(scale=1.0, segments=ranges))
 
 

@@ -520,23 +520,26 @@ def heads_of(x, widths, **options):
 
 
 BAD = [
-    (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have one shape"),
-    (lambda x: ops.geglu(x, x.astype(mx.float16)), r"\[geglu\] gate and up must have one floating"),
+    (lambda x: ops.swiglu(x, x[0]), r"\[swiglu\] gate and up must have the same shape"),
+    (
+        lambda x: ops.geglu(x, x.astype(mx.float16)),
+        r"\[geglu\] gate and up must have the same floating",
+    ),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
     (lambda x: ops.rms_norm_beside(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and"),
     (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"h like x \(1,2,5,8\); got \(2,5,8"),
-    (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be one number; got"),
+    (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be a single number; got"),
     (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1; got widths 8, 8"),
     (lambda x: heads_of(x[0], [8] * 4), r"one to three linear layers; got \(2,5,8\) and 4"),
     (
         lambda x: heads_of(x[0], [8], norms=[ops.HeadNorm(mx.ones(8), 1e-5)]),
-        r"weights of norms \[4\]; got \(8\)",
+        r"norm weights \[4\]; got \(8\)",
     ),
     (
         lambda x: ops.embedded_rows(ops.Base(x[0, 0]), mx.arange(3), begin=4, end=9),
         r"columns within 0 to 8; got 4 to 9",
     ),
-    (lambda x: ops.embedded_rows(ops.Base(x[0, 0]), x), r"an index of integers; got float32"),
+    (lambda x: ops.embedded_rows(ops.Base(x[0, 0]), x), r"an integer index; got float32"),
     (
         lambda x: ops.own_input(x, x[0, 0, 0], 1.0, ops.Base(x[0, 0]), mx.arange(3), 0, [1] * 3),
         r"expected x \(3,8\); got \(1,2,5,8\)",
@@ -572,12 +575,12 @@ BAD = [
     (lambda x: low_rank(x, dropout=1.0), r"dropout must be at least 0 and below 1; got 1"),
     (
         lambda x: low_rank(x, dropout=0.5),
-        r"dropout and its key go together; got dropout 0.5 and no",
+        r"dropout and its key must be given together; got dropout 0.5 and no",
     ),
     (lambda x: low_rank(x, key=ops.dropout_key(0, 0, "q")), r"got dropout 0 and a key"),
     (
         lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 8))), dropout=0.5),
-        r"dropout acts on the low-rank branch: give a and b",
+        r"dropout applies to the low-rank branch: give a and b",
     ),
 ]
 

@@ -137,5 +137,5 @@ def test_errors():
     with pytest.raises(ValueError, match="at least one stage"):
         make_plan([], ["h"], ["h"], [], [])
     for segments, groups in ([2, 2, 3], [3]), ([1, 4], [2]), ([], []), ([1, 3], [1]), ([3], [0, 1]):
-        with pytest.raises(ValueError, match="must rise to"):
+        with pytest.raises(ValueError, match="must be ascending and end with"):
             make_plan(chain(3), ["h"], ["h"], segments, groups)

@@ -1,6 +1,6 @@
-// The memory that ops need. The files of each op compute it from shapes and from the properties of a device,
-// for the implementation that a call would choose. The device need not be in this machine. planning/costs.py
-// adds up the memory of all ops.
+// Describes how much memory ops need. The files of each op compute it from shapes and from the properties of
+// a device, which need not be in this machine, for the implementation that a call would choose.
+// planning/costs.py adds up the memory of all ops.
 #pragma once
 
 #include "core/kernel.h"
@@ -10,7 +10,7 @@ namespace segtrain {
 struct Device {
   std::string name;         ///< "cpu", "metal" or "cuda"
   int size;                 ///< bytes per element in training
-  int64_t workspace = 0;    ///< bytes of workspace that the library's matrix products may need
+  int64_t workspace = 0;    ///< maximum workspace of library matrix products, in bytes
   bool cudnn = false;       ///< the package includes cuDNN's attention
   bool nax = false;         ///< MLX's attention has kernels for the neural accelerators
   bool repeatable = false;  ///< use only implementations whose results are bit-identical when repeated
@@ -19,11 +19,11 @@ struct Device {
   mx::Dtype dtype() const { return size == 4 ? mx::float32 : mx::bfloat16; }
 };
 
-/// Bytes that one call of an op needs, besides its inputs and outputs.
+/// The memory, in bytes, that one call of an op needs in addition to its inputs and outputs.
 struct OpCost {
   int64_t forward = 0;   ///< peak during its forward pass
-  int64_t backward = 0;  ///< peak during its backward pass, including what the forward pass kept
-  int64_t kept = 0;      ///< held between the two passes
+  int64_t backward = 0;  ///< peak during its backward pass, including the arrays kept from the forward pass
+  int64_t kept = 0;      ///< kept between the two passes
 };
 
 }  // namespace segtrain

@@ -92,15 +92,15 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
         (shared_memory <= 48000 || !driver().set(function, MOST_DYNAMIC_SHARED_MEMORY, shared_memory))) {
       found->second = function;
     } else {
-      known.erase(found);  // a device whose memory is full now may have room next time
+      known.erase(found);  // if the device's memory is full now, a later attempt may succeed
       return nullptr;
     }
   }
   return found->second;
 }
 
-/// MLX does not export its allocator for device memory. We call it through a concatenation of no arrays,
-/// which only allocates its output.
+/// MLX does not export its allocator for device memory. We call the allocator by concatenating zero arrays,
+/// an op that only allocates its output.
 mx::Primitive& allocation(mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
@@ -120,7 +120,7 @@ class CudaKernel : public mx::Primitive {
       : Primitive(s), binary_(binary), grid_(grid), fixed_(std::move(fixed)) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error("[" + binary_.name + "] is for CUDA.");
+    throw std::logic_error("[" + binary_.name + "] is a CUDA kernel.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -189,7 +189,8 @@ class CudaKernel : public mx::Primitive {
     return all;
   }
 
-  /// The struct that describes an array's memory in mlx/backend/cuda/allocator.h begins with its address.
+  /// The address is the first field of the struct that describes an array's memory
+  /// (mlx/backend/cuda/allocator.h).
   static void* address(const mx::array& x) {
     struct Memory {
       char* data;
@@ -222,7 +223,7 @@ namespace segtrain {
 
 Arrays cuda_launch(const CudaBinary& binary, Arrays, std::vector<mx::Shape>, std::vector<mx::Dtype>,
                    const Grid&, mx::StreamOrDevice, std::shared_ptr<const FixedInputs>) {
-  throw std::logic_error("[" + binary.name + "] is for CUDA.");
+  throw std::logic_error("[" + binary.name + "] is a CUDA kernel.");
 }
 
 }  // namespace segtrain

@@ -10,22 +10,21 @@ struct CudaBinary {
   std::string name, binary;
 };
 
-/// The inputs that all launches of a kernel share. They are evaluated and contiguous, so MLX need not see
-/// them: it visits each input several times, to order launches, to track lifetimes and to add edges to the
-/// CUDA graph. MLX sees only the inputs that differ between launches, and `keeper`, which keeps the shared
-/// inputs alive for as long as MLX keeps the inputs of a launch.
+/// The inputs that all launches of a kernel share. They are evaluated and contiguous, so MLX need not process
+/// them: it iterates over each input several times, to order launches, to track lifetimes and to add edges to
+/// the CUDA graph. MLX receives only the inputs that differ between launches, and `keeper`, which keeps the
+/// shared inputs alive for as long as MLX keeps the inputs of a launch.
 struct FixedInputs {
   FixedInputs(Arrays all, std::vector<size_t> open);
-  Arrays inputs;             ///< all inputs of the kernel; a launch replaces those at the indices `open`
-  std::vector<size_t> open;  ///< the indices of the inputs that each launch passes, in the order of passing
+  Arrays inputs;             ///< all inputs of the kernel; a launch replaces the ones at the indices `open`
+  std::vector<size_t> open;  ///< the indices of the inputs that each launch passes, in order
   mx::array keeper;
 };
 
-/// Does the same as mx::fast::precompiled_cuda_kernel, but that function copies the binary at each launch and
-/// hashes it to find the loaded kernel; this one does neither. `binary` must live as long as the process.
-/// With `fixed`, `inputs` are the inputs at its open indices, the kernel has one output, and the returned
-/// arrays are consecutive parts of this output. They share one allocation, which is freed with the last of
-/// them.
+/// Does the same as mx::fast::precompiled_cuda_kernel, but does not copy the binary at each launch or hash it
+/// to find the loaded kernel. `binary` must never be destroyed. With `fixed`, `inputs` are the inputs at its
+/// open indices, the kernel has one output, and the returned arrays are consecutive parts of this output.
+/// These arrays share one allocation, which is freed with the last of them.
 Arrays cuda_launch(const CudaBinary& binary, Arrays inputs, std::vector<mx::Shape> shapes,
                    std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s,
                    std::shared_ptr<const FixedInputs> fixed = nullptr);

@@ -1,6 +1,5 @@
-// Replacements for GPU kernels on machines without a GPU. CUDA kernels are replaced by a dry run, which
-// counts the launches that a device would make. Metal kernels are replaced by a function that a test
-// provides.
+// Replaces GPU kernels on machines without a GPU. CUDA kernels are replaced by a dry run, which counts the
+// launches that a device would make. Metal kernels are replaced by a function that a test provides.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -45,7 +44,7 @@ class DryKernel : public mx::Primitive {
 };
 
 /// Returns the arrays that `outputs` depend on and that are not computed yet, each after its inputs. If an op
-/// has several outputs, only one of them is listed.
+/// has several outputs, lists only one of them.
 Arrays in_order(const Arrays& outputs) {
   Arrays order;
   std::set<std::uintptr_t> seen;
@@ -70,8 +69,8 @@ Arrays in_order(const Arrays& outputs) {
 }
 
 /// Returns the number of kernels, by name, that a CUDA device would launch to compute these arrays. An op
-/// whose output shares the memory of its input launches no kernel. Our kernels also launch a copy for each
-/// input that is not row-contiguous. A concatenation launches a copy for each input.
+/// whose output shares the memory of its input launches no kernel. A kernel of this package also needs one
+/// copy launch for each input that is not row-contiguous. A concatenation launches one copy for each input.
 std::map<std::string, int> launches(const Arrays& outputs) {
   check(dry_run(), "[launches] works in a dry run only.");
   std::map<std::string, int> counts;
@@ -102,7 +101,7 @@ Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx:
 }
 
 const Binding binding([](nb::module_& m) {
-  nb::class_<MetalLaunch>(m, "MetalLaunch", "A launch of a kernel on Metal; csrc/core/gpu.h.")
+  nb::class_<MetalLaunch>(m, "MetalLaunch", "A launch of a kernel on Metal; see csrc/core/gpu.h.")
       .def_ro("name", &MetalLaunch::name)
       .def_ro("source", &MetalLaunch::source)
       .def_ro("header", &MetalLaunch::header)

@@ -1,5 +1,5 @@
-// Explains what happened when macOS aborts work on the GPU. In this case MLX throws an exception on one of
-// Metal's threads, where it cannot be caught, and the process ends with Metal's message, which only names an
+// Explains why macOS aborted work on the GPU. In this case MLX throws an exception on one of Metal's threads,
+// where it cannot be caught, and the process ends with Metal's message, which contains only the name of an
 // error constant.
 #include <cstdio>
 #include <cstdlib>
@@ -12,21 +12,19 @@ namespace segtrain {
 
 namespace {
 
-/// Returns a sentence that explains MLX's message about a failed command buffer; empty for other messages.
+/// Returns a sentence that explains MLX's message about a failed command buffer, or "" for other messages.
 std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
   if (!has("Command buffer execution failed")) return "";
   if (has("Impacting Interactivity") || has("Timeout"))
     return "macOS ended the run's work on the GPU because a piece of it kept the display waiting too long: "
-           "set "
-           "MLX_MAX_OPS_PER_BUFFER=1, which makes the pieces as short as they can be, or lower "
-           "max_seq_length "
-           "or batch_size; the last checkpoint is kept (docs/mac.md).";
+           "set MLX_MAX_OPS_PER_BUFFER=1, which makes the pieces as short as possible, or lower "
+           "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
   if (has("OutOfMemory") || has("Insufficient Memory"))
     return "the GPU had no memory left for the run: close other programs, or lower memory_budget_gb, "
            "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
-  return "the GPU could not finish the run's work: resume from the last checkpoint, and if it happens again "
-         "report it with the output of `mlx-segtrain doctor`.";
+  return "the GPU could not finish the run's work: resume from the last checkpoint, and if the error happens "
+         "again, report it with the output of `mlx-segtrain doctor`.";
 }
 
 std::terminate_handler before = nullptr;
@@ -48,8 +46,8 @@ std::terminate_handler before = nullptr;
 const Binding binding([](nb::module_& m) {
   before = std::set_terminate(say_and_end);
   m.def("explain_failure", &explained, "what"_a,
-        "Returns a sentence that explains MLX's message about a failed command buffer on Metal; empty for "
-        "any other message.");
+        "Returns a sentence that explains MLX's message about a failed command buffer on Metal, or an empty "
+        "string for any other message.");
 });
 
 }  // namespace segtrain

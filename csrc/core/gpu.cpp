@@ -50,7 +50,7 @@ std::vector<std::string> words(const std::string& line) {
   return all;
 }
 
-/// Reads the kernels in a file. The file consists of a header and kernels; each kernel is a line "//: name:
+/// Reads the kernels in a file, which consists of a header and kernels. Each kernel is a line "//: name:
 /// inputs -> outputs" followed by its body.
 void parse(const std::string& file, const std::string& prelude, std::map<std::string, Text>& kernels) {
   const std::string mark = "\n//: ";
@@ -90,11 +90,11 @@ mx::array device_numbers(const std::vector<T>& values) {
   std::lock_guard guard(lock);
   auto found = known.find(values);
   if (found != known.end()) return found->second;
-  // Arrays that describe long or packed rows differ in every step, so the size of the cache must be limited.
+  // Arrays that describe long or packed rows differ in every step, so the cache must be limited in size.
   if (known.size() >= 1024 || held > (2 << 20)) known.clear(), held = 0;
   held += values.size();
   auto array = upload(values);
-  array.eval();  // other threads and streams may use it
+  array.eval();  // because other threads and streams may use the array
   return known.emplace(values, array).first->second;
 }
 
@@ -106,13 +106,13 @@ std::string cuda_type(const mx::Dtype& dtype) {
   if (dtype == mx::int32) return "int";
   if (dtype == mx::float32) return "float";
   if (dtype == mx::float16) return "half";
-  check(dtype == mx::bfloat16, "[cuda] no kernel takes ", dtype, ".");
+  check(dtype == mx::bfloat16, "[cuda] no kernel supports ", dtype, ".");
   return "bfloat16";
 }
 
 /// Returns the kernel's text as one function, with the template arguments as constants. The number of threads
-/// and the bytes of shared memory, which the host has computed, are constants too; the text asserts that they
-/// match what it needs.
+/// and the bytes of shared memory, which the host has computed, are also constants; static assertions in the
+/// text check them.
 std::string cuda_source(const std::string& name, const Text& text, const Arrays& inputs,
                         const std::vector<mx::Dtype>& dtypes, const Template& arguments, const Grid& grid) {
   std::string source =
@@ -136,9 +136,9 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
   return source + text.source + "\n}\n}\n";
 }
 
-/// The binaries for this device, each compiled once per process, and the sources of collected kernels, which
-/// are not compiled yet. We do not use MLX's JIT: with every kernel it would compile headers that take two
-/// seconds, and it does not support launch bounds.
+/// The compiled binaries for this device, and the sources of collected kernels, which are not compiled yet.
+/// Each kernel is compiled once per process. We do not use MLX's JIT, because for every kernel it compiles
+/// headers that take two seconds, and because it does not support launch bounds.
 struct Binaries {
   struct Source {
     std::string name, text;
@@ -148,18 +148,20 @@ struct Binaries {
   std::unordered_map<std::string, Source> wanted;
 };
 Binaries& binaries() {
-  static auto& all = *new Binaries;  // never destroyed: graphs that exist at exit refer to it
+  static auto& all = *new Binaries;  // never destroyed, because graphs that exist at exit refer to it
   return all;
 }
 
-/// Whether calls on this thread only record the kernels that they need. Other threads are not affected.
+/// Whether calls on this thread record the kernels that they need instead of running them.
 thread_local bool collects = false;
 
-/// Returns the kernel's binary, or nullptr if kernels are being collected and this one is not compiled yet.
+/// Returns the kernel's binary, or nullptr if kernels are being collected and this kernel is not compiled
+/// yet.
 const CudaBinary* cuda_binary(const std::string& name, const Text& text, const Arrays& inputs,
                               const std::vector<mx::Dtype>& dtypes, const Template& arguments,
                               const Grid& grid) {
-  // Raw bytes follow the name, because formatting numbers would take longer than the launch.
+  // The arguments are appended as raw bytes, because formatting them as text would take longer than the
+  // launch.
   std::string key = name + ' ';
   auto add = [&](auto x) { key.append(reinterpret_cast<const char*>(&x), sizeof x); };
   for (int x : {grid.threads, grid.shared_memory, grid.at_once}) add(x);
@@ -250,7 +252,7 @@ PreparedLaunch::PreparedLaunch(const std::string& name, std::map<std::string, mx
   for (const auto& input : open)
     places.push_back(std::find(text.inputs.begin(), text.inputs.end(), input) - text.inputs.begin());
   binary_ = cuda_binary(name, text, inputs, {dtype}, arguments, grid);
-  for (size_t i : places) inputs[i] = device_ints({0});  // otherwise the arrays of `like` would stay alive
+  for (size_t i : places) inputs[i] = device_ints({0});  // otherwise the arrays in `like` would stay alive
   inputs_ = std::make_shared<FixedInputs>(std::move(inputs), std::move(places));
 }
 
@@ -281,7 +283,7 @@ size_t compile_kernels() {
     for (size_t i; (i = next++) < wanted.size();) try {
         made[i] = {wanted[i].first,
                    compile_cuda(wanted[i].second.name, wanted[i].second.text, compute_capability())};
-      } catch (const std::runtime_error&) {  // the call that needs it reports the error
+      } catch (const std::runtime_error&) {  // the call that needs this kernel reports the error
       }
   };
   const size_t threads = std::min<size_t>(wanted.size(), std::max(1u, std::thread::hardware_concurrency()));

@@ -26,7 +26,7 @@ struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
   int threads;                       ///< threads per group
   int shared_memory = 0;             ///< bytes, CUDA only
-  int at_once = 1;  ///< blocks that must fit on a multiprocessor at once, which limits registers; CUDA only
+  int at_once = 1;  ///< blocks that must fit on a multiprocessor together, which limits registers; CUDA only
 };
 
 /// Returns the number of tiles of `size` elements that cover n elements.
@@ -34,29 +34,29 @@ inline int tiles(int n, int size) {
   return n / size + (n % size != 0);  // n may be INT_MAX
 }
 
-/// Returns the parameters of a kernel as an array on the device. They are copied to the device
-/// (core/upload.h), because reads from host memory would cross the bus. The copy is cached, because most
-/// calls have the same parameters in every layer and step.
+/// Returns a kernel's parameters as an array on the device. They are copied to the device (core/upload.h),
+/// because reads from host memory would cross the bus. The copy is cached, because most calls pass the same
+/// parameters in every layer and step.
 mx::array device_ints(const std::vector<int32_t>& values);
 mx::array device_floats(const std::vector<float>& values);
 
-/// Launches the kernel `name`. It gets those arrays of `values` that its text declares as inputs. The
-/// constant THREADS in the text is the number of threads per group.
+/// Launches the kernel `name` with those arrays of `values` that its text declares as inputs. The constant
+/// THREADS in the text is the number of threads per group.
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
               const Grid& grid, mx::StreamOrDevice s);
 
-/// A CUDA launch whose kernel is looked up only once, and whose fixed inputs are evaluated only once. It is
-/// used in decoding, where many short launches make the host the bottleneck.
+/// A CUDA launch that looks up its kernel and evaluates its fixed inputs only once. It is used in decoding,
+/// where many short launches make the host the bottleneck.
 class PreparedLaunch {
  public:
-  /// `values` has the same meaning as in launch(), but lacks the inputs named in `open`, which each call
-  /// passes. These inputs have the dtypes of `like`. The output has the dtype `dtype`.
+  /// `values` is as in launch(), but without the inputs named in `open`, which each call passes. These inputs
+  /// have the dtypes of `like`. The output has the dtype `dtype`.
   PreparedLaunch(const std::string& name, std::map<std::string, mx::array> values,
                  const std::vector<std::string>& open, const Arrays& like, mx::Dtype dtype,
                  const Template& arguments, const Grid& grid);
 
-  /// Returns arrays of these shapes, which are consecutive parts of the single output of the kernel.
+  /// Returns arrays of these shapes, which are consecutive parts of the kernel's single output.
   Arrays operator()(const Arrays& open, std::vector<mx::Shape> shapes, mx::StreamOrDevice s) const;
 
  private:
@@ -67,9 +67,9 @@ class PreparedLaunch {
   const struct CudaBinary* binary_;  ///< nullptr while kernels are collected
 };
 
-/// After collect_kernels, calls on this thread only record which kernels they need, and return zeros that
-/// must not be evaluated. compile_kernels stops the recording, compiles the recorded kernels that are not
-/// compiled yet in parallel, and returns how many it compiled. CUDA only.
+/// After collect_kernels, calls on this thread record which kernels they need instead of running them, and
+/// return zeros that must not be evaluated. compile_kernels stops the recording, compiles the recorded
+/// kernels in parallel, except those compiled earlier, and returns how many it compiled. CUDA only.
 void collect_kernels();
 size_t compile_kernels();
 bool collects_kernels();
@@ -78,7 +78,7 @@ bool collects_kernels();
 Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
                   std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
 
-/// The launch of a Metal kernel, with everything that is passed to MLX.
+/// The launch of a Metal kernel, with all arguments for MLX.
 struct MetalLaunch {
   std::string name, source, header;
   std::vector<std::pair<std::string, mx::array>> inputs;
@@ -88,7 +88,7 @@ struct MetalLaunch {
 };
 using RunMetal = std::function<Arrays(const MetalLaunch&)>;
 
-/// For tests: makes calls on this thread choose implementations as on Metal. `run` replaces the device; it is
+/// Makes calls on this thread choose implementations as on Metal, for tests. `run` replaces the device: it is
 /// called for each launch and returns the outputs. An empty `run` ends the emulation.
 void emulate_metal(RunMetal run);
 
@@ -96,8 +96,8 @@ void emulate_metal(RunMetal run);
 void switch_off(const std::string& kernel, const std::string& reason);
 
 /// Returns the implementation "kernel" for a GPU. `unfit` is the reason why the kernel does not support the
-/// call. The implementation is ok if `unfit` is empty and the kernel has not failed the self-check. If the
-/// `device` is not available in this process, the self-check counts as passed.
+/// call, or an empty string. The implementation is ok if `unfit` is empty and the kernel has not failed the
+/// self-check. If this process does not use the `device`, the self-check counts as passed.
 Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device = gpu());
 
 }  // namespace segtrain

@@ -1,4 +1,5 @@
-// Concatenates many small arrays. On CUDA one launch copies up to 64 arrays; MLX needs one launch per array.
+// Concatenates many small arrays. On CUDA one launch copies up to 64 arrays, whereas MLX launches one copy
+// per array.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "segtrain.h"

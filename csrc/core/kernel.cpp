@@ -14,7 +14,7 @@ std::string choose(const std::string& op, const std::string& impl, const std::ve
   std::string names;
   for (const auto& way : ways) {
     if (impl == "auto" ? way.ok : way.name == impl) {
-      check(way.ok, "[", op, "] impl='", impl, "' cannot serve this call: ", way.reason, ".");
+      check(way.ok, "[", op, "] impl='", impl, "' does not support this call: ", way.reason, ".");
       return way.name;
     }
     names += ", '" + way.name + "'";
@@ -46,7 +46,7 @@ class CpuOp : public mx::Primitive {
       y.set_data(mx::allocator::malloc(y.nbytes()));
       out.push_back(y.data<float>());
     }
-    // MLX keeps inputs and outputs alive until the tasks of their primitive are done.
+    // MLX keeps inputs and outputs alive until the tasks of their primitive have finished.
     mx::cpu::get_command_encoder(stream()).dispatch([run = run_, in, out] { (*run)(in, out); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
@@ -99,9 +99,9 @@ Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vj
 
 void keep_freed_memory() {
 #ifdef __GLIBC__
-  // By default the C library returns large blocks to the operating system immediately, and the system then
-  // clears every page again before it holds the outputs of the next op. Clearing takes four fifths of the
-  // time of a pass over 50 MB.
+  // By default the C library immediately returns large blocks to the operating system, which then clears
+  // every page again before the next op can use it. Clearing takes four fifths of the time of a pass over 50
+  // MB.
   constexpr int most = 1 << 30;
   mallopt(M_MMAP_THRESHOLD, most);
   mallopt(M_TRIM_THRESHOLD, most);

@@ -36,16 +36,16 @@ enum class Gpu { none, metal, cuda };
 struct Way {
   std::string name;
   bool ok;
-  std::string reason;  ///< why not
+  std::string reason;  ///< why it does not support them
 };
 
-/// Returns the name of the implementation to use. If `impl` is "auto", this is the first one that is ok;
-/// otherwise it is the one named `impl`. If that one is not ok, throws an error with its reason.
+/// Returns the name of the implementation to use. If `impl` is "auto", this is the first implementation that
+/// is ok. Otherwise it is `impl`; if that implementation is not ok, throws an error with the reason.
 std::string choose(const std::string& op, const std::string& impl, const std::vector<Way>& ways);
 
-/// Returns the compute capability in $MLX_SEGTRAIN_DRY_RUN_CUDA, or 0 if the variable is not set. The
-/// variable is meant for tests. If it is set, calls choose implementations as on a CUDA device with this
-/// compute capability; kernels are compiled but not run, and their outputs are zeros.
+/// Returns the compute capability in $MLX_SEGTRAIN_DRY_RUN_CUDA, or 0 if the variable is not set. Tests set
+/// it to make calls choose implementations as on a CUDA device with this compute capability. Kernels are then
+/// compiled but not run, and their outputs are zeros.
 int dry_run();
 
 /// Whether this thread emulates a Metal device; see emulate_metal in core/gpu.h.
@@ -65,7 +65,7 @@ struct Inputs : std::vector<const void*> {
   }
 };
 
-/// Computes a CPU op: fills the output buffers `out`, in order. It runs on the stream's thread.
+/// Computes a CPU op: fills the output buffers `out`, in order. The function runs on the stream's thread.
 using CpuRun = std::function<void(const Inputs& in, const std::vector<float*>& out)>;
 
 /// Returns float32 arrays that `run` fills on the CPU. Floating inputs are first converted to float32, and
@@ -76,16 +76,16 @@ Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> sha
 using Forward = std::function<Arrays(const Arrays& x)>;
 using Vjp = std::function<Arrays(const Arrays& x, const Arrays& dy, const Arrays& made)>;
 
-/// Returns the first n arrays of forward(x); `vjp` gets all arrays of forward(x) as `made`. With
-/// mx::custom_vjp, a backward pass that uses one of these arrays recomputes all of them; here, it recomputes
-/// only those that it uses.
+/// Returns the first n arrays of forward(x); `vjp` receives all of them as `made`. With mx::custom_vjp, a
+/// backward pass that uses one of these arrays would recompute all of them; here, it recomputes only those
+/// that it uses.
 Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp);
 
 /// Lets the C library keep up to 1 GB of freed memory for later allocations. This affects the whole process.
 void keep_freed_memory();
 
-/// Returns x, which becomes available only after `others` are computed. Without this, MLX computes results
-/// that no other op reads, such as the gradients of LoRA factors, at the very end, and keeps their inputs
+/// Returns x, but makes it available only after `others` are computed. Otherwise MLX would compute results
+/// that no other op reads, such as the gradients of LoRA factors, at the very end, and keep their inputs
 /// alive until then.
 mx::array after(const mx::array& x, const Arrays& others);
 

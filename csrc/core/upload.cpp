@@ -15,13 +15,13 @@ namespace segtrain {
 
 namespace {
 
-/// The number of buffers of each size. They are filled in turn, so that the host rarely has to wait until the
-/// device has read one.
+/// The number of buffers of each size. They are used in turn, so the host rarely has to wait until the device
+/// has read a buffer.
 constexpr size_t TURNS = 4;
 
 struct Buffer {
   mx::array host;
-  mx::array copy;  ///< the last copy made of `host`
+  mx::array copy;  ///< the last device copy of `host`
 };
 
 /// Fills the next buffer of the right size and returns a copy on the device. If the last copy of that buffer
@@ -35,7 +35,7 @@ mx::array device_copy(const T* numbers, size_t count) {
   auto& own = buffers[room];
   if (own.size() == TURNS && own.front().copy.status() == mx::array::Status::unscheduled) own.pop_front();
   if (own.size() < TURNS) {
-    const std::vector<T> zeros(room);  // MLX copies the zeros to host memory, which we keep
+    const std::vector<T> zeros(room);  // MLX copies the zeros to host memory, which is then reused
     const mx::array host(zeros.begin(), {static_cast<int>(room)});
     own.push_front({host, host});
   }

@@ -7,10 +7,9 @@ namespace segtrain {
 
 /// Returns the values as an array [n] on the device. The caller must evaluate the array.
 ///
-/// When MLX creates an array from host data on CUDA, it takes a device buffer from its cache and converts it
-/// to memory that both host and device can access. The conversion takes more than a millisecond each time.
-/// This function keeps the converted memory and reuses it. On other devices it creates the array in the same
-/// way as MLX.
+/// When MLX creates an array from host data on CUDA, it converts a device buffer from its cache to memory
+/// that both host and device can access. The conversion takes more than a millisecond each time. This
+/// function keeps the converted memory and reuses it. On other devices it creates the array as MLX does.
 mx::array upload(const std::vector<int32_t>& numbers);
 mx::array upload(const std::vector<float>& numbers);
 

@@ -1,5 +1,5 @@
-// float32 matrix multiplication (GEMM) on the calling thread. Our kernels divide the work into tiles and
-// distribute the tiles over threads.
+// float32 matrix multiplication (GEMM) on the calling thread. It does not start threads, because our kernels
+// divide the work into tiles and distribute the tiles over threads.
 #pragma once
 
 #ifdef __APPLE__
@@ -17,7 +17,7 @@ namespace segtrain::cpu {
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
                  int ldb, float beta, float* c, int ldc) {
 #ifndef __APPLE__
-  // Limiting this library to one thread affects no other code: NumPy and SciPy load their own copies of
+  // Setting one thread in this library affects no other code: NumPy and SciPy load their own copies of
   // OpenBLAS under other names.
   static const bool single = (scipy_openblas_set_num_threads(1), true);
   (void)single;

@@ -1,4 +1,4 @@
-// Selects the fastest version of the loops that this processor supports.
+// Selects the fastest version of the loops in rows.cpp that this processor supports.
 #include "cpu/rows.h"
 
 namespace segtrain::cpu {

@@ -1,6 +1,6 @@
-// This file is compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. It includes no header of
-// the C++ library, because the linker keeps one copy of each inline function for the whole program. If that
-// copy came from a build of this file with AVX, it would also run on processors without AVX.
+// This file is compiled three times, with SEGTRAIN_ISA = baseline, avx2 and avx512. It includes no C++
+// library headers, because the linker keeps one copy of each inline function for the whole program. A copy
+// that was compiled here with AVX would then also run on processors without AVX.
 #include "cpu/rows.h"
 
 #include <math.h>
@@ -40,7 +40,7 @@ inline float exp1(float x) {
 }
 
 inline float tanh1(float x) {
-  // For small |x| the formula with exp loses precision, so a series is used.
+  // For small |x| the formula with exp loses precision, so a series is used instead.
   float x2 = x * x;
   float small =
       x * (1.0f + x2 * (-0.333333333f + x2 * (0.133333333f + x2 * (-0.0539682540f + x2 * 0.0218694885f))));
@@ -141,8 +141,8 @@ void softmax_vjp(float* dp, const float* p, const float* capped, int n, float de
   }
 }
 
-/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and with which 1 −
-/// s loses no precision.
+/// s = sigmoid(u), bend = g·ds/dg. Both are computed from exp(−|u|), which cannot overflow and avoids the
+/// loss of precision in 1 − s.
 struct Gate {
   float s, bend;
 };

@@ -1,5 +1,5 @@
-// Loops over rows of floats. They are compiled once per instruction set (baseline, AVX2 and AVX-512), and one
-// version is chosen at run time.
+// Loops over rows of floats. They are compiled once per instruction set (baseline, AVX2 and AVX-512); the
+// version to use is chosen at run time.
 #pragma once
 
 #include <cstddef>
@@ -27,8 +27,8 @@ struct Rows {
   void (*exp_scale)(float* x, int n, float shift, float w);
   /// x = cap·tanh(x / cap).
   void (*softcap)(float* x, int n, float cap);
-  /// x = w·(exp(x − lse) − (1 − smoothing)·[i = target] − smoothing/n), times 1 − (x / cap)² if cap > 0. On
-  /// input, x holds logits after the softcap.
+  /// x = w·(exp(x − lse) − (1 − smoothing)·[i = target] − smoothing/n), times 1 − (x / cap)² if cap > 0. The
+  /// input x contains logits after the softcap.
   void (*cross_entropy_vjp)(float* x, int n, float lse, float w, int target, float smoothing, float cap);
   void (*scale)(float* x, int n, float factor);
   float (*dot)(const float* x, const float* y, int n);

@@ -17,8 +17,8 @@ int n_threads();
 /// started in order, but any thread may run any job, so results must not depend on the thread.
 void parallel_for(int n, const std::function<void(int)>& job);
 
-/// Splits n items into equal ranges that keep every thread busy. Returns the length of a range, which is
-/// limited to `most` and then rounded up to a multiple of `align`.
+/// Returns the length of the equal ranges into which n items are split to keep every thread busy. The length
+/// is limited to `most` and then rounded up to a multiple of `align`.
 int split(int n, int most, int align);
 
 constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< minimum number of floats per thread in an elementwise pass

@@ -1,5 +1,5 @@
 // This file is compiled in the same way as rows.cpp, but with -ffp-contract=off. For the same reason as
-// rows.cpp, it includes no header of the C++ library.
+// rows.cpp, it includes no C++ library headers.
 #include "cpu/unpack.h"
 
 #include <string.h>
@@ -34,7 +34,7 @@ inline float e8m0(uint32_t code) {
   return from_bits(code ? code << 23 : 0x400000);
 }
 
-/// Unpacks 32 values from a little-endian stream in which a value may straddle words.
+/// Unpacks 32 values from a little-endian bit stream, where a value may straddle two words.
 template <int BITS>
 inline void unpack32(const uint32_t* word, int32_t* q) {
 #pragma GCC unroll 32
@@ -108,8 +108,8 @@ void SEGTRAIN_FOR_ISA(dequantize_fp_)(const uint32_t* packed, const uint8_t* sca
       for (int w = 0; w < group / 8; ++w)
 #pragma omp simd
         for (int j = 0; j < 8; ++j) {
-          // The hexadecimal digits of 0xC8643210 are the magnitudes of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6),
-          // doubled.
+          // The hexadecimal digits of 0xC8643210 are the doubled magnitudes of E2M1, which are 0, 0.5, 1,
+          // 1.5, 2, 3, 4 and 6.
           uint32_t code = word[w] >> (4 * j), twice = (0xC8643210u >> (4 * (code & 7))) & 15u;
           y[w * 8 + j] = flip_sign((float)(int32_t)twice * half, (code & 8) << 28);
         }

@@ -1,6 +1,6 @@
-// Dequantizes rows of a weight to floats. The loops are compiled once per instruction set. They are not part
-// of rows.cpp, where the compiler may fuse a multiplication and an addition: here the two are rounded
-// separately, as in MLX.
+// Dequantizes rows of a weight to floats. These loops are compiled once per instruction set. They are
+// separate from rows.cpp, where the compiler may fuse a multiplication with an addition; here, both are
+// rounded separately, as in MLX.
 #pragma once
 
 #include <stdint.h>

@@ -14,7 +14,8 @@ struct Segment {
   int begin, end;
 };
 
-/// Returns the ranges between ascending ends, the last of which must be n. The last range may be empty.
+/// Returns the ranges that end at the ascending `ends`, the last of which must be n. The last range may be
+/// empty.
 std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) {
   std::vector<Segment> ranges;
   for (int begin = 0; int end : ends) {
@@ -23,8 +24,8 @@ std::vector<Segment> cut(const char* what, const std::vector<int>& ends, int n) 
     begin = end;
   }
   if (ranges.size() != ends.size() || ranges.empty() || ranges.back().end != n)
-    throw std::invalid_argument(std::string("[plan] the ends of ") + what + " must rise to " +
-                                std::to_string(n) + ".");
+    throw std::invalid_argument(std::string("[plan] the ends of ") + what +
+                                " must be ascending and end with " + std::to_string(n) + ".");
   return ranges;
 }
 
@@ -32,7 +33,7 @@ void add_unique(std::vector<int>& list, int value) {
   if (std::find(list.begin(), list.end(), value) == list.end()) list.push_back(value);
 }
 
-/// Returns a plan that has the chain but no moves yet.
+/// Returns a plan that contains the chain but no moves yet.
 Plan resolve(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
              const std::vector<std::string>& head_reads, const std::vector<std::string>& incoming) {
   Plan plan;
@@ -77,7 +78,7 @@ std::vector<int> read_of(const Plan& plan, int begin, int end, int from, int to)
   return found;
 }
 
-/// Returns a move over stages that run together.
+/// Returns a move that runs these stages together.
 Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   Move move{kind, s.begin, s.end};
   move.reads = read_of(plan, s.begin, end_of(move), -1, s.begin);
@@ -91,8 +92,8 @@ Move move_over(const Plan& plan, Move::Kind kind, Segment s) {
   return move;
 }
 
-/// For each move, finds the values that can be dropped after it: those that are never needed again, or not
-/// until they have been recomputed.
+/// For each move, finds the values that can be dropped after it: values that are never needed again, or that
+/// are recomputed before they are needed.
 void assign_drops(Plan& plan) {
   std::set<int> needed;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move) {
@@ -103,7 +104,7 @@ void assign_drops(Plan& plan) {
   }
 }
 
-/// Assigns each saving stage to the last forward move before its backward pass. A stage without a backward
+/// Assigns each saving stage to its last forward move before its backward pass. A stage without a backward
 /// pass saves nothing.
 void assign_saves(Plan& plan, const std::vector<int>& saves) {
   std::set<int> wanted;
@@ -158,7 +159,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
       auto move = move_over(plan, Move::Kind::forward, segments[i]);
       // Keep only the values that later segments of this group read.
       std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
-      // If there are no such values, the segment need not run, unless one of its stages saves arrays.
+      // If there are none, the segment need not run, unless one of its stages saves arrays.
       const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
                                      [&](int stage) { return stage >= move.begin && stage < move.end; });
       if (!move.writes.empty() || saves) plan.moves.push_back(move);

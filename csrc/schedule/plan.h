@@ -1,4 +1,4 @@
-// Describes the order of a segmented backward pass as data. This code handles names instead of arrays, so it
+// Describes the order of a segmented backward pass as data. This code uses names instead of arrays, so it
 // needs only the standard library.
 #pragma once
 
@@ -7,8 +7,8 @@
 
 namespace segtrain {
 
-/// What the plan needs to know about a stage: which boundary values it reads and writes (it may write a new
-/// version of a value), and whether it has parameters.
+/// Describes a stage for the plan: the boundary values that it reads and writes (it may write a new version
+/// of a value), and whether it has parameters.
 struct StageSpec {
   std::string name;
   std::vector<std::string> reads;
@@ -22,13 +22,14 @@ struct Stage {
   std::vector<int> reads, writes;
 };
 
-/// One version of a boundary value. The `h` that stage `layers.3` writes is `h@layers.3`; an input `h` is
-/// `h@input`.
+/// One version of a boundary value. For example, `h@layers.3` is the `h` that stage `layers.3` writes, and
+/// `h@input` is the input `h`.
 struct Value {
-  std::string version;       ///< name@producer
-  int producer;              ///< index of the stage that writes it; -1 for an input
-  bool differentiable;       ///< depends on a parameter, so a cotangent must reach it
-  std::vector<int> readers;  ///< reading stages in order, once for each read; the head follows the last stage
+  std::string version;  ///< name@producer
+  int producer;         ///< index of the stage that writes it; -1 for an input
+  bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
+  std::vector<int>
+      readers;  ///< stages that read it, in order, once per read; the head follows the last stage
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
@@ -46,12 +47,13 @@ struct Move {
   /// values that the move computes; in a backward move, the values whose cotangents it needs
   std::vector<int> writes = {};
   std::vector<int> cotangents = {};  ///< the differentiable `reads`, whose cotangents the move computes
-  /// values that are not needed after the move, or not until they are recomputed
+  /// values that are not needed after the move, or only after they are recomputed
   std::vector<int> drops = {};
-  std::vector<int> saves = {};  ///< stages that save arrays for their backward pass, in which they run next
+  /// stages that save arrays for their backward pass, which is the next time they run
+  std::vector<int> saves = {};
 };
 
-/// Returns one past the index of the last stage that runs in a move; the head counts as a stage.
+/// Returns one past the index of the last stage of a move; the head counts as a stage.
 int end_of(const Move& move);
 
 /// The chain with its names resolved, and the moves over it.
@@ -61,9 +63,9 @@ struct Plan {
   std::vector<int> head_reads;
   std::vector<Move> moves;
 
-  /// Returns how often stages [begin, end) read a value; the head has the index after the last stage.
+  /// Returns how often stages [begin, end) read a value. The index of the head is one past the last stage's.
   int readers(int value, int begin, int end) const;
-  /// Returns whether several cotangents arrive at a value; if so, they are added in float32.
+  /// Returns whether a value has several cotangents, which are then added in float32.
   bool is_summed(int value) const { return values[value].readers.size() > 1; }
 };
 
@@ -76,20 +78,21 @@ struct Cuts {
   std::vector<int> saves = {};  ///< stages that save arrays in the last run before their backward pass
 };
 
-/// Returns the plan for these cuts. It keeps the boundary values between groups and, during the backward pass
-/// of a group, the boundary values between the segments of this group.
+/// Returns the plan for these cuts. It keeps the boundary values between groups. During a group's backward
+/// pass, it also keeps the boundary values between the segments of this group.
 ///
 /// The last segment runs together with the head and is never recomputed; it may have no stage. A group of
-/// several segments is run forward once more to rebuild the values between them, except the last group, which
-/// keeps them. Segments that depend on no parameter have no backward pass. A value is dropped after the last
-/// move that needs it. The `incoming` inputs depend on parameters of stages before this chain, so the plan
-/// computes their cotangents. Throws std::invalid_argument if the cuts are not ascending or do not end at the
-/// end of the chain, or if a stage reads a name that is neither an input nor written by an earlier stage.
+/// several segments is run forward once more to recompute the values between them, except for the last group,
+/// which keeps them. Segments that depend on no parameter have no backward pass. A value is dropped after the
+/// last move that needs it. The `incoming` inputs depend on parameters of stages before this chain, so the
+/// plan computes the cotangents of these inputs. Throws std::invalid_argument if the cuts are not ascending
+/// or do not end at the end of the chain, or if a stage reads a name that is neither an input nor written by
+/// an earlier stage.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
                const std::vector<std::string>& head_reads, const Cuts& cuts,
                const std::vector<std::string>& incoming = {});
 
-/// Returns one line per move, for people and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops
+/// Returns one line per move, for messages and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops
 /// h@b".
 std::vector<std::string> describe(const Plan& plan);
 

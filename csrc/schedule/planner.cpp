@@ -10,7 +10,7 @@ namespace segtrain {
 
 namespace {
 
-/// Marks the stages that have a backward pass: they, or stages before them, have parameters. The other stages
+/// Marks the stages that have a backward pass, that is, whose outputs depend on a parameter. The other stages
 /// only run forward and keep nothing.
 std::vector<bool> stages_that_go_back(const Plan& plan) {
   std::vector<bool> back(plan.stages.size());
@@ -19,7 +19,7 @@ std::vector<bool> stages_that_go_back(const Plan& plan) {
   return back;
 }
 
-/// Follows the moves of a plan and counts the bytes that are in use.
+/// Simulates the moves of a plan and counts the bytes in use.
 class Walk {
  public:
   Walk(const Plan& plan, const Costs& costs)
@@ -87,8 +87,8 @@ class Walk {
     return bytes;
   }
 
-  /// Returns the peak inside a forward move. It consists of the values that the move keeps, the values that
-  /// its later stages read, and the memory of the running stage.
+  /// Returns the peak inside a forward move: the values that the move keeps, the values that its later stages
+  /// read, and the memory of the running stage.
   int64_t forward(const Move& move) {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
@@ -116,8 +116,8 @@ class Walk {
       }
       if (i > move.begin && !goes_back_[i - 1]) kept += passing(move, i);
       const bool last = i + 1 == move.end && !head;
-      // The arrays that the stage saved are already counted. The cotangents that arrive at an inner stage are
-      // as large as the values that it writes.
+      // The arrays that the stage saved are already counted. The cotangents that arrive at an inner stage
+      // have the same size as the values that it writes.
       most = std::max(most, kept + cost.backward - saved_[i] + (last ? 0 : written(i)));
       kept += cost.kept - saved_[i] + (last ? 0 : written(i));
       double again = (last ? cost.again_work : cost.forward_work) - (saved_[i] ? cost.saved_work : 0);
@@ -149,7 +149,7 @@ class Walk {
         gradients_ += costs_.costs[i].gradients;
       }
     for (int value : move.drops)
-      if (plan_.values[value].producer >= 0) made_[value] = false;  // the caller holds the inputs of a step
+      if (plan_.values[value].producer >= 0) made_[value] = false;  // the caller keeps a step's inputs alive
   }
 
   const Plan& plan_;
@@ -161,7 +161,7 @@ class Walk {
   std::vector<bool> goes_back_;      ///< whether each stage has a backward pass
   std::set<int> ran_;
   int64_t gradients_ = 0, kept_by_head_ = 0;
-  int64_t waiting_ = 0;  ///< bytes of a batch between its two passes
+  int64_t waiting_ = 0;  ///< bytes of a batch between its forward and backward pass
   double work_ = 0, again_ = 0;
 };
 
@@ -201,7 +201,7 @@ class Search {
         for (int saves : {0, all}) {
           try_tails({halves, group, layers, 0, saves});
           if (group < 2) continue;
-          // Only as many layers as necessary are put into groups.
+          // Only as many layers as needed are put into groups.
           auto free = largest(layers, [&](int n) { return fits({halves, group, layers - n, 0, saves}); });
           try_tails({halves, group, layers - free, 0, saves});
         }
@@ -222,10 +222,10 @@ class Search {
         for (int tail : {0, 1, 2}) fits({halves, group, layers, std::min(tail, adapted_), 0});
   }
 
-  /// The form of the cuts that are tried. Segments are layers or, with `halves`, single stages. If `group` is
-  /// 0, the values between segments are kept. Otherwise the first `grouped` layers are in groups of `group`
-  /// layers, and each other layer is a group by itself. The last `tail` layers run together with the head,
-  /// and all of their intermediate arrays are kept. The first `saves` stages of savers_ save arrays.
+  /// The kind of cuts to try. Segments are layers or, with `halves`, single stages. If `group` is 0, the
+  /// values between segments are kept. Otherwise the first `grouped` layers are in groups of `group` layers,
+  /// and each of the other layers is a group. The last `tail` layers run together with the head, and all of
+  /// their intermediate arrays are kept. The first `saves` stages of savers_ save arrays.
   struct Form {
     bool halves;
     int group, grouped, tail, saves;
@@ -238,7 +238,7 @@ class Search {
     return sizes;
   }
 
-  /// Tries the largest tail that fits and half of that tail, each with as many saving stages as fit.
+  /// Tries the largest tail that fits and a tail half as long, each with as many saving stages as fit.
   void try_tails(Form form) {
     auto most = [&](int Form::* what, int limit) {
       return largest(limit, [this, form, what](int n) mutable {
@@ -258,7 +258,7 @@ class Search {
   Cuts cuts(const Form& form) const {
     const auto& ends = costs_.layers;
     const int n = static_cast<int>(costs_.stages.size()), layers = static_cast<int>(ends.size());
-    // The first stage of the last segment. The last segment may consist of the head alone.
+    // The first stage of the last segment, which may consist of the head alone.
     const int at = form.tail >= layers ? 0 : ends[layers - form.tail - 1];
     Cuts cuts;
     if (form.halves)
@@ -304,7 +304,7 @@ class Search {
 
   const Costs& costs_;
   int64_t budget_;
-  std::vector<int> savers_;  ///< stages that can save, those that avoid the most work per byte first
+  std::vector<int> savers_;  ///< stages that can save arrays, in descending order of avoided work per byte
   int adapted_ = 0;          ///< number of layers with a backward pass
   bool found_ = false;
   Choice best_, least_;

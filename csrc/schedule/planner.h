@@ -1,5 +1,5 @@
 // Estimates the memory and work of a plan, and chooses the plan with the least work within a memory budget.
-// This code handles sizes instead of arrays, so it needs only the standard library.
+// This code uses sizes instead of arrays, so it needs only the standard library.
 #pragma once
 
 #include <cstdint>
@@ -8,24 +8,24 @@
 
 namespace segtrain {
 
-/// The bytes and floating-point operations of a stage for one batch shape. The bytes include neither the
-/// values that the stage reads nor the cotangents that arrive.
+/// The bytes and floating-point operations of a stage for one batch shape. The bytes exclude the values that
+/// the stage reads and the cotangents that arrive.
 struct StageCost {
   std::vector<int64_t> writes;  ///< bytes of each value that the stage writes
   int64_t forward = 0;          ///< peak during the forward pass, including the values that it writes
   int64_t backward = 0;         ///< peak while the stage is run again for its backward pass, including the
                                 ///< cotangents that it computes
-  int64_t kept = 0;             ///< the part of `backward` that is held between the two passes
+  int64_t kept = 0;             ///< the part of `backward` that is kept between the two passes
   int64_t saved = 0;            ///< bytes that the stage can save for its backward pass; 0 if it cannot save
   int64_t gradients = 0;        ///< bytes of the gradients of its parameters
   double forward_work = 0;
-  double again_work = 0;  ///< work of recomputation, which omits the last matrix product, because only later
+  double again_work = 0;  ///< work of recomputation, which omits the last matrix product because only later
                           ///< stages need its result
   double saved_work = 0;  ///< the part of `again_work` that saved arrays make unnecessary
   double backward_work = 0;
 };
 
-/// A chain of stages with everything that a plan for it depends on.
+/// A chain of stages and the costs from which it is planned.
 struct Costs {
   std::vector<StageSpec> stages;
   std::vector<std::string> inputs, head_reads;
@@ -33,15 +33,15 @@ struct Costs {
   std::vector<std::string> incoming = {};  ///< inputs that depend on parameters of other stages
   std::vector<int> layers;                 ///< one past the last stage of each layer
   std::vector<StageCost> costs;            ///< cost of each stage
-  int64_t head = 0;                        ///< peak while the head runs
-  /// bytes that are allocated meanwhile for the backward passes that follow in the same move
+  int64_t head = 0;                        ///< peak memory while the head runs
+  /// bytes allocated while the head runs, for the backward passes that follow in the same move
   int64_t ahead = 0;
   double head_work = 0;
   int64_t fixed = 0;   ///< weights, LoRA factors and optimizer state, which are always in memory
   int64_t update = 0;  ///< peak beyond `fixed` during the optimizer's update, including gradients
-  /// bytes of a cotangent to which several segments add, relative to the bytes of its value
+  /// size of a cotangent to which several segments add, relative to the size of its value
   double widened = 1;
-  /// number of batches that have run forward and wait for their cotangents, including this one
+  /// number of batches, including this one, that have run forward and wait for their cotangents
   int under_way = 1;
 };
 
@@ -71,13 +71,13 @@ struct Choice {
   Estimate estimate;
 };
 
-/// Returns the cuts with the least work whose peak is at most `budget`. If no cuts fit, returns those with
+/// Returns the cuts with the least work whose peak is at most `budget`. If no cuts fit, returns the cuts with
 /// the lowest peak.
 ///
-/// It tries segments of one layer or of one stage. Either all values between segments are kept, or segments
-/// are put into groups that are run again: all segments, or only as many as necessary. In each case, all
-/// intermediate arrays are kept for as many of the last layers as fit. As many stages as fit save arrays;
-/// those for which a saved byte avoids the most work come first.
+/// It tries segments of one layer or of one stage. It tries to keep all values between segments, to put all
+/// segments into groups that are run again, and to put only as many segments as needed into groups. In each
+/// case, all intermediate arrays of the last layers are kept, for as many layers as fit. As many stages as
+/// fit save arrays, beginning with those for which a saved byte avoids the most work.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
 /// Returns the lowest peak among cuts that keep almost nothing. It is close to the peak that choose_cuts

@@ -10,12 +10,12 @@ namespace segtrain {
 
 namespace {
 
-/// Constants of up to this many bytes are compared by value, because each call may create them again.
+/// Constants of up to this many bytes are compared by value, because each call may create new copies of them.
 constexpr size_t SMALL = 256;
 
-/// Returns the input that the op of x returns unchanged, or nullptr if there is none. Ops that only affect
-/// derivatives are left out of a recording: they are not needed, and they would keep alive the objects that
-/// their functions refer to.
+/// Returns the input that the op of x returns unchanged, or nullptr if there is none. Recordings leave out
+/// ops that only affect derivatives, because they are not needed and would keep alive the objects to which
+/// their functions refer.
 const mx::array* passed_on(const mx::array& x) {
   const std::string name = x.primitive().name();
   const auto& inputs = x.inputs();
@@ -44,7 +44,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
   Arrays held;                                     // an id is unique only while its array is alive
   for (size_t i = 0; i < inputs.size(); ++i) {
     number.insert({inputs[i].id(), static_cast<int>(i)});
-    // MLX traces a copy of the input, which MLX makes itself.
+    // MLX traces a copy of the input, which MLX itself makes.
     if (is_computed(inputs[i]) && !std::strcmp(inputs[i].primitive().name(), "Copy"))
       number.insert({inputs[i].inputs()[0].id(), static_cast<int>(i)});
   }

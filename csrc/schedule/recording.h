@@ -1,6 +1,6 @@
 // Keeps the graphs of stages from one step to the next. If a batch has only a few hundred rows, the host
-// needs longer to trace a stage (in Python, with checks and derivatives) than a GPU needs to run it.
-// Rebuilding the graph of the stage is faster than tracing it.
+// takes longer to trace a stage (in Python, with checks and derivatives) than a GPU takes to run it.
+// Rebuilding the graph is faster than tracing the stage again.
 #pragma once
 
 #include <map>
@@ -19,15 +19,15 @@ class Recording {
   /// Builds the same graph for other inputs of the same shapes and types.
   Arrays operator()(const Arrays& inputs) const;
 
-  /// Returns whether both recordings compute the same function: they must have the same constants and the
-  /// same primitives (as far as primitives can be compared). Arrays that a function reads besides its inputs
-  /// are recorded as constants, so a recording may be used only after two calls of the function have been
-  /// compared.
+  /// Returns whether both recordings compute the same function, that is, have the same constants and the same
+  /// primitives (as far as primitives can be compared). Arrays that a function reads in addition to its
+  /// inputs are recorded as constants, so a recording may be used only after two calls of the function have
+  /// been compared.
   bool alike(const Recording& other) const;
 
  private:
-  /// An op. Its inputs are indices into all arrays of the graph: first the graph's inputs, then the
-  /// constants, then the outputs of the ops in order.
+  /// An op. Its inputs are indices into all arrays of the graph: the graph's inputs, then the constants, then
+  /// the outputs of the ops in order.
   struct Op {
     std::shared_ptr<mx::Primitive> primitive;
     std::vector<int> inputs;
@@ -41,14 +41,14 @@ class Recording {
   std::vector<int> outputs_;
 };
 
-/// Recordings by a key that distinguishes calls. The second call with a key is recorded and compared with the
-/// third; if the two are alike, the recording is used from then on. The first call is not recorded, because
-/// it may evaluate arrays that are kept for later calls.
+/// Recordings by a key that identifies equivalent calls. The second call with a key is recorded and compared
+/// with the third; if the two recordings are alike, later calls use one. The first call is not recorded,
+/// because it may evaluate arrays that are kept for later calls.
 class Recordings {
  public:
-  /// Returns the recording for calls with this key, or nullptr as long as none can be used.
+  /// Returns the recording for calls with this key, or nullptr if none can be used yet.
   const Recording* find(const std::string& key) const;
-  /// Must be called with the inputs and outputs of each call that was traced.
+  /// Registers a traced call. This must be called with the inputs and outputs of each traced call.
   void see(const std::string& key, const Arrays& inputs, const Arrays& outputs);
 
  private:

@@ -11,7 +11,7 @@ namespace segtrain {
 
 namespace {
 
-/// The primitive of a placeholder array. Its input is set later and then becomes the value of the array.
+/// The primitive of a placeholder array. Its input is set later and becomes the value of the array.
 class Later : public mx::Primitive {
  public:
   using Primitive::Primitive;
@@ -23,18 +23,18 @@ class Later : public mx::Primitive {
   const char* name() const override { return "Later"; }
 };
 
-/// The number of stages per launch if nothing is recomputed. In most models this is one layer. The device
-/// works on these stages while the host traces the next ones. With fewer stages there would be more launches;
-/// with more stages the device would start later.
+/// The number of stages per launch if nothing is recomputed; in most models, two stages are one layer. The
+/// device works on these stages while the host traces the next ones. With fewer stages per launch there would
+/// be more launches; with more, the device would start later.
 constexpr int AT_A_TIME = 2;
 
 /// The maximum number of these launches that may be pending on a CPU. Launched work cannot be cancelled, so
-/// if a user interrupts the step, saving a checkpoint has to wait for this work.
+/// after an interrupt, saving a checkpoint has to wait for this work.
 constexpr size_t UNDER_WAY = 2;
 
-/// The number of moves that may be pending at a time on CUDA, so that the next move is ready when one ends.
-/// Memory use stays within the plan, because MLX's memory limit is set to the planned memory: above the
-/// limit, MLX waits for each op.
+/// The number of moves that may be pending at a time on CUDA, so that the next move is ready when the current
+/// one ends. Memory use stays within the plan, because MLX's memory limit is set to the planned memory: above
+/// the limit, MLX waits for each op.
 constexpr size_t CUDA_MOVES = 2;
 
 bool contains(const std::vector<int>& values, int value) {
@@ -75,8 +75,8 @@ class Runner {
       if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
     const Arrays made = found(plan_.head_reads, values_);
-    if (!head_)  // now the caller holds these values, and the graphs in `kept_` hold the arrays that they
-                 // need
+    // The caller keeps these values from here on, and the graphs in `kept_` keep the arrays that they need.
+    if (!head_)
       for (int value : move.drops) values_[value].reset();
     return made;
   }
@@ -98,7 +98,7 @@ class Runner {
   /// A stage that has run, and the graph of its backward pass, whose cotangents are not known yet.
   struct Kept {
     int stage;
-    std::vector<int> writes = {};  ///< the values it writes that will get a cotangent
+    std::vector<int> writes = {};  ///< the values it writes that will have a cotangent
     Arrays cotangents = {};        ///< placeholders for these cotangents
     Arrays grads = {};  ///< gradients of its parameters, then of the differentiable values that it reads
   };
@@ -108,14 +108,14 @@ class Runner {
     for (int value : move.drops) values_[value].reset();
     settle(at_a_time_ - 1);
     begin(made);
-    // This does not hold the cotangents, so that the next move can free those that it consumes.
+    // Cotangents are not included, so that the next move can free the ones that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
     running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
   }
 
-  /// Waits until at most `left` earlier moves are still running. The intermediate arrays of the finished
-  /// moves are then free.
+  /// Waits until at most `left` earlier moves are still running. By then, the intermediate arrays of the
+  /// finished moves are freed.
   void settle(size_t left) {
     if (running_.size() <= left) wait_({});
     while (running_.size() > left) {
@@ -125,8 +125,8 @@ class Runner {
     }
   }
 
-  /// Launches a move stage by stage, so that the device already runs the first stages while the host launches
-  /// the others. While kernels are being collected, nothing is launched.
+  /// Launches a move stage by stage, so that the device can run the first stages while the host launches the
+  /// others. While kernels are being collected, nothing is launched.
   void begin(const Arrays& made) {
     for (auto& part : parts_) {
       if (!collects_kernels() && !part.empty()) launch_(part);
@@ -136,7 +136,7 @@ class Runner {
     if (!collects_kernels()) launch_(made);
   }
 
-  /// Returns the arrays in `of` for those `values` that have one.
+  /// Returns the arrays in `of` for those of the `values` that have one.
   static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     Arrays all;
     for (int value : values)
@@ -198,8 +198,7 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Launches the computation of `made` and of the arrays of `values` before the rest of their move is
-  /// traced.
+  /// Launches the computation of `made` and of the arrays of `values` before the rest of the move is traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
@@ -239,7 +238,7 @@ class Runner {
     const Arrays all =
         recorded(key, params, stage.reads, saved_[i], [&] { return write_down(i, save, kept.writes); });
 
-    // `all` holds the values that the stage writes, the saved arrays, the placeholders for cotangents, and
+    // `all` contains the values that the stage writes, the saved arrays, the placeholders for cotangents, and
     // the gradients, in this order.
     auto at = all.begin();
     for (int value : stage.writes) values_[value] = *at++;
@@ -260,8 +259,8 @@ class Runner {
   /// Traces the function of a stage. Returns the values that it writes, the arrays that it saves,
   /// placeholders for the cotangents of the values `cotangents`, and the gradients of its parameters and of
   /// the differentiable values that it reads. The function is traced under vjp even if no backward pass
-  /// follows, so that the results are the same in both cases: without vjp, mx.compile fuses ops, which may
-  /// change rounding, and MLX's ops may choose other implementations.
+  /// follows, because results could differ otherwise: without vjp, mx.compile fuses ops, which may change
+  /// rounding, and MLX's ops may choose other implementations.
   Arrays write_down(int i, bool save, const std::vector<int>& cotangents) {
     const auto& stage = plan_.stages[i];
     Arrays primals = params_[owners_[i]];
@@ -291,8 +290,8 @@ class Runner {
     return all;
   }
 
-  /// Returns the arrays that `run` computes from the parameters, the values read and the saved arrays. If
-  /// there is a recording of such a call, it is replayed instead of calling `run`.
+  /// Returns the arrays that `run` computes from the parameters, the values that are read and the saved
+  /// arrays. If such a call has been recorded, the recording is replayed instead of calling `run`.
   Arrays recorded(std::string key, const Arrays& params, const std::vector<int>& reads, const Arrays& saved,
                   const std::function<Arrays()>& run) {
     if (!recordings_) return run();
@@ -306,9 +305,9 @@ class Runner {
     return outputs;
   }
 
-  /// Runs the backward passes of a move's stages with the cotangents that have arrived. Returns the gradients
-  /// of the stages' parameters and the cotangents of the values that the move reads, both as accumulated so
-  /// far.
+  /// Runs the backward passes of a move's stages with the available cotangents. Returns the gradients
+  /// of the stages' parameters and the cotangents of the values that the move reads, including the parts from
+  /// earlier moves.
   Arrays go_back(const Move& move, std::vector<Kept>& kept) {
     std::set<int> owners;
     for (auto stage = kept.rbegin(); stage != kept.rend(); ++stage) {
@@ -320,8 +319,8 @@ class Runner {
                                  : mx::zeros(arriving.shape(), arriving.dtype())};
         sum.reset();
       }
-      // The gradients of shared parameters are always added from the last stage to the first, so that the
-      // cuts do not change the rounding.
+      // The gradients of shared parameters are always added from the last stage to the first, so the cuts do
+      // not change the rounding.
       const int owner = owners_[stage->stage];
       auto& sums = result_.grads[owner];
       const size_t n = params_[owner].size();
@@ -356,8 +355,7 @@ class Runner {
       if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
   }
 
-  /// Returns the arrays of `reads`. The differentiable ones are taken from `primals`, starting at index
-  /// `next`.
+  /// Returns the arrays of `reads`. Differentiable ones are taken from `primals`, starting at index `next`.
   Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
     Arrays all;
     for (int value : reads)
@@ -366,8 +364,8 @@ class Runner {
   }
 
   /// Adds the gradients of the differentiable `reads`, which are at the end of `grads`, to the cotangents
-  /// that have arrived before. If a value has several readers, their gradients are added in float32 from the
-  /// last reader to the first, so that the cuts do not change the rounding.
+  /// accumulated so far. If a value has several readers, their gradients are added in float32 from the last
+  /// reader to the first, so the cuts do not change the rounding.
   void accumulate(const std::vector<int>& reads, const Arrays& grads) {
     auto grad = grads.rbegin();
     for (auto read = reads.rbegin(); read != reads.rend(); ++read) {
@@ -390,7 +388,7 @@ class Runner {
   const Watch watch_;
   Recordings* recordings_;
   size_t at_ = 0;           ///< index of the next move
-  std::vector<Kept> kept_;  ///< stages of the head's move that have run and whose backward pass has not
+  std::vector<Kept> kept_;  ///< stages of the head's move that have run forward but not backward
   size_t at_a_time_;        ///< maximum number of moves that may be pending at a time
   std::vector<Arrays>
       saved_;  ///< arrays that each stage saved, from its last forward run to its backward pass

@@ -1,9 +1,9 @@
-"""Writes and reads small files that take much memory when they are unpacked (decompression bombs).
+"""Writes and reads small files that use a lot of memory when they are unpacked (decompression
+bombs).
 
     python tests/hostile/bombs.py FOLDER [NAME ...]
 
-prints a line of JSON for each file, with the memory and time that reading took, and the error, if
-any.
+prints a line of JSON for each file, with the memory and time for reading it, and the error, if any.
 """
 
 import base64
@@ -29,7 +29,7 @@ from mlx_segtrain.data import tables
 from mlx_segtrain.data.sources import rows_of, source_of
 
 MB = 1 << 20
-#: The maximum memory in bytes. It protects the machine from a reader that does not check sizes.
+#: The maximum memory in bytes, which protects the machine from a reader that does not check sizes.
 CONFINED = 6 << 30
 
 #: The file extension of each bomb, and the function that creates its bytes.
@@ -45,7 +45,7 @@ def bomb(ending: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
 
 
 def packed(codec: str, piece: bytes, times: int, before: bytes = b"", after: bytes = b"") -> bytes:
-    """Compresses many repetitions of a piece without having the whole text in memory."""
+    """Compresses many repetitions of a piece without building the whole text in memory."""
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, codec) as file:
         file.write(before)
@@ -173,7 +173,7 @@ def a_run_of_a_thousand_million() -> bytes:
 
 @bomb(".arrow")
 def images() -> bytes:
-    """Returns a valid file whose images are not read."""
+    """Returns a valid file that contains images, which the reader skips."""
     return ipc(pa.table({"text": ["a"] * 300, "image": [b"x" * MB] * 300}))
 
 
@@ -313,7 +313,7 @@ def parquet(
 ) -> bytes:
     """Returns a Parquet file with false sizes.
 
-    A column consists of its type, its pages, the first of which may be a dictionary, and the number
+    A column consists of its type, its pages, of which the first may be a dictionary, and the number
     of its values. `told` replaces fields of the metadata. `stored` is an Arrow schema.
     """
     content, chunks = b"PAR1", []
@@ -338,13 +338,13 @@ def closed(content: bytes, footer: bytes) -> bytes:
 
 
 def text_of(mb: int) -> bytes:
-    """Returns a page with one text of this size."""
+    """Returns a page that contains one text of this size."""
     head = struct.pack("<I", mb * MB)
     return page(1, packed("zstd", b"x" * MB, mb, head), size=mb * MB + 4)
 
 
 def numbers(*values: int, count: int | None = None) -> bytes:
-    """Encodes numbers in DELTA_BINARY_PACKED, and repeats the last number until there are `count`
+    """Encodes numbers in DELTA_BINARY_PACKED, and repeats the last one until there are `count`
     numbers."""
     block = 128
     while count and block < count:
@@ -460,7 +460,7 @@ def more_beginnings_than_values() -> bytes:
 
 @bomb(".parquet")
 def a_codec_that_is_not_known() -> bytes:
-    """Returns a file for which Arrow aborts the process, as it does for the next one."""
+    """Returns a file that makes Arrow abort the process."""
     column = (TEXT, [text_of(1)], 1)
     return parquet([element(b"text", TEXT)], [column], told={4: I32(-33)})
 
@@ -505,8 +505,8 @@ def memory(key: str) -> int:
 
 
 def apart(work: Callable[[], None]) -> None:
-    """Runs `work` in a fork, which has the imported modules but no freed memory that could be
-    reused."""
+    """Runs `work` in a fork, which has the imported modules but no freed memory that it could
+    reuse."""
     if (child := os.fork()) == 0:
         work()
         sys.stdout.flush()
@@ -522,7 +522,7 @@ def read(name: str, path: Path) -> None:
             rows += 1
     except InputError as error:
         said = str(error)
-    for reader in tables._idle:  # their peak memory is known only after they have ended
+    for reader in tables._idle:  # their peak memory is known only after they end
         reader.close()
     others = resource.getrusage(resource.RUSAGE_CHILDREN)
     grown = memory("VmHWM") - before + max(0, (others.ru_maxrss << 10) - before)

@@ -4,7 +4,7 @@ hang, or a leak.
     INPUTS=100000 SEED=1 python tests/hostile/fuzz.py
 
 runs the fuzzer outside of pytest, in parts, and prints a line for each part. A file outside of the
-server's roots contains a canary, whose text must not appear in any response, message or log.
+server's roots contains a canary: its text must not appear in any response, message or log.
 """
 
 import json
@@ -33,7 +33,7 @@ from mlx_segtrain.serving.confined.parent import Confined, Limits
 from mlx_segtrain.serving.pools import Busy
 
 CANARY = "canary-7f3a91c2"
-#: The maximum number of seconds for an input.
+#: The maximum number of seconds per input.
 LONGEST_S = 5.0
 #: The number of faults after which the fuzzer stops.
 MOST_FAULTS = 20
@@ -54,7 +54,7 @@ def write_adapter_folder(path: Path) -> Path:
 
 
 class Readers:
-    """The kinds of files, and a reader for each kind."""
+    """The kinds of files, and a reader for each."""
 
     def __init__(self, place: Path, fuzzer: Mutator):
         self.fuzzer = fuzzer
@@ -73,7 +73,7 @@ class Readers:
 
     def one(self) -> str:
         """Changes one file and reads it. Returns the error, or an empty string."""
-        # Loading a tokenizer needs a process, which takes a hundred times as long.
+        # Loading a tokenizer starts a process, which makes it a hundred times as slow.
         names = [name for name in self.kinds if name != "tokenizer.json"]
         rare = self.fuzzer.chance.random() < 0.005
         name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)
@@ -128,7 +128,7 @@ class Readers:
 
 
 def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
-    """Returns the method, the path and a valid body for every route that takes a body."""
+    """Returns the method, the path and a valid body of every route that accepts a body."""
     model, data, adapter = (str(place / name) for name in ("model", "data", "adapter"))
     run = {"model_dir": model, "data_dir": data, "max_seq_length": 64, "iters": 1, "rank": 8}
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "adapter": "none"}
@@ -162,7 +162,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
 
 
 class Routes:
-    """A server, and the request bodies to change and send."""
+    """A server, and the request bodies that are changed and sent."""
 
     def __init__(self, server: Server, fuzzer: Mutator, canary: Path):
         self.server, self.fuzzer = server, fuzzer

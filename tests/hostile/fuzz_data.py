@@ -4,7 +4,7 @@ excessive memory.
     INPUTS=100000 SEED=1 python tests/hostile/fuzz_data.py [KIND ...]
 
 runs the fuzzer outside of pytest and prints a line for each kind of file. If a library crashes, the
-run ends, and the folder whose name it has printed contains the last file.
+run ends, and the folder that it has printed contains the last file.
 """
 
 import csv
@@ -32,7 +32,7 @@ from mlx_segtrain import InputError
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.sources import rows_of, source_of
 
-#: The maximum number of seconds for a file, and the number of bytes by which all files together may
+#: The maximum number of seconds per file, and the number of bytes by which all files together may
 #: increase the memory.
 LONGEST_S, ROOM = 10, 256 << 20
 #: The number of faults after which the fuzzer stops.
@@ -124,7 +124,7 @@ def parquet(**how: Any) -> Callable[[list[Any]], bytes]:
 
 
 def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
-    """Returns a writer that writes the first row three times, with every value as text."""
+    """Returns a function that writes the first row three times, with every value as text."""
 
     def write_texts(rows: list[Any]) -> bytes:
         own = [row for row in rows if isinstance(row, dict) and row] or ROWS[:1]
@@ -133,7 +133,7 @@ def texts(write: Callable[[list[Any]], bytes]) -> Callable[[list[Any]], bytes]:
     return write_texts
 
 
-#: The extension of each kind of file, and the function that writes rows to such a file.
+#: The extension of each kind of file, and the function that writes rows to a file of this kind.
 KINDS: dict[str, tuple[str, Callable[[list[Any]], bytes]]] = {
     "jsonl": (".jsonl", lines),
     "jsonl.gz": (".jsonl.gz", lambda rows: gzip.compress(lines(rows), 1)),
@@ -172,13 +172,13 @@ def changed(kind: str, fuzzer: Mutator) -> bytes:
         whole = write(rows)
     except (ValueError, TypeError, OverflowError):
         whole = write(ROWS[:2])
-    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # this changes the uncompressed bytes
+    if kind in ("jsonl.gz", "jsonl.zst") and how < 0.2:  # changes the uncompressed bytes
         whole = (gzip.compress if kind == "jsonl.gz" else zst)(fuzzer.bytes(lines(ROWS[:3])))
     return whole if 0.2 < how < 0.4 else fuzzer.bytes(whole)
 
 
 def read(path: Path) -> str:
-    """Returns the error about a file, or "" if all of its rows can be read."""
+    """Returns the error message for a file, or "" if all of its rows can be read."""
     try:
         for source, row in rows_of(source_of(path)):
             checked(row, source)
@@ -193,8 +193,8 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """Raises AssertionError with the names of the files that caused a fault. These files stay in
-    the folder."""
+    """Reads changed files. Raises AssertionError with the names of the files that caused a fault,
+    which stay in the folder."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

@@ -59,7 +59,7 @@ def server(tmp_path_factory):
 
 
 def test_bodies_that_hold_millions(server):
-    """A body with 4 million invalid messages once took 8 GB and blocked all other clients for a
+    """A body with 4 million invalid messages once used 8 GB and blocked all other clients for a
     minute."""
     with bystander(server) as other, httpx.Client(base_url=server.url, timeout=60) as http:
         for name, (path, body) in BODIES.items():
@@ -74,7 +74,7 @@ def test_bodies_that_hold_millions(server):
 
 
 def test_many_large_bodies_at_once(server):
-    """The total size of all bodies is limited, and so is their memory after parsing."""
+    """The total size of all bodies is limited, and therefore their memory after parsing."""
     body = json.dumps({"prompt": [5] * 1_000_000, "max_tokens": 1}).encode()
     assert len(body) < 8 << 20
 
@@ -118,7 +118,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
     end = time.monotonic() + 10
     large = json.dumps({"prompt": "x" * 200_000, "max_tokens": 1}).encode()
     while server.http.post(TEXT, content=large, headers=AS_JSON).status_code == 503:
-        assert time.monotonic() < end, "what has gone is still counted"
+        assert time.monotonic() < end, "closed requests are still counted"
         time.sleep(0.1)
 
 
@@ -132,7 +132,7 @@ def test_memory_is_given_back(tmp_path, monkeypatch):
         await asyncio.sleep(0.3)
         rest = service.resident()
         blocks = [bytearray(50_000) for _ in range(6000)]
-        last = blocks[-1]  # keeps the end of the heap in use, so that the heap cannot shrink
+        last = blocks[-1]  # keeps the end of the heap in use, so the heap cannot shrink
         await asyncio.sleep(0.3)
         del blocks
         end = time.monotonic() + 10

@@ -1,5 +1,5 @@
-"""In every format, reading small files that take much memory when they are unpacked stays within
-the limits."""
+"""Small files that use a lot of memory when they are unpacked stay within the limits, in every
+format."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import bombs
 import pytest
 
-#: The maximum number of bytes for reading a file, besides the file itself, which may be
+#: The maximum number of bytes for reading a file, in addition to the file itself, which may be
 #: memory-mapped, and the maximum number of seconds.
 ROOM, LONGEST_S = 448 << 20, 30
 
-#: Valid files, and files in which rows are read before the fault.
+#: Valid files, and files with rows that are read before the fault.
 READ = ("images", "members_without_end", "a_schema_that_is_stored")
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Returns the memory and time that reading each file took, in a separate process."""
+    """Returns the memory and time for reading each file, in a separate process."""
     command = [sys.executable, bombs.__file__, str(tmp_path_factory.mktemp("bombs"))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr

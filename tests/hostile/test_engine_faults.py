@@ -1,4 +1,4 @@
-"""Tests hostile models in the engine: panics in Rust, and tokens past the end of a table."""
+"""Tests hostile models in the engine: panics in Rust, and tokens beyond the end of a table."""
 
 import asyncio
 import json
@@ -63,8 +63,8 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic in tokenizers is not an Exception. It once ended the engine's thread, and requests
-    hung."""
+    """A panic in tokenizers is not an Exception. Such a panic once ended the engine's thread, and
+    requests hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)
@@ -131,8 +131,8 @@ def test_health_says_when_the_engine_has_ended(model, tmp_path, monkeypatch):
 
 
 def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
-    """For a multimodal model, mlx-lm reads the values in text_config, so the values outside of
-    text_config may be anything."""
+    """For a multimodal model, mlx-lm reads the values in text_config, so values outside of
+    text_config may be arbitrary."""
     path = write_llama(tmp_path / "false")
     config = json.loads((path / "config.json").read_text())
     outer = {"model_type": "mistral3", "vocab_size": 10**6, "max_position_embeddings": 10**6}
@@ -186,7 +186,7 @@ async def long_answer(engine, n=100):
 
 
 def test_long_answers_give_way_to_those_who_wait(engine, model, monkeypatch):
-    """Clients with long responses once occupied all slots until their responses were complete."""
+    """Clients with long responses once occupied all slots until the responses were complete."""
     for name, value in {"MOST_ACTIVE": 2, "TURN_S": 0.1, "MOST_PAUSED": 2}.items():
         monkeypatch.setattr(module, name, value)
     asyncio.run(engine.load(model))
@@ -312,7 +312,7 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def write_sparse(file, shapes):
-    """Writes a sparse safetensors file. Its data take no disk space."""
+    """Writes a sparse safetensors file, whose data use no disk space."""
     header, place = {}, 0
     for name, shape in shapes.items():
         after = place + 2 * math.prod(shape)
@@ -324,7 +324,7 @@ def write_sparse(file, shapes):
 
 
 def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
-    """A sparse adapter takes a few kilobytes on disk, but much memory when it is loaded."""
+    """A sparse adapter needs a few kilobytes on disk, but a lot of memory when it is loaded."""
     name, rank = "model.layers.0.self_attn.q_proj", 50_000_000
     shapes = {f"{name}.lora_a": [64, rank], f"{name}.lora_b": [rank, 64]}
     write_sparse(tmp_path / "adapters.safetensors", shapes)
@@ -336,7 +336,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
     with pytest.raises(InputError, match="GB of memory, but mounted adapters may take"):
         asyncio.run(engine.mount("a", tmp_path))
     assert resident_mb() - before < 100 and time.monotonic() - begun < 5
-    # It is not read when adapters are listed either.
+    # The adapter is not read even when adapters are listed.
     os.truncate(tmp_path / "adapters.safetensors", 1 << 42)
     (tmp_path / "adapters_unpadded.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "adapters_unpadded.safetensors", 1 << 42)
@@ -346,7 +346,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
 
 
 def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
-    """Four adapters can be combined in 15 ways. The 24 orders of all four adapters have the same
+    """Four adapters can be combined in 15 ways: the 24 orders of all four adapters have the same
     sum."""
     chain = chain_of(load_base(model)[0])
     ranks = dict.fromkeys(chain.linears, 4)

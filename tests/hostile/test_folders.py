@@ -22,8 +22,7 @@ from mlx_segtrain.training.contents import check_own
 
 
 def write_adapter(folder):
-    """Writes an adapter in the same way as a run, and other files that a user's folder may
-    contain."""
+    """Writes an adapter as a run does, and other files that a user's folder may contain."""
     (folder / "state" / "step-00001").mkdir(parents=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), {"a": mx.zeros((2, 2))})
     (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora"}')
@@ -79,7 +78,7 @@ def test_links_at_any_depth(tmp_path):
     with pytest.raises(Outside, match=r"default\.jinja is not below a directory"):
         roots.resolve(model)
     link.unlink()
-    # This is a link to a folder below the root that itself contains a link.
+    # This link points to a folder below the root that itself contains a link.
     (root / "templates").mkdir()
     (root / "templates" / "default.jinja").symlink_to(outside / "default.jinja")
     (model / "additional_chat_templates").rmdir()
@@ -257,7 +256,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):
         service.submit(values)
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt"):
-        check_own(out)  # the check that a run makes
+        check_own(out)  # the check at the start of a run
     assert (out / "checkpoints" / "thesis.txt").read_text() == CANARY
 
 
@@ -310,8 +309,7 @@ def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
 
 @pytest.mark.parametrize(("chains", "length"), [(1, 20), (1500, 1)])
 def test_very_many_links_are_not_followed(tmp_path, chains, length):
-    """Resolving all links of a chain would take time proportional to the length of the chain for
-    each link."""
+    """Resolving all links of a chain would take time quadratic in the length of the chain."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
     for chain in range(chains):
@@ -324,7 +322,7 @@ def test_very_many_links_are_not_followed(tmp_path, chains, length):
 
 
 def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
-    """When the processes of an unused model are ended, other requests must not be blocked."""
+    """Other requests must not be blocked while the processes of an unused model are ended."""
     closing, closed = threading.Event(), threading.Event()
 
     def close(self):
@@ -334,7 +332,7 @@ def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
     monkeypatch.setattr(Confined, "close", close)
     service = Service(Settings(store=tmp_path / "store", roots=(tmp_path,)))
     first = service._confined(tmp_path / "0")
-    first.users = 1  # the process of a tokenizer that is in use is never ended
+    first.users = 1  # the process of a tokenizer in use is never ended
     for i in range(1, 5):
         service._confined(tmp_path / str(i))
     assert closing.wait(5) and not closed.is_set()

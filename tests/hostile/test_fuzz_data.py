@@ -8,7 +8,7 @@ import fuzz_data
 
 
 def test_a_few_broken_files(tmp_path):
-    """The fuzzer runs in a separate process, because a library might crash."""
+    """The fuzzer runs in a separate process, because libraries might crash."""
     done = subprocess.run(
         [sys.executable, fuzz_data.__file__],
         env={"INPUTS": "200", **os.environ, "TMPDIR": str(tmp_path)},

@@ -1,4 +1,5 @@
-"""The process of a job must not get foreign modules, secrets, or open files of the server."""
+"""The process of a job must not load foreign modules or inherit secrets or open files of the
+server."""
 
 import asyncio
 import json
@@ -17,7 +18,7 @@ from mlx_segtrain.serving.jobs import queue as jobs_module
 from mlx_segtrain.serving.jobs.kinds import KINDS
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Modules that a job imports. If a file with such a name were on the module path, it would be run
+#: Modules that a job imports. A file with one of these names on the module path would be run
 #: instead.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
 #: Replaces the process of a job, and prints its environment, arguments and open files.
@@ -130,7 +131,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert told["files"] == [int(told["args"][3])]  # the job inherits only the lock
 
 
-#: Replaces the process of a job, and ignores SIGTERM, as compiled code may do.
+#: Replaces the process of a job, and ignores SIGTERM as compiled code may do.
 DEAF = """
 import json, os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -140,7 +141,7 @@ time.sleep(600)
 
 
 def test_a_job_that_looks_at_no_signal_is_killed_in_the_end(tmp_path, monkeypatch):
-    """Without this, a hostile tokenizer could run for hours while other jobs wait."""
+    """Otherwise a hostile tokenizer could run for hours while other jobs wait."""
     monkeypatch.setattr(processes, "command", lambda *args: [sys.executable, "-I", "-c", DEAF])
     monkeypatch.setattr(jobs_module, "KILLED_AFTER_S", 0.5)
 

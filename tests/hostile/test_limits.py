@@ -1,4 +1,4 @@
-"""Tests limits on request heads, guesses of tokens, claimed client addresses, and the log."""
+"""Tests limits on request heads, on token guesses, on claimed client addresses, and on the log."""
 
 import json
 import logging
@@ -163,7 +163,7 @@ def test_cookies_of_others_cost_nothing(server):
 
 
 def test_a_long_path_is_none(server):
-    """Resolving a path takes time that is quadratic in the length of the path."""
+    """Resolving a path takes time quadratic in its length."""
     with bystander(server, chats=False) as other:
         for path, field in (
             *(("/api/models/serve", "model_dir"), ("/api/finetune/submit", "model_dir")),
@@ -180,7 +180,7 @@ def test_a_long_path_is_none(server):
 
 
 def test_a_page_costs_no_memory(server):
-    """Each load of the page once took 3 MB, which were not freed."""
+    """Each load of the page once used 3 MB that were not freed."""
     assert server.http.get("/finetune").status_code == 200
     rest = memory_mb(server.process.pid)
     for _ in range(120):
@@ -189,8 +189,7 @@ def test_a_page_costs_no_memory(server):
 
 
 def test_no_text_becomes_html_or_a_program():
-    """The page shows texts from files, models and clients. The browser must not run any of these
-    texts."""
+    """The page shows texts from files, models and clients. The browser must run none of them."""
     sinks = r"(inner|outer)HTML|insertAdjacentHTML|srcdoc|document\.write|\b(eval|Function)\("
     index = (pages.FILES / "index.html").read_text()
     assert "require-trusted-types-for 'script'" in index

@@ -1,4 +1,4 @@
-"""Tests links that are created between the check of a path and its use."""
+"""Tests links that are created after a path was checked and before it is used."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ import pytest
 from lib.attack import CANARY, write_canary
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Reads and writes below a root with every function that Python has for this, in a confined
+#: Reads and writes below a root with every function that Python has for this purpose, in a confined
 #: process.
 CONFINED = """
 import builtins, codecs, io, json, os, pathlib, sys
@@ -125,8 +125,8 @@ def test_a_link_that_comes_when_a_job_has_been_checked(tmp_path, llama, data, na
     link = tmp_path / "root" / name
 
     def check(values):
-        """Runs the server's check and then creates a link, like an attacker who waits for this
-        moment."""
+        """Runs the server's check and then creates a link, as an attacker who waits for this moment
+        would."""
         link.unlink(missing_ok=True)
         link.symlink_to(outside / ("train.jsonl" if name.endswith("l") else "default.jinja"))
 

@@ -1,4 +1,4 @@
-"""Templates that loop or grow and slow inspections must not affect other clients."""
+"""Templates that loop or grow, and slow inspections, must not affect other clients."""
 
 import json
 import os
@@ -299,7 +299,7 @@ def test_pools_are_bounded():
         await asyncio.sleep(0.05)
         with pytest.raises(Busy, match="too many requests for tests"):
             await pool.run(go.wait)
-        calls[0].cancel()  # the thread of this call continues and still counts
+        calls[0].cancel()  # the thread of this call continues and is still counted
         await asyncio.sleep(0.05)
         with pytest.raises(Busy):
             await pool.run(go.wait)

@@ -74,8 +74,8 @@ def test_a_browser_has_a_session_and_not_the_token(server):
     assert cookie.startswith(f"{COOKIE}=") and TOKEN not in cookie and cookie != its_cookie
     assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
     assert browser.get("/api/jobs").status_code == other.get("/api/jobs").status_code == 200
-    # Another program on a port of localhost gets the cookie too, so the cookie must not work as a
-    # bearer token.
+    # Other programs on ports of localhost receive the cookie too, so it must not work as a bearer
+    # token.
     stolen = browser.cookies[COOKIE]
     as_token = httpx.get(f"{server.url}/api/jobs", headers={"authorization": f"Bearer {stolen}"})
     assert as_token.status_code == 401

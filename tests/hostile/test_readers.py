@@ -1,4 +1,4 @@
-"""Tests files that would take too much memory or time, in the server, in `train` and in
+"""Tests files that would use too much memory or time, in the server, in `train` and in
 `inspect`."""
 
 import json
@@ -20,7 +20,7 @@ from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 
-#: The maximum memory of a command in bytes, besides its libraries.
+#: The maximum memory of a command in bytes, in addition to its libraries.
 ROOM = 3 << 30
 
 
@@ -167,8 +167,8 @@ def test_a_configuration_that_is_too_large(model):
 )
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
-    """Each line of a vocabulary file becomes a token, so a response could contain the text of the
-    file."""
+    """Each line of a vocabulary file becomes a token, so a response could contain the text of a
+    secret file."""
     secret = tmp_path / "secret"
     secret.write_text("a\n,\nb\n[UNK]\n")
     model = write_llama(tmp_path / "model")

@@ -1,6 +1,6 @@
-"""Checks with `make -n` that every target, as on a Mac, runs only commands that a Mac has.
+"""Checks with `make -n` that every target uses only commands that a Mac has.
 
-macOS has GNU make 3.81 from 2006, and BSD's tools.
+macOS has GNU make 3.81 from 2006, and BSD tools.
 """
 
 import os
@@ -21,7 +21,7 @@ NEWER_MAKE = {
     "private": r"^\S+: private ",
     "$(shell) with .SHELLSTATUS": r"\.SHELLSTATUS",
 }
-#: Commands and options that BSD's tools do not have or interpret differently.
+#: Commands and options that BSD tools do not have or interpret differently.
 NOT_ON_A_MAC = {
     "sed -i without an ending": r"\bsed (-\w+ )*-i ",
     "sed -r": r"\bsed -\w*r",
@@ -60,7 +60,7 @@ def check() -> int:
     text = MAKEFILE.read_text()
     for what, pattern in NEWER_MAKE.items():
         if match := re.search(pattern, text, re.M):
-            raise Found(f"Makefile: {what} is not in a Mac's make: {match[0]!r}")
+            raise Found(f"Makefile: make on a Mac does not support {what}: {match[0]!r}")
     targets = re.findall(r"^([a-z]+):.*## ", text, re.M)
     for target in targets:
         done = run(["make", "-n", "-B", target], env=as_on_a_mac(), cwd=ROOT)
@@ -69,7 +69,7 @@ def check() -> int:
         commands = LINUX_ONLY.sub("", done.stdout)
         for what, pattern in NOT_ON_A_MAC.items():
             if match := re.search(pattern, commands, re.M):
-                raise Found(f"make {target} takes {what}, which a Mac does not have: {match[0]!r}")
+                raise Found(f"make {target} uses {what}, which a Mac does not have: {match[0]!r}")
         if re.search(r"mlx\[cpu\]|\[[\w,]*\bcpu\b", commands):
             raise Found(f"make {target} installs MLX's back end for Linux on a Mac")
     return len(targets)

@@ -1,7 +1,7 @@
-"""Stands in for the c++ command of a Mac, which CMake calls: it runs zig's compiler, with stand-ins
-for libraries that only a Mac has.
+"""Replaces the c++ command of a Mac, which CMake calls: runs zig's compiler, with stand-ins for
+libraries that only a Mac has.
 
-The stand-in of a library is a list of symbols. For the C++ library, these are the symbols that
+The stand-in of a library is a list of symbols. For the C++ library, it contains the symbols that
 MLX's wheels for the same macOS version need, and a few older symbols.
 """
 
@@ -14,12 +14,13 @@ from .machine import BUILD, HERE, MACOS, SITE, environment, zig
 from .macho import symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
-#: This macro enables marks on functions that are newer than the target. Apple's headers use them,
-#: and zig's do not.
+#: This macro enables availability attributes on functions that are newer than the target. Apple's
+#: headers use them, and zig's do not.
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
 LIBCXX = "/usr/lib/libc++.1.dylib"
-#: Symbols of the C++ library that MLX's wheels do not need. They belong to C++98 to C++14.
+#: Symbols of the C++ library that MLX's wheels do not need. They are part of the standards C++98 to
+#: C++14.
 OLD_LIBCXX = re.compile(
     r"__ZN?K?St(11logic_error|3__1(17__assoc_sub_state|6futureIvE|6thread|17bad_function_call|"
     r"13basic_istreamI|19basic_istringstreamI))|"
@@ -35,7 +36,7 @@ FRAMEWORKS = {
 
 
 def stand_in(folder: Path, path: str, names: list[str]) -> Path:
-    """Writes a library's list of symbols in the format that a linker for macOS reads."""
+    """Writes a library's list of symbols in the format that linkers for macOS read."""
     file = folder / f"{Path(path).stem}.tbd"
     listed = ", ".join(f"'{x}'" for x in names)
     file.write_text(
@@ -68,9 +69,7 @@ def link(arguments: list[str]) -> list[str | Path]:
             kept.append(stand_in(folder, path, FRAMEWORKS[name]))
         elif argument == "-isysroot":
             next(rest)
-        elif (
-            argument == "-bundle"
-        ):  # zig has libraries but no bundles, which are loaded in a different way
+        elif argument == "-bundle":  # zig links libraries but not bundles, a type of loadable file
             kept.append("-shared")
         elif argument.startswith("-Wl,@"):  # each line has -U and a name from CPython
             python += Path(argument.removeprefix("-Wl,@")).read_text().split()

@@ -17,12 +17,12 @@ MODULE = "_core"
 
 
 def tool(name: str) -> Path:
-    """Returns the path of a program in this environment."""
+    """Returns the path of a program in this virtual environment."""
     return Path(sys.executable).with_name(name)
 
 
 def configure() -> None:
-    """Runs CMake with the settings that it would have on a Mac."""
+    """Runs CMake with the settings for a Mac."""
     command = [
         *(tool("cmake"), "-G", "Ninja", "-S", ROOT, "-B", CMAKE),
         f"-DCMAKE_TOOLCHAIN_FILE={HERE / 'toolchain.cmake'}",
@@ -30,12 +30,12 @@ def configure() -> None:
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DPython_INCLUDE_DIR={BUILD / 'headers'}",
         "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
-        # We use -O1, because -O3 would take a third longer and the code is never run, and because
-        # zig adds checks with -O0.
+        # We use -O1: -O3 would take a third longer, although the code is never run, and zig adds
+        # checks with -O0.
         "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
     ]
     if (done := run(command, env=environment())).returncode:
-        raise Found(f"CMakeLists.txt does not configure for macOS\n{done.stdout}{done.stderr}")
+        raise Found(f"CMake cannot configure the project for macOS\n{done.stdout}{done.stderr}")
 
 
 def build() -> int:
@@ -43,16 +43,18 @@ def build() -> int:
     done = run([tool("ninja"), "-C", CMAKE, "-k", "0", MODULE], env=environment())
     if done.returncode:
         errors = re.findall(r"^.*(?:error|warning): .*$", done.stdout, re.M)
-        raise Found("for macOS it does not build\n" + ("\n".join(errors) or done.stdout[-4000:]))
+        raise Found(
+            "the package does not build for macOS\n" + ("\n".join(errors) or done.stdout[-4000:])
+        )
     (module,) = CMAKE.glob(f"{MODULE}.*.so")
     given = symbols(module)[1]
     if f"_PyInit_{MODULE}" not in given:
-        raise Found(f"{module.name} is no Python module: it exports {sorted(given)[:5]}")
+        raise Found(f"{module.name} is not a Python module: it exports {sorted(given)[:5]}")
     return len(compile_commands())
 
 
 def compile_commands() -> dict[Path, list[str]]:
-    """Returns the compiler's arguments for each file, except the names of the file and of its
+    """Returns the compiler's arguments for each file, without the names of the file and of its
     output."""
     commands = {}
     for entry in json.loads((CMAKE / "compile_commands.json").read_text()):
@@ -99,7 +101,7 @@ def check_symbol_faults() -> int:
         made = source.with_suffix(".o")
         done = run(command_of(["-c", str(source), "-o", str(made)]), env=environment())
         if done.returncode:
-            raise Found(f"{fault.what}: what was to be linked does not compile\n{done.stderr}")
+            raise Found(f"{fault.what}: the code to link does not compile\n{done.stderr}")
         text = shlex.join(linking)
         if fault.without not in text:
             raise Found(f"{fault.what}: the linker's command has no {fault.without!r}")
@@ -112,7 +114,7 @@ def check_symbol_faults() -> int:
 
 
 def compare(planted, said: list[str]) -> int:
-    """Raises an error with the faults whose expected message is missing."""
+    """Raises an error that lists the faults whose expected message is missing."""
     missed = [
         f"{fault.what}: expected {fault.says!r}, got {text[:500] or 'no error'}"
         for fault, text in zip(planted, said, strict=True)

@@ -1,4 +1,4 @@
-"""Compiles the emulator's C++ code for macOS. On a Mac, tests build it with Apple's headers and
+"""Compiles the emulator's C++ code for macOS. On a Mac, the tests build it with Apple's headers and
 Clang."""
 
 from itertools import product

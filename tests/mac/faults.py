@@ -27,39 +27,40 @@ class Symbol:
 
 THREADS, KERNEL = "csrc/cpu/threads.cpp", "csrc/core/kernel.cpp"
 HOST = [
-    Text("header of glibc", KERNEL, "#ifdef __linux__\n", "#if 1\n", "'malloc.h' file not found"),
+    Text("glibc header", KERNEL, "#ifdef __linux__\n", "#if 1\n", "'malloc.h' file not found"),
     Text(
-        "cores of Linux", THREADS, "#ifdef __linux__\n    cpu_set_t", "#if 1\n    cpu_set_t",
+        "Linux-only processor count", THREADS,
+        "#ifdef __linux__\n    cpu_set_t", "#if 1\n    cpu_set_t",
         "unknown type name 'cpu_set_t'",
     ),
     Text(
-        "name of a thread",
+        "Linux signature of pthread_setname_np",
         THREADS,
         "int n_threads() {\n",
         '#include <pthread.h>\nint n_threads() {\n  pthread_setname_np(pthread_self(), "own");\n',
         "no matching function for call to 'pthread_setname_np'",
     ),
     Text(
-        "number of a thread",
+        "Linux-only gettid",
         THREADS,
         "int n_threads() {\n",
         "#include <unistd.h>\nint n_threads() {\n  (void)gettid();\n",
         "undeclared identifier 'gettid'",
     ),
     Text(
-        "flag of dlopen", "csrc/core/cuda_compiler.cpp",
+        "Linux-only dlopen flag", "csrc/core/cuda_compiler.cpp",
         "RTLD_LAZY | RTLD_LOCAL", "RTLD_LAZY | RTLD_DEEPBIND",
         "undeclared identifier 'RTLD_DEEPBIND'",
     ),
     Text(
-        "environment of a secure program",
+        "Linux-only secure_getenv",
         THREADS,
         'std::getenv("MLX_SEGTRAIN_THREADS")',
         'secure_getenv("MLX_SEGTRAIN_THREADS")',
         "undeclared identifier 'secure_getenv'",
     ),
     Text(
-        "width of int64_t", "csrc/schedule/planner.cpp", "namespace segtrain {\n",
+        "long instead of int64_t", "csrc/schedule/planner.cpp", "namespace segtrain {\n",
         "namespace segtrain {\nlong longer(long x, int64_t y) { return std::max(x, y); }\n",
         "no matching function for call to 'max'",
     ),
@@ -70,24 +71,24 @@ HOST = [
         "no member named 'par'|no member named 'execution'",
     ),
     Text(
-        "two types of one auto", "csrc/ops/head/linear_cross_entropy.cpp",
+        "one auto for two types", "csrc/ops/head/linear_cross_entropy.cpp",
         "        const float* weights = in[in.size() - 1];\n        float* dh =",
         "        auto weights = in[in.size() - 1],\n             dh =",
         "'auto' deduced as 'const float \\*' in declaration of 'weights'",
     ),
     Text(
-        "vectors of x86", "csrc/cpu/rows.cpp", "#include", "#include <immintrin.h>\n#include",
+        "x86 intrinsics", "csrc/cpu/rows.cpp", "#include", "#include <immintrin.h>\n#include",
         "only meant to be used on x86",
     ),
     Text(
-        "loop without vectors", "csrc/cpu/rows.cpp",
+        "loop that is not vectorized", "csrc/cpu/rows.cpp",
         "  for (; i < n; ++i) m = x[i] > m ? x[i] : m;\n",
         "#pragma omp simd reduction(max : m)\n"
         "  for (int j = i; j < n; ++j) m = x[j] > m ? x[j] : m;\n",
         "loop not vectorized",
     ),
     Text(
-        "newer than macOS 14.0", THREADS, "int n_threads() {\n",
+        "function newer than macOS 14.0", THREADS, "int n_threads() {\n",
         '}\n#include <string.h>\nnamespace segtrain::cpu {\nint n_threads() {\n'
         '  (void)strchrnul("a", 97);\n',
         "'strchrnul' is only available on macOS 15.4",
@@ -96,91 +97,92 @@ HOST = [
 
 SYMBOLS = [
     Symbol(
-        "CUDA's part of MLX",
+        "function of MLX's CUDA backend",
         "namespace mlx::core::cu { void* device(int); }\n"
         "void* own() { return mlx::core::cu::device(0); }\n",
         "undefined symbol: __ZN3mlx4core2cu6deviceEi",
     ),
     Symbol(
-        "another signature of MLX",
+        "wrong signature of an MLX function",
         "namespace mlx::core { class array; void tanh(const array&); }\n"
         "void own(const mlx::core::array& x) { mlx::core::tanh(x); }\n",
         "undefined symbol: __ZN3mlx4core4tanhERKNS0_5arrayE",
     ),
     Symbol(
-        "private function of CPython",
+        "private CPython function",
         'extern "C" int _Py_PrintReferences();\nint own() { return _Py_PrintReferences(); }\n',
         "undefined symbol: __Py_PrintReferences",
     ),
     Symbol(
-        "function of glibc",
+        "glibc function",
         'extern "C" int malloc_trim(unsigned long);\nint own() { return malloc_trim(0); }\n',
         "undefined symbol: _malloc_trim",
     ),
     Symbol(
-        "C++ library newer than macOS 14.0",
+        "C++ library function newer than macOS 14.0",
         "namespace std { inline namespace __1 {\n"
         "unsigned long __hash_memory(const void*, unsigned long); } }\n"
         "unsigned long own(const char* x) { return std::__hash_memory(x, 1); }\n",
         "undefined symbol: __ZNSt3__113__hash_memoryEPKvm",
     ),
     Symbol(
-        "C++ library of GCC",
+        "function of GCC's C++ library",
         "namespace std { void __throw_bad_alloc(); }\nvoid own() { std::__throw_bad_alloc(); }\n",
         "undefined symbol: __ZSt17__throw_bad_allocv",
     ),
     Symbol(
-        "products of Linux",
+        "matrix product of OpenBLAS",
         'extern "C" void scipy_cblas_sgemm();\nvoid own() { scipy_cblas_sgemm(); }\n',
         "undefined symbol: _scipy_cblas_sgemm",
     ),
     Symbol(
-        "loops of x86",
+        "loops for x86",
         "namespace segtrain::cpu { struct Rows; extern const Rows rows_avx2; }\n"
         "const void* own() { return &segtrain::cpu::rows_avx2; }\n",
         "undefined symbol: __ZN8segtrain3cpu9rows_avx2E",
     ),
     Symbol(
-        "file left out",
+        "missing source file",
         "",
         "undefined symbol: __ZN8segtrain4rope",
         "CMakeFiles/_core.dir/csrc/ops/rope/rope.cpp.o",
     ),
     Symbol(
-        "library left out",
+        "missing library",
         "",
         r"undefined symbol: _cblas_sgemm\$NEWLAPACK",
         "-framework Accelerate",
     ),
     Symbol(
-        "function of two files",
+        "function defined in two files",
         "namespace segtrain { int dry_run() { return 0; } }\n",
         "duplicate symbol definition: __ZN8segtrain7dry_runEv",
     ),
     Symbol(
-        "driver of CUDA",
+        "CUDA driver function",
         'extern "C" int cuInit(unsigned);\nint own() { return cuInit(0); }\n',
         "undefined symbol: _cuInit",
     ),
 ]
 
-#: Faults in the text of a kernel; `file` is the name of its file.
+#: Faults in the text of a kernel; `file` is the kernel's name.
 METAL = [
     Text(
-        "threadgroup memory as the device's", "attention",
+        "threadgroup pointer used as device pointer", "attention",
         "threadgroup T* k_tile = tiles;", "device T* k_tile = tiles;",
         "cannot initialize a variable of type '(__global|device|__attribute__)",
     ),
     Text(
-        "pointer of no space", "attention", "void store(device T* to,", "void store(T* to,",
+        "pointer without an address space", "attention",
+        "void store(device T* to,", "void store(T* to,",
         "'T\\* to' names no address space",
     ),
     Text(
-        "reference of no space", "attention", "thread float& slope", "float& slope",
+        "reference without an address space", "attention", "thread float& slope", "float& slope",
         "'float& slope' names no address space",
     ),
     Text(
-        "device where constant is given", "glu",
+        "device parameter for a constant argument", "glu",
         "void glu(In gate,", "void glu(const device T* gate,",
         "no matching function for call to 'glu'",
     ),
@@ -190,13 +192,13 @@ METAL = [
         "cannot assign to variable|read-only|const-qualified",
     ),
     Text(
-        "threadgroup memory in a function", "attention",
+        "threadgroup memory outside of a kernel", "attention",
         "threadgroup T* v_tile = tiles + Tile<T, D>::size;",
         "threadgroup T v_tile[Tile<T, D>::size];",
         "is declared outside of a kernel",
     ),
     Text(
-        "threadgroup memory of unknown size", "attention",
+        "threadgroup array of unknown size", "attention",
         "threadgroup T tiles[2 * segtrain::Tile<T, D>::size];", "threadgroup T tiles[q_shape[0]];",
         "not an integral constant expression|variable length|not a constant expression",
     ),
@@ -206,12 +208,12 @@ METAL = [
         "threadgroup T tiles[4 * segtrain::Tile<T, D>::size];", "too much threadgroup memory",
     ),
     Text(
-        "threadgroup memory out of alignment", "attention",
+        "misaligned threadgroup memory", "attention",
         "threadgroup T tiles[2 * segtrain::Tile<T, D>::size];",
         "threadgroup T tiles[2 * segtrain::Tile<T, D>::size + 1];", "out of alignment",
     ),
     Text(
-        "other groups than the host's", "attention", "int SIMDS = 4;", "int SIMDS = 8;",
+        "threadgroup size unlike the host's", "attention", "int SIMDS = 4;", "int SIMDS = 8;",
         "the host launches other groups",
     ),
     Text(
@@ -219,35 +221,35 @@ METAL = [
         "implicit conversion (increases floating-point precision|loses floating-point precision)",
     ),
     Text(
-        "float to bfloat unasked", "glu", "y[i] = T(g * at.s * float(up[i]));",
+        "implicit conversion of float to bfloat", "glu", "y[i] = T(g * at.s * float(up[i]));",
         "y[i] = g * at.s * float(up[i]);", "no viable overloaded '='|implicit conversion loses",
     ),
     Text(
-        "minimum of int and uint", "attention", "min(row[r], q1 - 1)", "min(row[r], uint(q1 - 1))",
+        "min of int and uint", "attention", "min(row[r], q1 - 1)", "min(row[r], uint(q1 - 1))",
         "call to 'min' is ambiguous",
     ),
     Text(
-        "matrix of ints", "attention", "simdgroup_matrix<float, 8, 8>",
+        "matrix of integers", "attention", "simdgroup_matrix<float, 8, 8>",
         "simdgroup_matrix<int, 8, 8>", "of half, bfloat or float",
     ),
     Text(
-        "matrix of 16 x 8", "attention", "simdgroup_matrix<float, 8, 8>",
+        "matrix of size 16 x 8", "attention", "simdgroup_matrix<float, 8, 8>",
         "simdgroup_matrix<float, 16, 8>", "a matrix is 8 x 8",
     ),
     Text(
-        "shuffle of 64 bits", "attention", "simd_shuffle_xor(x, ushort(1))",
+        "64-bit shuffle", "attention", "simd_shuffle_xor(x, ushort(1))",
         "simd_shuffle_xor(size_t(x), ushort(1))", "call to 'simd_shuffle_xor' is ambiguous",
     ),
     Text(
-        "global variable of no space", "attention", "constant constexpr int SIMDS = 4;",
-        "int other = 32;\nconstant constexpr int SIMDS = 4;",
+        "global variable without an address space", "attention",
+        "constant constexpr int SIMDS = 4;", "int other = 32;\nconstant constexpr int SIMDS = 4;",
         "is a variable outside of constant memory",
     ),
     Text(
         "unknown function", "glu", "fast::exp", "fast::expm1", "no member named 'expm1'",
     ),
     Text(
-        "name of MLX's own text", "softmax_rows", "namespace segtrain {",
+        "name that MLX's text uses", "softmax_rows", "namespace segtrain {",
         "struct complex64_t {};\nnamespace segtrain {", "conflicts with type alias",
     ),
 ]  # fmt: skip

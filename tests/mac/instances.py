@@ -15,11 +15,11 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 #: The head sizes in csrc/ops/attention/kernel.cpp.
 HEADS = (64, 80, 96, 128, 192, 256)
 SCALARS = {"q_start", "blocks", "q0", "k0", "nq", "period", "scale", "cap"}
-#: Inputs that are integers, whatever the dtype T is.
+#: Inputs that are integers for every dtype T.
 INTS = {"first", "index", "positions", "at", "q_start", "blocks", "q0", "k0", "nq", "period"}
-#: Inputs that are float32, whatever the dtype T is.
+#: Inputs that are float32 for every dtype T.
 FLOATS = {"s", "dp", "lse", "delta", "freqs", "args", "scale", "cap"}
-#: Arrays that always have at least 8 elements, and arrays that always have fewer.
+#: Arrays that always have at least 8 elements, and arrays that always have fewer than 8.
 LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
 
 

@@ -1,4 +1,4 @@
-"""Sets up compilers, MLX's wheels for macOS, and the folder in which everything is built."""
+"""Sets up compilers, MLX's wheels for macOS, and the build folder."""
 
 import contextlib
 import os
@@ -24,19 +24,19 @@ BIN = BUILD / "bin"
 CORES = os.cpu_count() or 1
 #: The deployment target of MLX's wheels and of CMakeLists.txt.
 MACOS = "14.0"
-#: The Python version of the wheels that are used. Their C++ code does not depend on it.
+#: The Python version of the wheels that are used. Their C++ code is the same for all versions.
 WHEELS_OF = "3.12"
 
 A, B = TypeVar("A"), TypeVar("B")
 
 
 class Found(Exception):
-    """A fault was found; the message names it."""
+    """Raised when a fault is found; the message names it."""
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """When a step is done, prints how long it took."""
+    """Prints how long a step took when it is done."""
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -61,15 +61,13 @@ def zig(*arguments: str | Path) -> list[str | Path]:
 
 
 def at_once(function: Callable[[A], B], items: Sequence[A]) -> list[B]:
-    """Calls the function for each item, on as many threads as there are cores, and returns the
-    results."""
+    """Calls the function for each item, on one thread per core, and returns the results."""
     with ThreadPoolExecutor(CORES) as pool:
         return list(pool.map(function, items))
 
 
 def fetch() -> int:
-    """Downloads and unpacks MLX's wheels for macOS. Returns the number of bytes that were
-    downloaded."""
+    """Downloads and unpacks MLX's wheels for macOS. Returns the number of downloaded bytes."""
     version = re.search(r'"mlx==([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     assert version
     wheels, done = BUILD / "wheels", SITE / f"{version[1]}.done"
@@ -86,8 +84,8 @@ def fetch() -> int:
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as file:
             file.extractall(SITE)
-    # CMakeLists.txt imports the package to find its folder. This would load mlx.core, so a stub
-    # replaces it.
+    # CMakeLists.txt imports the package to find its folder. The import would load mlx.core, so a
+    # stub replaces this module.
     core = SITE / "mlx" / "core" / "__init__.py"
     core.write_text("__version__ = None\n")
     done.touch()
@@ -95,7 +93,7 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """Writes wrappers for zig under the names that CMake calls, and Python's headers for macOS."""
+    """Writes wrappers for zig with the names that CMake calls, and Python's headers for macOS."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),

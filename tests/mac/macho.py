@@ -1,10 +1,10 @@
-"""Reads the symbols that a Mach-O file needs and the symbols that it defines."""
+"""Reads the symbols that a Mach-O file needs, and the symbols that it defines."""
 
 import struct
 from pathlib import Path
 
 MAGIC, SYMTAB = 0xFEEDFACF, 2
-#: The bits in the type of a symbol.
+#: The bits in a symbol's type.
 DEBUGGING, PRIVATE, TYPE, EXTERNAL = 0xE0, 0x10, 0x0E, 0x01
 
 
@@ -13,7 +13,7 @@ def symbols(path: Path) -> tuple[set[str], set[str]]:
     data = path.read_bytes()
     magic, *_, n_commands = struct.unpack_from("<5I", data)
     if magic != MAGIC:
-        raise ValueError(f"{path} is no Mach-O file for 64 bits")
+        raise ValueError(f"{path} is not a 64-bit Mach-O file")
     needed: set[str] = set()
     given: set[str] = set()
     at = 32

@@ -2,9 +2,9 @@
 address spaces.
 
 In Clang's C++ for OpenCL, as in Metal, types have address spaces. Two more passes compile the text
-as plain C++, to check the language versions on which Metal is based. `says_of` finds faults that
-these compilers accept and Apple's compiler refuses: pointers or references without an address
-space, and variables or threadgroup memory outside of a kernel.
+as plain C++, to check it against the language versions on which Metal is based. `says_of` finds
+faults that these compilers accept and Apple's compiler refuses: pointers or references without an
+address space, and variables or threadgroup memory outside of a kernel.
 """
 
 import re
@@ -41,9 +41,7 @@ class Mode:
     name: str
     flags: list[str]
     utils: bool  #: whether MLX's text precedes the kernel
-    kernels: (
-        bool  #: whether template arguments are constants of a kernel, or a template is compiled
-    )
+    kernels: bool  #: whether kernels with constant arguments are compiled instead of a template
 
 
 MODES = [
@@ -64,7 +62,7 @@ SHAPE = re.compile(
 
 
 def own_words() -> str:
-    """Returns declarations of those functions of Apple's compiler that MLX's text uses."""
+    """Returns declarations of the functions of Apple's compiler that MLX's text uses."""
     text = (UTILS / "bf16_math.h").read_text()
     names = sorted(set(re.findall(r"__metal_\w+", text)))
     first = "template <typename T, typename... A> T first_of(T, A...);\n"
@@ -78,7 +76,7 @@ def split(instance: Instance) -> tuple[str, re.Match[str]]:
     text = instance.text()
     match = SHAPE.search(text)
     if match is None:
-        raise Found(f"{instance}: its text is not of the form that MLX gives it")
+        raise Found(f"{instance}: its text does not have the form that MLX generates")
     return text[: match.start()], match
 
 
@@ -141,8 +139,8 @@ TYPES = {"T", "float", "int", "uint", "half", "bool", "Matrix", "Shape", "Place"
 
 
 def says_of(header: str) -> str:
-    """Returns an error if only Apple's compiler would refuse the text, and otherwise an empty
-    string."""
+    """Returns an error if Apple's compiler would refuse text that the others accept, and otherwise
+    an empty string."""
     text = re.sub(r"//[^\n]*", "", header)
     for match in re.finditer(r"(\w+(?:<[^<>;{}()]*>)?)\s*([*&])\s*(\w+)(?=\s*[,)])", text):
         line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
@@ -158,7 +156,7 @@ def says_of(header: str) -> str:
 
 
 def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str:
-    """Returns the compiler's errors; empty if the compiler accepts the text."""
+    """Returns the compiler's errors, or an empty string if there are none."""
     start = '#include "mlx/backend/metal/kernels/utils.h"\n' if mode.utils else ""
     start = PLAIN.split("\n")[0] + "\n" + own_words() + start if mode.utils else PLAIN
     text = f'{start}#line 1 "header"\n{header}\n'
@@ -176,7 +174,7 @@ def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str
     )
     done = run(command, env=environment())
     said = done.stderr
-    # C++ for OpenCL does not accept all of MLX's text, so only errors in our text count.
+    # C++ for OpenCL does not accept all of MLX's text, so only errors in our text are reported.
     errors = re.findall(r"^(?!\S*/mlx/backend/)\S+: (?:fatal )?error: .*(?:\n.*){0,2}", said, re.M)
     return "\n".join(errors) or (said if done.returncode and not mode.utils else "")
 
@@ -202,7 +200,7 @@ def check() -> int:
         ]
         header = parts[0][0]
         said = says_of(header) or compile_text(label, mode, header, kernels)
-        return said and f"{first} and alike, {mode.name}:\n{said}"
+        return said and f"{first} and similar kernels, {mode.name}:\n{said}"
 
     jobs = [(group, mode) for group in groups.values() for mode in MODES]
     wrong = [text for text in at_once(says, jobs) if text]

@@ -1,5 +1,5 @@
 # CMake settings for macOS on arm64. They describe the compiler, because CMake's own check would link a program, for
-# which zig would first build a C++ library.
+# which zig would first have to build a C++ library.
 set(CMAKE_SYSTEM_NAME Darwin)
 set(CMAKE_SYSTEM_PROCESSOR arm64)
 set(CMAKE_CXX_COMPILER "$ENV{MAC_BIN}/c++")
@@ -14,6 +14,6 @@ set(CMAKE_CXX_STANDARD_COMPUTED_DEFAULT 17)
 set(CMAKE_CXX_EXTENSIONS_COMPUTED_DEFAULT ON)
 set(CMAKE_CXX_COMPILE_FEATURES cxx_std_11 cxx_std_14 cxx_std_17 cxx_std_20)
 set(CMAKE_OSX_SYSROOT "$ENV{MAC_BIN}")
-# Availability attributes cause a warning for each call that needs a newer macOS version than the oldest version that we
+# Availability attributes cause a warning for each call that needs a newer macOS version than the oldest one that we
 # support.
 set(CMAKE_CXX_FLAGS_INIT -Werror)

@@ -2,8 +2,8 @@
 docs/metal_on_linux.md.
 
 `kernel_text` generates the same text as `mx.fast.metal_kernel`, and `rewrite` converts the text to
-C++ for emulator.h. `emulate` builds this C++ code, runs it with several orders of threads, and
-compares the results.
+C++ for emulator.h. `emulate` builds this C++ code, runs it with several thread orders, and compares
+the results.
 """
 
 import ctypes
@@ -25,8 +25,8 @@ HERE = Path(__file__).parent
 #: Orders of simdgroups and lanes: ascending, descending, and random.
 ORDERS = (0, 1, 7)
 CXX = shlex.split(os.environ.get("METAL_EMULATOR_CXX", "g++"))
-#: Flags for every compiler. In Clang `1.0 * x` is computed with doubles, unlike in Metal, so
-#: kernels use `1.0f`.
+#: Flags for every compiler. Unlike Metal, Clang computes `1.0 * x` in double precision, so kernels
+#: use `1.0f`.
 FLAGS = [
     *("-std=c++20", "-O1", "-fPIC", "-ffp-contract=off"),
     *("-Wdouble-promotion", "-Wno-unknown-pragmas", "-Wno-deprecated-declarations"),
@@ -47,7 +47,7 @@ TYPES = {
     mx.bfloat16: "bfloat16_t",
     mx.float32: "float",
 }
-#: The thread attributes that a kernel body may name, as in MLX.
+#: The thread attributes that a kernel body may use, as in MLX.
 ATTRIBUTES = {
     "dispatch_quadgroups_per_threadgroup": "uint",
     "dispatch_simdgroups_per_threadgroup": "uint",
@@ -76,7 +76,7 @@ Outputs = Mapping[str, tuple[Sequence[int], mx.Dtype]]
 
 
 class MetalError(Exception):
-    """The kernel does something that Metal does not allow, or that has an undefined result."""
+    """The kernel does something that Metal does not allow or whose result is undefined."""
 
 
 def template_value(x: mx.Dtype | int | bool) -> str:
@@ -140,7 +140,7 @@ def kernel_text(
 
 
 def numbers(type_: str, values: Sequence[int]) -> str:
-    """Returns an expression for a pointer to constants that are known at launch."""
+    """Returns an expression for a pointer to constants whose values are known at launch."""
     return f"emu::numbers<{type_}, {', '.join(map(str, values))}>()"
 
 
@@ -152,7 +152,7 @@ SHARED = re.compile(rf"\bthreadgroup\s+({TYPE})\s+(\w+)\s*\[([^\]]*)\]\s*;")
 
 
 def rewrite(text: str, body_begins: int) -> str:
-    """Replaces address spaces with types. Line numbers do not change."""
+    """Replaces address spaces with types, without changing line numbers."""
 
     def blank(match):
         return re.sub(r"[^\n]", " ", match[0])
@@ -188,10 +188,9 @@ def compiler() -> tuple[list[str], str]:
 
 @functools.cache
 def build_folder() -> Path:
-    """Returns a folder for this version of the emulator, the flags and the compiler, with the files
-    that every kernel needs.
-
-    The folder contains the precompiled header and the compiled machine.cpp.
+    """Returns a folder with the files that every kernel needs: the precompiled header and the
+    compiled machine.cpp. There is one folder for each version of the emulator, the flags and the
+    compiler.
     """
     files = {name: (HERE / name).read_text() for name in ("emulator.h", "machine.cpp")}
     key = hashlib.sha256(repr((files, compiler())).encode()).hexdigest()[:16]
@@ -202,7 +201,7 @@ def build_folder() -> Path:
     folder = root / key
     folder.mkdir(exist_ok=True)
     for name, text in files.items():
-        if not (folder / name).exists():  # another process may build here at the same time
+        if not (folder / name).exists():  # another process may be building here
             aside = folder / f"{name}.{os.getpid()}"
             aside.write_text(text)
             aside.rename(folder / name)
@@ -283,7 +282,7 @@ def to_bytes(x: mx.array) -> np.ndarray:
     return np.array(mx.contiguous(x).reshape(-1).view(mx.uint8), copy=True)
 
 
-#: The functions that a built kernel exports. They follow `static void kernel()`.
+#: The functions that a built kernel exports, as text that follows `static void kernel()`.
 EXPORTS = (
     'extern "C" const char* launch(const emu::Argument* args, int n, const emu::Launch* at)'
     " { return emu::launch(kernel, args, n, *at); }\n"
@@ -299,7 +298,7 @@ def to_cxx(
     outputs: Outputs,
     template: Template,
 ) -> str:
-    """Returns the C++ code of a kernel that exports `launch`. It is compiled after emulator.h."""
+    """Returns the C++ code of a kernel that exports `launch`, to be compiled after emulator.h."""
     text, full, arguments = kernel_text(name, source, header, inputs, outputs, template)
     body = rewrite(text, body_begins=len(header))
     return (
@@ -341,8 +340,7 @@ def execute(
     orders: Sequence[int],
     counts: list[dict[str, int]] | None,
 ) -> list[mx.array]:
-    """Builds the result of `to_cxx` and runs it. Its arguments are `arrays`, followed by
-    `outputs`."""
+    """Builds the result of `to_cxx` and runs it. Its arguments are `arrays` and then `outputs`."""
     library = build(cxx)
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:

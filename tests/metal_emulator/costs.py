@@ -15,9 +15,9 @@ from . import mlx_attention
 from .kernels import emulated
 
 DTYPE = mx.bfloat16
-#: For each device, the number of GPU cores, the clock in GHz, and the memory bandwidth in GB/s, as
+#: The number of GPU cores, the clock in GHz, and the memory bandwidth in GB/s of each device, as
 #: published or measured; the clock of the M5 Max is an estimate. A core has four parts, each of
-#: which does 32 multiply-adds per clock.
+#: which executes 32 multiply-adds per clock cycle.
 DEVICES = {
     "M1": (8, 1.28, 68),
     "M1 Max": (32, 1.30, 400),
@@ -27,27 +27,27 @@ DEVICES = {
     "M5": (10, 1.58, 153),
     "M5 Max": (40, 1.75, 614),
 }
-#: Generations without bfloat units. If the text does not convert an operand of a matrix product to
-#: float32, the compiler does (the other operand is kept in its converted form).
+#: Generations without bfloat units. If the kernel's text does not convert an operand of a matrix
+#: product to float32, the compiler does (it keeps the converted form of the other operand).
 NO_BFLOAT = ("M1", "M2")
-#: The number of queries and of keys in a block of scores in MLX's backward pass. This is an
-#: assumption, because the package does not contain the number.
+#: The number of queries and of keys in a block of scores in MLX's backward pass. This number is an
+#: assumption, because it is not part of the MLX package.
 MLX_BLOCK = 1024
-#: Half-precision multiply-adds per clock of the neural accelerators in a core of an M5.
+#: Half-precision multiply-adds per clock cycle of the neural accelerators in one core of an M5.
 ACCELERATOR = 512
 #: The number of heads and tokens for which docs/performance.md predicts times.
 HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
 #: Head sizes and windows of Gemma's layers.
 WINDOWS = ((128, 512), (256, 512))
-#: FUNCTION is the number of clock cycles that a part of a core needs to compute a function such as
-#: exp for 32 lanes. ARITHMETIC is the number of arithmetic instructions per score besides matrix
+#: FUNCTION is the number of clock cycles in which a part of a core computes a function such as exp
+#: for 32 lanes. ARITHMETIC is the number of arithmetic instructions per score, apart from matrix
 #: products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
-#: Two lengths for which the work of kernels is counted, to separate terms that are quadratic in the
-#: length from linear terms.
+#: The two lengths for which the work of kernels is counted, to separate terms that are quadratic in
+#: the length from linear terms.
 TOKENS = (128, 256)
-#: The columns of the tables, and how each of them is computed from the counts of a launch.
+#: The columns of the tables, and the function that computes each one from the counts of a launch.
 COLUMNS = {
     "multiply-adds": lambda x: 512 * x["products"],
     "threadgroup bytes": lambda x: x["threadgroup_read"] + x["threadgroup_written"],
@@ -80,8 +80,8 @@ def launches_of_mlx(d: int, tokens: int) -> dict[str, dict[str, int]]:
 
 
 def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> dict[str, float]:
-    """Returns the counts per visible score at this length, assuming that a count is a·T² + b·T for
-    T tokens."""
+    """Returns the counts per visible score at this length, assuming that each count is a·T² + b·T
+    for T tokens."""
     found = {}
     small, large = TOKENS
     for name in few:
@@ -93,10 +93,10 @@ def per_score(few: Mapping[str, int], many: Mapping[str, int], length: int) -> d
 
 
 def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
-    """Returns the counts of MLX's backward pass per visible score. It consists of five matrix
-    products and the passes between them.
+    """Returns the counts of MLX's backward pass per visible score, for its five matrix products and
+    the passes between them.
 
-    It computes whole blocks of S and dP, also on the diagonal. A threadgroup of 128 threads
+    It computes whole blocks of S and dP, even on the diagonal. A threadgroup of 128 threads
     computes 64 × 64 elements of a product, 16 columns of the operands at a time. Each of its
     simdgroups computes 32 × 32 of these elements: for every 16 products of 8 × 8 matrices, it reads
     4 + 4 matrices from threadgroup memory, with two reads per lane, and converts them to float32.
@@ -136,11 +136,11 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
 
 
 def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
-    """Returns the counts of each kernel per visible score, for plain causal attention with this
+    """Returns the counts of each kernel per visible score, for plain causal attention at this
     length.
 
-    `memory` is the number of bytes whose transfer no cache can avoid, because there is an element
-    for each score.
+    `memory` is the number of bytes that must be transferred regardless of caches, because there is
+    an element for each score.
     """
     few, many = (launches(d, tokens) | launches_of_mlx(d, tokens) for tokens in TOKENS)
     found = {name: per_score(few[name], many[name], length) for name in few}
@@ -150,7 +150,7 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Returns the counts of `blocked` per score for D = 512: those of MLX's matrix products and of
+    """Returns the counts of `blocked` per score for D = 512, for MLX's matrix products and for
     writing the scores.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
@@ -176,10 +176,10 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Returns the number of multiply-adds per visible score for each of our kernels, for a query
-    far from the start.
+    """Returns the number of multiply-adds per visible score of each of our kernels, for a query far
+    from the start.
 
-    With a window, counts grow by the same amount for each additional query.
+    With a window, each additional query increases the counts by the same amount.
     """
     few, many = (launches(d, window + more, window) for more in (128, 256))
     return {
@@ -208,17 +208,16 @@ def scores(heads: int = HEADS, length: int = LENGTH) -> float:
 
 
 def floor_ms(multiply_adds: float, device: str) -> float:
-    """Returns the milliseconds that a causal launch would take if its matrix products ran at the
-    peak speed."""
+    """Returns the milliseconds of a causal launch whose matrix products run at the peak speed."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * 128 * ghz * 1e9) * 1e3
 
 
 def predicted_ms(x: Counts, device: str) -> float:
-    """Returns the milliseconds that a launch would take if each part of a core issued one
-    instruction per clock without waiting or overlap.
+    """Returns the milliseconds of a launch if each part of a core issued one instruction per clock
+    cycle without waiting or overlap.
 
-    If transferring `memory` takes longer, returns the time of this transfer.
+    If the transfer of `memory` takes longer, returns the time of the transfer.
     """
     cores, ghz, bandwidth = DEVICES[device]
     lanes = x["threadgroup_reads"] + x["threadgroup_writes"] + x["device_accesses"]
@@ -231,7 +230,7 @@ def predicted_ms(x: Counts, device: str) -> float:
 
 
 def accelerated_ms(multiply_adds: float, device: str) -> float:
-    """Does the same as floor_ms for a device with neural accelerators."""
+    """Does the same as floor_ms, but for a device with neural accelerators."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * ACCELERATOR * ghz * 1e9) * 1e3
 

@@ -2,14 +2,14 @@
 // docs/metal_on_linux.md.
 //
 // A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. With
-// several orders of simdgroups, a missing barrier thus has its worst effect in both directions. Device and
-// threadgroup memory is accessed through checked pointers. Each kernel is compiled with this header;
+// several orders of simdgroups, a missing barrier therefore shows its worst effect in both directions. Device
+// and threadgroup memory is accessed through checked pointers. Each kernel is compiled with this header;
 // machine.cpp does not depend on the kernel and is compiled once.
 //
 // glibc's hardening, which Ubuntu's compilers enable by default, treats a jump between fibers as an attack.
 #undef _FORTIFY_SOURCE
-// macOS declares fibers only with _XOPEN_SOURCE, which hides everything else unless _DARWIN_C_SOURCE is
-// defined.
+// macOS declares the fiber functions only with _XOPEN_SOURCE, which hides all other extensions unless
+// _DARWIN_C_SOURCE is defined.
 #ifdef __APPLE__
 #define _XOPEN_SOURCE 600
 #define _DARWIN_C_SOURCE
@@ -44,7 +44,7 @@ namespace emu {
 extern int64_t conversions;  ///< conversions of bfloat to float or back
 }
 
-/// As in Metal, a float is converted to a bfloat only explicitly.
+/// As in Metal, conversion of a float to a bfloat must be explicit.
 struct bfloat {
   uint16_t bits;
   bfloat() = default;
@@ -143,7 +143,7 @@ constexpr int LANES = 32;
 constexpr size_t SHARED_LIMIT = 32768, STACK = 128 << 10;
 using Where = std::source_location;
 
-/// The attributes of a thread. MLX passes those that the body names.
+/// The attributes of a thread. MLX passes those whose names occur in the body.
 struct Attributes {
   uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
   uint3 dispatch_threads_per_threadgroup, grid_origin, grid_size;
@@ -200,7 +200,7 @@ struct Block {
   std::vector<char> storage;   ///< SHARED
 };
 
-/// The work of a launch. The bytes include every read and write, although a cache would avoid some of them,
+/// The work of a launch. The byte counts include every read and write, even those that a cache would avoid,
 /// except reads from constant memory.
 struct Counts {
   int64_t products;                                                            ///< products of 8 × 8 matrices
@@ -333,7 +333,7 @@ struct ptr<const T, Space> {
   auto operator<=>(const ptr&) const = default;
 };
 
-/// This is a derived class, so that a template's `const T*` accepts a `T*`, as in C++.
+/// A derived class, so that a template's `const T*` accepts a `T*`, as in C++.
 template <typename T, typename Space>
 struct ptr : ptr<const T, Space> {
   using Base = ptr<const T, Space>;
@@ -347,7 +347,7 @@ struct ptr : ptr<const T, Space> {
   ptr& operator++() { return *this += 1; }
 };
 
-/// Returns the memory block that all threads of the threadgroup share.
+/// Returns the memory block with this name, which all threads of the threadgroup share.
 Block& shared_block(const char* name, size_t bytes);
 
 /// Implements `threadgroup T name[N]` in a kernel body.
@@ -363,7 +363,7 @@ struct Launch {
   int order;  ///< order of simdgroups and lanes: 0 is ascending, 1 is descending, and other values are random seeds
 };
 
-/// The description of an argument that Python passes.
+/// An argument as Python describes it.
 struct Argument {
   const char* name;
   char* data;
@@ -377,7 +377,7 @@ const char* launch(void (*kernel)(), const Argument* args, int n, const Launch& 
 /// Returns the memory block of the launch's argument i.
 Block* block(int i);
 
-/// Returns a memory block that kernels may read as long as the process lives.
+/// Returns a memory block that kernels may read until the process ends.
 Block* constants(const char* name, void* data, size_t size);
 
 /// Returns a pointer to shapes or strides, which the launch passes by value.
@@ -484,7 +484,8 @@ V simd_broadcast(T x, ushort lane, EMU_WHERE) {
   return emu_shuffle<V>("simd_broadcast", x, lane, where);
 }
 
-// ---- 8 × 8 matrices. Lane l holds two neighbours of a row, as measured on the hardware and used by MLX.
+// ---- 8 × 8 matrices. Lane l has two neighbouring elements of a row, as measured on the hardware and used by
+// MLX.
 
 inline int emu_row(int lane) {
   return (lane / 4 & 4) + lane / 2 % 4;
@@ -498,7 +499,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions = emu::conversions;  // this conversion is not in the kernel's text, so it does not count
+    const auto conversions = emu::conversions;  // not in the kernel's text, so not counted
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }
@@ -520,8 +521,8 @@ simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
   return m;
 }
 
-/// Returns the column and the row, in memory, of this lane's element i. Metal's manual does not define an
-/// origin for transposed matrices.
+/// Returns the column and the row in memory of this lane's element i. Metal's manual does not define the
+/// origin of a transposed matrix.
 inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
   if (transpose && (origin.x || origin.y))
     emu::fail("a transposed matrix with an origin: move the pointer instead");
@@ -567,7 +568,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
       [](auto in, auto out, int lanes) {
         ++emu::machine.counts.products;
         const auto conversions =
-            emu::conversions;  // the matrix unit itself does the conversions for the product
+            emu::conversions;  // for the product, the matrix unit itself does the conversions
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {
@@ -622,8 +623,8 @@ namespace precise {
 EMU_MATH_ALL
 }
 
-// All arguments must have the same type. Where Metal would convert an argument, our kernels convert it
-// explicitly.
+// All arguments must have the same type. In Metal some arguments would be converted implicitly; our kernels
+// convert them explicitly.
 template <typename T, typename V>
 concept Same = std::is_same_v<emu::Value<T>, V>;
 
@@ -674,4 +675,4 @@ To as_type(From x) {
 
 using namespace metal;
 #define thread
-#define constant const  // the remaining uses are constants in program scope
+#define constant const  // the remaining uses are constants at program scope

@@ -1,4 +1,5 @@
-"""Runs the kernels in metal/, as the host launches them, in the emulator instead of on a device."""
+"""Runs the kernels in metal/ as the host launches them, but in the emulator instead of on a
+device."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ class Kernel:
 
 
 def load(file: Path) -> dict[str, Kernel]:
-    """Splits a file into its header and its kernel bodies. Each body follows a line `//: name:
-    inputs -> outputs`."""
+    """Splits a file into its header and its kernel bodies. A line `//: name: inputs -> outputs`
+    precedes each body."""
     header, *bodies = re.split(r"^//: ", file.read_text(), flags=re.M)
     kernels = {}
     for body in bodies:
@@ -41,8 +42,7 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A fault that must be found. It replaces occurrence number `at` of `old` in a kernel with
-    `new`."""
+    """A fault that must be found. It replaces occurrence `at` of `old` in a kernel with `new`."""
 
     kernel: str
     old: str
@@ -62,12 +62,12 @@ def emulated(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> Iterator[list]:
-    """While this context is active, calls choose implementations as on Metal, and the emulator runs
-    them.
+    """Makes calls choose implementations as on Metal, and runs them in the emulator, while this
+    context is active.
 
-    Yields a list to which every launch is added. It is an error if a change does not apply to the
-    text, or if `make mac` does not compile the template arguments of a launch. `counts` gets the
-    work of each launch.
+    Yields a list to which every launch is added. A change that does not apply to the text is an
+    error, and so are template arguments that `make mac` does not compile. The work of each launch
+    is added to `counts`.
     """
     from mac.instances import instances
     from mlx_segtrain import _core
@@ -106,8 +106,8 @@ def emulated(
 
 @contextmanager
 def launched() -> Iterator[list]:
-    """While this context is active, calls choose implementations as on Metal, and launches return
-    zeros."""
+    """Makes calls choose implementations as on Metal, and launches return zeros, while this context
+    is active."""
     from mlx_segtrain import _core
 
     launches = []

@@ -1,7 +1,7 @@
 // Runs the threads of a kernel and checks their accesses. This part of the emulator does not depend on the
 // kernel.
 #include "emulator.h"
-// These are keywords in kernels, which the headers of libraries do not expect.
+// These words are keywords in kernels, but names in the headers of libraries.
 #undef thread
 #undef constant
 #include <sys/mman.h>
@@ -26,7 +26,7 @@ void fail(const char* format, ...) {
   char where[100];
   snprintf(where, sizeof where, " [thread %d of threadgroup %u,%u,%u]", self().index, g.x, g.y, g.z);
   machine.error = std::string(text) + where;
-  _longjmp(machine.scheduler, 1);  // the fibers are not resumed
+  _longjmp(machine.scheduler, 1);  // the fibers are never resumed
 }
 
 void wait(State state, const char* op, int line) {
@@ -151,8 +151,8 @@ static bool run_group(int order, std::mt19937& random) {
     const Fiber& one = m.fibers[0];
     for (auto& f : m.fibers)
       if (f.state != one.state || f.line != one.line || f.state == State::IN_SIMD) {
-        // If a single simdgroup has diverged, the error names two of its threads. Neither of them need be
-        // `one`.
+        // If a single simdgroup has diverged, the error names two of its threads, and `one` need not be one
+        // of them.
         const Fiber* stuck = &f;
         for (auto& g : m.fibers)
           if (g.state == State::IN_SIMD) stuck = &g;

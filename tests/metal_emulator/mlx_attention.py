@@ -1,4 +1,4 @@
-"""Counts the work of MLX's attention kernel for Metal in the same way as that of our kernels, by
+"""Counts the work of MLX's attention kernel for Metal in the same way as our kernels' work, by
 running its text in the emulator.
 
 The text comes from the installed MLX package, which contains the header files of MLX's kernels.
@@ -15,8 +15,8 @@ from . import EXPORTS, execute, rewrite
 
 PACKAGE = next(x for x in Path(mx.__file__).parents if x.name == "mlx")
 HEADERS = PACKAGE / "include" / "mlx" / "backend" / "metal" / "kernels"
-#: The header files that the kernel needs besides Metal's library, in the order in which they are
-#: included.
+#: The header files that the kernel needs in addition to Metal's library, in the order in which they
+#: are included.
 FILES = [
     "steel/attn/params.h",
     "steel/attn/loader.h",
@@ -60,7 +60,7 @@ CONSTANTS = {
 
 
 class Params(ctypes.Structure):
-    """The same as AttnParams in steel/attn/params.h."""
+    """Has the same layout as AttnParams in steel/attn/params.h."""
 
     _fields_ = (
         *((name, ctypes.c_int) for name in ("B", "H", "D", "qL", "kL", "gqa_factor")),
@@ -94,7 +94,7 @@ def text_of(kernel: str, save_lse: bool) -> str:
             f"static constexpr bool {name} = {str(value).lower()};",
             body,
         )
-    # Addresses of elements are replaced with advanced pointers, because elements are values in the
+    # Addresses of elements are replaced with pointer arithmetic, because elements are values in the
     # emulator.
     whole = re.sub(r"&\(\s*(\w+)\[([^\[\]]*)\]\)", r"(\1 + (\2))", text + body)
     whole = re.sub(r"&(\w+)\[([^\[\]]*)\]", r"(\1 + (\2))", whole)

@@ -16,8 +16,7 @@ namespace segtrain {
 namespace {
 
 /// Returns whether MLX's attention has a kernel for this GPU's neural accelerators. MLX has no function that
-/// reports this, so we make a call that requires a fused kernel. The call throws immediately if there is no
-/// such kernel.
+/// reports this, so we make a call that requires such a kernel. Without one, the call throws immediately.
 bool has_nax() {
   static const bool has = [] {
     if (!mx::metal::is_available()) return false;
@@ -56,7 +55,7 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
         "[attention] q, k and v must agree in B and D, k and v in G and S; got ", q.shape(), ", ", k.shape(),
         ", ", v.shape(), ".");
   check(q.dtype() == k.dtype() && q.dtype() == v.dtype() && mx::issubdtype(q.dtype(), mx::floating),
-        "[attention] q, k and v must have one floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
+        "[attention] q, k and v must have the same floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
         v.dtype(), ".");
   check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H,
         " and ", c.G, ".");
@@ -69,7 +68,7 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   const Ranges all{{0, c.S}}, &ranges = segments ? *segments : all;
   for (int i = 0, end = 0; i < static_cast<int>(ranges.size()); end = ranges[i++].second)
     check(end <= ranges[i].first && ranges[i].first < ranges[i].second && ranges[i].second <= c.S,
-          "[attention] expected segments as rising ranges of the ", c.S, " keys; got ", ranges[i].first,
+          "[attention] expected segments as ascending ranges of the ", c.S, " keys; got ", ranges[i].first,
           " … ", ranges[i].second, " after ", end, ".");
   auto segment = ranges.begin();
   for (int t = 0; t < c.T; ++t) {
@@ -85,8 +84,8 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
 }
 
 /// Returns why MLX's attention would materialize T × S scores for this head size in the forward or the
-/// backward pass; empty if it would not. The conditions are those of MLX 0.32.4: see has_fused_kernel in
-/// scaled_dot_product_attention.cpp, in mlx/backend/metal and mlx/backend/cuda.
+/// backward pass, or an empty string if it would not. The conditions are those of MLX 0.32.4: see
+/// has_fused_kernel in scaled_dot_product_attention.cpp, in mlx/backend/metal and mlx/backend/cuda.
 std::string stock_heads_unfit(const Call& c) {
   bool half = c.dtype == mx::float16 || c.dtype == mx::bfloat16;
   std::string sizes;
@@ -104,14 +103,14 @@ std::string stock_heads_unfit(const Call& c) {
   return "its memory is linear in S only for D = Dv " + sizes;
 }
 
-/// MLX's attention as an implementation. It is ok only if the memory of both its forward and its backward
-/// pass is linear in T and S.
+/// Returns MLX's attention as an implementation. It is ok only if the memory of both the forward and the
+/// backward pass is linear in T and S.
 Way stock_way(const Call& c) {
   if (c.device == Gpu::none) return {"stock", false, "on the CPU it keeps an array of T × S scores"};
   if (!c.causal_only)
     return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
-  // The forward and the backward pass are each a single launch, which cannot be split.
+  // The forward pass is a single launch, and so is the backward pass; neither can be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
     unfit = "a single launch would take so long that macOS might end the program";
@@ -124,7 +123,7 @@ Way stock_way(const Call& c) {
 /// On CUDA, MLX uses its fused kernel only if T is a multiple of 128, so we append zeros, which no query
 /// sees. On Metal, MLX does not use the fused kernel for wide heads if there is no backward pass, because its
 /// other implementation is faster; we request the fused kernel explicitly. For up to 8 queries MLX uses
-/// another kernel, which has no backward pass; so few queries need little memory in any case.
+/// another kernel, which has no backward pass; with so few queries, memory is small in any case.
 mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
   int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
   bool insist = c.device == Gpu::metal && c.T > 8;
@@ -182,14 +181,13 @@ bool has_neural_accelerators() {
 
 namespace {
 
-/// Returns whether MLX's attention and cuDNN may be used. An implementation that the caller names may always
-/// be used.
+/// Returns whether MLX's attention and cuDNN may be used. They may always be used if the caller names them.
 bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// Calls for which the same implementation is the fastest on this machine's GPU. They have the same D and
-/// dtype, and are all plain causal or all not.
+/// Calls for which the same implementation is fastest on this machine's GPU: they have the same D and dtype,
+/// and all or none of them are plain causal.
 using Alike = std::tuple<int, mx::Dtype::Val, bool>;
 std::mutex preferred_lock;
 std::map<Alike, std::string> preferred;
@@ -199,8 +197,8 @@ Alike alike(const Call& c) {
 }
 
 /// The order follows the measurements in bench/LOG.md on an H100 and an H200. From fastest to slowest, the
-/// implementations are cuDNN as we call it, our kernels for Hopper, MLX's attention, our kernel for any GPU,
-/// and matrix products of whole blocks.
+/// implementations are our use of cuDNN, our kernels for Hopper, MLX's attention, our kernel for any GPU, and
+/// matrix products of whole blocks.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
   Way kernel = c.device == Gpu::none ? Way{"kernel", true, ""}
                                      : gpu_kernel("attention", gpu_attention_unfit(c), c.device);
@@ -247,7 +245,7 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
   auto name = way_for(c, impl);
   check(!saved ||
             (name != "stock" && saved->size() == 2 && (*saved)[0].shape() == mx::Shape{c.B, c.H, c.T, c.Dv}),
-        "[attention] saved must be what attention_forward of the same arguments returned.");
+        "[attention] saved must be the result of attention_forward with the same arguments.");
   if (name == "stock") return stock(c, q, k, v);
   auto way = way_of(c, name);
   auto op = mx::custom_vjp([c, way, saved](const Arrays& x) { return saved ? *saved : forward(c, way, x); },
@@ -268,7 +266,7 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// Returns a call as the planner describes it. The planner does not know in more detail which keys a query
+/// Returns a call as the planner describes it. The planner has no further details about which keys a query
 /// sees.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
@@ -294,9 +292,9 @@ std::string planned_way(const Device& device, const Call& c) {
   return way_among(c, "auto", {"cudnn", cudnn, ""}, libraries);
 }
 
-/// The cost that bench/memory.py measured on an H100, for every implementation except the fused kernels for
-/// Hopper. It consists of dk and dv in float32 (with cuDNN, for each query head) and of the scores that the
-/// kernel for wide heads writes to memory.
+/// Returns the cost that bench/memory.py measured on an H100, for every implementation except the fused
+/// kernels for Hopper. It consists of dk and dv in float32 (with cuDNN, for each query head) and of the
+/// scores that the kernel for wide heads writes to memory.
 OpCost gpu_attention_cost(const Device& device, const Call& c, int keys, int behind) {
   const int64_t of_keys = static_cast<int64_t>(c.B) * keys * c.G * c.D, wide = 256 << 20, other = 12 << 20;
   const int64_t scores = 4LL * c.H * c.S * std::min(c.S, (c.window ? c.window : c.S) + 128);
@@ -312,9 +310,9 @@ struct AttentionCost : OpCost {
 
 /// Returns the cost of attention in a stage. A row has `keys` tokens, and the last `queries` of them are
 /// queries. If there is a branch, the last `branch` queries and keys are a second sequence that continues the
-/// first `shared` keys, and attention is called a second time for this sequence. `groups` is 0 if the keys
-/// and values come from another layer, whose cost then includes them. `packed` says whether the row consists
-/// of several segments.
+/// first `shared` keys, and attention is called a second time for this sequence. `groups` is 0 if another
+/// layer computes the keys and values; that layer's cost then includes them. `packed` says whether the row
+/// consists of several segments.
 AttentionCost attention_cost(const Device& device, int rows, int heads, int groups, int head, int queries,
                              int keys, std::optional<int> window, bool softcap, int branch, int shared,
                              bool packed) {
@@ -370,7 +368,7 @@ std::string attention_way(const std::string& device, int head, mx::Dtype dtype, 
 
 const Binding binding([](nb::module_& m) {
   nb::class_<AttentionOptions>(m, "AttentionOptions",
-                               "Which keys a query sees, and how scores are scaled and capped.")
+                               "Defines which keys a query sees, and how scores are scaled and capped.")
       .def(nb::init<float, std::optional<int>, std::optional<Ranges>, std::optional<float>,
                     std::optional<int>>(),
            nb::kw_only(), "scale"_a, "window"_a = nb::none(), "segments"_a = nb::none(),
@@ -389,17 +387,16 @@ const Binding binding([](nb::module_& m) {
         "(plain causal, or with a window, segments or a cap), if `way` supports the call. An empty name "
         "restores the built-in order.");
   m.def("set_repeatable", &set_repeatable, "on"_a,
-        "Sets whether 'auto' is limited to implementations whose results are bit-identical when a call is "
-        "repeated; returns the previous setting.");
+        "Sets whether 'auto' uses only implementations whose results are bit-identical when a call is "
+        "repeated, and returns the previous setting.");
   m.def("is_repeatable", &is_repeatable, "Returns the value that was last passed to set_repeatable.");
-  m.def(
-      "attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
-      "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
-      "Returns the implementation that 'auto' chooses for plain causal attention over many tokens on 'cpu', "
-      "'metal' or 'cuda', which this machine need not have.");
+  m.def("attention_way", &attention_way, "device"_a, "head"_a, "dtype"_a = mx::bfloat16, nb::kw_only(),
+        "cudnn"_a = false, "nax"_a = false, "repeatable"_a = false,
+        "Returns the implementation that 'auto' chooses for plain causal attention over many tokens on a "
+        "'cpu', 'metal' or 'cuda' device, which this machine need not have.");
   nb::class_<AttentionCost, OpCost>(
       m, "AttentionCost",
-      "The cost of attention, including the bytes that attention_forward returns for the backward pass.")
+      "The cost of attention, including the memory that attention_forward keeps for the backward pass.")
       .def_ro("saved", &AttentionCost::saved);
   m.def("attention_cost", &attention_cost, "device"_a, nb::kw_only(), "rows"_a, "heads"_a, "groups"_a,
         "head"_a, "queries"_a, "keys"_a, "window"_a = nb::none(), "softcap"_a = false, "branch"_a = 0,

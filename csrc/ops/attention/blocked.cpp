@@ -1,8 +1,9 @@
-// Attention as plain matrix products: each block of queries is multiplied by the range of keys that these
+// Computes attention as plain matrix products: each block of queries is multiplied by the range of keys that
+// these
 // queries see. See docs/attention.md, "blocked".
 //
 // Scores are float32. On CUDA a matrix product has the dtype of its operands, so half-precision operands are
-// cast to float32 first. TF32 represents their values exactly, so this costs speed but no accuracy.
+// cast to float32 first. TF32 represents their values exactly, so the cast costs speed but no accuracy.
 #include <cmath>
 
 #include "core/gpu.h"
@@ -12,9 +13,9 @@ namespace segtrain {
 
 namespace {
 
-/// Queries [q0, q1), divided into runs of `period` queries. Each run is multiplied by `nk` keys. The keys of
-/// the first run begin at k0, and those of each following run begin `period` keys later. Without a window
-/// there is one run with all queries; with a window there are many runs (bands).
+/// Queries [q0, q1), divided into runs of `period` queries. Each run is multiplied by `nk` keys. The first
+/// run's keys begin at k0; each following run's keys begin `period` keys later. Without a window, one run
+/// contains all queries; with a window, there are many runs (bands).
 struct Block {
   int q0, q1, k0, nk, period;
   int runs() const { return (q1 - q0) / period; }
@@ -24,12 +25,12 @@ mx::array number(int x) {
   return mx::array(x, mx::int32);
 }
 
-// ---- passes over rows: on a GPU each pass is one kernel, elsewhere it consists of MLX's ops
+// ---- passes over rows: on a GPU each pass is one kernel, elsewhere it is a sequence of MLX's ops
 
 /// Returns the inputs and parameters of a block that the row kernels need.
 std::map<std::string, mx::array> row_values(const Call& c, const Block& b, const mx::array& s) {
   std::vector<int32_t> first = c.first;
-  first.resize(std::max<int>(b.q1, c.T), c.S);  // a query that is padding sees no key
+  first.resize(std::max<int>(b.q1, c.T), c.S);  // a padding query sees no key
   return {{"s", s},
           {"first", device_ints(first)},
           {"at", device_ints({b.q0, b.q1 - b.q0, b.k0, c.q_start, b.period, b.nk})},
@@ -52,8 +53,7 @@ Grid row_grid(int rows) {
   return {{rows, 1, 1}, 128};
 }
 
-/// Returns the mask that says which keys each query of the block sees, [nq, nk] in the shape [runs, period,
-/// nk].
+/// Returns the mask of the keys that each query of the block sees: [nq, nk], reshaped to [runs, period, nk].
 mx::array seen(const Call& c, const Block& b) {
   auto at = mx::reshape(mx::arange(b.q0, b.q1, mx::int32, c.s), {b.runs(), b.period, 1}, c.s);
   auto run = mx::reshape(mx::arange(0, b.runs(), mx::int32, c.s), {b.runs(), 1, 1}, c.s);
@@ -115,7 +115,7 @@ Arrays softmax_vjp_rows(const Call& c, const Block& b, const mx::array& s, const
 
 // ---- the matrix products of a block
 
-/// The blocks of a call, and the number of zeros that pad the queries and keys to whole blocks.
+/// The blocks of a call, and the number of zeros that pad the queries and keys to full blocks.
 struct Blocks {
   std::vector<Block> list;
   int more_queries = 0, keys_before = 0, keys_behind = 0;
@@ -125,7 +125,7 @@ Blocks blocks(const Call& c) {
   const long long heads = static_cast<long long>(c.B) * c.H;
   Blocks all;
   // With a window, each run is at least as long as the window, so its queries see only keys of this run and
-  // of the run before. All of these bands have the same shape.
+  // the previous one. All of these bands have the same shape.
   int run = std::max(128, (c.window - 1 + 127) / 128 * 128);
   if (c.window > 0 && c.T > 2 * run) {
     int n = (c.T + run - 1) / run;
@@ -156,8 +156,8 @@ mx::array cut(const mx::array& x, int begin, int end, const Call& c) {
   return mx::slice(x, {0, 0, begin, 0}, {x.shape(0), x.shape(1), end, x.shape(3)}, c.s);
 }
 
-/// Returns the queries of a block as operands [B,G,·,runs,·,d]. With one run, the heads of a group are the
-/// rows of a single matrix product.
+/// Returns the queries of a block as operands [B,G,·,runs,·,d]. If there is only one run, all heads of a
+/// group form the rows of a single matrix product.
 mx::array rows_of(const mx::array& x, const Block& b, const Call& c) {
   auto part = cut(x, b.q0, b.q1, c);
   if (b.runs() == 1) return mx::reshape(part, {c.B, c.G, 1, 1, c.share() * b.period, x.shape(3)}, c.s);
@@ -209,7 +209,7 @@ Arrays forward(const Call& c, const Arrays& x) {
   q = mx::multiply(f32(q, c.s), mx::array(c.scale), c.s);
   Arrays os, lses;
   for (const auto& b : all.list) {
-    // Only one block is in memory at a time: the next block's queries wait for this block's output.
+    // The next block's queries depend on this block's output, so only one block is in memory at a time.
     if (!os.empty()) q = mx::depends({q}, {os.back()})[0];
     auto y = softmax_rows(c, b, scores(rows_of(q, b, c), keys_of(k, b, all.keys_before, c), b, c));
     auto o = product(as_operand(y[0], b, c), keys_of(v, b, all.keys_before, c), false, false, c);
@@ -225,7 +225,7 @@ class KeySum {
  public:
   KeySum(const Call& c, const mx::array& like) : c_(c), sum_(mx::zeros(like.shape(), mx::float32, c.s)) {}
 
-  /// Adds a piece [B,G,·,runs,nk,d], in which each run shares half of its keys with the next run.
+  /// Adds a piece [B,G,·,runs,nk,d], where each run shares half of its keys with the next run.
   void add(const mx::array& piece, const Block& b, int begin) {
     auto y = mx::sum(f32(piece, c_.s), 2, false, c_.s);
     if (b.runs() == 1) return add(mx::reshape(y, {c_.B, c_.G, b.nk, y.shape(4)}, c_.s), begin);

@@ -1,4 +1,4 @@
-// Attention in tiles of queries × keys. docs/attention.md has the derivation, and this file uses its names.
+// Computes attention in tiles of queries × keys. For the derivation and the names, see docs/attention.md.
 #include "ops/attention/cpu.h"
 
 #include <algorithm>
@@ -15,8 +15,7 @@ namespace {
 
 constexpr int BQ = 128, BK = 256;
 
-/// The part of a tile's row that the query sees: columns [begin, end), counted from the first key of the
-/// tile.
+/// The part of a tile's row that the query sees: columns [begin, end), relative to the tile's first key.
 struct Seen {
   int begin, end;
 };
@@ -54,7 +53,7 @@ size_t attention_scratch(const Attention& a, bool backward) {
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse) {
   const int q_tiles = (a.t + BQ - 1) / BQ, share = a.heads / a.groups;
   parallel_for(a.batch * a.heads * q_tiles, [&](int job) {
-    // Long rows come first: in a causal triangle, the last tiles need the most work.
+    // Long rows come first: with a causal mask, the last tiles need the most work.
     const int q0 = (q_tiles - 1 - job / (a.batch * a.heads)) * BQ, q1 = std::min(a.t, q0 + BQ), nq = q1 - q0;
     const size_t bh = job % (a.batch * a.heads), bg = bh / a.heads * a.groups + bh % a.heads / share;
     const float* q_tile = q + (bh * a.t + q0) * a.d;
@@ -69,7 +68,7 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
       const int k0 = j * BK, k1 = std::min(a.s, k0 + BK), nk = k1 - k0;
       /// S = scale·q·kᵀ, capped
       scores(a, q_tile, k + (bg * a.s + k0) * a.d, nq, nk, s);
-      /// Online softmax: the sums so far were relative to the old maximum.
+      /// Online softmax: rescales the sums, which are relative to the old maximum.
       for (int i = 0; i < nq; ++i) {
         float* row = s + static_cast<size_t>(i) * nk;
         auto see = seen(a, q0 + i, k0, k1);
@@ -99,8 +98,8 @@ void attention(const Attention& a, const float* q, const float* k, const float* 
 void attention_vjp(const Attention& a, const float* q, const float* k, const float* v, const float* o,
                    const float* lse, const float* d_o, float* dq, float* dk, float* dv) {
   const int share = a.heads / a.groups, q_tiles = (a.t + BQ - 1) / BQ;
-  // Each job handles one query head, so that only one thread writes each part of dq, dk and dv, and sums have
-  // a fixed order.
+  // Each job handles one query head, so each part of dq, dk and dv is written by only one thread, and sums
+  // have a fixed order.
   parallel_for(a.batch * a.heads, [&](int job) {
     const size_t bh = job, bg = bh / a.heads * a.groups + bh % a.heads / share;
     const float *q_bh = q + bh * a.t * a.d, *k_bg = k + bg * a.s * a.d, *v_bg = v + bg * a.s * a.dv;

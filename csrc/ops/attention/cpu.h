@@ -10,7 +10,7 @@ struct Attention {
   int batch, heads, groups, t, s, d, dv;
   int q_start;
   float scale, cap;      ///< cap 0 means no softcap
-  const int32_t* first;  ///< [t], with the same meaning as in Call
+  const int32_t* first;  ///< [t]; see Call::first
 };
 /// q [B,H,T,D], k [B,G,S,D], v [B,G,S,Dv] → o [B,H,T,Dv], lse [B,H,T].
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse);

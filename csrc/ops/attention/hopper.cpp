@@ -1,5 +1,5 @@
-// Attention with Hopper's warpgroup matrix multiplications. If heads are small enough, hopper_fused.cpp
-// computes it, otherwise cuda/attention_hopper.cu. See docs/attention.md, "hopper".
+// Attention with Hopper's warpgroup matrix multiplications. Small heads are computed by hopper_fused.cpp, and
+// larger ones by cuda/attention_hopper.cu. See docs/attention.md, "hopper".
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 
@@ -23,7 +23,7 @@ int most_columns(const Call& c) {
 }
 
 /// The number of blocks over which the columns are distributed, and the bytes of each block's ring buffer of
-/// tiles. This must equal struct Columns in the kernel's text, which checks it.
+/// tiles. They must equal those of struct Columns in the kernel's text, which checks them.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {
@@ -69,8 +69,8 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
 }
 
 /// Returns the bytes of scratch memory for P and dS. Each range reads and writes the sums of all keys that it
-/// sees. Few large ranges are faster if a range sees most keys, or if heads are small, because then each
-/// launch has little work.
+/// sees. Fewer, larger ranges are faster if a range sees most keys, or if heads are small and each launch
+/// therefore has little work.
 size_t scratch_bytes(const Call& c) {
   constexpr size_t some = 48 << 20, most = 256 << 20;
   if (std::max(c.D, c.Dv) <= 128) return most;
@@ -131,8 +131,8 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
   values.insert(
       {{"delta", begun[0]}, {"p", begun[1]}, {"ds", begun[2]}, {"dk_sum", begun[3]}, {"dv_sum", begun[4]}});
 
-  // These two arrays order the writes: the scores of a range wait for the sums of the previous range, and the
-  // sums of a range wait for its scores.
+  // These two arrays order the writes: a range's scores wait for the previous range's sums, and a range's
+  // sums wait for its scores.
   auto keys_done = values.at("args"), queries_done = x[0];
   Arrays parts, groups;
   for (const auto& r : list) {
@@ -155,7 +155,7 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
     groups.push_back(parts.size() == 1 ? parts[0] : mx::concatenate(parts, 1, c.s));
     parts.clear();
   }
-  // `keys_done` is 0. Adding it makes the results wait for the sums of the last range.
+  // `keys_done` is 0. Adding it makes the results depend on the last range's sums.
   auto rounded = [&](const char* sum) {
     return mx::astype(mx::add(values.at(sum), keys_done, c.s), c.dtype, c.s);
   };

@@ -30,7 +30,7 @@ Launch backward_launch(int D) {
           ALIGN + rows * padded(D) * 2 + 2 * BK * bq * 2 + bq * padded(D) * 4 + 8 * bq * 4 + BARRIERS};
 }
 
-/// The total number of query tiles over all query heads, and of key tiles over all key/value heads.
+/// The total number of query tiles of all query heads, and of key tiles of all key/value heads.
 struct Tiles {
   int queries, keys;
   explicit Tiles(const Call& c)

@@ -36,7 +36,7 @@ Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 
 constexpr int CUDA_BYTES = 227 * 1024;  // maximum shared memory of a block on Hopper
 
-/// The launch parameters of the CUDA kernels. They are computed from D in the same way as in struct Shapes of
+/// The launch parameters of the CUDA kernels. They are computed from D as in struct Shapes of
 /// cuda/attention.cu, which checks them.
 struct CudaTiles {
   int bq, threads, bk_dkv, forward, dq, dkv;
@@ -52,8 +52,8 @@ struct CudaTiles {
 };
 
 std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int parts) {
-  // MLX passes inputs with fewer than 8 elements in another address space, so `first` is padded to at least 8
-  // elements.
+  // MLX passes inputs with fewer than 8 elements in a different address space, so `first` is padded to at
+  // least 8 elements.
   std::vector<int32_t> first = c.first;
   first.resize(std::max<size_t>(first.size(), 8), c.first.back());
   return {{"q", x[0]},
@@ -67,7 +67,8 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"cap", mx::array(c.cap)}};
 }
 
-/// `rows` is the number of queries or keys of a block, which the kernel's text checks.
+/// Returns a kernel's template arguments. `rows` is the number of queries or keys of a block, which the
+/// kernel's text checks.
 Template gpu_template(const Call& c, int rows = 0) {
   Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
   if (rows) all.push_back({"ROWS", rows});
@@ -126,7 +127,7 @@ Arrays gpu_forward(const Call& c, const Arrays& x) {
 }
 
 /// Returns dq, dk and dv for the queries of one launch. dk and dv cover all keys of the call and have the
-/// dtype `sums`. `x` holds q, k, v, lse, delta and d_o.
+/// dtype `sums`. `x` contains q, k, v, lse, delta and d_o.
 Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const auto blocks = score_blocks(c);
   const mx::Shape of_q{c.B, c.H, c.T, c.D}, of_k{c.B, c.G, c.S, c.D};
@@ -147,14 +148,14 @@ Arrays metal_vjp_launches(const Call& c, const Arrays& x, mx::Dtype sums) {
   const int rows = metal_vjp_rows(c.D);
   auto dq = launch("attention_vjp_q_ds", values, {of_q}, {c.dtype},
                    {{"T", c.dtype}, {"D", c.D}, {"ROWS", rows}}, {{tiles(c.T, rows), c.H, c.B}, 128}, c.s);
-  // dk and dv wait for dq. Without this, if a caller evaluates dk first, the dS of all launches would stay in
+  // dk and dv wait for dq. Otherwise, if a caller evaluated dk first, the dS of all launches would stay in
   // memory until dq is computed.
   auto sum = mx::depends({of_keys[0], of_keys[1]}, {dq[0]});
   return {dq[0], sum[0], sum[1]};
 }
 
-/// Returns dq, dk and dv. The ranges of queries are computed one after another, so that the dS of only one
-/// range is in memory at a time.
+/// Returns dq, dk and dv. The ranges of queries are computed one after another, so the dS of only one range
+/// is in memory at a time.
 Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   if (parts.size() == 1) return metal_vjp_launches(c, x, c.dtype);
   auto zero = mx::zeros({c.B, c.G, c.S, c.D}, mx::float32, c.s), dk = zero, dv = zero;
@@ -173,9 +174,9 @@ Arrays metal_vjp_of_heads(const Call& c, Arrays x, const Ranges& parts) {
   return {mx::concatenate(dqs, 2, c.s), dk, dv};
 }
 
-/// Returns dq, dk and dv. `x` holds q, k, v, lse, delta and d_o.
+/// Returns dq, dk and dv. `x` contains q, k, v, lse, delta and d_o.
 Arrays metal_vjp(const Call& c, const Arrays& x) {
-  // If a launch over all heads could process only a few queries, we compute a few groups of heads at a time
+  // If a launch over all heads could process only a few queries, we process a few groups of heads at a time
   // instead.
   int groups = c.G;
   auto parts = vjp_parts(c);
@@ -197,7 +198,7 @@ Arrays metal_vjp(const Call& c, const Arrays& x) {
 
 Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array& o,
                const mx::array& lse) {
-  // On CUDA, if there are few key tiles, the heads of a group are divided over `parts` blocks, whose results
+  // On CUDA, if there are few key tiles, the heads of a group are divided among `parts` blocks, whose results
   // are then summed.
   bool metal = c.device == Gpu::metal;
   CudaTiles t(c.D);
@@ -230,7 +231,7 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 }  // namespace
 
 OpCost cpu_attention_cost(const Call& c) {
-  // The bytes of dk and dv for each query head, which are in memory until the heads of a group are summed.
+  // The bytes of dk and dv for each query head, which stay in memory until the heads of a group are summed.
   int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
   int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
           backward = cpu::attention_scratch(cpu_args(c), true);

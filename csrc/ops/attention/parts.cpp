@@ -19,16 +19,16 @@ double seconds(const Call& c, int products, double pairs) {
   return pairs * products * c.D * c.H * c.B / M1_RATE;
 }
 
-/// Divides the queries into ranges that consist of whole groups of `unit` queries. A range has as many groups
-/// as the time limit and `bytes` allow. For each group, all scores of its rectangle of queries × keys are
-/// counted, and each score takes `each` bytes of memory.
+/// Divides the queries into ranges of whole groups of `unit` queries. A range has as many groups as the time
+/// limit and `bytes` allow. For each group, all scores in its rectangle of queries × keys are counted, with
+/// `each` bytes of memory per score.
 Ranges grouped(const Call& c, int unit, int products, int64_t bytes, int64_t each) {
   Ranges parts;
   double sum = 0;
   for (int begin = 0; begin < c.T; begin += unit) {
     const int end = std::min(begin + unit, c.T);
-    // The group's rectangle: for each row of the group, all keys from the first to the last one that any
-    // query of the group sees.
+    // The group's rectangle: for each row, all keys from the first to the last one that any query of the
+    // group sees.
     const double pairs = static_cast<double>(unit) * std::max(0, c.q_start + end - c.first[begin]);
     const double own = std::max(seconds(c, products, pairs) / longest,
                                 pairs * c.H * c.B * static_cast<double>(each) / static_cast<double>(bytes));
@@ -55,8 +55,8 @@ double m1s_of_gpu() {
     const auto& info = mx::gpu::device_info(0);
     auto found = info.find("architecture");
     if (found == info.end()) return 1.0;
-    // The last letter of a name such as "applegpu_g13s" is s for a Max and d for an Ultra. Other GPUs may be
-    // as slow as an M1.
+    // The last letter of a name such as "applegpu_g13s" is s for a Max and d for an Ultra. Any other GPU is
+    // assumed to be as slow as an M1.
     const char kind = std::get<std::string>(found->second).back();
     return kind == 's' ? 3.0 : kind == 'd' ? 6.0 : 1.0;
   }();
@@ -79,8 +79,8 @@ mx::Dtype metal_score_dtype(mx::Dtype dtype) {
 ScoreBlocks score_blocks(const Call& c) {
   ScoreBlocks blocks;
   for (int key = 0; key < c.S; key += METAL_ROWS) {
-    // The queries of a block see some of the block's keys if the range that the first query sees begins
-    // before the end of these keys.
+    // The queries of a block see some of the block's keys if the first query's range begins before the last
+    // of these keys.
     const int from = std::max(0, key - c.q_start) / METAL_ROWS, end = std::min(key + METAL_ROWS, c.S);
     int to = from;
     while (to * METAL_ROWS < c.T && c.first[to * METAL_ROWS] < end) ++to;
@@ -128,8 +128,8 @@ Call of_groups(const Call& c, int groups) {
 const Binding binding([](nb::module_& m) {
   m.def(
       "set_longest_launch", [](double seconds) { return longest.exchange(seconds); }, "seconds"_a,
-      "Sets the maximum predicted time, in seconds on an M1, of an attention launch on Metal; returns the "
-      "previous value. This is meant for tests.");
+      "Sets the maximum predicted time, in seconds on an M1, of an attention launch on Metal, and returns "
+      "the previous value. For tests.");
 });
 
 }  // namespace segtrain

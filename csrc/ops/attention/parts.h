@@ -1,5 +1,5 @@
-// Divides the work of our Metal kernels into short launches, because macOS ends a program whose GPU work
-// blocks the display for too long.
+// Divides the work of our Metal kernels into short launches, because macOS terminates a program whose GPU
+// work blocks the display for too long.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -7,11 +7,11 @@
 namespace segtrain {
 
 /// METAL_ROWS is the number of keys per threadgroup. SCORE_BLOCK is the number of scores in a block of
-/// METAL_ROWS queries × METAL_ROWS keys. Both are the same as in metal/attention.metal.
+/// METAL_ROWS queries × METAL_ROWS keys. Both must have the values in metal/attention.metal.
 constexpr int METAL_ROWS = 32, SCORE_BLOCK = METAL_ROWS * METAL_ROWS;
 
-/// Returns the number of queries per threadgroup, in the forward pass and for dQ. Ranges begin at multiples
-/// of this number.
+/// Returns the number of queries per threadgroup in the forward pass and for dQ. Ranges begin at multiples of
+/// this number.
 constexpr int metal_forward_rows(int D) {
   return D <= 64 ? 64 : 32;
 }
@@ -25,16 +25,16 @@ constexpr int FORWARD_PRODUCTS = 2, DKV_PRODUCTS = 4;
 /// The maximum number of bytes of dS, over all heads, that a launch may write to memory.
 constexpr int64_t SCORE_BYTES = 128 << 20;
 
-/// Returns the predicted seconds on an M1 for a plain causal call with this many matrix products per block of
-/// scores; see docs/performance.md.
+/// Returns the predicted seconds on an M1 for a plain causal call with `products` matrix products per block
+/// of scores; see docs/performance.md.
 double causal_seconds(const Call& c, int products);
 
-/// Returns a lower bound for this GPU's speed relative to an M1; 1 without a GPU.
+/// Returns a lower bound for this GPU's speed relative to an M1, or 1 without a GPU.
 double m1s_of_gpu();
 
 /// Return ranges of queries that together cover the call. A range takes at most 0.3 s on an M1, unless it is
-/// already as short as possible (the queries of one threadgroup). In the backward pass the dS of a range also
-/// takes at most SCORE_BYTES.
+/// already as short as possible (the queries of one threadgroup). In the backward pass, the dS of a range
+/// also needs at most SCORE_BYTES.
 Ranges forward_parts(const Call& c);
 Ranges vjp_parts(const Call& c);
 
@@ -51,14 +51,14 @@ ScoreBlocks score_blocks(const Call& c);
 /// gradients would underflow in float16.
 mx::Dtype metal_score_dtype(mx::Dtype dtype);
 
-/// Returns the maximum number of bytes that the backward pass needs besides its inputs and outputs.
+/// Returns the maximum number of bytes that the backward pass needs in addition to its inputs and outputs.
 int64_t metal_vjp_scratch(const Call& c);
 
 /// Returns the range of keys that these queries see. It begins at a multiple of METAL_ROWS and is not empty.
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries);
 
-/// Return the call restricted to some queries, to some keys (which must include all keys that any query
-/// sees), or to some groups.
+/// Return the call restricted to some queries, to some keys (which must include all keys that its queries
+/// see), or to some groups.
 Call of_queries(const Call& c, std::pair<int, int> part);
 Call of_keys(const Call& c, std::pair<int, int> part);
 Call of_groups(const Call& c, int groups);

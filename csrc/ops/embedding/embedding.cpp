@@ -11,7 +11,7 @@ namespace {
 
 constexpr int THREADS = 256;
 
-/// The columns [begin, end) of the rows of `table` whose indices are in `index`.
+/// Columns [begin, end) of the rows of `table` whose indices are in `index`.
 struct Rows {
   Base table;
   mx::array index;
@@ -32,13 +32,13 @@ struct Rows {
 };
 
 std::string unfit(const Rows& c) {
-  if (gpu() != Gpu::cuda || on_cpu(c.s)) return "only CUDA has this kernel";
+  if (gpu() != Gpu::cuda || on_cpu(c.s)) return "this kernel exists only on CUDA";
   if (!c.count() || !c.columns()) return "table or index is empty";
   if (c.begin % 8 || c.end % 8) return "the columns must begin and end at multiples of 8";
   return unpack_unfit({c.table}, c.dtype());
 }
 
-/// Returns the factor after the rounding that MLX's ops apply to it before they multiply.
+/// Returns the factor with the rounding that MLX's ops apply to it before they multiply.
 float rounded(float x, mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return static_cast<float>(mx::bfloat16_t(x));
   return dtype == mx::float16 ? static_cast<float>(mx::float16_t(x)) : x;
@@ -58,11 +58,11 @@ mx::array run(const Rows& c, const char* kernel, std::map<std::string, mx::array
 
 mx::array stock(const Rows& c, float factor) {
   const int width = c.table.in(), parts = c.columns() ? width / c.columns() : 1;
-  // If rows are cut into equal parts that consist of whole quantization groups, these parts are the rows of a
-  // longer table.
+  // If rows can be cut into equal parts of whole quantization groups, these parts are treated as the rows of
+  // a longer table.
   const bool alike = parts * c.columns() == width && c.begin % c.columns() == 0 &&
                      (!c.table.scales || c.table.scales->shape(1) % parts == 0);
-  auto at = mx::astype(c.index, mx::int32, c.s);  // a narrower type may not hold the new indices
+  auto at = mx::astype(c.index, mx::int32, c.s);  // the new indices may overflow a narrower type
   if (alike && parts > 1)
     at = mx::add(mx::multiply(at, mx::array(parts), c.s), mx::array(c.begin / c.columns()), c.s);
   auto take = [&](const mx::array& x) {
@@ -86,7 +86,7 @@ Rows checked(const char* op, const Base& table, const mx::array& index, int begi
              mx::StreamOrDevice s) {
   check_base(op, table);
   const int last = end.value_or(table.in());
-  check(mx::issubdtype(index.dtype(), mx::integer), "[", op, "] expected an index of integers; got ",
+  check(mx::issubdtype(index.dtype(), mx::integer), "[", op, "] expected an integer index; got ",
         index.dtype(), ".");
   check(0 <= begin && begin < last && last <= table.in(), "[", op, "] expected columns within 0 to ",
         table.in(), "; got ", begin, " to ", last, ".");

@@ -51,14 +51,14 @@ Arrays cpu_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 constexpr int THREADS = 256;
 constexpr int OF_A_THREAD_METAL = 4, OF_A_THREAD_CUDA = 8;  ///< elements per thread
 
-/// n may be INT_MAX.
+/// Returns the number of thread groups; n may be INT_MAX.
 int groups_for(int n, int of_a_thread) {
   return (n - 1) / (THREADS * of_a_thread) + 1;
 }
 
 std::string gpu_unfit(size_t n) {
   if (n == 0) return "the arrays are empty";
-  return n > INT_MAX ? "its arrays have up to 2³¹ − 1 elements" : "";
+  return n > INT_MAX ? "it supports arrays of up to 2³¹ − 1 elements" : "";
 }
 
 Arrays gpu_launch(const Glu& c, const std::string& name, std::map<std::string, mx::array> values,
@@ -133,10 +133,10 @@ Arrays stock_vjp(const Glu& c, const Arrays& x, const mx::array& dy) {
 
 mx::array glu(const std::string& op, bool gelu, const mx::array& gate, const mx::array& up,
               const std::string& impl, mx::StreamOrDevice s) {
-  check(gate.shape() == up.shape(), "[", op, "] gate and up must have one shape; got ", gate.shape(), " and ",
-        up.shape(), ".");
+  check(gate.shape() == up.shape(), "[", op, "] gate and up must have the same shape; got ", gate.shape(),
+        " and ", up.shape(), ".");
   check(gate.dtype() == up.dtype() && mx::issubdtype(gate.dtype(), mx::floating), "[", op,
-        "] gate and up must have one floating dtype; got ", gate.dtype(), " and ", up.dtype(), ".");
+        "] gate and up must have the same floating dtype; got ", gate.dtype(), " and ", up.dtype(), ".");
   bool cpu = on_cpu(s);
   Way way = cpu ? cpu_kernel(s) : gpu_kernel(op, gpu_unfit(gate.size()));
   bool kernel = choose(op, impl, {way, {"stock", true, ""}}) == "kernel";

@@ -1,5 +1,5 @@
-// Gated linear units on CUDA for an array that one matrix product has computed, and that holds gate and up
-// side by side.
+// Gated linear units on CUDA for an array with gate and up side by side, which is the result of one matrix
+// product.
 #pragma once
 
 #include "core/kernel.h"

@@ -21,10 +21,10 @@ int chunk_of(int rows, int vocabulary) {
   return std::min(rows, static_cast<int>(std::clamp<size_t>(LOGITS / vocabulary, 16, 256)));
 }
 
-/// A function that is called with the index of a row, its logits z [V] after the softcap, and its target.
+/// Called with the index of a row, its logits z [V] after the softcap, and its target.
 using RowJob = std::function<void(int i, float* z, int target)>;
 
-/// Runs `job` on the logits of the rows `live` (in ascending order), chunk by chunk. If `dh` [m, hidden] is
+/// Calls `job` with the logits of the rows `live` (in ascending order), in chunks. If `dh` [m, hidden] is
 /// given, the job replaces z with dz, and then dh = dz·W; dh is 0 for rows that are not live.
 void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
                   const RowJob& job) {
@@ -68,7 +68,7 @@ void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int
   }
 }
 
-/// Returns the rows that have a target and for which `counts` is true.
+/// Returns the rows that have a target and for which `counts` returns true.
 template <class Counts>
 std::vector<int> live_rows(const HeadInput& in, Counts counts) {
   std::vector<int> live;

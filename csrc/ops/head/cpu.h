@@ -5,8 +5,8 @@
 
 namespace segtrain::cpu {
 
-/// The inputs of a loss, for a head whose weight is [V, hidden]. If a row's target is V or larger, the
-/// results of this row are NaN.
+/// The inputs of a loss, for a head whose weight is [V, hidden]. If a row's target is V or larger, the row's
+/// results are NaN.
 struct HeadInput {
   int m;
   float cap;               ///< softcap of the logits; 0 means none

@@ -69,9 +69,9 @@ mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx
 // ---- tiles of the vocabulary
 //
 // As in flash attention, Σ exp(z − max)·w of a row is accumulated over the tiles, and rescaled when the
-// maximum rises. Each tile of the head's weight is dequantized once, and its logits are freed before the next
-// tile. The sums exclude the target: if the probability p of the target is nearly 1, computing 1 − p as a
-// difference would lose all precision.
+// maximum increases. Each tile of the head's weight is dequantized once, and its logits are freed before the
+// next tile. The sums exclude the target, because computing 1 − p as a difference would lose all precision if
+// its probability p is nearly 1.
 
 namespace {
 

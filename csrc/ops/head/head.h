@@ -1,4 +1,5 @@
-// Code that the ops of a language-model head share. These ops never have the logits of all rows in memory.
+// Code that is common to the ops of a language-model head. These ops never have the logits of all rows in
+// memory.
 #pragma once
 
 #include "ops/head/cpu.h"
@@ -6,7 +7,7 @@
 
 namespace segtrain {
 
-/// The arguments of a call after they have been checked; `targets` has been cast to int32.
+/// The checked arguments of a call, with `targets` cast to int32.
 struct HeadCall {
   Base head;
   mx::array targets;
@@ -18,10 +19,9 @@ struct HeadCall {
            std::optional<float> softcap, mx::StreamOrDevice s);
 };
 
-/// The inputs that the CPU kernels of all head ops have in common, and functions with which a kernel reads
-/// them.
+/// The inputs that the CPU kernels of all head ops have in common, and functions that read them in a kernel.
 struct HeadKernel {
-  Arrays arrays;  ///< the caller moves these out, so that the op does not keep h alive
+  Arrays arrays;  ///< moved out by the caller, so that the op does not keep h alive
   CpuBase base;
   int m;
   float cap;
@@ -49,19 +49,18 @@ void for_each_block(const HeadCall& call, const mx::array& h,
 /// Returns the part of x [M] that belongs to a block, as a column.
 mx::array column(const mx::array& x, const RowBlock& block, mx::StreamOrDevice s);
 
-/// Returns (dz·cap'(z))·W in float32, where dz [rows, V] is the gradient with respect to the logits after the
-/// softcap.
+/// Returns (dz·cap'(z))·W in float32, where dz [rows, V] is the gradient of the logits after the softcap.
 mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx::Dtype dtype);
 
 /// Returns the loss lse(z) − z[target] of each row, [M] float32. On CUDA it is computed in one pass over
-/// tiles of the vocabulary (cuda/head.cu). If `needs_grad` is set, the same pass computes dh.
+/// tiles of the vocabulary (cuda/head.cu), which also computes dh if `needs_grad` is set.
 mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
-/// Returns why row_losses does not support a call; empty if it does.
+/// Returns why row_losses does not support a call, or an empty string if it does.
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
 
 /// Returns the indices of the rows with a target, or nullopt if all rows are used. All rows are used if
-/// `padded` is false, if every row has a target, or if MLX is tracing, so that the targets cannot be read. If
-/// `padded` is true, the host waits until the targets are computed, and so for all work that was launched
+/// `padded` is false, if every row has a target, or if MLX is tracing, because the targets cannot be read
+/// then. If `padded` is true, the host waits for the targets, and therefore for all work that was launched
 /// before them.
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded);
 /// Returns the call restricted to these rows.

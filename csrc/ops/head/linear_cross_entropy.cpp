@@ -1,7 +1,7 @@
 // loss = Σ w·(lse(z) − (1 − ε)·z[target] − ε·mean(z)), z = cap(h·Wᵀ + bias);
 // dz = w·(softmax(z) − (1 − ε)·onehot − ε/V)·cap'(z);  dh = dz·W.
 // ε is the label smoothing and V the vocabulary size. dh is computed while the z of a chunk of rows is in
-// memory, so that z is neither kept nor recomputed.
+// memory, so z is neither kept nor recomputed.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/head/head.h"

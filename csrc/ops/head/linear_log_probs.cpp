@@ -81,8 +81,8 @@ mx::array linear_log_probs(const mx::array& h, const Base& head, const mx::array
   };
   if (kernel && cpu) return run(whole, h);
 
-  // The C++ kernel skips rows without a target. The other implementations compute all rows that they get, so
-  // we select the rows with a target before calling them.
+  // The C++ kernel skips rows without a target. The other implementations compute all rows, so we pass them
+  // only the rows with a target.
   auto index = rows_with_target(whole, padded);
   if (!index) return run(whole, h);
   auto none = mx::zeros({whole.M}, mx::float32, s);

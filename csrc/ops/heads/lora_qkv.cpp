@@ -1,7 +1,7 @@
 // Computes q, k and v of attention from x with lora_linears, an optional rms_norm per head, a transpose to
-// [B, heads, T, D], and rope for q and k. On CUDA, one matrix product computes the linear layers together.
-// One kernel computes the heads from its result, and another computes the gradient of this result from the
-// gradients of the heads (cuda/heads.cu). The result is kept for the backward pass if there is a norm.
+// [B, heads, T, D], and rope for q and k. On CUDA, one matrix product computes the linear layers together,
+// and one kernel computes the heads from its result. Another kernel computes the gradient of this result from
+// the gradients of the heads (cuda/heads.cu). If there is a norm, the result is kept for the backward pass.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/joint_linear.h"
@@ -83,12 +83,11 @@ Arrays by_joint_kernels(const Call& c, const mx::array& x, const std::vector<Lin
   return joint_linears(mx::reshape(x, {c.B * c.T, -1}, c.s), linears, parts, c.s);
 }
 
-/// Returns why the kernels do not support a call; empty if they do.
+/// Returns why the kernels do not support a call, or an empty string if they do.
 std::string unfit(const Call& c, const mx::array& x, const std::vector<Linear>& linears) {
-  if (c.D % 2 || c.D > MOST_D) return "it supports heads with an even number of dimensions up to 512";
+  if (c.D % 2 || c.D > MOST_D) return "it supports even head sizes up to 512";
   for (size_t i = 0; i < c.norms.size(); ++i)
-    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype())
-      return "the weights of norms must have x's dtype";
+    if (c.norms[i] && c.norms[i]->weight.dtype() != x.dtype()) return "the norm weights must have x's dtype";
   return JointLinear::unfit(linears, c.B * c.T, x.dtype(), c.s);
 }
 
@@ -115,11 +114,11 @@ Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const He
   const Call c{heads, x.shape(0), x.shape(1), D, impl, s};
   check(c.dims > 0 && c.dims % 2 == 0 && c.dims <= D, "[lora_qkv] dims must be even and at most D = ", D,
         "; got ", c.dims, ".");
-  check(c.base.has_value() != c.freqs.has_value(), "[lora_qkv] give either base or freqs.");
+  check(c.base.has_value() != c.freqs.has_value(), "[lora_qkv] specify either base or freqs.");
   check(c.norms.size() <= 3, "[lora_qkv] expected norms of q, k and v; got ", c.norms.size(), ".");
   for (const auto& norm : c.norms)
-    check(!norm || norm->weight.shape() == mx::Shape{D}, "[lora_qkv] expected weights of norms [", D,
-          "]; got ", norm ? norm->weight.shape() : mx::Shape{}, ".");
+    check(!norm || norm->weight.shape() == mx::Shape{D}, "[lora_qkv] expected norm weights [", D, "]; got ",
+          norm ? norm->weight.shape() : mx::Shape{}, ".");
   bool joint =
       !on_cpu(s) && impl != "stock" && gpu_kernel("lora_linear", unfit(c, x, linears)).ok &&
       gpu_kernel("heads", "").ok &&
@@ -131,8 +130,7 @@ mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s) {
   check(o.ndim() == 4, "[merge_heads] expected o [B,H,T,D]; got ", o.shape(), ".");
   const int B = o.shape(0), H = o.shape(1), T = o.shape(2), D = o.shape(3);
   auto turned = [s](const mx::array& x) { return mx::transpose(x, {0, 2, 1, 3}, s); };
-  // The attention kernels need a row-contiguous gradient. This makes one copy for all of them, instead of one
-  // for each kernel.
+  // The attention kernels need a row-contiguous gradient. Making the copy here avoids one copy per kernel.
   auto op = mx::custom_vjp(
       [=](const Arrays& in) -> Arrays { return {mx::reshape(turned(in[0]), {B, T, H * D}, s)}; },
       [=](const Arrays&, const Arrays& dy, const Arrays&) -> Arrays {
@@ -159,7 +157,7 @@ const Binding binding([](nb::module_& m) {
       "base"_a = nb::none(), "scale"_a = 1.0f, "offset"_a = 0, "freqs"_a = nb::none(),
       "segments"_a = nb::none(), "norms"_a = std::vector<std::optional<HeadNorm>>{}, "impl"_a = "auto",
       "stream"_a = nb::none(),
-      "Returns q and k, normalized and rotated, and v, normalized. x [B,T,H] → [B,heads,T,D], "
+      "Returns the normalized and rotated q and k, and the normalized v. x [B,T,H] → [B,heads,T,D], "
       "[B,groups,T,D], [B,groups,T,D].");
   m.def("merge_heads", &merge_heads, "o"_a, nb::kw_only(), "stream"_a = nb::none(),
         "o [B,H,T,D] → [B,T,H·D].");

@@ -15,7 +15,7 @@ int Base::in() const {
 namespace {
 
 /// A quantization mode. `code` is the value of MODE in cuda/dequantize.cu. The scales are floats in modes
-/// with biases, and bytes in the others.
+/// with biases, and bytes in modes without.
 struct Mode {
   std::string name;
   std::vector<int> bits, groups;
@@ -50,7 +50,7 @@ void check_quantization(const std::string& op, const Base& base) {
   check(mode != MODES.end(), "[", op, "] the quantization mode must be affine, mxfp4, mxfp8 or nvfp4; got ",
         given, ".");
   check(has(mode->bits, base.bits) && has(mode->groups, base.group_size), "[", op, "] ", base.mode,
-        " takes bits ", list(mode->bits), " and groups of ", list(mode->groups), "; got ", given, ".");
+        " supports bits ", list(mode->bits), " and groups of ", list(mode->groups), "; got ", given, ".");
   check(base.weight.dtype() == mx::uint32, "[", op, "] a weight quantized as ", given,
         " must be uint32; got ", base.weight.dtype(), ".");
   const auto& scales = *base.scales;
@@ -63,7 +63,7 @@ void check_quantization(const std::string& op, const Base& base) {
   if (floats)
     check(base.biases && base.biases->shape() == scales.shape() &&
               mx::issubdtype(base.biases->dtype(), mx::floating),
-          "[", op, "] ", given, " needs floating biases of the shape of the scales.");
+          "[", op, "] ", given, " needs floating biases with the shape of the scales.");
   else
     check(!base.biases, "[", op, "] ", given, " has no biases.");
 }
@@ -115,13 +115,13 @@ std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype) {
     return "its output must be float32, float16 or bfloat16";
   if (bases.size() > 3) return "it supports up to three weights";
   for (const auto& base : bases) {
-    if (base.in() != first.in() || base.in() % 8) return "their widths are not multiples of 8, or differ";
+    if (base.in() != first.in() || base.in() % 8) return "the widths differ or are not multiples of 8";
     bool alike = base.weight.dtype() == first.weight.dtype() && base.mode == first.mode &&
                  base.bits == first.bits && base.group_size == first.group_size &&
                  base.scales.has_value() == first.scales.has_value() &&
                  (!base.scales || base.scales->dtype() == first.scales->dtype()) &&
                  (!base.biases || base.biases->dtype() == first.scales->dtype());
-    if (!alike) return "its weights must be of one kind";
+    if (!alike) return "the weights must have the same format";
   }
   return "";
 }
@@ -189,7 +189,8 @@ mx::array matmul(const mx::array& a, const mx::array& b, bool ta, bool tb, float
   int nd = a.ndim();
   check(nd >= 2 && static_cast<int>(b.ndim()) == nd &&
             std::equal(a.shape().begin(), a.shape().end() - 2, b.shape().begin(), b.shape().end() - 2),
-        "[matmul] a and b must agree in all but the last two axes; got ", a.shape(), " and ", b.shape(), ".");
+        "[matmul] a and b must agree in all axes except the last two; got ", a.shape(), " and ", b.shape(),
+        ".");
   int m = a.shape(ta ? -1 : -2), k = a.shape(ta ? -2 : -1), n = b.shape(tb ? -2 : -1);
   check(b.shape(tb ? -1 : -2) == k, "[matmul] inner sizes differ: ", a.shape(), " and ", b.shape(), ".");
   if (!on_cpu(s)) {
@@ -214,8 +215,8 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
   // multiplication.
   bool whole = x.size() / x.shape(-1) >= 16 && gpu() == Gpu::cuda && !on_cpu(s);
   if (whole) return matmul(x, dequantize(base, x.dtype(), s), false, transpose, 1, s);
-  // On the CPU, x is cast to float32, because MLX accumulates matrix products of half-precision arrays in
-  // half precision.
+  // On the CPU, x is cast to float32, because MLX accumulates half-precision matrix products in half
+  // precision.
   auto y = mx::quantized_matmul(on_cpu(s) ? f32(x, s) : x, base.weight, *base.scales, base.biases, transpose,
                                 base.group_size, base.bits, base.mode, s);
   return mx::astype(y, x.dtype(), s);

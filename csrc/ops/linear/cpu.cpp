@@ -9,7 +9,7 @@
 namespace segtrain::cpu {
 
 namespace {
-// A tile of 256 rows of a weight with 1024 columns is 1 MB of float32, which is about the size of a core's
+// A tile of 256 rows of a weight with 1024 columns is 1 MB of float32, about the size of a core's
 // second-level cache.
 constexpr int TILE_ROWS = 256, TILE_COLUMNS = 512, TILE_M = 1024;
 }  // namespace
@@ -39,7 +39,8 @@ void dequantize(const Weight& w, float* out) {
 
 void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const float* a, const float* b,
             float* c) {
-  // The longer side of c is cut, so that even a narrow matrix product (as in LoRA) keeps all threads busy.
+  // The longer side of c is divided, so that even a narrow matrix product (as in LoRA) keeps all threads
+  // busy.
   bool by_rows = m >= n;
   int length = split(by_rows ? m : n, 1024, 16);
   int runs = ((by_rows ? m : n) + length - 1) / length;

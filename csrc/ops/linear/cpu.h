@@ -7,7 +7,7 @@
 namespace segtrain::cpu {
 
 /// A frozen weight [n, k]. It is dense, or quantized with scales [n, k / group]. The scales are floats if
-/// there are biases (the affine mode), and bytes otherwise (the floating-point modes).
+/// there are biases (affine mode), and bytes otherwise (floating-point modes).
 struct Weight {
   const float* dense;
   const uint32_t* packed;
@@ -23,11 +23,11 @@ struct Tile {
   int ld;
 };
 
-/// Returns rows [n0, n1) and columns [k0, k1) of w. Unless w is dense, they are dequantized into `scratch`,
+/// Returns rows [n0, n1) and columns [k0, k1) of w. If w is quantized, they are dequantized into `scratch`,
 /// which has (n1−n0)·(k1−k0) floats.
 Tile tile(const Weight& w, int n0, int n1, int k0, int k1, float* scratch);
 
-/// Dequantizes the whole of w into out [n, k].
+/// Dequantizes all of w into out [n, k].
 void dequantize(const Weight& w, float* out);
 
 /// c = alpha·op(a)·op(b) for each of `batch` row-major matrices.

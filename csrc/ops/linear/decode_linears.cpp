@@ -1,6 +1,6 @@
-// Linear layers in a decoding step, whose speed is limited by how fast the host launches kernels. MLX's ops
-// need one launch for each layer's matrix product and two more for its low-rank update. On CUDA, one launch
-// computes all linear layers that read the same x (cuda/decode.cu); elsewhere we use MLX's ops.
+// Linear layers in a decoding step, whose speed is limited by how fast the host launches kernels. For each
+// layer, MLX's ops need one launch for the matrix product and two more for the low-rank update. On CUDA, one
+// launch computes all linear layers that read the same x (cuda/decode.cu); elsewhere we use MLX's ops.
 #include <mutex>
 
 #include "core/binding.h"
@@ -15,22 +15,23 @@ constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in
 constexpr size_t MOST_PARTS = 3;
 constexpr int BLOCKS = 1024;  ///< maximum number of blocks per layer, so that each block reuses its z
 constexpr int MOST_ROWS = 16;
-constexpr int MANY_OUTS = 16384;  ///< number of outputs from which a block computes two tiles, which share x
+/// With at least this many outputs, a block computes two tiles, which share x.
+constexpr int MANY_OUTS = 16384;
 
-/// Returns whether tensor cores compute this number of rows. They do so for all batches of two or more rows,
-/// so that a row's result is the same in each of these batches.
+/// Returns whether tensor cores compute this number of rows. They are used for all batches of two or more
+/// rows, so that a row's result does not depend on the size of such a batch.
 bool by_tensor_cores(mx::Dtype dtype, int rows) {
   return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
 }
 
-/// Returns the number of rows for which the kernel that computes `rows` rows is compiled.
+/// Returns the number of rows, at least `rows`, for which a kernel is compiled.
 int kernel_rows(mx::Dtype dtype, int rows) {
   if (rows == 1) return 1;
   const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;
   return rows <= fewer ? fewer : MOST_ROWS;
 }
 
-/// Returns an array that is passed instead of an input that a call does not have.
+/// Returns a placeholder for an input that a call does not have.
 mx::array absent(mx::Dtype dtype) {
   static std::mutex lock;
   static auto& known = *new std::map<int, mx::array>;  // never destroyed: outlives MLX's statics
@@ -38,7 +39,7 @@ mx::array absent(mx::Dtype dtype) {
   const int key = static_cast<int>(dtype.val());
   if (auto found = known.find(key); found != known.end()) return found->second;
   auto zero = mx::zeros({1}, dtype);
-  zero.eval();  // other threads and streams may use it
+  zero.eval();  // because other threads and streams may use the array
   return known.emplace(key, zero).first->second;
 }
 
@@ -59,15 +60,15 @@ DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a
                              std::vector<std::optional<mx::array>> gains)
     : bases_(std::move(bases)), a_(std::move(a)), b_(std::move(b)), gains_(std::move(gains)) {
   const std::string op = "DecodeLinears";
-  check(!bases_.empty(), "[", op, "] expected at least one base.");
+  check(!bases_.empty(), "[", op, "] expected at least one weight.");
   b_.resize(bases_.size());
   gains_.resize(bases_.size());
   int ranks = 0;
   for (size_t j = 0; j < bases_.size(); ++j) {
     const auto& base = bases_[j];
     check_base(op, base);
-    check(base.in() == bases_[0].in(), "[", op, "] bases must read the same x; got widths ", bases_[0].in(),
-          " and ", base.in(), ".");
+    check(base.in() == bases_[0].in(), "[", op, "] all weights must read the same x; got widths ",
+          bases_[0].in(), " and ", base.in(), ".");
     const auto& own = b_[j];
     check(!own || (a_ && own->ndim() == 3 && own->shape(0) == a_->shape(0) && own->shape(1) == base.out()),
           "[", op, "] expected b [E, ", base.out(), ", R] beside a [E, R, in].");
@@ -96,14 +97,14 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
       return "a quantized weight must be affine with 2, 4 or 8 bits";
     if (base.scales && (base.scales->dtype() != first.scales->dtype() ||
                         base.biases->dtype() != first.scales->dtype() || base.scales->dtype() == mx::float64))
-      return "scales and biases must be of one type";
-    if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must be of x's type";
+      return "scales and biases must have the same dtype";
+    if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must have x's dtype";
     if (base.out() % 8) return "its output width is not a multiple of 8";
-    if (base.bias && base.bias->dtype() != dtype) return "the bias must be of x's type";
+    if (base.bias && base.bias->dtype() != dtype) return "the bias must have x's dtype";
   }
-  if (a_ && a_->dtype() != dtype) return "factors must be of x's type";
+  if (a_ && a_->dtype() != dtype) return "factors must have x's dtype";
   for (const auto& own : b_)
-    if (own && own->dtype() != dtype) return "factors must be of x's type";
+    if (own && own->dtype() != dtype) return "factors must have x's dtype";
   return "";
 }
 
@@ -223,19 +224,20 @@ const Binding binding([](nb::module_& m) {
                     std::vector<std::optional<mx::array>>>(),
            "bases"_a, "a"_a = nb::none(), "b"_a = std::vector<std::optional<mx::array>>(),
            "gains"_a = std::vector<std::optional<mx::array>>(),
-           "For E adapters, `a` is [E, R, in]. For each linear layer, `b` has an array [E, out, R_j], where "
-           "the ranks R_j add up to R, and `gains` has an array [E, out] float32.")
+           "For E adapters, `a` is [E, R, in]. For each linear layer, `b` contains an array [E, out, R_j], "
+           "where the ranks R_j add up to R, and `gains` contains an array [E, out] float32.")
       .def("__call__", &DecodeLinears::operator(), "x"_a, "picks"_a, nb::kw_only(), "impl"_a = "auto",
            "stream"_a = nb::none(),
-           "x [..., in], picks [rows] uint32 → [..., out] for each linear layer. `picks` holds the index of "
-           "the adapter for each row.")
+           "x [..., in], picks [rows] uint32 → [..., out] for each linear layer. `picks` contains the "
+           "adapter's index for each row.")
       .def(
           "unfit",
           [](const DecodeLinears& op, mx::Dtype dtype, int rows) {
             return gpu_kernel("decode_linears", op.unfit(dtype, rows)).reason;
           },
           "dtype"_a, "rows"_a,
-          "Returns why no kernel supports this number of rows of this dtype; empty if one does.");
+          "Returns why no kernel supports this number of rows of this dtype, or an empty string if one "
+          "does.");
 });
 
 }  // namespace segtrain

@@ -12,7 +12,7 @@ int up_to(int n, int multiple) {
   return tiles(n, multiple) * multiple;
 }
 
-/// Returns the number of columns of all low-rank branches together. Each branch begins at a multiple of 8.
+/// Returns the total number of columns of all low-rank branches. Each branch begins at a multiple of 8.
 int padded_ranks(const std::vector<int>& ranks) {
   int all = 0;
   for (int r : ranks) all += up_to(r, 8);

@@ -6,23 +6,24 @@
 
 namespace segtrain {
 
-/// y = x·Wᵀ + z·bᵀ with z = x·a, where W, a and b are those of all layers, concatenated.
+/// y = x·Wᵀ + z·bᵀ with z = x·a, where W, a and b are the concatenated arrays of all layers.
 ///
 /// For each matrix product, W is dequantized into a scratch array, and the low-rank update becomes part of
-/// the product. If the input is narrower than the output, the input is copied with R columns appended: [x
-/// z]·[W b]ᵀ, where R is the total rank. Otherwise R rows are appended to the weight, x·[W; aᵀ]ᵀ = [y z], and
-/// the update is added to y in one pass. A separate matrix product with R columns would reach only 1 % of the
-/// device's peak.
+/// the product. If the input is narrower than the output, the product is [x z]·[W b]ᵀ: the input is copied
+/// with R columns appended, where R is the total rank. Otherwise it is x·[W; aᵀ]ᵀ = [y z]: R rows are
+/// appended to the weight, and the update is added to y in one pass. A separate matrix product with R columns
+/// would reach only 1 % of the device's peak.
 class JointLinear {
  public:
-  /// Returns why JointLinear does not support x [rows, ·] of `dtype`; empty if it does.
+  /// Returns why JointLinear does not support x [rows, ·] of `dtype`, or an empty string if it does.
   static std::string unfit(const std::vector<Linear>& linears, int rows, mx::Dtype dtype,
                            mx::StreamOrDevice s);
 
   JointLinear(const std::vector<Linear>& linears, mx::Dtype dtype, mx::StreamOrDevice s);
 
-  /// y, and what the backward pass needs. If there is a low-rank branch, this is z [M, R] and the factors in
-  /// the dtype of x; otherwise it is nothing. The parameter `ab` holds a and b of the layers that have them.
+  /// y and the arrays for the backward pass. If there is a low-rank branch, these are z [M, R] and the
+  /// factors in the dtype of x; otherwise there are none. The parameter `ab` contains a and b of the layers
+  /// that have them.
   struct Forward {
     mx::array y;
     Arrays kept;
@@ -41,12 +42,12 @@ class JointLinear {
                    const mx::array& u) const;
 
  private:
-  /// Computes one of the matrix products above, such as [x z]·[W b]ᵀ. `beside` is the factor that is appended
-  /// to W, and `other` is the other factor of the branch.
+  /// Computes one of the matrix products above, such as [x z]·[W b]ᵀ. `beside` is the low-rank factor that is
+  /// appended to W, and `other` is the branch's other factor.
   std::pair<mx::array, mx::array> product(const mx::array& x, bool transpose, const mx::array& beside,
                                           const mx::array& other) const;
   mx::array bias() const;
-  /// Returns ranks and widths in the layout that the kernels read.
+  /// Returns the ranks and widths in the layout that the kernels read.
   mx::array places(int rows) const;
   mx::array scales() const;
 
@@ -59,8 +60,8 @@ class JointLinear {
 };
 
 /// `split` computes `n` arrays from y, the joint output of linear layers. `join` computes the gradient of y
-/// from the gradients of these arrays. If `keeps_y` is set, y is kept for the backward pass, and `join` reads
-/// it too.
+/// from the gradients of these arrays. If `keeps_y` is set, y is kept for the backward pass and passed to
+/// `join`.
 struct Parts {
   size_t n;
   std::function<Arrays(const mx::array& y)> split;

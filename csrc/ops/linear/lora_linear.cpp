@@ -111,9 +111,10 @@ void check_call(const mx::array& x, const Linear& linear, float dropout,
         ".");
   check(dropout >= 0 && dropout < 1, "[lora_linear] dropout must be at least 0 and below 1; got ", dropout,
         ".");
-  check(dropout == 0 || linear.a, "[lora_linear] dropout acts on the low-rank branch: give a and b.");
-  check((dropout > 0) == key.has_value(), "[lora_linear] dropout and its key go together; got dropout ",
-        dropout, key ? " and a key." : " and no key.");
+  check(dropout == 0 || linear.a, "[lora_linear] dropout applies to the low-rank branch: give a and b.");
+  check((dropout > 0) == key.has_value(),
+        "[lora_linear] dropout and its key must be given together; got dropout ", dropout,
+        key ? " and a key." : " and no key.");
   check(!key || (key->shape() == mx::Shape{2} && key->dtype() == mx::uint32),
         "[lora_linear] expected a key [2] of uint32; got ", key ? key->shape() : mx::Shape{}, " ",
         key ? key->dtype() : mx::uint32, ".");
@@ -155,8 +156,8 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
 
 namespace {
 
-/// Returns the cost of linear layers with this many outputs in total. On GPUs it consists of the dequantized
-/// weights and the library's workspace, as measured by bench/memory.py.
+/// Returns the cost of linear layers with this total number of outputs. On GPUs it consists of the
+/// dequantized weights and the library's workspace, as measured by bench/memory.py.
 OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   if (device.gpu() == Gpu::none)
     return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),
@@ -164,7 +165,7 @@ OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
 }
 
-/// Returns the bytes that dropout of this many elements needs for the random bits and for x after dropout.
+/// Returns the bytes that dropout of this many elements needs, for the random bits and for x after dropout.
 int64_t dropout_bytes(const Device& device, int64_t numbers) {
   return numbers * (4 + device.size);
 }
@@ -173,9 +174,9 @@ int64_t dropout_bytes(const Device& device, int64_t numbers) {
 
 const Binding binding([](nb::module_& m) {
   m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
-        "Returns the memory that linear layers with this many outputs in total need on a device.");
+        "Returns the memory that linear layers with this total number of outputs need on a device.");
   m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
-        "Returns the memory that dropout before a linear layer needs while it runs on this many elements.");
+        "Returns the memory that dropout of this many elements needs before a linear layer.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b for each linear layer. x [..., in] → [..., out] for each layer.");

@@ -1,6 +1,6 @@
 // y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is recomputed.
 //   lora_linears (down) computes dh; glu computes dgate and dup; lora_linears (gate and up) computes dx.
-// On CUDA, one matrix product computes gate and up as one array, whose gradient is one array too.
+// On CUDA, one matrix product computes gate and up as one array; their gradient is one array too.
 #include "core/binding.h"
 #include "core/cost.h"
 #include "core/gpu.h"
@@ -21,7 +21,7 @@ struct Mlp {
   size_t at_up() const { return gate.a ? 3 : 1; }
   size_t at_down() const { return at_up() + (up.a ? 2 : 0); }
 
-  /// Returns the layer with p[at] and p[at + 1] as its factors; a layer without factors is returned
+  /// Returns the layer with p[at] and p[at + 1] as its factors. A layer without factors is returned
   /// unchanged.
   static Linear with(const Linear& linear, const Arrays& p, size_t at) {
     return linear.a ? linear.with_factors(p[at], p[at + 1]) : linear;
@@ -93,8 +93,8 @@ mx::array whole(const Mlp& c, const mx::array& x) {
   return joint ? by_joint_kernels(c, x) : by_ops(c, x);
 }
 
-/// Computes the MLP tile by tile and keeps only x. Each tile waits for the previous one, so that only one
-/// tile is in memory at a time.
+/// Computes the MLP in tiles and keeps only x. Each tile waits for the previous one, so only one tile is in
+/// memory at a time.
 mx::array tiled(const Mlp& c, const mx::array& x, int tile) {
   auto slice = [s = c.s](const mx::array& y, int begin, int end) {
     return mx::slice(y, {begin, 0}, {end, y.shape(1)}, s);
@@ -161,8 +161,8 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
                          std::optional<int> tile_rows) {
   const int tile = std::min(rows, tile_rows.value_or(rows));
   const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
-  // With tiles, only x is kept. The outputs of the tiles are concatenated at the end; on a GPU this was
-  // measured to take twice the size of the outputs.
+  // With tiles, only x is kept. The outputs of the tiles are concatenated at the end; on a GPU, this was
+  // measured to need twice the size of the outputs.
   const int64_t kept = tile < rows ? 0 : 2 * f;
   const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
   const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;

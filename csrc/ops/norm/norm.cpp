@@ -1,7 +1,7 @@
 // RMS norm, alone or together with the residual sum that precedes or follows it in a layer. On the CPU we use
 // our own kernel, because MLX's norm is a sequence of small ops there. On CUDA we use our own kernel
-// (cuda/norm.cu), because MLX's kernel also computes the gradient of the weight, which we do not need, and a
-// sum would take one more launch. On Metal we use MLX's kernel.
+// (cuda/norm.cu), because MLX's also computes the gradient of the weight, which we do not need, and a
+// residual sum would need one more launch. On Metal we use MLX's kernel.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "cpu/rows.h"
@@ -122,7 +122,7 @@ mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& 
                        mx::StreamOrDevice s) {
   const auto c = checked("add_rms_norm", x, weight, eps, s);
   check(h.shape() == x.shape(), "[add_rms_norm] expected h like x ", x.shape(), "; got ", h.shape(), ".");
-  check(!factor || factor->size() == 1, "[add_rms_norm] factor must be one number; got ",
+  check(!factor || factor->size() == 1, "[add_rms_norm] factor must be a single number; got ",
         factor ? factor->shape() : mx::Shape{}, ".");
   const bool alike = h.dtype() == x.dtype() && (!factor || factor->dtype() == x.dtype());
   if (impl == "stock" || !alike || !by_cuda(c, x)) {
@@ -153,7 +153,7 @@ const Binding binding([](nb::module_& m) {
         "stream"_a = nb::none(), "x / sqrt(mean(x²) + eps)·weight. x [..., H], weight [H] → [..., H].");
   m.def("rms_norm_beside", &rms_norm_beside, "h"_a, "weight"_a, "eps"_a, nb::kw_only(), "impl"_a = "auto",
         "stream"_a = nb::none(),
-        "Returns h and rms_norm(h). The backward pass of the norm also adds the gradient that arrives at the "
+        "Returns h and rms_norm(h). The norm's backward pass also adds the gradient of the "
         "output h. h [..., H], weight [H] → [..., H], [..., H].");
   m.def("add_rms_norm", &add_rms_norm, "h"_a, "x"_a, "weight"_a, "eps"_a, "factor"_a = nb::none(),
         nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),

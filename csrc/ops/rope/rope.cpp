@@ -1,5 +1,5 @@
 // Rotary embeddings. On the CPU we use our own kernel, because MLX's rope is a sequence of small ops there.
-// On GPUs we use MLX's rope, except if there are segments, which it does not support; in this case we use
+// On GPUs we use MLX's rope, except for segments, which it does not support; for these we use
 // metal/rope.metal or cuda/rope.cu.
 #include "ops/rope/rope.h"
 
@@ -45,7 +45,7 @@ void rotate_rows(const float* x, const float* freqs, float scale, float sign,
 
 constexpr int THREADS = 256;  ///< threads per group
 
-/// The parameters of a rotation other than x and the divisors.
+/// The parameters of a rotation, except x and the divisors.
 struct Rope {
   int dims;
   bool traditional;
@@ -65,12 +65,13 @@ mx::array cpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
       c.s)[0];
 }
 
-/// The matrix products that compute the heads and read their gradient use the layout [B, T, H, D], and
-/// attention uses [B, H, T, D]. The kernel reads one layout and writes the other, which avoids copies.
+/// Rotates on a GPU. The matrix products that compute the heads and read their gradient use the layout [B, T,
+/// H, D], and attention uses [B, H, T, D]. The kernel reads one layout and writes the other, which avoids
+/// copies.
 mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisors, bool back) {
   const int B = x.shape(0), H = x.shape(1), T = x.shape(2), D = x.shape(3), items = D - c.dims / 2;
-  // MLX passes inputs with fewer than 8 elements to Metal in another address space, so `positions` is padded
-  // to at least 8 elements.
+  // On Metal, MLX passes inputs with fewer than 8 elements in a different address space, so `positions` is
+  // padded to at least 8 elements.
   auto positions = c.positions;
   positions.resize(std::max<size_t>(positions.size(), 8));
   auto by_token = [&](const mx::array& y) { return mx::transpose(y, {0, 2, 1, 3}, c.s); };
@@ -89,7 +90,7 @@ mx::array gpu_rotate(const Rope& c, const mx::array& x, const mx::array& divisor
 std::string gpu_unfit(const mx::array& x) {
   if (x.size() == 0) return "x is empty";
   // The number of threads, rounded up to whole groups, must fit in an int.
-  return x.size() > INT_MAX - THREADS ? "x has up to 2³¹ − 257 elements" : "";
+  return x.size() > INT_MAX - THREADS ? "it supports x of up to 2³¹ − 257 elements" : "";
 }
 
 /// freqs[i] = base^(2i / dims)
@@ -128,7 +129,7 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   check(x.ndim() == 4, "[rope] expected x [B,H,T,D]; got ", x.shape(), ".");
   check(dims > 0 && dims % 2 == 0 && dims <= x.shape(3),
         "[rope] dims must be even and at most D = ", x.shape(3), "; got ", dims, ".");
-  check(base.has_value() != freqs.has_value(), "[rope] give either base or freqs.");
+  check(base.has_value() != freqs.has_value(), "[rope] specify either base or freqs.");
   const bool cpu = on_cpu(s);
   const Way kernel = cpu || !segments ? cpu_kernel(s) : gpu_kernel("rope", gpu_unfit(x));
   const Way stock{"stock", !segments, "MLX's rope does not support segments"};

@@ -5,12 +5,12 @@
 
 namespace segtrain {
 
-/// Returns the positions of n tokens, the first of which has the index `offset`. In each segment, positions
-/// count from the start of the segment. A token outside all segments has its index as its position.
+/// Returns the positions of n tokens, the first of which has the index `offset`. Positions restart in each
+/// segment. The position of a token outside all segments is its index.
 std::vector<int32_t> positions_of(int offset, int n, const Ranges& segments);
 
-/// Returns the numbers by which positions are divided. They are `freqs` or, if `base` is given, base^(2i /
-/// dims) in an array that all layers share.
+/// Returns the numbers by which positions are divided: `freqs` or, if `base` is given, base^(2i / dims) in an
+/// array that all layers share.
 mx::array device_divisors(int dims, std::optional<float> base, const std::optional<mx::array>& freqs,
                           mx::StreamOrDevice s);
 

@@ -1,5 +1,5 @@
 // Gathers rows of a table by index. We use MLX's op, except on CUDA, where MLX compiles a kernel for each
-// pair of dtypes at first use, which takes six seconds; there we use cuda/rows.cu.
+// pair of dtypes at first use, which takes six seconds. On CUDA we use cuda/rows.cu instead.
 #include "core/binding.h"
 #include "core/gpu.h"
 
@@ -31,8 +31,8 @@ mx::array take_rows(const mx::array& x, const mx::array& index, const std::strin
                     mx::StreamOrDevice s) {
   check(x.ndim() > 0, "[take_rows] expected x [N, ...]; got ", x.shape(), ".");
   const bool cuda = gpu() == Gpu::cuda && !on_cpu(s);
-  const Way kernel =
-      cuda ? gpu_kernel("take_rows", unfit(x, index)) : Way{"kernel", false, "only CUDA has this kernel"};
+  const Way kernel = cuda ? gpu_kernel("take_rows", unfit(x, index))
+                          : Way{"kernel", false, "this kernel exists only on CUDA"};
   if (choose("take_rows", impl, {kernel, {"stock", true, ""}}) == "stock") return mx::take(x, index, 0, s);
   const int n = x.shape(0);
   mx::Shape shape = index.shape();

@@ -1,8 +1,8 @@
-// Causal attention through cuDNN's graph API, with support for packed segments. The way in which MLX itself
-// uses cuDNN is slower and is limited to D ≤ 128.
+// Computes causal attention through cuDNN's graph API, with support for packed segments. MLX's own use of
+// cuDNN is slower and limited to D ≤ 128.
 //
 // No CUDA library is linked. We use the cuDNN that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
-// runtime by itself. From MLX, we use only exported symbols.
+// runtime by itself. We use only exported symbols of MLX.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
@@ -27,8 +27,8 @@ namespace fe = cudnn_frontend;
 
 DeviceInts* device_ints;  // points to the function in _core
 
-/// With older cuDNN versions, the frontend makes copies if a length is not a multiple of 128. When a CUDA
-/// graph is replayed, these copies would read memory that has been freed.
+/// The oldest cuDNN version that we support. With older versions, the frontend makes copies if a length is
+/// not a multiple of 128; when a CUDA graph is replayed, these copies would read freed memory.
 constexpr size_t CUDNN_MIN = 91600;
 
 /// The parameters for which a cuDNN plan is built.
@@ -49,7 +49,7 @@ struct Plan {
   std::string error;
 };
 
-std::mutex lock;  // guards handles and plans, which cuDNN does not let two threads use at once
+std::mutex lock;  // guards handles and plans, which two threads must not use at the same time
 
 template <class F>
 F* cudnn_function(const char* name) {
@@ -68,7 +68,7 @@ void check_cudnn(fe::error_t status) {
 }
 
 cudnnHandle_t handle_of(mx::cu::Device& device) {
-  static auto& handles = *new std::map<int, cudnnHandle_t>;  // never destroyed: CUDA is gone at exit
+  static auto& handles = *new std::map<int, cudnnHandle_t>;  // never destroyed: CUDA shuts down first
   auto [found, fresh] = handles.try_emplace(device.cuda_device());
   if (fresh) {
     device.make_current();
@@ -77,8 +77,8 @@ cudnnHandle_t handle_of(mx::cu::Device& device) {
   return found->second;
 }
 
-/// The names of tensors. The last five tensors describe packed segments: their lengths, and their offsets in
-/// q, k, v and o.
+/// Identifiers of tensors. The last five tensors describe packed segments: their lengths, and their offsets
+/// in q, k, v and o.
 enum Uid { Q, K, V, O, LSE, D_O, D_Q, D_K, D_V, SCALE, LENGTHS, AT_Q, AT_K, AT_V, AT_O };
 
 using Tensor = std::shared_ptr<fe::graph::Tensor_attributes>;
@@ -176,8 +176,8 @@ Plan build(const Problem& p, cudnnHandle_t handle) {
   return plan;
 }
 
-/// Returns the plan for p, which is built once. Plans are never freed, because CUDA graphs that MLX caches
-/// refer to their code.
+/// Returns the plan for p, which is built at the first call. Plans are never freed, because CUDA graphs in
+/// MLX's cache refer to their code.
 const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   static auto& plans = *new std::map<Problem, Plan>;
   std::lock_guard guard(lock);
@@ -189,8 +189,8 @@ const Plan& plan_of(const Problem& p, mx::cu::Device& device) {
   return found->second;
 }
 
-/// Returns the primitive of a kernel that does nothing. MLX does not export its allocator, so we use this
-/// primitive to allocate outputs.
+/// Returns the primitive of a kernel that does nothing. We use it to allocate outputs, because MLX does not
+/// export its allocator.
 std::shared_ptr<mx::Primitive> allocation(mx::Stream s) {
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
   std::lock_guard guard(lock);
@@ -237,7 +237,7 @@ class CudnnOp : public mx::Primitive {
     std::lock_guard guard(lock);
     auto handle = handle_of(encoder.device());
     mx::cu::CommandEncoder::CaptureContext capture(encoder);
-    capture.discard = true;  // the graph is discarded if an exception is thrown before everything is captured
+    capture.discard = true;  // discards the graph if an exception is thrown before the capture is complete
     check_cudnn(cudnn_function<decltype(cudnnSetStream)>("cudnnSetStream")(handle, encoder.stream()));
     std::unordered_map<int64_t, void*> pointers{{SCALE, &scale_}};
     auto uid = uids_.begin();
@@ -250,8 +250,8 @@ class CudnnOp : public mx::Primitive {
   const char* name() const override { return problem_.backward ? "CudnnAttentionVJP" : "CudnnAttention"; }
 
  private:
-  /// Returns an array with 8-byte elements. The sizes in a shape are ints, so an array of single bytes would
-  /// be limited to 2 GiB.
+  /// Allocates scratch memory as an array with 8-byte elements. The sizes in a shape are ints, so an array of
+  /// single bytes would be limited to 2 GiB.
   static mx::array scratch(int64_t bytes) {
     return mx::array({static_cast<int>((bytes + 7) / 8)}, mx::uint64, nullptr, {});
   }
@@ -259,7 +259,7 @@ class CudnnOp : public mx::Primitive {
   Problem problem_;
   const Plan& plan_;
   float scale_;
-  std::vector<Uid> uids_;  ///< the names of the inputs, then of the outputs
+  std::vector<Uid> uids_;  ///< identifiers of the inputs, then of the outputs
   std::shared_ptr<mx::Primitive> allocation_;
 };
 
@@ -278,7 +278,7 @@ Ranges segments_of(const Call& c) {
   return ranges;
 }
 
-/// Rounds a size up to a power of two. Building a plan takes a second, but a plan works for all smaller
+/// Rounds a size up to a power of two. Building a plan takes a second, but a plan can be used for all smaller
 /// sizes, so with rounded sizes a run with packed rows needs few plans.
 int round_up(int n, int least) {
   int power = least;
@@ -302,7 +302,7 @@ std::string unfit(const Call& c) {
   if (!c.causal_only) {
     auto p = problem_of(c, false);
     if (int64_t{p.segments} * p.longest > std::max(int64_t{4096}, 2 * int64_t{c.B} * c.T))
-      return "its workspace would need room for every segment at the length of the longest";
+      return "its workspace would reserve the longest segment's length for every segment";
     if (int64_t{c.B} * c.H * c.T * std::max(c.D, c.Dv) > INT32_MAX)
       return "it supports packed segments in arrays of up to 2³¹ − 1 elements";
   }
@@ -348,7 +348,7 @@ Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<Uid> u
   auto stream = mx::to_stream(c.s);
   auto ys = mx::array::make_arrays(std::move(shapes), dtypes,
                                    std::make_shared<CudnnOp>(stream, problem, plan, c.scale, uids), rows);
-  // cuDNN does not write to positions outside all segments, so we set these positions to 0.
+  // cuDNN does not write to positions outside all segments, so we set these positions to 0 ourselves.
   std::vector<int32_t> seen;
   for (int t = 0; t < c.T; ++t) seen.push_back(c.first[t] <= t);
   if (std::find(seen.begin(), seen.end(), 0) != seen.end()) {

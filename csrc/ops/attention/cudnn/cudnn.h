@@ -1,5 +1,5 @@
-// cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so, because it needs symbols that
-// only MLX's CUDA build has, and the rest of the package must load everywhere.
+// cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so. It needs symbols that only MLX's
+// CUDA build has, whereas the rest of the package must load everywhere.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -7,34 +7,36 @@
 namespace segtrain {
 
 struct CudnnAttention {
-  std::string (*unfit)(const Call&);  ///< returns why cuDNN does not support a call; empty if it does
+  std::string (*unfit)(const Call&);  ///< returns why cuDNN does not support a call, or ""
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. The library gets a pointer to this function, because it cannot link to
-/// _core.
+/// The type of device_ints in gpu.h. The library is passed a pointer to this function, because it cannot link
+/// to _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
 /// Returns whether the package includes the library and the library can be loaded.
 bool has_cudnn();
 
 /// Returns the implementation "cudnn". It is ok if the package includes the library, cuDNN supports the call,
-/// and the self-check has not failed. The first call for a new shape takes a second, because the plans for
-/// the forward and the backward pass are built.
+/// and the self-check has not failed. The first call for a new shape takes a second, because it builds the
+/// plans for the forward and the backward pass.
 Way cudnn_way(const Call& c);
 
-/// Returns why cuDNN does not support the call on any device; empty if some device may support it.
+/// Returns why cuDNN does not support the call on any device, or an empty string if some device may support
+/// it.
 inline std::string cudnn_call_unfit(const Call& c) {
   if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN supports half precision only";
   if (c.window || c.cap || c.T != c.S)
     return "it supports only causal calls without window or cap, with T = S";
   if (c.T < 128)
-    return "it needs at least 128 queries, because planning for fewer takes more time than it saves";
+    return "it needs at least 128 queries, because for fewer, building a plan takes more time than cuDNN "
+           "saves";
   bool fits = c.D % 8 == 0 && c.Dv % 8 == 0 && c.D <= 256 && c.Dv <= 256;
   return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
-/// Returns the functions of the implementation. It may be called only if cudnn_way is ok.
+/// Returns the functions of the implementation. Call it only if cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 
 }  // namespace segtrain

@@ -1,5 +1,5 @@
-// The only file of csrc/ops/attention/cudnn/ that is compiled into _core. On first use it loads the library
-// _cudnn.so, which is next to _core.
+// Loads the library _cudnn.so, which is next to _core, on first use. This is the only file of
+// csrc/ops/attention/cudnn/ that is compiled into _core.
 #include <dlfcn.h>
 
 #include "core/gpu.h"

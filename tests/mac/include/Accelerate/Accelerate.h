@@ -1,5 +1,4 @@
-// The parts of Apple's header that our code uses. The symbols have this suffix if ACCELERATE_NEW_LAPACK is
-// defined.
+// The parts of Apple's header that our code uses. With ACCELERATE_NEW_LAPACK, the symbols have this suffix.
 #pragma once
 
 #ifndef ACCELERATE_NEW_LAPACK
