@@ -1,7 +1,7 @@
 """Creates the table in docs/models.md. `python tests/model_table.py` updates the file.
 
-A tiny random model of each mlx-lm family takes three steps. In each step, and after the last one,
-the loss must equal that of mlx-lm's own code with the same adapter.
+For each mlx-lm family, a tiny random model is trained for three steps. In every step and after the
+last one, the loss must equal that of mlx-lm's own code with the same adapter.
 """
 
 import functools
@@ -67,7 +67,7 @@ def table() -> str:
 
 
 def documented() -> dict[str, tuple[str, str]]:
-    """Returns the outcome for each family in docs/models.md."""
+    """Returns each family's outcome in docs/models.md."""
     lines = DOCS.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0].strip().splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {name: (path, why) for name, path, why in cells}

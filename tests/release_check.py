@@ -1,4 +1,4 @@
-"""Checks the files of a release. `python tests/release_check.py dist/*` prints what is wrong.
+"""Checks the files of a release. `python tests/release_check.py dist/*` prints all faults.
 
 `make release-check` also runs twine, check-wheel-contents and auditwheel.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 MOST_MB = 10
-#: The files that every wheel must have in its .dist-info.
+#: Files that every wheel must contain in its .dist-info.
 NOTICES = ("LICENSE", "nanobind", "robin_map", "mlx", "uPlot")
 
 
 def project(name: str, text: str | None = None) -> str:
-    """Returns a plain value from pyproject.toml. Python 3.10 has no parser for TOML."""
+    """Returns a string value from pyproject.toml, without a TOML parser, which Python 3.10
+    lacks."""
     text = text or (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(rf'^{name} = "(.*)"', text, re.M)
     assert found, name
@@ -25,8 +26,7 @@ def project(name: str, text: str | None = None) -> str:
 
 
 def faults_of_sources() -> list[str]:
-    """Returns sentences about disagreements between changelog, citation, SBOM and
-    pyproject.toml."""
+    """Returns a sentence for each mismatch between changelog, citation, SBOM and pyproject.toml."""
     version = project("version")
     faults = []
     if f"## [{version}]" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
@@ -48,7 +48,7 @@ def faults_of_sources() -> list[str]:
 
 
 def faults_of(file: Path) -> list[str]:
-    """Returns sentences about what is wrong in a wheel or an sdist."""
+    """Returns a sentence for each fault in a wheel or sdist."""
     version = project("version")
     faults = []
     if file.stat().st_size > MOST_MB * 10**6:

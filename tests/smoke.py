@@ -1,4 +1,4 @@
-"""Tests an installed wheel. `python tests/smoke.py` shows the help and trains a tiny model on the
+"""Tests an installed wheel: `python tests/smoke.py` shows the help and trains a tiny model on the
 CPU."""
 
 import subprocess

@@ -1,5 +1,5 @@
-"""Adapters from other tools: the same factors in every format, adapters that are refused, and
-adapters that mlx-lm has written."""
+"""Tests adapters from other tools: equal factors in every format, refused adapters, and adapters
+written by mlx-lm."""
 
 import math
 import struct
@@ -41,7 +41,7 @@ def chain(llama):
 
 @pytest.fixture(scope="module")
 def gemma4(tmp_path_factory):
-    """Writes a multimodal model, which contains a text model, and returns its folder."""
+    """Writes a multimodal model that contains a text model, and returns its folder."""
     return write_tiny(tmp_path_factory.mktemp("models") / "gemma4", "gemma4")
 
 
@@ -127,7 +127,7 @@ def test_rs_lora_is_over_the_root_of_each_rank(config, optiq, chain, tmp_path):
     folder = write_mlx(tmp_path / "a", factors, config, optiq=optiq)
     want = {Q0: SCALE / math.sqrt(2), DOWN1: SCALE / math.sqrt(8)}
     assert read_adapter(folder, chain).scales == pytest.approx(want)
-    # In our adapters, the scale or B already includes the factor √rank of rsLoRA.
+    # In our adapters, rsLoRA's factor √rank is already included in the scale or in B.
     ours = write_mlx(tmp_path / "b", factors, {**config, "segtrain": {}}, optiq=optiq)
     assert read_adapter(ours, chain).scales == {Q0: SCALE, DOWN1: SCALE}
 
@@ -139,8 +139,8 @@ K0, Q1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"
     "patterns,ranks,alphas",
     [
         ({"rank_pattern": {"q_proj": 2}}, (2, 4, 2), (6, 6, 6)),
-        # PEFT uses the first pattern that matches after a dot; "roj" and "0.self_attn" do not
-        # match.
+        # PEFT uses the first pattern that matches after a dot, which "roj" and "0.self_attn" do
+        # not.
         (
             {"rank_pattern": {"roj": 9, "0.self_attn": 9, r"layers\.1\..*": 8, "q_proj": 2}},
             (2, 4, 8),
@@ -178,7 +178,7 @@ def test_a_text_model_stands_alone_or_in_a_larger_one(stored, chain, gemma4, tmp
         path = f"{prefix}.0.self_attn.q_proj"
         factors = factors_of(model, {path: RANK})
         renamed = {path.replace(prefix, stored): factors[path]}
-        pattern = {f"^{stored}.0.self_attn.q_proj": 20}  # the pattern is for the stored path
+        pattern = {f"^{stored}.0.self_attn.q_proj": 20}  # the pattern matches the stored path
         for folder, scale in (
             (write_mlx(tmp_path / prefix / "mlx", renamed), SCALE),
             (write_peft(tmp_path / prefix / "peft", renamed, alpha_pattern=pattern), 20 / RANK),
@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_is_not_read(chain, tmp_path):
         says(folder, chain, "not a readable safetensors file: its tensors take")
 
 
-# ---- what is refused
+# ---- refused adapters
 
 REFUSED = {
     "biases": ({"bias": "lora_only"}, r"adapters with biases \(bias lora_only\) are not supported"),
@@ -339,13 +339,13 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)
 
 
-# ---- adapters that mlx-lm has written
+# ---- adapters written by mlx-lm
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """mlx_lm.lora writes the adapter. If `keys` is null, it adapts every linear layer."""
+    """mlx_lm.lora writes the adapter. `keys: null` means that every linear layer is adapted."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

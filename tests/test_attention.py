@@ -1,4 +1,4 @@
-"""Compares attention with the float64 oracle, for every implementation, shape and kind of call."""
+"""Compares attention with the float64 oracle for every implementation, shape and kind of call."""
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +11,7 @@ from mlx_segtrain import Stage, _core, ops, segmented_value_and_grad
 from mlx_segtrain.ops import reference
 
 IMPLS = _core.attention_impls()
-#: A dtype that every implementation supports, and the error bound for it.
+#: A dtype that every implementation supports, and its error bound.
 DTYPE, BOUND = ("bfloat16", 1e-2) if ON_GPU else ("float32", 1e-6)
 
 
@@ -36,8 +36,7 @@ def test_oracle_attention_vjp_is_the_complex_step(spec):
 
 @pytest.mark.parametrize("spec", specs.ATTENTION, ids=str)
 def test_reference_is_the_oracle(spec):
-    """This runs on the CPU, where the operands of float32 matrix products are not rounded to
-    TF32."""
+    """Runs on the CPU, where float32 matrix products do not round their operands to TF32."""
     d_v = spec.Dv or spec.D
     options = {"scale": spec.D**-0.5, **spec.options}
     for dtype in specs.DTYPES:
@@ -93,7 +92,7 @@ def test_attention(impl, spec, dtype):
     rng = np.random.default_rng(spec.T)
     d_v = spec.Dv or spec.D
     q, q64 = rand(rng, spec.B, spec.H, spec.T, spec.D, dtype=dtype)
-    # Keys and values are slices of longer buffers with large garbage after them.
+    # Keys and values are slices of longer buffers that end with large garbage values.
     k, _ = rand(rng, spec.B, spec.G, spec.S + 3, spec.D, dtype=dtype)
     v, _ = rand(rng, spec.B, spec.G, spec.S + 3, d_v, dtype=dtype)
     k[:, :, spec.S :], v[:, :, spec.S :] = 1e4, 1e4
@@ -156,7 +155,7 @@ def test_padding_sees_nothing_and_is_seen_by_nothing(impl, window):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
-    """Padding rows after the last query must not be computed: their exp(0 − lse) would overflow."""
+    """Padding rows after the last query must be skipped: their exp(0 − lse) would overflow."""
     rng = np.random.default_rng(7)
     q, k, v, do = (rand(rng, 1, 2, 131, 64, dtype=DTYPE)[0] for _ in range(4))
     q, k = q / 64 - 1, k / 64 + 1  # each score is near −4·64
@@ -170,7 +169,7 @@ def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
     truth = [true, *oracle.attention_vjp(f64(q), f64(k), f64(v), f64(do), scale=4.0)]
     for name, x, y in zip(("o", "dq", "dk", "dv"), got, truth, strict=True):
         assert np.isfinite(f64(x)).all(), name
-        if name != "dq":  # dq is nearly 0, because dS sums to 0 and the keys hardly differ
+        if name != "dq":  # dq is nearly 0, because dS sums to 0 and all keys are similar
             oracle.assert_close(name, f64(x), y, 5e-2 if ON_GPU else 1e-3)
 
 
@@ -199,7 +198,7 @@ def test_under_compile_checkpoint_and_vjp_of_a_closure(options, impl):
         return [f(q, k, v), *grads(mx.checkpoint(f), [q, k, v], do)]
 
     def of_closures(q, k, v, do):
-        """Differentiates functions that capture other arrays and do more than attention."""
+        """Differentiates functions that capture other arrays and compute more than attention."""
         (dq,) = grads(lambda x: f(2 * x, k, v), [q / 2], do)
         dk, dv = grads(lambda k, v: f(q, k, v * 2), [k, v / 2], do)
         return [f(q, k, v), dq / 2, dk, dv / 2]
@@ -247,7 +246,7 @@ def test_inside_the_scheduler(options, impl):
 
 
 def test_attention_memory_is_linear():
-    """With T = 2048 queries, the scores of 4 heads would take 67 MB."""
+    """With T = 2048 queries, the score matrices of 4 heads would need 67 MB."""
     q = mx.random.normal((1, 4, 2048, 32)).astype(getattr(mx, DTYPE))
     mx.eval(q)
 
@@ -304,7 +303,7 @@ def test_the_core_checks_its_ranges():
 
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_the_same_bits_again(head):
-    """The rows are so long that libraries on a GPU would by default sum in an unspecified order."""
+    """For rows this long, GPU libraries by default sum in an unspecified order."""
     length = 8192 if ON_GPU else 256
     rng = np.random.default_rng(0)
     (q, _), (k, _), (do, _) = (

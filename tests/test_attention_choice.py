@@ -1,4 +1,4 @@
-"""The attention implementation that 'auto' chooses on a device, which need not be in this
+"""Tests which attention implementation 'auto' chooses for a device, even one not in this
 machine."""
 
 import mlx.core as mx
@@ -11,10 +11,10 @@ from mlx_segtrain.planning import shape_of
 from mlx_segtrain.planning.costs import CPU, CUDA, METAL, Device, costs_of
 from mlx_segtrain.streams import BatchShape
 
-#: The head sizes that MLX 0.32.4's Metal library names in its error for other sizes.
+#: The head sizes that MLX 0.32.4's Metal library supports, according to its error message.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]
-#: The implementation on CUDA for heads that MLX's attention supports. On a Hopper GPU it is
-#: `hopper`, which is faster, as for wide heads.
+#: The implementation used on CUDA for heads that MLX's attention supports. On a Hopper GPU this is
+#: `hopper`, as for wide heads, because it is faster.
 ON_CUDA = "hopper" if _core.attention_way("cuda", 256) == "hopper" else "stock"
 OTHERS_ON_METAL = [8, 32, 40, 48, 56, 63, 65, 88, 100, 104, 112, 120, 136, 160, 224, 248, 257, 320]
 
@@ -52,7 +52,7 @@ def test_on_cuda_mlx_has_heads_in_eights_up_to_128():
 
 
 def test_a_repeatable_run_on_metal_keeps_mlx_own():
-    """MLX's attention is deterministic on Metal, so set_repeatable only matters on CUDA."""
+    """MLX's attention is deterministic on Metal, so set_repeatable matters only on CUDA."""
     assert _core.attention_way("metal", 128, repeatable=True) == "stock"
 
 
@@ -66,7 +66,7 @@ def test_a_device_that_is_none_is_refused():
 
 
 def test_what_is_asked_for_here_is_what_is_chosen_here():
-    """attention_way returns the implementation that a real call chooses."""
+    """attention_way must return the implementation that an actual call chooses."""
     here = mx.default_device() != mx.Device(mx.cpu)
     name = ("cuda" if mx.cuda.is_available() else "metal") if here else "cpu"
     x = mx.zeros((1, 1, 128, 40), mx.bfloat16)
@@ -88,8 +88,8 @@ def attention_cost(head: int, device: Device) -> _core.StageCost:
     return costs.costs[at]
 
 
-#: Returns the bytes that attention with two heads saves for its backward pass: o in half precision,
-#: and lse in float32.
+#: Returns the size of the values that attention with two heads saves for its backward pass: o in
+#: half precision and lse in float32.
 def kept(head: int) -> int:
     return 256 * 2 * (2 * head + 4)
 
@@ -98,7 +98,7 @@ def kept(head: int) -> int:
     "head", [*STOCK_ON_METAL, *(d for d in OTHERS_ON_METAL if d % 2 == 0), 512]
 )
 def test_the_plan_on_metal_is_for_what_runs_there(head):
-    """MLX's attention saves nothing; our kernels and blocked attention save o and lse."""
+    """MLX's attention saves nothing, but our kernels and blocked attention save o and lse."""
     cost = attention_cost(head, METAL)
     assert cost.saved == (0 if head in STOCK_ON_METAL else kept(head))
     assert (cost.saved_work > 0) == (head not in STOCK_ON_METAL)
@@ -108,7 +108,7 @@ def test_the_plan_follows_what_the_device_has():
     nax = Device("metal", size=2, nax=True)
     plain = Device("cuda", size=2)
     assert attention_cost(512, nax).saved == 0
-    # cuDNN as we call it saves them.
+    # cuDNN as we call it saves o and lse.
     assert attention_cost(64, CUDA).saved == kept(64)
     assert attention_cost(64, plain).saved == (0 if ON_CUDA == "stock" else kept(64))
     assert attention_cost(100, plain).saved == kept(100)
@@ -118,7 +118,8 @@ def test_the_plan_follows_what_the_device_has():
 
 
 def test_what_is_saved_is_what_both_calls_give():
-    """cuDNN is not used for a window, even if it covers all keys. A branch is a separate call."""
+    """cuDNN is not used with a window, even one that covers all keys. For streams with a branch,
+    each branch is a separate call."""
     shape = {"rows": 1, "heads": 2, "groups": 1, "head": 64, "queries": 256, "keys": 256}
     assert _core.attention_cost(CUDA, **shape, window=255).saved == kept(64)
     plain = _core.attention_cost(CUDA, **shape, window=256).saved

@@ -1,4 +1,4 @@
-"""For bad input, the real command prints one sentence, exits with code 2, and writes nothing."""
+"""For bad input, the command prints one sentence, exits with code 2, and writes nothing."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from mlx_segtrain.models import _reading, chain_of, load_base
 
 @pytest.fixture
 def world(tmp_path, llama4, data):
-    """Returns a folder with the inputs of a valid run. Each test breaks one of these inputs."""
+    """Returns a folder with valid inputs for a run. Each test breaks one of them."""
     shutil.copytree(llama4, tmp_path / "model")
     shutil.copytree(data, tmp_path / "data")
     return tmp_path
@@ -180,7 +180,7 @@ def test_adapters_that_do_not_fit(world, llama):
     ],
 )
 def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
-    """A fake mlx comes first on the module path. It lacks its library, or has another version."""
+    """A fake mlx shadows the real one. It lacks its library or has the wrong version."""
     dist = tmp_path / "mlx-0.1.0.dist-info"
     if stub:
         (tmp_path / "mlx").mkdir()
@@ -200,7 +200,7 @@ def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
 
 
 def test_a_signal_while_a_file_is_opened_is_no_fault_of_the_file(tmp_path):
-    """If Ctrl-C arrives within contextlib's code, Python closes the generator."""
+    """If Ctrl-C arrives inside contextlib's code, Python closes the generator."""
     reading = _reading(tmp_path)
     reading.__enter__()
     reading.gen.close()

@@ -1,5 +1,5 @@
-"""Generation with several adapters in one forward pass. Each row gets only the update of its own
-adapter."""
+"""Generates with several adapters in one forward pass. Each row gets only its own adapter's
+update."""
 
 import asyncio
 import gc
@@ -61,8 +61,8 @@ def shared(model, adapters):
 
 @pytest.mark.parametrize("kind", ["rows", "in place", "DoRA in place"])
 def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
-    """Adapters are attached both before and after the twin is created. The model runs as on a
-    GPU."""
+    """Adapters are attached before and after the twin (the model's copy for batches) is created.
+    The model runs as if it were on a GPU."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     base = read_base(model, Confined(model))
     try:
@@ -93,8 +93,8 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["rows", "one of rows", "in place", "DoRA in place", "none"])
 def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
-    """If a kernel supports q, k and v, one call computes all three, with the same results as the
-    model."""
+    """If a kernel supports q, k and v, one call computes all three, and the results equal the
+    model's."""
     monkeypatch.setattr(lora.modules, "few", lambda rows: True)
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     calls = []
@@ -103,7 +103,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
     try:
         tokens = mx.array([[65], [66], [67]])
         twin = lora.twin_of(base.model)
-        assert isinstance(twin.lm_head, lora.twin._Frozen)  # it also uses our kernel
+        assert isinstance(twin.lm_head, lora.twin._Frozen)  # the twin's head also uses our kernel
         ranks = dict.fromkeys([path for path in base.chain.linears if "up_proj" not in path], 4)
         adapters = {i: random_adapter(base.chain, ranks, 2.0, 0.1 * i) for i in (1, 2)}
         if kind == "DoRA in place":
@@ -132,7 +132,7 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
-    """If layers are added after the twin has been created, a new twin replaces the old one."""
+    """If layers are added after the twin was created, a new twin is built."""
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     base = read_base(model, Confined(model))
     try:
@@ -158,7 +158,7 @@ def counted(run, calls):
 
 
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
-    """Returns the text and the pieces of a response."""
+    """Returns a response's text and pieces."""
     chosen, pieces = engine.select(adapter), []
     async for piece in engine.generate(list(prompt), chosen, Options(max_tokens=n, **options)):
         pieces.append(piece)
@@ -193,7 +193,7 @@ class Base:
 
 
 class Mounted:
-    """Has those attributes of a mounted adapter that Linears reads."""
+    """Provides the attributes of a mounted adapter that Linears reads."""
 
     def __init__(self, name, adapter):
         self.id, self.adapter, self.serial = name, adapter, hash(name)
@@ -225,7 +225,7 @@ def test_each_row_gets_its_own_update(base, names):
 
 
 def test_ranks_are_padded_in_groups(model):
-    """Adapters with a small rank are not padded to a large rank."""
+    """A small-rank adapter must not be padded to a large rank."""
 
     def mounted(base):
         made = {}
@@ -264,7 +264,7 @@ def test_linears_that_read_the_same_share_a_product(base, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_row(model):
-    """An adapter that is untrusted or was trained badly may contain NaN."""
+    """An untrusted or badly trained adapter may contain NaN."""
 
     def mounted(base):
         good = random_adapter(base.chain, dict.fromkeys(base.chain.linears, 4), 1.0, 0.1)
@@ -324,19 +324,19 @@ def test_no_request_s_adapter_reaches_another(shared, said):
     for (name, i, n), text in zip(asked, answers, strict=True):
         wanted = said(prompts[i], name, n)
         tokens += len(wanted)
-        if text != wanted:  # allowed only if two tokens were equally likely, up to rounding
+        if text != wanted:  # allowed only if two tokens were equally likely up to rounding
             at = next(k for k, (x, y) in enumerate(zip(text, wanted, strict=False)) if x != y)
             begun = [*prompts[i], *said.tokens(prompts[i], name, n)[:at]]
             best = mx.sort(said.models[name](mx.array([begun]))[0, -1])[-2:]
             assert best[1] - best[0] < 1e-4, (name, i, n)
             different += len(wanted) - at
     assert different < 0.01 * tokens
-    assert max(kinds) == 6 and max(steps) > 30, "nothing was decoded together"
+    assert max(kinds) == 6 and max(steps) > 30, "no requests were decoded together"
 
 
 def test_logprobs_are_the_model_s(shared, said):
-    """For a single request and in a batch, the log-probabilities of the chosen and of the most
-    likely tokens equal the model's, up to rounding."""
+    """The log-probabilities of chosen and most likely tokens equal the model's up to rounding, both
+    for a single request and in a batch."""
 
     async def main():
         crowd = [ask(shared, name, logprobs=i) for i, name in enumerate(["b", "none", "dora"])]
@@ -360,7 +360,7 @@ def test_logprobs_are_the_model_s(shared, said):
 
 
 def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
-    """Neither concurrent requests nor cached prompts change a deterministic response."""
+    """A deterministic response depends neither on concurrent requests nor on cached prompts."""
     long = [97 + (7 * i) % 26 for i in range(300)]
 
     def bits(pieces):
@@ -386,11 +386,13 @@ def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
     assert found == alone
     tokens = {name: [token for token, _ in own] for name, own in batched.items()}
     assert tokens == {name: [token for token, _ in own[0]] for name, own in alone.items()}
-    assert any(batched[name] != alone[name][0] for name in batched), "the lanes are one"
+    assert any(batched[name] != alone[name][0] for name in batched), (
+        "deterministic=False changes nothing"
+    )
 
 
 def test_caches_go_with_their_batch():
-    """Caches are freed immediately, not when the garbage collector runs next."""
+    """Caches are freed at once, without waiting for the garbage collector."""
     batch = Batch(None)
     batch._cache = [BatchKVCache([0, 0])]
     batch._leave_masks_out()
@@ -429,7 +431,7 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
     def step(batch):
         lengths = [request.length for request in batch.answers]
         seen.add(len(shared._batches))
-        assert max(lengths) <= 2 * min(lengths) + 40  # they have grown since the batch was formed
+        assert max(lengths) <= 2 * min(lengths) + 40  # lengths grow after the batch is formed
         return plain(batch)
 
     monkeypatch.setattr(Batch, "step", step)
@@ -444,8 +446,8 @@ def test_lengths_that_differ_much_are_batches_of_their_own(shared, said, monkeyp
 
 
 def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
-    """Each stream gets a token between two parts of the prompt. The size of the parts adapts to the
-    time that they take."""
+    """Each stream gets a token between two chunks of the prompt. The chunk size adapts to the
+    measured time per chunk."""
     monkeypatch.setattr(module, "PROMPTS_S", 0.0)
     engine = Engine()
     asyncio.run(engine.load(model))
@@ -480,7 +482,7 @@ def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
 
 
 def failing(monkeypatch, error, when):
-    """Makes a step of a batch fail at its end if `when(batch)` is true."""
+    """Makes a batch's step fail at its end if `when(batch)` is true."""
     plain = Batch.step
 
     def step(batch):
@@ -507,8 +509,8 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """It is unknown which request caused the error, so each request continues alone from the tokens
-    that it has so far."""
+    """The request that caused the error is unknown, so each request continues alone from its
+    generated tokens."""
     failing(
         monkeypatch,
         ValueError("a bug"),
@@ -549,7 +551,7 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
         del run, runs  # deletes all references
         end = time.monotonic() + 60
         while engine._active or engine._waiting or engine._batches:
-            assert time.monotonic() < end, "a request goes on for nobody"
+            assert time.monotonic() < end, "a request continues after its client has gone"
             await asyncio.sleep(0.01)
         return await engine.call(lambda: (gc.collect(), mx.clear_cache(), mx.get_active_memory()))
 
@@ -559,6 +561,6 @@ def test_two_hundred_who_break_off_leave_nothing(model, adapters):
 
     sizes = asyncio.run(main())
     engine.close()
-    # The loop's variables may still hold a few values of the last batch. If 4 bytes per request
-    # were kept, there would be 800 bytes.
+    # The loop's variables may still reference a few values of the last batch. A leak of 4 bytes per
+    # request would add 800 bytes.
     assert sizes[-1] <= sizes[0] + 256, sizes

@@ -1,4 +1,5 @@
-"""The table of benchmark times: the content of a row, and the command that prints the table."""
+"""Tests the table of benchmark times: the values in a row, and the command that prints the
+table."""
 
 import json
 

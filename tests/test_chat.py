@@ -1,4 +1,4 @@
-"""The command `chat`: a conversation in the terminal, with the base model and with adapters."""
+"""Tests the command `chat`: conversations in the terminal with the base model and with adapters."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
 TOKENS = 8
-#: The sampling options of `chat` if no flags are given.
+#: The sampling options of `chat` without any flags.
 NOTHING = {f"draw_{name}": None for name in generate.DRAWING}
 
 
@@ -36,7 +36,7 @@ def adapters(llama4, tmp_path_factory):
 
 
 def told(monkeypatch, capsys, model, lines, *argv):
-    """Runs `chat` with these lines as input, and returns the output."""
+    """Runs `chat` with these input lines and returns the output."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     how = ["--model", str(model), "--max-tokens", str(TOKENS)]
     assert cli.main(["chat", *how, *map(str, argv)]) == 0
@@ -44,8 +44,7 @@ def told(monkeypatch, capsys, model, lines, *argv):
 
 
 def answer(model_dir, adapter, turns):
-    """Returns the response that mlx-lm generates with our model, without a cache of earlier
-    turns."""
+    """Returns mlx-lm's response for our model, computed without a cache of earlier turns."""
     model, tokenizer = load(model_dir, adapter)
     prompt = Prompting().chat_ids(tokenizer, turns)
     return mlx_lm.generate(model, tokenizer, prompt, max_tokens=TOKENS)

@@ -1,4 +1,4 @@
-"""The command line: flags that come from one declaration, errors of one sentence, exit codes, and
+"""Tests the command line: flags declared in one place, one-sentence errors, exit codes, and
 summaries."""
 
 import io
@@ -62,7 +62,7 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Mock:
 
 
 def error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command with bad input, and returns the error, which has one sentence. Nothing may be
+    """Runs a command with bad input and returns its one-sentence error. Checks that no files are
     written."""
     before = sorted(Path().rglob("*"))
     assert cli.main(argv) == 2
@@ -115,7 +115,7 @@ GIVEN = ("grad_accumulation_steps", "append_eos", "lora_dropout", "parallel")
 
 
 def changed(method: str) -> dict[str, Any]:
-    """Returns values that differ from the defaults, for all fields that affect this method."""
+    """Returns non-default values for all fields that affect this method."""
     common = {
         "model_dir": "m1",
         "data_dir": "d1",
@@ -184,7 +184,7 @@ def changed(method: str) -> dict[str, Any]:
             **{"packing": True, "lr_schedule": "linear"},
         },
     }[method]
-    if method == "grpo":  # these fields have no effect with grpo
+    if method == "grpo":  # grpo ignores these fields
         common = {k: x for k, x in common.items() if k not in GIVEN}
     return {**common, **own, **({} if method == "sft" else {"method": method})}
 
@@ -251,7 +251,7 @@ def test_every_field_has_a_flag(command: str, method: str, monkeypatch: pytest.M
     defaults = {n: f.get_default() for n, f in TrainConfig.model_fields.items()}
     expected = {**defaults, **given}
     if command == "probe":
-        del got["adapter_path"], expected["adapter_path"]  # probe writes nothing
+        del got["adapter_path"], expected["adapter_path"]  # probe writes no adapter
     assert got == expected
 
 

@@ -1,4 +1,4 @@
-"""TrainConfig: YAML, overrides, errors of one sentence, and the table in the documentation."""
+"""Tests TrainConfig: YAML, overrides, one-sentence errors, and the table in the documentation."""
 
 from pathlib import Path
 
@@ -189,7 +189,7 @@ def test_yaml_is_read_and_overrides_win(tmp_path: Path) -> None:
     file = write(tmp_path, "rank: 16\nlearning_rate: 1e-5\nsegment_size: 4\nnum_layers: 3\n")
     config = load_config(file, {"rank": "32", "grad_checkpoint": False, "data_dir": "~/x"})
     assert (config.rank, config.segment_size, config.num_layers) == (32, 4, 3)
-    assert config.learning_rate == 1e-5  # YAML 1.1 reads 1e-5 as a string
+    assert config.learning_rate == 1e-5  # YAML 1.1 would read 1e-5 as a string
     assert config.data_dir == Path.home() / "x"
     with pytest.raises(ValidationError):
         config.rank = 4  # type: ignore[misc]
@@ -310,7 +310,7 @@ ANYTHING = st.recursive(
 @settings(max_examples=500)
 @given(st.sampled_from(sorted(TrainConfig.model_fields)), ANYTHING)
 def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) -> None:
-    """If a field accepts a value, it also accepts the value to which it was converted."""
+    """If a field accepts a value, it also accepts the value after conversion."""
     try:
         config = load_config(None, {**REQUIRED, field: value})
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Runs the text of cuda/decode.cu on the CPU (lib/cuda_on_cpu.h) and checks its results."""
+"""Runs the source of cuda/decode.cu on the CPU (lib/cuda_on_cpu.h) and checks the results."""
 
 import ctypes
 import os
@@ -19,15 +19,15 @@ COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.skipif(
-        sys.platform != "linux" or COMPILER is None, reason="it takes Linux and a compiler"
+        sys.platform != "linux" or COMPILER is None, reason="needs Linux and a compiler"
     ),
 ]
 
 ROOT = Path(__file__).parents[1]
 ADAPTERS, THREADS = 3, 256
 NAMES = {mx.bfloat16: "bfloat16", mx.float16: "half", mx.float32: "float"}
-#: For each case: bits (0 for dense), group size, dtype, the rows and tiles of the kernel, and the
-#: rows, widths and ranks of calls.
+#: Each case: bits (0 for dense), group size, dtype, the kernel's rows and tiles, and the calls'
+#: rows, widths and ranks.
 CASES = [
     (4, 64, mx.bfloat16, 16, 1, 13, (72, 8), 320, (16, 3)),
     (4, 128, mx.bfloat16, 8, 2, 5, (40,), 1280, (8,)),
@@ -39,8 +39,8 @@ CASES = [
 
 
 def source(text):
-    """Returns C++ code that turns the kernel `decode_linears` in a text into one function for each
-    case in CASES."""
+    """Returns C++ code with one function for each case in CASES, made from the kernel
+    `decode_linears`."""
     head, *kernels = re.split(r"^//: ", text, flags=re.MULTILINE)
     line, body = next(x for x in kernels if x.startswith("decode_linears:")).split("\n", 1)
     inputs = line.partition(": ")[2].partition(" -> ")[0].split()
@@ -71,7 +71,7 @@ def library(tmp_path_factory):
 
 
 def numbers(x):
-    """Returns the elements of an array in the form that they have in memory."""
+    """Returns an array's elements in their memory representation."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 

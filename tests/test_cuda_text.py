@@ -1,6 +1,6 @@
-"""The kernels in cuda/ compile for the devices that they support, on a machine without a GPU.
+"""Tests that the kernels in cuda/ compile for the devices that they support, without a GPU.
 
-Only the host code of each call and CUDA's compiler run here, because the kernels need a GPU.
+Only the host code of each call and CUDA's compiler run here, because running a kernel needs a GPU.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.skipif(
         sys.platform != "linux" or os.uname().machine != "x86_64",
-        reason="the compiler is for Linux",
+        reason="the compiler's package is for Linux on x86_64",
     ),
 ]
 
@@ -32,16 +32,16 @@ COMPILER = "nvidia-cuda-nvrtc"
 
 
 def load_compiler():
-    """Loads the compiler's libraries into the process, so that _core finds them by name."""
-    # Only files of the compiler's package are used, because a torch for CUDA installs more
-    # libraries in the same folder.
+    """Loads the compiler's libraries into the process, where _core finds them by name."""
+    # Uses only the compiler package's own files, because torch for CUDA installs other libraries in
+    # the same folder.
     files = {file.name.partition(".so.")[0]: file for file in metadata.files(COMPILER) or []}
     for name in ("libnvrtc-builtins", "libnvrtc"):
         ctypes.CDLL(str(files[name].locate()), mode=ctypes.RTLD_GLOBAL)
 
 
 def differentiate(f, *args):
-    """Builds the graphs of the forward and the backward pass, which compiles their kernels."""
+    """Builds the graphs of the forward and backward passes, which compiles their kernels."""
     y = f(*args)
     ys = list(y) if isinstance(y, list | tuple) else [y]
     mx.vjp(f, list(args), [mx.zeros_like(x) for x in ys])
@@ -55,9 +55,9 @@ def attention(impl, dtype, d, **options):
 
 
 def the_plan_counts_sums():
-    """Checks that the plan counts dq, dk and dv in float32 for the deterministic kernel on Hopper.
+    """Checks that the plan counts float32 dq, dk and dv for the deterministic Hopper kernel.
 
-    Besides these arrays the kernel needs only a few values per query.
+    In addition, the kernel needs only a few values per query.
     """
     from mlx_segtrain import _core
     from mlx_segtrain.planning.costs import Device
@@ -86,7 +86,7 @@ def layer_ops(dtype):
     name = str(dtype).split(".")[-1]
     bases = [*BASES, ("affine", 2, 64), ("affine", 3, 128), ("affine", 5, 32), ("affine", 8, 32)]
     shapes = [([264], [16]), ([64], [6]), ([128, 32, 32], [40, 8, 3])]
-    # The kernels that dequantize depend on the base, and the matrix products on the ranks, so each
+    # Dequantizing kernels depend only on the base, and matrix products only on the ranks, so each
     # base and each set of ranks is tested once.
     for base, (widths, ranks) in zip(bases, cycle(shapes), strict=False):
         linears, _ = linears_of(rng, 128, widths, ranks, base, name)
@@ -147,7 +147,7 @@ def layer_ops(dtype):
 
 
 def decoding(dtype):
-    """Runs decoding steps with one row and with several rows, with and without low-rank updates."""
+    """Runs decoding steps with one and with several rows, with and without low-rank updates."""
     from lib.linears import base_of
     from mlx_segtrain import ops
 
@@ -157,7 +157,7 @@ def decoding(dtype):
     calls = [(None, (8,), 1), (four, (8, 0, 8), 1), (four, (8, 0, 8), 16), (eight, (96, 8), 7)]
     calls += [(None, (8, 0), 9), (two, (8,), 5), (four, (0,), 16)]
     for kind, ranks, rows in calls:
-        out = 17000 if ranks == (0,) else 64  # heads have other tiles
+        out = 17000 if ranks == (0,) else 64  # output heads use other tiles
         bases = [base_of(rng, out, 128, kind)[0] for _ in ranks]
         if kind is None:
             bases = [ops.Base(bases[0].weight.astype(dtype))]
@@ -185,7 +185,7 @@ def compile_all():
 
 
 def compile_together():
-    """Checks that collected kernels are compiled once, and that later calls find them."""
+    """Checks that collected kernels are compiled in one call, and that later calls find them."""
     from mlx_segtrain import _core, ops
 
     load_compiler()
@@ -225,8 +225,8 @@ def model_of(family, args):
 
 
 def launches_of_model(family, args):
-    """Counts the launches of all layers of a small model whose linear layers are all adapted, in
-    the forward and backward pass."""
+    """Counts the launches of a small model's layers in the forward and backward pass. All linear
+    layers are adapted."""
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
 
@@ -250,13 +250,13 @@ def launches_of_model(family, args):
 
     h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
     mx.eval(h, tokens, factors)
-    mx.eval(run(h, *factors))  # this also creates the arrays that are cached
+    mx.eval(run(h, *factors))  # also creates cached arrays
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
     return Counter(_core.launches([y, dh, *grads]))
 
 
 def launches(form):
-    """Returns the launches that one more layer of this form adds, by name."""
+    """Returns the number of launches that another layer of this form adds, by kernel name."""
     slides, full = "sliding_attention", "full_attention"
     alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
     types = {
@@ -282,8 +282,8 @@ def launches(form):
 
 
 def kept(family):
-    """Returns, for each stage, the bytes that it keeps for its backward pass, divided by the bytes
-    in the plan."""
+    """Returns, for each stage, the ratio of the bytes saved for its backward pass to the bytes in
+    the plan."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
@@ -347,11 +347,11 @@ FAMILIES = ["llama", "qwen3", "gemma4_text"]
 
 
 def count_all():
-    """In one process, counts the launches of every form, and the bytes that the stages of every
-    family keep."""
+    """Counts, in one process, the launches of every form and the bytes saved by the stages of every
+    family."""
     from mlx_segtrain import _core
 
-    _core.collect_kernels()  # kernels do not run, so they need not be compiled
+    _core.collect_kernels()  # kernels do not run here, so they need not be compiled
     mx.set_default_device(mx.Device(mx.cpu))
     _core.set_repeatable(True)
     counts = {form: launches(form) for form in MOST_LAUNCHES}
@@ -359,7 +359,7 @@ def count_all():
 
 
 def dry_run(call, folder):
-    """Runs a function of this file in a process that emulates a Hopper GPU, and returns its
+    """Runs a function of this file in a process that emulates a Hopper GPU, and returns the
     output."""
     code = (
         f"import test_cuda_text as own, mlx_segtrain.torchless as x; x.hide_torch(); own.{call}()"
@@ -389,7 +389,7 @@ def counted(tmp_path_factory):
 
 @pytest.mark.parametrize("form", MOST_LAUNCHES)
 def test_launches_of_a_layer(form, counted):
-    """The number of launches determines the time of a short step. In this test, Gemma 4's per-layer
+    """The number of launches determines the duration of a short step. Here, Gemma 4's per-layer
     input has two adapted linear layers."""
     counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
@@ -399,8 +399,7 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """The difference is at most a few values per token, which is negligible for the widths of real
-    models."""
+    """The difference is at most a few values per token, which is negligible for real models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

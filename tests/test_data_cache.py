@@ -1,5 +1,4 @@
-"""Cached tokens are the same as tokens without a cache, survive interruptions, and are computed
-only once."""
+"""Cached tokens equal uncached ones, survive interruptions, and are computed only once."""
 
 import hashlib
 import json
@@ -63,7 +62,7 @@ def tokenizer(model):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Returns an empty cache that caches even small data, in blocks of a few rows."""
+    """Returns an empty cache folder, set up to cache even small data, in blocks of a few rows."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "SMALL", 0)
     monkeypatch.setattr(limits, "BLOCK", 1500)
@@ -114,17 +113,17 @@ def assert_same(a, b):
 def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     tmp_path, tokenizer, model, kept, form, part
 ):
-    """The data is the same even if rows are truncated to a length that only some of them exceed."""
+    """Cached data stays the same if rows are truncated to a length that only some rows exceed."""
     data = write(tmp_path / "data", rows_of(form, 90))
     plain, _ = load_dataset(data, tokenizer, of(form, max_seq_length=4096))
     how = of(form, max_seq_length=int(np.percentile(plain.columns.length, part)))
     plain, _ = load_dataset(data, tokenizer, how)
-    for _ in range(2):  # first written, then read
+    for _ in range(2):  # the first pass writes the cache, the second reads it
         stored, _ = load_dataset(data, tokenizer, how, model)
         assert_same(stored, plain)
     assert len(files(kept)) > 2
-    # The result is compared with an implementation without columns, in which each row is tokenized,
-    # truncated and counted.
+    # Compare with an implementation that uses no columns but tokenizes, truncates and counts row by
+    # row.
     encoder = Encoder(tokenizer, how)
     records = [checked(row, f"train.jsonl:{n}") for n, row in enumerate(rows_of(form, 90), 1)]
     whole = encode(encoder, records)
@@ -141,7 +140,7 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     expected = Columns.of([own[0] for own in short])
     for own in fields(Columns):
         found, wanted = getattr(plain.columns, own.name), getattr(expected, own.name)
-        if own.name == "top":  # this word may be in the truncated part
+        if own.name == "top":  # truncation may have removed this word
             assert (found >= wanted).all()
         else:
             assert np.array_equal(found, wanted), own.name
@@ -171,8 +170,8 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         return cache.key_of(source, tokenizer, Options(**how), model)
 
     first = key()
-    # The key depends neither on options for what happens after tokenization, nor on the
-    # modification times and locations of the files.
+    # The key is independent of options that apply after tokenization, and of the files'
+    # modification times and locations.
     os.utime(data / "train.jsonl", (1, 1))
     for other in (
         {"max_seq_length": 7},
@@ -202,7 +201,7 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
     write(data, rows_of("text", 4))
     found.append(key(sources_of(data)[0]))
     write(data, rows_of("text", 3), "validation.jsonl")
-    found.append(key(sources_of(data)[1]))  # the names of rows contain the name of the file
+    found.append(key(sources_of(data)[1]))  # row names contain the file name
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
         other = tmp_path / f"model-{name}"
         other.mkdir()
@@ -236,8 +235,8 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
         assert_same(again, whole)
 
 
-#: This script needs no `if __name__ == "__main__"`, because our processes do not import the program
-#: that starts them.
+#: Needs no `if __name__ == "__main__"`, because our worker processes do not import the main
+#: program.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -262,7 +261,7 @@ def start(data, model):
 
 @pytest.mark.acceptance
 def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
-    """After Ctrl-C or a kill, no process is left. Continuing then creates the same files as an
+    """Ctrl-C or a kill leaves no process running. Continuing creates the same files as an
     uninterrupted run."""
     data = write(tmp_path / "data", rows_of("messages", 2000))
     before = {}
@@ -283,7 +282,7 @@ def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
     process, lines = start(data, model)
     assert [*lines][-1] == "done\n" and process.wait() == 0
     assert all(file.stat().st_ino == inode for file, inode in before.items())
-    assert not list(kept.glob("*/.*"))  # there are no incomplete files
+    assert not list(kept.glob("*/.*"))  # no incomplete files
     continued = files(kept)
     for file in kept.glob("*/*"):
         file.unlink()
@@ -315,7 +314,7 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
     for line, message in ((21, "needs the keys"), (61, "must be a list"), (151, "must be a list")):
         with pytest.raises(InputError, match=rf"train\.jsonl:{line}: .*{message}"):
             load_dataset(data, tokenizer, of("messages"), model)
-        assert not list(kept.glob("*/*.arrow"))  # the rows are still invalid, so nothing is cached
+        assert not list(kept.glob("*/*.arrow"))  # rows are still invalid, so nothing is cached
         rows[line - 1] = ROWS["messages"](line)
         write(data, rows)
     rows[99] = ROWS["preference"](1)
@@ -391,7 +390,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert main(["cache", "prune", "--older", "1"]) == 0
     assert "removed 0 of 1" in capsys.readouterr().out
     assert main(["cache", "prune", "nothing"]) == 2
-    # A process that writes the cache holds this lock.
+    # Hold the lock, like a process that is writing the cache.
     with open(kept / key / "lock", "a", encoding="utf-8") as file:
         assert cache.lock(file)
         assert main(["cache", "prune", "--all"]) == 0
@@ -420,11 +419,11 @@ def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, monke
     assert [kept_files.known_sha256(file) for _ in range(3)] == [right] * 3
     assert len(read) == 2
     before = file.stat()
-    file.write_bytes(b"abce")  # the size is the same, and the modification time is restored
+    file.write_bytes(b"abce")  # same size and, below, same modification time
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
     for note in (tmp_path / "cache" / "hashes").iterdir():
         note.write_text("{}")
     assert kept_files.known_sha256(file) == hashlib.sha256(b"abce").hexdigest()
-    file.write_bytes(b"ab")  # the hashes of small files are not cached
+    file.write_bytes(b"ab")  # hashes of small files are not cached
     assert kept_files.known_sha256(file) == hashlib.sha256(b"ab").hexdigest()

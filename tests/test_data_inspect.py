@@ -35,7 +35,8 @@ def test_one_file_with_tokenizer(tmp_path):
         21,
         0,
     )
-    # <s> Q X, n times W, Z </s>. In the last row, the prompt alone is longer than 20 tokens.
+    # Each row consists of <s> Q X, n times W, and Z </s>. The last row's prompt alone exceeds 20
+    # tokens.
     assert (report.length_min, report.length_median, report.length_p95) == (5, 15, 24)
     assert report.length_max == 33
     assert (report.truncated, report.dropped) == (4, 1)
@@ -70,7 +71,7 @@ def test_errors_are_in_the_report(tmp_path):
     write(tmp_path / "train.jsonl", {"text": "a"}, {"txt": "b"})
     report = inspect(tmp_path)
     assert not report.ok and (report.error or "").startswith("train.jsonl:2: ")
-    # Rows without tokens in the loss are shown too, so that the reason is visible.
+    # Rows without tokens in the loss are shown too, with the reason.
     write(tmp_path / "train.jsonl", {"messages": chat("Hello")}, {"prompt": "a", "completion": ""})
     report = inspect(tmp_path, byte_level(), Options(append_eos=False, prompt_format="raw"))
     assert not report.ok and "anything to train on" in (report.error or "")
@@ -82,7 +83,7 @@ def test_errors_are_in_the_report(tmp_path):
 
 
 def test_what_an_epoch_takes(tmp_path):
-    """Tests the figures for an epoch, unpacked and packed, and also lengths, the longest rows, and
+    """Tests the statistics for an epoch (unpacked and packed), lengths, the longest rows, and
     duplicates."""
     rows = [{"text": "W" * n} for n in (1, 1, 2, 5, 30, 14, 6, 1)]  # plus <s> and </s>
     path = write(tmp_path / "data.jsonl", *rows)
@@ -96,7 +97,7 @@ def test_what_an_epoch_takes(tmp_path):
     assert report.epoch is not None and report.packed is not None
     assert (report.epoch.rows, report.epoch.steps, report.epoch.seconds) == (8, 2.0, 6.0)
     assert 0 < report.epoch.unused < 1
-    # There are 3 + 3 + 3 + 4 + 7 + 8 + 16 + 16 tokens, which are packed into rows of 16.
+    # 3 + 3 + 3 + 4 + 7 + 8 + 16 + 16 tokens are packed into rows of 16.
     assert (report.packed.rows, report.packed.steps) == (4, 1.0)
     assert report.packed.unused == pytest.approx(1 - 60 / 64)
     alone = inspect(path, byte_level(), Options(max_seq_length=16), batch_size=9)
@@ -115,7 +116,7 @@ def test_the_lengths_of_one_row(tmp_path):
 
 
 class Page(HTMLParser):
-    """Parses a page into the names and attributes of its elements, and its text."""
+    """Collects a page's text and the names and attributes of its elements."""
 
     def __init__(self, text):
         super().__init__()
@@ -131,7 +132,7 @@ class Page(HTMLParser):
 
 
 def test_a_page_to_pass_on(tmp_path):
-    """HTML in a row, a column name or a file name is shown as text."""
+    """HTML in a row, a column name or a file name is displayed as text."""
     evil = "<script>alert(1)</script><img src=x onerror=y>"
     row = {"prompt": evil, "completion": f"fine {evil} & " + "W" * 300, evil: 1}
     path = write(tmp_path / "<b>&.jsonl", row, row)

@@ -1,4 +1,4 @@
-"""For invalid files, the error is one clear sentence with the file and the line."""
+"""For invalid files, the error is one clear sentence that includes the file and the line."""
 
 import json
 
@@ -65,7 +65,7 @@ def message(**fields):
 def test_a_bad_row_is_named(tmp_path, tokenizer, line, says):
     if not isinstance(line, bytes):
         line = (line if isinstance(line, str) else json.dumps(line)).encode()
-    # A line separator within a row does not end the line. Blank lines are counted.
+    # A Unicode line separator within a row does not end the line. Blank lines are counted.
     (tmp_path / "train.jsonl").write_bytes(
         GOOD + '{"text": "\u2028"}\n\n \r\n'.encode() + line + b"\n" + GOOD
     )
@@ -81,7 +81,7 @@ def test_what_is_accepted(tmp_path, tokenizer):
         b"\xef\xbb\xbf" + GOOD,  # a byte order mark
         b"\r\n",
         '{"text": "\\ud83c\\udf89 é"}\r\n'.encode(),  # a surrogate pair is one character
-        # There is no newline at the end.
+        # No newline at the end.
         json.dumps({"messages": chat("a", "b"), "note": 1}).encode(),
     ]
     (tmp_path / "train.jsonl").write_bytes(b"".join(rows))

@@ -1,5 +1,4 @@
-"""Tests rows with a label: their formats, the signs of their weights, truncation, and invalid
-rows."""
+"""Tests rows with a label: formats, signs of the weights, truncation, and invalid rows."""
 
 import json
 from dataclasses import replace

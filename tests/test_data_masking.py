@@ -109,9 +109,9 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
-    # "▁fine" contains the space of the prompt and the response: a token with any part of the
-    # response is in the loss. The newline ends the turn, because there is no special token for
-    # this, and none is appended.
+    # The token "▁fine" contains the space between prompt and response: a token with any part of the
+    # response is in the loss. The newline ends the turn, because no special token ends it and none
+    # is appended.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 
@@ -119,7 +119,7 @@ def test_a_turn_without_special_token_is_trained_whole(tmp_path):
     tokenizer = byte_level("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     messages = chat("Hello", "I say <|im_end|> here", "Bye", "fine")
     data = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False)
-    # Because there is no generation prompt, the model must also write the name of the speaker.
+    # Without a generation prompt, the model must also learn to write the speaker's name.
     assert trained(data.rows[0], tokenizer) == [
         "assistant: I say <|im_end|> here\n",
         "assistant: fine\n",
@@ -130,7 +130,9 @@ def test_a_turn_without_special_token_is_trained_whole(tmp_path):
 def test_tokens_that_merge_across_the_start_of_a_turn(tmp_path):
     tokenizer = byte_level()
     whole = ids(tokenizer, "assistant\n\n\nfine")
-    assert whole != ids(tokenizer, "assistant\n", "\n\nfine"), "nothing merges, nothing is tested"
+    assert whole != ids(tokenizer, "assistant\n", "\n\nfine"), (
+        "no tokens merge, so nothing is tested"
+    )
     row = load(tmp_path, tokenizer, {"messages": chat("Hello", "\n\nfine")}).rows[0]
     prompt = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert row.ids.tolist() == ids(tokenizer, prompt, "\n\nfine<|im_end|>\n")
@@ -153,7 +155,7 @@ def test_a_generation_prompt_that_the_finished_turn_lacks(tmp_path):
     tokenizer = byte_level(OPEN_THINKING)
     messages = chat("a", "<this is fine", "b", "two")
     data = load(tmp_path, tokenizer, {"messages": messages})
-    # The thinking block that the generation prompt opens is closed before the response.
+    # The generation prompt opens a thinking block, which is closed before the response.
     closed = "\n</think>\n\n"
     assert [trained(row, tokenizer) for row in data.rows] == [
         [closed + "<this is fine<|im_end|>"],

@@ -1,5 +1,5 @@
-"""Tests prompt/completion rows and text rows, BOS and EOS, truncation, and rows without tokens in
-the loss."""
+"""Tests prompt/completion and text rows, BOS and EOS, truncation, and rows without tokens in the
+loss."""
 
 import json
 
@@ -44,7 +44,9 @@ def test_text(tmp_path):
     assert row.weights.tolist() == [0] + [1] * (len(row.ids) - 1)
     row = load(tmp_path, byte_level(bos=False), {"text": "The sky is blue"}).rows[0]
     assert row.ids.tolist() == ids(tokenizer, "The sky is blue</s>")
-    assert row.weights.tolist() == [0] + [1] * (len(row.ids) - 1), "the first is never predicted"
+    assert row.weights.tolist() == [0] + [1] * (len(row.ids) - 1), (
+        "the first token is never predicted"
+    )
 
 
 def test_stops_of_the_configuration_stand_beside_the_tokenizers_own(tmp_path):
@@ -99,7 +101,7 @@ def test_truncation_on_the_right(tmp_path):
         {"prompt": "Q", "completion": "WWWWW"},
         {"prompt": "Q", "completion": "W"},
     ]
-    data = load(tmp_path, tokenizer, *rows, max_seq_length=5)  # each letter is one token
+    data = load(tmp_path, tokenizer, *rows, max_seq_length=5)  # each letter is a token
     assert [text(row, tokenizer) for row in data.rows] == ["<s>QWWW", "<s>QW</s>"]
     assert [trained(row, tokenizer) for row in data.rows] == [["WWW"], ["W</s>"]]
     assert (data.n_rows, data.truncated, data.dropped) == (3, 1, 1)

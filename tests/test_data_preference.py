@@ -1,4 +1,4 @@
-"""Tests pairs of responses: formats of rows, tokens, shared tokens, and truncation."""
+"""Tests pairs of responses: row formats, tokens, shared tokens, and truncation."""
 
 import json
 from itertools import islice
@@ -125,7 +125,7 @@ def test_a_text_prompt_has_bos_once_and_eos(tmp_path):
     [
         ("WX", "ZZ", 3),  # <s> Q Q
         ("WX", "WZ", 4),  # <s> Q Q W
-        ("W", "WZ", 3),  # two tokens of <s> Q Q W </s> are not shared
+        ("W", "WZ", 3),  # the last two tokens of <s> Q Q W </s> are not shared
         ("", "Z", 2),
     ],
 )
@@ -156,11 +156,11 @@ def test_the_prompt_keeps_its_tokens_where_a_response_would_merge_with_it(tmp_pa
 
 def test_prompts_that_end_in_other_tokens(tmp_path):
     tokenizer = metaspace()
-    row = text_pair("The sky is gr", "een", "QQ")  # "▁green" is one token, in the response
+    row = text_pair("The sky is gr", "een", "QQ")  # "▁green" is one token of the response
     (whole,) = load(tmp_path, tokenizer, row).rows
     starts = [int(np.argmax(own.weights > 0)) for own in (whole.chosen, whole.rejected)]
     assert starts[0] < starts[1] and whole.shared == starts[0]
-    most = starts[0] - 2  # leaves <s> and one token of the shorter prompt
+    most = starts[0] - 2  # keeps <s> and one token of the shorter prompt
     for wanted, cut in ((1, 1), (most, most), (most + 1, most)):
         length = len(whole.rejected) - wanted
         data = load(tmp_path, tokenizer, row, length=length)
@@ -234,7 +234,7 @@ def test_pairs_without_a_response_are_dropped(tmp_path):
     data = load(tmp_path, tokenizer, *rows, append_eos=False)
     assert (data.n_rows, len(data.rows), data.dropped) == (3, 1, 2)
     assert (data.truncated, data.prompts_cut) == (0, 0)
-    assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s> once, and Q and the response twice
+    assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s> once; Q and the response twice
     with pytest.raises(InputError, match=r"max_seq_length = 2; raise it \(.* has 4 tokens\)"):
         load(tmp_path, tokenizer, rows[0], length=2)
 
@@ -355,7 +355,7 @@ def test_inspection_counts_what_is_cut(tmp_path):
     report = inspect(
         tmp_path, tokenizer, Options(max_seq_length=5, method="dpo", prompt_format="raw")
     )
-    assert (report.length_min, report.length_max) == (6, 10)  # <s> and the prompt are computed once
+    assert (report.length_min, report.length_max) == (6, 10)  # <s> and the prompt count once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
     assert "use method dpo, orpo, simpo or kto" in (

@@ -1,4 +1,4 @@
-"""Runs on files other than JSON Lines, and on rows from Python."""
+"""Tests runs on formats other than JSON Lines, and on rows from Python."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ def weights(folder):
 
 
 def test_the_same_rows_in_any_form_are_the_same_run(llama4, tmp_path):
-    """A folder, a Parquet file, a list and an Arrow table result in the same run. It can be resumed
+    """A folder, a Parquet file, a list and an Arrow table give identical runs, which can be resumed
     only with the same rows."""
     data = write_rows(tmp_path / "data", 12)
     rows = rows_in(data)

@@ -1,5 +1,4 @@
-"""Tests the formats of rows in several kinds of files, and which of their tokens are in the
-loss."""
+"""Tests row formats in several kinds of files, and which of their tokens are in the loss."""
 
 import csv
 import json
@@ -22,7 +21,7 @@ CHAT = chat("Hello", "fine")
 SHAREGPT = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]
 ASKED = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-#: For each case, a row, its format, the user's message, and the response.
+#: For each case: a row, its format, the user's message, and the response.
 SHAPES = {
     "messages": ({"messages": CHAT}, "messages", "Hello", "fine"),
     "messages as JSON": ({"messages": json.dumps(CHAT)}, "messages", "Hello", "fine"),
@@ -53,7 +52,7 @@ def write_csv(path, row):
 
 
 def write_table(path, row):
-    """Writes a table with two additional columns that are null, as in a table that also has other
+    """Writes a table with two additional null columns, as in a table that contains other kinds of
     rows."""
     path.unlink(missing_ok=True)
     pq.write_table(pa.Table.from_pylist([{**row, "system": None, "tools": None}]), path)
@@ -76,7 +75,7 @@ def read(folder, *rows, **options):
 def test_what_is_trained_of_a_row(name, file, tmp_path):
     row, format, prompt, response = SHAPES[name]
     if name == "lists" and file == "train.csv":
-        return  # a string would be read as the user's message
+        return  # the string would be read as a user message
     WRITERS[file](tmp_path / file, row)
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert (data.format, data.notes.formats) == (format, {format: 1})
@@ -120,7 +119,7 @@ def test_the_system_s_text_twice(tmp_path):
         read(tmp_path, {"conversations": messages, "system": "Be quick."})
 
 
-#: A row that has the keys of several formats is read in the first of these formats.
+#: If a row has the keys of several formats, the first of these formats applies.
 ORDER = [
     ({"prompt", "chosen", "rejected"}, "preference"),
     ({"prompt", "completion", "label"}, "kto"),
@@ -199,7 +198,7 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_rows_with_a_label(tmp_path):
-    """With sft, undesirable rows are dropped, and a message reports this."""
+    """sft drops undesirable rows, and a message reports this."""
     rows = [
         {"prompt": "Q", "completion": f"A{i}", "label": label}
         for i, label in enumerate([True, False, 1, 0, "true", " False ", "1", "0"])

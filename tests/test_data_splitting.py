@@ -1,5 +1,5 @@
-"""Tests held-out rows, duplicates, and rows that are in both sets. All of these depend only on the
-content of rows."""
+"""Tests held-out rows, duplicates, and rows in both sets, which depend only on the rows'
+content."""
 
 import json
 import random
@@ -44,8 +44,7 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
         texts(load(tmp_path, rows, method=method, val_split=0)[0])
     )
     held = set(texts(valid))
-    # The rows are the same, in another order, with columns that nothing reads, and with additional
-    # rows.
+    # The same rows in another order, with unused columns and additional rows.
     random.Random(0).shuffle(rows)
     others = [{"id": i, **own} for i, own in enumerate(rows)]
     assert set(texts(load(tmp_path, others, method=method)[1])) == held
@@ -57,7 +56,7 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
     more = [make(n) for n in range(200, 400)]
     again = set(texts(load(tmp_path, [*rows, *more], method=method, val_split=10)[1]))
     assert again & held and len(again) == 10
-    # Another seed holds out other rows.
+    # Another seed selects other rows.
     other = set(texts(load(tmp_path, rows, method=method, seed=1)[1]))
     assert len(other) == 10 and other != held
 
@@ -83,10 +82,10 @@ def test_equal_rows_are_on_one_side(tmp_path):
     train, valid = load(tmp_path, rows, val_split=0.2)
     assert not set(texts(train)) & set(texts(valid))
     assert valid.n_rows == 40
-    # One row that occurs five times; two such rows would be 10.
+    # Holds out one row, which occurs five times. Two such rows would be 10 rows.
     train, valid = load(tmp_path, rows, val_split=7)
     assert valid.n_rows == 5
-    # If all rows are equal, or a row occurs more than val_split times, no rows are held out, and a
+    # If all rows are equal, or one row occurs more than val_split times, no rows are held out and a
     # message reports this.
     assert load(tmp_path, [row(1)] * 200)[1] is None
     with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
@@ -128,7 +127,7 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
 
 
 def test_a_row_of_several_samples_is_one_row(tmp_path):
-    """A template that drops earlier reasoning turns each turn into a separate sample."""
+    """If a template drops earlier reasoning, each turn becomes a separate sample."""
     tokenizer = byte_level(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"

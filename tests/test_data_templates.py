@@ -49,8 +49,7 @@ def spans(data, tokenizer):
 
 
 def check_contexts(data, tokenizer, messages, **kwargs):
-    """Checks that the context of each turn in the loss is the prompt from which generation
-    starts."""
+    """Checks that the context of each turn in the loss is the prompt used for generation."""
     prompts = [
         tokenizer.apply_chat_template(
             messages[:i], tokenize=False, add_generation_prompt=True, **kwargs
@@ -63,7 +62,7 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         assert any(own.startswith(prompt) for own in whole), prompt
 
 
-# 1. The context is the prompt from which generation starts
+# 1. The context equals the prompt used for generation
 
 
 @pytest.mark.parametrize(
@@ -80,7 +79,7 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         (PARTS, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
-# These letters occur in <|im_end|>.
+# Letters that occur in <|im_end|>.
 @pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])
 def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(
     tmp_path, template, answers, answers_are
@@ -178,7 +177,7 @@ def test_reasoning_is_trained_however_row_and_template_spell_it(tmp_path, key, t
     own = says("one", **{key: "hm"}) if key else says("<think>\nhm\n</think>\n\none")
     row = {"messages": [asks("a"), own, asks("b"), says("two")]}
     data = load(tmp_path, tokenizer, row, train_on="assistant")
-    # This template also keeps tags in the content of a message.
+    # This template also preserves tags in a message's content.
     if key is None and "m.reasoning }}" in template:
         expected = "/<think>\nhm\n</think>\n\none<|im_end|>"
     assert spans(data, tokenizer)[0] == expected

@@ -1,4 +1,4 @@
-"""The fast tokenization of words returns the same tokens as the tokenizers library."""
+"""Fast word tokenization returns the same tokens as the tokenizers library."""
 
 import json
 
@@ -18,7 +18,7 @@ from mlx_segtrain.data.words import LLAMA_3, QWEN_2, Words
 
 SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|im_end|>x"]
 TEXT = " It's 1234 o'clock,\n\n  he'LL say:\tdef f(x):\r\n    return x  \n"
-#: Texts with all kinds of characters that the patterns distinguish.
+#: Texts with all classes of characters that the patterns distinguish.
 ascii_text = st.lists(
     st.one_of(
         st.sampled_from([*SPECIAL, "'s", "'ll", "'LL", "  ", "\n", "\r\n", " a", "12", "<|"]),

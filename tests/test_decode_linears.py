@@ -1,5 +1,4 @@
-"""Linear layers in a decoding step, which are computed in one call with a different adapter for
-each row."""
+"""Linear layers in a decoding step, computed in one call with a different adapter for each row."""
 
 import inspect
 
@@ -18,8 +17,7 @@ KINDS = [None, ("affine", 4, 64), ("affine", 8, 32), ("affine", 3, 64), ("mxfp4"
 
 
 def layers(kind, ranks, dtype=mx.float32, seed=0, width=WIDTH, outs=(40, 20, 10)):
-    """Returns the arguments of the op, and a function of x and picks that computes the same in
-    float64."""
+    """Returns the op's arguments, and a float64 reference as a function of x and picks."""
     rng = np.random.default_rng(seed)
     bases, weights, b, gains = [], [], [], []
     for i, rank in enumerate(ranks):
@@ -79,8 +77,8 @@ HALVES = [
 
 @pytest.mark.parametrize(("kind", "dtype"), HALVES, ids=str)
 def test_rows_in_half_precision(kind, dtype):
-    """Tests any number of rows, with widths that are not multiples of tiles and chunks. The result
-    of a row is the same in any batch of several rows."""
+    """Tests widths that are not multiples of tiles and chunks. A row's result is the same in any
+    batch of several rows."""
     ranks, outs, width = (16, 3, 8), (72, 40, 8), 16 * 7 if kind is None else 128 * 3
     arguments, exact = layers(kind, ranks, dtype, width=width, outs=outs)
     op = ops.decode_linears(*arguments)
@@ -98,8 +96,7 @@ def test_rows_in_half_precision(kind, dtype):
 
 
 def test_a_device_s_cases_fit_its_kernel():
-    """The kernel supports the calls of the self-check; otherwise the self-check would disable
-    it."""
+    """The kernel supports the self-check's calls; otherwise the self-check would disable it."""
     for call in decode_linears.checks("cuda", 64):
         values = inspect.signature(call.kernel).parameters
         x, op, picks = (values[name].default for name in ("x", "kernel", "picks"))

@@ -1,4 +1,4 @@
-"""The demo's data set is clean, split by module, and the same every time."""
+"""The demo's data set is clean, split by module, and reproducible."""
 
 import json
 import sys

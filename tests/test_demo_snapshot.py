@@ -1,5 +1,5 @@
-"""The demo's snapshot has the weights of the GGUF file and a matching tokenizer, and the model
-generates text."""
+"""The demo's snapshot contains the GGUF file's weights and a matching tokenizer, and generates
+text."""
 
 import hashlib
 import zipfile
@@ -50,7 +50,7 @@ def test_answer_needs_the_rotary_order(snapshot_dir: Path, tokenizer: Any, tmp_p
     weights = mx.load(str(snapshot_dir / "model.safetensors"))
     for name, array in weights.items():
         heads = 9 if ".q_proj." in name else 3 if ".k_proj." in name else 0
-        if heads:  # restores the order in the GGUF file
+        if heads:  # restores the GGUF file's order
             halves = array.reshape(heads, 2, -1, array.shape[-1])
             weights[name] = halves.swapaxes(1, 2).reshape(array.shape)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
@@ -75,7 +75,8 @@ def test_dequantized_values_are_those_of_the_gguf(snapshot_dir: Path, gguf: Path
     for theirs, ours in names.items():
         expected, got = values(arrays, theirs), values(weights, ours)
         heads = {"attn_q": 9, "attn_k": 3}.get(theirs.rpartition(".")[2])
-        # Row i of the first and second half of a head is row 2i and 2i + 1 in the GGUF file.
+        # In the GGUF file, row i of a head's first half is row 2i, and row i of the second half is
+        # row 2i + 1.
         if heads:
             head = [*range(0, 64, 2), *range(1, 64, 2)]
             expected = expected[mx.array([64 * h + row for h in range(heads) for row in head])]
@@ -83,8 +84,7 @@ def test_dequantized_values_are_those_of_the_gguf(snapshot_dir: Path, gguf: Path
 
 
 def values(tensors: dict[str, mx.array], name: str) -> mx.array:
-    """Returns a tensor in float32. In float32, a float16 scale times an integer plus a bias is
-    exact."""
+    """Returns a tensor in float32, where a float16 scale times an integer plus a bias is exact."""
     weight = tensors[f"{name}.weight"]
     if f"{name}.scales" not in tensors:
         return weight.astype(mx.float32)
@@ -118,7 +118,7 @@ def test_text_survives_the_tokenizer(tokenizer: Any, text: str):
 
 
 def test_digits_are_single_tokens(tokenizer: Any):
-    # If digits were not separated first, the second space would belong to the number.
+    # If digits were not split off first, the second space would be part of the number.
     ids = tokenizer.encode("in  1234 x")
     assert [tokenizer.decode([i]) for i in ids] == ["in", "  ", "1", "2", "3", "4", " x"]
 

@@ -23,7 +23,7 @@ def run(*argv):
 
 @pytest.fixture(scope="module")
 def root(llama_mixed, data, tmp_path_factory):
-    """Returns a folder with a run, its best adapter and checkpoints, an export, and a broken
+    """Returns a folder with a run, its best adapter and checkpoints, an export, and a damaged
     adapter."""
     root = tmp_path_factory.mktemp("adapters")
     options = {"iters": 4, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
@@ -106,7 +106,7 @@ def test_curves(root, tmp_path):
 
 
 def test_the_commands(root, llama_mixed, data, tmp_path):
-    """Exports a run to PEFT, imports it again, merges adapters, and merges an adapter into the base
+    """Exports a run to PEFT, re-imports it, and merges adapters with each other and into the base
     model."""
     done = run(
         "export", root / "one", "--to", "peft", "--names", "text", "--out", tmp_path / "peft"

@@ -1,4 +1,4 @@
-"""Checks the form of the documentation: line lengths, code blocks, and that the commands exist."""
+"""Checks the documentation's line lengths and code blocks, and that its commands exist."""
 
 import ast
 import json
@@ -16,7 +16,7 @@ from mlx_segtrain.config import CALLED, TrainConfig
 EVERY = [(block, block.place) for page in PAGES for block in blocks(page)]
 TARGETS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
 EXTRAS = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.M))
-#: Commands from other programs that pages show.
+#: Commands of other programs that the pages use.
 OTHERS = {
     *("pip", "python", "python3", "python3.12", "make", "curl", "apt", "git", "cd", "export"),
     *("caffeinate", "sudo", "xcode-select", "ssh", "hf", "mlx.launch", "mlx.distributed_config"),
@@ -28,7 +28,7 @@ OTHERS = {
 def test_lines_are_no_longer_than_120(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     long = [n for n, line in enumerate(lines, 1) if len(line) > 120 and not line.startswith("|")]
-    assert not long, f"{page.name}: lines {long}"
+    assert not long, f"{page.name}: lines {long} are too long"
 
 
 def test_the_readme_is_short() -> None:
@@ -57,8 +57,8 @@ def test_a_block_is_what_it_says(block) -> None:
 
 
 def check_command(words: list[str], place: str) -> None:
-    """Checks that a command of this package can be parsed, and that the files and targets in other
-    commands exist."""
+    """Checks that our commands can be parsed, and that files and targets in other commands
+    exist."""
     while words and re.match(r"[A-Z_]+=", words[0]):  # environment variables
         words = words[1:]
     own = next((i for i, word in enumerate(words) if word.endswith("mlx-segtrain")), None)
@@ -76,7 +76,7 @@ def check_command(words: list[str], place: str) -> None:
     else:
         assert words[0] in OTHERS, f"{place}: {words[0]}"
     if words[0] == "make":
-        assert words[1] in TARGETS, f"{place}: make {words[1]}"
+        assert words[1] in TARGETS, f"{place}: unknown target {words[1]}"
     if words[0] in ("python", "python3") and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file() or words[1] == "train.py", f"{place}: {words[1]}"
     if words[0] == "pip":
@@ -85,7 +85,7 @@ def check_command(words: list[str], place: str) -> None:
 
 
 def sentences() -> list[str]:
-    """Returns every f-string in the package, with its values replaced by …."""
+    """Returns every f-string in the package, with … for each value."""
     found = []
     for file in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -116,7 +116,7 @@ def test_the_rows_of_mlx_bun_are_our_fields() -> None:
     text = (ROOT / "docs" / "coming_from_mlx_bun.md").read_text(encoding="utf-8")
     table = text[text.index("## Configuration") : text.index("## Environment variables")]
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", table, re.M)
-    assert len(rows) == 21  # three required fields are not in the table
+    assert len(rows) == 21  # the three required fields are not in the table
     for name, theirs, ours in rows:
         own = CALLED.get(name, name)
         assert own in TrainConfig.model_fields or name.startswith("dpo_"), name

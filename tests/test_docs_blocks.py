@@ -1,7 +1,7 @@
-"""Every code block in the documentation runs as printed, unless it says that it needs something.
+"""Runs every code block in the documentation as printed, except blocks marked `needs:`.
 
-Each page gets a folder with a tiny model called MODEL, rows called data, and the files that the
-page names as given. Commands of this package run in this process.
+Each page runs in a folder with a tiny model called MODEL, rows called data, and the files that the
+page lists as given. Commands of this package run in this process.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from mlx_segtrain.commands.demo.sums import write_sums
 
 pytestmark = pytest.mark.acceptance
 
-#: Shell syntax that this process cannot interpret.
+#: Shell syntax that the test cannot interpret.
 SHELL = re.compile(r"[|<>&;`]|\$\(")
 FILE = re.compile(r"# ([\w./-]+\.(?:yaml|py))$")
 ADDRESS = "localhost:8090"
@@ -31,7 +31,7 @@ ADDRESS = "localhost:8090"
 
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder with all files that a page may assume to exist."""
+    """Returns a folder with all files that pages may assume to exist."""
     path = tmp_path_factory.mktemp("things")
     write_llama(path / "MODEL", bits=4, layers=2, max_position_embeddings=65536)
     write_rows(path / "data", 12)
@@ -62,7 +62,7 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(sys, "stdin", sys.stdin)  # restored afterwards
+    monkeypatch.setattr(sys, "stdin", sys.stdin)  # so that monkeypatch restores it
     names: dict[str, object] = {"__name__": page.stem}
     with contextlib.ExitStack() as stack:
         address = ADDRESS
@@ -81,9 +81,9 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
 
 
 def run(block: Block, text: str) -> None:
-    """Runs the commands of a shell block, one after another."""
+    """Runs the commands of a shell block in order."""
     for line, words in commands(text):
-        if words[:2] == ["mlx-segtrain", "serve"]:  # other tests cover servers
+        if words[:2] == ["mlx-segtrain", "serve"]:  # servers are tested elsewhere
             assert cli.parsers()[0].parse_known_args(words[1:])[1] == []
         elif words[0] == "mlx-segtrain" and not SHELL.search(line.split(" #")[0]):
             said, sys.stdin = io.StringIO(), io.StringIO("Hello\n")

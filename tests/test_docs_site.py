@@ -1,4 +1,4 @@
-"""The documentation site builds without warnings, and its pages load nothing from other sites."""
+"""The documentation site builds without warnings, and its pages load nothing from other hosts."""
 
 import re
 import subprocess
@@ -12,12 +12,12 @@ from lib.pages import PAGES, ROOT
 
 pytestmark = pytest.mark.acceptance
 
-#: HTML attributes whose addresses a browser fetches.
+#: HTML attributes whose URLs a browser fetches.
 FETCHED = {"src", "srcset", "poster", "data", "action"}
 
 
 class Resources(HTMLParser):
-    """Collects the addresses that a browser loads for a page."""
+    """Collects the URLs that a browser loads for a page."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tests the self-check of kernels on a device. The CPU kernels also stand in for GPU kernels."""
+"""Tests the self-check of kernels on a device. CPU kernels also stand in for GPU kernels."""
 
 import json
 
@@ -22,7 +22,7 @@ CPU_KERNELS = [
     "rope",
 ]
 MILLISECONDS = doctor.milliseconds
-#: The original function of each kernel, before a test breaks it.
+#: The original function of each kernel, which tests replace to break the kernel.
 SOUND = {op: getattr(_core, op) for op in [*CPU_KERNELS, "lora_linears"] if op != "lora_linear"}
 
 
@@ -40,10 +40,10 @@ def sound_checks():
 
 @pytest.fixture
 def off(monkeypatch, tmp_path, sound_checks):
-    """Returns a list of the ops that would be disabled; they remain enabled in this process. The
-    cache is empty.
+    """Provides an empty cache, and returns the list of ops that the self-check would disable. The
+    ops remain enabled in this process.
 
-    Nothing is timed, and a kernel that no test has broken is checked only once.
+    Nothing is timed, and intact kernels are checked only once.
     """
     seen, plain = [], doctor.check_call
 
@@ -91,8 +91,8 @@ def test_one_that_does_not_agree_is_switched_off_with_a_warning(off, monkeypatch
         found = doctor.self_check.__wrapped__()
     assert list(found) == ["attention"]
     assert [args[0] for args in off] == ["attention"]
-    # The next process reads the stored result and runs no check.
-    monkeypatch.setattr(doctor, "check", lambda: pytest.fail("checked again"))
+    # A later process reads the stored result without running a check.
+    monkeypatch.setattr(doctor, "check", lambda: pytest.fail("the check ran again"))
     with pytest.warns(UserWarning, match=says):
         assert doctor.self_check.__wrapped__() == found
 
@@ -106,7 +106,7 @@ def test_a_broken_cache_is_no_obstacle(off, tmp_path):
 
 
 def break_kernel(monkeypatch, op, fault):
-    """Makes the value of a kernel, or only its gradient, 1 % too large."""
+    """Makes a kernel's value, or only its gradient, 1 % too large."""
     name = "lora_linears" if op == "lora_linear" else op
     sound = getattr(_core, name)
 
@@ -135,7 +135,7 @@ def test_every_kernel_of_the_cpu_is_checked_and_timed(off, monkeypatch):
 
 
 def test_times_are_those_of_the_work():
-    """The time is that of computing 6·512³ operations, not that of building the graph."""
+    """The time includes the computation of 6·512³ operations, not just building the graph."""
     x = mx.ones((512, 512))
     assert doctor.milliseconds(lambda x: x @ x, [x], x) > 0.1
 
@@ -149,8 +149,7 @@ def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
-    """The CPU stands in for the implementations on a Mac. Each head size is checked in each
-    dtype."""
+    """The CPU stands in for a Mac's implementations. Each head size is checked in each dtype."""
     sound = _core.attention
 
     def played(*x, impl, **options):
@@ -177,7 +176,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
             for dtype in ("bfloat16", "float32")
         ),
     ]
-    # bfloat16 differs from the plain code by rounding
+    # bfloat16 results differ from the plain code by rounding.
     half = [x for x in report.checks if "float32" not in x.case]
     assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
     assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if "float32" in x.case)
@@ -220,7 +219,7 @@ def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "stand-in (CPU)" in out and out.endswith("every kernel agrees with the plain code\n")
-    # attention has one row per case, and lora_linear has two rows
+    # attention has one row per case, and lora_linear has two rows.
     assert out.count(" ok ") == len(CPU_KERNELS) + len(attention.CASES)
     break_kernel(monkeypatch, "rms_norm", "value")
     assert cli.main(["doctor", "--json"]) == 1

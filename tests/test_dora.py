@@ -1,4 +1,4 @@
-"""DoRA: the formula, every cut and every method, and the files of mlx-lm, PEFT and this package."""
+"""Tests DoRA: the formula, all cuts and methods, and the files of mlx-lm, PEFT and this package."""
 
 import copy
 import functools
@@ -41,8 +41,8 @@ FAMILIES = {
 
 
 def stretched(chain, ranks=None):
-    """Returns a random adapter whose magnitudes differ from the initial magnitudes by up to a
-    fifth."""
+    """Returns a random adapter whose magnitudes are up to a fifth above or below the initial
+    ones."""
     ranks = ranks or dict.fromkeys(chain.linears, RANK)
     adapter = random_adapter(chain, ranks, SCALE, 0.1)
     fresh = adapting.init(chain, ranks, SCALE, 0, dora=True)
@@ -64,8 +64,7 @@ def run(chain, adapter, batch, cuts, dropout=None):
 @pytest.mark.parametrize("dtype,bound", [("float32", 2e-6), ("bfloat16", 8e-3)])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_the_formula(quantized, dtype, bound):
-    """Compares the layer with the formula in float64. The gradient treats the norm as a
-    constant."""
+    """Compares the layer with the float64 formula, whose gradient treats the norm as a constant."""
     rng = np.random.default_rng(0)
     linear = nn.Linear(64, 1100, bias=True)
     if quantized:
@@ -181,8 +180,8 @@ def written(folder, adapter):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_stock_mlx_lm_loads_what_we_write(padded, llama4, tmp_path):
-    """If ranks differ, factors are padded; if multipliers differ, they are replaced by a single
-    multiplier."""
+    """Factors of different ranks are padded, and different multipliers are replaced by a single
+    one."""
     chain = chain_of(load_base(llama4)[0])
     ranks = {path: 2 + i % 3 if padded else RANK for i, path in enumerate(chain.linears)}
     adapter = stretched(chain, ranks)

@@ -1,4 +1,4 @@
-"""Adapters for the embedding and the head: gradients that equal mlx-lm's, cuts, pairs, files, and
+"""Tests adapters for the embedding and the head: gradients as in mlx-lm, cuts, pairs, files, and
 refusals."""
 
 import copy
@@ -92,7 +92,7 @@ def of_mlx_lm(stock, adapter, batch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_mlx_lm(name, monkeypatch):
-    """Some rows come before the loss, and the logits are computed in several chunks."""
+    """Some rows precede the loss, and the logits are computed in several chunks."""
     if "experts" in name:
         needs_router_gradient()
     monkeypatch.setattr("mlx_segtrain.models.chain.HEAD_ROWS", 7)
@@ -130,8 +130,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 
 @pytest.mark.parametrize("name", ["llama, tied", "llama", "generic"])
 def test_pairs_share_their_beginning(name, monkeypatch):
-    """One stream with a branch results in the same gradient of the embedding table as two
-    streams."""
+    """The embedding table's gradient is the same for a stream with a branch as for two streams."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     chain = chain_of(model_of(name))
     adapter, batch = adapter_of(chain), pair_batch(7)
@@ -192,7 +191,7 @@ def test_a_run_loads_in_stock_mlx_lm(method, tied, data, pairs, tmp_path):
 
 
 def test_samples_are_of_the_adapted_head(data, tmp_path):
-    """An evaluation attaches the adapter to the model and removes it afterwards."""
+    """An evaluation attaches the adapter to the model and removes it again."""
     model_dir = write_llama(tmp_path / "m", tied=False)
     how = {"target_modules": ["lm_head", "embed_tokens"], "steps_per_eval": 1, "iters": 2}
     logits = []

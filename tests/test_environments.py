@@ -1,4 +1,5 @@
-"""Conversations in grpo: turns and tools of an environment, whose tokens are not in the loss."""
+"""Tests grpo conversations with an environment. Tokens of its turns and tools are not in the
+loss."""
 
 import json
 
@@ -22,7 +23,7 @@ from mlx_segtrain.training.ranks import LostRank
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-#: A template with tools like those of Hermes and Qwen, from which mlx-lm infers how to parse calls.
+#: A tool template similar to those of Hermes and Qwen, from which mlx-lm infers how to parse calls.
 TOOLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -33,7 +34,7 @@ TOOLS = (
 
 
 class Guess:
-    """An environment that says whether a guessed number is too low or too high."""
+    """Tells the model whether the number it guessed is too low or too high."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed
@@ -47,7 +48,7 @@ class Guess:
 
 
 class Shelf:
-    """An environment with tools that read a column of the row."""
+    """Offers tools that read a column of the row."""
 
     def reset(self, **columns):
         self.seen = columns["answer"]
@@ -125,7 +126,7 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
         "<tool_call>not JSON</tool_call>",
     ]
     talk.reply("".join(bad))
-    assert talk.messages[-1]["role"] == "assistant", "no turn has followed the results"
+    assert talk.messages[-1]["role"] == "assistant", "no turn follows the results"
     assert talk.reply("Done.") is None
     results = [own["content"] for own in talk.messages if own["role"] == "tool"]
     assert [x[:16] for x in results] == [
@@ -139,7 +140,7 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
 
 
 def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
-    """The signal can arrive in any code."""
+    """The signal can arrive in any code, here inside a tool."""
 
     class Lost(Shelf):
         def add(self, a: int, b: int) -> int:
@@ -158,7 +159,7 @@ def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
 
 
 def test_calls_that_the_template_cannot_write(with_tools):
-    """Neither arguments that are not a mapping nor several calls in a turn end a conversation."""
+    """A conversation survives arguments that are not a mapping, and several calls in one turn."""
     tokenizer = load_tokenizer(with_tools)
     strict = TOOLS.replace(
         "{{ tool_call.name }}",
@@ -210,8 +211,8 @@ def talkative(monkeypatch):
 
 
 def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
-    """This also holds if other conversations, whose turns have other lengths, are decoded in the
-    same batch."""
+    """The log-probabilities are correct even if conversations with turns of other lengths share the
+    batch."""
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt
@@ -223,7 +224,7 @@ def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
         wanted = np.array(mx.take_along_axis(z, mx.array(own.tokens)[:, None], axis=-1))[:, 0]
         assert np.allclose(own.log_p[own.drawn], wanted[own.drawn], atol=1e-3)
         assert not own.log_p[~own.drawn].any() and (~own.drawn).sum() > 20
-    assert len({tuple(own.tokens) for own in made}) == 6, "turns have one seed"
+    assert len({tuple(own.tokens) for own in made}) == 6, "turns share a seed"
 
 
 def test_what_ends_a_conversation(llama4, talkative):
@@ -233,18 +234,20 @@ def test_what_ends_a_conversation(llama4, talkative):
         ["assistant", "user", "assistant"]
     ] * 6
     _, talks, made = rolled(llama4, {}, max_tokens=2)
-    # A conversation is truncated unless it ended by itself.
+    # Conversations that did not end by themselves are truncated.
     for talk, own in zip(talks, made, strict=True):
         assert talk.said[0] == {"role": "assistant", "content": own.text}
         assert own.finish == "length" and len(talk.said) == own.turns == 1
     _, talks, made = rolled(llama4, {}, max_tokens=20)
-    assert [len(own.said) for own in talks] == [1] * 6, "what was too long is not in the tokens"
+    assert [len(own.said) for own in talks] == [1] * 6, (
+        "text that was too long must not be in the tokens"
+    )
     assert {own.finish for own in made} == {"length"} and max(own.length for own in made) <= 3
 
 
 def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatch):
-    """Loss and gradient do not depend on which tokens the environment returns, and no position that
-    predicts such a token is in the loss."""
+    """The loss and gradient do not depend on the environment's tokens, and positions that predict
+    such tokens are not in the loss."""
     model, _, made = rolled(llama4, {}, max_tokens=400)
     chain = chain_of(model)
     config = configured(grpo_beta=0.0, max_completion_tokens=400, max_seq_length=600)
@@ -259,7 +262,7 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
     for row, one in zip(rows, made, strict=True):
         inside = np.concatenate([np.zeros(len(one.prompt), bool), one.drawn])
         assert np.array_equal(row.weights != 0, inside)
-        assert np.isclose(row.weights.sum(), 1 / 6), "the mean is not over drawn tokens"
+        assert np.isclose(row.weights.sum(), 1 / 6), "the mean is not over sampled tokens"
     (batch,) = eval_batches(data, 6)
     seen = []
     plain = type(own.objective)._outputs
@@ -279,7 +282,7 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
 
 
 def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
-    """The environment is a Python class. Rewards get the environments, and the log contains the
+    """The environment is a Python class. Rewards receive the environments, and the log contains the
     messages."""
     rows = [{"prompt": f"Guess {i}.", "answer": i} for i in range(4)]
 
@@ -309,7 +312,7 @@ def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
 
 
 class Silent:
-    """An environment that has neither `step` nor tools."""
+    """An environment without `step` and without tools."""
 
     def reset(self): ...
 

@@ -1,5 +1,4 @@
-"""For each model family, the loss and every LoRA gradient equal those of mlx-lm and HF
-transformers."""
+"""For each model family, the loss and all LoRA gradients equal those of mlx-lm and transformers."""
 
 import itertools
 from dataclasses import replace
@@ -31,7 +30,7 @@ WITH_HF = [
 
 
 def of_mlx_lm(model, chain, adapter, batch):
-    """Attaches LoRA to the model's linear layers, and differentiates mlx-lm's code of the model."""
+    """Attaches LoRA to the model's linear layers, and differentiates mlx-lm's own forward pass."""
     adapting.attach(model, chain, adapter)
     model.freeze()
     names = [f"{path}.lora_{ab}" for path in adapter.tensors for ab in "ab"]
@@ -93,7 +92,8 @@ def test_loss_and_gradients_are_those_of_transformers_and_peft(name, rows, hf):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B", "gemma4-experts", "phi3"])
 def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
-    """Trimming changes neither the loss nor the gradients, and trimmed rows are not computed."""
+    """Trimming changes neither the loss nor the gradients, and trimmed rows are not computed at
+    all."""
     family, overrides = FAST[name]
     chain = chain_of(tiny_models.build(family, **overrides))
     adapter, batch = adapter_of(chain), batch_of(rows, prompt=8)
@@ -116,7 +116,7 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
-    """The last 3 of 6 layers compute no keys; layer 2 must compute its keys for all rows."""
+    """The last 3 of 6 layers compute no keys. Layer 2 must compute the keys for all rows."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)
@@ -152,11 +152,11 @@ def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
-    """The weights are bfloat16, and the reference is the same model in float32. Donor layers and
-    the layers that read their keys are in different segments.
+    """The weights are bfloat16, and the reference is the same model in float32. Donor layers are in
+    other segments than the layers that read their keys.
 
-    The errors of a tensor are averaged over several models and batches, because the error for a
-    single one varies by half at random.
+    A tensor's errors are averaged over several models and batches, because a single measurement
+    varies by half at random.
     """
     family, overrides = FAST[name]
     errors = {}
@@ -192,8 +192,8 @@ def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
 
 @pytest.mark.parametrize("name", ["gemma4-E4B", "gemma4-experts"])
 def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
-    """Trains for 20 steps, and then decodes with mlx-lm, which uses sliding-window caches and
-    shared keys."""
+    """Trains for 20 steps, then decodes with mlx-lm, using sliding-window caches and shared
+    keys."""
     family, overrides = FAST[name]
     model = tiny_models.build(family, **overrides)
     chain = chain_of(model)
@@ -221,8 +221,8 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B", "phi3"])
 def test_every_linear_may_be_quantized_its_own_way(name):
-    """Layers, including embeddings and tied heads, have 4 or 8 bits and different group sizes and
-    modes, or are dense."""
+    """Layers, including embeddings and tied heads, are dense or use 4 or 8 bits with various group
+    sizes and modes."""
     kinds = itertools.cycle(
         [
             {"group_size": 32, "bits": 4, "mode": "affine"},
@@ -269,7 +269,7 @@ def test_what_is_saved_is_not_computed_again(monkeypatch):
 
         monkeypatch.setattr(ops, name, counted)
     run(chain, adapter, batch, cuts=replace(chain.cuts(1), saves=(0, 2, 4, 6)))
-    # Three layers save arrays and are recomputed, and the last layer runs with the head.
+    # Three layers save arrays and are recomputed, and the last layer runs together with the head.
     saving, again, with_head = (calls.count(x) for x in SAVED_CALLS)
     assert (saving, again, with_head, len(calls)) == (3, 3, 1, 7)
 
@@ -280,8 +280,8 @@ SAVED_CALLS = [("attention_forward", False), ("attention", True), ("attention", 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B"])
 def test_every_cut_gives_the_same_bits(name, dtype, monkeypatch):
-    """Tests cuts within layers, groups that are recomputed, and cuts between a donor layer and its
-    four readers."""
+    """Tests cuts within layers, recomputed groups, and cuts between a donor layer and its four
+    readers."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     types = ["full_attention", *["sliding_attention"] * 5]
     shared = {"num_kv_shared_layers": 4, "layer_types": types}

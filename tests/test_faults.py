@@ -1,8 +1,8 @@
 """Tests runs that are killed at any moment, full or broken disks, and power cuts. Only the file
-that was being written may be lost.
+being written may be lost.
 
-A tiny run writes every kind of file. Runs are processes that are forked from a process that has
-imported everything. KILLS and FAULTS are the numbers of moments to try; FAULTS=0 tries all moments.
+A tiny run writes every kind of file. Runs are forks of a process that has imported everything.
+KILLS and FAULTS set the number of moments to try; FAULTS=0 tries all moments.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ def config(model, data, folder, **more):
 
 
 def in_child(queue, model, data, folder, fault, more):
-    """Trains in a forked process, and sends the number of calls that changed something on the disk,
-    or the error."""
+    """Trains in a forked process, and sends back the error or the number of calls that modified the
+    disk."""
     mx.set_default_device(mx.cpu)
     os.environ.update(fault)
     told = []
@@ -65,31 +65,31 @@ class Forks:
         return process, queue
 
     def run(self, folder, fault=None, more=None):
-        """Returns the exit code and (error, calls, warnings). The latter is None if the run was
+        """Returns the exit code and (error, calls, warnings), which is None if the run was
         killed."""
         process, queue = self.start(folder, fault, more)
         process.join(60)
-        assert process.exitcode is not None, "a run hangs"
+        assert process.exitcode is not None, "the run hangs"
         return process.exitcode, None if queue.empty() else queue.get()
 
 
 @pytest.fixture(scope="module")
 def forks(llama4, data):
     if sys.platform != "linux":
-        pytest.skip("faults are preloaded as Linux does it")
+        pytest.skip("faults.c is preloaded, which needs Linux")
     return Forks(llama4, data)
 
 
 @pytest.fixture(scope="module")
 def whole(forks, tmp_path_factory):
-    """Returns the folder of a run without faults."""
+    """Returns the folder of a run without any faults."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert forks.run(folder)[0] == 0
     return folder
 
 
 def assert_nothing_torn(run):
-    """Checks that every file that has its final name is complete, except for the last line of the
+    """Checks that every file with its final name is complete, except for the last line of the
     log."""
     for path in run.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(run).parts):
@@ -108,7 +108,7 @@ def assert_nothing_torn(run):
 
 
 def assert_ends_as(run, whole, lost=()):
-    """Checks that a run has exactly the same files as `whole`, except for the folders `lost`."""
+    """Checks that a run has exactly the files of `whole`, except for the folders `lost`."""
     mine, its = (
         {name: x for name, x in files_of(folder).items() if "state" not in name.parts}
         for folder in (run, whole)
@@ -131,7 +131,7 @@ def assert_ends_as(run, whole, lost=()):
 
 
 def test_killed_at_random_moments(forks, whole, tmp_path):
-    """Kills and resumes a run until it ends, and then starts the next run."""
+    """Kills and resumes a run until it is finished, and then repeats this with another run."""
     chance = random.Random(0)
     began = time.monotonic()
     assert forks.run(tmp_path / "timed")[0] == 0
@@ -158,14 +158,14 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Returns the numbers of some evenly spaced calls, or of all calls."""
+    """Returns the numbers of evenly spaced calls, or of all calls."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 
 
 @pytest.fixture(scope="module")
 def calls(forks, tmp_path_factory):
-    """Returns the number of calls in a run that change something on the disk."""
+    """Returns the number of calls in a run that modify the disk."""
     folder = tmp_path_factory.mktemp("counted") / "run"
     code, (_, calls, _) = forks.run(folder, {"FAULT_ROOT": str(folder)})
     assert code == 0 and calls > 100
@@ -175,7 +175,7 @@ def calls(forks, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["kill", str(errno.ENOSPC)])
 @pytest.mark.parametrize("more", [{"keep_checkpoints": 1}, {"overwrite": True, "resume": False}])
 def test_faults_over_a_run_that_is_there(more, kind, forks, whole, tmp_path):
-    """A finished run is overwritten or resumed while faults occur."""
+    """Faults occur while a finished run is overwritten or resumed."""
 
     def copy(name):
         return shutil.copytree(whole, tmp_path / name)
@@ -216,13 +216,13 @@ def test_killed_at_every_write(kind, forks, whole, calls, tmp_path):
 @pytest.mark.parametrize("stays", [False, True])
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, calls, tmp_path):
-    """After one failed write, the run continues or ends with an error of one sentence. If all later
+    """After one failed write, the run continues or ends with a one-sentence error. If all later
     writes fail too, existing files stay intact."""
     for at in points(calls):
         folder = tmp_path / f"run-{at}"
         fault = {"FAULT_ROOT": str(folder), "FAULT_AT": str(at), "FAULT_KIND": str(number)}
         code, said = forks.run(folder, {**fault, "FAULT_STAYS": str(int(stays))})
-        assert said is not None, (at, code)  # there was neither a traceback nor a crash
+        assert said is not None, (at, code)  # neither a traceback nor a crash
         error, _, warnings = said
         assert (code == 0) == (not error)
         assert os.strerror(number) in f"{error} {warnings}" or not (error or stays), (at, said)
@@ -232,7 +232,7 @@ def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, call
         again, (error, _, _) = forks.run(folder)
         assert again == 0 and not error, (at, error)
         lost = set()
-        if code == 0:  # the adapter of an evaluation is not written later
+        if code == 0:  # an evaluation's adapter is not rewritten later
             assert kept[0] == 5
             mine, its = ({x.name for x in (f / "checkpoints").iterdir()} for f in (folder, whole))
             lost = {Path("checkpoints") / name for name in its - mine}
@@ -243,14 +243,14 @@ def test_a_write_that_fails_loses_itself_alone(number, stays, forks, whole, call
 
 # ---- power cuts: unsynced data is lost
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read in /proc")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are read from /proc")
 
 
 class Disk:
-    """Simulates the content of a folder after a power cut, at each fsync and after each rename.
+    """Simulates a folder's contents after a power cut, at each fsync and after each rename.
 
-    The content of a file is on the disk once the file is synced. A name is on the disk once its
-    folder is synced, or immediately; real disks may do either.
+    A file's content reaches the disk when the file is synced. Its name reaches the disk at once or
+    when the folder is synced: real disks may do either.
     """
 
     def __init__(self, root, monkeypatch):
@@ -264,7 +264,7 @@ class Disk:
             real_sync(fd)
             path = Path(os.readlink(f"/proc/self/fd/{fd}"))
             if path == self.root.parent or self.root in (path, *path.parents):
-                self.held.append(os.dup(fd))  # otherwise another file could get the same inode
+                self.held.append(os.dup(fd))  # keeps the inode from being reused
                 number = os.fstat(fd).st_ino
                 if path.is_dir():
                     self.names[number] = {x.name: self.hold(x) for x in path.iterdir()}
@@ -352,7 +352,7 @@ def test_the_power_goes(llama4, data, whole, tmp_path, monkeypatch):
 
 @linux
 def test_a_rename_without_a_sync_would_be_seen(llama4, data, tmp_path, monkeypatch):
-    """Shows that the simulation finds faults: without syncs, checkpoints are incomplete."""
+    """Shows that the simulation detects faults: without syncs, checkpoints are incomplete."""
     (tmp_path / "disk").mkdir()
     disk = Disk(tmp_path / "disk" / "run", monkeypatch)
     monkeypatch.setattr(files, "sync", lambda path: None)

@@ -1,5 +1,5 @@
-"""Tests merging adapters into one adapter and into their base model: which results are exact, and
-how much is lost by rounding."""
+"""Tests merging adapters with each other and into their base model: exact results, and rounding
+losses."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
 def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
-    """Returns a random adapter for these layers, with different multipliers."""
+    """Returns a random adapter for these layers, whose multipliers differ."""
     chain = chain_of(load_base(model_dir)[0])
     mx.random.seed(seed)
     fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
@@ -66,8 +66,8 @@ def logits(model_dir, adapter=None):
 
 
 def test_a_merged_adapter_is_the_weighted_sum(llama4, tmp_path):
-    """Adapters with different layers, ranks and multipliers are summed exactly. The sum has the
-    same logits in mlx-lm."""
+    """The sum of adapters with different layers, ranks and multipliers is exact and gives the same
+    logits in mlx-lm."""
     one = random_adapter(llama4, ranks_of(llama4, "q_proj", "down_proj"))
     two = random_adapter(llama4, ranks_of(llama4, "q_proj", "v_proj", ranks=(8, 2)), seed=1)
     a, b = written(tmp_path / "a", one), written(tmp_path / "b", two)
@@ -151,8 +151,7 @@ def test_a_dense_fold_has_the_logits_of_base_and_adapter(kind, llama, llama4, tm
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_dense_fold_loads_in_transformers(tied, hf, tmp_path):
-    """transformers and other programs that read this format can load the merged model without
-    changes."""
+    """transformers and other readers of this format can load the merged model without changes."""
     model = write_llama(tmp_path / "model", bits=4, tied=tied)
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj", "down_proj")))
     fold(weighted([folder]), model, tmp_path / "out", dequantize=True, dtype=mx.float32)
@@ -182,8 +181,8 @@ def same_bits(x, y):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_quantized_fold(bits, llama_mixed, tmp_path):
-    """Layers keep their quantization, or adapted layers get another number of bits. All other
-    layers are bit-identical."""
+    """Adapted layers keep their quantization or get another number of bits. Other layers stay
+    bit-identical."""
     ends = ("q_proj", "down_proj")
     adapter = random_adapter(llama_mixed, ranks_of(llama_mixed, *ends), size=0.3)
     folder = written(tmp_path / "a", adapter)
@@ -202,7 +201,7 @@ def test_a_quantized_fold(bits, llama_mixed, tmp_path):
         was = 8 if "down_proj" in own.path else 4
         assert own.bits == (bits or was)
         assert (config.get(own.path) or config)["bits"] == own.bits
-        # The result is compared with an independent sum in float64.
+        # Compare with an independent sum in float64.
         a, b = (np.array(x, np.float64) for x in adapter.tensors[own.path])
         delta = adapter.scales[own.path] * (a @ b).T
         how = dict(group_size=32, bits=was)
@@ -228,7 +227,7 @@ def parts(tensors, path):
 
 
 def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
-    """If the quantization stays the same, an update of less than half a quantization step is
+    """If the quantization stays the same, updates of less than half a quantization step are
     lost."""
     llama4 = quantized(tmp_path, "mxfp4")
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=1e-3)
@@ -252,7 +251,7 @@ def test_a_small_update_is_swallowed_by_a_coarse_grid_and_it_is_said(tmp_path):
     assert "Merge with --bits 8" in done.stdout and f"lost     {report.lost:.1%}" in done.stdout
     names = [line.split(" ")[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
     before, after = ["adapter", "into", "weights", "writes"], ["model", "merged", "copied", "lost"]
-    assert names[:8] == before + after  # a summary precedes the layers
+    assert names[:8] == before + after  # the summary precedes the layers
     assert "layers.0.self_attn.q_proj" in done.stdout
 
 
@@ -263,7 +262,7 @@ def test_other_quantizations(mode, tmp_path):
     adapter = random_adapter(model_dir, ranks_of(model_dir, "down_proj"), size=0.3)
     folder = written(tmp_path / "a", adapter)
     fold(weighted([folder]), model_dir, tmp_path / "dense", dequantize=True)
-    # The dense weights have the dtype in the configuration.
+    # Dense weights have the dtype given in the configuration.
     assert_close("logits", logits(tmp_path / "dense"), logits(model_dir, folder), 1e-3)
     report = fold(weighted([folder]), model_dir, tmp_path / "out")
     assert all(own.bits == bits for own in report.linears)
@@ -272,13 +271,13 @@ def test_other_quantizations(mode, tmp_path):
 
 
 def test_shards_are_written_one_at_a_time(llama4, tmp_path, monkeypatch):
-    """A base in several files is merged into several files with the same tensors. This takes only
-    the memory of one file."""
+    """A base in several files is merged into several files with the same tensors, using the memory
+    of one file only."""
     model = shutil.copytree(llama4, tmp_path / "m")
     tensors = tensors_of(llama4)
     names = sorted(tensors)
     (model / "model.safetensors").unlink()
-    for i in range(3):  # the tensors of a module may be in two files
+    for i in range(3):  # a module's tensors may be in two files
         own = {name: tensors[name] for name in names[i::3]}
         mx.save_safetensors(str(model / f"model-0000{i + 1}-of-00003.safetensors"), own)
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj", "up_proj"))
@@ -342,8 +341,8 @@ def test_what_cannot_be_folded(llama, llama4, tmp_path):
 
 
 def test_the_demo_s_model_is_folded(tmp_path):
-    """For SmolLM2, a dense merge equals base plus adapter; with 4 bits, the report says how much
-    was lost."""
+    """For SmolLM2, a dense merge equals base plus adapter, and the report of a 4-bit merge states
+    the loss."""
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
     options = {"iters": 2, "rank": 4, "learning_rate": 1e-3, "max_seq_length": 48}
@@ -373,7 +372,7 @@ def test_the_demo_s_model_is_folded(tmp_path):
 
 
 def test_an_update_that_is_rounded_away_is_swallowed(tmp_path):
-    """The merged weight equals the original weight, so the whole update is lost."""
+    """The merged weight equals the original weight, so the entire update is lost."""
     model = quantized(tmp_path, "mxfp4")
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj"), size=1e-5))
     report = fold(weighted([folder]), model, tmp_path / "out")
@@ -403,7 +402,7 @@ def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
 
 
 def test_other_bits_of_a_linear_without_an_update(llama4, tmp_path):
-    """The number of bits in config.json matches the weights of this layer."""
+    """The number of bits in config.json matches this layer's weights."""
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
     fold(adapter, llama4, tmp_path / "out", bits=8)
     stock, _ = mlx_lm.load(str(tmp_path / "out"))
@@ -420,10 +419,12 @@ def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
             fold(adapter, model, tmp_path / "out")
 
 
-@pytest.mark.skipif(mlx_lm.__version__ < "0.32", reason="this mlx-lm takes them as configured")
+@pytest.mark.skipif(
+    mlx_lm.__version__ < "0.32", reason="this mlx-lm reads the bits from the configuration"
+)
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_path):
-    """mlx-lm computes the number of bits from the shapes."""
+    """mlx-lm derives the number of bits from the shapes."""
     model = shutil.copytree(llama_mixed, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
     config["quantization"] = {"group_size": 32, "bits": 4}
@@ -476,7 +477,7 @@ def test_names_with_and_without_the_wrapper_are_one_linear(llama4, tmp_path):
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
-    """A model with many tensors can be merged if at most 64 files may be open."""
+    """A model with many tensors can be merged with at most 64 open files."""
     model = write_llama(tmp_path / "m", layers=24)
     folder = written(tmp_path / "a", random_adapter(model, ranks_of(model, "q_proj")))
     code = (

@@ -1,5 +1,4 @@
-"""Tests our adapters in stock mlx-lm and HF PEFT, their adapters in this package, and round
-trips."""
+"""Tests our adapters in mlx-lm and PEFT, their adapters in this package, and round trips."""
 
 import functools
 import json
@@ -30,7 +29,7 @@ from mlx_segtrain.models import chain_of, load_base
 
 pytestmark = pytest.mark.acceptance
 
-#: For each run, the name of the model and the options of the run.
+#: For each run: the model's name and the run's options.
 RUNS = {
     "constant": ("llama", {"rank_scaling": "constant"}),
     "by bits": ("mixed", {}),
@@ -73,16 +72,16 @@ def trained(name, models, data, folder):
 
 @pytest.fixture(scope="module")
 def adapters(models, data, tmp_path_factory):
-    """Returns a function that maps the name of a run to its model and folder, which tests must not
-    change. Each run is trained once."""
+    """Returns a function that maps a run's name to its model and folder. Each run is trained once,
+    so tests must not change the folder."""
     place = tmp_path_factory.mktemp("adapters")
     return functools.cache(lambda name: trained(name, models, data, place / name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """With our folder and with an export, mlx-lm computes the same logits as we do. Both formats
-    can be imported."""
+    """mlx-lm computes our logits, both with our folder and with an export. Both formats can be
+    re-imported."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -97,12 +96,12 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
 
     done = export(folder, tmp_path / "peft", "peft", names="text")
-    # In PEFT the multiplier is alpha divided by the rank.
+    # PEFT's multiplier is alpha divided by the rank.
     assert done.difference <= 1e-6 * done.update
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
         again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
-        # Sums over padded ranks are computed in another order.
+        # Padded ranks are summed in another order.
         assert_close(form, again, ours, 1e-5)
 
 
@@ -114,7 +113,7 @@ def test_a_trained_adapter_loads_in_peft(name, hf, adapters, tmp_path):
     assert_close("PEFT", peft_logits(hf, model_dir, tmp_path / "peft"), ours, 1e-4)
 
 
-#: The options of runs on SmolLM2, and the tokens of a text in SmolLM2's vocabulary.
+#: The options of runs on SmolLM2, and the tokens of a text in its vocabulary.
 SMOLLM2 = {
     "dora": {"use_dora": True},
     "rslora of the last layers": {"rs_lora": True, "num_layers": 4, "target_modules": ["q_proj"]},
@@ -124,8 +123,8 @@ TEXT = [[1, 504, 3575, 282, 4649, 314]]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, and the PEFT export
-    of the adapter."""
+    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, and its PEFT
+    export."""
     place = tmp_path_factory.mktemp("smollm2")
     model_dir = snapshot.smollm2_snapshot(cache_dir())
     rows = write_rows(place / "data", 8)
@@ -160,7 +159,7 @@ def test_an_adapter_of_smollm2_loads_in_peft(name, hf, smollm2):
 
 
 def in_float32(x):
-    """Converts floating-point arrays to float32, as our model loader does on the CPU."""
+    """Converts floating-point arrays to float32, as our model loader does on a CPU."""
     return x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x
 
 
@@ -196,7 +195,7 @@ def test_an_adapter_that_peft_made_is_imported(how, hf, models, tmp_path):
 
 
 def test_an_adapter_of_a_model_for_text_and_images(hf, tmp_path):
-    """transformers and mlx-lm nest the text model of a multimodal model in different ways."""
+    """transformers and mlx-lm nest a multimodal model's text model in different ways."""
     text_config = {**tiny_models.config("gemma3_text"), "model_type": "gemma3_text"}
     base = hf.gemma3_with_images({**text_config, "query_pre_attn_scalar": 16})
     names = {name for name, _ in base.named_modules()}
@@ -250,8 +249,8 @@ def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
 
 
 def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
-    """Ranks 4 and 8 are exported as rank 8. The added columns get a gradient from the first
-    step."""
+    """Ranks 4 and 8 are both exported as rank 8. The added columns get a gradient from the first
+    step on."""
     model_dir, folder = trained("by bits", models, data, tmp_path / "a")
     export(folder, tmp_path / "mlx", "mlx-lm")
     tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))
@@ -268,7 +267,7 @@ def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
     for name, x in further.items():
         axis = 0 if name.endswith("lora_a") else 1
         moved = mx.abs(x - tensors[name]).max(axis)
-        # The new rows of B change in the first step, and the new columns of A in the second step.
+        # B's new rows change in the first step, and A's new columns in the second.
         assert (moved > 0).all(), name
 
 
@@ -299,7 +298,8 @@ def test_gguf(name, models, data, tmp_path):
         delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
         want = np.array(own.scales[path] * (a @ b).T)
         heads = {"q_proj": 4, "k_proj": 2}.get(kind)
-        # Row 2i is in the first half of a head, and 2i + 1 is its partner in the second half.
+        # Row 2i belongs to the first half of a head, and row 2i + 1 is its partner in the second
+        # half.
         if heads:
             half = want.shape[0] // heads // 2
             rows = [
@@ -313,8 +313,7 @@ def test_gguf(name, models, data, tmp_path):
 
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
-    """The order of rows is the same as in SmolLM2's GGUF file, whose rows are reordered for the
-    snapshot."""
+    """The row order equals that of SmolLM2's GGUF file, before the snapshot reorders the rows."""
     from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]

@@ -1,6 +1,6 @@
-"""Checks that `make` and the tests need nothing that only a developer's machine has.
+"""Checks that `make` and the tests do not depend on anything specific to a developer's machine.
 
-`.ci/run` checks the rest by running the README's commands in an empty environment.
+`.ci/run` covers the rest: it runs the README's commands in an empty environment.
 """
 
 import ast
@@ -18,8 +18,8 @@ from lib import peers
 
 ROOT = Path(__file__).parents[1]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
-#: For each target, the extras that it installs besides `cpu` on Linux, or None if it installs
-#: nothing.
+#: For each target, the extras that it installs (besides `cpu` on Linux), or None for no
+#: installation.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None, "mac": []},
     **{name: ["dev"] for name in ("check", "test", "lint", "docs", "bench", "models")},
@@ -28,14 +28,14 @@ TARGETS = {
 
 
 def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
-    """Returns the commands that `make -n` prints if `uname` prints `system` and there is no virtual
-    environment yet."""
+    """Returns the commands printed by `make -n` without a virtual environment. `uname` prints
+    `system`."""
     fake = folder / "uname"
     fake.write_text(f"#!/bin/sh\necho {system}\n")
     fake.chmod(0o755)
     done = subprocess.run(
         ["make", "-n", "-C", ROOT, f"VENV={folder / 'venv'}", *words],
-        # The environment must not contain the MAKEFLAGS of `make test`.
+        # This command must not inherit MAKEFLAGS from `make test`.
         env={"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
@@ -66,12 +66,12 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if extras is None:
         assert got == []
         return
-    # This installs compilers, and MLX for its headers and symbols, but not the package itself.
+    # Installs compilers and MLX (for its headers and symbols), but not the package itself.
     if target == "mac":
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
         return
-    if target == "release-check":  # installs only tools, which check files that were built before
+    if target == "release-check":  # only tools; the files that they check are already built
         names = {word.partition(">=")[0] for word in got}
         assert names == {"auditwheel", "build", "check-wheel-contents", "twine"}
         return
@@ -91,14 +91,14 @@ def test_peers_that_are_missing_are_said(monkeypatch):
     monkeypatch.setenv("PEERS", "")
     with pytest.raises(pytest.skip.Exception, match=r"torch and peft not .* `make test PEERS=1`"):
         peers.load_peers()
-    monkeypatch.setenv("PEERS", "1")  # nothing may be skipped if these packages are required
+    monkeypatch.setenv("PEERS", "1")  # if these packages are required, no test may be skipped
     monkeypatch.setitem(sys.modules, "lib.hf_peers", None)
     with pytest.raises(ImportError):
         peers.load_peers()
 
 
 def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
-    """Returns the strings in a file, without docstrings, and the packages that it imports."""
+    """Returns a file's strings, except docstrings, and the packages that it imports."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     texts, packages = set(), set()
@@ -112,7 +112,7 @@ def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
     return texts, packages
 
 
-#: Files that contain the names of languages used in code blocks.
+#: Files that contain the language names of code blocks.
 FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 
 
@@ -120,6 +120,6 @@ FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 def test_no_test_counts_on_torch_or_on_a_python_on_the_path(path):
     texts, packages = strings_and_imports(path)
     if path.name != "hf_peers.py":
-        assert not packages & {"torch", "peft"}, "use the fixture hf"
+        assert not packages & {"torch", "peft"}, "use the fixture `hf` instead"
     command = r"python3? ." if path.stem in FENCES else r"python3?( |$)"
-    assert not [x for x in texts if re.match(command, x)], "use sys.executable"
+    assert not [x for x in texts if re.match(command, x)], "use sys.executable instead"

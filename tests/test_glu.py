@@ -1,4 +1,4 @@
-"""Compares gated linear units with the float64 oracle, on the default device."""
+"""Compares gated linear units with the float64 oracle on the default device."""
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +35,7 @@ def test_glu(op, impl, shape, dtype):
 @pytest.mark.parametrize("impl", ["stock", "auto"])
 @pytest.mark.parametrize("op", OPS)
 def test_few_elements(op, impl, shape, dtype):
-    """Makes sixty calls and compares their errors together."""
+    """Makes sixty calls and compares their combined error."""
     rng = np.random.default_rng(4)
     (g, g64), (u, u64), (dy, dy64) = (rand(rng, 60, *shape, dtype=dtype) for _ in range(3))
     truth = getattr(oracle, op)(g64, u64)
@@ -66,7 +66,8 @@ def test_under_compile(op, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", OPS)
 def test_parts_of_arrays(op, impl):
-    """Tests columns of a longer array, and a row whose beginning is not aligned for packs."""
+    """Tests columns of a longer array, and a row that starts in the middle of the kernel's packs of
+    elements."""
     x, x64 = rand(np.random.default_rng(8), 6, 2 * 333, dtype="bfloat16")
     for at in (np.s_[:, :333], np.s_[:, 333:]), (np.s_[1], np.s_[3]):
         (g, u), (g64, u64) = ([x[i] for i in at] for x in (x, x64))
@@ -78,8 +79,7 @@ def test_parts_of_arrays(op, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", OPS)
 def test_far_gates(op, impl, dtype):
-    """For gates that are far from 0, act(g) is g or 0 and its slope is 1 or 0, and nothing may
-    overflow."""
+    """Far from 0, act(g) is g or 0 and its slope is 1 or 0. Nothing may overflow."""
     top = 6e4 if dtype == "float16" else 1e38
     g = mx.array([-top, -300.0, -90.0, -89.0, 0.0, 89.0, 90.0, 300.0, top]).astype(
         getattr(mx, dtype)
@@ -98,8 +98,7 @@ def test_far_gates(op, impl, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_kernel_keeps_the_digits_of_negative_gates(op):
-    """gelu(-4) is -7e-5. If it were computed with 1 + tanh, it would have only three correct
-    digits."""
+    """gelu(-4) is -7e-5. A computation with 1 + tanh would give only three correct digits."""
     g = np.linspace(-5, -1, 99).astype(np.float32)
     (dg, du), one = grads(getattr(ops, op), [mx.array(g), mx.ones(99)], mx.ones(99)), np.ones(99)
     truth = getattr(oracle, f"{op}_vjp")(g.astype(np.float64), one, one)

@@ -51,8 +51,8 @@ OWNER = np.repeat(np.arange(4), LENGTHS)
 
 
 def trl(own, log_p, old, rollout, reference, gains):
-    """Returns the loss, a scalar, as in TRL 1.16 from [B, T] arrays with a mask. Log-probabilities
-    may be complex."""
+    """Returns TRL 1.16's loss (a scalar) for masked [B, T] arrays. Log-probabilities may be
+    complex."""
     mask = np.arange(LENGTHS.max()) < LENGTHS[:, None]
 
     def table(x):
@@ -123,16 +123,17 @@ def test_advantages():
     spread = np.std([1, 0, 0, 1], ddof=1)
     assert np.allclose(advantages(rewards, "group"), centred / (spread + 1e-4))
     assert np.allclose(advantages(rewards, "batch"), centred / (np.std(rewards, ddof=1) + 1e-4))
-    assert not advantages(np.full((1, 3), 0.1), "none").any(), "0.1 is not their mean exactly"
+    assert not advantages(np.full((1, 3), 0.1), "none").any(), "equal rewards have advantages"
 
 
 @pytest.mark.parametrize("kind", ["grpo", "gspo"])
 def test_a_token_that_was_certain_counts(kind):
-    """The log-probability of the token was 0, which must not be treated as missing."""
+    """The token's log-probability was 0, which must not be treated as missing."""
     own, zero = Grpo(kind=kind, beta=0.1), mx.zeros(1)
     reads = [mx.array(x, mx.float32) for x in ([1], [[1]], 1, [-1])]
     loss, kl, clipped, mismatch = own._outputs(mx.array([-0.7]), *reads, zero, zero, zero)
-    # The ratio is below the lower clip, so the gradient of a token with a negative advantage is 0.
+    # The ratio is below the lower clipping bound, so a token with a negative advantage has no
+    # gradient.
     ratio = math.exp(-0.7)
     assert math.isclose(float(loss), 1 - own.low + 0.1 * float(kl), rel_tol=1e-6)
     assert math.isclose(float(kl), 1 / ratio - 0.7 - 1, rel_tol=1e-6) and float(clipped) == 1
@@ -141,7 +142,7 @@ def test_a_token_that_was_certain_counts(kind):
 
 
 def test_a_token_that_only_marks_its_row_has_no_gradient():
-    """Otherwise an optimizer that uses signs would take a full step."""
+    """Otherwise a sign-based optimizer would take a full step."""
     own = Grpo(beta=0.1)
     reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
     loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))
@@ -149,7 +150,7 @@ def test_a_token_that_only_marks_its_row_has_no_gradient():
 
 
 def completions():
-    """Returns four rows with all values that a loss reads."""
+    """Returns four rows with all values that any of the losses reads."""
     rng = np.random.default_rng(5)
     weights = Grpo().weights(LENGTHS, np.ones(4, bool))
     rows = []
@@ -176,7 +177,7 @@ def model():
 
 
 def run(model, objective, batches, size):
-    """Returns the loss, the metrics and the gradients of all batches together."""
+    """Returns the combined loss, metrics and gradients of all batches."""
     chain, adapter, params = model
     functions, total = Functions(objective, chain, adapter.scales), objective.total(batches)
     sums, grads = np.zeros(4), {}
@@ -211,7 +212,7 @@ def test_segments_and_packing_change_nothing(name, model):
 
 
 def test_without_old_ones_the_ratio_is_one(model):
-    """The gradient is the same as if the old log-probabilities were those of the current model."""
+    """The gradient is the same as if the old log-probabilities were the current model's."""
     chain, adapter, params = model
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
@@ -231,10 +232,10 @@ def test_collapse():
     fallen = [*rising, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.2, 0.2]
     assert collapsed(fallen, 0) is None
     assert "fell from 0.700 to 0.225" in collapsed(fallen, 4)
-    # The last mean still has more than half of the gain over the first mean.
+    # The last mean retains more than half of the gain over the first mean.
     assert collapsed([*rising, 0.7, 0.6, 0.6, 0.6], 4) is None
     noisy = [x + 0.2 * (-1) ** i for i, x in enumerate(fallen)]
-    assert collapsed(noisy, 4) is None  # the drop is within random variation
+    assert collapsed(noisy, 4) is None  # the drop is within the noise
 
 
 CURVES = {
@@ -246,7 +247,7 @@ CURVES = {
 
 @pytest.mark.parametrize("name", CURVES)
 def test_chance_is_no_collapse(name):
-    """Simulates runs with prompts of any difficulty, with 4 prompts per step and 8 completions per
+    """Simulates runs with prompts of any difficulty, 4 prompts per step, and 8 completions per
     prompt."""
     rng, stopped = np.random.default_rng(8), 0
     for _ in range(20):
@@ -258,8 +259,8 @@ def test_chance_is_no_collapse(name):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
 def test_log_probs_at_a_temperature(family):
-    """Tests values and gradients for a head with our ops, a head with a softcap, and a head of
-    mlx-lm."""
+    """Tests values and gradients for three heads: with our ops, with a softcap, and with mlx-lm's
+    ops."""
     model, rng = tiny_models.build(family), np.random.default_rng(4)
     chain = chain_of(model)
     h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
@@ -334,7 +335,7 @@ def test_rewards_of_python_are_checks_and_functions(monkeypatch):
 
 
 def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
-    """A limit on the size of files simulates a full disk."""
+    """A file-size limit simulates a full disk."""
     said = []
     log = CompletionLog(tmp_path, said.append)
     log.write([{"step": 1, "text": "a"}])
@@ -352,7 +353,7 @@ def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
 
 
 def test_files_of_rewards_are_in_the_record(tmp_path):
-    """The files have the same name in two folders. If one changes, a resumed run warns and
+    """Files have the same name in two folders. If a file changes, a resumed run warns and
     continues."""
     paths = [tmp_path / name / "own.py" for name in ("a", "b")]
     for path in paths:
@@ -376,7 +377,7 @@ def test_files_of_rewards_are_in_the_record(tmp_path):
 @pytest.mark.parametrize("packs", [True, False])
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 60), (3, 4), (40, 90), (70, 110)])
 def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
-    """This is checked for prompts and completions of all lengths up to the maximum."""
+    """Tests prompts and completions of all lengths up to the maximum."""
     config = config_of(packing=packs, max_completion_tokens=80, max_seq_length=200)
     own, rng = objective_of(config), np.random.default_rng(2)
 
@@ -400,12 +401,12 @@ def test_no_pass_is_larger_than_the_plan_s(packs, shortest, longest):
             assert packs or run <= shape.rows * stream.trimmed
             most.append((tokens.size, len(t)))
     assert max(n for n, _ in most) > 0.8 * shape.rows * stream.length
-    assert max(n for _, n in most) > 0.7 * shape.loss, "planned for much more than there is"
+    assert max(n for _, n in most) > 0.7 * shape.loss, "the plan is much too large"
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_full_pass_is_of_max_seq_length(packing):
-    """The size of a full pass does not depend on the number of prompts per step."""
+    """The size of a full pass is independent of the number of prompts per step."""
     how = {"max_completion_tokens": 80, "max_seq_length": 200, "packing": packing}
     one, many = (full_batch(config_of(batch_size=n, **how)) for n in (1, 9))
     assert one == many and 150 < one.rows * one.streams[0].length < 200
@@ -417,8 +418,8 @@ def test_dropout_is_refused():
 
 
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
-    """A run is killed before its first checkpoint, and when it is started again, a different amount
-    of memory is free."""
+    """A run is killed before its first checkpoint and restarted with a different amount of free
+    memory."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
     monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
@@ -426,7 +427,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
     def found(**more):
         return setup.with_rollouts(TrainConfig(**how, **more), 9, None).rollout_batch
 
-    assert found(resume="auto") == 5  # there is no earlier run
+    assert found(resume="auto") == 5  # no earlier run exists
     record = {"id": "a", **{part: {} for part in PARTS}, "config": {"rollout_batch": 3}}
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert found(resume="auto") == 3
@@ -436,7 +437,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
 
 
 def rolling(monkeypatch, roll_out):
-    """Returns a cycle that uses this function to generate."""
+    """Returns a cycle that generates with this function."""
     monkeypatch.setattr(cycle, "roll_out", roll_out)
     monkeypatch.setattr(cycle, "with_params", lambda *_: None)
     names = ("model", "tokenizer", "chain", "scales")

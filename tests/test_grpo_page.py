@@ -1,4 +1,4 @@
-"""Tests the completions of a grpo run by step: in the file, over HTTP, and on the page."""
+"""Tests a grpo run's completions by step: in the file, over HTTP, and on the page."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_a_step_is_found_in_a_long_file(tmp_path, size):
         ]
     assert [x["completion"] for x in read_step(path, None, 2)[1]] == [0, 1]
     assert read_step(path, 30, 9) == (29, [])
-    with open(path, "a") as file:  # the run is still writing the file
+    with open(path, "a") as file:  # the run is still writing a line
         file.write('{"step": 30, "text": "')
     assert read_step(path, None, 9)[0] == 29
     path.write_text("")
@@ -36,7 +36,7 @@ def test_a_step_is_found_in_a_long_file(tmp_path, size):
 
 
 @pytest.mark.acceptance
-@pytest.mark.skipif(BROWSER is None, reason="there is no browser on the path")
+@pytest.mark.skipif(BROWSER is None, reason="no browser is on the PATH")
 def test_the_page_shows_what_was_generated(tmp_path):
     from playwright.sync_api import sync_playwright
 

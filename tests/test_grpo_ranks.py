@@ -1,4 +1,4 @@
-"""Runs of grpo on two ranks on this machine, which divide the prompts of a step between them."""
+"""Runs grpo on two local ranks, which divide each step's prompts between them."""
 
 import json
 
@@ -15,7 +15,7 @@ from mlx_segtrain.training import checkpoint
 
 pytestmark = pytest.mark.acceptance
 
-#: Prompts with odd numbers get equal rewards, so that a rank may have nothing to train on.
+#: Prompts with odd numbers get equal rewards, so a rank may have nothing to train on.
 REWARDS = """
 import os
 
@@ -45,7 +45,8 @@ def config(model, tmp_path):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = {"method": "grpo", "iters": 3, "batch_size": 3, "group_size": 3, "steps_per_eval": 3}
     base |= {"max_completion_tokens": 6, "lr_schedule": "constant", "learning_rate": 1e-2}
-    # If one completion is generated at a time, it does not depend on what else its rank generates.
+    # Completions are generated one at a time, so they do not depend on the rank's other
+    # completions.
     base |= {"rollout_batch": 1}
     base |= {"reward_functions": [f"{tmp_path / 'own.py'}:{name}" for name in ("spread", "short")]}
     return lambda out, **how: config_of(model, data, tmp_path / out, **{**base, **how})
@@ -54,7 +55,7 @@ def config(model, tmp_path):
 RUNS = {
     "gspo": {"grpo_loss": "gspo", "grpo_beta": 0.1, "updates_per_step": 2, "iters": 2},
     "dapo": {"grpo_loss": "dapo", "advantage_scaling": "batch", "mask_truncated": False},
-    # No completion in a step has an advantage, so only one completion, on one rank, is run.
+    # No completion has a non-zero advantage, so a step trains on a single completion, on one rank.
     "equal": {"reward_weights": [0.0, 0.0], "iters": 1, "packing": False},
 }
 
@@ -77,7 +78,7 @@ def test_ranks_are_one_run(config, tmp_path):
         assert texts[0] == texts[1] and len(texts[0].splitlines()) >= 9
         for x, y in zip(lines_of(one), lines_of(many), strict=True):
             assert x.keys() == y.keys()
-            bound = 1e-6 if x["step"] <= 1 else 1e-5  # after that, the adapters differ by rounding
+            bound = 1e-6 if x["step"] <= 1 else 1e-5  # later, adapters differ by rounding errors
             for key in (key for key in x if isinstance(x[key], float)):
                 least = {"mismatch": 1e-6, "loss": 2e-7, "grad_norm": 0}.get(key, 1e-9)
                 assert y[key] == approx(x[key], rel=bound, abs=least), (name, x["step"], key)
@@ -89,7 +90,9 @@ def test_ranks_are_one_run(config, tmp_path):
         factors = [np.load(tmp_path / f"{name}-{rank}.npy") for rank in range(2)]
         assert np.array_equal(*factors)
     calls = [(tmp_path / f"own.py.{rank}").read_text().split() for rank in range(2)]
-    assert calls[0][:2] == ["2", "6"] and calls[1][:2] == ["1", "3"], "first for an evaluation"
+    assert calls[0][:2] == ["2", "6"] and calls[1][:2] == ["1", "3"], (
+        "the first call must be for an evaluation"
+    )
 
     assert weights_of(tmp_path / "resumed").keys() == weights_of(tmp_path / "dapo").keys()
     for name in ("adapters.safetensors", "completions.jsonl"):
@@ -100,8 +103,8 @@ def test_ranks_are_one_run(config, tmp_path):
         assert_close(key, weights_of(tmp_path / "moved")[key], x, 1e-4)
 
 
-#: Rank 1 generates for longer than the others wait for a heartbeat and is then killed, while rank 0
-#: has to generate for much longer.
+#: Rank 1 first generates for longer than the heartbeat timeout. In its next call, it is killed
+#: while rank 0 generates for much longer.
 SLOW = """
 from mlx_segtrain.training import cycle
 own, calls = cycle.complete, 0

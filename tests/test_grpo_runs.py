@@ -1,4 +1,5 @@
-"""Whole runs of grpo on tiny models learn, resume bit-identically, and keep their state."""
+"""Complete grpo runs on tiny models: they learn, resume bit-identically, and preserve their
+state."""
 
 import json
 import math
@@ -58,7 +59,7 @@ def test_a_run_is_rewarded_more_and_more(llama4, prompts, tmp_path):
     steps = [event for event in seen if event.get("kind") == "train"]
     names = {"reward", "reward_std", "length", "truncated", "kl", "clipped", "mismatch"}
     assert names <= steps[0].keys()
-    assert all(step["mismatch"] < 1e-4 for step in steps), "generation and training differ"
+    assert all(step["mismatch"] < 1e-4 for step in steps), "log-probabilities differ in training"
     lines = completions_of(tmp_path / "a")
     assert len(lines) == 16 * 4 * 8
     for step in steps:
@@ -81,7 +82,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tmp_path):
-    """The run is killed while it generates, while it scores, and while it trains."""
+    """The run is killed during generation, scoring, and training."""
     how = {"steps_per_save": 2, **RUNS[name]}
 
     def made(out, **more):
@@ -124,7 +125,7 @@ def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tm
 
 
 def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
-    """The error is one sentence, and the run can be resumed after the reward has been fixed."""
+    """The error is one sentence. After the reward is fixed, the run can be resumed."""
     calls = 0
 
     def reward(completions):
@@ -136,7 +137,7 @@ def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
     with pytest.raises(
         RunError, match=r"reward reward returned nan for the completion .* and resume"
     ):
-        # The first call belongs to an evaluation.
+        # The first call is made by an evaluation.
         train(config(llama4, prompts, out), rewards=[reward])
     assert checkpoint._read(checkpoint_of(out)).step == 2
     assert {line["step"] for line in completions_of(out)} == {1, 2}
@@ -147,7 +148,7 @@ def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
 def test_completions_that_teach_nothing_are_left_out_of_the_passes(
     llama4, prompts, tmp_path, monkeypatch
 ):
-    """If all rewards are equal, the adapter learns nothing, and only one completion is run."""
+    """If all rewards are equal, the adapter learns nothing and only one completion is run."""
     counts = []
     original = cycle.Cycle._batches
 
@@ -199,7 +200,7 @@ def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
 
 
 def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys):
-    """Python and the command line return the same results, and pass@k follows from the counts."""
+    """Python and the command line return equal results, and pass@k follows from the counts."""
     own = tmp_path / "own.py"
     own.write_text("def odd(completions): return [ord(x[:1] or 'a') % 2 for x in completions]\n")
     how = {"reward_functions": [f"{own}:odd"], "group_size": 4}
@@ -208,7 +209,7 @@ def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys
     found = score(made, tmp_path / "a")
     assert (found.rows, found.completions) == (3, 4) and list(found.pass_at) == [1, 2, 4]
     assert math.isclose(found.pass_at[1], found.reward) and found.rewards == {"odd": found.reward}
-    assert found == score(made, tmp_path / "a"), "other completions"
+    assert found == score(made, tmp_path / "a"), "the second score is different"
     argv = ["eval", "--model", str(llama4), "--data", str(prompts), "--adapter-path"]
     argv += [str(tmp_path / "a"), "--reward-functions", f"{own}:odd", "--group-size", "4"]
     argv += ["--max-completion-tokens", "8", "--max-seq-length", "100", "--json"]
@@ -217,7 +218,7 @@ def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys
     assert said["reward"] == found.reward and said["pass_at"]["4"] == found.pass_at[4]
     with pytest.raises(InputError, match="call score"):
         evaluate(made)
-    assert 0 < found.reward < 1, "nothing to tell by"
+    assert 0 < found.reward < 1, "the reward must be neither 0 nor 1 to be comparable"
 
 
 def test_pass_at():
@@ -249,7 +250,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
 
 @pytest.mark.parametrize("prompt", [30, 5000])
 def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, tmp_path):
-    """This is tested with most of the memory in prompts, and with most of it in completions."""
+    """Tests prompts that use most of the memory, and completions that use most of it."""
     made = config(llama4, prompts, tmp_path / "a", max_completion_tokens=40, max_seq_length=6000)
     model, tokenizer = load_model(llama4)[0], load_tokenizer(llama4)
     how = [Options(max_tokens=40, temperature=1.0, seed=i, logprobs=0) for i in range(12)]

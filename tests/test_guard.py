@@ -1,4 +1,4 @@
-"""Tests access control without a server: the guard and the allowed folders."""
+"""Tests access control without a server: the guard and allowed folders."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ from mlx_segtrain.serving.settings import Settings
 
 
 async def echo(scope, receive, send):
-    """An app that returns the length of the body. Like FastAPI, it treats any error as an invalid
+    """An app that returns the body's length. Like FastAPI, it treats every error as an invalid
     body."""
     size, more, status = 0, scope["type"] == "http", 200
     try:
@@ -31,7 +31,7 @@ async def echo(scope, receive, send):
 def ask(
     headers=(), body=(b"",), *, token=None, any_address=False, kind="http", sessions=None, **scope
 ):
-    """Sends a request through the guard, and returns status, headers and body of the response."""
+    """Sends a request through the guard, and returns the response's status, headers and body."""
     parts = [
         {"type": "http.request", "body": part, "more_body": i + 1 < len(body)}
         for i, part in enumerate(body)
@@ -95,7 +95,7 @@ def test_on_another_address_any_address_is_a_name():
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
-        # This is a form on another site.
+        # A form on another site.
         ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 403),
         ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, 200),
     ],
@@ -103,7 +103,7 @@ def test_on_another_address_any_address_is_a_name():
 def test_origin(headers, status):
     assert ask(headers)[0] == status
     sent = ask(headers, kind="websocket", path="/finetune")
-    # This holds for every client.
+    # WebSockets are refused for every client.
     assert [message["type"] for message in sent] == ["websocket.close"]
 
 
@@ -121,13 +121,13 @@ def test_token(caplog):
     assert ask({"cookie": f"{guard.COOKIE}=wrong"}, **wants)[0] == 401
     assert ask({"cookie": "=;;=,"}, **wants)[0] == 401
     assert ask({"authorization": "bearer correct horse"}, **wants)[0] == 200
-    # Browsers send a cookie to every port of this machine, so the cookie must not be the token.
+    # Browsers send cookies to all ports of this machine, so the cookie must not be the token.
     assert ask({"cookie": f'a=b; {guard.COOKIE}="correct horse"'}, **wants)[0] == 401
     sessions = Sessions()
     one, other = sessions.open(), sessions.open()
     cookies = {"cookie": f'a=b; {guard.COOKIE}="{one}"'}
     assert ask(cookies, sessions=sessions, **wants)[0] == 200
-    # The session belongs to another server.
+    # This session belongs to another server.
     assert ask(cookies, sessions=Sessions(), **wants)[0] == 401
     sessions.close(one)
     assert ask(cookies, sessions=sessions, **wants)[0] == 401 and sessions.holds(other)
@@ -143,7 +143,7 @@ def test_bodies(monkeypatch, caplog):
     assert ask(body=[b"x" * 400, b"x" * 600])[2] == b"1000"
     status, headers, body = ask({"content-length": "1000000000"})
     assert status == 413 and headers[b"connection"] == b"close" and b"more than 1000" in body
-    status, _, body = ask(body=[b"x" * 400] * 10)  # there is no content-length
+    status, _, body = ask(body=[b"x" * 400] * 10)  # without a content-length
     assert status == 413 and b"more than 1000" in body
     monkeypatch.setattr(guard, "PART_S", 0.05)
     status, _, body = ask(body=[b"x", None])

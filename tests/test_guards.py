@@ -1,4 +1,4 @@
-"""When something goes wrong, a run stops or continues with a message of one sentence, and keeps its
+"""After a failure, a run stops or continues with a one-sentence message, and preserves its
 state."""
 
 import gc
@@ -75,7 +75,7 @@ def test_the_row_and_the_layer_are_named(tmp_path):
     assert report["rows"] == ["train.jsonl:4"]
     assert report["tensor"] == "h after model.layers.0.self_attn"
     assert told[-1]["type"] == "failed"
-    # After the row has been fixed, the run continues.
+    # With a corrected row, the run continues.
     if at > 1:
         assert next(iter(checkpoint.found(tmp_path / "a"))) == at - 1
 
@@ -108,12 +108,12 @@ def test_what_a_spike_is():
     assert 3.0 < spikes.spike_bound(calm) < 3.3  # 1.5 times the largest loss
     wild = [5.0 + 3 * math.sin(i) for i in range(spikes.WINDOW)]
     assert spikes.spike_bound(wild) > 12
-    # If losses stay high, only the first one counts as a spike.
+    # If losses stay high, only the first one is a spike.
     assert spikes.spike_bound([*calm[1:], 8.0]) > 8.0
 
 
 def spiking(monkeypatch, at):
-    """Makes the loss in this step a hundred times as high."""
+    """Multiplies the loss of this step by a hundred."""
     original, calls = step.Stepper.gradient, []
 
     def gradient(self, it, batches):
@@ -147,7 +147,7 @@ def test_a_spike_is_left_out(llama4, data, tmp_path, monkeypatch):
     assert text.endswith("the step was skipped")
     train(config_of(llama4, data, tmp_path / "b", **{**options, "iters": 19}))
     assert same(tmp_path / "a", tmp_path / "b")
-    # A skipped step counts as a step, so the next step gets another batch.
+    # A skipped step is counted, so the next step uses another batch.
     seen = []
     train(config_of(llama4, data, tmp_path / "c", **options), seen.append)
     assert [e["step"] for e in seen if e.get("kind") == "train"] == list(range(1, 23))
@@ -300,7 +300,7 @@ def test_a_clock_that_jumps_is_told_once(llama4, data, tmp_path, monkeypatch):
 
 
 def test_a_log_that_cannot_be_written_waits(llama4, data, tmp_path, monkeypatch):
-    """Lines are written as soon as the log can be written again, and no step waits for them."""
+    """Lines are written as soon as the log is writable again, without delaying any step."""
     train(config_of(llama4, data, tmp_path / "b"))
     broken = []
     original = log.RunLog._open
@@ -343,7 +343,7 @@ def test_the_last_write_that_fails_is_said(llama4, data, tmp_path, monkeypatch):
 
 
 def test_training_in_a_thread(llama4, data, tmp_path):
-    """A run also works in a thread other than the main thread, which gets no signals."""
+    """A run also works outside the main thread, where no signals arrive."""
     found = []
     config = config_of(llama4, data, tmp_path / "a", iters=2)
     thread = threading.Thread(target=lambda: found.append(train(config).steps))
@@ -357,7 +357,7 @@ def test_training_in_a_thread(llama4, data, tmp_path):
 
 def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
     """The numbers of open files and threads, the resident memory and MLX's memory stay constant,
-    with a checkpoint in each step."""
+    even with a checkpoint in every step."""
     steps = int(os.environ.get("STEPS", 150))
     seen = []
 
@@ -370,8 +370,8 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
             seen.append((files, threads, resident, mx.get_active_memory()))
 
     if not os.path.exists("/proc/self/statm"):
-        pytest.skip("read as Linux shows it")
-    gc.collect()  # otherwise garbage of earlier tests would be counted and then freed in some step
+        pytest.skip("/proc is available only on Linux")
+    gc.collect()  # frees garbage that a step would otherwise free
     options = {"steps_per_save": 1, "steps_per_eval": steps // 5, "keep_best": True}
     train(config_of(llama4, data, tmp_path / "a", iters=steps, **options), on_event)
     assert len(seen) == 10
@@ -384,7 +384,7 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
 
 
 def test_crash_keeps_what_was_saved(llama4, data, tmp_path):
-    """An exception in a caller's callback is raised, and the last checkpoint stays."""
+    """An exception in a caller's callback propagates, and the last checkpoint remains."""
     with pytest.raises(Crash):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=2), crash_behind(3))
     assert list(checkpoint.found(tmp_path / "a")) == [2]
@@ -432,7 +432,8 @@ def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
 
 
 def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
-    """If a user's callable raises any error, here during an evaluation, the run keeps its state."""
+    """If a user's function raises any error, here during an evaluation, the run's state is
+    preserved."""
 
     def score(model, tokenizer):
         if calls:
@@ -449,7 +450,7 @@ def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
 
 
 def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
-    """The files of the other run are not overwritten."""
+    """The other run's files are not overwritten."""
     other = config_of(llama4, data, tmp_path / "a", seed=5)
 
     def take():

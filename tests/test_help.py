@@ -1,4 +1,4 @@
-"""Tests help in groups, aliases of flags, suggestions for unknown flags, and shell completion."""
+"""Tests grouped help, aliases of flags, suggestions for unknown flags, and shell completion."""
 
 import os
 import pty
@@ -77,7 +77,7 @@ def test_flags_of_mlx_lm_beside_the_long_names() -> None:
         ("train", "--output-dir", "--adapter-path"),
         ("train", "--learning-rat", "--learning-rate"),
         ("plan", "--max-length", "--max-seq-length"),
-        ("plan", "--lr", ""),  # `plan` has no learning rate, so there is no suggestion
+        ("plan", "--lr", ""),  # `plan` has no learning rate
     ],
 )
 def test_an_unknown_flag_is_understood_by_its_meaning(command, given, meant, capsys) -> None:
@@ -91,7 +91,7 @@ def test_words_of_other_trainers_are_no_names_of_ours() -> None:
     fields = TrainConfig.model_fields
     flags = {name for own in fields for name in (flag(own), *FACETS[own].aliases)}
     assert set(CALLED.values()) <= fields.keys() and not CALLED.keys() & fields.keys()
-    assert len(flags) == len(fields) + 2  # --adapter and --lr
+    assert len(flags) == len(fields) + 2  # plus --adapter and --lr
 
 
 def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
@@ -103,15 +103,15 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def completed(request, capsys, tmp_path: Path):
-    """Returns a function that completes words in a shell with our completion script, in a folder
-    with a file."""
+    """Returns a function that completes words in a shell with our completion script. The current
+    folder contains a file."""
     shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
     for word in ("train", "chat", "batch-size", "rank-scaling"):
         assert word in script
     if shutil.which(shell) is None:
-        pytest.skip(f"there is no {shell} here")
+        pytest.skip(f"{shell} is not installed")
     (tmp_path / "_mlx-segtrain").write_text(script)
     (tmp_path / "data.csv").touch()
     ask = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}[shell]
@@ -138,7 +138,7 @@ def in_fish(words: str, place: Path, _: str) -> str:
 
 
 def in_zsh(words: str, place: Path, wanted: str) -> str:
-    """Types words on a terminal, because zsh completes only there, and returns zsh's output up to
+    """Types words in a terminal, which zsh needs for completion, and returns the output up to
     `wanted`."""
     process, terminal = pty.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""Tests the HTTP API on a server that is started as by a user."""
+"""Tests the HTTP API on a server started in the same way as by a user."""
 
 import json
 import re
@@ -34,12 +34,12 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(server):
-    """Returns the job of a finished run."""
+    """Returns a finished run's job."""
     return server.ended(server.submit(iters=4, steps_per_report=1, scale=20, learning_rate=0.01))
 
 
 def test_the_curl_lines_of_users(server, tmp_path):
-    """Request bodies may have comments and several lines, as in the documentation."""
+    """Request bodies may contain comments and line breaks, as in the documentation."""
     body = """{
       "model_dir": "/path/to/snapshot",
       "data_dir": "/path/to/dataset",      // dir with train.jsonl (+ optional valid.jsonl)
@@ -50,7 +50,7 @@ def test_the_curl_lines_of_users(server, tmp_path):
         ("/path/to/snapshot", server.cwd / "model"),
         ("/path/to/dataset", server.cwd / "data"),
         ("/path/to/output-adapter", server.cwd / "curled"),
-        *(("300", 3), ("2048", 128)),  # the context length of the tiny model
+        *(("300", 3), ("2048", 128)),  # context length of the tiny model
     ):
         body = body.replace(theirs, str(ours))
 
@@ -153,7 +153,7 @@ def test_plan(server):
 
 def test_the_schema_is_the_command_line_s(server):
     rows = server.http.get("/api/finetune/defaults").json()["fields"]
-    # These fields run code.
+    # These fields execute code.
     refused = {"eval_command", "reward_command", "reward_functions", "environment"}
     assert {row["name"] for row in rows} == set(TrainConfig.model_fields) - refused
     rank = next(row for row in rows if row["name"] == "rank")
@@ -237,7 +237,7 @@ def test_cancel_and_resume(server):
 
 
 def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch):
-    """FOLLOWERS clients follow one job over connections that drop, while 200 other requests are
+    """FOLLOWERS clients follow one job over unreliable connections while 200 other requests are
     made."""
     import os
 
@@ -248,7 +248,7 @@ def test_followers_lose_nothing_and_the_server_does_not_grow(server, monkeypatch
     with httpx.Client(base_url=server.url, timeout=120, limits=limits) as http:
 
         def follow(i):
-            """Follows the job. Every third client drops its connection from time to time."""
+            """Follows the job. Every third client sometimes drops its connection."""
             found, last_id = [], ""
             while True:
                 headers = {"last-event-id": last_id} if last_id else {}
@@ -318,7 +318,7 @@ def test_a_server_that_is_killed_finds_its_jobs_again(tmp_path):
 
 
 def test_security_against_a_real_server(tmp_path):
-    """Repeats tests from tests/test_guard.py on a real server."""
+    """Repeats some tests of tests/test_guard.py on a real server."""
     import socket
 
     place = write_place(tmp_path)
@@ -338,7 +338,7 @@ def test_security_against_a_real_server(tmp_path):
         entered = http.post("/login", data={"token": secret})
         cookie = entered.headers["set-cookie"]
         assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
-        assert http.get("/api/jobs").status_code == 200  # uses the cookie
+        assert http.get("/api/jobs").status_code == 200  # authenticates with the cookie
         http.cookies.clear()
         http.headers.update(good)
         assert http.get("/api/jobs", headers={"host": "evil.example"}).status_code == 403
@@ -357,7 +357,7 @@ def test_security_against_a_real_server(tmp_path):
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
-        # The body has 1 GB, with and without a content-length.
+        # Send bodies of 1 GB with and without a content-length.
         huge = {"content-length": str(10**9), "content-type": "application/json"}
         answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413")
@@ -370,8 +370,8 @@ def test_security_against_a_real_server(tmp_path):
             refused = http.post("/api/finetune/submit", content=gigabyte())
             assert refused.status_code == 413
         except httpx.TransportError:
-            pass  # the server has closed the connection before the end of the body
-        # These are slow clients, whose head or body never ends.
+            pass  # the server closed the connection before the end of the body
+        # Slow clients, whose head or body never ends.
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
         late = threading.Thread(target=_trickle, args=(slow,), daemon=True)
@@ -382,7 +382,7 @@ def test_security_against_a_real_server(tmp_path):
         assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 15
         late.join(15)
         assert not late.is_alive()
-        # These are more jobs than the limit.
+        # Send more jobs than the limit allows.
         many = {"adapter_path": str(place / "none"), "base_model": str(place / "model")}
         limit = [http.post("/api/finetune/export", json=many).status_code for _ in range(1)]
         assert set(limit) == {400}
@@ -404,7 +404,7 @@ def _raw(server, more, request, headers, body):
 
 
 def _trickle(wire):
-    """Sends a byte from time to time, until the server closes the connection."""
+    """Sends single bytes with pauses until the server closes the connection."""
     try:
         while True:
             time.sleep(0.5)
@@ -425,7 +425,7 @@ def test_serving_without_its_packages_says_what_to_install(tmp_path):
 
 
 def test_a_run_gets_a_folder_of_its_own(server, run):
-    """A run removes files from its folder, so the folder must not contain a user's files."""
+    """A run deletes files in its folder, so the folder must not contain a user's files."""
     body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
     mine = server.cwd / "mine"
     (mine / "state").mkdir(parents=True)
@@ -456,7 +456,7 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
         return time.perf_counter() - began
 
     took = [seconds() for _ in range(40)]
-    assert min(took[20:]) < 0.03  # the first responses are acknowledged at once
+    assert min(took[20:]) < 0.03  # clients acknowledge the first responses at once
 
 
 def test_what_a_client_sends_keeps_nobody_waiting(server):
@@ -560,14 +560,14 @@ def test_push_to_a_hub(tmp_path, hub):
 @pytest.mark.parametrize(
     ("soft", "hard", "allows", "then"),
     [
-        (1024, 4096, 4096, 4096),  # the hard limit is lower than what we want
+        (1024, 4096, 4096, 4096),  # the hard limit is below the desired limit
         (1024, 524288, 524288, 65536),
         (1024, None, 2**62, 65536),
-        # MacOS: the hard limit is infinity, but kern.maxfilesperproc is lower.
+        # On macOS, the hard limit is infinity, but kern.maxfilesperproc is lower.
         (256, None, 24576, 24576),
         (256, None, 10240, 10240),
-        (256, None, 256, 256),  # no higher limit is allowed
-        (100_000, None, 10240, 100_000),  # the limit is already higher
+        (256, None, 256, 256),  # raising the limit is not allowed
+        (100_000, None, 10240, 100_000),  # the limit is high enough already
         (None, None, 10240, None),
     ],
 )
@@ -598,8 +598,7 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """The id of each request is in a header of the response. There are no counters
-    for unmounted adapters."""
+    """Each response has the request's id in a header. Unmounted adapters have no counters."""
 
     def values():
         answer = server.http.get("/metrics")
@@ -621,7 +620,7 @@ def test_metrics_and_the_log_tell_what_was_answered(server):
     assert len(set(ids)) == 4 and all(re.fullmatch("req_[0-9a-f]{32}", id) for id in ids)
     usage = answers[0].json()["usage"]
     answered = 'segtrain_requests_total{adapter="m",finish="length"}'
-    # A client may read the end of a stream before the server has counted the request.
+    # A client may see the end of a stream before the server counts the request.
     end = time.monotonic() + 10
     while (after := values())[answered] < 3:
         assert time.monotonic() < end, after

@@ -1,5 +1,5 @@
-"""Tests models by name: downloads from a local hub that are interrupted and continued, the cache,
-and errors of one sentence."""
+"""Tests models by name: downloads from a local hub, interruptions, the cache, and one-sentence
+errors."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from mlx_segtrain.training import evaluate
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Selects an empty hub cache and the local hub, and returns the home folder of the cache."""
+    """Selects the local hub and an empty hub cache, and returns the cache's home folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -45,7 +45,7 @@ def test_a_model_by_its_name(hub, tiny, llama4):
     hub.requests.clear()
     assert hubs.model("org/tiny-4bit") == folder
     assert hubs.model(f"org/tiny-4bit@{tiny.commit}") == folder
-    assert not hub.requests  # the model is in the cache
+    assert not hub.requests  # served from the cache
 
 
 def test_what_the_hubs_own_client_has_fetched_is_taken(hub, tiny, home, monkeypatch):
@@ -134,7 +134,7 @@ def test_without_a_network(hub, tiny, home, monkeypatch, cache):
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     folder = hubs.model("org/tiny-4bit")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    # This simulates that another tool has downloaded the model.
+    # Simulate a model that another tool has downloaded.
     hubs._listing(hubs.Repository("org/tiny-4bit"), folder.name).unlink()
     assert hubs.model("org/tiny-4bit") == folder
     (folder / "model.safetensors").unlink()
@@ -217,8 +217,7 @@ def test_a_run_by_name(hub, tiny, home, data, tmp_path, capsys):
     record = json.loads((tmp_path / "a" / "run.json").read_text())
     assert record["hub"] == {"model": f"org/tiny-4bit@{tiny.commit}"}
     assert open_folder(tmp_path / "a").base_folder == hubs.model("org/tiny-4bit")
-    # The hub and the cache have a newer commit, but a resumed run keeps the commit with which it
-    # began.
+    # The hub and the cache have a newer commit, but a resumed run keeps the commit it started with.
     other = hub.add("org/tiny-4bit", {**tiny.files, "config.json": b"{}"})
     (home / "hub" / "models--org--tiny-4bit" / "refs" / "main").write_text(other.commit)
     assert main([*argv, "--iters", "3", "--resume"]) == 0
@@ -243,13 +242,13 @@ def test_commands_take_names(hub, tiny, home, data, capsys, command):
     said = capsys.readouterr()
     assert "downloading org/tiny-4bit" in said.err and "downloading" not in said.out
     weights = list(home.rglob("model.safetensors"))
-    # The other commands need only headers or a tokenizer.
+    # Other commands need only headers or a tokenizer.
     assert bool(weights) == (command[0] in ("generate", "adapters"))
 
 
 def test_a_plan_needs_no_weights(hub, tiny, home, llama4, capsys, monkeypatch):
     argv = ["plan", "--max-seq-length", "100", "--json", "--model"]
-    monkeypatch.setattr(hubs, "HEADER", 100)  # the limit is shorter than the header
+    monkeypatch.setattr(hubs, "HEADER", 100)  # less than the header's length
     assert main([*argv, "org/tiny-4bit"]) == 0
     by_name = json.loads(capsys.readouterr().out)
     assert hub.sent < 30_000 < len(tiny.files["model.safetensors"])
@@ -288,7 +287,7 @@ def test_a_model_and_an_adapter_by_name_in_python(hub, tiny, home, llama4, data,
     load("org/tiny-4bit", "me/mine", told.append)
     assert [event["message"] for event in told][-1].startswith("downloading me/mine: ")
     argv = ["export", "me/mine", "--to", "peft", "--out", str(tmp_path / "peft")]
-    assert main(argv) == 0  # the base of the adapter is found in the cache
+    assert main(argv) == 0  # finds the adapter's base in the cache
     argv = ["generate", "--model", "org/tiny-4bit", "--adapter-path", "me/mine", "--prompt", "x"]
     assert main([*argv, "--max-tokens", "1"]) == 0
     warm = config_of("org/tiny-4bit", data, tmp_path / "b", warm_start="me/mine", iters=1)

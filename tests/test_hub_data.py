@@ -1,4 +1,4 @@
-"""Tests data sets by name: which files of a repository are used, interrupted downloads, and offline
+"""Tests data sets by name: the selected files of a repository, interrupted downloads, and offline
 use."""
 
 import io
@@ -17,7 +17,7 @@ from mlx_segtrain.data.sources import rows_of, sources_of
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Selects an empty hub cache and the local hub, and returns the home folder of the cache."""
+    """Selects the local hub and an empty hub cache, and returns the cache's home folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -38,7 +38,7 @@ def texts(source):
 
 
 def found(name, **how):
-    """Returns the texts of the training rows and of the validation rows."""
+    """Returns the texts of the training and validation rows."""
     return tuple(map(texts, sources_of(name, **how)))
 
 
@@ -86,7 +86,7 @@ def chat(hub, home):
 def test_the_card_says_which_files(chat, hub, name, training, validation):
     assert found(name) == (training, validation)
     asked = [file for file in hub.files_asked() if file != "README.md"]
-    # No other file is requested.
+    # No other files are requested.
     assert len(asked) == {"org/chat": 3, "org/chat/small": 2}.get(name, 1)
 
 
@@ -182,7 +182,7 @@ def test_a_run_stays_with_its_revision(chat, hub, home, llama4, tmp_path, capsys
     assert train(config.model_copy(update={"iters": 3, "resume": True})).steps == 3
     again = json.loads((tmp_path / "a" / "run.json").read_text())
     assert again["inputs"] == record["inputs"] and again["hub"] == record["hub"]
-    # The newer commit has no such configuration.
+    # The newer commit lacks this configuration.
     assert main(["inspect", "org/chat/small", "--json"]) == 2
     assert main(["inspect", f"org/chat@{chat.commit}/small"]) == 0
     assert "rows     1 to train, 1 to validate" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tests models by name on a server: the names that clients may use, and downloads as jobs."""
+"""Tests models by name on a server: which names clients may use, and downloads as jobs."""
 
 import asyncio
 import shutil
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture
 def place(tmp_path, hub, monkeypatch, cache):
-    """Returns a folder with data for a server, next to an empty hub cache."""
+    """Returns a server's folder with data, next to an empty hub cache."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add("org/tiny", write_llama(tmp_path / "made", bits=4))
@@ -48,7 +48,7 @@ def test_names_of_what_is_there(place, hub):
         assert "org/other is neither a path nor in this machine's hub cache" in again.text
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
         assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
-    with Server(place, "--root", place) as server:  # the hub cache is outside of this root
+    with Server(place, "--root", place) as server:  # the hub cache is outside this root
         refused = server.http.post("/api/finetune/plan", json=body)
         assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
     assert not hub.requests
@@ -70,7 +70,7 @@ def test_a_download_is_a_job(place, hub):
         post(f"/api/jobs/{id}/resume")
         job = server.ended(id)
         assert (job["status"], job["name"], job["title"]) == ("done", "org/tiny", "Download")
-        assert any(given for _, _, given in hub.requests)  # the download has been continued
+        assert any(given for _, _, given in hub.requests)  # the download was resumed
         shares = [event["progress"] for event in server.events(id) if "share" in event]
         assert shares[-1] == 1
         assert server.ended(server.submit(model_dir="org/tiny", iters=1))["status"] == "done"
@@ -105,7 +105,7 @@ def test_data_sets_by_name(place, hub):
     rows = {path.name: path.read_bytes() for path in (place / "data").iterdir()}
     own = hub.add("org/notes", {f"data/{name}": x for name, x in rows.items()}, "datasets")
     hub.add("org/own", rows, "datasets")
-    sources_of("org/own")  # the user downloads it
+    sources_of("org/own")  # as if the user had downloaded it
     hubs.model("org/tiny")
     run = {"model_dir": "org/tiny", "iters": 1, "max_seq_length": 64}
     with Server(place) as server:
@@ -134,7 +134,7 @@ def test_data_sets_by_name(place, hub):
 
 
 def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkeypatch):
-    """Calls the application directly, without a server."""
+    """Calls the application directly, without a server process."""
     home, work = tmp_path / "hf", tmp_path / "work"
     monkeypatch.setenv("HF_HOME", str(home))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -144,7 +144,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkey
     services = []
 
     def ask(*words, **more):
-        """Returns the status and the body of each response."""
+        """Returns the status and body of each response."""
 
         async def asked():
             transport = httpx.ASGITransport(create(services[-1]), raise_app_exceptions=False)
@@ -172,7 +172,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkey
     assert status == 400 and "the hub answered a search with status 503" in said["error"]
     hub.searches_fail = False
     many = ask(*(f"words {n}" for n in range(60)), "tiny")
-    # The last result is cached.
+    # The last result comes from the cache.
     assert many[0][0] == 200 and many[-2][0] == 429 and many[-1] == (200, tiny)
     begin("offline", downloads=True)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""Tests `init`, which writes a YAML file for a run with every field and its meaning."""
+"""Tests `init`, which writes a run's YAML file with every field and its meaning."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from mlx_segtrain.commands import main as cli
 from mlx_segtrain.commands.init import text_of
 from mlx_segtrain.config import TrainConfig, load_config
 
-#: Fields that exclude each other.
+#: Mutually exclusive fields.
 ALONE = {"iters", "epochs", "grad_checkpoint", "segment_size", "resume", "overwrite"}
 
 
@@ -25,7 +25,7 @@ def test_three_questions(monkeypatch, capsys) -> None:
     assert cli.main(["init"]) == 0
     assert [text.split("?")[0] for text in asked] == [
         "Which model",
-        "Which model",  # the question is repeated, because there is no default
+        "Which model",  # repeated, because this question has no default
         "Which data",
         "How many passes over the data",
     ]

@@ -1,4 +1,4 @@
-"""Tests jobs of a server that run on several ranks, which mlx.launch starts on this machine."""
+"""Tests server jobs on several ranks, which mlx.launch starts on this machine."""
 
 import asyncio
 import json
@@ -27,13 +27,14 @@ from mlx_segtrain.serving.settings import Settings
 def until(holds, seconds=60):
     end = time.monotonic() + seconds
     while not (found := holds()):
-        assert time.monotonic() < end, "it never held"
+        assert time.monotonic() < end, "the condition was never met"
         time.sleep(0.05)
     return found
 
 
 def running(id):
-    """Returns the descendants of this process, by the second-to-last word of their commands."""
+    """Returns the descendants of a process, grouped by the second-to-last word of their
+    commands."""
     found = {}
     for own in psutil.Process(id).children(recursive=True):
         found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
@@ -64,10 +65,10 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         for own in found["ranks"]:
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
         every = running(server.process.pid)
-        # The command of mlx.launch ends with the command of the ranks.
+        # mlx.launch's command ends with the ranks' command.
         assert len(every["rank"]) == 3
         (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
-        assert launcher.cpu_percent(0.5) < 25  # mlx.launch alone takes a core for each rank
+        assert launcher.cpu_percent(0.5) < 25  # by default, mlx.launch uses a core per rank
 
         server.http.post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
@@ -92,7 +93,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         assert ended(every)
 
 
-#: Runs a job whose ranks are FAKE, and prints its last event.
+#: Runs a job with FAKE as its ranks, and prints its last event.
 RUN = """
 import json, sys
 from mlx_segtrain import processes
@@ -106,8 +107,7 @@ processes.command = lambda module, *args: (
 given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000 + " " * 3000}
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
-#: Stands in for a rank. It prints what it has read and waits, or ends at once as if SSH could not
-#: log in.
+#: Stands in for a rank: prints its input and waits, or ends at once, as after a failed SSH login.
 FAKE = """
 import json, os, sys, time
 def tell(**event):

@@ -1,5 +1,4 @@
-"""Tests the queue of jobs: the processes of jobs, their logs, and what survives when something is
-killed."""
+"""Tests the queue of jobs: the jobs' processes and logs, and what survives a kill."""
 
 import asyncio
 import json
@@ -42,7 +41,7 @@ def submit(jobs, place, out, **more):
 
 
 def served(folder, use):
-    """Starts a queue, and returns the result of `use(jobs)`."""
+    """Starts a queue and returns the result of `use(jobs)`."""
 
     async def run():
         jobs = Jobs(folder)
@@ -58,7 +57,7 @@ def served(folder, use):
 async def until(holds, seconds=60):
     end = time.monotonic() + seconds
     while not (found := holds()):
-        assert time.monotonic() < end, "it never held"
+        assert time.monotonic() < end, "the condition was never met"
         await asyncio.sleep(0.02)
     return found
 
@@ -68,7 +67,7 @@ def kinds(events):
 
 
 async def events(jobs, id, after=0):
-    """Yields the events of a job, one by one, as a follower of the job reads them."""
+    """Yields a job's events one by one, as followers of the job read them."""
     async for found in jobs.follow(id, after):
         for event in found:
             yield event
@@ -100,7 +99,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 
 
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
-    """The page can show the current memory and step, although the log of a long run stays short."""
+    """The page can show the current memory and step even if a long run logs rarely."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
     assert job_kinds.finetune(run)["type"] == "done"
@@ -122,7 +121,7 @@ def test_followers_get_every_event_once_from_any_place(place, tmp_path):
         row = submit(jobs, place, tmp_path / "out")
 
         async def follow_in_pieces():
-            """Follows a job like a client whose connection drops after every third event."""
+            """Follows a job like a client that loses its connection after every third event."""
             seen, frames = 0, []
             while True:
                 count = 0
@@ -165,10 +164,10 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     assert eventlog.last(log, 0) == {"type": "done"}
     (rest,), end = eventlog.read(log, place, ended=True)
     assert json.loads(rest[1]) == {"type": "log", "line": "half a li"} and end == rest[0]
-    eventlog.append(log, {"type": "failed"})  # begins a new line
+    eventlog.append(log, {"type": "failed"})  # starts a new line
     (more,), _ = eventlog.read(log, end, ended=True)
     assert json.loads(more[1]) == {"type": "failed"}
-    # Reading from any event, or from within a line, returns the same following events.
+    # Reading from any event or from the middle of a line returns the same subsequent events.
     whole = eventlog.events(log)
     for i, (place, _) in enumerate(running[:-1]):
         assert eventlog.events(log, place) == whole[i + 1 :]
@@ -230,7 +229,7 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path):
 
 
 def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
-    """If a job is resumed before it began, it must not continue the run that it was to replace."""
+    """A job that is resumed before it began must not continue the run that it was to replace."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "out", iters=3, seed=1)
@@ -252,7 +251,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
 
 
 def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
-    """Updates of a job that cannot be written are written later, and the next job runs."""
+    """Job updates that cannot be written are written later, and the next job runs."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "one", iters=30)
@@ -273,8 +272,7 @@ def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
 
 
 def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
-    """A process of a library that outlives the job inherits the output of the job, but not the
-    job's lock."""
+    """A library's process that outlives the job inherits the job's output, but not its lock."""
     log = tmp_path / "x.log"
     lock, out = eventlog.claim(log), eventlog.open_end(log)
     script = "import os, subprocess, sys; os.set_inheritable(int(sys.argv[1]), False); "
@@ -313,7 +311,7 @@ asyncio.run(main())
 
 
 def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
-    """Kills the server or the process of a job at KILLS random moments."""
+    """Kills the server or a job's process at KILLS random moments."""
     rng, store = random.Random(0), tmp_path / "store"
     iters = {}
 
@@ -322,7 +320,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
             iters[submit(jobs, place, tmp_path / f"out{i}", iters=30).id] = 30
         await asyncio.sleep(0)
 
-    served(store, fill)  # here the first job continues
+    served(store, fill)  # continues the first job
     killed_jobs = 0
     for _ in range(int(os.environ.get("KILLS", "5"))):
         server = subprocess.Popen(
@@ -354,12 +352,12 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
     for row in rows:
         events = eventlog.events(store / "jobs" / f"{row.id}.log")
         steps = [event["step"] for event in events if event.get("kind") == "train"]
-        # Each attempt ended before the next one began, so no job ran twice at the same time.
+        # Each attempt ended before the next one started, so no job ran twice at once.
         assert kinds(events).count("done") == 1 and steps[-1] == 30
         attempts, n = [], 0
         for event in events:
             if event["type"] == "started":
-                assert n == 0, "an attempt began while another ran"
+                assert n == 0, "an attempt began while another was running"
                 attempts, n = [*attempts, []], 1
             elif event["type"] in eventlog.LAST:
                 n = 0

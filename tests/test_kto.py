@@ -1,4 +1,4 @@
-"""Compares KTO on tiny models with TRL's formula on mlx-lm's model in float64, and tests cuts,
+"""Compares KTO on tiny models with TRL's float64 formula on mlx-lm's model, and tests cuts,
 micro-batches and rows."""
 
 import functools
@@ -29,13 +29,13 @@ FAMILIES = {
     "gemma3": ("gemma3_text", {}),
     "generic": ("gpt_neox", {}),
 }
-#: For each row, the number of tokens in the prompt and in the response, and the label.
+#: For each row: the number of tokens in the prompt, the number in the response, and the label.
 ROWS = [(9, 12, 1), (7, 8, -1), (5, 11, -1), (12, 9, 1), (6, 13, -1)]
 
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Makes streams be trimmed and padded in small steps."""
+    """Makes streams trim and pad in small steps."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.streams.PAD_MULTIPLE", 4)
 
@@ -51,7 +51,7 @@ def rows_of(*shapes) -> Dataset:
 
 
 def data_of(kind: str = "kto") -> Dataset:
-    """Returns rows whose reference log-probabilities are near those of the models."""
+    """Returns rows whose reference log-probabilities are close to the models' own."""
     data = rows_of(*ROWS)
     data = mismatched(data, 30) if kind == "kto" else data
     sides = 2 if kind == "kto" else 1
@@ -90,8 +90,7 @@ def run(name, objective, batch, size=1, total=None, cuts=None, dropout=None):
 
 
 def plain(name, objective, batch):
-    """Returns TRL's loss in float64 with mlx-lm's model and LoRA layers, computed for each row
-    alone."""
+    """Returns TRL's float64 loss with mlx-lm's model and LoRA layers, computed row by row."""
     _, adapter, _ = setup(name)
     model = model_of(name)
     model.set_dtype(mx.float64)
@@ -141,7 +140,7 @@ def plain(name, objective, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["kto", "below 0", "apo_zero_unpaired"])
 def test_loss_and_gradients_are_trls_in_float64(name, kind):
-    """The divergence is above 0, below 0 (and so clipped), or absent."""
+    """The divergence is above 0, below 0 (and therefore clipped), or absent."""
     own = "apo_zero_unpaired" if kind == "apo_zero_unpaired" else "kto"
     objective, batch = Kto(BETA, own, 1.3, 0.7), batch_of(own)
     if own == "kto":
@@ -150,7 +149,7 @@ def test_loss_and_gradients_are_trls_in_float64(name, kind):
         truth, true_grads = plain(name, objective, batch)
     assert (truth[-1] > 1) == (kind == "kto")
     outputs, grads = run(name, objective, batch)
-    # If there is no divergence, there is no metric for it.
+    # Without a divergence, its metric is absent.
     count = len(truth) if own == "kto" else len(truth) - 1
     np.testing.assert_allclose(outputs[:count], truth[:count], rtol=1e-4)
     if own != "kto":
@@ -183,7 +182,7 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 
 
 def test_micro_batches_add_up_to_one_batch():
-    """The divergence is computed over all micro-batches, whatever their size."""
+    """The divergence is computed over all micro-batches, regardless of their size."""
     objective, data = Kto(BETA), data_of()
     chain, adapter, params = setup("llama")
     measure = functools.partial(total_of, objective, chain, adapter.scales, params)
@@ -207,7 +206,7 @@ def test_a_step_without_a_row_of_one_kind_tells_nothing_of_it():
 
 @pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
 def test_with_its_own_reference_nothing_has_been_learned(kind):
-    """The reference is the model without an adapter."""
+    """Here the reference is the model without an adapter."""
     objective, batch = Kto(BETA, kind), batch_of(kind)
     chain = setup("llama")[0]
     reference = objective.reference
@@ -220,7 +219,7 @@ def test_with_its_own_reference_nothing_has_been_learned(kind):
 
 
 def test_each_row_gets_the_response_of_another_prompt():
-    """Two rows each have the same prompt, and their responses have about the same length."""
+    """Rows 2i and 2i + 1 have the same prompt, and all responses have about the same length."""
     plain = rows_of(*((9, 12 + i // 2, 1 - 2 * (i % 2)) for i in range(8)))
     own = [plain.rows[i] for i in range(8)]
     for i in range(1, 8, 2):
@@ -239,7 +238,7 @@ def test_each_row_gets_the_response_of_another_prompt():
 
 @pytest.mark.parametrize("tokens", [18, 30])
 def test_columns_and_shapes_are_those_of_the_rows(tokens):
-    """A response that does not fit after another prompt is truncated."""
+    """A response that does not fit after another row's prompt is truncated."""
     data = mismatched(rows_of(*((p, min(r, 18 - p), s) for p, r, s in ROWS)), tokens)
     for i, pair in enumerate(data.rows):
         assert [len(pair.chosen), len(pair.rejected)] == data.columns.length[i].tolist()
@@ -256,7 +255,7 @@ def test_columns_and_shapes_are_those_of_the_rows(tokens):
 
 
 def test_a_full_batch_is_planned_as_rows_of_that_shape():
-    """The rows of a full batch have 300 tokens, and the last 100 are in the loss."""
+    """Rows of a full batch have 300 tokens, the last 100 of them in the loss."""
     data = rows_of((201, 100, 1), (201, 100, -1))
     for own in (data, mismatched(data, 301)):
         assert Kto().batch_shapes(own, 1) == [Kto().full_shape(1, 300, 100, 0)]

@@ -1,5 +1,5 @@
-"""Compares composite ops with the oracle: projections of the same x, the MLP, the norm of a sum,
-and heads."""
+"""Compares composite ops with the oracle: projections of an input, MLPs, norms of sums, and
+heads."""
 
 import functools
 
@@ -15,8 +15,8 @@ from mlx_segtrain.ops import reference
 
 IMPLS = ["kernel", "stock", "auto"]
 DTYPES = specs.DTYPES
-#: For each case, the input width, the output widths, and the ranks (0 means no low-rank update). On
-#: CUDA the columns of the update are appended to the narrower of x and y.
+#: For each case: the input width, the output widths, and the ranks (0 means no low-rank update). On
+#: CUDA, the update's columns are appended to the narrower of x and y.
 PROJECTIONS = {
     "one wide": (128, [264], [16]),
     "one narrow": (264, [64], [6]),
@@ -40,12 +40,12 @@ def exact_linear_vjp(x, w, _, a, b, scale, dy):
 
 
 def compare(f, plain, args, cotangents, truth, dtype, compiled):
-    """Checks the values and gradients of a function with several outputs, and that they are
+    """Checks that a function with several outputs has correct values and gradients and is
     deterministic.
 
-    With `compiled`, the function is also checked under mx.compile. On a CPU this runs a C++
-    compiler for every new group of elementwise ops, so it is used only for our ops, and only once
-    for cases that differ only in their values.
+    `compiled` also checks the function under mx.compile. On a CPU, mx.compile runs a C++ compiler
+    for every new group of elementwise ops. Therefore only our ops use it, and only once for cases
+    that differ only in their values.
     """
 
     def run(g):
@@ -141,8 +141,8 @@ def test_lora_qkv(impl, dims, by_base, traditional, segments, dtype):
     )
 
 
-#: For each case, the number of linear layers, the head size, the number of rotated dimensions,
-#: which of q, k and v have norms, and the first position.
+#: For each case: the number of linear layers, the head size, the number of rotated dimensions,
+#: which of q, k and v are normalized, and the first position.
 HEADS = {
     "q, k, v": (3, 64, 64, "qk", 0),
     "all have norms": (3, 128, 32, "qkv", 0),
@@ -218,7 +218,7 @@ def test_lora_qkv_with_norms(impl, case, packed, traditional, dtype):
 @pytest.mark.parametrize("shape", [(1, 8), (3, 5, 328), (70, 4104)], ids=str)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_norms_with_sums(impl, shape, stretched, dtype):
-    """Tests a branch of a layer, from its first norm to the sum after its second norm."""
+    """Tests a branch of a layer, from its first norm to the sum that follows its second norm."""
     rng = np.random.default_rng(29)
     (h, h64), (dy, dy64) = rand(rng, *shape, dtype=dtype), rand(rng, *shape, dtype=dtype)
     (w, w64), (v, v64) = (rand(rng, shape[-1], dtype=dtype) for _ in range(2))
@@ -253,7 +253,7 @@ def test_merge_heads():
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_join(n):
-    """The arrays have different shapes and dtypes, and one of them is not contiguous."""
+    """The arrays have different shapes and dtypes, and one is not contiguous."""
     rng = np.random.default_rng(n)
     arrays, exact = zip(*(rand(rng, 1 + i % 5, 3 * i % 4 + 1) for i in range(n)), strict=True)
     arrays, exact = [arrays[0].T.astype(mx.float16), *arrays], [exact[0].T, *exact]
@@ -299,9 +299,9 @@ def test_lora_glu_mlp(impl, gelu, base, ranks, tile_rows, dtype):
     )
 
 
-@pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
+@pytest.mark.skipif(ON_GPU, reason="GPU buffers are freed only after the device has finished")
 def test_lora_glu_mlp_in_tiles_keeps_x_only():
-    """The gate and up outputs of all rows would take 67 MB. Those of a tile take 4 MB, and two
+    """The gate and up outputs of all rows would need 67 MB. A tile's outputs need 4 MB, and two
     tiles are in use."""
     x = mx.random.normal((4096, 32))
     w = [ops.Linear(ops.Base(mx.random.normal(s))) for s in ((2048, 32), (2048, 32), (32, 2048))]
@@ -318,8 +318,7 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("impl", ["kernel", "blocked"])
 def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
-    """If the target is nearly certain, the gradient is small but has as many correct digits as
-    otherwise."""
+    """If the target is nearly certain, the gradient is small but equally precise."""
     rng = np.random.default_rng(23)
     bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
     head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)

@@ -1,6 +1,6 @@
-"""Runs attention on the CPU as it is launched on Metal, and compares it with the float64 oracle.
+"""Runs Metal's attention kernels on the CPU, and compares them with the float64 oracle.
 
-docs/metal_on_linux.md
+See docs/metal_on_linux.md.
 """
 
 import functools
@@ -19,7 +19,7 @@ from mlx_segtrain.ops import reference
 pytestmark = pytest.mark.acceptance
 
 SPECS = [
-    # There are fewer than 8 queries, so `first`, lse and delta are in constant memory.
+    # Fewer than 8 queries, so `first`, lse and delta are in constant memory.
     (Attention(1, 2, 1, 3, 5, 64), "float32"),
     (Attention(1, 2, 1, 64, 64, 64), "float16"),
     (Attention(1, 3, 1, 33, 33, 64), "bfloat16"),
@@ -32,8 +32,8 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
-    # These have padding of more than a tile in the middle, padding with a window, padding after the
-    # last offset, and only padding.
+    # Padding longer than a tile in the middle, padding with a window, padding after the last
+    # offset, and padding only.
     (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
     (
         Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),
@@ -124,7 +124,7 @@ def test_small_shares_of_a_gradient():
         check_small_shares(Change("attention_vjp_kv_ds", "W(x_e)", "W(T(x_e))"))
 
 
-# ---- planted faults must be found
+# ---- planted faults must be detected
 
 RAGGED = Attention(1, 2, 1, 45, 77, 64), "float32"
 
@@ -211,7 +211,7 @@ def test_padding_that_is_seen(name, old, new):
 
 
 def test_launches():
-    """Checks the launches for 45 queries and 77 keys, in tiles of 32."""
+    """Checks the launches for 45 queries and 77 keys in tiles of 32."""
     spec, dtype = RAGGED
     q, k, v, do, options = setup(spec, dtype)
     with emulated() as launches:
@@ -247,10 +247,10 @@ def one_group_a_launch():
     ids=str,
 )
 def test_parts_add_up(spec, dtype, one_group_a_launch):
-    """If each launch has only a few rows and heads, o, lse and dq are the same as with a single
+    """Several launches with a few rows and heads each compute the same o, lse and dq as a single
     launch.
 
-    dk and dv are sums over the launches.
+    dk and dv are sums over all launches.
     """
     arrays = setup(spec, dtype)
     check(spec, dtype)
@@ -271,8 +271,8 @@ PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
     "options", [{}, {"window": 4096}, {"segments": [0, 1000, 90000, 131072]}], ids=str
 )
 def test_no_launch_takes_long_on_an_m1(options):
-    """For 131,072 tokens with 32 heads, every launch takes at most 0.3 s at the speed that
-    docs/performance.md predicts."""
+    """For 131,072 tokens and 32 heads, each launch takes at most 0.3 s at the speed predicted in
+    docs/performance.md."""
     heads, groups, t, d = 32, 8, 131072, 128
     q = mx.zeros((1, heads, t, d), mx.bfloat16)
     k = mx.zeros((1, groups, t, d), mx.bfloat16)
@@ -292,7 +292,7 @@ def test_no_launch_takes_long_on_an_m1(options):
         assert pairs * PRODUCTS[x.name] * d * own_heads / 5e11 < 0.3
         for name, shape, dtype in x.outputs:
             if name == "ds":
-                # The limit is 128 MB, plus partial blocks at the edges.
+                # At most 128 MB, plus partial blocks at the edges.
                 assert np.prod(shape) * dtype.size <= 160 << 20
     assert covered == dict.fromkeys(PRODUCTS, t * heads)
     assert len(launches) > 2 * len(PRODUCTS)
@@ -311,9 +311,9 @@ ROWS = [
     (Attention(1, 2, 1, 9, 40, 8, options={"softcap": 2.0}), "float32"),
     (Attention(1, 2, 2, 40, 40, 24, options={"segments": ids(23, -17)}), "float16"),
     (Attention(1, 2, 1, 4, 601, 8), "bfloat16"),
-    # The window is computed in bands of 128 queries, and the last band is shorter.
+    # A window is computed in bands of 128 queries; the last band is shorter.
     (Attention(1, 1, 1, 270, 300, 8, options={"window": 6}), "float32"),
-    (Attention(1, 1, 1, 1, 4, 8), "float32"),  # every array is in constant memory
+    (Attention(1, 1, 1, 1, 4, 8), "float32"),  # all arrays are in constant memory
 ]
 
 

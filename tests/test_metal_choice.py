@@ -1,4 +1,4 @@
-"""Tests the choice of the attention implementation on a Mac by measured times."""
+"""Tests the choice between attention implementations on a Mac, which uses measured times."""
 
 import json
 
@@ -20,8 +20,8 @@ TIMES = {"stock": 3.0, "kernel": 2.0, "blocked": 5.0}
 
 @pytest.fixture
 def mac(monkeypatch, tmp_path):
-    """Simulates a Mac with these times, and returns a list to which each timed implementation is
-    added."""
+    """Simulates a Mac with these times, and returns a list that records each timed
+    implementation."""
     timed = []
 
     def milliseconds(heads, way, until):
@@ -47,7 +47,7 @@ def test_the_fastest_is_taken_from_then_on(mac):
         WINDOW: {"kernel": 7, "blocked": 6},
     }
     assert len(mac) == 2 * len(choice.WAYS)
-    for dtype in (mx.bfloat16, mx.float16):  # plans do not distinguish these two dtypes
+    for dtype in (mx.bfloat16, mx.float16):  # plans treat these two dtypes alike
         assert _core.attention_way("metal", 64, dtype) == "kernel"
     assert _core.attention_way("metal", 64, mx.float32) == "stock"
     assert _core.attention_way("metal", 128) == "stock"
@@ -84,7 +84,7 @@ def test_a_broken_cache_is_no_obstacle(mac, tmp_path):
 
 
 def test_a_plan_takes_no_times(mac):
-    """A plan measures nothing, because the server makes plans while a run is computing."""
+    """Planning measures nothing, because the server makes plans during runs."""
     assert settle([HEADS], measures=False) == {} and mac == []
     first = settle([HEADS], measures=True)
     mac.clear()
@@ -121,7 +121,7 @@ def test_the_order_that_is_built_in_decides_between_equals():
 
 
 def test_what_does_not_serve_has_no_time(monkeypatch):
-    """Measures on this machine with a few tokens. MLX's attention is not used on a CPU."""
+    """Measures a few tokens on this machine. MLX's attention is not an option on a CPU."""
     monkeypatch.setattr(choice, "TOKENS", 40)
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))
@@ -133,7 +133,7 @@ def test_what_does_not_serve_has_no_time(monkeypatch):
 
 
 def test_two_seconds_are_shared(monkeypatch):
-    """An implementation is not called again once its share of the time is used up."""
+    """An implementation that has used up its share of the time is not called again."""
     now, calls = [0.0], []
 
     def attention(*args, impl, **options):
@@ -162,7 +162,7 @@ def test_kinds_of_a_model():
 
 
 def test_long_rows_have_short_command_buffers(monkeypatch):
-    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "")  # monkeypatch restores it afterwards
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "")  # so that monkeypatch restores it
     monkeypatch.delenv("MLX_MAX_OPS_PER_BUFFER")
     run.short_buffers(run.LONG - 1)
     assert "MLX_MAX_OPS_PER_BUFFER" not in run.os.environ

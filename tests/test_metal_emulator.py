@@ -1,5 +1,5 @@
-"""Tests the emulator: its text equals MLX's, its operations are correct, and planted faults are
-found."""
+"""Tests the emulator: its source text equals MLX's, its operations are correct, and it detects
+planted faults."""
 
 import os
 import subprocess
@@ -37,11 +37,11 @@ def values(x):
     return np.array(x.astype(mx.float32))
 
 
-# ---- the text equals MLX's
+# ---- the source text equals MLX's
 
 
 def metal_text(kernel, inputs, outputs, template, capfd):
-    """Returns the text that MLX generates when a function is exported. This needs no GPU."""
+    """Returns the source text that MLX generates when it exports a function, which needs no GPU."""
     function = mx.fast.metal_kernel(
         name=kernel.name,
         input_names=kernel.inputs,
@@ -91,8 +91,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's compiler enables hardening by default. glibc then aborts a process that jumps to a
-    fiber."""
+    """Ubuntu's compiler enables hardening by default, which makes glibc abort a process that jumps
+    to a fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
@@ -144,8 +144,8 @@ def test_simd_operations():
 
 
 def test_lanes_of_a_matrix():
-    """In terms of the bits of its index, a lane has the row 4·bit4 + bits 1–2, the column 4·bit3 +
-    2·bit0, and the column after it, as in MLX's get_coord."""
+    """In terms of its index bits, a lane has row 4·bit4 + bits 1–2, column 4·bit3 + 2·bit0, and the
+    next column, as in MLX's get_coord."""
     body = """
       simdgroup_matrix<float, 8, 8> m;
       m.thread_elements()[0] = float(i);
@@ -217,7 +217,7 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
     run(I + body, {"y": 64}, {"x": np.zeros(64, np.float32)}, threads=64, counts=counts)
     assert counts == [
         {
-            "products": 2,  # one for each simdgroup
+            "products": 2,  # one per simdgroup
             "device_read": 64 * 4 * 3,
             "device_written": 64 * 4,
             "threadgroup_read": 64 * 4 * 2,
@@ -233,8 +233,7 @@ def test_what_a_launch_asks_of_the_hardware_is_counted():
 
 
 def test_conversions_are_counted_and_wide_reads_are_one():
-    """Conversions by the emulator itself, in new matrices or in products of bfloats, do not
-    count."""
+    """Conversions by the emulator itself, in new matrices or bfloat products, are not counted."""
     body = """
       const device vec<bfloat, 4>* four = reinterpret_cast<const device vec<bfloat, 4>*>(x);
       const vec<bfloat, 4> own = four[i];
@@ -256,8 +255,8 @@ def test_conversions_are_counted_and_wide_reads_are_one():
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_the_attention_of_mlx_runs_here(size):
-    """The emulator can run the text in the installed MLX package, so that the work of MLX's kernel
-    can be counted."""
+    """The emulator can run the kernel source of the installed MLX package, so the work of MLX's
+    kernel can be counted."""
     rng = np.random.default_rng(2)
     q, k, v = (mx.array(rng.standard_normal((1, 1, 64, size))).astype(mx.bfloat16) for _ in "qkv")
     o, lse, counts = mlx_attention.run(q, k, v, size**-0.5)
@@ -270,7 +269,7 @@ def test_the_attention_of_mlx_runs_here(size):
 
 
 def test_the_documentation_has_what_is_counted():
-    """Checks the rows for D = 64, which can be counted fastest, and the rows for the other
+    """Checks the rows for D = 64, which are the fastest to count, and the rows of the other
     kernels."""
     page = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
     with mx.stream(mx.cpu):

@@ -1,5 +1,4 @@
-"""Tests the message for the case that macOS aborts work on the GPU, which MLX reports on one of
-Metal's threads."""
+"""Tests the message for work that macOS aborts on the GPU, which MLX reports in a Metal thread."""
 
 import shutil
 import subprocess
@@ -38,7 +37,7 @@ def test_other_errors_are_not_explained():
 
 @pytest.mark.parametrize("reason", ["Impacting Interactivity", "Insufficient Memory"])
 def test_a_run_ends_with_the_sentence(reason):
-    """If memory is insufficient, the run first tries a plan that needs less."""
+    """If memory is insufficient, the run first tries a plan with a lower peak."""
     asked = []
 
     def step(*what):
@@ -62,7 +61,7 @@ extern "C" void fail(const char* what) {
 """
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 @pytest.mark.parametrize(
     ("what", "said"), [(METAL + next(iter(SAID)), True), ("something else", False)]
 )

@@ -1,7 +1,6 @@
-"""Runs gated linear units on the CPU as they are launched on Metal, and compares them with the
-oracle.
+"""Runs Metal's kernels for gated linear units on the CPU, and compares them with the oracle.
 
-docs/metal_on_linux.md
+See docs/metal_on_linux.md.
 """
 
 import mlx.core as mx
@@ -48,7 +47,7 @@ def grads_of(op, arrays):
 
 
 @pytest.mark.parametrize("dtype", specs.DTYPES)
-# Fewer than 8 are in constant memory.
+# Arrays of fewer than 8 elements are in constant memory.
 @pytest.mark.parametrize("n", [1, 7, 8, 255, 1024, 1025, 3000])
 @pytest.mark.parametrize("op", ["swiglu", "geglu"])
 def test_glu(op, n, dtype):
@@ -72,7 +71,7 @@ def test_same_call_is_bitwise_equal():
         assert mx.array_equal(x, y)
 
 
-# ---- planted faults must be found
+# ---- planted faults must be detected
 
 
 @pytest.mark.parametrize(

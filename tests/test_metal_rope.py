@@ -1,7 +1,6 @@
-"""Runs rotary embeddings on the CPU as they are launched on Metal, and compares them with the
-oracle.
+"""Runs Metal's kernels for rotary embeddings on the CPU, and compares them with the oracle.
 
-docs/metal_on_linux.md
+See docs/metal_on_linux.md.
 """
 
 import mlx.core as mx
@@ -48,7 +47,7 @@ def test_rope(dims, t, offset, traditional, dtype):
     check(dims, traditional, dtype, t=t, offset=offset)
 
 
-# ---- planted faults must be found
+# ---- planted faults must be detected
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,5 @@
-"""Every mlx-lm family trains for three steps with mlx-lm's losses, or is refused, as docs/models.md
-says."""
+"""Every mlx-lm family trains for three steps with mlx-lm's losses, or is refused, as listed in
+docs/models.md."""
 
 import mlx_lm
 import pytest
@@ -13,7 +13,9 @@ DOCUMENTED = model_table.documented()
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
-@pytest.mark.skipif(mlx_lm.__version__ != "0.32.2", reason="the table is that of another mlx-lm")
+@pytest.mark.skipif(
+    mlx_lm.__version__ != "0.32.2", reason="the table is for another version of mlx-lm"
+)
 def test_family(family):
     assert model_table.outcome(family) == DOCUMENTED[family]
 

@@ -1,5 +1,4 @@
-"""Compares the memory that an op reports for a call with the memory that the call uses on the
-CPU."""
+"""Compares the memory use that an op reports for a call with the measured use on the CPU."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,18 +11,18 @@ from mlx_segtrain import _core, ops
 from mlx_segtrain.planning.costs import CPU
 
 pytestmark = pytest.mark.skipif(
-    mx.default_device() != mx.Device(mx.cpu), reason="bench/memory.py measures GPUs"
+    mx.default_device() != mx.Device(mx.cpu), reason="GPUs are measured by bench/memory.py"
 )
 
-#: Bounds for the ratio of measured to reported memory. The measured memory may be slightly more,
-#: because ops do not count low-rank branches. It may be less if not all threads work at the same
-#: time, or if the host is not ahead of the device.
+#: Bounds for the ratio of measured to reported memory. The ratio may exceed 1 slightly, because ops
+#: do not count low-rank branches. It may be below 1 if threads do not overlap or the host is not
+#: ahead of the device.
 LEAST, MOST = 0.5, 1.1
-#: The number of calls whose largest peak is used, because the overlap of threads is random.
+#: The maximum over this many calls is used, because the overlap of threads is random.
 TRIES = 3
 
 some = settings(max_examples=8, deadline=None)
-#: These sizes are large compared with the memory of each thread.
+#: These sizes are large compared with each thread's memory.
 rows = st.integers(900, 1100)
 widths = st.sampled_from([256, 384, 512])
 
@@ -35,7 +34,7 @@ def array(*shape: int) -> mx.array:
 
 
 def peak(make: Callable[[], Sequence[mx.array]]) -> int:
-    """Returns the peak memory of the evaluation in bytes. A memory limit of 1 byte makes MLX wait
+    """Returns the peak memory of an evaluation in bytes. A memory limit of 1 byte makes MLX wait
     for each op."""
     mx.synchronize()
     before = mx.get_active_memory()

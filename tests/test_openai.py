@@ -1,4 +1,4 @@
-"""Tests /v1 with OpenAI's official client over a socket."""
+"""Tests /v1 over a socket with OpenAI's official client."""
 
 import asyncio
 import json
@@ -58,8 +58,8 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    # If there is no token, clients may not trust each other. A server with a token is tested in
-    # tests/hostile.
+    # Without a token, clients may not trust each other, so the usage does not reveal cached tokens.
+    # tests/hostile tests a server with a token.
     assert ask(server, "b").usage.prompt_tokens_details is None
 
 
@@ -154,8 +154,8 @@ def test_models(server):
         server.client.models.retrieve("ORG/other")
 
 
-#: Fields of requests to other servers. NEUTRAL has values that have no effect on those servers
-#: either, and REFUSED has values that are refused here.
+#: Request fields that other servers support. NEUTRAL values have no effect on those servers;
+#: REFUSED values are refused here.
 NEUTRAL = {
     "OpenAI": {
         **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},
@@ -269,7 +269,7 @@ def test_template_variables_are_of_chats(server):
 def test_fields_that_change_nothing_are_taken(server, source):
     fields = NEUTRAL[source]
     body = CHAT | fields
-    # Null means the same as omitting a field.
+    # A null value is the same as an absent field.
     body |= dict.fromkeys(REFUSED[source].keys() - fields.keys())
     answer = server.http.post("/v1/chat/completions", json=body | {"add_special_tokens": False})
     assert answer.status_code == 200, answer.text
@@ -304,7 +304,7 @@ def test_fields_within_fields_are_refused_too(server):
     answer = server.http.post("/v1/adapters", json={"id": "a", "path": "a", "scale": 2})
     check(answer, 400, "unknown field scale")
     own = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
-    # This message is like those in OpenAI's responses.
+    # A message as in OpenAI's responses.
     turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}
     cached = {"role": "user", "content": [part | {"cache_control": {"type": "ephemeral"}}]}
     answer = ask(server, messages=[hello, turn, cached])
@@ -486,7 +486,7 @@ def test_adapter_routes(folder, said, tmp_path):
         mounted = server.engine.adapters["a"]
         n = mounted.mounted_layers
         assert answer.json() == {"id": "a", "mounted_layers": n, "rank": 2, "scale": 1.0}
-        # An adapter that is already mounted stays mounted.
+        # An adapter that is already mounted remains mounted.
         assert http.post("/v1/adapters", json={"id": "a", "path": "b"}).json() == answer.json()
         (row,) = http.get("/v1/adapters").json()["adapters"]
         assert row == {
@@ -515,7 +515,7 @@ def test_adapter_routes(folder, said, tmp_path):
 
 
 def test_remounting_under_the_same_id(folder, said):
-    """Cached prompts belong to the weights of an adapter, not to its id."""
+    """Cached prompts belong to an adapter's weights, not to its id."""
     with serving(folder, said.model) as server:
         for name in ("a", "b", "a"):
             server.http.post("/v1/adapters", json={"id": "x", "path": name})
@@ -531,15 +531,15 @@ def test_unmounting_under_a_stream(folder, said):
         stream = ask(server, "a", 150, stream=True, **NEVER_ENDS)
         text = next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
         assert server.http.delete("/v1/adapters/a").status_code == 200
-        assert server.engine._active  # otherwise the test would check nothing
+        assert server.engine._active  # otherwise the test would be meaningless
         check(server.http.post("/v1/completions", json={"prompt": "x", "adapter": "a"}), 400, "a")
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == said(chat_tokens(said), "a", 150, goes_on=True)
 
 
 def test_swaps_under_load(server, said):
-    """Eight clients send over 100 requests with three adapters. Each must get the correct
-    response."""
+    """Eight clients send over 100 requests with three adapters, and every response must be
+    correct."""
     names = ["a", "b", "c", None]
     prompts = [[{"role": "user", "content": f"Tell me about {x}"}] for x in ("you", "it")]
     jobs = [(name, i) for name in names for i in range(2)]
@@ -566,7 +566,7 @@ def test_swaps_under_load(server, said):
             for job, text in pool.map(one, order):
                 assert text == wanted[job], job
         active = server.call(lambda: (mx.clear_cache(), mx.get_active_memory())[1])
-        active -= server.engine._prompts.nbytes  # which prompts are cached depends on the order
+        active -= server.engine._prompts.nbytes  # the set of cached prompts depends on the order
         return active, psutil.Process().memory_info().rss
 
     linears.put_in = counted
@@ -575,7 +575,7 @@ def test_swaps_under_load(server, said):
         later, much_later = load(13)
     finally:
         del linears.put_in
-    assert swaps > 30  # these are requests whose prompts were not cached
+    assert swaps > 30  # requests whose prompts were not cached
     assert later - active < 1 << 20 and much_later - resident < 24 << 20
     assert len(server.engine._prompts) <= module.MOST_PROMPTS
     server.idle()
@@ -593,7 +593,7 @@ def test_seeds_under_load(server):
 
 
 def test_clients_that_go_free_their_place(server):
-    """If a response of 15,000 tokens were not cancelled, it would take a minute."""
+    """Without cancellation, a response of 15,000 tokens would take a minute."""
     stream = ask(server, "a", 15_000, stream=True, **NEVER_ENDS)
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert server.engine._active
@@ -621,7 +621,7 @@ def test_failures(server, monkeypatch):
     answer = server.http.post("/v1/chat/completions", json=CHAT | {"seed": 1})
     check(answer, 503, "too little memory")
     check(server.http.post("/v1/chat/completions", json=CHAT), 500, "RuntimeError: a bug")
-    with pytest.raises(openai.APIError, match="a bug"):  # the status has already been sent
+    with pytest.raises(openai.APIError, match="a bug"):  # after the status has been sent
         list(ask(server, stream=True))
     monkeypatch.undo()
     ask(server)

@@ -23,7 +23,7 @@ from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
-#: A template like those of Qwen and Hermes. From it, mlx-lm infers how to parse calls.
+#: A template similar to those of Qwen and Hermes, from which mlx-lm infers how to parse calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
 You may call:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
 {% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -90,7 +90,7 @@ class Person(pydantic.BaseModel):
 
 
 def test_a_schema_by_the_official_client(server):
-    """A model that was never trained on JSON follows the schema, both with sampling and with an
+    """A model that was never trained on JSON follows the schema, even with sampling or an
     adapter."""
     for more in ({}, {"temperature": 2.0, "seed": 3}, {"extra_body": {"adapter": "a"}}):
         answer = server.client.chat.completions.parse(
@@ -166,7 +166,7 @@ def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
 
 
 def chained(n, groups=0):
-    """Returns a grammar of nested rules; a few thousand of them would overflow the stack."""
+    """Returns a grammar of nested rules. A few thousand of them would overflow the stack."""
     begin, end = "(" * groups + '"a"', ")?" * groups
     rules = [f"r{i}: {begin} r{i + 1}{end}" for i in range(n)]
     return "\n".join(["start: r0", *rules, f'r{n}: "b"'])
@@ -239,7 +239,7 @@ class Place(pydantic.BaseModel, extra="forbid"):
 
 
 class Trip(pydantic.BaseModel, extra="forbid"):
-    """A model whose schema refers to Place in its own $defs."""
+    """Has a schema that refers to Place in its own $defs."""
 
     start: Place
     ends: Annotated[list[Place], pydantic.Field(min_length=1, max_length=2)]
@@ -250,8 +250,7 @@ class Walk(pydantic.BaseModel, extra="forbid"):
 
 
 def test_tools_whose_parameters_refer_to_their_own(server):
-    """Each schema refers to its own $defs, even if another schema has definitions with the same
-    names."""
+    """Each schema refers to its own $defs, even if another schema defines the same names."""
     other = {"$defs": {"Place": {"const": {"$ref": "#/x"}}}, "$ref": "#/$defs/Place"}
     kinds = {"trip": Trip.model_json_schema(), "walk": Walk.model_json_schema(), "other": other}
     tools = [
@@ -286,7 +285,7 @@ def test_a_tool_that_has_to_be_called(server, stream):
 
 
 def test_calls_in_a_model_s_own_form(server, said):
-    """The model is forced to write this text, which has reasoning, content and calls."""
+    """The model is forced to write text that contains reasoning, content and calls."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
     bad = "<tool_call>\nno JSON\n</tool_call>"
     whole = f"Well. {call}\n{bad}{call}"
@@ -315,7 +314,7 @@ STRICT = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
 
 
 def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
-    """If the model starts a call, the call must match the schema. Other text is not constrained."""
+    """If the model starts a call, the call must match the schema. Other text is unconstrained."""
     bad = '<tool_call>\n{"name": "weather", "arguments": {"place": "Paris"}}\n</tool_call>'
     other = '<tool_call>\n{"name": "clock", "arguments": {"x": 1}}\n</tool_call>'
     tools = {"tools": [STRICT, CLOCK]}
@@ -343,8 +342,8 @@ def test_a_strict_tool_that_the_model_may_call(server, monkeypatch):
 
 @pytest.mark.parametrize("stays", [False, True])
 def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
-    """If the server is busy, calls are parsed a little later. After a timeout, the client gets them
-    as text."""
+    """If the server is busy, calls are parsed a little later. After a timeout, the client receives
+    the calls as plain text."""
     monkeypatch.setattr(answers, "CALLS_S", 0.3)
     confined, asked = server.engine.base.confined, []
     plain = confined.ask
@@ -367,7 +366,7 @@ def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
 
 
 class speaking:
-    """Makes the model write this text, token by token."""
+    """Makes the model write this text token by token."""
 
     def __init__(self, server, text):
         self.server, self.tokens = server, [*text.encode(), END]
@@ -398,8 +397,8 @@ class speaking:
 
 
 def test_reasoning_is_told_apart(folder, said, tmp_path):
-    """Reasoning is recognized by the tags in mlx-lm's tokenizer, whether the prompt or the response
-    has the opening tag."""
+    """Reasoning is recognized by the tags in mlx-lm's tokenizer. The opening tag may be in the
+    prompt or in the response."""
     model = shutil.copytree(said.model, tmp_path / "ORG-Thinker")
     with serving(folder, model) as server:
         tokenizer = server.engine.base.tokenizer
@@ -415,7 +414,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "<think>hm, 2</think>\n\nTwo.") as body:
             closed = ask(server, **body)
             chunks = list(ask(server, stream=True, **body))
-            # A format whose value is false is ignored.
+            # A format with the value false is ignored.
             free = ask(server, extra={"structured_outputs": {"json_object": False}}, **body)
         opened = {"chat_template_kwargs": {"enable_thinking": "open"}}
         with speaking(server, "hm, 3</think>Three.") as body:
@@ -425,8 +424,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     assert free.choices[0].message.reasoning_content == "hm, 2"
-    # Each byte is a token. The tokens are the last byte of the opening tag, the text, and the
-    # closing tag.
+    # Each byte is a token: the last byte of the opening tag, the text, and the closing tag.
     assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
     assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
     assert plain.usage.completion_tokens_details.reasoning_tokens == 0
@@ -538,14 +536,14 @@ def test_logprobs_of_completions(server):
     assert "".join(told.tokens) == own.text and told.text_offset == list(range(len(told.tokens)))
     assert all(len(top) == 2 for top in told.top_logprobs)
     tops = [max(top.values()) for top in told.top_logprobs]
-    assert tops == told.token_logprobs  # decoding is greedy
+    assert tops == told.token_logprobs  # greedy decoding
     chunks = list(server.client.completions.create(**how, stream=True))
     parts = [c.choices[0].logprobs for c in chunks if c.choices and c.choices[0].logprobs]
     assert [x for part in parts for x in part.text_offset] == told.text_offset
 
 
 def test_logprobs_of_characters_of_several_tokens(server):
-    """Offsets count characters, and parts of a character are shown as bytes."""
+    """Offsets are in characters, and partial characters are shown as bytes."""
     how = {"model": "default", "prompt": "x", "max_tokens": 9, "logprobs": 20, "temperature": 0}
     how["extra_body"] = {"structured_outputs": {"regex": "é€x"}}
     own = server.client.completions.create(**how).choices[0]
@@ -560,8 +558,8 @@ def test_logprobs_of_characters_of_several_tokens(server):
 
 
 def test_bytes_of_tokens():
-    """In vocabularies like GPT-2's, letters stand for bytes. In those of SentencePiece, letters are
-    text, and only tokens such as <0x0A> stand for bytes."""
+    """In GPT-2's and similar vocabularies, letters represent bytes. In SentencePiece's, letters
+    represent themselves, and only tokens such as <0x0A> represent bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -590,7 +588,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
     async def main():
         body = ChatRequest.model_validate(CHAT | {"n": 4})
         engine = server.engine
-        for _ in range(2):  # the second time the prompt is cached
+        for _ in range(2):  # the second time, the prompt is cached
             own = await answers.Answers.begin(engine, engine.select("none"), body, "-")
             async for _ in own.deltas():
                 pass
@@ -601,7 +599,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
 
 
 def test_several_answers(server):
-    """With a seed, the responses are reproducible and differ from one another."""
+    """With a seed, responses are reproducible and differ from each other."""
     how = {"n": 12, "temperature": 1.0, "seed": 4, **NEVER_ENDS}
     body = CHAT | how | {"n": 3, "max_tokens": 12}
     first, again = (
@@ -702,7 +700,7 @@ def test_a_response_of_a_form_and_with_tools(server):
     other = server.client.responses.create(
         model="ORG-Model", input=[known[0], shorter], tools=[tool], max_output_tokens=4
     )
-    assert answer.usage.input_tokens > other.usage.input_tokens  # the call is in the prompt
+    assert answer.usage.input_tokens > other.usage.input_tokens  # the prompt includes the call
 
 
 @pytest.mark.parametrize(

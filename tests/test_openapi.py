@@ -1,4 +1,4 @@
-"""Tests with Schemathesis that the server follows its OpenAPI document, whatever is sent."""
+"""Tests with Schemathesis that the server's responses always match its OpenAPI document."""
 
 import os
 import subprocess
@@ -17,13 +17,13 @@ CHECKS = (
 )
 
 
-#: Routes with the same boundary values as /api/finetune/submit.
+#: Routes that share /api/finetune/submit's boundary values.
 ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 
 def test_every_route_does_what_it_says(tmp_path):
-    """Sends EXAMPLES random requests to each route, and requests with the boundary values of the
-    schema."""
+    """Sends EXAMPLES random requests to each route, and requests with the schema's boundary
+    values."""
     place = write_place(tmp_path)
     alike = [word for path in ALIKE for word in ("--exclude-path", path)]
     with Server(place, place / "model") as server:

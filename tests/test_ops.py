@@ -1,5 +1,4 @@
-"""Compares every op with the float64 oracle. An op must not be less accurate than the plain
-code."""
+"""Compares every op with the float64 oracle. Ops must be at least as accurate as the plain code."""
 
 import functools
 
@@ -109,8 +108,7 @@ def test_gradients_of_the_reference_are_the_oracles():
 
 
 def table_of(rng, base, dtype):
-    """Returns a table [9, 384] whose values or scales have this dtype, and its values in
-    float64."""
+    """Returns a table [9, 384] with values or scales of this dtype, and its float64 values."""
     table, _ = base_of(rng, 9, 384, base)
     dtype = getattr(mx, dtype)
     scales, biases = (
@@ -128,7 +126,7 @@ def table_of(rng, base, dtype):
 @pytest.mark.parametrize("impl", ["kernel", "stock"])
 def test_embedded_rows(impl, begin, end, base, dtype):
     if not ON_GPU and impl == "kernel":
-        pytest.skip("only CUDA has one")
+        pytest.skip("only CUDA has this kernel")
     rng = np.random.default_rng(32)
     table, w64 = table_of(rng, base, dtype)
     index = rng.integers(0, 9, (2, 7))
@@ -148,7 +146,7 @@ def test_embedded_rows(impl, begin, end, base, dtype):
 @pytest.mark.parametrize("impl", ["kernel", "stock"])
 def test_own_input(impl, begin, width, base, dtype):
     if not ON_GPU and impl == "kernel":
-        pytest.skip("only CUDA has one")
+        pytest.skip("only CUDA has this kernel")
     rng = np.random.default_rng(33)
     table, w64 = table_of(rng, base, dtype)
     index = rng.integers(0, 9, (2, 7))
@@ -240,8 +238,8 @@ def test_dequantize_is_bitwise_mlx(base):
 
 @pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
 def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
-    """This includes zeros of both signs, subnormal numbers, overflow, and NaN, whose bits may
-    differ."""
+    """Includes zeros of both signs, subnormal numbers, overflow, and NaN (whose bits may
+    differ)."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     per_row = 256 * 8 // bits // group
     scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
@@ -268,7 +266,7 @@ def test_lora_linear(impl, base, dtype):
     packed, w64 = base_of(rng, 536, 256, base, bias)
     (x, x64), (dy, dy64) = rand(rng, 65, 256, dtype=dtype), rand(rng, 65, 536, dtype=dtype)
     (a, _), (b, _) = rand(rng, 256, 4), rand(rng, 4, 536)
-    # Matrix products round a and b to the dtype of x, which does not count as an error of the op.
+    # Matrix products round a and b to x's dtype, which is not counted as an error of the op.
     a64, b64 = f64(a.astype(getattr(mx, dtype))), f64(b.astype(getattr(mx, dtype)))
     with served():
         check_op(
@@ -348,7 +346,7 @@ def test_dropout_keys_differ_by_seed_step_and_module():
     assert len({key(1, 2, "q"), key(2, 1, "q"), key(1, 3, "q"), key(1, 2, "k")}) == 4
 
 
-#: A dense head, and a quantized head for every mode and number of bits.
+#: A dense head, and quantized heads with each mode and number of bits.
 HEADS = [
     None,
     *[
@@ -360,8 +358,8 @@ HEADS = [
 
 
 def over_heads(*options):
-    """Combines each base with the last of these options, and two bases with all options. This is
-    enough, because the processing of logits does not depend on how the weight is stored."""
+    """Combines each base with the last option, and two bases with all options. This suffices
+    because logits are processed in the same way for all bases."""
     return [
         (base, *own)
         for base in HEADS
@@ -455,7 +453,7 @@ def test_linear_log_probs_of_half_precision(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
 def test_linear_log_probs_touches_only_rows_with_a_target(impl):
-    """Rows without a target may contain NaN, and possibly no row has a target."""
+    """Rows without a target may contain NaN. It is also possible that no row has a target."""
     h = mx.random.normal((9, 16)).astype(mx.bfloat16 if ON_GPU else mx.float32)
     h[::2] = mx.nan
     head = ops.Base(mx.random.normal((56, 16)))
@@ -485,10 +483,10 @@ def test_heads_compile(impl, op):
     oracle.assert_close("compiled", f64(got), f64(plain), 1e-2 if ON_GPU else 1e-6)
 
 
-@pytest.mark.skipif(ON_GPU, reason="buffers there live until the device has caught up")
+@pytest.mark.skipif(ON_GPU, reason="GPU buffers are freed only after the device has finished")
 @pytest.mark.parametrize("op", [ops.linear_log_probs, ops.linear_cross_entropy])
 def test_memory_of_heads_has_no_rows_times_vocabulary(op):
-    """The logits of 4096 rows and 32768 tokens would take 537 MB. A chunk takes at most 64 MB."""
+    """The logits of 4096 rows for 32768 tokens would need 537 MB. A chunk needs at most 64 MB."""
     h = mx.random.normal((4096, 32))
     head = ops.Base(mx.random.normal((32768, 32)))
     t = mx.zeros(4096, mx.int32)
@@ -503,7 +501,8 @@ def test_memory_of_heads_has_no_rows_times_vocabulary(op):
 
 
 def quantized(mode, bits, group):
-    """Returns a base with 4 bits in groups of 32 that claims to have another quantization."""
+    """Returns a base whose weights have 4 bits in groups of 32 but which declares another
+    quantization."""
     return ops.Base(
         mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
     )

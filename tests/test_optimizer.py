@@ -1,4 +1,4 @@
-"""Compares optimizers and schedules with their formulas in NumPy and float64."""
+"""Compares optimizers and schedules with their float64 formulas in NumPy."""
 
 import math
 
@@ -69,7 +69,7 @@ def sgd(s, g, p, rate, t):
 
 
 def adafactor(s, g, p, rate, t):
-    """Shazeer and Stern 2018, algorithm 4, without relative step sizes."""
+    """Adafactor (Shazeer and Stern 2018, algorithm 4) without relative step sizes."""
     beta = 1 - t**-0.8
     square = g**2 + 1e-30
     row = s["row"] = beta * s.get("row", 0) + (1 - beta) * square.mean(1)
@@ -97,8 +97,8 @@ FORMS = {"adamw": adamw, "lion": lion, "sgd": sgd, "adafactor": adafactor, "muon
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_steps_are_those_of_the_closed_form(name, ratio):
-    """There are two factors in each of two stages, a cosine schedule with warmup, decoupled weight
-    decay, and LoRA+."""
+    """Two stages with two factors each, a cosine schedule with warmup, decoupled weight decay, and
+    LoRA+."""
     rng = np.random.default_rng(0)
     shapes = {"x.lora_a": (6, 3), "x.lora_b": (3, 5), "y.lora_a": (4, 2), "y.lora_b": (2, 7)}
     true = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
@@ -146,7 +146,7 @@ def test_runs_learn_with_each(name, llama4, data, tmp_path):
 
 
 def test_rs_lora_divides_by_the_root_of_each_rank(llama_mixed, data, tmp_path):
-    """With ranks 4 and 8 the multipliers differ. mlx-lm, which has only one multiplier, computes
+    """Ranks 4 and 8 have different multipliers. mlx-lm supports only one multiplier but computes
     the same logits."""
     result = train(config_of(llama_mixed, data, tmp_path / "a", scale=3.0, rs_lora=True))
     assert set(result.applied_ranks.values()) == {4, 8}

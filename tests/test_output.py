@@ -1,5 +1,4 @@
-"""Tests how much commands print, with --quiet, --verbose and --log-file, which all commands
-have."""
+"""Tests the output of all commands with --quiet, --verbose and --log-file."""
 
 import re
 import sys
@@ -20,7 +19,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d (.*)")
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the evaluation with one that reports progress, prints a warning and ends."""
+    """Replaces the evaluation: reports progress, prints a warning and returns."""
 
     def run(config, adapter, *, split, on_event):
         on_event(events.stage("load", 0.1, "the model is loaded"))
@@ -66,7 +65,7 @@ def test_the_log_has_what_is_shown_each_line_once_and_its_time(evaluate, capsys,
     shown = [line for line in (err + out).splitlines() if line.strip()]
     assert sorted(lines) == sorted(shown) and "loss        2.0000 nats per token" in lines
     assert cli.main([*EVAL, "--split", "train", "--quiet", "--log-file", str(log)]) == 0
-    assert len(log.read_text().splitlines()) > len(lines)  # new lines are appended to the file
+    assert len(log.read_text().splitlines()) > len(lines)  # new lines are appended
 
 
 def test_the_log_has_the_error_with_which_a_command_ends(capsys, tmp_path) -> None:
@@ -78,7 +77,7 @@ def test_the_log_has_the_error_with_which_a_command_ends(capsys, tmp_path) -> No
     assert cli.main(["inspect", "nowhere.csv", "--log-file", str(tmp_path)]) == 2
     assert "--log-file" in capsys.readouterr().err
     Terminal().say("later")
-    assert "later" not in log.read_text()  # the options apply only during the command
+    assert "later" not in log.read_text()  # the options end with the command
 
 
 def test_whole_lines_are_noted_whatever_parts_they_come_in() -> None:

@@ -1,4 +1,4 @@
-"""Tests the remaining time of a run, which consists of steps, evaluations and checkpoints."""
+"""Tests the estimated remaining time of a run: steps, evaluations and checkpoints."""
 
 import pytest
 
@@ -16,11 +16,11 @@ def test_what_is_due_is_what_the_loop_does(every: int) -> None:
 
 def test_what_is_left_counts_evaluations_and_checkpoints() -> None:
     pace = Pace()
-    assert pace.left(10, 2, 2) == 0  # no times are known yet
+    assert pace.left(10, 2, 2) == 0  # without any measured times
     pace.add("step", 9.0)
     assert pace.left(10, 2, 2) == 90
     for _ in range(3):
-        pace.add("step", 1.0)  # the first step compiled kernels
+        pace.add("step", 1.0)  # the first step was slow because it compiled kernels
     pace.add("evaluation", 20.0)
     assert pace.left(10, 2, 2) == 50
     pace.add("checkpoint", 0.5)

@@ -1,4 +1,4 @@
-"""Packed rows have the same loss and gradients as single rows, and no row is split or lost."""
+"""Packed rows have the loss and gradients of single rows, and no row is split or lost."""
 
 import json
 import time
@@ -25,14 +25,13 @@ from mlx_segtrain.planning.costs import CUDA
 from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
-#: Numbers of tokens per row. Some are larger than the window of 8, some are larger than a tile, and
-#: some are the minimum.
+#: Numbers of tokens per row: above the window of 8, above a tile, and the minimum.
 LENGTHS = (21, 2, 9, 70, 33, 3)
 BOUND = 1e-5
 
 
 def examples(lengths=LENGTHS, prompt=2, seed=0):
-    """Returns the rows as batches of one row, as one padded batch, and packed."""
+    """Returns the rows as batches of a single row, as one padded batch, and packed."""
     rng = np.random.default_rng(seed)
     count, ends = np.arange(len(lengths)), np.array(lengths)
     weights = rng.uniform(0.5, 1, (len(lengths), max(lengths))).astype(np.float32)
@@ -49,7 +48,7 @@ def examples(lengths=LENGTHS, prompt=2, seed=0):
 
 
 def step(chain, adapter, batch, total, size=1):
-    """Returns the loss, and the gradients by path."""
+    """Returns the loss and the gradients by path."""
     params = adapting.stage_params(chain, adapter)
     what = (Sft(), chain, adapter.scales, params, batch, total)
     (loss,), grads = value_and_grad(
@@ -59,9 +58,9 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """Compares packed rows with single rows. Errors must be within BOUND or within the errors of a
-    padded batch, because the sum of the gradients is smaller than each of them, and because matrix
-    products of other shapes round differently."""
+    """Compares packed rows with single rows. Errors must be within BOUND or within a padded batch's
+    errors, because the gradients partly cancel in the sum and matrix products of other shapes round
+    differently."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -108,7 +107,7 @@ def test_what_comes_before_all_losses_is_trimmed(name):
     assert_same_packed(chain, adapter_of(chain), lengths=(90, 5, 7), prompt=80, size=0)
 
 
-# ---- which samples share a row
+# ---- which samples are packed together
 
 
 def lengths_like_instructions(n, seed=0):
@@ -154,7 +153,7 @@ def test_every_epoch_has_every_row_once_and_none_is_over(lengths, capacity, seed
 
 
 def test_best_fit_leaves_the_least_room():
-    """The expected rows were worked out by hand: 7 + 3, 6 + 4, 5 + 5, and 2 alone."""
+    """The expected rows, derived by hand, are 7 + 3, 6 + 4, 5 + 5, and 2 alone."""
     lengths = np.array([5, 3, 2, 7, 5, 6, 4])
     rows = [sorted(lengths[row].tolist()) for row in Packing.of(lengths, 10).epoch(0, 0)]
     assert sorted(rows) == [[2], [3, 7], [4, 6], [5, 5]]
@@ -180,7 +179,7 @@ def test_rows_are_grouped_anew_in_each_epoch():
 
 def test_a_batch_has_whole_rows_and_no_padding():
     data = dataset(lengths := [5, 3, 2, 7, 5, 6, 4], 10)
-    seen = list(islice(batches(data, 3, 0), 2))  # 4 packed rows: 3 and 1
+    seen = list(islice(batches(data, 3, 0), 2))  # 4 packed rows, in batches of 3 and 1
     assert batches_in_epoch(data, 3) == 2 and padding(data, 3) == pytest.approx(1 - 32 / 40)
     assert sorted(i for batch in seen for i in batch.rows) == list(range(7))
     for batch in [*seen, *eval_batches(data, 2)]:
@@ -211,7 +210,7 @@ def test_packing_pays_where_steps_cost_more_than_their_tokens(llama4, data, tmp_
         return pays(config_of(llama4, data, tmp_path, max_seq_length=64, **more), rows)
 
     assert asked(short) and not asked(full)
-    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # short rows would be padded
+    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # padding of short rows would be wasteful
     monkeypatch.setattr(planning_run, "device", lambda *_: CUDA)
     assert asked(short) and not asked(full)
     assert not asked(short, memory_budget_gb=0.0125)
@@ -229,7 +228,7 @@ def write_data(folder, lengths=(3, 30, 9, 50, 12, 5, 22, 40, 7, 16)):
 
 
 def test_an_epoch_of_packed_rows(llama4, tmp_path):
-    """An epoch contains every row and has fewer steps, and evaluations return the loss of single
+    """An epoch contains every row in fewer steps, and an evaluation returns the loss of unpacked
     rows."""
     data, told = write_data(tmp_path / "data"), []
     how = {"epochs": 1.0, "max_seq_length": 64, "learning_rate": 1e-6}
@@ -246,7 +245,7 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A resumed run keeps its choice, even if the other choice would be faster now."""
+    """A resumed run keeps its choice even if the other choice would now be faster."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

@@ -1,4 +1,4 @@
-"""Tests the page in a browser, with a real server, and with SmolLM2 on the demo's data."""
+"""Tests the page in a browser with a real server, and with SmolLM2 on the demo's data."""
 
 import csv
 import io
@@ -33,14 +33,15 @@ from mlx_segtrain.training.setup import plan_event
 
 pytestmark = [
     pytest.mark.acceptance,
-    pytest.mark.skipif(BROWSER is None, reason="there is no browser on the path"),
+    pytest.mark.skipif(BROWSER is None, reason="no browser is on the PATH"),
 ]
-#: The first row of the data set. Without it, this row would depend on the version of Python.
+#: The first row of the data set. It is inserted here because the data set's own first row depends
+#: on the Python version.
 ROW = ("What does this Python function do?\n\nos.getcwd()", "Returns the current directory.")
-#: The timeout in milliseconds for steps in which a model computes. For all others, the default
-#: applies.
+#: The timeout for steps in which a model computes, in milliseconds. All other steps use the
+#: default.
 LONG = 240_000
-#: The address of the page's modules, for tests that import one.
+#: The URL of the page's modules, for tests that import a module.
 OURS = f"/finetune/files/{VERSION}"
 
 
@@ -57,7 +58,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     write_rows(write_rows(work / "counting"), 6, "valid.jsonl")
     write_dataset(work / "docstrings")
     turns = [{"role": r, "content": x} for r, x in zip(("user", "assistant"), ROW, strict=True)]
-    # An evaluation of all rows takes a while on a CPU.
+    # Evaluating all rows would be slow on a CPU.
     for name, first, most in (("train", [{"messages": turns}], 59), ("valid", [], 8)):
         path = work / "docstrings" / f"{name}.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines(True)[:most]
@@ -68,7 +69,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 @pytest.fixture
 def hub_site(site, hub, tmp_path, monkeypatch) -> Iterator[Site]:
-    """Starts a server that may download from a hub with the tiny model."""
+    """Starts a server that may download the tiny model from a hub."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add("org/small-4bit", site.work / "tiny")
@@ -101,7 +102,7 @@ def user(browser, site, tmp_path) -> Iterator[User]:
 
 @pytest.fixture(scope="module")
 def titles(site) -> dict[str, str]:
-    """Returns the labels of the fields in the form."""
+    """Returns the labels of the form's fields."""
     return {own["name"]: own["title"] for own in site.api("/api/finetune/defaults")["fields"]}
 
 
@@ -128,7 +129,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     before = points(page)
     until(lambda: points(page) > before)
     page.reload()
-    until(lambda: points(page) > before)  # the run continues, and the points from before are shown
+    until(lambda: points(page) > before)  # the run continues, and earlier points are shown
     assert site.job(id)["status"] == "running"
     expect(page.get_by_text(re.compile("^Memory on .* in use, peak .*, planned"))).to_be_visible()
     user.shot(page, "running")
@@ -155,7 +156,7 @@ def test_from_model_and_data_to_an_adapter_that_answers(user, site, titles):
     expect(page.get_by_text(re.compile("tokens?, .* tokens/s"))).to_have_count(2, timeout=LONG)
     base, own = page.locator(".answer .said").all_inner_texts()
     assert base.strip() and own.strip()
-    # The text is shown as it was typed.
+    # The text is shown exactly as typed.
     expect(page.get_by_text("What does <b>os.getcwd</b> do?")).to_be_visible()
     assert fits(page)
     user.shot(page, "chat")
@@ -218,7 +219,7 @@ def test_between_two_reports_memory_and_steps_go_on(user):
         return [live.active_gb, live.peak_gb, step, left, lines.length, train.step];
         }""".replace("OURS", OURS)
     )
-    assert told == [1.5, 3, 7, 900, 2, 1]  # the log contains only the reports
+    assert told == [1.5, 3, 7, 900, 2, 1]  # the log contains only reported steps
 
 
 def test_values_have_the_unit_of_their_method(user):
@@ -254,7 +255,7 @@ def test_values_have_the_unit_of_their_method(user):
 
 
 def cpu_s(page: Any, site: Site, act: Any) -> float:
-    """Returns the CPU seconds that the page's main thread and the server need for an action."""
+    """Returns the CPU seconds that the page's main thread and the server use for an action."""
     cdp = page.context.new_cdp_session(page)
     cdp.send("Performance.enable", {"timeDomain": "threadTicks"})
 
@@ -269,8 +270,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """A page needs less than a second of CPU time, which does not depend on other load on the
-    machine. All files are fetched at the same time, and a second load fetches none."""
+    """A page load needs less than one second of CPU time, which does not depend on the machine's
+    load. All files are fetched concurrently, and a second load fetches none."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]
@@ -332,8 +333,8 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
-    """Returns two finished runs with different settings, and a failed one."""
-    # The page must show names as text everywhere.
+    """Returns two finished runs with different settings, and a failed run."""
+    # A path with HTML, which the page must show as text everywhere.
     odd = str(site.work / "<img src=x onerror=boom()>")
     return [
         site.train(rank=4),
@@ -352,7 +353,7 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
     page.locator(".chart.tall .u-over").hover()
     expect(page.locator(".tip")).to_contain_text("<img src=x onerror=boom()>")
     cells = [own.inner_text() for own in page.get_by_role("row").nth(1).get_by_role("cell").all()]
-    assert cells[1:3] == ["4", "0.0002"]  # the value of the default, not the word "default"
+    assert cells[1:3] == ["4", "0.0002"]  # the default's value, not the word "default"
     last = [site.job(id)["result"]["final_val_loss"] for id in runs[:2]]
     second = page.get_by_role("row").nth(2)
     expect(second).to_contain_text(f"{last[1]:.4f}\n−{last[0] - last[1]:.4f}", use_inner_text=True)
@@ -362,7 +363,7 @@ def test_losses_of_two_runs_in_one_chart(user, site, runs):
     rows = list(csv.DictReader(io.StringIO(found.value.path().read_text())))
     assert [row["job"] for row in rows] == runs[:2]
     assert [float(row["validation loss"]) for row in rows] == pytest.approx(last)
-    page.reload()  # the address contains the compared jobs
+    page.reload()  # the URL contains the compared jobs
     until(lambda: points(page, 2) >= 20)
 
 
@@ -435,11 +436,11 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
     page.get_by_role("button", name="Download", exact=True).first.click()
     failed = page.get_by_role("alert").filter(has_text="nor a model on the hub")
     expect(failed).to_be_visible(timeout=LONG)
-    page.close()  # the page must be closed before the server ends
+    page.close()  # close the page before the server ends
 
 
 def test_the_page_shows_jobs_of_each_kind(user, site):
-    """A job of an unknown kind once broke the list of all jobs."""
+    """A job of an unknown kind must not break the list of all jobs."""
     with of_each_kind(site.cache) as jobs:
         page = user.open("/finetune/jobs")
         for id, (_, title, name) in jobs.items():
@@ -465,7 +466,7 @@ def test_older_jobs_are_a_click_away(user, site):
         expect(page.get_by_text(ids[0])).to_have_count(0)
         page.get_by_role("button", name="Older jobs").click()
         expect(page.get_by_text(ids[0])).to_be_visible()
-        page.wait_for_timeout(2500)  # the entry stays when the list is refreshed
+        page.wait_for_timeout(2500)  # the entry is still shown after the list is refreshed
         expect(page.get_by_text(ids[0])).to_be_visible()
     finally:
         for id in ids:
@@ -489,7 +490,7 @@ def test_a_failure_says_why_and_a_job_is_deleted_after_a_question(user, site, ru
 
 
 def test_a_failed_job_offers_what_helps(user, site):
-    """Resuming is not offered if the job would fail again in the same way."""
+    """Resuming is not offered if the job would fail again for the same reason."""
     jobs, config = Store(site.cache / "jobs.sqlite"), {"model_dir": str(site.work / "tiny")}
     config |= {"data_dir": str(site.work / "counting"), "rank": 1, "max_seq_length": 96}
     offers = {
@@ -512,7 +513,7 @@ def test_a_failed_job_offers_what_helps(user, site):
         user.open(f"/finetune/job/{ids['input']}", page=page)
         page.get_by_role("button", name="Change the settings").click()
         wrong = page.locator(".field.invalid", has_text="rank must be >= 2")
-        expect(wrong).to_be_in_viewport()  # the section of the field is open
+        expect(wrong).to_be_in_viewport()  # the field's section is open
         user.open(f"/finetune/job/{ids['memory']}", page=page)
         page.get_by_role("button", name="New run that takes less memory").click()
         expect(page.locator("[title=max_seq_length]")).to_be_visible()
@@ -525,8 +526,7 @@ def test_a_failed_job_offers_what_helps(user, site):
 
 
 def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
-    """This server may start two processes, while the run is from another server that may start
-    three."""
+    """This server allows two processes, but the run is from a server that allows three."""
     config = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     config |= {"max_seq_length": 64}
     figures = dict.fromkeys(("tokens_per_sec", "supervised_tokens_per_sec", "left_s"), 1.0)
@@ -581,7 +581,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     choose(page, "Data set", "pairs")
     expect(wrong("Choose a data set first")).to_have_count(0)
     page.get_by_label(titles["max_seq_length"]).fill("64")
-    # The data set fits another method.
+    # The data set is for another method.
     expect(wrong("which method sft does not accept")).to_be_visible(timeout=LONG)
     page.get_by_role("button", name="Use method dpo").click()
     expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
@@ -593,7 +593,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     expect(wrong(said)).to_be_visible()
     page.get_by_role(
         "button", name="Rank, batch size and folder"
-    ).click()  # the field is found although the section is collapsed
+    ).click()  # an error opens the collapsed section
     start.click()
     expect(wrong(said)).to_be_in_viewport()
     expect(rank).to_be_focused()
@@ -621,9 +621,9 @@ def test_presets_set_what_they_say_and_a_server_takes_them(user, site, titles):
         expect(page.get_by_text(re.compile("^Fits"))).to_be_visible()
         expect(page.locator(".field.invalid")).to_have_count(0)
     expect(steps).to_have_value("20")
-    steps.fill("21")  # the values differ from the preset
+    steps.fill("21")  # differs from the preset
     expect(page.get_by_role("button", pressed=True).and_(page.locator(".preset"))).to_have_count(0)
-    expect(page.get_by_text("2 settings changed")).to_be_visible()  # in the collapsed section
+    expect(page.get_by_text("2 settings changed")).to_be_visible()  # although it is collapsed
 
     page.get_by_role("button", name="YAML", exact=True).click()
     copied = page.get_by_label("YAML", exact=True)
@@ -670,7 +670,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     box = plot.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.51, box["y"] + 50)
     tip = own.locator(".tip")
-    expect(tip).to_contain_text("training")  # the tip shows the lines that have a value there
+    expect(tip).to_contain_text("training")  # only lines with a value at this step
     expect(tip).to_contain_text("validation")
     expect(tip).to_contain_text("step 10")
     page.mouse.down()
@@ -691,8 +691,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     until(lambda: scales()[4] == 3)
     own.get_by_label("Smoothing").fill("0.9")
     series = 'document.querySelector(".chart.tall").uplot.series.length'
-    # The series are the steps, the smoothed training loss, the raw training loss, and the
-    # validation loss.
+    # The series are the steps, the smoothed and the raw training loss, and the validation loss.
     until(lambda: page.evaluate(series) == 4)
     user.shot(page, "smoothed")
     with page.expect_download() as found:
@@ -793,7 +792,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
 def test_files_of_rows_are_told_apart_by_their_names(browser, names, expected):
     page = browser.new_page()
 
-    def give(route: Any) -> None:  # this provides only the modules, without a server
+    def give(route: Any) -> None:  # serves only the modules
         name = route.request.url.rpartition("/")[2]
         if name:
             route.fulfill(path=FILES / name, content_type="text/javascript")
@@ -856,13 +855,13 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     (tmp_path / "broken" / names[0]).write_bytes(b"no weights")
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "broken" / x) for x in names])
     expect(page.get_by_role("alert").filter(has_text=names[0])).to_be_visible()
-    # The files that were sent before are deleted too.
+    # Files that were already uploaded are deleted, too.
     assert not list(site.cache.rglob("adapter-of-tiny"))
     sent.clear()
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
     row = page.get_by_role("row").filter(has_text="adapter-of-tiny")
     expect(row).to_be_visible()
-    # A name that is taken is reported before the weights are sent.
+    # A duplicate name is reported before the weights are uploaded.
     assert [url.rpartition("/")[2] for url in sent] == [*reversed(names)]
     user.shot(page, "library")
     row.get_by_role("button", name="Delete adapter-of-tiny").click()
@@ -880,7 +879,7 @@ def test_a_job_that_ends_is_told_on_other_pages(user, site):
     )
     user.open("/finetune/library", page=page)
     expect(page.get_by_role("button", name=re.compile("Notifications are on"))).to_be_visible()
-    page.evaluate("globalThis.away = true")  # simulates that another tab is visible
+    page.evaluate("globalThis.away = true")  # as if another tab were visible
     folders = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     id = site.api("/api/finetune/submit", **folders, iters=300, max_seq_length=64)["job_id"]
     expect(page.locator(".now")).to_be_visible(timeout=LONG)
@@ -908,9 +907,9 @@ def test_the_keyboard_alone_starts_a_run(user, site, titles):
             )
             seen.append(own[0])
             if own[0] == name:
-                assert own[1], f"{name} has the focus, but does not show it"
+                assert own[1], f"{name} has the focus but does not show it"
                 return
-        raise AssertionError(f"{name} is not reached, but {seen}")
+        raise AssertionError(f"the Tab key never reaches {name}, only {seen}")
 
     tab_to("Model")
     keys.press("Enter")
@@ -923,7 +922,7 @@ def test_the_keyboard_alone_starts_a_run(user, site, titles):
     keys.type("64")
     tab_to(titles["iters"])
     keys.type("3")
-    keys.press("Enter")  # works in any field
+    keys.press("Enter")  # works in every field
     page.wait_for_url(re.compile("/finetune/job/job_"))
     expect(page.get_by_text("Step 3 of 3")).to_be_visible(timeout=LONG)
 
@@ -945,7 +944,8 @@ def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
         page.wait_for_timeout(400)
         assert fits(page), name
         user.shot(page, f"{name}-{size['width']}-{scheme}")
-        # Collapsed sections are checked too. In a group, only one section would be open.
+        # Collapsed sections are checked, too. Sections with a shared name could not be open
+        # together.
         page.evaluate(
             """() => document.querySelectorAll("details").forEach((own) => {
             own.removeAttribute("name"); own.open = true; })"""
@@ -1003,5 +1003,5 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}
         urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
-        page.wait_for_url("**/login")  # a page that is open changes too
+        page.wait_for_url("**/login")  # open pages change, too
         page.context.close()

@@ -1,4 +1,4 @@
-"""Loss and LoRA gradients equal those of stock mlx-lm, and are the same for every segment size."""
+"""Loss and LoRA gradients equal mlx-lm's, and are the same for all segment sizes."""
 
 import functools
 
@@ -34,8 +34,8 @@ def adapter_of(chain, rank=4):
 
 
 def batch_of(vocabulary, lengths, prompt, seed=0):
-    """Returns random tokens. Row i has lengths[i] tokens, and the tokens from index `prompt` on are
-    in the loss."""
+    """Returns random tokens. Row i has lengths[i] tokens, and tokens from index `prompt` onwards
+    are in the loss."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = rng.integers(0, vocabulary, (len(lengths), width)).astype(np.int32)
@@ -60,8 +60,8 @@ def ours(model_dir, batch, sizes):
 
 
 def theirs(model_dir, adapter, batch, prompt, dtype=mx.float32):
-    """Returns the loss and the gradients of stock mlx-lm with its LoRA layers and default_loss. If
-    `dtype` is float64, weights are dequantized."""
+    """Returns the loss and gradients of mlx-lm with its own LoRA layers and default_loss. A `dtype`
+    of float64 dequantizes the weights."""
     model, _ = mlx_lm.load(str(model_dir))
     model.set_dtype(mx.float32)
     if dtype == mx.float64:
@@ -74,7 +74,7 @@ def theirs(model_dir, adapter, batch, prompt, dtype=mx.float32):
     for path, (a, b) in adapter.tensors.items():
         flat[f"{path}.lora_a"], flat[f"{path}.lora_b"] = a.astype(dtype), b.astype(dtype)
     model.load_weights(list(flat.items()), strict=False)
-    # In mlx-lm, the range of targets is counted from 1 and includes both ends.
+    # mlx-lm counts the targets' range from 1 and includes both ends.
     lengths = mx.array([[prompt, int(w.nonzero()[0].max())] for w in batch.weights])
     value_and_grad = nn.value_and_grad(model, default_loss)
     (loss, _), grads = value_and_grad(model, mx.array(batch.tokens), lengths)
@@ -138,10 +138,10 @@ def smollm2():
 
 
 def test_smollm2(smollm2):
-    """The model is nearly certain of the next token, and is trained on another token.
+    """The model is nearly certain of the next token but is trained on another token.
 
     On the CPU, MLX's fused cross-entropy adds 49152 exponentials in sequence. The rounding error is
-    as large as the bound, unless one of the exponentials is nearly the whole sum.
+    as large as the bound unless a single exponential dominates the sum.
     """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     tokens = tokenizer('<div class="row">text</div>\n' * 8).input_ids[:63]
@@ -153,10 +153,10 @@ def test_smollm2(smollm2):
 
 
 def test_smollm2_in_float64(smollm2):
-    """Compares with mlx-lm in float64 on random tokens, where mlx-lm in float32 has an error of
+    """Compares with mlx-lm in float64 on random tokens, for which mlx-lm in float32 has an error of
     4e-4.
 
-    On longer rows our error is up to 2e-4; bench/LOG.md has the values.
+    On longer rows, our error reaches 2e-4; the values are in bench/LOG.md.
     """
     compare(smollm2, batch_of(49152, [48], prompt=9), 9, [1, 0], mx.float64)
 

@@ -1,5 +1,4 @@
-"""Tests models that are divided over several ranks on this machine, which are connected by MLX's
-ring over the loopback."""
+"""Tests models that are divided over several local ranks, connected by MLX's ring over loopback."""
 
 import itertools
 import json
@@ -16,12 +15,12 @@ from mlx_segtrain import train
 from mlx_segtrain.training import checkpoint, step
 
 pytestmark = pytest.mark.acceptance
-#: The timeout, in seconds, for ranks on a busy machine.
+#: The timeout in seconds, which is long enough for busy machines.
 WAIT = 600
 
 
-#: Code that makes each rank write the gradients of its first step to a file, and print its memory
-#: at the end.
+#: Code with which each rank writes the gradients of its first step to a file and prints its memory
+#: use at the end.
 SEEN = """
 import gc
 import numpy as np
@@ -58,8 +57,8 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Returns a Llama, a Gemma 4 in which some layers read the keys and values of other layers, and
-    a model that uses the generic path. Most of their weights are in layers."""
+    """Returns a Llama, a Gemma 4 whose layers share keys and values, and a model on the generic
+    path. Their layers contain most of the weights."""
     path, wide = tmp_path_factory.mktemp("models"), {"intermediate_size": 2048}
     return {
         "llama": write_llama(path / "llama", layers=4, **wide),
@@ -75,7 +74,7 @@ def metrics_of(run):
 
 @pytest.fixture
 def first_gradient(monkeypatch):
-    """Returns a list that gets the gradients of the first step of each run, by name."""
+    """Returns a list that collects the gradients of each run's first step, by name."""
     found, own = [], step.Stepper.gradient
 
     def gradient(self, at, accumulated, total=None):
@@ -139,7 +138,7 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
         assert own["active"] <= 1.1 * own["share"], (name, own)
         if own["most"]:  # models on the generic path have no plan
             assert own["peak"] <= 1.1 * own["most"], (name, own)
-        if name == "llama":  # most of the memory of the other models is not divided between ranks
+        if name == "llama":  # other models' memory is mostly not divided between ranks
             assert own["share"] < 0.75 * own["whole"], (name, own)
     for runs in zip(*held, strict=True):
         ends_of = [own["layers"] for own in runs]
@@ -148,8 +147,8 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
 
 
 def test_a_killed_rank_is_named_and_files_are_those_of_any_number_of_ranks(models, rows, tmp_path):
-    """A single rank takes two steps, a pipeline continues until one of its ranks is killed, and
-    then a single rank continues from the last checkpoint."""
+    """A single rank takes two steps, a pipeline continues until one of its ranks is killed, and a
+    single rank resumes from the last checkpoint."""
     how = {"grad_accumulation_steps": 2, "lr_schedule": "constant", "steps_per_eval": 10000}
     out, model = tmp_path / "run", models["llama"]
     train(config_of(model, rows, out, iters=2, **how))

@@ -1,4 +1,4 @@
-"""Tests the files of a pipeline without processes: rank 0 gathers the factors of all ranks."""
+"""Tests a pipeline's files without processes: rank 0 gathers all ranks' factors."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from mlx_segtrain.training.state import Iterate, Progress, State
 
 
 def gathered(holdings, iterates, monkeypatch, **how):
-    """Returns the factors that rank 0 has gathered, and the contents that each rank has sent."""
+    """Returns the factors gathered by rank 0, and the contents sent by each rank."""
     sent = [[] for _ in holdings]
     monkeypatch.setattr(Ranks, "every", lambda self, x: sent[self.rank].append(x) or [x])
     for holding, here in list(zip(holdings, iterates, strict=True))[1:]:
@@ -52,7 +52,7 @@ def test_factors_come_apart_and_together(optimizer, ratio, tmp_path, monkeypatch
     ]
     mine = [holding.apart(at) for holding in own]
     assert [x.vector.size for x in mine] == [2 * 3 * (2 + 4), 2 * 3 * 12]
-    # The steps of all ranks together equal a step on one device, because the factors are updated
+    # Together, the ranks' steps equal a step on one device, because factors are updated
     # independently.
     gradient = mx.random.normal(vector.shape)
     new = [

@@ -1,5 +1,4 @@
-"""Tests the parts of a pipeline without processes: cuts, the values that cross the cuts, and
-plans."""
+"""Tests a pipeline's parts without processes: cuts, the values that cross the cuts, and plans."""
 
 import threading
 import time
@@ -36,8 +35,8 @@ from mlx_segtrain.training.step import Stepper
 
 
 class Post:
-    """Simulates transfers between pipes in one process. Arrays that are sent are kept in boxes
-    until they are received."""
+    """Simulates transfers between pipes in one process. Sent arrays are stored in boxes until
+    received."""
 
     def __init__(self, rank, boxes):
         self.rank, self.boxes = rank, boxes
@@ -65,7 +64,7 @@ class Post:
 
 
 class Alone(Ranks):
-    """A rank of a group in one process. It need not wait for other ranks."""
+    """A rank of a group in one process, which need not wait for other ranks."""
 
     def wait_for(self, arrays):
         mx.eval(arrays)
@@ -81,8 +80,7 @@ def pipes_of(ends, layers, batches=1):
 
 
 def through(pipes, objective, chain, adapter, batch, size):
-    """Runs a batch through all pipes, in segments of `size`, and returns the outputs and
-    gradients."""
+    """Runs a batch through all pipes in segments of `size`. Returns the outputs and gradients."""
     params = adapting.stage_params(chain, adapter)
     total = objective.total([batch])
     functions = Functions(objective, chain, adapter.scales)
@@ -145,13 +143,12 @@ def test_what_crosses_a_cut_is_what_later_stages_read():
         return border(specs, reads, [number[s.owner] < layer for s in stages])
 
     first = at(1)
-    # No earlier layer has an adapter.
+    # None of the earlier layers has an adapter.
     assert first.values == ("h",) and first.differentiable == ()
     given = [f"{kind} of model.layers.{i}" for i in (1, 2) for kind in ("keys", "values")]
     third = at(3)
     assert third.values == ("h", *given) and third.differentiable == third.values
-    # Layers 3 and 4, which have windows, read the keys of layer 1, and layer 5 reads the keys of
-    # layer 2.
+    # The windowed layers 3 and 4 read layer 1's keys, and layer 5 reads layer 2's.
     assert third.summed == {*given[:2]}
     assert at(5).values == ("h", *given[2:]) and not at(5).summed
 
@@ -199,13 +196,13 @@ def test_parts_of_a_plan_hold_their_layers(family):
     doubled = sum(weight_bytes(shape, p, True) for p in own) - shape.weight_bytes(True)
     once = sum(4 * np.prod(s) for name, (_, s) in shape.tensors.items() if "layers." not in name)
     table = 4 * np.prod(shape.tensors["model.embed_tokens.weight"][1])
-    # Gemma 4's layers also read the tables. An embedding that is also the head is on two ranks.
+    # Gemma 4's layers read the tables, too. If the embedding is also the head, it is on two ranks.
     assert doubled == (2 * once if family == "gemma4_text" else table)
 
 
 def test_a_part_waits_with_what_its_batches_keep():
-    """If two more batches wait between their two passes, they need twice the memory that one batch
-    keeps."""
+    """Each additional batch between its forward and backward pass needs the memory of one batch's
+    saved values."""
     model = tiny_models.build("llama", num_hidden_layers=4)
     shape = shape_of(tiny_models.config("llama", num_hidden_layers=4), headers(model))
     ranks = dict.fromkeys((path for own in shape.linears for path in own), 4)
@@ -215,11 +212,11 @@ def test_a_part_waits_with_what_its_batches_keep():
         run.of_part(Part(0, 3, 0, 2, 4, n), 10**12, CPU).planned.peak for n in (1, 2, 3)
     )
     h = 64 * shape.width * 4
-    # A batch keeps its input, the values between the two layers, and all intermediate arrays of the
-    # second layer.
+    # Each batch saves its input, the values between the two layers, and all intermediate arrays of
+    # the second layer.
     assert three - two == two - one > 2 * h
     last = [run.of_part(Part(2, 3, 2, 4, 4, n), 10**12, CPU).planned.peak for n in (1, 3)]
-    assert last[0] == last[1]  # the last rank runs the backward pass of each batch at once
+    assert last[0] == last[1]  # no batch waits on the last rank
 
 
 def test_a_plan_says_what_each_rank_holds():
@@ -229,7 +226,7 @@ def test_a_plan_says_what_each_rank_holds():
     batch = BatchShape.single(1, 64, 64, 64, accumulates=True)
     run = RunPlan(shape, (batch,), ranks, CUDA, 10**9, None, ())
     found = held(split_run(run, [Member(10**9, "cuda", 2), Member(10**9, "cpu", 4)], 3))
-    # In such a small model, most of the time would be for launches, which a CPU does not have.
+    # In such a small model, kernel launches would dominate the time, but a CPU has none.
     assert found[0].layers.startswith("1-") and found[1].layers.endswith("-8")
     count = [int(own.layers.split("-")[1]) - int(own.layers.split("-")[0]) + 1 for own in found]
     assert count == [1, 7]
@@ -251,8 +248,7 @@ def test_only_the_layers_of_a_rank_are_read(tmp_path):
 
 
 def skips(self, inputs, cache=None):
-    """The forward pass of a model in which the third layer also reads the output of the first
-    layer."""
+    """The forward pass of a model whose third layer also reads the first layer's output."""
     h = self.embed_tokens(inputs)
     given = []
     for layer in self.layers:
@@ -266,7 +262,7 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
     for layers in (range(0, 1), range(1, 3), range(2, 3)):
         assert len(chain_of(model, layers).layers) == 3
     monkeypatch.setattr(type(model.model), "__call__", skips)
-    assert len(chain_of(model, range(0, 2)).layers) == 3  # it has no value that layer 2 reads
+    assert len(chain_of(model, range(0, 2)).layers) == 3  # lacks the value that layer 2 would read
     for layers in (range(1, 3), range(2, 3)):
         with pytest.raises(
             InputError, match="run layer by layer, it gives different hidden states"
@@ -275,7 +271,8 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
 
 
 def test_ranks_add_up_the_baseline_of_their_own_batches():
-    """The mismatched responses of kto are divided between the ranks, not run on each of them."""
+    """kto's mismatched responses are divided between the ranks instead of being run on all of
+    them."""
     chain = chain_of(tiny_models.build("llama"))
     adapter, objective = adapter_of(chain), Kto()
     params = adapting.stage_params(chain, adapter)
@@ -300,8 +297,8 @@ def test_ranks_add_up_the_baseline_of_their_own_batches():
 
 
 def test_other_threads_run_while_a_step_is_given_to_the_device():
-    """If memory is insufficient, MLX waits in async_eval. The heartbeats of a rank must not wait
-    too."""
+    """If memory is insufficient, MLX waits in async_eval, which must not delay the rank's
+    heartbeats."""
     w = mx.random.normal((200, 200)) / 14
 
     def stage(params, h):

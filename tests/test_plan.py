@@ -1,4 +1,4 @@
-"""Tests the exact order of the moves in a plan."""
+"""Tests the exact sequence of moves in a plan."""
 
 import pytest
 
@@ -54,7 +54,7 @@ def test_stages_below_the_first_parameter_run_forward_only_and_are_dropped_at_on
 
 
 def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_back():
-    """kv is used like shared keys and values: b writes it, and c and d read it."""
+    """kv acts like shared keys and values: b writes it, and c and d read it."""
     stages = [
         StageSpec("a", ["h"], ["h"], True),
         StageSpec("b", ["h"], ["h", "kv"], True),
@@ -70,7 +70,7 @@ def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_bac
         "backward 1:2 reads h@a; takes h@b, kv@b; gives h@a; drops h@a",
         "backward 0:1 reads h@input; takes h@a; drops h@input",
     ]
-    # The writer and all readers of kv are in the same segment, so kv is not a boundary value.
+    # kv's writer and all its readers are in the same segment, so kv is not a boundary value.
     assert moves(stages, 2)[0] == "forward 0:2 reads h@input; keeps h@b, kv@b"
     assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
 
@@ -118,7 +118,7 @@ def test_the_head_reads_inputs_and_values_of_earlier_segments():
 
 
 def test_a_plan_resolves_names_and_counts_their_readers():
-    """The head has the index after the last stage."""
+    """The head's index is one more than the last stage's."""
     stages = [StageSpec("a", ["h"], ["h", "kv"], True), StageSpec("b", ["h", "kv"], ["h"], True)]
     plan = make_plan(stages, ["h"], ["h", "kv"], [2], [1])
     assert [(stage.reads, stage.writes) for stage in plan.stages] == [([0], [1, 2]), ([1, 2], [3])]

@@ -1,5 +1,5 @@
-"""For any chain and any cuts, the moves of a plan find the values that they read, and every value
-that is kept is read."""
+"""For any chain and any cuts, a plan's moves find the values that they read, and every kept value
+is read."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ BYTES = {"h": 10, "k": 3, "v": 7}
 
 @dataclass
 class Chain:
-    """A chain of stages over h, some of which also write and read k and v, with the values that the
-    head reads, and cuts."""
+    """A chain of stages over h (some also write and read k and v), with the values that the head
+    reads and the cuts."""
 
     stages: list[_core.StageSpec]
     head: list[str]
@@ -47,7 +47,7 @@ def chains(draw, most=9):
         stages.append(_core.StageSpec(f"s{i}", ["h", *reads], ["h", *writes], trainable))
     head = ["h", "y", *(draw(st.lists(st.sampled_from(known), unique=True)) if known else [])]
     inner = draw(st.sets(st.integers(1, n - 1))) if n > 1 else []
-    # The last segment may be empty.
+    # The last segment is allowed to be empty.
     segments = [*sorted(inner), n, *([n] if draw(st.booleans()) else [])]
     some = draw(st.sets(st.integers(1, len(segments) - 1))) if len(segments) > 1 else []
     return Chain(stages, head, Cuts(tuple(segments), (*sorted(some), len(segments))))
@@ -73,7 +73,7 @@ def parsed(line: str) -> Move:
 
 
 def reads_of(chain: Chain, move: Move) -> set[str]:
-    """Returns the versions of the values that the stages of a move, and the head, read from other
+    """Returns the versions of the values that a move's stages, and the head, read from other
     moves."""
     version = {"h": "h@input", "y": "y@input"}
     for stage in chain.stages[: move.begin]:
@@ -99,12 +99,12 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
         assert set(move.takes) <= cotangents
         cotangents -= set(move.takes)
         taken |= set(move.takes)
-        assert not taken & set(move.gives)  # a sum is complete before it is used
+        assert not taken & set(move.gives)  # a sum is complete before its use
         cotangents |= set(move.gives)
         alive |= set(move.keeps)
         assert set(move.drops) <= alive
         alive -= set(move.drops)
-        for value in alive:  # the value is read before it is recomputed
+        for value in alive:  # a value must be read before it is recomputed
             later = (x for x in moves[i + 1 :] if value in (*x.reads, *x.keeps))
             assert value in next(later).reads
     assert not alive and not cotangents
@@ -151,7 +151,7 @@ def test_an_estimate_holds_all_that_is_kept(chain):
 
 
 def arrays_of(chain):
-    """Returns functions and parameters for the stages, arrays for the inputs, and a head."""
+    """Returns functions and parameters of the stages, input arrays, and a head."""
     keys = iter(mx.random.split(mx.random.key(0), len(chain.stages) + 2))
 
     def stage_of(spec):

@@ -1,5 +1,5 @@
-"""Tests the planner: shapes that are read from headers, exact costs of simple chains, and the
-memory of real steps."""
+"""Tests the planner: shapes read from headers, exact costs of simple chains, and the memory of
+actual steps."""
 
 import json
 import resource
@@ -66,7 +66,7 @@ def test_forms_and_stages_from_headers_are_those_of_the_loaded_chain(name):
         ]
         assert tuple(costs.layers) == chain.cuts(1, streams).segments
         assert [s.trainable for s in costs.stages] == [s.owner in params for s in stages]
-        # The gradients of several streams are added to those of the last stream.
+        # Gradients of several streams are accumulated in those of the last stream.
         last = {stage.owner: stage for stage in stages}.values()
         sizes = [sum(f.nbytes for f in params.get(s.owner, {}).values()) for s in stages]
         sizes = [n if stage in last else 0 for n, stage in zip(sizes, stages, strict=True)]
@@ -105,7 +105,7 @@ def test_other_towers_are_not_counted_and_unknown_families_are_not_predicted():
 
 
 def header_only(folder, source, name="model.safetensors", **changes):
-    """Writes config.json and the header of the weights, without the weights."""
+    """Writes config.json and the header of the weights file, without the weights."""
     folder.mkdir()
     config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
@@ -142,7 +142,7 @@ def cost(**given):
 
 
 def chain_costs(costs, **given):
-    """Returns the costs of a chain over h in which each layer has two stages."""
+    """Returns the costs of a chain over h with two stages per layer."""
     stages = [_core.StageSpec(str(i), ["h"], ["h"], True) for i in range(len(costs))]
     layers = list(range(2, len(costs) + 1, 2))
     zero = dict.fromkeys(("head", "ahead", "fixed", "update"), 0) | {"head_work": 0.0}
@@ -160,8 +160,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # Each move adds a value to h@input. The head's move includes the last stage, the output of this
-    # stage, and the head.
+    # Each move adds a value to h@input. The head's move includes the last stage, its output, and
+    # the head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]
@@ -173,7 +173,7 @@ def test_what_is_alive_move_by_move():
 def test_a_group_holds_its_inner_values_only_when_its_turn_comes():
     costs = chain_costs([cost(forward=30, backward=100, forward_work=1.0)] * 6)
     got = estimate(costs, [1, 2, 3, 4, 5, 6, 6], [2, 4, 6, 7])
-    kinds = [4, 5, 6]  # the moves of the last group after the head: one forward and two backward
+    kinds = [4, 5, 6]  # moves of the last group, after the head: one forward and two backward
     assert [m.values for m in got.moves[:4]] == [10, 20, 30, 40]
     assert [got.moves[i].values for i in kinds] == [30, 40, 30]
     assert got.again == 3
@@ -209,7 +209,7 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
-    together = estimate(costs, [1, 4], [1, 2])  # as wide if readers share a segment
+    together = estimate(costs, [1, 4], [1, 2])  # as wide even if readers share a segment
     assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 
@@ -233,7 +233,7 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
-    """Tries all segment sizes, tails and numbers of saving stages for a random chain."""
+    """For a random chain, tries all segment sizes, tails and numbers of saving stages."""
     rng = np.random.default_rng(seed)
     costs = []
     for i in range(12):
@@ -312,9 +312,10 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_predicted_peak_is_the_measured_one(packed):
-    """Measures a step with its optimizer on this machine. bench/memory.py measures whole models."""
+    """Measures a step and its optimizer on this machine. bench/memory.py measures complete
+    models."""
     if mx.default_device() != mx.Device(mx.cpu):
-        pytest.skip("bench/memory.py measures GPUs")
+        pytest.skip("GPUs are measured by bench/memory.py")
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
     options = {**sizes, **heads, "vocab_size": 16384, "tie_word_embeddings": True}
@@ -346,7 +347,7 @@ def test_predicted_peak_is_the_measured_one(packed):
     losses = set()
     functions = Functions(Sft(), chain, scales)
     limit = mx.get_active_memory()
-    # With packed rows, only the plans with the lowest and the highest peak are measured.
+    # For packed rows, only the plans with the lowest and highest peaks are measured.
     for plan in plans[::3] if packed else plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
@@ -364,7 +365,7 @@ def test_predicted_peak_is_the_measured_one(packed):
         mx.set_memory_limit(limit)
         measured = mx.get_peak_memory() - others
         # On a CPU, MLX waits for tasks of ten ops. Packed rows have more ops, so the host may have
-        # allocated outputs of ops that no task contains yet.
+        # allocated outputs of ops that are not yet in a task.
         assert (-0.03 if packed else -0.02) < plan.peak / measured - 1 < 0.05, plan
     assert len(losses) == 1
 
@@ -381,7 +382,7 @@ def test_tiles_of_the_mlp_change_no_more_than_the_order_of_sums(monkeypatch):
     assert abs(tiled_loss - loss) < 1e-6 * abs(loss)
     for path, grad in whole.items():
         assert mx.allclose(tiled[path], grad, rtol=1e-4, atol=1e-6), path
-    for size in (0, 2):  # the results of all plans are still bit-identical
+    for size in (0, 2):  # all plans still give bit-identical results
         _, again = run(chain, adapter, batch, size)
         assert all(mx.array_equal(again[path], grad) for path, grad in tiled.items())
 
@@ -438,7 +439,7 @@ def test_a_run_over_its_budget_takes_the_next_cheaper_plan(llama4, data, tmp_pat
     said = [e["message"] for e in seen if e["type"] == "stage" and e["stage"] == "setup"]
     assert len(said) == 1 and said[0].startswith(
         "memory plan: no recomputation"
-    )  # 100 times this small batch still fits
+    )  # 100 times this small batch would still fit
     peak = result.peak_gb
     budget = {"memory_budget_gb": 2 * peak}
     seen.clear()
@@ -539,7 +540,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # Processor time does not depend on other load on the machine.
+        # CPU time is independent of the machine's load.
         best = min(best, sum(ended[:2]) - sum(began[:2]))
     assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):

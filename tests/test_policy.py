@@ -1,4 +1,4 @@
-"""Tests the settings of MLX during a run, which are the same for all code that runs a model."""
+"""Tests MLX's settings during a run, which are the same for all code that runs a model."""
 
 import mlx.core as mx
 import pytest
@@ -17,7 +17,8 @@ WORKING_SET = 24 << 30
 
 @pytest.fixture
 def metal(monkeypatch):
-    """Simulates a Mac, and returns a list of the wired limits that are set, in order."""
+    """Simulates a Mac, and returns a list of all wired limits in the order in which they are
+    set."""
     limits = [0]
 
     def set_wired_limit(n):
@@ -63,7 +64,7 @@ def test_elsewhere_no_limit_is_set(missing, metal, monkeypatch):
 
 
 class Spy:
-    """Records the settings each time a model is run."""
+    """Records the settings whenever a model is run."""
 
     def __init__(self, monkeypatch):
         self.seen, self.limit = [], None
@@ -147,7 +148,8 @@ def test_the_server_wires_by_the_same_helper():
 
 
 def test_references_are_filed_under_the_policy_that_was_in_force(llama4, data, pairs, tmp_path):
-    """References are stored under the settings that were active, not those of the configuration."""
+    """References are stored under the settings that were in effect, not under those of the
+    configuration."""
     config = setup_of("dpo", llama4, data, pairs, tmp_path / "a", deterministic=True)
     outside = references.model_key(config)
     with policy.run_policy(config):
@@ -174,4 +176,4 @@ def test_a_run_takes_no_references_of_an_evaluation_that_was_not_repeatable(
     assert spy.in_force("references") == {(True, WORKING_SET)}
     spy.seen.clear()
     evaluate(how)
-    assert spy.in_force("references") == set()  # the references are cached by now
+    assert spy.in_force("references") == set()  # the references are cached

@@ -1,5 +1,5 @@
-"""Compares preference losses with TRL's formulas on mlx-lm's model in float64, and tests streams,
-cuts and dropout."""
+"""Compares preference losses with TRL's float64 formulas on mlx-lm's model, and tests streams, cuts
+and dropout."""
 
 import functools
 import math
@@ -52,7 +52,7 @@ OBJECTIVES = {
 
 @pytest.fixture(autouse=True)
 def small_shares(monkeypatch):
-    """Makes streams be split and trimmed at any token."""
+    """Allows streams to be split and trimmed at any token."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 1)
 
@@ -63,7 +63,7 @@ def model_of(name: str):
 
 
 def alone(batch: PairBatch, i: int) -> PairBatch:
-    """Returns a batch with only pair i."""
+    """Returns a batch that contains only pair i."""
 
     def one(branch: Batch) -> Batch:
         n = branch.lengths[i]
@@ -99,8 +99,8 @@ def run(name, objective, batch, size=1, cuts=None, dropout=None, total=None):
 
 
 def trl(objective, log_p: list, batch: PairBatch):
-    """Returns TRL's loss for pairs, computed from the log-probabilities [B, T] of all tokens on
-    both sides."""
+    """Returns TRL's loss for pairs, computed from the log-probabilities [B, T] of both sides'
+    tokens."""
     inside = [mx.array(side.weights[:, 1:]) for side in (batch.chosen, batch.rejected)]
     sums = [(p * m).sum(1) for p, m in zip(log_p, inside, strict=True)]
     means = [s / m.sum(1) for s, m in zip(sums, inside, strict=True)]
@@ -148,8 +148,8 @@ def trl(objective, log_p: list, batch: PairBatch):
 
 
 def oracle(name, objective, batch, dtype):
-    """Returns the loss and the gradients of mlx-lm's model with LoRA layers. Each sequence is run
-    alone, with the whole array of logits."""
+    """Returns the loss and gradients of mlx-lm's model with LoRA layers. Sequences are run one at a
+    time, with all of their logits in memory."""
     _, adapter, _ = setup(name)
     # GPUs do not support float64.
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
@@ -189,8 +189,8 @@ def plain(name, adapter, objective, batch, dtype):
 def test_losses_and_gradients_are_trls_in_float64(kind):
     objective, batch = OBJECTIVES[kind], pair_batch(9, lengths=((21, 17), (15, 20)))
     if kind not in ("hinge", "sigmoid", "conservative", "robust", "ipo"):
-        batch.reference[:] = [-58, -60, -57, -61]  # with these values no sigmoid is saturated
-    if kind == "hinge":  # the pairs are on both sides of the kink
+        batch.reference[:] = [-58, -60, -57, -61]  # with these values, no sigmoid saturates
+    if kind == "hinge":  # pairs on both sides of the kink
         batch.reference[:] = [-60, -40, -40, -40]
     truth, true_grads = oracle("llama", objective, batch, mx.float64)
     assert all(np.abs(g).max() > 0 for g in map(np.array, true_grads.values()))
@@ -206,14 +206,14 @@ def test_losses_and_gradients_are_trls_in_float64(kind):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_every_family_is_as_mlx_lms(name, kind):
-    """This includes windows of 8 that reach from the responses into the prompt, and layers that
-    share keys."""
+    """Some models have windows of 8 tokens, which extend from responses into the prompt, or layers
+    that share keys."""
     objective, batch = OBJECTIVES[kind], pair_batch(9)
     truth, true_grads = oracle(name, objective, batch, mx.float32)
     outputs, grads = run(name, objective, batch)
     np.testing.assert_allclose(outputs, truth, rtol=2e-5)
     for path, grad in true_grads.items():
-        if path in grads:  # mlx-lm also adapts projections that are never run
+        if path in grads:  # mlx-lm also adapts projections that are never used
             assert_close(path, grads[path], grad, 2e-4)
         else:
             assert mx.abs(grad).max() == 0
@@ -222,8 +222,8 @@ def test_every_family_is_as_mlx_lms(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 @pytest.mark.parametrize("shared", [1, 5, 9, 12, 15])
 def test_a_shared_prefix_is_two_forwards(name, shared):
-    """The result is also the same if the ends of the prompts differ (only 5 of 9 tokens are
-    shared), or if the responses begin with the same tokens."""
+    """The result is also the same if the prompts' ends differ (only 5 of 9 tokens are shared) or if
+    the responses share their first tokens."""
     for objective in (OBJECTIVES["sigmoid"], OBJECTIVES["orpo"]):
         batch = pair_batch(shared)
         apart = PairBatch(batch.chosen, batch.rejected, 0, batch.rows, batch.reference)
@@ -235,7 +235,7 @@ def test_a_shared_prefix_is_two_forwards(name, shared):
 
 
 def test_a_shared_prefix_runs_once(monkeypatch):
-    """Checks the number of rows of h, and of rows that go through the head."""
+    """Checks the number of rows in h, and of rows that pass through the head."""
     chain = chain_of(model_of("llama"))
     objective, batch = Dpo(), pair_batch(9)
     (stream,) = objective.streams(chain, batch)
@@ -243,7 +243,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
     values = objective.values(chain, batch, objective.total([batch]))
     assert values["h of pair"].shape[1] == 20 + 7
     assert values["targets"].size == (21 - 9) + (17 - 9)
-    # After trimming, h begins at row 8, which predicts the first tokens of both responses.
+    # After trimming, h starts at row 8, which predicts both responses' first tokens.
     assert values["positions of pair"].tolist() == list(range(8, 27))
     assert values["rows of pair"].tolist() == [*range(12), 0, *range(12, 19)]
     monkeypatch.setattr("mlx_segtrain.objectives.preference.SHARED_LEAST", 10)
@@ -253,7 +253,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
 @pytest.mark.parametrize("same", [0, 150])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
-    """The rows of a full batch have 300 tokens, and the last 100 are in the loss."""
+    """A full batch has rows of 300 tokens, the last 100 of which are in the loss."""
     weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
@@ -267,7 +267,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7, 2)])
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "orpo"])
 def test_every_cut_gives_the_same_bits(name, dropout, kind):
-    """This is also true with dropout, because recomputation uses the same masks."""
+    """With dropout, recomputation uses the same masks."""
     objective = Sft() if kind == "sft" else OBJECTIVES[kind]
     batch = pair_batch(9)
     batch = batch.chosen if kind == "sft" else batch
@@ -300,7 +300,7 @@ def test_dropout_acts_and_follows_seed_step_and_stream(name):
     ]
     assert losses[1] == losses[2]
     assert len({*losses[:5]}) == 4
-    assert abs(losses[5] - losses[0]) < 1e-3  # the dropout probability is nearly 0
+    assert abs(losses[5] - losses[0]) < 1e-3  # the dropout probability is almost 0
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo", "orpo", "orpo, response", "simpo"])
@@ -328,7 +328,7 @@ def test_references_are_the_log_probabilities_without_an_adapter():
         log_p = -nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
         expected += (log_p * mx.array(side.weights[:, 1:])).sum(1).tolist()
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
-    # If the reference log-probabilities equal these sums, the model has learned nothing yet.
+    # If the reference log-probabilities equal these sums, the model has not learned anything yet.
     batch = PairBatch(batch.chosen, batch.rejected, 9, batch.rows, np.array(sums))
     (loss, _, margin, *_) = value(Dpo(), chain, {}, {}, batch, Dpo().total([batch]))
     assert abs(float(loss) - np.log(2)) < 1e-5 and abs(float(margin)) < 1e-4

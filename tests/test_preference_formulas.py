@@ -1,5 +1,5 @@
-"""Tests the losses of dpo and kto as functions of log-ratios. The reference is TRL's formulas in
-NumPy, with derivatives by complex steps."""
+"""Tests dpo's and kto's losses as functions of log-ratios against TRL's formulas in NumPy, with
+complex-step derivatives."""
 
 from typing import get_args
 
@@ -14,7 +14,7 @@ from mlx_segtrain.objectives.preference import LOSSES, OF_MEANS, Rewards
 
 BETA, EPS = 0.3, 0.15
 RNG = np.random.default_rng(3)
-#: Log-ratios of chosen and rejected responses, on both sides of 0.
+#: Log-ratios of chosen and rejected responses, above and below 0.
 RATIOS = RNG.uniform(-6, 6, (2, 9))
 
 
@@ -27,7 +27,7 @@ def log_sigmoid(x):
 
 
 def trl_dpo(kind, c, r):
-    """Returns TRL's loss for each pair, computed from log-ratios."""
+    """Returns TRL's loss for each pair as a function of log-ratios."""
     z = BETA * (c - r)
     good, bad, share = log_sigmoid(z), log_sigmoid(-z), sigmoid(z / 0.05)
     return {
@@ -75,7 +75,7 @@ def test_a_loss_of_dpo_is_trls(kind):
 def test_a_loss_of_dpo_is_finite_far_from_0(kind):
     far = mx.array([-3000.0, 3000, -3000, 3000]), mx.array([3000.0, -3000, -3000, 3000])
     own, grads = mx.vjp(lambda c, r: LOSSES[kind](rewards(c, r)), [*far], [mx.ones(4)])
-    if kind == "discopop":  # for large z the loss contains exp(−z), which is 0
+    if kind == "discopop":  # for large z, exp(−z) is 0
         assert own[0][1] == 0
     for x in (*own, *grads):
         assert mx.isfinite(x).all()
@@ -86,7 +86,7 @@ WEIGHTS = {"desirable": 1.3, "undesirable": 0.7}
 
 
 def trl_kto(ratios, kl):
-    """Returns TRL's mean loss over rows, computed from log-ratios and the clipped divergence."""
+    """Returns TRL's mean loss over rows as a function of log-ratios and the clipped divergence."""
     wanted = LABELS > 0
     high = WEIGHTS["desirable"] * (1 - sigmoid(BETA * (ratios[wanted] - kl)))
     low = WEIGHTS["undesirable"] * (1 - sigmoid(BETA * (kl - ratios[~wanted])))
@@ -94,7 +94,7 @@ def trl_kto(ratios, kl):
 
 
 def outputs_of(kind, ratios, baseline, total=None):
-    """Returns the outputs of kto for these log-ratios, with a reference of 0."""
+    """Returns kto's outputs for these log-ratios, with a reference of 0."""
     total = total or Total(9, 3, baseline)
     parts = mx.array([1 / n for n in (total.rows, total.wanted, total.rows - total.wanted)])
     kl = mx.array(max(total.baseline, 0.0))

@@ -1,4 +1,4 @@
-"""Tests whole runs of DPO and ORPO on tiny models, and features that all methods have."""
+"""Tests complete DPO and ORPO runs on tiny models, and features of all methods."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_a_run_prefers_what_was_chosen(method, llama4, pairs, tmp_path):
 
 
 def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_path, monkeypatch):
-    """Cached references equal computed references. They are not used for other data, lengths or
+    """Cached references equal computed ones. They are not reused for other data, lengths or
     models."""
     counted = counted_references(monkeypatch)
 
@@ -60,7 +60,7 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert n == 12 + 6
     n, cached = run("a")
     assert n == 0 and all(mx.array_equal(cached[key], fresh[key]) for key in fresh)
-    # The order, rank or learning rate differs, but the pairs are the same.
+    # The order, rank or learning rate changes, but the pairs do not.
     assert run("b", iters=30, seed=3)[0] == 0
     assert run("b", rank=8, learning_rate=1e-4, dpo_loss="ipo")[0] == 0
     assert run("b", max_seq_length=60)[0] == 18  # prompts are truncated
@@ -68,11 +68,11 @@ def test_references_are_computed_once_and_by_content(llama4, llama, pairs, tmp_p
     assert run("b", iters=14)[0] == 2
     assert run("b", model=llama, iters=14)[0] == 14 + 6
     weights = llama / "model.safetensors"
-    os.utime(weights, ns=(1, 1))  # simulates that the file was rewritten
+    os.utime(weights, ns=(1, 1))  # as if the file had been rewritten
     assert run("b", model=llama)[0] > 0
     assert run("b", reference_free=True)[0] == 0
     for file in (tmp_path / "cache" / "references").iterdir():
-        file.write_bytes(file.read_bytes()[:100])  # truncates the files
+        file.write_bytes(file.read_bytes()[:100])  # truncates the file
     assert run("a")[0] > 0
 
 
@@ -105,8 +105,8 @@ def test_dropout_acts_in_every_method_and_follows_the_seed(method, llama4, data,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_plus_and_rslora_act_in_every_method(method, llama4, data, pairs, tmp_path):
-    """After one step of SGD, B has changed by its learning rate times its gradient, and A has not
-    changed."""
+    """After one SGD step, B has changed by its learning rate times its gradient, and A is
+    unchanged."""
 
     def run(name, **changes):
         how = {"iters": 1, "optimizer": "sgd", "weight_decay": 0, "grad_clip_norm": 0, "rank": 4}
@@ -121,7 +121,7 @@ def test_lora_plus_and_rslora_act_in_every_method(method, llama4, data, pairs, t
         else:
             assert mx.abs(plain[key]).max() > 0
             assert mx.allclose(plus[key], 4 * plain[key], rtol=1e-5)
-            # The gradient of B includes the multiplier, scale / √4.
+            # B's gradient includes the multiplier, scale / √4.
             assert mx.allclose(root[key], 0.5 * plain[key], rtol=1e-3, atol=1e-8)
     config = json.loads((tmp_path / "c" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["scale"] == 0.5
@@ -133,7 +133,7 @@ def adapters_of(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_by_bits_and_by_kl_in_every_method(method, llama_mixed, data, pairs, tmp_path):
-    """The base has 4-bit and 8-bit layers. A copy of its folder also has OptiQ's file."""
+    """The base has 4-bit and 8-bit layers. A copy of its folder also contains OptiQ's file."""
     result = train(setup_of(method, llama_mixed, data, pairs, tmp_path / "a", iters=1, rank=4))
     assert set(result.applied_ranks.values()) == {4, 8}
     model = tmp_path / "model"
@@ -168,8 +168,8 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_a_warm_start_goes_on_from_an_adapter(method, llama_mixed, data, pairs, tmp_path):
-    """The run keeps the ranks (4 and 8) and multipliers of the adapter, and its first loss is the
-    last loss of the earlier run."""
+    """The run keeps the adapter's ranks (4 and 8) and multipliers, and its first loss equals the
+    earlier run's last loss."""
     first = setup_of(method, llama_mixed, data, pairs, tmp_path / "a", rank=4, rs_lora=True)
     before = train(first)
     more = {"warm_start": tmp_path / "a", "iters": 3}
@@ -249,8 +249,8 @@ def test_a_command_that_does_not_exist_is_an_error(llama4, data, tmp_path):
 
 
 def test_pairs_that_fit_only_apart_run_apart(llama4, pairs, tmp_path, monkeypatch):
-    """As one stream, the pairs would need more memory than the budget allows. The loss is the
-    same."""
+    """The budget is too small to run each pair as a single stream. The loss is the same with two
+    streams."""
     from mlx_segtrain.planning import run
 
     together = train(setup_of("dpo", llama4, None, pairs, tmp_path / "a", iters=3))

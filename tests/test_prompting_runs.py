@@ -1,5 +1,5 @@
-"""A model that has memorized its rows generates their responses and stops, whatever the chat
-template is."""
+"""A model that has memorized its rows generates their responses and stops, with any chat
+template."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.acceptance
 ANSWERS = {"a": "yes it is", "bb": "no", "what": "42 of them", "d": "end"}
 STOPS = ["<|im_end|>", "</s>", "<|user|>", "<|eot|>"]
 CLOSED = "\n</think>\n\n"
-#: For each template, the template variables of the run, and the text before each response.
+#: For each template: the run's template variables, and the text before each response.
 KINDS = {
     "CHATML": ({}, ""),
     "OPEN": ({}, CLOSED),
@@ -97,7 +97,7 @@ def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, 
         assert "".join(part.text for part in parts) == before + answer
         assert parts[-1].finish_reason == "stop"
 
-    # The server renders prompts in the same way.
+    # The server renders the same prompts.
     confined = Confined(model)
     request.addfinalizer(confined.close)
     base = read_base(model, confined)

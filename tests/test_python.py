@@ -28,7 +28,7 @@ HOW = {"iters": 4, "lr": 1e-2, "rank": 4, "max_seq_length": 100}
 
 @pytest.fixture(scope="module")
 def trained(llama4, tmp_path_factory):
-    """Trains on Python rows, and returns the result and the values that the callbacks received."""
+    """Trains on Python rows, and returns the result and the callbacks' arguments."""
     steps, evals = [], []
     out = tmp_path_factory.mktemp("runs") / "a"
     how = {**HOW, "iters": 6, "val_split": 3, "steps_per_eval": 3, "steps_per_report": 4}
@@ -91,7 +91,7 @@ def test_a_loaded_model_gives_the_same_bytes_and_comes_back_with_the_adapter(lla
     loaded = load(llama4)
     tokens = mx.array([[1, 5, 9, 200]])
     before = loaded[0](tokens)
-    for name in ("b", "c"):  # in the second run, the model has the adapter of the first
+    for name in ("b", "c"):  # the second run reuses the model with the first run's adapter
         result = train(model=loaded, data=ROWS, adapter=tmp_path / name, **HOW)
         assert result.model is loaded[0] and result.tokenizer is loaded[1]
         for key, x in weights_of(tmp_path / "a").items():
@@ -188,7 +188,7 @@ def test_a_bar_where_people_see_it(terminal, trained, monkeypatch):
                 step(own)
     assert ("━" in out.getvalue() and "6/6" in out.getvalue()) is terminal
     assert len(called) == (6 if terminal else 0)
-    with api._shown(print, None, None) as (tell, _):  # the caller's function gets the events
+    with api._shown(print, None, None) as (tell, _):  # events go to the caller's function
         assert tell is print
 
 

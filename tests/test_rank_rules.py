@@ -1,4 +1,4 @@
-"""Tests rules for ranks without processes: shares, micro-batches, and error messages that name
+"""Tests the rules for ranks without processes: shares, micro-batches, and errors that name
 ranks."""
 
 import json
@@ -29,7 +29,7 @@ from mlx_segtrain.training.state import Progress
 
 
 def group(n, rank=0, others=()):
-    """Returns one of n ranks. The other ranks have the values `others`."""
+    """Returns one of n ranks. The others contribute the values `others`."""
     own = Ranks(rank, n, names=[f"process {i} on box{i}" for i in range(n)])
     own.gather = lambda value: [value, *others]
     return own
@@ -52,10 +52,10 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
     assert told.pop()["message"].startswith("grad_accumulation_steps is 3")
     given = config_of("m", "d", tmp_path, grad_accumulation_steps=4)
     assert count(given, 4) == 4 and count(given, 1) == 4
-    # A resumed run keeps the recorded number, whatever the number of ranks is.
+    # A resumed run keeps the recorded number, regardless of the number of ranks.
     assert count(plain, 3, resumed(tmp_path, 4, 2)) == 4
     assert count(plain, 1, resumed(tmp_path, 4, 2)) == 4
-    assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # this is refused later, like any change
+    assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # refused later, like any other change
     assert not told
     with pytest.raises(
         InputError, match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise it"
@@ -73,14 +73,14 @@ def test_ranks_divide_the_prompts_of_a_step(tmp_path, monkeypatch):
         InputError, match=r"batch_size = 5, but there are 6 ranks.*a prompt in.*at most 5 ranks, or"
     ):
         accumulating(prompts, Ranks(size=6), None, pytest.fail)
-    # All ranks generate as many completions at a time as the rank with the least memory can.
+    # The rank with the least memory determines how many completions each rank generates at a time.
     monkeypatch.setattr(setup, "rollouts_at_once", lambda config, tokens, every: every)
     assert setup.with_rollouts(prompts, 50, None, Ranks()).rollout_batch == 5 * 8
     ranks, asked = Ranks(rank=1, size=2), []
     ranks.gather = lambda own: asked.append(own) or ([None, own] if own is None else [7, own])
     assert setup.with_rollouts(prompts, 50, None, ranks).rollout_batch == 7
     assert asked == [None, 3 * 8]
-    ranks.gather = lambda own: [11, own]  # rank 0 has found the number that an earlier run recorded
+    ranks.gather = lambda own: [11, own]  # rank 0 has found the number recorded by an earlier run
     assert setup.with_rollouts(prompts, 50, None, ranks).rollout_batch == 11
     with pytest.raises(
         InputError, match=r"parallel has no effect with method grpo, .* whole model"
@@ -179,7 +179,7 @@ def test_contents_are_added_up_in_pieces(piece, monkeypatch):
 
 
 def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Tests the contents of three simulated ranks. Only the lengths of these contents are used."""
+    """Three simulated ranks send contents of which only the lengths are used."""
 
     class Long(bytes):
         def __len__(self):
@@ -234,7 +234,7 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
 
 
 def test_the_ring_is_hung_up_and_nothing_else():
-    """Other sockets, such as a tracker's, stay open, and no socket of the ring is left."""
+    """All sockets of the ring are closed. Others, such as a tracker's, stay open."""
     server = socket.create_server(("127.0.0.1", 0))
     ring = socket.create_connection(server.getsockname())
     peer, _ = server.accept()
@@ -263,8 +263,8 @@ def test_a_state_that_is_written_is_not_broken_off(monkeypatch):
     thread.join()
 
 
-#: A communication backend that waits for a lost rank while it holds the GIL, so that no other
-#: Python thread can run.
+#: A communication backend that waits for a lost rank while holding the GIL, which blocks all other
+#: Python threads.
 LOCKED = """
 import ctypes, threading
 from types import SimpleNamespace
@@ -287,7 +287,7 @@ def test_a_back_end_that_keeps_the_lock_does_not_keep_the_process():
 
 
 def test_messages_use_the_ring(monkeypatch):
-    """JACCL confuses messages if transfers in both directions are in progress."""
+    """JACCL mixes up messages during simultaneous transfers in both directions."""
     monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
     found = [
         transfers.transfers_of(Ranks(0, n, backend, group="its own"))
@@ -362,7 +362,7 @@ def test_who_greets_slowly_holds_nobody_up(monkeypatch):
 
 
 def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
-    """The order of rows depends on this choice."""
+    """All ranks must make the same choice because it affects the order of rows."""
     choices, asked = ["shared", "apart"], []
 
     def first(config, found, shapes, **how):

@@ -1,5 +1,5 @@
-"""Tests lost ranks among 64 ranks with a simulated transport and clock: all ranks name the same
-lost rank."""
+"""Tests that 64 ranks agree on the lost rank that they name, with a simulated transport and
+clock."""
 
 import random
 
@@ -10,23 +10,23 @@ from mlx_segtrain.training.watch import JUDGES, Lost, Watch
 pytestmark = pytest.mark.acceptance
 
 RANKS, PATIENCE, SETTLE, BEAT = 64, 13.0, 2.5, 6.0
-#: LOOK is the number of seconds between two checks of the clock, and DELAYS are the numbers of
-#: checks until a message arrives. A message that is passed on arrives before SETTLE is over.
+#: LOOK is the interval in seconds between two checks of the clock. DELAYS are the numbers of checks
+#: until a message arrives. Forwarded messages arrive within SETTLE.
 LOOK, DELAYS = 0.5, (1, 1, 2)
 
 
 class World:
-    """Simulates ranks with a common clock, and messages in transit."""
+    """Simulates ranks with a common clock and messages in transit."""
 
     def __init__(self, n, seed):
         self.n, self.random, self.looks = n, random.Random(seed), 0
         self.under_way = {}
         self.watches = {r: self.fresh(r) for r in range(n)}
-        self.run_of = dict.fromkeys(range(n), 0)  # a restarted rank belongs to another run
+        self.run_of = dict.fromkeys(range(n), 0)  # a restarted rank belongs to a new run
         self.inbox = {r: [] for r in range(n)}
         self.sleeping = set()
         self.plans = {}
-        self.to_be_shot = 0  # the number of judges to kill while they send a decision
+        self.to_be_shot = 0  # how many judges to kill while they send a decision
         self.shot = set()
 
     @property
@@ -40,7 +40,7 @@ class World:
         self.plans.setdefault(max(self.looks + 1, round(seconds / LOOK)), []).append((what, args))
 
     def arrive(self, to, run, call, *args, delay=None):
-        """Delivers a message after some checks of the clock. It reaches some ranks sooner than
+        """Delivers a message after some checks of the clock, to some ranks sooner than to
         others."""
         middle = self.random.randrange(len(to) + 1)
         for part in (to[:middle], to[middle:]) if delay is None else (to,):
@@ -48,7 +48,7 @@ class World:
             self.under_way.setdefault(self.looks + looks, []).append((part, run, call, args))
 
     def die(self, r, part=1.0):
-        """Ends a rank. Only a part of its last messages is sent, and the rank cannot report its own
+        """Ends a rank, which sends only part of its last messages and cannot report its own
         loss."""
         watch, run = self.watches.pop(r, None), self.run_of[r]
         self.sleeping.discard(r)
@@ -60,7 +60,7 @@ class World:
         for to, message in watch.out:
             reached = self.random.sample(to, round(part * len(to)))
             self.arrive(reached, run, "receive", r, message)
-        # The connections close after the messages of the rank have arrived.
+        # The connections close after the rank's messages have arrived.
         self.arrive([x for x in range(self.n) if x != r], run, "closed", r, delay=max(DELAYS))
 
     def begin_again(self, r):
@@ -108,9 +108,9 @@ class World:
             self.die(r, self.random.choice([0.0, 0.02, 0.1, 0.5]))
 
     def until_all_have_decided(self, seconds):
-        """Runs until every running rank has decided, and returns the number of seconds."""
+        """Runs until every live rank has decided, and returns the elapsed seconds."""
         while self.plans or any(watch.decided is None for watch in self.watches.values()):
-            assert self.now < seconds, "a rank waits for ever"
+            assert self.now < seconds, "a rank waits forever"
             self.step()
         return self.now
 
@@ -124,7 +124,7 @@ def schedule(seed):
     if pick.random() < 0.3:
         victims[0] = 0
     at, slept = pick.uniform(0, 3), set()
-    # At least one judge is always left. Otherwise agreement could not be guaranteed.
+    # At least one judge always survives. Otherwise agreement could not be guaranteed.
     world.to_be_shot = min(
         pick.choice([0, 0, 1, 2]), JUDGES - 1 - sum(r <= JUDGES for r in victims)
     )
@@ -153,7 +153,7 @@ def test_all_name_the_same_rank_in_a_thousand_schedules():
             if world.run_of[r] == 0 and r not in slept
         }
         assert len(named) == 1 and named <= {*victims, *world.shot}, (seed, named, victims)
-        for r in slept & world.watches.keys():  # a rank that slept does not start a vote itself
+        for r in slept & world.watches.keys():  # a rank that slept does not start a vote
             assert world.run_of[r] or world.watches[r].decided.rank in {*victims, *world.shot}
 
 

@@ -1,5 +1,4 @@
-"""Tests runs on several ranks on this machine, which are connected by MLX's ring over the
-loopback."""
+"""Tests runs on several local ranks, connected by MLX's ring over loopback."""
 
 import json
 import signal
@@ -35,7 +34,7 @@ def lines(run, kind):
 
 
 def alike(one, many, bound=1e-6):
-    """Compares losses, gradient norms and validation losses of two runs, step by step."""
+    """Compares the losses, gradient norms and validation losses of two runs step by step."""
     for kind, names in (("train", ("loss", "grad_norm")), ("val", ("loss",))):
         a, b = lines(one, kind), lines(many, kind)
         assert len(a) == len(b) > 0
@@ -129,7 +128,7 @@ def test_a_frozen_rank_is_named_by_all_and_by_itself(model, rows, tmp_path):
     assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is saved" in found[0][2]
 
 
-#: Makes a step of rank 1 take longer than the others wait for its messages.
+#: Makes one of rank 1's steps take longer than the other ranks' message timeout.
 SLOW = """
 from mlx_segtrain.training import step
 ranks.SLOW = 1.0

@@ -1,4 +1,4 @@
-"""The recipes can be run as their comments show."""
+"""The recipes run as described in their comments."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def run(script, *args, **knobs):
 
 @pytest.fixture(scope="module")
 def e4b(tmp_path_factory):
-    """Writes a tiny multimodal Gemma 4 with OptiQ's mix of 4 and 8 bits."""
+    """Writes a tiny multimodal Gemma 4 with OptiQ's mixture of 4 and 8 bits."""
     eight = ("down_proj", "v_proj", "embed_tokens")
     path = write_tiny(
         tmp_path_factory.mktemp("e4b"), "gemma4", lambda name: 8 if name.endswith(eight) else 4
@@ -92,7 +92,7 @@ def test_the_right_answers_have_the_full_score(task, tmp_path):
 
 def test_a_task_is_scored_before_and_after(llama_long, tmp_path):
     tasks.main("persona", tmp_path / "data")
-    for name in tasks.ROWS:  # only a few rows
+    for name in tasks.ROWS:  # a few rows suffice
         file = tmp_path / "data" / f"{name}.jsonl"
         file.write_text("".join(file.read_text().splitlines(True)[:2]))
     knobs = {"MODEL": llama_long, "ADAPTER": tmp_path / "a", "DATA": tmp_path / "data"}
@@ -142,7 +142,7 @@ def test_a_length_has_a_plan_at_each_budget(llama_long):
 def test_grpo_of_smollm2(tmp_path):
     data = tmp_path / "data"
     write_sums(data)
-    for name in ("train", "valid"):  # only a few rows
+    for name in ("train", "valid"):  # a few rows suffice
         file = data / f"{name}.jsonl"
         file.write_text("".join(file.read_text().splitlines(True)[:2]))
     knobs = {"MODEL": snapshot.smollm2_snapshot(cache_dir()), "DATA": data}

@@ -1,5 +1,5 @@
-"""Tests graphs that are kept from one step to the next: results do not change, and functions are
-not called."""
+"""Tests graphs that are reused in later steps: results do not change, and functions are not called
+again."""
 
 import functools
 from dataclasses import replace
@@ -19,7 +19,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Stage
 
 H = 16
-CALLS = 3  # a call that may cache arrays, a call that is recorded, and a call that is compared
+CALLS = 3  # one call that may cache arrays, one that is recorded, and one that is compared
 
 
 def bits(outputs, grads):
@@ -29,7 +29,7 @@ def bits(outputs, grads):
 
 
 def counted(chain, calls):
-    """Returns the chain with functions that count their calls."""
+    """Returns the chain with functions that count how often they are called."""
 
     def stage_of(stage):
         def fn(*args, **more):
@@ -60,7 +60,7 @@ def test_steps_are_those_of_the_functions(name, size):
         before = dict(calls)
         got = bits(*value_and_grad(kept, params, batch, 40.0, cuts=cuts))
         if step > CALLS:
-            assert calls == before, "a function was called whose graph is known"
+            assert calls == before, "a function with a recorded graph was called"
         fresh = Functions(Sft(), chain, adapter.scales)
         assert got == bits(*value_and_grad(fresh, params, batch, 40.0, cuts=cuts))
         scale = 1 + 0.1 * step
@@ -88,7 +88,7 @@ def chain_cuts(chain):
 
 
 def simple(outside):
-    """Returns a chain whose first function also reads the result of `outside`."""
+    """Returns a chain whose first function also uses the result of `outside`."""
 
     def fn(params, h):
         return mx.tanh(h @ params["w"]) * outside()
@@ -133,8 +133,8 @@ def test_what_changes_outside_of_the_arrays_is_seen():
 
 
 def test_what_a_primitive_holds_is_compared():
-    """Slices with different start positions have the same inputs and shapes, but must be recognized
-    as different."""
+    """Slices with different start positions have equal inputs and shapes, but must be told
+    apart."""
     starts = iter([0, 1, 2, 3, 4, 5])
     stages, params = simple(lambda: 1.0)
 
@@ -153,8 +153,8 @@ def test_what_a_primitive_holds_is_compared():
 
 
 def test_nothing_of_a_step_stays():
-    """No array of a step stays in memory, not even one to which a function with a custom derivative
-    refers."""
+    """No array of a step stays in memory, not even one referenced by a function with a custom
+    derivative."""
 
     def own(params, h):
         @mx.custom_function

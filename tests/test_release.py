@@ -1,4 +1,5 @@
-"""Tests that the versions in a release agree, and that wheels contain their notices."""
+"""Tests that all version numbers in a release agree, and that wheels contain the license
+notices."""
 
 import tarfile
 import zipfile
@@ -62,5 +63,5 @@ def test_the_workflows_and_templates_are_yaml_that_asks_for_a_report() -> None:
         text = (folder / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8")
         assert "mlx-segtrain doctor --report" in text
     release = yaml.safe_load((folder / "workflows" / "release.yml").read_text(encoding="utf-8"))
-    assert "workflow_dispatch" in release[True]  # YAML reads the key `on` as true
+    assert "workflow_dispatch" in release[True]  # YAML parses the key `on` as true
     assert release["jobs"]["publish"]["permissions"]["id-token"] == "write"

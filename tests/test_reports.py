@@ -1,4 +1,4 @@
-"""Tests the files that `doctor --report` and `bench --report` write."""
+"""Tests the files written by `doctor --report` and `bench --report`."""
 
 import getpass
 import json
@@ -39,7 +39,7 @@ def on_a_cpu(monkeypatch, tmp_path):
 
 
 def read(kind, tmp_path):
-    """Returns the report after checking that it contains no names from this machine."""
+    """Returns the report, and checks that it contains no names from this machine."""
     text = (tmp_path / f"mlx-segtrain-{kind}.json").read_text()
     for private in (str(tmp_path), str(Path.home()), platform.node(), str(Path(__file__).parent)):
         assert not private or private not in text
@@ -76,7 +76,7 @@ def test_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shapes_are_models():
-    """Each shape has about the number of weights (in millions) that is in the name of the model."""
+    """Each shape's number of weights (in millions) is close to the one in the model's name."""
     for name, millions in (("SmolLM2-135M", 135), ("MiniCPM5-1B", 1080)):
         made = REAL[name]
         width, heads = made["hidden_size"], made["num_attention_heads"]

@@ -1,4 +1,4 @@
-"""Resumed runs are bit-identical to twin runs that were not interrupted."""
+"""Resumed runs are bit-identical to uninterrupted twins."""
 
 import json
 import os
@@ -87,8 +87,7 @@ def models(tmp_path_factory, llama4, llama_mixed):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
-    """A run that crashed between two checkpoints and a run that was interrupted have the same
-    results as the twin."""
+    """Runs that crashed between two checkpoints or were interrupted have the twin's results."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"iters": 6, "steps_per_eval": 2, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
@@ -106,7 +105,7 @@ def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
     plain = train(config("plain"))
     with pytest.raises(Crash):
         train(config("a"), crash_behind(3))
-    if "dpo" in name or "kto" in name:  # the references are computed again
+    if "dpo" in name or "kto" in name:  # references must be recomputed
         for file in (tmp_path / "cache").rglob("*.npz"):
             file.unlink()
     assert next(iter(checkpoint.found(tmp_path / "a"))) == 2
@@ -141,8 +140,8 @@ def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
-    """A signal in the middle of a step results in exit code 130. When the run is resumed, its
-    results equal the twin's."""
+    """A signal in the middle of a step gives exit code 130. The resumed run's results equal the
+    twin's."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
@@ -226,14 +225,14 @@ TWO_A_SAVE = {"iters": 8, "steps_per_save": 2, "steps_per_eval": 4}
 
 @pytest.fixture(scope="module")
 def plain(llama4, data, tmp_path_factory):
-    """Returns the folder of an uninterrupted run, and its result."""
+    """Returns the folder and the result of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("runs") / "plain"
     return folder, train(config_of(llama4, data, folder, **TWO_A_SAVE))
 
 
 @pytest.fixture(scope="module")
 def crashed(llama4, data, tmp_path_factory):
-    """Returns the folder of a run with the same options that crashed in step 7."""
+    """Returns the folder of a run with the options of `plain` that has crashed in step 7."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     with pytest.raises(Crash):
         train(config_of(llama4, data, folder, **TWO_A_SAVE), crash_behind(7))
@@ -268,7 +267,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)
-            # One whitespace character was replaced with another.
+            # Only one whitespace character was replaced.
             if checkpoint.torn(folder) is None:
                 assert name == "manifest.json"
                 assert mx.array_equal(
@@ -277,7 +276,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data
         (folder / name).write_bytes(content)
 
 
-# ---- what is refused
+# ---- refused runs
 
 
 def begun(llama4, data, path, **changes):
@@ -419,7 +418,8 @@ def test_fewer_steps_than_there_were(llama4, data, tmp_path):
 
 
 def test_another_future_has_its_own_best(llama4, data, tmp_path):
-    """Nothing from later steps is kept, because the run may reach these steps in another state."""
+    """Results of later steps are discarded, because the run may reach these steps in another
+    state."""
     options = {"iters": 8, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama4, data, tmp_path / "a", **options))
     shutil.rmtree(checkpoint_of(tmp_path / "a"))
@@ -448,8 +448,7 @@ def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp
 
 
 def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
-    """A run with another configuration is about to overwrite the adapter when the disk becomes
-    full."""
+    """The disk becomes full just before a run with another configuration overwrites the adapter."""
     train(config_of(llama4, data, tmp_path / "a"))
     before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
 
@@ -487,7 +486,8 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished"])
 def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
-    """If the process that reads its output is gone, the run ends as usual and keeps its state."""
+    """If the process that reads its output is gone, the run ends normally and its state is
+    saved."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
@@ -501,7 +501,7 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
         if ends == "interrupted":
             time.sleep(0.3)
             run.send_signal(signal.SIGHUP)
-            # Closing a terminal sends both signals, which count as one request.
+            # Closing a terminal sends both signals, which count as one.
             run.send_signal(signal.SIGTERM)
         run.wait(60)
     done = next(iter(checkpoint.found(tmp_path / "a")))
@@ -511,7 +511,7 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
 
 
 def test_a_second_signal_later_ends_the_process(llama4, data, tmp_path):
-    """Signals are deferred while a run writes, here forever. A second signal, after two seconds,
+    """Signals are deferred while a run writes (here forever). A second signal after two seconds
     kills the process."""
     code = (
         "import time, sys\n"

@@ -1,5 +1,5 @@
-"""The scores of a reward model, dense or quantized, equal those of transformers, and its memory is
-as planned."""
+"""Tests that reward models, dense or quantized, have transformers' scores and the planned
+memory."""
 
 import json
 
@@ -21,7 +21,7 @@ CHATS = ["Yes.", "No, that is wrong, and here is why: it is not so.", "", "ÄÖ<
 
 
 def scorer(path, labels=1, **how):
-    """Writes a quantized mlx-lm model with the weight of a score head, and returns its folder."""
+    """Writes a quantized mlx-lm model with a score head, and returns its folder."""
     write_llama(path, tied=False, **how)
     weights = mx.load(str(path / "model.safetensors"))
     rest = {name: x for name, x in weights.items() if not name.startswith("lm_head")}
@@ -50,8 +50,7 @@ def test_prompts_and_completions_are_as_many(tmp_path):
 
 
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
-    """Scores are the same in batches of different lengths, for long texts that are processed in
-    parts, and with padding."""
+    """Scores do not depend on batches of different lengths, chunks of long texts, or padding."""
     model = hf.write_scorer(tmp_path / "m")
     write_tokenizer(tmp_path / "m")
     own = judge(tmp_path / "m")
@@ -65,7 +64,7 @@ def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
     monkeypatch.setattr(judging, "PREFILL", 64)
     assert np.allclose(own(prompts=["Is it?"] * 5, completions=answers), wanted, atol=2e-5)
     raw = judge(tmp_path / "m", raw=True)
-    # The second text ends with tokens that are also used for padding.
+    # The second text ends with padding tokens.
     texts = ["a b", "a b<|im_end|><|im_end|>"]
     plain = hf.scores_of(model, [tokenizer.encode(x, add_special_tokens=False) for x in texts])
     found = raw(prompts=["a ", "a "], completions=[x[2:] for x in texts])
@@ -81,7 +80,7 @@ def test_a_quantized_model_scores_at_the_last_token(tmp_path):
     for score, text in zip(found, texts_of(tokenizer, CHATS), strict=True):
         h = model.model(mx.array([tokenizer.encode(text, add_special_tokens=False)]))
         assert abs(score - float((h[0, -1] @ weight["score.weight"].T)[0])) < 1e-4
-    # Conversations are scored with all turns.
+    # All turns of a conversation are scored.
     talk = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     talk += [{"role": "assistant", "content": "Yes."}]
     (whole,) = own(prompts=["Is it?"], completions=["Yes."], messages=[talk])

@@ -1,4 +1,4 @@
-"""Tests the layers of the package: a module may import only modules in lower layers."""
+"""Tests the package's layers: a module may import only modules in lower layers."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import mlx_segtrain
 
 PACKAGE = Path(mlx_segtrain.__file__).parent
-#: The layers from lowest to highest. The package itself (`_core`, versions) is below all of them.
+#: The layers from lowest to highest. The package's own names (`_core`, versions) are below all of
+#: them.
 FLOORS = (
     *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
     *("hub", "hub_search"),
@@ -16,7 +17,7 @@ FLOORS = (
     "rewards",
     *("training", "serving", "commands", "api"),
 )
-#: The layers of the server.
+#: The server's layers.
 SERVING = (
     *("hosts", "settings", "roots", "sessions", "pools", "searching", "opening", "confined"),
     *("catalog", "jobs", "generation", "service", "api", "app"),
@@ -24,14 +25,14 @@ SERVING = (
 
 
 def modules():
-    """Yields, for every module of the package, its dotted name below the package and its path."""
+    """Yields each module's dotted name below the package, and its path."""
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
 
 
 def imported(name, file):
-    """Yields the dotted names below the package that a module imports, anywhere in its text."""
+    """Yields the dotted names below the package that a module imports anywhere."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -54,7 +55,7 @@ def test_every_room_has_a_floor():
 
 
 def upward(rooms, within=""):
-    """Returns the imports from higher layers."""
+    """Returns all imports from higher layers."""
     floors = {f"{within}{room}": floor for floor, room in enumerate(rooms)}
 
     def floor_of(name):
@@ -70,7 +71,7 @@ def upward(rooms, within=""):
 
 
 def test_no_test_imports_another_one():
-    """Code that two test files need is in tests/lib, which does not import tests either."""
+    """Code shared by test files is in tests/lib, which does not import tests, either."""
     tests = Path(__file__).parent
     modules = {file.stem for file in tests.rglob("test_*.py")} | {"conftest"}
     for file in tests.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""Any adapter can be written in any format and imported again without changes."""
+"""Any adapter can be exported to any format and re-imported without changes."""
 
 import tempfile
 from pathlib import Path
@@ -13,7 +13,7 @@ from mlx_segtrain.adapters import About, read_stored, write_adapter
 from mlx_segtrain.adapters.conversion import export, import_
 from mlx_segtrain.lora import Adapter
 
-#: For each path, the shape of a linear layer [in, out], or of experts [E, in, out].
+#: The shape of each linear layer [in, out], or of experts [E, in, out], by path.
 LINEARS = {
     "model.layers.0.self_attn.q_proj": (6, 8),
     "model.layers.0.self_attn.v_proj": (6, 4),
@@ -25,7 +25,7 @@ EXPERTS = {"model.layers.2.mlp.switch_mlp.up_proj": (3, 6, 5)}
 
 @st.composite
 def adapters(draw, experts=False):
-    """Draws adapters for some layers, with different ranks and multipliers, and sometimes with
+    """Draws adapters for some layers with different ranks and multipliers, and sometimes with
     DoRA."""
     shapes = LINEARS | (EXPERTS if experts else {})
     paths = draw(st.lists(st.sampled_from(sorted(shapes)), min_size=1, unique=True))
@@ -46,7 +46,7 @@ def adapters(draw, experts=False):
 
 
 def update_of(adapter, path):
-    """Returns the transposed update of a weight by an adapter, in float64."""
+    """Returns an adapter's update of a weight, transposed, in float64."""
     a, b = (np.array(x).astype(np.float64) for x in adapter.tensors[path])
     product = a @ b if a.ndim == 2 else (b @ a).swapaxes(1, 2)
     return adapter.scales[path] * product

@@ -1,4 +1,4 @@
-"""Compares the figures of `plan --ranks` with a simulated ring and a real adapter."""
+"""Compares the numbers in `plan --ranks` with a simulated ring and an actual adapter."""
 
 import json
 
@@ -13,8 +13,8 @@ from mlx_segtrain.planning.scaling import LATENCY
 
 
 def ring(n, numbers, link, batch_s):
-    """Simulates a ring in which segments are passed around, first to be summed and then to be
-    distributed. Returns the bytes that the busiest rank sends, and the time of a step."""
+    """Simulates a ring that passes segments around, first to sum and then to distribute them.
+    Returns the bytes sent by the busiest rank and the time of a step."""
     segments = [len(range(i, numbers, n)) for i in range(n)]
     sent, seconds = [0] * n, batch_s
     for turn in range(2 * (n - 1)):
@@ -55,7 +55,7 @@ def test_the_table_has_a_line_for_each_number(llama, capsys):
 def test_what_is_not_counted_of_grpo(llama, capsys):
     how = ["--method", "grpo", "--max-completion-tokens", "40", "--batch-size", "5"]
     text = planned(capsys, llama, *how, "--ranks", "2")
-    assert " 24 completions at once" in text, "three of the prompts"
+    assert " 24 completions at once" in text, "24 completions are three groups of 8"
     assert (
         text.splitlines()[-1]
         .strip()

@@ -17,8 +17,8 @@ N, H = 7, 16
 
 
 def shared_kv_chain(dtype=mx.float32):
-    """Returns a chain of layers over h. Layer 1 also writes kv, which layers 3, 4 and 6 and the
-    head read."""
+    """Returns a chain of layers over h. Layer 1 also writes kv for layers 3, 4 and 6 and the
+    head."""
     keys = iter(mx.random.split(mx.random.key(0), 40))
 
     def array(*shape):
@@ -88,8 +88,7 @@ def test_gradients_equal_the_whole_model(size):
 
 
 def test_sums_over_readers_are_in_float32():
-    """In bfloat16, the gradient through the four readers of kv is as accurate as the sum that MLX
-    computes."""
+    """In bfloat16, the gradient through kv's four readers is as accurate as MLX's sum."""
     _, truth = whole(*shared_kv_chain(mx.float32))
     true = truth["layer.1"]["v"]
     _, plain = whole(*shared_kv_chain(mx.bfloat16))
@@ -101,8 +100,7 @@ def test_sums_over_readers_are_in_float32():
 
 
 def test_many_small_cotangents_are_not_lost():
-    """A value is read 300 times, and each cotangent is 1. If they were summed in bfloat16, the sum
-    would stop at 256."""
+    """A value is read 300 times with cotangents of 1. Their sum in bfloat16 would stop at 256."""
     n = 300
     for size in (0, 1, 7):
         stages = [
@@ -116,16 +114,16 @@ def test_many_small_cotangents_are_not_lost():
         params = {"donor": {"w": mx.ones(1, mx.bfloat16)}}
         (loss,), grads = step(params, {"h": mx.zeros(1)})
         assert loss.item() == n
-        # The sum, 300, is rounded when it is converted to bfloat16.
+        # The conversion to bfloat16 rounds the sum, 300.
         assert grads["donor"]["w"].item() == mx.array(n, mx.bfloat16).item()
 
 
 def test_memory_grows_with_the_segment_and_not_with_depth():
-    """Each layer creates four arrays of 4 MB (64 MB on a GPU). A boundary value has a sixteenth of
+    """Each layer creates four arrays of 4 MB (64 MB on a GPU). Boundary values are a sixteenth of
     this size.
 
-    A GPU reports with a delay that a kernel has ended. If layers took only microseconds, the arrays
-    of any number of layers could therefore be in memory.
+    A GPU reports finished kernels with a delay. If layers took only microseconds, the arrays of any
+    number of layers could be in memory at once.
     """
     rows = 1 << (16 if ON_GPU else 12)
 
@@ -144,7 +142,7 @@ def test_memory_grows_with_the_segment_and_not_with_depth():
         mx.eval(params, h)
         stages = [Stage(f"l{i}", layer) for i in range(n)]
         step = segmented_value_and_grad(stages, lambda p, h: (h**2).mean(), segment_size=size)
-        # This frees memory that earlier tests have left in queues, caches and reference cycles.
+        # Free the memory that earlier tests left in queues, caches and reference cycles.
         gc.collect()
         mx.synchronize()
         mx.clear_cache()
@@ -191,7 +189,7 @@ def test_misuse_is_named():
 
 
 def test_every_move_traces_what_mx_compile_would_fuse():
-    """Fused functions may round differently from the separate operations under vjp."""
+    """Under vjp, fused functions may round differently from separate operations."""
     traces = []
 
     @mx.compile
@@ -206,10 +204,10 @@ def test_every_move_traces_what_mx_compile_would_fuse():
     assert len(traces) == 3 + 1 + 3
 
 
-@pytest.mark.skipif(ON_GPU, reason="a GPU works too fast for it")
+@pytest.mark.skipif(ON_GPU, reason="a GPU is too fast to be interrupted")
 def test_a_step_is_interrupted_between_layers():
-    """An interruption also works while the CPU computes and Python waits, because only a small part
-    of the step is pending at a time."""
+    """Interruption works while the CPU computes and Python waits, because only a small part of the
+    step is pending at any time."""
     x = mx.random.normal((140, 140), key=mx.random.key(0)) / 12
 
     def layer(p, h):
@@ -226,7 +224,7 @@ def test_a_step_is_interrupted_between_layers():
         try:
             step(params, {"h": x})
         finally:
-            # Like saving, this has to wait for the work that was launched on the CPU.
+            # Like saving, wait for the work that was launched on the CPU.
             mx.eval(mx.array(1) + 1)
             took.append(time.perf_counter() - begun)
 

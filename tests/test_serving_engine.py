@@ -1,5 +1,4 @@
-"""Tests the engine with adapters that change during requests, and compares it with mlx-lm's
-generation."""
+"""Tests the engine, with adapters that change during requests, against mlx-lm's generation."""
 
 import asyncio
 import shutil
@@ -93,8 +92,7 @@ def test_each_adapter_answers_as_if_it_were_alone(shared, said, order):
 
 
 def test_an_embedding_is_the_plain_one_for_all_others(shared):
-    """Rows without an update use the model's own embedding, so other requests get the same
-    values."""
+    """Rows without an update use the model's own embedding, so other requests are unaffected."""
     outer = shared.base.chain.outer["model.embed_tokens"]
     for name, plain in (("none", True), ("outer", False), ("a", True), ("outer", False)):
         text_of(shared, name)
@@ -152,8 +150,8 @@ def test_the_default_is_for_those_who_name_none(fresh, adapters, said):
 
 
 def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
-    """The prompts are longer than a prefill step. They are repeated, extended, shortened, or have
-    another ending."""
+    """Prompts longer than a prefill step are repeated, extended, shortened, or given another
+    ending."""
     long = [97 + (7 * i) % 26 for i in range(700)]
     made = said.tokens(long)
     prompts = [
@@ -172,7 +170,7 @@ def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
 
 
 def test_no_adapter_gets_the_prompts_of_another(shared, fresh, adapters, said):
-    """An adapter that is mounted later under the same id does not get these prompts either."""
+    """An adapter mounted later under the same id does not get these prompts either."""
     prompt = list(b"An id is a name and no more")
     for name in ("a", "b"):
         asyncio.run(fresh.mount("x", adapters[name]))
@@ -228,8 +226,8 @@ def test_a_job_gets_most_of_the_device_s_time(fresh, monkeypatch):
 
 
 def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
-    """Cached prompts are freed at once, not at the next check. If a check fails, this is logged,
-    and checks continue."""
+    """Cached prompts are freed at once instead of at the next check. Failed checks are logged, and
+    checking continues."""
 
     class Fake:
         training, calls = True, 0
@@ -301,7 +299,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
 
 def test_who_stops_waiting_for_a_model_holds_up_nobody(model, monkeypatch):
     """The model's tokenizer takes seconds to load. Only the thread that closes the tokenizer waits
-    for this."""
+    for it."""
     loads, goes_on = threading.Event(), threading.Event()
 
     def start(confined):
@@ -339,7 +337,7 @@ def test_an_unmounted_adapter_ends_what_it_began(fresh, adapters, said):
         with pytest.raises(InputError, match="adapter x is not mounted"):
             await fresh.unmount("x")
         await fresh.mount("x", adapters["b"])
-        assert len(fresh._active) == 1  # otherwise the test would check nothing
+        assert len(fresh._active) == 1  # otherwise the test would be meaningless
         other, _ = await ask(fresh, "x")
         text += "".join([piece.text async for piece in running])
         return text, other
@@ -417,12 +415,12 @@ def test_another_base(fresh, adapters, said, llama, folder, model):
         await anext(running)
         old = fresh.select("a")
         loading = asyncio.create_task(fresh.load(llama))
-        while not fresh._commands:  # the tokenizer is loaded first, and requests continue meanwhile
+        while not fresh._commands:  # the tokenizer loads first, while requests continue
             await asyncio.sleep(0.01)
         with pytest.raises(Busy, match="being replaced"):
             fresh.generate(PROMPT, old, Options())
         base = await loading
-        assert [piece async for piece in running][-1].tokens == 60  # the response was not cut short
+        assert [piece async for piece in running][-1].tokens == 60  # the response was not truncated
         assert fresh.base is base and fresh.adapters == {} and len(fresh._prompts) == 0
         with pytest.raises(Busy, match="being replaced"):
             fresh.generate(PROMPT, old, Options())
@@ -448,7 +446,7 @@ def test_a_base_that_was_replaced_is_freed(fresh, adapters):
         return sizes
 
     sizes = asyncio.run(main())
-    assert max(sizes[1:]) - sizes[0] < 100_000, sizes  # the model has 700 kB
+    assert max(sizes[1:]) - sizes[0] < 100_000, sizes  # the model needs 700 kB
 
 
 # Limits of prompts and sequences
@@ -468,7 +466,7 @@ def test_prompts_that_cannot_be(llama):
     ]:
         with pytest.raises(InputError, match=says):
             asyncio.run(ask(engine, prompt=prompt, **options))
-    # The context length limits the response.
+    # The context length limits the response to 8 tokens.
     _, last = asyncio.run(ask(engine, prompt=[5] * 120, n=50, logit_bias=GOES_ON))
     assert (last.tokens, last.finish) == (8, "length")
     _, last = asyncio.run(ask(engine, prompt=[5] * 128, n=50, logit_bias=GOES_ON))
@@ -484,23 +482,23 @@ def test_eos_and_length_end_an_answer(shared, said):
 
 
 def test_stop_strings_over_borders_of_tokens(shared, said):
-    """In this model tokens are bytes, so every stop string spans several tokens."""
+    """This model's tokens are bytes, so every stop string spans several tokens."""
     whole = said(PROMPT, "a", 60, goes_on=True)
     for at, n in ((10, 4), (20, 2), (25, 7)):
         stop = whole[at : at + n]
         assert len(stop) == n
-        never = whole[at : at + n - 1] + "no"  # this begins with the same text
+        never = whole[at : at + n - 1] + "no"  # starts with the same text
         text, last = asyncio.run(ask(shared, "a", n=60, stop=(never, stop), logit_bias=GOES_ON))
         assert text == whole[: whole.find(stop)]
         assert last.finish == "stop" and last.tokens < 60
-    # Text that is withheld because it may begin a stop string is not lost.
+    # Text withheld as the possible start of a stop string is not lost.
     text, last = asyncio.run(ask(shared, "a", n=60, stop=(whole[-1] + "no",), logit_bias=GOES_ON))
     assert (text, last.finish) == (whole, "length")
 
 
 def test_text_is_whole_characters(shared):
-    """Bytes are added one by one. Text that has been returned never changes, and contains no part
-    of a stop string."""
+    """Bytes are added one by one. Returned text never changes and never contains part of a stop
+    string."""
     tokenizer = shared.base.tokenizer
     said = "naïve 🙂 – ありがとう, 한국어\n\n é"
     bytes_ = tokenizer.encode(said, add_special_tokens=False)
@@ -518,12 +516,12 @@ def test_text_is_whole_characters(shared):
                 break
         assert out == "naïve 🙂 – ありがと"
     half = decoding.Text(tokenizer, [], ())
-    assert half.add(bytes_[7]) == ""  # the first of four bytes
+    assert half.add(bytes_[7]) == ""  # first of four bytes
     assert half.end() == "\ufffd"
 
 
 def test_a_space_between_prompt_and_answer(shared):
-    """Some decoders drop the first space of a text. The space between prompt and response must be
+    """Some decoders drop a text's first space, but the space between prompt and response must be
     kept."""
 
     class Sentencepiece:
@@ -591,8 +589,7 @@ def choice(*options):
 
 
 def test_rows_draw_as_if_they_were_alone():
-    """Each row of a batch uses its own options, even after other rows have left or joined the
-    batch."""
+    """Each row of a batch uses its own options, even after other rows leave or join."""
     options = [
         Options(temperature=1.0, seed=1),
         Options(),
@@ -640,7 +637,7 @@ def test_penalties():
         last = mx.array([prompt[-1], *made[:n]][-1:])
         got = process(last, mx.array(logits.astype(np.float32))[None])
         assert np.abs(np.array(got[0]) - wanted).max() < 1e-5
-        # The processor is created again from the tokens so far.
+        # Re-create the processor from the tokens so far.
         again = decoding.processor(options, prompt, made[:n])
         assert mx.allclose(got, again(last, mx.array(logits.astype(np.float32))[None]))
     assert decoding.processor(Options(), prompt) is None
@@ -678,7 +675,7 @@ def test_how_many_run_and_wait(fresh, monkeypatch):
         text = [piece.text async for piece in waiting[1]]
         assert text == [piece.text async for piece in again]
         assert [piece async for piece in waiting[0]] == []
-        del running, generation  # these are dropped too
+        del running, generation  # the last requests are dropped, too
         while fresh._active or fresh._waiting:
             await asyncio.sleep(0.01)
         assert time.perf_counter() - begun < 10
@@ -749,7 +746,7 @@ def test_closing_ends_what_runs(model):
 
 def test_the_process_ends_well(model, adapters):
     """If the engine's thread ended just before the process, freeing MLX's compiled functions could
-    abort the process."""
+    abort it."""
     code = f"""
 import asyncio
 from pathlib import Path
@@ -771,7 +768,7 @@ asyncio.run(main())
 
 
 def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, monkeypatch):
-    """MLX's matrix products for a few rows return the same results as our op."""
+    """For a few rows, MLX's matrix products return the same results as our op."""
     base = read_base(llama4, Confined(llama4))
     path = "model.layers.0.self_attn.q_proj"
     linear = base.modules[path]
@@ -781,13 +778,13 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     for few in (False, True):
         monkeypatch.setattr(lora.modules, "few", lambda rows, few=few: few)
         ys = [linear(x)]
-        for i in (1, 3, 1):  # the last call uses the first adapter again, from the cache
+        for i in (1, 3, 1):  # the last call reuses the first adapter from the cache
             linear.lora_a = mx.random.normal((64, 4), key=keys[i])
             linear.lora_b, linear.scale = mx.random.normal((4, 64), key=keys[i + 1]), float(i)
             ys.append(linear(x))
             linear.take_out()
         found.append([*ys, linear(x)])
-    # On GPUs our float32 matrix products use TF32.
+    # Our float32 matrix products use TF32 on GPUs.
     bound = 1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3
     for ours, few in zip(*found, strict=True):
         assert mx.abs(ours - few).max() < bound * mx.abs(ours).max()
@@ -796,4 +793,4 @@ def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, mo
     assert not linear._casts
     linear.train()
     monkeypatch.setattr(linear, "updated", None)
-    linear(x)  # training uses our op and its gradient
+    linear(x)  # training must use our op and its gradient

@@ -1,5 +1,5 @@
-"""Tests YAML files with settings as the page reads them: it reports all errors in a file, not only
-the first one."""
+"""Tests how the page reads YAML files with settings: it reports all errors in a file, not just the
+first."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""Tests rows from every kind of file, from folders, and from Python data."""
+"""Tests rows from all kinds of files, from folders, and from Python data."""
 
 import csv
 import gzip
@@ -56,7 +56,7 @@ def write_parquet(path, rows, **how):
     pq.write_table(pa.Table.from_pylist(rows), path, **{"row_group_size": 11, **how})
 
 
-#: For each file name, the function that writes the file, and whether all cells are text.
+#: For each file name: a function that writes the file, and whether all cells are text.
 FILES = {
     "a.jsonl": (lambda path, rows: path.write_bytes(lines(rows)), False),
     "a.ndjson": (lambda path, rows: path.write_bytes(b"\xef\xbb\xbf" + lines(rows)), False),
@@ -117,8 +117,8 @@ FILES = {
 
 
 def expected(name, rows):
-    """Returns the rows as they are read from a file: in tables, every row has every column, and in
-    CSV, all values are text."""
+    """Returns the rows as read from a file: in tables, every row has every column; in CSV, all
+    values are text."""
     if FILES[name][1]:
         return [{key: row[key] for key in FLAT[0]} for row in rows]
     return [{**row, "messages": None} for row in rows] if name == "flat.parquet" else rows
@@ -127,8 +127,8 @@ def expected(name, rows):
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("name", FILES)
 def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
-    """Whether the file has few or many blocks, every row has its name, and the sizes of the blocks
-    add up to the size of the file."""
+    """For files of few or many blocks, every row has a name, and the block sizes add up to the file
+    size."""
     path, rows = tmp_path / name, ROWS[:n]
     FILES[name][0](path, FLAT[:n] if FILES[name][1] else rows)
     source, nothing = sources_of(path)
@@ -161,7 +161,7 @@ def test_an_empty_file(name, tmp_path):
     (tmp_path / name).write_bytes(b"")
     try:
         assert list(rows_of(source_of(tmp_path / name))) == []
-    except InputError as error:  # files in formats with a header cannot be empty
+    except InputError as error:  # formats with a header do not allow empty files
         assert str(error).startswith(str(tmp_path / name)) and "cannot be read" in str(error)
 
 
@@ -219,7 +219,7 @@ def dictionary(n, text):
 
 
 def test_what_would_grow(tmp_path, monkeypatch):
-    """Tests a long text that many rows share, compressed text, and a huge number of empty rows."""
+    """Tests a long text shared by many rows, compressed text, and a huge number of empty rows."""
     monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
     once = pa.table({"text": dictionary(4000, "x" * 5000)})
@@ -244,7 +244,7 @@ def test_what_would_grow(tmp_path, monkeypatch):
 
 
 def test_a_table_that_is_not_well_formed(tmp_path):
-    """Offsets that point past the end of the texts must not be followed."""
+    """Offsets beyond the end of the texts must not be followed."""
     write_arrow(tmp_path / "a.arrow", pa.table({"text": ["x" * 987_654]}))
     content = (tmp_path / "a.arrow").read_bytes()
     end, far = (struct.pack("<ii", 0, n) + b"x" for n in (987_654, 10**9))
@@ -257,7 +257,7 @@ def test_a_table_that_is_not_well_formed(tmp_path):
         list(source_of(tmp_path / "b.arrow").blocks())
 
 
-#: Options in which programs that write Parquet differ.
+#: Options that differ between programs that write Parquet.
 PARQUET = {
     **{codec: {"compression": codec} for codec in ("none", "gzip", "brotli", "zstd", "lz4")},
     "version 2": {"data_page_version": "2.0"},
@@ -290,7 +290,7 @@ def test_parquet_of_other_writers(how, tmp_path):
 
 
 def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
-    """The file stores the text once, although many rows contain it, some of them twice."""
+    """The file stores the text once, although many rows contain it, some even twice."""
     rows = [{"tools": ["x" * 99_999, "y"] * (i % 3)} for i in range(200)]
     write_parquet(tmp_path / "a.parquet", rows, row_group_size=200)
     assert [row for _, row in rows_of(source_of(tmp_path / "a.parquet"))] == rows
@@ -298,8 +298,7 @@ def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
 
 def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     """If Arrow or the operating system ends a reader process, the error names only the file, and
-    the next file gets another reader. A reader whose file was not read to the end does not block
-    other readers."""
+    the next file uses another reader. An unfinished reader does not block others."""
     for name in ("a.parquet", "b.parquet"):
         write_parquet(tmp_path / name, [{"text": "x" * 99_999}] * 100, use_dictionary=False)
     monkeypatch.setattr(limits, "BLOCK", 1 << 18)
@@ -314,12 +313,12 @@ def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     next(blocks)
     del blocks
     assert len(list(source_of(tmp_path / "b.parquet").blocks())) > 10
-    assert made == [own for own in made if own is not reader] != []  # that reader may be reused
+    assert made == [own for own in made if own is not reader] != []  # without the killed reader
     made.pop().close()
 
 
 def test_a_reader_that_has_read_a_smaller_file(tmp_path, monkeypatch):
-    """The limit for the smaller file does not apply to the larger one."""
+    """The smaller file's limit does not apply to the larger file."""
     small, large = tmp_path / "a.parquet", tmp_path / "b.parquet"
     write_parquet(small, ROWS)
     content = small.read_bytes()
@@ -350,7 +349,7 @@ def test_arrow_that_is_compressed(codec, kind, tmp_path):
 
 
 def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
-    """The file is read as a stream. If a stream ended early, it would look as if there were fewer
+    """The file is read as a stream. A stream that ends early would look like a file with fewer
     rows."""
     path = tmp_path / "a.arrow"
     write_arrow(path, ROWS, pa.ipc.new_file)
@@ -367,7 +366,7 @@ def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
 
 
 def test_columns_of_what_json_has_no_values_for(tmp_path):
-    """Such values are only marked as present or null, and blocks do not contain them."""
+    """Blocks record only whether such values are present or null, not the values themselves."""
     columns = {
         "image": pa.array([b"x" * (1 << 20), None]),
         "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
@@ -389,7 +388,7 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
 
 
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
-    """The statistics must not be read, because pyarrow would abort its process."""
+    """The statistics must not be read, because broken ones make pyarrow abort its process."""
     table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)
@@ -403,7 +402,7 @@ def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
 
 
 def test_rows_of_many_values(tmp_path):
-    """Commas and brackets within a text do not count as values."""
+    """Commas and brackets within text are not counted as values."""
     long = {"text": '[,"\\' * 1_000_000}
     (tmp_path / "a.jsonl").write_bytes(lines([long]))
     (tmp_path / "a.json").write_bytes(json.dumps([long]).encode())
@@ -428,7 +427,7 @@ def test_a_table_of_many_columns(name, tmp_path, monkeypatch):
 
 
 def test_parquet_that_ends_a_process(tmp_path):
-    """The files have false row counts, for which Arrow allocates memory. A fuzzer found them."""
+    """The files, found by a fuzzer, contain false row counts, for which Arrow allocates memory."""
     pq.write_table(pa.table({}), tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     rows = b"\x16\x00\x16\x00\x26"
@@ -538,7 +537,7 @@ def test_rows_of_python(name, monkeypatch):
     monkeypatch.setattr(limits, "BLOCK", 600)
     train, valid = sources_of(PYTHON[name]())
     assert valid is None and not train.files and len(list(train.blocks())) > 1
-    for _ in range(2):  # rows from a generator can be read twice too
+    for _ in range(2):  # rows from a generator can be read twice
         found = list(rows_of(train))
         assert [row for _, row in found] == ROWS
         assert [where for where, _ in found] == [f"train_data:{i + 1}" for i in range(40)]

@@ -1,8 +1,8 @@
-"""Kernels of one op for several devices have the same stages, that is, the same `///` comments in
-the same order.
+"""One op's kernels for several devices have the same stages, that is, equal `///` comments in the
+same order.
 
-Kernels with the same outputs on two devices are twins. If a CPU function in csrc/ has the name of
-one of them, it is a twin too.
+Kernels with the same outputs on two devices are twins. A CPU function in csrc/ with the name of
+such a kernel is a twin, too.
 """
 
 import functools
@@ -18,20 +18,20 @@ TEXTS = {
     for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp", "csrc/ops/*/cpu.cpp")
     for file in sorted(ROOT.glob(pattern))
 }
-#: Kernels that have the same outputs as another kernel but are not its twin, and the reasons.
+#: Kernels that have another kernel's outputs without being its twin, and the reasons.
 EXEMPT = {
     "attention_sum_parts": "adds up what parts of the heads gave attention_vjp_kv",
     "attention_queries_vjp": "one product with a dS that attention_scores_vjp wrote out",
     "attention_vjp_q_ds": "one product with a dS that attention_vjp_kv_ds wrote out",
 }
-#: The text of Metal kernels is ASCII.
+#: Metal kernels are written in ASCII.
 ASCII = str.maketrans({"·": " ", "ᵀ": "^T", "−": "-", "²": "^2"})
 
 
 @functools.cache
 def functions(text: str) -> dict[str, list[str]]:
-    """Returns the bodies of the functions in a text by name. A body ends with a brace at the start
-    of a line."""
+    """Returns the bodies of the functions in a source text, by name. A body ends with a brace at
+    the start of a line."""
     found: dict[str, list[str]] = {}
     for match in re.finditer(r"^[\w ]*\bvoid (\w+)\(", text, flags=re.M):
         end = text.find("\n}", match.start())
@@ -40,15 +40,15 @@ def functions(text: str) -> dict[str, list[str]]:
 
 
 def stages(text: str, function: str) -> list[str]:
-    """Returns the stage lines of the only function with this name, in ASCII."""
+    """Returns the stage lines of the only function of this name, in ASCII."""
     bodies = functions(text).get(function, [])
-    assert len(bodies) == 1, f"{len(bodies)} functions are called {function}"
+    assert len(bodies) == 1, f"{len(bodies)} functions are named {function}"
     return [line.translate(ASCII) for line in re.findall(r"^ +/// *(.*)$", bodies[0], flags=re.M)]
 
 
 @functools.cache
 def kernels(text: str) -> dict[str, tuple[str, str]]:
-    """Returns the outputs and the body of each kernel in a text, by name."""
+    """Returns the outputs and the body of each kernel in a text, by kernel name."""
     _, *parts = re.split(r"^//: ", text, flags=re.M)
     found = {}
     for part in parts:
@@ -59,12 +59,12 @@ def kernels(text: str) -> dict[str, tuple[str, str]]:
 
 
 def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Returns (file, function) for all twins, by their outputs."""
+    """Returns (file, function) of all twins, by outputs."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for file, text in texts.items():
         for name, (outputs, body) in kernels(text).items():
             if name not in EXEMPT:
-                # An additional output for another kernel does not matter.
+                # Ignore an additional output for another kernel.
                 outputs = outputs.removesuffix(" ds")
                 found.setdefault(outputs, []).append((file, name, body))
     shared = {}
@@ -79,21 +79,21 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
                 if file.startswith("csrc/")
             ]
             # A function with stages may be called by a function of the same name that distributes
-            # the work.
+            # work.
             shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
     return shared
 
 
 @functools.cache
 def called(text: str, body: str) -> str:
-    """Returns the function of the text that a kernel's body calls."""
+    """Returns the function in the text that a kernel's body calls."""
     found = [name for name in functions(text) if re.search(rf"\b{name}\b *[<(]", body)]
-    assert len(found) == 1, f"a kernel calls {found}, not one function: {body}"
+    assert len(found) == 1, f"a kernel calls {found} instead of a single function: {body}"
     return found[0]
 
 
 def differences(texts: Mapping[str, str]) -> list[str]:
-    """Returns sentences about twins that differ or have no stages."""
+    """Returns a sentence for each pair of twins that differ or have no stages."""
     wrong = []
     for own in twins(texts).values():
         found = {f"{file}: {function}": stages(texts[file], function) for file, function in own}
@@ -111,7 +111,7 @@ def test_twins_have_the_same_stages():
 
 
 def test_what_is_known_to_be_shared_is_found():
-    """Without this, the test would pass if no twins were found."""
+    """Without this check, the test would pass if it found no twins."""
     names = {(file, function) for own in TWINS.values() for file, function in own}
     assert {file for file, _ in names} >= {
         "metal/attention.metal",

@@ -1,6 +1,6 @@
-"""Tests untrusted adapter files: randomly changed files are read, or refused with one sentence.
+"""Tests untrusted adapter files: randomly modified files are read, or refused with one sentence.
 
-MUTATIONS is the number of files to try.
+MUTATIONS is the number of files to test.
 """
 
 import json
@@ -33,7 +33,7 @@ def chain(llama):
 
 @pytest.fixture
 def folders(chain, tmp_path):
-    """Returns a valid adapter of mlx-lm and one of PEFT."""
+    """Returns valid adapters in the formats of mlx-lm and PEFT."""
     factors = factors_of(chain, {Q0: RANK, DOWN1: RANK})
     patterns = {"rank_pattern": {"q_proj": RANK}, "alpha_pattern": {"layers.1.*down": 8}}
     return [
@@ -43,8 +43,8 @@ def folders(chain, tmp_path):
 
 
 def test_whatever_is_in_the_files(chain, folders, tmp_path):
-    """Reading returns values or raises an error of one sentence. It never prints a traceback, hangs
-    or writes anything."""
+    """Reading returns values or raises a one-sentence error. It never prints a traceback, hangs or
+    writes anything."""
     mutator = Mutator(0)
     whole = {f: {x.name: x.read_bytes() for x in f.iterdir()} for f in folders}
     listing = sorted(tmp_path.rglob("*"))
@@ -158,7 +158,7 @@ def test_pickles_are_not_read(tmp_path):
     "pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 30, ".?" * 31, r"\\\\*" * 8, "(.*)+" * 9]
 )
 def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
-    """Python's regular expressions take exponential time for some of these patterns. Ours are
+    """For some of these patterns, Python's regular expressions need exponential time. Ours are
     fast."""
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={pattern: RANK, "q_proj": RANK})

@@ -1,5 +1,5 @@
-"""Tests the output of a run: plain lines in a pipe, a progress bar on a terminal, and events
-without NaN."""
+"""Tests a run's output: plain lines in a pipe, a progress bar in a terminal, and events without
+NaN."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def run_events(iters: int = 20) -> list[events.Event]:
 
 
 def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
-    """Returns the output of a run. With `steps`, it includes every step."""
+    """Returns a run's output. With `steps`, it includes every step."""
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, highlight=False)
     with Terminal(console, Output(**how)) as terminal_:
@@ -67,7 +67,7 @@ def show(width: int, terminal: bool, steps: bool = False, **how: Any) -> str:
 
 
 def test_plain_lines_without_a_terminal() -> None:
-    # The terminal is narrower than the lines, which must not be wrapped.
+    # Lines must not be wrapped, even if they are longer than the terminal's width.
     lines = show(40, terminal=False).splitlines()
     assert lines == [
         "loading the model",
@@ -101,11 +101,11 @@ def test_the_bar_moves_with_every_step_and_fits_in_a_line(width: int) -> None:
         assert (task.completed, task.total) == (20, 1000)
     shown = [line for line in re.split(r"[\r\n]", plain(out.getvalue())) if "━" in line]
     assert any(line.rstrip().endswith("10/1000  " + FIGURES[width]) for line in shown)
-    # A terminal echoes ^C after the bar, which would wrap a full line.
+    # A terminal echoes ^C after the bar. If the bar filled the line, the echo would wrap.
     assert all(len(line) <= width - ROOM and "…" not in line for line in shown)
 
 
-#: The figures beside the progress bar, for each width.
+#: The numbers beside the progress bar, for each terminal width.
 FIGURES = {
     80: "loss 0.2500  12,346 tokens/s  3.25 of 8.00 GB  20m34s left",
     160: "loss 0.2500  1,234 supervised of 12,346 tokens/s  peak 3.25 of 8.00 GB  20m34s left",
@@ -123,7 +123,7 @@ def test_the_bar_ends_with_the_last_validation_and_nothing_left() -> None:
 
 
 def plain(text: str) -> str:
-    """Removes escape sequences."""
+    """Removes terminal escape sequences."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
@@ -298,7 +298,7 @@ def checks(gpu: bool, reason: str) -> str:
 
 
 def test_checks_of_kernels() -> None:
-    reason = "error: " + 40 * "long "  # this is longer than a line but must not be wrapped
+    reason = "error: " + 40 * "long "  # longer than a line, but must not be wrapped
     text = checks(gpu=True, reason=reason)
     lines = [line.split() for line in text.splitlines()]
     assert ["device", "A", "GPU", "(GPU)"] in lines
@@ -306,7 +306,7 @@ def test_checks_of_kernels() -> None:
     assert ["attention", "causal", "ok", "1.0e-03", "1.23", "56.70"] in lines
     assert f"\nattention (window): {reason}\n" in text
     assert "another implementation replaces it" in text
-    wrong = checks(gpu=False, reason=reason)  # the CPU kernels are never disabled
+    wrong = checks(gpu=False, reason=reason)  # CPU kernels are never disabled
     assert " wrong " in wrong and "off" not in wrong
     good = checks(gpu=True, reason="")
     assert "off" not in good and "agrees" in good and "attention (window)" not in good

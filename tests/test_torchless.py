@@ -1,4 +1,4 @@
-"""The processes of this package import neither torch nor pandas, even if these are installed."""
+"""The package's processes import neither torch nor pandas, even if these are installed."""
 
 import os
 import subprocess
@@ -8,8 +8,8 @@ FAKE = "print(__name__, 'was imported')\n__version__ = '9.9.9'\n"
 
 
 def test_a_command_imports_neither_torch_nor_pandas(llama, data, tmp_path):
-    """transformers and Arrow import these packages if they are installed. These fake packages print
-    a line when they are imported."""
+    """transformers and Arrow import these packages if they are installed. The fake packages here
+    print a line on import."""
     for name in ("torch", "pandas"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(FAKE)

@@ -1,4 +1,5 @@
-"""Tests whole runs on tiny models: their files, the meaning of their figures, and interruptions."""
+"""Tests complete runs on tiny models: their files, the meaning of their numbers, and
+interruptions."""
 
 import json
 import math
@@ -63,7 +64,7 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
 
 
 def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
-    """The folder is locked until the run ends, however it ends. A second run changes nothing."""
+    """The folder is locked until the run ends for any reason. A second run changes nothing."""
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
     refused = []
 
@@ -104,8 +105,8 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
 
 @pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
 def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, tmp_path, request):
-    """llama_mixed has 4-bit and 8-bit layers, so by_bits results in two ranks, which mlx-lm does
-    not support."""
+    """llama_mixed has 4-bit and 8-bit layers, so by_bits gives two ranks, which mlx-lm does not
+    support."""
     model_dir = request.getfixturevalue(fixture)
     result = train(config_of(model_dir, data, tmp_path / "a", scale=2.0))
     assert set(result.applied_ranks.values()) == ({4, 8} if fixture == "llama_mixed" else {4})
@@ -141,14 +142,14 @@ def test_same_seed_same_bytes_and_another_seed_another_run(llama4, data, tmp_pat
 
 
 def test_accumulation_equals_a_larger_batch(llama, tmp_path):
-    """Rows have different lengths, so a mean of means would weight them wrongly."""
+    """Rows differ in length, so a mean of means would weight them incorrectly."""
     data = write_rows(tmp_path / "data", 4)
     runs = {}
     for name, changes in {
         "batch": {"batch_size": 4},
         "accumulated": {"grad_accumulation_steps": 4},
     }.items():
-        # The order does not matter, because all four rows are in every step.
+        # The order is irrelevant, because every step contains all four rows.
         train(config_of(llama, data, tmp_path / name, iters=3, **changes))
         runs[name] = weights_of(tmp_path / name)
     for key, value in runs["batch"].items():
@@ -158,7 +159,7 @@ def test_accumulation_equals_a_larger_batch(llama, tmp_path):
 def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
     llama, data, tmp_path, monkeypatch
 ):
-    """Three steps equal steps of mlx.optimizers with the same gradients."""
+    """Three steps equal mlx.optimizers' steps with the same gradients."""
     taken = []
     original = step.Stepper.gradient
 
@@ -207,7 +208,7 @@ def test_memory_of_each_step_is_told_to_those_who_ask(llama4, data, tmp_path, mo
     line = rf"step (\d): peak {number}, active {number}, cache {number}, process {number}\n"
     found = re.findall(line, capfd.readouterr().err)
     assert [step for step, *_ in found] == ["1", "2", "3"]
-    for _, peak, active, _, process in found:  # the model has a few kilobytes
+    for _, peak, active, _, process in found:  # the model's size is a few kilobytes
         assert float(process) > float(peak) >= float(active)
     assert abs(max(float(peak) for _, peak, *_ in found) - result.peak_gb) < 1e-3
 
@@ -229,7 +230,7 @@ GOLDEN = [5.6145, 5.5636, 5.344, 4.8838, 5.0153, 4.8762, 4.3232, 4.502, 4.3224, 
 
 
 def test_ten_losses_of_a_tiny_model(llama4, data, tmp_path):
-    """The expected losses are literals, so that any change in the arithmetic is noticed."""
+    """The expected losses are literals, so any change in the arithmetic is noticed."""
     seen = []
     changes = {"iters": 10, "batch_size": 4, "learning_rate": 2e-3}
     train(config_of(llama4, data, tmp_path / "a", **changes), seen.append)
@@ -288,7 +289,7 @@ def test_ranks_by_kl(llama_mixed, tmp_path):
 GENERIC = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "mamba2": ["in_proj", "out_proj"],
-    # This includes the layers of experts.
+    # Includes expert layers.
     "qwen3_moe": ["q_proj", "gate_proj", "up_proj", "down_proj"],
     "gemma4": ["q_proj", "v_proj", "per_layer_input_gate", "per_layer_projection"],
 }
@@ -312,7 +313,7 @@ def test_adapters_of_other_families_load_in_mlx_lm(family, data, tmp_path):
 
 @pytest.mark.parametrize("at", ["between steps", "in a stage"])
 def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeypatch):
-    # A shell starts background jobs with the signal ignored, and Python does not change this.
+    # Shells start background jobs with SIGINT ignored, and Python does not change this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = []
 
@@ -401,8 +402,8 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(
     options = {"iters": 40, "steps_per_eval": 2, "early_stopping_patience": 3, "keep_best": True}
     seen = []
     result = train(config_of(llama4, data, tmp_path / "a", **options), seen.append)
-    # The first evaluation is before the first step. The loss 3.0 comes at step 6, and a second 3.0
-    # is not lower.
+    # The first evaluation precedes the first step. The loss of 3.0 occurs at step 6, and a second
+    # 3.0 is no improvement.
     assert (result.best_step, result.best_val_loss, result.steps) == (6, 3.0, 12)
     assert result.stopped_early and not result.interrupted
     best = mx.load(str(tmp_path / "a/best/adapters.safetensors"))
@@ -412,7 +413,7 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(
     losses_of(monkeypatch, [5.0, 6.0])
     options |= {"iters": 6, "overwrite": True, "keep_best": False}
     again = train(config_of(llama4, data, tmp_path / "a", **options))
-    # The last evaluation cannot end the run early.
+    # The last evaluation cannot stop a run early.
     assert not again.stopped_early and again.steps == 6
     assert not (tmp_path / "a/best").exists()
 

@@ -1,4 +1,4 @@
-"""Tests uploads and downloads of data sets and adapters, and labels and tags of jobs."""
+"""Tests uploads and downloads of data sets and adapters, and jobs' labels and tags."""
 
 import io
 import os
@@ -103,7 +103,7 @@ def test_an_adapter_comes_and_goes(server, uploads):
 
 @pytest.mark.acceptance
 def test_large_files_are_streamed_and_broken_ones_leave_nothing(server, uploads):
-    """The file is larger than the memory limit for all request bodies together."""
+    """The file is larger than the memory limit for all request bodies combined."""
     part, n = ROWS * 10_000, 60
     before = server.resident_mb
     sent = server.http.put("/api/datasets/large/train.jsonl", content=(part for _ in range(n)))
@@ -208,7 +208,7 @@ def test_a_store_of_an_earlier_version_gets_the_columns_that_it_lacks(tmp_path, 
     own.close()
 
 
-#: Settings with a value of each kind.
+#: Settings with values of every kind.
 VALUES = {
     **{"model_dir": "/m/it's one", "data_dir": "/d", "adapter_path": "a", "iters": 7},
     **{

@@ -38,7 +38,7 @@ RANK, ALPHA = 4, 6
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory, llama):
-    """Returns a tied and an untied base with the same weights. The untied head is a copy of the
+    """Returns a tied and an untied base with equal weights. The untied head is a copy of the
     embedding."""
     folder = tmp_path_factory.mktemp("bases")
     untied = write_llama(folder / "untied", tied=False)
@@ -49,7 +49,7 @@ def bases(tmp_path_factory, llama):
 
 
 def peft_folder(path: Path, kind: str, base: Path | None = None, tie: bool = False) -> Path:
-    """Writes an adapter in PEFT's format, and returns its folder."""
+    """Writes an adapter in PEFT's format and returns its folder."""
     normal = {name: mx.random.normal((RANK, n), key=mx.random.key(i)) * 0.1
               for i, (name, n) in enumerate([("ea", 300), ("eb", 64), ("ha", 64), ("hb", 300),
                                              ("qa", 64), ("qb", 64)])}  # fmt: skip
@@ -151,7 +151,7 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("reader", READERS)
 def test_one_update_of_both_is_ours(reader, tie, bases, data, tmp_path):
-    """The logits are the same whether PEFT has tied the updates or they are merely equal."""
+    """The logits are the same for updates that PEFT has tied and for merely equal updates."""
     folder = peft_folder(tmp_path / "theirs", "twins", tie=tie)
     readers(bases["tied"], data, tmp_path)[reader](folder)
     assert [one.fits for one in adapters([folder], bases["tied"])] == [True]
@@ -188,12 +188,12 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
         with pytest.raises(InputError, match="depends on the base model"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    # Without the base, the configuration and the equality of the two updates show that they are
+    # Without the base, the configuration and the equality of the two updates imply that they are
     # tied.
     folder = peft_folder(tmp_path / "tied", "twins", tie=True)
     import_(folder, tmp_path / "out")
     assert read_stored(tmp_path / "out").tied is True
-    # An update for a head is refused as soon as it is known that the base has no separate head.
+    # An update of a head is refused once the base is known to have no separate head.
     folder = peft_folder(tmp_path / "head", "head")
     import_(folder, tmp_path / "ours")
 
@@ -203,7 +203,7 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(bases, data, tmp_path_factory):
-    """Returns runs that adapt the embedding of each of the two bases."""
+    """Returns one run for each base, which adapts the embedding."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, base in bases.items():
         how = {"target_modules": ["embed_tokens", "q_proj"], "iters": 2, "learning_rate": 2e-2}
@@ -241,7 +241,7 @@ def test_what_does_not_touch_the_embedding_is_for_both_kinds(bases, data, tmp_pa
 
 
 def test_mlx_lm_s_files_mean_the_weight(bases, tmp_path):
-    """As in stock mlx-lm, the changed weight is also used by the head only in the tied base."""
+    """As in stock mlx-lm, the head uses the updated weight only in the tied base."""
     pair = mx.random.normal((300, 4)) * 0.1, mx.random.normal((4, 64)) * 0.1
     (tmp_path / "a").mkdir()
     flat = {f"{EMBEDDING}.lora_a": pair[0], f"{EMBEDDING}.lora_b": pair[1]}
@@ -278,7 +278,7 @@ def test_a_merge_into_the_base_changes_what_the_head_computes_with(bases, tmp_pa
 
 
 def peft_logits(hf, base, folder):
-    """Returns the logits of the transformers model with the adapter."""
+    """Returns the logits of the model in transformers with the adapter."""
     return adapter_files.peft_logits(hf, base, folder, TOKENS)
 
 
@@ -293,8 +293,8 @@ def test_peft_computes_with_one_update_of_both_as_we_do(tie, hf, bases, tmp_path
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "apart"])
 def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
-    """In PEFT, such an adapter on the tied base has the effect of our adapter on the untied base,
-    not of our adapter on the tied base."""
+    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not like ours on
+    the tied base."""
     folder = peft_folder(tmp_path / "theirs", kind)
     theirs = peft_logits(hf, bases["tied"], folder)
     assert_close("as beside a head", logits(bases["untied"], folder), theirs, 1e-4)
@@ -302,7 +302,7 @@ def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
 
 @pytest.mark.parametrize("knows", [True, False])
 def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
-    """This is tested with and without support for ensure_weight_tying in PEFT."""
+    """Tests PEFT with and without support for ensure_weight_tying."""
     done = export(runs / "tied", tmp_path / "peft", "peft", names="text")
     assert done.difference <= 1e-6 * done.update
     config = json.loads((tmp_path / "peft" / CONFIG).read_text())
@@ -318,7 +318,7 @@ def test_ours_exported_has_our_logits_in_peft(knows, hf, runs, bases, tmp_path):
 
 
 def test_peft_s_own_tied_adapter_is_imported(hf, bases, tmp_path):
-    """PEFT itself creates and saves the adapter."""
+    """The adapter is created and saved by PEFT."""
     model = adapter_files.in_transformers(hf, bases["tied"])
     modules = ["embed_tokens", "q_proj"]
     how = {"r": 4, "lora_alpha": 6, "target_modules": modules, "ensure_weight_tying": True}

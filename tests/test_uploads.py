@@ -30,7 +30,7 @@ def service(tmp_path_factory):
 
 
 async def asked(service, method, path, content=None, /, **query):
-    """Sends a request, and returns the status and the body of the response."""
+    """Sends a request, and returns the response's status and body."""
     transport = httpx.ASGITransport(create(service), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         answer = await http.request(method, f"/api/{path}", content=content, params=query)
@@ -54,7 +54,7 @@ def weights(tmp_path_factory):
 
 @contextmanager
 def waiting(service, **values):
-    """Provides a job that has not ended and is never started."""
+    """Provides an unfinished job that is never started."""
     row = service.jobs.store.add("finetune", json.dumps(values), None)
     service.jobs.live[row.id] = Live()
     try:
@@ -98,7 +98,7 @@ def test_as_many_archives_are_taken_at_once_as_the_limit_says(service, ask):
 
 
 def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch):
-    """The slot is freed at once, even if the response is still referenced."""
+    """The slot is freed at once, even if a reference to the response remains."""
     assert ask("PUT", "datasets/slow/train.jsonl", ROWS)[0] == 200
     monkeypatch.setattr(transfers, "PATIENCE_S", 0.001)
 
@@ -119,9 +119,9 @@ def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch)
 
         try:
             await create(service)(scope, receive, send)
-        except Exception as error:  # here the frames of the exception stay alive
+        except Exception as error:  # keeps the exception's frames alive
             return error, begun[0]["status"], list(service.transfers.places)
-        raise AssertionError("it took all")
+        raise AssertionError("the whole response was sent")
 
     _, status, places = asyncio.run(take())
     assert (status, places) == (200, [])
@@ -195,7 +195,7 @@ def test_a_folder_that_files_come_into_is_not_deleted(service, ask):
 
 
 def test_the_disk_and_the_checks_are_waited_for_elsewhere(service, ask, weights, monkeypatch):
-    """The server responds to other requests in the meantime."""
+    """The server answers other requests in the meantime."""
     loops, seen = set(), set()
 
     def noted(name, own):
@@ -271,7 +271,7 @@ def test_a_refusal_says_what_was_not_done(ask, service, weights):
 
 
 def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
-    """If the second file is refused, the page deletes the first file, which is useless alone."""
+    """If the second file is refused, the page deletes the first, which is useless alone."""
     for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
         assert ask("PUT", f"adapters/part/{file}", content)[0] == 200
     assert ask("DELETE", "adapters/part/adapters.safetensors")[0] == 200
@@ -282,4 +282,4 @@ def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
     with waiting(service, warm_start=str(service.uploads / "adapters" / "part")):
         assert ask("DELETE", "adapters/part/adapter_config.json")[0] == 409
     assert ask("DELETE", "adapters/part/adapter_config.json")[0] == 200
-    assert left(service, "adapters/part*") == []  # the folder is deleted too, so its name is free
+    assert left(service, "adapters/part*") == []  # the folder is deleted, too, so its name is free

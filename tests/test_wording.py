@@ -1,4 +1,4 @@
-"""No file may get more of the words in tests/wording.py, over which native readers stumble."""
+"""Tests that no file gets new occurrences of the words in tests/wording.py."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ def test_no_file_has_more_than_it_may() -> None:
         found = wording.faults(file)
         if len(found) > may.get(name, 0):
             worse[name] = found
-    assert not worse, "write these in plain words; CONTRIBUTING.md has the style"
+    assert not worse, "rewrite these in plain words; see CONTRIBUTING.md for the style"
 
 
 def test_each_kind_of_text_is_read(tmp_path: Path) -> None:
-    """Faults in docstrings, comments, messages, pages and scripts are found."""
+    """Checks that faults in docstrings, comments, messages, pages and scripts are found."""
     for name, text in {
         "a.py": '"""It goes on."""',
         "b.py": "x = 1  # behind the step",
@@ -37,5 +37,5 @@ def test_each_kind_of_text_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_allowed_is_there() -> None:
-    """Removed or renamed files must be removed from the list."""
+    """Entries for removed or renamed files must be removed from the list."""
     assert all((wording.ROOT / name).is_file() for name in wording.allowed())

@@ -1,7 +1,7 @@
-"""Finds words over which native readers stumble, in all texts that people read.
+"""Finds words that native readers find awkward, in all texts that people read.
 
-`python tests/wording.py` prints each place. `--allow` writes the number of such places that each
-file still has to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more.
+`python tests/wording.py` prints each occurrence. `--allow` writes the remaining number in each file
+to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more.
 """
 
 import ast
@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ALLOWED = ROOT / "tests" / "wording_allowed.txt"
 
-#: Marks the beginning of a docstring. A docstring must begin with what the function does.
+#: Marks the start of a docstring, which must say what the function does.
 DOCSTRING = "docstring:"
-#: Patterns of words to avoid, and what to write instead.
+#: Patterns of words to avoid, and replacements.
 WORDS = {
     rf"{DOCSTRING} (Of|By|What|That|Those)\b": "begin with what it does or returns",
     r"\bbehind\b": "after",
@@ -42,12 +42,12 @@ WORDS = {
     r"\bthe likeliest\b": "the most likely",
 }
 ANY = re.compile("|".join(WORDS), re.I)
-#: Files that quote other people's words, or that contain this list.
+#: Files that quote other people's words or contain this list.
 SKIPPED = ("tests/wording.py", "serving/page/vendor/", "/_core.pyi")
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """Yields the texts in a file that people read, each with the number of its first line."""
+    """Yields the human-readable texts in a file, each with the number of its first line."""
     source = file.read_text(encoding="utf-8")
     if file.suffix == ".py":
         yield from _python(source)
@@ -70,7 +70,7 @@ def _python(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _prose(source: str) -> Iterator[tuple[int, str]]:
-    """Yields the paragraphs of a page that are outside its code blocks."""
+    """Yields the paragraphs of a page outside its code blocks."""
     inside, begin, own = False, 1, []
     for number, line in enumerate([*source.splitlines(), ""], 1):
         if line.startswith("```") or not line.strip() or line.startswith(("|", "- ", "#")):
@@ -82,7 +82,7 @@ def _prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(file: Path) -> list[str]:
-    """Returns every place in a file that has such a word, and what to write instead."""
+    """Returns every such word in a file, and what to write instead."""
     found = []
     for line, text in texts(file):
         if ANY.search(text := " ".join(text.split())):
@@ -95,7 +95,8 @@ def faults(file: Path) -> list[str]:
 
 
 def files() -> list[Path]:
-    """Returns all files with text that people read: pages, Python, and the page of the server."""
+    """Returns all files with text that people read: documentation, Python, and the server's
+    page."""
     found = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*")]
     for folder, kinds in (("python", ("py", "js", "html")), ("tests", ("py",)), ("bench", ("py",))):
         found += [file for kind in kinds for file in (ROOT / folder).rglob(f"*.{kind}")]
@@ -104,8 +105,8 @@ def files() -> list[Path]:
 
 
 def allowed() -> dict[str, int]:
-    """Returns the number of such places that each file may still have. After a merge, a file may be
-    listed twice."""
+    """Returns how many occurrences each file may still have. After a merge, a file may be listed
+    twice."""
     found: dict[str, int] = {}
     for line in ALLOWED.read_text(encoding="utf-8").splitlines():
         count, name = line.split(" ", 1)

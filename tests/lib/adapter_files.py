@@ -1,4 +1,4 @@
-"""Adapter folders in the formats of mlx-lm and PEFT, and the corresponding models in
+"""Writes adapter folders in the formats of mlx-lm and PEFT, and loads the models in
 transformers."""
 
 import json

@@ -1,5 +1,5 @@
-"""Code for tests that attack a server: clients that do not attack, the memory of a process, and a
-secret file outside of the server's roots."""
+"""Helpers for tests that attack a server: ordinary clients, a process's memory use, and a secret
+file."""
 
 import os
 import threading
@@ -13,18 +13,16 @@ CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
-    """Returns the factor by which time limits are multiplied because of the machine's current
-    load."""
+    """Returns the factor by which the machine's current load extends time limits."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 class Watch:
-    """A client that requests /healthz, the page and chat completions while other clients attack the
-    server.
+    """Requests /healthz, the page and chat completions while other clients attack the server.
 
-    Without a server it only measures the memory of this process. `health` and `answers` are the
-    seconds that each health check and each chat completion took. `rest` and `peak` are the memory
-    before the attack and its maximum, in 10⁶ bytes.
+    Without a server, it only measures the memory of this process. `health` and `answers` are the
+    durations of the health checks and chat completions, in seconds. `rest` is the memory before the
+    attack and `peak` the maximum, in 10⁶ bytes.
     """
 
     def __init__(self, server=None, chats=False):
@@ -76,7 +74,7 @@ def bystander(server, chats=True):
     """Yields a client that has received responses from the server before the attack begins."""
     with Watch(server, chats) as own:
         end = time.monotonic() + 60
-        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both threads have begun
+        while len(own.health) < 2 or (chats and len(own.answers) < 2):  # both threads have started
             assert time.monotonic() < end, own.failures
             time.sleep(0.02)
         yield own
@@ -85,8 +83,8 @@ def bystander(server, chats=True):
 
 
 def memory_mb(pid):
-    """Returns the resident memory of a process and its helper processes in 10⁶ bytes. Memory that
-    they share is counted once."""
+    """Returns the resident memory of a process and its children in 10⁶ bytes, counting shared pages
+    once."""
     total = 0
     for own in [pid, *_children(pid)]:
         try:

@@ -1,5 +1,4 @@
-"""Code for tests of the page in a browser: a server with its folders, and a user who opens its
-pages."""
+"""Helpers for browser tests of the page: a server with its folders, and a user who opens pages."""
 
 import json
 import os
@@ -20,8 +19,7 @@ from playwright.sync_api import expect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-#: The timeout is in milliseconds. It is higher than the default of 5000 because machines may be
-#: busy.
+#: In milliseconds. The default of 5000 is too short for busy machines.
 expect.set_options(timeout=15_000)
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 
@@ -43,7 +41,7 @@ class Site:
             return json.load(answer)
 
     def train(self, **values: Any) -> str:
-        """Trains the tiny model, and waits until the run has ended."""
+        """Trains the tiny model and waits for the run to end."""
         own = {
             "model_dir": str(self.work / "tiny"),
             "data_dir": str(self.work / "counting"),
@@ -59,7 +57,7 @@ class Site:
     def wait(self, id: str) -> dict[str, Any]:
         end = time.monotonic() + 180
         while (job := self.job(id))["status"] in ("queued", "running"):
-            assert time.monotonic() < end, f"{id} does not end"
+            assert time.monotonic() < end, f"{id} has not ended in time"
             time.sleep(0.1)
         return job
 
@@ -87,7 +85,7 @@ def serving(work: Path, cache: Path, *options: str) -> Iterator[Site]:
 
 @dataclass
 class User:
-    """Opens pages, and records errors and requests to other hosts."""
+    """Opens pages and records errors and requests to other hosts."""
 
     browser: Any
     site: Site
@@ -116,8 +114,8 @@ class User:
         page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
     def _note(self, message: Any) -> None:
-        # The browser logs each response with an error status, and the page shows these errors
-        # anyway.
+        # The browser logs every response with an error status, but the page itself reports these
+        # errors.
         refused = re.fullmatch(r"Failed to load resource: .* status of 4\d\d .*", message.text)
         asked = re.match(r"/(api|v1)/", message.location["url"].removeprefix(self.site.url))
         if message.type in ("error", "warning") and not (refused and asked):
@@ -135,7 +133,7 @@ def choose(page: Any, label: str, option: str) -> None:
 
 
 def points(page: Any, line: int = 0) -> int:
-    """Returns the number of points that a line in the large chart has."""
+    """Returns the number of points on a line of the large chart."""
     return page.evaluate(
         """line => document.querySelector(".chart.tall")?.lines[line]?.points.length ?? 0""", line
     )
@@ -144,7 +142,7 @@ def points(page: Any, line: int = 0) -> int:
 def until(check: Any, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not check():
-        assert time.monotonic() < end, "it did not come"
+        assert time.monotonic() < end, "the expected state was not reached"
         time.sleep(0.1)
 
 

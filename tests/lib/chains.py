@@ -1,4 +1,4 @@
-"""Models in memory, batches for them, and the loss and gradients of one step."""
+"""Creates models and batches in memory, and computes the loss and gradients of one step."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +14,7 @@ from mlx_segtrain.objectives.sft import Sft
 SCALE = 1.5
 
 
-#: For each name, the model family and its options. The number of tokens is larger than the window
-#: of 8.
+#: The model family and its options, by name. Test sequences are longer than the window of 8.
 FAST = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
@@ -55,7 +54,7 @@ FAST = {
 
 
 def batch_of(rows: int, prompt: int = 0, length: int = 21) -> Batch:
-    """Returns random tokens with padding on the right. The tokens from index `prompt` on are in the
+    """Returns random tokens, padded on the right. Tokens from index `prompt` onwards are in the
     loss."""
     rng = np.random.default_rng(rows)
     tokens = rng.integers(0, 128, (rows, length)).astype(np.int32)
@@ -81,7 +80,7 @@ def run(chain, adapter, batch, segment_size=1, cuts=None):
 
 
 def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0) -> PairBatch:
-    """Returns pairs whose sequences begin with `shared` equal tokens. The responses begin after the
+    """Returns pairs whose sequences share their first `shared` tokens. Responses start after the
     prompt."""
     rng = np.random.default_rng(seed)
     b = len(lengths)
@@ -101,7 +100,7 @@ def pair_batch(shared: int, prompt: int = 9, lengths=((21, 17),), seed: int = 0)
 
 
 def headers(model):
-    """Returns the tensor headers that the files of this model would have."""
+    """Returns the tensor headers that this model's files would contain."""
     kinds = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
     return {
         name: (kinds.get(w.dtype, "F32"), tuple(w.shape))

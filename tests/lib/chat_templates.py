@@ -1,4 +1,4 @@
-"""Chat templates that we wrote. Each behaves like the templates of some models."""
+"""Chat templates written for the tests. Each imitates the templates of some model families."""
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -6,7 +6,7 @@ CHATML = (
 )
 # The generation prompt opens a thinking block, but finished turns have no such block (DeepSeek R1).
 OPEN = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# The same, but a template variable closes the block (Nemotron 3, MiniCPM5).
+# Like OPEN, but a template variable closes the block (Nemotron 3, MiniCPM5).
 SWITCHED = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>"
@@ -24,8 +24,7 @@ NEXT_ROLE = (
     "{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-# The system message comes directly before the last user message, if that is the last message
-# (Mistral).
+# The system message is placed directly before a final user message (Mistral).
 SYSTEM_LAST = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
     "{% set messages = messages[1:] %}{% endif %}"
@@ -43,7 +42,7 @@ ALWAYS_HEADER = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot|>{% endfor %}"
     "{{ '<|im_start|>assistant\n' }}"
 )
-# No stop token ends a turn (the token that Apertus writes there is not one of the model's stop
+# No stop token ends a turn (Apertus ends turns with a token that is not among the model's stop
 # tokens).
 NO_STOP = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -55,7 +54,7 @@ PARTS = (
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A template with tools, with calls whose arguments are a mapping, and with results; content must be
+# A template with tools, tool calls with arguments as a mapping, and tool results. Content must be
 # text (Qwen, Hermes).
 CALLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -65,7 +64,7 @@ CALLS = (
     "</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The same, but arguments are text (DeepSeek V3), and ids have nine letters (Mistral).
+# Like CALLS, but arguments are text (DeepSeek V3) and ids have nine letters (Mistral).
 TEXT_CALLS = CALLS.replace(
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}",
     "{{ call.function.name + '\n' + call.function.arguments }}",

@@ -1,5 +1,4 @@
-"""Tokenizers of both kinds (byte-level and SentencePiece-like), chat templates, and the part of a
-row that is in the loss."""
+"""Tokenizers (byte-level and SentencePiece-like), chat templates, and the spans in the loss."""
 
 import json
 
@@ -66,8 +65,8 @@ def add_bos(tokenizer):
 
 
 def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
-    """Returns a byte-level BPE tokenizer, in which a piece depends on the text before it only
-    through merges."""
+    """Returns a byte-level BPE tokenizer, in which preceding text affects a token only through
+    merges."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -87,8 +86,8 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
 
 
 def metaspace(template=INST, scheme="first"):
-    """Returns a BPE tokenizer over words that begin with ▁. Like SentencePiece, it puts a space
-    before every text."""
+    """Returns a BPE tokenizer for words that begin with ▁. Like SentencePiece, it prepends a space
+    to every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)

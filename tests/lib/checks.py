@@ -1,5 +1,4 @@
-"""Code that tests share: random arrays and adapters, gradients, and a check of one call to an
-op."""
+"""Shared test helpers: random arrays and adapters, gradients, and a check of one op call."""
 
 from contextlib import contextmanager
 
@@ -17,8 +16,8 @@ ON_GPU = mx.default_device() != mx.Device(mx.cpu)
 
 @contextmanager
 def served():
-    """Skips the test if an implementation that supports only some GPUs does not support the call.
-    On a CPU, the test fails instead."""
+    """Skips the test if a GPU-specific implementation does not support the call. On a CPU, the test
+    fails instead."""
     try:
         yield
     except ValueError as error:
@@ -28,10 +27,9 @@ def served():
 
 
 def needs_router_gradient():
-    """Skips the test if mlx-lm's router has no gradient, as in the mlx-lm version for Python
-    3.10."""
+    """Skips the test if mlx-lm's router has no gradient, as in the version for Python 3.10."""
     if mlx_lm.__version__ < "0.32":
-        pytest.skip(f"the experts' router of mlx-lm {mlx_lm.__version__} has no gradient")
+        pytest.skip(f"in mlx-lm {mlx_lm.__version__}, the router of experts has no gradient")
 
 
 def rand(rng, *shape, dtype="float32"):
@@ -49,8 +47,8 @@ def grads(f, args, dy):
 
 
 def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Checks the value and the gradients of f, also when each gradient is computed alone, and that
-    two calls agree."""
+    """Checks the value and gradients of f, also with each gradient computed alone, and that two
+    calls agree."""
     y = f(*args)
     assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
     oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)
@@ -68,8 +66,8 @@ def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
 
 
 def random_adapter(chain, ranks: dict[str, int], scale: float, size: float) -> lora.Adapter:
-    """Returns a LoRA adapter whose B is not 0 but random with standard deviation `size`, so that A
-    has a gradient."""
+    """Returns a LoRA adapter whose B is random with standard deviation `size`. If B were 0, A would
+    have no gradient."""
     fresh = adapting.init(chain, ranks, scale, seed=1)
     keys = mx.random.split(mx.random.key(2), len(fresh.tensors))
     tensors = {

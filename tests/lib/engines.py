@@ -1,4 +1,4 @@
-"""An engine with a model and adapters, and the responses of mlx-lm with each adapter alone."""
+"""Creates an engine with a model and adapters, and reference responses by mlx-lm."""
 
 import asyncio
 
@@ -18,28 +18,28 @@ END = 259  # <|im_end|>
 
 
 def write_lively(path):
-    """Writes a model with a large context length. Its responses are printable and rarely repeat
-    themselves."""
+    """Writes a model with a large context length, whose responses are printable and rarely
+    repetitive."""
     write_llama(path, tied=False, max_position_embeddings=20_000)
     file = str(path / "model.safetensors")
     weights = {k: 3 * x if "_proj" in k else x for k, x in mx.load(file).items()}
     weights["model.embed_tokens.weight"] *= 20
-    weights["lm_head.weight"] *= mx.where(mx.arange(300) < 94, 3, 0.5)[:, None]  # tokens ! to ~
+    weights["lm_head.weight"] *= mx.where(mx.arange(300) < 94, 3, 0.5)[:, None]  # from ! to ~
     mx.eval(weights)
     mx.save_safetensors(file, weights, {"format": "mlx"})
     return path
 
 
 def write_adapters(folder, model):
-    """Returns adapter folders by name. One adapter has DoRA, one adapts the embedding, and `ab` is
-    the sum a + b."""
+    """Returns adapter folders by name: one has DoRA, one adapts the embedding, and `ab` is a +
+    b."""
     chain = chain_of(load_base(model)[0])
 
     def write(name, adapter):
         write_adapter(folder / name, adapter, About("model"))
 
     for i, name in enumerate("abc"):
-        linears = list(chain.linears)[i:]  # a linear layer that only one of the adapters changes
+        linears = list(chain.linears)[i:]  # only some adapters change the first linear layers
         adapter = random_adapter(chain, dict.fromkeys(linears, 2 + 2 * i), 1.0 + i, 0.1)
         moved = {p: (x, mx.roll(y, i, 1)) for p, (x, y) in adapter.tensors.items()}
         write(name, lora.Adapter(moved, adapter.scales))
@@ -54,7 +54,7 @@ def write_adapters(folder, model):
 
 
 def mounted(model, adapters):
-    """Returns an engine with the model and all of its adapters. The caller must close it."""
+    """Returns an engine with the model and all its adapters. The caller must close the engine."""
     engine = Engine()
 
     async def begin():

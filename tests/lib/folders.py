@@ -1,5 +1,4 @@
-"""Tiny models with random weights, and tiny data, on disk in the form in which mlx-lm and
-transformers read them."""
+"""Writes tiny random models and data to disk in the formats that mlx-lm and transformers read."""
 
 import json
 from pathlib import Path
@@ -14,8 +13,8 @@ VOCABULARY = 300
 
 
 def write_tokenizer(path: Path) -> None:
-    """Writes a tokenizer with 256 byte-level tokens and <s> </s> <|im_start|> <|im_end|>, and a
-    ChatML template."""
+    """Writes a tokenizer with 256 byte-level tokens, <s> </s> <|im_start|> <|im_end|>, and a ChatML
+    template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,8 +45,7 @@ def write_model(path: Path, config: dict, model: nn.Module) -> Path:
 
 
 def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed=0, **changes):
-    """Writes a random Llama with 3 layers, width 64, 4 query heads of size 16, and 2 key/value
-    heads."""
+    """Writes a random Llama (width 64, 4 query heads of size 16, 2 key/value heads)."""
     from mlx_lm.models.llama import Model, ModelArgs
 
     config = {
@@ -87,8 +85,8 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
 
 
 def write_tiny(path: Path, family: str, bits_of=lambda name: 4, **changes) -> Path:
-    """Writes a tiny random model of any mlx-lm family. Weights whose width permits it are quantized
-    in groups of 32."""
+    """Writes a tiny random model of any mlx-lm family. Quantizes weights in groups of 32 where the
+    width permits."""
     config = tiny_models.config(family, vocab_size=VOCABULARY, **changes)
     model = tiny_models.build(family, vocab_size=VOCABULARY, **changes)
     layers = {}

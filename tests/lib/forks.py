@@ -1,5 +1,5 @@
-"""Forks of a process that has imported everything that a run needs. They start in 0.6 s instead of
-5 s."""
+"""Forks of a process that has already imported all modules for a run. They start in 0.6 s instead
+of 5 s."""
 
 import functools
 import multiprocessing
@@ -22,15 +22,14 @@ PRELOADED = ["lib.warm", "lib.runs", "lib.launched", "pytest"]
 def processes() -> Any:
     """Returns a multiprocessing context whose processes are forks.
 
-    faults.c is loaded in each of these processes and does nothing unless FAULT_ROOT is set. On a
-    Mac, where Apple's libraries do not work after a fork, processes are spawned instead, and
-    faults.c is not loaded.
+    faults.c is loaded into each of these processes and is inactive unless FAULT_ROOT is set. On a
+    Mac, processes are spawned without faults.c, because Apple's libraries do not work after a fork.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     found = multiprocessing.get_context("forkserver")
     found.set_forkserver_preload(PRELOADED)
-    global _place  # the folder is removed when this process ends
+    global _place  # this process removes the folder when it ends
     _place = TemporaryDirectory()
     model, library = Path(_place.name, "model"), Path(_place.name, "faults.so")
     write_tokenizer(model)
@@ -44,7 +43,7 @@ def processes() -> Any:
         **{"WARM_MODEL": str(model), "OMP_NUM_THREADS": "1"},
     }
     with patch.dict(os.environ, own):
-        first = found.Process(target=os.getpid)  # starts the process from which others are forked
+        first = found.Process(target=os.getpid)  # starts the server process that forks the others
         first.start()
         first.join()
     assert first.exitcode == 0

@@ -1,5 +1,5 @@
-"""Logits, loss and LoRA gradients computed by transformers with PEFT, with torch on the CPU in
-float32.
+"""Computes reference logits, losses and LoRA gradients with transformers and PEFT, in float32 on
+the CPU.
 
 Only this file imports torch and PEFT; tests get this module through the fixture `hf`.
 """
@@ -22,7 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-#: For each family, the differences between its arguments in mlx-lm and its config in transformers.
+#: For each family, how to convert mlx-lm's arguments to a transformers config.
 CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda args: {
         "layer_types": ["full_attention"] * args["num_hidden_layers"],  # mlx-lm has no window
@@ -30,13 +30,13 @@ CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
     "gemma3_text": lambda args: {"query_pre_attn_scalar": int(args["query_pre_attn_scalar"])},
     "gemma4_text": lambda args: {
-        "layer_types": [*args["layer_types"]],  # transformers writes into it
+        "layer_types": [*args["layer_types"]],  # a copy, because transformers modifies the list
         "global_head_dim": args["global_head_dim"] or args["head_dim"],
     },
 }
 
-#: For the end of a tensor's name in transformers, the names of the mlx-lm tensors that it consists
-#: of, concatenated along the second-to-last axis.
+#: Tensors that transformers stores concatenated: the end of the name, and the parts' names in
+#: mlx-lm. The parts are concatenated along the second-to-last axis.
 JOINED: dict[str, tuple[str, ...]] = {
     "experts.gate_up_proj": (
         "experts.switch_glu.gate_proj.weight",
@@ -47,7 +47,7 @@ JOINED: dict[str, tuple[str, ...]] = {
 
 
 def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConfig:
-    """Returns the config for transformers. Fields that `config` lacks get mlx-lm's default."""
+    """Returns the transformers config. Fields missing in `config` get mlx-lm's defaults."""
     args = asdict(importlib.import_module(f"mlx_lm.models.{family}").ModelArgs.from_dict(config))
     given = {key: value for key, value in args.items() if value is not None}
     given |= CONFIG[family](args) if family in CONFIG else {}
@@ -58,12 +58,12 @@ def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConf
     if args.get("rope_traditional") or (windows and not family.startswith("gemma")):
         raise ValueError(f"transformers has no {family} with rope_traditional or sliding layers")
     if windows and args["layer_types"] != result.layer_types:
-        raise ValueError(f"transformers makes other layer_types of these: {result.layer_types}")
+        raise ValueError(f"transformers computes different layer_types: {result.layer_types}")
     return result
 
 
 def hf_weights(weights: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Returns the parameters of an mlx-lm model under the names that they have in transformers."""
+    """Returns the parameters of an mlx-lm model under their names in transformers."""
     left = dict(weights)
     for name, (first, *rest) in JOINED.items():
         for key in [key for key in left if key.endswith(first)]:
@@ -86,7 +86,7 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
 
 
 def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """Returns a Llama made from the fields of config.json that transformers has too."""
+    """Returns a Llama configured with those fields of config.json that transformers supports."""
     known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
     known += ("max_position_embeddings", "tie_word_embeddings")
@@ -100,7 +100,7 @@ def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
 
 
 def gemma3_with_images(text_config: dict[str, Any]) -> Any:
-    """Returns a random Gemma 3 for text and images. Its text model has this config."""
+    """Returns a random Gemma 3 for text and images, whose text model has this config."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(1)
@@ -126,16 +126,16 @@ def logits_with_adapter(base: Any, folder: Path, tokens: list[list[int]]) -> np.
 
 
 def update_of(base: Any, folder: Path, path: str) -> np.ndarray:
-    """Returns the update [out, in] that PEFT adds to a linear layer's weight for the folder's
-    adapter."""
+    """Returns the update [out, in] that the folder's adapter adds to a linear layer's weight in
+    PEFT."""
     linear = PeftModel.from_pretrained(base, folder).base_model.model.get_submodule(path)
     weight = linear.lora_B["default"].weight @ linear.lora_A["default"].weight
     return (linear.scaling["default"] * weight).detach().numpy()
 
 
 def saved_by_peft(folder: Path, base: Any, tokens: np.ndarray, **how: Any) -> np.ndarray:
-    """Saves a PEFT adapter whose B is not zero, and returns the logits [B, T, V] of the model with
-    this adapter."""
+    """Saves a PEFT adapter with non-zero B and returns the logits [B, T, V] of the adapted
+    model."""
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(**how)).eval()
     draw = torch.Generator().manual_seed(0)
@@ -159,8 +159,7 @@ def hf_loss_and_grads(
     lora: dict[str, tuple[np.ndarray, np.ndarray]],
     scale: float,
 ) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Returns the weighted mean cross-entropy of the tokens, and (dA, dB) for each layer in
-    `lora`."""
+    """Returns the weighted mean cross-entropy, and (dA, dB) for each layer in `lora`."""
     model = hf_model(family, config, weights)
     ranks = {path: a.shape[1] for path, (a, _) in lora.items()}
     peft_config = LoraConfig(
@@ -209,7 +208,7 @@ def write_scorer(folder: Path, seed: int = 0, labels: int = 1, **changes: Any) -
 
 
 def scores_of(model: Any, rows: list[list[int]]) -> np.ndarray:
-    """Returns the scores of rows of tokens, each computed alone."""
+    """Returns the scores of rows of tokens, computing each row separately."""
     with torch.no_grad():
         found = [model(torch.tensor([row])).logits[0, 0].item() for row in rows]
     return np.array(found)

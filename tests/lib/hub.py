@@ -1,5 +1,4 @@
-"""A simulated Hugging Face hub on this machine, which offers models and data sets for download and
-accepts uploads."""
+"""Simulates a Hugging Face hub on this machine: downloads of models and data sets, and uploads."""
 
 import base64
 import hashlib
@@ -12,41 +11,41 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-#: Files that are larger than this are stored as in LFS, under their SHA-256.
+#: Files above this size are stored as in LFS, under their SHA-256 hashes.
 SMALL = 10_000
 
 
 @dataclass
 class Repository:
-    """A repository with its files by name. A new commit changes `commit`. A gated repository
-    requires a known token."""
+    """A repository's files by name. Each new commit changes the attribute `commit`. A gated
+    repository requires a known token."""
 
     files: dict[str, bytes]
     commit: str
-    refs: dict[str, str] = field(default_factory=dict)  #: other names of commits
-    readers: set[str] | None = None  #: tokens of the users who may read; None means everyone
+    refs: dict[str, str] = field(default_factory=dict)  #: other names for commits
+    readers: set[str] | None = None  #: tokens of users with read access; None allows everyone
     branches: dict[str, "Repository"] = field(default_factory=dict)  #: branches by name
 
 
 @dataclass
 class Hub:
     url: str = ""
-    told: dict = field(default_factory=dict)  #: bodies of requests by path
+    told: dict = field(default_factory=dict)  #: request bodies by path
     pushed: dict = field(default_factory=dict)  #: files by name
     authorization: set = field(default_factory=set)
     requests: list = field(default_factory=list)  #: ("GET", "/org/name/resolve/…", Range header)
     repositories: dict = field(
         default_factory=dict
     )  #: the keys are ("models" or "datasets", "org/name")
-    breaks_after: int | None = None  #: number of bytes of a file after which the connection ends
-    pause_s: float = 0.0  #: seconds between the pieces in which a file is sent
-    sent: int = 0  #: number of bytes of files that have been sent
+    breaks_after: int | None = None  #: closes a connection after sending this many bytes of a file
+    pause_s: float = 0.0  #: delay between the parts of a file, in seconds
+    sent: int = 0  #: total number of bytes of files sent
     searches_fail: bool = False
-    says_more: int = 0  #: number of bytes by which the reported size of large files is too high
+    says_more: int = 0  #: the reported size of large files is too large by this many bytes
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """Adds a repository with these files or with the files in a folder, and optionally a
-        branch."""
+        """Adds a repository (optionally with a branch) that contains these files or a folder's
+        files."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):
@@ -64,7 +63,7 @@ class Hub:
         return own
 
     def files_asked(self) -> list[str]:
-        """Returns the names of all files whose content has been requested."""
+        """Returns the names of all files that clients have downloaded."""
         asked = [path for method, path, _ in self.requests if method == "GET"]
         return [
             path.split("/resolve/")[1].partition("/")[2] for path in asked if "/resolve/" in path
@@ -79,12 +78,12 @@ def etag(content: bytes) -> str:
 
 
 class Broken(Exception):
-    """Raised to end the connection at this point."""
+    """Raised to close the connection immediately."""
 
 
 @contextmanager
 def serve_hub() -> Iterator[Hub]:
-    """Serves a hub with the repositories that are added to it. It accepts commits of any files."""
+    """Serves the repositories added to a hub, and accepts commits of any files."""
     hub = Hub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -126,7 +125,7 @@ def serve_hub() -> Iterator[Hub]:
                 self.close_connection = True
 
         def search(self, kind):
-            """Returns the repositories whose names contain the words."""
+            """Returns the repositories whose names contain the search words."""
             if hub.searches_fail:
                 self.fault(503, "")
                 return
@@ -142,7 +141,7 @@ def serve_hub() -> Iterator[Hub]:
             if kind in ("models", "datasets") and not rest:
                 self.search(kind)
                 return
-            if kind not in ("models", "datasets"):  # the client requests something else
+            if kind not in ("models", "datasets"):  # not a request for a repository
                 self.fault(404, "")
                 return
             name, revision = "/".join(rest[:2]), "/".join(rest[3:]) or "main"
@@ -202,8 +201,8 @@ def serve_hub() -> Iterator[Hub]:
             hub.authorization.add(self.headers["authorization"])
             own = hub.repositories.get((kind, name))
             if own is None:
-                # Like the real hub, this one does not reveal which repositories exist to clients
-                # without a token.
+                # Like the real hub, this one does not tell clients without a token which
+                # repositories exist.
                 self.fault(404 if self.headers["authorization"] else 401, "RepoNotFound")
                 return None
             for name, other in own.branches.items():

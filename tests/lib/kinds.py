@@ -1,4 +1,4 @@
-"""A job of each kind in a server's store, and a job of a kind that a newer version might have."""
+"""Adds one finished job of each kind to a server's store, and one of an unknown, newer kind."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_segtrain.serving.jobs.kinds import KINDS
 from mlx_segtrain.serving.jobs.store import Store
 
-#: For each kind, the configuration of a job, its result, and the name that the page shows.
+#: For each kind: a job's configuration, its result, and the name shown by the page.
 OF_EACH_KIND = {
     "finetune": (
         {"model_dir": "/m/model", "data_dir": "/d/notes"},
@@ -48,7 +48,7 @@ OF_LATER = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
 
 @contextmanager
 def of_each_kind(store: Path) -> Iterator[dict[str, tuple[str, str, str]]]:
-    """Adds a finished job of each kind while this context is active. Yields kind, title and name by
+    """Adds a finished job of each kind while the context is active. Yields kind, title and name by
     id."""
     assert set(OF_EACH_KIND) == set(KINDS)
     jobs, known = Store(store / "jobs.sqlite"), {}

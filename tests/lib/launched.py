@@ -1,5 +1,4 @@
-"""Starts the ranks of a run as processes on this machine, which are connected by a ring over the
-loopback."""
+"""Starts the ranks of a run as processes on this machine, connected in a ring over loopback."""
 
 import json
 import os
@@ -14,7 +13,7 @@ from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import ranks, watch
 
-#: Code that makes each rank write its factors to a separate file at the end of a run.
+#: Code with which each rank writes its factors to its own file at the end of a run.
 FACTORS = """
 import numpy as np
 from pathlib import Path
@@ -29,7 +28,7 @@ loop.Run._result = result
 
 
 def run(rank, folder, given, before, environment):
-    """Trains one configuration after another. `before` is code from the test, which runs first."""
+    """Trains the configurations in turn, after running `before`, which is code from the test."""
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(("out", "err"), 1):
@@ -47,7 +46,7 @@ def run(rank, folder, given, before, environment):
 
 
 class Rank:
-    """The process of a rank, with those methods of subprocess.Popen that the tests need."""
+    """A rank's process, with the methods of subprocess.Popen that the tests need."""
 
     def __init__(self, *args):
         self._process = processes().Process(target=run, args=args)
@@ -62,7 +61,7 @@ class Rank:
 
     def wait(self, seconds=None):
         self._process.join(seconds)
-        assert self._process.exitcode is not None, f"process {self.pid} does not end"
+        assert self._process.exitcode is not None, f"process {self.pid} has not ended in time"
 
 
 def free_ports(n):
@@ -75,7 +74,8 @@ def free_ports(n):
 
 @contextmanager
 def ranks_of(n, folder, *configs, before=""):
-    """Starts n ranks, each of which runs these configurations, and kills the ranks at the end."""
+    """Starts n ranks that each run these configurations, and kills the ranks when the context
+    ends."""
     hosts = folder / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(n)]))
     given = json.dumps([json.loads(own.model_dump_json(exclude_unset=True)) for own in configs])
@@ -94,7 +94,7 @@ def ranks_of(n, folder, *configs, before=""):
 
 
 def said(folder, rank):
-    """Returns the lines that a rank has printed: events, and how each run ended."""
+    """Returns the lines that a rank printed: events, and how each run ended."""
     lines = (folder / f"out{rank}").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
@@ -106,12 +106,11 @@ def wait_for_step(folder, step, seconds=60):
             if isinstance(event, dict) and event.get("kind") == "train" and event["step"] >= step:
                 return
         time.sleep(0.02)
-    raise TimeoutError(f"no step {step}: {(folder / 'err0').read_text()}")
+    raise TimeoutError(f"step {step} was not reached: {(folder / 'err0').read_text()}")
 
 
 def ends(folder, started, but=(), seconds=60):
-    """Returns how the last run of each rank ended, and the number of seconds after which it
-    ended."""
+    """Returns how each rank's last run ended, and the seconds until all had ended."""
     begin = time.monotonic()
     for rank, own in enumerate(started):
         if rank not in but:

@@ -1,4 +1,4 @@
-"""Frozen linear layers with and without LoRA factors, and their values in float64."""
+"""Frozen linear layers with and without LoRA factors, and their float64 values."""
 
 import mlx.core as mx
 import numpy as np
@@ -8,7 +8,7 @@ from mlx_segtrain import ops
 
 
 def base_of(rng, n, k, base, bias=None):
-    """Returns a base weight and its values in float64."""
+    """Returns a base weight and its float64 values."""
     w = mx.array(rng.standard_normal((n, k)).astype(np.float32))
     if base is None:
         return ops.Base(w, bias=bias), f64(w)
@@ -23,8 +23,8 @@ BASES = [None, ("affine", 4, 32), ("affine", 6, 32), ("mxfp8", 8, 32)]
 
 
 def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
-    """Returns layers and, for each layer, (weight, bias, a, b, scale) in float64, where a and b
-    have been rounded to `dtype`."""
+    """Returns layers and, for each, (weight, bias, a, b, scale) in float64. a and b are rounded to
+    `dtype`."""
     linears, exact = [], []
     for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
         own_bias, bias64 = rand(rng, width) if bias else (None, 0.0)
@@ -42,7 +42,7 @@ def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
 
 
 def with_factors(linears, factors):
-    """Returns copies of the layers with other arrays for a and b."""
+    """Returns copies of the layers with new values for a and b."""
     left = list(factors)
     return [w if w.a is None else w.with_factors(left.pop(0), left.pop(0)) for w in linears]
 

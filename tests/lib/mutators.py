@@ -1,4 +1,4 @@
-"""Generates values and files that an attacker might send, from a seed."""
+"""Generates, from a seed, values and files that an attacker might send."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-#: Unusual values, which break code that expects ordinary values.
+#: Unusual values, which break code that expects only ordinary ones.
 ODD = [
     *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, float("nan")),
     *(float("inf"), -1e308, "", " ", "\0", "\x00", "a", "a" * 5000, "é" * 600, "é\ud800", "\ud800"),
@@ -25,15 +25,14 @@ ODD = [
 
 
 class Mutator:
-    """Changes JSON values and bytes. `extra` holds more unusual values."""
+    """Mutates JSON values and bytes. `extra` contains additional unusual values."""
 
     def __init__(self, seed: int, extra: Iterable[Any] = ()):
         self.chance = random.Random(seed)
         self.odd = [*ODD, *extra]
 
     def value(self, value: Any, depth: int = 0) -> Any:
-        """Returns a JSON value that has unusual values somewhere, lacks a key, or has a renamed
-        key."""
+        """Returns the value with unusual values inserted and keys removed or renamed."""
         chance = self.chance
         if isinstance(value, dict) and value and chance.random() < 0.85:
             key = chance.choice(list(value))
@@ -52,7 +51,7 @@ class Mutator:
         return chance.choice(self.odd)
 
     def bytes(self, content: bytes) -> bytes:
-        """Returns the bytes after some have been changed, removed, doubled or added."""
+        """Returns the bytes with some of them changed, removed, doubled or added."""
         chance, found = self.chance, bytearray(content)
         for _ in range(chance.randrange(1, 4)):
             at = chance.randrange(len(found) or 1)
@@ -72,8 +71,7 @@ class Mutator:
         return bytes(found)
 
     def text(self, value: Any) -> bytes:
-        """Returns the JSON text of a changed value, or the changed JSON text of the original
-        value."""
+        """Returns JSON text: either a mutated value, or the original value as mutated text."""
         if self.chance.random() < 0.3:
             return self.bytes(json.dumps(value).encode())
         return json.dumps(self.value(value)).encode()

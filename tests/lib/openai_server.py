@@ -1,4 +1,4 @@
-"""A server for OpenAI's routes on a socket, and the requests and checks of its tests."""
+"""A server for OpenAI's routes on a socket, with requests and checks for its tests."""
 
 import asyncio
 import threading
@@ -23,8 +23,8 @@ CHAT = {"messages": HELLO, "max_tokens": 1}
 
 
 class Server:
-    """OpenAI's routes with an engine, on a local port. The object is also the service that the
-    routes use."""
+    """Serves OpenAI's routes with an engine on a local port. This object is also the routes'
+    service."""
 
     def __init__(self, folder, policy="serve"):
         self.engine, self.trains, self.folder, self.policy = Engine(), False, folder, policy
@@ -71,10 +71,10 @@ class Server:
         return asyncio.run(self.engine.call(fn))
 
     def idle(self, within_s=5.0):
-        """Waits until no request is being generated."""
+        """Waits until the engine has no requests."""
         end = time.monotonic() + within_s
         while self.engine._active or self.engine._waiting:
-            assert time.monotonic() < end, "a sequence continues that nobody reads"
+            assert time.monotonic() < end, "generation continues after its client has gone"
             time.sleep(0.01)
 
 
@@ -95,7 +95,7 @@ def chat_tokens(said, messages=HELLO):
 
 
 def check(answer, status, says):
-    """Checks that an error has the form of OpenAI's errors and consists of one sentence."""
+    """Checks that an error has the format of OpenAI's errors and is one sentence."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]

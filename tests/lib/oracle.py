@@ -1,9 +1,8 @@
-"""The reference for the ops, in NumPy and float64 with complex-step derivatives, and all error
-bounds.
+"""Defines the float64 reference of the ops (NumPy, complex-step derivatives) and all error bounds.
 
 The derivative of F is F'(x) = Im F(x + ih) / h. This formula has no subtraction, so any tiny step
-works (h = 1e-200). All functions work for complex arguments, because they do not use abs or max of
-values that depend on x.
+works (h = 1e-200). All functions accept complex arguments: they avoid abs and max of values that
+depend on x.
 """
 
 import numpy as np
@@ -42,7 +41,7 @@ def visible(t, s, q_start=None, window=None, segments=None):
 
 
 def softmax(s, seen):
-    """Returns the softmax over the last axis; rows that see no key are 0."""
+    """Returns the softmax over the last axis. Rows in which every key is masked are 0."""
     top = np.where(seen, s.real, -np.inf).max(-1, keepdims=True)
     p = np.exp(np.where(seen, s - np.where(np.isfinite(top), top, 0), -np.inf))
     total = p.sum(-1, keepdims=True)
@@ -154,7 +153,8 @@ def log_probs(h, w, targets, bias=0.0, softcap=None):
 
 
 def log_probs_vjp(h, w, targets, d, bias=0.0, softcap=None):
-    """dz = d·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: cross-entropy's, negated"""
+    """dz = d·(onehot − softmax(z))·(1 − (z/c)²), dh = dz·W: the negated gradient of
+    cross-entropy"""
     return -cross_entropy_vjp(h, w, targets, d, softcap, bias)
 
 
@@ -177,29 +177,29 @@ def cross_entropy_vjp(h, w, targets, weights, softcap=None, bias=0.0, smoothing=
     return (np.where(targets < 0, 0, weights)[:, None] * p * slope) @ w
 
 
-# ---- no other file has error bounds
+# ---- error bounds (all of them are in this file)
 
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def errors(x, truth):
-    """Returns the relative L2 error, and the largest error relative to the largest value."""
+    """Returns the relative L2 error and the maximum error relative to the maximum value."""
     x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
     assert x.shape == truth.shape, (x.shape, truth.shape)
     assert np.isfinite(x).all()
     norm, top = np.linalg.norm(truth), np.abs(truth).max(initial=0)
-    if top < 1e-12:  # the true value is 0 as a difference of sums, which have rounding errors
+    if top < 1e-12:  # the true value is 0, but as a difference of rounded sums
         norm = top = 3
     return np.linalg.norm(x - truth) / (norm or 1), np.abs(x - truth).max(initial=0) / (top or 1)
 
 
 def assert_no_worse(name, x, reference, truth, dtype):
-    """Checks that the error of x is at most twice the error of the plain code in the same dtype,
-    both in the relative L2 norm and in the largest element.
+    """Checks that x has at most twice the error of plain code in the same dtype, in L2 and maximum
+    norm.
 
-    A bound on the largest error alone would accept a gradient that is 1 % wrong in bfloat16. The
-    bound allows for one rounding. The allowance has a float32 part, because the float32 value lse
-    scales a whole row, and because the order of sums in a BLAS depends on the CPU.
+    A bound on the maximum error alone would accept a bfloat16 gradient that is 1 % wrong. The
+    bounds also allow for one rounding, and for float32 errors: lse is a float32 value that scales a
+    whole row, and a BLAS sums in an order that depends on the CPU.
     """
     eps = EPS[dtype]
     (l2, top), (ref_l2, ref_top) = errors(x, truth), errors(reference, truth)
@@ -210,8 +210,7 @@ def assert_no_worse(name, x, reference, truth, dtype):
 
 
 def assert_rounded(name, x, truth, dtype):
-    """Checks that plain code is as accurate as float32 arithmetic, with one more rounding for half
-    precision."""
+    """Checks that plain code has float32 accuracy, plus one rounding in half precision."""
     l2, _ = errors(x, truth)
     bound = 16 * EPS["float32"] + (EPS[dtype] / 2 if dtype != "float32" else 0)
     assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"

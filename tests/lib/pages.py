@@ -1,7 +1,7 @@
-"""The pages of the documentation, and the code blocks in them.
+"""Reads the documentation's pages and their code blocks.
 
-A fence may say that a block needs something that not every machine has, such as ```sh needs: cuda.
-A page may say which files the reader already has, such as <!-- given: out rows.csv -->.
+A fence can declare that a block needs something that not every machine has, such as ```sh needs:
+cuda. A page can list the files that the reader already has, such as <!-- given: out rows.csv -->.
 """
 
 import re
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: The pages whose blocks are run, except blocks that need something.
+#: The pages whose blocks are run, except blocks marked `needs:`.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
-#: The things that a block may need; docs/hooks.py shows them to readers.
+#: The values of a `needs:` mark. docs/hooks.py shows them to readers.
 NEEDS = {"cuda", "mac", "network", "hosts", "packages", "server", "checkout"}
 FENCE = re.compile(r"^```(\w*)(?: needs: (\w+))?$")
 
@@ -33,8 +33,7 @@ class Block:
 
 
 def blocks(page: Path) -> Iterator[Block]:
-    """Yields the fenced blocks of a page. Raises ValueError for a fence that is not closed or not
-    known."""
+    """Yields the fenced blocks of a page. Raises ValueError for an unclosed or unknown fence."""
     begun: tuple[int, str, str | None] | None = None
     lines: list[str] = []
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
@@ -47,14 +46,14 @@ def blocks(page: Path) -> Iterator[Block]:
         elif line.startswith("```"):
             fence = FENCE.match(line)
             if not fence or fence[1] not in LANGUAGES or fence[2] not in {None, *NEEDS}:
-                raise ValueError(f"{page.name}:{number}: {line} is no fence that tests understand")
+                raise ValueError(f"{page.name}:{number}: {line} is not a fence known to the tests")
             begun = (number, fence[1], fence[2])
     if begun is not None:
         raise ValueError(f"{page.name}:{begun[0]}: the block is not closed")
 
 
 def prose(page: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of a page that are outside its blocks, with their line numbers."""
+    """Yields the lines of a page outside its code blocks, with their line numbers."""
     inside = False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
@@ -70,8 +69,7 @@ def given(page: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields the commands of a shell block, both as they are written and as words without
-    comments."""
+    """Yields the commands of a shell block, each as written and as words without comments."""
     own = ""
     for line in text.replace("\\\n", " ").splitlines():
         own += line
@@ -84,4 +82,4 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
             yield own, words
         own = ""
     if own:
-        raise ValueError(f"a quotation is not closed: {own}")
+        raise ValueError(f"a quote is not closed: {own}")

@@ -1,4 +1,4 @@
-"""The packages with which tests compare, if they are installed."""
+"""Loads the packages used for comparisons, if they are installed."""
 
 import importlib
 import importlib.util
@@ -8,12 +8,11 @@ import pytest
 
 
 def load_peers():
-    """Returns lib.hf_peers if torch and PEFT are installed. With PEERS=1, they must be
-    installed."""
+    """Returns lib.hf_peers if torch and PEFT are installed. With PEERS=1, they are required."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("PEERS", "0") in ("", "0"):
         pytest.skip(
-            f"{' and '.join(missing)} not installed: `make test PEERS=1` installs what we compare "
-            "with, and runs this too"
+            f"{' and '.join(missing)} not installed: `make test PEERS=1` installs them "
+            "and runs this test"
         )
     return importlib.import_module("lib.hf_peers")

@@ -1,5 +1,4 @@
-"""Tiny runs: their configuration, functions that end them early, and functions that compare
-them."""
+"""Tiny runs: their configuration, and functions that interrupt them or compare them."""
 
 import gc
 import json
@@ -22,16 +21,16 @@ def config_of(model, data, out, **changes):
 
 
 def existing_bytes():
-    """Returns the bytes of the arrays that earlier tests in this process still hold.
+    """Returns the size of the arrays that earlier tests in this process still reference.
 
-    It frees reference cycles first. Otherwise they would be counted here, but freed during a step.
+    Reference cycles are freed first. Otherwise they would be counted here but freed during a step.
     """
     gc.collect()
     return mx.get_active_memory()
 
 
 def counted_references(monkeypatch):
-    """Returns a list that gets one element for each row whose reference log-probabilities are
+    """Returns a list that grows by one element for each row whose reference log-probabilities are
     computed."""
     counted, original = [], references.one_row
 
@@ -48,8 +47,8 @@ def weights_of(path):
 
 
 def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Asserts that stock mlx-lm with the adapter has the same logits as our model, and that these
-    differ from the logits of the base model by `apart`. Returns tokens and these logits."""
+    """Asserts that mlx-lm computes our model's logits with the adapter, and that they differ from
+    the base model's by at least `apart`. Returns tokens and logits."""
     tokens = mx.array([[1, 5, 9, 200, 17, 33]])
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
     own, _ = mlx_segtrain.load(model_dir, adapter)
@@ -60,7 +59,7 @@ def assert_same_in_mlx_lm(model_dir, adapter, apart):
 
 
 def losses_of(monkeypatch, losses):
-    """Makes evaluations return these losses in turn. After the last one, they keep returning it."""
+    """Makes evaluations return these losses in turn, and then the last one repeatedly."""
     left = list(losses)
     monkeypatch.setattr(step, "measure", lambda *_: (left.pop(0) if len(left) > 1 else left[0], {}))
 
@@ -72,11 +71,11 @@ TIMES = (
 
 
 class Crash(BaseException):
-    """Ends a run in the middle, so that it saves nothing."""
+    """Ends a run abruptly, so that it saves nothing."""
 
 
 def crash_behind(last, told=None):
-    """Returns an on_event function that ends the run when it gets the loss of step `last`."""
+    """Returns an on_event function that ends the run at the loss of step `last`."""
 
     def on_event(event):
         if told is not None:
@@ -88,8 +87,7 @@ def crash_behind(last, told=None):
 
 
 def lines_of(run):
-    """Returns the lines of metrics.jsonl without values that depend on the clock or on whether the
-    run was resumed."""
+    """Returns the lines of metrics.jsonl without values that depend on the clock or on resuming."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
         {key: x for key, x in line.items() if key not in TIMES and "path" not in key}
@@ -107,12 +105,12 @@ def essence(result):
 
 
 def files_of(run):
-    """Returns the content of each safetensors file of a run, by path."""
+    """Returns the contents of a run's safetensors files by path."""
     return {path.relative_to(run): path.read_bytes() for path in sorted(run.rglob("*.safetensors"))}
 
 
 def assert_twins(config, resumed, plain):
-    """Asserts that two runs left the same files and returned the same result."""
+    """Asserts that two runs wrote identical files and returned the same result."""
     (a, one), (b, two) = resumed, plain
     assert essence(one) == essence(two)
     assert lines_of(a) == lines_of(b)

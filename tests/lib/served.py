@@ -1,4 +1,4 @@
-"""Starts a server in the same way as a user: `mlx-segtrain serve` in a separate process."""
+"""Starts a server as a user does: `mlx-segtrain serve` in a separate process."""
 
 import asyncio
 import json
@@ -17,8 +17,8 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 
 
 class Server:
-    """Runs a server while this context is active. `http` is a client of the server, and `cache`
-    contains the server's store."""
+    """Runs a server while the context is active. `http` is a client, and `cache` contains the
+    server's store."""
 
     def __init__(self, cwd: Path, *args: object, cache: Path | None = None, port: int = 0, **env):
         self.cwd, self.args, self.port = cwd, args, port
@@ -89,7 +89,7 @@ class Server:
 
 
 def frames(http: httpx.Client, id: str, last_id: str = "") -> list[tuple[str, dict]]:
-    """Returns the id and the content of each event in a stream, up to the end of the stream."""
+    """Returns the ids and contents of all events of a stream."""
     headers = {"last-event-id": last_id} if last_id else {}
     found, own = [], ""
     with http.stream("GET", f"/api/jobs/{id}/stream", headers=headers) as stream:
@@ -114,7 +114,7 @@ def write_place(path: Path) -> Path:
 
 
 def ended(folder, kind, values=None, **environment):
-    """Runs a job until it has ended, and returns the job and its log."""
+    """Runs a job until it ends, and returns the job and its log."""
 
     async def run():
         jobs = Jobs(folder)

@@ -1,5 +1,5 @@
-"""Shapes for all implementations of an op: aligned sizes, sizes that are off by one, tiny sizes,
-grouped heads, T < S (fewer queries than keys), and padding."""
+"""Shapes for all implementations of an op: aligned and off by one, tiny, grouped heads, T < S
+(fewer queries than keys), and padding."""
 
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,8 +26,8 @@ class Attention:
 
 
 def ids(*runs: int) -> np.ndarray:
-    """Returns a segment id for each key. `runs` are the lengths of the segments in order; a
-    negative length means padding."""
+    """Returns a segment id for each key. `runs` are the segments' lengths in order; a negative
+    length means padding."""
     return np.repeat([np.sign(n) * (9 - i) for i, n in enumerate(runs)], np.abs(runs))
 
 
@@ -59,8 +59,8 @@ ATTENTION = [
     Attention(1, 2, 1, 200, 300, 32, options={"segments": [0, 150, 300], "window": 40}),
     Attention(1, 2, 1, 200, 200, 32, options={"softcap": 2.0}),
     Attention(1, 2, 2, 260, 260, 512, options={"softcap": 5.0, "window": 100}),
-    # These have padding of more than a tile in the middle, padding with a window, padding after the
-    # last offset, and only padding.
+    # Padding longer than a tile in the middle, padding with a window, padding after the last
+    # offset, and padding only.
     Attention(2, 4, 2, 420, 420, 64, options={"segments": ids(50, -3, 90, -200, 60, -17)}),
     Attention(1, 2, 1, 290, 300, 128, options={"segments": ids(-30, 100, -40, 130), "window": 60}),
     Attention(1, 2, 1, 280, 300, 96, options={"segments": [0, 100, 130], "softcap": 3.0}),
@@ -74,18 +74,18 @@ ATTENTION_TINY = [
     Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
-#: Shapes for gated linear units: whole threadgroups, sizes that are off by one, different numbers
-#: of axes, and few elements, for which the plain code may happen to have no error.
+#: Shapes for gated linear units: whole threadgroups, off by one, different numbers of axes, and so
+#: few elements that the plain code may have no error by chance.
 GLU = [(2, 5, 129), (2, 1024), (2049,), (1, 2, 3, 343), (40, 1536)]
 GLU_TINY = [(), (1, 1), (7,), (8,), (3, 3)]
 
-#: All quantizations that MLX supports, as (mode, bits, group size).
+#: All quantizations supported by MLX, as (mode, bits, group size).
 QUANTIZATIONS = [
     *[("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)],
     ("mxfp4", 4, 32),
     ("mxfp8", 8, 32),
     ("nvfp4", 4, 16),
 ]
-#: None is a dense base. The widths are not multiples of the kernels' tiles.
+#: None means a dense base. The widths are not multiples of the kernels' tile sizes.
 BASES = [None, *QUANTIZATIONS]
 DTYPES = ["float32", "float16", "bfloat16"]

@@ -1,4 +1,4 @@
-"""A tiny random float32 model of each model family of mlx-lm."""
+"""Builds tiny random float32 models of the mlx-lm families."""
 
 import copy
 import dataclasses
@@ -12,7 +12,8 @@ from mlx.utils import tree_map
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
-# Values of fields that several families have. A family gets those fields that its ModelArgs has.
+# Values of config fields that several families share. Each family uses those defined in its
+# ModelArgs.
 COMMON: dict[str, Any] = {
     name: value
     for value, names in (
@@ -95,8 +96,8 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# For each family, the values that differ from COMMON. If there is a text_config, these are values
-# in it.
+# Values in which each family differs from COMMON. In families with a text_config, they belong
+# there.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},
@@ -345,7 +346,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "youtu_llm": {},
 }
 
-# Families without a forward pass on the CPU, and the reason in mlx-lm.
+# Families that have no forward pass on the CPU, and the reason in mlx-lm.
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "BitLinear multiplies with a Metal kernel only",
     "muse_spark": "queries and keys are normed and rotated by a Metal kernel only",
@@ -360,7 +361,7 @@ def _module(family: str) -> ModuleType:
 
 
 def config(family: str, **overrides: Any) -> dict[str, Any]:
-    """Returns a config.json for the family. Fields that ModelArgs does not have are put into
+    """Returns a config.json for the family. Fields that ModelArgs does not define go into
     text_config."""
     fields = {field.name for field in dataclasses.fields(_module(family).ModelArgs)}
     own = FAMILIES[family] | overrides
@@ -375,8 +376,8 @@ def config(family: str, **overrides: Any) -> dict[str, Any]:
 
 
 def build(family: str, *, seed: int = 0, **overrides: Any) -> nn.Module:
-    """Returns the family's model. Noise is added to every parameter that is initialized as a
-    constant."""
+    """Returns the family's model, with noise added to parameters that are initialized as
+    constants."""
 
     def noisy(x: mx.array) -> mx.array:
         constant = mx.issubdtype(x.dtype, mx.floating) and (x.max() == x.min()).item()

@@ -1,8 +1,7 @@
-"""Processes from which runs are forked import this module, because it imports everything that a run
-needs.
+"""Imports everything that a run needs, in the process from which runs are forked.
 
-It computes nothing, because MLX's threads do not exist in a fork. The variable WARM_MODEL is the
-folder of a model.
+It computes nothing, because MLX's threads do not survive a fork. The environment variable
+WARM_MODEL contains a model's folder.
 """
 
 import os
