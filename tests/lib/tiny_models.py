@@ -351,7 +351,7 @@ UNBUILDABLE: dict[str, str] = {
     "muse_spark": "only a Metal kernel normalizes and rotates queries and keys",
     "olmo": "importing the module exits without the package ai2-olmo",
     "phi3small": "sets the logits of tokens up to 100351 to -inf, whatever the vocabulary",
-    "prism_hadamard_qwen35": "the model can be built only from a packed 2-bit checkpoint and its manifest",
+    "prism_hadamard_qwen35": "needs a packed 2-bit checkpoint and its manifest",
 }
 
 
