@@ -40,8 +40,8 @@ class Client:
         """Yields each event of a job exactly once, even if the connection is lost.
 
         Each event has an id. A new connection sends the id of the last event that was received, and
-        the server continues with the next event. To show this, `drop_every` closes the connection
-        after that many events.
+        the server continues with the next event. To demonstrate this, the connection is closed
+        after every `drop_every` events.
         """
         last_id, wait_s = "", 0.5
         while True:

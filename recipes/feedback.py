@@ -1,7 +1,7 @@
 """Turns feedback from users into training rows: `python recipes/feedback.py FEEDBACK.csv DIR`.
 
 FEEDBACK.csv has the columns prompt, answer and good (true or false). If a prompt has both good and
-bad answers, each good answer is written to DIR/pairs together with each bad one, for dpo. The
+bad answers, each pair of a good and a bad answer is written to DIR/pairs, for dpo. The
 answers to all other prompts are written to DIR/labels, for kto.
 """
 

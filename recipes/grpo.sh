@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# GRPO on prompts whose completions get rewards. Without DATA it trains the demo's model to complete JSON records that
-# contain a sum.
+# Trains with GRPO. Without DATA, it trains the demo's model to complete JSON records that contain a sum.
 #   MODEL=/path/to/model DATA=/path/to/prompts ITERS=12 RANK=16 recipes/grpo.sh [FLAG ...]
 # Flags of `mlx-segtrain train` come last and take precedence; for example, --reward number:answer sets another reward.
 set -euo pipefail

@@ -1,4 +1,4 @@
-# Turns environment variables into flags of mlx-segtrain. For a variable that is not set, the recipe's value applies.
+# Converts environment variables to flags of mlx-segtrain. If a variable is not set, the recipe's value applies.
 #
 #   MODEL       model_dir: a folder, or a name on the hub
 #   DATA        data_dir: a folder with train.jsonl, or a name on the hub
@@ -14,7 +14,7 @@
 #   GRAD_CKPT   grad_checkpoint: 1 or 0
 
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
-command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: pip install it, or run make dev." >&2; exit 2; }
+command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: install it with pip, or run make dev." >&2; exit 2; }
 
 # Prints the folder of a model in the hub's cache; if there are several, it prints the newest.
 cached() {
@@ -29,7 +29,8 @@ from mlx_segtrain.files import cache_dir
 print(smollm2_snapshot(cache_dir()))'
 }
 
-# If DATA is not set, makes rows and sets DATA to their folder; if MODEL is not set either, sets it to the demo's model.
+# If DATA is not set, generates rows and sets DATA to their folder; if MODEL is not set either, sets it to the model of
+# the demo.
 # The arguments are the name of the folder for the rows, and the kind of rows.
 demo_without_data() {
   [ -z "${DATA:-}" ] || return 0

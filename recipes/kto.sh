@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# KTO on rows with a label, or on pairs, each of which counts as two rows. Without DATA it uses the model and the pairs
-# of dpo.sh.
+# Trains with KTO on rows with a label, or on pairs, each of which becomes two rows. Without DATA, it uses the model and
+# the pairs of dpo.sh.
 #   MODEL=/path/to/model DATA=/path/to/rows ITERS=40 RANK=16 recipes/kto.sh [FLAG ...]
 # Flags of `mlx-segtrain train` come last and take precedence; for example, --overwrite replaces an adapter.
 set -euo pipefail

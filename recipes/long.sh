@@ -10,5 +10,5 @@ MODEL=${MODEL:-$(demo_model)}
 for budget in ${BUDGETS:-10 2 0.5}; do
   echo "With $budget GB:"
   mlx-segtrain plan --model "$MODEL" --max-seq-length "${SEQ:-8192}" --rank "${RANK:-16}" \
-    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # exit status 2: it does not fit, which the output says
+    --memory-budget-gb "$budget" "$@" || [ $? = 2 ] # exit status 2: the run does not fit, which the output explains
 done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a task whose score is from 0 to 100: scores the model, trains an adapter, and scores the model with the adapter.
+# Runs a task with scores from 0 to 100: scores the model, trains an adapter, and scores the model with the adapter.
 #   recipes/task.sh chunk       split notes into chunks, given as JSON with anchors
 #   recipes/task.sh tools       call the right tool with the right arguments
 #   recipes/task.sh persona     answer as an old sailor
 #   MODEL=/path/to/model ITERS=80 recipes/task.sh tools [FLAG ...]
-# tasks.py has the rows and the scores. Flags of `mlx-segtrain train` come last and take precedence; for example,
-# --overwrite replaces an adapter.
+# tasks.py generates the rows and computes the scores. Flags of `mlx-segtrain train` come last and take precedence; for
+# example, --overwrite replaces an adapter.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/knobs.sh"

@@ -69,7 +69,7 @@ HELLO, GOODBYE = "Ahoy!", "Fair winds, Marlow."
 
 
 def chunk_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields notes on two or three topics, with the words with which each topic begins."""
+    """Yields notes on two or three topics, and the first four words of each topic."""
     while True:
         parts, answer = [], []
         for topic in draw.sample(sorted(TOPICS), draw.choice([2, 3])):
@@ -80,7 +80,7 @@ def chunk_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def tools_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields requests, with the tool call that each needs."""
+    """Yields requests, and the right tool call for each."""
     keys = {"weather": "place", "alarm": "hour", "note": "text"}
     while True:
         values = {"weather": draw.choice(PLACES), "alarm": draw.randint(1, 12)}
@@ -92,7 +92,7 @@ def tools_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def persona_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields questions, with answers that an old sailor would give."""
+    """Yields questions, and an old sailor's answers to them."""
     while True:
         thing = draw.choice(sorted(THINGS))
         answer = f"{HELLO} A {thing} {THINGS[thing]}. {GOODBYE}"
@@ -100,7 +100,7 @@ def persona_rows(draw: random.Random) -> Iterator[Row]:
 
 
 def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """Gives 20 for JSON, 30 for a list of objects with both keys, and up to 50 for the right
+    """Gives 20 points for JSON, 30 for a list of objects with both keys, and up to 50 for the right
     anchors (F1)."""
 
     def score(given: Any, wanted: list[dict[str, str]]) -> float:
@@ -113,7 +113,7 @@ def chunk(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
-    """Gives 20 for JSON, 40 for the right tool, and 40 for the right arguments."""
+    """Gives 20 points for JSON, 40 for the right tool, and 40 for the right arguments."""
 
     def score(given: Any, wanted: dict[str, Any]) -> float:
         own = given if isinstance(given, dict) else {}
@@ -127,7 +127,7 @@ def tools(completions: Sequence[str], completion: Sequence[str]) -> list[float]:
 
 
 def persona(completions: Sequence[str]) -> list[float]:
-    """Gives 40 for the greeting, 40 for the goodbye, and 20 if there are at most 30 words."""
+    """Gives 40 points for the greeting, 40 for the goodbye, and 20 for at most 30 words."""
     return [
         40.0 * text.strip().startswith(HELLO)
         + 40.0 * text.strip().endswith(GOODBYE)
@@ -159,7 +159,7 @@ TASKS = {"chunk": chunk_rows, "tools": tools_rows, "persona": persona_rows}
 def main(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows, seen = TASKS[task](random.Random(0)), set()
-    for name in ("valid", "train"):  # held-out rows come first, so training rows can differ
+    for name in ("valid", "train"):  # held-out rows first: their prompts are excluded below
         own: list[Row] = []
         while len(own) < ROWS[name]:
             row = next(rows)

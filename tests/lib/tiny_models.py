@@ -348,11 +348,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 # Families that have no forward pass on the CPU, and the reason in mlx-lm.
 UNBUILDABLE: dict[str, str] = {
-    "bitnet": "BitLinear multiplies with a Metal kernel only",
-    "muse_spark": "queries and keys are normed and rotated by a Metal kernel only",
+    "bitnet": "BitLinear has only a Metal kernel",
+    "muse_spark": "only a Metal kernel normalizes and rotates queries and keys",
     "olmo": "importing the module exits without the package ai2-olmo",
     "phi3small": "sets the logits of tokens up to 100351 to -inf, whatever the vocabulary",
-    "prism_hadamard_qwen35": "only a packed 2-bit checkpoint with its manifest makes the model",
+    "prism_hadamard_qwen35": "needs a packed 2-bit checkpoint and its manifest",
 }
 
 
