@@ -1,6 +1,6 @@
 """Creates a twin of a model for steps of a few tokens on a GPU. The twin has the same weights and
-updates, but its linear layers run less Python code and launch fewer kernels, because such a step
-takes as long as the host needs to launch it."""
+updates, but its linear layers run less Python code and launch fewer kernels, because the duration
+of such a step is the time that the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,5 @@
-"""The decoder layer of the fast families as stages. Models differ only in the data of this layer.
+"""The decoder layer of the fast families, divided into stages. Models differ only in the values of
+its fields.
 
 Read `Layer.stages` first: the residual stream goes from h to h + attention(h), and then to h +
 mlp(h).
@@ -20,9 +21,9 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: The number of rows that an MLP computes at a time. With more tokens, its memory stops growing,
-#: and its first matrix multiplication runs twice even if all values are kept. The number is the
-#: same for every plan, because the order in which rows are summed depends on it.
+#: The number of rows that an MLP computes at a time. With more tokens, the MLP needs no more
+#: memory, but its first matrix multiplication runs twice even if all values are kept. The number is
+#: the same for every plan, because the order in which rows are summed depends on it.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -31,7 +32,8 @@ PROJECTIONS = (
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: Rotates x [B, n, T, D], whose first position is `offset`, in a row that has these segments.
+#: A function that rotates x [B, n, T, D], whose first position is `offset`, in a row with these
+#: segments.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
@@ -120,7 +122,7 @@ class Norm:
         return ops.rms_norm(x, self.weight, self.eps)
 
     def beside(self, h: mx.array) -> list[mx.array]:
-        """Returns h and its norm."""
+        """Returns h and the normalized h."""
         return ops.rms_norm_beside(h, self.weight, self.eps)
 
     def added(self, h: mx.array, x: mx.array, factor: mx.array | None = None) -> mx.array:
@@ -165,8 +167,8 @@ class Attention:
         """Maps x [B, T, H] to the output of the last `rows` rows, [B, rows, H], and to the keys and
         values, [B, G, T, D].
 
-        If `given` has the keys and values of another layer, they replace those of x. The third
-        result is what must be passed as `saved` when the output is recomputed.
+        If `given` contains the keys and values of another layer, they replace those of x. The third
+        result must be passed as `saved` when the output is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -300,7 +302,7 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: a scalar
-    #: The function also takes the tokens [B, T], from which it computes an input of the width
+    #: The function also receives the tokens [B, T], from which it computes an input of the width
     #: `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
@@ -572,7 +574,7 @@ def layer_of(
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotation with our own op."""
+    """Rotates heads with our own op."""
 
     dims: int
     options: Mapping[str, Any]

@@ -53,7 +53,7 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
     """Returns the metrics among the outputs, keyed by name. A metric that is NaN, because no row
-    was measured, is left out."""
+    was measured, is omitted."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
@@ -179,11 +179,11 @@ def baseline_of(
     total: Any,
     value: Value = value,
 ) -> float:
-    """Returns what these batches contribute to the baseline of the step, or 0 if the objective has
-    no baseline."""
+    """Returns the contribution of these batches to the baseline of the step, or 0 if the objective
+    has no baseline."""
     if objective.baseline is None:
         return 0.0
-    # The batches run one at a time, so that the memory of one is free before the next one begins.
+    # The batches run one at a time, so that the memory of each is freed before the next begins.
     what = (objective.baseline, chain, scales, params)
     return sum(float(value(*what, batch, total)[0]) for batch in batches)
 

@@ -34,8 +34,8 @@ class Objective:
 
     @property
     def reference(self) -> "Objective | None":
-        """The objective that computes what the loss needs of the reference model, which is the
-        model without its adapter; None if it needs nothing."""
+        """The objective that computes the values of the reference model, which is the model without
+        its adapter; None if the loss needs none of them."""
         return None
 
     @property

@@ -75,8 +75,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form in which their common prefix runs once, then in a form in
-        which pairs share nothing."""
+        """Yields the pairs in a form in which their common prefix is computed only once, then in a
+        form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -84,8 +84,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # A batch can share only tokens that all of its pairs share. `apart` are pairs that share
-        # none.
+        # A batch can share only tokens that all of its pairs share. `apart` contains the pairs that
+        # share none.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -155,7 +155,7 @@ class Pairs(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, weights, reference, part = reads
-        # This is not a matrix multiplication, because GPUs round the operands of one.
+        # Not a matrix multiplication, because GPUs would round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
         answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
@@ -278,7 +278,7 @@ LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "discopop": _discopop,
     "sigmoid_norm": lambda r: nn.softplus(-r.z),
 }
-#: The losses that take means over the response instead of sums.
+#: The losses that use means over the response instead of sums.
 OF_MEANS = ("ipo", "sigmoid_norm")
 
 

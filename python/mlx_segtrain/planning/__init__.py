@@ -34,7 +34,7 @@ __all__ = [
     "shape_of",
 ]
 
-#: Sequence lengths are planned in multiples of this.
+#: Sequence lengths are planned in multiples of this number.
 STEP = 128
 #: On CUDA the host launches ops ahead of the device, so a step needs more memory than its plan. The
 #: additional memory, measured on an H200 (bench/LOG.md), is this fraction of `overshoot`: AHEAD if
@@ -157,7 +157,8 @@ def planned(
 def overshoot(
     model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
 ) -> int:
-    """Returns how many bytes MLX may allocate above the limit at which it waits for the device.
+    """Returns the number of bytes that MLX may allocate above the limit at which it waits for the
+    device.
 
     MLX waits before an op, and afterwards allocates the outputs of the op. The largest outputs are
     gate and up of all tokens; if the MLP is tiled, they are those of attention's backward pass,

@@ -37,8 +37,8 @@ class RunPlan:
     """The memory plan of a run. It is based on the largest batch for each number of streams.
 
     `plans` contains the plan of each of the `batches`. It is empty for model families on the
-    generic path, whose layers are mlx-lm's, so their memory cannot be predicted. These use one
-    layer per segment, unless the configuration sets a size.
+    generic path, whose layers are mlx-lm's, so their memory cannot be predicted. Such models use
+    one layer per segment, unless the configuration sets a size.
     """
 
     shape: ModelShape
@@ -347,5 +347,5 @@ def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _gb(n: int) -> str:
-    """Formats a number of bytes with enough digits that different sizes can be distinguished."""
+    """Formats a number of bytes with enough digits to distinguish different sizes."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"

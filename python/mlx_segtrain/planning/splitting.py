@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """The share that a rank has in a pipeline. Sizes are in bytes.
+    """A rank's share of a pipeline. Sizes are in bytes.
 
     For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
     computes for `seconds`. `busy` is the fraction of a step in which the rank computes. Times are
@@ -165,8 +165,8 @@ def split(
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Assigns to each rank as many layers as it can run within `limit` seconds. If layers are
-        left over, it returns fewer parts than there are ranks."""
+        """Assigns to each rank as many layers as it can run within `limit` seconds. Returns fewer
+        parts than there are ranks if not all layers can be assigned."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 

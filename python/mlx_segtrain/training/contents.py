@@ -1,5 +1,4 @@
-"""Checks that a new run removes nothing from its folder except files that an earlier run has
-written."""
+"""Checks that a new run removes nothing from its folder except files written by an earlier run."""
 
 import re
 from pathlib import Path

@@ -16,8 +16,8 @@ from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
 
-#: A function of the model with the adapter and of the tokenizer. It returns a number, or several
-#: numbers keyed by name.
+#: A function that is called with the model, to which the adapter is attached, and the tokenizer. It
+#: returns a number, or several numbers keyed by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
@@ -33,7 +33,7 @@ def numbers(found: Any) -> dict[str, float]:
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
     """Returns the scores that `eval_command` prints for the adapter. If the command fails, returns
-    the reason instead, since this must not end the run. Raises InputError if the command cannot be
+    the reason, because a failure must not end the run. Raises InputError if the command cannot be
     started."""
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:

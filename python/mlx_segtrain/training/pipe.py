@@ -33,7 +33,7 @@ class Own:
     given: Border
     left: Border
     streams: tuple[Stream, ...]
-    shapes: Any  #: equal for batches whose transfers have equal forms
+    shapes: Any  #: equal for batches whose transfers have the same shapes and dtypes
 
 
 @dataclass
@@ -43,8 +43,8 @@ class Pipe:
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: The forms of the arrays that cross a border, keyed by the border and by the shapes of a
-    #: batch.
+    #: The shapes and dtypes of the arrays that cross a border, keyed by the border and by the
+    #: shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
     #: The received values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None

@@ -93,15 +93,15 @@ def address_of(ranks: "Ranks") -> str:
     if rank == 0:
         return first
     family, kind, _, _, at = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as route:  # connecting it sends nothing
+    with socket.socket(family, kind) as route:  # connecting this socket sends nothing
         route.connect(at)
         return route.getsockname()[0]
 
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; by default, it consists of this process only. `warn` is called with a
-    sentence about slow ranks."""
+    """A group of processes, by default only this process. `warn` is called with a message that
+    names slow ranks."""
 
     rank: int = 0
     size: int = 1
@@ -118,7 +118,7 @@ class Ranks:
     #: and sums.
     settle: Callable[[], None] = lambda: None
     waited: float = 0.0  #: seconds spent waiting for other ranks
-    saving: bool = False  #: whether the state is being written: the process must not end
+    saving: bool = False  #: whether the state is being written; the process must not end then
 
     @property
     def first(self) -> bool:
@@ -355,8 +355,8 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """After a rank is lost, a back end may wait for it forever, so that this process does not end
-    by itself. In that case, this thread ends the process, but not while the state is being written.
+    """Ends this process, from a separate thread, if it does not end by itself because a back end
+    waits forever for a lost rank. Does not end it while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
     memory during an NCCL sum. If so, faulthandler's thread ends the process.
@@ -394,7 +394,7 @@ def _hang_up(hosts: list[list[str]]) -> None:
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)
-        except OSError:  # the descriptor by which the folder was listed
+        except OSError:  # the descriptor that was used to list the folder
             continue
         try:
             own = socket.socket(fileno=copy)
@@ -413,6 +413,6 @@ def _wake() -> None:
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     main = threading.main_thread().ident
     if main and hasattr(handler, "allowed"):
-        # A real signal also interrupts other waits of the main thread, such as for a reward's
-        # command.
+        # A real signal also interrupts other waits of the main thread, such as waiting for a
+        # reward's command.
         signal.pthread_kill(main, signal.SIGTERM)

@@ -93,8 +93,8 @@ class Setup(Inputs):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint from which a run continues, or None for a new run; and what `trace` returned
-    for the folder when the run started."""
+    """The checkpoint from which a run continues, or None for a new run; and the value that `trace`
+    returned for the folder when the run started."""
 
     resumed: Checkpoint | None
     seen: Any
@@ -190,9 +190,9 @@ def read_inputs(
     rewards: Rewards | None = None,
     ranks: Ranks = ALONE,
 ) -> Inputs:
-    """Reads the data, and resolves `auto` options in the configuration; a resumed run keeps the
-    values that it had. `rewards` must be given if the rows are prompts. Raises InputError if the
-    data cannot be used."""
+    """Reads the data, and resolves `auto` options in the configuration; a resumed run keeps its
+    earlier values. `rewards` must be given if the rows are prompts. Raises InputError if the data
+    cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -240,7 +240,7 @@ def with_rollouts(
     if not resumed and config.resume:
         with suppress(InputError):
             earlier = read(config.adapter_path)
-    # Rank 0's value counts, since other ranks may not see the folder of the run.
+    # Rank 0's value is used, since other ranks may have no access to the folder of the run.
     known = ranks.gather(earlier.get("config", {}).get("rollout_batch"))[0]
     if not isinstance(known, int):
         every = completions_of(config, ranks.size)
@@ -258,9 +258,8 @@ def prepare(
     """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
     vector of the adapter's factors.
 
-    Whether the answers of a pair share tokens is the same in a resumed run as before. Raises
-    InputError, before weights are loaded, if an input cannot be used or if there is not enough
-    memory.
+    In a resumed run, the answers of a pair share tokens only if they did before. Raises InputError,
+    before weights are loaded, if an input cannot be used or if there is not enough memory.
     """
     config = inputs.config
     objective = objective_of(config)
@@ -284,7 +283,7 @@ def prepare(
         train = choices[i]
     else:
         train, plan = fitting(choices)
-        # The order of the rows depends on the choice, so all ranks take the choice of the rank with
+        # The order of the rows depends on the choice, so all ranks use the choice of the rank with
         # the least memory.
         own = next(i for i, choice in enumerate(choices) if choice is train)
         if (agreed := max(ranks.gather(own))) != own:
@@ -317,9 +316,9 @@ def prepare(
 def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
-    """Returns the index of the first of the `choices` of batches for which the ranks have enough
-    memory, and the plan for this rank's layers, where rank 0 divides the layers between the ranks.
-    Raises InputError if the model cannot be divided, and NoRoom if no choice fits."""
+    """Returns the index of the first entry of `choices` for whose batches the ranks have enough
+    memory, and the plan for this rank's layers. Rank 0 divides the layers between the ranks. Raises
+    InputError if the model cannot be divided, and NoRoom if no choice fits."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
@@ -385,7 +384,7 @@ def load_chain(
     loaded: nn.Module | None = None,
     part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """Loads the configured model, or takes the `loaded` one, and returns it with its chain. If
+    """Loads the configured model, or uses the `loaded` one, and returns it with its chain. If
     `part` is given, reads only the layers of this part.
 
     Raises InputError if max_seq_length exceeds the model's context length, or if the model's
@@ -454,7 +453,7 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """Returns the error for adapting an embedding that is also the head in a pipeline, where the
+    """Returns the error for an adapted embedding that is also the head: in a pipeline, the
     embedding and the head are on different ranks."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is both its embedding and its head, "

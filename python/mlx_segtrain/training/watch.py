@@ -52,7 +52,7 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: `at` is how many times each rank has started or stopped waiting; `waits` is whether this
+        #: `at` counts how often each rank has started or stopped waiting; `waits` is whether this
         #: rank is waiting now.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
@@ -77,7 +77,7 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # If it is this rank that was declared lost, it may have slept, and the others know the
+            # If this rank was declared lost, it may have slept; the others already know the
             # decision.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
