@@ -89,7 +89,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         )
     if not (path / CONFIG).is_file():
         raise InputError(
-            f"{path} contains no {CONFIG}, which has the scale, so it is not an adapter."
+            f"{path} contains no {CONFIG}, which specifies the scale, so it is not an adapter."
         )
     config = read_json(path / CONFIG)
     if _is_unpadded(path, config):
@@ -177,6 +177,6 @@ def refuse(folder: Folder, what: str) -> NoReturn:
     kind."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
-        f"{what} are not supported, only {kinds} adapters are: merge {folder.weights.parent} into "
+        f"{what} are not supported (only {kinds} adapters are): merge {folder.weights.parent} into "
         "its model with the tool that created it."
     )

@@ -104,8 +104,8 @@ class Rows:
     """Updates for the rows of batches that run through one base model. They apply inside the
     context `running()`.
 
-    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once to find
-    out which linear layers read the same x.
+    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once, to
+    determine which linear layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
@@ -238,7 +238,7 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans the whole rank axis, because slicing x·a instead would take another launch
+        # Each b spans the whole rank axis, because slicing x·a instead would need another launch
         # per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():

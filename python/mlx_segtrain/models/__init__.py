@@ -2,7 +2,7 @@
 family is in this package.
 
 The weights, the configuration, the tokenizer and generation are mlx-lm's. A fast family is a module
-in FAMILIES that has the members of `Family`. Every other model takes the generic path.
+in FAMILIES that has the members of `Family`. Every other model uses the generic path.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -68,7 +68,7 @@ def of_type(model_type: str) -> Family | None:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """Returns the model's fast family, or None if the model takes the generic path."""
+    """Returns the model's fast family, or None if the model uses the generic path."""
     return of_type(type(text_model(model)).__module__.rpartition(".")[2])
 
 

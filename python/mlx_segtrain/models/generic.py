@@ -58,7 +58,8 @@ class _StandIn:
 
 @dataclass(frozen=True)
 class _Body:
-    """A model and the list of its layers, which is at `path`. Messages call the model `kind`."""
+    """A model and the list of its layers, which is at `path`. `kind` is the name of the model in
+    messages."""
 
     kind: str
     model: nn.Module

@@ -84,8 +84,9 @@ class Linears:
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors. For a kind of adapter that has another array,
-        the layer's base has no bias, because the object that applies the array adds the bias."""
+        """Returns the linear layer with its factors. For a kind of adapter with an additional
+        array, the layer's base has no bias, because the object that applies the array adds the
+        bias."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -220,8 +221,8 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Returns whether only norms and the rotation come between the projections of x and the
-        attention heads."""
+        """Returns whether only norms and the rotation are applied between the projections of x and
+        the attention heads."""
         return (
             linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
         )

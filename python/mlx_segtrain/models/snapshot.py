@@ -18,7 +18,7 @@ from ..safetensors import FLOATS, Tensors, read_header
 
 #: Maximum number of tensors, and maximum number of layers, in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
-#: MLX's modes whose scales are not floating-point values, by their bits and group size.
+#: MLX's modes whose scales are not floating-point values, keyed by bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 

@@ -1,5 +1,4 @@
-"""Objectives, which compute the loss of a batch from boundary values and work with any model
-family."""
+"""Objectives: compute the loss of a batch from boundary values, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence

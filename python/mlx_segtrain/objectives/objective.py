@@ -55,8 +55,8 @@ class Objective:
         return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the data in each form in which its batches can run. A run uses the first form that
-        fits into memory."""
+        """Yields the data in every form that a run can use. The run uses the first form that fits
+        into memory."""
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:

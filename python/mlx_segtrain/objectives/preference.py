@@ -2,8 +2,8 @@
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
-branch. With causal attention this gives exactly the same results. Only positions in the loss go
-through the head.
+branch. With causal attention, the results are exactly the same. The head runs only on positions in
+the loss.
 """
 
 import math
@@ -31,7 +31,8 @@ DISCOPOP_TAU = 0.05
 
 @dataclass(frozen=True)
 class Total:
-    """The number of pairs, and the number of tokens of chosen sequences in a cross-entropy term."""
+    """The number of pairs, and the number of the chosen sequences' tokens in the cross-entropy
+    term."""
 
     pairs: int
     tokens: float
@@ -172,7 +173,7 @@ class Pairs(Objective):
         return np.zeros_like(chosen.weights)
 
     def _counted(self, pairs: Columns) -> int:
-        """Returns the maximum number of positions in a pair that go through the head."""
+        """Returns the maximum number of positions in a pair on which the head runs."""
         chosen = pairs.length[:, 0] - 1 if self._full else pairs.trained[:, 0]
         return int((chosen + pairs.trained[:, 1]).max())
 

@@ -112,8 +112,8 @@ def upload(x: np.ndarray) -> mx.array:
     """Copies an array to the device, as int32 if its dtype is an integer type, otherwise as
     float32.
 
-    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be under way
-    when the function returns.
+    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be in
+    progress when the function returns.
     """
     dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
     return _core.upload(np.ascontiguousarray(x, dtype))
@@ -419,7 +419,7 @@ def lora_qkv(
     impl: str = "auto",
 ) -> list[mx.array]:
     """Applies linear layers to x as `lora_linears` does, and returns the heads q and k, rotated as
-    by `rope`, and v.
+    in `rope`, and v.
 
     x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. If there are two linear layers, the output
     of the second is used for both keys and values: v is k without its norm and rotation. If there

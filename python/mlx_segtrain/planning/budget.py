@@ -9,8 +9,8 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, WORKSPACE, Device
 
-#: MARGIN is the fraction of the memory that is left to other programs. On a CPU, INTERPRETER bytes
-#: are also left to the Python interpreter.
+#: MARGIN is the fraction of the memory that is reserved for other programs. On a CPU, INTERPRETER
+#: bytes are also reserved for the Python interpreter.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 

@@ -2,8 +2,8 @@
 model families that run on our ops.
 
 Each op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token, which agree
-with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
+(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token. The results
+agree with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
 multiplications.
 """
 

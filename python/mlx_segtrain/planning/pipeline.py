@@ -3,7 +3,7 @@ that ranks send.
 
 Rank r of N runs N − r micro-batches forward before its first backward pass; from then on it
 alternates between backward and forward passes (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So
-it needs N − r times the memory that a micro-batch keeps between its two passes.
+it needs N − r times the memory that a micro-batch occupies between its two passes.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ class RunPlan:
 
     def __str__(self) -> str:
         if self.planned is None:
-            return (
-                f"memory is not predicted for {self.shape.family}, which runs with mlx-lm's layers"
-            )
+            return f"memory is not predicted for {self.shape.family}, which runs on mlx-lm's layers"
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         own = f"{self.part}; " if self.part else ""
@@ -140,7 +138,7 @@ class RunPlan:
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """Returns the plan of a rank that has the layers of this part."""
+        """Returns the plan of a rank that runs the layers of this part."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
@@ -273,7 +271,7 @@ def planned(
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not supported for {shape.family}, which runs with mlx-lm's layers, and "
+            f"packing is not supported for {shape.family}, which runs on mlx-lm's layers, and "
             "they do not support packed rows: leave packing out and set batch_size; rows of "
             "similar length are batched together.",
             field="packing",

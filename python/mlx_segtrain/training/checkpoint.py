@@ -67,7 +67,7 @@ def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
     """Writes a checkpoint in a run's folder. Then deletes all checkpoints of later steps, since the
-    run may reach those steps in a different state, and all but the newest `keep` of the others.
+    run may reach those steps in a different state, and all except the newest `keep` of the others.
 
     Raises OSError if the checkpoint cannot be written; earlier checkpoints are intact then.
     """

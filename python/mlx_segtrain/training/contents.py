@@ -44,6 +44,6 @@ def check_own(run: Path) -> None:
 
 def _foreign(run: Path, path: Path) -> InputError:
     return InputError(
-        f"adapter_path {run} holds {path.relative_to(run)}, which no run wrote and this run "
-        "would remove: choose another folder, or move it away."
+        f"adapter_path {run} contains {path.relative_to(run)}, which no run wrote and this run "
+        "would delete: choose another folder, or move the file away."
     )

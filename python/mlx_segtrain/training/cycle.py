@@ -1,9 +1,9 @@
 """A training step of grpo, which generates completions with the current adapter, scores them, and
 trains on them.
 
-Generation and updates share the weights of the base model: for generation the adapter is attached
-to its linear layers. The random numbers of a completion depend only on the seed of the run, the
-step, the prompt and the index of the completion.
+Generation and updates share the weights of the base model: during generation, the adapter is
+attached to the model's linear layers. The random numbers of a completion depend only on the seed of
+the run, the step, the prompt and the index of the completion.
 
 Several ranks divide the prompts of a step. Each rank generates, scores and trains on the
 completions of its share of the prompts. From the other ranks it receives the values on which

@@ -539,8 +539,8 @@ class Run:
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _whole(self, moments: bool = True) -> State:
-        """Returns the state, which on rank 0 has the factors of all ranks. All ranks must call this
-        method. Unless `moments` is set, the optimizer state may be missing."""
+        """Returns the state; on rank 0, it contains the factors of all ranks. All ranks must call
+        this method. Unless `moments` is set, the optimizer state may be missing."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:

@@ -1,8 +1,8 @@
 """Runs batches forward and backward through a model whose layers are divided between ranks.
 
 A rank receives boundary values from the previous rank, runs its stages, and sends the values that
-later ranks read to the next rank. In the backward pass, cotangents take the opposite direction. All
-ranks have the batches, so values that do not depend on weights need not be sent.
+later ranks read to the next rank. In the backward pass, cotangents flow in the opposite direction.
+All ranks have the batches, so values that do not depend on weights need not be sent.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -50,7 +50,7 @@ class Pipe:
     posted: dict[str, mx.array] | None = None
 
     def owners(self, chain: Chain) -> set[str]:
-        """Returns the owners of the parameters that this rank has."""
+        """Returns the owners of the parameters that this rank stores."""
         own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
         return own | ({"head"} if self.part.last else set())
 
@@ -113,7 +113,7 @@ class Pipe:
         return found
 
     def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
-        """Sends to the next rank the values that later ranks read."""
+        """Sends the values that later ranks read to the next rank."""
         arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
         key = ("left", own.shapes)
         if key not in self.known:

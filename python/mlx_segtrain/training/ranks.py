@@ -44,9 +44,9 @@ LOOK, SLOW = 0.05, 60.0
 #: The number of bytes that are gathered in one sum, to limit the memory that MLX needs; a multiple
 #: of 4.
 PIECE = 1 << 28
-#: Times in seconds after another rank is lost. TO_END is how long this rank may take to end, not
-#: counting the time it takes to save; STUCK is how long the GIL may stay blocked before the process
-#: is ended; SECOND is the interval between checks.
+#: Times in seconds after another rank is lost. TO_END is the maximum time in which this rank must
+#: end, excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked
+#: before the process is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 

@@ -123,17 +123,17 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
             return Start(checkpoint, seen)
         if config.resume is True:
             raise InputError(
-                f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or use "
+                f"adapter_path {path} contains no checkpoint to resume: leave --resume out, or use "
                 "--resume auto, which then starts a new run."
             )
     elif holds_run(path) and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} already holds a run: choose another folder, use --resume to "
+            f"adapter_path {path} already contains a run: choose another folder, use --resume to "
             "continue it, or --overwrite to replace it."
         )
     if (path / WEIGHTS).exists() and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} holds an adapter, but no checkpoint to resume: choose another "
+            f"adapter_path {path} contains an adapter, but no checkpoint to resume: choose another "
             "folder, or use --overwrite to replace it."
         )
     if config.warm_start is not None:
@@ -165,7 +165,7 @@ def accumulating(
             count = earlier["config"][name]
         elif ranks.size > 1 and not ranks.pipeline:
             count = ranks.size
-            said = f"{name} is {count}: each of the {count} ranks takes one batch per step"
+            said = f"{name} is {count}: each of the {count} ranks runs one batch per step"
             tell(events.stage("setup", 0.0, said))
     if count < ranks.size and not ranks.pipeline:
         raise InputError(
@@ -437,7 +437,7 @@ def load_setup(
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not supported for {config.model_dir.name}, which runs with mlx-lm's "
+            f"packing is not supported for {config.model_dir.name}, which runs on mlx-lm's "
             "layers, and they do not support packed rows: leave packing out.",
             field="packing",
         )

@@ -45,8 +45,8 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """The progress of a run, apart from the factors and the optimizer state. It can be written as
-    JSON.
+    """The progress of a run, apart from the factors and the optimizer state. It can be serialized
+    as JSON.
 
     `reported` and `evaluated` are the steps of the last report and the last evaluation. `recent`
     contains the outcomes of the last `steps_per_report` steps, whose mean is the training loss.
@@ -111,7 +111,7 @@ class Progress:
 
 @dataclass
 class State:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     at: Iterate
     progress: Progress

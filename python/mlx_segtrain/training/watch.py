@@ -56,7 +56,8 @@ class Watch:
         #: rank is waiting now.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
-        #: Ranks that have left at the end of the run, and when this rank received their message.
+        #: Ranks that have left at the end of the run, with the time at which this rank received
+        #: their message.
         self.left: dict[int, float] = {}
         #: Ranks that this rank knows to be lost.
         self.lost: dict[int, Lost] = {}
