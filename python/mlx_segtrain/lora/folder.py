@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Whether the factors have PEFT's names, and so are transposed."""
+        """Whether the factors have PEFT's names and are therefore transposed."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property

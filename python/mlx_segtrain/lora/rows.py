@@ -27,7 +27,7 @@ SMALL_RANK = 16
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear layer by all adapters of a stack. b [E, ΣR, out] includes the
+    """The updates of one linear layer from all adapters of a stack. b [E, ΣR, out] includes the
     multipliers, and is 0 outside the slice `own` of the rank axis. gains [E, out] are float32, and
     are None unless an update uses DoRA."""
 
@@ -208,7 +208,7 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Returns the updates of these layers by all adapters, followed by zeros, or None if no
+        """Returns the updates of these layers from all adapters, followed by zeros, or None if no
         adapter updates the layers."""
         dtype = readers.dtype
         parts, found = [], {}

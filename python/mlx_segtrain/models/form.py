@@ -1,4 +1,4 @@
-"""The form of a layer, from which memory is planned and stages are created.
+"""The form of a layer, used to plan memory and to create stages.
 
 The form of a loaded layer is `Layer.form`. A form can also be derived from the headers of the
 layer's weights (`LayerHeaders`).

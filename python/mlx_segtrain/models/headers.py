@@ -34,7 +34,7 @@ class ModelShape:
     outer: tuple[str, ...]  #: paths of the embedding and a separate head, if they are adaptable
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: the bits of each quantized linear layer, by path
-    float_size: int  #: the bytes of a floating-point element in the weights
+    float_size: int  #: the size of the weights' floating-point elements in bytes
     tensors: Tensors
     max_length: int | None
 

@@ -275,7 +275,7 @@ class Mlp:
     experts: int = 0  #: the total hidden width of the experts of a token
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """Returns the output of the MLP for x, which is h after its norm."""
+        """Returns the output of the MLP for x, the normalized h."""
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)

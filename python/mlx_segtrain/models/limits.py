@@ -17,11 +17,10 @@ MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts in a layer.
 MOST_EXPERTS = 65_536
-#: Names of values in a configuration that determine how many modules are created.
+#: Names of configuration values that determine how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Names of values in a configuration that repeat work for each token, and the maximum of these
-#: values.
+#: Names of configuration values that repeat work for each token, and the maximum of these values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
 #: Tokenizer settings that are text, even if a file of that name exists.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")

@@ -1,4 +1,4 @@
-"""Objectives: compute the loss of a batch from boundary values, for any model family."""
+"""Computes the loss of a batch from boundary values, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -188,6 +188,6 @@ def baseline_of(
 
 
 def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
-    """Returns `total` with the baseline of all batches of the step, or unchanged if the objective
-    has no baseline."""
+    """Returns `total` including the baseline of all batches of the step. If the objective has no
+    baseline, returns `total` unchanged."""
     return total if objective.baseline is None else replace(total, baseline=baseline)

@@ -91,7 +91,7 @@ class Responses(Objective):
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the sequences of the rows with their own responses."""
+    """Returns the sequences in which each row has its own response."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 

@@ -162,7 +162,7 @@ def timed(
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
-    wait([work() for _ in range(10)])  # gives the allocator the memory for ten queued calls
+    wait([work() for _ in range(10)])  # lets the allocator cache memory for ten queued calls
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
     return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100

@@ -160,10 +160,10 @@ def overshoot(
     """Returns the number of bytes that MLX may allocate above the limit at which it waits for the
     device.
 
-    MLX waits before an op, and afterwards allocates the outputs of the op. The largest outputs are
-    gate and up of all tokens; if the MLP is tiled, they are those of attention's backward pass,
-    which together have the same size. The dequantized weight of an adapted head may be even larger.
-    On the CPU, the head allocates memory when it runs, not when its graph is built.
+    MLX waits before an op, and then allocates the op's outputs. The largest outputs are gate and up
+    of all tokens; if the MLP is tiled, they are those of attention's backward pass, which together
+    have the same size. The dequantized weight of an adapted head may be even larger. On the CPU,
+    the head allocates memory when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)

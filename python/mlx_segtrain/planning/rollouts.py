@@ -1,4 +1,4 @@
-"""Decides how many completions are generated at once, from the memory that caches and logits
+"""Determines how many completions can be generated at once, given the memory that caches and logits
 need."""
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 def numbers(found: Any) -> dict[str, float]:
     """Returns the result of a `Score` as finite numbers, keyed by name. Raises ValueError if the
-    result has another form."""
+    result has any other form."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
         if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):

@@ -215,7 +215,7 @@ class Keeper:
         return True
 
 
-NOTHING: Any = lambda *_: None  # noqa: E731 - as one name, it replaces methods of any type
+NOTHING: Any = lambda *_: None  # noqa: E731 - one value that can replace methods of any type
 
 
 class Bystander(Keeper):

@@ -108,7 +108,7 @@ class Ranks:
     backend: str = ""
     group: Any = None
     stream: Any = None
-    pipeline: bool = False  #: whether each rank has a part of the layers
+    pipeline: bool = False  #: whether each rank runs only a part of the layers
     #: The addresses of each rank, if transfers.py has created a ring.
     ring: list[list[str]] = field(default_factory=list)
     links: Links | None = None
@@ -153,7 +153,7 @@ class Ranks:
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the list of the JSON values of all ranks."""
+        """Returns the JSON values of all ranks as a list."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
@@ -168,7 +168,7 @@ class Ranks:
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """Returns the list of the contents of all ranks."""
+        """Returns the contents of all ranks as a list."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
         # Each int64 is 0 on all ranks except one, so its int32 halves can be summed exactly.

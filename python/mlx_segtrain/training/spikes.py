@@ -1,4 +1,4 @@
-"""Decides whether a loss is a spike, from the losses of recent steps."""
+"""Determines from the losses of recent steps whether a loss is a spike."""
 
 from collections.abc import Sequence
 from statistics import median

@@ -163,8 +163,8 @@ class Stepper:
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """Returns the name of the first non-finite factor in a vector that has one, or None if
-        `vector` is None."""
+        """Returns the name of the first non-finite factor in `vector`, which must contain one, or
+        None if `vector` is None."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(

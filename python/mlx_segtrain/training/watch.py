@@ -65,7 +65,7 @@ class Watch:
         self.decided: Lost | None = None
         #: Messages to send: recipients and content.
         self.out: list[tuple[list[int], dict[str, Any]]] = []
-        self._since = now  # when the time of the judges begins
+        self._since = now  # the time from which the judges' turns are counted
         self._ticked, self._due = now, now + beat
 
     def receive(self, source: int, message: dict[str, Any], now: float) -> None:
@@ -94,7 +94,7 @@ class Watch:
         self._note(Lost(self.rank, "failed", why), now)
 
     def leave(self) -> None:
-        """Tells the other ranks that this one leaves, because it has finished its run or has
+        """Tells the other ranks that this rank is leaving, because it has finished its run or has
         reported the lost rank."""
         self.out.append((self.others, {"left": True}))
 
