@@ -162,7 +162,7 @@ def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callabl
 
 
 class _Recorder:
-    """Takes the place of a module's `rows`, to record which x each layer reads."""
+    """Replaces a module's `rows` to record which x each layer reads."""
 
     on = True
 

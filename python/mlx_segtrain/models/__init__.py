@@ -1,5 +1,5 @@
-"""Converts mlx-lm models to chains of stages that use our ops. All code that depends on the model
-family is in this package.
+"""Converts mlx-lm models to chains of stages that use our ops. No other package distinguishes model
+families.
 
 The weights, the configuration, the tokenizer and generation are mlx-lm's. A fast family is a module
 in FAMILIES that has the members of `Family`. Every other model uses the generic path.

@@ -49,7 +49,7 @@ NO_UPDATES = Updates({})
 
 
 class Head:
-    """Maps rows of the last h to logits, and logits to losses.
+    """Maps rows of the final h to logits, and logits to losses.
 
     `params` are the factors of the head's update, keyed by full path. They are empty if the head
     has no update.

@@ -11,8 +11,8 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: The maximum size of a JSON file, in bytes. With half a million tokens, a tokenizer.json has 40
-#: MB.
+#: The maximum size of a JSON file, in bytes. The tokenizer.json of a tokenizer with half a million
+#: tokens is 40 MB in size.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts in a layer.

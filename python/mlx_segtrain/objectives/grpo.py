@@ -20,7 +20,7 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: The values of each token in the loss.
+#: The names of the values of each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
 #: A weight that makes a token count as in the loss, but with a negligible contribution to the loss.
 NOTHING = 1e-30

@@ -53,9 +53,9 @@ class Planned:
     cuts.
 
     `text` describes the plan in words. `parts` divides the peak by purpose. `moves` contains the
-    peak of each move of the plan (see schedule.py) in total bytes, and `lines` describes the moves.
-    At `limit` bytes MLX must wait for the device, so that allocations ahead of the device stay
-    below `peak`. `again` is the part of `work` that is recomputation.
+    peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes the
+    moves. At `limit` bytes MLX must wait for the device, so that allocations ahead of the device
+    stay below `peak`. `again` is the part of `work` that is recomputation.
     """
 
     cuts: Cuts
@@ -186,7 +186,8 @@ def choose(
     returns the plan with the lowest peak. If `part` is given, the plan is for this part of a
     pipeline.
 
-    On CUDA the plan leaves room, if possible, for allocations ahead of the device.
+    On CUDA the plan leaves room, if possible, for memory that the host allocates ahead of the
+    device.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
@@ -203,7 +204,7 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the minimum memory, in bytes, for allocations ahead of the device."""
+    """Returns the minimum memory, in bytes, for allocations by the host ahead of the device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 

@@ -155,7 +155,7 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the pairs of `pairs` for all queries of a sequence."""
+    """Counts the same pairs as `pairs`, for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 

@@ -149,8 +149,8 @@ def split(
     """Returns the parts that minimize the time of the slowest part, if each part must fit into the
     memory of its rank.
 
-    More layers must not need less time or memory. Raises InputError if there are more ranks than
-    layers, and NoRoom if no division of the layers fits.
+    Adding layers to a part must not reduce its time or memory. Raises InputError if there are more
+    ranks than layers, and NoRoom if no division of the layers fits.
     """
     if ranks > layers:
         raise InputError(
@@ -190,7 +190,7 @@ def split(
         at = found[-1].end if found else 0
         raise NoRoom(
             f"the model does not fit on {ranks} ranks: {len(found)} of them are full, and layer "
-            f"{at + 1} of {layers} still has no place: lower max_seq_length or batch_size, raise "
+            f"{at + 1} of {layers} cannot be placed: lower max_seq_length or batch_size, raise "
             "memory_budget_gb, or start more ranks."
         )
     low, high = 0.0, max(map(takes, found))

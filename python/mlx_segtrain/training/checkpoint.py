@@ -69,7 +69,7 @@ def save(
     """Writes a checkpoint in a run's folder. Then deletes all checkpoints of later steps, since the
     run may reach those steps in a different state, and all except the newest `keep` of the others.
 
-    Raises OSError if the checkpoint cannot be written; earlier checkpoints are intact then.
+    Raises OSError if the checkpoint cannot be written; earlier checkpoints then stay intact.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}

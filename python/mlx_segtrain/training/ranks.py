@@ -1,4 +1,5 @@
-"""The processes of a run (ranks), which `mlx.launch` starts and MLX's collectives connect.
+"""The processes of a run (ranks), which are started by `mlx.launch` and connected by MLX's
+collectives.
 
 The ranks divide the micro-batches of a step between them (or the prompts, if completions are
 generated) and sum their gradients. In a pipeline, they divide the layers instead, and each
@@ -261,7 +262,7 @@ class Ranks:
             if (lost := self.lost()) is not None:
                 raise lost from None
             time.sleep(LOOK)
-        raise RunError(f"the ranks cannot reach each other any more: {error}") from error
+        raise RunError(f"the ranks can no longer reach each other: {error}") from error
 
     def lost(self) -> LostRank | None:
         """Returns the error that names the lost rank, or None if no rank is lost."""
@@ -370,7 +371,10 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             exit_later(STUCK)
             waited += 0.0 if ranks.saving else SECOND
             if waited >= TO_END:
-                print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
+                print(
+                    f"mlx-segtrain: error: {lost}; this process had to be terminated",
+                    file=sys.stderr,
+                )
                 sys.stderr.flush()
                 os._exit(1)
     finally:

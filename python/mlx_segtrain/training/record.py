@@ -162,7 +162,7 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Adds to the record that the run was resumed after this step."""
+        """Records that the run was resumed after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:

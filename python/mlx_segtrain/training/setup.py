@@ -258,8 +258,9 @@ def prepare(
     """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
     vector of the adapter's factors.
 
-    In a resumed run, the answers of a pair share tokens only if they did before. Raises InputError,
-    before weights are loaded, if an input cannot be used or if there is not enough memory.
+    A resumed run keeps the earlier choice of whether the answers of a pair share tokens. Raises
+    InputError, before weights are loaded, if an input cannot be used or if there is not enough
+    memory.
     """
     config = inputs.config
     objective = objective_of(config)

@@ -6,9 +6,9 @@ ranks every BEAT seconds. When a rank finds that another one has ended or is sil
 to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
 this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
 `settle` seconds, and decides if it has received no decision by then. A decision is sent to all
-ranks. A rank that receives it passes it on to the judges, and a judge passes it on to all ranks. So
-a decision that reaches one rank reaches all of them as long as a judge is left, even if its author
-is lost while sending it.
+ranks. A rank that receives the decision passes it on to the judges, and a judge passes it on to all
+ranks. So a decision that reaches one rank reaches all of them as long as a judge is left, even if
+its author is lost while sending it.
 """
 
 from dataclasses import dataclass
