@@ -112,8 +112,8 @@ class Objective:
 def predictions(
     batch: Batch,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens [B, T] that run; the rows and the positions, int64 [M], of tokens whose
-    next token is in the loss; and the indices of these next tokens in the arrays of the batch."""
+    """Returns the input tokens [B, T]; the rows and the positions, int64 [M], of tokens whose next
+    token is in the loss; and the indices of these next tokens in the arrays of the batch."""
     run = np.ones(batch.tokens.shape[1], bool)
     run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
     after = np.flatnonzero(run) + 1

@@ -91,8 +91,8 @@ def _check_device() -> None:
 def _face(
     plain: Callable[..., Any], *, without: Sequence[str] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Returns a decorator for ops of the core. With `impl="reference"`, a call goes to `plain`, to
-    which the options in `without` are not passed; other calls run the self-check first."""
+    """Returns a decorator for ops of the core. Calls with `impl="reference"` are passed to `plain`,
+    without the options in `without`; other calls run the self-check first."""
 
     def decorate(op: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(op)

@@ -37,7 +37,7 @@ class RunPlan:
     """The memory plan of a run. It is based on the largest batch for each number of streams.
 
     `plans` contains the plan of each of the `batches`. It is empty for model families on the
-    generic path, whose layers are mlx-lm's, so their memory cannot be predicted. Such models use
+    generic path, which run on mlx-lm's layers, whose memory cannot be predicted. Such models use
     one layer per segment, unless the configuration sets a size.
     """
 

@@ -354,8 +354,9 @@ class Cycle(Stepper):
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:
-        """Converts those of this rank's completions on which the loss depends to training rows.
-        `made` contains the completions of all ranks, and `gains` their advantages."""
+        """Converts this rank's completions to training rows, leaving out those on which the loss
+        does not depend. `made` contains the completions of all ranks, and `gains` their
+        advantages."""
         config = self.setup.config
         kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
         weights = self.objective.weights(np.array(made.all("tokens")), kept)

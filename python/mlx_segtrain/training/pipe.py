@@ -46,7 +46,7 @@ class Pipe:
     #: The shapes and dtypes of the arrays that cross a border, keyed by the border and by the
     #: shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
-    #: The received values of the next batch, if their transfers have started.
+    #: The arrays that receive the values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None
 
     def owners(self, chain: Chain) -> set[str]:

@@ -141,12 +141,12 @@ class Stepper:
         return self.ranks.share(items)
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
-        """Returns the number of tokens that all ranks run in an update, and the number of those in
-        the loss."""
+        """Returns the number of tokens that all ranks process in an update, and the number of those
+        in the loss."""
         return self._counted(accumulated)
 
     def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
-        """Returns the number of tokens that this rank runs in an update."""
+        """Returns the number of tokens that this rank processes in an update."""
         return self._counted(self.share(accumulated))[0]
 
     def _counted(self, batches: Sequence[AnyBatch]) -> tuple[int, int]:
