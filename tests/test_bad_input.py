@@ -135,7 +135,7 @@ def test_a_finished_run_is_not_overwritten(world, capsys):
     files = {p: p.read_bytes() for p in (world / "out").rglob("*") if p.is_file()}
     capsys.readouterr()
     assert cli.main(argv) == 2
-    assert "already holds a run" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert files == {p: p.read_bytes() for p in (world / "out").rglob("*") if p.is_file()}
     assert cli.main([*argv, "--overwrite", "--seed", "1"]) == 0
     weights = world / "out" / "adapters.safetensors"

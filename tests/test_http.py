@@ -204,7 +204,7 @@ def test_other_mistakes(server, run):
     assert post(url, content=b"[" * 100_000, headers=json_type).status_code == 400
     body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
     again = post(url, json={**body, "adapter_path": run["output_path"]})
-    assert again.status_code == 400 and "already holds a run" in again.json()["error"]
+    assert again.status_code == 400 and "already contains a run" in again.json()["error"]
     for path in ("/api/jobs/job_0", "/api/nothing", "/v1/nothing"):
         answer = server.http.get(path)
         assert answer.status_code == 404 and "error" in answer.json()

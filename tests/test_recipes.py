@@ -72,7 +72,7 @@ def test_chunk_finetune_of_smollm2(tmp_path, data):
     assert {key: config[key] for key in wanted} == wanted
     assert len(list((tmp_path / "a" / "checkpoints").iterdir())) == 2
     again = run("chunk.sh", **knobs)
-    assert again.returncode == 2 and "already holds a run" in again.stderr
+    assert again.returncode == 2 and "already contains a run" in again.stderr
 
 
 @pytest.mark.parametrize("task", ["chunk", "tools", "persona"])

@@ -345,7 +345,7 @@ def test_a_folder_that_was_moved_is_the_same_run(llama4, tmp_path):
 
 
 def test_nothing_to_resume(llama4, data, tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint to resume"):
+    with pytest.raises(InputError, match="contains no checkpoint to resume"):
         train(config_of(llama4, data, tmp_path / "a", resume=True))
     assert train(config_of(llama4, data, tmp_path / "a", resume="auto")).resumed_from is None
     with pytest.raises(InputError, match="use resume=True to continue it, or overwrite="):
@@ -353,7 +353,7 @@ def test_nothing_to_resume(llama4, data, tmp_path):
     for folder in checkpoint.found(tmp_path / "a").values():
         truncated(folder)
     before = files_of(tmp_path / "a")
-    with pytest.raises(InputError, match="holds an adapter, but no checkpoint to resume"):
+    with pytest.raises(InputError, match="contains an adapter, but no checkpoint to resume"):
         train(config_of(llama4, data, tmp_path / "a", resume="auto"))
     assert files_of(tmp_path / "a") == before
     with pytest.raises(ValueError, match="resume and overwrite contradict"):

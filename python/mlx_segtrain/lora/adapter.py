@@ -23,7 +23,7 @@ class Kind:
     peft: str = ""  #: name of the array in PEFT's files
     called: str = ""  #: name of the array in messages
     apart: str = ""  #: why several updates of this kind cannot be added
-    runs: Any = None  #: class that applies the array; has Stretch's methods
+    runs: Any = None  #: class that applies the array, with the methods of Stretch
 
     @property
     def word(self) -> str:
@@ -55,8 +55,7 @@ DORA = Kind(
 )
 #: The kinds that have a third array in addition to the factors.
 KINDS = (DORA,)
-#: FACTORS are the names of an update's two factors, and ARRAYS the names of all arrays that it may
-#: have.
+#: FACTORS contains the names of an update's two factors, and ARRAYS the names of all its arrays.
 FACTORS = ("lora_a", "lora_b")
 ARRAYS = (*FACTORS, *(kind.array for kind in KINDS))
 
@@ -68,8 +67,8 @@ class Adapter:
 
     The factors are a [in, R] and b [R, out]; for a layer with E experts they are a [E, R, in] and b
     [E, out, R], and for an embedding a [V, R] and b [R, H]. With DoRA, `magnitudes` contains the
-    norms of the adapted weight's rows, float32 [out]. `tied` matters if an embedding is adapted: it
-    is whether the embedding is also the model's head, to which the same update then applies, or
+    norms of the adapted weight's rows, float32 [out]. `tied` is used if an embedding is adapted: it
+    is true if the embedding is also the model's head, to which the update then applies as well, and
     None if that is unknown.
     """
 

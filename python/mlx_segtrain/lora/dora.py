@@ -4,8 +4,8 @@
 
 The gradient treats the norm as a constant. The norm is computed without W + s·(ab)ᵀ itself, which
 would need the dequantized weight: for a row w of W and its update u, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖².
-The first term is known, the second takes a pass of R rows through the frozen layer, and the third
-takes the inner products of a's columns. See Liu et al. 2024, arXiv:2402.09353.
+The first term is known, the second needs a pass of R rows through the frozen layer, and the third
+needs the inner products of a's columns. See Liu et al. 2024, arXiv:2402.09353.
 """
 
 import math
@@ -31,8 +31,8 @@ class Stretch:
 
     @classmethod
     def of(cls, base: ops.Base) -> "Stretch":
-        """Computes the norms of the weight's rows, for which it dequantizes the weight once, ROWS
-        rows at a time."""
+        """Computes the norms of the weight's rows. Dequantizes the weight once, ROWS rows at a
+        time."""
         norms = []
         for begin in range(0, base.out_dims, ROWS):
             rows = ops.rows_of(base, begin, min(begin + ROWS, base.out_dims))
@@ -44,9 +44,9 @@ class Stretch:
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:
         """Maps z [..., out], the output of the weight with its update but without the bias, to y
-        [..., out]. m [out] are the magnitudes.
+        [..., out]. m [out] contains the magnitudes.
 
-        There are gradients for z and m.
+        Gradients are computed for z and m.
         """
         y: Any = _times(z, self.gain(z.dtype, linear, m))
         return y if self.bias is None else y + self.bias
@@ -58,8 +58,8 @@ class Stretch:
 
     @property
     def start(self) -> mx.array:
-        """Returns the initial magnitudes: the norms of the frozen weight's rows, with which the
-        layer's output does not change."""
+        """Returns the initial magnitudes: the norms of the frozen weight's rows, which leave the
+        layer's output unchanged."""
         return self.norms
 
     @staticmethod
@@ -89,8 +89,8 @@ def _times_vjp(
     primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     z, gain = primals
-    # A matrix product with ones instead of a sum, because it accumulates in float32 whatever the
-    # dtype is.
+    # A matrix product with ones instead of a sum, because it accumulates in float32 regardless of
+    # the dtype.
     ones = mx.ones((1, math.prod(z.shape[:-1])), z.dtype)
     d_gain = (ones @ (dy * z).reshape(-1, z.shape[-1]))[0].astype(mx.float32)
     return mx.depends([dy + dy * (gain - 1).astype(dy.dtype)], [d_gain])[0], d_gain

@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Whether the factors have PEFT's names, and so are transposed."""
+        """Whether the factors have PEFT's names and are therefore transposed."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property
@@ -48,8 +48,8 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """Whether an adapter of the embedding is for a base model with tied embeddings, whose head
-        has the embedding's weight; None if that is unknown."""
+        """Whether the base model of an adapted embedding has tied embeddings, in which case its
+        head uses the embedding's weight; None if that is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 
@@ -61,7 +61,7 @@ class Folder:
     @property
     def base_folder(self) -> Path | None:
         """The folder of the base model that the adapter names, which may be a snapshot in the hub's
-        cache. None if the folder does not exist or must not be read."""
+        cache, or None if that folder does not exist or must not be read."""
         name = self.base.replace("\0", "")
         with suppress(OSError):  # the name may be too long for a path
             path = hub.cached(name) or Path(name)
@@ -71,8 +71,8 @@ class Folder:
 
 
 def open_folder(path: "str | Path | Folder") -> Folder:
-    """Opens an adapter folder. In adapters that our runs have written, it chooses the weight file
-    in which each layer has its own rank. If `path` is already a Folder, it is returned unchanged.
+    """Opens an adapter folder. For adapters written by our runs, chooses the weight file in which
+    each layer has its own rank. If `path` is already a Folder, it is returned unchanged.
 
     Raises InputError if a file is missing, if the configuration is unreadable, or if the kind of
     adapter is not supported.
@@ -89,7 +89,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         )
     if not (path / CONFIG).is_file():
         raise InputError(
-            f"{path} contains no {CONFIG}, which has the scale, so it is not an adapter."
+            f"{path} contains no {CONFIG}, which specifies the scale, so it is not an adapter."
         )
     config = read_json(path / CONFIG)
     if _is_unpadded(path, config):
@@ -100,7 +100,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
 
 
 def _is_unpadded(path: Path, config: Mapping[str, Any]) -> bool:
-    """Returns whether the file with unpadded factors still belongs to the file with padded factors,
+    """Returns whether the file with unpadded factors still matches the file with padded factors,
     which another tool may have trained further."""
     own, file = ours(config), path / WEIGHTS
     if not (own and (path / UNPADDED).is_file() and file.is_file()):
@@ -173,10 +173,10 @@ def _check_kind(folder: Folder) -> None:
 
 
 def refuse(folder: Folder, what: str) -> NoReturn:
-    """Raises the InputError for an adapter of an unsupported kind; `what` says what is not
-    supported."""
+    """Raises the InputError for an adapter of an unsupported kind; `what` names the unsupported
+    kind."""
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
-        f"{what} are not supported, only {kinds} adapters are: merge {folder.weights.parent} into "
+        f"{what} are not supported (only {kinds} adapters are): merge {folder.weights.parent} into "
         "its model with the tool that created it."
     )

@@ -15,10 +15,10 @@ from ..ops.reference import dropped
 from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
-#: Up to this many rows, MLX's matrix multiplications are faster on a GPU than our op, because they
-#: take less time than launching our op (bench/LOG.md, 2026-11-27).
+#: For up to this many rows, MLX's matrix multiplications are faster on a GPU than our op, because
+#: launching our op takes longer than they do (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: The maximum number of adapters whose factors a linear layer caches in the dtype of such rows.
+#: The maximum number of adapters whose factors a linear layer caches, cast to the dtype of x.
 MOST_CASTS = 8
 
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
         self.linear = linear
         self.scale = scale
         self.dropout = 0.0
-        self._made: dict[Kind, Any] = {}  #: the cache of Kind.on, which holds no parameters
+        self._made: dict[Kind, Any] = {}  #: the cache of Kind.on, which contains no parameters
         self.rows: Any = None  #: updates for the rows of a batch (see rows.py)
         self.together: Any = None  #: layers that read the same x (see together.py)
         self.place = 0  #: index of this layer in `together`
@@ -75,7 +75,7 @@ class LoRALinear(nn.Module):
             setattr(self, name, x)
 
     def take_out(self) -> None:
-        """Removes the update. The caches stay, because the update may be put back later."""
+        """Removes the update. Keeps the caches, because the update may be put back later."""
         self.dropout = 0.0
         for name in (*ARRAYS, "key"):
             self.pop(name, None)
@@ -127,8 +127,8 @@ class LoRALinear(nn.Module):
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
     def _is_step(self, x: mx.array) -> bool:
-        """Returns whether x has as few rows as in a step of generation, unlike in a training batch
-        or a prompt."""
+        """Returns whether x has only a few rows, as in a step of generation, unlike a training
+        batch or a prompt."""
         return not self.training and few(x.size // x.shape[-1])
 
     def _frozen(self, x: mx.array) -> mx.array:
@@ -192,7 +192,7 @@ class LoRAEmbedding(LoRALinear):
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Replaces the linear layer or embedding at `path` below `parent` with one of our modules,
-    which has no update yet. If it is already one of our modules, it stays. Returns the module."""
+    which has no update yet. If it is already one of our modules, it is kept. Returns the module."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:

@@ -1,7 +1,7 @@
 """Converts module paths between the spellings of mlx-lm, transformers and adapter files.
 
-They differ for multimodal models: in mlx-lm, `model` is inside `language_model`; in transformers,
-`language_model` is inside `model`.
+The spellings differ for multimodal models: in mlx-lm, `model` is inside `language_model`; in
+transformers, `language_model` is inside `model`.
 """
 
 #: The prefix of the text model in a multimodal model of mlx-lm.

@@ -69,7 +69,7 @@ def choose_ranks(
         if not found:
             names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
-                f"target_modules: '{target}' matches no linear layer of the model; it has "
+                f"target_modules: '{target}' matches no linear layer of the model, which has "
                 f"{', '.join(names)}.",
                 field="target_modules",
             )

@@ -27,9 +27,9 @@ SMALL_RANK = 16
 
 @dataclass(frozen=True, eq=False)
 class _Factors:
-    """The updates of one linear layer by all adapters of a stack. b [E, ΣR, out] includes the
+    """The updates of one linear layer from all adapters of a stack. b [E, ΣR, out] includes the
     multipliers, and is 0 outside the slice `own` of the rank axis. gains [E, out] are float32, and
-    are None unless an update is a DoRA."""
+    are None unless an update uses DoRA."""
 
     b: mx.array
     gains: mx.array | None
@@ -48,7 +48,7 @@ class _Group:
 @dataclass(frozen=True, eq=False)
 class _Stack:
     """Adapters of similar ranks. `places` maps the key of each adapter to its index in the arrays.
-    The index after the last one has zeros, for rows without an adapter."""
+    At the index after the last one, the arrays contain zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
@@ -59,8 +59,9 @@ class _Stack:
 
 @dataclass(frozen=True, eq=False)
 class _Use:
-    """The rows of a batch that use a stack; all rows do if `rows` is None. If `picks` is None, they
-    all have the same adapter, and the arrays in `groups` are this adapter's, without the axis E."""
+    """The rows of a batch that use a stack, or all rows if `rows` is None. If `picks` is None, all
+    of them have the same adapter, and `groups` contains only the arrays of this adapter, without
+    the axis E."""
 
     stack: _Stack
     places: mx.array  #: uint32 [rows], each row's index in the stack
@@ -103,13 +104,13 @@ class Rows:
     """Updates for the rows of batches that run through one base model. They apply inside the
     context `running()`.
 
-    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once to find
-    out which linear layers read the same x.
+    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once, to
+    determine which linear layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):
         self.on = False
-        self._read = False  # whether readers may hold arrays
+        self._read = False  # whether `_readers` may refer to arrays
         self._modules = {path: x for path, x in modules.items() if type(x) is LoRALinear}
         paths = {id(module): path for path, module in self._modules.items()}
         found = grouped(self._modules.values(), run)
@@ -131,10 +132,10 @@ class Rows:
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Gives row i of a batch the adapter of keys[i], or none if no adapter has that key.
+        """Assigns the adapter of keys[i] to row i of a batch, or none if no adapter has that key.
 
-        `adapters` may include adapters of other batches, which take turns with this one; then all
-        of these batches share the stacks.
+        `adapters` may include adapters of other batches, which take turns with this one and then
+        share its stacks.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}
@@ -207,7 +208,7 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Returns the updates of these layers by all adapters, followed by zeros, or None if no
+        """Returns the updates of these layers from all adapters, followed by zeros, or None if no
         adapter updates the layers."""
         dtype = readers.dtype
         parts, found = [], {}
@@ -237,7 +238,7 @@ class Rows:
             found[path] = mx.stack(b), gain
         if not parts:
             return None
-        # Each b spans the whole rank axis, because slicing x·a instead would take another launch
+        # Each b spans the whole rank axis, because slicing x·a instead would need another launch
         # per layer.
         whole, begin, factors = mx.concatenate(parts, axis=-1), 0, {}
         for path, (b, gain) in found.items():

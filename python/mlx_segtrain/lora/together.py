@@ -1,8 +1,8 @@
-"""In a step of generation on CUDA, runs linear layers that read the same x (q, k and v, or gate and
-up), with their updates, in one kernel launch.
+"""Runs linear layers that read the same x (q, k and v, or gate and up), with their updates, in one
+kernel launch in a step of generation on CUDA.
 
-Such a step takes as long as the host needs to build and launch it, so it is faster with fewer
-calls.
+The duration of such a step is the time that the host needs to build and launch it, so fewer calls
+make it faster.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,10 +24,9 @@ _picks: dict[int, mx.array] = {}
 
 
 class Together:
-    """Linear layers that read the same x, which has this `dtype`, in the order in which they are
-    called.
+    """Linear layers that read the same x of this `dtype`, in the order in which they are called.
 
-    The call of the first layer computes the outputs of all.
+    The call of the first layer computes the outputs of all layers.
     """
 
     def __init__(self, modules: list[LoRALinear], dtype: mx.Dtype):
@@ -59,7 +58,8 @@ class Together:
     ) -> ops.DecodeLinears | None:
         """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
         R_j], which have x's dtype; None if no kernel supports this."""
-        # Once: a launch for another number of rows would copy or evaluate them again.
+        # Done only once, because launches for other numbers of rows would copy or evaluate these
+        # arrays again.
         a = mx.contiguous(a)
         mx.eval([x for x in (a, *b, *gains) if x is not None])
         op = ops.decode_linears(self.bases, a, b, gains)
@@ -110,7 +110,7 @@ class Together:
         if key not in self._kept:
             if len(self._kept) == MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            # The arrays are kept as well, so that their ids are not reused.
+            # The arrays are stored as well, so that their ids are not reused.
             self._kept[key] = self._made(), arrays
         return self._kept[key][0]
 
@@ -162,7 +162,7 @@ def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callabl
 
 
 class _Recorder:
-    """Takes the place of a module's `rows`, to record which x each layer reads."""
+    """Replaces a module's `rows` to record which x each layer reads."""
 
     on = True
 

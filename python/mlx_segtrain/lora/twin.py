@@ -1,6 +1,6 @@
 """Creates a twin of a model for steps of a few tokens on a GPU. The twin has the same weights and
-updates, but its linear layers run less Python code and launch fewer kernels, because such a step
-takes as long as the host needs to launch it."""
+updates, but its linear layers run less Python code and launch fewer kernels, because the duration
+of such a step is the time that the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def twin_of(model: nn.Module) -> Any:
     bit-identical to the results of the model, unless our kernels run the linear layers, as on CUDA.
 
     The twin is called like the model. Updates may be put into the model's modules at any time.
-    Modules that are added to the model later are missing in its twin.
+    Modules that are added to the model later are missing from its twin.
     """
     modules = [x for _, x in model.named_modules() if type(x) is LoRALinear]
     if not all(module.grouped for module in modules):  # modules were added since the last call

@@ -1,8 +1,8 @@
-"""Model families: turns an mlx-lm model into a chain of stages that use our ops. No other package
-knows model families.
+"""Converts mlx-lm models to chains of stages that use our ops. No other package distinguishes model
+families.
 
-Weights, configuration, tokenizer and generation remain mlx-lm's. A fast family is a module in
-FAMILIES that has the members of `Family`. Every other model takes the generic path.
+The weights, the configuration, the tokenizer and generation are mlx-lm's. A fast family is a module
+in FAMILIES that has the members of `Family`. Every other model uses the generic path.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class Family(Protocol):
     @property
     def TYPES(self) -> Collection[str]:
         """The `model_type`s of the family's models, and of multimodal models that contain one of
-        these models. It also contains the names of mlx-lm's modules for them."""
+        these models. Also includes the names of mlx-lm's modules for these models."""
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
@@ -68,7 +68,7 @@ def of_type(model_type: str) -> Family | None:
 
 
 def family_of(model: nn.Module) -> Family | None:
-    """Returns the model's fast family, or None if the model takes the generic path."""
+    """Returns the model's fast family, or None if the model uses the generic path."""
     return of_type(type(text_model(model)).__module__.rpartition(".")[2])
 
 
@@ -168,8 +168,8 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads the weights for whose names `reads` returns True into memory. On the CPU, they become
-    float32."""
+    """Loads the weights for whose names `reads` returns True into memory. On the CPU, converts them
+    to float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])
@@ -191,7 +191,7 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, InputError):
         raise
-    # Untrusted files can make the libraries raise anything. A panic in Rust, for example, is not a
-    # Python Exception.
+    # Untrusted files can make the libraries raise any error. A panic in Rust, for example, is not a
+    # subclass of Exception.
     except BaseException as error:
         raise InputError(f"model_dir {folder} cannot be loaded: {reason(error, 500)}") from error

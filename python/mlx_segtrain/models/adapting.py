@@ -50,9 +50,9 @@ def init(
     in sorted order, and B = 0.
 
     With `root`, the multiplier of a layer is `scale` divided by the square root of its rank
-    (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps words of Kind to booleans, of which
-    at most one is true. The array of that kind gets the initial value with which the model's
-    results do not change, or 0 for a weight for which `here` returns False. Raises InputError if a
+    (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps values of Kind.word to booleans, of
+    which at most one is true. The array of that kind is initialized such that the model's results
+    do not change, or with 0 for a weight for which `here` returns False. Raises InputError if a
     layer has experts or is an embedding, and the kind does not support that.
     """
     paths, modules = sorted(ranks), chain.adaptable

@@ -1,4 +1,4 @@
-"""A model in the form in which the trainer uses it: a chain of stages."""
+"""A model as the trainer uses it: a chain of stages."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-#: If our ops do not support the head, this many rows of logits exist at a time.
+#: The number of rows of logits that exist at a time if our ops do not support the head.
 HEAD_ROWS = 256
 
 
@@ -49,13 +49,13 @@ NO_UPDATES = Updates({})
 
 
 class Head:
-    """Maps rows of the last h to logits, and logits to losses.
+    """Maps rows of the final h to logits, and logits to losses.
 
     `params` are the factors of the head's update, keyed by full path. They are empty if the head
     has no update.
     """
 
-    path: str  #: the adaptable module: the head, or the embedding that it shares
+    path: str  #: the adaptable module: the head, or the embedding that is the head
 
     def adapting(self, updates: Updates) -> "Head":
         """Returns the head for an adapter that has these updates."""
@@ -66,8 +66,8 @@ class Head:
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """Does the same as `logits`, but with an update. `begin` is the index of the first row of
-        h, on which the dropout mask depends."""
+        """Maps h to logits like `logits`, but with an update. `begin` is the index of the first row
+        of h, on which the dropout mask depends."""
         raise NotImplementedError
 
     def as_product(
@@ -105,7 +105,7 @@ class Head:
         """Returns the log-probabilities of the target tokens [M] given h [M, H], as float32 [M].
         They are computed from logits that are divided by the temperature.
 
-        A head that our ops do not support runs HEAD_ROWS rows at a time, in the forward and in the
+        A head that our ops do not support processes HEAD_ROWS rows at a time in the forward and the
         backward pass. The order of these parts is fixed, since MLX might otherwise keep the logits
         of all rows. The backward pass recomputes the logits.
         """
@@ -191,7 +191,7 @@ class Chain:
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
         """Returns `tied` if one of these paths is an embedding. Otherwise returns None, because
-        `tied` does not matter then."""
+        `tied` is not needed then."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 

@@ -18,7 +18,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 @dataclass(frozen=True)
 class Made:
-    """The folder of a quantized model, and the bytes of its weights before and after
+    """The folder of a quantized model, and the size of its weights in bytes before and after
     quantization."""
 
     path: Path

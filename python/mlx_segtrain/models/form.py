@@ -1,7 +1,7 @@
-"""The form of a layer, from which memory is planned and stages are created.
+"""The form of a layer, used to plan memory and to create stages.
 
-A loaded layer has it as `Layer.form`. It can also be derived from the headers of the layer's
-weights (`LayerHeaders`).
+The form of a loaded layer is `Layer.form`. A form can also be derived from the headers of the
+layer's weights (`LayerHeaders`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,11 +44,11 @@ class LayerForm:
     wide_norms: bool = False  #: the norms of q and k span all heads
     v_norm: bool = False
     after_norms: bool = False
-    own_input: int = 0  #: the width of an input that is made from the tokens for this layer only
+    own_input: int = 0  #: the width of an input computed from the tokens for this layer only
     experts: int = 0  #: the total hidden width of the experts of a token
     donor: str | None = None  #: the layer whose keys and values this layer reads
-    gives: bool = False  #: other layers read its keys and values (`linked`)
-    trims: bool = False  #: it drops the rows before the first one with a loss (`linked`)
+    gives: bool = False  #: other layers read its keys and values (set by `linked`)
+    trims: bool = False  #: drops the rows before the first row with a loss (set by `linked`)
 
     @property
     def owners(self) -> tuple[str, str]:
@@ -79,7 +79,7 @@ def _keys_values(layer: str, stream: Stream) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class LayerHeaders:
-    """A layer as it is described by the headers of its weights."""
+    """A layer as described by the headers of its weights."""
 
     name: str
     widths: Mapping[str, tuple[int, int]]  #: (in, out) of each matrix in the model, by path
@@ -89,8 +89,8 @@ class LayerHeaders:
         return self.widths.get(f"{self.name}.{path}", (0, 0))
 
     def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
-        """Returns the layer's form. `text` is the configuration, and `more` are fields that the
-        family sets."""
+        """Returns the layer's form. `text` is the configuration, and `more` contains fields that
+        the family sets."""
         query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
@@ -121,7 +121,7 @@ def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
     """Returns the forms of all layers after setting `gives` and `trims`, the fields that link
     layers."""
     donors = {form.donor for form in forms}
-    # After the last layer that has its own keys, the rows before the first one with a loss are not
+    # After the last layer that has its own keys, the rows before the first row with a loss are not
     # needed.
     last = max(i for i, form in enumerate(forms) if form.key_value)
     return tuple(

@@ -1,8 +1,8 @@
 """Gemma 2, 3 and 4: four norms per layer, GeGLU, and sliding-window or global attention.
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
-layer, an input for each layer that is made from the tokens, attention whose values are the keys,
-experts besides the dense MLP, and a scalar for each layer.
+layer, an input for each layer that is computed from the tokens, attention whose values are the
+keys, experts besides the dense MLP, and a scalar for each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -131,8 +131,8 @@ def _kind(text: Mapping[str, Any]) -> str:
 
 
 def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
-    """Returns full_attention or sliding_attention for each layer, in the same way as mlx-lm reads
-    the configuration."""
+    """Returns the attention type of each layer, full_attention or sliding_attention, as mlx-lm
+    reads it from the configuration."""
     if kind == "gemma2":
         return ["full_attention"] * n
     if kind == "gemma4" and text.get("layer_types"):
@@ -147,7 +147,7 @@ def _norm_around_1(module: Any) -> Norm:
 
 @dataclass(frozen=True)
 class _Experts(Mlp):
-    """The dense MLP with the experts beside it. The router and the experts are frozen.
+    """The dense MLP with experts in parallel. The router and the experts are frozen.
 
     Gradients flow through the experts and the router's weights for them, but not through the
     router's choice of experts, which some versions of mlx-lm's own router would also differentiate.
@@ -177,8 +177,8 @@ class _Experts(Mlp):
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
-    """Returns the function with which layer i of Gemma 4 ends: it adds the result of the layer's
-    own input, and multiplies by the layer's scalar."""
+    """Returns the last function of layer i of Gemma 4, which adds the result of the layer's own
+    input and multiplies by the layer's scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)
@@ -192,7 +192,7 @@ def _finish(
     ]
 
     def own_input(tokens: mx.array) -> mx.array:
-        """Returns the part for layer i of the sum of the tokens' second embedding and a normalized
+        """Returns layer i's part of the sum of the tokens' second embedding and a normalized
         projection of their first embedding."""
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)

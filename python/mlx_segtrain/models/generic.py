@@ -2,8 +2,8 @@
 stages, and LoRA updates are added to their linear layers.
 
 A stage runs the model's own `__call__` up to the stage's layer. The earlier layers are replaced
-with stand-ins that return the stage's input. Therefore masks, embeddings and whatever the model
-computes between two layers come from its own code. Before training, the chain is compared with the
+with stand-ins that return the stage's input. Therefore masks, embeddings and any computation
+between two layers come from the model's own code. Before training, the chain is compared with the
 model on a few tokens. This shows whether layers share anything else, such as the keys of another
 layer.
 """
@@ -58,7 +58,8 @@ class _StandIn:
 
 @dataclass(frozen=True)
 class _Body:
-    """A model and the list of its layers, which is at `path`. Messages call the model `kind`."""
+    """A model and the list of its layers, which is at `path`. `kind` is the name of the model in
+    messages."""
 
     kind: str
     model: nn.Module
@@ -81,7 +82,7 @@ class _Body:
             self.layers[:] = whole
 
     def layer(self, i: int, tokens: mx.array, h: mx.array | None) -> mx.array:
-        """Runs layer i on h, the output of the previous layer. The first layer gets no h."""
+        """Runs layer i on h, the output of the previous layer. For the first layer, h is None."""
 
         def stop(*args: Any, **kwargs: Any) -> mx.array:
             raise _Stop(args, kwargs)
@@ -280,9 +281,9 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Does the same as _try for a model of which only these layers are loaded. They are compared
-    with a run of the whole model in which the layers before them return random values. The result
-    may depend on these values only through h."""
+    """Does what `_try` does, for a model of which only these layers are loaded. Compares them with
+    a run of the whole model in which the layers before them return random values. The result may
+    depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
@@ -300,7 +301,7 @@ def _try_part(body: _Body, layers: range) -> int:
 
     def together(seed: int) -> mx.array:
         """Returns the output of these layers in a run of the whole model. The layers before them
-        return random values, which depend on the seed except for the last of these layers."""
+        return random values, which depend on the seed except in the layer directly before them."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

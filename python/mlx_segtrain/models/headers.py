@@ -34,7 +34,7 @@ class ModelShape:
     outer: tuple[str, ...]  #: paths of the embedding and a separate head, if they are adaptable
     widths: dict[str, tuple[int, int]]
     bits: dict[str, int]  #: the bits of each quantized linear layer, by path
-    float_size: int  #: the bytes of a floating-point element in the weights
+    float_size: int  #: the size of the weights' floating-point elements in bytes
     tensors: Tensors
     max_length: int | None
 
@@ -55,9 +55,9 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the bytes of the loaded weights, or, for a rank, of the weights for which `loads`
-        returns True. With `float32`, half-precision weights count as float32, to which they are
-        converted on the CPU."""
+        """Returns the size in bytes of the loaded weights, or, for a rank, of the weights for which
+        `loads` returns True. With `float32`, half-precision weights count as float32, to which they
+        are converted on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
@@ -167,7 +167,8 @@ def _linears_of(
 def _linears(
     config: Mapping[str, Any], tensors: Tensors
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """Returns (in, out) for each matrix and the bits of the quantized ones, both keyed by path."""
+    """Returns (in, out) for each matrix and the bits of each quantized matrix, both keyed by
+    path."""
     widths, bits = {}, {}
     for name, (_, shape) in tensors.items():
         path = name.removesuffix(".weight")

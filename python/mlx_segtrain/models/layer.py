@@ -1,4 +1,5 @@
-"""The decoder layer of the fast families as stages. Models differ only in the data of this layer.
+"""The decoder layer of the fast families, divided into stages. Models differ only in the values of
+its fields.
 
 Read `Layer.stages` first: the residual stream goes from h to h + attention(h), and then to h +
 mlp(h).
@@ -20,9 +21,9 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: The number of rows that an MLP computes at a time. With more tokens, its memory stops growing,
-#: and its first matrix multiplication runs twice even if all values are kept. The number is the
-#: same for every plan, because the order in which rows are summed depends on it.
+#: The number of rows that an MLP computes at a time. With more tokens, the MLP needs no more
+#: memory, but its first matrix multiplication runs twice even if all values are kept. The number is
+#: the same for every plan, because the order in which rows are summed depends on it.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -31,7 +32,8 @@ PROJECTIONS = (
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: Rotates x [B, n, T, D], whose first position is `offset`, in a row that has these segments.
+#: A function that rotates x [B, n, T, D], whose first position is `offset`, in a row with these
+#: segments.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
@@ -82,8 +84,9 @@ class Linears:
         return not self.updates.dropout and not any(map(self.more, projections))
 
     def of(self, projection: Projection) -> ops.Linear:
-        """Returns the linear layer with its factors. For a kind of adapter that has another array,
-        the layer's base has no bias, because the object that applies the array adds the bias."""
+        """Returns the linear layer with its factors. For a kind of adapter with an additional
+        array, the layer's base has no bias, because the object that applies the array adds the
+        bias."""
         a = self.params.get(f"{projection.path}.lora_a")
         if a is None:
             return ops.Linear(projection.base)
@@ -120,7 +123,7 @@ class Norm:
         return ops.rms_norm(x, self.weight, self.eps)
 
     def beside(self, h: mx.array) -> list[mx.array]:
-        """Returns h and its norm."""
+        """Returns h and the normalized h."""
         return ops.rms_norm_beside(h, self.weight, self.eps)
 
     def added(self, h: mx.array, x: mx.array, factor: mx.array | None = None) -> mx.array:
@@ -165,8 +168,8 @@ class Attention:
         """Maps x [B, T, H] to the output of the last `rows` rows, [B, rows, H], and to the keys and
         values, [B, G, T, D].
 
-        If `given` has the keys and values of another layer, they replace those of x. The third
-        result is what must be passed as `saved` when the output is recomputed.
+        If `given` contains the keys and values of another layer, they replace those of x. The third
+        result must be passed as `saved` when the output is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -218,8 +221,8 @@ class Attention:
         return linears(o, self.o)[0], _joined(main, other), kept
 
     def _is_plain(self, linears: Linears, own: Sequence[Projection]) -> bool:
-        """Returns whether only norms and the rotation come between the projections of x and the
-        attention heads."""
+        """Returns whether only norms and the rotation are applied between the projections of x and
+        the attention heads."""
         return (
             linears.plain(self.q, *own) and not self.wide_norms and isinstance(self.rotate, Rotary)
         )
@@ -272,7 +275,7 @@ class Mlp:
     experts: int = 0  #: the total hidden width of the experts of a token
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
-        """Returns the output of the MLP for x, which is h after its norm."""
+        """Returns the output of the MLP for x, the normalized h."""
         projections = (self.gate, self.up, self.down)
         if linears.plain(*projections):
             whole = map(linears.of, projections)
@@ -300,7 +303,7 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: a scalar
-    #: The function also takes the tokens [B, T], from which it computes an input of the width
+    #: The function also receives the tokens [B, T], from which it computes an input of the width
     #: `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
@@ -572,7 +575,7 @@ def layer_of(
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotation with our own op."""
+    """Rotates heads with our own op."""
 
     dims: int
     options: Mapping[str, Any]

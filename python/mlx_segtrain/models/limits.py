@@ -11,19 +11,18 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: Maximum bytes of a JSON file. The tokenizer.json of a tokenizer with half a million tokens takes
-#: 40 MB.
+#: The maximum size of a JSON file, in bytes. The tokenizer.json of a tokenizer with half a million
+#: tokens is 40 MB in size.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts in a layer.
 MOST_EXPERTS = 65_536
-#: Names of values in a configuration that decide how many modules are created.
+#: Names of configuration values that determine how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Names of values in a configuration that repeat work for each token, and the maximum of these
-#: values.
+#: Names of configuration values that repeat work for each token, and the maximum of these values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Settings of a tokenizer that are text, even if a file has such a name.
+#: Tokenizer settings that are text, even if a file of that name exists.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 
@@ -47,7 +46,7 @@ def check_files(folder: Path) -> None:
 def check_tokenizer(folder: Path) -> None:
     """Raises InputError for settings that would make a tokenizer open files outside the folder.
 
-    transformers passes all settings to the tokenizer's class, and some classes take the path of a
+    transformers passes all settings to the tokenizer's class, and some classes accept the path of a
     vocabulary as a setting or as a positional argument. Each line of such a file would become a
     token.
     """

@@ -71,9 +71,9 @@ def _layer(name: str, layer: Any, args: Any) -> Layer:
 
 
 def _scale_by_position(args: Any) -> Rotate | None:
-    """Returns the function that scales q as Ministral 3 does: it grows with the logarithm of how
-    many original context lengths precede a position. Returns None for models without this
-    scaling."""
+    """Returns the function that scales q as in Ministral 3: the scale grows with the logarithm of
+    the number of original context lengths that precede a position. Returns None for models without
+    this scaling."""
     rope: dict[str, Any] = getattr(args, "rope_parameters", None) or {}
     beta: float | None = rope.get("llama_4_scaling_beta")
     if beta is None:

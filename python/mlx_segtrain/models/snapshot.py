@@ -18,7 +18,7 @@ from ..safetensors import FLOATS, Tensors, read_header
 
 #: Maximum number of tensors, and maximum number of layers, in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
-#: MLX's modes whose scales are not floating-point values, by their bits and group size.
+#: MLX's modes whose scales are not floating-point values, keyed by bits and group size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
@@ -67,11 +67,11 @@ class Snapshot:
 
     @property
     def size_bytes(self) -> int:
-        """The bytes of the weight files on disk."""
+        """The size of the weight files on disk, in bytes."""
         return sum(file.stat().st_size for file in self.headers)
 
     def spelled(self, path: str) -> str | None:
-        """Returns the path by which the files name a module, or None if they lack its weight."""
+        """Returns the path of a module in the files, or None if they do not contain its weight."""
         return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
 
     def quantization(self, path: str) -> "Quantization | None":

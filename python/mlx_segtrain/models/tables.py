@@ -1,4 +1,4 @@
-"""Finds how many tokens and positions a loaded model has.
+"""Determines the number of tokens and positions of a loaded model.
 
 MLX reads and writes past the end of a table without an error. Therefore indices are compared with
 the number of rows that were loaded, not with config.json.

@@ -1,5 +1,4 @@
-"""Objectives, which compute the loss of a batch from boundary values and work with any model
-family."""
+"""Computes the loss of a batch from boundary values, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,7 +52,7 @@ def objective_of(config: TrainConfig) -> Objective:
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
     """Returns the metrics among the outputs, keyed by name. A metric that is NaN, because no row
-    was measured, is left out."""
+    was measured, is omitted."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
@@ -179,16 +178,16 @@ def baseline_of(
     total: Any,
     value: Value = value,
 ) -> float:
-    """Returns what these batches contribute to the baseline of the step, or 0 if the objective has
-    no baseline."""
+    """Returns the contribution of these batches to the baseline of the step, or 0 if the objective
+    has no baseline."""
     if objective.baseline is None:
         return 0.0
-    # The batches run one at a time, so that the memory of one is free before the next one begins.
+    # The batches run one at a time, so that the memory of each is freed before the next begins.
     what = (objective.baseline, chain, scales, params)
     return sum(float(value(*what, batch, total)[0]) for batch in batches)
 
 
 def with_baseline(objective: Objective, total: Any, baseline: float) -> Any:
-    """Returns `total` with the baseline of all batches of the step, or unchanged if the objective
-    has no baseline."""
+    """Returns `total` including the baseline of all batches of the step. If the objective has no
+    baseline, returns `total` unchanged."""
     return total if objective.baseline is None else replace(total, baseline=baseline)

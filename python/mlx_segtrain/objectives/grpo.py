@@ -20,7 +20,7 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: The values that each token in the loss has.
+#: The names of the values of each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
 #: A weight that makes a token count as in the loss, but with a negligible contribution to the loss.
 NOTHING = 1e-30
@@ -33,12 +33,12 @@ class Grpo(Objective):
     A is the advantage, and r is the ratio of the new probability of a token to its old probability
     (Shao et al. 2024, arXiv:2402.03300); for gspo, r is the geometric mean of these ratios over the
     completion (Zheng et al. 2025, arXiv:2507.18071). KL = exp(ref − p) − (ref − p) − 1, where p and
-    ref are the log-probabilities with the adapter and without it. For N completions, of which one
-    has n tokens, the weights of this one's tokens are 1/(N·n) for grpo and gspo, 1/(N·most) for
-    dr_grpo (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025,
-    arXiv:2503.14476). Where `old` was not computed (NaN), the new probability, as a constant, takes
-    its place. The property `reference` is None, because the log-probabilities without the adapter
-    are computed in each step.
+    ref are the log-probabilities with the adapter and without it. For N completions, the weight of
+    each token of a completion with n tokens is 1/(N·n) for grpo and gspo, 1/(N·most) for dr_grpo
+    (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025, arXiv:2503.14476). Where
+    `old` was not computed (NaN), the new probability is used instead, as a constant. The property
+    `reference` is None, because the log-probabilities without the adapter are computed in each
+    step.
     """
 
     kind: Loss = "grpo"
@@ -63,8 +63,8 @@ class Grpo(Objective):
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Returns the weight that each completion's tokens have, float64 [N]. It is 0 for
-        completions that are not `kept`."""
+        """Returns the weight of the tokens of each completion, float64 [N]. It is 0 for completions
+        that are not `kept`."""
         if self.kind == "dapo":
             part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
         else:

@@ -2,8 +2,8 @@
 
 The reward of each response is compared with the KL divergence of the model from the model without
 its adapter. The divergence is estimated over all rows of a step, by pairing their prompts with
-responses of other rows (data/mismatching.py). This takes a forward pass before the first backward
-pass of the step, and no gradient flows through it.
+responses of other rows (data/mismatching.py). This requires a forward pass before the first
+backward pass of the step, and no gradient flows through it.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Responses(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, *own = reads
-        # This is not a matrix multiplication, because GPUs round the operands of one.
+        # Not a matrix multiplication, because GPUs would round its operands.
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
@@ -91,7 +91,7 @@ class Responses(Objective):
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the sequences of the rows with their own responses."""
+    """Returns the sequences in which each row has its own response."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
@@ -139,8 +139,8 @@ class Kto(Responses):
     the model without it, and let z ≥ 0 be the estimated KL divergence, which is a constant in the
     loss. The loss is λ_D·(1 − σ(β(r − z))) for a desirable row and λ_U·(1 − σ(β(z − r))) for an
     undesirable row. With z = 0 it is apo_zero_unpaired (D'Oosterlinck et al. 2024,
-    arXiv:2408.06266). The reward of a row is βr. For the accuracy, it is right if it is above βz
-    for a desirable row, or below βz for an undesirable one.
+    arXiv:2408.06266). The reward of a row is βr. For the accuracy, a desirable row is right if its
+    reward is above βz, and an undesirable row if its reward is below βz.
     """
 
     beta: float = 0.1

@@ -34,8 +34,8 @@ class Objective:
 
     @property
     def reference(self) -> "Objective | None":
-        """The objective that computes what the loss needs of the reference model, which is the
-        model without its adapter; None if it needs nothing."""
+        """The objective that computes the values of the reference model, which is the model without
+        its adapter; None if the loss needs none of them."""
         return None
 
     @property
@@ -55,8 +55,8 @@ class Objective:
         return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the data in each form in which its batches can run. A run uses the first form that
-        fits into memory."""
+        """Yields the data in every form that a run can use. The run uses the first form that fits
+        into memory."""
         yield data
 
     def total(self, batches: Sequence[Any]) -> Any:
@@ -112,8 +112,8 @@ class Objective:
 def predictions(
     batch: Batch,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Returns the tokens [B, T] that run; the rows and the positions, int64 [M], of tokens whose
-    next token is in the loss; and the indices of these next tokens in the arrays of the batch."""
+    """Returns the input tokens [B, T]; the rows and the positions, int64 [M], of tokens whose next
+    token is in the loss; and the indices of these next tokens in the arrays of the batch."""
     run = np.ones(batch.tokens.shape[1], bool)
     run[np.cumsum(batch.lengths) - 1 if batch.packed else -1] = False
     after = np.flatnonzero(run) + 1

@@ -2,8 +2,8 @@
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
-branch. With causal attention this gives exactly the same results. Only positions in the loss go
-through the head.
+branch. With causal attention, the results are exactly the same. The head runs only on positions in
+the loss.
 """
 
 import math
@@ -31,7 +31,8 @@ DISCOPOP_TAU = 0.05
 
 @dataclass(frozen=True)
 class Total:
-    """The number of pairs, and the number of tokens of chosen sequences in a cross-entropy term."""
+    """The number of pairs, and the number of the chosen sequences' tokens in the cross-entropy
+    term."""
 
     pairs: int
     tokens: float
@@ -75,8 +76,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form in which their common prefix runs once, then in a form in
-        which pairs share nothing."""
+        """Yields the pairs in a form in which their common prefix is computed only once, then in a
+        form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -84,8 +85,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # A batch can share only tokens that all of its pairs share. `apart` are pairs that share
-        # none.
+        # A batch can share only tokens that all of its pairs share. `apart` contains the pairs that
+        # share none.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -155,7 +156,7 @@ class Pairs(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, weights, reference, part = reads
-        # This is not a matrix multiplication, because GPUs round the operands of one.
+        # Not a matrix multiplication, because GPUs would round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
         answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
@@ -172,7 +173,7 @@ class Pairs(Objective):
         return np.zeros_like(chosen.weights)
 
     def _counted(self, pairs: Columns) -> int:
-        """Returns the maximum number of positions in a pair that go through the head."""
+        """Returns the maximum number of positions in a pair on which the head runs."""
         chosen = pairs.length[:, 0] - 1 if self._full else pairs.trained[:, 0]
         return int((chosen + pairs.trained[:, 1]).max())
 
@@ -278,7 +279,7 @@ LOSSES: dict[str, Callable[[Rewards], mx.array]] = {
     "discopop": _discopop,
     "sigmoid_norm": lambda r: nn.softplus(-r.z),
 }
-#: The losses that take means over the response instead of sums.
+#: The losses that use means over the response instead of sums.
 OF_MEANS = ("ipo", "sigmoid_norm")
 
 

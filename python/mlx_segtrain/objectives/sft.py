@@ -44,8 +44,8 @@ class Sft(Objective):
         }
 
     def head(self, chain: Chain, *, needs_grad: bool = True) -> Callable[..., mx.array]:
-        """Returns the function that computes the loss. Only positions in the loss go through the
-        head."""
+        """Returns the function that computes the loss. The head runs only on positions in the
+        loss."""
 
         def loss(
             params: Mapping[str, mx.array],

@@ -4,9 +4,9 @@ Shapes use these letters: B is the batch size, H the number of query heads, G th
 key/value heads, T the number of queries, S the number of keys, D the head size, F the width of the
 feed-forward layer, M the number of rows, R the LoRA rank, and V the size of the vocabulary. `x
 [B,T] → y [B]` means that x and y have these shapes. `impl="auto"` chooses the fastest
-implementation that supports the call. Another `impl` ("kernel", "blocked", "stock" or "reference")
-names an implementation; ValueError gives the reason if it does not support the call. Wrong shapes
-and dtypes raise ValueError when the graph is built.
+implementation that supports the call. Any other `impl` ("kernel", "blocked", "stock" or
+"reference") selects that implementation, or raises ValueError with the reason if it does not
+support the call. Wrong shapes and dtypes raise ValueError when the graph is built.
 """
 
 import functools
@@ -91,8 +91,8 @@ def _check_device() -> None:
 def _face(
     plain: Callable[..., Any], *, without: Sequence[str] = ()
 ) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Returns a decorator for ops of the core. With `impl="reference"`, a call goes to `plain`, to
-    which the options in `without` are not passed; other calls run the self-check first."""
+    """Returns a decorator for ops of the core. Calls with `impl="reference"` are passed to `plain`,
+    without the options in `without`; other calls run the self-check first."""
 
     def decorate(op: Callable[P, T]) -> Callable[P, T]:
         @functools.wraps(op)
@@ -112,8 +112,8 @@ def upload(x: np.ndarray) -> mx.array:
     """Copies an array to the device, as int32 if its dtype is an integer type, otherwise as
     float32.
 
-    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be under way
-    when the function returns.
+    On CUDA this is faster than `mx.array` (see csrc/core/upload.h). The copy may still be in
+    progress when the function returns.
     """
     dtype = np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32
     return _core.upload(np.ascontiguousarray(x, dtype))
@@ -140,9 +140,9 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """Converts the options of `attention` to the form that the core takes. The number of keys comes
-    from `k`."""
-    # If k has a wrong number of axes, the core raises the error.
+    """Converts the options of `attention` to the form that the core expects. The number of keys is
+    that of `k`."""
+    # If k has the wrong number of axes, the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
 
@@ -188,7 +188,7 @@ def attention(
 def attention_forward(
     q: mx.array, k: mx.array, v: mx.array, *, impl: str = "auto", **options: Any
 ) -> list[mx.array]:
-    """Returns what `attention` with these options takes as `saved`: o, and the other arrays that
+    """Returns the argument `saved` for `attention` with these options: o, and the other arrays that
     the backward pass needs.
 
     The result has no gradient. It is empty if the chosen implementation has nothing to save
@@ -258,15 +258,15 @@ def add_rms_norm(
     weight [H].
 
     `factor` is an array with one element. The factor and the weight are frozen and have no
-    gradients. On CUDA there is one kernel per direction.
+    gradients. On CUDA, each direction is a single kernel.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
 
 
 @_face(reference.take_rows)
 def take_rows(x: mx.array, index: mx.array, *, impl: str = "auto") -> mx.array:
-    """Returns x[index] in x's dtype: x [N, …], index […] → […, …]. The index has integers from 0 to
-    N − 1."""
+    """Returns x[index] in x's dtype: x [N, …], index […] → […, …]. The index contains integers from
+    0 to N − 1."""
     return _core.take_rows(x, index, impl=impl)
 
 
@@ -328,7 +328,7 @@ def rope(
 
     freqs [dims/2] is base^(2i/dims) unless it is given. With `traditional`, adjacent elements form
     pairs; otherwise an element of the first half is paired with one of the second half. With
-    `segments` of the offset + T tokens, in the form that `attention` takes, positions count from
+    `segments` of the offset + T tokens, in the form that `attention` accepts, positions count from
     the start of each segment. The other arguments are the same as in mx.fast.rope. See Su et al.
     2021, arXiv:2104.09864.
     """
@@ -356,10 +356,10 @@ def lora_linear(
     weights, which are cast to x's dtype for the computation. Keeps x and x·a for the backward pass,
     but neither the dequantized W nor a mask. The mask applies to x in the low-rank branch and
     depends only on `key` (see `dropout_key`) and x's shape, so recomputation gives the same mask.
-    `dropout` must be in [0, 1); if it is above 0, a, b and the key are required. There are
-    gradients for x, a and b, each in the dtype of its argument. All quantizations of mx.quantize
-    are supported; if the arrays of the base do not fit its mode, bits and group size, ValueError
-    names these. See Hu et al. 2021, arXiv:2106.09685.
+    `dropout` must be in [0, 1); if it is above 0, a, b and the key are required. Gradients are
+    computed for x, a and b, each in the dtype of its argument. All quantizations of mx.quantize are
+    supported; if the base's arrays do not match its mode, bits and group size, a ValueError names
+    these. See Hu et al. 2021, arXiv:2106.09685.
     """
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
@@ -378,7 +378,7 @@ def lora_linears(
     matrix multiplication if that is faster.
 
     x [..., in] → a list with y [..., out] for each linear layer. With dropout, `keys` must contain
-    a key for each of them.
+    a key for each layer.
     """
     return _core.lora_linears(x, linears, dropout=dropout, keys=keys, impl=impl)
 
@@ -392,7 +392,7 @@ def decode_linears(
     """Prepares linear layers that all read the same few rows x in a step of generation.
 
     a [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each layer,
-    b has the factors B, [E, out, R_j], and gains has float32 multipliers of its outputs, [E, out];
+    b contains the factors B, [E, out, R_j], and gains float32 multipliers of its outputs, [E, out];
     the ranks R_j add up to R. The result is a function of x [..., in] and of the index of each
     row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each layer, with y =
     (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
@@ -419,15 +419,15 @@ def lora_qkv(
     impl: str = "auto",
 ) -> list[mx.array]:
     """Applies linear layers to x as `lora_linears` does, and returns the heads q and k, rotated as
-    by `rope`, and v.
+    in `rope`, and v.
 
     x [B,T,·] → q [B,heads,T,D], k and v [B,groups,T,D]. If there are two linear layers, the output
     of the second is used for both keys and values: v is k without its norm and rotation. If there
-    is one, only q is returned. `norms` apply to each head of q, k and v, before rotation.
-    `segments` covers offset + T tokens and has the form that `attention` takes. On CUDA, one kernel
-    computes the heads from the output of a single matrix multiplication, and one kernel computes
-    the gradient of this output from the gradients of the heads. The output is kept for this if
-    there are norms.
+    is only one, only q is returned. `norms` apply to each head of q, k and v, before rotation.
+    `segments` covers offset + T tokens and has the form that `attention` accepts. On CUDA, one
+    kernel computes the heads from the output of a single matrix multiplication, and one kernel
+    computes the gradient of this output from the gradients of the heads. If there are norms, the
+    matrix multiplication's output is kept for this purpose.
     """
     ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
@@ -484,12 +484,11 @@ def linear_cross_entropy(
 
     h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
     a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
-    rows at a time; `needs_grad=False` skips it, for evaluation. `padded=False` promises that no
-    target is below 0; otherwise, on a GPU, the host waits for the targets in order to find such
-    rows. With `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1),
-    z[target] is replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016,
-    arXiv:1512.00567). The idea of never storing z is from Cut Cross-Entropy (Wijmans et al. 2024,
-    arXiv:2411.09009).
+    rows at a time; `needs_grad=False` skips it, for evaluation. `padded=False` means that no target
+    is below 0; otherwise, on a GPU, the host waits for the targets in order to find such rows. With
+    `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1), z[target] is
+    replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016, arXiv:1512.00567). The idea of
+    never storing z is from Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009).
     """
     return _core.linear_cross_entropy(
         h,

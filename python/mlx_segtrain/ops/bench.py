@@ -1,8 +1,8 @@
 """Times ops on this device, and compares them with MLX's implementations and with the speed of the
 device.
 
-A row of the results is for one op, shape, implementation and direction. The direction is `forward`,
-`grads` (gradients alone) or `both`.
+Each row of the results describes one op, shape, implementation and direction. The direction is
+`forward`, `grads` (gradients alone) or `both`.
 """
 
 import statistics
@@ -22,8 +22,8 @@ from .selfcheck import on_gpu
 
 @dataclass(frozen=True)
 class Work:
-    """The call f(*args), which is timed. All calls except the first use the version that mx.compile
-    has made, if there is one.
+    """The call f(*args), which is timed. All calls except the first use the version compiled by
+    mx.compile, if there is one.
 
     So the time of the first call includes the compilation of kernels, but not the time that
     mx.compile takes.
@@ -69,7 +69,7 @@ class Row:
     `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum
     time on this device as a fraction of the queued time. `peak_mb` excludes inputs and outputs.
     `first_s` is the time of the first call, including compilation. `reason` says why there are no
-    figures; it is empty if there are some.
+    figures; otherwise it is empty.
     """
 
     op: str
@@ -162,7 +162,7 @@ def timed(
     for _ in range(3):
         call()
     times = [call() for _ in range(runs)]
-    wait([work() for _ in range(10)])  # gives the allocator the memory for ten queued calls
+    wait([work() for _ in range(10)])  # lets the allocator cache memory for ten queued calls
     begin = time.perf_counter()
     wait([work() for _ in range(10)])
     return first_s, statistics.median(times) * 1e3, (time.perf_counter() - begin) * 100

@@ -1,8 +1,8 @@
-"""Chooses the attention implementation on a Mac by timing all that support the call, once per
-device.
+"""Chooses the attention implementation on a Mac by timing all implementations that support the
+call, once per device.
 
-Which implementation is the fastest depends on the Mac and on macOS. The first run with given heads
-measures their times, for two seconds at most, and stores them in the cache folder.
+The fastest implementation depends on the Mac and on the version of macOS. The first run with given
+heads measures their times, for two seconds at most, and stores them in the cache folder.
 """
 
 import functools

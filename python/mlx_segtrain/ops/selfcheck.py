@@ -28,8 +28,8 @@ from . import reference
 #: The maximum relative L2 error of a kernel in half precision and in float32, compared with the
 #: plain code in float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
-#: The number of rows in a check, and in a timed call on a GPU, which has more so that the launch
-#: does not dominate the time.
+#: The number of rows in a check, and in a timed call on a GPU, where more rows keep the launch from
+#: dominating the time.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 
@@ -141,7 +141,7 @@ def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array)
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """On CUDA, compiles all kernels that the graph needs which `write_down` builds, in parallel on
+    """On CUDA, compiles all kernels needed by the graph that `write_down` builds, in parallel on
     all processors. `write_down` must not evaluate any part of this graph."""
     if not (on_gpu() and mx.cuda.is_available()):
         return
@@ -167,8 +167,8 @@ def check_call(call: Call) -> Check:
 
 
 def check(thorough: bool = False) -> list[Check]:
-    """Compares every kernel of the default device with the plain code. Makes the `thorough` calls
-    only if it is asked to."""
+    """Compares every kernel of the default device with the plain code. Makes the thorough calls
+    only if `thorough` is set."""
     found = [call for call in calls(CHECKED) if thorough or not call.thorough]
 
     def write_down() -> None:
@@ -194,8 +194,8 @@ def timed(checks: list[Check]) -> list[Check]:
 
 
 def failed(checks: list[Check]) -> dict[str, str]:
-    """Returns why each op failed that has a kernel which failed, keyed by op. Only the first reason
-    is given."""
+    """Returns the reason for the first failed kernel of each op, keyed by op. Ops without failures
+    are omitted."""
     reasons: dict[str, str] = {}
     for x in checks:
         if x.reason:

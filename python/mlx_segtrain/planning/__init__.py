@@ -34,7 +34,7 @@ __all__ = [
     "shape_of",
 ]
 
-#: Sequence lengths are planned in multiples of this.
+#: Sequence lengths are planned in multiples of this number.
 STEP = 128
 #: On CUDA the host launches ops ahead of the device, so a step needs more memory than its plan. The
 #: additional memory, measured on an H200 (bench/LOG.md), is this fraction of `overshoot`: AHEAD if
@@ -53,9 +53,9 @@ class Planned:
     cuts.
 
     `text` describes the plan in words. `parts` divides the peak by purpose. `moves` contains the
-    peak of each move of the plan (see schedule.py) in total bytes, and `lines` describes the moves.
-    At `limit` bytes MLX must wait for the device, so that allocations ahead of the device stay
-    below `peak`. `again` is the part of `work` that is recomputation.
+    peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes the
+    moves. At `limit` bytes MLX must wait for the device, so that allocations ahead of the device
+    stay below `peak`. `again` is the part of `work` that is recomputation.
     """
 
     cuts: Cuts
@@ -157,12 +157,13 @@ def planned(
 def overshoot(
     model: ModelShape, batch: BatchShape, ranks: Mapping[str, int], device: Device
 ) -> int:
-    """Returns how many bytes MLX may allocate above the limit at which it waits for the device.
+    """Returns the number of bytes that MLX may allocate above the limit at which it waits for the
+    device.
 
-    MLX waits before an op, and afterwards allocates the outputs of the op. The largest outputs are
-    gate and up of all tokens; if the MLP is tiled, they are those of attention's backward pass,
-    which together have the same size. The dequantized weight of an adapted head may be even larger.
-    On the CPU, the head allocates memory when it runs, not when its graph is built.
+    MLX waits before an op, and then allocates the op's outputs. The largest outputs are gate and up
+    of all tokens; if the MLP is tiled, they are those of attention's backward pass, which together
+    have the same size. The dequantized weight of an adapted head may be even larger. On the CPU,
+    the head allocates memory when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)
@@ -185,7 +186,8 @@ def choose(
     returns the plan with the lowest peak. If `part` is given, the plan is for this part of a
     pipeline.
 
-    On CUDA the plan leaves room, if possible, for allocations ahead of the device.
+    On CUDA the plan leaves room, if possible, for memory that the host allocates ahead of the
+    device.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)
     above = overshoot(model, batch, ranks, device)
@@ -202,7 +204,7 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the minimum memory, in bytes, for allocations ahead of the device."""
+    """Returns the minimum memory, in bytes, for allocations by the host ahead of the device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 from .. import _core
 from .costs import CPU, WORKSPACE, Device
 
-#: MARGIN is the fraction of the memory that is left to other programs. On a CPU, INTERPRETER bytes
-#: are also left to the Python interpreter.
+#: MARGIN is the fraction of the memory that is reserved for other programs. On a CPU, INTERPRETER
+#: bytes are also reserved for the Python interpreter.
 MARGIN = 0.05
 INTERPRETER = 1 << 29
 
@@ -54,8 +54,8 @@ def budget_bytes(gb: float | None = None) -> int:
 
 
 def available_ram(root: Path = Path("/")) -> int:
-    """Returns how many bytes can be allocated without paging, within the limits of the process's
-    control groups."""
+    """Returns the number of bytes that can be allocated without paging, within the limits of the
+    process's control groups."""
     meminfo = root / "proc/meminfo"
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -66,8 +66,8 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """Returns how many bytes are free in each control group of the process and in their parents
-    (cgroups v1 and v2)."""
+    """Returns the number of free bytes in each control group of the process and in the groups'
+    parents (cgroups v1 and v2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -2,8 +2,8 @@
 model families that run on our ops.
 
 Each op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token, which agree
-with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
+(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token. The results
+agree with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
 multiplications.
 """
 
@@ -22,7 +22,7 @@ from ..streams import BatchShape, StreamShape, head_reads
 
 Device = _core.Device
 
-#: The workspace that a library's matrix multiplications may take on CUDA, in bytes.
+#: The workspace that a library's matrix multiplications may use on CUDA, in bytes.
 WORKSPACE = 33 << 20
 
 CPU = Device("cpu", 4)
@@ -53,9 +53,9 @@ class _Stage:
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
         """Returns the cost of the stage. The arguments are in bytes and do not include the
-        gradients of the parameters, which this method adds; the stages of the last stream hold
-        these gradients. `work` has four parts: the forward pass, its recomputation, the part of the
-        recomputation that saved values make unnecessary, and the backward pass."""
+        gradients of the parameters, which this method adds. Only the stages of the last stream
+        store these gradients. `work` has four parts: the forward pass, its recomputation, the part
+        of the recomputation that saved values make unnecessary, and the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -121,7 +121,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # With pairs, the inputs also say to which of the two sequences of a row each token belongs.
+    # For pairs, the inputs also specify to which of a row's two sequences each token belongs.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -155,7 +155,7 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts these pairs for all queries of a sequence."""
+    """Counts the same pairs as `pairs`, for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 

@@ -3,7 +3,7 @@ that ranks send.
 
 Rank r of N runs N − r micro-batches forward before its first backward pass; from then on it
 alternates between backward and forward passes (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So
-it needs N − r times the memory that a micro-batch keeps between its two passes.
+it needs N − r times the memory that a micro-batch occupies between its two passes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .costs import Device
 
 @dataclass(frozen=True)
 class Part:
-    """The layers [begin, end) that a rank has of a model with `layers` layers. A step has `batches`
+    """The layers [begin, end) of a rank, in a model with `layers` layers. A step has `batches`
     micro-batches."""
 
     rank: int
@@ -118,7 +118,8 @@ def costs_of_part(
 
 
 def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
-    """Returns how many bytes a rank sends to the next rank and to the previous rank for a batch."""
+    """Returns the number of bytes that a rank sends to the next rank and to the previous rank for a
+    batch."""
     layer_of = _layers_of(costs, part)
     given, left = (_border(costs, part, at) for at in (part.begin, part.end))
 

@@ -32,7 +32,7 @@ class PlanReport:
     length of the model. `recomputed` is the ratio of recomputed to necessary work. If `predicted`
     is False, the planner does not know the model family, and the report contains only the weights
     and the budget. With a method that generates completions, `rollout_batch` of them are generated
-    at once, which takes `rollout_peak` bytes. `ranks` contains predictions for data parallelism. If
+    at once, which needs `rollout_peak` bytes. `ranks` contains predictions for data parallelism. If
     there is a `pipeline`, the other fields describe the rank that is nearest to its budget.
     """
 

@@ -1,4 +1,4 @@
-"""Decides how many completions are generated at once, from the memory that caches and logits
+"""Determines how many completions can be generated at once, given the memory that caches and logits
 need."""
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def completions_of(config: TrainConfig, ranks: int) -> int:
 
 
 def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
-    """Returns how many completions a rank can generate at once if a completion and its prompt have
-    max_seq_length tokens, and the peak memory in bytes if it is predicted. Raises NoRoom if not
-    even one fits."""
+    """Returns the number of completions that a rank can generate at once if a completion and its
+    prompt have max_seq_length tokens, and the peak memory in bytes if it is predicted. Raises
+    NoRoom if not even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
         at_once = rollouts_at_once(config, tokens, completions_of(config, ranks))

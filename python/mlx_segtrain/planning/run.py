@@ -37,8 +37,8 @@ class RunPlan:
     """The memory plan of a run. It is based on the largest batch for each number of streams.
 
     `plans` contains the plan of each of the `batches`. It is empty for model families on the
-    generic path, whose layers are mlx-lm's, so their memory cannot be predicted. These use one
-    layer per segment, unless the configuration sets a size.
+    generic path, which run on mlx-lm's layers, whose memory cannot be predicted. Such models use
+    one layer per segment, unless the configuration sets a size.
     """
 
     shape: ModelShape
@@ -72,9 +72,7 @@ class RunPlan:
 
     def __str__(self) -> str:
         if self.planned is None:
-            return (
-                f"memory is not predicted for {self.shape.family}, which runs with mlx-lm's layers"
-            )
+            return f"memory is not predicted for {self.shape.family}, which runs on mlx-lm's layers"
         text = self.planned.text
         peak, budget = self.planned.peak / 1e9, self.budget / 1e9
         own = f"{self.part}; " if self.part else ""
@@ -140,7 +138,7 @@ class RunPlan:
         return replace(self, plans=plans)
 
     def of_part(self, part: Part, budget: int, device: Device) -> RunPlan:
-        """Returns the plan of a rank that has the layers of this part."""
+        """Returns the plan of a rank that runs the layers of this part."""
         return replace(self, part=part, budget=budget, device=device, plans=()).filled()
 
     def _of(self, batch: BatchShape) -> tuple[ModelShape, BatchShape, dict[str, int], Device]:
@@ -273,7 +271,7 @@ def planned(
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not supported for {shape.family}, which runs with mlx-lm's layers, and "
+            f"packing is not supported for {shape.family}, which runs on mlx-lm's layers, and "
             "they do not support packed rows: leave packing out and set batch_size; rows of "
             "similar length are batched together.",
             field="packing",
@@ -347,5 +345,5 @@ def adapter_ranks(config: TrainConfig, shape: ModelShape) -> dict[str, int]:
 
 
 def _gb(n: int) -> str:
-    """Formats a number of bytes with enough digits that different sizes can be distinguished."""
+    """Formats a number of bytes with enough digits to distinguish different sizes."""
     return f"{n / 1e9:.2f} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"

@@ -16,9 +16,9 @@ from .speeds import SPEEDS
 
 #: The numbers of ranks that the table lists in addition to the requested number.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-#: The latency between two ranks in seconds, as between two machines over Ethernet.
+#: The latency between two ranks in seconds, as is typical between two machines over Ethernet.
 LATENCY = 50e-6
-#: The default bandwidth of the network, in 10⁹ bytes per second, as of 10 Gbit/s Ethernet.
+#: The default bandwidth of the network, in 10⁹ bytes per second: that of 10 Gbit/s Ethernet.
 LINK = 1.25
 
 

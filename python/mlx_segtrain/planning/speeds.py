@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of matrix multiplications in FLOP/s, and the other costs of a step: the time of the
-    host per layer in seconds, and the operations per weight."""
+    """The speed of matrix multiplications in FLOP/s, and the other costs of a step: the host's time
+    per layer in seconds, and the operations per weight."""
 
     layer_s: float
     unpacking: float

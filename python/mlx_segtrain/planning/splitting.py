@@ -34,7 +34,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Held:
-    """The share that a rank has in a pipeline. Sizes are in bytes.
+    """A rank's share of a pipeline. Sizes are in bytes.
 
     For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
     computes for `seconds`. `busy` is the fraction of a step in which the rank computes. Times are
@@ -149,8 +149,8 @@ def split(
     """Returns the parts that minimize the time of the slowest part, if each part must fit into the
     memory of its rank.
 
-    More layers must not need less time or memory. Raises InputError if there are more ranks than
-    layers, and NoRoom if no division of the layers fits.
+    Adding layers to a part must not reduce its time or memory. Raises InputError if there are more
+    ranks than layers, and NoRoom if no division of the layers fits.
     """
     if ranks > layers:
         raise InputError(
@@ -165,8 +165,8 @@ def split(
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Assigns to each rank as many layers as it can run within `limit` seconds. If layers are
-        left over, it returns fewer parts than there are ranks."""
+        """Assigns to each rank as many layers as it can run within `limit` seconds. Returns fewer
+        parts than there are ranks if not all layers can be assigned."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 
@@ -190,7 +190,7 @@ def split(
         at = found[-1].end if found else 0
         raise NoRoom(
             f"the model does not fit on {ranks} ranks: {len(found)} of them are full, and layer "
-            f"{at + 1} of {layers} still has no place: lower max_seq_length or batch_size, raise "
+            f"{at + 1} of {layers} cannot be placed: lower max_seq_length or batch_size, raise "
             "memory_budget_gb, or start more ranks."
         )
     low, high = 0.0, max(map(takes, found))

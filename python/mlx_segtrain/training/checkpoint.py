@@ -66,11 +66,10 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint below the folder of a run. Then removes checkpoints of later steps, since
-    the run may reach those steps in a different state, and of the others all except the newest
-    `keep`.
+    """Writes a checkpoint in a run's folder. Then deletes all checkpoints of later steps, since the
+    run may reach those steps in a different state, and all except the newest `keep` of the others.
 
-    Raises OSError if the checkpoint cannot be written; earlier checkpoints are intact then.
+    Raises OSError if the checkpoint cannot be written; earlier checkpoints then stay intact.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}
@@ -158,6 +157,6 @@ def _read(folder: Path) -> Checkpoint:
             f"{folder} was written by version {version} of mlx-segtrain, but this is version "
             f"{VERSION}: resume with version {version}."
         )
-    mx.eval(tensors)  # reads the file now, while its content is still what was hashed
+    mx.eval(tensors)  # reads the file now, before the hashed content can change
     rest["progress"] = Progress.from_json(rest["progress"])
     return Checkpoint(folder, tensors, **rest)

@@ -2,21 +2,21 @@
 
 import time
 
-#: Seconds by which the wall clock may differ from the elapsed time without counting as a jump,
-#: since the system adjusts its clock gradually.
+#: A difference of up to this many seconds between the wall clock and the elapsed time is not a
+#: jump, since the system adjusts its clock gradually.
 SLACK = 60
 
 
 class Clock:
-    """Compares the wall clock with the monotonic clock. The two also move apart when the machine
+    """Compares the wall clock with the monotonic clock. The two also diverge when the machine
     sleeps."""
 
     def __init__(self) -> None:
         self.apart = time.time() - time.monotonic()
 
     def jumped(self) -> float:
-        """Returns by how many seconds the wall clock has jumped since the last call, or 0 if it has
-        not."""
+        """Returns the jump of the wall clock since the last call in seconds, or 0 if there was
+        none."""
         before, self.apart = self.apart, time.time() - time.monotonic()
         moved = self.apart - before
         return moved if abs(moved) > SLACK else 0.0

@@ -1,5 +1,4 @@
-"""Checks that a new run removes nothing from its folder except files that an earlier run has
-written."""
+"""Checks that a new run removes nothing from its folder except files written by an earlier run."""
 
 import re
 from pathlib import Path
@@ -45,6 +44,6 @@ def check_own(run: Path) -> None:
 
 def _foreign(run: Path, path: Path) -> InputError:
     return InputError(
-        f"adapter_path {run} holds {path.relative_to(run)}, which no run wrote and this run "
-        "would remove: choose another folder, or move it away."
+        f"adapter_path {run} contains {path.relative_to(run)}, which no run wrote and this run "
+        "would delete: choose another folder, or move the file away."
     )

@@ -1,9 +1,9 @@
 """A training step of grpo, which generates completions with the current adapter, scores them, and
 trains on them.
 
-Generation and updates share the weights of the base model: for generation the adapter is attached
-to its linear layers. The random numbers of a completion depend only on the seed of the run, the
-step, the prompt and the index of the completion.
+Generation and updates share the weights of the base model: during generation, the adapter is
+attached to the model's linear layers. The random numbers of a completion depend only on the seed of
+the run, the step, the prompt and the index of the completion.
 
 Several ranks divide the prompts of a step. Each rank generates, scores and trains on the
 completions of its share of the prompts. From the other ranks it receives the values on which
@@ -186,7 +186,7 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU, if the head has many rows, our op takes a quarter of the time that MLX's op takes.
+    # On a CPU, our op takes a quarter of the time of MLX's op if the head has many rows.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -226,7 +226,7 @@ class Cycle(Stepper):
         assert isinstance(self.setup.objective, Grpo)
         self.objective = self.setup.objective
         self._lines: list[dict[str, Any]] = []
-        # Of the current step; take() sets them.
+        # Values of the current step, set by take().
         self._counts: Counts
         self._own_tokens: int
 
@@ -317,8 +317,7 @@ class Cycle(Stepper):
 
     def _of_all(self, found: Rollouts) -> Made:
         """Returns the completions of all ranks, in the order of their prompts. Text takes only a
-        few bytes per token, so exchanging completions takes little time compared with generating
-        them."""
+        few bytes per token, so exchanging completions is fast compared with generating them."""
         return Made(self.ranks.unshared(found.made.groups))
 
     def _roll_out(
@@ -355,8 +354,9 @@ class Cycle(Stepper):
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:
-        """Returns as training rows those of this rank's completions on which the loss depends.
-        `made` and `gains` are the completions of all ranks and their advantages."""
+        """Converts this rank's completions to training rows, leaving out those on which the loss
+        does not depend. `made` contains the completions of all ranks, and `gains` their
+        advantages."""
         config = self.setup.config
         kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
         weights = self.objective.weights(np.array(made.all("tokens")), kept)

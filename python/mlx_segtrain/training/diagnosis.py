@@ -70,8 +70,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """Combines the results of several ranks. Returns the row and the tensor that one of them has
-    found in a forward pass; if none has found any, returns the rows of all ranks."""
+    """Combines the results of several ranks. Returns the row and the tensor that one rank found in
+    a forward pass, or the rows of all ranks if none found any."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor

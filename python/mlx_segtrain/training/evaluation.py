@@ -27,8 +27,7 @@ TELL_S = 0.5
 
 @dataclass(frozen=True)
 class EvalResult:
-    """The mean loss over the `tokens` tokens of `rows` rows that are in the loss, in nats per
-    token.
+    """The mean loss, in nats per token, over `rows` rows with `tokens` tokens in the loss.
 
     With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
     margin, the rewards and, for kto, the KL divergence.
@@ -54,8 +53,8 @@ def measure(
     value: Value = value,
     tell: events.OnEvent | None = None,
 ) -> tuple[float, dict[str, float]]:
-    """Returns the loss and the metrics of an objective over all rows. There is no backward pass,
-    and each rank runs its share of the batches. `tell` receives progress events."""
+    """Returns the loss and the metrics of an objective over all rows, without a backward pass. Each
+    rank runs its share of the batches. `tell` receives progress events."""
     every = list(eval_batches(dataset, batch_size))
     batches, total = ranks.share(every), objective.total(every)
     own = baseline_of(objective, chain, scales, params, batches, total, value)

@@ -23,8 +23,7 @@ VECTOR = "factors"
 
 @dataclass(frozen=True)
 class Holding:
-    """The layout `own` of a rank's factors, and the layout `whole` of all factors, of which it is a
-    part."""
+    """The layouts of this rank's factors (`own`) and of the factors of all ranks (`whole`)."""
 
     config: TrainConfig
     whole: Layout
@@ -40,12 +39,12 @@ class Holding:
 
     def together(self, at: Iterate, moments: bool = True) -> Iterate:
         """Returns the factors of all ranks on rank 0, which writes the files, and only a part of
-        them on the other ranks; with `moments`, also the optimizer state.
+        them on the other ranks. Includes the optimizer state if `moments` is set.
 
         The arrays are gathered in main memory, one set at a time; only the result is on the device.
         """
-        # `own == whole` would be the wrong test, because in a pipeline, even a rank that has all
-        # factors must take part.
+        # Testing `own == whole` would be wrong: in a pipeline, even a rank that has all factors
+        # must take part.
         if not self.ranks.pipeline:
             return at
         if not moments:

@@ -16,14 +16,14 @@ from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
 
-#: A function of the model with the adapter and of the tokenizer. It returns a number, or several
-#: numbers keyed by name.
+#: A function that is called with the model, to which the adapter is attached, and the tokenizer. It
+#: returns a number, or several numbers keyed by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 
 def numbers(found: Any) -> dict[str, float]:
     """Returns the result of a `Score` as finite numbers, keyed by name. Raises ValueError if the
-    result has another form."""
+    result has any other form."""
     named = found if isinstance(found, Mapping) else {"score": found}
     for name, x in named.items():
         if isinstance(x, bool) or not isinstance(x, int | float) or not math.isfinite(x):
@@ -33,7 +33,7 @@ def numbers(found: Any) -> dict[str, float]:
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
     """Returns the scores that `eval_command` prints for the adapter. If the command fails, returns
-    the reason instead, since this must not end the run. Raises InputError if the command cannot be
+    the reason, because a failure must not end the run. Raises InputError if the command cannot be
     started."""
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:

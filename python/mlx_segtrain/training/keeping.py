@@ -22,10 +22,10 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. If a file that the run does not depend on cannot be written, there is
-    only a warning.
+    """The folder of a run. Failing to write a file on which the run does not depend causes only a
+    warning.
 
-    `unwritten` holds the best adapter and the data of its model card until they are written.
+    `unwritten` contains the best adapter and the data of its model card until they are written.
     """
 
     setup: Setup
@@ -43,11 +43,12 @@ class Keeper:
 
     def open(self, state: State, start: Start, same: bool) -> None:
         """Restores the folder to its state at the checkpoint. If there is no checkpoint, removes
-        the files of an earlier run, except its adapter, which stays until the new one replaces it.
+        the files of an earlier run, except its adapter, which is kept until the new one replaces
+        it.
 
-        If the resumed run is the `same`, it will reach the same adapters, so the adapters of later
-        steps stay. Raises InputError if the folder cannot be written, or if another run has used it
-        in the meantime.
+        If `same` is true, the resumed run will produce the same adapters, so the adapters of later
+        steps are kept. Raises InputError if the folder cannot be written, or if another run has
+        used it in the meantime.
         """
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
@@ -65,7 +66,7 @@ class Keeper:
                 for old in path.glob("fault-step-*.json"):
                     old.unlink()
             elif not same:
-                # The state has only this rank's factors, while the checkpoint has the factors of
+                # The state contains only this rank's factors, but the checkpoint contains those of
                 # all ranks.
                 whole = replace(state.at, vector=resumed.tensors["factors"])
                 self._forget(replace(state, at=whole))
@@ -214,7 +215,7 @@ class Keeper:
         return True
 
 
-NOTHING: Any = lambda *_: None  # noqa: E731 - as one name, it replaces methods of any type
+NOTHING: Any = lambda *_: None  # noqa: E731 - one value that can replace methods of any type
 
 
 class Bystander(Keeper):

@@ -1,5 +1,4 @@
-"""Connections between ranks, separate from MLX's, by which they find out which rank is lost
-(watch.py).
+"""Connections between ranks, separate from MLX's, used to determine which rank is lost (watch.py).
 
 Each rank listens on one address until all others have connected. It accepts only peers that know
 the secret, which the ranks have exchanged through MLX.
@@ -151,7 +150,7 @@ class Links:
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Returns the ranks that are not waiting, and for which the others therefore wait."""
+        """Returns the ranks that are not waiting, so the others are waiting for them."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property

@@ -213,8 +213,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.pace, self.work = Pace(), Work()
-        # The first is whether a callback on this rank wants to stop the run; the second is whether
-        # a callback on any rank does, which all ranks learn from the next sum.
+        # The first is whether a callback on this rank has asked to stop the run. The second is
+        # whether a callback on any rank has; all ranks learn this from the next sum.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -228,8 +228,8 @@ class Run:
         self.ending = 0.0  # number of ranks that have received a signal to end
         interrupted = stopped_early = False
         try:
-            # Reports, evaluations and checkpoints that are due come before the next step rather
-            # than after the last one, so that a resumed run makes up for missing ones.
+            # Due reports, evaluations and checkpoints are handled before the next step rather than
+            # after the last one, so that a resumed run makes up for any that are missing.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -240,7 +240,7 @@ class Run:
                     break
                 self._save_if_due()
                 self._take_step(source)
-                if self.ending > 0:  # with a single rank, the signal handler has already done so
+                if self.ending > 0:  # a single rank's signal handler has already raised this
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
             interrupted = True
@@ -248,7 +248,7 @@ class Run:
             if isinstance(error, Halted) and error.fault is not None:
                 self.keeper.fault(error.fault)
             if self.step.keeps(error):
-                self._save()  # an error never leaves a step half done
+                self._save()  # safe, because an error never leaves a step half done
             if isinstance(error, LostRank):
                 raise self._kept(error) from error
             raise
@@ -263,7 +263,7 @@ class Run:
 
     def _take_step(self, source: Iterator[AnyBatch]) -> None:
         config, state, progress = self.config, self.state, self.state.progress
-        self._measure()  # excludes the memory that gathering factors has taken
+        self._measure()  # excludes the memory that was used to gather factors
         started, self.ranks.waited = time.perf_counter(), 0.0
         losses = progress.losses if progress.skipped < MOST_SKIPPED else []
         with self.interrupts.allowed():
@@ -298,8 +298,8 @@ class Run:
             self._ask(self.calls.on_step, self._metric())
 
     def _measure(self, step: int | None = None) -> int:
-        """Returns the peak memory in bytes since the last call. Generating completions does not
-        count for this value, only for the peak of the run."""
+        """Returns the peak memory in bytes since the last call. Excludes the generation of
+        completions, which counts only for the peak of the run."""
         memory = self.state.memory
         memory.peak = max(memory.peak, self.step.rollout_peak)
         return memory.measure(step)
@@ -318,7 +318,7 @@ class Run:
         self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
     ) -> tuple[Iterate, Outcome]:
         """Returns the state after an optimizer update, and the outcome of the update. The ranks sum
-        all results in a single operation, so each rank can retry what comes before or after this
+        all results in a single operation, so each rank can retry its work before or after this
         operation."""
         step = self.step
         if self.ranks.size == 1:
@@ -345,8 +345,8 @@ class Run:
 
     def _in_memory(self, what: Callable[[], T]) -> T:
         """Runs a part of the step. If the device runs out of memory, retries with plans that need
-        less; this is possible because a step changes no state before its end. Raises NoMemory if
-        there is no such plan left."""
+        less memory, which is possible because a step changes no state before its end. Raises
+        NoMemory if no such plan is left."""
         while True:
             try:
                 return what()
@@ -481,7 +481,7 @@ class Run:
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
     def _judged(self, state: State) -> Iterator[events.Event]:
-        """Yields events with answers of the adapter, and with its scores from `score` and
+        """Yields events with the adapter's answers, and with its scores from `score` and
         `eval_command`."""
         from mlx_lm.generate import generate
 
@@ -539,8 +539,8 @@ class Run:
             self.ranks.check_factors(self.state.step, hashlib.sha256(factors).hexdigest())
 
     def _whole(self, moments: bool = True) -> State:
-        """Returns the state, which on rank 0 has the factors of all ranks. All ranks must call this
-        method. Unless `moments` is set, the optimizer state may be missing."""
+        """Returns the state; on rank 0, it contains the factors of all ranks. All ranks must call
+        this method. Unless `moments` is set, the optimizer state may be missing."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
@@ -558,7 +558,7 @@ class Run:
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:
-        """Adds the elapsed time to the progress, and updates its peak memory."""
+        """Adds the elapsed time to the progress, and updates the peak memory."""
         self.state.progress.peak = self.state.memory.peak
         before, self.looked = self.looked, time.perf_counter()
         self.state.progress.wall_s += self.looked - before

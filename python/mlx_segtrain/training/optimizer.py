@@ -12,8 +12,8 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: Optimizers by name: a function that creates MLX's optimizer, and whether this optimizer applies
-#: decoupled weight decay itself.
+#: Maps the name of an optimizer to a function that creates MLX's optimizer, and to whether that
+#: optimizer applies decoupled weight decay itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),
@@ -57,7 +57,7 @@ class Optimizer:
         self.config, self.layout = config, layout
         make, self.decays = OPTIMIZERS[config.optimizer]
         ratios = [1.0] if config.lora_plus_ratio == 1 else [1.0, config.lora_plus_ratio]
-        #: Pairs of an optimizer and the factor for its learning rate. There is one pair for all
+        #: Pairs of an optimizer and the multiplier of its learning rate. There is one pair for all
         #: factors, or one for A and one for B.
         self.parts = [(make(config), ratio) for ratio in ratios]
 

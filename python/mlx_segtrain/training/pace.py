@@ -1,4 +1,4 @@
-"""Predicts how long a run will still take, and measures how much of its time a rank works."""
+"""Predicts the remaining time of a run, and measures how long a rank computes and waits."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from time import perf_counter
 from typing import Literal
 
 Part = Literal["step", "evaluation", "checkpoint"]
-#: The mean time of a part is computed over this many of its most recent times.
+#: The number of recent times over which the mean time of a part is computed.
 WINDOW = 32
 
 
 def due(after: int, last: int, every: int) -> int:
-    """Counts how many of the steps from `after` + 1 to `last` are multiples of `every` or the last
-    step. If `every` is 0, only the last step counts."""
+    """Counts the steps from `after` + 1 to `last` that are multiples of `every` or the last step.
+    If `every` is 0, only the last step counts."""
     if after >= last:
         return 0
     multiples = last // every - after // every if every else 0
@@ -22,7 +22,7 @@ def due(after: int, last: int, every: int) -> int:
 
 
 class Pace:
-    """The seconds that steps, evaluations and checkpoints have taken in this process."""
+    """The durations of steps, evaluations and checkpoints in this process, in seconds."""
 
     def __init__(self) -> None:
         self._seconds: defaultdict[Part, deque[float]] = defaultdict(lambda: deque(maxlen=WINDOW))
@@ -38,8 +38,8 @@ class Pace:
         self.add(part, perf_counter() - begin)
 
     def mean(self, part: Part) -> float:
-        """Returns the mean time of a part in seconds, or 0 if it has no times yet. The first time
-        includes the compilation of kernels, so it is left out once there are others."""
+        """Returns the mean time of a part in seconds, or 0 if none has been measured. The first
+        time includes the compilation of kernels, so it is left out once there are others."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen
         return sum(own) / len(own) if own else 0.0

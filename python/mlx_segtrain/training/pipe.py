@@ -1,8 +1,8 @@
 """Runs batches forward and backward through a model whose layers are divided between ranks.
 
 A rank receives boundary values from the previous rank, runs its stages, and sends the values that
-later ranks read to the next rank. In the backward pass, cotangents take the opposite direction. All
-ranks have the batches, so values that do not depend on weights need not be sent.
+later ranks read to the next rank. In the backward pass, cotangents flow in the opposite direction.
+All ranks have the batches, so values that do not depend on weights need not be sent.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -33,7 +33,7 @@ class Own:
     given: Border
     left: Border
     streams: tuple[Stream, ...]
-    shapes: Any  #: equal for batches whose transfers have equal forms
+    shapes: Any  #: equal for batches whose transfers have the same shapes and dtypes
 
 
 @dataclass
@@ -43,14 +43,14 @@ class Pipe:
     ranks: Ranks
     part: Part
     transfers: Transfers
-    #: The forms of the arrays that cross a border, keyed by the border and by the shapes of a
-    #: batch.
+    #: The shapes and dtypes of the arrays that cross a border, keyed by the border and by the
+    #: shapes of a batch.
     known: dict[Any, list[Form]] = field(default_factory=dict)
-    #: The received values of the next batch, if their transfers have started.
+    #: The arrays that receive the values of the next batch, if their transfers have started.
     posted: dict[str, mx.array] | None = None
 
     def owners(self, chain: Chain) -> set[str]:
-        """Returns the owners of the parameters that this rank has."""
+        """Returns the owners of the parameters that this rank stores."""
         own = {owner for layer in chain.layers[self.part.begin : self.part.end] for owner in layer}
         return own | ({"head"} if self.part.last else set())
 
@@ -103,8 +103,8 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """Returns the values that the previous rank sends for a batch. Starts to receive the values
-        of the following batch."""
+        """Returns the values that the previous rank sends for a batch. Also starts to receive the
+        values of the following batch."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)
@@ -113,7 +113,7 @@ class Pipe:
         return found
 
     def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
-        """Sends to the next rank the values that later ranks read."""
+        """Sends the values that later ranks read to the next rank."""
         arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
         key = ("left", own.shapes)
         if key not in self.known:

@@ -17,7 +17,7 @@ from .step import Found, Halted, Stepper
 
 
 class Pipelined(Stepper):
-    """Takes steps in which each rank runs its own layers and holds only their factors.
+    """Takes steps in which each rank runs its own layers and stores only their factors.
 
     Rank r of N runs N − r micro-batches forward before the first backward pass; from then on it
     alternates between forward and backward passes.

@@ -1,4 +1,5 @@
-"""The processes of a run (ranks), which `mlx.launch` starts and MLX's collectives connect.
+"""The processes of a run (ranks), which are started by `mlx.launch` and connected by MLX's
+collectives.
 
 The ranks divide the micro-batches of a step between them (or the prompts, if completions are
 generated) and sum their gradients. In a pipeline, they divide the layers instead, and each
@@ -44,9 +45,9 @@ LOOK, SLOW = 0.05, 60.0
 #: The number of bytes that are gathered in one sum, to limit the memory that MLX needs; a multiple
 #: of 4.
 PIECE = 1 << 28
-#: Times in seconds after another rank is lost. TO_END is how long this rank may take to end, not
-#: counting the time it takes to save; STUCK is how long the GIL may stay blocked before the process
-#: is ended; SECOND is the interval between checks.
+#: Times in seconds after another rank is lost. TO_END is the maximum time in which this rank must
+#: end, excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked
+#: before the process is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
@@ -93,22 +94,22 @@ def address_of(ranks: "Ranks") -> str:
     if rank == 0:
         return first
     family, kind, _, _, at = socket.getaddrinfo(first, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as route:  # connecting it sends nothing
+    with socket.socket(family, kind) as route:  # connecting this socket sends nothing
         route.connect(at)
         return route.getsockname()[0]
 
 
 @dataclass(eq=False)
 class Ranks:
-    """A group of processes; by default, it consists of this process only. `warn` is called with a
-    sentence about slow ranks."""
+    """A group of processes, by default only this process. `warn` is called with a message that
+    names slow ranks."""
 
     rank: int = 0
     size: int = 1
     backend: str = ""
     group: Any = None
     stream: Any = None
-    pipeline: bool = False  #: whether each rank has a part of the layers
+    pipeline: bool = False  #: whether each rank runs only a part of the layers
     #: The addresses of each rank, if transfers.py has created a ring.
     ring: list[list[str]] = field(default_factory=list)
     links: Links | None = None
@@ -118,7 +119,7 @@ class Ranks:
     #: and sums.
     settle: Callable[[], None] = lambda: None
     waited: float = 0.0  #: seconds spent waiting for other ranks
-    saving: bool = False  #: whether the state is being written: the process must not end
+    saving: bool = False  #: whether the state is being written; the process must not end then
 
     @property
     def first(self) -> bool:
@@ -153,7 +154,7 @@ class Ranks:
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the list of the JSON values of all ranks."""
+        """Returns the JSON values of all ranks as a list."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
@@ -168,7 +169,7 @@ class Ranks:
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """Returns the list of the contents of all ranks."""
+        """Returns the contents of all ranks as a list."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
         # Each int64 is 0 on all ranks except one, so its int32 halves can be summed exactly.
@@ -261,7 +262,7 @@ class Ranks:
             if (lost := self.lost()) is not None:
                 raise lost from None
             time.sleep(LOOK)
-        raise RunError(f"the ranks cannot reach each other any more: {error}") from error
+        raise RunError(f"the ranks can no longer reach each other: {error}") from error
 
     def lost(self) -> LostRank | None:
         """Returns the error that names the lost rank, or None if no rank is lost."""
@@ -355,8 +356,8 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """After a rank is lost, a back end may wait for it forever, so that this process does not end
-    by itself. In that case, this thread ends the process, but not while the state is being written.
+    """Ends this process, from a separate thread, if it does not end by itself because a back end
+    waits forever for a lost rank. Does not end it while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
     memory during an NCCL sum. If so, faulthandler's thread ends the process.
@@ -370,7 +371,10 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
             exit_later(STUCK)
             waited += 0.0 if ranks.saving else SECOND
             if waited >= TO_END:
-                print(f"mlx-segtrain: error: {lost}; this process had to be ended", file=sys.stderr)
+                print(
+                    f"mlx-segtrain: error: {lost}; this process had to be terminated",
+                    file=sys.stderr,
+                )
                 sys.stderr.flush()
                 os._exit(1)
     finally:
@@ -394,7 +398,7 @@ def _hang_up(hosts: list[list[str]]) -> None:
     for fd in map(int, os.listdir("/dev/fd")):
         try:
             copy = os.dup(fd)
-        except OSError:  # the descriptor by which the folder was listed
+        except OSError:  # the descriptor that was used to list the folder
             continue
         try:
             own = socket.socket(fileno=copy)
@@ -413,6 +417,6 @@ def _wake() -> None:
     handler = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     main = threading.main_thread().ident
     if main and hasattr(handler, "allowed"):
-        # A real signal also interrupts other waits of the main thread, such as for a reward's
-        # command.
+        # A real signal also interrupts other waits of the main thread, such as waiting for a
+        # reward's command.
         signal.pthread_kill(main, signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""run.json: a record of a run's inputs and environment, by which it can be resumed, verified and
-repeated."""
+"""run.json: a record of a run's inputs and environment, used to resume, verify and repeat the
+run."""
 
 import json
 import os
@@ -135,7 +135,7 @@ class Record:
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
         self.data = (
-            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a description for people
+            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a text for human readers
         )
         earlier = resumed or {}
         self.values: dict[str, Any] = {
@@ -162,7 +162,7 @@ class Record:
         write_json(self.folder / NAME, self.values)
 
     def resume(self, step: int) -> None:
-        """Adds to the record that the run was resumed after this step."""
+        """Records that the run was resumed after this step."""
         self.values["resumed"] = [*self.values["resumed"], {"step": step, "at": events.now()}]
 
     def finish(self, step: int) -> None:
@@ -172,8 +172,8 @@ class Record:
         self.write()
 
     def check_model(self, step: int) -> None:
-        """Raises RunError if a file of the model has changed since the run began. The error says
-        that the state of `step` is saved, so it must have been."""
+        """Raises RunError if a file of the model has changed since the run began. Call it only
+        after the state of `step` is saved, because the error says that it is."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -210,7 +210,7 @@ def _stat(path: Path) -> tuple[int, int] | None:
 def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str], None]) -> bool:
     """Returns whether a resumed run will take the same steps as it would have without the
     interruption. Raises InputError if the run cannot continue with this configuration and these
-    files. Calls `warn` for every change because of which the steps will differ."""
+    files. Calls `warn` for every change that makes the steps differ."""
     run, now, before = record.folder, record.values["config"], earlier["config"]
     same = True
     for name, own in FACETS.items():
@@ -227,8 +227,8 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
             warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
             same = False
             continue
-        # A new file makes no difference, except a weight file, which mlx-lm reads whatever its name
-        # is.
+        # A new file makes no difference unless it is a weight file, because mlx-lm reads weight
+        # files of any name.
         if differs != COME or what.endswith(".safetensors"):
             raise InputError(
                 f"{what} {differs} since the run in {run} began: undo the change, or start a new "
@@ -245,8 +245,8 @@ COME = "has been added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the changes, keyed by the name of what has changed. Each is the predicate of a
-    sentence, such as "has been added"."""
+    """Returns the changes, keyed by the name of the changed value. Each change is the predicate of
+    a sentence, such as "has been added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -276,9 +276,8 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares the record of a run with the current files, all of which it reads completely. The
-    model and the data must still be at their recorded paths. Raises InputError if there is no
-    record."""
+    """Compares the record of a run with the current files, which it reads completely. The model and
+    the data must still be at their recorded paths. Raises InputError if there is no record."""
     record = read(run)
     parts: dict[str, list[str]] = {}
     for part, folder in record["folders"].items():

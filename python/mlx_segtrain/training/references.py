@@ -75,9 +75,10 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Returns a hash that identifies the model and how it is computed. It covers MLX's version, the
-    device, whether kernels must be deterministic, and the files of the model; of these only path,
-    size and modification time, so that gigabytes need not be read."""
+    """Returns a hash that identifies the model and the conditions under which it is computed. It
+    covers MLX's version, the device, whether kernels must be deterministic, and the path, size and
+    modification time of the model's files, but not their content, so that gigabytes need not be
+    read."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()
@@ -90,7 +91,7 @@ def model_key(config: TrainConfig) -> str:
 
 
 def row_key(whole: Row | Pair) -> bytes:
-    """Returns a hash of a row's tokens and of which tokens belong to a response."""
+    """Returns a hash of a row's tokens and of the set of tokens that belong to a response."""
     digest = hashlib.blake2b(digest_size=KEY)
     for row in sequences(whole):
         digest.update(len(row).to_bytes(8, "little"))

@@ -102,6 +102,6 @@ def score(
 
 def pass_at(k: int, n: int, right: Sequence[int]) -> float:
     """Estimates the probability that at least one of k completions passes (Chen et al. 2021,
-    arXiv:2107.03374), and returns its mean over all prompts. `right` contains, for each prompt, how
-    many of its n completions passed."""
+    arXiv:2107.03374), and returns its mean over all prompts. `right` contains, for each prompt, the
+    number of its n completions that passed."""
     return float(np.mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in right]))

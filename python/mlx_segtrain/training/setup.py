@@ -93,8 +93,8 @@ class Setup(Inputs):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint from which a run continues, or None for a new run; and what `trace` returned
-    for the folder when the run started."""
+    """The checkpoint from which a run continues, or None for a new run; and the value that `trace`
+    returned for the folder when the run started."""
 
     resumed: Checkpoint | None
     seen: Any
@@ -123,17 +123,17 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
             return Start(checkpoint, seen)
         if config.resume is True:
             raise InputError(
-                f"adapter_path {path} holds no checkpoint to resume: leave --resume out, or use "
+                f"adapter_path {path} contains no checkpoint to resume: leave --resume out, or use "
                 "--resume auto, which then starts a new run."
             )
     elif holds_run(path) and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} already holds a run: choose another folder, use --resume to "
+            f"adapter_path {path} already contains a run: choose another folder, use --resume to "
             "continue it, or --overwrite to replace it."
         )
     if (path / WEIGHTS).exists() and not config.overwrite:
         raise InputError(
-            f"adapter_path {path} holds an adapter, but no checkpoint to resume: choose another "
+            f"adapter_path {path} contains an adapter, but no checkpoint to resume: choose another "
             "folder, or use --overwrite to replace it."
         )
     if config.warm_start is not None:
@@ -165,7 +165,7 @@ def accumulating(
             count = earlier["config"][name]
         elif ranks.size > 1 and not ranks.pipeline:
             count = ranks.size
-            said = f"{name} is {count}: each of the {count} ranks takes one batch per step"
+            said = f"{name} is {count}: each of the {count} ranks runs one batch per step"
             tell(events.stage("setup", 0.0, said))
     if count < ranks.size and not ranks.pipeline:
         raise InputError(
@@ -190,9 +190,9 @@ def read_inputs(
     rewards: Rewards | None = None,
     ranks: Ranks = ALONE,
 ) -> Inputs:
-    """Reads the data, and resolves `auto` options in the configuration; a resumed run keeps the
-    values that it had. `rewards` must be given if the rows are prompts. Raises InputError if the
-    data cannot be used."""
+    """Reads the data, and resolves `auto` options in the configuration; a resumed run keeps its
+    earlier values. `rewards` must be given if the rows are prompts. Raises InputError if the data
+    cannot be used."""
     on_event(events.stage("load", 0.01, f"loading {title(config.model_dir)}"))
     tokenizer = load_tokenizer(config.model_dir)
     raw = Prompting(config.prompt_format).is_raw(tokenizer)
@@ -240,7 +240,7 @@ def with_rollouts(
     if not resumed and config.resume:
         with suppress(InputError):
             earlier = read(config.adapter_path)
-    # Rank 0's value counts, since other ranks may not see the folder of the run.
+    # Rank 0's value is used, since other ranks may have no access to the folder of the run.
     known = ranks.gather(earlier.get("config", {}).get("rollout_batch"))[0]
     if not isinstance(known, int):
         every = completions_of(config, ranks.size)
@@ -258,7 +258,7 @@ def prepare(
     """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
     vector of the adapter's factors.
 
-    Whether the answers of a pair share tokens is the same in a resumed run as before. Raises
+    A resumed run keeps the earlier choice of whether the answers of a pair share tokens. Raises
     InputError, before weights are loaded, if an input cannot be used or if there is not enough
     memory.
     """
@@ -284,7 +284,7 @@ def prepare(
         train = choices[i]
     else:
         train, plan = fitting(choices)
-        # The order of the rows depends on the choice, so all ranks take the choice of the rank with
+        # The order of the rows depends on the choice, so all ranks use the choice of the rank with
         # the least memory.
         own = next(i for i, choice in enumerate(choices) if choice is train)
         if (agreed := max(ranks.gather(own))) != own:
@@ -317,9 +317,9 @@ def prepare(
 def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
-    """Returns the index of the first of the `choices` of batches for which the ranks have enough
-    memory, and the plan for this rank's layers, where rank 0 divides the layers between the ranks.
-    Raises InputError if the model cannot be divided, and NoRoom if no choice fits."""
+    """Returns the index of the first entry of `choices` for whose batches the ranks have enough
+    memory, and the plan for this rank's layers. Rank 0 divides the layers between the ranks. Raises
+    InputError if the model cannot be divided, and NoRoom if no choice fits."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
 
@@ -385,7 +385,7 @@ def load_chain(
     loaded: nn.Module | None = None,
     part: Part | None = None,
 ) -> tuple[Any, Chain]:
-    """Loads the configured model, or takes the `loaded` one, and returns it with its chain. If
+    """Loads the configured model, or uses the `loaded` one, and returns it with its chain. If
     `part` is given, reads only the layers of this part.
 
     Raises InputError if max_seq_length exceeds the model's context length, or if the model's
@@ -438,7 +438,7 @@ def load_setup(
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not supported for {config.model_dir.name}, which runs with mlx-lm's "
+            f"packing is not supported for {config.model_dir.name}, which runs on mlx-lm's "
             "layers, and they do not support packed rows: leave packing out.",
             field="packing",
         )
@@ -454,7 +454,7 @@ def load_setup(
 
 
 def tied_head(config: TrainConfig, chain: Chain) -> InputError:
-    """Returns the error for adapting an embedding that is also the head in a pipeline, where the
+    """Returns the error for an adapted embedding that is also the head: in a pipeline, the
     embedding and the head are on different ranks."""
     return InputError(
         f"{chain.head.path} of {title(config.model_dir)} is both its embedding and its head, "
@@ -469,7 +469,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
-    seen = None  # all rows are used, at the latest in the second epoch
+    seen = None  # all rows are used by the second epoch
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)

@@ -1,10 +1,10 @@
-"""Decides whether a loss is a spike, from the losses of recent steps."""
+"""Determines from the losses of recent steps whether a loss is a spike."""
 
 from collections.abc import Sequence
 from statistics import median
 
-#: The number of recent steps that are considered, and the minimum number without which nothing is a
-#: spike.
+#: The number of recent steps that are considered, and the minimum number of steps needed to detect
+#: a spike.
 WINDOW, LEAST = 64, 16
 #: A spike is at least this many standard deviations above the median. The standard deviation is
 #: estimated as 1.4826 times the median absolute deviation, since this is the ratio between the two

@@ -45,14 +45,15 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """The progress of a run, apart from the factors and the optimizer state. It can be written as
-    JSON.
+    """The progress of a run, apart from the factors and the optimizer state. It can be serialized
+    as JSON.
 
     `reported` and `evaluated` are the steps of the last report and the last evaluation. `recent`
     contains the outcomes of the last `steps_per_report` steps, whose mean is the training loss.
-    `losses` contains the recent losses, by which spikes.py decides; `skipped` is how many of the
-    last steps in a row were skipped. `rewards` contains the mean reward of each step, for
-    collapse.py. In a resumed run, the times in seconds and the peak in bytes cover the whole run.
+    `losses` contains the recent losses, from which spikes.py detects spikes; `skipped` is the
+    number of consecutive skipped steps up to the last step. `rewards` contains the mean reward of
+    each step, for collapse.py. In a resumed run, the times in seconds and the peak in bytes cover
+    the whole run.
     """
 
     reported: int = 0
@@ -110,7 +111,7 @@ class Progress:
 
 @dataclass
 class State:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     at: Iterate
     progress: Progress

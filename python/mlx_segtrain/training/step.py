@@ -130,7 +130,8 @@ class Stepper:
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
         if bad := self.nonfinite(None if finite else new.vector):
-            # If devices differ, only this rank may get here, so it must not wait for the others.
+            # If the devices' results differ, only this rank may reach this line, so it must not
+            # wait for the others.
             rows = list(rows_of(self.setup, accumulated).values())
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
@@ -140,12 +141,12 @@ class Stepper:
         return self.ranks.share(items)
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
-        """Returns how many tokens all ranks together run in an update, and how many of them are in
-        the loss."""
+        """Returns the number of tokens that all ranks process in an update, and the number of those
+        in the loss."""
         return self._counted(accumulated)
 
     def own_tokens(self, accumulated: Sequence[AnyBatch]) -> int:
-        """Returns how many tokens this rank runs in an update."""
+        """Returns the number of tokens that this rank processes in an update."""
         return self._counted(self.share(accumulated))[0]
 
     def _counted(self, batches: Sequence[AnyBatch]) -> tuple[int, int]:
@@ -162,8 +163,8 @@ class Stepper:
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """Returns the name of the first non-finite factor in a vector that has one, or None if
-        `vector` is None."""
+        """Returns the name of the first non-finite factor in `vector`, which must contain one, or
+        None if `vector` is None."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(
@@ -201,8 +202,7 @@ class Stepper:
         compile_together(write_down)
 
     def baseline(self, at: Iterate, accumulated: list[AnyBatch]) -> float:
-        """Returns what this rank's share of the micro-batches contributes to the baseline of a
-        step."""
+        """Returns the contribution of this rank's micro-batches to the baseline of a step."""
         setup, params = self.setup, self.setup.own.split(at.vector)
         own, total = self.share(accumulated), setup.objective.total(accumulated)
         what = (setup.objective, setup.chain, setup.scales, params)
@@ -217,9 +217,9 @@ class Stepper:
     def gradient(
         self, at: Iterate, accumulated: list[AnyBatch], total: Any = None
     ) -> tuple[list[float] | list[mx.array], mx.array]:
-        """Returns what this rank's share of the micro-batches contributes to the outputs and the
-        gradient of a step. If the share is a single micro-batch, the result may not be evaluated
-        yet. `total` is the total of the step; by default it is computed as for one rank."""
+        """Returns the contribution of this rank's micro-batches to the outputs and the gradient of
+        a step. If there is only one micro-batch, the result may not be evaluated yet. `total` is
+        the total of the step; by default it is computed as for one rank."""
         params = self.setup.own.split(at.vector)
         if total is None:
             total = self.total(accumulated, [self.baseline(at, accumulated)])
@@ -236,7 +236,7 @@ class Stepper:
     def _part(
         self, params: Grads, batch: AnyBatch, total: Any, draw: int
     ) -> tuple[list[mx.array], mx.array]:
-        """Returns what a micro-batch contributes to the outputs and the gradient of its step.
+        """Returns the contribution of a micro-batch to the outputs and the gradient of its step.
         `draw` is the index of the micro-batch in the run."""
         outputs, grads = value_and_grad(
             self.functions_of(draw),

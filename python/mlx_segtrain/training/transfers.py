@@ -46,8 +46,8 @@ class Transfers:
     def send(self, arrays: Sequence[mx.array], to: int) -> None:
         """Starts to send arrays to another rank."""
         stream = self._stream(self.ranks.rank, to)
-        # For `settle`, keeps only one element of each array, because keeping whole arrays would
-        # take memory.
+        # For `settle`, keeps only one element of each array, because whole arrays would use too
+        # much memory.
         ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
         ends = [mx.add(x, x, stream=stream) for x in ends]
         self.ranks.start(ends)
@@ -92,8 +92,8 @@ class Transfers:
 
 
 class Sums(Transfers):
-    """Transfers between two GPUs. MLX has no messages there, so a transfer is a sum with zeros, on
-    one stream."""
+    """Transfers between two GPUs. MLX does not support messages between GPUs, so a transfer is a
+    sum with zeros, on one stream."""
 
     def _sent(self, x: mx.array, to: int) -> mx.array:
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream())

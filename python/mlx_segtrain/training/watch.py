@@ -6,9 +6,9 @@ ranks every BEAT seconds. When a rank finds that another one has ended or is sil
 to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
 this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
 `settle` seconds, and decides if it has received no decision by then. A decision is sent to all
-ranks. A rank that receives it passes it on to the judges, and a judge passes it on to all ranks. So
-a decision that reaches one rank reaches all of them as long as a judge is left, even if its author
-is lost while sending it.
+ranks. A rank that receives the decision passes it on to the judges, and a judge passes it on to all
+ranks. So a decision that reaches one rank reaches all of them as long as a judge is left, even if
+its author is lost while sending it.
 """
 
 from dataclasses import dataclass
@@ -52,11 +52,12 @@ class Watch:
         self.rank, self.patience, self.settle, self.beat = rank, patience, settle, beat
         self.others = [r for r in range(size) if r != rank]
         self.heard = dict.fromkeys(self.others, now)
-        #: `at` is how many times each rank has started or stopped waiting; `waits` is whether this
+        #: `at` counts how often each rank has started or stopped waiting; `waits` is whether this
         #: rank is waiting now.
         self.at = dict.fromkeys(range(size), 0)
         self.waits = False
-        #: Ranks that have left at the end of the run, and when this rank received their message.
+        #: Ranks that have left at the end of the run, with the time at which this rank received
+        #: their message.
         self.left: dict[int, float] = {}
         #: Ranks that this rank knows to be lost.
         self.lost: dict[int, Lost] = {}
@@ -64,7 +65,7 @@ class Watch:
         self.decided: Lost | None = None
         #: Messages to send: recipients and content.
         self.out: list[tuple[list[int], dict[str, Any]]] = []
-        self._since = now  # when the time of the judges begins
+        self._since = now  # the time from which the judges' turns are counted
         self._ticked, self._due = now, now + beat
 
     def receive(self, source: int, message: dict[str, Any], now: float) -> None:
@@ -77,7 +78,7 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # If it is this rank that was declared lost, it may have slept, and the others know the
+            # If this rank was declared lost, it may have slept; the others already know the
             # decision.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
@@ -93,7 +94,7 @@ class Watch:
         self._note(Lost(self.rank, "failed", why), now)
 
     def leave(self) -> None:
-        """Tells the other ranks that this one leaves, because it has finished its run or has
+        """Tells the other ranks that this rank is leaving, because it has finished its run or has
         reported the lost rank."""
         self.out.append((self.others, {"left": True}))
 

@@ -1,5 +1,5 @@
-"""Checks and benchmarks of the ops. Each op has a module, which is named like the folder of the op
-in csrc/ops/.
+"""Checks and benchmarks of the ops. Each op has a module with the name of the op's folder in
+csrc/ops/.
 
 In such a module, `checks(device, rows)` yields calls of the op's kernels on "cpu", "metal" or
 "cuda", with this many rows, and `cases(gpu)` returns the cases to time. A module has one of these

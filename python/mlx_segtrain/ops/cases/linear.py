@@ -10,7 +10,7 @@ from .. import bench, reference, selfcheck
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks with a wide and with a narrow weight."""
+    """Yields checks with a wide and a narrow weight."""
     if device == "metal":
         return
     dtype = mx.float32 if device == "cpu" else mx.bfloat16

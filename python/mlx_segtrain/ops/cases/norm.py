@@ -12,7 +12,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         x, w = selfcheck.normal((rows, 512), (1, 512))
         yield selfcheck.Call.of("rms_norm", "", [x], weight=w[0], eps=1e-5)
     if device == "cuda":
-        # One width is not divisible by any number of threads; the other one is more than eight
+        # One width is not divisible by any number of threads; the other has more than eight
         # elements per thread.
         for width in (1000, 4096):
             h, x, w = selfcheck.normal((rows, width), (rows, width), (2, width), dtype=mx.bfloat16)

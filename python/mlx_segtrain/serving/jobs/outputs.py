@@ -49,7 +49,7 @@ class Outputs:
             ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
-                f"adapter_path {path} already holds a run: choose another folder, resume or "
+                f"adapter_path {path} already contains a run: choose another folder, resume or "
                 "overwrite.",
                 field="adapter_path",
             )
