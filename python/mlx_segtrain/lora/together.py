@@ -89,17 +89,14 @@ class Together:
         supports this."""
         if self._last is not None:  # building lists for each token would take longer than a launch
             last, op = self._last
-            if all(
-                module.scale == scale and module.get(name) is x
-                for module, scale, own in last
-                for name, x in own
-            ):
+            for module, scale, name, x in last:
+                if module.get(name) is not x or module.scale != scale:
+                    break
+            else:
                 return op
         op = self._looked_up()
-        self._last = (
-            [(x, x.scale, [(name, x.get(name)) for name in ARRAYS]) for x in self.modules],
-            op,
-        )
+        last = [(x, x.scale, name, x.get(name)) for x in self.modules for name in ARRAYS]
+        self._last = last, op
         return op
 
     def _looked_up(self) -> ops.DecodeLinears | None:
