@@ -105,7 +105,7 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
 void allocate(mx::array& y, mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
-  static const Arrays& inputs = *new Arrays(3, mx::zeros({0}, mx::bool_));  // only the mask's size is read
+  static const Arrays& inputs = *new Arrays(3, mx::zeros({0}, mx::bool_, s));  // only the mask's size is read
   std::lock_guard guard(lock);
   auto& primitive = known[s.index];
   if (!primitive) {
