@@ -11,6 +11,7 @@ from dataclasses import replace
 from io import StringIO
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import BatchKVCache
@@ -133,6 +134,24 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
         assert max(len(own) for own in calls if own) == 3
     finally:
         base.confined.close()
+
+
+@pytest.mark.parametrize(
+    ("outs", "rows", "ours"),
+    [(64, 1, False), (64, 2, True), (16448, 1, True), (16448, 16, True), (16448, 17, False)],
+)
+def test_which_rows_of_a_frozen_layer_our_kernel_computes(monkeypatch, outs, rows, ours):
+    monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
+    linear = nn.QuantizedLinear(64, outs, bias=False)
+    linear.set_dtype(mx.bfloat16)
+    stock = []
+    product = lora.together.several(linear, lambda x: stock.append(x) or linear(x))
+    x = mx.random.normal((rows, 1, 64)).astype(mx.bfloat16)
+    found = product(x)
+    linear.set_dtype(mx.float32)
+    wanted = linear(x.astype(mx.float32))
+    assert mx.abs(found - wanted).max() < 0.05 * mx.abs(wanted).max()
+    assert bool(stock) != ours
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
