@@ -4,13 +4,18 @@ update."""
 import asyncio
 import gc
 import random
+import statistics
 import time
 import weakref
 from dataclasses import replace
+from io import StringIO
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.utils import load
 
 from lib.checks import random_adapter
 from lib.engines import END, Alone, mounted, write_adapters, write_lively
@@ -129,6 +134,24 @@ def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind
         assert max(len(own) for own in calls if own) == 3
     finally:
         base.confined.close()
+
+
+@pytest.mark.parametrize(
+    ("outs", "rows", "ours"),
+    [(64, 1, False), (64, 2, True), (16448, 1, True), (16448, 16, True), (16448, 17, False)],
+)
+def test_which_rows_of_a_frozen_layer_our_kernel_computes(monkeypatch, outs, rows, ours):
+    monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
+    linear = nn.QuantizedLinear(64, outs, bias=False)
+    linear.set_dtype(mx.bfloat16)
+    stock = []
+    product = lora.together.several(linear, lambda x: stock.append(x) or linear(x))
+    x = mx.random.normal((rows, 1, 64)).astype(mx.bfloat16)
+    found = product(x)
+    linear.set_dtype(mx.float32)
+    wanted = linear(x.astype(mx.float32))
+    assert mx.abs(found - wanted).max() < 0.05 * mx.abs(wanted).max()
+    assert bool(stock) != ours
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
@@ -405,6 +428,49 @@ def test_caches_go_with_their_batch():
         assert layer() is None
     finally:
         gc.enable()
+
+
+def test_a_lone_request_costs_no_more_than_with_mlx_lm(model, shared, monkeypatch):
+    """On a GPU, the speed of one request is limited by how many ops the host launches for a token.
+    A request also takes no more ops than with mlx-lm before another request has joined it and after
+    this request has left it."""
+    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    monkeypatch.setattr(batching, "few", lambda rows: True)
+    monkeypatch.setattr(shared.base.tokenizer, "eos_token_ids", set())
+    steps, waits, evaluate, wait = [], [], mx.async_eval, mx.eval
+
+    def counted(*arrays):
+        graph = StringIO()
+        mx.export_to_dot(graph, *arrays)
+        steps.append((arrays[0].size, graph.getvalue().count("shape=rectangle")))
+        return evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", counted)
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waits.append(len(steps)), wait(*arrays)))
+    stock, _ = load(str(model))
+    list(generate_step(mx.array(PROMPT), stock, max_tokens=20))
+    most = statistics.mode(nodes for _, nodes in steps)
+    steps.clear()
+
+    async def main():
+        long, joins = asyncio.create_task(ask(shared, n=60)), None
+        while not long.done():
+            await asyncio.sleep(0.001)
+            if joins is None and len(steps) > 10:
+                joins = asyncio.create_task(ask(shared, prompt=PROMPT[:9], n=8))
+        await joins
+
+    waits.clear()
+    asyncio.run(main())
+    monkeypatch.undo()
+    rows = [rows for rows, _ in steps]
+    assert rows[0] == rows[-1] == 1 and 2 in rows
+    growth = 2 * len(stock.layers) * 4  # a longer cache is allocated once in 256 tokens
+    for alone in (steps[: rows.index(2)], steps[len(rows) - rows[::-1].index(2) :]):
+        counts = [nodes for _, nodes in alone[2:]]
+        assert counts and max(counts) <= most + growth, (counts, most)
+        assert statistics.mode(counts) <= most, (counts, most)
+    assert len(waits) <= 8, "a step waits for the device more than once"
 
 
 def test_seeds_in_a_crowd(shared):

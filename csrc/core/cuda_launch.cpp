@@ -99,18 +99,23 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
   return found->second;
 }
 
-/// MLX does not export its allocator for device memory. We call the allocator by concatenating zero arrays,
-/// an op that only allocates its output.
-mx::Primitive& allocation(mx::Stream s) {
+/// Gives y device memory. MLX does not export its allocator for that. We call it through masked_scatter with
+/// an empty mask, which only allocates its output: it adds no node to MLX's CUDA graph, and the host needs
+/// time for each node when it builds, updates and launches the graph.
+void allocate(mx::array& y, mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
+  static const Arrays& inputs = *new Arrays(3, mx::zeros({0}, mx::bool_, s));  // only the mask's size is read
   std::lock_guard guard(lock);
   auto& primitive = known[s.index];
   if (!primitive) {
-    auto x = mx::array({0.0f});
-    primitive = mx::concatenate({x, x}, 0, s).primitive_ptr();
+    const auto x = mx::array({0.0f});
+    const auto last = mx::masked_scatter(x, mx::array({true}), x, s);  // a squeeze of the scatter
+    auto scatter = last.inputs().at(0).primitive_ptr();
+    check(scatter->name() == std::string("MaskedScatter"), "[allocate] MLX's masked_scatter has changed.");
+    primitive = scatter;
   }
-  return *primitive;
+  static_cast<mx::UnaryPrimitive&>(*primitive).eval_gpu(inputs, y);
 }
 
 class CudaKernel : public mx::Primitive {
@@ -143,13 +148,13 @@ class CudaKernel : public mx::Primitive {
     bool rows = function;
     for (const auto& x : inputs) rows = rows && x.flags().row_contiguous;
     if (!rows) return by_mlx(fixed_ ? completed(inputs) : inputs, outputs);
-    for (auto& y : outputs) {
-      Arrays one{y};
-      allocation(stream()).eval_gpu({}, one);
-    }
+    for (auto& y : outputs) allocate(y, stream());
     auto& encoder = mx::cu::get_command_encoder(stream());
+    const auto& all = fixed_ ? fixed_->inputs : inputs;
     std::vector<void*> pointers, arguments;
-    for (const auto& x : fixed_ ? fixed_->inputs : inputs) pointers.push_back(address(x));
+    pointers.reserve(all.size() + outputs.size());
+    arguments.reserve(all.size() + outputs.size());
+    for (const auto& x : all) pointers.push_back(address(x));
     if (fixed_)
       for (size_t i = 0; i < fixed_->open.size(); ++i) pointers[fixed_->open[i]] = address(inputs[i]);
     for (const auto& y : outputs) pointers.push_back(address(y));

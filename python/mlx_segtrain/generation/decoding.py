@@ -105,7 +105,8 @@ class Text:
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
         new, self._out = whole[self._out :], max(self._out, len(whole))
-        if whole == text:
+        # Shortening takes another call of the decoder, so it is not done for each token.
+        if whole == text and len(self._tokens) >= self._old + CONTEXT:
             self._tokens = self._tokens[self._old :]
             self._old, self._out = len(self._tokens), len(self._decoded())
         return self._before_stop(new, last=False)

@@ -19,6 +19,9 @@ from .modules import FEW, LoRALinear
 MOST_KEPT = 8
 #: The dtypes in which matrix multiplications with several rows use tensor cores.
 HALVES = mx.bfloat16, mx.float16
+#: For a single row of a quantized layer with more outputs, such as a head, MLX uses a kernel for
+#: many rows, which is slower than ours (bench/LOG.md, 2026-11-30).
+WIDE = 16384
 
 _picks: dict[int, mx.array] = {}
 
@@ -89,17 +92,14 @@ class Together:
         supports this."""
         if self._last is not None:  # building lists for each token would take longer than a launch
             last, op = self._last
-            if all(
-                module.scale == scale and module.get(name) is x
-                for module, scale, own in last
-                for name, x in own
-            ):
+            for module, scale, name, x in last:
+                if module.get(name) is not x or module.scale != scale:
+                    break
+            else:
                 return op
         op = self._looked_up()
-        self._last = (
-            [(x, x.scale, [(name, x.get(name)) for name in ARRAYS]) for x in self.modules],
-            op,
-        )
+        last = [(x, x.scale, name, x.get(name)) for x in self.modules for name in ARRAYS]
+        self._last = last, op
         return op
 
     def _looked_up(self) -> ops.DecodeLinears | None:
@@ -146,17 +146,18 @@ def no_picks(rows: int) -> mx.array:
 
 
 def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    """Returns a function that computes a frozen linear layer. For a single row it calls `stock`;
-    for several rows it runs our kernel, because MLX's matrix multiplication reads the weight once
-    per row if x is [rows, 1, in]."""
-    op = ops.decode_linears([ops.base_of(linear)])
+    """Returns a function that computes a frozen linear layer. For a single row it calls `stock`,
+    unless the layer is wide; for several rows it runs our kernel, because MLX's matrix
+    multiplication reads the weight once per row if x is [rows, 1, in]."""
+    base = ops.base_of(linear)
+    op, least = ops.decode_linears([base]), 1 if base.bits and base.out_dims > WIDE else 2
     served = {dtype for dtype in HALVES if serves(op, dtype)}
     if not served:
         return stock
 
     def product(x: mx.array) -> mx.array:
         rows = x.size // x.shape[-1]
-        return op(x, no_picks(rows))[0] if 1 < rows <= FEW and x.dtype in served else stock(x)
+        return op(x, no_picks(rows))[0] if least <= rows <= FEW and x.dtype in served else stock(x)
 
     return product
 

@@ -330,6 +330,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Starts the requests that have waited longest, and pauses requests whose turn is over."""
+        if not self._waiting:  # this is the usual case between two tokens
+            return
         now = time.monotonic()
         with self._wake:
             self._drop_closed()
