@@ -1,4 +1,4 @@
-"""Tests the page in a browser with a real server, and with SmolLM2 on the demo's data."""
+"""Tests the page in a browser, with a real server, and with 6 of the 30 layers of SmolLM2."""
 
 import csv
 import io
@@ -19,7 +19,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import expect, sync_playwright
 
 from lib.browsing import BROWSER, DESK, PHONE, Site, User, choose, fits, points, serving, until
-from lib.folders import write_llama, write_rows
+from lib.folders import write_first_layers, write_llama, write_rows
 from lib.kinds import of_each_kind
 from mlx_segtrain.commands.demo.docstrings import write_dataset
 from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
@@ -53,7 +53,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     pair = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
     (work / "pairs" / "train.jsonl").write_text(pair)
     snapshot = smollm2_snapshot(cache_dir())
-    shutil.copytree(snapshot, work / snapshot.name)
+    write_first_layers(work / snapshot.name, snapshot, 6)
     write_llama(work / "tiny", bits=4)
     write_rows(write_rows(work / "counting"), 6, "valid.jsonl")
     write_dataset(work / "docstrings")
