@@ -90,9 +90,11 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def user(browser, site, tmp_path) -> Iterator[User]:
-    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
-    shots.mkdir(parents=True, exist_ok=True)
+def user(browser, site) -> Iterator[User]:
+    shots = None
+    if "SCREENSHOTS" in os.environ:  # the images are for people, so by default none are made
+        shots = Path(os.environ["SCREENSHOTS"])
+        shots.mkdir(parents=True, exist_ok=True)
     own = User(browser, site, shots)
     yield own
     for context in browser.contexts:
@@ -984,7 +986,7 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
     (tmp_path / "work").mkdir()
     token = "only-for-this-test"
     with serving(tmp_path / "work", tmp_path / "cache", "--token", token) as site:
-        user = User(browser, site, tmp_path)
+        user = User(browser, site, None)
         page = user.page()
         page.goto(f"{site.url}/finetune")
         page.get_by_label("The token of this server").fill(token)
