@@ -59,7 +59,7 @@ def test_the_page_shows_what_was_generated(tmp_path):
         assert found["completions"] == [own for x in lines if (own := json.loads(x))["step"] == 3]
         with sync_playwright() as play:
             browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-            user = User(browser, site, tmp_path)
+            user = User(browser, site, None)
             page = user.open(f"/finetune/job/{id}")
             card = page.get_by_role("region", name="Completions")
             expect(card.get_by_role("heading", level=3)).to_have_count(2)

@@ -89,7 +89,7 @@ class User:
 
     browser: Any
     site: Site
-    shots: Path
+    shots: Path | None  # the folder for screenshots, if any
     faults: list[str] = field(default_factory=list)
 
     def page(self, viewport: dict[str, int] = DESK, scheme: str = "light") -> Any:
@@ -111,7 +111,8 @@ class User:
         return page
 
     def shot(self, page: Any, name: str) -> None:
-        page.screenshot(path=self.shots / f"{name}.png", full_page=True)
+        if self.shots is not None:
+            page.screenshot(path=self.shots / f"{name}.png", full_page=True)
 
     def _note(self, message: Any) -> None:
         # The browser logs every response with an error status, but the page itself reports these
