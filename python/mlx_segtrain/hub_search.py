@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: Models must have these tags: their weights are in a format that MLX reads, and they generate
+#: The tags that a model must have: its weights are in a format that MLX reads, and it generates
 #: text.
 OF_MODELS = ("safetensors", "text-generation")
 

@@ -10,10 +10,11 @@ import numpy as np
 
 Count = TypeVar("Count", int, np.ndarray)
 
-#: After trimming, sequences start at a multiple of this, so that there are few distinct shapes and
-#: tiles are full.
+#: Trimmed sequences start at a multiple of this number, which limits the number of distinct shapes
+#: and keeps tiles full.
 TRIM_MULTIPLE = 64
-#: The width of a batch with several rows is a multiple of this, so that few kernels are compiled.
+#: The width of a batch with several rows is a multiple of this number, which limits how many
+#: kernels are compiled.
 PAD_MULTIPLE = 32
 
 
@@ -34,7 +35,7 @@ class Stream:
     parts: tuple[int, ...] = ()
 
     def of(self, value: str) -> str:
-        """Returns the name that a boundary value has in this stream."""
+        """Returns the name of a boundary value in this stream."""
         return f"{value} of {self.name}" if self.name else value
 
     @property

@@ -1,4 +1,4 @@
-"""Blocks of rows, which processes pass to one another, and the parsing of their rows."""
+"""Blocks of rows, in which processes exchange data, and the parsing of these rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Block:
     """The rows that a process handles at a time: a few MB that can be pickled.
 
     `first` is the number of the block's first row or line in the file `name`; `size` is the number
-    of bytes that were read for the block; `payload` has lines of JSON, or an Arrow stream
+    of bytes that were read for the block; `payload` contains lines of JSON, or an Arrow stream
     (arrow.py).
     """
 
@@ -91,7 +91,7 @@ def _parse(line: bytes, source: str) -> Row:
 
 
 #: The metadata key of a field whose column arrow.py replaced with booleans, because JSON cannot
-#: represent its values. It holds the column's original type.
+#: represent its values. Its value is the column's original type.
 OTHER = b"other"
 
 

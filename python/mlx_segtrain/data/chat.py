@@ -3,8 +3,9 @@ generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
 messages with the generation prompt; the response ends with the first token that stops generation.
-Rows are rendered in the spelling (spelling.py) in which the template drops nothing. A text that the
-template drops in every spelling, or a turn without an end, is reported as a finding (notes.py).
+Rows are rendered in a spelling (spelling.py) with which the template drops nothing. Text that the
+template drops in every spelling, or a turn without a stop token, is reported as a finding
+(notes.py).
 """
 
 import re
@@ -22,17 +23,18 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: A generation prompt is located in another rendering by its last characters. These are the numbers
-#: of characters to try, the largest first.
+#: The numbers of trailing characters by which a generation prompt is located in another rendering.
+#: They are tried in this order.
 ANCHORS = range(40, 3, -1)
-#: If no spelling is lossless, all spellings are tried for this many rows with the same traits.
+#: If no spelling is lossless, this is the number of rows with the same traits for which all
+#: spellings are tried.
 MOST_SEARCHES = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence from the row `source`. `turns` counts its turns in the loss, `findings` holds keys
-    of notes.FINDINGS, and `rendered` says whether a chat template rendered it."""
+    """A sequence from the row `source`. `turns` counts its turns in the loss, `findings` contains
+    keys of notes.FINDINGS, and `rendered` is true if a chat template rendered it."""
 
     source: str
     pieces: Pieces
@@ -62,8 +64,8 @@ class Conversations:
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # For rows with these traits: the spelling, the findings that remain with it, and how many
-        # rows were searched.
+        # Maps the traits of rows to a spelling, the findings that remain with it, and the number of
+        # rows that were searched.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
@@ -296,7 +298,7 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """Returns the first stop token that is not part of the message's own `texts`."""
+        """Returns the first stop token outside the message's own `texts`."""
         start = 0
         if any(map(self.stop.search, texts)):  # stops in the texts do not end the turn
             tail = self.tail.search(response)

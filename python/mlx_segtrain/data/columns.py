@@ -1,4 +1,4 @@
-"""Arrays with the properties of all samples, so that a run need not create all rows."""
+"""Arrays with the properties of all samples, which a run can use without creating all rows."""
 
 from __future__ import annotations
 

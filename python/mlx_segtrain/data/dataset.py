@@ -1,4 +1,4 @@
-"""Data sets: tokenized rows, truncated and counted."""
+"""Data sets of tokenized rows, which have been truncated and counted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -32,9 +32,9 @@ class Dataset:
     `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (for
     pairs, those that lost part of a response), `prompts_cut` counts the rows that lost the
     beginning of their prompt, and `dropped` counts the samples that had no token left in the loss.
-    `pad_id` fills short rows. `notes` has the findings about the rows, and `said` has sentences
-    about rows that were dropped or held out. `name` is the name of the source. `packed` is the
-    length, in tokens, of the rows into which samples are packed, or 0 without packing.
+    `pad_id` fills short rows. `notes` contains the findings about the rows, and `said` contains
+    sentences about rows that were dropped or held out. `name` is the name of the source. `packed`
+    is the length, in tokens, of the rows into which samples are packed, or 0 without packing.
     """
 
     rows: Sequence[Any]
@@ -61,7 +61,7 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that are run in an epoch."""
+        """The number of tokens that an epoch processes."""
         return int(self.columns.run.sum())
 
     @property
@@ -70,13 +70,13 @@ class Dataset:
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with `change(index, row)` as its rows. `change` must not change any
-        value in `columns`."""
+        """Returns the data set with each row replaced by `change(index, row)`. `change` must not
+        change any value in `columns`."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
     def take(self, chosen: np.ndarray) -> "Dataset":
-        """Returns a data set with the samples of these indices."""
+        """Returns a data set with the samples at these indices."""
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
@@ -88,18 +88,18 @@ class Dataset:
 
     @cached_property
     def packing(self) -> Packing:
-        """The places of the samples in packed rows."""
+        """The placement of samples in packed rows."""
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """Returns the pairs with no token marked as shared."""
+        """Returns the pairs without shared tokens."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
     @property
     def summary(self) -> str:
-        """A sentence with the numbers of rows, samples and tokens, and how plain prompts are
-        read."""
+        """A sentence about the numbers of rows, samples and tokens, and about the handling of plain
+        prompts."""
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
@@ -208,9 +208,9 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
 
 
 def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Returns the training rows, without duplicates if `dedup` is set, and the validation rows that
-    are held out from them. If no row is held out, as when `valid` is given, the second result is
-    None."""
+    """Returns the training rows, without duplicates if `dedup` is set, and the validation rows held
+    out from them. The second result is None if no row is held out, for example because `valid` is
+    given."""
     options, samples, said = read.options, read.samples(train), ()
     read.check(train)
     chosen = np.arange(len(samples))
@@ -280,8 +280,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
     truncated, cut = over.copy(), np.zeros(len(chosen), bool)
-    # Responses of pairs and of rows with a label stay whole if possible: their prompts are
-    # truncated first.
+    # In pairs and in rows with a label, the prompt is truncated first, to keep the responses whole
+    # if possible.
     if (columns.length.shape[1] == 2 or encoder.options.labelled) and over.any():
         at = np.flatnonzero(over)
         short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
@@ -319,8 +319,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns the chosen prompts that leave room for a completion. Raises InputError if there are
-    none."""
+    """Returns those of the chosen prompts that leave room for a completion. Raises InputError if
+    none do."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -346,7 +346,7 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     )
 
 
-#: More tokens than any row has.
+#: Exceeds the number of tokens of any row.
 WHOLE = 2**31 - 1
 
 

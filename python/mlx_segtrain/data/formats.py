@@ -1,4 +1,4 @@
-"""The formats of rows: their keys, their checks, and how a row becomes samples.
+"""The formats of rows: their keys, their checks, and their conversion to samples.
 
 A format is an entry of FORMATS; no other module depends on the content of its rows.
 """
@@ -23,7 +23,7 @@ ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys that the error message lists if a row has no known format.
+#: The keys that the error message for a row of unknown format lists.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or set columns)"
@@ -53,8 +53,8 @@ def checked(
 ) -> Record:
     """Checks a row and returns its record. Raises InputError.
 
-    If `format` is auto, a row has the first format whose marks (Format.marks) it has
-    (config.data_format). `columns` maps our names to the names of columns in the file
+    If `format` (config.data_format) is auto, the row's format is the first one whose marks
+    (Format.marks) it contains. `columns` maps our names to the names of columns in the file
     (config.columns). A null value counts as absent, because tables have every column in every row.
     """
     row = _renamed(row, source, columns)
@@ -68,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check reads our keys, but its errors should name the keys of the file.
+    # A check uses our keys, but its error messages should use the file's.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -92,7 +92,7 @@ def _columns_for(row: Mapping[str, Any]) -> str:
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Renames the columns of a row to our names. Raises InputError if one is missing."""
+    """Renames the columns of a row to our names. Raises InputError if a column is missing."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
@@ -423,9 +423,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns a function that returns the samples of a row with a label. For methods that do not
-    learn from labels, these are the `plain` samples of desirable responses only. For other methods,
-    the weights of an undesirable response are below 0."""
+    """Returns a function that returns the samples of a row with a label. For a method that does not
+    learn from labels, only rows with desirable responses have samples, which `plain` creates. For
+    other methods, the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -447,12 +447,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` lists the names under which the check reads the keys, if they differ. `more` lists the
-    other keys that are read. `check` returns the row in the form that `encode` takes, or raises
-    InputError. `encode` tokenizes records, which all have this format or another format with the
-    same `encode`. By default, it tokenizes the samples that `samples` of each record's format
-    returns. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
-    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
+    `means` lists the check's names for the keys, if they differ. `more` lists the other keys that
+    are read. `check` returns the row in the form that `encode` expects, or raises InputError.
+    `encode` tokenizes records, which all have this format or another format with the same `encode`.
+    By default, it tokenizes the samples that `samples` of each record's format returns. `rows`
+    lists the kinds of rows (config.ROWS) for which the format can be used; the first kind uses all
+    keys. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]

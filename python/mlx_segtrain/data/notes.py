@@ -16,7 +16,7 @@ FINDINGS = {
     ),
     "stop": "the turn does not end with a token that stops generation",
 }
-#: The maximum number of rows that are listed for each finding.
+#: The maximum number of rows to list for each finding.
 MOST_NAMED = 20
 
 
@@ -52,7 +52,7 @@ class Notes:
         self.prompt_format = other.prompt_format or self.prompt_format
 
     def of_rows(self) -> dict[str, Any]:
-        """Returns the fields that `add` adds, in the JSON form that `Notes.read` takes."""
+        """Returns the fields that `add` adds, in the JSON form that `Notes.read` expects."""
         names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
         return {name: getattr(self, name) for name in names}
 

@@ -1,10 +1,10 @@
 """Finds and downloads the files of data sets on the Hugging Face hub.
 
-A name has the form org/name[@revision][/configuration][:split]. The files of each split are listed
-in the repository's card; if they are not, the file names determine the splits. Files are downloaded
-unchanged and then read like local files. Downloads can be resumed, and once the files are cached,
-they can be read offline. Programs in a repository are never run. If no file has a supported format,
-the hub's own Parquet copies are used.
+A name has the form org/name[@revision][/configuration][:split]. The repository's card lists the
+files of each split; otherwise, the file names determine the splits. Files are downloaded unchanged
+and then read like local files. Downloads can be resumed, and once the files are cached, they can be
+read offline. Programs in a repository are never run. If no file has a supported format, the hub's
+own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -72,9 +72,8 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """If `text` names the data set whose snapshot is `folder`, a folder in the hub's cache, adds
-    the snapshot's commit to the name. If `text` names another data set or has a revision, it is
-    returned unchanged."""
+    """Adds the commit of a snapshot, the `folder` in the hub's cache, to the data set name `text`.
+    If `text` names another data set or has a revision, returns it unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -217,8 +216,8 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """Takes the files of the most frequent format, and groups them by the words in their names and
-    folders."""
+    """Selects the files of the most frequent format, and groups them by the words in their names
+    and folders."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:

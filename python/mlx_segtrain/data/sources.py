@@ -87,7 +87,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table that is in memory, or that `datasets` maps from files.
+    """The rows of a table in memory, or of a table that `datasets` maps from files.
 
     `batches(n)` returns record batches of at most n rows, and returns the same batches at every
     call.
@@ -147,8 +147,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """Returns a file's extension without that of its compression, or None if the file cannot have
-    rows."""
+    """Returns a file's extension, ignoring that of its compression, or None if the file cannot
+    contain rows."""
     *_, before, ending = ("", "", *Path(path.name.lower()).suffixes)
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
     return ending if ending in READERS and not path.name.startswith(".") else None

@@ -1,8 +1,8 @@
-"""Decides by their content which rows are held out, which are duplicates, and which are in two
-sets.
+"""Decides from the content of rows which of them are held out, which are duplicates, and which are
+in two sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
-split, and a resumed run has the same split.
+split, and a resumed run uses the same split.
 """
 
 import numpy as np

@@ -33,7 +33,8 @@ class _Unpacked(io.RawIOBase):
         self._unpacked, self._size, self._name = 0, size, name
 
     def close(self) -> None:
-        # The stream's buffers are large, and an exception may keep this object alive for some time.
+        # Frees the stream's large buffers, since an exception may keep this object alive for some
+        # time.
         self._stream = None
         super().close()
 
@@ -152,8 +153,8 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
                         "hold a list of objects."
                     ) from None
-                # The rest of the text belongs to this row, which is parsed again once more text has
-                # been read.
+                # The row continues beyond this text; it is parsed again once more text has been
+                # read.
                 check_values(text[at:].encode("utf-8", "surrogatepass"), source)
             more()
         line = text[at:end].replace("\n", " ").replace("\r", " ")

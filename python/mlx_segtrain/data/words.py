@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, Python can make the same split several times
-as fast, so that only new words need the library. Other texts, and tokenizers with other patterns,
-are left to the library.
+then applies merges within each word. For ASCII text, Python can do the same split several times as
+fast, so only new words need the library. Other texts, and tokenizers with other patterns, are left
+to the library.
 """
 
 import re
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Patterns of tokenizer.json, and their equivalents for ASCII text, which do without \p{L} and
+#: Maps patterns of tokenizer.json to their equivalents for ASCII text, which do not use \p{L} and
 #: \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (

@@ -27,7 +27,7 @@ SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: The number of blocks that a worker has at once: while it tokenizes one, the next one is waiting.
+#: The number of blocks assigned to a worker at once: it tokenizes one while the other is waiting.
 AHEAD = 2
 
 
@@ -36,8 +36,8 @@ class Done:
     """The result of a block: its samples, in a file or as `content`, or the reason why there are
     none.
 
-    `first` has the first row of each format; `unwritten` says why the file could not be written;
-    `fault` is the message of an InputError, or None.
+    `first` contains the first row of each format; `unwritten` says why the file could not be
+    written; `fault` is the message of an InputError, or None.
     """
 
     index: int
@@ -150,7 +150,7 @@ class _Worker:
 def main(number: str) -> None:
     """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
     parent process ends, whatever it is doing."""
-    # The parent process decides when to end, also after Ctrl-C.
+    # The parent process decides when to end, even after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))
