@@ -38,8 +38,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="whether the PEFT adapter gets the module names of a text model or those of a "
-        "multimodal model. Default: chosen from the base model's config.json.",
+        help="whether the PEFT adapter uses the module names of a text model or of a multimodal "
+        "model. Default: chosen from the base model's config.json.",
     )
     added.add_argument(
         "--dtype",
@@ -54,7 +54,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     _out(added, "the new adapter")
     _model(
         added,
-        "model whose layer names the new adapter gets. Default: the names in the given adapter.",
+        "model whose layer names the new adapter uses. Default: the names in the given adapter.",
     )
 
     added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)

@@ -17,7 +17,7 @@ from ..training.policy import run_policy
 
 
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
-    """Loads the model, takes two steps on random tokens, and writes the plot to `file`.
+    """Loads the model, runs two steps on random tokens, and writes the plot to `file`.
 
     Raises InputError if memory cannot be predicted for the model's family.
     """
@@ -55,7 +55,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Takes two steps on random tokens. Returns the peak memory, in bytes, of each part of the
+    """Runs two steps on random tokens. Returns the peak memory, in bytes, of each part of the
     second step's schedule."""
     from mlx_segtrain.data.encoding import Row
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """Wraps a text between words. All lines except the first are indented."""
+    """Wraps a text between words, and indents all lines except the first."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, **how)
 

@@ -1,4 +1,4 @@
-"""Rewards that the user writes: Python functions and a command."""
+"""Rewards written by the user: Python functions and a command."""
 
 import importlib
 import importlib.util
@@ -34,7 +34,8 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
     """Returns the name and the function for an entry of reward_functions. The function is wrapped
-    so that it receives only the columns that it takes. Raises InputError if it cannot be found."""
+    to receive only the columns in its signature. Raises InputError if the function cannot be
+    found."""
     name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
