@@ -250,7 +250,7 @@ class TrainConfig(BaseModel):
         values="checks such as exact:COLUMN, number:COLUMN, regex:PATTERN, json_schema:SCHEMA and "
         "length:TOKENS, each at most once",
     )
-    """Checks that give each completion a score from 0 to 1 (docs/grpo.md)."""
+    """Checks that score each completion from 0 to 1 (docs/grpo.md)."""
     reward_functions: Annotated[list[Name], Distinct] = option(
         [], GRPO, affects=("loss",), refused=CODE, values="module:function or file.py:function"
     )

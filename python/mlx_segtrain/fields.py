@@ -51,7 +51,7 @@ class Facets:
     aliases: tuple[str, ...] = ()  #: additional flags with the same meaning
     refused: str = ""  #: why clients of the server may not set it; "" if they may
     on_card: bool = False  #: whether it is shown on the model card of an adapter
-    values: str = ""  #: the allowed values, if the type does not give them
+    values: str = ""  #: the allowed values, if the type does not determine them
     texts: bool = False  #: whether its values are texts, entered one per line on the page
     group: Group | None = "More"  #: section of the form, or None if it is not in the form
 

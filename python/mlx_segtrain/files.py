@@ -81,8 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Matches the names of temporary files. They contain a process id, so that other files do not
-#: match.
+#: Matches the names of temporary files. They contain a process id, which prevents matches of other
+#: files.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -106,8 +106,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists. The folder is renamed first, so that its
-    name is free at once."""
+    """Removes a folder with its content, if it exists. The folder is renamed first, which frees its
+    name at once."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)

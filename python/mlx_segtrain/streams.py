@@ -40,8 +40,8 @@ class Stream:
 
     @property
     def segments(self) -> tuple[int, ...] | None:
-        """The starts of the parts and the end of the last part, in the form that the ops take. None
-        if there are no parts."""
+        """The starts of the parts and the end of the last part, in the form that the ops expect.
+        None if there are no parts."""
         return tuple(accumulate(self.parts, initial=0)) if self.parts else None
 
 

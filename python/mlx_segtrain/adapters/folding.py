@@ -148,7 +148,7 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
                 "mlx_lm.convert)."
             )
         if path in found:
-            raise InputError(f"the adapter holds two updates of '{path}': remove one.")
+            raise InputError(f"the adapter contains two updates of '{path}': remove one.")
         found[path] = name
     return found
 

@@ -26,9 +26,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     for DoRA, whose magnitudes cannot be added, and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[
-        str, str
-    ] = {}  # keys are paths without the prefix, which some adapters lack
+    names: dict[str, str] = {}  # keys are paths without the prefix, which some adapters lack
     for adapter, weight in zip(adapters, weights, strict=True):
         if (kind := adapter.kind) is not LORA:
             raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")

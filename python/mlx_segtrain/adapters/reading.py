@@ -62,7 +62,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
                 "here."
             )
         if linear in arrays:
-            raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
+            raise InputError(f"{weights} contains two updates of '{linear}': remove one.")
         wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
@@ -111,7 +111,7 @@ def read_stored(
         if folder.peft and a.ndim == b.ndim == 2:
             a, b = a.T, b.T
         if path in arrays:
-            raise InputError(f"{folder.weights} holds two updates of '{path}': remove one.")
+            raise InputError(f"{folder.weights} contains two updates of '{path}': remove one.")
         if not _fit(a.shape, b.shape):
             raise InputError(
                 f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, whose "

@@ -1,4 +1,4 @@
-"""Handles updates of an embedding that is also the head, whose meaning differs between mlx-lm, PEFT
+"""Handles updates of an embedding that is also the head. Their meaning differs between mlx-lm, PEFT
 and this package.
 
 In mlx-lm, and therefore in our files, an update of the embedding changes its weight, so a head that

@@ -9,7 +9,7 @@
 
 In mlx-lm, all layers have the same rank. If ranks differ, the factors are therefore padded to the
 largest rank: B with zeros, which does not change the update, and A with the random values of a new
-adapter, so that further training can use every column.
+adapter, which lets further training use every column.
 """
 
 import zlib

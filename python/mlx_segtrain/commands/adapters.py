@@ -195,7 +195,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
-    """Prints what is about to be merged, because merging takes minutes."""
+    """Announces the merge before it starts, because merging takes minutes."""
     from mlx_segtrain.commands.views import wide
     from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot

@@ -1,4 +1,4 @@
-"""The command chat: holds a conversation in the terminal and can switch between adapters or compare
+"""The command chat: runs a conversation in the terminal and can switch between adapters or compare
 them."""
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import write_text
 
-#: The maximum number of tokens of a row that are shown.
+#: The maximum number of tokens to show per row.
 SHOWN = 1500
 STYLE = """
 :root { color-scheme: light dark; --bar: #4a7dbd; --mark: #cfe8cf; --line: #8884 }

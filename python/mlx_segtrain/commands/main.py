@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             others = [name for name, own in commands.items() if own.knows(rest[0])]
             if others and not hint:
                 hint = f" These commands do: {', '.join(others)}."
-            raise InputError(f"{args.command} does not know {rest[0]}.{hint}")
+            raise InputError(f"{args.command} does not accept {rest[0]}.{hint}")
         args.argv = given
         with output(args):
             return args.run(args)

@@ -24,7 +24,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     if ROWS[config.method] != "single":
         raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
     if run.planned is None:
-        raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
+        raise InputError(f"--plot needs a model family whose memory can be predicted; {run}.")
     from matplotlib.figure import Figure
 
     kinds = Figure().canvas.get_supported_filetypes()

@@ -116,8 +116,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the predicted and the measured memory during a step; this loads the model and runs "
-        "two steps",
+        help="draw the predicted and the measured memory during a step; this loads the model and "
+        "runs two steps",
     )
 
 

@@ -76,14 +76,14 @@ def _parse(line: bytes, source: str) -> Row:
         ) from error
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{source}: the row holds a lone surrogate (\\ud800 to \\udfff), which is not a "
+            f"{source}: the row contains a lone surrogate (\\ud800 to \\udfff), which is not a "
             "character; remove it."
         ) from error
     except RecursionError as error:
         raise InputError(f"{source}: the row is nested too deeply; flatten it.") from error
     except ValueError as error:
         raise InputError(
-            f"{source}: the line is not JSON ({error}); each line must hold one object."
+            f"{source}: the line is not JSON ({error}); each line must be one object."
         ) from error
     if not isinstance(row, dict):
         raise InputError(f"{source}: the row must be a JSON object, not {KINDS[type(row)]}.")

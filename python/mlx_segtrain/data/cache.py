@@ -1,4 +1,4 @@
-"""Caches tokenized data in memory-mapped files, which worker processes write.
+"""Caches tokenized data in memory-mapped files written by worker processes.
 
 Each source has a folder below cache_dir()/tokens, named by a hash of everything that its tokens
 depend on. The folder has a file for each block, and about.json, which is written last. After an

@@ -51,7 +51,7 @@ class Sample:
 class _Turn:
     context: str
     response: str
-    rest: str  #: what the template writes after the response
+    rest: str  #: the template's text after the response
     weight: float
     findings: tuple[str, ...]
 

@@ -67,8 +67,8 @@ class Row:
     `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
     `reference` contains the outputs of the model without the adapter, once computed. For a prompt
     for which completions are generated, `given` is its row in the file, which rewards read. For a
-    completion in the loss, `numbers` maps names to float32 [n] arrays that the loss reads besides
-    the weights.
+    completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in
+    addition to the weights.
     """
 
     ids: np.ndarray
@@ -263,8 +263,8 @@ class Encoder:
         # to train on.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
-        # Some tokenizers add a space before every text, so that the pieces decode to more text than
-        # the whole. Then the offsets decide: a token with any character of a piece belongs to that
+        # Some tokenizers add a space before every text, so the pieces decode to more text than the
+        # whole. Then the offsets decide: a token with any character of a piece belongs to that
         # piece.
         if not self._tokenizer.is_fast:
             raise InputError(

@@ -18,7 +18,7 @@ from .chat import Sample
 from .encoding import Encoder, Pair, Row
 from .messages import checked_messages, expect, kind_of
 
-#: Keys that every format reads besides its own.
+#: Keys that every format reads in addition to its own.
 ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
@@ -242,7 +242,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
                 kind = kind_of(row[key])
                 raise InputError(
                     f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
-                    'also holds the prompt, remove "prompt".'
+                    'also contains the prompt, remove "prompt".'
                 )
     else:
         row = {**row, **_dialogues(row, source)}
@@ -288,8 +288,8 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
     """Removes the prompt from both responses if both repeat it; `repeated` says whether they did.
-    Raises InputError if the sides are messages and only one of them repeats the prompt, or if both
-    responses are the same."""
+    Raises InputError if the responses are lists of messages and only one of them repeats the
+    prompt, or if both responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)

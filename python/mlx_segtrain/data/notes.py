@@ -6,11 +6,11 @@ from typing import Any
 
 #: Findings about a turn in the loss. Each text completes a sentence that begins with a count.
 FINDINGS = {
-    "text": "text of the row is missing from what the chat template renders",
-    "reasoning": "reasoning of the row is missing from what the chat template renders",
-    "call": "a tool call of the row is missing or mangled in what the chat template renders",
-    "result": "a tool result of the row is missing from what the chat template renders",
-    "tools": "a tool definition of the row is missing from what the chat template renders",
+    "text": "text of the row is missing from the chat template's output",
+    "reasoning": "reasoning of the row is missing from the chat template's output",
+    "call": "a tool call of the row is missing or mangled in the chat template's output",
+    "result": "a tool result of the row is missing from the chat template's output",
+    "tools": "a tool definition of the row is missing from the chat template's output",
     "special": (
         "a message contains the text of a special token, which the model reads as that token"
     ),

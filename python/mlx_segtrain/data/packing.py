@@ -16,7 +16,7 @@ UNITS = 1024
 class Packing:
     """The placement of n samples in packed rows. No sample is split.
 
-    The places are the same in every epoch, so that all epochs have the same number of rows. In each
+    The places are the same in every epoch, so all epochs have the same number of rows. In each
     epoch, samples of the same size are distributed differently over the places of that size.
 
     `sizes`, int16 [n], has the size of each sample in units. Places are numbered by size, the

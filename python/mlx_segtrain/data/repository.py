@@ -32,7 +32,7 @@ CARD = "README.md"
 #: The revision with the Parquet files that the hub has made from a repository, in one folder per
 #: split.
 CONVERTED = "refs/convert/parquet"
-#: Prefixes of split names. Validation rows come from the first one that exists.
+#: Prefixes of split names. Validation rows come from the first prefix for which a split exists.
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")

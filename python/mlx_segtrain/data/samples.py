@@ -97,8 +97,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch that has its notes and formats as metadata. The
-    result depends only on this block. Raises InputError."""
+    """Returns the samples of a block as a batch, with its notes and formats as metadata. The result
+    depends only on this block. Raises InputError."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []

@@ -111,8 +111,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows from Python. They are stored as lines of JSON, so that later changes to the objects have
-    no effect."""
+    """Rows from Python. They are stored as lines of JSON, so later changes to the objects have no
+    effect."""
 
     name: str
     made: tuple[Block, ...]

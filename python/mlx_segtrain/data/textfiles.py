@@ -151,7 +151,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                         f"{source}: the row is larger than {most >> 20} MiB, or is not JSON."
                         if len(text) - at > most
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
-                        "hold a list of objects."
+                        "contain a list of objects."
                     ) from None
                 # The row continues beyond this text; it is parsed again once more text has been
                 # read.
@@ -231,7 +231,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
         if len(cells) != len(names):
             raise InputError(
                 f"{name}:{number}: the row has {len(cells)} cells, but the header has "
-                f"{len(names)}; put quotes around a cell that holds the delimiter or a line end."
+                f"{len(names)}; put quotes around a cell that contains the delimiter or a line end."
             )
         yield json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False).encode()
         number += 1

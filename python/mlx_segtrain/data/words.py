@@ -33,8 +33,8 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent of the first pattern if digits have already been split off, so that a text ends
-#: before every digit.
+#: The equivalent of the first pattern for text from which digits have been split off; such a text
+#: ends before every digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 #: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64

@@ -27,7 +27,7 @@ SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: The number of blocks assigned to a worker at once: it tokenizes one while the other is waiting.
+#: The number of blocks assigned to a worker at once: one that it tokenizes, and one that waits.
 AHEAD = 2
 
 

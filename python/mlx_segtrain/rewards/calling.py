@@ -60,8 +60,8 @@ def _module(place: str) -> Any:
 
 
 def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that it receives only the columns in its signature. If the function takes
-    **columns, it receives all of them."""
+    """Wraps a function so that it receives only the columns in its signature, or all columns if the
+    signature includes **columns."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some functions written in C have no signature
