@@ -2,7 +2,8 @@
 
 `TrainConfig` determines the flags of the command line, the keys of a YAML file, the error messages,
 the page's form, the rules for resuming, and the table in docs/configuration.md, which `python -m
-mlx_segtrain.config` prints. A field's properties other than its type are in fields.Facets.
+mlx_segtrain.config` prints. The other properties of a field, besides its type, are in
+fields.Facets.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ WHOLE = Facets(
 CODE = "it runs code, which only the command line and Python may do"
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
-    otherwise="with warm_start, whose adapter has its own",
+    otherwise="with warm_start, whose adapter determines it",
 )
 
 #: Defaults that depend on grpo_loss, taken from the papers that introduced these losses.
@@ -685,7 +686,7 @@ def load_config(
 def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
     """Returns an InputError for the first error in a ValidationError, with the given value and the
     allowed values."""
-    # A misspelt required field is also missing; its misspelling is the more useful error.
+    # A misspelt required field is also missing, but the error about its spelling is more useful.
     order = {"extra_forbidden": 0, "missing": 2}
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:

@@ -61,7 +61,7 @@ class RunError(Exception):
 
 class NoMemory(RunError):
     """The device has too little memory for the next step of a run, even with the plan that needs
-    the least."""
+    the least memory."""
 
 
 def reason(error: BaseException, most: int = 200) -> str:

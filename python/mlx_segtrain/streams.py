@@ -70,7 +70,7 @@ def padded(width: Count, batch_size: int) -> Count:
 
 
 def trim_start(first: Count) -> Count:
-    """Returns the first position that is kept by trimming, if `first` is the first position with a
+    """Returns the first position that trimming keeps, if `first` is the first position with a
     loss."""
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 

@@ -52,8 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of a run's state are not adapters, but the copies that are saved at
-        # evaluations are.
+        # Checkpoints of a run's state are not adapters, unlike the copies that are saved at
+        # evaluations.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]

@@ -21,7 +21,7 @@ LOST = 0.1
 #: The tensors of modules into which an update can be merged: of a dense module, and of a quantized
 #: one.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Endings of the files that are not copied from the base model's folder: weights in any format.
+#: Endings of weight files, in any format, which are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")

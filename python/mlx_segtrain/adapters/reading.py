@@ -222,7 +222,7 @@ def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
     rank = shape[0 if folder.peft else 1] if len(shape) > 1 else 0
     if rank == 0:
         raise InputError(
-            f"{folder.weights}: '{stored}' has lora_a of shape {shape}, from which no rank can be "
-            "read."
+            f"{folder.weights}: '{stored}' has lora_a of shape {shape}, which does not "
+            "determine a rank."
         )
     return rank

@@ -137,7 +137,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """Returns `tied` for the sum of adapters. Raises InputError if the adapters disagree."""
+    """Returns the value of `tied` for the sum of adapters. Raises InputError if the adapters
+    disagree."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(

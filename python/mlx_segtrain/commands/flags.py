@@ -21,7 +21,7 @@ WIDEST = 100
 #: The groups that `--help` shows; only `--help-all` shows the others.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-WORD = "WORD"  # a placeholder for choices that are too many to show; the help text lists them
+WORD = "WORD"  # a placeholder for too many choices to show; the help text lists them
 
 
 #: Maps names that other tools use to our commands.
@@ -33,7 +33,7 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help in up to WIDEST columns, with all names of a flag before its value."""
+    """Formats help in up to WIDEST columns, with a flag's value after all of its names."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)

@@ -209,7 +209,7 @@ def show_result(
             "pairs",
         )
     show.fact("speed", speed(asdict(result)))
-    show.fact("peak memory", f"{_peak(result)}, of the process {result.process_gb:.2f} GB")
+    show.fact("peak memory", f"{_peak(result)}; process: {result.process_gb:.2f} GB")
     if result.interrupted:
         show.command("continue with", resume_command(argv))
         return

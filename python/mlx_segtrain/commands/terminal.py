@@ -147,7 +147,7 @@ class Terminal:
         self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Shows something, unless the terminal or the reader of the output is gone."""
+        """Shows an item, unless the terminal or the reader of the output is gone."""
         if self.gone:
             return
         try:

@@ -206,7 +206,7 @@ def _made(
 ) -> list["pa.RecordBatch"]:
     """Returns all batches of a source, after creating those that are missing. Raises InputError.
 
-    Only one process at a time does this. If the folder is not writable, the batches stay in memory.
+    Only one process at a time creates batches. If the folder is not writable, they stay in memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
@@ -294,8 +294,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Keeps other processes from writing to this folder. Yields None, or the reason if the folder
-    is not writable."""
+    """Prevents other processes from writing to this folder. Yields None, or the reason if the
+    folder is not writable."""
     file = None
     try:
         try:
@@ -367,7 +367,7 @@ class _Progress:
         self.waits = True
 
     def skip(self, batch: "pa.RecordBatch") -> None:
-        """Counts a batch that was cached already."""
+        """Counts a batch that was already cached."""
         own = Samples([batch])
         self.size += own.size
         self.rows += own.n_rows

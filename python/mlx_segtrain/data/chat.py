@@ -2,10 +2,10 @@
 generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
-messages with the generation prompt; the response ends with the first token that stops generation.
-Rows are rendered in a spelling (spelling.py) with which the template drops nothing. Text that the
-template drops in every spelling, or a turn without a stop token, is reported as a finding
-(notes.py).
+messages with the generation prompt; the response ends with the first stop token (a token that ends
+generation). Rows are rendered in a spelling (spelling.py) with which the template drops nothing.
+Text that the template drops in every spelling, or a turn without a stop token, is reported as a
+finding (notes.py).
 """
 
 import re
@@ -285,9 +285,8 @@ def _common(a: str, b: str) -> int:
 
 
 class _Stops:
-    """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`).
-    `append` is the text that is appended to a response without a stop token; if it is None, nothing
-    is appended."""
+    """Patterns that match stop tokens (`stop`) and all special tokens (`control`). `append` is the
+    text that is appended to a response without a stop token; if it is None, nothing is appended."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}

@@ -59,7 +59,7 @@ class Columns:
 
     @property
     def run(self) -> np.ndarray:
-        """The number of tokens that are run for each sample, int64 [n]."""
+        """The number of tokens that the model processes for each sample, int64 [n]."""
         return self.length.sum(1) - self.shared
 
     def take(self, chosen: np.ndarray) -> Columns:

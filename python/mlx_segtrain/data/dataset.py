@@ -1,4 +1,4 @@
-"""Data sets of tokenized rows, which have been truncated and counted."""
+"""Data sets of tokenized, truncated rows, with their counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace

@@ -23,7 +23,7 @@ ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys that the error message for a row of unknown format lists.
+#: The keys listed in the error message for a row of unknown format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or set columns)"
@@ -83,7 +83,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row with two texts under other names."""
+    """Returns a hint for a row with two text columns under other names."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -178,7 +178,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels in JSON, and as they are spelled in tables.
+#: Labels as JSON values, and as text in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 

@@ -59,10 +59,10 @@ class Report:
 
     `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
     `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
-    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields
-    that need a tokenizer are None or empty if there is none. `epoch` describes an epoch without
-    packing; `packed` describes one with packing, if the data can be packed. `remarks` contains
-    sentences about omitted data and about problems with the data. `findings` lists rows by finding
+    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Without
+    a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without packing;
+    `packed` describes one with packing, if the data can be packed. `remarks` contains sentences
+    about omitted data and about problems with the data. `findings` lists rows by finding
     (notes.FINDINGS). `error` is one sentence, or None.
     """
 
@@ -191,8 +191,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 
 
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
-    """Returns the text of every token. A character that spans several tokens belongs to the last
-    one."""
+    """Returns the text of every token. A character that spans several tokens is assigned to the
+    last one."""
     texts, before, shown = [], 0, 0  # ids[before:shown] are the context for decoding a token
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])

@@ -47,7 +47,8 @@ def lossless(tokenizer: Any) -> Holds | None:
 
 
 def _composed(text: str) -> bool:
-    """Returns whether NFC leaves the text, and therefore each of its pieces, unchanged."""
+    """Returns whether NFC normalization leaves the text, and therefore each of its pieces,
+    unchanged."""
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 

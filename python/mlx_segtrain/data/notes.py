@@ -14,7 +14,7 @@ FINDINGS = {
     "special": (
         "a message contains the text of a special token, which the model reads as that token"
     ),
-    "stop": "the turn does not end with a token that stops generation",
+    "stop": "the turn does not end with a stop token",
 }
 #: The maximum number of rows to list for each finding.
 MOST_NAMED = 20

@@ -355,7 +355,7 @@ class Samples:
     def columns(self, most: int) -> Columns:
         """Returns the columns of all samples when truncated on the right to `most` tokens, except
         `shared` and `top`, which cover all tokens. Because pairs are also truncated on the left,
-        their columns are right only if both sequences have at most `most` tokens."""
+        their columns are correct only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])

@@ -1,8 +1,8 @@
 """The sources of a data set's rows: files in the usual formats, and Python data.
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their use of
-memory is limited (limits.py), and any error in a file raises InputError.
+process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their memory
+use is limited (limits.py), and any error in a file raises InputError.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: The number of Parquet rows that are read at once. It is small, because a long text that is the
-#: value of all rows is stored only once in the file.
+#: The number of Parquet rows to read at once. It is small, because a long text that is the value of
+#: all rows is stored only once in the file.
 FEW = 16
 
 
@@ -98,7 +98,8 @@ def read(path: Path) -> Iterator[Block]:
 
 
 def main(number: str) -> None:
-    """Reads files whose descriptors arrive through the socket `number`, until it is closed."""
+    """Reads files whose descriptors arrive through the socket `number`, until the socket is
+    closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire: Any = Connection(int(number))
     while True:
@@ -154,7 +155,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Does the same as `_parquet` for an Arrow stream or an Arrow file, which begins with a magic
+    """Like `_parquet`, but for an Arrow stream or an Arrow file, which begins with a magic
     string."""
     import pyarrow as pa
 

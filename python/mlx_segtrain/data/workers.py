@@ -85,8 +85,8 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Does the same as `tokenized` for many blocks, in `count` processes. Results are yielded as
-    they arrive. Raises RunError if one of the processes was killed."""
+    """Like `tokenized`, but for many blocks, in `count` processes. Results are yielded as they
+    arrive. Raises RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
     try:
@@ -142,8 +142,8 @@ class _Worker:
             else f"was killed by {signal.Signals(-code).name}"
         )
         return RunError(
-            f"a tokenizing process {how}: run the same command again, which continues where this "
-            "one stopped; if memory is short, limit the number of processors (taskset)."
+            f"a tokenizing process {how}: run the same command again to continue; if memory is "
+            "short, limit the number of processors (taskset)."
         )
 
 

@@ -42,8 +42,8 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """Returns the environments of a configuration, or None if it has none. `make` is the class,
-        if a caller in Python has passed one. Raises InputError if the class cannot be used."""
+        """Returns the environments of a configuration, or None if it has none. `make` is the class
+        if a Python caller passed one. Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
         name, found = found_at(config.environment, "environment", "class", make)
