@@ -112,7 +112,7 @@ def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
 
 
 def about_ranks(metric: Event) -> str:
-    """Describes the figures that with_ranks has added, on one line."""
+    """Describes the figures added by with_ranks, on one line."""
     ranks, slowest = metric["ranks"], metric["slowest"]
     busy, waited, speed, peak = (
         [own[name] for own in ranks] for name in ("busy_s", "waited_s", "tokens_per_sec", "peak_gb")

@@ -123,8 +123,8 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Returns whether a folder to which the content of a file refers may be read. A server replaces
-    this function with one that allows only folders below the server's roots."""
+    """Returns whether a folder that is named in a file may be read. A server replaces this function
+    with one that allows only folders below the server's roots."""
     return True
 
 

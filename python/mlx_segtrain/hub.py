@@ -37,7 +37,7 @@ FOLDER = re.compile(
 #: Matches the hash under which the cache stores a file's content.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: The name endings of the files that a model needs.
+#: The name endings of the files required for a model.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: The folders in a repository that can contain such files.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")

@@ -15,7 +15,7 @@ OF_MODELS = ("safetensors", "text-generation")
 
 @dataclass(frozen=True)
 class Hit:
-    """A repository in the results of a search on the hub."""
+    """A repository in the results of a hub search."""
 
     name: str
     downloads: int

@@ -77,8 +77,8 @@ def trim_start(first: Count) -> Count:
 
 @dataclass(frozen=True)
 class StreamShape:
-    """The shape of a stream. Its sequences have `length` tokens, of which the last `trimmed` are
-    left after trimming.
+    """The shape of a stream. Its sequences have `length` tokens, of which the last `trimmed` remain
+    after trimming.
 
     The last `branch` tokens continue after the first `shared` tokens. In packed streams, `part` is
     the length of the sequence to which a token belongs, averaged over all tokens; in other streams

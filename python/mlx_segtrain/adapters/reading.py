@@ -164,7 +164,7 @@ def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
-    for each expert. Otherwise the same as ranks_in."""
+    for each expert. Otherwise, the function is the same as ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}

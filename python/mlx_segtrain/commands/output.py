@@ -60,7 +60,7 @@ class Output:
 
 
 class Copied:
-    """A stream that passes each complete line to `note`, in addition to writing it."""
+    """A stream that writes its text and also passes each complete line to `note`."""
 
     def __init__(self, stream: TextIO, note: Callable[[str], None]) -> None:
         self.stream, self._note, self._line = stream, note, ""
@@ -117,8 +117,7 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Passes each line that is printed to stdout or stderr to `note`, in addition to printing
-    it."""
+    """Passes each line that is printed to stdout or stderr to `note` as well."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

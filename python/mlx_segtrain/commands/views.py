@@ -123,8 +123,7 @@ def epochs(report: Report) -> dict[str, str]:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Prints a table of the checks of kernels on a device, and below it the reasons for
-    failures."""
+    """Prints a table of kernel checks on a device, followed by the reasons for failures."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -313,7 +312,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Prints a table of adapters, and below it the reasons why other adapters cannot be used."""
+    """Prints a table of adapters, followed by the reasons why other adapters cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

@@ -19,7 +19,7 @@ class Packing:
     The places are the same in every epoch, so all epochs have the same number of rows. In each
     epoch, samples of the same size are distributed differently over the places of that size.
 
-    `sizes`, int16 [n], has the size of each sample in units. Places are numbered by size, the
+    `sizes`, int16 [n], contains the size of each sample in units. Places are numbered by size, the
     largest first. `places`, int64 [n], lists their numbers row by row; row i has
     `places[ends[i]:ends[i + 1]]`.
     """

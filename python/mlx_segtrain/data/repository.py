@@ -175,7 +175,7 @@ def _configurations(
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
     """Returns the files that match the patterns in the card's `data_files`. The patterns may be
-    given alone or by split."""
+    listed without splits or by split."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]

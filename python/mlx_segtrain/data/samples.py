@@ -1,4 +1,4 @@
-"""The samples of a source, as one Arrow record batch for each block of its rows.
+"""The samples of a source, with one Arrow record batch for each block of its rows.
 
 A batch contains whole samples: their tokens, and their weights as runs of equal weights. Values
 that depend on max_seq_length are computed on access, for all samples at once.

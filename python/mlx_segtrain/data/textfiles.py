@@ -23,8 +23,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The decompressed content of a file. Raises InputError beyond the limit for decompression
-    bombs."""
+    """The decompressed content of a file. Raises InputError if it exceeds the limit against
+    decompression bombs."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -91,7 +91,7 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 def read_json(path: Path) -> Iterator[Block]:
     """Yields the blocks of a file with a JSON list or JSON lines. Files of JSON lines often have
-    the extension .json, too."""
+    the extension .json as well."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():

@@ -27,7 +27,7 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 #: The arguments of a reward in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: A function of (prompts, completions, **columns), all of which are lists. It returns a score for
+#: A function of (prompts, completions, **columns), all of which are lists, that returns a score for
 #: each completion.
 Function = Callable[..., Sequence[float]]
 
