@@ -294,7 +294,7 @@ class TrainConfig(BaseModel):
     max_completion_tokens: Int = option(
         256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
     )
-    """Maximum number of tokens in a completion, including the environment's responses. Prompts that
+    """Maximum number of tokens in a completion, including the environment's replies. Prompts that
     leave no room for a completion of this length within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
     """Temperature at which completions are sampled."""
@@ -329,8 +329,8 @@ class TrainConfig(BaseModel):
     """Number of completions to generate at once; auto chooses the largest number that fits into
     memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
-    """Stop the run when the mean reward over this many steps has lost more than half of its earlier
-    gain and random variation does not explain the loss; 0 turns this check off."""
+    """Stop the run when the mean reward over this many steps has fallen by more than half of its
+    earlier rise and random variation does not explain the fall; 0 turns this check off."""
     max_seq_length: Int = option(
         512, FIRST | ALL | CARD, title="Maximum sequence length, tokens", ge=2
     )

@@ -204,7 +204,7 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """Returns all batches of a source, after creating those that are missing. Raises InputError.
+    """Creates the missing batches of a source, then returns all of its batches. Raises InputError.
 
     Only one process at a time creates batches. If the folder is not writable, they stay in memory.
     """
