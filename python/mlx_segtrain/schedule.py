@@ -54,7 +54,7 @@ class Cuts:
 
     `segments` lists the number of stages after which each segment ends; the last entry is the total
     number of stages. `groups` lists the number of segments after which each group ends. Values
-    between groups are kept from the forward pass on. Values between the segments of a group are
+    between groups are kept after the forward pass. Values between the segments of a group are
     recomputed when the backward pass reaches the group, except that the last group keeps these
     values. The last segment is never recomputed. `saves` lists the stages that keep arrays (for
     attention, its output) in the last run before their gradient, which reduces recomputation.
@@ -126,10 +126,10 @@ def segmented_value_and_grad(
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
     recomputed together; 0 keeps all values and 1 needs little memory. `cuts` gives full control
-    instead. All cuts give the same gradients. The returned arrays may not be evaluated yet. `watch`
-    is called after each move of the plan. `recordings` contains the graphs of earlier steps with
-    the same stages and head: a function that has returned the same graph twice for arrays of the
-    same shapes is not called again.
+    instead. The gradients do not depend on the cuts. The returned arrays may not be evaluated yet.
+    `watch` is called after each move of the plan. `recordings` contains the graphs of earlier steps
+    with the same stages and head: a function that has returned the same graph twice for arrays of
+    the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing has written, or if the cuts do not fit
     the stages.

@@ -18,7 +18,7 @@ from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
-#: Modules whose names in mlx-lm and in transformers are the same except for the prefix.
+#: Modules whose names in mlx-lm and in transformers differ only in the prefix.
 _KNOWN = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
     r"|model\.embed_tokens|lm_head"

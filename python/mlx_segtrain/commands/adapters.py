@@ -64,7 +64,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         type=float,
         nargs="+",
         metavar="X",
-        help="weight of each adapter, in the order of the adapters. Default: 1 for each.",
+        help="weights of the adapters, in the same order. Default: 1 for each.",
     )
     added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(

@@ -103,8 +103,7 @@ def bars(report: Report, width: int = 40) -> list[str]:
 
 
 def _bar(length: float) -> str:
-    """Returns a bar of this length in characters. It is drawn with a resolution of an eighth of a
-    character."""
+    """Returns a bar of this length in characters. Its resolution is an eighth of a character."""
     whole, rest = divmod(round(length * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
 

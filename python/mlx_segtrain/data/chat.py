@@ -57,7 +57,8 @@ class _Turn:
 
 
 class Conversations:
-    """Splits the conversations of a data set into samples, and remembers which spelling works."""
+    """Splits the conversations of a data set into samples, and remembers the spellings that
+    work."""
 
     def __init__(
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
@@ -71,8 +72,9 @@ class Conversations:
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
         """Returns the samples of a row with "messages"; `source` is "file:line".
 
-        There are several samples if the context of a later turn does not contain an earlier turn as
-        it was generated, for example with templates that drop earlier reasoning. Raises InputError.
+        A row has several samples if the context of a later turn does not repeat an earlier turn
+        exactly as generated, for example with templates that drop earlier reasoning. Raises
+        InputError.
         """
         messages = given["messages"]
         weights = _weights(messages, self._train_on)
@@ -255,7 +257,7 @@ class _Row:
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
         """Returns a response up to and including its stop token, the rest of the text, and whether
-        the response has a stop token. A stop token may be added to it."""
+        the response has a stop token. A stop token may be added to the response."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
         # Some templates end a turn only with the header of the next turn, which is then the stop

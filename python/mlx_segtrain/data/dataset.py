@@ -29,12 +29,12 @@ class Dataset:
 
     `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
     of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
-    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (for
-    pairs, those that lost part of a response), `prompts_cut` counts the rows that lost the
-    beginning of their prompt, and `dropped` counts the samples that had no token left in the loss.
-    `pad_id` fills short rows. `notes` contains the findings about the rows, and `said` contains
-    sentences about rows that were dropped or held out. `name` is the name of the source. `packed`
-    is the length, in tokens, of the rows into which samples are packed, or 0 without packing.
+    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (or,
+    for pairs, that lost part of a response), `prompts_cut` counts the rows that lost the beginning
+    of their prompt, and `dropped` counts the samples that had no token left in the loss. `pad_id`
+    fills short rows. `notes` contains the findings about the rows, and `said` contains sentences
+    about rows that were dropped or held out. `name` is the name of the source. `packed` is the
+    length, in tokens, of the rows into which samples are packed, or 0 without packing.
     """
 
     rows: Sequence[Any]
@@ -319,8 +319,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns those of the chosen prompts that leave room for a completion. Raises InputError if
-    none do."""
+    """Filters the chosen prompts: returns only prompts that leave room for a completion. Raises
+    InputError if there are none."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -351,8 +351,8 @@ WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Truncates a row to max_seq_length tokens. Also returns whether its end was truncated, and
-    whether its beginning was.
+    """Truncates a row to max_seq_length tokens. Returns the row, and whether its end and its
+    beginning were truncated.
 
     Rows are truncated on the right. A pair, or a row with a label, first loses tokens on the left
     of its prompt, except BOS and the prompt's last token. Both prompts of a pair lose the same

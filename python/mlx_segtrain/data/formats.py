@@ -287,7 +287,7 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Removes the prompt from both responses if both repeat it; `repeated` says whether they did.
+    """Removes the prompt from both responses if both repeat it; `repeated` is true if they did.
     Raises InputError if the responses are lists of messages and only one of them repeats the
     prompt, or if both responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}

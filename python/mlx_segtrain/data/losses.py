@@ -36,7 +36,7 @@ PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Returns whether the rendering contains a text, as it is or as part of a JSON string."""
+    """Returns whether the rendering contains a text, unchanged or as part of a JSON string."""
     text = text.strip()
     if text and any(part in rendered and part not in text for part in PARTS):
         return False

@@ -16,8 +16,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
     rows have the same prompt.
 
     The choice depends only on the data. Therefore the reference model's outputs are computed only
-    once, and a batch may have a single row. The other response is about as long as the row's. In
-    the columns, no token of the second sequence is in the loss.
+    once, and a batch may have a single row. The other response is about as long as the row's.
+    According to the columns, no token of the second sequence is in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (

@@ -22,7 +22,7 @@ from .calling import found_at, with_what_it_takes
 #: The arguments of rewards and of `reset` in addition to the columns of the data. Columns must not
 #: have these names.
 GIVEN = ("environments", "messages", "seed")
-#: The public methods of an environment that are not tools.
+#: The public methods of an environment that the model cannot call as tools.
 OWN = ("reset", "step", "get_reward")
 
 
