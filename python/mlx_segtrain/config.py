@@ -723,7 +723,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the mapping in a YAML text, and the line number of each key, counting from 1. Error
-    messages call the text `path`."""
+    messages refer to the text as `path`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

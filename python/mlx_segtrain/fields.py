@@ -189,7 +189,7 @@ Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:
-    """Returns the type of the field's value, not including None."""
+    """Returns the type of the field's value, ignoring None."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
     if get_origin(field.annotation) is dict:
         return dict

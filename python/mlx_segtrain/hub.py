@@ -459,7 +459,7 @@ def amount(n: float) -> str:
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Downloads these files of a commit to the cache. Raises InputError if that fails."""
+    """Downloads these files of a commit to the cache. Raises InputError if a download fails."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)

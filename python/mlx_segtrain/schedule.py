@@ -126,7 +126,7 @@ def segmented_value_and_grad(
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
     recomputed together; 0 keeps all values and 1 needs little memory. `cuts` gives full control
-    instead. The gradients do not depend on the cuts. The returned arrays may not be evaluated yet.
+    instead. The gradients do not depend on the cuts. The returned arrays may still be unevaluated.
     `watch` is called after each move of the plan. `recordings` contains the graphs of earlier steps
     with the same stages and head: a function that has returned the same graph twice for arrays of
     the same shapes is not called again.

@@ -249,7 +249,7 @@ def _all_done(
     store: Path | None,
     found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Yields the missing blocks of a source as soon as each is done.
+    """Yields each missing block of a source as soon as it is done.
 
     Raises InputError for the first row with an error, once all blocks before it are done.
     """

@@ -1,4 +1,4 @@
-"""Splits conversations into samples whose contexts are exactly the texts from which the model
+"""Splits conversations into samples whose contexts are exactly the prompts from which the model
 generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier

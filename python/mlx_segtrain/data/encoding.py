@@ -259,8 +259,8 @@ class Encoder:
         joined = [token for part in parts for token in part]
         # If the pieces have the same tokens as the whole text, their ends are exact. If they have
         # different tokens for the same text, a token of the whole text spans the end of a piece.
-        # Generation starts from the tokens of the prompt alone, so the pieces' tokens are the ones
-        # to train on.
+        # Generation starts from the tokens of the prompt alone, so training uses the tokens of the
+        # pieces.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
         # Some tokenizers add a space before every text, so the pieces decode to more text than the

@@ -18,7 +18,7 @@ from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
 
-#: The number of longest rows that are listed.
+#: The number of the longest rows to list.
 LONGEST = 5
 
 
@@ -61,8 +61,8 @@ class Report:
     `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
     Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Without
     a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without packing;
-    `packed` describes one with packing, if the data can be packed. `remarks` contains sentences
-    about omitted data and about problems with the data. `findings` lists rows by finding
+    `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
+    sentences about omitted data and about problems with the data. `findings` lists rows by finding
     (notes.FINDINGS). `error` is one sentence, or None.
     """
 

@@ -1,5 +1,4 @@
-"""Decides from the content of rows which of them are held out, which are duplicates, and which are
-in two sets.
+"""Decides from the content of rows which ones are held out, are duplicates, or occur in two sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
 split, and a resumed run uses the same split.
