@@ -322,9 +322,9 @@ def test_factors_that_make_no_sense(chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     a, b = factors[Q0]
     for name, pair in {"one dimension": (a[0], b), "no rank": (a[:, :0], b[:0])}.items():
-        says(write_mlx(tmp_path / name, {Q0: pair}), chain, "from which no rank can be read")
+        says(write_mlx(tmp_path / name, {Q0: pair}), chain, "which does not determine a rank")
     twice = {**factors, f"language_model.{Q0}": factors[Q0]}
-    says(write_mlx(tmp_path / "twice", twice), chain, "holds two updates", ranks_too=False)
+    says(write_mlx(tmp_path / "twice", twice), chain, "contains two updates", ranks_too=False)
     half = {f"base_model.model.{DOWN1}.lora_B.weight": mx.ones((64, 4))}
     says(write_peft(tmp_path / "half", factors, half), chain, f"{DOWN1}' has lora_b but no lora_a")
     other = {f"{Q0}x": factors[Q0]}

@@ -153,7 +153,7 @@ def test_defaults_and_names_of_methods() -> None:
         ({"method": "dpo", "kto_beta": 0.2}, "kto_beta has no effect unless method is kto"),
         ({"method": "kto", "packing": True}, "packing has no effect unless method is sft"),
         ({"method": "dpo", "train_on": "last"}, "train_on has no effect with preference rows"),
-        ({"warm_start": "x", "rank": 16}, "rank has no effect with warm_start, whose adapter has"),
+        ({"warm_start": "x", "rank": 16}, "rank has no effect with warm_start, whose adapter"),
         ({"epochs": 2, "iters": 7}, "iters has no effect when epochs is set: leave it out"),
         ({"sample_tokens": 9}, "sample_tokens has no effect without sample_prompts"),
         ({"dpo_warmup_iters": 9}, "dpo_warmup_iters only applies to method dpo: use warmup_iters"),

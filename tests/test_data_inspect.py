@@ -142,7 +142,7 @@ def test_a_page_to_pass_on(tmp_path):
     assert not {"script", "img", "b", "link", "iframe"} & page.names
     assert not {"src", "href", "onerror"} & {name for name, _ in page.attributes}
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in page.attributes
-    for word in (evil, "<b>&.jsonl:1", "Equal to an earlier row"):
+    for word in (evil, "<b>&.jsonl:1", "Rows that repeat an earlier row"):
         assert word in page.text
     assert "mark" in page.names and ("class", "cut") in page.attributes
     bad = inspect(write(tmp_path / "bad.jsonl", {evil: 1}))

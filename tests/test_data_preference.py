@@ -286,7 +286,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
         (text_pair("x", 7, "b"), '"chosen" must be a string, as "prompt" is, not a number'),
         (
             text_pair("x", "a", [USER, says("b")]),
-            'not a list; if "rejected" also holds the prompt, remove "prompt"',
+            'not a list; if "rejected" also contains the prompt, remove "prompt"',
         ),
         (text_pair(None, "a", "b"), '"prompt" must be a string or a list, not null'),
         (text_pair(7, "a", "b"), '"prompt" must be a string or a list, not a number'),

@@ -138,7 +138,7 @@ def test_without_append_eos_a_turn_without_stop_is_reported(tmp_path):
     data = load(tmp_path, tokenizer, {"messages": chat("a", "one")}, append_eos=False)
     assert spans(data, tokenizer) == ["one\n"] and data.notes.findings == {"stop": 1}
     with pytest.raises(
-        InputError, match=r"train\.jsonl: in 1 of 1 samples the turn does not end with a token"
+        InputError, match=r"train\.jsonl: in 1 of 1 samples the turn does not end with a stop token"
     ):
         load(tmp_path, tokenizer, {"messages": chat("a", "one")}, append_eos=False, strict=True)
 

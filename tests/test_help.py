@@ -83,7 +83,7 @@ def test_flags_of_mlx_lm_beside_the_long_names() -> None:
 def test_an_unknown_flag_is_understood_by_its_meaning(command, given, meant, capsys) -> None:
     assert cli.main([command, "--model", "m", given, "3"]) == 2
     said = capsys.readouterr().err
-    assert f"{command} does not know {given}" in said
+    assert f"{command} does not accept {given}" in said
     assert (f" Did you mean {meant}?" in said) if meant else ("Did you mean" not in said)
 
 

@@ -187,7 +187,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", '[{"a": 1}', "a.json:1: the row must be followed by a comma"),
         ("a.json", '[{"a": 1}] x', "a.json continues after the end of its list"),
         ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
-        ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row holds a lone surrogate"),
+        ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row contains a lone surrogate"),
         ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not UTF-8"),
         ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not JSON"),
         ("a.csv", "a,b\n1,2\n\n1\n", "a.csv:2: the row has 1 cells, but the header has 2"),

@@ -45,8 +45,8 @@ MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """Raises ImportError unless this MLX release is installed. The message contains a command that
-    installs it."""
+    """Raises ImportError unless this MLX release is installed. The message includes the install
+    command."""
     mend = (
         f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx {MLX_VERSION}'
     )
@@ -67,8 +67,8 @@ def _require_mlx() -> None:
 
 
 if sys.platform == "linux":
-    # On CUDA, MLX by default collects ops that read up to 10⁹ elements before it launches them, so
-    # the device idles at first, and memory is freed late. The limit of 32 million elements
+    # By default, MLX on CUDA queues ops that read up to 10⁹ elements in total before it launches
+    # them, so the device idles at first, and memory is freed late. A limit of 32 million elements
     # corresponds to one large op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this
     # variable when it first uses the device.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")

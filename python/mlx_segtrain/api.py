@@ -1,5 +1,5 @@
-"""The Python API for training in a script or a notebook, which takes keyword arguments, rows of
-data or a loaded model."""
+"""The Python API for training in a script or a notebook. It accepts keyword arguments, rows of
+data, and a loaded model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: The fields that have a short name, keyed by this name, which is the name of their flag.
+#: Maps the names of flags, without dashes, to the names of the fields.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -47,7 +47,7 @@ class TrainResult(training.TrainResult):
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics that the run has reported. The `kind` of each is train, val or score."""
+        """The metrics that the run reported, each of `kind` train, val or score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")
@@ -130,24 +130,24 @@ def train(
         train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
 
     Fields of TrainConfig can be passed as keyword arguments, instead of `config` or in addition to
-    it. They have their own names or the names of their flags (`lr`, `adapter`). `model` is a
-    folder, a name on the hub, or a pair `(model, tokenizer)`, as returned by `load` and
-    mlx_lm.load; for a pair, the result contains the same model with the adapter attached. `data`
-    (or `train_data`) is a path, a name on the hub, or the rows themselves: a list or an iterator of
-    dicts, a `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or polars table. `valid_data`
-    contains the validation rows in the same way.
+    it. A field is named as in TrainConfig or as its flag (`lr`, `adapter`). `model` is a folder, a
+    name on the hub, or a pair `(model, tokenizer)`, as returned by `load` and mlx_lm.load; for a
+    pair, the result contains the same model with the adapter attached. `data` (or `train_data`) is
+    a path, a name on the hub, or the rows themselves: a list or an iterator of dicts, a
+    `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or polars table. `valid_data` provides
+    the validation rows in any of these forms.
 
-    `on_event` receives the events of the run (mlx_segtrain.events). Unless it is given or
-    `progress` is False, terminals and notebooks show a progress bar. `on_step` and `on_eval`
-    receive the metrics of every training step and every evaluation as a dict; if one of them
+    `on_event` receives the events of the run (mlx_segtrain.events). Terminals and notebooks show a
+    progress bar unless `on_event` is given or `progress` is False. `on_step` and `on_eval` receive
+    the metrics of every training step and every evaluation, respectively, as a dict; if either
     returns True, the run saves its state and ends. `score(model, tokenizer)` is called at every
-    evaluation and must return a number or a dict of numbers. For method grpo, each
-    item of `rewards` is a function that scores completions or the name of a check, as in the field
+    evaluation and must return a number or a dict of numbers. For method grpo, each item of
+    `rewards` is a function that scores completions or the name of a check, as in the field
     `rewards`; `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
     Ctrl-C ends the run after the last finished step has been saved (`interrupted`); `resume=True`
-    continues such a run. Raises InputError if an input cannot be used; nothing has been written
-    then. Raises RunError if the run cannot continue; the last good step has been saved then.
+    continues such a run. Raises InputError if an input cannot be used, before anything is written.
+    Raises RunError if the run cannot continue, after the last good step has been saved.
     """
     with _python_words():
         loaded = tokenizer = None
@@ -193,8 +193,8 @@ def train(
 def _functions(
     rewards: Sequence[str | Function] | None, fields: dict[str, Any]
 ) -> tuple[list[Function], dict[str, Any]]:
-    """Separates functions from names of checks. Returns the functions, and the fields to which the
-    names have been added."""
+    """Separates functions from the names of checks. Returns the functions, and the fields with
+    these names added."""
     if rewards is None:
         return [], fields
     if not isinstance(rewards, list | tuple):  # the configuration will report the error
@@ -221,8 +221,8 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
 def _given(
     pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Returns the model in `(model, tokenizer)` without its adapter, the tokenizer, and the fields,
-    to which the folder of the model has been added."""
+    """Returns the model in `(model, tokenizer)` without its adapter, the tokenizer, and the fields
+    with the model's folder added."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -265,8 +265,8 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Yields the callbacks for events and for steps. They update a progress bar if it is wanted and
-    would be visible."""
+    """Yields the callbacks for events and for steps. They update a progress bar if one is wanted
+    and would be visible."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook

@@ -2,7 +2,8 @@
 
 `TrainConfig` determines the flags of the command line, the keys of a YAML file, the error messages,
 the page's form, the rules for resuming, and the table in docs/configuration.md, which `python -m
-mlx_segtrain.config` prints. A field's properties other than its type are in fields.Facets.
+mlx_segtrain.config` prints. The other properties of a field, besides its type, are in
+fields.Facets.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ from mlx_segtrain.fields import (
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Method = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"]
-#: The kinds of rows: one sequence, a pair of sequences, a sequence that is labelled good or bad, or
-#: only a prompt.
+#: The kinds of rows: one sequence, a pair of sequences, a sequence labelled good or bad, or a
+#: prompt alone.
 Rows = Literal["single", "pair", "labelled", "prompt"]
 #: The kind of rows that each method trains on.
 ROWS: dict[str, Rows] = {
@@ -77,7 +78,7 @@ DataFormat = Literal[
 
 PLACES = "a path, or org/name or org/name@revision on the hub"
 DATA_PLACES = "a path, or org/name, org/name/configuration or org/name:split on the hub"
-#: Facets that several fields share.
+#: Facets shared by several fields.
 FREE, WARN, CARD = Facets(on_resume="free"), Facets(on_resume="warn"), Facets(on_card=True)
 SIZE, ALL = Facets(affects=("memory",)), Facets(affects=("memory", "loss", "rows"))
 FIRST, ELSEWHERE, ADAPTER = Facets(group=""), Facets(group=None), Facets(group="Adapter")
@@ -89,7 +90,7 @@ DPO, ORPO, SIMPO, KTO = (
     for method in ("dpo", "orpo", "simpo", "kto")
 )
 GRPO = Facets(group="GRPO", methods=("grpo",))
-#: For fields that apply only to responses in the data, not to those that the model generates.
+#: For fields that apply to responses in the data but not to generated ones.
 GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
@@ -102,10 +103,10 @@ WHOLE = Facets(
 CODE = "it runs code, which only the command line and Python may do"
 FRESH = Facets(
     holds=lambda config: config.warm_start is None,
-    otherwise="with warm_start, whose adapter has its own",
+    otherwise="with warm_start, whose adapter determines it",
 )
 
-#: Defaults that depend on grpo_loss; they are taken from the papers that introduced these losses.
+#: Defaults that depend on grpo_loss, taken from the papers that introduced these losses.
 OF_LOSS: dict[Any, dict[str, Any]] = {
     "dr_grpo": {"advantage_scaling": "none"},
     "dapo": {"clip_high": 0.28, "mask_truncated": True},
@@ -129,8 +130,8 @@ class TrainConfig(BaseModel):
     adapter_path: Directory = option(
         ..., FIRST | FREE, title="Adapter folder", aliases=("--adapter",)
     )
-    """Directory of the adapter; a run also writes metrics.jsonl and its checkpoints there. On the
-    command line, the default is ./adapters."""
+    """Directory for the adapter, metrics.jsonl and the checkpoints of the run. On the command line,
+    the default is ./adapters."""
     method: Method = option("sft", FIRST | ALL | CARD)
     """Training objective. sft trains on texts and chats; dpo, orpo and simpo on pairs of chosen and
     rejected responses; kto on labelled responses or on pairs; grpo on prompts."""
@@ -146,13 +147,12 @@ class TrainConfig(BaseModel):
     target_modules: Annotated[list[Name], Distinct] = option(
         PROJECTIONS, ADAPTER | FRESH | SIZE, title="Target modules", min_length=1
     )
-    """Linear layers that get an adapter, named by the last part of their module path. all-linear
-    means all linear layers except embed_tokens and lm_head, which must be listed explicitly."""
+    """Linear layers to adapt, named by the last part of their module path. all-linear means all
+    linear layers except embed_tokens and lm_head, which must be listed explicitly."""
     num_layers: LayerCount = option(
         -1, ADAPTER | FRESH | SIZE, title="Layers", values="-1 or an integer >= 1"
     )
-    """Number of layers that get an adapter, counting back from the last layer; -1 means all
-    layers."""
+    """Number of layers to adapt, counting back from the last layer; -1 means all layers."""
     warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
     """Adapter to start from: its directory, or its name on the hub. It may have been written by
     this package, mlx-lm or PEFT. The run uses the layers, ranks and scale of this adapter."""
@@ -197,7 +197,7 @@ class TrainConfig(BaseModel):
     )
     """Dropout probability for the inputs of LoRA branches."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
-    """How strongly dpo penalizes divergence from the model without the adapter."""
+    """Strength with which dpo penalizes divergence from the model without the adapter."""
     dpo_loss: Literal[
         "sigmoid",
         "hinge",
@@ -226,13 +226,13 @@ class TrainConfig(BaseModel):
     reference_free: bool = option(False, DPO)
     """Compute the loss of dpo without a reference model."""
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
-    """How strongly kto penalizes divergence from the model without the adapter."""
+    """Strength with which kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
     """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence by 0."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight, in the kto loss, of rows whose label is true."""
+    """Weight in the kto loss for rows whose label is true."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
-    """Weight, in the kto loss, of rows whose label is false."""
+    """Weight in the kto loss for rows whose label is false."""
     orpo_lambda: Float = option(0.1, ORPO, title="ORPO lambda", gt=0)
     """Weight of the odds-ratio term in the orpo loss."""
     sft_scope: Literal["full", "response"] = option("full", ORPO, title="ORPO cross-entropy")
@@ -241,7 +241,7 @@ class TrainConfig(BaseModel):
     simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
     """Scale of the rewards in the simpo loss."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
-    """Target margin, in the simpo loss, between the rewards of the two responses of a pair."""
+    """Target margin between the rewards of a pair's two responses in the simpo loss."""
     rewards: Annotated[list[Name], Distinct] = option(
         [],
         GRPO,
@@ -251,7 +251,7 @@ class TrainConfig(BaseModel):
         values="checks such as exact:COLUMN, number:COLUMN, regex:PATTERN, json_schema:SCHEMA and "
         "length:TOKENS, each at most once",
     )
-    """Checks that give each completion a score from 0 to 1 (docs/grpo.md)."""
+    """Checks that score each completion from 0 to 1 (docs/grpo.md)."""
     reward_functions: Annotated[list[Name], Distinct] = option(
         [], GRPO, affects=("loss",), refused=CODE, values="module:function or file.py:function"
     )
@@ -278,8 +278,8 @@ class TrainConfig(BaseModel):
         refused=CODE,
         values="module:Class or file.py:Class",
     )
-    """Python class that responds to the model's turns: its method `step` does so, or its methods
-    are tools that the model can call (docs/grpo.md)."""
+    """Python class that responds to the model's turns, either with its method `step` or with
+    methods that the model calls as tools (docs/grpo.md)."""
     max_turns: Int = option(
         8,
         GRPO,
@@ -288,22 +288,23 @@ class TrainConfig(BaseModel):
         otherwise="without environment",
         ge=1,
     )
-    """Maximum number of turns that the model has in a conversation with the environment."""
+    """Maximum number of turns by the model in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
-    """Number of completions that are generated for each prompt."""
+    """Number of completions to generate for each prompt."""
     max_completion_tokens: Int = option(
         256, GRPO | ALL, title="Maximum completion length, tokens", ge=1
     )
-    """Maximum number of tokens in a completion, including the tokens of the environment. Prompts
-    that leave no room for a completion of this length within max_seq_length are dropped."""
+    """Maximum number of tokens in a completion, including the environment's replies. Prompts that
+    leave no room for a completion of this length within max_seq_length are dropped."""
     temperature: Float = option(1.0, GRPO, affects=("loss",), gt=0)
     """Temperature at which completions are sampled."""
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
     """Variant of the grpo loss, which determines how probability ratios are clipped and how the
     loss is averaged over tokens."""
     advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
-    """What the advantages are divided by: the standard deviation of the rewards within each group
-    (group) or over the whole step (batch), or nothing (none). For dr_grpo, the default is none."""
+    """Normalization of the advantages: divide them by the standard deviation of the rewards within
+    each group (group) or over the whole step (batch), or do not divide them (none). For dr_grpo,
+    the default is none."""
     clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
     """How far the ratio of the new to the old probability may fall below 1 before it is clipped.
     For gspo, the default is 3e-4."""
@@ -311,8 +312,8 @@ class TrainConfig(BaseModel):
     """How far the ratio of the new to the old probability may rise above 1 before it is clipped.
     The default is 0.28 for dapo and 4e-4 for gspo."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
-    """Weight, in the grpo loss, of the KL divergence from the model without the adapter. With 0,
-    the forward pass of that model is skipped."""
+    """Weight of the KL divergence from the model without the adapter in the grpo loss. 0 skips the
+    forward pass of that model."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
     """Exclude completions that reach max_completion_tokens from the loss. For dapo, the default is
     true."""
@@ -325,21 +326,21 @@ class TrainConfig(BaseModel):
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
-    """Number of completions that are generated at once; auto means as many as fit into
+    """Number of completions to generate at once; auto chooses the largest number that fits into
     memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
-    """Stop the run when the mean reward over this many steps has fallen back by more than half of
-    its earlier rise, and random variation does not explain the fall; 0 turns this off."""
+    """Stop the run when the mean reward over this many steps has fallen by more than half of its
+    earlier rise and random variation does not explain the fall; 0 turns this check off."""
     max_seq_length: Int = option(
         512, FIRST | ALL | CARD, title="Maximum sequence length, tokens", ge=2
     )
-    """Maximum number of tokens in a row; longer rows are truncated. With grpo, it is the maximum
-    number of tokens in one forward and backward pass, into which as many prompts with their
-    completions are packed as fit."""
+    """Maximum number of tokens in a row; longer rows are truncated. With grpo, maximum number of
+    tokens in one forward and backward pass; prompts and their completions are packed up to this
+    limit."""
     batch_size: Int = option(
         1, FIRST | CARD, title="Batch size, rows", affects=("memory", "loss"), ge=1
     )
-    """Number of rows per forward and backward pass; with grpo, number of prompts per step."""
+    """Number of rows per forward and backward pass, or, with grpo, number of prompts per step."""
     packing: Switch = option(
         False,
         DATA | SIZE | CARD,
@@ -348,8 +349,8 @@ class TrainConfig(BaseModel):
         values="true, false or auto",
     )
     """Pack several rows of the data into one row of up to max_seq_length tokens, without attention
-    between them. With packing, batch_size is the number of packed rows. auto packs if that is
-    faster; it is the default for grpo."""
+    between them. With packing, batch_size is the number of packed rows. auto packs if packing is
+    faster, and is the default for grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
@@ -363,19 +364,19 @@ class TrainConfig(BaseModel):
     """Seed for the order of rows, for the initialization of LoRA, and for the rows that val_split
     holds out."""
     deterministic: bool = option(True, OPTIMIZER | WARN | SIZE)
-    """Produce bit-identical results for the same seed on the same device. On CUDA, false allows the
-    attention of cuDNN, which is faster but not deterministic."""
+    """Produce bit-identical results for the same seed on the same device. On CUDA, false allows
+    cuDNN attention, which is faster but not deterministic."""
     steps_per_report: Int = option(10, EVALUATION, title="Report interval, steps", ge=1)
     """Number of steps between reports of the training metrics."""
     steps_per_eval: Int = option(50, EVALUATION | WARN, title="Evaluation interval, steps", ge=1)
     """Number of steps between evaluations on the validation rows."""
     weight_decay: Float = option(0.01, OPTIMIZER | WARN, ge=0)
-    """Decoupled weight decay, which is applied to the weights and not added to the gradient."""
+    """Decoupled weight decay, applied directly to the weights instead of through the gradient."""
     grad_clip_norm: Float = option(1.0, OPTIMIZER | WARN, title="Gradient clipping norm", ge=0)
     """Maximum global L2 norm of the gradient; 0 turns clipping off."""
     grad_checkpoint: bool = option(False, MEMORY, title="Gradient checkpointing")
-    """Recompute each layer in the backward pass, which takes less memory but more time. This is the
-    same as segment_size 1."""
+    """Recompute each layer in the backward pass, which uses less memory but takes longer.
+    Equivalent to segment_size 1."""
     segment_size: SegmentSize = option(
         "auto", MEMORY, title="Layers per segment", values="auto or an integer >= 0"
     )
@@ -384,10 +385,11 @@ class TrainConfig(BaseModel):
     memory_budget_gb: Budget = option(
         "auto", MEMORY, title="Memory budget, GB", values="auto or a finite number > 0"
     )
-    """Memory that the run may use, in 10⁹ bytes; auto means the free memory of the device."""
+    """Maximum memory that the run may use, in GB (10⁹ bytes); auto means the free memory of the
+    device."""
     steps_per_save: Int = option(50, EVALUATION, title="Checkpoint interval, steps", ge=0)
     """Number of steps between checkpoints, from which a run can be resumed. The adapter is saved
-    at the same time. 0 writes a checkpoint only at the end of the run."""
+    together with each checkpoint. 0 writes a checkpoint only at the end of the run."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
     """Number of most recent checkpoints to keep."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
@@ -404,7 +406,7 @@ class TrainConfig(BaseModel):
     """Experiment trackers that also receive the metrics, which are always written to
     metrics.jsonl."""
     save_checkpoints: bool = option(False, EVALUATION, title="Keep every evaluation's adapter")
-    """At every evaluation, save the adapter in a directory that can be used by itself."""
+    """Save the adapter at every evaluation, each time in a separate, complete adapter directory."""
     early_stopping_patience: Int = option(
         0, EVALUATION | WARN, title="Early stopping patience, evaluations", ge=0
     )
@@ -430,14 +432,14 @@ class TrainConfig(BaseModel):
         refused="it runs a command, which only the command line may do",
         values="a command line",
     )
-    """Command that scores the adapter at every evaluation. {adapter} is replaced by the directory
-    of a copy of the adapter. The last line that the command prints must be a number, or a JSON
-    object whose values are numbers."""
+    """Command that scores the adapter at every evaluation. {adapter} stands for the directory of a
+    copy of the adapter. The last line that the command prints must be a number, or a JSON object
+    whose values are numbers."""
     data_format: DataFormat = option("auto", DATA, title="Row format")
     """Format of the rows; auto detects the format of each row from its columns (docs/data.md)."""
     columns: Columns = option({}, DATA, title="Columns", values="a JSON object of distinct names")
-    """Names that the columns have in the data, if they differ from those of the format, such as
-    {"prompt": "query", "completion": "reply"}."""
+    """Column names in the data, where they differ from those of the format, such as {"prompt":
+    "query", "completion": "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,
@@ -448,13 +450,13 @@ class TrainConfig(BaseModel):
     """Which assistant turns of a chat are in the loss: all of them (assistant), or only the last
     one (last)."""
     append_eos: bool = option(True, DATA | GIVEN, title="End responses with EOS")
-    """End every response that is in the loss with a token that stops generation, unless the chat
-    template or the row already ends it with such a token."""
+    """Append a stop token to every response in the loss, unless the chat template or the row
+    already ends the response with one."""
     prompt_format: Literal["auto", "chat", "raw"] = option(
         "auto", DATA, title="Format of plain prompts"
     )
-    """When to apply the chat template to plain prompts, which are strings instead of lists of
-    messages: always (chat), never (raw), or only if the tokenizer has a chat template (auto)."""
+    """Whether to apply the chat template to plain prompts (strings, not lists of messages): always
+    (chat), never (raw), or only if the tokenizer has a chat template (auto)."""
     chat_template_kwargs: Variables = option(
         {},
         DATA,
@@ -469,17 +471,16 @@ class TrainConfig(BaseModel):
         title="Validation split",
         values="auto, a fraction below 1, or a number of rows",
     )
-    """If there is no validation file: the training rows to hold out for validation, as a fraction
-    or a number of rows; 0 holds out none. auto holds out a twentieth of the rows, at most 500, if
-    there are more than 100. The rows are chosen by their content and by seed."""
+    """Training rows to hold out for validation if there is no validation file, as a fraction or a
+    number of rows; 0 holds out none. auto holds out a twentieth of the rows, at most 500, if there
+    are more than 100. The rows are chosen by their content and by seed."""
     dedup: bool = option(False, DATA, title="Drop repeated rows")
     """Drop training rows that repeat an earlier row."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
-    """Raise an error if the chat template leaves out a part of a row, or if a response that is in
-    the loss does not end with a token that stops generation. Without strict, such rows are only
-    counted and reported."""
+    """Raise an error if the chat template leaves out a part of a row, or if a response in the loss
+    does not end with a stop token. Without strict, such rows are only counted and reported."""
     overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter")
-    """Replace the adapter that is already in adapter_path."""
+    """Replace an existing adapter in adapter_path."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -490,8 +491,8 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
-        """Fills in the defaults that depend on the method. With method dpo, also accepts two fields
-        under the names dpo_lr_schedule and dpo_warmup_iters."""
+        """Fills in the defaults that depend on the method. With method dpo, also accepts
+        dpo_lr_schedule and dpo_warmup_iters as names of lr_schedule and warmup_iters."""
         if not isinstance(values, dict):
             return values
         values = dict(values)
@@ -565,7 +566,7 @@ FACETS: dict[str, Facets] = {
 }
 #: Fields whose values are paths.
 PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
-#: The fields that clients of the server may not set, each with the reason.
+#: Maps each field that clients of the server may not set to the reason.
 REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
@@ -601,8 +602,8 @@ def allowed(name: str, value: Any = None) -> str:
     return " ".join([kinds[kind(field)], " and ".join(bounds)]).strip()
 
 
-#: For each field, the names that other trainers have for it. An error suggests the field if a
-#: configuration uses one of these names.
+#: For each field, its names in other trainers. If a configuration uses one of them, the error
+#: message suggests the field.
 ELSEWHERE_CALLED: dict[str, str] = {
     "adapter_path": "adapter output output_dir out out_dir save_path",
     "batch_size": "bs micro_batch_size per_device_train_batch_size train_batch_size",
@@ -685,7 +686,7 @@ def load_config(
 def _fault(error: ValidationError, values: dict[str, Any]) -> InputError:
     """Returns an InputError for the first error in a ValidationError, with the given value and the
     allowed values."""
-    # A misspelt required field is also missing; its misspelling is the more useful error.
+    # A misspelt required field is also missing, but the error about its spelling is more useful.
     order = {"extra_forbidden": 0, "missing": 2}
     fault = min(error.errors(), key=lambda fault: order.get(fault["type"], 1))
     if not fault["loc"]:
@@ -722,7 +723,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 def parse_yaml(text: str, path: Path | str) -> tuple[dict[str, Any], dict[str, int]]:
     """Returns the mapping in a YAML text, and the line number of each key, counting from 1. Error
-    messages call the text `path`."""
+    messages refer to the text as `path`."""
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)

@@ -1,18 +1,17 @@
-"""Exceptions for bad input and for failures during a run. Their messages consist of one
-sentence."""
+"""Exceptions for bad input and for failures during a run. Each message is one sentence."""
 
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-#: Why a run ended: an input must be changed, there was too little memory, the run failed, its
+#: Reasons for the end of a run: an input must be changed, memory ran out, the run failed, its
 #: process was killed, or this package has a bug.
 Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 
 class InputError(ValueError):
-    """An input is wrong. The message is one sentence, which says what is wrong, where, and what to
-    do about it.
+    """Raised for invalid input. The message is one sentence that says what is wrong, where, and how
+    to fix it.
 
     The command line prints it without a traceback and exits with code 2; the server responds with
     `status`. `field` is the name of the configuration field that must be changed, if there is one.
@@ -25,8 +24,8 @@ class InputError(ValueError):
         self.status, self.field = status or self.status, field
 
 
-#: Matches the messages of MLX and its back ends when an allocation fails, for which they have no
-#: exception class.
+#: Matches the messages of failed allocations in MLX and its back ends, which define no exception
+#: class for this case.
 NO_MEMORY = re.compile(r"out.?of.?memory|insufficient memory|alloc", re.IGNORECASE)
 
 
@@ -50,8 +49,8 @@ class NoRoom(InputError):
 
 
 class RunError(Exception):
-    """A run cannot continue. The message is one sentence, which says what happened, at which step,
-    what has been saved, and what to do.
+    """Raised when a run cannot continue. The message is one sentence that says what happened, at
+    which step, what has been saved, and what to do.
 
     The command line prints it without a traceback and exits with code 1; the server responds with
     `status`.
@@ -62,7 +61,7 @@ class RunError(Exception):
 
 class NoMemory(RunError):
     """The device has too little memory for the next step of a run, even with the plan that needs
-    the least."""
+    the least memory."""
 
 
 def reason(error: BaseException, most: int = 200) -> str:
@@ -72,7 +71,7 @@ def reason(error: BaseException, most: int = 200) -> str:
 
 
 def named_reason(error: BaseException) -> str:
-    """Returns the class and the message of an error that other code has raised, on one line."""
+    """Returns the class and the message of an error raised by other code, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -28,8 +28,8 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """Returns the first line of a log. When a run is resumed, it is also the first line of the part
-    that begins at this step."""
+    """Returns the first line of a log, or of the part of a log that a resumed run appends from this
+    step on."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -67,8 +67,8 @@ def evaluating(done: int, batches: int, left_s: float) -> Event:
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """Returns the memory plan that the run follows from now on, in bytes. `peak` is None if it is
-    not predicted."""
+    """Returns the memory plan for the rest of the run, in bytes. `peak` is None if the peak is not
+    predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -80,10 +80,10 @@ def train_metric(
     `steps_per_report` steps, in nats per token.
 
     With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
-    margin, the rewards and, for kto, kl. A metric is missing if these steps had no row for it.
-    `figures` contains grad_norm, learning_rate, tokens_per_sec, supervised_tokens_per_sec (which
-    counts only tokens in the loss), step_s, peak_gb, active_gb and left_s, the estimated time in
-    seconds until the run ends, including evaluations and checkpoints.
+    margin, the rewards and, for kto, kl. A metric is absent if it applies to none of the rows of
+    these steps. `figures` contains grad_norm, learning_rate, tokens_per_sec,
+    supervised_tokens_per_sec (which counts only tokens in the loss), step_s, peak_gb, active_gb and
+    left_s, the estimated time in seconds until the run ends, including evaluations and checkpoints.
     """
     return {
         "type": "metric",
@@ -100,10 +100,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    The figures of a rank are busy_s and waited_s, the mean times per step since the last report in
-    which the rank computed and in which it waited for others, in seconds; tokens_per_sec, its speed
-    while it computed; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the
-    slowest and the fastest rank. The others wait for the rank `slowest`.
+    The figures of a rank are busy_s and waited_s, the mean seconds per step since the last report
+    that it spent computing and waiting for others; tokens_per_sec, its speed while computing;
+    peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and the fastest
+    rank. `slowest` is the rank for which the others wait.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))
@@ -112,7 +112,7 @@ def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
 
 
 def about_ranks(metric: Event) -> str:
-    """Describes the figures that with_ranks has added, on one line."""
+    """Describes the figures added by with_ranks, on one line."""
     ranks, slowest = metric["ranks"], metric["slowest"]
     busy, waited, speed, peak = (
         [own[name] for own in ranks] for name in ("busy_s", "waited_s", "tokens_per_sec", "peak_gb")
@@ -127,8 +127,7 @@ def about_ranks(metric: Event) -> str:
 
 
 def step(metric: Event) -> Event:
-    """Returns the progress of a run between two reports, which contains a part of a step's
-    metrics."""
+    """Returns the progress of a run between two reports, with some of the metrics of a step."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 
@@ -157,13 +156,13 @@ def val_metric(
 
 
 def sample(step: int, prompt: str, text: str) -> Event:
-    """Returns an answer that the model has given with the adapter of this step."""
+    """Returns the event for an answer that the model generated with the adapter of this step."""
     return {"type": "sample", "step": step, "prompt": prompt, "text": text}
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """Returns the scores of the adapter from the user's command or function. If this failed,
-    `scores` is the error message."""
+    """Returns the scores of the adapter from the user's command or function. If the command or
+    function failed, `scores` is the error message."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 
@@ -174,7 +173,7 @@ def done(output_dir: Path) -> Event:
 
 
 def failed(error: BaseException) -> Event:
-    """Returns the event for the end of a run with an exception. `fault` is an errors.Fault, and
+    """Returns the event for a run that ended with an exception. `fault` is an errors.Fault, and
     `field` is the configuration field that must be changed, if there is one."""
     event = {"type": "failed", "error": f"{type(error).__name__}: {error}", "ts": now()}
     field = getattr(error, "field", None)

@@ -24,8 +24,8 @@ Group = Literal[
     "Evaluation and checkpoints",
     "More",
 ]
-#: What a field can affect outside a run: the planned memory, the loss of an adapter, or the rows
-#: that are read.
+#: The effects of a field outside a run: on the memory plan, on the loss of an adapter, or on the
+#: rows that are read.
 Effect = Literal["memory", "loss", "rows"]
 
 
@@ -35,9 +35,9 @@ class Facets:
 
     `affects` also makes the field a flag of the commands `plan`, `eval` or `inspect`. `on_resume`
     says whether a run can be resumed with another value of the field: it is refused, accepted with
-    a warning, or accepted. The field has an effect only with one of the `methods` (with all methods
-    if there are none) and where `holds` is true; `otherwise` is a phrase for the cases in which the
-    field has no effect.
+    a warning, or accepted. The field has an effect only with one of the `methods` (if empty, with
+    any method) and if `holds` returns true; `otherwise` is a phrase that names the cases in which
+    the field has no effect.
     """
 
     title: str = ""  #: label on the page; by default, the field's name
@@ -51,8 +51,8 @@ class Facets:
     aliases: tuple[str, ...] = ()  #: additional flags with the same meaning
     refused: str = ""  #: why clients of the server may not set it; "" if they may
     on_card: bool = False  #: whether it is shown on the model card of an adapter
-    values: str = ""  #: the allowed values, if the type does not give them
-    texts: bool = False  #: whether its values are texts, of which the page takes one per line
+    values: str = ""  #: the allowed values, if the type does not determine them
+    texts: bool = False  #: whether its values are texts, entered one per line on the page
     group: Group | None = "More"  #: section of the form, or None if it is not in the form
 
     def __or__(self, other: Facets) -> Facets:
@@ -69,7 +69,7 @@ class Facets:
         return (not self.methods or config.method in self.methods) and self.holds(config)
 
 
-#: Facets that all have their defaults.
+#: Facets with only default values.
 PLAIN = Facets()
 
 
@@ -83,8 +83,8 @@ def option(
     min_length: int | None = None,
     **more: Any,
 ) -> Any:
-    """Declares a field with its default (`...` if it has none), bounds for pydantic, and `facets`,
-    which `more` updates.
+    """Declares a field with its default (`...` if it has none), bounds for pydantic, and `facets`
+    updated with `more`.
 
     The docstring after the field is its description.
     """
@@ -189,7 +189,7 @@ Switch = bool | Literal["auto"]
 
 
 def kind(field: FieldInfo) -> Any:
-    """Returns the type of the field's value, not including None."""
+    """Returns the type of the field's value, ignoring None."""
     some = [x for x in get_args(field.annotation) if x is not type(None)]
     if get_origin(field.annotation) is dict:
         return dict

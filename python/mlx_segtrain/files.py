@@ -1,7 +1,7 @@
 """Writes files atomically, by renaming temporary files. Also reads, hashes and locks files.
 
 Writes reach the disk in order: the content of a file before its name, and its name before anything
-that depends on it. So after a power cut, either the old or the new file is there.
+that depends on it. So after a power failure, a path has either its old or its new content.
 """
 
 import errno
@@ -81,8 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Matches the names of temporary files. They contain a process id, so that other files do not
-#: match.
+#: Matches the names of temporary files. They contain a process id, which prevents matches of other
+#: files.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -106,8 +106,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists. The folder is renamed first, so that its
-    name is free at once."""
+    """Removes a folder with its content, if it exists. The folder is renamed first, which frees its
+    name at once."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -123,13 +123,13 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Returns whether a folder to which the content of a file refers may be read. A server replaces
-    this function with one that allows only folders below the server's roots."""
+    """Returns whether a folder that is named in a file may be read. A server replaces this function
+    with one that allows only folders below the server's roots."""
     return True
 
 
 def free(place: Path) -> int:
-    """Returns the number of free bytes on the disk that contains a path. The path need not exist
+    """Returns the number of free bytes on the disk that contains a path, which need not exist
     yet."""
     place = place.absolute()
     while not place.exists():
@@ -255,8 +255,8 @@ def _finite(value: Any) -> Any:
 def write_tensors(
     path: Path, tensors: "Mapping[str, mx.array]", metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file, not atomically. If that fails, raises OSError with the reason,
-    which MLX's error lacks."""
+    """Writes a safetensors file, not atomically. If writing fails, raises OSError with the reason,
+    which MLX's error does not include."""
     import mlx.core as mx
 
     with open(path, "wb") as file:
@@ -279,15 +279,15 @@ def known_sha256(path: Path) -> str:
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # There is one entry per path, so that it replaces the entry for earlier content.
+    # Each path has one entry, which replaces the entry for earlier content.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
         if known["file"] == list(own) and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
             return known["sha256"]
     found = _sha256(path, *own)
-    # If a file changes twice within one tick of the file system's clock, its times do not show the
-    # later change. So the hash of a file that has just changed is not cached.
+    # If a file changes twice within one tick of the file system's clock, its timestamps miss the
+    # second change. So the hash of a file that has just changed is not cached.
     if _identity(path) == own and time.time_ns() - own[4] > 2 * 10**9:
         with suppress(OSError):
             make_folder(note.parent)
@@ -303,7 +303,7 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns a tuple that is different after a file has changed. It includes the change time,
+    """Returns a tuple that differs once a file has changed. The tuple includes the change time,
     because programs can set the modification time but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns

@@ -1,5 +1,5 @@
-"""Downloads models, adapters and data sets from the Hugging Face hub to the cache that all of the
-hub's tools share.
+"""Downloads models, adapters and data sets from the Hugging Face hub to the cache shared by all of
+the hub's tools.
 
 A name, `org/name` or `org/name@revision`, is replaced with a folder in this cache as early as
 possible; `origin` converts the folder back to the name. Files in the cache are used without a
@@ -34,10 +34,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 FOLDER = re.compile(
     r"(?P<kind>models|datasets)--(?P<org>[^/]+?)--(?P<name>[^/]+)(/snapshots/(?P<revision>[^/]+))?"
 )
-#: Matches the hash that is the name of a file's content in the cache.
+#: Matches the hash under which the cache stores a file's content.
 ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
-#: The files that a model needs have names with these endings.
+#: The name endings of the files required for a model.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
 #: The folders in a repository that can contain such files.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
@@ -58,8 +58,8 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub. If there is no revision, the newest commit is used, or the commit
-    that is in the cache."""
+    """A repository on the hub. Without a revision, the newest commit or the cached commit is
+    used."""
 
     id: str
     revision: str | None = None
@@ -206,8 +206,8 @@ def located(
     """Returns the configuration with folders instead of names on the hub. `bring` is the function
     that returns the folder of a model.
 
-    `earlier` contains the folders of the run that is resumed. For a name without a revision, the
-    commit that this run has used is used again.
+    `earlier` contains the folders of the run that is resumed. A name without a revision refers to
+    the same commit as in that run.
     """
 
     def at(path: Path, part: str) -> Path:
@@ -236,7 +236,7 @@ def fetch(
 
     `tell` receives events of the stage `load`, with the finished `share` of the download, at most
     four per second. `check` receives the sizes of the repository's files, keyed by name, and raises
-    InputError if they cannot be used. Without `ask`, no request is sent.
+    InputError if the files cannot be used. Without `ask`, no request is sent.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -260,7 +260,7 @@ def fetch(
             f"network, or download it on another machine and copy it to {cache()}."
         ) from None
     check(listed)
-    # The configuration and the tokenizer come first, so that everything is complete once the
+    # The configuration and the tokenizer are downloaded first, so the snapshot is complete once the
     # weights are.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
@@ -325,7 +325,7 @@ def files_of(folder: Path) -> dict[str, int]:
 
 
 def _seems_whole(folder: Path, kind: Kind) -> bool:
-    """Returns whether a snapshot whose list of files is unknown seems complete. A model must have
+    """Returns whether a snapshot without a known list of files seems complete. A model must have
     weights, including all files that its index names; a data set must have files."""
     if kind == "dataset":
         return any(path.is_file() for path in folder.rglob("*"))
@@ -459,7 +459,7 @@ def amount(n: float) -> str:
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Downloads these files of a commit to the cache. Raises InputError if that fails."""
+    """Downloads these files of a commit to the cache. Raises InputError if a download fails."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)
@@ -506,12 +506,13 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-#: The suffix of an incomplete file. It is always the same, unlike the suffixes of the hub's client.
+#: The suffix of an incomplete file. The suffix never changes, unlike the hub client's, so a later
+#: process finds the file.
 BEGUN = ".segtrain.incomplete"
 
 
 def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
-    """Downloads a file to the cache, or the rest of it if a part is already there."""
+    """Downloads a file to the cache, or only the missing part of an incomplete file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where: Any = {"repo_type": repository.kind, "revision": repository.revision}

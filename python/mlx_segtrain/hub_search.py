@@ -8,14 +8,14 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: Models must have these tags: their weights are in a format that MLX reads, and they generate
+#: The tags that a model must have: its weights are in a format that MLX reads, and it generates
 #: text.
 OF_MODELS = ("safetensors", "text-generation")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A repository in the results of a search on the hub."""
+    """A repository in the results of a hub search."""
 
     name: str
     downloads: int

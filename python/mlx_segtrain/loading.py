@@ -20,7 +20,7 @@ def load(
     `mlx_lm.generate`.
 
     The model and the adapter are folders or names on the Hugging Face hub. `on_event` receives the
-    progress of downloads. Adapted layers run through our `lora_linear`. On the CPU, floating-point
+    progress of downloads. Adapted layers run on our op `lora_linear`. On the CPU, floating-point
     weights of the model are converted to float32. Raises InputError if the model or the adapter
     cannot be read, or if they do not fit together.
     """

@@ -1,8 +1,8 @@
-"""Starts processes of this package with a safe module path and few environment variables.
+"""Starts Python processes of this package with a safe module path and few environment variables.
 
 `python -m` puts the current folder at the front of the module path, so a file `yaml.py` in this
 folder would replace the package yaml. Our processes are therefore started in another folder and in
-isolated mode (which Python 3.10 also supports). They get the module path of the current process
+isolated mode (which Python 3.10 also supports). They receive the current process's module path,
 without the folder in which that process was started, and only the environment variables that they
 need.
 """
@@ -35,7 +35,7 @@ spec.loader.exec_module(package)
 del sys.argv[:4]
 sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
 """
-#: Environment variables that every process gets, which determine locations, the language and how
+#: Environment variables passed to every process. They determine locations, the language and how
 #: libraries compute.
 COMMON = (
     *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
@@ -50,7 +50,7 @@ NETWORK = (
     *("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"),
     *("all_proxy", "https_proxy", "http_proxy", "no_proxy"),
 )
-#: Variables that only the server gets.
+#: Variables passed only to the server.
 OWN = ("MLX_SEGTRAIN_TOKEN",)
 
 
@@ -125,8 +125,8 @@ class _Memory:
         self.pid, self.most = 0, 0
 
     def allow(self, more: int) -> None:
-        """Allows this process to allocate `more` further bytes. If it allocates more than this, its
-        allocations fail or it is killed."""
+        """Allows this process to allocate `more` additional bytes. Beyond this limit, allocations
+        fail or the process is killed."""
         try:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
         except OSError:

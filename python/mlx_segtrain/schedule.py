@@ -1,11 +1,11 @@
-"""The segmented backward pass, which computes the loss and the gradients of a chain of stages in
-the memory of one segment.
+"""The segmented backward pass. It computes the loss and the gradients of a chain of stages with the
+memory of one segment.
 
 A model is a chain of stages, which read and write named boundary values. The forward pass keeps
 only boundary values. The head computes the loss and the first cotangents. The segments are then
 recomputed from the last to the first, each under `vjp` with the cotangents from the segment after
-it. A plan (`csrc/schedule/plan.h`) consists of moves, each of which runs some stages forward or
-backward and says which values are kept; `csrc/schedule/schedule.cpp` runs the plan.
+it. A plan (`csrc/schedule/plan.h`) consists of moves; each move runs some stages forward or
+backward and specifies which values are kept. `csrc/schedule/schedule.cpp` runs the plan.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -28,9 +28,9 @@ class Stage:
     `params` is the stage's dict of arrays. `reads` and `writes` contain the names of boundary
     values. A stage may overwrite a value that it reads, as layers do with the residual stream `h`.
 
-    The function of a stage that `saves` takes two more arguments. With `save=True`, it also returns
+    The function of a stage that `saves` has two more parameters. With `save=True`, it also returns
     a list of arrays after the values that it writes. When the stage is recomputed for its gradient,
-    it receives this list as `saved`.
+    the function receives this list as `saved`.
 
     Stages with the same `owner` share the parameters that are stored under this name, and their
     gradients are added. By default the owner is the name of the stage.
@@ -49,15 +49,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cuts:
-    """How a chain is cut into segments, which are recomputed as a whole, and into groups of
+    """The cuts of a chain into segments, which are recomputed as a whole, and into groups of
     segments, which are recomputed in two passes.
 
-    `segments` lists the number of stages after which each segment ends, up to the number of all
-    stages. `groups` lists the number of segments after which each group ends. Values between groups
-    are kept from the forward pass on. Values between the segments of a group are recomputed when
-    the backward pass reaches the group, except that the last group keeps these values. The last
-    segment is never recomputed. `saves` lists the stages that keep arrays (for attention, its
-    output) in their last run before their gradient, so that less is recomputed.
+    `segments` lists the number of stages after which each segment ends; the last entry is the total
+    number of stages. `groups` lists the number of segments after which each group ends. Values
+    between groups are kept after the forward pass. Values between the segments of a group are
+    recomputed when the backward pass reaches the group, except that the last group keeps these
+    values. The last segment is never recomputed. `saves` lists the stages that keep arrays (for
+    attention, its output) in the last run before their gradient, which reduces recomputation.
     """
 
     segments: tuple[int, ...]
@@ -82,7 +82,7 @@ class Cuts:
 
 
 def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
-    """Returns the descriptions of the stages that a plan is made from. The owners in `trainable`
+    """Returns the descriptions of the stages from which a plan is made. The owners in `trainable`
     have parameters."""
     return [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
@@ -125,11 +125,11 @@ def segmented_value_and_grad(
     maps the owner of stages, or "head", to a dict of arrays; owners without parameters may be
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
-    recomputed together; 0 keeps everything and 1 needs little memory. `cuts` gives full control
-    instead. All cuts give the same gradients. The returned arrays may not be evaluated yet. `watch`
-    is called after each move of the plan. `recordings` contains the graphs of earlier steps with
-    the same stages and head: a function that has returned the same graph twice for arrays of the
-    same shapes is not called again.
+    recomputed together; 0 keeps all values and 1 needs little memory. `cuts` gives full control
+    instead. The gradients do not depend on the cuts. The returned arrays may still be unevaluated.
+    `watch` is called after each move of the plan. `recordings` contains the graphs of earlier steps
+    with the same stages and head: a function that has returned the same graph twice for arrays of
+    the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing has written, or if the cuts do not fit
     the stages.
@@ -236,9 +236,9 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Border:
-    """The boundary values that a device sends to the next device. For the `differentiable` values
-    it receives cotangents. The cotangents of the `summed` values are float32, since several stages
-    add to them."""
+    """The boundary values that a device sends to the next device. The device receives cotangents
+    for the `differentiable` values. The cotangents of the `summed` values are float32, since
+    several stages add to them."""
 
     values: tuple[str, ...]
     differentiable: tuple[str, ...]

@@ -10,10 +10,11 @@ import numpy as np
 
 Count = TypeVar("Count", int, np.ndarray)
 
-#: After trimming, sequences start at a multiple of this, so that there are few distinct shapes and
-#: tiles are full.
+#: Trimmed sequences start at a multiple of this number, which limits the number of distinct shapes
+#: and keeps tiles full.
 TRIM_MULTIPLE = 64
-#: The width of a batch with several rows is a multiple of this, so that few kernels are compiled.
+#: The width of a batch with several rows is a multiple of this number, which limits how many
+#: kernels are compiled.
 PAD_MULTIPLE = 32
 
 
@@ -34,13 +35,13 @@ class Stream:
     parts: tuple[int, ...] = ()
 
     def of(self, value: str) -> str:
-        """Returns the name that a boundary value has in this stream."""
+        """Returns the name of a boundary value in this stream."""
         return f"{value} of {self.name}" if self.name else value
 
     @property
     def segments(self) -> tuple[int, ...] | None:
-        """The starts of the parts and the end of the last part, in the form that the ops take. None
-        if there are no parts."""
+        """The starts of the parts and the end of the last part, in the form that the ops expect.
+        None if there are no parts."""
         return tuple(accumulate(self.parts, initial=0)) if self.parts else None
 
 
@@ -69,15 +70,15 @@ def padded(width: Count, batch_size: int) -> Count:
 
 
 def trim_start(first: Count) -> Count:
-    """Returns the first position that is kept by trimming, if `first` is the first position with a
+    """Returns the first position that trimming keeps, if `first` is the first position with a
     loss."""
     return first // TRIM_MULTIPLE * TRIM_MULTIPLE
 
 
 @dataclass(frozen=True)
 class StreamShape:
-    """The shape of a stream. Its sequences have `length` tokens, of which the last `trimmed` are
-    left after trimming.
+    """The shape of a stream. Its sequences have `length` tokens, of which the last `trimmed` remain
+    after trimming.
 
     The last `branch` tokens continue after the first `shared` tokens. In packed streams, `part` is
     the length of the sequence to which a token belongs, averaged over all tokens; in other streams

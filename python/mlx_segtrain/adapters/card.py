@@ -36,14 +36,14 @@ class About:
         step: int | None = None,
         facts: Mapping[str, str] | None = None,
     ) -> "About":
-        """Returns the metadata of an adapter that a run with this configuration has trained."""
+        """Returns the metadata of an adapter trained by a run with this configuration."""
         run = config.model_dump(mode="json")
         return cls(name_of(config.model_dir), config.lora_dropout, run, step, dict(facts or {}))
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
-    """Writes README.md, unless the folder has one that this package did not write. `form` is ours,
-    mlx-lm, peft or gguf."""
+    """Writes README.md, unless the folder contains one that this package did not write. `form` is
+    ours, mlx-lm, peft or gguf."""
     if is_ours(folder / README):
         write_text(folder / README, card(adapter, about, form))
 
@@ -87,8 +87,7 @@ tags: [mlx, {kind.lower()}, adapter]
 """
 
 
-#: The mark of cards that this package wrote: these are overwritten, and other README.md files are
-#: kept.
+#: Marks cards that this package wrote, which may be overwritten; other README.md files are kept.
 MARK = "<!-- written by mlx-segtrain -->"
 
 

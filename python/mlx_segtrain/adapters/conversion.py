@@ -30,7 +30,7 @@ PROBES = 8
 
 @dataclass(frozen=True)
 class Converted:
-    """A converted adapter, and how much the conversion changed it.
+    """A converted adapter, and the size of the change caused by the conversion.
 
     For normally distributed x, `update` is the largest |ΔW·x| over all layers, and `difference` is
     the largest |ΔW·x − ΔW'·x|.
@@ -54,9 +54,10 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base model, by default the folder that the adapter names, if that exists.
-    GGUF requires it. `names` says how transformers names the modules; by default, the base model
-    determines it. Raises InputError for anything that the format does not support.
+    `model_dir` is the base model, by default the folder that the adapter names, if that folder
+    exists. GGUF requires a base model. `names` says how transformers names the modules; by default,
+    the base model determines the names. Raises InputError for anything that the format does not
+    support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
@@ -93,7 +94,7 @@ def export(
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
     """Writes an adapter of mlx-lm, PEFT, OptiQ or mlx-bun in our format.
 
-    If `model_dir` is given, the layers get the names that they have in this model's files.
+    If `model_dir` is given, the layers are named as in this model's files.
     """
     folder = open_folder(adapter_path)
     adapter = read_stored(folder, model_dir=model_dir)
@@ -111,7 +112,7 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
 
 def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
-    """If the adapter adapts an embedding, returns it with `tied` set. Raises InputError if that
+    """Returns the adapter, with `tied` set if it adapts an embedding. Raises InputError if `tied`
     depends on the base model and the base model is unknown."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
         return adapter
@@ -143,8 +144,8 @@ BOUNDS = {"float32": 1e-5, "bfloat16": 0.05, "float16": 0.01}
 
 
 def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32") -> Converted:
-    """Compares an adapter with what was read back after writing it. Raises InputError if they
-    differ by more than rounding can cause."""
+    """Compares an adapter with its written copy. Raises InputError if they differ by more than
+    rounding can cause."""
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(

@@ -16,7 +16,7 @@ from .conversion import about_of
 from .multipliers import common_multiplier
 from .reading import ranks_in, stored_shapes
 
-#: How deep below a root folders are searched.
+#: The maximum depth below a root at which folders are searched.
 DEPTH = 6
 #: Maximum bytes of a run's log from which the best loss is read.
 MOST_LOG = 64 << 20
@@ -52,8 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of a run's state are not adapters, but the copies that are saved at
-        # evaluations are.
+        # Checkpoints of a run's state are not adapters, unlike the copies that are saved at
+        # evaluations.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
@@ -85,7 +85,7 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
 
 
 def _fits(folder: Folder, shape: ModelShape) -> bool:
-    """Returns whether the model has every adapted layer, with the same widths."""
+    """Returns whether the model contains every adapted layer, with the same widths."""
     widths = {bare(path): ends for path, ends in shape.widths.items()}
     known = {bare(name) for name in shape.tensors}
 
@@ -115,5 +115,5 @@ def best_loss(run: Path) -> float | None:
                 if event.get("kind") == "val" and isinstance(event.get("loss"), float):
                     best = min(best, event["loss"])
     except (OSError, ValueError, AttributeError, RecursionError):
-        pass  # returns what was found so far
+        pass  # the loss found so far is returned
     return best if math.isfinite(best) else None

@@ -18,10 +18,10 @@ from .tying import check_base
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The tensors that a module may have if an update is to be merged into it: a dense module, and a
-#: quantized one.
+#: The tensors of modules into which an update can be merged: of a dense module, and of a quantized
+#: one.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Endings of the files that are not copied from the base model's folder: weights in any format.
+#: Endings of weight files, in any format, which are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of a quantization in config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
@@ -29,13 +29,13 @@ COMMON = ("group_size", "bits", "mode")
 
 @dataclass(frozen=True)
 class Folded:
-    """How much of a layer's update is in the merged weight. `update` and `weight` are the Frobenius
-    norms of ΔW and W.
+    """The share of a layer's update that the merged weight contains. `update` and `weight` are the
+    Frobenius norms of ΔW and W.
 
     W is the weight of the base model, ΔW is the update, and W' is the weight that was written.
     `lost` is the share of ΔW that W' lacks, 1 − ⟨W' − W, ΔW⟩ / ‖ΔW‖²: it is 0 if W' contains the
     whole update, and 1 if W' contains none of it. `error` is the rounding error relative to the
-    update, ‖W' − (W + ΔW)‖ / ‖ΔW‖. A model tolerates this noise better than a lost update.
+    update, ‖W' − (W + ΔW)‖ / ‖ΔW‖. A model tolerates rounding noise better than a lost update.
     """
 
     path: str
@@ -48,7 +48,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Report:
-    """The folder of a merged model, and how much of the adapter its weights contain."""
+    """The folder of a merged model, and the share of the adapter that its weights contain."""
 
     path: Path
     linears: list[Folded]
@@ -57,7 +57,7 @@ class Report:
 
     @property
     def swallowed(self) -> list[Folded]:
-        """The layers whose merged weight lacks at least a tenth of the update."""
+        """The layers that lost at least a tenth of their update in the merge."""
         return [own for own in self.linears if not own.lost < LOST]
 
     @property
@@ -148,7 +148,7 @@ def linears_of(adapter: Adapter, base: Snapshot) -> dict[str, str]:
                 "mlx_lm.convert)."
             )
         if path in found:
-            raise InputError(f"the adapter holds two updates of '{path}': remove one.")
+            raise InputError(f"the adapter contains two updates of '{path}': remove one.")
         found[path] = name
     return found
 
@@ -179,7 +179,7 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
 
 
 def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized: bool) -> None:
-    """Raises InputError unless a module consists of a dense or MLX-quantized weight and,
+    """Raises InputError unless the module consists of a dense or MLX-quantized weight and,
     optionally, a bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
@@ -191,8 +191,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this number of bits. Because only MLX's affine mode supports a
-    choice of bits, any other mode is replaced with it."""
+    """Returns the quantization with this number of bits. Any other mode is replaced with MLX's
+    affine mode, the only one that supports a choice of bits."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
@@ -204,8 +204,8 @@ def _bias(module: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.Dtype) -> mx.array:
-    """Returns the weight of a module as a dense array of this dtype. `how` is the weight's
-    quantization, or None."""
+    """Returns the weight of a module as a dense array of this dtype. `how` is the quantization of
+    the weight, or None."""
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
@@ -234,8 +234,8 @@ def _folded(
     kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """Returns the module with the update merged into its weight, quantized as `kept` says, and how
-    much of the update the merged weight contains."""
+    """Returns the module with the update merged into its weight, quantized as in `kept`, and a
+    report on the share of the update that the merged weight contains."""
     bits = None if kept is None else kept.bits
     before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp. The gguf package (the extra gguf) writes and reads them."""
+"""Adapters for llama.cpp, which the gguf package (the extra gguf) writes and reads."""
 
 from importlib import import_module
 from importlib.util import find_spec

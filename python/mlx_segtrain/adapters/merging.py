@@ -26,9 +26,7 @@ def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     for DoRA, whose magnitudes cannot be added, and for adapters of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
-    names: dict[
-        str, str
-    ] = {}  # keys are paths without the prefix, which only some adapters may have
+    names: dict[str, str] = {}  # keys are paths without the prefix, which some adapters lack
     for adapter, weight in zip(adapters, weights, strict=True):
         if (kind := adapter.kind) is not LORA:
             raise InputError(f"{kind.name} adapters cannot be merged: {kind.apart}.")
@@ -79,7 +77,8 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # If prompts were not rendered in the same way for all adapters, generation uses the defaults.
+    # If the adapters were trained with different ways of rendering prompts, generation uses the
+    # defaults.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
     about = About(abouts[0].model, run=run, facts={"merged from": sources})

@@ -1,4 +1,4 @@
-"""Finds the multiplier of a layer's update. Each format stores it in a different way."""
+"""Finds the multiplier of a layer's update, which each format stores in a different way."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,8 @@ from ..errors import InputError
 from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
-#: Limits: the number of patterns in a configuration, the characters in a pattern, the bytes for a
-#: pattern's automata, and the number of times that a pattern is matched against a path, which
-#: bounds the time.
+#: Limits on the number of patterns in a configuration, the characters in a pattern, the bytes for a
+#: pattern's automata, and the number of matches of a pattern against a path, which bounds the time.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
@@ -66,8 +65,8 @@ def _scale(folder: Folder) -> float:
 
 
 def _is_over_root(folder: Folder) -> bool:
-    """Returns whether the scale has yet to be divided by the square root of the rank. In our own
-    adapters this has already been done.
+    """Returns whether the scale must still be divided by the square root of the rank. In our own
+    adapters, the scale is already divided.
 
     mlx-bun writes the flag only into OptiQ's file.
     """
@@ -85,9 +84,9 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Returns a function that computes a layer's value in the same way as PEFT. It is the value of
-    the first pattern that matches the whole path, or the end of the path after a dot. If no pattern
-    matches, it is the general value.
+    """Returns a function that computes a layer's value in the same way as PEFT: the value of the
+    first pattern that matches the whole path, or the end of the path after a dot. If no pattern
+    matches, returns the general value.
 
     Patterns are untrusted. For any pattern, RE2 takes time proportional to the length of the text,
     and bounded memory. Raises InputError for patterns that RE2 does not support, and for too many

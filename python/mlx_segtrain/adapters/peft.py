@@ -18,7 +18,7 @@ from .writing import peft_config
 
 Names = Literal["text", "multimodal"]
 
-#: Modules whose names in mlx-lm and in transformers are the same except for the prefix.
+#: Modules whose names in mlx-lm and in transformers differ only in the prefix.
 _KNOWN = re.compile(
     r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj|model\.layers\.\d+\.per_layer_\w+"
     r"|model\.embed_tokens|lm_head"
@@ -51,12 +51,12 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
     """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
 
     If an embedding is also the head, its update is written for both, as PEFT does with
-    ensure_weight_tying. Releases of PEFT without that option read two equal updates. Raises
-    InputError for a layer that PEFT cannot adapt.
+    ensure_weight_tying. PEFT releases without that option read two equal updates. Raises InputError
+    for a layer that PEFT cannot adapt.
     """
     tensors: dict[str, mx.array] = {}
     targets: dict[str, str] = {}
-    twin: str | None = None  # the embedding whose update is also the head's
+    twin: str | None = None  # the embedding whose update also applies to the head
     for module, (a, b) in adapter.tensors.items():
         target = hf_path(module, names)
         kind = "embedding_{}" if module.endswith(_EMBEDDING) else "{}.weight"

@@ -52,8 +52,8 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        # If only the adapter's model or only this model reads images, their paths have different
-        # prefixes.
+        # If one of the adapter's base model and this model is multimodal and the other is not,
+        # their paths have different prefixes.
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
@@ -62,7 +62,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
                 "here."
             )
         if linear in arrays:
-            raise InputError(f"{weights} holds two updates of '{linear}': remove one.")
+            raise InputError(f"{weights} contains two updates of '{linear}': remove one.")
         wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
@@ -81,13 +81,12 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
 def read_stored(
     path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
 ) -> Adapter:
-    """Reads an adapter folder without its model. The layers get the names that mlx-lm uses for
-    them.
+    """Reads an adapter folder without its model. The layers are named as in mlx-lm.
 
-    `tied` says whether the base model lacks a separate head. If it is None and this matters, it is
-    looked up in `model_dir` or in the base model that the adapter names. Raises InputError like
-    read_adapter, except for errors that can only be detected with the model. Also raises InputError
-    if `tied` matters but cannot be determined.
+    `tied` says whether the base model lacks a separate head. If `tied` is None and its value
+    matters, it is looked up in `model_dir` or in the base model that the adapter names. Raises
+    InputError like read_adapter, except for errors that can only be detected with the model. Also
+    raises InputError if `tied` matters but cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -112,7 +111,7 @@ def read_stored(
         if folder.peft and a.ndim == b.ndim == 2:
             a, b = a.T, b.T
         if path in arrays:
-            raise InputError(f"{folder.weights} holds two updates of '{path}': remove one.")
+            raise InputError(f"{folder.weights} contains two updates of '{path}': remove one.")
         if not _fit(a.shape, b.shape):
             raise InputError(
                 f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, whose "
@@ -165,7 +164,7 @@ def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
-    for each expert. In all other respects, the function is like ranks_in."""
+    for each expert. Otherwise, the function is the same as ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}
@@ -219,11 +218,11 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _rank(folder: Folder, stored: str, shape: tuple[int, ...]) -> int:
-    """Returns the rank, which follows from the shape of the stored A factor."""
+    """Returns the rank according to the shape of the stored A factor."""
     rank = shape[0 if folder.peft else 1] if len(shape) > 1 else 0
     if rank == 0:
         raise InputError(
-            f"{folder.weights}: '{stored}' has lora_a of shape {shape}, from which no rank can be "
-            "read."
+            f"{folder.weights}: '{stored}' has lora_a of shape {shape}, which does not "
+            "determine a rank."
         )
     return rank

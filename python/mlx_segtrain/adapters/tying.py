@@ -1,10 +1,10 @@
-"""Updates of an embedding that is also the head, and what they mean in mlx-lm, in PEFT and in this
-package.
+"""Handles updates of an embedding that is also the head. Their meaning differs between mlx-lm, PEFT
+and this package.
 
 In mlx-lm, and therefore in our files, an update of the embedding changes its weight, so a head that
 uses this weight also changes. In PEFT, an update changes only the module: the head keeps the weight
-of the base model unless the head also has an update. With `ensure_weight_tying`, PEFT gives the
-embedding's update to the head, too, and writes its factors a second time, transposed, under the
+of the base model unless the head also has an update. With `ensure_weight_tying`, PEFT also applies
+the embedding's update to the head, and writes its factors a second time, transposed, under the
 head's name. Therefore PEFT's adapters for such a base model can be read only if both modules have
 the same update. In our files, `segtrain.tied` says whether the base model on which an embedding was
 trained uses the embedding as its head.
@@ -36,8 +36,8 @@ def is_head(path: str) -> bool:
 
 
 def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool | None:
-    """Returns whether the adapter's base model has no separate head. If this does not matter for
-    the adapter or is not known, returns None.
+    """Returns whether the adapter's base model lacks a separate head, or None if the answer is
+    unknown or irrelevant for the adapter.
 
     The base model is `model_dir`, or else the folder that the adapter names. Raises InputError if
     the answer matters and cannot be determined, or if the base model cannot be read.
@@ -137,7 +137,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """Returns `tied` for the sum of adapters. Raises InputError if the adapters disagree."""
+    """Returns the value of `tied` for the sum of adapters. Raises InputError if the adapters
+    disagree."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(

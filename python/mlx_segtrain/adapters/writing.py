@@ -7,9 +7,9 @@
     optiq_lora_config.json         ranks by layer
     README.md                      the model card
 
-mlx-lm gives all layers the same rank. If ranks differ, the factors are therefore padded to the
+In mlx-lm, all layers have the same rank. If ranks differ, the factors are therefore padded to the
 largest rank: B with zeros, which does not change the update, and A with the random values of a new
-adapter, so that further training can use every column.
+adapter, which lets further training use every column.
 """
 
 import zlib
@@ -92,8 +92,8 @@ def peft_config(
 def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     """Writes a complete adapter directory. Every file is written atomically, the weights last.
 
-    Weights that belong to another configuration are removed before the configuration is replaced,
-    and the new weights are written after it. Therefore the two files never contradict each other.
+    Weights of another configuration are removed before the configuration is replaced, and the new
+    weights are written afterwards. Therefore the two files never contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run
@@ -122,7 +122,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     differ = len(set(ranks.values())) > 1
     with atomic(path / WEIGHTS) as aside:
         write_tensors(aside, padded(adapter, largest, scale), {"format": "mlx"})
-        if differ:  # with this hash, readers check that both files have the same factors
+        if differ:  # readers use this hash to check that both files have the same factors
             config["segtrain"]["padded"] = sha256(aside)
         before = _config_in(path)
         if any(before.get(name) != config[name] for name in MEANING):
@@ -139,14 +139,13 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
 
 
 def step_of(path: Path) -> int | None:
-    """Returns the step at which one of our adapters was saved, or None if the folder does not
-    say."""
+    """Returns the step at which one of our adapters was saved, or None if it is not recorded."""
     return ours(_config_in(path)).get("step")
 
 
 def prompting_of(path: Path | None) -> Prompting:
-    """Returns how prompts are rendered for the adapter in a folder, or the default if the folder
-    does not say."""
+    """Returns how prompts are rendered for the adapter in a folder, or the default if this is not
+    recorded."""
     return Prompting.of(ours(_config_in(path)) if path else {})
 
 

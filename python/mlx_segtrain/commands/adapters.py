@@ -38,8 +38,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="whether the PEFT adapter gets the module names of a text model or those of a "
-        "multimodal model. Default: chosen from the base model's config.json.",
+        help="whether the PEFT adapter uses the module names of a text model or of a multimodal "
+        "model. Default: chosen from the base model's config.json.",
     )
     added.add_argument(
         "--dtype",
@@ -54,7 +54,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     _out(added, "the new adapter")
     _model(
         added,
-        "model whose layer names the new adapter gets. Default: the names in the given adapter.",
+        "model whose layer names the new adapter uses. Default: the names in the given adapter.",
     )
 
     added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)
@@ -64,7 +64,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         type=float,
         nargs="+",
         metavar="X",
-        help="weight of each adapter, in the same order. Default: 1 for each.",
+        help="weights of the adapters, in the same order. Default: 1 for each.",
     )
     added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(
@@ -195,7 +195,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, base: Path) -> None:
-    """Prints what is about to be merged, because merging takes minutes."""
+    """Announces the merge before it starts, because merging takes minutes."""
     from mlx_segtrain.commands.views import wide
     from mlx_segtrain.commands.words import hanging
     from mlx_segtrain.models.snapshot import Snapshot

@@ -1,4 +1,4 @@
-"""`mlx-segtrain bench`: times the ops, and one of our layers beside mlx-lm's layer."""
+"""The command bench: times the ops, and compares one of our layers with mlx-lm's."""
 
 from collections.abc import Callable, Iterable
 
@@ -13,8 +13,8 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the case of a Llama layer with LoRA on every projection. It is compared with mlx-lm's
-    layer."""
+    """Returns the case of a Llama layer with LoRA on every projection, which is compared with
+    mlx-lm's layer."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -100,7 +100,7 @@ def run(
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
     """Measures the cases whose op and shape contain one of the texts in `only`, with the
-    implementations `impls`. By default, all of them are measured."""
+    implementations `impls`. By default, measures all cases with all implementations."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]

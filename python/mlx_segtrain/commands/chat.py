@@ -1,5 +1,5 @@
-"""The command chat: a conversation in the terminal, in which the user can switch and compare
-adapters."""
+"""The command chat: runs a conversation in the terminal and can switch between adapters or compare
+them."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ class Voice:
 
 
 class Chat:
-    """A conversation with one model, in which each of several voices can respond."""
+    """A conversation with one model, in which several voices (the model with or without an adapter)
+    can respond."""
 
     def __init__(self, model: Any, tokenizer: Any, voices: list[Voice], args: Any) -> None:
         from mlx_segtrain.models import chain_of
@@ -98,8 +99,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the parts of a response. The voice's cache is reused for the tokens with which
-        both its previous prompt and the new one begin."""
+        """Yields the parts of a response. Reuses the voice's cache for the common prefix of its
+        previous prompt and the new one."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -206,7 +207,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns the last part of each path. If these are not unique, returns the whole paths."""
+    """Returns the last part of each path, or the whole paths if the last parts are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 

@@ -9,7 +9,7 @@ from mlx_segtrain.commands.flags import Parser
 from mlx_segtrain.config import TrainConfig
 from mlx_segtrain.fields import choices
 
-#: Where shells look for completion scripts.
+#: The paths at which shells look for completion scripts.
 PLACES = {
     "bash": "~/.local/share/bash-completion/completions/mlx-segtrain",
     "zsh": "~/.zfunc/_mlx-segtrain (with ~/.zfunc in fpath)",

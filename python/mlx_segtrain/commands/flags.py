@@ -18,10 +18,10 @@ from mlx_segtrain.fields import Group, choices, is_list, kind
 
 #: Maximum number of columns of a help text, because longer lines are hard to read.
 WIDEST = 100
-#: The groups that `--help` shows. All other groups are shown only by `--help-all`.
+#: The groups that `--help` shows; only `--help-all` shows the others.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-WORD = "WORD"  # a placeholder for choices that are too many to show; the help text lists them
+WORD = "WORD"  # a placeholder for too many choices to show; the help text lists them
 
 
 #: Maps names that other tools use to our commands.
@@ -33,7 +33,7 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help in up to WIDEST columns, with all names of a flag before its value."""
+    """Formats help in up to WIDEST columns, with a flag's value after all of its names."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -59,7 +59,7 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises InputError and does not accept abbreviated flags.
 
-    `rare` holds the titles of the groups that only `--help-all` shows.
+    `rare` contains the titles of the groups that only `--help-all` shows.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = every
 
     def group(self, title: str) -> Any:
-        """Returns the group with this title, and adds it if it does not exist."""
+        """Returns the group with this title, after adding it if it does not exist."""
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
@@ -98,8 +98,8 @@ class Parser(argparse.ArgumentParser):
         return _name(word) in self.names()
 
     def meant(self, word: str) -> str:
-        """Returns "Did you mean …?" if a flag has a similar name. Otherwise returns an empty
-        string."""
+        """Returns "Did you mean …?" with the flag that has a similar name, or an empty string if
+        there is none."""
         return meant(_name(word), self.names(), flag)
 
 
@@ -150,8 +150,7 @@ def examples(*commands: tuple[str, str]) -> str:
 
 
 def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
-    """Adds the flags for fields of TrainConfig. If a flag is not given, its attribute is not
-    set."""
+    """Adds the flags for fields of TrainConfig. An omitted flag leaves its attribute unset."""
     for name in names:
         field = TrainConfig.model_fields[name]
         text = field.description or ""
@@ -188,8 +187,7 @@ def _metavar(name: str) -> str:
 
 
 def add_output_flags(parser: Parser) -> None:
-    """Adds the flags that determine how much a command shows and where its log file is
-    (output.py)."""
+    """Adds the flags for the verbosity of a command and for its log file (output.py)."""
     group = parser.group(OUTPUT)
     how = group.add_mutually_exclusive_group()
     how.add_argument("--quiet", "-q", action="store_true", help="show warnings and results only")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 probability = number("a number from 0 to 1", lambda x: 0 <= x <= 1)
 above_0 = number("a number above 0", lambda x: 0 < x < math.inf)
-#: Sampling options besides the temperature. They have the same names as in requests to the server.
+#: Sampling options besides the temperature, named as in requests to the server.
 DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (
         probability,
@@ -105,7 +105,7 @@ def add_sampling(parser: Parser) -> None:
 
 
 def options_of(args: argparse.Namespace) -> Options:
-    """Returns the sampling options that the flags give. Raises InputError for an option that has no
+    """Returns the sampling options set by flags. Raises InputError for an option that has no
     effect."""
     from mlx_segtrain.generation.decoding import Options
 
@@ -145,7 +145,7 @@ def stream(
 
 
 def shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns the number of tokens with which both sequences begin."""
+    """Returns the length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 

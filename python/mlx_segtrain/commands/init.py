@@ -1,4 +1,4 @@
-"""The command init: asks three questions, and then writes a commented YAML file for a run."""
+"""The command init: asks three questions and writes a commented YAML file for a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: The questions for fields whose flag is not given, and the values that empty answers mean.
+#: The questions for fields without a given flag, and the defaults for empty answers.
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),

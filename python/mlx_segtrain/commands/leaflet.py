@@ -10,7 +10,7 @@ from mlx_segtrain.data.notes import FINDINGS
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.files import write_text
 
-#: The maximum number of tokens of a row that are shown.
+#: The maximum number of tokens to show per row.
 SHOWN = 1500
 STYLE = """
 :root { color-scheme: light dark; --bar: #4a7dbd; --mark: #cfe8cf; --line: #8884 }
@@ -43,13 +43,13 @@ def page(report: Report, title: str, most: int) -> str:
         parts.append(f'<p class="bad">{escape(report.error)}</p>')
     parts.append(_table(_facts(report)))
     if report.histogram:
-        parts += ["<h2>Tokens of a sample</h2>", _histogram(report, most)]
+        parts += ["<h2>Tokens per sample</h2>", _histogram(report, most)]
     if report.longest:
         rows = ((place, f"{n:,} tokens") for place, n in report.longest)
         parts += ["<h2>Longest rows</h2>", _table(rows)]
     if report.remarks:
         items = "".join(f"<li>{escape(own)}</li>" for own in report.remarks)
-        parts.append(f"<h2>What is left out, or wrong</h2><ul>{items}</ul>")
+        parts.append(f"<h2>Omitted data and problems</h2><ul>{items}</ul>")
     if report.findings:
         rows = ((FINDINGS[name], ", ".join(own)) for name, own in report.findings.items())
         parts += ["<h2>Where</h2>", _table(rows)]
@@ -69,15 +69,15 @@ def page(report: Report, title: str, most: int) -> str:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     counts = (
-        ("Rows to train", report.n_train),
-        ("Rows to validate", report.n_valid),
+        ("Training rows", report.n_train),
+        ("Validation rows", report.n_valid),
         ("Samples", report.samples),
-        ("Trained turns", report.trained_turns),
-        ("Equal to an earlier row", report.duplicates),
-        ("Tokens to run", report.tokens),
+        ("Turns in the loss", report.trained_turns),
+        ("Rows that repeat an earlier row", report.duplicates),
+        ("Tokens to process", report.tokens),
         ("Tokens in the loss", report.supervised_tokens),
-        ("Tokens of a sample, median", report.length_median),
-        ("Of 95 % at most", report.length_p95),
+        ("Tokens per sample, median", report.length_median),
+        ("Tokens per sample, 95th percentile", report.length_p95),
         ("Truncated", report.truncated),
         ("Dropped", report.dropped),
     )

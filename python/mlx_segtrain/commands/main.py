@@ -32,7 +32,7 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands that end so quickly that --quiet, --verbose and --log-file would be useless.
+#: Commands too short for --quiet, --verbose and --log-file to be useful.
 AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
@@ -40,7 +40,7 @@ DATA = "file or directory with rows, or name of a data set on the Hugging Face h
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command, and returns its exit code: 0, 1 (it failed), 2 (bad input) or 130 (a
+    """Runs a command, and returns its exit code: 0, 1 (failure), 2 (bad input) or 130 (a
     signal)."""
     if argv is None:  # this process was started as the command
         hide_torch()
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             others = [name for name, own in commands.items() if own.knows(rest[0])]
             if others and not hint:
                 hint = f" These commands do: {', '.join(others)}."
-            raise InputError(f"{args.command} does not know {rest[0]}.{hint}")
+            raise InputError(f"{args.command} does not accept {rest[0]}.{hint}")
         args.argv = given
         with output(args):
             return args.run(args)

@@ -1,4 +1,4 @@
-"""Shows a run in a notebook: messages, and below them one line that is updated at each step."""
+"""Shows a run in a notebook: messages, followed by a line that is updated at each step."""
 
 from __future__ import annotations
 

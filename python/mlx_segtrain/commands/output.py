@@ -1,5 +1,5 @@
-"""How much a command prints, and the copy of it in the log file. This is the same for every
-command."""
+"""Controls how much a command prints and copies the output to the log file, for all commands
+alike."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Output:
 
 
 class Copied:
-    """A stream that passes each complete line to `note`, in addition to writing it."""
+    """A stream that writes its text and also passes each complete line to `note`."""
 
     def __init__(self, stream: TextIO, note: Callable[[str], None]) -> None:
         self.stream, self._note, self._line = stream, note, ""
@@ -81,8 +81,8 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: The settings of the running command. If no command is running, everything is shown and nothing is
-#: logged.
+#: The settings of the running command. Without a running command, everything is shown and nothing
+#: is logged.
 _current = Output()
 
 
@@ -92,15 +92,14 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream. It is for callers that log their own lines, such as a progress
-    bar."""
+    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 
 @contextmanager
 def output(args: argparse.Namespace) -> Iterator[None]:
-    """Applies --quiet, --verbose and --log-file while a command is running. The log file gets a
-    copy of what the command prints, and of the error if the command fails."""
+    """Applies --quiet, --verbose and --log-file while a command is running. The log file receives a
+    copy of the command's output, and of the error if the command fails."""
     global _current
     given = {name: getattr(args, name, None) for name in ("quiet", "verbose", "log_file")}
     before, own = _current, Output(**given)
@@ -118,8 +117,7 @@ def output(args: argparse.Namespace) -> Iterator[None]:
 
 @contextmanager
 def copying(note: Callable[[str], None]) -> Iterator[None]:
-    """Passes each line that is printed to stdout or stderr to `note`, in addition to printing
-    it."""
+    """Passes each line that is printed to stdout or stderr to `note` as well."""
     out, err = Copied(sys.stdout, note), Copied(sys.stderr, note)
     try:
         with redirect_stdout(out), redirect_stderr(err):  # pyright: ignore[reportArgumentType]

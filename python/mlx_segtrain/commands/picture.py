@@ -17,14 +17,14 @@ from ..training.policy import run_policy
 
 
 def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
-    """Loads the model, takes two steps on random tokens, and writes the plot to `file`.
+    """Loads the model, runs two steps on random tokens, and writes the plot to `file`.
 
     Raises InputError if memory cannot be predicted for the model's family.
     """
     if ROWS[config.method] != "single":
         raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
     if run.planned is None:
-        raise InputError(f"--plot needs a family whose memory is predicted; {run}.")
+        raise InputError(f"--plot needs a model family whose memory can be predicted; {run}.")
     from matplotlib.figure import Figure
 
     kinds = Figure().canvas.get_supported_filetypes()
@@ -55,7 +55,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Takes two steps on random tokens. Returns the peak memory, in bytes, of each part of the
+    """Runs two steps on random tokens. Returns the peak memory, in bytes, of each part of the
     second step's schedule."""
     from mlx_segtrain.data.encoding import Row
 

@@ -1,8 +1,8 @@
-"""`--report` of doctor and bench: writes a small file about a device, which users can attach to an
-issue.
+"""Implements `--report` of doctor and bench, which writes a small file about a device that users
+can attach to an issue.
 
-The file contains the device, the system, versions, checks and times. It contains no path, and no
-name of a person, of this machine or of a file.
+The file describes the device, the system, versions, checks and times. It contains no paths and no
+names of people, of this machine or of files.
 """
 
 import importlib
@@ -27,7 +27,7 @@ from ..objectives.sft import Sft
 from ..ops import bench, choice, selfcheck
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-#: Shapes of models, whose weights are random and have 4 bits.
+#: Shapes of models, which are timed with random 4-bit weights.
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
         "hidden_size": 576,

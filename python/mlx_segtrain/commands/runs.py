@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: The default folder for an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Maximum number of characters of a system message for it to be shown in a command.
+#: Maximum number of characters of a system message that is shown in a command.
 MOST_SYSTEM = 300
 
 
@@ -49,8 +49,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options, such as the one that init writes; flags "
-            "override the file",
+            help="YAML file with any of these options, such as one from init; flags override it",
         )
         if name == "train":
             added.epilog = examples(
@@ -117,13 +116,13 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the predicted and the measured memory during a step; for this, the model is "
-        "loaded and takes two steps",
+        help="draw the predicted and the measured memory during a step; this loads the model and "
+        "runs two steps",
     )
 
 
 def config_of(args: argparse.Namespace, *unused: str, **fill: Any) -> TrainConfig:
-    """Returns the TrainConfig that --config and the flags give. Flags take precedence.
+    """Returns the TrainConfig from --config and the flags, which take precedence.
 
     `unused` lists required fields that the command does not need. `fill` sets other fields.
     """
@@ -210,7 +209,7 @@ def show_result(
             "pairs",
         )
     show.fact("speed", speed(asdict(result)))
-    show.fact("peak memory", f"{_peak(result)}, of the process {result.process_gb:.2f} GB")
+    show.fact("peak memory", f"{_peak(result)}; process: {result.process_gb:.2f} GB")
     if result.interrupted:
         show.command("continue with", resume_command(argv))
         return
@@ -257,7 +256,7 @@ def _system(config: TrainConfig) -> str | None:
 
 
 def resume_command(argv: Sequence[str]) -> list[str]:
-    """Returns the command that resumes the run that `argv` started."""
+    """Returns the command that resumes the run started with `argv`."""
     kept, skip = [], False
     for i, word in enumerate(argv):
         if skip:

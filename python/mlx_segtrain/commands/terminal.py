@@ -20,9 +20,9 @@ from mlx_segtrain.commands.output import Output, current, uncopied
 from mlx_segtrain.commands.words import command_line, duration, hanging, wrapped
 from mlx_segtrain.events import Event, about_ranks, speed
 
-#: Minimum number of columns for all figures to be shown beside the bar.
+#: Minimum number of columns at which all figures are shown beside the bar.
 WIDE = 110
-#: How many columns at the end of the bar's line stay empty.
+#: The number of columns that stay empty at the end of the bar's line.
 ROOM = 3
 
 
@@ -63,8 +63,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Keeps the last columns free, because a terminal echoes ^C there. The echo would wrap a full
-    line, and the bar would be drawn a second time below it."""
+    """Leaves the last columns empty for the terminal's echo of ^C, which would wrap a full line, so
+    the bar would be drawn a second time below it."""
 
     inner: RenderableType
 
@@ -147,7 +147,7 @@ class Terminal:
         self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Shows something, unless the terminal or the reader of the output is gone."""
+        """Shows an item, unless the terminal or the reader of the output is gone."""
         if self.gone:
             return
         try:

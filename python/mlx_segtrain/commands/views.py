@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Two alternating styles for tokens in the loss, and two for others, so that neighbouring tokens
-#: can be told apart.
+#: Two alternating styles for tokens in the loss, and two for others, which set neighbouring tokens
+#: apart.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
-#: The number of layers that the report on a merge shows.
+#: The number of layers to show in the report on a merge.
 WORST = 8
 
 
@@ -90,8 +90,8 @@ def formats(report: Report) -> str:
 
 
 def bars(report: Report, width: int = 40) -> list[str]:
-    """Returns a line for each range of lengths: its lower and upper end, a bar, and the number of
-    samples."""
+    """Returns a line for each range of lengths, with its lower and upper end, a bar, and the number
+    of samples."""
     if not report.histogram:
         return []
     most = max(own.count for own in report.histogram)
@@ -103,14 +103,13 @@ def bars(report: Report, width: int = 40) -> list[str]:
 
 
 def _bar(length: float) -> str:
-    """Returns a bar of this length in characters. It is drawn with a resolution of an eighth of a
-    character."""
+    """Returns a bar of this length in characters. Its resolution is an eighth of a character."""
     whole, rest = divmod(round(length * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[rest].strip()
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Describes in words how long an epoch is without and with packing."""
+    """Describes in words the length of an epoch without and with packing."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -123,8 +122,7 @@ def epochs(report: Report) -> dict[str, str]:
 
 
 def show_checks(report: doctor.Report, console: Console | None = None) -> None:
-    """Prints a table of the checks of kernels on a device, and below it the reasons for
-    failures."""
+    """Prints a table of kernel checks on a device, followed by the reasons for failures."""
     console = console or Console(highlight=False)
     line = as_it_is(console)
     line(f"device         {report.device} ({'GPU' if report.gpu else 'CPU'})")
@@ -259,7 +257,7 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints what a converted adapter contains, and how much it differs from the original."""
+    """Prints the contents of a converted adapter, and its difference from the original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")
@@ -313,7 +311,7 @@ def show_fold(report: folding.Report) -> None:
 
 
 def show_adapters(found: Sequence[discovery.Found]) -> None:
-    """Prints a table of adapters, and below it the reasons why other adapters cannot be used."""
+    """Prints a table of adapters, followed by the reasons why other adapters cannot be used."""
     asked = any(own.fits is not None for own in found)
     columns = ("adapter", "base", "kind", "rank", "layers", "step", "best loss", "MB")
     table = Table(*columns, *(("fits",) if asked else ()), box=box.SIMPLE_HEAD)

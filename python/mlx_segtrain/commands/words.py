@@ -9,13 +9,13 @@ from typing import Any
 
 
 def wrapped(text: str, width: int, indent: int = 0) -> str:
-    """Wraps a text between words. All lines except the first are indented."""
+    """Wraps a text between words, and indents all lines except the first."""
     how: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
     return textwrap.fill(text, max(width, indent + 20), subsequent_indent=" " * indent, **how)
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """Returns a name and its text. The text is wrapped, and starts at `column` on each line."""
+    """Returns a name followed by its text, which is wrapped and starts at `column` on each line."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)

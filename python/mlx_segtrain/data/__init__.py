@@ -1,4 +1,4 @@
-"""Training data: turns rows into batches of token ids, with a loss weight for each token."""
+"""Converts training data into batches of token ids, with a loss weight for each token."""
 
 from .batching import (
     AnyBatch,

@@ -33,8 +33,8 @@ def table_of(data: Any) -> Any:
 def blocks_of(
     name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
 ) -> Iterator[Block]:
-    """Yields record batches as blocks of rows. Each batch comes with the number of bytes that have
-    been read from the file so far; `size` is the size of the file in bytes, or None for a table in
+    """Yields record batches as blocks of rows. `batches` pairs each batch with the number of bytes
+    read from the file so far; `size` is the size of the file in bytes, or None for a table in
     memory.
 
     Raises InputError for a malformed batch and for a decompression bomb.
@@ -52,7 +52,7 @@ def blocks_of(
         check_columns(name, len(names))
         if len({*names}) != len(names):
             raise InputError(f"{name}: two columns have the same name; rename one of them.")
-        if size is not None:  # even empty rows take memory
+        if size is not None:  # even empty rows use memory
             check_growth(name, weighed + VALUE * batch.num_rows, size)
         for part, weight in _parts(batch, name, first + rows):
             weighed += weight
@@ -68,9 +68,8 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces each column whose type does not exist in JSON, such as images, with booleans that
-    say whether a row has a value. The values themselves are not needed, and their size is
-    unknown."""
+    """Replaces each column whose type JSON lacks, such as images, with booleans that indicate
+    whether a row has a value. The values themselves are not needed, and their size is unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):
@@ -123,7 +122,7 @@ def _sum(array: Any) -> int:
 
 
 def _as_stream(parts: list[Any]) -> bytes:
-    """Writes slices to an Arrow stream, with dictionary-encoded columns as plain ones."""
+    """Writes slices to an Arrow stream, and converts dictionary-encoded columns to plain ones."""
     plain = pa.schema([own.with_type(_plain(own.type)) for own in parts[0].schema])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, plain) as writer:
@@ -133,7 +132,7 @@ def _as_stream(parts: list[Any]) -> bytes:
 
 
 def _plain(kind: Any) -> Any:
-    """Returns the plain type that corresponds to a type with dictionaries."""
+    """Returns the plain equivalent of a dictionary-encoded type."""
     if types.is_dictionary(kind):
         return _plain(kind.value_type)
     if _is_list(kind):

@@ -18,10 +18,10 @@ from .encoding import Pair, Row
 class Batch:
     """A batch of B sequences: `tokens` is int32 [B, T]; `weights` is float32 [B, T], 0 on padding.
 
-    `rows` holds indices into the data, and `lengths` counts tokens without padding; both are int64
-    of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional values of
-    the rows, each float32 [B, T] and 0 on padding. In a `packed` batch the B sequences follow one
-    another without padding, and tokens, weights and numbers are [1, T].
+    `rows` contains indices into the data, and `lengths` counts tokens without padding; both are
+    int64 of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional
+    values of the rows, each float32 [B, T] and 0 on padding. In a `packed` batch the B sequences
+    follow one another without padding, and tokens, weights and numbers are [1, T].
     """
 
     tokens: np.ndarray
@@ -34,7 +34,7 @@ class Batch:
 
     @property
     def padding(self) -> int:
-        """The number of tokens that are padding."""
+        """The number of padding tokens."""
         return self.tokens.size - int(self.lengths.sum())
 
 
@@ -61,7 +61,7 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     The order is different in every epoch. Rows of similar length share a batch, and every batch has
     the same proportion of labels as the data. Rows that do not fill the last batch are left out of
     an epoch; each epoch leaves out different rows. If the data set is packed, a batch has
-    `batch_size` packed rows, and the last batch of an epoch has the remaining ones. Raises
+    `batch_size` packed rows, and the last batch of an epoch has the remaining rows. Raises
     InputError if the data set is not packed and has fewer rows than `batch_size`.
     """
     n = len(dataset)
@@ -104,8 +104,8 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 def _alike(columns: Columns) -> np.ndarray:
     """Returns an order in which rows of similar length are neighbours.
 
-    Rows of each label are sorted separately and then mixed evenly. Otherwise, if the rows of one
-    label were longer, some batches would contain only that label.
+    Rows of each label are sorted separately and then mixed evenly. Without this, some batches would
+    contain only one label if its rows were longer.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):
@@ -147,7 +147,7 @@ def padding(dataset: Dataset, batch_size: int) -> float:
 
 
 def described(dataset: Dataset, batch_size: int) -> str:
-    """Describes in words how many batches an epoch has, and how much of an epoch is padding."""
+    """Describes in words the number of batches in an epoch and the share of padding."""
     if (count := int(batches_in_epoch(dataset, batch_size))) == 0:
         return "less than one batch"
     said = f"{count:,} batch{'es' if count > 1 else ''} per epoch"

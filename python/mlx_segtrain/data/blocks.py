@@ -1,4 +1,4 @@
-"""Blocks of rows, which processes pass to one another, and the parsing of their rows."""
+"""Blocks of rows, in which processes exchange data, and the parsing of these rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Block:
     """The rows that a process handles at a time: a few MB that can be pickled.
 
     `first` is the number of the block's first row or line in the file `name`; `size` is the number
-    of bytes that were read for the block; `payload` has lines of JSON, or an Arrow stream
+    of bytes that were read for the block; `payload` contains lines of JSON, or an Arrow stream
     (arrow.py).
     """
 
@@ -76,14 +76,14 @@ def _parse(line: bytes, source: str) -> Row:
         ) from error
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{source}: the row holds a lone surrogate (\\ud800 to \\udfff), which is not a "
+            f"{source}: the row contains a lone surrogate (\\ud800 to \\udfff), which is not a "
             "character; remove it."
         ) from error
     except RecursionError as error:
         raise InputError(f"{source}: the row is nested too deeply; flatten it.") from error
     except ValueError as error:
         raise InputError(
-            f"{source}: the line is not JSON ({error}); each line must hold one object."
+            f"{source}: the line is not JSON ({error}); each line must be one object."
         ) from error
     if not isinstance(row, dict):
         raise InputError(f"{source}: the row must be a JSON object, not {KINDS[type(row)]}.")
@@ -91,7 +91,7 @@ def _parse(line: bytes, source: str) -> Row:
 
 
 #: The metadata key of a field whose column arrow.py replaced with booleans, because JSON cannot
-#: represent its values. It holds the column's original type.
+#: represent its values. Its value is the column's original type.
 OTHER = b"other"
 
 

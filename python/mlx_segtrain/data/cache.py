@@ -1,9 +1,9 @@
-"""Caches tokenized data in memory-mapped files, which worker processes write.
+"""Caches tokenized data in memory-mapped files written by worker processes.
 
 Each source has a folder below cache_dir()/tokens, named by a hash of everything that its tokens
-depend on. The folder has a file for each block, and about.json, which is written last. An
-interrupted read therefore continues with the missing blocks, and a file never changes while another
-run may have mapped it.
+depend on. The folder has a file for each block, and about.json, which is written last. After an
+interruption, only the missing blocks are tokenized. A file never changes while another run may have
+mapped it.
 """
 
 import hashlib
@@ -42,11 +42,12 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: A cache is worthwhile from SMALL bytes of rows on, and more than one process from LARGE bytes on.
+#: Rows of at least SMALL bytes are worth caching, and rows of at least LARGE bytes are worth
+#: several processes.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
-#: The options that tokens depend on.
+#: The options on which tokens depend.
 OF_TOKENS = (
     "format",
     "columns",
@@ -148,8 +149,8 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` has the
-    formats of the earlier blocks."""
+    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` contains
+    the formats of the earlier blocks."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
@@ -203,9 +204,9 @@ def _made(
     model_dir: Path,
     tell: events.OnEvent,
 ) -> list["pa.RecordBatch"]:
-    """Returns all batches of a source, and creates the missing ones first. Raises InputError.
+    """Creates the missing batches of a source, then returns all of its batches. Raises InputError.
 
-    Only one process at a time does this. If the folder is not writable, the batches stay in memory.
+    Only one process at a time creates batches. If the folder is not writable, they stay in memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
@@ -248,7 +249,7 @@ def _all_done(
     store: Path | None,
     found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Yields the missing blocks of a source as soon as each is done.
+    """Yields each missing block of a source as soon as it is done.
 
     Raises InputError for the first row with an error, once all blocks before it are done.
     """
@@ -293,8 +294,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Keeps other processes from writing to this folder. Yields None, or the reason if the folder
-    is not writable."""
+    """Prevents other processes from writing to this folder. Yields None, or the reason if the
+    folder is not writable."""
     file = None
     try:
         try:
@@ -366,7 +367,7 @@ class _Progress:
         self.waits = True
 
     def skip(self, batch: "pa.RecordBatch") -> None:
-        """Counts a batch that was cached already."""
+        """Counts a batch that was already cached."""
         own = Samples([batch])
         self.size += own.size
         self.rows += own.n_rows
@@ -415,8 +416,8 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes the entries with these names. Returns the names of entries that are in use and
-    therefore stay."""
+    """Removes the entries with these names. Returns the names of entries that were kept because
+    they are in use."""
     stay = []
     for key in keys:
         place = folder() / key

@@ -1,10 +1,11 @@
-"""Splits conversations into samples whose contexts are exactly the texts from which the model
+"""Splits conversations into samples whose contexts are exactly the prompts from which the model
 generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
-messages with the generation prompt; the response ends with the first token that stops generation.
-Rows are rendered in the spelling (spelling.py) in which the template drops nothing. A text that the
-template drops in every spelling, or a turn without an end, is reported as a finding (notes.py).
+messages with the generation prompt; the response ends with the first stop token (a token that ends
+generation). Rows are rendered in a spelling (spelling.py) with which the template drops nothing.
+Text that the template drops in every spelling, or a turn without a stop token, is reported as a
+finding (notes.py).
 """
 
 import re
@@ -22,17 +23,18 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: A generation prompt is located in another rendering by its last characters. These are the numbers
-#: of characters to try, the largest first.
+#: The numbers of trailing characters by which a generation prompt is located in another rendering.
+#: They are tried in this order.
 ANCHORS = range(40, 3, -1)
-#: If no spelling is lossless, all spellings are tried for this many rows with the same traits.
+#: If no spelling is lossless, this is the number of rows with the same traits for which all
+#: spellings are tried.
 MOST_SEARCHES = 20
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sequence from the row `source`. `turns` counts its turns in the loss, `findings` holds keys
-    of notes.FINDINGS, and `rendered` says whether a chat template rendered it."""
+    """A sequence from the row `source`. `turns` counts its turns in the loss, `findings` contains
+    keys of notes.FINDINGS, and `rendered` is true if a chat template rendered it."""
 
     source: str
     pieces: Pieces
@@ -49,28 +51,30 @@ class Sample:
 class _Turn:
     context: str
     response: str
-    rest: str  #: what the template writes after the response
+    rest: str  #: the template's text after the response
     weight: float
     findings: tuple[str, ...]
 
 
 class Conversations:
-    """Splits the conversations of a data set into samples, and remembers which spelling works."""
+    """Splits the conversations of a data set into samples, and remembers the spellings that
+    work."""
 
     def __init__(
         self, tokenizer: Tokenizer, train_on: str, kwargs: Mapping[str, Any], append_eos: bool
     ):
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
-        # For rows with these traits: the spelling, the findings that remain with it, and how many
-        # rows were searched.
+        # Maps the traits of rows to a spelling, the findings that remain with it, and the number of
+        # rows that were searched.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
         """Returns the samples of a row with "messages"; `source` is "file:line".
 
-        There are several samples if the context of a later turn does not contain an earlier turn as
-        it was generated, for example with templates that drop earlier reasoning. Raises InputError.
+        A row has several samples if the context of a later turn does not repeat an earlier turn
+        exactly as generated, for example with templates that drop earlier reasoning. Raises
+        InputError.
         """
         messages = given["messages"]
         weights = _weights(messages, self._train_on)
@@ -253,7 +257,7 @@ class _Row:
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
         """Returns a response up to and including its stop token, the rest of the text, and whether
-        the response has a stop token. A stop token may be added to it."""
+        the response has a stop token. A stop token may be added to the response."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
         # Some templates end a turn only with the header of the next turn, which is then the stop
@@ -283,9 +287,8 @@ def _common(a: str, b: str) -> int:
 
 
 class _Stops:
-    """Patterns of the tokens that stop generation (`stop`) and of all special tokens (`control`).
-    `append` is the text that is appended to a response without a stop token; if it is None, nothing
-    is appended."""
+    """Patterns that match stop tokens (`stop`) and all special tokens (`control`). `append` is the
+    text that is appended to a response without a stop token; if it is None, nothing is appended."""
 
     def __init__(self, tokenizer: Tokenizer, append_eos: bool):
         added = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
@@ -296,7 +299,7 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """Returns the first stop token that is not part of the message's own `texts`."""
+        """Returns the first stop token outside the message's own `texts`."""
         start = 0
         if any(map(self.stop.search, texts)):  # stops in the texts do not end the turn
             tail = self.tail.search(response)

@@ -1,4 +1,4 @@
-"""Arrays with the properties of all samples, so that a run need not create all rows."""
+"""Arrays with the properties of all samples, which a run can use without creating all rows."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Columns:
 
     @property
     def run(self) -> np.ndarray:
-        """The number of tokens that are run for each sample, int64 [n]."""
+        """The number of tokens that the model processes for each sample, int64 [n]."""
         return self.length.sum(1) - self.shared
 
     def take(self, chosen: np.ndarray) -> Columns:

@@ -1,4 +1,4 @@
-"""Data sets: tokenized rows, truncated and counted."""
+"""Data sets of tokenized, truncated rows, with their counts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -29,10 +29,10 @@ class Dataset:
 
     `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
     of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
-    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (for
-    pairs, those that lost part of a response), `prompts_cut` counts the rows that lost the
-    beginning of their prompt, and `dropped` counts the samples that had no token left in the loss.
-    `pad_id` fills short rows. `notes` has the findings about the rows, and `said` has sentences
+    `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (or,
+    for pairs, that lost part of a response), `prompts_cut` counts the rows that lost the beginning
+    of their prompt, and `dropped` counts the samples that had no token left in the loss. `pad_id`
+    fills short rows. `notes` contains the findings about the rows, and `said` contains sentences
     about rows that were dropped or held out. `name` is the name of the source. `packed` is the
     length, in tokens, of the rows into which samples are packed, or 0 without packing.
     """
@@ -61,7 +61,7 @@ class Dataset:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that are run in an epoch."""
+        """The number of tokens that an epoch processes."""
         return int(self.columns.run.sum())
 
     @property
@@ -70,13 +70,13 @@ class Dataset:
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with `change(index, row)` as its rows. `change` must not change any
-        value in `columns`."""
+        """Returns the data set with each row replaced by `change(index, row)`. `change` must not
+        change any value in `columns`."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
     def take(self, chosen: np.ndarray) -> "Dataset":
-        """Returns a data set with the samples of these indices."""
+        """Returns a data set with the samples at these indices."""
         rows = self.rows
         picked = Lazy(len(chosen), lambda i: rows[int(chosen[i])])
         return replace(self, rows=picked, columns=self.columns.take(chosen))
@@ -88,18 +88,18 @@ class Dataset:
 
     @cached_property
     def packing(self) -> Packing:
-        """The places of the samples in packed rows."""
+        """The placement of samples in packed rows."""
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """Returns the pairs with no token marked as shared."""
+        """Returns the pairs without shared tokens."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
     @property
     def summary(self) -> str:
-        """A sentence with the numbers of rows, samples and tokens, and how plain prompts are
-        read."""
+        """A sentence about the numbers of rows, samples and tokens, and about the handling of plain
+        prompts."""
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
@@ -208,9 +208,9 @@ def parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, 
 
 
 def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset, Dataset | None]:
-    """Returns the training rows, without duplicates if `dedup` is set, and the validation rows that
-    are held out from them. If no row is held out, as when `valid` is given, the second result is
-    None."""
+    """Returns the training rows, without duplicates if `dedup` is set, and the validation rows held
+    out from them. The second result is None if no row is held out, for example because `valid` is
+    given."""
     options, samples, said = read.options, read.samples(train), ()
     read.check(train)
     chosen = np.arange(len(samples))
@@ -280,8 +280,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
     columns = samples.columns(most).take(chosen)
     over = samples.lengths[chosen].max(1, initial=0) > most
     truncated, cut = over.copy(), np.zeros(len(chosen), bool)
-    # Responses of pairs and of rows with a label stay whole if possible: their prompts are
-    # truncated first.
+    # In pairs and in rows with a label, the prompt is truncated first, to keep the responses whole
+    # if possible.
     if (columns.length.shape[1] == 2 or encoder.options.labelled) and over.any():
         at = np.flatnonzero(over)
         short = [shorten(samples.row(int(chosen[i])), encoder) for i in at]
@@ -319,8 +319,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns the chosen prompts that leave room for a completion. Raises InputError if there are
-    none."""
+    """Filters the chosen prompts: returns only prompts that leave room for a completion. Raises
+    InputError if there are none."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -346,13 +346,13 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     )
 
 
-#: More tokens than any row has.
+#: Exceeds the number of tokens of any row.
 WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Truncates a row to max_seq_length tokens. Also returns whether its end was truncated, and
-    whether its beginning was.
+    """Truncates a row to max_seq_length tokens. Returns the row, and whether its end and its
+    beginning were truncated.
 
     Rows are truncated on the right. A pair, or a row with a label, first loses tokens on the left
     of its prompt, except BOS and the prompt's last token. Both prompts of a pair lose the same

@@ -1,4 +1,4 @@
-"""Turns pieces of text into token ids, with a loss weight for each token."""
+"""Converts pieces of text into token ids, with a loss weight for each token."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +21,8 @@ from .words import Words
 @dataclass(frozen=True)
 class Options:
     """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` that
-    every prompt gets, in the form that chat templates take. If no method is set, rows for any
-    method are accepted."""
+    are added to every prompt, in the form for chat templates. Without a method, rows for any method
+    are accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -64,10 +64,11 @@ class Row:
     `ids` is int32 [n]. `weights` is float32 [n]: weights[j] is the loss weight of predicting token
     j. It is 0 for context and for j = 0, and below 0 in an undesirable response. `source` is
     "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line rejected".
-    `findings` holds keys of notes.FINDINGS, and `turns` counts the turns in the loss. `reference`
-    has the outputs of the model without the adapter, once they are computed. For a prompt for which
-    completions are generated, `given` is its row in the file, which rewards read. For a completion
-    in the loss, `numbers` maps names to float32 [n] arrays that the loss reads besides the weights.
+    `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
+    `reference` contains the outputs of the model without the adapter, once computed. For a prompt
+    for which completions are generated, `given` is its row in the file, which rewards read. For a
+    completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in
+    addition to the weights.
     """
 
     ids: np.ndarray
@@ -88,9 +89,9 @@ class Pair:
     """A prompt with two responses, as two whole sequences. The weights are 1 on response tokens.
 
     The first `shared` tokens are the same in both sequences. At least the last two tokens of each
-    sequence are not shared, so that something is left to run. `source` is "file:line". `reference`
-    has the log-probabilities of the responses (chosen, rejected) under the model without the
-    adapter, once they are computed.
+    sequence are not shared, so the model always has tokens to process. `source` is "file:line".
+    `reference` contains the log-probabilities of the responses (chosen, rejected) under the model
+    without the adapter, once computed.
     """
 
     chosen: Row
@@ -108,7 +109,7 @@ class Pair:
         return cls(chosen, rejected, max(shared, 0), source)
 
     def __len__(self) -> int:
-        """Returns the number of tokens that are run."""
+        """Returns the number of tokens that the model processes."""
         return len(self.chosen) + len(self.rejected) - self.shared
 
 
@@ -120,10 +121,10 @@ def sequences(row: Row | Pair) -> tuple[Row, ...]:
 class Encoder:
     """Tokenizes samples.
 
-    `raw` says whether plain prompts bypass the chat template. `chats` splits conversations into
-    samples, and puts turns into the loss according to `train_on`; `responses` puts all assistant
-    turns into the loss. `notes` counts what was read; `bos` holds the tokens that the tokenizer
-    adds before a text.
+    `raw` is true if plain prompts bypass the chat template. `chats` splits conversations into
+    samples with the turns in the loss that `train_on` selects; with `responses`, all assistant
+    turns are in the loss. `notes` counts the rows that were read; `bos` contains the tokens that
+    the tokenizer adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
@@ -151,8 +152,8 @@ class Encoder:
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """Returns the token ids and weights of each sample, not truncated. Raises InputError."""
-        # A single call tokenizes all pieces, and all whole texts whose tokens do not follow from
-        # their pieces.
+        # A single call tokenizes all pieces, and those whole texts whose tokens cannot be derived
+        # from their pieces.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
         for i, sample in enumerate(samples):
@@ -189,7 +190,7 @@ class Encoder:
                 raise InputError(
                     "the tokenizer has no chat template: use a prompt that is a string."
                 )
-            if not len(ids):  # there would be nothing to sample the first token from
+            if not len(ids):  # the first token would have no context
                 raise InputError("the prompt has no tokens: add some text.")
         except Exception as error:  # a template may raise any exception
             raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
@@ -240,7 +241,7 @@ class Encoder:
             if ids[: len(self.bos)] != self.bos:
                 ids = self.bos + ids
                 weights = np.append(np.zeros(len(self.bos), np.float32), weights)
-        weights[:1] = 0  # nothing precedes the first token from which to predict it
+        weights[:1] = 0  # the first token has no context from which to predict it
         return Row(
             np.array(ids, np.int32),
             weights,
@@ -253,17 +254,17 @@ class Encoder:
         self, sample: Sample, whole: list[int] | None, parts: list[list[int]]
     ) -> tuple[list[int], list[int]]:
         """Returns the token ids of a sample, and the indices of the tokens at which its pieces
-        start and end. `whole` has the tokens of the sample's text, or is None if the pieces are
-        known to decode to that text."""
+        start and end. `whole` contains the tokens of the sample's text, or is None if the pieces
+        are known to decode to that text."""
         joined = [token for part in parts for token in part]
         # If the pieces have the same tokens as the whole text, their ends are exact. If they have
         # different tokens for the same text, a token of the whole text spans the end of a piece.
-        # Generation starts from the tokens of the prompt alone, so the pieces' tokens are the ones
-        # to train on.
+        # Generation starts from the tokens of the prompt alone, so training uses the tokens of the
+        # pieces.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
-        # Some tokenizers add a space before every text, so that the pieces decode to more text than
-        # the whole. Then the offsets decide: a token with any character of a piece belongs to that
+        # Some tokenizers add a space before every text, so the pieces decode to more text than the
+        # whole. Then the offsets decide: a token with any character of a piece belongs to that
         # piece.
         if not self._tokenizer.is_fast:
             raise InputError(

@@ -1,4 +1,4 @@
-"""The formats of rows: their keys, their checks, and how a row becomes samples.
+"""The formats of rows: their keys, their checks, and their conversion to samples.
 
 A format is an entry of FORMATS; no other module depends on the content of its rows.
 """
@@ -18,12 +18,12 @@ from .chat import Sample
 from .encoding import Encoder, Pair, Row
 from .messages import checked_messages, expect, kind_of
 
-#: Keys that every format reads besides its own.
+#: Keys that every format reads in addition to its own.
 ROW_KEYS = ("tools", "functions", "chat_template_kwargs")
 PROMPT_KEYS = ("system", *ROW_KEYS)
 SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
-#: The keys that the error message lists if a row has no known format.
+#: The keys listed in the error message for a row of unknown format.
 MAIN = (
     '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
     "format in docs/data.md (or set columns)"
@@ -53,8 +53,8 @@ def checked(
 ) -> Record:
     """Checks a row and returns its record. Raises InputError.
 
-    If `format` is auto, a row has the first format whose marks (Format.marks) it has
-    (config.data_format). `columns` maps our names to the names of columns in the file
+    If `format` (config.data_format) is auto, the row's format is the first one whose marks
+    (Format.marks) it contains. `columns` maps our names to the names of columns in the file
     (config.columns). A null value counts as absent, because tables have every column in every row.
     """
     row = _renamed(row, source, columns)
@@ -68,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check reads our keys, but its errors should name the keys of the file.
+    # A check uses our keys, but its error messages should use the file's.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -83,7 +83,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row with two texts under other names."""
+    """Returns a hint for a row with two text columns under other names."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -92,7 +92,7 @@ def _columns_for(row: Mapping[str, Any]) -> str:
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    """Renames the columns of a row to our names. Raises InputError if one is missing."""
+    """Renames the columns of a row to our names. Raises InputError if a column is missing."""
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
@@ -178,7 +178,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels in JSON, and as they are spelled in tables.
+#: Labels as JSON values, and as text in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -242,7 +242,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
                 kind = kind_of(row[key])
                 raise InputError(
                     f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
-                    'also holds the prompt, remove "prompt".'
+                    'also contains the prompt, remove "prompt".'
                 )
     else:
         row = {**row, **_dialogues(row, source)}
@@ -287,9 +287,9 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Removes the prompt from both responses if both repeat it; `repeated` says whether they did.
-    Raises InputError if the sides are messages and only one of them repeats the prompt, or if both
-    responses are the same."""
+    """Removes the prompt from both responses if both repeat it; `repeated` is true if they did.
+    Raises InputError if the responses are lists of messages and only one of them repeats the
+    prompt, or if both responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
@@ -423,9 +423,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns a function that returns the samples of a row with a label. For methods that do not
-    learn from labels, these are the `plain` samples of desirable responses only. For other methods,
-    the weights of an undesirable response are below 0."""
+    """Returns a function that returns the samples of a row with a label. For a method that does not
+    learn from labels, only rows with desirable responses have samples, which `plain` creates. For
+    other methods, the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -447,12 +447,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` lists the names under which the check reads the keys, if they differ. `more` lists the
-    other keys that are read. `check` returns the row in the form that `encode` takes, or raises
-    InputError. `encode` tokenizes records, which all have this format or another format with the
-    same `encode`. By default, it tokenizes the samples that `samples` of each record's format
-    returns. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
-    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
+    `means` lists the check's names for the keys, if they differ. `more` lists the other keys that
+    are read. `check` returns the row in the form that `encode` expects, or raises InputError.
+    `encode` tokenizes records, which all have this format or another format with the same `encode`.
+    By default, it tokenizes the samples that `samples` of each record's format returns. `rows`
+    lists the kinds of rows (config.ROWS) for which the format can be used; the first kind uses all
+    keys. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]

@@ -1,4 +1,4 @@
-"""Reports which tokens of a data set are in the loss, for people to check before a run."""
+"""Reports which tokens of a data set are in the loss, so that users can check this before a run."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +18,14 @@ from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
 
-#: How many of the longest rows are listed.
+#: The number of the longest rows to list.
 LONGEST = 5
 
 
 @dataclass(frozen=True)
 class Preview:
     """A sequence after truncation: the text of each token, whether the token is in the loss, and
-    its loss weight. `findings` holds sentences about the sequence."""
+    its loss weight. `findings` contains sentences about the sequence."""
 
     source: str
     tokens: list[tuple[str, bool, float]]
@@ -34,7 +34,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class Bin:
-    """The number of samples that have from `first` to `last` tokens."""
+    """The number of samples with `first` to `last` tokens."""
 
     first: int
     last: int
@@ -59,9 +59,9 @@ class Report:
 
     `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
     `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
-    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Fields
-    that need a tokenizer are None or empty if there is none. `epoch` describes an epoch without
-    packing; `packed` describes one with packing, if the data can be packed. `remarks` holds
+    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Without
+    a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without packing;
+    `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
     sentences about omitted data and about problems with the data. `findings` lists rows by finding
     (notes.FINDINGS). `error` is one sentence, or None.
     """
@@ -108,9 +108,9 @@ def inspect(
 ) -> Report:
     """Checks data (sources.sources_of). Problems are reported, not raised.
 
-    A step has `accumulation` batches of `batch_size` rows. It takes `step_s` seconds; None means
-    that the time is unknown. If `model_dir`, the folder of the tokenizer's model, is given, tokens
-    are cached (cache.py).
+    A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds, or None if
+    the time is unknown. If `model_dir`, the folder of the tokenizer's model, is given, tokens are
+    cached (cache.py).
     """
     report = Report()
     try:
@@ -191,8 +191,8 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 
 
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
-    """Returns the text of every token. A character that spans several tokens belongs to the last
-    one."""
+    """Returns the text of every token. A character that spans several tokens is assigned to the
+    last one."""
     texts, before, shown = [], 0, 0  # ids[before:shown] are the context for decoding a token
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])

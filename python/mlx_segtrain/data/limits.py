@@ -1,8 +1,7 @@
-"""Limits on the memory that reading a file of rows may take, and the errors for files that exceed
-them.
+"""Limits the memory for reading a file of rows, and raises errors for files that exceed the limits.
 
-A file may be untrusted, and a small file may decompress to a huge one. So rows are read in pieces,
-and constants limit the size of a row and the amount of data that is decompressed at once.
+A file may be untrusted, and a small file may decompress to a huge one. Therefore rows are read in
+pieces, and constants limit the size of a row and the data that is decompressed at once.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: Approximate bytes that a value takes in JSON and in Arrow besides its text, so that empty objects
-#: count too.
+#: Approximate bytes of a value in JSON and in Arrow besides its text, so empty objects count too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
 #: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
-#: to a tenth of its size, and zeros compress to a ten-thousandth.
+#: to a tenth of its size, zeros to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: The process that reads a table (tables.py) may take HELD bytes of memory, or HELD_TIMES the
-#: file's size if that is more, since a valid file may have all of its rows in one batch.
+#: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES the file's
+#: size if that is more, since a valid file may store all rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 
 
@@ -55,8 +53,8 @@ def check_length(length: int, source: str) -> None:
 
 
 def check_values(line: bytes, source: str) -> None:
-    """Raises InputError if a line of JSON has so many values that parsing it would take too much
-    memory: an empty object has 3 bytes of text, but takes 64 bytes in memory."""
+    """Raises InputError if a line of JSON has so many values that parsing it would use too much
+    memory: an empty object is 3 bytes of text, but 64 bytes in memory."""
     most = MOST_BYTES // VALUE
     if len(line) <= most or _values(line) <= most:
         return

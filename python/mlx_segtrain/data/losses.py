@@ -1,4 +1,4 @@
-"""Finds the parts of a row that its rendering lacks."""
+"""Finds the parts of a row that are missing in its rendering."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,8 @@ from .spelling import arguments, reasoning
 
 
 def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
-    """Yields findings (notes.FINDINGS) about the parts of a message that its rendering lacks.
-    Missing reasoning of an `earlier` turn is not a finding, because templates drop it on
+    """Yields findings (notes.FINDINGS) about the parts of a message that are missing in its
+    rendering. Missing reasoning of an `earlier` turn is not a finding, because templates drop it on
     purpose."""
     thoughts, answer = reasoning(message)
     if not earlier and not _holds(rendered, thoughts):
@@ -30,12 +30,13 @@ def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
             yield "tools"
 
 
-#: What Python or JSON writes for a list of parts if a template renders it as if it were text.
+#: The beginning of a list of parts as Python or JSON writes it, which appears if a template renders
+#: the list as text.
 PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 
 def _holds(rendered: str, text: str) -> bool:
-    """Returns whether the rendering contains a text, as it is or as part of a JSON string."""
+    """Returns whether the rendering contains a text, unchanged or as part of a JSON string."""
     text = text.strip()
     if text and any(part in rendered and part not in text for part in PARTS):
         return False

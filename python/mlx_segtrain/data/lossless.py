@@ -1,7 +1,7 @@
 """Decides from a tokenizer's structure whether it is lossless for whole texts and for their pieces.
 
-It knows two structures of tokenizer.json: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE with ▁
-for spaces and bytes for unknown characters that adds no space before a text (Gemma).
+Two structures of tokenizer.json are recognized: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE
+that writes spaces as ▁ and unknown characters as bytes, and adds no space before a text (Gemma).
 """
 
 import json
@@ -17,9 +17,8 @@ Holds = Callable[[str], bool]
 
 
 def lossless(tokenizer: Any) -> Holds | None:
-    """Returns a function that says whether the tokens of a text's pieces decode to the same text as
-    the tokens of the whole text. If that is not known for this transformers tokenizer, returns
-    None."""
+    """Returns a function that tests whether the tokens of a text's pieces decode to the same text
+    as the tokens of the whole text, or None if this is unknown for the transformers tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):
@@ -48,7 +47,8 @@ def lossless(tokenizer: Any) -> Holds | None:
 
 
 def _composed(text: str) -> bool:
-    """Returns whether NFC leaves the text, and therefore each of its pieces, unchanged."""
+    """Returns whether NFC normalization leaves the text, and therefore each of its pieces,
+    unchanged."""
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 

@@ -8,7 +8,7 @@ from ..errors import InputError, shown
 
 Message = Mapping[str, Any]
 
-#: The keys under which a message may have reasoning.
+#: The keys under which a message may store reasoning.
 ReasoningKey = Literal["reasoning_content", "reasoning", "thinking"]
 REASONING: tuple[str, ...] = get_args(ReasoningKey)
 MAX_WEIGHT = 1e6  # far larger than any sensible weight; sums of losses stay finite in float32

@@ -15,9 +15,9 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
     second is the prompt of this row with a response to another prompt. Raises InputError if all
     rows have the same prompt.
 
-    The choice depends only on the data. Therefore the reference's outputs are computed only once,
-    and a batch may have a single row. The other response is about as long as the row's own
-    response. In the columns, no token of the second sequence is in the loss.
+    The choice depends only on the data. Therefore the reference model's outputs are computed only
+    once, and a batch may have a single row. The other response is about as long as the row's.
+    According to the columns, no token of the second sequence is in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (
@@ -45,8 +45,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
 
 
 def _others(data: Dataset) -> np.ndarray:
-    """Returns, for each row, the index of the row whose response it gets, int64 [n]. In the cyclic
-    order of response lengths, this is the nearest earlier row that has another prompt."""
+    """Returns, for each row, the index of the row that provides the other response, int64 [n]. This
+    is the nearest earlier row with another prompt in the cyclic order of response lengths."""
     first = data.columns.first[:, 0]
     prompts = [row.ids[:at].tobytes() for row, at in zip(data.rows, first, strict=True)]
     _, prompt = np.unique(np.array([hash(own) for own in prompts]), return_inverse=True)

@@ -6,17 +6,17 @@ from typing import Any
 
 #: Findings about a turn in the loss. Each text completes a sentence that begins with a count.
 FINDINGS = {
-    "text": "text of the row is missing from what the chat template renders",
-    "reasoning": "reasoning of the row is missing from what the chat template renders",
-    "call": "a tool call of the row is missing or mangled in what the chat template renders",
-    "result": "a tool result of the row is missing from what the chat template renders",
-    "tools": "a tool definition of the row is missing from what the chat template renders",
+    "text": "text of the row is missing from the chat template's output",
+    "reasoning": "reasoning of the row is missing from the chat template's output",
+    "call": "a tool call of the row is missing or mangled in the chat template's output",
+    "result": "a tool result of the row is missing from the chat template's output",
+    "tools": "a tool definition of the row is missing from the chat template's output",
     "special": (
         "a message contains the text of a special token, which the model reads as that token"
     ),
-    "stop": "the turn does not end with a token that stops generation",
+    "stop": "the turn does not end with a stop token",
 }
-#: The maximum number of rows that are listed for each finding.
+#: The maximum number of rows to list for each finding.
 MOST_NAMED = 20
 
 
@@ -52,7 +52,7 @@ class Notes:
         self.prompt_format = other.prompt_format or self.prompt_format
 
     def of_rows(self) -> dict[str, Any]:
-        """Returns the fields that `add` adds, in the JSON form that `Notes.read` takes."""
+        """Returns the fields that `add` adds, in the JSON form that `Notes.read` expects."""
         names = ("rows", "ignored", "repeated", "unwanted", "formats", "prompt_format")
         return {name: getattr(self, name) for name in names}
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Minimum number of units in a row, if the row has at least as many tokens. Lengths are rounded up
-#: to units, so that many samples have the same size and can be swapped.
+#: Minimum number of units in a row, unless the row has fewer tokens. Lengths are rounded up to
+#: units, which gives many samples the same size and lets them be swapped.
 UNITS = 1024
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The places of n samples in packed rows. No sample is split.
+    """The placement of n samples in packed rows. No sample is split.
 
-    The places are the same in every epoch, so that all epochs have the same number of rows. In each
+    The places are the same in every epoch, so all epochs have the same number of rows. In each
     epoch, samples of the same size are distributed differently over the places of that size.
 
-    `sizes`, int16 [n], has the size of each sample in units. Places are numbered by size, the
+    `sizes`, int16 [n], contains the size of each sample in units. Places are numbered by size, the
     largest first. `places`, int64 [n], lists their numbers row by row; row i has
     `places[ends[i]:ends[i + 1]]`.
     """

@@ -1,4 +1,4 @@
-"""Tokenizes prompts for generation in the same way as the training of the adapter did."""
+"""Tokenizes prompts for generation in the same way as during the training of the adapter."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ class Prompting:
         )
 
     def as_run(self) -> dict[str, Any]:
-        """Returns the fields of a configuration, in the form that `of` reads."""
+        """Returns the fields of a configuration, in the form that `of` expects."""
         return {"prompt_format": self.format, "chat_template_kwargs": dict(self.variables)}
 
     def is_raw(self, tokenizer: Tokenizer) -> bool:

@@ -1,10 +1,10 @@
 """Finds and downloads the files of data sets on the Hugging Face hub.
 
-A name has the form org/name[@revision][/configuration][:split]. The files of each split are listed
-in the repository's card; if they are not, the file names determine the splits. Files are downloaded
-unchanged and then read like local files. Downloads can be resumed, and once the files are cached,
-they can be read offline. Programs in a repository are never run. If no file has a supported format,
-the hub's own Parquet copies are used.
+A name has the form org/name[@revision][/configuration][:split]. The repository's card lists the
+files of each split; otherwise, the file names determine the splits. Files are downloaded unchanged
+and then read like local files. Downloads can be resumed, and once the files are cached, they can be
+read offline. Programs in a repository are never run. If no file has a supported format, the hub's
+own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CARD = "README.md"
 #: The revision with the Parquet files that the hub has made from a repository, in one folder per
 #: split.
 CONVERTED = "refs/convert/parquet"
-#: Prefixes of split names. Validation rows come from the first one that exists.
+#: Prefixes of split names. Validation rows come from the first prefix for which a split exists.
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")
@@ -72,9 +72,8 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """If `text` names the data set whose snapshot is `folder`, a folder in the hub's cache, adds
-    the snapshot's commit to the name. If `text` names another data set or has a revision, it is
-    returned unchanged."""
+    """Adds the commit of a snapshot, the `folder` in the hub's cache, to the data set name `text`.
+    If `text` names another data set or has a revision, returns it unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -176,7 +175,7 @@ def _configurations(
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
     """Returns the files that match the patterns in the card's `data_files`. The patterns may be
-    given alone or by split."""
+    listed without splits or by split."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]
@@ -217,8 +216,8 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """Takes the files of the most frequent format, and groups them by the words in their names and
-    folders."""
+    """Selects the files of the most frequent format, and groups them by the words in their names
+    and folders."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:

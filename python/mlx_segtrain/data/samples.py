@@ -1,7 +1,7 @@
-"""The samples of a source, as one Arrow record batch for each block of its rows.
+"""The samples of a source, with one Arrow record batch for each block of its rows.
 
-A batch holds whole samples: their tokens, and their weights as runs of equal weights. Whatever
-depends on max_seq_length is computed on access, for all samples at once.
+A batch contains whole samples: their tokens, and their weights as runs of equal weights. Values
+that depend on max_seq_length are computed on access, for all samples at once.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-#: The number of rows that are tokenized at once: enough to keep the tokenizer's threads busy, but
-#: few enough to need little memory.
+#: The number of rows to tokenize at once: enough to keep the tokenizer's threads busy, but not so
+#: many that they need much memory.
 ROWS_PER_CALL = 512
 #: The findings, in the order of the bits that represent them.
 BITS = tuple(FINDINGS)
@@ -97,8 +97,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch that has its notes and formats as metadata. The
-    result depends only on this block. Raises InputError."""
+    """Returns the samples of a block as a batch, with its notes and formats as metadata. The result
+    depends only on this block. Raises InputError."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []
@@ -151,8 +151,8 @@ def _batch(
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the columns for sequences. `ends` has the end of each run of equal weights, counted
-    from the start of the row."""
+    """Returns the columns for sequences. `ends` contains the end of each run of equal weights,
+    counted from the start of the row."""
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])
@@ -218,7 +218,7 @@ def beginnings(ascending: np.ndarray) -> np.ndarray:
 
 
 class _Side:
-    """The columns for one sequence of each sample in a batch, in memory or in a mapped file."""
+    """The columns for one sequence per sample of a batch, in memory or in a mapped file."""
 
     def __init__(self, batch: pa.RecordBatch, side: int):
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -355,7 +355,7 @@ class Samples:
     def columns(self, most: int) -> Columns:
         """Returns the columns of all samples when truncated on the right to `most` tokens, except
         `shared` and `top`, which cover all tokens. Because pairs are also truncated on the left,
-        their columns are right only if both sequences have at most `most` tokens."""
+        their columns are correct only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])

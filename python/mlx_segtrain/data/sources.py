@@ -1,8 +1,8 @@
 """The sources of a data set's rows: files in the usual formats, and Python data.
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their use of
-memory is limited (limits.py), and any error in a file raises InputError.
+process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their memory
+use is limited (limits.py), and any error in a file raises InputError.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table that is in memory, or that `datasets` maps from files.
+    """The rows of a table in memory, or of a table that `datasets` maps from files.
 
     `batches(n)` returns record batches of at most n rows, and returns the same batches at every
     call.
@@ -111,8 +111,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """Rows from Python. They are stored as lines of JSON, so that later changes to the objects have
-    no effect."""
+    """Rows from Python. They are stored as lines of JSON, so later changes to the objects have no
+    effect."""
 
     name: str
     made: tuple[Block, ...]
@@ -147,8 +147,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """Returns a file's extension without that of its compression, or None if the file cannot have
-    rows."""
+    """Returns a file's extension, ignoring that of its compression, or None if the file cannot
+    contain rows."""
     *_, before, ending = ("", "", *Path(path.name.lower()).suffixes)
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
     return ending if ending in READERS and not path.name.startswith(".") else None

@@ -19,8 +19,8 @@ Messages = Sequence[Message]
 
 @dataclass(frozen=True)
 class Spelling:
-    """A spelling of messages. Each field is a difference between templates, named after the part of
-    a message that it affects. Most templates understand the defaults."""
+    """A spelling of messages. Each field represents a difference between templates, and is named
+    after the part of a message that it affects. Most templates understand the defaults."""
 
     ids: Literal["given", "short"] = "given"  #: Mistral's templates need short ids
     arguments: Literal["mapping", "text"] = "mapping"
@@ -35,7 +35,7 @@ CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Spelling).items
 
 
 def traits(messages: Messages) -> frozenset[str]:
-    """Returns the fields of Spelling that make a difference for these messages."""
+    """Returns the fields of Spelling that affect these messages."""
     found = {"content"}
     for message in messages:
         if message.get("tool_calls"):
@@ -77,8 +77,8 @@ def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
         else:
             own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
     if own.get("content") is None:
-        # The key is removed instead of set to None, which transformers before 5.21 passes to the
-        # template, which then writes "None".
+        # The key is removed, because transformers before 5.21 passes None to the template, which
+        # then writes "None".
         own.pop("content", None)
         if spelling.null is not None:
             own["content"] = spelling.null
@@ -120,7 +120,7 @@ def arguments(call: Message) -> Any:
 
 def reasoning(message: Message) -> tuple[str, str]:
     """Returns the reasoning and the answer of a message, without the tags and the whitespace around
-    them. The reasoning has a separate key, or is between tags at the start of the content."""
+    them. The reasoning is under a separate key, or between tags at the start of the content."""
     content = message.get("content")
     text = content if isinstance(content, str) else ""
     for key in REASONING:

@@ -1,16 +1,15 @@
-"""Decides by their content which rows are held out, which are duplicates, and which are in two
-sets.
+"""Decides from the content of rows which ones are held out, are duplicates, or occur in two sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
-split, and a resumed run has the same split.
+split, and a resumed run uses the same split.
 """
 
 import numpy as np
 
 from .samples import Samples, beginnings
 
-#: The default split holds out the fraction SHARE of the rows, but at most MOST rows, and none if
-#: there are at most FEW rows.
+#: By default, the fraction SHARE of the rows is held out, but at most MOST rows, and none if there
+#: are at most FEW rows.
 SHARE, MOST, FEW = 0.05, 500, 100
 
 
@@ -53,7 +52,7 @@ def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int
 
 
 def _mixed(content: np.ndarray, seed: int) -> np.ndarray:
-    """Hashes the content together with the seed (the final steps of splitmix64)."""
+    """Hashes the content together with the seed, using the final steps of splitmix64."""
     x = content ^ np.random.default_rng(seed).integers(2**64, dtype=np.uint64)
     with np.errstate(over="ignore"):
         x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)

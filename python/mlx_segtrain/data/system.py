@@ -8,7 +8,7 @@ from .encoding import Options
 from .formats import checked
 from .sources import Source, rows_of
 
-#: The number of rows that are read.
+#: The number of rows to read.
 LOOKED_AT = 64
 
 

@@ -1,8 +1,9 @@
 """Reads Parquet and Arrow files in a separate process whose memory is limited.
 
 A small file may decompress to a large one, and Arrow trusts the sizes in a file's headers: it
-allocates that much, and aborts the process if it cannot. Therefore a separate process maps the file
-and sends its blocks, and the operating system limits the memory of that process.
+allocates that much memory, and aborts the process if the allocation fails. Therefore a separate
+process maps the file and sends its blocks, and the operating system limits the memory of that
+process.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: The number of Parquet rows that are read at once. It is small, because all rows may have the same
-#: long text as their value, which the file stores only once.
+#: The number of Parquet rows to read at once. It is small, because a long text that is the value of
+#: all rows is stored only once in the file.
 FEW = 16
 
 
@@ -48,7 +49,7 @@ class _Reader:
         self.process.wait()
 
 
-#: Readers that are free for the next file.
+#: Idle readers.
 _idle: list[_Reader] = []
 atexit.register(lambda: [reader.close() for reader in _idle])
 os.register_at_fork(after_in_child=_idle.clear)
@@ -97,7 +98,8 @@ def read(path: Path) -> Iterator[Block]:
 
 
 def main(number: str) -> None:
-    """Reads files whose descriptors arrive through the socket `number`, until it is closed."""
+    """Reads files whose descriptors arrive through the socket `number`, until the socket is
+    closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     wire: Any = Connection(int(number))
     while True:
@@ -130,7 +132,7 @@ def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
                 wire.send_bytes(block.payload)
     except InputError as error:
         if isinstance(error.__cause__, MemoryError):
-            os._exit(1)  # frees what Arrow still holds
+            os._exit(1)  # frees the memory that Arrow still holds
         return str(error)
     return None
 
@@ -153,7 +155,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Does the same as `_parquet` for an Arrow stream or an Arrow file, which begins with a magic
+    """Like `_parquet`, but for an Arrow stream or an Arrow file, which begins with a magic
     string."""
     import pyarrow as pa
 

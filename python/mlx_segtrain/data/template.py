@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # importing mlx_lm takes a second, and only the type of its t
 else:
     Tokenizer = Any
 
-#: A private-use character, which no real message contains.
+#: A private-use character, which does not occur in real messages.
 MARK = "\ue000"
 #: The end of a generation prompt that opens a thinking block.
 OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
@@ -64,7 +64,7 @@ def content(text: str, parts: bool) -> dict[str, Any]:
 
 #: Renders messages whose values are all strings, with or without the generation prompt.
 Direct = Callable[[Sequence[Message], bool], str]
-#: A typical conversation with which two methods of rendering are compared.
+#: A typical conversation, for comparing two methods of rendering.
 PROBE = [
     {"role": "system", "content": "Be\ue000"},
     *[{"role": role, "content": f"{role} <{i}>"} for i in "ab" for role in ("user", "assistant")],
@@ -135,8 +135,8 @@ class ChatTemplate:
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
-        """Returns the rendering up to the content of the last message, or None if the rendering
-        lacks that content."""
+        """Returns the rendering up to the content of the last message, or None if that content is
+        missing."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
         before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)

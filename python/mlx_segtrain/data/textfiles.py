@@ -23,8 +23,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The decompressed content of a file. Raises InputError beyond the limit for decompression
-    bombs."""
+    """The decompressed content of a file. Raises InputError if it exceeds the limit against
+    decompression bombs."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -33,7 +33,8 @@ class _Unpacked(io.RawIOBase):
         self._unpacked, self._size, self._name = 0, size, name
 
     def close(self) -> None:
-        # The stream's buffers are large, and an exception may keep this object alive for some time.
+        # Frees the stream's large buffers, since an exception may keep this object alive for some
+        # time.
         self._stream = None
         super().close()
 
@@ -90,7 +91,7 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 def read_json(path: Path) -> Iterator[Block]:
     """Yields the blocks of a file with a JSON list or JSON lines. Files of JSON lines often have
-    the extension .json, too."""
+    the extension .json as well."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():
@@ -150,10 +151,10 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                         f"{source}: the row is larger than {most >> 20} MiB, or is not JSON."
                         if len(text) - at > most
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
-                        "hold a list of objects."
+                        "contain a list of objects."
                     ) from None
-                # The rest of the text belongs to this row, which is parsed again once more text has
-                # been read.
+                # The row continues beyond this text; it is parsed again once more text has been
+                # read.
                 check_values(text[at:].encode("utf-8", "surrogatepass"), source)
             more()
         line = text[at:end].replace("\n", " ").replace("\r", " ")
@@ -230,7 +231,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
         if len(cells) != len(names):
             raise InputError(
                 f"{name}:{number}: the row has {len(cells)} cells, but the header has "
-                f"{len(names)}; put quotes around a cell that holds the delimiter or a line end."
+                f"{len(names)}; put quotes around a cell that contains the delimiter or a line end."
             )
         yield json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False).encode()
         number += 1

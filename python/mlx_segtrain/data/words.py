@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, Python can make the same split several times
-as fast, so that only new words need the library. Other texts, and tokenizers with other patterns,
-are left to the library.
+then applies merges within each word. For ASCII text, Python can do the same split several times as
+fast, so only new words need the library. Other texts, and tokenizers with other patterns, are left
+to the library.
 """
 
 import re
@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Patterns of tokenizer.json, and their equivalents for ASCII text, which do without \p{L} and
+#: Maps patterns of tokenizer.json to their equivalents for ASCII text, which do not use \p{L} and
 #: \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
@@ -33,8 +33,8 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent of the first pattern if digits have already been split off, so that a text ends
-#: before every digit.
+#: The equivalent of the first pattern for text from which digits have been split off; such a text
+#: ends before every digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 #: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64

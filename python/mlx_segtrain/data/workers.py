@@ -27,7 +27,7 @@ SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: The number of blocks that a worker has at once: while it tokenizes one, the next one is waiting.
+#: The number of blocks assigned to a worker at once: one that it tokenizes, and one that waits.
 AHEAD = 2
 
 
@@ -36,8 +36,8 @@ class Done:
     """The result of a block: its samples, in a file or as `content`, or the reason why there are
     none.
 
-    `first` has the first row of each format; `unwritten` says why the file could not be written;
-    `fault` is the message of an InputError, or None.
+    `first` contains the first row of each format; `unwritten` says why the file could not be
+    written; `fault` is the message of an InputError, or None.
     """
 
     index: int
@@ -85,8 +85,8 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Does the same as `tokenized` for many blocks, in `count` processes. Results are yielded as
-    they arrive. Raises RunError if one of the processes was killed."""
+    """Like `tokenized`, but for many blocks, in `count` processes. Results are yielded as they
+    arrive. Raises RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
     try:
@@ -142,15 +142,15 @@ class _Worker:
             else f"was killed by {signal.Signals(-code).name}"
         )
         return RunError(
-            f"a tokenizing process {how}: run the same command again, which continues where this "
-            "one stopped; if memory is short, limit the number of processors (taskset)."
+            f"a tokenizing process {how}: run the same command again to continue; if memory is "
+            "short, limit the number of processors (taskset)."
         )
 
 
 def main(number: str) -> None:
     """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
     parent process ends, whatever it is doing."""
-    # The parent process decides when to end, also after Ctrl-C.
+    # The parent process decides when to end, even after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 
-#: The arguments that a reward takes in addition to the columns of the data.
+#: The arguments of a reward in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: A function of (prompts, completions, **columns), all of which are lists. It returns a score for
+#: A function of (prompts, completions, **columns), all of which are lists, that returns a score for
 #: each completion.
 Function = Callable[..., Sequence[float]]
 
@@ -42,7 +42,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a run, keyed by name, the weight of each reward, and the environments of
+    """The rewards of a run, keyed by name, with their weights and the environments of
     conversations."""
 
     rewards: Mapping[str, Function]
@@ -126,7 +126,7 @@ class Rewards:
         columns = {key: [row.get(key) for row in rows] for key in keys}
         columns |= {"completion_tokens": list(tokens)}
         prompts = [talk.asked for talk in talks] or [row["prompt"] for row in rows]
-        # These arguments are for the reward model. A column of the data with the same name must not
+        # These arguments are for the reward model; a column of the data with the same name must not
         # replace them.
         judged = {"system": columns.get("system"), "messages": None}
         if talks:

@@ -1,4 +1,4 @@
-"""Rewards that the user writes: Python functions and a command."""
+"""Rewards written by the user: Python functions and a command."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ from ..torchless import show_torch
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
     """Returns the name and the function or class that `spec` refers to, which is `module:name` or
     `file.py:name`. `field` is the field of the configuration that contains `spec`, and `given` is
-    the object itself if a caller in Python has passed it. Raises InputError if the object cannot be
+    the object itself if a Python caller passed it. Raises InputError if the object cannot be
     found."""
     place, _, name = spec.rpartition(":")
     try:
@@ -34,7 +34,8 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
 
 def function_of(spec: str) -> tuple[str, Callable[..., Any]]:
     """Returns the name and the function for an entry of reward_functions. The function is wrapped
-    so that it receives only the columns that it takes. Raises InputError if it cannot be found."""
+    to receive only the columns in its signature. Raises InputError if the function cannot be
+    found."""
     name, found = found_at(spec, "reward_functions", "function")
     return name, with_what_it_takes(found)
 
@@ -59,8 +60,8 @@ def _module(place: str) -> Any:
 
 
 def with_what_it_takes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function so that it receives only the columns in its signature. If the function takes
-    **columns, it receives all of them."""
+    """Wraps a function so that it receives only the columns in its signature, or all columns if the
+    signature includes **columns."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # some functions written in C have no signature

@@ -1,4 +1,4 @@
-"""Environments: a Python class of the user replies to the model in a conversation, or provides
+"""Environments: user-written Python classes that reply to the model in a conversation or provide
 tools for it."""
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .calling import found_at, with_what_it_takes
 #: The arguments of rewards and of `reset` in addition to the columns of the data. Columns must not
 #: have these names.
 GIVEN = ("environments", "messages", "seed")
-#: The public methods of an environment that are not tools.
+#: The public methods of an environment that the model cannot call as tools.
 OWN = ("reset", "step", "get_reward")
 
 
 @dataclass(frozen=True)
 class Environments:
-    """Creates the environments of a run. Each completion has its own (docs/grpo.md).
+    """Creates the environments of a run, one for each completion (docs/grpo.md).
 
     `tools` contains the public methods of the class as JSON schemas for the chat template; it is
     empty if the class has a method `step`. If the class has a method `get_reward`, this method
@@ -42,8 +42,8 @@ class Environments:
 
     @classmethod
     def of(cls, config: TrainConfig, make: Callable[[], Any] | None = None) -> Environments | None:
-        """Returns the environments of a configuration, or None if it has none. `make` is the class,
-        if a caller in Python has passed one. Raises InputError if the class cannot be used."""
+        """Returns the environments of a configuration, or None if it has none. `make` is the class
+        if a Python caller passed one. Raises InputError if the class cannot be used."""
         if config.environment is None:
             return None
         name, found = found_at(config.environment, "environment", "class", make)
@@ -87,8 +87,8 @@ class Environments:
 
 
 def _tools_of(own: Any) -> list[dict[str, Any]]:
-    """Returns the public methods of an environment as JSON schemas. transformers, which creates
-    them, raises an error if a method has no types or no description."""
+    """Returns the public methods of an environment as JSON schemas. transformers creates them, and
+    raises an error if a method lacks types or a description."""
     from transformers.utils.chat_template_utils import get_json_schema
 
     names = [name for name, _ in inspect.getmembers(type(own), inspect.isfunction)]
@@ -97,8 +97,7 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 
 
 class Conversation:
-    """The conversation of a completion with its environment. It has the methods of
-    generation.rollouts.Talk.
+    """The conversation of a completion with its environment. Implements generation.rollouts.Talk.
 
     `messages` contains the messages of the prompt and, from index `begun` on, of the completion.
     The environment's reply to a turn is added once another turn follows. Raises RunError if the
@@ -157,8 +156,8 @@ class Conversation:
         return tokens
 
     def end(self, text: str) -> None:
-        """Adds the text of the last turn if it was truncated, in which case there is no reply to
-        it."""
+        """Adds the text of the last turn if it was truncated, since a truncated turn has no
+        reply."""
         self._add({"role": "assistant", "content": text}, [])
 
     def _add(self, turn: dict[str, Any], answer: list[dict[str, Any]]) -> None:
@@ -185,8 +184,7 @@ class Conversation:
         calls, new = [], []
         for own in (own for kind, own in parts if kind == "call"):
             read = read_calls(self._tokenizer, own, list(self._of.tools))
-            # A call that cannot be parsed counts as failed: the model sees the error and may try
-            # again.
+            # An unparsable call counts as failed: the model sees the error and may try again.
             for call in read or [{"name": "", "arguments": own}]:
                 id = f"call{self.calls:05d}"  # nine characters, as Mistral's template requires
                 self.calls += 1
@@ -258,8 +256,8 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
     """Returns a message in the form that chat templates need. The content becomes a list of parts
-    if `parts` is set, and arguments of calls that are not mappings are replaced, since a model may
-    write anything."""
+    if `parts` is set. Call arguments that are not mappings are replaced, since a model may write
+    anything."""
     if isinstance(message.get("content"), str):
         message = {**message, **content(message["content"], parts)}
     if not message.get("tool_calls"):

@@ -1,8 +1,7 @@
-"""Scores conversations with a reward model, which is a sequence classification model with one
-label.
+"""Scores conversations with a reward model, a sequence classification model with one label.
 
-The reward model is the folder of a Hugging Face `…ForSequenceClassification` model, whose weights
-include `score.weight`. mlx-lm must support its family. It may be quantized.
+The reward model is the folder of a Hugging Face `…ForSequenceClassification` model with a weight
+`score.weight`, from a family that mlx-lm supports. The model may be quantized.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..models.snapshot import Snapshot
 from ..planning.rollouts import PREFILL
 from .environments import messages_of
 
-#: The tensor that such a model has instead of a head.
+#: The tensor that replaces the head in such a model.
 SCORE = "score.weight"
 
 
@@ -99,8 +98,8 @@ class RewardModel:
         return self._tokenizer.apply_chat_template([*given, *answer], tokenize=False)
 
     def _scores(self, rows: list[list[int]]) -> np.ndarray:
-        """Returns the scores of N rows of tokens, float64 [N]. The score of a row is taken at its
-        last token that is not padding."""
+        """Returns the scores of N rows of tokens, float64 [N]. The score of a row is computed at
+        its last token that is not padding."""
         from mlx_lm.models.cache import make_prompt_cache
 
         model, weight, pad = self._loaded
@@ -109,7 +108,7 @@ class RewardModel:
         tokens = np.zeros((len(rows), width), np.int32)
         for row, own, n in zip(tokens, rows, lengths, strict=True):
             row[:n] = own[:n]
-        # Padding after the last token of a row does not change anything before it.
+        # Padding after the last token of a row does not affect the tokens before it.
         cache = make_prompt_cache(model) if width > PREFILL else None
         ends, h = mx.array(lengths) - 1, mx.array(0)
         for begin in range(0, width, PREFILL):
