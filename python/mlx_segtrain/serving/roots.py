@@ -9,10 +9,10 @@ from ..files import ASIDE
 
 #: Names with these prefixes are not allowed below a root.
 CLOSED = (".", "datasets--", "spaces--")
-#: Maximum number of bytes of a path, as on Linux.
+#: Maximum length of a path in bytes, as on Linux.
 LONGEST_PATH = 4096
-#: Maximum number of files and folders below a folder that a client names, because each of them may
-#: be a link.
+#: Maximum number of files and folders below a folder that a client names, each of which is checked,
+#: because it may be a link.
 MOST_BELOW = 20_000
 #: Maximum number of links among them, and in a chain of links, because following links takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
@@ -56,7 +56,7 @@ class Roots:
         return path
 
     def open(self, folder: Path) -> None:
-        """Adds a folder to the roots, for a data set of the hub that a client may use."""
+        """Adds a folder to the roots, so that clients can use a data set from the hub."""
         folder = folder.resolve()
         if folder not in self.folders:
             self.folders.append(folder)
@@ -142,7 +142,7 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root itself, or is below it and has no part that is not
+    """Returns whether a path is the root itself, or is below it and all of its parts are
     allowed."""
     if not path.is_relative_to(root):
         return False

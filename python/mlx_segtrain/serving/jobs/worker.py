@@ -1,7 +1,7 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
-FILE has the job's configuration and the folders that it may read. LOCK is the descriptor of a lock
-file, which stays locked for as long as the process lives. A job with several ranks runs in other
+FILE contains the job's configuration and the folders that it may read. LOCK is the descriptor of a
+lock file, which stays locked while the process runs. A job with several ranks runs in other
 processes, which this process starts and follows (group.py).
 
 The process writes events to stdout, one per line, and writes the first event before it imports
@@ -28,7 +28,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: Maximum number of printed characters that are logged: in a line, and by a job.
+#: Maximum number of printed characters that are logged per line and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -82,7 +82,7 @@ def _run(kind: str, file: Path) -> events.Event:
 
 
 def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job in this process, which from then on can only read below the roots."""
+    """Runs a job in this process, which can then only read below the roots."""
     if given["roots"]:
         confine(Roots(map(Path, given["roots"]), Path(given["store"])))
     return kind_of(kind).run(given["values"])
