@@ -31,7 +31,7 @@ logger = logging.getLogger("mlx_segtrain.serving")
 #: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Maximum number of tokens in a request, including alternatives, whose log-probability is returned.
+#: Maximum number of log-probabilities that a request returns, including those of alternatives.
 MOST_TOLD = 1_000_000
 #: Maximum seconds for which tool calls wait to be parsed in another process.
 CALLS_S = 10.0
@@ -97,7 +97,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed, all differ but are reproducible
+                for i in range(body.n or 1):  # with a seed, they differ but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)

@@ -34,8 +34,8 @@ OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 
 
 _PARSING = Pool("large bodies", 2, 16)
 
-#: Matches a string, or a comment up to the end of the line. It also matches a string without an
-#: end, because each quote in that string would otherwise be tried again.
+#: Matches a string, or a comment up to the end of the line. It also matches an unterminated string;
+#: otherwise each quote in it would be tried again.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
 #: Half of a surrogate pair in JSON. Most matches belong to a complete pair.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
@@ -116,7 +116,7 @@ def _decoded(body: bytes) -> str:
 
 def _count(text: str, most: Most) -> None:
     """Raises HTTPException: 413 if a JSON text has too many values, or 400 if it is not JSON,
-    because then the counts mean nothing."""
+    because the counts would be meaningless."""
     # A quote inside a string is preceded by a backslash.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")

@@ -246,11 +246,11 @@ class Generate(Request):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the completion may need a grammar, which takes long to compile."""
+        """Whether the completion may need a grammar, which is slow to compile."""
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """Compiles the grammar that the completion must match, which may take long. Returns None if
+        """Compiles the grammar that the completion must match, which may be slow. Returns None if
         there is none."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
@@ -340,7 +340,7 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """Returns the tools in the form that the chat template takes."""
+        """Returns the tools in the form that the chat template expects."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property

@@ -80,7 +80,7 @@ class _Process:
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when the process got its current command
+    begun: float = 0.0  #: when the process received its current command
     seconds: float = 1.0  #: the time limit of that command
     evicted: bool = False  #: whether it is being killed because too many commands are slow
 

@@ -195,7 +195,7 @@ class Engine:
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """Returns the completion of a prompt, piece by piece. It must be called in a running event
+        """Returns the completion of a prompt, piece by piece. Must be called in a running event
         loop.
 
         Raises InputError if the prompt is empty, is too long or has unknown tokens, and Busy if too
@@ -645,8 +645,8 @@ class Engine:
 
 
 def _free() -> None:
-    """Returns free memory to the system. MLX keeps free memory for new arrays, and so does the C
-    library, as this package configures it (csrc/core/kernel.cpp)."""
+    """Returns free memory to the system. MLX and the C library (as configured in
+    csrc/core/kernel.cpp) keep free memory for new arrays."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # the C library has no such function

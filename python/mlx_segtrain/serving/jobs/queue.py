@@ -380,7 +380,7 @@ class Jobs:
             self.store.update(id, cancelling=SIGNALLED)
 
     def _say_end(self, id: str, event: Event) -> None:
-        """Ends a job whose log has no last event, because it has not started or was killed."""
+        """Appends the missing last event to the log of a job that did not start or was killed."""
         eventlog.append(self.log(id), event)
         self._end(id, event)
 

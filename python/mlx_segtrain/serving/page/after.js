@@ -14,7 +14,7 @@ const DTYPES = ["float32", "bfloat16", "float16"].map((name) => [name, name]);
 const TYPES = [["", "same as base (default)"], ...DTYPES];
 const GGUF = ["gguf", "GGUF, for llama.cpp"];
 const FORMATS = [["peft", "Hugging Face PEFT"], ["mlx-lm", "mlx-lm"], GGUF];
-// Milliseconds after which a job counts as accepted: some requests are answered when the job ends.
+// Milliseconds after which a job counts as accepted: some requests are answered only when the job ends.
 const REFUSED = 400;
 
 // Returns the actions for the adapter of a finished run; `values` is its configuration, `schema`

@@ -176,7 +176,7 @@ export default async function jobPage(main, id) {
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
-  // Explains a failure, and offers the buttons that help.
+  // Explains a failure, and offers buttons that may help.
   function help() {
     const change = trains && button("Change the settings", () => location.assign(like()), "primary");
     const less = trains &&
@@ -281,7 +281,7 @@ export default async function jobPage(main, id) {
       h("p.small.muted", `Memory on ${device.name}: ${words}`));
   }
 
-  // Shows what each process of a run has last reported.
+  // Shows the last report of each process of a run.
   function showRanks() {
     const { ranks: own, slowest, skew_s } = run.train;
     if (!Array.isArray(own)) return;

@@ -289,7 +289,7 @@ export default async function setup(main) {
     start.disabled = true;
     try {
       const { data_dir, ...rest } = values();
-      await api("/api/finetune/plan", rest); // otherwise the job would only fail some time later
+      await api("/api/finetune/plan", rest); // otherwise the job would fail later
       const { job_id } = await api("/api/finetune/submit", run());
       const label = name.value.trim();
       if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
