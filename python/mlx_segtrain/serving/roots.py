@@ -40,7 +40,7 @@ class Roots:
         depth below it, leads out of the roots."""
         try:
             if "\0" in str(text):
-                raise ValueError("it holds a null character")
+                raise ValueError("it contains a null character")
             if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving such a path takes long
                 raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
@@ -105,7 +105,7 @@ class Roots:
             count += len(entries)
             if count > MOST_BELOW:
                 raise InputError(
-                    f"{path} holds more than {MOST_BELOW:,} files: specify a smaller folder."
+                    f"{path} contains more than {MOST_BELOW:,} files: specify a smaller folder."
                 )
             for entry in entries:
                 if entry.name.startswith("."):

@@ -138,7 +138,7 @@ def _count(text: str, most: Most) -> None:
 
 
 def _too_much(what: str, most: int) -> HTTPException:
-    return HTTPException(413, f"the body holds more than {most} {what}: send less at once.")
+    return HTTPException(413, f"the body contains more than {most} {what}: send less at once.")
 
 
 def _check_text(value: Any) -> None:
@@ -158,7 +158,7 @@ def _check_text(value: Any) -> None:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         waiting += [(f"{where}.{key}".lstrip("."), own) for key, own in pairs if _may_fail(own)]
         if isinstance(value, dict):
-            named = f"{where or 'the body'} holds a key that"
+            named = f"{where or 'the body'} contains a key that"
             waiting += [(named, key) for key in value if _may_fail(key)]
 
 

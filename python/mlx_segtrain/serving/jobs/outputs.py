@@ -43,7 +43,7 @@ class Outputs:
             check_own(path)
         except InputError as error:
             raise InputError(
-                f"adapter_path {path} exists and does not hold a run: choose another folder. "
+                f"adapter_path {path} exists and does not contain a run: choose another folder. "
                 f"{error}",
                 field="adapter_path",
             ) from None

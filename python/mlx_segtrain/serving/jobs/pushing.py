@@ -115,12 +115,12 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
     elif not models:
-        raise InputError(f"{folder} holds no adapter: specify the folder of an adapter.")
+        raise InputError(f"{folder} contains no adapter: specify the folder of an adapter.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
         raise InputError(
-            f"{folder} holds neither an adapter nor a model: only their files can be pushed."
+            f"{folder} contains neither an adapter nor a model: only their files can be pushed."
         )
     return sorted(set(wanted) & set(there))
 
