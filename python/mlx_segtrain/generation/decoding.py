@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 
-#: The number of tokens at the end of the prompt with which an answer is decoded.
+#: The number of tokens at the end of the prompt that are decoded together with an answer.
 CONTEXT = 8
 #: Decoders return this for bytes that are not a character or not yet a complete character.
 INCOMPLETE = "\ufffd"
@@ -54,7 +54,7 @@ class Options:
     stop: tuple[str, ...] = ()
     continues: bool = False  #: whether the text continues the text of the prompt
     logprobs: int | None = None  #: number of most likely tokens with log p; None for no log p
-    deterministic: bool = False  #: whether its bits must not depend on other requests
+    deterministic: bool = False  #: whether the answer is bit-identical regardless of other requests
     constraint: "Constraint | None" = None  #: restricts the format of the text
 
 

@@ -24,7 +24,7 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: Maximum number of simultaneous connections. Further connections get status 503.
+#: Maximum number of simultaneous connections. Further connections receive status 503.
 CONNECTIONS = 2000
 #: The limit on open files, if the system allows it. Each client that follows a job needs one open
 #: file.

@@ -67,7 +67,7 @@ class Hosts(BaseModel):
 
     @property
     def ports(self) -> int:
-        """The number of ports that mlx.launch uses, beginning with its --starting-port."""
+        """The number of ports that mlx.launch uses, starting at its --starting-port."""
         return max(1, sum(len(own.ips) for own in self.hosts))
 
 

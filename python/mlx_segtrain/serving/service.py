@@ -344,8 +344,8 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation of a model with or without an adapter. If `with_base` is set, both
-        are evaluated."""
+        """Submits an evaluation of a model with or without an adapter or, if `with_base` is set,
+        with and without it."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(

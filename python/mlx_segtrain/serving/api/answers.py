@@ -74,8 +74,8 @@ class Answers:
         self._called = [0] * len(opened)  # number of tool calls
         self._forced = [""] * len(opened)  # its text, if it consists of tool calls
         self._made = [0] * len(opened)  # number of tokens
-        # The number of characters already sent, and a decoder with the bytes of an incomplete
-        # character.
+        # The number of characters already sent, and a decoder that stores the bytes of an
+        # incomplete character.
         self._characters = [0] * len(opened)
         self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
@@ -97,7 +97,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed, they differ but are reproducible
+                for i in range(body.n or 1):  # with a seed, completions differ but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
@@ -210,7 +210,7 @@ class Answers:
                 else:
                     await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
-            if calls is None:  # not a tool call: clients get the text
+            if calls is None:  # not a tool call: clients receive the text
                 start, end = self._tags.call or ("", "")
                 delta.content += f"{start}{text}{end}"
             for call in calls or ():

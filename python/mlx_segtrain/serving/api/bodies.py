@@ -49,8 +49,8 @@ class NotText(ValueError):
 class Json(Request):
     """A request with a JSON body in UTF-8, without unpaired surrogates.
 
-    A large body is parsed in a thread. A small body may contain // comments, as people write them
-    in a shell, except in /v1.
+    A large body is parsed in a thread. Except in /v1, a small body may contain //
+    comments, for requests typed in a shell.
     """
 
     @property

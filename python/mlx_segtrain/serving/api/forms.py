@@ -291,7 +291,7 @@ class FieldRow(BaseModel):
     name: str
     title: str
     group: str | None = Field(
-        description="The section of the page's form that has this field, if any."
+        description="The section of the page's form that contains this field, if any."
     )
     type: str
     default: str

@@ -121,7 +121,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 if refused is None and message["status"] in REFUSALS:
-                    _log(scope, message["status"], "its answer says why")
+                    _log(scope, message["status"], "the response states the reason")
                 known = {name.lower() for name, _ in message.get("headers", ())}
                 added = [pair for pair in HEADERS if pair[0] not in known]
                 added.append((b"x-request-id", id.encode()))

@@ -118,7 +118,7 @@ TOP = 20
 
 
 def _few(values: Any) -> Any:
-    """Limits the number of entries before pydantic checks each of them."""
+    """Limits the number of entries before pydantic checks every entry."""
     if isinstance(values, Mapping) and len(values) > BIASES:
         raise ValueError(f"{len(values)} entries exceed the maximum of {BIASES}")
     return values
@@ -200,7 +200,7 @@ class Generate(Request):
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="the format of the completion, in vLLM's field with more formats"
+        None, description="the format of the completion in vLLM's field, which has more formats"
     )
     deterministic: bool | None = Field(
         None,
@@ -402,7 +402,7 @@ class CompletionRequest(Generate):
         None,
         ge=0,
         le=TOP,
-        description="return log-probabilities of the tokens and this many alternatives to each",
+        description="return log-probabilities of each token and of this many alternatives",
     )
     neutral = IN_COMPLETION
     most = 16

@@ -253,8 +253,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A ZIP file of open files. When the response ends, `held` is closed, which frees the files and
-    a transfer slot. A client that reads too slowly is disconnected."""
+    """A response with a ZIP file of open files. When it ends, `held` is closed, which frees the
+    files and a transfer slot. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
@@ -292,8 +292,8 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """Yields the blocks of a ZIP file. The files are not compressed, because weights would not get
-    smaller."""
+    """Yields the blocks of a ZIP file. The files are not compressed, because compression does not
+    make weights smaller."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -305,7 +305,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes temporary files that a killed server left behind."""
+    """Removes the temporary files of a killed server."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

@@ -74,7 +74,7 @@ class Failed(InputError):
 
 @dataclass(eq=False)
 class _Process:
-    """A process as its parent process sees it: a socket, and the command that is running."""
+    """The parent's view of a process: its socket, and the command that is running."""
 
     wire: socket.socket
     pid: int

@@ -123,7 +123,7 @@ def open_end(path: Path) -> int:
 
 
 def _end_line(file: int) -> None:
-    """Adds a line break to an incomplete last line, which a killed process may have left behind."""
+    """Adds a line break to an incomplete last line, which a killed process may have written."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")

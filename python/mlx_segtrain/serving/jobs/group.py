@@ -2,8 +2,8 @@
 events.
 
 The processes are this one (worker.py), mlx.launch (launcher.py) and the ranks (rank.py). Rank 0 is
-on this machine. A signal to this process goes to rank 0, and all ranks end after the same step. If
-this process or mlx.launch ends, so do all ranks.
+on this machine. A signal to this process is forwarded to rank 0, and all ranks end after the same
+step. If this process or mlx.launch ends, so do all ranks.
 """
 
 import json

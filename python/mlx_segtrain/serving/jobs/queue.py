@@ -163,8 +163,8 @@ class Jobs:
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Cancels a job, which may take a while to end. A training run keeps the last step that it
-        has finished.
+        """Cancels a job, which may take a while to end. A training run keeps its last completed
+        step.
 
         If it is called again after two seconds, the job does not finish its step. If it is called
         again KILLED_AFTER_S seconds after the first call, the process is killed. Raises Conflict if
@@ -284,7 +284,7 @@ class Jobs:
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)
-                # This happens before the process starts, so that the store knows every process.
+                # This happens before the process starts, so that the store lists every process.
                 begins = os.fstat(log).st_size
                 state = {"status": "running", "started_at": clock(), "message": None}
                 self.store.update(row.id, **state, begins=begins)

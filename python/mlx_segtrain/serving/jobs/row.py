@@ -1,4 +1,4 @@
-"""A job, in the form in which it is stored."""
+"""A job, as it is stored in the database."""
 
 import json
 from dataclasses import dataclass

@@ -5,8 +5,8 @@ lock file, which stays locked while the process runs. A job with several ranks r
 processes, which this process starts and follows (group.py).
 
 The process writes events to stdout, one per line, and writes the first event before it imports
-large packages. The server may have ended by then. Lines that libraries print become events of type
-log, because a file that they read could contain lines that look like our events.
+large packages. The server may end before this process. Lines that libraries print become events of
+type log, because a file that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def last_event(run: Callable[[], events.Event]) -> events.Event:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        # This is a bug: the log gets the traceback, and the client gets one sentence.
+        # This is a bug: the traceback is logged, and the client receives one sentence.
         import traceback
 
         traceback.print_exc()
