@@ -36,9 +36,9 @@ class Options:
     """Options that determine how tokens are chosen and when an answer ends.
 
     The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, based on probabilities
-    at temperature 1. One of them is sampled with the temperature; if the temperature is 0, the most
-    likely one is chosen. The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) applies to
-    tokens of the prompt and the answer, the other two penalties only to tokens of the answer.
+    at temperature 1. One of them is sampled at `temperature` or, if that is 0, the most likely one
+    is chosen. The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) applies to tokens of
+    the prompt and the answer, the other two penalties only to tokens of the answer.
     """
 
     max_tokens: int = 512

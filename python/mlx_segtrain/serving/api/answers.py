@@ -27,8 +27,8 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two checks of whether a client that waits for a whole completion has
-#: disconnected.
+#: Seconds between two checks whether a client has disconnected while it waits for a whole
+#: completion.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
 #: Maximum number of log-probabilities that a request returns, including those of alternatives.

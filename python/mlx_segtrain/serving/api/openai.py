@@ -117,7 +117,7 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         answers = await Answers.begin(service.engine, chosen, body, id)
     except RecursionError:  # some values can be parsed but not serialized
         raise InputError("the request is nested too deeply: flatten it.") from None
-    if isinstance(request, Json):  # frees the body, because generation may be long
+    if isinstance(request, Json):  # frees the body: generation may take a while
         request.let_go()
         body.let_go()
     return answers, chosen

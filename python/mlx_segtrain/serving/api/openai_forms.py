@@ -204,8 +204,8 @@ class Generate(Request):
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of a single request, whatever "
-        "else is running: slower, because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of a single request; slower, "
+        "because it is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"
@@ -607,8 +607,8 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns the turns in the form that a chat template takes. Raises InputError for content that
-    is not text."""
+    """Returns the turns in the form that a chat template expects. Raises InputError for content
+    that is not text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"

@@ -37,8 +37,8 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """Reports that the server is up, with its version and its model. The status is 503 if it can no
-    longer generate."""
+    """Reports that the server is up, with its version and its model. The status is 503 if the
+    server can no longer generate."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)

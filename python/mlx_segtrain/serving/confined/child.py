@@ -33,7 +33,7 @@ Values = dict[str, Any]
 SHOWN = 100_000
 #: Maximum number of characters in a token. A completion might consist only of the longest token.
 LONGEST_TOKEN = 2000
-#: Maximum factor by which the replacements of a decoder may make a text longer.
+#: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
 #: Maximum number of characters in an error message.
 LONGEST = 500

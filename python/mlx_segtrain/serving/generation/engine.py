@@ -544,7 +544,7 @@ class Engine:
         """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
         are not kept."""
         if request.done and not request.options.deterministic and not self._job:
-            # The key is put before the tokens. If it were the cache's model name, it would never be
+            # The key precedes the tokens. If it were the cache's model name, it would never be
             # freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)

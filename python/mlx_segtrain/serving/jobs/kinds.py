@@ -42,7 +42,7 @@ class JobKind:
     title: str  #: the kind in words
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
-    computes: bool = False  #: whether it needs the accelerator, which one job uses at a time
+    computes: bool = False  #: whether it needs the accelerator, which one job at a time can use
     variables: tuple[str, ...] = ()  #: additional environment variables
     measures: bool = False  #: whether it measures a method's loss or reward
     trains: bool = False  #: whether it saves its state after a signal, and can be resumed
@@ -73,7 +73,7 @@ def finetune(values: Values) -> events.Event:
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
-        if event["type"] not in ("started", "done", "failed"):  # the job sends its own
+        if event["type"] not in ("started", "done", "failed"):  # the job sends its own such events
             tell(event)
 
     begin = told = time.monotonic()

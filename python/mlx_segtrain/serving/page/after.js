@@ -53,7 +53,7 @@ export default async function after(row, values, schema) {
   // A field for the output folder of a job, and a function that returns its value.
   function folder(kind) {
     const control = input(`a new folder in the server's store (${kind})`);
-    const element = field("Folder to write", control, { kind: "across" });
+    const element = field("Output folder", control, { kind: "across" });
     return [element, () => control.value.trim() || null];
   }
 

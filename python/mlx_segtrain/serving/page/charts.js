@@ -172,7 +172,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     return at;
   }
 
-  // Shows the values at the cursor in the tip, and returns them.
+  // Shows the values at the cursor in the tooltip, and returns them.
   function point(self) {
     const at = self.cursor.idx;
     tip.hidden = at == null || self.cursor.left < 0;

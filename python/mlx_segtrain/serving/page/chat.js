@@ -207,7 +207,7 @@ export default async function chatPage(main) {
     prompt.form.requestSubmit();
   }
 
-  // Returns the sampling options for the API. Shows what is wrong at the field, and throws.
+  // Returns the sampling options for the API. Shows an error at its field, and throws.
   function settings() {
     const own = { max_tokens: 256, temperature: 0 };
     for (const { name, own: control, complain, reveal } of sampling) {

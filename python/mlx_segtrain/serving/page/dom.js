@@ -65,7 +65,7 @@ export const button = (content, onclick, kind = "") =>
 
 export const link = (content, href) => h("a.link", { href }, content);
 
-// Shows what to do about an empty list, with buttons.
+// Says what to do about an empty list, with buttons.
 export const empty = (content, ...actions) => (actions.length
   ? h("div.stack", h("p.empty", content), h("div.actions", actions))
   : h("p.empty", content));
