@@ -137,7 +137,7 @@ def overlap(text: str, stop: str) -> int:
 
 def first_key(options: Options) -> mx.array:
     """Returns the initial random key of an answer, uint32 [2]. It is derived from the seed if the
-    options have one."""
+    options contain one."""
     seed = int.from_bytes(os.urandom(8), "big") if options.seed is None else options.seed
     return mx.random.key(seed % 2**64)
 

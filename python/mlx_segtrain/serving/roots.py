@@ -94,7 +94,7 @@ class Roots:
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Checks all links below a path that are not hidden, including those in folders to which
+        """Checks all links below a path except hidden ones, including links in folders to which
         links lead."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:

@@ -329,7 +329,7 @@ class AdapterFolder(BaseModel):
     base_model: str | None
     rank: int = Field(description="The largest rank.")
     size_bytes: int
-    best_loss: float | None = Field(description="The lowest validation loss of its run.")
+    best_loss: float | None = Field(description="The lowest validation loss of the adapter's run.")
 
 
 class AdaptersAnswer(Answer):

@@ -150,7 +150,7 @@ class Generate(Request):
     )
     adapters: str | None = Field(
         None,
-        description="the adapter, in mlx_lm.server's name for this field: an id, or the path "
+        description="the adapter, under mlx_lm.server's name for the field: an id, or the path "
         "of a mounted adapter",
     )
     lora_path: str | None = Field(None, description="SGLang's name for adapters")
@@ -204,8 +204,8 @@ class Generate(Request):
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of a single request; slower, "
-        "because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of a request without "
+        "others: slower, because it is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"

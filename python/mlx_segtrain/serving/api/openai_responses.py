@@ -319,7 +319,7 @@ class Made:
 
 @router.post("/v1/responses", response_model=Response, responses=RESPONSES)
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
-    """Generates a response, which has text and tool calls."""
+    """Generates a response with text and tool calls."""
     chat = body.as_chat()
     body.input = ""  # frees it, because generation may take a while
     answers, chosen = await begin(service, request, chat)

@@ -268,7 +268,7 @@ class Confined:
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            # The thread that waits for this worker gets an error, and then kills the worker.
+            # The thread that waits for this worker receives an error, and then kills the worker.
             with suppress(OSError):
                 worst.wire.shutdown(socket.SHUT_RDWR)
 

@@ -95,7 +95,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Yields the files to send, open and checked, by name. `done` is the verb in error messages.
+    """Yields the files to send, open and checked, by name. `done` is the participle in error
+    messages.
 
     Raises InputError if a file's content does not match its name, or if the folder contains a model
     although `models` is false.

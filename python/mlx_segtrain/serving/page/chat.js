@@ -215,7 +215,7 @@ export default async function chatPage(main) {
       if (!text) continue;
       own[name] = Number(text);
       if (Number.isFinite(own[name])) continue;
-      complain("Give a number.");
+      complain("Enter a number.");
       reveal();
       throw new Error("");
     }

@@ -289,7 +289,7 @@ export default async function jobPage(main, id) {
     const rows = own.map((x, i) => h("tr", h("td", `Rank ${i}`),
       [count(x.tokens_per_sec), seconds(x.busy_s), seconds(x.waited_s), gb(x.peak_gb)].map((text) =>
         h("td", text))));
-    const names = ["Process", "Tokens/s", "Works, per step", "Waits, per step", "Peak memory"];
+    const names = ["Process", "Tokens/s", "Work per step", "Wait per step", "Peak memory"];
     show(ranks, card("Ranks", h("p", `Rank ${slowest} is the slowest: the others wait for it. Its work ` +
       `takes ${seconds(skew_s)} longer per step than that of the fastest.`),
     h("div.scroll", table("", "Figures of each rank", names, rows))));
