@@ -1,6 +1,6 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A body of a few bytes may contain millions of values, each of which takes memory and blocks the
+A body of a few bytes may contain millions of values, each of which uses memory and blocks the
 server. Therefore the punctuation outside strings is counted before the body is parsed.
 """
 

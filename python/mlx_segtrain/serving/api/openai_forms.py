@@ -204,8 +204,8 @@ class Generate(Request):
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of a request without "
-        "others: slower, because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of the same request on "
+        "an idle server: slower, because it is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"
