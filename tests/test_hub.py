@@ -373,7 +373,7 @@ def test_push_uploads_an_adapter_and_nothing_beside_it(hub, home, tmp_path, caps
     for place, repo, said in (
         (folder, "no name at all", "is not a name on the hub"),
         (tmp_path / "none", "me/mine", "is not a directory"),
-        (tmp_path, "me/mine", "holds neither an adapter nor a model"),
+        (tmp_path, "me/mine", "contains neither an adapter nor a model"),
     ):
         assert main(["push", str(place), repo]) == 2
         assert said in capsys.readouterr().err

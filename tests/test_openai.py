@@ -362,7 +362,7 @@ def test_text_that_is_none(server):
     for path, body, says in [
         ("chat/completions", CHAT | {"messages": [HELLO[0] | {"content": "\ud83c"}]}, "messages.0"),
         ("chat/completions", CHAT | {"stop": ["\udfff"]}, "stop.0 has half of a character"),
-        ("chat/completions", CHAT | {"\udc00": 1}, "holds a key that has half of a character"),
+        ("chat/completions", CHAT | {"\udc00": 1}, "contains a key that has half of a character"),
         ("completions", {"prompt": "a\ud800b"}, "prompt has half of a character"),
         ("adapters", {"id": "\ud800", "path": "a"}, "id has half of a character"),
     ]:

@@ -747,7 +747,7 @@ def test_a_chat_of_two_adapters_is_there_after_a_reload(user, site, runs):
     prompt = page.get_by_label("Prompt", exact=True)
     prompt.fill("one two")
     prompt.press("Enter")
-    expect(page.locator(".wrong", has_text="Give a number")).to_be_in_viewport()
+    expect(page.locator(".wrong", has_text="Enter a number")).to_be_in_viewport()
     page.get_by_label("Temperature").fill("0.5")
     page.get_by_label("Top k").fill("3")
     page.get_by_role("button", name="Send").click()

@@ -84,7 +84,7 @@ def test_a_model_is_no_adapter_to_take(service, ask):
     mx.save_safetensors(str(model / "model.safetensors"), {"a": mx.zeros((2, 2))})
     assert pushing.check(model) == ["config.json", "model.safetensors"]
     status, said = ask("GET", "adapters/archive", path=model)
-    assert status == 400 and "holds no adapter" in said
+    assert status == 400 and "contains no adapter" in said
 
 
 def test_as_many_archives_are_taken_at_once_as_the_limit_says(service, ask):

@@ -250,7 +250,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
     (out / "checkpoints" / "thesis.txt").write_text(CANARY)
     for record in ("{}", "[]", "null", '{"id": "1"}', "not JSON"):
         (out / "run.json").write_text(record)
-        with pytest.raises(InputError, match="does not hold a run"):
+        with pytest.raises(InputError, match="does not contain a run"):
             service.submit(values)
     (out / "run.json").write_text(json.dumps(RECORD))
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):

@@ -204,7 +204,7 @@ class Batch(Generic[A]):
         self._take_in()
 
     def leave(self, gone: Sequence[A], *, keep: bool = True) -> None:
-        """Removes answers. With `keep`, each of them gets its own cache back."""
+        """Removes answers. With `keep`, each removed answer keeps its cache."""
         if not gone:
             return
         self._give_out()

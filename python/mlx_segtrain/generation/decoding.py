@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol, cast
 
 import mlx.core as mx
 
-#: The number of tokens at the end of the prompt with which an answer is decoded.
+#: The number of tokens at the end of the prompt that are decoded together with an answer.
 CONTEXT = 8
 #: Decoders return this for bytes that are not a character or not yet a complete character.
 INCOMPLETE = "\ufffd"
@@ -36,9 +36,9 @@ class Options:
     """Options that determine how tokens are chosen and when an answer ends.
 
     The candidates are the tokens that `top_p`, `top_k` and `min_p` all keep, based on probabilities
-    at temperature 1. One of them is sampled with the temperature; if the temperature is 0, the most
-    likely one is chosen. The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) applies to
-    tokens of the prompt and the answer, the other two penalties only to tokens of the answer.
+    at temperature 1. One of them is sampled at `temperature` or, if that is 0, the most likely one
+    is chosen. The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) applies to tokens of
+    the prompt and the answer, the other two penalties only to tokens of the answer.
     """
 
     max_tokens: int = 512
@@ -54,7 +54,7 @@ class Options:
     stop: tuple[str, ...] = ()
     continues: bool = False  #: whether the text continues the text of the prompt
     logprobs: int | None = None  #: number of most likely tokens with log p; None for no log p
-    deterministic: bool = False  #: whether its bits must not depend on other requests
+    deterministic: bool = False  #: whether the answer is bit-identical regardless of other requests
     constraint: "Constraint | None" = None  #: restricts the format of the text
 
 
@@ -138,7 +138,7 @@ def overlap(text: str, stop: str) -> int:
 
 def first_key(options: Options) -> mx.array:
     """Returns the initial random key of an answer, uint32 [2]. It is derived from the seed if the
-    options have one."""
+    options contain one."""
     seed = int.from_bytes(os.urandom(8), "big") if options.seed is None else options.seed
     return mx.random.key(seed % 2**64)
 

@@ -32,8 +32,8 @@ class Talk(Protocol):
     def prompt(self) -> list[int]: ...
 
     def reply(self, text: str) -> list[int] | None:
-        """Returns the tokens between a turn of the model, which has this text, and the model's next
-        turn. Returns None if there is no next turn."""
+        """Returns the tokens between the model's turn with this text and its next turn. Returns
+        None if there is no next turn."""
         ...
 
     def end(self, text: str) -> None:

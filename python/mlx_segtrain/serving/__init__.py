@@ -1,9 +1,9 @@
 """The server: jobs with live events, generation with per-request adapters, and the page.
 
-Each of these modules imports only modules that are listed below it (tests/test_rooms.py):
+Each of these modules imports only modules listed below it (tests/test_rooms.py):
 
     app.py       creates the application and runs the server
-    api/         /api and /v1: access, requests and responses; sends the files of the page
+    api/         /api and /v1: access, requests and responses; serves the page's files
     service.py   implements the API
     generation/  generates completions, with adapters
     jobs/        runs jobs, each in its own process
@@ -12,7 +12,7 @@ Each of these modules imports only modules that are listed below it (tests/test_
     opening.py   checks files when they are opened
     roots.py     checks paths from clients
     pools.py     thread pools      searching.py  searches the hub
-    settings.py  settings          sessions.py   sessions of browsers
+    settings.py  settings          sessions.py   browser sessions
 
 page/ contains the files of /finetune: a client of /api and /v1 that runs in the browser.
 """

@@ -24,7 +24,7 @@ from .opening import confine
 from .service import Service
 from .settings import LOOPBACK, Settings
 
-#: Maximum number of simultaneous connections. Further connections get status 503.
+#: Maximum number of simultaneous connections. Further connections receive status 503.
 CONNECTIONS = 2000
 #: The limit on open files, if the system allows it. Each client that follows a job needs one open
 #: file.
@@ -68,7 +68,7 @@ def create(service: Service) -> Guard:
 
 
 class Plain(logging.Formatter):
-    """Escapes characters in log lines with which clients could control a terminal."""
+    """Escapes characters in log lines that clients could use to control a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
@@ -76,8 +76,8 @@ class Plain(logging.Formatter):
 
 
 def run(settings: Settings, level: int = logging.INFO) -> None:
-    """Serves until a signal arrives. Jobs continue after that. Raises InputError for settings that
-    cannot be used.
+    """Serves until a signal arrives. Jobs keep running after that. Raises InputError for unusable
+    settings.
 
     Log messages of at least this level go to stderr. With DEBUG, these include messages from
     uvicorn.
@@ -91,7 +91,7 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
         # Connections inherit this option. asyncio sets it only for sockets with a protocol number.
-        # Without the option, each response waits 40 ms for a client that acknowledges late.
+        # Without it, each response to a client with delayed ACKs waits 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
@@ -104,8 +104,8 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
 
 
 def allow_open_files(wanted: int) -> None:
-    """Lets this process open this many files or, if that is not allowed, as many as the system
-    allows.
+    """Raises this process's limit on open files to `wanted`, or to the system's maximum if that is
+    lower.
 
     On macOS the hard limit is infinite, but the system enforces kern.maxfilesperproc.
     """
@@ -123,7 +123,7 @@ def allow_open_files(wanted: int) -> None:
 
 
 async def _serve(service: Service, listener: socket.socket, level: int) -> None:
-    await service.start()  # runs before the server listens, so that a faulty model is an error
+    await service.start()  # first, so that the server does not start with a faulty model
     config = uvicorn.Config(
         create(service),
         http=Patient,

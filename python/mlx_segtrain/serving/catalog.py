@@ -17,11 +17,11 @@ from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 from .roots import CLOSED
 
-#: How deep below a root folders are searched, and the maximum number of folders that are searched.
+#: Maximum depth of the search below a root, and maximum number of folders searched.
 DEPTH, MOST = 6, 20_000
 #: Maximum number of unreadable folders that are reported.
 MOST_FAULTS = 100
-#: Names of folders that contain no data of users.
+#: Names of folders that are skipped, because they contain no user data.
 PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "build"}
 
 
@@ -51,7 +51,7 @@ class DataFolder:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A folder that looks like a model, and why it cannot be read."""
+    """A folder that looks like a model, and the reason why it cannot be read."""
 
     path: str
     error: str

@@ -12,15 +12,15 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
 
-#: The name of this machine for which mlx.launch does not use SSH.
+#: The name by which mlx.launch recognizes this machine and does not use SSH.
 HERE = "127.0.0.1"
 #: MLX's backends. The first two need no special hardware to connect ranks.
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 
 
 class Host(BaseModel):
-    """A host in mlx.launch's host file: its name for SSH, its addresses for the other ranks, and,
-    for JACCL, its device for each rank."""
+    """A host in mlx.launch's host file: its SSH name, the addresses at which other ranks reach it,
+    and, for JACCL, its device for each rank."""
 
     ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read a name such as -x as an option
     ips: list[str] = []
@@ -67,7 +67,7 @@ class Hosts(BaseModel):
 
     @property
     def ports(self) -> int:
-        """The number of ports that mlx.launch uses, beginning with its --starting-port."""
+        """The number of ports that mlx.launch uses, starting at its --starting-port."""
         return max(1, sum(len(own.ips) for own in self.hosts))
 
 

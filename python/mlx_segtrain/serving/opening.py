@@ -1,10 +1,10 @@
 """Checks files below the roots at the moment when they are opened.
 
-By the time a checked path is opened, it may have become a link. So in a process that reads paths
-from clients, Python's `open` is replaced, also for libraries (which read templates, configurations
-and rows). The replacement opens the file, gets its real path from the system, and raises Outside if
-a link led out of the roots. Files that compiled code opens (weights, tokenizer.json) are not
-checked in this way.
+A path may become a link after it was checked. Therefore a process that reads paths from clients
+replaces Python's `open`, which also affects libraries (they read templates, configurations and
+rows). The replacement opens the file, gets its real path from the system, and raises Outside if a
+link led out of the roots. Files that compiled code opens (weights, tokenizer.json) are not checked
+in this way.
 """
 
 import builtins
@@ -85,7 +85,7 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path in a form for comparisons, because case does not matter on macOS."""
+    """Returns a path in a form that can be compared, because paths on macOS ignore case."""
     return path.casefold() if sys.platform == "darwin" else path
 
 

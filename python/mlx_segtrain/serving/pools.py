@@ -1,4 +1,4 @@
-"""Thread pools and slots. Each kind of work has its own, so that no kind can block another."""
+"""Thread pools and slots. Each kind of work has its own pool, so that no kind can block another."""
 
 import asyncio
 import threading
@@ -29,8 +29,8 @@ class Transfers:
 
     @contextmanager
     def place(self, name: object = None) -> Iterator[None]:
-        """Holds a slot while the context is active. Raises Busy if all slots are taken, or if
-        `name` already holds one."""
+        """Occupies a slot while the context is active. Raises Busy if all slots are taken, or if
+        `name` already occupies one."""
         name = object() if name is None else name
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are running: try again when one has ended.")
@@ -49,16 +49,16 @@ class Transfers:
 
 
 class Pool:
-    """Runs up to `threads` calls at once, and lets `waiting` more calls wait. Raises Busy for
-    further calls."""
+    """Runs up to `threads` calls at once, and queues up to `waiting` more. Raises Busy for further
+    calls."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)
         self._threads = ThreadPoolExecutor(threads, f"mlx-segtrain {name}")
 
     async def run(self, fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Returns the call's result. If the caller is cancelled, the call still runs, and still
-        counts towards the limit."""
+        """Returns the call's result. If the caller is cancelled, the call keeps running, and counts
+        towards the limit until it ends."""
         if not self._places.acquire(blocking=False):
             raise Busy(f"too many requests for {self.name} are waiting: try again in a moment.")
         future = self._threads.submit(fn, *args, **kwargs)

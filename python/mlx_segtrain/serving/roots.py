@@ -9,12 +9,12 @@ from ..files import ASIDE
 
 #: Names with these prefixes are not allowed below a root.
 CLOSED = (".", "datasets--", "spaces--")
-#: Maximum number of bytes of a path, as on Linux.
+#: Maximum length of a path in bytes, as on Linux.
 LONGEST_PATH = 4096
-#: Maximum number of files and folders below a folder that a client names, because each of them may
-#: be a link.
+#: Maximum number of files and folders below a folder that a client names: each may be a link, and
+#: is checked.
 MOST_BELOW = 20_000
-#: Maximum number of links among them, and in a chain of links, because following links takes time.
+#: Maximum number of links below such a folder, and in a chain of links: following links takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -40,7 +40,7 @@ class Roots:
         depth below it, leads out of the roots."""
         try:
             if "\0" in str(text):
-                raise ValueError("it holds a null character")
+                raise ValueError("it contains a null character")
             if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving such a path takes long
                 raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
@@ -56,7 +56,7 @@ class Roots:
         return path
 
     def open(self, folder: Path) -> None:
-        """Adds a folder to the roots, for a data set of the hub that a client may use."""
+        """Adds a folder to the roots, so that clients can use a data set from the hub."""
         folder = folder.resolve()
         if folder not in self.folders:
             self.folders.append(folder)
@@ -94,7 +94,7 @@ class Roots:
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Checks all links below a path that are not hidden, including those in folders to which
+        """Checks all links below a path except hidden ones, including links in folders to which
         links lead."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
@@ -105,7 +105,7 @@ class Roots:
             count += len(entries)
             if count > MOST_BELOW:
                 raise InputError(
-                    f"{path} holds more than {MOST_BELOW:,} files: specify a smaller folder."
+                    f"{path} contains more than {MOST_BELOW:,} files: specify a smaller folder."
                 )
             for entry in entries:
                 if entry.name.startswith("."):
@@ -142,7 +142,7 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root itself, or is below it and has no part that is not
+    """Returns whether a path is the root itself, or is below it and all of its parts are
     allowed."""
     if not path.is_relative_to(root):
         return False

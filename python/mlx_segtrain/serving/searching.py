@@ -8,7 +8,7 @@ from ..hub import Kind
 from ..hub_search import Hit, search
 from .pools import Busy, Pool
 
-#: How many seconds results are cached, and the maximum number of cached results.
+#: Seconds for which results are cached, and maximum number of cached results.
 KEPT_S, KEPT = 300.0, 200
 #: Maximum number of requests to the hub per minute.
 PER_MINUTE = 60

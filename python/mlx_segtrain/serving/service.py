@@ -48,17 +48,16 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The fields of any kind of job whose values are paths.
+#: The fields, of all kinds of jobs, whose values are paths.
 JOB_PATHS = tuple(
     dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
 )
-#: Maximum number of tokenizers that stay loaded for inspections, in addition to that of the served
-#: model.
+#: Maximum number of tokenizers that stay loaded for inspections, not counting the served model's.
 MOST_CONFINED = 2
-#: Seconds between two checks of memory, and growth in bytes above which freed memory is returned to
+#: Seconds between memory checks, and the growth in bytes above which freed memory is returned to
 #: the system.
 TIDY_S, TIDY_BYTES = 20.0, 64 << 20
-#: Maximum bytes of the JSON of a job's configuration.
+#: Maximum size of a job's configuration as JSON, in bytes.
 MOST_CONFIG = 1 << 16
 #: Advice that tells the operator how to make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
@@ -68,7 +67,7 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits into memory, a sentence about that, and the plan if it fits."""
+    """Whether a run fits into memory, a message about it, and the plan if the run fits."""
 
     fits: bool
     message: str
@@ -98,7 +97,7 @@ class Device:
 
     @property
     def free_bytes(self) -> int:
-        """The memory, in bytes, that a run could take now."""
+        """The memory, in bytes, that a run could allocate now."""
         return budget_bytes()
 
 
@@ -211,8 +210,8 @@ class Service:
         return self.roots.resolve(found)
 
     def data_place(self, text: str | Path) -> Path:
-        """Returns the path of data below the roots, or the name of a data set in the hub's cache
-        with its commit. Raises InputError or Outside.
+        """Returns the path of data below the roots, or the name and commit of a data set in the
+        hub's cache. Raises InputError or Outside.
 
         The cache may contain private data sets. Therefore only clients that may download can use
         it.
@@ -229,7 +228,7 @@ class Service:
         return Path(repository.pinned(str(text), folder))
 
     def _place_of(self, name: str) -> Callable[[str | Path], Path]:
-        """Returns the function that checks and resolves the values of a field with paths."""
+        """Returns the function that checks and resolves the values of a path field."""
         named: dict[str, Callable[[str | Path], Path]]
         named = dict.fromkeys(("model_dir", "warm_start", "reward_model"), self.place)
         named["data_dir"] = self.data_place
@@ -278,8 +277,8 @@ class Service:
         return config.model_copy(update=paths)
 
     async def plan(self, values: Mapping[str, Any]) -> Plan:
-        """Plans a run. Raises InputError if the configuration is wrong, but not if memory is too
-        small."""
+        """Plans a run. Raises InputError for an invalid configuration, but not for insufficient
+        memory."""
         config = self.config(values, data_dir="unused", adapter_path="unused")
         return await self.plans.run(_plan, config)
 
@@ -297,8 +296,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes for a model's tokenizer. Ends those of models that have not been
-        used for long."""
+        """Returns the processes for a model's tokenizer. Ends the processes of the least recently
+        used models."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined
@@ -307,8 +306,7 @@ class Service:
         self.confined.move_to_end(model)
         idle = [key for key, own in self.confined.items() if not own.users and key != model]
         for key in idle[: max(0, len(self.confined) - MOST_CONFINED)]:
-            # This runs in a thread, because the processes may be loading, and closing them waits
-            # for that.
+            # Closing waits for processes that are still loading, so it runs in a thread.
             threading.Thread(target=self.confined.pop(key).close, daemon=True).start()
         return self.confined[model]
 
@@ -346,8 +344,8 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation of a model with or without an adapter. If `with_base` is set, both
-        are evaluated."""
+        """Submits an evaluation of a model with or without an adapter or, if `with_base` is set,
+        with and without it."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
@@ -360,7 +358,7 @@ class Service:
     def _checked(
         self, values: Mapping[str, Any], split: str, **fill: Any
     ) -> tuple[TrainConfig, dict[str, Any]]:
-        """Returns the configuration of a job, and the part of it that was given. Raises
+        """Returns the configuration of a job, and the part of it that the client set. Raises
         InputError."""
         given = {key: value for key, value in values.items() if value is not None}
         config = self.config(given, **fill)

@@ -1,5 +1,5 @@
-"""Sessions of browsers. A browser gets a cookie with a random id, which can be revoked, instead of
-the token.
+"""Browser sessions. Instead of the token, a browser receives a cookie with a random id, which can
+be revoked.
 
 Browsers send a cookie to every port of a host, and therefore also to other programs on this
 machine. The token must not be in the cookie, because it never changes and gives access to the API
@@ -13,12 +13,12 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: Maximum number of simultaneous sessions. Another session ends the oldest one.
+#: Maximum number of simultaneous sessions. One more session ends the oldest one.
 MOST = 1000
 
 
 class Sessions:
-    """The sessions of a server. Only hashes of the ids are stored, for look-ups in constant
+    """The sessions of a server. Only hashes of the ids are stored, so that look-ups take constant
     time."""
 
     def __init__(self) -> None:

@@ -16,8 +16,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a server. Raises InputError for wrong settings, and for settings with which
-    anyone could use the server."""
+    """The settings of a server. Raises InputError for invalid settings, and for settings that would
+    let anyone use the server."""
 
     model_dir: Path | None = None
     adapter: Path | None = None

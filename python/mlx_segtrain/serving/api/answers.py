@@ -27,11 +27,11 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two checks of whether a client that waits for a whole completion has
-#: disconnected.
+#: Seconds between two checks whether a client has disconnected while it waits for a whole
+#: completion.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Maximum number of tokens in a request, including alternatives, whose log-probability is returned.
+#: Maximum number of log-probabilities that a request returns, including those of alternatives.
 MOST_TOLD = 1_000_000
 #: Maximum seconds for which tool calls wait to be parsed in another process.
 CALLS_S = 10.0
@@ -74,8 +74,8 @@ class Answers:
         self._called = [0] * len(opened)  # number of tool calls
         self._forced = [""] * len(opened)  # its text, if it consists of tool calls
         self._made = [0] * len(opened)  # number of tokens
-        # The number of characters already sent, and a decoder with the bytes of an incomplete
-        # character.
+        # The number of characters already sent, and a decoder that stores the bytes of an
+        # incomplete character.
         self._characters = [0] * len(opened)
         self._begun_characters = [codecs.getincrementaldecoder("utf-8")("replace") for _ in opened]
         self._generations: list[Generation] = []
@@ -97,7 +97,7 @@ class Answers:
         own = cls(base, asked, body)
         try:
             for prompt in asked:
-                for i in range(body.n or 1):  # with a seed, all differ but are reproducible
+                for i in range(body.n or 1):  # with a seed, completions differ but are reproducible
                     seed = None if options.seed is None else options.seed + i
                     run = engine.generate(prompt, chosen, replace(options, seed=seed))
                     own._generations.append(run)
@@ -210,7 +210,7 @@ class Answers:
                 else:
                     await asyncio.sleep(LOOK_S)
         for text, calls in zip(texts, found, strict=True):
-            if calls is None:  # not a tool call: clients get the text
+            if calls is None:  # not a tool call: clients receive the text
                 start, end = self._tags.call or ("", "")
                 delta.content += f"{start}{text}{end}"
             for call in calls or ():

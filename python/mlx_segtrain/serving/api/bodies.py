@@ -1,6 +1,6 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A body of a few bytes may contain millions of values, each of which takes memory and blocks the
+A body of a few bytes may contain millions of values, each of which uses memory and blocks the
 server. Therefore the punctuation outside strings is counted before the body is parsed.
 """
 
@@ -34,8 +34,8 @@ OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 
 
 _PARSING = Pool("large bodies", 2, 16)
 
-#: Matches a string, or a comment up to the end of the line. It also matches a string without an
-#: end, because each quote in that string would otherwise be tried again.
+#: Matches a string, or a comment up to the end of the line. It also matches an unterminated string;
+#: otherwise each quote in it would be tried again.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
 #: Half of a surrogate pair in JSON. Most matches belong to a complete pair.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
@@ -49,8 +49,8 @@ class NotText(ValueError):
 class Json(Request):
     """A request with a JSON body in UTF-8, without unpaired surrogates.
 
-    A large body is parsed in a thread. A small body may contain // comments, as people write them
-    in a shell, except in /v1.
+    A large body is parsed in a thread. Except in /v1, a small body may contain //
+    comments, for requests typed in a shell.
     """
 
     @property
@@ -116,7 +116,7 @@ def _decoded(body: bytes) -> str:
 
 def _count(text: str, most: Most) -> None:
     """Raises HTTPException: 413 if a JSON text has too many values, or 400 if it is not JSON,
-    because then the counts mean nothing."""
+    because the counts would be meaningless."""
     # A quote inside a string is preceded by a backslash.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
@@ -138,7 +138,7 @@ def _count(text: str, most: Most) -> None:
 
 
 def _too_much(what: str, most: int) -> HTTPException:
-    return HTTPException(413, f"the body holds more than {most} {what}: send less at once.")
+    return HTTPException(413, f"the body contains more than {most} {what}: send less at once.")
 
 
 def _check_text(value: Any) -> None:
@@ -158,7 +158,7 @@ def _check_text(value: Any) -> None:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         waiting += [(f"{where}.{key}".lstrip("."), own) for key, own in pairs if _may_fail(own)]
         if isinstance(value, dict):
-            named = f"{where or 'the body'} holds a key that"
+            named = f"{where or 'the body'} contains a key that"
             waiting += [(named, key) for key in value if _may_fail(key)]
 
 

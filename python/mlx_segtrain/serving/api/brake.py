@@ -8,7 +8,8 @@ LINES, LINES_PER_S = 100, 2.0
 
 
 class Bounded(logging.Filter):
-    """Drops and counts warnings and errors that come too fast, because clients can cause them."""
+    """Drops and counts warnings and errors above the maximum rate, because clients can cause
+    them."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,8 +16,8 @@ from ...errors import InputError
 #: Values for required settings. A file may omit these settings, because the form has them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
-#: The tokens around a list or a mapping in brackets, and the maximum depth of nesting. The limit is
-#: needed because parsing time grows with the square of the depth.
+#: The YAML tokens that begin and end a list or a mapping in brackets, and the maximum depth of
+#: nesting. The limit is needed because parsing time grows with the square of the depth.
 OPEN = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 CLOSE = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
 DEEP = 100

@@ -20,7 +20,7 @@ RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields whose values must not appear in responses.
 SECRET = ("token",)
-#: The text with which many of pydantic's messages begin.
+#: The beginning of many of pydantic's messages.
 SHOULD_BE = "input should be "
 
 

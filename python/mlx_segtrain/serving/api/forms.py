@@ -291,7 +291,7 @@ class FieldRow(BaseModel):
     name: str
     title: str
     group: str | None = Field(
-        description="The section of the page's form that has this field, if any."
+        description="The section of the page's form that contains this field, if any."
     )
     type: str
     default: str
@@ -329,7 +329,7 @@ class AdapterFolder(BaseModel):
     base_model: str | None
     rank: int = Field(description="The largest rank.")
     size_bytes: int
-    best_loss: float | None = Field(description="The lowest validation loss of its run.")
+    best_loss: float | None = Field(description="The lowest validation loss of the adapter's run.")
 
 
 class AdaptersAnswer(Answer):

@@ -64,7 +64,7 @@ HEADERS = (
         b"font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'self'; "
         b"object-src 'none'; frame-ancestors 'none'",
     ),
-    (b"cache-control", b"no-cache"),  # otherwise a browser mixes files of two versions
+    (b"cache-control", b"no-cache"),  # otherwise a browser could mix two versions
 )
 
 
@@ -121,7 +121,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 if refused is None and message["status"] in REFUSALS:
-                    _log(scope, message["status"], "its answer says why")
+                    _log(scope, message["status"], "the response states the reason")
                 known = {name.lower() for name, _ in message.get("headers", ())}
                 added = [pair for pair in HEADERS if pair[0] not in known]
                 added.append((b"x-request-id", id.encode()))
@@ -185,12 +185,12 @@ class Guard:
         raise Refused(401, "this server requires a token: send Authorization: Bearer TOKEN.")
 
     def is_token(self, given: bytes) -> bool:
-        """Returns whether `given` is the token, in UTF-8. The comparison takes constant time."""
+        """Returns whether `given` is the token in UTF-8. The comparison takes constant time."""
         return hmac.compare_digest(given, (self.token or "").encode())
 
     async def slow_down(self) -> None:
         """Delays the response to a wrong token, which makes guessing slow. Raises Refused if too
-        many are waiting."""
+        many such responses are waiting."""
         if self.guesses.locked():
             raise Refused(429, "too many requests with a wrong token: try again later.")
         async with self.guesses:
@@ -263,7 +263,7 @@ class _Body:
         return message
 
     def let_go(self) -> None:
-        """Subtracts the body from the bytes that are counted as in memory."""
+        """Subtracts the body's size from the number of bytes in memory."""
         self._hold(0)
 
     def _hold(self, own: int) -> None:

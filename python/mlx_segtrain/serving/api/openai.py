@@ -34,7 +34,7 @@ class Unserved(InputError):
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Returns the error responses for the API's schema. Because of 4XX, FastAPI does not add
+    """Returns the error responses for the API's schema. The entry 4XX keeps FastAPI from adding
     422."""
     descriptions = {
         400: "a field that cannot be used, named in the message",
@@ -115,9 +115,9 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
         body.check()
         chosen = await _selected(service, base, body)
         answers = await Answers.begin(service.engine, chosen, body, id)
-    except RecursionError:  # a value that can be parsed cannot always be serialized
+    except RecursionError:  # some values can be parsed but not serialized
         raise InputError("the request is nested too deeply: flatten it.") from None
-    if isinstance(request, Json):  # frees the body: generating may take long
+    if isinstance(request, Json):  # frees the body: generation may take a while
         request.let_go()
         body.let_go()
     return answers, chosen

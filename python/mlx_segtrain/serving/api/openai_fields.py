@@ -1,4 +1,4 @@
-"""Fields from other servers' requests that this server does not implement.
+"""Fields of requests to other servers that this server does not implement.
 
 They are refused by name, because ignoring them would give a wrong result. A field may be null or
 have one of the values in these tables, because these have the same meaning as omitting the field.

@@ -118,7 +118,7 @@ TOP = 20
 
 
 def _few(values: Any) -> Any:
-    """Limits the number of entries before pydantic checks each of them."""
+    """Limits the number of entries before pydantic checks every entry."""
     if isinstance(values, Mapping) and len(values) > BIASES:
         raise ValueError(f"{len(values)} entries exceed the maximum of {BIASES}")
     return values
@@ -150,7 +150,7 @@ class Generate(Request):
     )
     adapters: str | None = Field(
         None,
-        description="the adapter, in mlx_lm.server's name for this field: an id, or the path "
+        description="the adapter, under mlx_lm.server's name for the field: an id, or the path "
         "of a mounted adapter",
     )
     lora_path: str | None = Field(None, description="SGLang's name for adapters")
@@ -200,12 +200,12 @@ class Generate(Request):
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="the format of the completion, in vLLM's field with more formats"
+        None, description="the format of the completion in vLLM's field, which has more formats"
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of a single request, whatever "
-        "else is running: slower, because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of the same request on "
+        "an idle server: slower, because it is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"
@@ -246,11 +246,11 @@ class Generate(Request):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the completion may need a grammar, which takes long to compile."""
+        """Whether the completion may need a grammar, which is slow to compile."""
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """Compiles the grammar that the completion must match, which may take long. Returns None if
+        """Compiles the grammar that the completion must match, which may be slow. Returns None if
         there is none."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
@@ -340,7 +340,7 @@ class ChatRequest(Generate):
         return [chosen.encode_chat(turns, self.chat_template_kwargs, self.for_template())]
 
     def for_template(self) -> list[dict[str, Any]]:
-        """Returns the tools in the form that the chat template takes."""
+        """Returns the tools in the form that the chat template expects."""
         return [] if self.tool_choice == "none" else tools_of.for_template(self.tools or [])
 
     @property
@@ -402,7 +402,7 @@ class CompletionRequest(Generate):
         None,
         ge=0,
         le=TOP,
-        description="return log-probabilities of the tokens and this many alternatives to each",
+        description="return log-probabilities of each token and of this many alternatives",
     )
     neutral = IN_COMPLETION
     most = 16
@@ -607,8 +607,8 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Returns the turns in the form that a chat template takes. Raises InputError for content that
-    is not text."""
+    """Returns the turns in the form that a chat template expects. Raises InputError for content
+    that is not text."""
     turns = []
     for i, message in enumerate(messages):
         where = f"messages.{i}"

@@ -73,7 +73,7 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields that chats also have mean the same as in a chat."""
+    """A request for a response. Fields that a chat also has mean the same here."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
@@ -198,7 +198,7 @@ def _id(kind: str) -> str:
 
 
 class Made:
-    """Builds a response while it is generated, and the events of its stream."""
+    """Builds a response and the events of its stream during generation."""
 
     def __init__(self, body: ResponseRequest, answers: Answers, model: str, adapter: str | None):
         self.items: list[dict[str, Any]] = []
@@ -319,9 +319,9 @@ class Made:
 
 @router.post("/v1/responses", response_model=Response, responses=RESPONSES)
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
-    """Generates a response, which has text and tool calls."""
+    """Generates a response with text and tool calls."""
     chat = body.as_chat()
-    body.input = ""  # frees it, because generating may take long
+    body.input = ""  # frees it, because generation may take a while
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:

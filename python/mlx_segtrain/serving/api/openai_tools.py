@@ -63,8 +63,8 @@ _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 
 def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """Returns tools in the form that a chat template takes. Raises InputError for fields without an
-    effect."""
+    """Returns tools in the form that a chat template expects. Raises InputError for fields that
+    would have no effect."""
     for i, tool in enumerate(tools):
         tool.refuse_extra(f"tools.{i}.")
         tool.function.refuse_extra(f"tools.{i}.function.")
@@ -72,7 +72,7 @@ def for_template(tools: Sequence[Tool]) -> list[dict[str, Any]]:
 
 
 def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
-    """Returns tool calls in the form that a chat template takes, with parsed arguments."""
+    """Returns tool calls in the form that a chat template expects, with parsed arguments."""
     found = []
     for i, call in enumerate(calls):
         try:
@@ -102,7 +102,7 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
 
 
 def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Returns the schema of a call of any of the tools. Tools that are not strict take any
+    """Returns the schema of a call of any of the tools. Tools that are not strict accept any
     arguments."""
     own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
     call, schemas = _call_of(own)
@@ -131,8 +131,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """Returns a schema whose references are relative to `root`, the schema's new place. `named`
-    says that the keys are names of schemas instead of keywords."""
+    """Returns a schema whose references are relative to `root`, the schema's new place. If `named`
+    is set, the keys are names of schemas, not keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):

@@ -84,7 +84,7 @@ async def login() -> HTMLResponse:
 
 @router.post("/login")
 async def check(guard: Used, token: Annotated[str, Form()] = "") -> Response:
-    """Checks the token. If it is right, the browser gets a session cookie instead."""
+    """Checks the token. If it is right, the browser receives a session cookie that replaces it."""
     if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
         try:
             await guard.slow_down()

@@ -22,7 +22,7 @@ class Patient(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         before = self.late
         super().data_received(data)
-        # While a head is incomplete, all data belongs to it, and the parser keeps the data.
+        # While a head is incomplete, all data belongs to it, and the parser buffers it.
         incomplete = self.late is not None and self.late is before
         self.unread = self.unread + len(data) if incomplete else 0
         if self.unread > HEAD_BYTES and not self.transport.is_closing():

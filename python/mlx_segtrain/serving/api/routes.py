@@ -37,8 +37,8 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """Reports that the server is up, with its version and its model. The status is 503 if it can no
-    longer generate."""
+    """Reports that the server is up, with its version and its model. The status is 503 if the
+    server can no longer generate."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
@@ -99,8 +99,8 @@ async def search(
     words: Annotated[str, Query(min_length=2, max_length=100)],
     kind: hub.Kind = "model",
 ) -> forms.HubAnswer:
-    """The models or data sets on the hub whose names contain these words. The most downloaded is
-    first. Downloads must be allowed."""
+    """The models or data sets on the hub whose names contain these words, most downloaded first.
+    Downloads must be allowed."""
     return forms.HubAnswer(found=await service.search(words, kind))
 
 
@@ -257,7 +257,7 @@ async def list_jobs(
         str | None, Query(description="The id of a job; only older jobs are listed.")
     ] = None,
 ) -> forms.JobsAnswer:
-    """Lists jobs without their configurations. The newest job is first."""
+    """Lists jobs without their configurations, newest first."""
     place = None if before is None else service.jobs.get(before).place
     rows = service.jobs.store.newest(limit, kind, place)
     more = rows[-1].id if len(rows) == limit else None
@@ -278,7 +278,7 @@ async def describe(id: str, body: forms.Description, service: Used) -> forms.Job
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
-    """Cancels a job. A training run keeps the last step that it has finished."""
+    """Cancels a job. A training run keeps its last completed step."""
     return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 

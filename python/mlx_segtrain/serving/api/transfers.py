@@ -186,7 +186,7 @@ async def _receive(
 
 
 async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[bytes]) -> int:
-    """Writes a file and returns its size in bytes. Raises InputError if the content does not fit
+    """Writes a file and returns its size in bytes. Raises InputError if the content does not match
     the name."""
     most = pushing.MOST_OF_ADAPTER if path.name == CONFIG else None
     with ExitStack() as written:
@@ -204,7 +204,7 @@ async def _write(service: Service, path: Path, kind: Kind, parts: AsyncIterator[
             with open(aside, "rb") as content:
                 await run_in_threadpool(pushing.check_content, path, content, "kept")
         _check_unused(service, path.parent, ADVICE)  # the upload may have taken an hour
-        await run_in_threadpool(written.close)  # this may take long on a slow disk
+        await run_in_threadpool(written.close)  # this may take a while on a slow disk
     return size
 
 
@@ -240,7 +240,7 @@ async def _archive_of(
     service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
 ) -> StreamingResponse:
     """Returns the archive of a folder below the roots. Its files are opened and checked in a thread
-    before the response starts. The archive holds a slot for transfers."""
+    before the response starts. The archive occupies a transfer slot."""
     with ExitStack() as held:
         held.enter_context(service.transfers.place())
 
@@ -253,8 +253,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A ZIP file of open files. When it ends, `held` is closed, which frees the files and a slot
-    for transfers. A client that reads too slowly is disconnected."""
+    """A response with a ZIP file of open files. When it ends, `held` is closed, which frees the
+    files and a transfer slot. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
@@ -292,7 +292,8 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """Yields the blocks of a ZIP file. It is not compressed, because weights do not get smaller."""
+    """Yields the blocks of a ZIP file. The files are not compressed, because compression does not
+    make weights smaller."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -304,7 +305,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes temporary files that a killed server has left."""
+    """Removes the temporary files of a killed server."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

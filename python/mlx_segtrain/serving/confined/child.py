@@ -31,17 +31,16 @@ Values = dict[str, Any]
 
 #: Maximum number of tokens in the rows that a report on a data set shows.
 SHOWN = 100_000
-#: Maximum number of characters in a token, because a completion could repeat only the longest
-#: token.
+#: Maximum number of characters in a token. A completion might consist only of the longest token.
 LONGEST_TOKEN = 2000
-#: Maximum factor by which the replacements of a decoder may make a text longer.
+#: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
 #: Maximum number of characters in an error message.
 LONGEST = 500
 
 
 class Child:
-    """The state of a process. A forked process keeps only the tokenizer that was loaded."""
+    """The state of a process. A forked process inherits only the loaded tokenizer."""
 
     def __init__(self, wire: socket.socket):
         self.wire = wire
@@ -200,8 +199,8 @@ def limit(seconds: float, memory: int) -> None:
 
 
 def main(file: str, store: str = "", *folders: str) -> None:
-    """Runs the process. `file` is the number of the socket; the other arguments are
-    opening.confined()."""
+    """Runs the process. `file` is the descriptor of the socket; the other arguments are the result
+    of opening.confined()."""
     for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
         resource.setrlimit(kind, (0, 0))
     # Ctrl-C in the terminal also reaches this process, but the server decides when the process

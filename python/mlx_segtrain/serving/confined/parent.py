@@ -74,13 +74,13 @@ class Failed(InputError):
 
 @dataclass(eq=False)
 class _Process:
-    """A process as its parent process sees it: a socket, and the command that is running."""
+    """The parent's view of a process: its socket, and the command that is running."""
 
     wire: socket.socket
     pid: int
     parent: _Process | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    begun: float = 0.0  #: when the process got its current command
+    begun: float = 0.0  #: when the process received its current command
     seconds: float = 1.0  #: the time limit of that command
     evicted: bool = False  #: whether it is being killed because too many commands are slow
 
@@ -268,7 +268,7 @@ class Confined:
             worst = max(running, key=lambda x: x.spent)
             worst.evicted = evict = len(running) > MOST_SLOW
         if evict:
-            # The thread that waits for this worker gets an error, and then kills the worker.
+            # The thread that waits for this worker receives an error, and then kills the worker.
             with suppress(OSError):
                 worst.wire.shutdown(socket.SHUT_RDWR)
 

@@ -195,7 +195,7 @@ class Engine:
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """Returns the completion of a prompt, piece by piece. It must be called in a running event
+        """Returns the completion of a prompt, piece by piece. Must be called in a running event
         loop.
 
         Raises InputError if the prompt is empty, is too long or has unknown tokens, and Busy if too
@@ -546,7 +546,7 @@ class Engine:
         """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
         are not kept."""
         if request.done and not request.options.deterministic and not self._job:
-            # The key is put before the tokens. If it were the cache's model name, it would never be
+            # The key precedes the tokens. If it were the cache's model name, it would never be
             # freed.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
@@ -647,8 +647,8 @@ class Engine:
 
 
 def _free() -> None:
-    """Returns free memory to the system. MLX keeps free memory for new arrays, and so does the C
-    library, as this package configures it (csrc/core/kernel.cpp)."""
+    """Returns free memory to the system. MLX and the C library (as configured in
+    csrc/core/kernel.cpp) keep free memory for new arrays."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # the C library has no such function

@@ -31,7 +31,8 @@ from .grammars import Grammars
 
 #: Maximum number of tokens in a prompt if the model's context length is not known.
 MOST_TOKENS = 1 << 20
-#: Maximum bytes of cached sums of adapters. The last sum is cached even if it is larger.
+#: Maximum size, in bytes, of the cached sums of adapters. The last sum is cached even if it is
+#: larger.
 MOST_SUM_BYTES = 1 << 30
 
 

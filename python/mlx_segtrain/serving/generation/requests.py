@@ -22,7 +22,7 @@ class Request(Answer):
         self.number = next(_numbers)
         self.asked = self.since = (
             time.monotonic()
-        )  #: `since` is when its waiting or its turn started
+        )  #: `since` is the time when the request began to wait, or when its turn began
 
     def give(self, piece: Piece) -> None:
         self.outbox.put(piece)

@@ -1,7 +1,7 @@
 """A job's log. The job's process writes one event per line, and readers can start at any offset.
 
-The id of an event is the offset of the end of its line. The writing process holds a lock on a file
-next to the log for as long as the process lives.
+The id of an event is the offset of the end of its line. While the writing process runs, it holds a
+lock on a file next to the log.
 """
 
 import json
@@ -18,9 +18,9 @@ from ...files import lock, private, to_json
 BLOCK = 1 << 16
 #: Maximum bytes of a line that are shown.
 LONGEST = 1 << 16
-#: Maximum bytes of a line for it to be cached for other readers.
+#: Maximum size in bytes of a line that is cached for other readers.
 SHORT = 1 << 11
-#: The types of event with which an attempt at a job ends.
+#: The types of events that end an attempt at a job.
 LAST = ("done", "failed", "cancelled")
 
 
@@ -46,7 +46,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
     """Returns some of the events after an offset, as (id, JSON), and the offset at which they end.
 
-    `ended` says that nothing more will be written, so that an incomplete last line counts too.
+    If `ended` is set, nothing more will be written, so an incomplete last line counts as well.
     """
     try:
         with open(path, "rb") as file:
@@ -90,8 +90,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 
 
 def last(path: Path, begins: int) -> Event | None:
-    """Returns the last event of the attempt whose events start at the offset `begins`, or None if
-    the attempt has no such event."""
+    """Returns the event that ended the attempt whose events start at the offset `begins`, or None
+    if the attempt has no such event."""
     with suppress(FileNotFoundError):  # a process prints little after its last event
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
@@ -123,7 +123,7 @@ def open_end(path: Path) -> int:
 
 
 def _end_line(file: int) -> None:
-    """Adds the end of an incomplete last line, which a killed process may have left."""
+    """Adds a line break to an incomplete last line, which a killed process may have written."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")

@@ -2,8 +2,8 @@
 events.
 
 The processes are this one (worker.py), mlx.launch (launcher.py) and the ranks (rank.py). Rank 0 is
-on this machine. A signal to this process goes to rank 0, and all ranks end after the same step. If
-this process or mlx.launch ends, so do all ranks.
+on this machine. A signal to this process is forwarded to rank 0, and all ranks end after the same
+step. If this process or mlx.launch ends, so do all ranks.
 """
 
 import json
@@ -115,7 +115,7 @@ class Group:
         elif kind == "end":
             self.ends[event["rank"]] = event["event"]
         elif kind == "log":
-            print(event["line"])  # the limit on the log is that of the job, not of each rank
+            print(event["line"])  # the log's limit is per job, not per rank
         else:
             tell(event)
 
@@ -138,7 +138,7 @@ class Group:
     @property
     def end(self) -> events.Event:
         """The last event of the job, once all ranks have ended. It is the last event of the lowest
-        rank, because all ranks that remain report which rank was lost."""
+        rank, because all remaining ranks report which rank was lost."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Values = dict[str, Any]
 #: Minimum seconds between two events about the current step of a run.
 STEP_S = 2.0
-#: The commit in the name of a data set on the hub, when the name is pinned.
+#: Matches the commit in the pinned name of a data set on the hub.
 COMMIT = re.compile("@[0-9a-f]{40}")
 #: Environment variables that connections to the hub need.
 HUB = ("HF_*", "HUGGING_FACE_HUB_TOKEN", *NETWORK)
@@ -42,10 +42,10 @@ class JobKind:
     title: str  #: the kind in words
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
-    computes: bool = False  #: whether it needs the accelerator, which only one job has at a time
+    computes: bool = False  #: whether it needs the accelerator, which one job at a time can use
     variables: tuple[str, ...] = ()  #: additional environment variables
     measures: bool = False  #: whether it measures a method's loss or reward
-    trains: bool = False  #: whether it saves its state when it gets a signal, and can be resumed
+    trains: bool = False  #: whether it saves its state after a signal, and can be resumed
     folders: tuple[str, ...] = ()  #: names of values that are existing folders, or lists of them
     makes: str | None = None  #: the kind of its output_dir (outputs.py)
     check: Callable[[Values], None] = lambda values: None  #: raises InputError to refuse the job
@@ -73,7 +73,7 @@ def finetune(values: Values) -> events.Event:
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
-        if event["type"] not in ("started", "done", "failed"):  # the job sends its own
+        if event["type"] not in ("started", "done", "failed"):  # the job sends its own such events
             tell(event)
 
     begin = told = time.monotonic()
@@ -266,8 +266,8 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind of job with this name. A kind that is unknown, because a newer version added
-    it, cannot be run."""
+    """Returns the kind of job with this name. An unknown kind, which a newer version added, cannot
+    be run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

@@ -1,12 +1,12 @@
 """Runs mlx.launch for a job with several ranks (group.py): main(WATCHED, *ARGUMENTS).
 
-mlx.launch does not end the ranks if it is killed, or if the job's process is. So mlx.launch runs in
-one process group with its local ranks, and the group ends when the pipe WATCHED is closed, whose
-other end the job's process holds.
+mlx.launch does not end the ranks if mlx.launch or the job's process is killed. Therefore mlx.launch
+and its local ranks form a process group, which ends when the pipe WATCHED to the job's process is
+closed.
 
 mlx.launch calls `select` to wait until a rank has output or its stdin can be written. The latter is
-always true, so its threads would not wait at all, and each would take a whole core during the run.
-We replace `select` by a function that waits only for output.
+always true, so its threads would never wait, and each would occupy a core during the run. We
+replace `select` by a function that waits only for output.
 """
 
 import os
@@ -18,7 +18,7 @@ from select import select
 
 from mlx._distributed_utils import launch
 
-#: Maximum seconds before input for the ranks is passed on.
+#: Maximum delay of input for the ranks, in seconds.
 INPUT_S = 0.05
 
 

@@ -10,7 +10,7 @@ from ...training.contents import check_own
 from ..roots import Roots
 from .queue import Jobs
 
-#: Folders in the store that hold outputs.
+#: Folders in the store that contain outputs.
 OUTPUTS = ("adapters", "exports", "models")
 
 
@@ -21,8 +21,8 @@ class Outputs:
         self.store, self.roots, self.jobs = store.resolve(), roots, jobs
 
     def check_run(self, config: TrainConfig) -> None:
-        """Raises InputError unless the run's folder is new, or has an earlier run whose files the
-        new run may remove."""
+        """Raises InputError unless the run's folder is new, or contains an earlier run whose files
+        the new run may remove."""
         path = config.adapter_path
         self._check_place(path)
         store = self.store
@@ -43,7 +43,7 @@ class Outputs:
             check_own(path)
         except InputError as error:
             raise InputError(
-                f"adapter_path {path} exists and does not hold a run: choose another folder. "
+                f"adapter_path {path} exists and does not contain a run: choose another folder. "
                 f"{error}",
                 field="adapter_path",
             ) from None

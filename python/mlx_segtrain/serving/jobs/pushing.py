@@ -95,7 +95,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Yields the files to send, open and checked, by name. `done` is the verb in error messages.
+    """Yields the files to send, open and checked, by name. `done` is the participle in error
+    messages.
 
     Raises InputError if a file's content does not match its name, or if the folder contains a model
     although `models` is false.
@@ -115,12 +116,12 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
     if adapter or GGUF in there:
         wanted = (*OF_ADAPTER, *ABOUT)
     elif not models:
-        raise InputError(f"{folder} holds no adapter: specify the folder of an adapter.")
+        raise InputError(f"{folder} contains no adapter: specify the folder of an adapter.")
     elif MODEL_CONFIG in there and weights:
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
         raise InputError(
-            f"{folder} holds neither an adapter nor a model: only their files can be pushed."
+            f"{folder} contains neither an adapter nor a model: only their files can be pushed."
         )
     return sorted(set(wanted) & set(there))
 

@@ -1,9 +1,9 @@
 """The queue of jobs: starts them, follows their events, and notices how they end.
 
 Each job is a process (worker.py) in its own session. It writes its log, and holds the log's lock
-while it lives (eventlog.py). So when a server starts, the logs show what happened to its jobs: a
-job whose log is locked is running, a job whose log has a last event has ended, and any other job
-was killed. Jobs that need the accelerator run one at a time, in the order of the queue.
+while it runs (eventlog.py). Therefore, when a server starts, the logs show what happened to its
+jobs: a job whose log is locked is running, a job whose log has a last event has ended, and any
+other job was killed. Jobs that need the accelerator run one at a time, in the order of the queue.
 """
 
 import asyncio
@@ -80,8 +80,8 @@ class Jobs:
         roots: Sequence[Path] = (),
         hosts: Hosts | None = None,
     ):
-        """`check` raises InputError for a configuration that must not run. `roots` are folders: no
-        link below them may lead a job out of them. `hosts` are the hosts for a job's ranks."""
+        """`check` raises InputError for a configuration that must not run. `roots` are folders:
+        jobs must not follow links out of them. `hosts` are the hosts for a job's ranks."""
         self.check, self.roots, self.folder = check, roots, folder
         self.hosts = hosts or local(1)
         self.logs = folder / "jobs"
@@ -163,8 +163,8 @@ class Jobs:
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Cancels a job, which may take a while to end. A training run keeps the last step that it
-        has finished.
+        """Cancels a job, which may take a while to end. A training run keeps its last completed
+        step.
 
         If it is called again after two seconds, the job does not finish its step. If it is called
         again KILLED_AFTER_S seconds after the first call, the process is killed. Raises Conflict if
@@ -284,7 +284,7 @@ class Jobs:
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)
-                # This happens before the process starts, so that the store knows every process.
+                # This happens before the process starts, so that the store lists every process.
                 begins = os.fstat(log).st_size
                 state = {"status": "running", "started_at": clock(), "message": None}
                 self.store.update(row.id, **state, begins=begins)
@@ -311,8 +311,7 @@ class Jobs:
         task.add_done_callback(self.monitors.discard)
 
     async def _monitor(self, id: str) -> None:
-        """Follows a job until it ends, and then starts the next one. After an error it tries
-        again."""
+        """Follows a job until it ends, and then starts the next one. Retries after an error."""
         after = self.get(id).begins
         while id in self.live:
             try:
@@ -381,7 +380,7 @@ class Jobs:
             self.store.update(id, cancelling=SIGNALLED)
 
     def _say_end(self, id: str, event: Event) -> None:
-        """Ends a job whose log has no last event, because it has not started or was killed."""
+        """Appends the missing last event to the log of a job that did not start or was killed."""
         eventlog.append(self.log(id), event)
         self._end(id, event)
 
@@ -399,8 +398,8 @@ class Jobs:
 
 
 def _text(value: Any) -> str | None:
-    """Returns a text from an event in a form that the database takes: valid UTF-8, and not too
-    long."""
+    """Returns a text from an event in a form that the database accepts: valid UTF-8 of limited
+    length."""
     if not isinstance(value, str):
         return None
     return value.encode("utf-8", "replace").decode()[:LONGEST_TEXT]

@@ -45,8 +45,8 @@ def _given() -> dict[str, Any]:
 
 
 def share_memory(values: dict[str, Any], ranks: int) -> None:
-    """Limits a run's memory to a rank's share, if several ranks of a host have the same memory.
-    With CUDA, each has a GPU."""
+    """Limits a run's memory to a rank's share if the ranks of a host share its memory. With CUDA,
+    each rank has its own GPU."""
     unset = values.get("memory_budget_gb") is None  # a client may also send null
     if unset and ranks > 1 and not mx.cuda.is_available():
         values["memory_budget_gb"] = budget_bytes() / 1e9 / ranks

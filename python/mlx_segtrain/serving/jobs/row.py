@@ -1,4 +1,4 @@
-"""A job, in the form in which it is stored."""
+"""A job, as it is stored in the database."""
 
 import json
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ ENDED = ("done", "failed", "cancelled")
 class RankFigures(BaseModel):
     """The figures of a rank: means per step since the previous report, and its memory."""
 
-    busy_s: float = Field(description="Seconds in which it worked.")
-    waited_s: float = Field(description="Seconds in which it waited for other ranks.")
-    tokens_per_sec: float = Field(description="Its speed while it worked.")
+    busy_s: float = Field(description="Seconds during which the rank worked.")
+    waited_s: float = Field(description="Seconds during which the rank waited for others.")
+    tokens_per_sec: float = Field(description="The rank's speed while it worked.")
     peak_gb: float
     active_gb: float
 

@@ -58,7 +58,7 @@ class Store:
     def __init__(self, file: Path):
         make_folder(file.parent)
         try:
-            with open(file, "ab", opener=private):  # SQLite's journals get the same mode
+            with open(file, "ab", opener=private):  # SQLite's journals inherit this mode
                 file.chmod(0o600)
             self.connection = sqlite3.connect(file, isolation_level=None)
             self.connection.execute("PRAGMA journal_mode=WAL")

@@ -1,12 +1,12 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
-FILE has the job's configuration and the folders that it may read. LOCK is the descriptor of a lock
-file, which stays locked for as long as the process lives. A job with several ranks runs in other
+FILE contains the job's configuration and the folders that it may read. LOCK is the descriptor of a
+lock file, which stays locked while the process runs. A job with several ranks runs in other
 processes, which this process starts and follows (group.py).
 
 The process writes events to stdout, one per line, and writes the first event before it imports
-large packages. The server may have ended by then. Lines that libraries print become events of type
-log, because a file that they read could contain lines that look like our events.
+large packages. The server may end before this process. Lines that libraries print become events of
+type log, because a file that they read could contain lines that look like our events.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: Maximum number of printed characters that are logged: in a line, and by a job.
+#: Maximum number of printed characters that are logged per line and per job.
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -82,7 +82,7 @@ def _run(kind: str, file: Path) -> events.Event:
 
 
 def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job in this process, which from then on can only read below the roots."""
+    """Runs a job in this process, which can then only read below the roots."""
     if given["roots"]:
         confine(Roots(map(Path, given["roots"]), Path(given["store"])))
     return kind_of(kind).run(given["values"])
@@ -100,7 +100,7 @@ def last_event(run: Callable[[], events.Event]) -> events.Event:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        # This is a bug: the log gets the traceback, and the client gets one sentence.
+        # This is a bug: the traceback is logged, and the client receives one sentence.
         import traceback
 
         traceback.print_exc()

@@ -14,7 +14,7 @@ const DTYPES = ["float32", "bfloat16", "float16"].map((name) => [name, name]);
 const TYPES = [["", "same as base (default)"], ...DTYPES];
 const GGUF = ["gguf", "GGUF, for llama.cpp"];
 const FORMATS = [["peft", "Hugging Face PEFT"], ["mlx-lm", "mlx-lm"], GGUF];
-// Milliseconds after which a job counts as accepted: some requests are answered when the job ends.
+// Milliseconds after which a job counts as accepted: some requests are answered only when the job ends.
 const REFUSED = 400;
 
 // Returns the actions for the adapter of a finished run; `values` is its configuration, `schema`
@@ -53,7 +53,7 @@ export default async function after(row, values, schema) {
   // A field for the output folder of a job, and a function that returns its value.
   function folder(kind) {
     const control = input(`a new folder in the server's store (${kind})`);
-    const element = field("Folder to write", control, { kind: "across" });
+    const element = field("Output folder", control, { kind: "across" });
     return [element, () => control.value.trim() || null];
   }
 

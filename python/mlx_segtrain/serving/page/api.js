@@ -33,7 +33,7 @@ async function request(path, body, more = {}) {
 // Returns the JSON of a route; a body is posted.
 export const api = async (path, body, more) => (await request(path, body, more)).json();
 
-// Uploads a file; `tell` gets the fraction that has been sent. fetch does not report it, so this uses XMLHttpRequest.
+// Uploads a file; `tell` receives the fraction sent, which only XMLHttpRequest reports (fetch does not).
 export function upload(path, file, tell) {
   return new Promise((done, failed) => {
     const sent = new XMLHttpRequest();
@@ -69,7 +69,7 @@ export function every(seconds, ask, { unseen = false } = {}) {
   return look;
 }
 
-// Passes the events of a job, from a place in its log on, to `take` until the job has ended; returns a function that
+// Passes the events of a job to `take`, from an offset in its log until the job has ended; returns a function that
 // stops this. A browser allows only a few connections to a server, so a hidden page closes its connection.
 export function follow(id, place, take, ended) {
   let source;

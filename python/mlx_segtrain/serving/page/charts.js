@@ -6,7 +6,7 @@ import { save } from "./text.js";
 export const COLORS = [1, 2, 3, 4, 5, 6].map((i) => `var(--line-${i})`);
 // These dashes distinguish the lines for people who cannot distinguish the colours.
 export const DASHES = ["", "6 4"];
-// Maximum number of points of a marked line that are drawn as points.
+// The points of a marked line are drawn if there are at most this many.
 const FEW = 60;
 const { uPlot } = globalThis;
 const shown = new Set(); // functions that redraw charts when the theme changes
@@ -35,7 +35,7 @@ export function smoothed(points, share) {
 const inWords = (value, digits = 6) =>
   value.toLocaleString("en-US", { maximumSignificantDigits: digits });
 
-// Returns round limits for an axis that are not inside the earlier ones, so that it does not jump.
+// Returns round limits for an axis. They include the earlier limits, so that the axis does not jump.
 function rounded(low, high, before) {
   const room = low === high ? Math.abs(low || 1) / 10 : 0;
   let [least, most] = [low - room, high + room];
@@ -172,7 +172,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
     return at;
   }
 
-  // Shows the values at the cursor in the tip, and returns them.
+  // Shows the values at the cursor in the tooltip, and returns them.
   function point(self) {
     const at = self.cursor.idx;
     tip.hidden = at == null || self.cursor.left < 0;

@@ -17,8 +17,8 @@ const SAMPLING = [
   ["temperature", "Temperature", "0", "0 is greedy decoding."],
   ["max_tokens", "Max tokens", "256", "Maximum length of an answer."],
   ["top_p", "Top p", "1", "Samples from the most likely tokens that together have this probability."],
-  ["top_k", "Top k", "0", "Samples from this number of most likely tokens; 0: all of them."],
-  ["min_p", "Min p", "0", "Leaves out tokens whose probability is below this fraction of the most likely one's."],
+  ["top_k", "Top k", "0", "Samples from this many of the most likely tokens; 0: from all."],
+  ["min_p", "Min p", "0", "Leaves out tokens whose probability is below this fraction of the most likely token's."],
   ["repetition_penalty", "Repetition penalty", "1", "Values above 1 make repetition less likely."],
   ["seed", "Seed", "", "The same seed gives the same answer."],
 ];
@@ -207,7 +207,7 @@ export default async function chatPage(main) {
     prompt.form.requestSubmit();
   }
 
-  // Returns the sampling options for the API. Shows what is wrong at the field, and throws.
+  // Returns the sampling options for the API. Shows an error at its field, and throws.
   function settings() {
     const own = { max_tokens: 256, temperature: 0 };
     for (const { name, own: control, complain, reveal } of sampling) {
@@ -215,7 +215,7 @@ export default async function chatPage(main) {
       if (!text) continue;
       own[name] = Number(text);
       if (Number.isFinite(own[name])) continue;
-      complain("Give a number.");
+      complain("Enter a number.");
       reveal();
       throw new Error("");
     }
@@ -299,7 +299,7 @@ export default async function chatPage(main) {
         say(`${counted(made, "token")}, ${fixed(speed, 1)} tokens/s`);
       }
     } catch (error) {
-      // The number of tokens is not known, because a piece may have several.
+      // The number of tokens is not known, because a piece may contain several.
       if (signal.aborted) say(`stopped after ${counted(pieces, "piece")}`);
       throw error;
     } finally {

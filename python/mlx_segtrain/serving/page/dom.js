@@ -65,12 +65,12 @@ export const button = (content, onclick, kind = "") =>
 
 export const link = (content, href) => h("a.link", { href }, content);
 
-// Says what to do if a list is empty, with buttons for that.
+// Says what to do about an empty list, with buttons.
 export const empty = (content, ...actions) => (actions.length
   ? h("div.stack", h("p.empty", content), h("div.actions", actions))
   : h("p.empty", content));
 
-// A button for choosing files with these extensions; `take` gets them.
+// A button for choosing files with these extensions; `take` receives the files.
 export function picker(content, take, { accept = "", several = false } = {}) {
   const input = h("input", { type: "file", accept, multiple: several, hidden: true,
     "aria-label": content, tabindex: -1, onchange: () => {
@@ -134,7 +134,7 @@ export const expansion = (title, caption, content, group = null) =>
   h("details", { name: group },
     h("summary", { role: "button" }, h("span", title), h("span.small.muted", caption)), content);
 
-// Runs an action; if it throws, shows the error in an element. Returns whether it has succeeded.
+// Runs an action; if it throws, shows the error in an element. Returns whether the action succeeded.
 export async function attempt(problem, act) {
   show(problem);
   try {
@@ -167,7 +167,7 @@ export function dialog(title, fields, action, save) {
     h("div.actions.end", button("Cancel", () => own.close()), button(action, null, "primary"))));
 }
 
-// Asks before an action that cannot be undone.
+// Asks for confirmation before an action that cannot be undone.
 export function confirm(question, detail, action) {
   const own = modal(question, h("p", detail), h("div.actions.end",
     button("Keep it", () => own.close()),
@@ -208,8 +208,8 @@ export const select = (pairs, onchange = () => {}) =>
   h("select", { onchange }, pairs.map(([value, text]) => h("option", { value }, text)));
 
 // An input with a list of options, filtered by the typed words. `value` is null if no option is chosen. A text that
-// matches `takes` can also be chosen; `called` describes it. `seek` returns more options for the typed words, a
-// while after the last key; its errors are shown below the input.
+// matches `takes` can also be chosen; `called` describes it. `seek` returns more options for the typed words, shortly
+// after the last key; its errors are shown below the input.
 export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "", seek = null) {
   const list = h("ul.options", { role: "listbox", id: unique("list"), hidden: true,
     onmousedown: (event) => event.preventDefault() }); // the focus stays
@@ -266,7 +266,7 @@ export function combobox(onchange = () => {}, takes = /(?!)/, called = () => "",
     if (words === null) input.select();
     mark(Math.max(0, found.findIndex(([value]) => value === self.value)));
   }
-  // Searches after the typing has paused; shows the results unless other words were typed meanwhile.
+  // Searches when the user pauses; drops the results if other words have been typed meanwhile.
   function later(words) {
     clearTimeout(timer);
     told.textContent = "";

@@ -37,7 +37,7 @@ class Field {
     Object.assign(this, labelled(row.title, this.control, { about, key: row.name, kind }));
   }
 
-  // Shows the field if it has an effect with the method, with the method's default.
+  // Shows the field, with the method's default, if it has an effect with the method.
   suit(method) {
     const { row, control, words } = this;
     this.shown = !row.methods.length || row.methods.includes(method);
@@ -72,7 +72,7 @@ class Field {
     return NUMBER.test(text) ? Number(text) : text;
   }
 
-  // The fault of the loaded value, until it is changed.
+  // The fault of the loaded value, until the value is changed.
   get fault() {
     const [value, message] = this.wrong ?? [];
     return value === this.control.value ? message ?? "" : "";
@@ -88,7 +88,7 @@ class Field {
   }
 }
 
-// The default of a field with a method, in words.
+// A field's default with a method, in words.
 export const standardOf = (row, method) => row.defaults[method] ?? row.default;
 
 // All settings except model and data, from the answer of /api/finetune/defaults.
@@ -175,7 +175,7 @@ export class Form {
     this.complain(null);
   }
 
-  // Shows a problem at its field, which is returned if there is one; null removes the last problem.
+  // Shows a problem at its field, and returns the field if there is one; null removes the last problem.
   complain(problem) {
     const own = this.fields[problem?.field];
     Object.values(this.fields).forEach((x) => x.complain(x === own ? problem.message : x.fault));

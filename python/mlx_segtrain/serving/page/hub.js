@@ -37,7 +37,7 @@ export async function download(place, name, kind) {
   return job;
 }
 
-// A button that downloads a name on the hub; `ended` gets the finished job.
+// A button that downloads a name on the hub; `ended` receives the finished job.
 export function offer(name, kind, ended) {
   const place = h("div.stack");
   function ask(...said) {
@@ -58,8 +58,8 @@ export function offer(name, kind, ended) {
 
 const bar = (share) => meter(share, { role: "img", "aria-label": percent(share) });
 
-// Uploads files, pairs of [file, name on the server], into a folder of the server's store, and returns its path.
-// If the folder already has such files, tries other names.
+// Uploads files, pairs of [file, name on the server], into a folder of the server's store, and returns the folder's
+// path. If the folder already contains such files, tries other names.
 export async function sendAll(place, kind, wanted, files) {
   const clean = wanted.replace(/[^\w.-]+/g, "-").replace(/^[^A-Za-z0-9]+/, "").slice(0, 56) || kind;
   for (let n = 1; ; n++) {
@@ -72,7 +72,7 @@ export async function sendAll(place, kind, wanted, files) {
   }
 }
 
-// Uploads files into the folder `name`. If one is refused, deletes the ones before it.
+// Uploads files into the folder `name`. If one is refused, deletes those already uploaded.
 export async function send(place, kind, name, files) {
   let path = null;
   const sent = [];

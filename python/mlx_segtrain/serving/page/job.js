@@ -176,7 +176,7 @@ export default async function jobPage(main, id) {
     if (await confirm("Delete this job?", said, "Delete the job")) act("", "DELETE");
   }
 
-  // Explains a failure, and offers the buttons that help.
+  // Explains a failure, and offers buttons that may help.
   function help() {
     const change = trains && button("Change the settings", () => location.assign(like()), "primary");
     const less = trains &&
@@ -281,7 +281,7 @@ export default async function jobPage(main, id) {
       h("p.small.muted", `Memory on ${device.name}: ${words}`));
   }
 
-  // Shows what each process of a run has last reported.
+  // Shows the last report of each process of a run.
   function showRanks() {
     const { ranks: own, slowest, skew_s } = run.train;
     if (!Array.isArray(own)) return;
@@ -289,7 +289,7 @@ export default async function jobPage(main, id) {
     const rows = own.map((x, i) => h("tr", h("td", `Rank ${i}`),
       [count(x.tokens_per_sec), seconds(x.busy_s), seconds(x.waited_s), gb(x.peak_gb)].map((text) =>
         h("td", text))));
-    const names = ["Process", "Tokens/s", "Works, per step", "Waits, per step", "Peak memory"];
+    const names = ["Process", "Tokens/s", "Work per step", "Wait per step", "Peak memory"];
     show(ranks, card("Ranks", h("p", `Rank ${slowest} is the slowest: the others wait for it. Its work ` +
       `takes ${seconds(skew_s)} longer per step than that of the fastest.`),
     h("div.scroll", table("", "Figures of each rank", names, rows))));

@@ -76,7 +76,7 @@ export default async function jobsPage(main) {
     const ids = all().map((row) => [row.id, row.name, row.tags].join()).join();
     if (ids !== listed) {
       const start = h("a.button.primary", { href: "/finetune" }, "New run");
-      const title = "All jobs, the newest first";
+      const title = "All jobs, newest first";
       show(list, all().length ? table("folds", title, COLUMNS, all().map(rowOf))
         : empty("No job yet.", start));
     }

@@ -96,7 +96,7 @@ export default async function library(main) {
     const bring = h("form.row-line", { novalidate: true, onsubmit: (event) => {
       event.preventDefault();
       fails(async () => {
-        if (!own.name.test(name.value.trim())) throw new Error("Give a name on the hub, such as org/name.");
+        if (!own.name.test(name.value.trim())) throw new Error("Enter a name on the hub, such as org/name.");
         await download(own.moved, name.value.trim(), own.hub);
       })();
     } }, field("Name on the Hugging Face hub", name), button("Download", null));

@@ -59,7 +59,7 @@ async function tellEnd(id) {
   const said = `${job.title} ${job.status}: ${job.name}`;
   if (!here) toast(said, `/finetune/job/${id}`);
   if (!wanted() || !document.hidden) return;
-  // Because of the tag, the browser shows only one notification if several pages are open.
+  // With a tag, the browser shows only one notification even if several pages are open.
   const told = new Notification(said, { tag: id, body: job.error ?? "" });
   told.onclick = () => (window.focus(), location.assign(`/finetune/job/${id}`));
 }

@@ -39,7 +39,7 @@ export function compared(before, after, unit = "") {
 export const broken = ({ status }) => ["failed", "cancelled"].includes(status);
 export const ended = (row) => row.status === "done" || broken(row);
 
-// The name of a job's measure, and a value of it with its unit.
+// The name of a job's measure, and its formatted value with the unit.
 export const judged = ({ rewarded }) => (rewarded ? "reward" : "loss");
 const valued = (row, value) => fixed(value) + (row.rewarded || !row.loss_unit ? "" : ` ${row.loss_unit}`);
 

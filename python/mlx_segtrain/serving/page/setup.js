@@ -289,7 +289,7 @@ export default async function setup(main) {
     start.disabled = true;
     try {
       const { data_dir, ...rest } = values();
-      await api("/api/finetune/plan", rest); // otherwise the job would only fail some time later
+      await api("/api/finetune/plan", rest); // otherwise the job would fail later
       const { job_id } = await api("/api/finetune/submit", run());
       const label = name.value.trim();
       if (label) await api(`/api/jobs/${job_id}`, { label }, { method: "PATCH" });
@@ -346,7 +346,7 @@ export default async function setup(main) {
       card("Start", labelled("Name of the run", name).element, state.ranks > 1 && ranksField.element,
         problem, start, copies(run)))));
 
-  // Initial values: those of an earlier run, of the address, or the only model.
+  // Initial values: from an earlier run or the address, or the only model.
   const only = (all) => (all.length === 1 ? all[0].path : null);
   if (earlier?.job.trains) {
     const own = JSON.parse(earlier.job.config_json);

@@ -43,7 +43,7 @@ export function duration(seconds) {
   return `${hours}${SPACE}h${SPACE}${two(minutes % 60)}${SPACE}min`;
 }
 
-// Returns the seconds since a time in a row, which is in UTC.
+// Returns the seconds since a time in UTC, as stored in a job's row.
 const since = (time) => (now() - Date.parse(`${time.replace(" ", "T")}Z`)) / 1000;
 
 export function ago(time) {
