@@ -60,10 +60,11 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: more completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing, the engine pauses after each round for REST seconds per second of the
-#: round. During the pause, only the job uses the device; during the round, both share it. With
-#: rounds of up to 0.1 s, the job's steps take 1 / (1 - 0.5 / 2.5) = 1.25 times as long as without
-#: the engine. A pause has a maximum length, so that no completion stalls.
-REST, LONGEST_REST_S = 1.5, 0.15
+#: round. On a GPU, a job makes no progress during a round, because the two processes take turns and
+#: a step often waits for a result (bench/LOG.md, 2026-12-01). Its steps therefore take
+#: 1 + 1 / REST = 1.2 times as long as without the engine. A pause has a maximum length, so that no
+#: completion stalls.
+REST, LONGEST_REST_S = 5.0, 0.15
 #: Maximum number of mounted adapters, and maximum bytes of all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
@@ -418,6 +419,8 @@ class Engine:
     def _read_prompts(self) -> None:
         """Computes prompts in order of arrival. Requests whose prompts are done join a batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
+        if self._job:  # the pause after a longer round would be too short
+            most = LONGEST_REST_S / REST
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
             try:
