@@ -241,6 +241,8 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
 SCRIPT = """
 import sys
 from pathlib import Path
+from mlx_segtrain.torchless import hide_torch
+hide_torch()
 from mlx_segtrain.data import Options, cache, limits, load_dataset
 from mlx_segtrain.models import load_tokenizer
 cache.SMALL = cache.LARGE = 0
