@@ -27,7 +27,7 @@ from mlx_segtrain.adapters.writing import About
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.lora.folder import PEFT_WEIGHTS
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import chain_of, load_base, load_model
 
 pytestmark = pytest.mark.acceptance
 
@@ -125,8 +125,8 @@ TEXT = [[1, 504, 3575, 282, 4649, 314]]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, and the PEFT export
-    of the adapter."""
+    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, the PEFT export of
+    the adapter, and our logits with the adapter."""
     place = tmp_path_factory.mktemp("smollm2")
     model_dir = snapshot.smollm2_snapshot(cache_dir())
     rows = write_rows(place / "data", 8)
@@ -138,7 +138,8 @@ def smollm2(tmp_path_factory):
         done = export(place / name, place / f"{name} peft", "peft")
         assert done.difference <= 1e-6 * done.update
         assert done.linears == (4 if "num_layers" in SMOLLM2[name] else 210)
-        return model_dir, place / name, place / f"{name} peft"
+        ours = mlx_segtrain.load(model_dir, place / name)[0](mx.array(TEXT))
+        return model_dir, place / name, place / f"{name} peft", ours
 
     return functools.cache(make)
 
@@ -147,14 +148,13 @@ def smollm2(tmp_path_factory):
 def plain():
     """Returns SmolLM2's logits without an adapter."""
     model_dir = snapshot.smollm2_snapshot(cache_dir())
-    return mlx_segtrain.load(model_dir)[0](mx.array(TEXT))
+    return load_model(model_dir)[0](mx.array(TEXT))
 
 
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2, plain):
-    model_dir, folder, _ = smollm2(name)
+    model_dir, folder, _, ours = smollm2(name)
     tokens = mx.array(TEXT)
-    ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
     assert mx.abs(ours - plain).max() > 1e-2
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(folder))
     stock.update(tree_map(lambda x: in_float32(x), stock.parameters()))
@@ -163,8 +163,7 @@ def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2, plain):
 
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_an_adapter_of_smollm2_loads_in_peft(name, hf, smollm2):
-    model_dir, folder, exported = smollm2(name)
-    ours = mlx_segtrain.load(model_dir, folder)[0](mx.array(TEXT))
+    model_dir, _, exported, ours = smollm2(name)
     assert_close("PEFT", peft_logits(hf, model_dir, exported, TEXT), ours, 1e-4)
 
 
