@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
+from lib import forks
 from lib.folders import write_tokenizer
 from mlx_segtrain import files as kept_files
 from mlx_segtrain.commands.main import main
@@ -75,6 +76,12 @@ def processes(monkeypatch):
     """Makes two processes tokenize even small data."""
     monkeypatch.setattr(cache, "LARGE", 0)
     monkeypatch.setattr(cache, "cores", lambda: 2)
+
+
+@pytest.fixture
+def forked(processes, monkeypatch):
+    """Does the same as `processes`, with forks, which need not import the tokenizer's packages."""
+    monkeypatch.setattr(workers.processes, "start_connected", forks.start_connected)
 
 
 def write(folder, rows, name="train.jsonl"):
@@ -310,7 +317,7 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
 
 
 @pytest.mark.acceptance
-def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
+def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, forked):
     rows = rows_of("messages", 200)
     rows[150], rows[60], rows[20] = {"messages": 3}, {"messages": 4}, {"other": 1}
     data = write(tmp_path / "data", rows)

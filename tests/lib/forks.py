@@ -2,10 +2,13 @@
 5 s."""
 
 import functools
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,3 +52,19 @@ def processes() -> Any:
         first.join()
     assert first.exitcode == 0
     return found
+
+
+def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connection, Any]:
+    """Does the same as the package's start_connected, in a fork instead of a new process. Of Popen,
+    the second value has only what starting modules call."""
+    wire, theirs = Pipe()
+    with theirs:
+        process = processes().Process(target=_connected, args=(module, theirs, dict(settings)))
+        process.start()
+    process.wait = process.join  # type: ignore[attr-defined]
+    return wire, process
+
+
+def _connected(module: str, wire: Connection, settings: Mapping[str, str]) -> None:
+    os.environ.update(settings)
+    importlib.import_module(module).main(str(wire.fileno()))
