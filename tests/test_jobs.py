@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from lib import forks
 from lib.folders import write_llama, write_rows
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.jobs import eventlog
+from mlx_segtrain.serving.jobs import eventlog, queue
 from mlx_segtrain.serving.jobs import kinds as job_kinds
 from mlx_segtrain.serving.jobs.queue import Conflict, Jobs
 from mlx_segtrain.serving.jobs.row import ENDED
@@ -31,6 +32,15 @@ def place(tmp_path_factory):
     write_rows(place / "data")
     write_rows(place / "data", 4, "valid.jsonl")
     return place
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Makes the processes of jobs forks, which need not import what a run needs.
+
+    A test must not send a signal to a fork before its job has begun to tell what it does.
+    """
+    monkeypatch.setattr(queue.processes, "start", forks.start)
 
 
 def values(place, out, **more):
@@ -122,7 +132,7 @@ def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch
     }
 
 
-def test_followers_get_every_event_once_from_any_place(place, tmp_path):
+def test_followers_get_every_event_once_from_any_place(place, tmp_path, forked):
     async def use(jobs):
         row = submit(jobs, place, tmp_path / "out")
 
@@ -181,7 +191,7 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     assert eventlog.events(log, 10**9) == whole
 
 
-def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path):
+def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path, forked):
     async def use(jobs):
         whole = submit(jobs, place, tmp_path / "whole", iters=40)
         row = submit(jobs, place, tmp_path / "out", iters=40)
@@ -216,7 +226,7 @@ def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path)
     assert ours.read_bytes() == whole.read_bytes()
 
 
-def test_what_fails_says_why_in_a_sentence(place, tmp_path):
+def test_what_fails_says_why_in_a_sentence(place, tmp_path, forked):
     async def use(jobs):
         bad = submit(jobs, place, tmp_path / "bad", target_modules=["nothing"])
         killed = submit(jobs, place, tmp_path / "killed", iters=4000)
@@ -256,7 +266,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() != before
 
 
-def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch, forked):
     """Updates of a job that cannot be written are written later, and the next job runs."""
 
     async def use(jobs):

@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, Pipe
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -54,17 +55,46 @@ def processes() -> Any:
     return found
 
 
-def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connection, Any]:
-    """Does the same as the package's start_connected, in a fork instead of a new process. Of Popen,
-    the second value has only what starting modules call."""
+class Fork:
+    """A fork that runs `main` of one of our modules, with what the package uses of Popen."""
+
+    def __init__(self, module: str, *args: Any, **how: Any):
+        self._process = processes().Process(target=_main, args=(module, args), kwargs=how)
+        self._process.start()
+        self.pid = self._process.pid
+        self.kill = self._process.kill
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def start(
+    module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
+) -> Fork:
+    """Does the same as the package's `start`, in a fork instead of a new process."""
+    own = {str(number): DupFd(number) for number in files}
+    outputs = [DupFd(how[name]) for name in ("stdout", "stderr")]
+    given = {"env": dict(env), "place": how["cwd"], "outputs": outputs}
+    return Fork(module, *(own.get(arg, arg) for arg in args), **given)
+
+
+def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connection, Fork]:
+    """Does the same as the package's `start_connected`, in a fork instead of a new process."""
     wire, theirs = Pipe()
     with theirs:
-        process = processes().Process(target=_connected, args=(module, theirs, dict(settings)))
-        process.start()
-    process.wait = process.join  # type: ignore[attr-defined]
-    return wire, process
+        env = {**os.environ, **settings}
+        return wire, Fork(module, DupFd(theirs.fileno()), env=env, place="/", outputs=[])
 
 
-def _connected(module: str, wire: Connection, settings: Mapping[str, str]) -> None:
-    os.environ.update(settings)
-    importlib.import_module(module).main(str(wire.fileno()))
+def _main(
+    module: str, args: list[Any], env: dict[str, str], place: os.PathLike[str], outputs: list[Any]
+) -> None:
+    os.setsid()
+    os.chdir(place)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, file in enumerate(outputs, 1):
+        os.dup2(file.detach(), number)
+    given = [arg if isinstance(arg, str) else str(arg.detach()) for arg in args]
+    sys.exit(importlib.import_module(module).main(*given))
