@@ -81,8 +81,9 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tmp_path):
-    """The run is killed while it generates, while it scores, and while it trains."""
-    how = {"steps_per_save": 2, **RUNS[name]}
+    """The run is killed while it generates, while it scores, and while it trains. Two steps follow
+    the checkpoint from which it goes on."""
+    how = {"iters": 4, "steps_per_save": 2, **RUNS[name]}
 
     def made(out, **more):
         return config(llama4, prompts, tmp_path / out, **how, **more)
