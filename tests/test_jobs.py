@@ -36,10 +36,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Makes the processes of jobs forks, which need not import what a run needs.
-
-    A test must not send a signal to a fork before its job has begun to tell what it does.
-    """
+    """Makes the processes of jobs forks, which need not import what a run needs."""
     monkeypatch.setattr(queue.processes, "start", forks.start)
 
 
@@ -244,7 +241,7 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path, forked):
     assert eventlog.events(log)[-1]["error"] == killed.error
 
 
-def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
+def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path, forked):
     """If a job is resumed before it began, it must not continue the run that it was to replace."""
 
     async def use(jobs):

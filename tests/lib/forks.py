@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Connection, Pipe
 from multiprocessing.reduction import DupFd
+from operator import methodcaller
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +56,17 @@ def processes() -> Any:
     return found
 
 
+class _File:
+    """A file descriptor, which becomes one of the fork. It is sent when the fork starts, so that
+    this process keeps no copy, which would hold a lock."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return methodcaller("detach"), (DupFd(self.number),)
+
+
 class Fork:
     """A fork that runs `main` of one of our modules, with what the package uses of Popen."""
 
@@ -73,8 +85,8 @@ def start(
     module: str, *args: str, files: Iterable[int], env: Mapping[str, str], **how: Any
 ) -> Fork:
     """Does the same as the package's `start`, in a fork instead of a new process."""
-    own = {str(number): DupFd(number) for number in files}
-    outputs = [DupFd(how[name]) for name in ("stdout", "stderr")]
+    own = {str(number): _File(number) for number in files}
+    outputs = [_File(how[name]) for name in ("stdout", "stderr")]
     given = {"env": dict(env), "place": how["cwd"], "outputs": outputs}
     return Fork(module, *(own.get(arg, arg) for arg in args), **given)
 
@@ -84,7 +96,7 @@ def start_connected(module: str, settings: Mapping[str, str]) -> tuple[Connectio
     wire, theirs = Pipe()
     with theirs:
         env = {**os.environ, **settings}
-        return wire, Fork(module, DupFd(theirs.fileno()), env=env, place="/", outputs=[])
+        return wire, Fork(module, _File(theirs.fileno()), env=env, place="/", outputs=[])
 
 
 def _main(
@@ -95,6 +107,5 @@ def _main(
     os.environ.clear()
     os.environ.update(env)
     for number, file in enumerate(outputs, 1):
-        os.dup2(file.detach(), number)
-    given = [arg if isinstance(arg, str) else str(arg.detach()) for arg in args]
-    sys.exit(importlib.import_module(module).main(*given))
+        os.dup2(file, number)
+    sys.exit(importlib.import_module(module).main(*map(str, args)))
