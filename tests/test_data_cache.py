@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
+from lib import forks
 from lib.folders import write_tokenizer
 from mlx_segtrain import files as kept_files
 from mlx_segtrain.commands.main import main
@@ -74,6 +75,12 @@ def processes(monkeypatch):
     """Makes two processes tokenize even small data."""
     monkeypatch.setattr(cache, "LARGE", 0)
     monkeypatch.setattr(cache, "cores", lambda: 2)
+
+
+@pytest.fixture
+def forked(processes, monkeypatch):
+    """Does the same as `processes`, with forks, which need not import the tokenizer's packages."""
+    monkeypatch.setattr(workers.processes, "start_connected", forks.start_connected)
 
 
 def write(folder, rows, name="train.jsonl"):
@@ -240,6 +247,8 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
 SCRIPT = """
 import sys
 from pathlib import Path
+from mlx_segtrain.torchless import hide_torch
+hide_torch()
 from mlx_segtrain.data import Options, cache, limits, load_dataset
 from mlx_segtrain.models import load_tokenizer
 cache.SMALL = cache.LARGE = 0
@@ -307,7 +316,7 @@ def test_a_process_that_is_killed_ends_the_run_in_a_sentence(
 
 
 @pytest.mark.acceptance
-def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, processes):
+def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, forked):
     rows = rows_of("messages", 200)
     rows[150], rows[60], rows[20] = {"messages": 3}, {"messages": 4}, {"other": 1}
     data = write(tmp_path / "data", rows)

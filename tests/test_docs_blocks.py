@@ -33,7 +33,7 @@ ADDRESS = "localhost:8090"
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with all files that pages may assume to exist."""
     path = tmp_path_factory.mktemp("things")
-    write_llama(path / "MODEL", bits=4, layers=2, max_position_embeddings=65536)
+    write_llama(path / "MODEL", bits=4, layers=1, max_position_embeddings=65536)
     write_rows(path / "data", 12)
     write_rows(path / "data", 4, "valid.jsonl", first=12)
     write_pairs(path / "pairs")

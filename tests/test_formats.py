@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import gguf
 import mlx.core as mx
@@ -25,7 +26,7 @@ from mlx_segtrain.adapters.writing import About
 from mlx_segtrain.commands.demo import snapshot
 from mlx_segtrain.files import cache_dir
 from mlx_segtrain.lora.folder import PEFT_WEIGHTS
-from mlx_segtrain.models import chain_of, load_base
+from mlx_segtrain.models import chain_of, load_base, load_model
 
 pytestmark = pytest.mark.acceptance
 
@@ -123,29 +124,37 @@ TEXT = [[1, 504, 3575, 282, 4649, 314]]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
-    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, and its PEFT
-    export."""
+    """Returns a function that maps a name in SMOLLM2 to the model, the adapter, the PEFT export of
+    the adapter, and our logits with the adapter."""
     place = tmp_path_factory.mktemp("smollm2")
     model_dir = snapshot.smollm2_snapshot(cache_dir())
     rows = write_rows(place / "data", 8)
 
     def make(name):
-        options = {"iters": 2, "rank": 4, "learning_rate": 5e-3, "max_seq_length": 48}
+        # After one step, neither factor is zero, and magnitudes differ from those of the base.
+        options = {"iters": 1, "rank": 4, "learning_rate": 5e-3, "max_seq_length": 48}
         train(config_of(model_dir, rows, place / name, **options, **SMOLLM2[name]))
         done = export(place / name, place / f"{name} peft", "peft")
         assert done.difference <= 1e-6 * done.update
         assert done.linears == (4 if "num_layers" in SMOLLM2[name] else 210)
-        return model_dir, place / name, place / f"{name} peft"
+        ours = mlx_segtrain.load(model_dir, place / name)[0](mx.array(TEXT))
+        return model_dir, place / name, place / f"{name} peft", ours
 
     return functools.cache(make)
 
 
+@pytest.fixture(scope="module")
+def plain():
+    """Returns SmolLM2's logits without an adapter."""
+    model_dir = snapshot.smollm2_snapshot(cache_dir())
+    return load_model(model_dir)[0](mx.array(TEXT))
+
+
 @pytest.mark.parametrize("name", SMOLLM2)
-def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2):
-    model_dir, folder, _ = smollm2(name)
+def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2, plain):
+    model_dir, folder, _, ours = smollm2(name)
     tokens = mx.array(TEXT)
-    ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
-    assert mx.abs(ours - mlx_segtrain.load(model_dir)[0](tokens)).max() > 1e-2
+    assert mx.abs(ours - plain).max() > 1e-2
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(folder))
     stock.update(tree_map(lambda x: in_float32(x), stock.parameters()))
     assert_close("mlx-lm", stock(tokens), ours, 1e-4)
@@ -153,8 +162,7 @@ def test_an_adapter_of_smollm2_loads_in_mlx_lm(name, smollm2):
 
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_an_adapter_of_smollm2_loads_in_peft(name, hf, smollm2):
-    model_dir, folder, exported = smollm2(name)
-    ours = mlx_segtrain.load(model_dir, folder)[0](mx.array(TEXT))
+    model_dir, _, exported, ours = smollm2(name)
     assert_close("PEFT", peft_logits(hf, model_dir, exported, TEXT), ours, 1e-4)
 
 
@@ -237,8 +245,8 @@ def test_what_peft_has_not(models, data, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("to", ["peft", "mlx-lm"])
-def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
-    _, folder = trained("constant", models, data, tmp_path / "a")
+def test_smaller_numbers_and_what_they_cost(to, dtype, adapters, tmp_path):
+    _, folder = adapters("constant")
     done = export(folder, tmp_path / "out", to, dtype=dtype)
     assert 0 < done.difference < 0.02 * done.update
     stored = mx.load(str(next((tmp_path / "out").glob("*.safetensors"))))
@@ -248,10 +256,10 @@ def test_smaller_numbers_and_what_they_cost(to, dtype, models, data, tmp_path):
 # ---- further training
 
 
-def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
+def test_a_padded_adapter_trains_on_in_every_column(adapters, data, tmp_path):
     """Ranks 4 and 8 are both exported as rank 8. The added columns get a gradient from the first
     step on."""
-    model_dir, folder = trained("by bits", models, data, tmp_path / "a")
+    model_dir, folder = adapters("by bits")
     export(folder, tmp_path / "mlx", "mlx-lm")
     tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))
     own = read_stored(folder)
@@ -275,8 +283,8 @@ def test_a_padded_adapter_trains_on_in_every_column(models, data, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["by bits", "head", "last layer"])
-def test_gguf(name, models, data, tmp_path):
-    _, folder = trained(name, models, data, tmp_path / "a")
+def test_gguf(name, adapters, tmp_path):
+    _, folder = adapters(name)
     done = export(folder, tmp_path / "out", "gguf")
     assert done.difference <= 1e-6 * done.update
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
@@ -321,13 +329,13 @@ def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
     assert turn(rows, 4)[:4, 0].tolist() == [0, 8, 1, 9]
 
 
-def test_what_gguf_has_not(models, data, tmp_path):
-    _, folder = trained("gemma 4", models, data, tmp_path / "a")
+def test_what_gguf_has_not(adapters, tmp_path):
+    _, folder = adapters("gemma 4")
     with pytest.raises(
         InputError, match="adapters of gemma4_text models cannot be exported to GGUF"
     ):
         export(folder, tmp_path / "out", "gguf")
-    _, folder = trained("dora", models, data, tmp_path / "b")
+    _, folder = adapters("dora")
     with pytest.raises(InputError, match=r"llama.cpp does not support DoRA"):
         export(folder, tmp_path / "out", "gguf")
     (tmp_path / "c").mkdir()
@@ -398,10 +406,10 @@ def test_which_names_must_be_known(tmp_path):
         export(tmp_path / "a", tmp_path / "out", "peft")
 
 
-def test_unpadded_factors_of_an_earlier_adapter_are_not_read(models, data, tmp_path):
+def test_unpadded_factors_of_an_earlier_adapter_are_not_read(adapters, tmp_path):
     """If a user continues training with mlx-lm in the same folder, mlx-lm writes only
     adapters.safetensors."""
-    _, folder = trained("by bits", models, data, tmp_path / "a")
+    folder = shutil.copytree(adapters("by bits")[1], tmp_path / "a")
     assert set(read_stored(folder).ranks.values()) == {4, 8}
     file = folder / "adapters.safetensors"
     tensors = {name: 2 * x for name, x in mx.load(str(file)).items()}
@@ -412,8 +420,8 @@ def test_unpadded_factors_of_an_earlier_adapter_are_not_read(models, data, tmp_p
     assert mx.array_equal(found.tensors[path][0], tensors[f"{path}.lora_a"])
 
 
-def test_numbers_that_are_none_are_refused(models, data, tmp_path):
-    _, folder = trained("constant", models, data, tmp_path / "a")
+def test_numbers_that_are_none_are_refused(adapters, tmp_path):
+    folder = shutil.copytree(adapters("constant")[1], tmp_path / "a")
     file = folder / "adapters.safetensors"
     good = mx.load(str(file))
     name = next(name for name in good if name.endswith("lora_b"))
@@ -435,8 +443,8 @@ def test_a_multiplier_of_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("out", ["file/x", "/proc/nowhere/x"])
-def test_places_that_cannot_be_written(out, models, data, tmp_path):
-    _, folder = trained("constant", models, data, tmp_path / "a")
+def test_places_that_cannot_be_written(out, adapters, tmp_path):
+    _, folder = adapters("constant")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         export(folder, tmp_path / out, "mlx-lm")

@@ -82,8 +82,9 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tmp_path):
-    """The run is killed during generation, scoring, and training."""
-    how = {"steps_per_save": 2, **RUNS[name]}
+    """The run is killed during generation, scoring, and training. Two steps follow the checkpoint
+    from which it resumes."""
+    how = {"iters": 4, "steps_per_save": 2, **RUNS[name]}
 
     def made(out, **more):
         return config(llama4, prompts, tmp_path / out, **how, **more)

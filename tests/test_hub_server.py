@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import time
 
 import httpx
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from lib.folders import write_llama, write_rows
 from lib.served import Server
 from mlx_segtrain import hub as hubs
+from mlx_segtrain.commands import main as cli
 from mlx_segtrain.data.sources import sources_of
+from mlx_segtrain.serving import app
 from mlx_segtrain.serving.app import create
 from mlx_segtrain.serving.service import Service
 from mlx_segtrain.serving.settings import Settings
@@ -29,7 +32,33 @@ def place(tmp_path, hub, monkeypatch, cache):
     return tmp_path / "work"
 
 
-def test_names_of_what_is_there(place, hub):
+@pytest.fixture
+def posted(place, monkeypatch):
+    """Returns a function that posts to the application of `mlx-segtrain serve` with these flags.
+
+    The application is in this process. This suffices for requests that start nothing.
+    """
+
+    def post(flags, path, body):
+        settings = []
+        monkeypatch.setattr(app, "run", lambda own, _: settings.append(own))
+        assert cli.main(["serve", *map(str, flags)]) == 0
+        service = Service(*settings)
+
+        async def asked():
+            transport = httpx.ASGITransport(create(service))
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+                answer = await http.post(path, json=body)
+            await service.close()
+            return answer
+
+        return asyncio.run(asked())
+
+    monkeypatch.chdir(place)
+    return post
+
+
+def test_names_of_what_is_there(place, hub, posted):
     path = hubs.model("org/tiny")
     hub.requests.clear()
     with Server(place) as server:
@@ -48,13 +77,13 @@ def test_names_of_what_is_there(place, hub):
         assert "org/other is neither a path nor in this machine's hub cache" in again.text
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
         assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
-    with Server(place, "--root", place) as server:  # the hub cache is outside this root
-        refused = server.http.post("/api/finetune/plan", json=body)
-        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
+    # The hub cache is outside this root.
+    refused = posted(["--root", place], "/api/finetune/plan", body)
+    assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
     assert not hub.requests
 
 
-def test_a_download_is_a_job(place, hub):
+def test_a_download_is_a_job(place, hub, posted):
     with Server(place, "--allow-downloads") as server:
         post = server.http.post
         assert server.http.get("/api/state").json()["downloads"] is True
@@ -63,6 +92,7 @@ def test_a_download_is_a_job(place, hub):
         id = post("/api/hub/download", json={"name": "org/tiny"}).json()["job_id"]
         while hub.sent < 50_000:
             assert server.job(id)["status"] in ("queued", "running"), server.job(id)
+            time.sleep(0.05)
         post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
         assert job["status"] == "cancelled" and "continues from there" in job["message"]
@@ -76,9 +106,9 @@ def test_a_download_is_a_job(place, hub):
         assert server.ended(server.submit(model_dir="org/tiny", iters=1))["status"] == "done"
         id = post("/api/hub/download", json={"name": "org/none"}).json()["job_id"]
         assert "neither a path nor a model on the hub" in server.ended(id)["error"]
-    with Server(place, "--allow-downloads", "--root", place) as server:
-        refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
-        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
+    flags = ["--allow-downloads", "--root", place]
+    refused = posted(flags, "/api/hub/download", {"name": "org/tiny"})
+    assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
 
 
 def test_a_token_given_to_the_server_opens_what_is_gated(place, hub):
@@ -92,28 +122,26 @@ def test_a_token_given_to_the_server_opens_what_is_gated(place, hub):
         assert server.ended(id)["status"] == "done"
 
 
-def test_a_link_out_of_the_cache_is_refused(place, hub, tmp_path):
+def test_a_link_out_of_the_cache_is_refused(place, hub, tmp_path, posted):
     path = hubs.model("org/tiny")
     (tmp_path / "secret.json").write_text("{}")
     (path / "extra.json").symlink_to(tmp_path / "secret.json")
-    with Server(place) as server:
-        refused = server.http.post("/api/finetune/plan", json={"model_dir": "org/tiny"})
-        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
+    refused = posted([], "/api/finetune/plan", {"model_dir": "org/tiny"})
+    assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
 
 
-def test_data_sets_by_name(place, hub):
+def test_data_sets_by_name(place, hub, posted):
     rows = {path.name: path.read_bytes() for path in (place / "data").iterdir()}
     own = hub.add("org/notes", {f"data/{name}": x for name, x in rows.items()}, "datasets")
     hub.add("org/own", rows, "datasets")
     sources_of("org/own")  # as if the user had downloaded it
     hubs.model("org/tiny")
     run = {"model_dir": "org/tiny", "iters": 1, "max_seq_length": 64}
-    with Server(place) as server:
-        refused = server.http.post("/api/finetune/submit", json=run | {"data_dir": "org/own"})
-        assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
-        path = str(next((place.parent / "hf").rglob("train.jsonl")).parent)
-        refused = server.http.post("/api/finetune/submit", json=run | {"data_dir": path})
-        assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
+    refused = posted([], "/api/finetune/submit", run | {"data_dir": "org/own"})
+    assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
+    path = str(next((place.parent / "hf").rglob("train.jsonl")).parent)
+    refused = posted([], "/api/finetune/submit", run | {"data_dir": path})
+    assert refused.status_code == 403 and "is not below a directory" in refused.json()["error"]
     with Server(place, "--allow-downloads") as server:
         post = server.http.post
         inspect = {"path": "org/notes", "model_dir": "org/tiny", "max_seq_length": 64}

@@ -1,6 +1,7 @@
 """Tests the queue of jobs: the jobs' processes and logs, and what survives a kill."""
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from lib import forks
 from lib.folders import write_llama, write_rows
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.serving.jobs import eventlog
+from mlx_segtrain.serving.jobs import eventlog, queue
 from mlx_segtrain.serving.jobs import kinds as job_kinds
 from mlx_segtrain.serving.jobs.queue import Conflict, Jobs
 from mlx_segtrain.serving.jobs.row import ENDED
@@ -28,6 +31,12 @@ def place(tmp_path_factory):
     write_rows(place / "data")
     write_rows(place / "data", 4, "valid.jsonl")
     return place
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Makes the processes of jobs forks, which need not import what a run needs."""
+    monkeypatch.setattr(queue.processes, "start", forks.start)
 
 
 def values(place, out, **more):
@@ -101,6 +110,9 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
     """The page can show the current memory and step even if a long run logs rarely."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
+    # With this clock, no step is too short to be reported.
+    clock = SimpleNamespace(monotonic=itertools.count().__next__)
+    monkeypatch.setattr(job_kinds, "time", clock)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
     assert job_kinds.finetune(run)["type"] == "done"
     told = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -116,7 +128,7 @@ def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch
     }
 
 
-def test_followers_get_every_event_once_from_any_place(place, tmp_path):
+def test_followers_get_every_event_once_from_any_place(place, tmp_path, forked):
     async def use(jobs):
         row = submit(jobs, place, tmp_path / "out")
 
@@ -175,7 +187,7 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     assert eventlog.events(log, 10**9) == whole
 
 
-def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path):
+def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path, forked):
     async def use(jobs):
         whole = submit(jobs, place, tmp_path / "whole", iters=40)
         row = submit(jobs, place, tmp_path / "out", iters=40)
@@ -210,7 +222,7 @@ def test_cancelled_and_resumed_a_run_is_what_it_would_have_been(place, tmp_path)
     assert ours.read_bytes() == whole.read_bytes()
 
 
-def test_what_fails_says_why_in_a_sentence(place, tmp_path):
+def test_what_fails_says_why_in_a_sentence(place, tmp_path, forked):
     async def use(jobs):
         bad = submit(jobs, place, tmp_path / "bad", target_modules=["nothing"])
         killed = submit(jobs, place, tmp_path / "killed", iters=4000)
@@ -228,7 +240,7 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path):
     assert eventlog.events(log)[-1]["error"] == killed.error
 
 
-def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
+def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path, forked):
     """A job that is resumed before it began must not continue the run that it was to replace."""
 
     async def use(jobs):
@@ -250,7 +262,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path):
     assert (tmp_path / "out" / "adapters.safetensors").read_bytes() != before
 
 
-def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch):
+def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch, forked):
     """Job updates that cannot be written are written later, and the next job runs."""
 
     async def use(jobs):

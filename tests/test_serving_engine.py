@@ -750,6 +750,8 @@ def test_the_process_ends_well(model, adapters):
     code = f"""
 import asyncio
 from pathlib import Path
+from mlx_segtrain.torchless import hide_torch
+hide_torch()
 from mlx_segtrain.generation.decoding import Options
 from mlx_segtrain.serving.generation.engine import Engine
 

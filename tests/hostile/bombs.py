@@ -8,7 +8,9 @@ prints a line of JSON for each file, with the memory and time for reading it, an
 
 import base64
 import gzip
+import importlib.abc
 import json
+import mmap
 import os
 import re
 import resource
@@ -121,7 +123,12 @@ def ipc(table: pa.Table, codec: str | None = None, kind: Any = pa.ipc.new_stream
 
 
 def texts(mb: int) -> pa.Array:
-    return pa.array(["x" * (15 * MB)] * (mb // 15))
+    """Returns texts of 15 MB. Their bytes are null characters in memory that is only mapped, since
+    no page of it is written."""
+    n = mb // 15
+    offsets = pa.py_buffer(struct.pack(f"<{n + 1}i", *range(0, (n + 1) * 15 * MB, 15 * MB)))
+    own = mmap.mmap(-1, n * 15 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return pa.StringArray.from_buffers(n, offsets, pa.py_buffer(own))
 
 
 def one_of(text: str, rows: int) -> pa.DictionaryArray:
@@ -514,6 +521,19 @@ def apart(work: Callable[[], None]) -> None:
     os.waitpid(child, 0)
 
 
+class NoPandas(importlib.abc.MetaPathFinder):
+    """Hides pandas. `pa.array` would import it, which takes longer than writing most bombs."""
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+
+
+def write(name: str, path: Path) -> None:
+    sys.meta_path.insert(0, NoPandas())
+    path.write_bytes(BOMBS[name][1]())
+
+
 def read(name: str, path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (CONFINED, CONFINED))
     before, said, rows = memory("VmRSS"), "", 0
@@ -535,6 +555,6 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name in sys.argv[2:] or BOMBS:
         path = folder / f"{name}{BOMBS[name][0]}"
-        apart(lambda path=path, name=name: path.write_bytes(BOMBS[name][1]()) and None)
+        apart(lambda path=path, name=name: write(name, path))
         apart(lambda path=path, name=name: read(name, path))
         path.unlink()

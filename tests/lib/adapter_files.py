@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_segtrain.lora import shapes
-from mlx_segtrain.models import load_base
+from mlx_segtrain.models import load_model
 
 RANK, SCALE = 4, 1.5
 
@@ -72,7 +72,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 def dense_weights(model_dir):
     """Returns the weights that mlx-lm uses, in float32, by name."""
-    model, _, _ = load_base(model_dir)
+    model, _ = load_model(model_dir)
     found = {}
     for path, module in model.named_modules():
         for name, x in module.items():

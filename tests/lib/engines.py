@@ -74,12 +74,14 @@ class Alone:
         self.tokenizer = load_base(model)[2]
 
     def tokens(self, prompt, name=None, n=12, goes_on=False):
-        key = (tuple(prompt), name, n, goes_on)
-        if key not in self.known:
-            self.known[key] = list(self._tokens(*key))
-        return self.known[key]
+        key = (tuple(prompt), name, goes_on)
+        asked, known = self.known.get(key, (0, []))
+        if asked < n:
+            known = list(self._tokens(*key, n))
+            self.known[key] = n, known
+        return known[:n]  # a greedy response begins with any shorter one
 
-    def _tokens(self, prompt, name, n, goes_on):
+    def _tokens(self, prompt, name, goes_on, n):
         if name not in self.models:
             self.models[name], _ = mlx_segtrain.load(self.model, self.adapters.get(name))
 

@@ -60,7 +60,7 @@ DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a
                              std::vector<std::optional<mx::array>> gains)
     : bases_(std::move(bases)), a_(std::move(a)), b_(std::move(b)), gains_(std::move(gains)) {
   const std::string op = "DecodeLinears";
-  check(!bases_.empty(), "[", op, "] expected at least one weight.");
+  check(!bases_.empty(), "[", op, "] expected at least one base.");
   b_.resize(bases_.size());
   gains_.resize(bases_.size());
   int ranks = 0;

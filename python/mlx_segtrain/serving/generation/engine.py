@@ -60,11 +60,10 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: more completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing, the engine pauses after each round for REST seconds per second of the
-#: round. On a GPU, a job makes no progress during a round, because the two processes take turns and
-#: a step often waits for a result (bench/LOG.md, 2026-12-01). Its steps therefore take
-#: 1 + 1 / REST = 1.2 times as long as without the engine. A pause has a maximum length, so that no
-#: completion stalls.
-REST, LONGEST_REST_S = 5.0, 0.15
+#: round. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
+#: as long; on an H200 they take 1.01 times as long (bench/LOG.md, 2026-12-01). A pause has a maximum
+#: length, so that no completion stalls.
+REST, LONGEST_REST_S = 3.0, 0.15
 #: Maximum number of mounted adapters, and maximum bytes of all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
