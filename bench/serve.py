@@ -2,7 +2,7 @@
 change the adapter.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
-                          [--at-once 8 16 64] [--rounds 2]
+                          [--at-once 8 16 64] [--rounds 2] [--only-ours]
 
 SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. Everything runs
 in one process with greedy decoding, and each cell has a warm-up. All prompts differ, and none is
@@ -157,10 +157,10 @@ async def measure(args: argparse.Namespace, model: Path, folders: list[Path]) ->
     prompts = [[(7 * i + 3 * j + j // 250) % 250 for j in range(args.prompt)] for i in range(most)]
     greedy = Options(max_tokens=args.tokens)
     alone = Options(max_tokens=args.tokens, deterministic=True)
-    stocks = {
-        "mlx-lm": load_stock(str(model))[0],
-        "mlx-lm, adapter": load_stock(str(model), adapter_path=str(folders[0]))[0],
-    }
+    stocks = {}
+    if not args.only_ours:
+        stocks["mlx-lm"] = load_stock(str(model))[0]
+        stocks["mlx-lm, adapter"] = load_stock(str(model), adapter_path=str(folders[0]))[0]
     table = Table()
 
     async def cell(name: str, n: int, names: list[str], options: Options = greedy) -> None:
@@ -205,6 +205,9 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--at-once", type=int, nargs="*", default=[8, 16, 64])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--only-ours", action="store_true", help="without mlx-lm, which takes minutes on a CPU"
+    )
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {mx.device_info().get('device_name')}")
     print(f"{args.model}, prompt {args.prompt}, {args.tokens} tokens, rank {args.rank}\n")

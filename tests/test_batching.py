@@ -68,7 +68,8 @@ def shared(model, adapters):
 def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
     """Adapters are attached before and after the twin (the model's copy for batches) is created.
     The model runs as if it were on a GPU."""
-    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    for own in (lora, lora.modules):
+        monkeypatch.setattr(own, "few", lambda rows: True)
     base = read_base(model, Confined(model))
     try:
         tokens = mx.array([[65], [66], [67]])
@@ -100,7 +101,8 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
 def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
     """If a kernel supports q, k and v, one call computes all three, and the results equal the
     model's."""
-    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    for own in (lora, lora.modules):
+        monkeypatch.setattr(own, "few", lambda rows: True)
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     calls = []
     monkeypatch.setattr(lora.together.Together, "_all", counted(lora.together.Together._all, calls))
@@ -436,7 +438,8 @@ def test_a_lone_request_costs_no_more_than_with_mlx_lm(model, shared, monkeypatc
     """On a GPU, the speed of one request is limited by how many ops the host launches for a token.
     A request also takes no more ops than with mlx-lm before another request has joined it and after
     this request has left it."""
-    monkeypatch.setattr(lora.modules, "few", lambda rows: True)
+    for own in (lora, lora.modules):
+        monkeypatch.setattr(own, "few", lambda rows: True)
     monkeypatch.setattr(batching, "few", lambda rows: True)
     monkeypatch.setattr(shared.base.tokenizer, "eos_token_ids", set())
     steps, waits, evaluate, wait = [], [], mx.async_eval, mx.eval
