@@ -121,8 +121,11 @@ def of_trl(args):
     words = rng.integers(3, 1000, (args.prompts, args.prompt))
     prompts = [" ".join(f"w{i}" for i in own) for own in words]
     lora = (steps.RANK, steps.SCALE, steps.SUFFIXES)
-    place = peers.snapshot(shape, "trl")
-    how = (args.group, args.tokens, args.trl, 1 + args.cycles, lora, args.beta)
+    place = peers.snapshot(shape, args.peer)
+    model = None
+    if args.peer == "unsloth":
+        model = peers.unsloth(place, "keep", lora, args.prompt + args.tokens)
+    how = (args.group, args.tokens, args.trl, 1 + args.cycles, lora, args.beta, model)
     found = peers.Groups(place, prompts, *how).run()
     made = args.prompts * args.group * args.tokens
     assert all(own[-1] == made for own in found), "a completion is too short"
@@ -163,6 +166,9 @@ def main():
     parser.add_argument(
         "--trl", type=int, default=0, help="also time TRL, with this many sequences per pass"
     )
+    parser.add_argument(
+        "--peer", choices=("trl", "unsloth"), default="trl", help="with --trl: also with Unsloth"
+    )
     parser.add_argument("--only-trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     found = of_trl(args) if args.only_trl else cycles_of(args)
@@ -174,7 +180,7 @@ def main():
         if own:
             figures = dict(zip(names, (np.array(own) * scale).round(3).tolist(), strict=True))
             figures |= {"rollout_tokens_per_s": round(count / own[0])}
-            by = "trl" if args.only_trl else "ours"
+            by = args.peer if args.only_trl else "ours"
             print(json.dumps({"by": by, "cycle": what, **figures}), flush=True)
     if args.trl and not args.only_trl:
         subprocess.run([sys.executable, *sys.argv, "--only-trl"], check=True)

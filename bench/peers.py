@@ -181,7 +181,7 @@ class Groups:
     token ends a completion. The update runs `at_once` sequences per forward and backward pass.
     """
 
-    def __init__(self, place, prompts, group, tokens, at_once, cycles, lora, beta):
+    def __init__(self, place, prompts, group, tokens, at_once, cycles, lora, beta, model=None):
         os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
         import torch
         from datasets import Dataset
@@ -242,15 +242,18 @@ class Groups:
             logging_strategy="no",
             disable_tqdm=True,
         )
+        own = model is None
         self.trainer = trainer = Timed(
             model=AutoModelForCausalLM.from_pretrained(
                 place, dtype=torch.bfloat16 if gpu else torch.float32, attn_implementation="sdpa"
-            ),
+            )
+            if own
+            else model,
             reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
             args=config,
             train_dataset=Dataset.from_dict({"prompt": list(prompts) * cycles}),
             processing_class=AutoTokenizer.from_pretrained(place),
-            peft_config=_lora(*lora),
+            peft_config=_lora(*lora) if own else None,
             callbacks=[Clock()],
         )
 
