@@ -61,8 +61,8 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing, the engine pauses after each round for REST seconds per second of the
 #: round. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
-#: as long. On an H200 they take 1.01 times as long (bench/LOG.md, 2026-12-01). A pause has a
-#: maximum length, so that no completion stalls.
+#: as long. On an H200 they take 1.01 to 1.12 times as long (bench/LOG.md, 2026-12-01). A pause has
+#: a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 3.0, 0.15
 #: Maximum number of mounted adapters, and maximum bytes of all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
