@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: A drop of this many standard errors is not due to chance, even though the test is repeated at
+#: A drop must exceed this many standard errors. The limit is high because the test is repeated at
 #: every step.
 ERRORS = 5
 
