@@ -24,10 +24,10 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 Pieces = list[tuple[str, float]]
 
 #: The numbers of trailing characters by which a generation prompt is located in another rendering.
-#: They are tried in this order.
+#: The numbers are tried in this order.
 ANCHORS = range(40, 3, -1)
-#: If no spelling is lossless, this is the number of rows with the same traits for which all
-#: spellings are tried.
+#: The maximum number of rows with the same traits for which all spellings are tried if none of them
+#: is lossless.
 MOST_SEARCHES = 20
 
 

@@ -155,8 +155,8 @@ def _read(folder: Path) -> Checkpoint:
     version = rest.pop("version")
     if version != VERSION:
         raise InputError(
-            f"{folder} was written by version {version} of mlx-segtrain, but this is version "
-            f"{VERSION}: resume with version {version}."
+            f"{folder} has checkpoint format {version}, but this version of mlx-segtrain reads "
+            f"only format {VERSION}: resume with a version that writes format {version}."
         )
     mx.eval(tensors)  # reads the file now, before the hashed content can change
     rest["progress"] = Progress.from_json(rest["progress"])
