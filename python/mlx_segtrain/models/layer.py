@@ -311,7 +311,7 @@ class Layer:
 
     @property
     def form(self) -> LayerForm:
-        """The layer's form. Of the links to other layers, it contains only the donor."""
+        """The layer's form. The only link to other layers that it contains is the donor."""
         attention, wide = self.attention, self.attention.o.base.in_dims
         return LayerForm(
             name=self.name,
