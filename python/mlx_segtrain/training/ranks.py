@@ -123,7 +123,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the only one that writes files and prints."""
+        """Whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     @property
@@ -361,7 +361,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     waits forever for a lost rank. Does not end it while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
-    memory during an NCCL sum. If so, faulthandler's thread ends the process.
+    memory during an NCCL sum. In this case, faulthandler's thread ends the process.
     """
     waited = 0.0
     try:
