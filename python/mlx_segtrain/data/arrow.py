@@ -1,6 +1,6 @@
 """Converts Arrow record batches to blocks of rows.
 
-Other modules import this one inside functions, because importing pyarrow takes a while.
+Other modules import this module inside functions, because importing pyarrow is slow.
 """
 
 from __future__ import annotations

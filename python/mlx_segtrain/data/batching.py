@@ -55,8 +55,8 @@ AnyBatch = Batch | PairBatch
 
 
 def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Iterator[AnyBatch]:
-    """Yields training batches without end, beginning with batch number `start`. The same seed gives
-    the same batches.
+    """Yields an endless sequence of training batches, beginning with batch number `start`. The
+    sequence depends only on the arguments.
 
     The order is different in every epoch. Rows of similar length share a batch, and every batch has
     the same proportion of labels as the data. Rows that do not fill the last batch are left out of
@@ -104,8 +104,8 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 def _alike(columns: Columns) -> np.ndarray:
     """Returns an order in which rows of similar length are neighbours.
 
-    Rows of each label are sorted separately and then mixed evenly. Without this, some batches would
-    contain only one label if its rows were longer.
+    The rows of each label are sorted separately and then mixed evenly. Otherwise, if the rows of
+    one label were longer, some batches would contain only this label.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):

@@ -1,4 +1,5 @@
-"""Blocks of rows, in which processes exchange data, and the parsing of these rows."""
+"""Blocks of rows, which are the units in which processes exchange data, and the parsing of these
+rows."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """The rows that a process handles at a time: a few MB that can be pickled.
+    """The rows that a process handles at a time: a few MB, in a form that can be pickled.
 
     `first` is the number of the block's first row or line in the file `name`; `size` is the number
     of bytes that were read for the block; `payload` contains lines of JSON, or an Arrow stream

@@ -2,8 +2,8 @@
 
 Each source has a folder below cache_dir()/tokens, named by a hash of everything that its tokens
 depend on. The folder has a file for each block, and about.json, which is written last. After an
-interruption, only the missing blocks are tokenized. A file never changes while another run may have
-mapped it.
+interruption, only the missing blocks are tokenized. Files are never modified in place, because
+another run may have mapped them.
 """
 
 import hashlib
@@ -42,8 +42,8 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: Rows of at least SMALL bytes are worth caching, and rows of at least LARGE bytes are worth
-#: several processes.
+#: The tokens of a source are cached if its rows have at least SMALL bytes in total. Several
+#: processes are used from LARGE bytes.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")

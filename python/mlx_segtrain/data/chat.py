@@ -24,10 +24,10 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 Pieces = list[tuple[str, float]]
 
 #: The numbers of trailing characters by which a generation prompt is located in another rendering.
-#: They are tried in this order.
+#: The numbers are tried in this order.
 ANCHORS = range(40, 3, -1)
-#: If no spelling is lossless, this is the number of rows with the same traits for which all
-#: spellings are tried.
+#: The maximum number of rows with the same traits for which all spellings are tried if none of them
+#: is lossless.
 MOST_SEARCHES = 20
 
 
@@ -230,10 +230,10 @@ class _Row:
         """Returns the context and the response of a turn whose rendering does not begin with its
         context.
 
-        There are two reasons for this. The generation prompt may open a block that the finished
-        turn lacks. Or the template renders earlier messages differently once a response follows:
-        Mistral's template writes the system message before the last user message, unless a response
-        follows that message.
+        There are two possible reasons. The generation prompt may open a block that the finished
+        turn lacks, or the template may render earlier messages differently once a response follows.
+        For example, Mistral's template writes the system message before the last user message,
+        unless a response follows that message.
         """
         header = self.render.header(messages[: i + 1])
         if header is None or not full.startswith(header):
@@ -260,8 +260,8 @@ class _Row:
         the response has a stop token. A stop token may be added to the response."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
-        # Some templates end a turn only with the header of the next turn, which is then the stop
-        # token.
+        # Some templates mark the end of a turn only by the header of the next turn. Its first token
+        # is then the stop token.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
         if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
             return response.rstrip("\n") + stop[0], "", True

@@ -98,8 +98,8 @@ class Dataset:
 
     @property
     def summary(self) -> str:
-        """A sentence about the numbers of rows, samples and tokens, and about the handling of plain
-        prompts."""
+        """A description of the numbers of rows, samples and tokens, and of how plain prompts are
+        handled."""
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
@@ -245,7 +245,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
 
 
 def remarks(data: Any, train: Dataset, valid: Dataset | None, *sources: Source | None) -> list[str]:
-    """Returns sentences about data that is left out and about problems with the data."""
+    """Returns notes on data that is left out and on problems with the data."""
     said = []
     for own in (train, valid):
         if own is None:
@@ -319,8 +319,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Filters the chosen prompts: returns only prompts that leave room for a completion. Raises
-    InputError if there are none."""
+    """Returns those of the chosen prompts that leave room for a completion. Raises InputError if
+    there are none."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)

@@ -46,8 +46,8 @@ class Options:
 
     @property
     def format(self) -> str:
-        """The format of all rows, or auto. A method that trains on prompts ignores the other keys
-        of rows."""
+        """The format of all rows, or auto. Methods that train on prompts ignore all other keys of a
+        row."""
         prompts = self.method is not None and ROWS[self.method] == "prompt"
         return "prompt" if prompts and self.data_format == "auto" else self.data_format
 

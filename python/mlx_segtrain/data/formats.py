@@ -1,6 +1,6 @@
 """The formats of rows: their keys, their checks, and their conversion to samples.
 
-A format is an entry of FORMATS; no other module depends on the content of its rows.
+Each format is an entry in FORMATS. No other module depends on the content of a format's rows.
 """
 
 import json
@@ -68,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check uses our keys, but its error messages should use the file's.
+    # A check uses our keys, but its error messages should use the keys in the file.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:

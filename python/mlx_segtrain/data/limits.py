@@ -13,12 +13,13 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: Approximate bytes of a value in JSON and in Arrow besides its text, so empty objects count too.
+#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. It
+#: limits the number of empty values, too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
 #: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
-#: to a tenth of its size, zeros to a ten-thousandth.
+#: to a tenth of its size, whereas zeros compress to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
 #: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES the file's
 #: size if that is more, since a valid file may store all rows in one batch.

@@ -1,4 +1,5 @@
-"""Decides from a tokenizer's structure whether it is lossless for whole texts and for their pieces.
+"""Determines from a tokenizer's structure whether it is lossless for whole texts and for their
+pieces.
 
 Two structures of tokenizer.json are recognized: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE
 that writes spaces as ▁ and unknown characters as bytes, and adds no space before a text (Gemma).
@@ -31,8 +32,8 @@ def lossless(tokenizer: Any) -> Holds | None:
     cuts, steps = parts_of(backend.pre_tokenizer), parts_of(backend.normalizer)
     whole = all(_keeps(cut) for cut in cuts)
     if any(cut["type"] == "ByteLevel" for cut in cuts):
-        # Without a token for unknown characters, BPE drops these characters from the pieces and
-        # from the whole text alike.
+        # Without a token for unknown characters, BPE drops these characters both from the pieces
+        # and from the whole text.
         known = ByteLevel.alphabet() if model.unk_token is not None else []
         plain = [own["type"] for own in parts_of(backend.decoder)] == ["ByteLevel"]
         normal = {"NFC"} >= {step["type"] for step in steps}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 #: Minimum number of units in a row, unless the row has fewer tokens. Lengths are rounded up to
-#: units, which gives many samples the same size and lets them be swapped.
+#: whole units, so that many samples have the same size and can be swapped.
 UNITS = 1024
 
 
@@ -54,8 +54,8 @@ class Packing:
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
     """Returns the row of each item, the largest item first; `counts[s]` items have size s.
 
-    An item goes into the row that will have the least room left; items of equal size are placed
-    together.
+    Each item is placed in the row that will then have the least room left. Items of equal size are
+    placed together.
     """
     open_rows: dict[int, list[np.ndarray]] = {}  # rows by their remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]

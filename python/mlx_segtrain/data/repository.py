@@ -2,9 +2,9 @@
 
 A name has the form org/name[@revision][/configuration][:split]. The repository's card lists the
 files of each split; otherwise, the file names determine the splits. Files are downloaded unchanged
-and then read like local files. Downloads can be resumed, and once the files are cached, they can be
-read offline. Programs in a repository are never run. If no file has a supported format, the hub's
-own Parquet copies are used.
+and then read like local files. Interrupted downloads can be resumed, and cached files can be read
+offline. Programs in a repository are never run. If no file has a supported format, the hub's own
+Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d
 #: Files about the repository, which have no rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: The parser written in C, if it is available, since cards may be long.
+#: The YAML parser written in C, if it is available. It is faster, and cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The files of each split, in order.
 Splits = dict[str, list[str]]

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-#: The number of rows to tokenize at once: enough to keep the tokenizer's threads busy, but not so
-#: many that they need much memory.
+#: The number of rows to tokenize at once: enough to keep the tokenizer's threads busy without using
+#: much memory.
 ROWS_PER_CALL = 512
 #: The findings, in the order of the bits that represent them.
 BITS = tuple(FINDINGS)

@@ -167,8 +167,8 @@ def sources_of(
 
     `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
     dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. If `data` has no
-    validation rows, `valid` may give them. `tell` receives the progress of downloads. If `ask` is
-    false, nothing is downloaded.
+    validation rows, `valid` may contain them. `tell` receives the progress of downloads. If `ask`
+    is false, nothing is downloaded.
     """
     if data is None:
         raise InputError(

@@ -1,7 +1,7 @@
-"""Decides from the content of rows which ones are held out, are duplicates, or occur in two sets.
+"""Determines, from their content, which rows are held out, are duplicates, or occur in two sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
-split, and a resumed run uses the same split.
+split, and a resumed run splits the data in the same way.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Reads Parquet and Arrow files in a separate process whose memory is limited.
 
-A small file may decompress to a large one, and Arrow trusts the sizes in a file's headers: it
+A small file may decompress to a large one. Moreover, Arrow trusts the sizes in a file's headers: it
 allocates that much memory, and aborts the process if the allocation fails. Therefore a separate
 process maps the file and sends its blocks, and the operating system limits the memory of that
 process.
@@ -31,8 +31,8 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: The number of Parquet rows to read at once. It is small, because a long text that is the value of
-#: all rows is stored only once in the file.
+#: The number of Parquet rows to read at once. It is small because a long text that is repeated in
+#: all rows is stored only once in the file, but once per row in memory.
 FEW = 16
 
 

@@ -23,8 +23,8 @@ def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
     """Returns the token ids of messages with the generation prompt. The content of a message is
-    text, or is missing. `kwargs` are variables of the template. Raises any exception that the
-    template raises."""
+    text, or is missing. `kwargs` are variables of the template. Exceptions that the template raises
+    are not caught."""
     if wants_parts(tokenizer, kwargs):
         messages = [
             {**own, **content(own["content"], True)} if isinstance(own.get("content"), str) else own

@@ -50,8 +50,8 @@ class _Unpacked(io.RawIOBase):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], int]]]:
-    """Opens a file and decompresses it. Also yields a function that returns the number of bytes of
-    the file that were read since its last call."""
+    """Opens a file and decompresses it. Yields the content, and a function that returns the number
+    of bytes of the file that have been read since the function was last called."""
     with open_regular(path) as raw:
         told = 0
 

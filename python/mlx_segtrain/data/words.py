@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, Python can do the same split several times as
-fast, so only new words need the library. Other texts, and tokenizers with other patterns, are left
-to the library.
+then applies merges within each word. For ASCII text, Python can split in the same way several times
+as fast, so the library is needed only for new words. The library also handles all other texts, and
+tokenizers with other patterns.
 """
 
 import re
@@ -48,7 +48,8 @@ class Words(dict[str, list[int]]):
         self._words, self._model = re.compile(pattern, re.ASCII).findall, backend.model
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
         self._added = {text: [i] for text, i in added.items() if text}
-        # If several added tokens start at a position, the longest one counts, as in the library.
+        # If several added tokens start at the same position, the longest one is used, as in the
+        # library.
         texts = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(texts)})" if texts else "((?!))").split
         cut = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str

@@ -27,7 +27,7 @@ SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
 }
-#: The number of blocks assigned to a worker at once: one that it tokenizes, and one that waits.
+#: The number of blocks assigned to a worker at a time: one is being tokenized, and one is waiting.
 AHEAD = 2
 
 
@@ -85,7 +85,7 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Like `tokenized`, but for many blocks, in `count` processes. Results are yielded as they
+    """Tokenizes many blocks like `tokenized`, in `count` processes. Yields the results as they
     arrive. Raises RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []

@@ -190,8 +190,8 @@ class Chain:
         return all(isinstance(module, EMBEDDINGS) for module in self.outer.values())
 
     def tied_for(self, paths: Iterable[str]) -> bool | None:
-        """Returns `tied` if one of these paths is an embedding. Otherwise returns None, because
-        `tied` is not needed then."""
+        """Returns `tied` if one of these paths is an embedding. Otherwise, returns None, because
+        `tied` is then irrelevant."""
         embeds = any(isinstance(self.outer.get(path), EMBEDDINGS) for path in paths)
         return self.tied if embeds else None
 

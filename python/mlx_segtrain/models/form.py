@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments with which a Stage is created for one stream, except its function."""
+    """The arguments, except the function, with which a Stage is created for one stream."""
 
     name: str
     reads: tuple[str, ...]

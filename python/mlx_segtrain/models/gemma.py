@@ -2,7 +2,7 @@
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
 layer, an input for each layer that is computed from the tokens, attention whose values are the
-keys, experts besides the dense MLP, and a scalar for each layer.
+keys, experts in addition to the dense MLP, and a scalar for each layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +36,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     body, args = model.model, model.args
     kind = type(model).__module__.rpartition(".")[2]
     fourth = kind == "gemma4_text"
-    # Up to Gemma 3, the files store a norm's weight as its difference from 1.
+    # For models up to Gemma 3, the files contain the weight of a norm minus 1.
     norm = Norm.of if fourth else _norm_around_1
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
     donors = getattr(body, "previous_kvs", range(len(names)))

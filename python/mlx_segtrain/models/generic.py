@@ -58,8 +58,8 @@ class _StandIn:
 
 @dataclass(frozen=True)
 class _Body:
-    """A model and the list of its layers, which is at `path`. `kind` is the name of the model in
-    messages."""
+    """A model and the list of its layers, whose path in the model is `path`. `kind` is the name of
+    the model in messages."""
 
     kind: str
     model: nn.Module
@@ -131,7 +131,7 @@ def _attached(
     params: Mapping[str, mx.array],
     updates: Updates,
 ) -> Iterator[None]:
-    """Puts the factors in `params` into the modules while the context is active."""
+    """Sets the factors in `params` in the modules while the context is active."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
@@ -281,9 +281,9 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Does what `_try` does, for a model of which only these layers are loaded. Compares them with
-    a run of the whole model in which the layers before them return random values. The result may
-    depend on these values only through h."""
+    """Performs the checks of `_try` on a model of which only these layers are loaded. Compares them
+    with a run of the whole model in which the layers before them return random values. The result
+    may depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()

@@ -33,15 +33,15 @@ class ModelShape:
     embedding: str  #: the path of the token embedding
     outer: tuple[str, ...]  #: paths of the embedding and a separate head, if they are adaptable
     widths: dict[str, tuple[int, int]]
-    bits: dict[str, int]  #: the bits of each quantized linear layer, by path
+    bits: dict[str, int]  #: bits per weight of each quantized linear layer, by path
     float_size: int  #: the size of the weights' floating-point elements in bytes
     tensors: Tensors
     max_length: int | None
 
     @property
     def head(self) -> str:
-        """The path of the head's linear layer. If the head has none, this is the path of the
-        embedding."""
+        """The path of the head's linear layer. If there is no separate head, this is the path of
+        the embedding."""
         return next((path for path in self.outer if path != self.embedding), self.embedding)
 
     @property
@@ -102,8 +102,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     width, vocabulary = widths[embedding]
     layers: tuple[LayerForm, ...] = ()
     outer: tuple[str, ...] = ()
-    # If mlx-lm converts the format when it loads the model, these are not the real widths and
-    # sizes.
+    # If mlx-lm converts the weights to another format when it loads the model, the widths and sizes
+    # in the headers are wrong.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
     if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
         (prefix,) = prefixes
@@ -167,8 +167,8 @@ def _linears_of(
 def _linears(
     config: Mapping[str, Any], tensors: Tensors
 ) -> tuple[dict[str, tuple[int, int]], dict[str, int]]:
-    """Returns (in, out) for each matrix and the bits of each quantized matrix, both keyed by
-    path."""
+    """Returns (in, out) of each matrix, and the bits per weight of each quantized matrix. Both
+    results are keyed by path."""
     widths, bits = {}, {}
     for name, (_, shape) in tensors.items():
         path = name.removesuffix(".weight")

@@ -1,8 +1,8 @@
 """The decoder layer of the fast families, divided into stages. Models differ only in the values of
 its fields.
 
-Read `Layer.stages` first: the residual stream goes from h to h + attention(h), and then to h +
-mlp(h).
+Read `Layer.stages` first. A layer first replaces the residual stream h by h + attention(h), and
+then by h + mlp(h).
 """
 
 import itertools
@@ -21,9 +21,9 @@ from ..streams import Stream
 from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
-#: The number of rows that an MLP computes at a time. With more tokens, the MLP needs no more
-#: memory, but its first matrix multiplication runs twice even if all values are kept. The number is
-#: the same for every plan, because the order in which rows are summed depends on it.
+#: The number of rows that an MLP computes at a time. With more tokens than this, the memory of the
+#: MLP does not grow, but its first matrix multiplication runs twice even if all values are kept.
+#: The number is the same for every plan, because the order in which rows are summed depends on it.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -311,7 +311,7 @@ class Layer:
 
     @property
     def form(self) -> LayerForm:
-        """The layer's form. Of the links to other layers, it contains only the donor."""
+        """The layer's form. The only link to other layers that it contains is the donor."""
         attention, wide = self.attention, self.attention.o.base.in_dims
         return LayerForm(
             name=self.name,

@@ -11,8 +11,8 @@ from ..errors import InputError, word
 from ..files import read_json
 from .snapshot import MOST_LAYERS, Snapshot
 
-#: The maximum size of a JSON file, in bytes. The tokenizer.json of a tokenizer with half a million
-#: tokens is 40 MB in size.
+#: The maximum size of a JSON file, in bytes. For comparison, a tokenizer.json with half a million
+#: tokens is 40 MB.
 MOST_JSON = {"config.json": 4 << 20, "tokenizer.json": 256 << 20, "vocab.json": 64 << 20}
 MOST_OTHER_JSON = 16 << 20
 #: Maximum number of experts in a layer.
@@ -22,7 +22,8 @@ LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
 #: Names of configuration values that repeat work for each token, and the maximum of these values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Tokenizer settings that are text, even if a file of that name exists.
+#: Names of tokenizer settings whose values are text, even if a file with the name of the value
+#: exists.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 

@@ -1,6 +1,6 @@
 """A model's folder: its config.json and the headers of its weights.
 
-Both are limited in size, and are read only once. No weight is read, and no model library is
+The size of both is limited, and both are read only once. No weight is read, and no model library is
 imported. Missing and invalid files raise InputError.
 """
 
@@ -95,7 +95,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weight of a module is quantized, in the terms of `mx.quantize`."""
+    """How the weight of a module is quantized, as parameters of `mx.quantize`."""
 
     group_size: int
     bits: int

@@ -22,7 +22,8 @@ from .objective import Objective, predictions, stream_values
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 #: The names of the values of each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
-#: A weight that makes a token count as in the loss, but with a negligible contribution to the loss.
+#: A weight so small that a token has a negligible effect on the loss, but still counts as being in
+#: the loss.
 NOTHING = 1e-30
 
 
@@ -93,8 +94,8 @@ class Grpo(Objective):
             if width > shortest:
                 passes.append((rows, width))
         rows, width = max(passes, key=lambda own: own[0] * own[1])
-        # If the loss begins late in all rows, a pass with a few long rows may have more positions
-        # left after trimming.
+        # If the loss begins late in all rows, more positions may be left after trimming in a pass
+        # with a few long rows.
         start = trim_start(max(shortest - 1, 0))
         trimmed = max(n * (own - 1 - start) for n, own in passes)
         loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)

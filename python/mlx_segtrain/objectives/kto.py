@@ -3,7 +3,7 @@
 The reward of each response is compared with the KL divergence of the model from the model without
 its adapter. The divergence is estimated over all rows of a step, by pairing their prompts with
 responses of other rows (data/mismatching.py). This requires a forward pass before the first
-backward pass of the step, and no gradient flows through it.
+backward pass of the step. No gradient flows through the estimate.
 """
 
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ class Objective:
         return data
 
     def remarks(self, data: Dataset) -> list[str]:
-        """Returns sentences about the training data that the user should read before a run."""
+        """Returns notes on the training data that the user should read before a run."""
         return []
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:

@@ -2,8 +2,8 @@
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
-branch. With causal attention, the results are exactly the same. The head runs only on positions in
-the loss.
+branch. Because attention is causal, this does not change the results. The head runs only on
+positions in the loss.
 """
 
 import math
@@ -23,7 +23,7 @@ from .objective import Objective, stream_values
 
 #: Pairs whose common prefix is shorter than this many tokens run as two streams.
 SHARED_LEAST = 64
-#: The lower bound for 1 − p in log-odds, which are infinite for p = 1.
+#: The lower bound of 1 − p in log-odds, which would be infinite for p = 1.
 LEAST_REST = 1e-7
 #: The temperature τ, from the paper, at which discopop changes from one loss to the other.
 DISCOPOP_TAU = 0.05
@@ -85,8 +85,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # A batch can share only tokens that all of its pairs share. `apart` contains the pairs that
-        # share none.
+        # In a batch, only tokens that are shared in every pair run once. `apart` contains the pairs
+        # without shared tokens.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []

@@ -15,8 +15,8 @@ from .objective import Objective, predictions, stream_values
 
 @dataclass(frozen=True)
 class Sft(Objective):
-    """The loss is Σ weights·CE / total, where total is the sum of all weights in the step. So the
-    batches of a step have the same loss as one large batch."""
+    """The loss is Σ weights·CE / total, where total is the sum of all weights in the step. Dividing
+    a step into several batches therefore does not change its loss."""
 
     unit = "nats per token"
     reads = ("targets", "weights")

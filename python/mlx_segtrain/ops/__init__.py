@@ -82,8 +82,8 @@ def rows_of(base: Base, begin: int, end: int) -> Base:
 
 
 def _check_device() -> None:
-    """Runs the self-check of the kernels if the device is a GPU. It runs once per device, before
-    their first use."""
+    """Runs the self-check of the kernels if the device is a GPU: once per device, before the
+    kernels are first used."""
     if on_gpu():
         self_check()
 
@@ -358,8 +358,8 @@ def lora_linear(
     depends only on `key` (see `dropout_key`) and x's shape, so recomputation gives the same mask.
     `dropout` must be in [0, 1); if it is above 0, a, b and the key are required. Gradients are
     computed for x, a and b, each in the dtype of its argument. All quantizations of mx.quantize are
-    supported; if the base's arrays do not match its mode, bits and group size, a ValueError names
-    these. See Hu et al. 2021, arXiv:2106.09685.
+    supported. If the base's arrays do not match its mode, bits and group size, ValueError is
+    raised, and its message names these parameters. See Hu et al. 2021, arXiv:2106.09685.
     """
     keys = [] if key is None else [key]
     return lora_linears(x, [Linear(base, a, b, scale)], dropout=dropout, keys=keys, impl=impl)[0]
@@ -374,7 +374,7 @@ def lora_linears(
     keys: Sequence[mx.array] = (),
     impl: str = "auto",
 ) -> list[mx.array]:
-    """Applies several `lora_linear`s, such as those for q, k and v, to the same x. This is a single
+    """Applies several `lora_linear`s, such as those for q, k and v, to the same x. Uses a single
     matrix multiplication if that is faster.
 
     x [..., in] → a list with y [..., out] for each linear layer. With dropout, `keys` must contain
@@ -485,7 +485,7 @@ def linear_cross_entropy(
     h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
     a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
     rows at a time; `needs_grad=False` skips it, for evaluation. `padded=False` means that no target
-    is below 0; otherwise, on a GPU, the host waits for the targets in order to find such rows. With
+    is below 0. Otherwise, on a GPU, the host waits for the targets to find the rows to ignore. With
     `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1), z[target] is
     replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016, arXiv:1512.00567). The idea of
     never storing z is from Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009).

@@ -25,8 +25,8 @@ class Work:
     """The call f(*args), which is timed. All calls except the first use the version compiled by
     mx.compile, if there is one.
 
-    So the time of the first call includes the compilation of kernels, but not the time that
-    mx.compile takes.
+    As a result, the time of the first call includes the compilation of kernels, but not the time of
+    mx.compile.
     """
 
     f: Callable[..., Any]
@@ -150,8 +150,8 @@ def timed(
     wait: Callable[[Any], None] = settle,
     first: Callable[[], Any] | None = None,
 ) -> tuple[float, float, float]:
-    """Returns three times: the time of the first call in seconds, the median time of a call that
-    the host waits for in ms, and the time per call in ms if ten calls are queued."""
+    """Returns three times: the time of the first call (in seconds), the median time of a call that
+    the host waits for (in ms), and the time per call if ten calls are queued (in ms)."""
 
     def call(work: Callable[[], Any] = work) -> float:
         begin = time.perf_counter()

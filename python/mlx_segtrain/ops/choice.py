@@ -1,8 +1,9 @@
 """Chooses the attention implementation on a Mac by timing all implementations that support the
 call, once per device.
 
-The fastest implementation depends on the Mac and on the version of macOS. The first run with given
-heads measures their times, for two seconds at most, and stores them in the cache folder.
+The fastest implementation depends on the Mac and on the version of macOS. The first run that uses
+certain heads measures the times for these heads, which takes at most two seconds, and stores the
+times in the cache folder.
 """
 
 import functools
@@ -23,10 +24,10 @@ from .selfcheck import device_key, normal, self_check, value_and_gradients
 
 #: The maximum time, in seconds, for measuring all heads of a run.
 SECONDS = 2.0
-#: The number of tokens in a timed call, large enough that the launch does not dominate the time.
+#: The number of tokens in a timed call. It is so large that the launch does not dominate the time.
 TOKENS = 2048
-#: The implementations in their built-in order (see csrc/ops/attention/attention.cpp), which decides
-#: ties.
+#: The implementations in their built-in order (see csrc/ops/attention/attention.cpp). In a tie, the
+#: first one is used.
 WAYS = ("stock", "kernel", "blocked")
 HALVES = (mx.bfloat16, mx.float16)
 

@@ -1,5 +1,4 @@
-"""The ops in plain MLX, written so that they read like formulas. The fast implementations are
-checked against them.
+"""The ops in plain MLX, written like formulas. The fast implementations are checked against them.
 
 They use as much memory as naive code, including arrays of [T, S] scores and [M, V] logits. Their
 gradients come from MLX's automatic differentiation; tests/lib/oracle.py derives the gradients of

@@ -1,9 +1,10 @@
 """Compares kernels with the plain code (reference.py) on the device that runs them.
 
 On a GPU this happens once per device, before the first use. A kernel that does not compile, or
-whose results are wrong, is switched off with a warning, and the next implementation takes its
-place. The results are stored in the cache folder, separately for each device and each build of the
-core. `mlx-segtrain doctor` repeats the check on any device, including a CPU, and measures times.
+whose results are wrong, is switched off with a warning, and the next implementation is used
+instead. The results are stored in the cache folder, separately for each device and each build of
+the core. `mlx-segtrain doctor` repeats the check on any device, including a CPU, and measures
+times.
 """
 
 import functools
@@ -28,8 +29,8 @@ from . import reference
 #: The maximum relative L2 error of a kernel in half precision and in float32, compared with the
 #: plain code in float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
-#: The number of rows in a check, and in a timed call on a GPU, where more rows keep the launch from
-#: dominating the time.
+#: The number of rows in a check, and in a timed call on a GPU. Timed calls have more rows, so that
+#: the launch does not dominate the time.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 

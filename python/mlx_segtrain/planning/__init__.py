@@ -38,12 +38,12 @@ __all__ = [
 STEP = 128
 #: On CUDA the host launches ops ahead of the device, so a step needs more memory than its plan. The
 #: additional memory, measured on an H200 (bench/LOG.md), is this fraction of `overshoot`: AHEAD if
-#: MLX waits for the device at the peak of the plan, and LEAST if it waits so early that most ops
-#: wait.
+#: MLX waits for the device at the peak of the plan, and LEAST if its limit is so low that it waits
+#: before most ops.
 AHEAD, LEAST = 0.8, 0.5
 #: Possible sizes, in bytes, of the freed buffers that MLX keeps for reuse on CUDA. Without them,
-#: MLX would free and reallocate memory all the time, which takes a tenth of a step if the host is
-#: the bottleneck. The planner uses the first size that leads to no further recomputation.
+#: MLX would constantly free and reallocate memory, which takes a tenth of the time of a step if the
+#: host is the bottleneck. The planner uses the first size that leads to no further recomputation.
 BUFFERS = (256 << 20, 64 << 20)
 
 
@@ -95,7 +95,8 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     if max(end - start for start, end in back) == 1:
         words = "half layers"
     text = f"{words} recomputed"
-    # Groups that run forward a second time: all groups of several segments, except the last group.
+    # The groups that run forward a second time are those with several segments, except the last
+    # group.
     groups = [
         (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)

@@ -29,7 +29,8 @@ CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: The inputs of a head in addition to h and its rows. They have a few values per token in the loss.
+#: The inputs of a head in addition to h and its rows. They have only a few values for each token in
+#: the loss.
 COUNTED = ("targets", "weights")
 
 
@@ -134,8 +135,8 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # Besides the weights: the factors and AdamW's two moments, and on a GPU a measured
-        # constant.
+        # In addition to the weights, this includes the factors, AdamW's two moments and, on a GPU,
+        # a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -155,7 +156,7 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the same pairs as `pairs`, for all queries of a sequence."""
+    """Counts the pairs that `pairs` counts, for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 

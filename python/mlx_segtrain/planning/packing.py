@@ -17,7 +17,7 @@ from . import named
 from .run import RunPlan, planned
 from .speeds import SPEEDS
 
-#: The number of sample batches, which are spread over the epoch.
+#: The maximum number of groups into which `typical` divides the batches of an epoch.
 LOOKED_AT = 64
 
 

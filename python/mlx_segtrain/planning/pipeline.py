@@ -2,8 +2,8 @@
 that ranks send.
 
 Rank r of N runs N − r micro-batches forward before its first backward pass; from then on it
-alternates between backward and forward passes (1F1B: Narayanan et al. 2021, arXiv:2104.04473). So
-it needs N − r times the memory that a micro-batch occupies between its two passes.
+alternates between backward and forward passes (1F1B: Narayanan et al. 2021, arXiv:2104.04473).
+Therefore, it needs N − r times the memory that a micro-batch occupies between its two passes.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Part:
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:
-        """Returns whether a weight belongs to these layers. Weights outside all layers do not; they
-        are read when they are needed."""
+        """Returns whether a weight belongs to these layers. This is false for weights outside all
+        layers, which are read when they are needed."""
         layer = layer_number(name)
         return layer is not None and self.begin <= layer < self.end
 

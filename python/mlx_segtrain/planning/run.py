@@ -166,8 +166,8 @@ class RunPlan:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """Inside this context, MLX waits for the device when memory reaches the plan's limit, and
-        keeps only as many freed buffers as the plan allows."""
+        """Inside this context, MLX waits for the device when its memory reaches the plan's limit,
+        and keeps freed buffers only up to the size that the plan allows."""
         if self.planned is None:
             yield
             return
@@ -298,7 +298,8 @@ def planned(
     return run.filled() if fills else run
 
 
-#: With this many tokens or more, a kernel may take a large part of a second on a small GPU.
+#: With at least this many tokens in a row, a kernel may take a large part of a second on a small
+#: GPU.
 LONG = 16384
 #: The number of kernels per command buffer for such rows, because macOS aborts work that blocks the
 #: display for too long.

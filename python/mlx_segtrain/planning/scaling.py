@@ -2,7 +2,8 @@
 them.
 
 A ring of N ranks sums B bytes in 2(N − 1) rounds, in each of which every rank sends B/N bytes
-(Patarasuk & Yuan 2009). So each rank sends 2(N − 1)/N·B bytes, and each round adds one latency.
+(Patarasuk & Yuan 2009). In total, each rank sends 2(N − 1)/N·B bytes, and each round adds one
+latency.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from .speeds import SPEEDS
 
 #: The numbers of ranks that the table lists in addition to the requested number.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-#: The latency between two ranks in seconds, as is typical between two machines over Ethernet.
+#: The latency between two ranks, in seconds: a typical value for two machines connected by
+#: Ethernet.
 LATENCY = 50e-6
 #: The default bandwidth of the network, in 10⁹ bytes per second: that of 10 Gbit/s Ethernet.
 LINK = 1.25

@@ -71,8 +71,8 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
         return replace(run, part=part, budget=member.budget, device=device, plans=())
 
     def quick_seconds(part: Part) -> float:
-        """Returns the predicted time in seconds, not counting recomputation, which would take much
-        longer to plan."""
+        """Returns the predicted time in seconds, without recomputation, because planning the
+        recomputation would take much longer."""
         own = bare(part)
         return seconds(own.of_size(0) if own.shape.fast else own)
 

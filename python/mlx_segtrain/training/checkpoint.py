@@ -33,8 +33,8 @@ class Checkpoint:
     """A checkpoint in memory.
 
     `record` is the content of run.json (see record.py), `log_bytes` is the size of metrics.jsonl
-    when the checkpoint was written, and `apart` is whether the two answers of a pair ran as
-    separate sequences.
+    when the checkpoint was written, and `apart` tells whether the two answers of each pair were run
+    as separate sequences.
     """
 
     folder: Path
@@ -66,8 +66,9 @@ class Checkpoint:
 def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
-    """Writes a checkpoint in a run's folder. Then deletes all checkpoints of later steps, since the
-    run may reach those steps in a different state, and all except the newest `keep` of the others.
+    """Writes a checkpoint in a run's folder. Then deletes the checkpoints of later steps, because
+    the run may reach those steps in a different state. Of the remaining checkpoints, keeps only the
+    newest `keep`.
 
     Raises OSError if the checkpoint cannot be written; earlier checkpoints then stay intact.
     """
@@ -154,8 +155,8 @@ def _read(folder: Path) -> Checkpoint:
     version = rest.pop("version")
     if version != VERSION:
         raise InputError(
-            f"{folder} was written by version {version} of mlx-segtrain, but this is version "
-            f"{VERSION}: resume with version {version}."
+            f"{folder} has checkpoint format {version}, but this version of mlx-segtrain reads "
+            f"only format {VERSION}: resume with a version that writes format {version}."
         )
     mx.eval(tensors)  # reads the file now, before the hashed content can change
     rest["progress"] = Progress.from_json(rest["progress"])

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: A drop of this many standard errors is not due to chance, even though the test is repeated at
-#: every step.
+#: A collapse requires a drop of more than this many standard errors. The limit is high because the
+#: test is repeated at every step.
 ERRORS = 5
 
 

@@ -35,7 +35,7 @@ class Fault:
 
     @property
     def place(self) -> str:
-        """The rows and the tensor, as part of a sentence."""
+        """The rows and the tensor as a phrase for an error message."""
         more = f" and {len(self.rows) - 3} more" if len(self.rows) > 3 else ""
         where = f" (first in {self.tensor})" if self.tensor else ""
         return f"on {', '.join(self.rows[:3])}{more}{where}"

@@ -22,7 +22,7 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. Failing to write a file on which the run does not depend causes only a
+    """The folder of a run. If a file that the run does not need cannot be written, there is only a
     warning.
 
     `unwritten` contains the best adapter and the data of its model card until they are written.

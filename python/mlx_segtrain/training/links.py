@@ -1,4 +1,5 @@
-"""Connections between ranks, separate from MLX's, used to determine which rank is lost (watch.py).
+"""Connections between ranks that are used to determine which rank is lost (see watch.py). They are
+separate from MLX's connections.
 
 Each rank listens on one address until all others have connected. It accepts only peers that know
 the secret, which the ranks have exchanged through MLX.
@@ -150,7 +151,8 @@ class Links:
             self.watch.at[self.watch.rank] += 1
 
     def behind(self) -> list[int]:
-        """Returns the ranks that are not waiting, so the others are waiting for them."""
+        """Returns the ranks that are not waiting, which are the ranks that all others are waiting
+        for."""
         return [r for r in self.watch.others if self.watch.at[r] % 2 == 0]
 
     @property

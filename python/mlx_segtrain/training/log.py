@@ -117,8 +117,8 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """Checks that the folder still exists and belongs to this run; called before each write to
-        it.
+        """Checks that the folder still exists and belongs to this run. It is called before each
+        write to the folder.
 
         If the folder was deleted, recreates it with the whole log. Raises OSError if that fails,
         and RunError if another run is using a folder of this name.

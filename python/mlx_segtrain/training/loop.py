@@ -81,8 +81,8 @@ def train(
     returns True, the run saves its state and ends (`stopped_early`). A caller that has already
     loaded the model of `config.model_dir` can pass it, without an adapter, as `model`. Ctrl-C,
     SIGTERM and SIGHUP end the run after the last finished step has been saved (`interrupted`).
-    Raises InputError if an input cannot be used; nothing has been written then. Raises RunError if
-    the run cannot continue; the last good step has been saved then.
+    Raises InputError, before anything is written, if an input cannot be used. Raises RunError,
+    after saving the last good step, if the run cannot continue.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -213,8 +213,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.pace, self.work = Pace(), Work()
-        # The first is whether a callback on this rank has asked to stop the run. The second is
-        # whether a callback on any rank has; all ranks learn this from the next sum.
+        # The first value is whether a callback on this rank has asked to stop the run. The second
+        # is whether a callback on any rank has done so, which all ranks learn from the next sum.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -299,7 +299,7 @@ class Run:
 
     def _measure(self, step: int | None = None) -> int:
         """Returns the peak memory in bytes since the last call. Excludes the generation of
-        completions, which counts only for the peak of the run."""
+        completions, which is included only in the peak of the whole run."""
         memory = self.state.memory
         memory.peak = max(memory.peak, self.step.rollout_peak)
         return memory.measure(step)

@@ -12,8 +12,8 @@ from ..config import TrainConfig
 from .layout import Layout
 from .state import Iterate
 
-#: Maps the name of an optimizer to a function that creates MLX's optimizer, and to whether that
-#: optimizer applies decoupled weight decay itself.
+#: Maps the name of an optimizer to a pair: a function that creates MLX's optimizer, and whether
+#: this optimizer applies decoupled weight decay itself.
 OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
     "adamw": (
         lambda c: optim.AdamW(c.learning_rate, [0.9, 0.999], 1e-8, c.weight_decay, True),

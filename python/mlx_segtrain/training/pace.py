@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import Literal
 
 Part = Literal["step", "evaluation", "checkpoint"]
-#: The number of recent times over which the mean time of a part is computed.
+#: The number of recent measurements from which the mean time of a part is computed.
 WINDOW = 32
 
 
@@ -39,7 +39,7 @@ class Pace:
 
     def mean(self, part: Part) -> float:
         """Returns the mean time of a part in seconds, or 0 if none has been measured. The first
-        time includes the compilation of kernels, so it is left out once there are others."""
+        measurement includes the compilation of kernels, so it is excluded once there are more."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen
         return sum(own) / len(own) if own else 0.0

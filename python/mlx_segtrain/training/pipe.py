@@ -2,7 +2,7 @@
 
 A rank receives boundary values from the previous rank, runs its stages, and sends the values that
 later ranks read to the next rank. In the backward pass, cotangents flow in the opposite direction.
-All ranks have the batches, so values that do not depend on weights need not be sent.
+Every rank has all batches, so only values that depend on weights are sent.
 """
 
 from collections.abc import Callable, Container, Mapping

@@ -14,7 +14,7 @@ from ..planning.budget import working_set
 def run_policy(config: TrainConfig) -> Iterator[None]:
     """Applies these settings while a run is loading and training. With `deterministic`, `auto`
     chooses only implementations whose results are bit-identical between runs. On Metal, MLX's
-    memory is wired. RunPlan.limits sets further limits once there is a plan."""
+    memory is wired. Once the run is planned, RunPlan.limits sets further limits."""
     with ops.repeatable(config.deterministic), wired():
         yield
 

@@ -3,9 +3,9 @@ collectives.
 
 The ranks divide the micro-batches of a step between them (or the prompts, if completions are
 generated) and sum their gradients. In a pipeline, they divide the layers instead, and each
-micro-batch runs through the layers of all ranks. Decisions depend only on values that are
-bit-identical on all ranks, so all ranks take the same steps. Only rank 0 writes files. A run on one
-device has a group of one rank.
+micro-batch runs through the layers of all ranks. All ranks take the same steps, because their
+decisions depend only on values that are bit-identical on all ranks. Only rank 0 writes files. A run
+on one device has a group of one rank.
 """
 
 import faulthandler
@@ -45,9 +45,9 @@ LOOK, SLOW = 0.05, 60.0
 #: The number of bytes that are gathered in one sum, to limit the memory that MLX needs; a multiple
 #: of 4.
 PIECE = 1 << 28
-#: Times in seconds after another rank is lost. TO_END is the maximum time in which this rank must
-#: end, excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked
-#: before the process is ended; SECOND is the interval between checks.
+#: Times in seconds after another rank is lost. TO_END is the time within which this rank must end,
+#: excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked before
+#: the process is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
@@ -123,7 +123,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, the only one that writes files and prints."""
+        """Whether this is rank 0, the only rank that writes files and prints."""
         return self.rank == 0
 
     @property
@@ -161,7 +161,8 @@ class Ranks:
         return [json.loads(own) for own in self.every(text)]
 
     def gathered(self, rows: Mapping[str, T]) -> dict[str, T]:
-        """Merges the mappings of all ranks into one. Values must be serializable as JSON."""
+        """Merges the mappings of all ranks into one mapping. The values must be serializable as
+        JSON."""
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
@@ -360,7 +361,7 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     waits forever for a lost rank. Does not end it while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
-    memory during an NCCL sum. If so, faulthandler's thread ends the process.
+    memory during an NCCL sum. In this case, faulthandler's thread ends the process.
     """
     waited = 0.0
     try:

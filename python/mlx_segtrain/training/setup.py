@@ -229,8 +229,8 @@ def read_inputs(
 def with_rollouts(
     config: TrainConfig, tokens: int, resumed: Checkpoint | None, ranks: Ranks = ALONE
 ) -> TrainConfig:
-    """Replaces `rollout_batch: auto` with the number of completions that can be generated at once
-    in the memory of every rank, if a completion and its prompt have up to `tokens` tokens. A
+    """Replaces `rollout_batch: auto` with the number of completions for which every rank has enough
+    memory when it generates them at once. A completion and its prompt have up to `tokens` tokens. A
     resumed run keeps its number, even if it has no checkpoint, because rounding depends on this
     number. Raises NoRoom if a configured number does not fit."""
     if config.rollout_batch != "auto":
@@ -361,7 +361,7 @@ def _longest(config: TrainConfig, *prompts: Dataset | None) -> int:
 
 def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     """Converts the epochs of a configuration to a number of steps, rounded up. Raises InputError if
-    the warmup would take all of these steps."""
+    all of these steps would be warmup steps."""
     if config.epochs is None:
         return config
     batches = batches_in_epoch(train, config.batch_size)

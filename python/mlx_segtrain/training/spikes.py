@@ -10,8 +10,8 @@ WINDOW, LEAST = 64, 16
 #: estimated as 1.4826 times the median absolute deviation, since this is the ratio between the two
 #: in a normal distribution.
 DEVIATIONS = 6
-#: After this many skipped steps in a row, a high loss no longer counts as a spike but as the new
-#: level.
+#: After this many consecutive skipped steps, a high loss is no longer considered a spike, but the
+#: normal level.
 MOST_SKIPPED = 8
 #: A spike must also be more than SLACK nats above the median, and more than MULTIPLE times the
 #: largest recent loss.

@@ -30,7 +30,7 @@ class Outcome:
 
     `rate` is the learning rate. `tokens` is the number of tokens without padding, and `supervised`
     the number of tokens in the loss. `bound` is the loss above which a step is a spike; it is None
-    unless this step was one.
+    unless this step was a spike.
     """
 
     loss: float

@@ -141,7 +141,7 @@ class Stepper:
         return self.ranks.share(items)
 
     def counts(self, accumulated: Sequence[AnyBatch]) -> tuple[int, int]:
-        """Returns the number of tokens that all ranks process in an update, and the number of those
+        """Returns how many tokens all ranks process in an update, and how many of these tokens are
         in the loss."""
         return self._counted(accumulated)
 

@@ -46,7 +46,7 @@ class Transfers:
     def send(self, arrays: Sequence[mx.array], to: int) -> None:
         """Starts to send arrays to another rank."""
         stream = self._stream(self.ranks.rank, to)
-        # For `settle`, keeps only one element of each array, because whole arrays would use too
+        # Only one element of each array is kept for `settle`, because whole arrays would use too
         # much memory.
         ends = [mx.as_strided(self._sent(x, to), (1,), (1,), 0, stream=stream) for x in arrays]
         ends = [mx.add(x, x, stream=stream) for x in ends]
@@ -112,8 +112,9 @@ def transfers_of(ranks: Ranks) -> Transfers:
     """Returns the transfers of a rank. They are messages in MLX's ring, or sums between two NCCL
     ranks.
 
-    In MLX 0.32.4, NCCL has no messages, and JACCL confuses the completions of messages that are
-    sent and received at the same time. Ranks of these back ends therefore also create a ring.
+    In MLX 0.32.4, the NCCL back end does not support messages, and JACCL confuses the completion of
+    sends with that of receives if both happen at the same time. Ranks of these back ends therefore
+    also create a ring.
     """
     if ranks.backend == "nccl" and ranks.size == 2:
         found: Transfers = Sums(ranks, ranks.group)

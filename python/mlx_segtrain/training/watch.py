@@ -1,21 +1,21 @@
-"""Detects that a rank of a group is lost, and makes all ranks agree on which one.
+"""Detects that a rank of a group is lost, and makes all ranks agree on which rank it is.
 
 A `Watch` is a state machine that uses neither a clock nor sockets: its inputs are messages and the
-time, and `out` contains the messages to send. Every rank has one, and sends a beat to all other
+time, and `out` contains the messages to send. Every rank has a Watch, and sends a beat to all other
 ranks every BEAT seconds. When a rank finds that another one has ended or is silent, it reports this
 to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
 this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
 `settle` seconds, and decides if it has received no decision by then. A decision is sent to all
 ranks. A rank that receives the decision passes it on to the judges, and a judge passes it on to all
-ranks. So a decision that reaches one rank reaches all of them as long as a judge is left, even if
-its author is lost while sending it.
+ranks. Therefore, as long as a judge is left, a decision that reaches one rank reaches all of them,
+even if the judge that made it is lost while sending it.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: Times in seconds. BEAT is the interval between beats. PATIENCE is how long a rank may send
-#: nothing before it counts as lost. SETTLE is the time from the first lost rank to the decision,
+#: Times in seconds. BEAT is the interval between beats. PATIENCE is the time without messages after
+#: which a rank is considered lost. SETTLE is the time from the first lost rank to the decision,
 #: which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
 #: The number of ranks that may decide, in turn.
@@ -29,7 +29,8 @@ SUREST: tuple[How, ...] = ("failed", "ended", "silent")
 
 @dataclass(frozen=True)
 class Lost:
-    """A rank without which the run cannot continue; `why` is the predicate of a sentence."""
+    """A lost rank, without which the run cannot continue. `why` completes a sentence that begins
+    with the rank."""
 
     rank: int
     how: How

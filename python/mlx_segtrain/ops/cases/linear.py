@@ -1,4 +1,4 @@
-"""Ops with a frozen weight: a linear layer with its low-rank update, and dequantization alone."""
+"""Ops on a frozen weight: a linear layer with its low-rank update, and dequantization alone."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
