@@ -106,7 +106,7 @@ def test_a_model_of_mlx_lm_can_be_given_but_not_with_an_adapter(trained, llama4,
     result = train(model=pair, data=ROWS, adapter=tmp_path / "a", **HOW)
     assert result.model is pair[0]
     adapted = mlx_lm.load(str(llama4), adapter_path=str(trained[0].adapter_path))
-    with pytest.raises(InputError, match=r"already has an adapter of mlx-lm .*warm_start"):
+    with pytest.raises(InputError, match=r"already has an mlx-lm adapter .*warm_start"):
         train(model=adapted, data=ROWS, adapter=tmp_path / "b", **HOW)
     assert not (tmp_path / "b").exists()
 

@@ -375,8 +375,8 @@ def _answers(repository: Repository) -> Iterator[None]:
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"{repository.id} is neither a path nor a {repository.kind} on the hub that you may "
-            "read: check the spelling; if it is private, log in with `hf auth login`, or set "
+            f"{repository.id} is neither a path nor a {repository.kind} on the hub that you can "
+            "access: check the spelling; if it is private, log in with `hf auth login` or set "
             "HF_TOKEN."
         ) from None
     except refused as error:

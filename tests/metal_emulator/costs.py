@@ -27,8 +27,9 @@ DEVICES = {
     "M5": (10, 1.58, 153),
     "M5 Max": (40, 1.75, 614),
 }
-#: Generations without bfloat units. If the kernel's text does not convert an operand of a matrix
-#: product to float32, the compiler does (it keeps the converted form of the other operand).
+#: Generations without bfloat units. There, the operands of a matrix product are converted to
+#: float32: by the kernel's text or, for an operand that the text does not convert, by the compiler
+#: (which keeps the converted form of the other operand).
 NO_BFLOAT = ("M1", "M2")
 #: The number of queries and of keys in a block of scores in MLX's backward pass. This number is an
 #: assumption, because it is not part of the MLX package.

@@ -32,7 +32,7 @@ def add_commands(command: Callable[..., Any]) -> None:
                 nargs="*",
                 default=[],
                 metavar="KEY",
-                help="key of the tokens to remove, as shown by list",
+                help="key of the cached data set to remove, as shown by `mlx-segtrain cache list`",
             )
             which.add_argument(
                 "--older",

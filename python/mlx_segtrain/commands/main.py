@@ -107,7 +107,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step, as measured by probe; used to estimate the duration of an epoch",
+        help="seconds per step, as measured by `mlx-segtrain probe`; used to estimate the duration "
+        "of an epoch",
     )
     added.add_argument(
         "--html", type=Path, metavar="FILE", help="also write the report as an HTML file"
@@ -184,8 +185,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="NAME",
-        help="additional name of this machine that the Host header of a request may have; "
-        "repeatable",
+        help="additional host name to accept in the Host header of requests; repeatable",
     )
     added.add_argument(
         "--allow-downloads",
@@ -218,8 +218,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="host file of mlx.launch. A training job may have one process on each host in it "
-        "(docs/distributed.md).",
+        help="hostfile for mlx.launch. A training job may run one process on each host that it "
+        "lists (docs/distributed.md).",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)

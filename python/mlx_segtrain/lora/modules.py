@@ -223,8 +223,8 @@ def unwrap(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, theirs):
             raise InputError(
-                f"the model already has an adapter of mlx-lm ({path}): load the model without it, "
-                "and pass the adapter as warm_start to continue its training."
+                f"the model already has an mlx-lm adapter ({path}): load the model without it, and "
+                "pass the adapter as warm_start to continue training it."
             )
         if isinstance(module, LoRALinear):
             own[path] = module.linear

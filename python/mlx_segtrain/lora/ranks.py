@@ -84,8 +84,8 @@ def asked(config: TrainConfig) -> dict[str, Any]:
 
 
 def _sensitivities(model_dir: Path) -> dict[str, float]:
-    """Returns the KL divergence of each layer from OptiQ's file in the model's folder, keyed by the
-    layer's path in the text model. The result is {} if there is no such file."""
+    """Reads the KL divergence of each layer from the OptiQ file in the model's folder. Returns the
+    values keyed by the layer's path in the text model, or {} if there is no such file."""
     for name in ("optiq/metadata.json", "optiq_metadata.json"):
         file = model_dir / name
         if not file.is_file():

@@ -132,8 +132,8 @@ class RunLog:
             new = self._open(os.O_EXCL)
         except (FileExistsError, InputError):
             raise RunError(
-                f"adapter_path {self.folder} was removed, and another run has used it since: "
-                "nothing more is written to it."
+                f"adapter_path {self.folder} was removed and has since been used by another run, "
+                "so this run will not write to it again."
             ) from None
         self.warn(f"{self.folder} was deleted during the run and has been recreated")
         self.file.seek(0)

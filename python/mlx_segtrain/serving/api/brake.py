@@ -8,8 +8,8 @@ LINES, LINES_PER_S = 100, 2.0
 
 
 class Bounded(logging.Filter):
-    """Drops and counts warnings and errors above the maximum rate, because clients can cause
-    them."""
+    """Drops and counts warnings and errors above the maximum rate, so that clients cannot flood
+    the log."""
 
     def __init__(self) -> None:
         super().__init__()

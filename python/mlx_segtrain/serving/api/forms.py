@@ -217,7 +217,7 @@ class ReadSettings(Answer):
 
 
 class Uploaded(Answer):
-    path: str = Field(description="The folder, to be used as data_dir or adapter_path.")
+    path: str = Field(description="Path of the folder of the file, for data_dir or adapter_path.")
     size_bytes: int = Field(description="The size of the file.")
 
 

@@ -460,7 +460,9 @@ class PromptTokensDetails(BaseModel):
 
 
 class CompletionTokensDetails(BaseModel):
-    reasoning_tokens: int = Field(description="tokens of reasoning, including its tags")
+    reasoning_tokens: int = Field(
+        description="number of reasoning tokens, including the tags around them"
+    )
 
 
 class Usage(BaseModel):

@@ -21,8 +21,9 @@ class Function(Request):
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
         None,
-        description="arguments must match the schema; they always do if a tool has to be called. "
-        "If the model may choose, it must write calls as JSON between tags",
+        description="whether arguments must match the schema. They always do if `tool_choice` is "
+        "`required` or names a tool; otherwise, this works only with models that write tool calls "
+        "as JSON between tags",
     )
 
 

@@ -2,8 +2,8 @@
 
 A root process loads the libraries. For each model, a process is forked from the root process, and
 loads the model's tokenizer. Workers, which render and encode, are forked from that process.
-Therefore a worker starts in milliseconds, and a worker that loops or grows can be killed. Every
-wait has a time limit.
+As a result, a worker starts in milliseconds, and a worker that hangs or uses too much memory can be
+killed without affecting the others. Every wait has a time limit.
 """
 
 from __future__ import annotations
