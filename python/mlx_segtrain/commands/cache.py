@@ -38,7 +38,7 @@ def add_commands(command: Callable[..., Any]) -> None:
                 "--older",
                 type=float,
                 metavar="DAYS",
-                help="remove the tokens that have not been used for this many days",
+                help="remove the data sets that have not been used for this many days",
             )
             which.add_argument("--all", action="store_true", help="remove all cached tokens")
         else:

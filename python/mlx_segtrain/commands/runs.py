@@ -70,7 +70,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
 
     text = "estimate the memory of a run without loading the model"
     added = command("plan", _plan, text, json=True)
-    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as in train")
+    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for `train`")
     add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
         "--loss-rows",
@@ -110,7 +110,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step on one process, as measured by probe. Default: an estimate.",
+        help="seconds per step on one process, as measured by `probe`. Default: an estimate.",
     )
     added.add_argument(
         "--plot",

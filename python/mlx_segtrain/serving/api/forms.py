@@ -299,7 +299,7 @@ class FieldRow(BaseModel):
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="Whether the field is a list of texts instead of names.")
+    texts: bool = Field(description="Whether the list contains texts instead of names.")
     allowed: str
     choices: list[str]
     is_list: bool

@@ -193,14 +193,14 @@ class Generate(Request):
         None, ge=-(2**63), lt=2**64, description="the same seed gives the same completion"
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
-        None, description="texts at which the completion ends, without including them"
+        None, description="texts that end the completion; they are not part of it"
     )
     n: int | None = Field(
         None, ge=1, le=ANSWERS, description="number of completions of the prompt; default 1"
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="the format of the completion in vLLM's field, which has more formats"
+        None, description="vLLM's field for the format; it supports more of them"
     )
     deterministic: bool | None = Field(
         None,
@@ -472,15 +472,15 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no token, because the numbers would reveal prompts of "
-        "other clients"
+        description="null if the server has no access token, because the numbers would reveal "
+        "prompts of other clients"
     )
     completion_tokens_details: CompletionTokensDetails
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str | None = Field(description="null if the answer consists of calls")
+    content: str | None = Field(description="null if the response consists of tool calls")
     reasoning_content: str | None = None
     tool_calls: list[tools_of.Call] | None = None
     refusal: None = None
