@@ -53,10 +53,9 @@ def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
     most = (budget - fixed) // row
     if most < 1:
         raise NoRoom(
-            f"with {title(config.model_dir)}, generating one completion needs "
-            f"{(fixed + row) / 1e9:.2f} GB (up to {tokens} tokens, including the prompt), which "
-            f"exceeds the budget of {budget / 1e9:.2f} GB: lower max_completion_tokens or raise "
-            "memory_budget_gb."
+            f"with {title(config.model_dir)}, generating one completion (up to {tokens} tokens, "
+            f"including the prompt) needs {(fixed + row) / 1e9:.2f} GB, more than the budget of "
+            f"{budget / 1e9:.2f} GB: lower max_completion_tokens or raise memory_budget_gb."
         )
     return min(every, most)
 
