@@ -271,7 +271,7 @@ def test_a_folder_that_another_run_took(llama4, data, tmp_path):
         held.append(log.RunLog(tmp_path / "a", print))
 
     on_event, _ = at_step(3, take)
-    with pytest.raises(RunError, match=r"was removed, and another run has used it"):
+    with pytest.raises(RunError, match=r"was removed and has since been used by another run"):
         train(config_of(llama4, data, tmp_path / "a", steps_per_save=1), on_event)
     held[0].close()
 
@@ -459,7 +459,7 @@ def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
 
     on_event, _ = at_step(2, take)
     config = config_of(llama4, data, tmp_path / "a", steps_per_eval=3, keep_best=True)
-    with pytest.raises(RunError, match="was removed, and another run has used it"):
+    with pytest.raises(RunError, match="was removed and has since been used by another run"):
         train(config, on_event)
     train(config_of(llama4, data, tmp_path / "b", seed=5))
     assert same(tmp_path / "a", tmp_path / "b") and not (tmp_path / "a" / "best").exists()
