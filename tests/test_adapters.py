@@ -1,5 +1,5 @@
-"""Tests adapters from other tools: equal factors in every format, refused adapters, and adapters
-written by mlx-lm."""
+"""Tests reading adapters of other tools: every format gives the same factors, unsupported adapters
+are refused, and adapters from mlx-lm give the same logits."""
 
 import math
 import struct
@@ -67,7 +67,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def expected_logits(llama, chain, tmp_path_factory):
-    """Returns the logits of stock mlx-lm."""
+    """Returns the logits that stock mlx-lm computes with an adapter with these factors."""
     factors = factors_of(chain, dict.fromkeys(chain.linears, RANK))
     folder = write_mlx(tmp_path_factory.mktemp("adapters") / "stock", factors)
     return mlx_lm.load(str(llama), adapter_path=str(folder))[0](TOKENS)
@@ -127,7 +127,7 @@ def test_rs_lora_is_over_the_root_of_each_rank(config, optiq, chain, tmp_path):
     folder = write_mlx(tmp_path / "a", factors, config, optiq=optiq)
     want = {Q0: SCALE / math.sqrt(2), DOWN1: SCALE / math.sqrt(8)}
     assert read_adapter(folder, chain).scales == pytest.approx(want)
-    # In our adapters, rsLoRA's factor √rank is already included in the scale or in B.
+    # In our adapters, the scale or B already includes rsLoRA's factor 1/√rank.
     ours = write_mlx(tmp_path / "b", factors, {**config, "segtrain": {}}, optiq=optiq)
     assert read_adapter(ours, chain).scales == {Q0: SCALE, DOWN1: SCALE}
 
@@ -139,8 +139,8 @@ K0, Q1 = "model.layers.0.self_attn.k_proj", "model.layers.1.self_attn.q_proj"
     "patterns,ranks,alphas",
     [
         ({"rank_pattern": {"q_proj": 2}}, (2, 4, 2), (6, 6, 6)),
-        # PEFT uses the first pattern that matches after a dot, which "roj" and "0.self_attn" do
-        # not.
+        # PEFT uses the first pattern that matches the whole path or the end of the path after a
+        # dot. "roj" and "0.self_attn" match neither.
         (
             {"rank_pattern": {"roj": 9, "0.self_attn": 9, r"layers\.1\..*": 8, "q_proj": 2}},
             (2, 4, 8),
@@ -345,7 +345,8 @@ def test_factors_that_make_no_sense(chain, tmp_path):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """mlx_lm.lora writes the adapter. `keys: null` means that every linear layer is adapted."""
+    """Writes the files like `mlx_lm.lora`. Their configuration has no `keys`, so every linear layer
+    is adapted."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

@@ -1,5 +1,5 @@
-"""Tests which attention implementation 'auto' chooses for a device, even one not in this
-machine."""
+"""Tests which attention implementation 'auto' chooses for each device, including devices that this
+machine does not have."""
 
 import mlx.core as mx
 import pytest
@@ -13,8 +13,8 @@ from mlx_segtrain.streams import BatchShape
 
 #: The head sizes that MLX 0.32.4's Metal library supports, according to its error message.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]
-#: The implementation used on CUDA for heads that MLX's attention supports. On a Hopper GPU this is
-#: `hopper`, as for wide heads, because it is faster.
+#: The implementation used on CUDA for heads that MLX's attention supports. On a Hopper GPU, our
+#: `hopper` kernel is used for these heads too, because it is faster.
 ON_CUDA = "hopper" if _core.attention_way("cuda", 256) == "hopper" else "stock"
 OTHERS_ON_METAL = [8, 32, 40, 48, 56, 63, 65, 88, 100, 104, 112, 120, 136, 160, 224, 248, 257, 320]
 
@@ -108,18 +108,18 @@ def test_the_plan_follows_what_the_device_has():
     nax = Device("metal", size=2, nax=True)
     plain = Device("cuda", size=2)
     assert attention_cost(512, nax).saved == 0
-    # cuDNN as we call it saves o and lse.
+    # Our calls of cuDNN save o and lse.
     assert attention_cost(64, CUDA).saved == kept(64)
     assert attention_cost(64, plain).saved == (0 if ON_CUDA == "stock" else kept(64))
     assert attention_cost(100, plain).saved == kept(100)
     assert attention_cost(64, Device("cuda", size=2, repeatable=True)).saved == kept(64)
-    assert attention_cost(64, Device("cuda", size=4)).saved > 0  # MLX has no float32 kernel there
+    assert attention_cost(64, Device("cuda", size=4)).saved > 0  # MLX has no float32 CUDA kernel
     assert attention_cost(64, CPU).saved > 0
 
 
 def test_what_is_saved_is_what_both_calls_give():
-    """cuDNN is not used with a window, even one that covers all keys. For streams with a branch,
-    each branch is a separate call."""
+    """cuDNN is not used with a window, even one that covers all keys. A stream with a branch needs
+    two calls: one for the main sequence and one for the branch."""
     shape = {"rows": 1, "heads": 2, "groups": 1, "head": 64, "queries": 256, "keys": 256}
     assert _core.attention_cost(CUDA, **shape, window=255).saved == kept(64)
     plain = _core.attention_cost(CUDA, **shape, window=256).saved

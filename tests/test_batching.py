@@ -1,5 +1,5 @@
-"""Generates with several adapters in one forward pass. Each row gets only its own adapter's
-update."""
+"""Tests generation with several adapters in one forward pass, in which each row gets only its own
+adapter's update."""
 
 import asyncio
 import gc
@@ -66,8 +66,8 @@ def shared(model, adapters):
 
 @pytest.mark.parametrize("kind", ["rows", "in place", "DoRA in place"])
 def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
-    """Adapters are attached before and after the twin (the model's copy for batches) is created.
-    The model runs as if it were on a GPU."""
+    """The twin (the model's copy for steps of a few tokens) also applies adapters that are attached
+    after the twin is created. The model runs as if it were on a GPU."""
     for own in (lora, lora.modules):
         monkeypatch.setattr(own, "few", lambda rows: True)
     base = read_base(model, Confined(model))
@@ -157,7 +157,7 @@ def test_which_rows_of_a_frozen_layer_our_kernel_computes(monkeypatch, outs, row
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
-    """If layers are added after the twin was created, a new twin is built."""
+    """If layers are added after the twin is created, the next call of `twin_of` groups them too."""
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     base = read_base(model, Confined(model))
     try:
@@ -172,7 +172,7 @@ def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
 
 
 def counted(run, calls):
-    """Wraps `run` so that each call records the layers that it computes."""
+    """Wraps `run` so that each call records the outputs of the layers that it computes."""
 
     def call(self, x):
         ys = run(self, x)
@@ -183,7 +183,7 @@ def counted(run, calls):
 
 
 async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
-    """Returns a response's text and pieces."""
+    """Generates a response and returns its text and pieces."""
     chosen, pieces = engine.select(adapter), []
     async for piece in engine.generate(list(prompt), chosen, Options(max_tokens=n, **options)):
         pieces.append(piece)
@@ -194,7 +194,8 @@ async def ask(engine, adapter="none", prompt=PROMPT, n=12, **options):
 
 
 class Base:
-    """A base model, its adapters by name, and its results with each adapter alone."""
+    """A base model with named adapters. `check` compares the results of a batch with those of each
+    row alone."""
 
     def __init__(self, model, mounted):
         self.base = read_base(model, Confined(model))
@@ -218,7 +219,7 @@ class Base:
 
 
 class Mounted:
-    """Provides the attributes of a mounted adapter that Linears reads."""
+    """Provides the attributes of a mounted adapter that `Linears` reads."""
 
     def __init__(self, name, adapter):
         self.id, self.adapter, self.serial = name, adapter, hash(name)
@@ -315,7 +316,8 @@ NAMES = [None, "a", "b", "c", "dora", "outer", "ab"]
 
 
 def test_no_request_s_adapter_reaches_another(shared, said):
-    """Sends a thousand requests with random adapters, in waves of random size and length."""
+    """Sends a thousand requests with random adapters and response lengths, in waves of random
+    size."""
     rng = random.Random(0)
     prompts = [list(f"{'x' * (i % 3 * 11)}Prompt {i}".encode()) for i in range(12)]
     asked = [(rng.choice(NAMES), rng.randrange(12), rng.randrange(1, 9)) for _ in range(1000)]
@@ -346,7 +348,7 @@ def test_no_request_s_adapter_reaches_another(shared, said):
     finally:
         Batch.step = plain
     for name, i, n in sorted(asked, key=lambda own: -own[2]):
-        said.tokens(prompts[i], name, n)  # the longest responses first: others are their beginnings
+        said.tokens(prompts[i], name, n)  # longest first, because shorter responses are prefixes
     tokens = different = 0
     for (name, i, n), text in zip(asked, answers, strict=True):
         wanted = said(prompts[i], name, n)
@@ -362,8 +364,8 @@ def test_no_request_s_adapter_reaches_another(shared, said):
 
 
 def test_logprobs_are_the_model_s(shared, said):
-    """The log-probabilities of chosen and most likely tokens equal the model's up to rounding, both
-    for a single request and in a batch."""
+    """The log-probabilities of chosen and most likely tokens equal the model's up to rounding. Each
+    request in a batch gets as many of the most likely tokens as it asked for."""
 
     async def main():
         crowd = [ask(shared, name, logprobs=i) for i, name in enumerate(["b", "none", "dora"])]
@@ -419,7 +421,7 @@ def test_deterministic_answers_are_bit_for_bit_those_alone(shared):
 
 
 def test_caches_go_with_their_batch():
-    """Caches are freed at once, without waiting for the garbage collector."""
+    """Caches are freed immediately, without waiting for the garbage collector."""
     batch = Batch(None)
     batch._cache = [BatchKVCache([0, 0])]
     batch._leave_masks_out()
@@ -435,9 +437,9 @@ def test_caches_go_with_their_batch():
 
 
 def test_a_lone_request_costs_no_more_than_with_mlx_lm(model, shared, monkeypatch):
-    """On a GPU, the speed of one request is limited by how many ops the host launches for a token.
-    A request also takes no more ops than with mlx-lm before another request has joined it and after
-    this request has left it."""
+    """On a GPU, the speed of a single request is limited by the number of ops that the host
+    launches per token. That number must not exceed mlx-lm's, both before another request joins the
+    batch and after that request has left it."""
     for own in (lora, lora.modules):
         monkeypatch.setattr(own, "few", lambda rows: True)
     monkeypatch.setattr(batching, "few", lambda rows: True)
@@ -470,12 +472,12 @@ def test_a_lone_request_costs_no_more_than_with_mlx_lm(model, shared, monkeypatc
     monkeypatch.undo()
     rows = [rows for rows, _ in steps]
     assert rows[0] == rows[-1] == 1 and 2 in rows
-    growth = 2 * len(stock.layers) * 4  # a longer cache is allocated once in 256 tokens
+    growth = 2 * len(stock.layers) * 4  # a longer cache is allocated every 256 tokens
     for alone in (steps[: rows.index(2)], steps[len(rows) - rows[::-1].index(2) :]):
         counts = [nodes for _, nodes in alone[2:]]
         assert counts and max(counts) <= most + growth, (counts, most)
         assert statistics.mode(counts) <= most, (counts, most)
-    assert len(waits) <= 8, "a step waits for the device more than once"
+    assert len(waits) <= 8, "steps wait for the device too often"
 
 
 def test_seeds_in_a_crowd(shared):
@@ -553,7 +555,7 @@ def test_a_long_prompt_lets_streams_go_on(model, monkeypatch):
 
 
 def failing(monkeypatch, error, when):
-    """Makes a batch's step fail at its end if `when(batch)` is true."""
+    """Makes `Batch.step` raise `error` at its end if `when(batch)` is true."""
     plain = Batch.step
 
     def step(batch):

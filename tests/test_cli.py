@@ -194,7 +194,7 @@ METHODS = get_args(TrainConfig.model_fields["method"].annotation)
 
 def test_every_field_is_tried() -> None:
     tried = {name for method in METHODS for name in changed(method)}
-    # The other two fields contradict segment_size and overwrite.
+    # The other two fields cannot be combined with segment_size and overwrite.
     assert tried | {"grad_checkpoint", "resume"} == set(TrainConfig.model_fields)
 
 
@@ -266,7 +266,7 @@ def test_a_flag_that_is_not_given_leaves_the_file_alone(train: Mock) -> None:
         "target_modules": ["q_proj"],
         "segment_size": 0,
     }
-    Path("run.yaml").write_text(json.dumps(values))  # JSON is YAML
+    Path("run.yaml").write_text(json.dumps(values))  # JSON is valid YAML
     assert cli.main(["train", "--config", "run.yaml", "--iters", "5", "--append-eos"]) == 0
     want = TrainConfig.model_validate(values | {"iters": 5, "append_eos": True})
     assert train.call_args.args[0] == want

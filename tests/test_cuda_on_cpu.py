@@ -26,8 +26,8 @@ pytestmark = [
 ROOT = Path(__file__).parents[1]
 ADAPTERS, THREADS = 3, 256
 NAMES = {mx.bfloat16: "bfloat16", mx.float16: "half", mx.float32: "float"}
-#: Each case: bits (0 for dense), group size, dtype, the kernel's rows and tiles, and the calls'
-#: rows, widths and ranks.
+#: Each case: bits (0 for dense), group size, dtype, the kernel's rows and tiles, and the call's
+#: rows, output widths, input width and ranks.
 CASES = [
     (4, 64, mx.bfloat16, 16, 1, 13, (72, 8), 320, (16, 3)),
     (4, 128, mx.bfloat16, 8, 2, 5, (40,), 1280, (8,)),
@@ -39,7 +39,7 @@ CASES = [
 
 
 def source(text):
-    """Returns C++ code with one function for each case in CASES, made from the kernel
+    """Returns C++ code with one function for each case in CASES, generated from the kernel
     `decode_linears`."""
     head, *kernels = re.split(r"^//: ", text, flags=re.MULTILINE)
     line, body = next(x for x in kernels if x.startswith("decode_linears:")).split("\n", 1)
@@ -71,7 +71,7 @@ def library(tmp_path_factory):
 
 
 def numbers(x):
-    """Returns an array's elements in their memory representation."""
+    """Converts an array to NumPy. Elements in bfloat16 become their bits in uint16."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.acceptance,
     pytest.mark.skipif(
         sys.platform != "linux" or os.uname().machine != "x86_64",
-        reason="the compiler's package is for Linux on x86_64",
+        reason="the compiler's package is only available for Linux on x86_64",
     ),
 ]
 
@@ -33,8 +33,8 @@ COMPILER = "nvidia-cuda-nvrtc"
 
 def load_compiler():
     """Loads the compiler's libraries into the process, where _core finds them by name."""
-    # Uses only the compiler package's own files, because torch for CUDA installs other libraries in
-    # the same folder.
+    # Uses only the compiler package's own files, because a CUDA build of torch installs other
+    # libraries in the same folder.
     files = {file.name.partition(".so.")[0]: file for file in metadata.files(COMPILER) or []}
     for name in ("libnvrtc-builtins", "libnvrtc"):
         ctypes.CDLL(str(files[name].locate()), mode=ctypes.RTLD_GLOBAL)
@@ -157,7 +157,7 @@ def decoding(dtype):
     calls = [(None, (8,), 1), (four, (8, 0, 8), 1), (four, (8, 0, 8), 16), (eight, (96, 8), 7)]
     calls += [(None, (8, 0), 9), (two, (8,), 5), (four, (0,), 16)]
     for kind, ranks, rows in calls:
-        out = 17000 if ranks == (0,) else 64  # output heads use other tiles
+        out = 17000 if ranks == (0,) else 64  # output heads use different tiles
         bases = [base_of(rng, out, 128, kind)[0] for _ in ranks]
         if kind is None:
             bases = [ops.Base(bases[0].weight.astype(dtype))]
@@ -250,13 +250,13 @@ def launches_of_model(family, args):
 
     h = mx.zeros((1, 64, SIZES["hidden_size"]), mx.bfloat16)
     mx.eval(h, tokens, factors)
-    mx.eval(run(h, *factors))  # also creates cached arrays
+    mx.eval(run(h, *factors))  # creates the cached arrays before launches are counted
     (y,), (dh, *grads) = mx.vjp(run, [h, *factors], [h])
     return Counter(_core.launches([y, dh, *grads]))
 
 
 def launches(form):
-    """Returns the number of launches that another layer of this form adds, by kernel name."""
+    """Returns the number of launches that one more layer of this form adds, by kernel name."""
     slides, full = "sliding_attention", "full_attention"
     alone = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True}
     types = {
@@ -282,8 +282,8 @@ def launches(form):
 
 
 def kept(family):
-    """Returns, for each stage, the ratio of the bytes saved for its backward pass to the bytes in
-    the plan."""
+    """Returns, for each stage, the ratio of the bytes saved for its backward pass to the planned
+    bytes."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of
@@ -364,7 +364,7 @@ def dry_run(call, folder):
     code = (
         f"import test_cuda_text as own, mlx_segtrain.torchless as x; x.hide_torch(); own.{call}()"
     )
-    for other in ("cudnn", "cusparselt"):  # a torch for CUDA installs these libraries
+    for other in ("cudnn", "cusparselt"):  # a CUDA build of torch installs these libraries
         (folder / "nvidia" / other / "lib").mkdir(parents=True)
     folders = [str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", "")]
     env = {**os.environ, DEVICE: "90", "PYTHONPATH": os.pathsep.join(folders)}
@@ -389,8 +389,8 @@ def counted(tmp_path_factory):
 
 @pytest.mark.parametrize("form", MOST_LAUNCHES)
 def test_launches_of_a_layer(form, counted):
-    """The number of launches determines the duration of a short step. Here, Gemma 4's per-layer
-    input has two adapted linear layers."""
+    """The number of launches determines the duration of a short step. A Gemma 4 layer with a
+    per-layer input has two more adapted linear layers than other layers."""
     counts = counted[0][form]
     copies = [name for name in counts if name.startswith("copy for")]
     assert counts["Matmul"] >= 8
@@ -399,7 +399,8 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """The difference is at most a few values per token, which is negligible for real models."""
+    """The saved and the planned bytes differ by at most a few values per token, which is negligible
+    for real models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

@@ -86,7 +86,7 @@ def test_eval_batches_go_through_the_file_once():
 
 
 def test_only_the_rows_of_a_batch_are_made():
-    """Planning and ordering of a large data set uses its columns and does not create its rows."""
+    """Planning and ordering use the columns of a data set and do not create its rows."""
     data, made = dataset(range(2, 202)), []
     counted = data.map(lambda i, row: made.append(i) or row)
     assert Sft().batch_shapes(counted, 4) == Sft().batch_shapes(data, 4)

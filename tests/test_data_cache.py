@@ -63,7 +63,8 @@ def tokenizer(model):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """Returns an empty cache folder, set up to cache even small data, in blocks of a few rows."""
+    """Sets up an empty cache that stores even small data, in blocks of a few rows, and returns its
+    folder."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "SMALL", 0)
     monkeypatch.setattr(limits, "BLOCK", 1500)
@@ -79,7 +80,8 @@ def processes(monkeypatch):
 
 @pytest.fixture
 def forked(processes, monkeypatch):
-    """Does the same as `processes`, with forks, which need not import the tokenizer's packages."""
+    """Like `processes`, but forks the processes, so that they need not import the tokenizer's
+    packages."""
     monkeypatch.setattr(workers.processes, "start_connected", forks.start_connected)
 
 
@@ -120,7 +122,8 @@ def assert_same(a, b):
 def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     tmp_path, tokenizer, model, kept, form, part
 ):
-    """Cached data stays the same if rows are truncated to a length that only some rows exceed."""
+    """Cached and uncached data are also equal if rows are truncated to a length that only some rows
+    exceed."""
     data = write(tmp_path / "data", rows_of(form, 90))
     plain, _ = load_dataset(data, tokenizer, of(form, max_seq_length=4096))
     how = of(form, max_seq_length=int(np.percentile(plain.columns.length, part)))
@@ -147,7 +150,7 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     expected = Columns.of([own[0] for own in short])
     for own in fields(Columns):
         found, wanted = getattr(plain.columns, own.name), getattr(expected, own.name)
-        if own.name == "top":  # truncation may have removed this word
+        if own.name == "top":  # may be the id of a truncated token
             assert (found >= wanted).all()
         else:
             assert np.array_equal(found, wanted), own.name

@@ -35,8 +35,8 @@ def test_one_file_with_tokenizer(tmp_path):
         21,
         0,
     )
-    # Each row consists of <s> Q X, n times W, and Z </s>. The last row's prompt alone exceeds 20
-    # tokens.
+    # Each row but the last consists of <s> Q X, n times W, and Z </s>. The prompt of the last row
+    # alone exceeds 20 tokens.
     assert (report.length_min, report.length_median, report.length_p95) == (5, 15, 24)
     assert report.length_max == 33
     assert (report.truncated, report.dropped) == (4, 1)
@@ -83,8 +83,8 @@ def test_errors_are_in_the_report(tmp_path):
 
 
 def test_what_an_epoch_takes(tmp_path):
-    """Tests the statistics for an epoch (unpacked and packed), lengths, the longest rows, and
-    duplicates."""
+    """Tests the statistics of an unpacked and a packed epoch, of the row lengths, of the longest
+    rows and of duplicates."""
     rows = [{"text": "W" * n} for n in (1, 1, 2, 5, 30, 14, 6, 1)]  # plus <s> and </s>
     path = write(tmp_path / "data.jsonl", *rows)
     how = {"batch_size": 2, "accumulation": 2, "step_s": 3.0}
