@@ -52,7 +52,7 @@ def test_on_cuda_mlx_has_heads_in_eights_up_to_128():
 
 
 def test_a_repeatable_run_on_metal_keeps_mlx_own():
-    """MLX's attention is deterministic on Metal, so set_repeatable matters only on CUDA."""
+    """MLX's attention is deterministic on Metal, so `set_repeatable` matters only on CUDA."""
     assert _core.attention_way("metal", 128, repeatable=True) == "stock"
 
 
@@ -66,7 +66,7 @@ def test_a_device_that_is_none_is_refused():
 
 
 def test_what_is_asked_for_here_is_what_is_chosen_here():
-    """attention_way must return the implementation that an actual call chooses."""
+    """`attention_way` must return the implementation that an actual call chooses."""
     here = mx.default_device() != mx.Device(mx.cpu)
     name = ("cuda" if mx.cuda.is_available() else "metal") if here else "cpu"
     x = mx.zeros((1, 1, 128, 40), mx.bfloat16)
@@ -98,7 +98,8 @@ def kept(head: int) -> int:
     "head", [*STOCK_ON_METAL, *(d for d in OTHERS_ON_METAL if d % 2 == 0), 512]
 )
 def test_the_plan_on_metal_is_for_what_runs_there(head):
-    """MLX's attention saves nothing, but our kernels and blocked attention save o and lse."""
+    """For the backward pass, MLX's attention saves nothing, but our kernels and blocked attention
+    save o and lse."""
     cost = attention_cost(head, METAL)
     assert cost.saved == (0 if head in STOCK_ON_METAL else kept(head))
     assert (cost.saved_work > 0) == (head not in STOCK_ON_METAL)

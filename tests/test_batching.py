@@ -99,8 +99,8 @@ def test_the_twin_of_few_rows_gives_the_same_bits(model, monkeypatch, kind):
 
 @pytest.mark.parametrize("kind", ["rows", "one of rows", "in place", "DoRA in place", "none"])
 def test_the_twin_computes_readers_of_the_same_together(model, monkeypatch, kind):
-    """If a kernel supports q, k and v, one call computes all three, and the results equal the
-    model's."""
+    """If a kernel supports the q, k and v projections, one call computes all three, and the results
+    equal the model's."""
     for own in (lora, lora.modules):
         monkeypatch.setattr(own, "few", lambda rows: True)
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)

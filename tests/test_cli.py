@@ -1,5 +1,5 @@
-"""Tests the command line: flags declared in one place, one-sentence errors, exit codes, and
-summaries."""
+"""Tests the command line: a flag for every field of the configuration, one-sentence errors, exit
+codes, and summaries."""
 
 import io
 import json

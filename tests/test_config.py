@@ -310,7 +310,7 @@ ANYTHING = st.recursive(
 @settings(max_examples=500)
 @given(st.sampled_from(sorted(TrainConfig.model_fields)), ANYTHING)
 def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) -> None:
-    """If a field accepts a value, it also accepts the value after conversion."""
+    """If a field accepts a value, it also accepts the converted value."""
     try:
         config = load_config(None, {**REQUIRED, field: value})
     except InputError as error:

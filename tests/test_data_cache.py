@@ -245,8 +245,8 @@ def test_what_is_torn_is_made_again(tmp_path, tokenizer, model, kept):
         assert_same(again, whole)
 
 
-#: Needs no `if __name__ == "__main__"`, because our worker processes do not import the main
-#: program.
+#: The script needs no `if __name__ == "__main__"`, because our worker processes do not import the
+#: main program.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -273,8 +273,8 @@ def start(data, model):
 
 @pytest.mark.acceptance
 def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
-    """Ctrl-C or a kill leaves no process running. Continuing creates the same files as an
-    uninterrupted run."""
+    """Ctrl-C or a kill leaves no process running. The next run continues and creates the same files
+    as an uninterrupted run."""
     data = write(tmp_path / "data", rows_of("messages", 2000))
     before = {}
     for how in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM):

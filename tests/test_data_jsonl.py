@@ -1,4 +1,4 @@
-"""For invalid files, the error is one clear sentence that includes the file and the line."""
+"""The error for an invalid file is one clear sentence that names the file and the line."""
 
 import json
 

@@ -27,7 +27,7 @@ DEFAULT_SYSTEM = (
     "{% if messages and messages[0].role != 'system' %}"
     "<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
 )
-# The generation prompt opens a thinking block, but finished turns have no such block (DeepSeek-R1).
+# The generation prompt opens a thinking block, but finished turns have none (as in DeepSeek-R1).
 OPEN_THINKING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
@@ -109,9 +109,9 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     row = load(tmp_path, tokenizer, {"messages": messages}, append_eos=False).rows[0]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
-    # The token "▁fine" contains the space between prompt and response: a token with any part of the
-    # response is in the loss. The newline ends the turn, because no special token ends it and none
-    # is appended.
+    # The token "▁fine" contains the space between prompt and response. A token that contains any
+    # part of the response is in the loss. The newline ends the turn, because the template has no
+    # end-of-turn token and append_eos is False.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 

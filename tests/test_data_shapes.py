@@ -75,7 +75,7 @@ def read(folder, *rows, **options):
 def test_what_is_trained_of_a_row(name, file, tmp_path):
     row, format, prompt, response = SHAPES[name]
     if name == "lists" and file == "train.csv":
-        return  # the string would be read as a user message
+        return  # CSV stores a list as a string, which would be read as a user message
     WRITERS[file](tmp_path / file, row)
     data, _ = load_dataset(tmp_path, TOKENIZER, Options())
     assert (data.format, data.notes.formats) == (format, {format: 1})
@@ -148,7 +148,7 @@ def test_which_format_a_row_with_several_is_of():
         later = {key for other, _ in ORDER[i + 1 :] for key in other}
         row = {key: values[key] for key in keys | later}
         first = next(own for marks, own in ORDER if marks <= row.keys())
-        assert checked(row, "a:1").format == first  # additional keys may complete an earlier format
+        assert checked(row, "a:1").format == first  # later keys may complete an earlier format
         assert checked({key: values[key] for key in keys}, "a:1").format == name
         # A null value counts as an absent key.
         nothing = dict.fromkeys(values.keys() - keys)
@@ -198,7 +198,7 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_rows_with_a_label(tmp_path):
-    """sft drops undesirable rows, and a message reports this."""
+    """sft drops rows with the label false, and a message reports this."""
     rows = [
         {"prompt": "Q", "completion": f"A{i}", "label": label}
         for i, label in enumerate([True, False, 1, 0, "true", " False ", "1", "0"])

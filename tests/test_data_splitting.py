@@ -1,5 +1,5 @@
-"""Tests held-out rows, duplicates, and rows in both sets, which depend only on the rows'
-content."""
+"""Tests the selection of held-out rows by their content, duplicates, and rows that are in both
+sets."""
 
 import json
 import random
@@ -44,7 +44,8 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
         texts(load(tmp_path, rows, method=method, val_split=0)[0])
     )
     held = set(texts(valid))
-    # The same rows in another order, with unused columns and additional rows.
+    # The selection depends neither on the order of the rows nor on unused columns. Additional rows
+    # change only a part of it.
     random.Random(0).shuffle(rows)
     others = [{"id": i, **own} for i, own in enumerate(rows)]
     assert set(texts(load(tmp_path, others, method=method)[1])) == held
@@ -82,11 +83,12 @@ def test_equal_rows_are_on_one_side(tmp_path):
     train, valid = load(tmp_path, rows, val_split=0.2)
     assert not set(texts(train)) & set(texts(valid))
     assert valid.n_rows == 40
-    # Holds out one row, which occurs five times. Two such rows would be 10 rows.
+    # Holds out one distinct row, which occurs five times. Two distinct rows would be 10 rows, more
+    # than val_split.
     train, valid = load(tmp_path, rows, val_split=7)
     assert valid.n_rows == 5
-    # If all rows are equal, or one row occurs more than val_split times, no rows are held out and a
-    # message reports this.
+    # If all rows are equal, val_split auto holds out none. A number that holds out no rows or all
+    # rows is an error.
     assert load(tmp_path, [row(1)] * 200)[1] is None
     with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)

@@ -1,4 +1,4 @@
-"""The text of a row is in the loss, whatever the chat template does."""
+"""Each response of a row is in the loss, whatever the chat template does."""
 
 import json
 
@@ -79,7 +79,7 @@ def check_contexts(data, tokenizer, messages, **kwargs):
         (PARTS, ["one<|im_end|>", "two<|im_end|>"]),
     ],
 )
-# Letters that occur in <|im_end|>.
+# The responses "e" and "d" also occur in <|im_end|>.
 @pytest.mark.parametrize("answers_are", [("one", "two"), ("e", "d")])
 def test_each_turn_follows_its_prompt_and_ends_with_one_stop_token(
     tmp_path, template, answers, answers_are

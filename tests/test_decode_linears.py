@@ -1,4 +1,5 @@
-"""Linear layers in a decoding step, computed in one call with a different adapter for each row."""
+"""Tests decode_linears, which computes linear layers in a decoding step in one call, with a
+different adapter for each row."""
 
 import inspect
 
@@ -77,8 +78,8 @@ HALVES = [
 
 @pytest.mark.parametrize(("kind", "dtype"), HALVES, ids=str)
 def test_rows_in_half_precision(kind, dtype):
-    """Tests widths that are not multiples of tiles and chunks. A row's result is the same in any
-    batch of several rows."""
+    """Tests widths that are not multiples of the sizes of tiles and chunks. A row's result is the
+    same in any batch of several rows."""
     ranks, outs, width = (16, 3, 8), (72, 40, 8), 16 * 7 if kind is None else 128 * 3
     arguments, exact = layers(kind, ranks, dtype, width=width, outs=outs)
     op = ops.decode_linears(*arguments)

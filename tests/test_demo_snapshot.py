@@ -1,5 +1,5 @@
-"""The demo's snapshot contains the GGUF file's weights and a matching tokenizer, and generates
-text."""
+"""Tests that the demo's model snapshot contains the weights of the GGUF file and a matching
+tokenizer, and that the model generates sensible text."""
 
 import hashlib
 import zipfile
@@ -50,7 +50,7 @@ def test_answer_needs_the_rotary_order(snapshot_dir: Path, tokenizer: Any, tmp_p
     weights = mx.load(str(snapshot_dir / "model.safetensors"))
     for name, array in weights.items():
         heads = 9 if ".q_proj." in name else 3 if ".k_proj." in name else 0
-        if heads:  # restores the GGUF file's order
+        if heads:  # restores the order of the rows in the GGUF file
             halves = array.reshape(heads, 2, -1, array.shape[-1])
             weights[name] = halves.swapaxes(1, 2).reshape(array.shape)
     mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
@@ -118,7 +118,7 @@ def test_text_survives_the_tokenizer(tokenizer: Any, text: str):
 
 
 def test_digits_are_single_tokens(tokenizer: Any):
-    # If digits were not split off first, the second space would be part of the number.
+    # If digits were not split off first, the second space would be in a token with the digit 1.
     ids = tokenizer.encode("in  1234 x")
     assert [tokenizer.decode([i]) for i in ids] == ["in", "  ", "1", "2", "3", "4", " x"]
 

@@ -37,7 +37,8 @@ def test_the_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_commands_are_in_fences(page: Path) -> None:
-    """Indented blocks are for formulas and listings, because no test runs them."""
+    """Tests run only fenced blocks, so indented blocks may contain formulas and listings, but no
+    commands."""
     command = re.compile(r" {4,}(mlx-segtrain|pip|python3?|make|curl|mlx\.launch|from|import) ")
     assert not [n for n, line in prose(page) if command.match(line)]
 
@@ -85,7 +86,7 @@ def check_command(words: list[str], place: str) -> None:
 
 
 def sentences() -> list[str]:
-    """Returns every f-string in the package, with … for each value."""
+    """Returns every string in the package. In f-strings, … replaces each value."""
     found = []
     for file in (ROOT / "python").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

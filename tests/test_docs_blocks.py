@@ -1,7 +1,8 @@
-"""Runs every code block in the documentation as printed, except blocks marked `needs:`.
+"""Runs every code block in the documentation as printed, except blocks that need more than a server
+(see `needs:` in lib/pages.py).
 
-Each page runs in a folder with a tiny model called MODEL, rows called data, and the files that the
-page lists as given. Commands of this package run in this process.
+The blocks of a page run in a folder that contains a tiny model (MODEL), a data set (data) and the
+files that the page lists as given. Commands of this package run in the test's process.
 """
 
 import contextlib
@@ -83,7 +84,7 @@ def test_every_block_runs(page: Path, things: Path, tmp_path: Path, monkeypatch)
 def run(block: Block, text: str) -> None:
     """Runs the commands of a shell block in order."""
     for line, words in commands(text):
-        if words[:2] == ["mlx-segtrain", "serve"]:  # servers are tested elsewhere
+        if words[:2] == ["mlx-segtrain", "serve"]:  # only parsed: servers are tested elsewhere
             assert cli.parsers()[0].parse_known_args(words[1:])[1] == []
         elif words[0] == "mlx-segtrain" and not SHELL.search(line.split(" #")[0]):
             said, sys.stdin = io.StringIO(), io.StringIO("Hello\n")

@@ -1,4 +1,5 @@
-"""Tests the self-check of kernels on a device. CPU kernels also stand in for GPU kernels."""
+"""Tests the self-check of kernels on a device. In some tests, CPU kernels stand in for GPU
+kernels."""
 
 import json
 
@@ -149,7 +150,8 @@ def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
-    """The CPU stands in for a Mac's implementations. Each head size is checked in each dtype."""
+    """CPU kernels stand in for the implementations on a Mac. Each head size is checked in each
+    dtype."""
     sound = _core.attention
 
     def played(*x, impl, **options):
@@ -157,7 +159,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
 
     monkeypatch.setattr(_core, "attention", played)
     monkeypatch.setattr(doctor, "on_gpu", lambda: True)
-    monkeypatch.setattr(doctor, "CHECKED", 60)  # bfloat16 is slow on a CPU
+    monkeypatch.setattr(doctor, "CHECKED", 60)  # fewer rows, because bfloat16 is slow on a CPU
     report = doctor.examine()
     assert report.gpu and report.ok
     cases = []

@@ -1,4 +1,5 @@
-"""Tests DoRA: the formula, all cuts and methods, and the files of mlx-lm, PEFT and this package."""
+"""Tests DoRA: the formula, every way to cut the model into segments, every training method, and the
+adapter files of mlx-lm, PEFT and this package."""
 
 import copy
 import functools
@@ -41,8 +42,7 @@ FAMILIES = {
 
 
 def stretched(chain, ranks=None):
-    """Returns a random adapter whose magnitudes are up to a fifth above or below the initial
-    ones."""
+    """Returns a random adapter whose magnitudes differ from the initial ones by up to 20 %."""
     ranks = ranks or dict.fromkeys(chain.linears, RANK)
     adapter = random_adapter(chain, ranks, SCALE, 0.1)
     fresh = adapting.init(chain, ranks, SCALE, 0, dora=True)
@@ -180,8 +180,8 @@ def written(folder, adapter):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_stock_mlx_lm_loads_what_we_write(padded, llama4, tmp_path):
-    """Factors of different ranks are padded, and different multipliers are replaced by a single
-    one."""
+    """Factors of different ranks are padded, and a single multiplier replaces different
+    multipliers."""
     chain = chain_of(load_base(llama4)[0])
     ranks = {path: 2 + i % 3 if padded else RANK for i, path in enumerate(chain.linears)}
     adapter = stretched(chain, ranks)

@@ -35,7 +35,7 @@ def test_glu(op, impl, shape, dtype):
 @pytest.mark.parametrize("impl", ["stock", "auto"])
 @pytest.mark.parametrize("op", OPS)
 def test_few_elements(op, impl, shape, dtype):
-    """Makes sixty calls and compares their combined error."""
+    """Makes sixty calls and checks the error of all their results together."""
     rng = np.random.default_rng(4)
     (g, g64), (u, u64), (dy, dy64) = (rand(rng, 60, *shape, dtype=dtype) for _ in range(3))
     truth = getattr(oracle, op)(g64, u64)
@@ -66,8 +66,8 @@ def test_under_compile(op, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", OPS)
 def test_parts_of_arrays(op, impl):
-    """Tests columns of a longer array, and a row that starts in the middle of the kernel's packs of
-    elements."""
+    """Tests slices of columns, and rows that start within one of the packs of elements that the
+    kernel reads."""
     x, x64 = rand(np.random.default_rng(8), 6, 2 * 333, dtype="bfloat16")
     for at in (np.s_[:, :333], np.s_[:, 333:]), (np.s_[1], np.s_[3]):
         (g, u), (g64, u64) = ([x[i] for i in at] for x in (x, x64))

@@ -1,5 +1,5 @@
-"""Compares GRPO's losses with TRL's formulas in float64 with complex steps, and tests weights,
-packing and cuts."""
+"""Compares GRPO's losses and gradients with TRL's formulas in float64, and tests weights, packing
+and the segments of the model."""
 
 import json
 import math
@@ -142,7 +142,7 @@ def test_a_token_that_was_certain_counts(kind):
 
 
 def test_a_token_that_only_marks_its_row_has_no_gradient():
-    """Otherwise a sign-based optimizer would take a full step."""
+    """A tiny gradient would make a sign-based optimizer take a full step."""
     own = Grpo(beta=0.1)
     reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
     loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))
@@ -150,7 +150,7 @@ def test_a_token_that_only_marks_its_row_has_no_gradient():
 
 
 def completions():
-    """Returns four rows with all values that any of the losses reads."""
+    """Returns a data set of four rows with all values that any of the losses reads."""
     rng = np.random.default_rng(5)
     weights = Grpo().weights(LENGTHS, np.ones(4, bool))
     rows = []
@@ -259,8 +259,8 @@ def test_chance_is_no_collapse(name):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "stablelm"])
 def test_log_probs_at_a_temperature(family):
-    """Tests values and gradients for three heads: with our ops, with a softcap, and with mlx-lm's
-    ops."""
+    """Tests values and gradients of three output heads: one with our ops, one with a softcap, and
+    one with mlx-lm's ops."""
     model, rng = tiny_models.build(family), np.random.default_rng(4)
     chain = chain_of(model)
     h = mx.array(rng.normal(size=(5, model.args.hidden_size)).astype(np.float32))
@@ -353,8 +353,8 @@ def test_lines_of_a_step_are_written_all_or_not_at_all(tmp_path):
 
 
 def test_files_of_rewards_are_in_the_record(tmp_path):
-    """Files have the same name in two folders. If a file changes, a resumed run warns and
-    continues."""
+    """Two folders contain a reward file of the same name. If one of the files changes, a resumed
+    run warns and continues."""
     paths = [tmp_path / name / "own.py" for name in ("a", "b")]
     for path in paths:
         path.parent.mkdir()
@@ -437,7 +437,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
 
 
 def rolling(monkeypatch, roll_out):
-    """Returns a cycle that generates with this function."""
+    """Returns a stand-in for a Cycle that generates with `roll_out`."""
     monkeypatch.setattr(cycle, "roll_out", roll_out)
     monkeypatch.setattr(cycle, "with_params", lambda *_: None)
     names = ("model", "tokenizer", "chain", "scales")

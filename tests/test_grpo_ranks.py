@@ -55,7 +55,7 @@ def config(model, tmp_path):
 RUNS = {
     "gspo": {"grpo_loss": "gspo", "grpo_beta": 0.1, "updates_per_step": 2, "iters": 2},
     "dapo": {"grpo_loss": "dapo", "advantage_scaling": "batch", "mask_truncated": False},
-    # No completion has a non-zero advantage, so a step trains on a single completion, on one rank.
+    # Every advantage is 0, so a step trains on a single completion, on one rank.
     "equal": {"reward_weights": [0.0, 0.0], "iters": 1, "packing": False},
 }
 

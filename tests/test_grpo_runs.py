@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 
 def vowels(completions, answer):
-    """Scores completions, and checks that every row has an answer."""
+    """Scores completions by their number of vowels, and checks that every row has an answer."""
     assert all(answer)
     return [sum(char in "aeiou" for char in text) / 8 for text in completions]
 
@@ -59,7 +59,7 @@ def test_a_run_is_rewarded_more_and_more(llama4, prompts, tmp_path):
     steps = [event for event in seen if event.get("kind") == "train"]
     names = {"reward", "reward_std", "length", "truncated", "kl", "clipped", "mismatch"}
     assert names <= steps[0].keys()
-    assert all(step["mismatch"] < 1e-4 for step in steps), "log-probabilities differ in training"
+    assert all(step["mismatch"] < 1e-4 for step in steps), "log-probs differ from generation"
     lines = completions_of(tmp_path / "a")
     assert len(lines) == 16 * 4 * 8
     for step in steps:
@@ -82,8 +82,8 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_goes_on_to_the_bytes_of_its_twin(name, llama4, prompts, tmp_path):
-    """The run is killed during generation, scoring, and training. Two steps follow the checkpoint
-    from which it resumes."""
+    """The run is killed three times: during scoring, during generation, and during training. Each
+    time, it resumes from the checkpoint of step 2. It ends with step 4."""
     how = {"iters": 4, "steps_per_save": 2, **RUNS[name]}
 
     def made(out, **more):
@@ -149,7 +149,8 @@ def test_a_reward_that_fails_leaves_the_state(llama4, prompts, tmp_path):
 def test_completions_that_teach_nothing_are_left_out_of_the_passes(
     llama4, prompts, tmp_path, monkeypatch
 ):
-    """If all rewards are equal, the adapter learns nothing and only one completion is run."""
+    """If all rewards are equal, the adapter learns nothing, and each step trains on only one
+    completion."""
     counts = []
     original = cycle.Cycle._batches
 
@@ -210,7 +211,7 @@ def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys
     found = score(made, tmp_path / "a")
     assert (found.rows, found.completions) == (3, 4) and list(found.pass_at) == [1, 2, 4]
     assert math.isclose(found.pass_at[1], found.reward) and found.rewards == {"odd": found.reward}
-    assert found == score(made, tmp_path / "a"), "the second score is different"
+    assert found == score(made, tmp_path / "a"), "the second score differs from the first"
     argv = ["eval", "--model", str(llama4), "--data", str(prompts), "--adapter-path"]
     argv += [str(tmp_path / "a"), "--reward-functions", f"{own}:odd", "--group-size", "4"]
     argv += ["--max-completion-tokens", "8", "--max-seq-length", "100", "--json"]
@@ -219,7 +220,7 @@ def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys
     assert said["reward"] == found.reward and said["pass_at"]["4"] == found.pass_at[4]
     with pytest.raises(InputError, match="call score"):
         evaluate(made)
-    assert 0 < found.reward < 1, "the reward must be neither 0 nor 1 to be comparable"
+    assert 0 < found.reward < 1, "a reward of 0 or 1 makes the comparison meaningless"
 
 
 def test_pass_at():
@@ -251,7 +252,8 @@ def test_what_is_wrong_is_said_before_the_model_loads(llama4, prompts, tmp_path)
 
 @pytest.mark.parametrize("prompt", [30, 5000])
 def test_generating_takes_no_more_memory_than_planned(prompt, llama4, prompts, tmp_path):
-    """Tests prompts that use most of the memory, and completions that use most of it."""
+    """Tests one case in which the completions use most of the memory, and one in which the prompts
+    do."""
     made = config(llama4, prompts, tmp_path / "a", max_completion_tokens=40, max_seq_length=6000)
     model, tokenizer = load_model(llama4)[0], load_tokenizer(llama4)
     how = [Options(max_tokens=40, temperature=1.0, seed=i, logprobs=0) for i in range(12)]

@@ -95,7 +95,7 @@ def test_on_another_address_any_address_is_a_name():
         ({"origin": "https://evil.example"}, 403),
         ({"origin": "null"}, 403),
         ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, 403),
-        # A form on another site.
+        # A form submitted from another site.
         ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, 403),
         ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, 200),
     ],

@@ -75,7 +75,7 @@ def test_the_row_and_the_layer_are_named(tmp_path):
     assert report["rows"] == ["train.jsonl:4"]
     assert report["tensor"] == "h after model.layers.0.self_attn"
     assert told[-1]["type"] == "failed"
-    # With a corrected row, the run continues.
+    # The state of the last good step is saved, so the run can be resumed.
     if at > 1:
         assert next(iter(checkpoint.found(tmp_path / "a"))) == at - 1
 
@@ -108,12 +108,12 @@ def test_what_a_spike_is():
     assert 3.0 < spikes.spike_bound(calm) < 3.3  # 1.5 times the largest loss
     wild = [5.0 + 3 * math.sin(i) for i in range(spikes.WINDOW)]
     assert spikes.spike_bound(wild) > 12
-    # If losses stay high, only the first one is a spike.
+    # If losses stay high, only the first high loss is a spike.
     assert spikes.spike_bound([*calm[1:], 8.0]) > 8.0
 
 
 def spiking(monkeypatch, at):
-    """Multiplies the loss of this step by a hundred."""
+    """Multiplies the loss of step `at` by a hundred."""
     original, calls = step.Stepper.gradient, []
 
     def gradient(self, it, batches):
@@ -357,7 +357,7 @@ def test_training_in_a_thread(llama4, data, tmp_path):
 
 def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
     """The numbers of open files and threads, the resident memory and MLX's memory stay constant,
-    even with a checkpoint in every step."""
+    even with a checkpoint after every step."""
     steps = int(os.environ.get("STEPS", 150))
     seen = []
 
@@ -371,7 +371,7 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
 
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("/proc is available only on Linux")
-    gc.collect()  # frees garbage that a step would otherwise free
+    gc.collect()  # frees garbage before the memory is measured
     options = {"steps_per_save": 1, "steps_per_eval": steps // 5, "keep_best": True}
     train(config_of(llama4, data, tmp_path / "a", iters=steps, **options), on_event)
     assert len(seen) == 10
@@ -416,7 +416,7 @@ def test_a_validation_loss_that_is_no_number(llama4, data, tmp_path, monkeypatch
 
 
 def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
-    """If losses stay high, they become the new level to which spikes are compared."""
+    """If losses stay high, they become the level with which later losses are compared."""
     original = step.Stepper.gradient
 
     def gradient(self, at, batches):
@@ -432,8 +432,8 @@ def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
 
 
 def test_an_error_of_somebody_else_keeps_the_state(llama4, data, tmp_path):
-    """If a user's function raises any error, here during an evaluation, the run's state is
-    preserved."""
+    """If a user's function raises an error (here during an evaluation), the state of the run is
+    saved."""
 
     def score(model, tokenizer):
         if calls:
