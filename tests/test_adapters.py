@@ -67,7 +67,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def expected_logits(llama, chain, tmp_path_factory):
-    """Returns the logits that stock mlx-lm computes with an adapter with these factors."""
+    """Returns the logits that stock mlx-lm computes with an adapter in its own format."""
     factors = factors_of(chain, dict.fromkeys(chain.linears, RANK))
     folder = write_mlx(tmp_path_factory.mktemp("adapters") / "stock", factors)
     return mlx_lm.load(str(llama), adapter_path=str(folder))[0](TOKENS)
@@ -345,8 +345,8 @@ def test_factors_that_make_no_sense(chain, tmp_path):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("fixture,num_layers", [("llama4", 2), ("gemma4", -1)])
 def test_an_adapter_that_mlx_lm_made(fixture, num_layers, dtype, tmp_path, request):
-    """Writes the files like `mlx_lm.lora`. Their configuration has no `keys`, so every linear layer
-    is adapted."""
+    """Writes an adapter as `mlx_lm.lora` does. Its configuration has no `keys`, so every linear
+    layer is adapted."""
     model_dir = request.getfixturevalue(fixture)
     model, _ = mlx_lm.load(str(model_dir))
     model.freeze()

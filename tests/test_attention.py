@@ -155,7 +155,7 @@ def test_padding_sees_nothing_and_is_seen_by_nothing(impl, window):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_scores_far_below_zero_behind_which_a_tile_goes_on(impl):
-    """A tile's padding after the last query must be skipped: its exp(0 − lse) would overflow."""
+    """A tile's rows after the last query must be skipped: their exp(0 − lse) would overflow."""
     rng = np.random.default_rng(7)
     q, k, v, do = (rand(rng, 1, 2, 131, 64, dtype=DTYPE)[0] for _ in range(4))
     q, k = q / 64 - 1, k / 64 + 1  # each score is near −4·64

@@ -180,8 +180,8 @@ def test_adapters_that_do_not_fit(world, llama):
     ],
 )
 def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
-    """A fake mlx package shadows the real one. The fake package either lacks the mlx library or has
-    the wrong version."""
+    """A fake mlx package shadows the real one. The fake package either lacks its native library
+    or has the wrong version."""
     dist = tmp_path / "mlx-0.1.0.dist-info"
     if stub:
         (tmp_path / "mlx").mkdir()
@@ -202,7 +202,7 @@ def test_import_without_the_right_mlx_is_one_sentence(tmp_path, stub, says):
 
 def test_a_signal_while_a_file_is_opened_is_no_fault_of_the_file(tmp_path):
     """If Ctrl-C arrives inside contextlib's code, Python closes the generator. Closing it must not
-    raise an error about the file."""
+    raise InputError."""
     reading = _reading(tmp_path)
     reading.__enter__()
     reading.gen.close()

@@ -71,7 +71,7 @@ def library(tmp_path_factory):
 
 
 def numbers(x):
-    """Converts an array to NumPy. Elements in bfloat16 become their bits in uint16."""
+    """Converts an array to NumPy. A bfloat16 array becomes its bit patterns in uint16."""
     return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 

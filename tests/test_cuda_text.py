@@ -347,8 +347,8 @@ FAMILIES = ["llama", "qwen3", "gemma4_text"]
 
 
 def count_all():
-    """Counts the launches of every form of layer and the bytes saved by the stages of every family of
-    models, all in one process."""
+    """Counts the launches of every form of layer and the bytes saved by the stages of every family
+    of models, all in one process."""
     from mlx_segtrain import _core
 
     _core.collect_kernels()  # kernels do not run here, so they need not be compiled

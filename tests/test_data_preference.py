@@ -234,7 +234,7 @@ def test_pairs_without_a_response_are_dropped(tmp_path):
     data = load(tmp_path, tokenizer, *rows, append_eos=False)
     assert (data.n_rows, len(data.rows), data.dropped) == (3, 1, 2)
     assert (data.truncated, data.prompts_cut) == (0, 0)
-    assert (data.tokens, data.supervised_tokens) == (5, 2)  # counts <s> once, Q and W or Z twice
+    assert (data.tokens, data.supervised_tokens) == (5, 2)  # <s> is counted once, and Q twice
     with pytest.raises(InputError, match=r"max_seq_length = 2; raise it \(.* has 4 tokens\)"):
         load(tmp_path, tokenizer, rows[0], length=2)
 
@@ -355,7 +355,7 @@ def test_inspection_counts_what_is_cut(tmp_path):
     report = inspect(
         tmp_path, tokenizer, Options(max_seq_length=5, method="dpo", prompt_format="raw")
     )
-    assert (report.length_min, report.length_max) == (6, 10)  # counts <s> and the prompt once
+    assert (report.length_min, report.length_max) == (6, 10)  # <s> and the prompt are counted once
     assert (report.truncated, report.prompts_cut, report.dropped) == (0, 1, 0)
     assert "".join(text for text, *_ in report.previews[0].tokens) == "<s>QWW</s>"
     assert "use method dpo, orpo, simpo or kto" in (

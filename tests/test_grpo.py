@@ -1,5 +1,5 @@
 """Compares GRPO's losses and gradients with TRL's formulas in float64, and tests weights, packing
-and the segments of the model."""
+and segments."""
 
 import json
 import math

@@ -59,7 +59,9 @@ def test_a_run_is_rewarded_more_and_more(llama4, prompts, tmp_path):
     steps = [event for event in seen if event.get("kind") == "train"]
     names = {"reward", "reward_std", "length", "truncated", "kl", "clipped", "mismatch"}
     assert names <= steps[0].keys()
-    assert all(step["mismatch"] < 1e-4 for step in steps), "log-probs differ from generation"
+    assert all(step["mismatch"] < 1e-4 for step in steps), (
+        "log-probabilities in training differ from those in generation"
+    )
     lines = completions_of(tmp_path / "a")
     assert len(lines) == 16 * 4 * 8
     for step in steps:
