@@ -109,7 +109,7 @@ def test_the_plan_follows_what_the_device_has():
     nax = Device("metal", size=2, nax=True)
     plain = Device("cuda", size=2)
     assert attention_cost(512, nax).saved == 0
-    # Our calls of cuDNN save o and lse.
+    # Our calls to cuDNN save o and lse.
     assert attention_cost(64, CUDA).saved == kept(64)
     assert attention_cost(64, plain).saved == (0 if ON_CUDA == "stock" else kept(64))
     assert attention_cost(100, plain).saved == kept(100)

@@ -157,7 +157,7 @@ def test_which_rows_of_a_frozen_layer_our_kernel_computes(monkeypatch, outs, row
 
 
 def test_layers_that_are_put_in_later_are_found_too(model, monkeypatch):
-    """If layers are added after the twin is created, the next call of `twin_of` groups them too."""
+    """If layers are added after the twin is created, the next call to `twin_of` groups them too."""
     monkeypatch.setattr(lora.together, "serves", lambda op, dtype: True)
     base = read_base(model, Confined(model))
     try:
@@ -582,8 +582,8 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """The request that caused the error is unknown, so each request continues alone from its
-    generated tokens."""
+    """The request that caused the error is unknown, so each request continues alone after
+    the tokens generated so far."""
     failing(
         monkeypatch,
         ValueError("a bug"),

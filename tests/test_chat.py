@@ -21,7 +21,7 @@ from mlx_segtrain.models import load_base
 from mlx_segtrain.training import train
 
 TOKENS = 8
-#: The sampling options of `chat` without any flags.
+#: The values of the sampling options of `chat` if no flags are given.
 NOTHING = {f"draw_{name}": None for name in generate.DRAWING}
 
 
@@ -159,7 +159,7 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.2, "frequency_pena
 
 @pytest.mark.parametrize("how", [DRAWN, PENALTIES, DRAWN | PENALTIES])
 def test_tokens_are_chosen_as_the_server_chooses_them(llama4, monkeypatch, capsys, how):
-    """`chat`, `generate` and requests have the same sampling options."""
+    """`chat`, `generate` and HTTP requests have the same sampling options."""
     taken, own = [], generate.stream
 
     def stream(*args, **more):

@@ -225,7 +225,7 @@ def model_of(family, args):
 
 
 def launches_of_model(family, args):
-    """Counts the launches of a small model's layers in the forward and backward pass. All linear
+    """Counts the launches of a small model's layers in the forward and backward passes. All linear
     layers are adapted."""
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of

@@ -196,7 +196,8 @@ def test_what_the_key_depends_on(tmp_path, tokenizer, model, kept, monkeypatch):
         assert key(**other) == first, other
     moved = write(tmp_path / "moved", rows_of("text", 3))
     assert key(sources_of(moved)[0]) == first
-    # The key depends on everything else.
+    # The key depends on the other options, the rows, the name of their file, the tokenizer's files
+    # and the versions of the code.
     found = [first]
     for other in (
         {"train_on": "last"},

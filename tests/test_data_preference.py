@@ -156,7 +156,7 @@ def test_the_prompt_keeps_its_tokens_where_a_response_would_merge_with_it(tmp_pa
 
 def test_prompts_that_end_in_other_tokens(tmp_path):
     tokenizer = metaspace()
-    row = text_pair("The sky is gr", "een", "QQ")  # "▁green" is one token of the response
+    row = text_pair("The sky is gr", "een", "QQ")  # the token "▁green" is in the response
     (whole,) = load(tmp_path, tokenizer, row).rows
     starts = [int(np.argmax(own.weights > 0)) for own in (whole.chosen, whole.rejected)]
     assert starts[0] < starts[1] and whole.shared == starts[0]

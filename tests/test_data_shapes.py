@@ -1,4 +1,4 @@
-"""Tests row formats in several kinds of files, and which of their tokens are in the loss."""
+"""Tests row formats in several kinds of files, and which tokens of a row are in the loss."""
 
 import csv
 import json

@@ -221,7 +221,7 @@ def test_the_command_says_which_kernel_is_wrong(off, monkeypatch, capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "stand-in (CPU)" in out and out.endswith("every kernel agrees with the plain code\n")
-    # attention has one row per case, and lora_linear has two rows.
+    # In the table, attention has one row per case, and lora_linear has two rows.
     assert out.count(" ok ") == len(CPU_KERNELS) + len(attention.CASES)
     break_kernel(monkeypatch, "rms_norm", "value")
     assert cli.main(["doctor", "--json"]) == 1

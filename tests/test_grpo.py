@@ -212,7 +212,7 @@ def test_segments_and_packing_change_nothing(name, model):
 
 
 def test_without_old_ones_the_ratio_is_one(model):
-    """The gradient is the same as if the old log-probabilities were the current model's."""
+    """Without old log-probabilities, the gradient is the same as with the current model's."""
     chain, adapter, params = model
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
@@ -418,8 +418,8 @@ def test_dropout_is_refused():
 
 
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
-    """A run is killed before its first checkpoint and restarted with a different amount of free
-    memory."""
+    """A run that is killed before its first checkpoint keeps its rollout_batch when it is restarted,
+    even if a different amount of memory is free."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
     monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}

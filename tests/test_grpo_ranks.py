@@ -1,4 +1,5 @@
-"""Runs grpo on two local ranks, which divide each step's prompts between them."""
+"""Tests that grpo gives the same results on two local ranks, which divide each step's prompts
+between them, as on a single rank."""
 
 import json
 

@@ -204,7 +204,7 @@ def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
 
 
 def test_rewards_are_measured_on_held_out_rows(llama4, prompts, tmp_path, capsys):
-    """Python and the command line return equal results, and pass@k follows from the counts."""
+    """The Python API and the command line return the same scores, and pass@1 equals the reward."""
     own = tmp_path / "own.py"
     own.write_text("def odd(completions): return [ord(x[:1] or 'a') % 2 for x in completions]\n")
     how = {"reward_functions": [f"{own}:odd"], "group_size": 4}
