@@ -418,8 +418,8 @@ def test_dropout_is_refused():
 
 
 def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
-    """A run that is killed before its first checkpoint keeps its rollout_batch when it is restarted,
-    even if a different amount of memory is free."""
+    """A run that is killed before its first checkpoint keeps its rollout_batch when it is
+    restarted, even if a different amount of memory is free."""
     monkeypatch.setattr(setup, "rollouts_at_once", lambda *_: 5)
     monkeypatch.setattr(setup, "check_rollouts", lambda *_: None)
     how = {"model_dir": "m", "adapter_path": tmp_path, "method": "grpo"}
