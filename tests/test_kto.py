@@ -1,5 +1,5 @@
-"""Compares KTO on tiny models with TRL's float64 formula on mlx-lm's model, and tests cuts,
-micro-batches and rows."""
+"""Compares KTO on tiny models with TRL's formula, computed in float64 with mlx-lm's models. Also
+tests cuts, micro-batches and rows."""
 
 import functools
 from dataclasses import replace
@@ -90,7 +90,8 @@ def run(name, objective, batch, size=1, total=None, cuts=None, dropout=None):
 
 
 def plain(name, objective, batch):
-    """Returns TRL's float64 loss with mlx-lm's model and LoRA layers, computed row by row."""
+    """Computes TRL's loss, metrics and gradients in float64 with mlx-lm's model and LoRA layers,
+    row by row."""
     _, adapter, _ = setup(name)
     model = model_of(name)
     model.set_dtype(mx.float64)
