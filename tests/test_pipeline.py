@@ -1,4 +1,5 @@
-"""Tests models that are divided over several local ranks, connected by MLX's ring over loopback."""
+"""Tests models whose layers are divided among several local ranks, which are connected by MLX's
+ring over loopback."""
 
 import itertools
 import json
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.acceptance
 WAIT = 600
 
 
-#: Code with which each rank writes the gradients of its first step to a file and prints its memory
+#: Code that makes each rank write the gradients of its first step to a file, and print its memory
 #: use at the end.
 SEEN = """
 import gc

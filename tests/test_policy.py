@@ -1,4 +1,4 @@
-"""Tests MLX's settings during a run, which are the same for all code that runs a model."""
+"""Tests that all code that runs a model uses the same MLX settings and restores them afterwards."""
 
 import mlx.core as mx
 import pytest
