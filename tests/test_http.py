@@ -460,7 +460,8 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
 
 
 def test_what_a_client_sends_keeps_nobody_waiting(server):
-    """Clients send unterminated strings, a configuration that is too large, and lone surrogates."""
+    """The server must handle unterminated strings, a configuration that is too large, and lone
+    surrogates without delay and without internal errors."""
     http, as_json = server.http, {"content-type": "application/json"}
     begun = time.monotonic()
     for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):

@@ -22,8 +22,7 @@ from mlx_segtrain.training import evaluate
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Makes the local hub the endpoint, and an empty folder the value of HF_HOME. Returns this
-    folder."""
+    """Sets HF_ENDPOINT to the local hub and HF_HOME to a new folder. Returns this folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"

@@ -17,8 +17,7 @@ from mlx_segtrain.data.sources import rows_of, sources_of
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Makes the local hub the endpoint, and an empty folder the value of HF_HOME. Returns this
-    folder."""
+    """Sets HF_ENDPOINT to the local hub and HF_HOME to a new folder. Returns this folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -39,7 +38,7 @@ def texts(source):
 
 
 def found(name, **how):
-    """Returns the texts of the training and validation rows."""
+    """Returns the texts of a data set's training and validation rows."""
     return tuple(map(texts, sources_of(name, **how)))
 
 

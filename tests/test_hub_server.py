@@ -35,8 +35,8 @@ def place(tmp_path, hub, monkeypatch, cache):
 
 @pytest.fixture
 def posted(place, monkeypatch):
-    """Returns a function that posts a request to the application of `mlx-segtrain serve` with the
-    given flags.
+    """Returns a function that sends a POST request to the application that `mlx-segtrain serve`
+    creates for the given flags.
 
     The application runs in this process, which suffices for requests that do not start a job.
     """

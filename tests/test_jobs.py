@@ -326,8 +326,8 @@ asyncio.run(main())
 
 
 def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
-    """Kills the server at KILLS random moments, in about half of the cases after the running jobs'
-    processes."""
+    """Kills the server at KILLS random moments, about half of the time after killing the running
+    jobs' processes."""
     rng, store = random.Random(0), tmp_path / "store"
     iters = {}
 

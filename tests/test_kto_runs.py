@@ -1,4 +1,4 @@
-"""Complete KTO runs on tiny models."""
+"""Tests complete KTO runs on tiny models."""
 
 import json
 

@@ -318,7 +318,8 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("impl", ["kernel", "blocked"])
 def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
-    """If the target is nearly certain, the gradient is small but must be as precise as usual."""
+    """If the target is nearly certain, the gradient is small but must have the same relative
+    precision."""
     rng = np.random.default_rng(23)
     bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
     head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)

@@ -145,8 +145,8 @@ def test_simd_operations():
 
 
 def test_lanes_of_a_matrix():
-    """A lane has two elements of row 4·bit4 + 2·bit2 + bit1, in column 4·bit3 + 2·bit0 and the
-    next, where the bits are those of the lane's index. MLX's get_coord uses the same layout."""
+    """A lane has two elements of row 4·bit4 + 2·bit2 + bit1, in column 4·bit3 + 2·bit0 and the next
+    one, where the bits are those of the lane's index. MLX's get_coord uses the same layout."""
     body = """
       simdgroup_matrix<float, 8, 8> m;
       m.thread_elements()[0] = float(i);

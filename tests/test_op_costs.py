@@ -19,7 +19,8 @@ pytestmark = pytest.mark.skipif(
 #: the cost functions ignore low-rank branches. It may be below 1 if threads do not overlap or the
 #: host is not ahead of the device.
 LEAST, MOST = 0.5, 1.1
-#: The number of calls. Their maximum is used, because the overlap of threads is random.
+#: The number of measurements per call. Their maximum is used, because the overlap of threads is
+#: random.
 TRIES = 3
 
 some = settings(max_examples=8, deadline=None)

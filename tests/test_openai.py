@@ -154,8 +154,8 @@ def test_models(server):
         server.client.models.retrieve("ORG/other")
 
 
-#: Request fields that other servers support. The values in NEUTRAL have no effect on those servers
-#: and are accepted here. The values in REFUSED are refused here.
+#: Request fields that other servers support. The values in NEUTRAL have no effect on those servers,
+#: so our server accepts them. Our server refuses the values in REFUSED.
 NEUTRAL = {
     "OpenAI": {
         **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},

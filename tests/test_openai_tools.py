@@ -167,7 +167,8 @@ def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
 
 
 def chained(n, groups=0):
-    """Returns a grammar of nested rules. A few thousand nested rules would overflow the stack."""
+    """Returns a grammar of `n` nested rules. A few thousand nested rules would overflow the
+    stack."""
     begin, end = "(" * groups + '"a"', ")?" * groups
     rules = [f"r{i}: {begin} r{i + 1}{end}" for i in range(n)]
     return "\n".join(["start: r0", *rules, f'r{n}: "b"'])

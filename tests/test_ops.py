@@ -240,8 +240,8 @@ def test_dequantize_is_bitwise_mlx(base):
 
 @pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
 def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
-    """Includes zeros of both signs, subnormal numbers, overflow, and NaN (whose bits may
-    differ)."""
+    """The values include zeros of both signs, subnormal numbers, overflow and NaN. The bits of NaN
+    may differ."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     per_row = 256 * 8 // bits // group
     scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
@@ -504,8 +504,8 @@ def test_memory_of_heads_has_no_rows_times_vocabulary(op):
 
 
 def quantized(mode, bits, group):
-    """Returns a base that declares the given quantization. The shapes of its arrays are those of 4
-    bits in groups of 32."""
+    """Returns a base that declares the given quantization. Its arrays have the shapes of weights
+    with 4 bits in groups of 32."""
     return ops.Base(
         mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
     )

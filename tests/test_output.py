@@ -19,7 +19,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d (.*)")
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the evaluation by a function that reports only progress and a warning."""
+    """Replaces the evaluation with a function that reports only progress and a warning."""
 
     def run(config, adapter, *, split, on_event):
         on_event(events.stage("load", 0.1, "the model is loaded"))

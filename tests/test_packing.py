@@ -211,7 +211,7 @@ def test_packing_pays_where_steps_cost_more_than_their_tokens(llama4, data, tmp_
         return pays(config_of(llama4, data, tmp_path, max_seq_length=64, **more), rows)
 
     assert asked(short) and not asked(full)
-    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # padding of short rows would be wasteful
+    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # padding the short rows would be wasteful
     monkeypatch.setattr(planning_run, "device", lambda *_: CUDA)
     assert asked(short) and not asked(full)
     assert not asked(short, memory_budget_gb=0.0125)

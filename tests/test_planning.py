@@ -173,7 +173,7 @@ def test_what_is_alive_move_by_move():
 def test_a_group_holds_its_inner_values_only_when_its_turn_comes():
     costs = chain_costs([cost(forward=30, backward=100, forward_work=1.0)] * 6)
     got = estimate(costs, [1, 2, 3, 4, 5, 6, 6], [2, 4, 6, 7])
-    kinds = [4, 5, 6]  # moves of the last group, after the head: one forward and two backward
+    kinds = [4, 5, 6]  # after the head, the last group has one forward and two backward moves
     assert [m.values for m in got.moves[:4]] == [10, 20, 30, 40]
     assert [got.moves[i].values for i in kinds] == [30, 40, 30]
     assert got.again == 3

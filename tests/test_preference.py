@@ -253,7 +253,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
 @pytest.mark.parametrize("same", [0, 150])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
-    """A full batch has rows of 300 tokens, the last 100 of which are in the loss."""
+    """Each row of a full batch has 300 tokens, of which the last 100 are in the loss."""
     weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
