@@ -180,7 +180,7 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     eventlog.append(log, {"type": "failed"})  # starts a new line
     (more,), _ = eventlog.read(log, end, ended=True)
     assert json.loads(more[1]) == {"type": "failed"}
-    # Reading from any event or from the middle of a line returns the same subsequent events.
+    # Reading from any position, even within a line, returns the same subsequent events.
     whole = eventlog.events(log)
     for i, (place, _) in enumerate(running[:-1]):
         assert eventlog.events(log, place) == whole[i + 1 :]
