@@ -1,4 +1,4 @@
-"""Tests grouped help, aliases of flags, suggestions for unknown flags, and shell completion."""
+"""Tests grouped help, flag aliases, suggestions for unknown flags, and shell completion."""
 
 import os
 import pty
@@ -103,8 +103,8 @@ def test_a_key_of_a_file_is_understood_by_its_meaning(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["bash", "zsh", "fish"])
 def completed(request, capsys, tmp_path: Path):
-    """Returns a function that completes words in a shell with our completion script. The current
-    folder contains a file."""
+    """Returns a function that completes a command line in a shell that has loaded our completion
+    script. The shell's current folder contains the file data.csv."""
     shell = request.param
     assert cli.main(["completion", shell]) == 0
     script = capsys.readouterr().out
@@ -138,8 +138,8 @@ def in_fish(words: str, place: Path, _: str) -> str:
 
 
 def in_zsh(words: str, place: Path, wanted: str) -> str:
-    """Types words in a terminal, which zsh needs for completion, and returns the output up to
-    `wanted`."""
+    """Types `words` into a pseudo-terminal, because zsh completes words only in a terminal. Returns
+    the output up to `wanted`."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(place)

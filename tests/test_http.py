@@ -1,4 +1,4 @@
-"""Tests the HTTP API on a server started in the same way as by a user."""
+"""Tests the HTTP API on a server that is started as a user would start it."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(server):
-    """Returns a finished run's job."""
+    """Returns the job of a finished run."""
     return server.ended(server.submit(iters=4, steps_per_report=1, scale=20, learning_rate=0.01))
 
 
@@ -50,7 +50,7 @@ def test_the_curl_lines_of_users(server, tmp_path):
         ("/path/to/snapshot", server.cwd / "model"),
         ("/path/to/dataset", server.cwd / "data"),
         ("/path/to/output-adapter", server.cwd / "curled"),
-        *(("300", 3), ("2048", 128)),  # context length of the tiny model
+        *(("300", 3), ("2048", 128)),  # the tiny model's context length is 128
     ):
         body = body.replace(theirs, str(ours))
 
@@ -357,7 +357,7 @@ def test_security_against_a_real_server(tmp_path):
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
-        # Send bodies of 1 GB with and without a content-length.
+        # Announce a body of 1 GB, and send one of 1 GB without a content-length.
         huge = {"content-length": str(10**9), "content-type": "application/json"}
         answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413")
@@ -371,7 +371,7 @@ def test_security_against_a_real_server(tmp_path):
             assert refused.status_code == 413
         except httpx.TransportError:
             pass  # the server closed the connection before the end of the body
-        # Slow clients, whose head or body never ends.
+        # Slow clients never finish sending their headers or body.
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
         late = threading.Thread(target=_trickle, args=(slow,), daemon=True)
@@ -382,7 +382,7 @@ def test_security_against_a_real_server(tmp_path):
         assert answer.startswith(b"HTTP/1.1 408") and time.monotonic() - begun < 15
         late.join(15)
         assert not late.is_alive()
-        # Send more jobs than the limit allows.
+        # Export an adapter that does not exist.
         many = {"adapter_path": str(place / "none"), "base_model": str(place / "model")}
         limit = [http.post("/api/finetune/export", json=many).status_code for _ in range(1)]
         assert set(limit) == {400}
@@ -456,11 +456,12 @@ def test_an_answer_does_not_wait_for_the_client_to_acknowledge(server):
         return time.perf_counter() - began
 
     took = [seconds() for _ in range(40)]
-    assert min(took[20:]) < 0.03  # clients acknowledge the first responses at once
+    assert min(took[20:]) < 0.03  # clients acknowledge the first responses immediately
 
 
 def test_what_a_client_sends_keeps_nobody_waiting(server):
-    """Clients send an unterminated string, long configurations, and invalid text."""
+    """The server must handle unterminated strings, a configuration that is too large, and lone
+    surrogates without delay and without internal errors."""
     http, as_json = server.http, {"content-type": "application/json"}
     begun = time.monotonic()
     for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):
@@ -563,7 +564,7 @@ def test_push_to_a_hub(tmp_path, hub):
         (1024, 4096, 4096, 4096),  # the hard limit is below the desired limit
         (1024, 524288, 524288, 65536),
         (1024, None, 2**62, 65536),
-        # On macOS, the hard limit is infinity, but kern.maxfilesperproc is lower.
+        # On macOS, the hard limit is infinite, but the soft limit is at most kern.maxfilesperproc.
         (256, None, 24576, 24576),
         (256, None, 10240, 10240),
         (256, None, 256, 256),  # raising the limit is not allowed
@@ -598,7 +599,8 @@ def test_lists_have_jobs_of_each_kind(server):
 
 
 def test_metrics_and_the_log_tell_what_was_answered(server):
-    """Each response has the request's id in a header. Unmounted adapters have no counters."""
+    """Each response has the request's id in a header. Unmounting an adapter removes its
+    counters."""
 
     def values():
         answer = server.http.get("/metrics")

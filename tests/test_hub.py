@@ -1,5 +1,5 @@
-"""Tests models by name: downloads from a local hub, interruptions, the cache, and one-sentence
-errors."""
+"""Tests models given by their hub names: downloads from a local hub, interrupted downloads, the
+cache, and error messages."""
 
 import json
 import signal
@@ -22,7 +22,7 @@ from mlx_segtrain.training import evaluate
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Selects the local hub and an empty hub cache, and returns the cache's home folder."""
+    """Sets HF_ENDPOINT to the local hub and HF_HOME to a new folder. Returns this folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -242,7 +242,7 @@ def test_commands_take_names(hub, tiny, home, data, capsys, command):
     said = capsys.readouterr()
     assert "downloading org/tiny-4bit" in said.err and "downloading" not in said.out
     weights = list(home.rglob("model.safetensors"))
-    # Other commands need only headers or a tokenizer.
+    # `plan` needs only the headers of the weight files, and `inspect` only the tokenizer.
     assert bool(weights) == (command[0] in ("generate", "adapters"))
 
 

@@ -1,5 +1,5 @@
-"""Tests data sets by name: the selected files of a repository, interrupted downloads, and offline
-use."""
+"""Tests data sets given by their hub names: the choice of a repository's files, interrupted
+downloads, and offline use."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from mlx_segtrain.data.sources import rows_of, sources_of
 
 @pytest.fixture
 def home(tmp_path, monkeypatch, hub, cache):
-    """Selects the local hub and an empty hub cache, and returns the cache's home folder."""
+    """Sets HF_ENDPOINT to the local hub and HF_HOME to a new folder. Returns this folder."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     return tmp_path / "hf"
@@ -38,7 +38,7 @@ def texts(source):
 
 
 def found(name, **how):
-    """Returns the texts of the training and validation rows."""
+    """Returns the texts of a data set's training and validation rows."""
     return tuple(map(texts, sources_of(name, **how)))
 
 

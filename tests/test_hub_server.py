@@ -1,4 +1,5 @@
-"""Tests models by name on a server: which names clients may use, and downloads as jobs."""
+"""Tests models and data sets given by their hub names on a server: which names clients may use, and
+downloads as jobs."""
 
 import asyncio
 import shutil
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.acceptance
 
 @pytest.fixture
 def place(tmp_path, hub, monkeypatch, cache):
-    """Returns a server's folder with data, next to an empty hub cache."""
+    """Returns a working folder with data for a server. The hub cache next to it is empty."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     hub.add("org/tiny", write_llama(tmp_path / "made", bits=4))
@@ -34,9 +35,10 @@ def place(tmp_path, hub, monkeypatch, cache):
 
 @pytest.fixture
 def posted(place, monkeypatch):
-    """Returns a function that posts to the application of `mlx-segtrain serve` with these flags.
+    """Returns a function that sends a POST request to the application that `mlx-segtrain serve`
+    creates for the given flags.
 
-    The application is in this process. This suffices for requests that start nothing.
+    The application runs in this process, which suffices for requests that do not start a job.
     """
 
     def post(flags, path, body):
@@ -172,7 +174,7 @@ def test_a_search_asks_the_hub_once_and_says_what_is_wrong(tmp_path, hub, monkey
     services = []
 
     def ask(*words, **more):
-        """Returns the status and body of each response."""
+        """Searches for each of `words`. Returns the status and body of each response."""
 
         async def asked():
             transport = httpx.ASGITransport(create(services[-1]), raise_app_exceptions=False)

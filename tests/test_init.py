@@ -1,4 +1,5 @@
-"""Tests `init`, which writes a run's YAML file with every field and its meaning."""
+"""Tests `mlx-segtrain init`, which writes a YAML configuration with a description of every
+field."""
 
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from mlx_segtrain.commands import main as cli
 from mlx_segtrain.commands.init import text_of
 from mlx_segtrain.config import TrainConfig, load_config
 
-#: Mutually exclusive fields.
+#: Fields that cannot be combined with another of these fields.
 ALONE = {"iters", "epochs", "grad_checkpoint", "segment_size", "resume", "overwrite"}
 
 
@@ -25,7 +26,7 @@ def test_three_questions(monkeypatch, capsys) -> None:
     assert cli.main(["init"]) == 0
     assert [text.split("?")[0] for text in asked] == [
         "Which model",
-        "Which model",  # repeated, because this question has no default
+        "Which model",  # asked again, because the answer was empty and there is no default
         "Which data",
         "How many passes over the data",
     ]

@@ -33,8 +33,8 @@ def until(holds, seconds=60):
 
 
 def running(id):
-    """Returns the descendants of a process, grouped by the second-to-last word of their
-    commands."""
+    """Returns the descendants of a process, grouped by the module that they run. Its name is the
+    second-to-last word of the command."""
     found = {}
     for own in psutil.Process(id).children(recursive=True):
         found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
@@ -65,10 +65,10 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         for own in found["ranks"]:
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
         every = running(server.process.pid)
-        # mlx.launch's command ends with the ranks' command.
+        # mlx.launch's own command ends with the ranks' command, so it is counted as a rank.
         assert len(every["rank"]) == 3
         (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
-        assert launcher.cpu_percent(0.5) < 25  # by default, mlx.launch uses a core per rank
+        assert launcher.cpu_percent(0.5) < 25  # by default, mlx.launch occupies a core per rank
 
         server.http.post(f"/api/jobs/{id}/cancel")
         job = server.ended(id)
@@ -93,7 +93,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         assert ended(every)
 
 
-#: Runs a job with FAKE as its ranks, and prints its last event.
+#: Runs a job whose ranks execute FAKE, and prints the job's last event.
 RUN = """
 import json, sys
 from mlx_segtrain import processes
@@ -107,7 +107,8 @@ processes.command = lambda module, *args: (
 given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000 + " " * 3000}
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
-#: Stands in for a rank: prints its input and waits, or ends at once, as after a failed SSH login.
+#: A stand-in for a rank. It prints its input and waits. If its argument is "missing", rank 1 ends
+#: immediately, as after a failed SSH login.
 FAKE = """
 import json, os, sys, time
 def tell(**event):

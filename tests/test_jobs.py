@@ -1,4 +1,4 @@
-"""Tests the queue of jobs: the jobs' processes and logs, and what survives a kill."""
+"""Tests the job queue: processes, logs, and recovery after a kill."""
 
 import asyncio
 import itertools
@@ -35,7 +35,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Makes the processes of jobs forks, which need not import what a run needs."""
+    """Starts the processes of jobs as forks, in which the modules for a run are already
+    imported."""
     monkeypatch.setattr(queue.processes, "start", forks.start)
 
 
@@ -110,7 +111,7 @@ def test_jobs_take_turns_and_tell_all_that_the_run_tells(place, tmp_path):
 def test_a_run_says_where_it_is_between_two_reports(place, tmp_path, monkeypatch, capfd):
     """The page can show the current memory and step even if a long run logs rarely."""
     monkeypatch.setattr(job_kinds, "STEP_S", 0.0)
-    # With this clock, no step is too short to be reported.
+    # Every call advances this clock by 1 s, so no step is too short to be reported.
     clock = SimpleNamespace(monotonic=itertools.count().__next__)
     monkeypatch.setattr(job_kinds, "time", clock)
     run = values(place, tmp_path / "out", iters=6, steps_per_report=100)
@@ -179,7 +180,7 @@ def test_a_log_holds_whatever_a_process_prints(tmp_path):
     eventlog.append(log, {"type": "failed"})  # starts a new line
     (more,), _ = eventlog.read(log, end, ended=True)
     assert json.loads(more[1]) == {"type": "failed"}
-    # Reading from any event or from the middle of a line returns the same subsequent events.
+    # Reading from any position, even within a line, returns the same subsequent events.
     whole = eventlog.events(log)
     for i, (place, _) in enumerate(running[:-1]):
         assert eventlog.events(log, place) == whole[i + 1 :]
@@ -241,7 +242,8 @@ def test_what_fails_says_why_in_a_sentence(place, tmp_path, forked):
 
 
 def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path, forked):
-    """A job that is resumed before it began must not continue the run that it was to replace."""
+    """A job that overwrites a run is cancelled in the queue and then resumed. It must still replace
+    the run instead of continuing it."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "out", iters=3, seed=1)
@@ -263,7 +265,7 @@ def test_resumed_before_it_began_a_job_is_its_own(place, tmp_path, forked):
 
 
 def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch, forked):
-    """Job updates that cannot be written are written later, and the next job runs."""
+    """Updates that the job store cannot write are written later, and the next job still runs."""
 
     async def use(jobs):
         one = submit(jobs, place, tmp_path / "one", iters=30)
@@ -284,7 +286,8 @@ def test_a_disk_without_room_is_waited_for(place, tmp_path, monkeypatch, forked)
 
 
 def test_what_a_process_leaves_behind_does_not_hold_its_job(tmp_path):
-    """A library's process that outlives the job inherits the job's output, but not its lock."""
+    """A library may start a process that outlives the job. This process inherits the job's output,
+    but not its lock."""
     log = tmp_path / "x.log"
     lock, out = eventlog.claim(log), eventlog.open_end(log)
     script = "import os, subprocess, sys; os.set_inheritable(int(sys.argv[1]), False); "
@@ -323,7 +326,8 @@ asyncio.run(main())
 
 
 def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
-    """Kills the server or a job's process at KILLS random moments."""
+    """Kills the server at KILLS random moments, about half of the time after killing the running
+    jobs' processes."""
     rng, store = random.Random(0), tmp_path / "store"
     iters = {}
 
@@ -332,7 +336,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
             iters[submit(jobs, place, tmp_path / f"out{i}", iters=30).id] = 30
         await asyncio.sleep(0)
 
-    served(store, fill)  # continues the first job
+    served(store, fill)  # the first job continues after the queue has been closed
     killed_jobs = 0
     for _ in range(int(os.environ.get("KILLS", "5"))):
         server = subprocess.Popen(
@@ -364,7 +368,7 @@ def test_whatever_is_killed_no_job_is_lost_or_run_twice(place, tmp_path):
     for row in rows:
         events = eventlog.events(store / "jobs" / f"{row.id}.log")
         steps = [event["step"] for event in events if event.get("kind") == "train"]
-        # Each attempt ended before the next one started, so no job ran twice at once.
+        # Each attempt ended before the next one started, so no job ran twice at the same time.
         assert kinds(events).count("done") == 1 and steps[-1] == 30
         attempts, n = [], 0
         for event in events:

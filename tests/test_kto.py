@@ -1,5 +1,5 @@
-"""Compares KTO on tiny models with TRL's float64 formula on mlx-lm's model, and tests cuts,
-micro-batches and rows."""
+"""Compares KTO on tiny models with TRL's formula, computed in float64 with mlx-lm's models. Also
+tests cuts, micro-batches and rows."""
 
 import functools
 from dataclasses import replace
@@ -35,7 +35,7 @@ ROWS = [(9, 12, 1), (7, 8, -1), (5, 11, -1), (12, 9, 1), (6, 13, -1)]
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Makes streams trim and pad in small steps."""
+    """Sets small multiples for the trimming and padding of streams."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     monkeypatch.setattr("mlx_segtrain.streams.PAD_MULTIPLE", 4)
 
@@ -90,7 +90,8 @@ def run(name, objective, batch, size=1, total=None, cuts=None, dropout=None):
 
 
 def plain(name, objective, batch):
-    """Returns TRL's float64 loss with mlx-lm's model and LoRA layers, computed row by row."""
+    """Computes TRL's loss, metrics and gradients in float64 with mlx-lm's model and LoRA layers,
+    row by row."""
     _, adapter, _ = setup(name)
     model = model_of(name)
     model.set_dtype(mx.float64)
@@ -206,7 +207,7 @@ def test_a_step_without_a_row_of_one_kind_tells_nothing_of_it():
 
 @pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
 def test_with_its_own_reference_nothing_has_been_learned(kind):
-    """Here the reference is the model without an adapter."""
+    """The model has no adapter, so it equals its reference."""
     objective, batch = Kto(BETA, kind), batch_of(kind)
     chain = setup("llama")[0]
     reference = objective.reference
@@ -255,7 +256,7 @@ def test_columns_and_shapes_are_those_of_the_rows(tokens):
 
 
 def test_a_full_batch_is_planned_as_rows_of_that_shape():
-    """Rows of a full batch have 300 tokens, the last 100 of them in the loss."""
+    """Each row of a full batch has 300 tokens, of which the last 100 are in the loss."""
     data = rows_of((201, 100, 1), (201, 100, -1))
     for own in (data, mismatched(data, 301)):
         assert Kto().batch_shapes(own, 1) == [Kto().full_shape(1, 300, 100, 0)]

@@ -1,4 +1,4 @@
-"""Complete KTO runs on tiny models."""
+"""Tests complete KTO runs on tiny models."""
 
 import json
 
@@ -36,8 +36,8 @@ def config(model, rows, out, **changes):
 
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
-    """A step without desirable (or undesirable) rows reports no reward for them. A warning states
-    the paper's range of weights."""
+    """A step without desirable (or undesirable) rows reports no reward for them. A warning gives
+    the range of weights that the paper recommends."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
@@ -55,7 +55,7 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     seen = []
     train(config(llama4, rows, tmp_path / "b", **how, steps_per_report=12), seen.append)
     (_, whole) = [event for event in seen if event.get("kind") == "train"]
-    # Means over those steps of the report that have such a row.
+    # Each mean is over only those steps of the report that have this metric.
     for name in ("desirable_reward", "undesirable_reward", "kl"):
         own = [s[name] for s in steps if name in s]
         assert whole[name] == pytest.approx(sum(own) / len(own), rel=1e-5)
@@ -76,7 +76,8 @@ def test_an_evaluation_does_not_depend_on_its_batches(llama4, rows, tmp_path):
 
 
 def test_references_are_computed_once(llama4, rows, pairs, tmp_path, monkeypatch):
-    """The cache also contains references for pairs, and for rows without a mismatched response."""
+    """The cache keeps separate references for rows with a mismatched response, for rows without
+    one, and for pairs."""
     counted = counted_references(monkeypatch)
 
     def run(name, data=rows, method="kto", **changes):
@@ -110,7 +111,8 @@ def test_weights_of_kinds_act(llama4, rows, tmp_path):
 
 
 def test_a_run_stays_within_its_plan(llama4, rows, tmp_path):
-    """`plan` needs only headers. A run's plan also accounts for the longest mismatched response."""
+    """A plan from the configuration alone is the same as for SFT. A run's plan also accounts for
+    the longest mismatched response."""
     own = config(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)
     plan = plan_run(own, full_batch(own, 0.5))
     single = config_of(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)

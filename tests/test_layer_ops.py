@@ -1,5 +1,5 @@
-"""Compares composite ops with the oracle: projections of an input, MLPs, norms of sums, and
-heads."""
+"""Compares composite ops with the oracle: projections of one input, MLPs, norms combined with
+residual sums, and heads."""
 
 import functools
 
@@ -43,9 +43,9 @@ def compare(f, plain, args, cotangents, truth, dtype, compiled):
     """Checks that a function with several outputs has correct values and gradients and is
     deterministic.
 
-    `compiled` also checks the function under mx.compile. On a CPU, mx.compile runs a C++ compiler
-    for every new group of elementwise ops. Therefore only our ops use it, and only once for cases
-    that differ only in their values.
+    With `compiled`, also checks the function under mx.compile. This is slow on a CPU, where
+    mx.compile runs a C++ compiler for every new group of elementwise ops. Therefore only our ops
+    are checked with it, and only once for cases that differ only in their values.
     """
 
     def run(g):
@@ -301,8 +301,8 @@ def test_lora_glu_mlp(impl, gelu, base, ranks, tile_rows, dtype):
 
 @pytest.mark.skipif(ON_GPU, reason="GPU buffers are freed only after the device has finished")
 def test_lora_glu_mlp_in_tiles_keeps_x_only():
-    """The gate and up outputs of all rows would need 67 MB. A tile's outputs need 4 MB, and two
-    tiles are in use."""
+    """The gate and up outputs of all rows would need 67 MB. Those of a tile need 4 MB, and at most
+    two tiles are in memory."""
     x = mx.random.normal((4096, 32))
     w = [ops.Linear(ops.Base(mx.random.normal(s))) for s in ((2048, 32), (2048, 32), (32, 2048))]
     mx.eval(x, *(linear.base.weight for linear in w))
@@ -318,7 +318,8 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("impl", ["kernel", "blocked"])
 def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
-    """If the target is nearly certain, the gradient is small but equally precise."""
+    """If the target is nearly certain, the gradient is small but must have the same relative
+    precision."""
     rng = np.random.default_rng(23)
     bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
     head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)

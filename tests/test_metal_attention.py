@@ -1,4 +1,4 @@
-"""Runs Metal's attention kernels on the CPU, and compares them with the float64 oracle.
+"""Runs the Metal attention kernels on the CPU, and compares them with the float64 oracle.
 
 See docs/metal_on_linux.md.
 """
@@ -32,8 +32,8 @@ SPECS = [
     (Attention(1, 1, 1, 33, 40, 192), "float16"),
     (Attention(1, 2, 1, 49, 49, 256, options={"softcap": 5.0, "window": 30}), "bfloat16"),
     (Attention(1, 1, 1, 17, 20, 256), "float32"),
-    # Padding longer than a tile in the middle, padding with a window, padding after the last
-    # offset, and padding only.
+    # In this order: padding in the middle that is longer than a tile, padding with a window,
+    # padding after the last offset, and queries that are all padding.
     (Attention(1, 2, 1, 120, 130, 64, options={"segments": ids(30, -3, 20, -70, 7)}), "float16"),
     (
         Attention(1, 2, 1, 70, 70, 96, options={"segments": ids(-9, 40, -2, 19), "window": 12}),
@@ -247,10 +247,10 @@ def one_group_a_launch():
     ids=str,
 )
 def test_parts_add_up(spec, dtype, one_group_a_launch):
-    """Several launches with a few rows and heads each compute the same o, lse and dq as a single
+    """Several launches, each for a few rows and heads, compute the same o, lse and dq as a single
     launch.
 
-    dk and dv are sums over all launches.
+    dk and dv are summed over the launches, so their rounding may differ.
     """
     arrays = setup(spec, dtype)
     check(spec, dtype)
@@ -271,8 +271,8 @@ PRODUCTS = {FORWARD: 2, DKV: 4, DQ: 1}
     "options", [{}, {"window": 4096}, {"segments": [0, 1000, 90000, 131072]}], ids=str
 )
 def test_no_launch_takes_long_on_an_m1(options):
-    """For 131,072 tokens and 32 heads, each launch takes at most 0.3 s at the speed predicted in
-    docs/performance.md."""
+    """For 131,072 tokens and 32 heads, each launch takes less than 0.3 s at the speed that
+    docs/performance.md predicts for an M1."""
     heads, groups, t, d = 32, 8, 131072, 128
     q = mx.zeros((1, heads, t, d), mx.bfloat16)
     k = mx.zeros((1, groups, t, d), mx.bfloat16)

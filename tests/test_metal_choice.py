@@ -1,4 +1,4 @@
-"""Tests the choice between attention implementations on a Mac, which uses measured times."""
+"""Tests how the attention implementation on a Mac is chosen from measured times."""
 
 import json
 
@@ -20,8 +20,8 @@ TIMES = {"stock": 3.0, "kernel": 2.0, "blocked": 5.0}
 
 @pytest.fixture
 def mac(monkeypatch, tmp_path):
-    """Simulates a Mac with these times, and returns a list that records each timed
-    implementation."""
+    """Simulates a Mac on which each implementation takes a fixed time. Yields a list of the (heads,
+    implementation) pairs that have been timed."""
     timed = []
 
     def milliseconds(heads, way, until):
@@ -84,7 +84,7 @@ def test_a_broken_cache_is_no_obstacle(mac, tmp_path):
 
 
 def test_a_plan_takes_no_times(mac):
-    """Planning measures nothing, because the server makes plans during runs."""
+    """Planning measures no times, because the server also plans while a run uses the device."""
     assert settle([HEADS], measures=False) == {} and mac == []
     first = settle([HEADS], measures=True)
     mac.clear()
@@ -121,7 +121,7 @@ def test_the_order_that_is_built_in_decides_between_equals():
 
 
 def test_what_does_not_serve_has_no_time(monkeypatch):
-    """Measures a few tokens on this machine. MLX's attention is not an option on a CPU."""
+    """Times the attention of a few tokens on the CPU, where MLX's attention is not an option."""
     monkeypatch.setattr(choice, "TOKENS", 40)
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))

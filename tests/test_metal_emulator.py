@@ -1,5 +1,5 @@
-"""Tests the emulator: its source text equals MLX's, its operations are correct, and it detects
-planted faults."""
+"""Tests the Metal emulator: its kernel source equals MLX's, its operations are correct, and it
+detects planted faults."""
 
 import os
 import subprocess
@@ -26,8 +26,8 @@ I = "const uint i = thread_position_in_grid.x;\n"  # noqa: E741
 
 
 def run(source, outputs, inputs=None, threads=32, group=None, template=None, header="", **rest):
-    """Runs a kernel on a one-dimensional grid. `outputs` maps names to numbers of float32
-    elements."""
+    """Runs a kernel on a one-dimensional grid. `outputs` maps each name to a number of float32
+    elements, or to a shape and a dtype."""
     out = {k: x if isinstance(x, tuple) else ((x,), mx.float32) for k, x in outputs.items()}
     grid, size = (threads, 1, 1), (group or threads, 1, 1)
     return emulate("test", source, header, inputs or {}, out, template or {}, grid, size, **rest)
@@ -41,7 +41,8 @@ def values(x):
 
 
 def metal_text(kernel, inputs, outputs, template, capfd):
-    """Returns the source text that MLX generates when it exports a function, which needs no GPU."""
+    """Returns the source text that MLX generates for a kernel when it exports a function. Exporting
+    needs no GPU."""
     function = mx.fast.metal_kernel(
         name=kernel.name,
         input_names=kernel.inputs,
@@ -91,8 +92,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's compiler enables hardening by default, which makes glibc abort a process that jumps
-    to a fiber."""
+    """Ubuntu's compiler enables hardening by default. With hardening, glibc would abort a process
+    that jumps to a fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
@@ -144,8 +145,8 @@ def test_simd_operations():
 
 
 def test_lanes_of_a_matrix():
-    """In terms of its index bits, a lane has row 4·bit4 + bits 1–2, column 4·bit3 + 2·bit0, and the
-    next column, as in MLX's get_coord."""
+    """A lane has two elements of row 4·bit4 + 2·bit2 + bit1, in column 4·bit3 + 2·bit0 and the next
+    one, where the bits are those of the lane's index. MLX's get_coord uses the same layout."""
     body = """
       simdgroup_matrix<float, 8, 8> m;
       m.thread_elements()[0] = float(i);
@@ -352,8 +353,8 @@ def test_right_barriers_pass():
 
 
 def test_orders_find_what_one_order_does_not():
-    """The emulator records two readers of an address. Here a third reader, in the other simdgroup,
-    has a race."""
+    """The emulator records only two readers of each address. Here, a third reader, in the other
+    simdgroup, races with the writer."""
     body = """
       tile[i] = i;
       threadgroup_barrier(mem_flags::mem_threadgroup);

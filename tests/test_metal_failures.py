@@ -1,4 +1,5 @@
-"""Tests the message for work that macOS aborts on the GPU, which MLX reports in a Metal thread."""
+"""Tests the error message for GPU work that macOS aborts. MLX reports the failure in a Metal
+thread."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs Metal's kernels for gated linear units on the CPU, and compares them with the oracle.
+"""Runs the Metal kernels for gated linear units on the CPU, and compares them with the oracle.
 
 See docs/metal_on_linux.md.
 """

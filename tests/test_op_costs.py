@@ -1,4 +1,5 @@
-"""Compares the memory use that an op reports for a call with the measured use on the CPU."""
+"""Compares the memory that the cost functions of ops predict with the memory measured on the
+CPU."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,11 +15,12 @@ pytestmark = pytest.mark.skipif(
     mx.default_device() != mx.Device(mx.cpu), reason="GPUs are measured by bench/memory.py"
 )
 
-#: Bounds for the ratio of measured to reported memory. The ratio may exceed 1 slightly, because ops
-#: do not count low-rank branches. It may be below 1 if threads do not overlap or the host is not
-#: ahead of the device.
+#: Bounds for the ratio of measured to predicted memory. The ratio may exceed 1 slightly, because
+#: the cost functions ignore low-rank branches. It may be below 1 if threads do not overlap or the
+#: host is not ahead of the device.
 LEAST, MOST = 0.5, 1.1
-#: The maximum over this many calls is used, because the overlap of threads is random.
+#: The number of measurements per call. Their maximum is used, because the overlap of threads is
+#: random.
 TRIES = 3
 
 some = settings(max_examples=8, deadline=None)

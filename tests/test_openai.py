@@ -1,4 +1,4 @@
-"""Tests /v1 over a socket with OpenAI's official client."""
+"""Tests the /v1 routes over a socket with OpenAI's official client."""
 
 import asyncio
 import json
@@ -58,8 +58,8 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    # Without a token, clients may not trust each other, so the usage does not reveal cached tokens.
-    # tests/hostile tests a server with a token.
+    # Without a token, anyone may be a client. Therefore, the usage omits the number of cached
+    # tokens, which would reveal other clients' prompts. tests/hostile tests a server with a token.
     assert ask(server, "b").usage.prompt_tokens_details is None
 
 
@@ -154,8 +154,8 @@ def test_models(server):
         server.client.models.retrieve("ORG/other")
 
 
-#: Request fields that other servers support. NEUTRAL values have no effect on those servers;
-#: REFUSED values are refused here.
+#: Request fields that other servers support. The values in NEUTRAL have no effect on those servers,
+#: so our server accepts them. Our server refuses the values in REFUSED.
 NEUTRAL = {
     "OpenAI": {
         **{"user": "me", "metadata": {"a": "b"}, "safety_identifier": "me", "store": False},
@@ -304,7 +304,7 @@ def test_fields_within_fields_are_refused_too(server):
     answer = server.http.post("/v1/adapters", json={"id": "a", "path": "a", "scale": 2})
     check(answer, 400, "unknown field scale")
     own = {"refusal": None, "audio": None, "function_call": None, "tool_calls": None}
-    # A message as in OpenAI's responses.
+    # This message has all fields of a message in OpenAI's responses.
     turn = {"role": "assistant", "content": "Hi", "annotations": [], **own}
     cached = {"role": "user", "content": [part | {"cache_control": {"type": "ephemeral"}}]}
     answer = ask(server, messages=[hello, turn, cached])
@@ -486,7 +486,7 @@ def test_adapter_routes(folder, said, tmp_path):
         mounted = server.engine.adapters["a"]
         n = mounted.mounted_layers
         assert answer.json() == {"id": "a", "mounted_layers": n, "rank": 2, "scale": 1.0}
-        # An adapter that is already mounted remains mounted.
+        # If the id is already in use, the adapter that is mounted under it remains mounted.
         assert http.post("/v1/adapters", json={"id": "a", "path": "b"}).json() == answer.json()
         (row,) = http.get("/v1/adapters").json()["adapters"]
         assert row == {
@@ -531,15 +531,15 @@ def test_unmounting_under_a_stream(folder, said):
         stream = ask(server, "a", 150, stream=True, **NEVER_ENDS)
         text = next(c.choices[0].delta.content for c in stream if c.choices[0].delta.content)
         assert server.http.delete("/v1/adapters/a").status_code == 200
-        assert server.engine._active  # otherwise the test would be meaningless
+        assert server.engine._active  # the response is not complete yet
         check(server.http.post("/v1/completions", json={"prompt": "x", "adapter": "a"}), 400, "a")
         text += "".join(c.choices[0].delta.content or "" for c in stream)
         assert text == said(chat_tokens(said), "a", 150, goes_on=True)
 
 
 def test_swaps_under_load(server, said):
-    """Eight clients send over 100 requests with three adapters, and every response must be
-    correct."""
+    """Eight clients send over 100 requests, each with one of three adapters or none. Every response
+    must be correct."""
     names = ["a", "b", "c", None]
     prompts = [[{"role": "user", "content": f"Tell me about {x}"}] for x in ("you", "it")]
     jobs = [(name, i) for name in names for i in range(2)]
@@ -575,7 +575,7 @@ def test_swaps_under_load(server, said):
         later, much_later = load(13)
     finally:
         del linears.put_in
-    assert swaps > 30  # requests whose prompts were not cached
+    assert swaps > 30  # adapters are swapped only for prompts that are not cached
     assert later - active < 1 << 20 and much_later - resident < 24 << 20
     assert len(server.engine._prompts) <= module.MOST_PROMPTS
     server.idle()

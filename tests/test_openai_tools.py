@@ -23,7 +23,8 @@ from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
-#: A template similar to those of Qwen and Hermes, from which mlx-lm infers how to parse calls.
+#: A chat template similar to those of Qwen and Hermes. From it, mlx-lm infers how to parse tool
+#: calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
 You may call:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
 {% endif %}{%- for message in messages %}<|im_start|>{{ message.role }}
@@ -166,7 +167,8 @@ def test_plain_requests_do_not_wait_for_grammars(server, monkeypatch):
 
 
 def chained(n, groups=0):
-    """Returns a grammar of nested rules. A few thousand of them would overflow the stack."""
+    """Returns a grammar of `n` nested rules. A few thousand nested rules would overflow the
+    stack."""
     begin, end = "(" * groups + '"a"', ")?" * groups
     rules = [f"r{i}: {begin} r{i + 1}{end}" for i in range(n)]
     return "\n".join(["start: r0", *rules, f'r{n}: "b"'])
@@ -285,7 +287,7 @@ def test_a_tool_that_has_to_be_called(server, stream):
 
 
 def test_calls_in_a_model_s_own_form(server, said):
-    """The model is forced to write text that contains reasoning, content and calls."""
+    """The model is forced to write plain text, two valid calls and an invalid one."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"place": "Oslo"}}\n</tool_call>'
     bad = "<tool_call>\nno JSON\n</tool_call>"
     whole = f"Well. {call}\n{bad}{call}"
@@ -366,7 +368,8 @@ def test_an_answer_outlives_a_server_that_is_busy(stays, server, monkeypatch):
 
 
 class speaking:
-    """Makes the model write this text token by token."""
+    """Makes the model write `text`, token by token, in requests that contain the returned
+    fields."""
 
     def __init__(self, server, text):
         self.server, self.tokens = server, [*text.encode(), END]
@@ -424,7 +427,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     assert free.choices[0].message.reasoning_content == "hm, 2"
-    # Each byte is a token: the last byte of the opening tag, the text, and the closing tag.
+    # Each byte is a token. The last byte of the opening tag, the text and the closing tag count.
     assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
     assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
     assert plain.usage.completion_tokens_details.reasoning_tokens == 0
@@ -558,8 +561,8 @@ def test_logprobs_of_characters_of_several_tokens(server):
 
 
 def test_bytes_of_tokens():
-    """In GPT-2's and similar vocabularies, letters represent bytes. In SentencePiece's, letters
-    represent themselves, and only tokens such as <0x0A> represent bytes."""
+    """In vocabularies such as GPT-2's, letters represent bytes. In SentencePiece vocabularies,
+    letters represent themselves, and only tokens such as <0x0A> represent bytes."""
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
@@ -599,7 +602,7 @@ def test_cached_tokens_are_those_of_the_prompt(server):
 
 
 def test_several_answers(server):
-    """With a seed, responses are reproducible and differ from each other."""
+    """With a seed, the responses to one request are reproducible but differ from each other."""
     how = {"n": 12, "temperature": 1.0, "seed": 4, **NEVER_ENDS}
     body = CHAT | how | {"n": 3, "max_tokens": 12}
     first, again = (

@@ -17,7 +17,7 @@ CHECKS = (
 )
 
 
-#: Routes that share /api/finetune/submit's boundary values.
+#: Routes with the fields of /api/finetune/submit. Their boundary values are not tested again.
 ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 

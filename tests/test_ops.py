@@ -1,4 +1,5 @@
-"""Compares every op with the float64 oracle. Ops must be at least as accurate as the plain code."""
+"""Compares every op with the float64 oracle. Ops must be at least as accurate as the reference
+implementation."""
 
 import functools
 
@@ -108,7 +109,8 @@ def test_gradients_of_the_reference_are_the_oracles():
 
 
 def table_of(rng, base, dtype):
-    """Returns a table [9, 384] with values or scales of this dtype, and its float64 values."""
+    """Returns an embedding table [9, 384] and its values in float64. The table's values, or its
+    scales if it is quantized, have the given dtype."""
     table, _ = base_of(rng, 9, 384, base)
     dtype = getattr(mx, dtype)
     scales, biases = (
@@ -238,8 +240,8 @@ def test_dequantize_is_bitwise_mlx(base):
 
 @pytest.mark.parametrize("mode,bits,group", specs.QUANTIZATIONS[-3:])
 def test_dequantize_of_every_code_and_scale_is_bitwise_mlx(mode, bits, group):
-    """Includes zeros of both signs, subnormal numbers, overflow, and NaN (whose bits may
-    differ)."""
+    """The values include zeros of both signs, subnormal numbers, overflow and NaN. The bits of NaN
+    may differ."""
     codes = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
     per_row = 256 * 8 // bits // group
     scales = mx.array(np.repeat(np.arange(256, dtype=np.uint8)[:, None], per_row, axis=1))
@@ -266,7 +268,7 @@ def test_lora_linear(impl, base, dtype):
     packed, w64 = base_of(rng, 536, 256, base, bias)
     (x, x64), (dy, dy64) = rand(rng, 65, 256, dtype=dtype), rand(rng, 65, 536, dtype=dtype)
     (a, _), (b, _) = rand(rng, 256, 4), rand(rng, 4, 536)
-    # Matrix products round a and b to x's dtype, which is not counted as an error of the op.
+    # Matrix products round a and b to x's dtype. This rounding is not an error of the op.
     a64, b64 = f64(a.astype(getattr(mx, dtype))), f64(b.astype(getattr(mx, dtype)))
     with served():
         check_op(
@@ -486,7 +488,8 @@ def test_heads_compile(impl, op):
 @pytest.mark.skipif(ON_GPU, reason="GPU buffers are freed only after the device has finished")
 @pytest.mark.parametrize("op", [ops.linear_log_probs, ops.linear_cross_entropy])
 def test_memory_of_heads_has_no_rows_times_vocabulary(op):
-    """The logits of 4096 rows for 32768 tokens would need 537 MB. A chunk needs at most 64 MB."""
+    """The logits of 4096 rows over a vocabulary of 32768 tokens would need 537 MB. A chunk needs at
+    most 64 MB."""
     h = mx.random.normal((4096, 32))
     head = ops.Base(mx.random.normal((32768, 32)))
     t = mx.zeros(4096, mx.int32)
@@ -501,8 +504,8 @@ def test_memory_of_heads_has_no_rows_times_vocabulary(op):
 
 
 def quantized(mode, bits, group):
-    """Returns a base whose weights have 4 bits in groups of 32 but which declares another
-    quantization."""
+    """Returns a base that declares the given quantization. Its arrays have the shapes of weights
+    with 4 bits in groups of 32."""
     return ops.Base(
         mx.ones((4, 8), mx.uint32), mx.ones((4, 2)), mode=mode, bits=bits, group_size=group
     )

@@ -97,8 +97,8 @@ FORMS = {"adamw": adamw, "lion": lion, "sgd": sgd, "adafactor": adafactor, "muon
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_twenty_steps_are_those_of_the_closed_form(name, ratio):
-    """Two stages with two factors each, a cosine schedule with warmup, decoupled weight decay, and
-    LoRA+."""
+    """Covers two stages with two factors each, a cosine schedule with warmup, decoupled weight
+    decay, and LoRA+."""
     rng = np.random.default_rng(0)
     shapes = {"x.lora_a": (6, 3), "x.lora_b": (3, 5), "y.lora_a": (4, 2), "y.lora_b": (2, 7)}
     true = {key: rng.standard_normal(shape) for key, shape in shapes.items()}
@@ -146,8 +146,8 @@ def test_runs_learn_with_each(name, llama4, data, tmp_path):
 
 
 def test_rs_lora_divides_by_the_root_of_each_rank(llama_mixed, data, tmp_path):
-    """Ranks 4 and 8 have different multipliers. mlx-lm supports only one multiplier but computes
-    the same logits."""
+    """Ranks 4 and 8 have different multipliers. mlx-lm supports only one multiplier, but must
+    compute the same logits with the saved adapter."""
     result = train(config_of(llama_mixed, data, tmp_path / "a", scale=3.0, rs_lora=True))
     assert set(result.applied_ranks.values()) == {4, 8}
     assert_same_in_mlx_lm(llama_mixed, tmp_path / "a", apart=1e-3)

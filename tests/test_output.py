@@ -19,7 +19,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d (.*)")
 
 @pytest.fixture
 def evaluate(monkeypatch: pytest.MonkeyPatch):
-    """Replaces the evaluation: reports progress, prints a warning and returns."""
+    """Replaces the evaluation with a function that reports only progress and a warning."""
 
     def run(config, adapter, *, split, on_event):
         on_event(events.stage("load", 0.1, "the model is loaded"))
@@ -77,7 +77,7 @@ def test_the_log_has_the_error_with_which_a_command_ends(capsys, tmp_path) -> No
     assert cli.main(["inspect", "nowhere.csv", "--log-file", str(tmp_path)]) == 2
     assert "--log-file" in capsys.readouterr().err
     Terminal().say("later")
-    assert "later" not in log.read_text()  # the options end with the command
+    assert "later" not in log.read_text()  # --log-file applies only until the command ends
 
 
 def test_whole_lines_are_noted_whatever_parts_they_come_in() -> None:

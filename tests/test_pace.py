@@ -1,4 +1,4 @@
-"""Tests the estimated remaining time of a run: steps, evaluations and checkpoints."""
+"""Tests the estimated remaining time of a run, which includes evaluations and checkpoints."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Packed rows have the loss and gradients of single rows, and no row is split or lost."""
+"""Packed rows give the same loss and gradients as single rows, and no row is split or lost."""
 
 import json
 import time
@@ -25,13 +25,14 @@ from mlx_segtrain.planning.costs import CUDA
 from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
-#: Numbers of tokens per row: above the window of 8, above a tile, and the minimum.
+#: Numbers of tokens per row, including some above the window of 8 or a tile, and the minimum.
 LENGTHS = (21, 2, 9, 70, 33, 3)
 BOUND = 1e-5
 
 
 def examples(lengths=LENGTHS, prompt=2, seed=0):
-    """Returns the rows as batches of a single row, as one padded batch, and packed."""
+    """Returns the same rows as batches of a single row each, as one padded batch, and as one packed
+    batch."""
     rng = np.random.default_rng(seed)
     count, ends = np.arange(len(lengths)), np.array(lengths)
     weights = rng.uniform(0.5, 1, (len(lengths), max(lengths))).astype(np.float32)
@@ -58,9 +59,9 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """Compares packed rows with single rows. Errors must be within BOUND or within a padded batch's
-    errors, because the gradients partly cancel in the sum and matrix products of other shapes round
-    differently."""
+    """Compares packed rows with single rows. The errors may exceed BOUND if those of a padded batch
+    do so too. The reason is that the gradients partly cancel in the sum, and that the rounding of
+    matrix products depends on their shapes."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -210,7 +211,7 @@ def test_packing_pays_where_steps_cost_more_than_their_tokens(llama4, data, tmp_
         return pays(config_of(llama4, data, tmp_path, max_seq_length=64, **more), rows)
 
     assert asked(short) and not asked(full)
-    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # padding of short rows would be wasteful
+    assert asked(dataset([5, 60] * 8, 0), batch_size=4)  # padding the short rows would be wasteful
     monkeypatch.setattr(planning_run, "device", lambda *_: CUDA)
     assert asked(short) and not asked(full)
     assert not asked(short, memory_budget_gb=0.0125)
@@ -228,8 +229,8 @@ def write_data(folder, lengths=(3, 30, 9, 50, 12, 5, 22, 40, 7, 16)):
 
 
 def test_an_epoch_of_packed_rows(llama4, tmp_path):
-    """An epoch contains every row in fewer steps, and an evaluation returns the loss of unpacked
-    rows."""
+    """With packing, an epoch needs fewer steps for the same rows, and an evaluation returns the
+    same loss."""
     data, told = write_data(tmp_path / "data"), []
     how = {"epochs": 1.0, "max_seq_length": 64, "learning_rate": 1e-6}
     packed = train(config_of(llama4, data, tmp_path / "a", packing=True, **how), told.append)
@@ -245,7 +246,8 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A resumed run keeps its choice even if the other choice would now be faster."""
+    """A resumed run keeps the earlier choice of `packing="auto"`, even if the other one would now
+    be faster."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

@@ -1,4 +1,4 @@
-"""Tests the page in a browser, with a real server, and with 6 of the 30 layers of SmolLM2."""
+"""Tests the page in a browser with a real server and the first 6 of SmolLM2's 30 layers."""
 
 import csv
 import io
@@ -92,7 +92,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def user(browser, site) -> Iterator[User]:
     shots = None
-    if "SCREENSHOTS" in os.environ:  # the images are for people, so by default none are made
+    if "SCREENSHOTS" in os.environ:  # off by default, because the images are only for people
         shots = Path(os.environ["SCREENSHOTS"])
         shots.mkdir(parents=True, exist_ok=True)
     own = User(browser, site, shots)
@@ -179,7 +179,7 @@ def test_a_curve_of_any_length_has_few_points_and_every_spike(user):
         for (let step = 0; step < 100_000; step++) curve.add(step, step === 54_321 ? 9 : 1);
         const { points, extremes, lowest, buckets } = curve;
         const many = buckets.flat().length;
-        curve.cut(1000);  // resumed from there: what came after is taken again
+        curve.cut(1000);  // resumed from step 1000, so the steps after it are repeated
         const last = [curve.points.at(-1)[0]];
         for (const lacks of [null, NaN]) curve.add(1001, lacks);
         last.push(curve.points.at(-1)[0]);
@@ -272,8 +272,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """A page load needs less than one second of CPU time, which does not depend on the machine's
-    load. All files are fetched concurrently, and a second load fetches none."""
+    """A page load needs less than one second of CPU time. This time, unlike the elapsed time, does
+    not depend on what else the machine does. A second load fetches no files."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]
@@ -335,8 +335,8 @@ def test_settings_come_from_a_file(user, site, titles, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(site) -> list[str]:
-    """Returns two finished runs with different settings, and a failed run."""
-    # A path with HTML, which the page must show as text everywhere.
+    """Returns the ids of two finished runs with different settings, and of a failed run."""
+    # The path contains HTML, which the page must show as text everywhere.
     odd = str(site.work / "<img src=x onerror=boom()>")
     return [
         site.train(rank=4),
@@ -528,7 +528,7 @@ def test_a_failed_job_offers_what_helps(user, site):
 
 
 def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
-    """This server allows two processes, but the run is from a server that allows three."""
+    """This server allows two processes, but one of the runs is from a server that allows three."""
     config = {"model_dir": str(site.work / "tiny"), "data_dir": str(site.work / "counting")}
     config |= {"max_seq_length": 64}
     figures = dict.fromkeys(("tokens_per_sec", "supervised_tokens_per_sec", "left_s"), 1.0)
@@ -595,7 +595,7 @@ def test_what_is_wrong_is_said_at_its_cause_which_is_seen(user, titles, size):
     expect(wrong(said)).to_be_visible()
     page.get_by_role(
         "button", name="Rank, batch size and folder"
-    ).click()  # an error opens the collapsed section
+    ).click()  # collapses the section, which the error must open again
     start.click()
     expect(wrong(said)).to_be_in_viewport()
     expect(rank).to_be_focused()
@@ -625,7 +625,8 @@ def test_presets_set_what_they_say_and_a_server_takes_them(user, site, titles):
     expect(steps).to_have_value("20")
     steps.fill("21")  # differs from the preset
     expect(page.get_by_role("button", pressed=True).and_(page.locator(".preset"))).to_have_count(0)
-    expect(page.get_by_text("2 settings changed")).to_be_visible()  # although it is collapsed
+    # The section is collapsed, but shows the number of changes.
+    expect(page.get_by_text("2 settings changed")).to_be_visible()
 
     page.get_by_role("button", name="YAML", exact=True).click()
     copied = page.get_by_label("YAML", exact=True)
@@ -672,7 +673,7 @@ def test_charts_zoom_smooth_and_are_saved(user, runs):
     box = plot.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.51, box["y"] + 50)
     tip = own.locator(".tip")
-    expect(tip).to_contain_text("training")  # only lines with a value at this step
+    expect(tip).to_contain_text("training")  # the tip shows lines that have a value at this step
     expect(tip).to_contain_text("validation")
     expect(tip).to_contain_text("step 10")
     page.mouse.down()
@@ -857,13 +858,13 @@ def test_data_and_adapters_come_and_go(user, site, runs, tmp_path):
     (tmp_path / "broken" / names[0]).write_bytes(b"no weights")
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "broken" / x) for x in names])
     expect(page.get_by_role("alert").filter(has_text=names[0])).to_be_visible()
-    # Files that were already uploaded are deleted, too.
+    # The file that had already been uploaded is deleted, too.
     assert not list(site.cache.rglob("adapter-of-tiny"))
     sent.clear()
     page.locator("[type=file]").last.set_input_files([str(tmp_path / "taken" / x) for x in names])
     row = page.get_by_role("row").filter(has_text="adapter-of-tiny")
     expect(row).to_be_visible()
-    # A duplicate name is reported before the weights are uploaded.
+    # The configuration is uploaded before the weights, so a duplicate name is reported early.
     assert [url.rpartition("/")[2] for url in sent] == [*reversed(names)]
     user.shot(page, "library")
     row.get_by_role("button", name="Delete adapter-of-tiny").click()
@@ -924,7 +925,7 @@ def test_the_keyboard_alone_starts_a_run(user, site, titles):
     keys.type("64")
     tab_to(titles["iters"])
     keys.type("3")
-    keys.press("Enter")  # works in every field
+    keys.press("Enter")  # starts the run from any field
     page.wait_for_url(re.compile("/finetune/job/job_"))
     expect(page.get_by_text("Step 3 of 3")).to_be_visible(timeout=LONG)
 
@@ -946,8 +947,8 @@ def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
         page.wait_for_timeout(400)
         assert fits(page), name
         user.shot(page, f"{name}-{size['width']}-{scheme}")
-        # Collapsed sections are checked, too. Sections with a shared name could not be open
-        # together.
+        # Open all sections to check them, too. The names are removed because only one of the
+        # sections with the same name can be open.
         page.evaluate(
             """() => document.querySelectorAll("details").forEach((own) => {
             own.removeAttribute("name"); own.open = true; })"""
@@ -1005,5 +1006,5 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         expect(page.get_by_text("No model found")).to_be_visible()
         bearer = {"authorization": f"Bearer {token}"}
         urlopen(Request(f"{site.url}/api/sessions", headers=bearer, method="DELETE")).close()
-        page.wait_for_url("**/login")  # open pages change, too
+        page.wait_for_url("**/login")  # pages that are already open are redirected, too
         page.context.close()

@@ -34,8 +34,8 @@ def adapter_of(chain, rank=4):
 
 
 def batch_of(vocabulary, lengths, prompt, seed=0):
-    """Returns random tokens. Row i has lengths[i] tokens, and tokens from index `prompt` onwards
-    are in the loss."""
+    """Returns a batch of random tokens. Row i has lengths[i] tokens, and tokens from index `prompt`
+    onwards are in the loss."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     tokens = rng.integers(0, vocabulary, (len(lengths), width)).astype(np.int32)
@@ -60,8 +60,8 @@ def ours(model_dir, batch, sizes):
 
 
 def theirs(model_dir, adapter, batch, prompt, dtype=mx.float32):
-    """Returns the loss and gradients of mlx-lm with its own LoRA layers and default_loss. A `dtype`
-    of float64 dequantizes the weights."""
+    """Returns the loss and gradients of mlx-lm with its own LoRA layers and default_loss. If
+    `dtype` is float64, the weights are dequantized."""
     model, _ = mlx_lm.load(str(model_dir))
     model.set_dtype(mx.float32)
     if dtype == mx.float64:
@@ -153,8 +153,8 @@ def test_smollm2(smollm2):
 
 
 def test_smollm2_in_float64(smollm2):
-    """Compares with mlx-lm in float64 on random tokens, for which mlx-lm in float32 has an error of
-    4e-4.
+    """Compares with mlx-lm in float64 on random tokens, because mlx-lm in float32 has an error of
+    4e-4 on them.
 
     On longer rows, our error reaches 2e-4; the values are in bench/LOG.md.
     """

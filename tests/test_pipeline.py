@@ -1,4 +1,5 @@
-"""Tests models that are divided over several local ranks, connected by MLX's ring over loopback."""
+"""Tests models whose layers are divided among several local ranks, which are connected by MLX's
+ring over loopback."""
 
 import itertools
 import json
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.acceptance
 WAIT = 600
 
 
-#: Code with which each rank writes the gradients of its first step to a file and prints its memory
+#: Code that makes each rank write the gradients of its first step to a file, and print its memory
 #: use at the end.
 SEEN = """
 import gc
@@ -138,7 +139,7 @@ def test_a_pipeline_is_the_run_of_one_rank(n, models, rows, tmp_path, first_grad
         assert own["active"] <= 1.1 * own["share"], (name, own)
         if own["most"]:  # models on the generic path have no plan
             assert own["peak"] <= 1.1 * own["most"], (name, own)
-        if name == "llama":  # other models' memory is mostly not divided between ranks
+        if name == "llama":  # in the other models, less of the memory is divided among the ranks
             assert own["share"] < 0.75 * own["whole"], (name, own)
     for runs in zip(*held, strict=True):
         ends_of = [own["layers"] for own in runs]

@@ -64,7 +64,7 @@ class Post:
 
 
 class Alone(Ranks):
-    """A rank of a group in one process, which need not wait for other ranks."""
+    """A rank of a group that runs in one process and therefore never waits for other ranks."""
 
     def wait_for(self, arrays):
         mx.eval(arrays)
@@ -196,13 +196,14 @@ def test_parts_of_a_plan_hold_their_layers(family):
     doubled = sum(weight_bytes(shape, p, True) for p in own) - shape.weight_bytes(True)
     once = sum(4 * np.prod(s) for name, (_, s) in shape.tensors.items() if "layers." not in name)
     table = 4 * np.prod(shape.tensors["model.embed_tokens.weight"][1])
-    # Gemma 4's layers read the tables, too. If the embedding is also the head, it is on two ranks.
+    # Gemma 4's tensors outside the layers are on all three ranks. Llama's embedding, which is also
+    # its head, is on two.
     assert doubled == (2 * once if family == "gemma4_text" else table)
 
 
 def test_a_part_waits_with_what_its_batches_keep():
-    """Each additional batch between its forward and backward pass needs the memory of one batch's
-    saved values."""
+    """Each further batch that waits for its backward pass needs the memory of one batch's saved
+    values."""
     model = tiny_models.build("llama", num_hidden_layers=4)
     shape = shape_of(tiny_models.config("llama", num_hidden_layers=4), headers(model))
     ranks = dict.fromkeys((path for own in shape.linears for path in own), 4)
@@ -226,7 +227,8 @@ def test_a_plan_says_what_each_rank_holds():
     batch = BatchShape.single(1, 64, 64, 64, accumulates=True)
     run = RunPlan(shape, (batch,), ranks, CUDA, 10**9, None, ())
     found = held(split_run(run, [Member(10**9, "cuda", 2), Member(10**9, "cpu", 4)], 3))
-    # In such a small model, kernel launches would dominate the time, but a CPU has none.
+    # In such a small model, kernel launches dominate the time on CUDA. A CPU has none, so it gets
+    # more layers.
     assert found[0].layers.startswith("1-") and found[1].layers.endswith("-8")
     count = [int(own.layers.split("-")[1]) - int(own.layers.split("-")[0]) + 1 for own in found]
     assert count == [1, 7]
@@ -262,7 +264,7 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
     for layers in (range(0, 1), range(1, 3), range(2, 3)):
         assert len(chain_of(model, layers).layers) == 3
     monkeypatch.setattr(type(model.model), "__call__", skips)
-    assert len(chain_of(model, range(0, 2)).layers) == 3  # lacks the value that layer 2 would read
+    assert len(chain_of(model, range(0, 2)).layers) == 3  # only layer 2 reads the extra value
     for layers in (range(1, 3), range(2, 3)):
         with pytest.raises(
             InputError, match="run layer by layer, it gives different hidden states"
@@ -271,8 +273,8 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
 
 
 def test_ranks_add_up_the_baseline_of_their_own_batches():
-    """kto's mismatched responses are divided between the ranks instead of being run on all of
-    them."""
+    """KTO's mismatched responses are divided among the ranks, so that each is run on only one
+    rank."""
     chain = chain_of(tiny_models.build("llama"))
     adapter, objective = adapter_of(chain), Kto()
     params = adapting.stage_params(chain, adapter)
@@ -297,8 +299,8 @@ def test_ranks_add_up_the_baseline_of_their_own_batches():
 
 
 def test_other_threads_run_while_a_step_is_given_to_the_device():
-    """If memory is insufficient, MLX waits in async_eval, which must not delay the rank's
-    heartbeats."""
+    """If memory is insufficient, MLX waits in async_eval. This must not delay other threads, such
+    as the one that sends the rank's heartbeats."""
     w = mx.random.normal((200, 200)) / 14
 
     def stage(params, h):

@@ -70,7 +70,7 @@ def test_a_value_that_later_stages_read_is_kept_until_the_first_of_them_went_bac
         "backward 1:2 reads h@a; takes h@b, kv@b; gives h@a; drops h@a",
         "backward 0:1 reads h@input; takes h@a; drops h@input",
     ]
-    # kv's writer and all its readers are in the same segment, so kv is not a boundary value.
+    # kv is kept only if a reader is in a later segment than b.
     assert moves(stages, 2)[0] == "forward 0:2 reads h@input; keeps h@b, kv@b"
     assert moves(stages, 4) == ["head 0:4 reads h@input; drops h@input"]
 
@@ -118,7 +118,7 @@ def test_the_head_reads_inputs_and_values_of_earlier_segments():
 
 
 def test_a_plan_resolves_names_and_counts_their_readers():
-    """The head's index is one more than the last stage's."""
+    """`plan.readers` counts the head as the stage after the last."""
     stages = [StageSpec("a", ["h"], ["h", "kv"], True), StageSpec("b", ["h", "kv"], ["h"], True)]
     plan = make_plan(stages, ["h"], ["h", "kv"], [2], [1])
     assert [(stage.reads, stage.writes) for stage in plan.stages] == [([0], [1, 2]), ([1, 2], [3])]

@@ -1,5 +1,5 @@
-"""For any chain and any cuts, a plan's moves find the values that they read, and every kept value
-is read."""
+"""For any chain and any cuts, the values that a plan's moves read are available, and every kept
+value is read."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ BYTES = {"h": 10, "k": 3, "v": 7}
 
 @dataclass
 class Chain:
-    """A chain of stages over h (some also write and read k and v), with the values that the head
-    reads and the cuts."""
+    """A chain of stages over h, the values that its head reads, and its cuts. Some stages also read
+    or write k and v."""
 
     stages: list[_core.StageSpec]
     head: list[str]
@@ -73,8 +73,8 @@ def parsed(line: str) -> Move:
 
 
 def reads_of(chain: Chain, move: Move) -> set[str]:
-    """Returns the versions of the values that a move's stages, and the head, read from other
-    moves."""
+    """Returns the values that a move reads but does not write itself. Each is named after its
+    writer, as in h@s0."""
     version = {"h": "h@input", "y": "y@input"}
     for stage in chain.stages[: move.begin]:
         version |= {name: f"{name}@{stage.name}" for name in stage.writes}
@@ -99,7 +99,7 @@ def test_a_value_is_there_from_its_making_to_its_last_reader(chain):
         assert set(move.takes) <= cotangents
         cotangents -= set(move.takes)
         taken |= set(move.takes)
-        assert not taken & set(move.gives)  # a sum is complete before its use
+        assert not taken & set(move.gives)  # a cotangent is complete before it is used
         cotangents |= set(move.gives)
         alive |= set(move.keeps)
         assert set(move.drops) <= alive
@@ -151,7 +151,7 @@ def test_an_estimate_holds_all_that_is_kept(chain):
 
 
 def arrays_of(chain):
-    """Returns functions and parameters of the stages, input arrays, and a head."""
+    """Returns stages with functions, a head, the stages' parameters, and input arrays."""
     keys = iter(mx.random.split(mx.random.key(0), len(chain.stages) + 2))
 
     def stage_of(spec):

@@ -160,8 +160,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # Each move adds a value to h@input. The head's move includes the last stage, its output, and
-    # the head.
+    # Each forward move adds a value to h@input. The head's move includes the last stage, its
+    # output, and the head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]
@@ -173,7 +173,7 @@ def test_what_is_alive_move_by_move():
 def test_a_group_holds_its_inner_values_only_when_its_turn_comes():
     costs = chain_costs([cost(forward=30, backward=100, forward_work=1.0)] * 6)
     got = estimate(costs, [1, 2, 3, 4, 5, 6, 6], [2, 4, 6, 7])
-    kinds = [4, 5, 6]  # moves of the last group, after the head: one forward and two backward
+    kinds = [4, 5, 6]  # after the head, the last group has one forward and two backward moves
     assert [m.values for m in got.moves[:4]] == [10, 20, 30, 40]
     assert [got.moves[i].values for i in kinds] == [30, 40, 30]
     assert got.again == 3
@@ -209,7 +209,7 @@ def test_a_value_with_several_readers_has_a_wider_cotangent():
     costs = chain_costs([cost(writes=[10, 6]), *[cost()] * 3], stages=stages)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10 + 12, 10 + 12, 10 + 12]
-    together = estimate(costs, [1, 4], [1, 2])  # as wide even if readers share a segment
+    together = estimate(costs, [1, 4], [1, 2])  # the width is the same if readers share a segment
     assert [m.cotangents for m in together.moves] == [0, 0, 10 + 12]
 
 
@@ -233,7 +233,8 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
-    """For a random chain, tries all segment sizes, tails and numbers of saving stages."""
+    """Compares the chosen plan for a random chain with plans that have other segment sizes and
+    tails, and with or without saved values."""
     rng = np.random.default_rng(seed)
     costs = []
     for i in range(12):
@@ -266,8 +267,8 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
 
 
 def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
-    """The plan reserves this memory only if that causes no recomputation. Without it, MLX waits
-    earlier and needs less memory."""
+    """A plan reserves memory for work that is launched ahead only if this causes no recomputation.
+    Without the reserve, MLX waits earlier and needs less memory."""
     shape = read_shape(llama4)
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
     ranks = ranks_of(shape, **how)
@@ -312,7 +313,7 @@ def test_work_on_loss_rows_only_is_less_and_longer_rows_take_more():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_predicted_peak_is_the_measured_one(packed):
-    """Measures a step and its optimizer on this machine. bench/memory.py measures complete
+    """Measures a step with its optimizer update on this machine. bench/memory.py measures complete
     models."""
     if mx.default_device() != mx.Device(mx.cpu):
         pytest.skip("GPUs are measured by bench/memory.py")
@@ -439,7 +440,7 @@ def test_a_run_over_its_budget_takes_the_next_cheaper_plan(llama4, data, tmp_pat
     said = [e["message"] for e in seen if e["type"] == "stage" and e["stage"] == "setup"]
     assert len(said) == 1 and said[0].startswith(
         "memory plan: no recomputation"
-    )  # 100 times this small batch would still fit
+    )  # 100 times the memory of this small batch would still fit
     peak = result.peak_gb
     budget = {"memory_budget_gb": 2 * peak}
     seen.clear()

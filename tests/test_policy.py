@@ -1,4 +1,4 @@
-"""Tests MLX's settings during a run, which are the same for all code that runs a model."""
+"""Tests that all code that runs a model uses the same MLX settings and restores them afterwards."""
 
 import mlx.core as mx
 import pytest
@@ -64,7 +64,7 @@ def test_elsewhere_no_limit_is_set(missing, metal, monkeypatch):
 
 
 class Spy:
-    """Records the settings whenever a model is run."""
+    """Records the MLX settings in effect whenever a model is run."""
 
     def __init__(self, monkeypatch):
         self.seen, self.limit = [], None

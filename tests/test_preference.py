@@ -1,5 +1,5 @@
-"""Compares preference losses with TRL's float64 formulas on mlx-lm's model, and tests streams, cuts
-and dropout."""
+"""Compares preference losses with TRL's formulas, computed in float64 with mlx-lm's models. Also
+tests streams, cuts and dropout."""
 
 import functools
 import math
@@ -148,8 +148,8 @@ def trl(objective, log_p: list, batch: PairBatch):
 
 
 def oracle(name, objective, batch, dtype):
-    """Returns the loss and gradients of mlx-lm's model with LoRA layers. Sequences are run one at a
-    time, with all of their logits in memory."""
+    """Returns the loss, metrics and gradients of mlx-lm's model with LoRA layers. Chosen and
+    rejected sequences are run separately, with all of their logits in memory."""
     _, adapter, _ = setup(name)
     # GPUs do not support float64.
     with mx.stream(mx.cpu if dtype == mx.float64 else mx.default_device()):
@@ -222,8 +222,8 @@ def test_every_family_is_as_mlx_lms(name, kind):
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 @pytest.mark.parametrize("shared", [1, 5, 9, 12, 15])
 def test_a_shared_prefix_is_two_forwards(name, shared):
-    """The result is also the same if the prompts' ends differ (only 5 of 9 tokens are shared) or if
-    the responses share their first tokens."""
+    """The shared prefix may end within the prompt of 9 tokens, or extend into the responses. The
+    result is always the same."""
     for objective in (OBJECTIVES["sigmoid"], OBJECTIVES["orpo"]):
         batch = pair_batch(shared)
         apart = PairBatch(batch.chosen, batch.rejected, 0, batch.rows, batch.reference)
@@ -235,7 +235,7 @@ def test_a_shared_prefix_is_two_forwards(name, shared):
 
 
 def test_a_shared_prefix_runs_once(monkeypatch):
-    """Checks the number of rows in h, and of rows that pass through the head."""
+    """Checks how many rows h has, and how many of them pass through the head."""
     chain = chain_of(model_of("llama"))
     objective, batch = Dpo(), pair_batch(9)
     (stream,) = objective.streams(chain, batch)
@@ -253,7 +253,7 @@ def test_a_shared_prefix_runs_once(monkeypatch):
 @pytest.mark.parametrize("same", [0, 150])
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
-    """A full batch has rows of 300 tokens, the last 100 of which are in the loss."""
+    """Each row of a full batch has 300 tokens, of which the last 100 are in the loss."""
     weights = np.r_[np.zeros(201), np.ones(100)].astype(np.float32)
     chosen = np.arange(301, dtype=np.int32)
     rejected = np.r_[chosen[:same], chosen[same:] + 1000]
@@ -328,7 +328,7 @@ def test_references_are_the_log_probabilities_without_an_adapter():
         log_p = -nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
         expected += (log_p * mx.array(side.weights[:, 1:])).sum(1).tolist()
     np.testing.assert_allclose(np.array(sums), expected, rtol=1e-5)
-    # If the reference log-probabilities equal these sums, the model has not learned anything yet.
+    # With these sums as the reference, the loss is that of a model that has learned nothing yet.
     batch = PairBatch(batch.chosen, batch.rejected, 9, batch.rows, np.array(sums))
     (loss, _, margin, *_) = value(Dpo(), chain, {}, {}, batch, Dpo().total([batch]))
     assert abs(float(loss) - np.log(2)) < 1e-5 and abs(float(margin)) < 1e-4

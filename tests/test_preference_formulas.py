@@ -1,5 +1,5 @@
-"""Tests dpo's and kto's losses as functions of log-ratios against TRL's formulas in NumPy, with
-complex-step derivatives."""
+"""Compares the losses of DPO and KTO, as functions of log-ratios, with TRL's formulas in NumPy, and
+their gradients with complex-step derivatives."""
 
 from typing import get_args
 
@@ -94,7 +94,7 @@ def trl_kto(ratios, kl):
 
 
 def outputs_of(kind, ratios, baseline, total=None):
-    """Returns kto's outputs for these log-ratios, with a reference of 0."""
+    """Returns KTO's outputs for the given log-ratios. All references are 0."""
     total = total or Total(9, 3, baseline)
     parts = mx.array([1 / n for n in (total.rows, total.wanted, total.rows - total.wanted)])
     kl = mx.array(max(total.baseline, 0.0))

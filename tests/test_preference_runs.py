@@ -1,4 +1,4 @@
-"""Tests complete DPO and ORPO runs on tiny models, and features of all methods."""
+"""Tests complete runs of the preference methods on tiny models, and features of all methods."""
 
 import dataclasses
 import json
@@ -91,7 +91,7 @@ def test_only_pairs_that_are_seen_are_computed(llama4, pairs, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_dropout_acts_in_every_method_and_follows_the_seed(method, llama4, data, pairs, tmp_path):
     def run(name, **changes):
-        # In the first step only B gets a gradient, in the second also A.
+        # In the first step, the gradient of A is 0, because B is 0. In the second, it is not.
         train(setup_of(method, llama4, data, pairs, tmp_path / name, iters=2, **changes))
         return weights_of(tmp_path / name)
 
@@ -135,7 +135,7 @@ def adapters_of(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_ranks_by_bits_and_by_kl_in_every_method(method, llama_mixed, data, pairs, tmp_path):
-    """The base has 4-bit and 8-bit layers. A copy of its folder also contains OptiQ's file."""
+    """The base has 4-bit and 8-bit layers. A copy of its folder also contains an OptiQ file."""
     result = train(setup_of(method, llama_mixed, data, pairs, tmp_path / "a", iters=1, rank=4))
     assert set(result.applied_ranks.values()) == {4, 8}
     model = tmp_path / "model"

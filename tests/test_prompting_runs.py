@@ -1,5 +1,5 @@
-"""A model that has memorized its rows generates their responses and stops, with any chat
-template."""
+"""With any chat template, a model that has memorized its rows generates their responses and then
+stops."""
 
 import json
 from dataclasses import replace

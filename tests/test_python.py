@@ -28,7 +28,8 @@ HOW = {"iters": 4, "lr": 1e-2, "rank": 4, "max_seq_length": 100}
 
 @pytest.fixture(scope="module")
 def trained(llama4, tmp_path_factory):
-    """Trains on Python rows, and returns the result and the callbacks' arguments."""
+    """Trains on rows that are Python dictionaries. Returns the result, and the arguments of the
+    callbacks."""
     steps, evals = [], []
     out = tmp_path_factory.mktemp("runs") / "a"
     how = {**HOW, "iters": 6, "val_split": 3, "steps_per_eval": 3, "steps_per_report": 4}
