@@ -3,7 +3,8 @@
     mlx-segtrain serve MODEL &
     python examples/client.py --model MODEL --data DATA
 
-It needs only httpx (pip install httpx). Pass a token with --token or in MLX_SEGTRAIN_TOKEN.
+This script needs only httpx (pip install httpx). If the server needs a token, pass it with --token
+or in MLX_SEGTRAIN_TOKEN.
 """
 
 import argparse
@@ -21,7 +22,7 @@ Event = dict[str, Any]
 
 
 class Client:
-    """Calls the few routes that a script needs. If the server returns an error, the script ends."""
+    """Sends requests and follows jobs. If the server returns an error, the script ends."""
 
     def __init__(self, url: str, token: str | None = None):
         headers = {"authorization": f"Bearer {token}"} if token else {}
@@ -40,7 +41,7 @@ class Client:
         """Yields each event of a job exactly once, even if the connection is lost.
 
         Each event has an id. A new connection sends the id of the last event that was received, and
-        the server continues with the next event. To demonstrate this, the connection is closed
+        the server continues with the event after it. To demonstrate this, the connection is closed
         after every `drop_every` events.
         """
         last_id, wait_s = "", 0.5
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--max-seq-length", type=int, default=512)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--drop-every", type=int, default=0, help="reconnect after N events")
+    parser.add_argument("--drop-every", type=int, default=0, help="reconnect after every N events")
     parser.add_argument("--prompt", default="What does os.path.join do?")
     args = parser.parse_args()
     client = Client(args.url, args.token)

@@ -4,8 +4,8 @@ call.
     pip install langchain-openai litellm
     python examples/other_clients.py --url http://localhost:8090
 
-No test runs this file, because the two packages take 0.4 GB. It was last run with langchain-openai
-1.7.4 and litellm 1.110.2.
+No test runs this file, because the two packages need 0.4 GB of disk space. It was last run with
+langchain-openai 1.7.4 and litellm 1.110.2.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 # Trains with DPO on pairs. Without DATA, it trains the demo's model on pairs that are generated from docstrings of
 # Python's standard library.
 #   MODEL=/path/to/model DATA=/path/to/pairs ITERS=60 RANK=16 recipes/dpo.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and take precedence; for example, --overwrite replaces an adapter.
+# You can append flags of `mlx-segtrain train`, which take precedence; for example, --overwrite replaces an adapter.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/dpo
 source "${recipe%/*}/knobs.sh"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains Gemma 4 E4B: first a probe, then the run. knobs.sh lists the environment variables that change options.
-#   DATA=/path/to/rows recipes/e4b.sh probe     shows time, memory and loss of two steps on the longest rows; writes nothing
-#   DATA=/path/to/rows recipes/e4b.sh train     the run itself
+# Trains Gemma 4 E4B: first a probe, then the run. knobs.sh lists the environment variables that set options.
+#   DATA=/path/to/rows recipes/e4b.sh probe     shows time, memory and loss of two steps on the longest rows; writes no files
+#   DATA=/path/to/rows recipes/e4b.sh train     trains the adapter
 #   ITERS=750 SEQ=4096 SEG=1 recipes/e4b.sh train
-# Flags of `mlx-segtrain train` come last and take precedence.
+# You can append flags of `mlx-segtrain train`, which take precedence.
 set -euo pipefail
 case "${1:-}" in
   probe | train) ;;

@@ -1,8 +1,9 @@
 """Turns feedback from users into training rows: `python recipes/feedback.py FEEDBACK.csv DIR`.
 
 FEEDBACK.csv has the columns prompt, answer and good (true or false). If a prompt has both good and
-bad answers, each pair of a good and a bad answer is written to DIR/pairs, for dpo. The
-answers to all other prompts are written to DIR/labels, for kto.
+bad answers, each good answer is paired with each bad answer, and the pairs are written to
+DIR/pairs, for method dpo. The answers to all other prompts are written to DIR/labels, for method
+kto.
 """
 
 import csv
@@ -22,7 +23,10 @@ def main(feedback: Path, folder: Path) -> None:
         for number, row in enumerate(csv.DictReader(file), 1):
             good = WORDS.get((row.get("good") or "").strip().lower())
             if good is None or not row.get("prompt") or not row.get("answer"):
-                sys.exit(f"{feedback}, row {number}: needs prompt, answer, and good: true or false")
+                sys.exit(
+                    f"{feedback}, row {number}: prompt and answer must not be empty, and good must "
+                    "be true or false"
+                )
             answers.setdefault(row["prompt"], {True: [], False: []})[good].append(row["answer"])
     pairs, labels = [], []
     for prompt, own in answers.items():

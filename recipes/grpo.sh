@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Trains with GRPO. Without DATA, it trains the demo's model to complete JSON records that contain a sum.
 #   MODEL=/path/to/model DATA=/path/to/prompts ITERS=12 RANK=16 recipes/grpo.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and take precedence; for example, --reward number:answer sets another reward.
+# You can append flags of `mlx-segtrain train`, which take precedence; for example, --reward number:answer sets a
+# different reward.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/grpo
 source "${recipe%/*}/knobs.sh"

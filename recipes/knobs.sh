@@ -16,22 +16,21 @@
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: install it with pip, or run make dev." >&2; exit 2; }
 
-# Prints the folder of a model in the hub's cache; if there are several, it prints the newest.
+# Prints the folder of a model in the hub's cache. If there are several snapshots of the model, prints the newest.
 cached() {
   local hub="${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
   ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
 }
 
-# Prints the folder of the 4-bit SmolLM2-135M-Instruct, which is downloaded the first time.
+# Prints the folder of the 4-bit SmolLM2-135M-Instruct, which is downloaded on first use.
 demo_model() {
   python3 -c 'from mlx_segtrain.commands.demo.snapshot import smollm2_snapshot
 from mlx_segtrain.files import cache_dir
 print(smollm2_snapshot(cache_dir()))'
 }
 
-# If DATA is not set, generates rows and sets DATA to their folder; if MODEL is not set either, sets it to the model of
-# the demo.
-# The arguments are the name of the folder for the rows, and the kind of rows.
+# If DATA is not set, generates rows and sets DATA to their folder. If MODEL is not set either, sets MODEL to the demo's
+# model. The arguments are the name of the folder for the rows, and the kind of rows.
 demo_without_data() {
   [ -z "${DATA:-}" ] || return 0
   DATA=$HOME/.cache/mlx-segtrain/data/$1
@@ -40,8 +39,8 @@ demo_without_data() {
   MODEL=${MODEL:-$demo_model}
 }
 
-# Fills the array `flags`. The arguments are the recipe, the model that it uses by default, and the adapter's name
-# without the context length.
+# Fills the array `flags`. The arguments are the path of the recipe without its extension, the name of its default
+# model, and the name of the adapter without the context length.
 knobs() {
   local name=$1 model=$2 adapter=$3
   local seq=${SEQ:-$(sed -n 's/^max_seq_length: *\([0-9]*\).*/\1/p' "$name.yaml")}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Trains with KTO on rows with a label, or on pairs, each of which becomes two rows. Without DATA, it uses the model and
-# the pairs of dpo.sh.
+# Trains with KTO on labelled rows, or on pairs, each of which becomes two rows. Without DATA, it uses the same model
+# and pairs as dpo.sh.
 #   MODEL=/path/to/model DATA=/path/to/rows ITERS=40 RANK=16 recipes/kto.sh [FLAG ...]
-# Flags of `mlx-segtrain train` come last and take precedence; for example, --overwrite replaces an adapter.
+# You can append flags of `mlx-segtrain train`, which take precedence; for example, --overwrite replaces an adapter.
 set -euo pipefail
 recipe=$(cd "$(dirname "$0")" && pwd)/kto
 source "${recipe%/*}/knobs.sh"

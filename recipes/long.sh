@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Shows how much memory and time a context length needs, by printing the memory plan for several budgets. It trains
-# nothing and loads no weights.
+# Shows how much memory and time a context length needs, by printing the memory plan for several budgets. Nothing is
+# trained, and no weights are loaded.
 #   recipes/long.sh                                         SmolLM2-135M at 8192 tokens
 #   MODEL=org/name SEQ=32768 BUDGETS="24 8 4" recipes/long.sh [FLAG ...]
-# Flags of `mlx-segtrain plan` come last and take precedence.
+# You can append flags of `mlx-segtrain plan`, which take precedence.
 set -euo pipefail
 source "$(dirname "$0")/knobs.sh"
 MODEL=${MODEL:-$(demo_model)}

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a task with scores from 0 to 100: scores the model, trains an adapter, and scores the model with the adapter.
+# Runs a task: scores the model from 0 to 100, trains an adapter, and then scores the model with the adapter.
 #   recipes/task.sh chunk       split notes into chunks, given as JSON with anchors
 #   recipes/task.sh tools       call the right tool with the right arguments
 #   recipes/task.sh persona     answer as an old sailor
 #   MODEL=/path/to/model ITERS=80 recipes/task.sh tools [FLAG ...]
-# tasks.py generates the rows and computes the scores. Flags of `mlx-segtrain train` come last and take precedence; for
-# example, --overwrite replaces an adapter.
+# tasks.py generates the rows and computes the scores. You can append flags of `mlx-segtrain train`, which take
+# precedence; for example, --overwrite replaces an adapter.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/knobs.sh"
@@ -18,7 +18,7 @@ DATA=${DATA:-$HOME/.cache/mlx-segtrain/data/$task}
 MODEL=${MODEL:-$(demo_model)}
 knobs "$here/task" SmolLM2-135M-Instruct-4bit "smollm2-$task"
 
-# Scores two completions for each held-out row, at such a low temperature that decoding is nearly greedy.
+# Scores two completions for each held-out row, at a temperature so low that decoding is nearly greedy.
 score() {
   mlx-segtrain eval --model "$MODEL" --data "$DATA" --reward-functions "$here/tasks.py:$task" --pass-reward 100 \
     --group-size 2 --temperature 0.05 --max-completion-tokens 96 --max-seq-length 512 "$@"

@@ -6,8 +6,8 @@ answering as a persona.
 writes DIR/train.jsonl and DIR/valid.jsonl.
 
 The functions `chunk`, `tools` and `persona` are rewards (docs/grpo.md): `mlx-segtrain eval
---reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. The score
-compares an answer with the completion of its row.
+--reward-functions recipes/tasks.py:chunk` scores a model, with or without an adapter. `chunk` and
+`tools` compare each answer with the completion of its row.
 """
 
 import json
@@ -159,7 +159,7 @@ TASKS = {"chunk": chunk_rows, "tools": tools_rows, "persona": persona_rows}
 def main(task: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows, seen = TASKS[task](random.Random(0)), set()
-    for name in ("valid", "train"):  # held-out rows first: their prompts are excluded below
+    for name in ("valid", "train"):  # held-out rows first, to exclude their prompts from training
         own: list[Row] = []
         while len(own) < ROWS[name]:
             row = next(rows)

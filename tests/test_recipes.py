@@ -129,7 +129,7 @@ def test_feedback_becomes_pairs_and_labels(tmp_path):
     assert read["labels"] == [{"prompt": "B", "completion": "fine", "label": True}]
     (tmp_path / "feedback.csv").write_text("prompt,answer,good\nA,right,perhaps\n")
     done = subprocess.run(write, capture_output=True, text=True)
-    assert done.returncode == 1 and "row 1: needs prompt, answer, and good" in done.stderr
+    assert done.returncode == 1 and "row 1: prompt and answer must not be empty" in done.stderr
 
 
 def test_a_length_has_a_plan_at_each_budget(llama_long):
