@@ -167,7 +167,7 @@ def main():
         "--trl", type=int, default=0, help="also time TRL, with this many sequences per pass"
     )
     parser.add_argument(
-        "--peer", choices=("trl", "unsloth"), default="trl", help="with --trl: TRL, or Unsloth through TRL"
+        "--peer", choices=("trl", "unsloth"), default="trl", help="with --trl: the trainer to time"
     )
     parser.add_argument("--only-trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

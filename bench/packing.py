@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--packed", type=int, nargs="*", default=[2048, 4096, 8192])
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument(
-        "--seconds", type=float, default=150, help="no turn begins after this time"
+        "--seconds", type=float, default=150, help="seconds after which no new turn begins"
     )
     parser.add_argument("--rows", type=int, default=4000)
     parser.add_argument("--peft", action="store_true", help="add cells for PEFT")
