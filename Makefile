@@ -19,7 +19,7 @@ TOOLS := $(VENV)/tools$(if $(PEER_EXTRA),-and-peers)
 # (conftest.py). OMP_NUM_THREADS limits torch to one thread per process.
 IN_PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test check: export OMP_NUM_THREADS := 1
-# The argument of `pip install` that names the built wheel and these extras.
+# The argument of `pip install` that names the built wheel and the given extras.
 package = "$$(echo $(VENV)/wheel/*.whl)$(if $(strip $(1)),[$(subst $(SPACE),$(COMMA),$(strip $(1)))])"
 MLX_AND_NANOBIND = $(shell sed -nE 's/^ *"((mlx|mlx-cpu|nanobind)==[0-9.]+).*/\1/p' pyproject.toml | sort -u)
 RELEASE_TOOLS = $(shell sed -nE '/^release = /,/^\]/ s/^ *"([a-z-]+>=[0-9.]+).*/\1/p' pyproject.toml)
@@ -117,7 +117,7 @@ $(VENV)/release: $(VENV)/made pyproject.toml
 	$(PIP) install --quiet $(foreach tool,$(RELEASE_TOOLS),'$(tool)')
 	@touch $@
 
-# The tests of the page need a browser. If none is installed, Debian's chromium is used.
+# The tests of the page need a browser. If there is none, Debian's chromium is installed, which requires root.
 $(VENV)/browser: $(VENV)/made
 	@for name in chromium chromium-browser google-chrome; do \
 	  command -v $$name >/dev/null && exec touch $@; done; \

@@ -4,12 +4,12 @@ the step times of the same job without clients.
     python bench/beside.py [--model DIR|SHAPE] [--length 2048] [--clients 8] [--steps 20]
                            [--tokens 128] [--budget GB]
 
-SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. A server
-(`mlx-segtrain serve`) runs the same job three times. The first run is a warm-up, which compiles
-kernels and reads the data. The second runs without clients. During the third, each client requests
-one completion after another. Rows have --length tokens, and LoRA has rank 16. Prints the median
-time of the steps after the first four, the peak memory of the job, and the speed and the longest
-wait of the clients without and with the job.
+SHAPE is one of the shapes in bench/step.py, with random 4-bit weights. A server (`mlx-segtrain
+serve`) runs the same job three times. The first run is a warm-up, which compiles kernels and reads
+the data. During the second run there are no clients. During the third run, each client requests one
+completion after another. Rows have --length tokens, and LoRA has rank 16. Prints the median time of
+the steps after the first four, the peak memory of the job, and the speed and the longest wait of
+the clients with and without the job.
 """
 
 import argparse
@@ -34,8 +34,8 @@ from step import SHAPES
 ALONE_S = 8.0
 
 
-#: Restricts the tokens of a model with random weights to letters, because most of its tokens have
-#: no text, and the server sends none for them.
+#: Restricts a model with random weights to tokens that are letters. Most tokens of its vocabulary
+#: have no text, so the server would send nothing for them.
 LETTERS = {"logit_bias": {str(token): 100 for token in range(32, 58)}}
 
 
@@ -96,8 +96,8 @@ class Clients:
 
 
 def run(server, model, data, args):
-    """Returns the log lines of a run's steps, and the times at which the first and the last line
-    appeared."""
+    """Runs a job. Returns the log lines of the steps after the warm-up, and the times at which the
+    warm-up and the job ended."""
     config = {
         "model_dir": str(model), "data_dir": str(data), "max_seq_length": args.length, "rank": 16,
         "iters": args.steps, "steps_per_report": 1, "steps_per_save": 0, "val_split": 0,
@@ -116,7 +116,7 @@ def run(server, model, data, args):
 
 def main():
     parser = argparse.ArgumentParser(description="Times a job while clients chat.")
-    parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
+    parser.add_argument("--model", default="minicpm5-1b", help="model folder, or a shape")
     parser.add_argument("--length", type=int, default=2048, help="tokens per row")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)

@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, str]], out: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
 
-    rcParams["svg.hashsalt"] = "performance"  # makes the file depend on nothing but the data
+    rcParams["svg.hashsalt"] = "performance"  # makes the file depend only on the data
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(9, 3.6 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), 2, squeeze=False)

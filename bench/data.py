@@ -35,7 +35,7 @@ import psutil
 
 
 def rows(count: int) -> Iterator[dict[str, Any]]:
-    """Yields distinct rows, the same ones on every call."""
+    """Yields distinct rows. Every call yields the same rows."""
     rng = random.Random(0)
     library = Path(sysconfig.get_paths()["stdlib"])
     code = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-t]*.py"))]
@@ -138,7 +138,7 @@ def run(data: Path, model: str, iters: int) -> None:
         print(f"Ctrl-C during tokenization: {cut.interrupt():.2f} s")
         cut.end()
         blocks = len(list(cache.glob("tokens/*/*.arrow")))
-        print(f"  {blocks} blocks were done")
+        print(f"  {blocks} blocks were complete")
 
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         first = Watched(*how, cache=cache)
@@ -148,9 +148,9 @@ def run(data: Path, model: str, iters: int) -> None:
         now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         tokenized = max(at for at, line in first.lines if "tokenizing" in line)
-        print(f"first start, resumed: tokens {tokenized:.1f} s, first step {step:.1f} s")
-        print(f"  processor {cpu:.0f} s (whole run), memory {first.peak / 1e9:.2f} GB")
-        print(f"  first output {begin:.1f} s; {read:.1f} s")
+        print(f"first start, resumed: tokenized after {tokenized:.1f} s, first step {step:.1f} s")
+        print(f"  CPU time {cpu:.0f} s (whole run), memory {first.peak / 1e9:.2f} GB")
+        print(f"  first output after {begin:.1f} s, number of rows after {read:.1f} s")
 
         second = Watched(*how, "--overwrite", cache=cache)
         begun, ready = second.until("steps on"), second.until("step 1/")

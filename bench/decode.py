@@ -1,15 +1,16 @@
-"""Shows where the time of a decoding step of one sequence goes.
+"""Measures the parts of a decoding step of one sequence: building, launching and waiting.
 
     python bench/decode.py [--model DIR|SHAPE] [--prompt 1024] [--tokens 128] [--rounds 5]
 
 The models and the options are those of bench/serve.py. In each step the host builds the graph of
 the next token, launches it, and waits for the token before it, as mlx-lm's generate_step does. The
-columns are the medians of these times over the steps of all rounds in ms, the time of a whole step
-in the best round, and the tokens/s for it. If no row waits, the host is the limit. The rows are:
+columns are the medians of these three times over the steps of all rounds in ms, the time of a whole
+step in the best round, and the tokens/s of this round. If the host hardly waits in any row, the
+host is the bottleneck. The rows are:
     mlx-lm            the model as mlx-lm loads it, with the log-probabilities of all tokens
     ours              our model without an adapter, as in a batch of one request
     ours, MLX's       the same with MLX's matrix multiplications instead of our kernel
-    ours, in place    the same as `ours`, as in a request with "deterministic": true
+    ours, in place    our model without batching, as in a request with "deterministic": true
     ours, adapter     our model with an adapter, as in a batch of one request
 """
 
@@ -37,7 +38,7 @@ Times = list[tuple[float, float, float]]
 def steps(
     model: Any, choose: Callable[[mx.array], mx.array], around: Any, prompt: int, tokens: int
 ) -> Times:
-    """Returns the seconds of building, launching and waiting in each step."""
+    """Returns the seconds that each step spends building, launching and waiting."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache = make_prompt_cache(model)
@@ -101,7 +102,7 @@ def main() -> None:
         "ours, adapter": lambda: ours(True, "adapter"),
     }
     found: dict[str, list[Times]] = {name: [] for name in cells}
-    for round in range(args.rounds + 1):  # the first one is a warm-up
+    for round in range(args.rounds + 1):  # the first round is a warm-up
         for name, run in cells.items():
             times = run()[8:]
             if round:

@@ -4,14 +4,14 @@
                          [--prompt 128] [--at-once 16] [--pass-tokens 8192] [--cycles 3]
                          [--beta 0] [--budget-gb X] [--trl 4]
 
-SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. LoRA has rank
-16 on all projections. No token ends a completion, so each completion has --tokens tokens. All
-completions have different rewards, so all of them are in the loss. --at-once completions are
-generated at a time, and then packed into passes of --pass-tokens tokens. The output shows the first
-cycle, which includes compilation, separately from the median of the other cycles. Peaks are peaks
-of MLX's active memory. With `--trl N`, a separate process then runs the same cycles with TRL's
-GRPOTrainer and transformers' generation, in bfloat16 with N sequences per pass. By default there
-are 16 completions of 2048 tokens. For 16K tokens in 24 GB, use --tokens 16384 --group 8 --prompts 1
+SHAPE is one of the shapes in bench/step.py, with random 4-bit weights. LoRA has rank 16 on all
+projections. No token ends a completion, so each completion has --tokens tokens. All completions
+have different rewards, so all of them are in the loss. Completions are generated in batches of
+--at-once, and then packed into passes of --pass-tokens tokens. The output shows the first cycle,
+which includes compilation, separately from the median of the other cycles. Peaks are peaks of MLX's
+active memory. With `--trl N`, a separate process then runs the same cycles with TRL's GRPOTrainer
+and transformers' generation, in bfloat16 with N sequences per pass. By default, a cycle has 16
+completions of 2048 tokens. For 16K tokens in 24 GB, use --tokens 16384 --group 8 --prompts 1
 --at-once 8 --pass-tokens 16512 --budget-gb 24 --cycles 0.
 """
 
@@ -41,7 +41,7 @@ from mlx_segtrain.training.setup import Setup
 
 
 class Endless:
-    """A tokenizer without a token that ends a text."""
+    """A tokenizer without an end-of-text token."""
 
     eos_token_ids: tuple[int, ...] = ()
 
@@ -113,7 +113,7 @@ def cycle_of(args):
 
 
 def of_trl(args):
-    """Does the same as `cycles_of`, but with TRL's trainer."""
+    """Returns the same figures as `cycles_of`, but for TRL's trainer."""
     import peers
 
     shape = steps.SHAPES[args.model]
@@ -151,7 +151,7 @@ def cycles_of(args):
 
 def main():
     parser = argparse.ArgumentParser(description="Times a cycle of grpo.")
-    parser.add_argument("--model", default="minicpm5-1b", help="folder of a model, or a shape")
+    parser.add_argument("--model", default="minicpm5-1b", help="model folder, or a shape")
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--group", type=int, default=8, help="completions per prompt")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens per completion")
@@ -160,14 +160,14 @@ def main():
     parser.add_argument("--pass-tokens", type=int, default=8192, help="tokens per pass")
     parser.add_argument("--cycles", type=int, default=3, help="number of cycles after the first")
     parser.add_argument(
-        "--beta", type=float, default=0.0, help="above 0, a reference pass is added"
+        "--beta", type=float, default=0.0, help="if above 0, a cycle has a reference pass"
     )
     parser.add_argument("--budget-gb", type=float, help="default: the free memory of the device")
     parser.add_argument(
         "--trl", type=int, default=0, help="also time TRL, with this many sequences per pass"
     )
     parser.add_argument(
-        "--peer", choices=("trl", "unsloth"), default="trl", help="with --trl: also with Unsloth"
+        "--peer", choices=("trl", "unsloth"), default="trl", help="with --trl: the trainer to time"
     )
     parser.add_argument("--only-trl", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -8,8 +8,7 @@ they take 30 steps on rows of --length tokens, with a model of this shape (one o
 bench/step.py) and a checkpoint every five steps, and are only killed after the first step. Each run
 is a process that is killed with SIGKILL after a random time and restarted with --resume auto until
 the run has ended. Then its adapter and its completions are compared with those of a run that was
-never killed, and the next run begins. Prints the number of kills, and during which part of a step
-they happened.
+never killed, and the next run begins. Prints the number of kills during each part of a step.
 """
 
 import argparse
@@ -42,8 +41,8 @@ LONG_ITERS = 30
 
 
 def train(model, out, state):
-    """Trains a run, or the rest of a run that was killed. Keeps the current part of the step in the
-    file `state`."""
+    """Starts a run, or resumes it if it was killed. Writes the current part of the step to the file
+    `state`."""
     import mlx.core as mx
 
     mx.set_default_device(mx.Device(mx.cpu))
@@ -71,7 +70,7 @@ def train(model, out, state):
 
 
 def train_long(place, shape, length, out, state):
-    """Trains a run on long rows, or the rest of such a run that was killed."""
+    """Starts a run on long rows, or resumes it if it was killed."""
     model, data = write_inputs(place, shape, length)
     wrap(state)
     config = TrainConfig(
@@ -114,8 +113,8 @@ def wrap(state):
 
 
 def started(out, state, work):
-    """Forks the process of a run. This parent process has imported the libraries but has computed
-    nothing."""
+    """Forks the process of a run and returns its id. The parent process has imported the libraries
+    but has computed nothing, so a child can use MLX."""
     state.write_text("setup")
     pid = os.fork()
     if pid:
@@ -131,7 +130,7 @@ def started(out, state, work):
 
 def waited(pid, seconds=None, first=None):
     """Waits for a process and returns its exit status, or kills it after `seconds` and returns
-    None. With `first`, the time starts when a line is added to this file."""
+    None. If `first` is a file, the time starts when a line is added to this file."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:
@@ -180,7 +179,7 @@ def main():
         if args.shape:
             work = partial(execute, place, args.shape, args.length)
         else:
-            if not (pid := os.fork()):  # because the parent could not fork after computing
+            if not (pid := os.fork()):  # after computing, the parent could not fork
                 write_llama(place / "model", bits=4)
                 os._exit(0)
             assert waited(pid) == 0

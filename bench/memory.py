@@ -1,4 +1,4 @@
-"""Compares the predicted peak memory of training steps with the measured one.
+"""Compares the predicted peak memory of training steps with the measured peak.
 
     python bench/memory.py --model SHAPE|DIR --lengths 2048 8192 … [--plans min 2.5GB auto 0 1 …]
                            [--loss-rows 1 0.1] [--pairs 0 0.9] [--adapter dora] [--moves]
@@ -48,7 +48,7 @@ def cell(model, shape, vocabulary, length, loss, kind, shared, n_steps, adapter)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Compares predicted peaks with measured ones.")
+    parser = argparse.ArgumentParser(description="Compares predicted and measured peaks.")
     parser.add_argument("--model", required=True)
     parser.add_argument("--lengths", nargs="+", type=int, required=True)
     parser.add_argument("--plans", nargs="+", default=["min", "1", "auto"])

@@ -10,7 +10,7 @@ each row are in the loss. LoRA has rank 16 on all seven projections. The cell `b
 of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each turn,
 every cell runs a step on its next batch, after two warm-up turns. Tokens per second are all tokens
 (without padding) divided by the total time. `--peft` adds the same cells with transformers and
-PEFT, where position_ids separate the rows of a packed row, as in TRL. `--peer` adds packed rows
+PEFT, where position_ids separate the rows within a packed row, as in TRL. `--peer` adds packed rows
 with TRL's trainer (trl, bfloat16), or with Unsloth through TRL's trainer (unsloth, nf4), in a
 separate run.
 """
@@ -134,10 +134,10 @@ def main():
     parser.add_argument("--packed", type=int, nargs="*", default=[2048, 4096, 8192])
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument(
-        "--seconds", type=float, default=150, help="time after which no turn begins"
+        "--seconds", type=float, default=150, help="seconds after which no new turn begins"
     )
     parser.add_argument("--rows", type=int, default=4000)
-    parser.add_argument("--peft", action="store_true", help="add its cells")
+    parser.add_argument("--peft", action="store_true", help="add cells for PEFT")
     parser.add_argument(
         "--peer", choices=("trl", "unsloth"), help="add this trainer (needs a SHAPE and a GPU)"
     )

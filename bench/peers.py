@@ -53,7 +53,7 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Returns the steps of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16;
+    """Returns a model of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16;
     nf4-ckpt and bf16-ckpt use gradient checkpointing."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
@@ -79,7 +79,7 @@ def liger(place, variant, lora, longest):
 
 
 def unsloth(place, variant, lora, longest):
-    """Returns the steps of Unsloth with nf4. `variant` is `keep` (recomputes nothing), `ckpt`
+    """Returns Unsloth's model with an nf4 base. `variant` is `keep` (recomputes nothing), `ckpt`
     (recomputes everything) or `offload` (Unsloth's own gradient checkpointing)."""
     import torch
     import unsloth
@@ -101,7 +101,7 @@ PEERS = {"liger": liger, "unsloth": unsloth}
 
 
 class Packed:
-    """A run of TRL's SFTTrainer on packed rows, with the seconds and tokens of its steps.
+    """A run of TRL's SFTTrainer on packed rows that records the seconds and tokens of its steps.
 
     `rows` are (ids, weights) pairs. `model` is one of PEERS, or None for transformers in bfloat16
     with the PEFT adapter that TRL creates. `longest` is the number of tokens in a packed row.

@@ -9,10 +9,10 @@ The first run writes a model with random 4-bit weights (its shape is one of thos
 and rows of random bytes below --folder. LoRA has rank 16 on all projections, and a step has one row
 for each rank. The ranks are connected by NCCL with CUDA, and otherwise by MLX's ring over the
 loopback interface. Prints the median time of the steps after the first four, and the speed relative
-to one rank. If a group does not have enough memory, this is printed instead. With --signal, the
-last rank of the largest group receives this signal after its fourth step, and the output of each
-rank is printed with the time until the rank ended. With --transfer nothing is trained: arrays of MB
-· 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.
+to one rank, or an error if a group does not have enough memory. With --signal, the last rank of the
+largest group receives this signal after its fourth step, and the last line of output of each other
+rank is printed with the time until that rank ended. With --transfer nothing is trained: arrays of
+MB · 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def tell(event):
 
 
 def transfer(*sizes):
-    """Sends arrays to the other of two ranks and back."""
+    """Sends arrays from rank 0 to rank 1 and back, and prints the times."""
     import mlx.core as mx
 
     from mlx_segtrain.training import transfers
@@ -138,7 +138,8 @@ def start(n, folder, cuda, *what):
 
 
 def run(n, folder, model, data, args, cuda, sent=None):
-    """Runs steps on n ranks, and returns their figures and the last output of each rank."""
+    """Runs steps on n ranks, and returns the log lines of the steps after the warm-up, or [] if a
+    signal was sent or memory ran out."""
     out = folder / f"run-{n}"
     steps = 10**6 if sent else args.steps
     more = {"memory_budget_gb": args.budget} if args.budget else {}

@@ -4,21 +4,21 @@ change the adapter.
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2] [--only-ours]
 
-SHAPE is one of the shapes in bench/step.py; its weights are random and have 4 bits. Everything runs
-in one process with greedy decoding, and each cell has a warm-up. All prompts differ, and none is
-cached. Every round runs all cells, so other load on the machine affects all cells equally. The best
-round of each cell is printed. If `--at-once` is given without numbers, only the cells with one
-request run. The cells are:
+SHAPE is one of the shapes in bench/step.py, with random 4-bit weights. Everything runs in one
+process with greedy decoding, and each cell has a warm-up. All prompts differ, and none is cached.
+Every round runs all cells, so other load on the machine affects all cells equally. The best round
+of each cell is printed. If `--at-once` is given without numbers, only the cells with one request
+run. The cells are:
     mlx-lm            generate_step with the model as mlx-lm loads it
     mlx-lm, adapter   the same with mlx-lm's own LoRA layers
     mlx-lm, N         mlx-lm's BatchGenerator with N prompts, which all use the same adapter if
                       there is one
-    alone             one request to our engine, without and with an adapter
+    alone             one request to our engine, with and without an adapter
     deterministic     the same with "deterministic": true
     N at once         N requests to our engine, without adapters, and with three adapters in turn
-The columns are the seconds to the first token of the median request; the tokens/s of all requests,
-first counted from the first token and then over the whole run with its prompts; and the longest
-wait between two tokens of one response.
+The columns are the median time to the first token of a request; the tokens/s of all requests
+together, counted from the first token; the same figure for the whole run, including the prompts;
+and the longest wait between two tokens of one response.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def model_folder(name: str, scratch: Path) -> Path:
 
 
 def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
-    """Returns three adapters for all projections, with a B that is not zero."""
+    """Writes three adapters for all projections, whose B is not zero, and returns their folders."""
     chain = chain_of(load_base(model)[0])
     folders = []
     for seed in range(3):
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="*", default=[8, 16, 64])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument(
-        "--only-ours", action="store_true", help="without mlx-lm, which takes minutes on a CPU"
+        "--only-ours", action="store_true", help="skip mlx-lm, which takes minutes on a CPU"
     )
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {mx.device_info().get('device_name')}")

@@ -12,7 +12,7 @@ or qwen3-8b), with random 4-bit weights. The cells are:
                   least memory, and segtrain:auto uses the device's free memory
     dpo:…         the same plans for a DPO step of one pair with --length tokens in each sequence;
                   the fraction --shared is common to both, and the rest is the response; the
-                  log-probabilities of the reference are given
+                  log-probabilities of the reference are not computed
     mlx-lm        stock LoRA layers and loss with nn.value_and_grad; mlx-lm:ckpt uses
                   grad_checkpoint
     peft          HF transformers + PEFT with torch; peft:ckpt uses gradient checkpointing. It runs
@@ -22,9 +22,9 @@ or qwen3-8b), with random 4-bit weights. The cells are:
                   gradient checkpointing
     unsloth:keep  for a SHAPE on a GPU: Unsloth with a 4-bit base; unsloth:ckpt uses gradient
                   checkpointing, and unsloth:offload uses Unsloth's own version of it
-Prints a table with the median, p20 and p80 of the steps after three warm-up steps (fewer for slow
-cells, as shown). `peak` is the peak of MLX's active memory; `rss` is the highest resident memory of
-the process. The steps of this package are the same as those of `train`; their results are
+Prints a table with the median, p20 and p80 of the steps after three warm-up steps; slow cells run
+fewer steps (column `n`). `peak` is the peak of MLX's active memory; `rss` is the highest resident
+memory of the process. The steps of this package are the same as those of `train`; their results are
 bit-identical when repeated, unless `--any-order` is given. On CUDA, if torch is installed to trace
 the steps, `busy` is the fraction of a step in which the device runs a kernel. `of_peak` is the
 fraction of the step that its matrix products, without recomputation, would need at the speed of an
@@ -185,8 +185,8 @@ def batch_of(vocabulary, length, rows, shared=None):
 
 
 def plan_of(shape, kind, batch, adapter="lora", repeats=True):
-    """Returns the plan for the name of a cell, which is a number of layers, min, auto, or a
-    budget such as 1.8GB."""
+    """Returns the plan for the variant in a cell's name: a number of layers per segment, `min`,
+    `auto`, or a budget such as 1.8GB."""
     from mlx_segtrain import planning
 
     what = (shape, batch, ranks_of(shape, adapter), planning.device(repeats))
@@ -197,13 +197,13 @@ def plan_of(shape, kind, batch, adapter="lora", repeats=True):
 
 
 def prompt(args):
-    """Returns the number of tokens that precede those in the loss."""
+    """Returns the number of tokens before the first token in the loss."""
     return args.length - round(args.length * args.loss_rows)
 
 
 def timed(step, steps, slow_s=15.0):
-    """Times single steps: first the initial step, and then up to `steps` steps after three
-    warm-up steps (one if steps are slow)."""
+    """Times the first step and then, after three warm-up steps, `steps` single steps. If the first
+    step is slow, only two more steps are timed, without further warm-up."""
     begin = time.perf_counter()
     step()
     first = time.perf_counter() - begin
@@ -227,7 +227,7 @@ def reset_peak():
 
 
 def run_plan(shape, batch, plan, repeats=True):
-    """Applies a plan as a run does."""
+    """Returns the plan in the form in which a run applies it."""
     from mlx_segtrain import planning
     from mlx_segtrain.planning.run import RunPlan
 
@@ -495,9 +495,9 @@ def main():
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument(
-        "--shared", type=float, default=0.0, help="fraction common to a pair's sequences"
+        "--shared", type=float, default=0.0, help="fraction that a pair's sequences share"
     )
-    parser.add_argument("--limit-gb", type=float, help="memory above which mlx-lm waits")
+    parser.add_argument("--limit-gb", type=float, help="memory limit of MLX for mlx-lm")
     parser.add_argument("--any-order", action="store_true", help="the same as deterministic: false")
     parser.add_argument(
         "--cells",

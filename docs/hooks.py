@@ -1,8 +1,8 @@
-"""MkDocs hooks: add the README as the first page, pages made from the code, and linked files.
+"""MkDocs hooks that add the README as the first page, generated pages, and linked files.
 
-Pages link to each other and to files of the repository by relative paths, which work on a code
-host. On the site a page of docs/ keeps its name, README.md is index.md, and any other file that a
-page links to is below repository/.
+Pages link to each other and to files of the repository by relative paths, so the links also work
+on a code host. On the site, a page of docs/ keeps its name, README.md becomes index.md, and any
+other file that a page links to is below repository/.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
-#: Folders have no page.
+#: The pages to which links to these folders lead, because folders have no page.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
-#: What a block needs that not every machine has: the word in its fence, and the text for readers.
+#: Requirements of code blocks: the word after `needs:` in the fence, and the title for readers.
 NEEDS = {
     "cuda": "needs an NVIDIA GPU",
     "mac": "needs a Mac with Apple silicon",
@@ -31,7 +31,7 @@ FENCE = re.compile(r"^(```\w+) needs: (\w+)$", re.M)
 
 
 def on_files(files: Files, config) -> Files:
-    """Adds the pages that are made here, and every repository file that a page links to."""
+    """Adds the generated pages, and every repository file that a page links to."""
     for uri, text in references().items():
         files.append(File.generated(config, uri, content=text))
     todo = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
-    """Returns a page with the site's links, and with titles that say what its blocks need."""
+    """Returns a page with links for the site, and with titles for blocks that need something."""
     uri = page.file.src_uri
     if uri.startswith("reference/"):
         return markdown
@@ -65,7 +65,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 
 def uri_of(path: PurePosixPath) -> str:
-    """Returns the place on the site of a file of the repository."""
+    """Returns the path on the site of a file of the repository."""
     if str(path) in FOLDERS:
         return FOLDERS[str(path)]
     if str(path) == "README.md":
@@ -74,7 +74,7 @@ def uri_of(path: PurePosixPath) -> str:
 
 
 def source_of(uri: str) -> PurePosixPath:
-    """Returns the file of the repository that a page is made from."""
+    """Returns the file of the repository that contains the text of a page of the site."""
     if uri == "index.md":
         return PurePosixPath("README.md")
     path = PurePosixPath(uri)
@@ -83,7 +83,7 @@ def source_of(uri: str) -> PurePosixPath:
 
 
 def references() -> dict[str, str]:
-    """Returns the reference pages by their place on the site."""
+    """Returns the text of the reference pages, keyed by their path on the site."""
     return {
         "reference/cli.md": command_line(),
         "reference/http.md": http(),
@@ -96,7 +96,7 @@ def command_line() -> str:
     os.environ["COLUMNS"] = "100"
     from mlx_segtrain.commands.main import parsers
 
-    parts = ["# Commands and options", "Generated from the program: `mlx-segtrain COMMAND --help`."]
+    parts = ["# Commands and options", "Generated from `mlx-segtrain COMMAND --help`."]
     parser, commands = parsers()
     for name, own in {"": parser, **commands}.items():
         title = f"mlx-segtrain {name}".strip()
@@ -116,8 +116,8 @@ def http() -> str:
     document = app.openapi()
     parts = [
         "# HTTP API",
-        "Generated from the server's OpenAPI document, which a running server answers at "
-        "`/openapi.json` and shows at `/docs`. [Serving](../serving.md) explains the routes.",
+        "Generated from the server's OpenAPI document, which a running server returns at "
+        "`/openapi.json` and displays at `/docs`. [Serving](../serving.md) explains the routes.",
     ]
     for path, methods in document["paths"].items():
         for method, route in methods.items():
@@ -141,7 +141,7 @@ def python() -> str:
 
     homes = mlx_segtrain._HOME
     names = [f"::: mlx_segtrain.{homes[name]}.{name}" for name in sorted(homes)]
-    return "\n\n".join(["# Python API", "[Python](../python.md) shows how they are used.", *names])
+    return "\n\n".join(["# Python API", "[Python](../python.md) shows how to use the API.", *names])
 
 
 def _pages(nav) -> list[str]:

@@ -56,7 +56,8 @@ MOST_OF_ATTACKS = 24 << 30
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks attacks and comparisons with torch as acceptance tests; other files mark themselves.
+    """Marks attacks and comparisons with torch as acceptance tests. Other acceptance tests are
+    marked in their files.
 
     Files with acceptance tests run first, because a slow file at the end would leave the other
     processes idle.

@@ -28,8 +28,8 @@ HEAD = "| mlx-lm | path | why |\n|---|---|---|\n"
 
 
 def outcome(family: str) -> tuple[str, str]:
-    """Returns `fast`, `generic` or `refused`, and the reason. Raises AssertionError if the losses
-    differ."""
+    """Returns the path (fast, generic, refused or not tried), and the reason. Raises AssertionError
+    if the losses differ."""
     if family in tiny_models.UNBUILDABLE:
         return "not tried", tiny_models.UNBUILDABLE[family]
     model = tiny_models.build(family)

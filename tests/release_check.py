@@ -32,18 +32,18 @@ def faults_of_sources() -> list[str]:
     if f"## [{version}]" not in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"):
         faults.append(f"CHANGELOG.md has no section [{version}]")
     if f"version: {version}\n" not in (ROOT / "CITATION.cff").read_text(encoding="utf-8"):
-        faults.append(f"CITATION.cff is not of version {version}")
+        faults.append(f"CITATION.cff does not have version {version}")
     sbom = json.loads((ROOT / "licenses" / "sbom.cdx.json").read_text(encoding="utf-8"))
     parts = {part["name"]: part["version"] for part in sbom["components"]}
     if sbom["metadata"]["component"]["version"] != version:
-        faults.append(f"licenses/sbom.cdx.json is not of version {version}")
+        faults.append(f"licenses/sbom.cdx.json does not have version {version}")
     pins = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     for name in ("mlx", "nanobind"):
         if f'"{name}=={parts[name]}"' not in pins:
-            faults.append(f"licenses/sbom.cdx.json has {name} {parts[name]}, pyproject.toml not")
+            faults.append(f"licenses/sbom.cdx.json has {name} {parts[name]}, unlike pyproject.toml")
     page = ROOT / "python/mlx_segtrain/serving/page/vendor/uPlot.min.js"
     if f"(v{parts['uplot']})" not in page.read_text(encoding="utf-8")[:200]:
-        faults.append(f"licenses/sbom.cdx.json has uplot {parts['uplot']}, the page not")
+        faults.append(f"licenses/sbom.cdx.json has uplot {parts['uplot']}, unlike the page")
     return faults
 
 
@@ -54,7 +54,7 @@ def faults_of(file: Path) -> list[str]:
     if file.stat().st_size > MOST_MB * 10**6:
         faults.append(f"is larger than {MOST_MB} MB")
     if not file.name.startswith(f"mlx_segtrain-{version}"):
-        faults.append(f"is not of version {version}")
+        faults.append(f"does not have version {version} in its name")
     if file.suffix != ".whl":
         with tarfile.open(file) as archive:
             names = {name.partition("/")[2] for name in archive.getnames()}
@@ -75,7 +75,7 @@ def faults_of(file: Path) -> list[str]:
         if not any(re.fullmatch(pattern, name) for name in names):
             faults.append(f"has no {pattern}")
     foreign = [name for name in names if not name.startswith(("mlx_segtrain/", "mlx_segtrain-"))]
-    return faults + [f"has {name}, which is not of the package" for name in foreign]
+    return faults + [f"has {name}, which does not belong to the package" for name in foreign]
 
 
 if __name__ == "__main__":

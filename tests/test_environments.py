@@ -1,5 +1,5 @@
-"""Tests grpo conversations with an environment. Tokens of its turns and tools are not in the
-loss."""
+"""Tests grpo conversations with an environment. The tokens that the environment and its tools write
+are not in the loss."""
 
 import json
 
@@ -34,7 +34,7 @@ TOOLS = (
 
 
 class Guess:
-    """Tells the model whether the number it guessed is too low or too high."""
+    """Rejects the first two guesses with the right answer, and ends after the third."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed
@@ -48,7 +48,7 @@ class Guess:
 
 
 class Shelf:
-    """Offers tools that read a column of the row."""
+    """Offers a tool that uses a column of the row."""
 
     def reset(self, **columns):
         self.seen = columns["answer"]
@@ -140,7 +140,7 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
 
 
 def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
-    """The signal can arrive in any code, here inside a tool."""
+    """The signal of a lost rank can arrive while any code is running, here a tool."""
 
     class Lost(Shelf):
         def add(self, a: int, b: int) -> int:
@@ -234,7 +234,7 @@ def test_what_ends_a_conversation(llama4, talkative):
         ["assistant", "user", "assistant"]
     ] * 6
     _, talks, made = rolled(llama4, {}, max_tokens=2)
-    # Conversations that did not end by themselves are truncated.
+    # Conversations that reach the maximum number of tokens are truncated.
     for talk, own in zip(talks, made, strict=True):
         assert talk.said[0] == {"role": "assistant", "content": own.text}
         assert own.finish == "length" and len(talk.said) == own.turns == 1

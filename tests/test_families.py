@@ -152,11 +152,11 @@ def test_an_adapter_of_the_last_layers_runs_the_first_ones_forward_only():
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gemma4-E4B"])
 def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
-    """The weights are bfloat16, and the reference is the same model in float32. Donor layers are in
-    other segments than the layers that read their keys.
+    """The weights are bfloat16, and the reference is the same model in float32. Donor layers and
+    the layers that read their keys are in different segments.
 
     A tensor's errors are averaged over several models and batches, because a single measurement
-    varies by half at random.
+    varies randomly by up to half.
     """
     family, overrides = FAST[name]
     errors = {}
@@ -221,8 +221,8 @@ def test_trained_forward_is_the_cached_decode_of_mlx_lm(name):
 
 @pytest.mark.parametrize("name", ["llama", "gemma4-E4B", "phi3"])
 def test_every_linear_may_be_quantized_its_own_way(name):
-    """Layers, including embeddings and tied heads, are dense or use 4 or 8 bits with various group
-    sizes and modes."""
+    """Layers, including embeddings and tied heads, are dense or use 3, 4 or 8 bits with various
+    group sizes and modes."""
     kinds = itertools.cycle(
         [
             {"group_size": 32, "bits": 4, "mode": "affine"},

@@ -35,8 +35,8 @@ def config(model, data, folder, **more):
 
 
 def in_child(queue, model, data, folder, fault, more):
-    """Trains in a forked process, and sends back the error or the number of calls that modified the
-    disk."""
+    """Trains in a forked process, and sends back the error, the number of calls that modified the
+    disk, and the warnings."""
     mx.set_default_device(mx.cpu)
     os.environ.update(fault)
     told = []
@@ -249,8 +249,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are read 
 class Disk:
     """Simulates a folder's contents after a power cut, at each fsync and after each rename.
 
-    A file's content reaches the disk when the file is synced. Its name reaches the disk at once or
-    when the folder is synced: real disks may do either.
+    A file's content reaches the disk when the file is synced. Its name reaches the disk immediately
+    or when the folder is synced: real disks may do either.
     """
 
     def __init__(self, root, monkeypatch):

@@ -32,7 +32,7 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
 def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
-    """Returns a random adapter for these layers, whose multipliers differ."""
+    """Returns a random adapter with these ranks, in which the layers use `scales` in turn."""
     chain = chain_of(load_model(model_dir)[0])
     mx.random.seed(seed)
     fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
@@ -352,7 +352,7 @@ def test_the_demo_s_model_is_folded(tmp_path):
     fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, the dtype of the base
     tokens = mx.array([[1, 504, 3575]])
     both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
-    # The tokenizers, whose loading takes as long as that of the weights, are loaded below.
+    # Only weights are loaded here. Tokenizers take as long to load, and are loaded once, below.
     alone = load_model(model)[0](tokens)
     dense = load_model(tmp_path / "dense")[0](tokens)
     half = load_model(tmp_path / "half")[0](tokens)

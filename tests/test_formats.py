@@ -1,4 +1,5 @@
-"""Tests our adapters in mlx-lm and PEFT, their adapters in this package, and round trips."""
+"""Tests loading our adapters in mlx-lm and PEFT, importing adapters of these tools, and round
+trips."""
 
 import functools
 import json
@@ -81,8 +82,8 @@ def adapters(models, data, tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """mlx-lm computes our logits, both with our folder and with an export. Both formats can be
-    re-imported."""
+    """mlx-lm computes the same logits as this package, with the run's folder and with an export.
+    Exports in both formats can be imported again."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -97,12 +98,12 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
 
     done = export(folder, tmp_path / "peft", "peft", names="text")
-    # PEFT's multiplier is alpha divided by the rank.
+    # The difference is due to PEFT's multiplier, which is alpha divided by the rank.
     assert done.difference <= 1e-6 * done.update
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
         again = mlx_segtrain.load(model_dir, tmp_path / f"{form} again")[0](tokens)
-        # Padded ranks are summed in another order.
+        # With padded ranks, sums are computed in a different order.
         assert_close(form, again, ours, 1e-5)
 
 
@@ -257,8 +258,7 @@ def test_smaller_numbers_and_what_they_cost(to, dtype, adapters, tmp_path):
 
 
 def test_a_padded_adapter_trains_on_in_every_column(adapters, data, tmp_path):
-    """Ranks 4 and 8 are both exported as rank 8. The added columns get a gradient from the first
-    step on."""
+    """Ranks 4 and 8 are both exported as rank 8, and the padding of both factors is trained."""
     model_dir, folder = adapters("by bits")
     export(folder, tmp_path / "mlx", "mlx-lm")
     tensors = mx.load(str(tmp_path / "mlx" / "adapters.safetensors"))

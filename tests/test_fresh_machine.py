@@ -18,8 +18,8 @@ from lib import peers
 
 ROOT = Path(__file__).parents[1]
 TESTS = sorted((ROOT / "tests").glob("**/*.py"))
-#: For each target, the extras that it installs (besides `cpu` on Linux), or None for no
-#: installation.
+#: For each target, the extras that it installs (besides `cpu` on Linux), or None if it installs
+#: nothing.
 TARGETS = {
     **{"demo": [], "dev": ["dev"], "wheel": None, "help": None, "clean": None, "mac": []},
     **{name: ["dev"] for name in ("check", "test", "lint", "docs", "bench", "models")},

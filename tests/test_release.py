@@ -43,8 +43,8 @@ def test_what_a_wheel_lacks_is_named(tmp_path: Path) -> None:
 def test_a_wheel_of_another_version_or_with_foreign_files_is_refused(tmp_path: Path) -> None:
     faults = release_check.faults_of(wheel(tmp_path, [*WHEEL, "tests/x.py"], "9.9.9"))
     assert faults == [
-        f"is not of version {VERSION}",
-        "has tests/x.py, which is not of the package",
+        f"does not have version {VERSION} in its name",
+        "has tests/x.py, which does not belong to the package",
     ]
 
 

@@ -1,7 +1,7 @@
 """Finds words that native readers find awkward, in all texts that people read.
 
-`python tests/wording.py` prints each occurrence. `--allow` writes the remaining number in each file
-to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more.
+`python tests/wording.py` prints each occurrence. `--allow` writes the number of occurrences in each
+file to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more than this number.
 """
 
 import ast
@@ -82,7 +82,7 @@ def _prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(file: Path) -> list[str]:
-    """Returns every such word in a file, and what to write instead."""
+    """Returns every word to avoid in a file, with its line and what to write instead."""
     found = []
     for line, text in texts(file):
         if ANY.search(text := " ".join(text.split())):
@@ -106,7 +106,7 @@ def files() -> list[Path]:
 
 def allowed() -> dict[str, int]:
     """Returns how many occurrences each file may still have. After a merge, a file may be listed
-    twice."""
+    twice: the higher number applies."""
     found: dict[str, int] = {}
     for line in ALLOWED.read_text(encoding="utf-8").splitlines():
         count, name = line.split(" ", 1)
