@@ -28,15 +28,18 @@ def main(feedback: Path, folder: Path) -> None:
                     "be true or false"
                 )
             answers.setdefault(row["prompt"], {True: [], False: []})[good].append(row["answer"])
-    pairs, labels = [], []
+    pairs, labels, equal = [], [], 0
     for prompt, own in answers.items():
         both = list(itertools.product(own[True], own[False]))
         pairs += [{"prompt": prompt, "chosen": a, "rejected": b} for a, b in both if a != b]
+        equal += sum(a == b for a, b in both)
         if not both:
             rows = [(text, good) for good in own for text in own[good]]
             labels += [{"prompt": prompt, "completion": a, "label": good} for a, good in rows]
     for name, rows in (("pairs", pairs), ("labels", labels)):
         print(f"{name}: {write(folder / name, rows)} rows")
+    if equal:
+        print(f"left out: {equal} pairs of equal answers, one rated good and the other bad")
 
 
 def write(folder: Path, rows: Iterable[dict[str, Any]]) -> int:

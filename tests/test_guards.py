@@ -365,8 +365,7 @@ def test_nothing_grows_with_the_steps(llama4, data, tmp_path):
         if event.get("kind") == "train" and event["step"] % (steps // 10) == 0:
             with open("/proc/self/statm") as statm:
                 resident = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            files, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-            threads = len(os.listdir("/proc/self/task"))
+            files, threads = (len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
             seen.append((files, threads, resident, mx.get_active_memory()))
 
     if not os.path.exists("/proc/self/statm"):

@@ -115,10 +115,11 @@ def test_scores_have_their_parts():
 
 def test_feedback_becomes_pairs_and_labels(tmp_path):
     (tmp_path / "feedback.csv").write_text(
-        "prompt,answer,good\nA,right,true\nA,wrong,false\nA,bad,no\nB,fine,yes\n"
+        "prompt,answer,good\nA,right,true\nA,wrong,false\nA,bad,no\nB,fine,yes\nC,so-so,1\nC,so-so,0\n"
     )
     write = [sys.executable, RECIPES / "feedback.py", tmp_path / "feedback.csv", tmp_path / "out"]
-    subprocess.run(write, check=True)
+    said = subprocess.run(write, check=True, capture_output=True, text=True).stdout
+    assert "left out: 1 pairs of equal answers" in said
     read = {
         name: [json.loads(line) for line in (tmp_path / "out" / name / "train.jsonl").open()]
         for name in ("pairs", "labels")
