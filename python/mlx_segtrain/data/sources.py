@@ -31,7 +31,7 @@ class Source(Protocol):
     """The rows of one split.
 
     `name` is for messages. `size` is the size of the files in bytes, which is also the sum of the
-    blocks' sizes. `files` maps names to the files; a name does not change if their folder moves.
+    blocks' sizes. `files` maps names to the files; the names do not change if the folder is moved.
     """
 
     @property
@@ -54,7 +54,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """The rows of several files, one file after the other."""
+    """The rows of one or more files, in the order of the files."""
 
     files: Mapping[str, Path]
 

@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, Python can split in the same way several times
-as fast, so the library is needed only for new words. The library also handles all other texts, and
-tokenizers with other patterns.
+then applies merges within each word. For ASCII text, an equivalent pattern in Python splits several
+times as fast, so the library is needed only for new words. The library also handles all other
+texts, and tokenizers with other patterns.
 """
 
 import re
