@@ -384,8 +384,8 @@ class Cycle(Stepper):
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Returns the rows in batches: packed into rows of max_seq_length tokens with `packing`,
-        otherwise padded."""
+        """Returns the rows as batches. If `packing` is set, they are packed into rows of
+        max_seq_length tokens; otherwise, they are padded."""
         if not len(data):
             return []
         most = self.setup.config.max_seq_length
