@@ -1,4 +1,4 @@
-"""Preference losses over pairs of answers: DPO, ORPO and SimPO.
+"""Preference losses over pairs of responses: DPO, ORPO and SimPO.
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
