@@ -179,7 +179,7 @@ def test_contents_are_added_up_in_pieces(piece, monkeypatch):
 
 
 def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Simulates one of three ranks. Its content only pretends to have a length of 3 GiB."""
+    """Simulates one of three ranks, whose content reports a length of 3 GiB without storing it."""
 
     class Long(bytes):
         def __len__(self):
@@ -363,7 +363,8 @@ def test_who_greets_slowly_holds_nobody_up(monkeypatch):
 
 
 def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
-    """All ranks must choose the same way to run pairs, because it affects the order of rows."""
+    """All ranks must choose the same way to run pairs, because this choice affects the order of
+    rows."""
     choices, asked = ["shared", "apart"], []
 
     def first(config, found, shapes, **how):

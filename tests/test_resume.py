@@ -269,7 +269,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)
-            # Damage that is not noticed can only be a changed white space in the manifest.
+            # Damage that is not noticed can only be a change of whitespace in the manifest.
             if checkpoint.torn(folder) is None:
                 assert name == "manifest.json"
                 assert mx.array_equal(
@@ -450,7 +450,7 @@ def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp
 
 
 def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
-    """The disk becomes full just before a run with another configuration overwrites the adapter."""
+    """Simulates a full disk when a run with another configuration overwrites the adapter."""
     train(config_of(llama4, data, tmp_path / "a"))
     before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
 

@@ -1,4 +1,4 @@
-"""Tests rewards: the scores of checks, functions and commands, and refused rewards."""
+"""Tests the scores of checks, functions and commands, and which rewards are refused."""
 
 import shlex
 import sys
@@ -128,7 +128,8 @@ def test_rewards_that_cannot_be_used(changes, says):
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
 def test_a_schema_fetches_nothing(scheme, tmp_path):
-    """Fetching schemas would let the server's clients read its files and reach its network."""
+    """Schemas are not fetched, because that would let the server's clients read its files and reach
+    its network."""
     (tmp_path / "own.json").write_text('{"type": "integer"}')
     how = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with HTTPServer(("127.0.0.1", 0), how) as server:

@@ -154,7 +154,7 @@ def test_the_default_is_for_those_who_name_none(fresh, adapters, said):
 
 
 def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
-    """Cached tokens do not change the responses to a prompt longer than a prefill step that is
+    """Responses do not depend on the cache when a prompt that is longer than a prefill step is
     repeated, extended, shortened, or given another ending."""
     long = [97 + (7 * i) % 26 for i in range(700)]
     made = said.tokens(long)
@@ -174,7 +174,7 @@ def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
 
 
 def test_no_adapter_gets_the_prompts_of_another(shared, fresh, adapters, said):
-    """Adapters do not share cached prompts, even if one is mounted later under the same id."""
+    """Adapters do not share cached prompts, even if one replaces another under the same id."""
     prompt = list(b"An id is a name and no more")
     for name in ("a", "b"):
         asyncio.run(fresh.mount("x", adapters[name]))

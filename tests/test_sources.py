@@ -127,8 +127,8 @@ def expected(name, rows):
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("name", FILES)
 def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
-    """For files of few or many blocks, every row has a name, and the block sizes add up to the file
-    size."""
+    """Whether a file has few or many blocks, every row has a name, and the sizes of the blocks add
+    up to the size of the file."""
     path, rows = tmp_path / name, ROWS[:n]
     FILES[name][0](path, FLAT[:n] if FILES[name][1] else rows)
     source, nothing = sources_of(path)
@@ -368,7 +368,8 @@ def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
 
 
 def test_columns_of_what_json_has_no_values_for(tmp_path):
-    """Blocks record only whether such values are present or null, not the values themselves."""
+    """For values that JSON cannot represent, blocks record only whether they are present or
+    null."""
     columns = {
         "image": pa.array([b"x" * (1 << 20), None]),
         "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
@@ -429,7 +430,8 @@ def test_a_table_of_many_columns(name, tmp_path, monkeypatch):
 
 
 def test_parquet_that_ends_a_process(tmp_path):
-    """The files, found by a fuzzer, contain wrong row counts, for which Arrow allocates memory."""
+    """The files were found by a fuzzer. Their row counts are wrong, and Arrow allocates memory
+    according to these counts."""
     pq.write_table(pa.table({}), tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     rows = b"\x16\x00\x16\x00\x26"

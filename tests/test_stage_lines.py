@@ -86,7 +86,7 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
 
 @functools.cache
 def called(text: str, body: str) -> str:
-    """Returns the function in the text that a kernel's body calls."""
+    """Returns the name of the function in the text that a kernel's body calls."""
     found = [name for name in functions(text) if re.search(rf"\b{name}\b *[<(]", body)]
     assert len(found) == 1, f"a kernel calls {found} instead of a single function: {body}"
     return found[0]
@@ -111,7 +111,7 @@ def test_twins_have_the_same_stages():
 
 
 def test_what_is_known_to_be_shared_is_found():
-    """Without this check, the test would pass if it found no twins."""
+    """Without this check, the other tests would also pass if no twins were found."""
     names = {(file, function) for own in TWINS.values() for file, function in own}
     assert {file for file, _ in names} >= {
         "metal/attention.metal",

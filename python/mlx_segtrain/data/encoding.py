@@ -210,7 +210,9 @@ class Encoder:
         return [found[i] if i in found else next(rest) for i in range(len(texts))]
 
     def _by_library(self, texts: list[str]) -> list[list[int]]:
-        if self._lossless:  # the core tokenizer itself, with the settings from __init__
+        if self._lossless:
+            # This calls the Rust tokenizer directly. The call of `encode` in __init__ has switched
+            # off its truncation and padding.
             own = self._tokenizer.backend_tokenizer
             return [one.ids for one in own.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(

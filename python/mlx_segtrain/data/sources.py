@@ -1,8 +1,8 @@
 """The sources of a data set's rows: files in the usual formats, and Python data.
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their memory
-use is limited (limits.py), and any error in a file raises InputError.
+process can parse them. textfiles.py and tables.py read files. Because a file may be untrusted, the
+memory for reading it is limited (limits.py), and any error in it raises InputError.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
 
 
 def rows_in(folder: Path) -> list[Path]:
-    """Returns the files of a folder that look like data."""
+    """Returns the files of a folder that have the extension of a supported format."""
     with told(folder):
         return sorted(path for path in folder.iterdir() if format_of(path) and path.is_file())
 

@@ -93,8 +93,8 @@ class Setup(Inputs):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint from which a run continues, or None for a new run; and the value that `trace`
-    returned for the folder when the run started."""
+    """`resumed` is the checkpoint from which a run continues, or None for a new run. `seen` is the
+    value that `trace` returned for the folder when the run started."""
 
     resumed: Checkpoint | None
     seen: Any
