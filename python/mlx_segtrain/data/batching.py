@@ -1,4 +1,4 @@
-"""The order in which rows are used, and the padding of batches."""
+"""Determines the order in which rows are used, and pads batches."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping

@@ -30,8 +30,9 @@ from .messages import KINDS
 class Source(Protocol):
     """The rows of one split.
 
-    `name` is for messages. `size` is the size of the files in bytes, which is also the sum of the
-    blocks' sizes. `files` maps names to the files; the names do not change if the folder is moved.
+    `name` is used in messages. `size` is the size of the files in bytes, which is also the sum of
+    the blocks' sizes. `files` maps names to the files; the names do not change if the folder is
+    moved.
     """
 
     @property
@@ -301,7 +302,7 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
 
 
 def _python(data: Any, name: str) -> Source:
-    """Returns a source of rows that a program passed."""
+    """Returns a source for rows that were passed from Python."""
     if hasattr(data, "with_format") and hasattr(data, "iter"):  # a Dataset of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
@@ -320,7 +321,7 @@ def _python(data: Any, name: str) -> Source:
 
 
 def _line_of(row: Any, source: str) -> bytes:
-    """Returns a row that came from Python as a line of JSON."""
+    """Converts a row from Python to a line of JSON."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: the row must be a dict, not {_kind(row)}.")
     try:

@@ -46,7 +46,8 @@ class Family(Protocol):
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
-        """Returns the chain of a model of this family, whose modules have this prefix."""
+        """Returns the chain of a model of this family. `prefix` precedes the paths of its
+        modules."""
         ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:

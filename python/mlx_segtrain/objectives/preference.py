@@ -85,8 +85,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # In a batch, only tokens that are shared in every pair run once. `apart` contains the pairs
-        # without shared tokens.
+        # In a batch, only tokens that are shared in every pair are computed once. `apart` contains
+        # the pairs without shared tokens.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []

@@ -349,8 +349,8 @@ def lora_linear(
     key: mx.array | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """Returns y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b, where W is frozen, and dense
-    or quantized.
+    """Returns y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b, where W is frozen,
+    and either dense or quantized.
 
     x [..., in], a [in, R], b [R, out] → y [..., out]. The factors a and b are float32 master
     weights, which are cast to x's dtype for the computation. Keeps x and x·a for the backward pass,
