@@ -1,5 +1,5 @@
-"""Tests the rules for ranks without processes: shares, micro-batches, and errors that name
-ranks."""
+"""Tests the rules for ranks without starting processes: each rank's share of a step, the number of
+micro-batches, and errors that name a rank."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from mlx_segtrain.training.state import Progress
 
 
 def group(n, rank=0, others=()):
-    """Returns one of n ranks. The others contribute the values `others`."""
+    """Returns one of n ranks, whose `gather` returns its own value followed by `others`."""
     own = Ranks(rank, n, names=[f"process {i} on box{i}" for i in range(n)])
     own.gather = lambda value: [value, *others]
     return own
@@ -179,7 +179,7 @@ def test_contents_are_added_up_in_pieces(piece, monkeypatch):
 
 
 def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Three simulated ranks send contents of which only the lengths are used."""
+    """Simulates one of three ranks, whose content reports a length of 3 GiB without storing it."""
 
     class Long(bytes):
         def __len__(self):
@@ -287,7 +287,8 @@ def test_a_back_end_that_keeps_the_lock_does_not_keep_the_process():
 
 
 def test_messages_use_the_ring(monkeypatch):
-    """JACCL mixes up messages during simultaneous transfers in both directions."""
+    """With JACCL, messages use the ring, because JACCL mixes up messages that are sent in both
+    directions at the same time."""
     monkeypatch.setattr(transfers, "ring_of", lambda ranks: "ring")
     found = [
         transfers.transfers_of(Ranks(0, n, backend, group="its own"))
@@ -362,7 +363,8 @@ def test_who_greets_slowly_holds_nobody_up(monkeypatch):
 
 
 def test_all_ranks_run_pairs_as_the_one_with_least_memory_can(monkeypatch, tmp_path):
-    """All ranks must make the same choice because it affects the order of rows."""
+    """All ranks must choose the same way to run pairs, because this choice affects the order of
+    rows."""
     choices, asked = ["shared", "apart"], []
 
     def first(config, found, shapes, **how):

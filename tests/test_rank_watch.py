@@ -1,5 +1,4 @@
-"""Tests that 64 ranks agree on the lost rank that they name, with a simulated transport and
-clock."""
+"""Tests that 64 ranks agree on which rank was lost, with a simulated transport and clock."""
 
 import random
 
@@ -10,8 +9,8 @@ from mlx_segtrain.training.watch import JUDGES, Lost, Watch
 pytestmark = pytest.mark.acceptance
 
 RANKS, PATIENCE, SETTLE, BEAT = 64, 13.0, 2.5, 6.0
-#: LOOK is the interval in seconds between two checks of the clock. DELAYS are the numbers of checks
-#: until a message arrives. Forwarded messages arrive within SETTLE.
+#: LOOK is the interval in seconds between two checks of the clock. DELAYS lists the numbers of
+#: checks that a message can take to arrive. Even forwarded messages arrive within SETTLE seconds.
 LOOK, DELAYS = 0.5, (1, 1, 2)
 
 
@@ -40,16 +39,16 @@ class World:
         self.plans.setdefault(max(self.looks + 1, round(seconds / LOOK)), []).append((what, args))
 
     def arrive(self, to, run, call, *args, delay=None):
-        """Delivers a message after some checks of the clock, to some ranks sooner than to
-        others."""
+        """Delivers a message after `delay` checks of the clock. By default, the delay is random and
+        may differ between two groups of recipients."""
         middle = self.random.randrange(len(to) + 1)
         for part in (to[:middle], to[middle:]) if delay is None else (to,):
             looks = delay or self.random.choice(DELAYS)
             self.under_way.setdefault(self.looks + looks, []).append((part, run, call, args))
 
     def die(self, r, part=1.0):
-        """Ends a rank, which sends only part of its last messages and cannot report its own
-        loss."""
+        """Kills a rank. Only a fraction `part` of the recipients get its last messages, and it
+        cannot announce its own end."""
         watch, run = self.watches.pop(r, None), self.run_of[r]
         self.sleeping.discard(r)
         if watch is None:
@@ -116,8 +115,8 @@ class World:
 
 
 def schedule(seed):
-    """Creates a world in which up to three ranks die (some while sending), sleep, fail or
-    restart."""
+    """Creates a world in which up to three ranks die (some while sending), sleep, fail or restart.
+    Returns the world, these ranks, and those of them that sleep."""
     world = World(RANKS, seed)
     pick = world.random
     victims = pick.sample(range(RANKS), pick.choice([1, 1, 2, 3]))
@@ -153,7 +152,7 @@ def test_all_name_the_same_rank_in_a_thousand_schedules():
             if world.run_of[r] == 0 and r not in slept
         }
         assert len(named) == 1 and named <= {*victims, *world.shot}, (seed, named, victims)
-        for r in slept & world.watches.keys():  # a rank that slept does not start a vote
+        for r in slept & world.watches.keys():  # a rank that slept blames no healthy rank
             assert world.run_of[r] or world.watches[r].decided.rank in {*victims, *world.shot}
 
 

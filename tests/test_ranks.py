@@ -128,7 +128,8 @@ def test_a_frozen_rank_is_named_by_all_and_by_itself(model, rows, tmp_path):
     assert f"the state of step {checkpoint._read(checkpoint_of(out)).step} is saved" in found[0][2]
 
 
-#: Makes one of rank 1's steps take longer than the other ranks' message timeout.
+#: Makes one of rank 1's steps take longer than the time after which a rank that sends no messages
+#: is considered lost. Later, rank 2 fails.
 SLOW = """
 from mlx_segtrain.training import step
 ranks.SLOW = 1.0

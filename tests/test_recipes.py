@@ -38,7 +38,7 @@ def run(script, *args, **knobs):
 
 @pytest.fixture(scope="module")
 def e4b(tmp_path_factory):
-    """Writes a tiny multimodal Gemma 4 with OptiQ's mixture of 4 and 8 bits."""
+    """Writes a tiny multimodal Gemma 4 with 4-bit and 8-bit layers and an OptiQ metadata file."""
     eight = ("down_proj", "v_proj", "embed_tokens")
     path = write_tiny(
         tmp_path_factory.mktemp("e4b"), "gemma4", lambda name: 8 if name.endswith(eight) else 4

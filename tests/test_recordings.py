@@ -1,5 +1,5 @@
-"""Tests graphs that are reused in later steps: results do not change, and functions are not called
-again."""
+"""Tests that later steps reuse recorded graphs: results do not change, and the stage functions are
+not called again."""
 
 import functools
 from dataclasses import replace
@@ -29,7 +29,7 @@ def bits(outputs, grads):
 
 
 def counted(chain, calls):
-    """Returns the chain with functions that count how often they are called."""
+    """Returns the chain with stages that count in `calls` how often they are called."""
 
     def stage_of(stage):
         def fn(*args, **more):

@@ -39,7 +39,7 @@ def on_a_cpu(monkeypatch, tmp_path):
 
 
 def read(kind, tmp_path):
-    """Returns the report, and checks that it contains no names from this machine."""
+    """Returns the report after checking that it contains no paths or names from this machine."""
     text = (tmp_path / f"mlx-segtrain-{kind}.json").read_text()
     for private in (str(tmp_path), str(Path.home()), platform.node(), str(Path(__file__).parent)):
         assert not private or private not in text
@@ -76,7 +76,7 @@ def test_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shapes_are_models():
-    """Each shape's number of weights (in millions) is close to the one in the model's name."""
+    """The number of weights computed from each shape is close to the one in the model's name."""
     for name, millions in (("SmolLM2-135M", 135), ("MiniCPM5-1B", 1080)):
         made = REAL[name]
         width, heads = made["hidden_size"], made["num_attention_heads"]

@@ -87,7 +87,8 @@ def models(tmp_path_factory, llama4, llama_mixed):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
-    """Runs that crashed between two checkpoints or were interrupted have the twin's results."""
+    """A run that crashes between two checkpoints, is resumed, interrupted and resumed again has its
+    twin's results."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"iters": 6, "steps_per_eval": 2, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
@@ -127,7 +128,7 @@ def interrupt_behind(last):
 def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
-    # One step after the resume suffices, as it depends on the whole state. Each takes a second.
+    # One step (of a second) after resuming suffices, because it depends on the whole state.
     options = {"iters": 2, "steps_per_save": 1, "grad_accumulation_steps": 2, "lora_dropout": 0.05}
     options |= {"learning_rate": 1e-4, "max_seq_length": 48}
     plain = train(config_of(model, data, tmp_path / "plain", **options))
@@ -141,8 +142,8 @@ def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
-    """A signal in the middle of a step gives exit code 130. The resumed run's results equal the
-    twin's."""
+    """A signal in the middle of a step ends the process with exit code 130. The saved weights equal
+    those of a run with as many steps."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]
@@ -233,7 +234,7 @@ def plain(llama4, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crashed(llama4, data, tmp_path_factory):
-    """Returns the folder of a run with the options of `plain` that has crashed in step 7."""
+    """Returns the folder of a run with the options of `plain` that crashed after step 7."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     with pytest.raises(Crash):
         train(config_of(llama4, data, folder, **TWO_A_SAVE), crash_behind(7))
@@ -268,7 +269,7 @@ def test_every_flipped_bit_of_a_checkpoint_is_seen_or_means_nothing(llama4, data
             changed = bytearray(content)
             changed[bit // 8] ^= 1 << bit % 8
             (folder / name).write_bytes(changed)
-            # Only one whitespace character was replaced.
+            # Damage that is not noticed can only be a change of whitespace in the manifest.
             if checkpoint.torn(folder) is None:
                 assert name == "manifest.json"
                 assert mx.array_equal(
@@ -419,8 +420,8 @@ def test_fewer_steps_than_there_were(llama4, data, tmp_path):
 
 
 def test_another_future_has_its_own_best(llama4, data, tmp_path):
-    """Results of later steps are discarded, because the run may reach these steps in another
-    state."""
+    """Results of steps after the checkpoint are discarded, because the resumed run may reach these
+    steps in a different state."""
     options = {"iters": 8, "steps_per_eval": 2, "keep_best": True, "save_checkpoints": True}
     train(config_of(llama4, data, tmp_path / "a", **options))
     shutil.rmtree(checkpoint_of(tmp_path / "a"))
@@ -449,7 +450,7 @@ def test_a_run_over_another_keeps_its_adapter_until_it_has_one(llama4, data, tmp
 
 
 def test_an_adapter_stays_until_the_next_is_on_the_disk(llama4, data, tmp_path, monkeypatch):
-    """The disk becomes full just before a run with another configuration overwrites the adapter."""
+    """Simulates a full disk when a run with another configuration overwrites the adapter."""
     train(config_of(llama4, data, tmp_path / "a"))
     before = (tmp_path / "a" / "adapters.safetensors").read_bytes()
 
@@ -487,8 +488,8 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
 
 @pytest.mark.parametrize("ends", ["interrupted", "finished"])
 def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
-    """If the process that reads its output is gone, the run ends normally and its state is
-    saved."""
+    """If the process that reads the run's output exits, the run still ends normally and saves its
+    state."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--steps-per-report", "1"]
     iters = 1_000_000 if ends == "interrupted" else 30
@@ -512,8 +513,8 @@ def test_nobody_listens_any_more(ends, llama4, data, tmp_path):
 
 
 def test_a_second_signal_later_ends_the_process(llama4, data, tmp_path):
-    """Signals are deferred while a run writes (here forever). A second signal after two seconds
-    kills the process."""
+    """Signals are deferred while a run writes (simulated by `sleep`). A second signal kills the
+    process only if it arrives at least two seconds after the first."""
     code = (
         "import time, sys\n"
         "from mlx_segtrain.training.interrupts import Interrupts\n"

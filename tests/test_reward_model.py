@@ -1,5 +1,4 @@
-"""Tests that reward models, dense or quantized, have transformers' scores and the planned
-memory."""
+"""Tests the scores of dense and quantized reward models, and the memory planned for them."""
 
 import json
 
@@ -21,7 +20,7 @@ CHATS = ["Yes.", "No, that is wrong, and here is why: it is not so.", "", "ÄÖ<
 
 
 def scorer(path, labels=1, **how):
-    """Writes a quantized mlx-lm model with a score head, and returns its folder."""
+    """Writes an mlx-lm model with a score head, and returns its folder."""
     write_llama(path, tied=False, **how)
     weights = mx.load(str(path / "model.safetensors"))
     rest = {name: x for name, x in weights.items() if not name.startswith("lm_head")}
@@ -50,7 +49,8 @@ def test_prompts_and_completions_are_as_many(tmp_path):
 
 
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
-    """Scores do not depend on batches of different lengths, chunks of long texts, or padding."""
+    """Scores do not depend on the lengths in a batch, on splitting long texts into chunks, or on
+    padding."""
     model = hf.write_scorer(tmp_path / "m")
     write_tokenizer(tmp_path / "m")
     own = judge(tmp_path / "m")

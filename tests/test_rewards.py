@@ -1,4 +1,4 @@
-"""Tests rewards: the scores of checks, functions and commands, and refused rewards."""
+"""Tests the scores of checks, functions and commands, and which rewards are refused."""
 
 import shlex
 import sys
@@ -59,7 +59,7 @@ def test_a_pattern_takes_linear_time():
 
 
 def test_functions_may_import_torch(tmp_path, monkeypatch):
-    """Reward functions may import torch even if the command hides torch from transformers."""
+    """Reward functions may import torch although the command hides torch from transformers."""
     (tmp_path / "torch.py").write_text("length = len\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)  # like hide_torch()
@@ -128,7 +128,8 @@ def test_rewards_that_cannot_be_used(changes, says):
 
 @pytest.mark.parametrize("scheme", ["file", "http"])
 def test_a_schema_fetches_nothing(scheme, tmp_path):
-    """Fetching schemas would let the server's clients read its files and reach its network."""
+    """Schemas are not fetched, because that would let the server's clients read its files and reach
+    its network."""
     (tmp_path / "own.json").write_text('{"type": "integer"}')
     how = partial(SimpleHTTPRequestHandler, directory=tmp_path)
     with HTTPServer(("127.0.0.1", 0), how) as server:

@@ -6,8 +6,8 @@ from pathlib import Path
 import mlx_segtrain
 
 PACKAGE = Path(mlx_segtrain.__file__).parent
-#: The layers from lowest to highest. The package's own names (`_core`, versions) are below all of
-#: them.
+#: The layers from lowest to highest. Names that are not in the list (`_core`, versions) are below
+#: all of them.
 FLOORS = (
     *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
     *("hub", "hub_search"),
@@ -25,14 +25,15 @@ SERVING = (
 
 
 def modules():
-    """Yields each module's dotted name below the package, and its path."""
+    """Yields each module's dotted name, without the package's name, and its path."""
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
 
 
 def imported(name, file):
-    """Yields the dotted names below the package that a module imports anywhere."""
+    """Yields what a module imports from the package, even within functions, as dotted names without
+    the package's name."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -17,8 +17,8 @@ N, H = 7, 16
 
 
 def shared_kv_chain(dtype=mx.float32):
-    """Returns a chain of layers over h. Layer 1 also writes kv for layers 3, 4 and 6 and the
-    head."""
+    """Returns a chain of layers over h, with its head, parameters and inputs. Layer 1 also writes
+    kv for layers 3, 4 and 6 and the head."""
     keys = iter(mx.random.split(mx.random.key(0), 40))
 
     def array(*shape):
@@ -114,7 +114,7 @@ def test_many_small_cotangents_are_not_lost():
         params = {"donor": {"w": mx.ones(1, mx.bfloat16)}}
         (loss,), grads = step(params, {"h": mx.zeros(1)})
         assert loss.item() == n
-        # The conversion to bfloat16 rounds the sum, 300.
+        # The sum, 300, is converted to bfloat16 only at the end.
         assert grads["donor"]["w"].item() == mx.array(n, mx.bfloat16).item()
 
 
@@ -122,8 +122,8 @@ def test_memory_grows_with_the_segment_and_not_with_depth():
     """Each layer creates four arrays of 4 MB (64 MB on a GPU). Boundary values are a sixteenth of
     this size.
 
-    A GPU reports finished kernels with a delay. If layers took only microseconds, the arrays of any
-    number of layers could be in memory at once.
+    Arrays are larger on a GPU because it reports finished kernels with a delay. If layers took only
+    microseconds, the arrays of any number of layers could be in memory at the same time.
     """
     rows = 1 << (16 if ON_GPU else 12)
 
@@ -189,7 +189,8 @@ def test_misuse_is_named():
 
 
 def test_every_move_traces_what_mx_compile_would_fuse():
-    """Under vjp, fused functions may round differently from separate operations."""
+    """All moves trace functions under vjp, with or without a backward pass. Outside vjp, mx.compile
+    would fuse operations, and fused operations may round differently."""
     traces = []
 
     @mx.compile
@@ -224,7 +225,7 @@ def test_a_step_is_interrupted_between_layers():
         try:
             step(params, {"h": x})
         finally:
-            # Like saving, wait for the work that was launched on the CPU.
+            # Wait for the work launched on the CPU, as saving does.
             mx.eval(mx.array(1) + 1)
             took.append(time.perf_counter() - begun)
 

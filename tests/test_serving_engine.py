@@ -1,4 +1,4 @@
-"""Tests the engine, with adapters that change during requests, against mlx-lm's generation."""
+"""Compares the engine's output with mlx-lm's, including while adapters change during requests."""
 
 import asyncio
 import shutil
@@ -92,8 +92,9 @@ def test_each_adapter_answers_as_if_it_were_alone(shared, said, order):
 
 
 def test_an_embedding_is_the_plain_one_for_all_others(shared):
-    """Requests without an update of the embedding are unaffected by such updates. On a GPU they use
-    the model's own embedding; on a CPU they use our op, which is faster for the head."""
+    """Requests whose adapter does not update the embedding are unaffected by other requests'
+    updates. On a GPU they use the model's own embedding; on a CPU they use our op, which is faster
+    for the head."""
     outer = shared.base.chain.outer["model.embed_tokens"]
     for name, plain in (("none", True), ("outer", False), ("a", True), ("outer", False)):
         text_of(shared, name)
@@ -153,8 +154,8 @@ def test_the_default_is_for_those_who_name_none(fresh, adapters, said):
 
 
 def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
-    """Prompts longer than a prefill step are repeated, extended, shortened, or given another
-    ending."""
+    """Responses do not depend on the cache when a prompt that is longer than a prefill step is
+    repeated, extended, shortened, or given another ending."""
     long = [97 + (7 * i) % 26 for i in range(700)]
     made = said.tokens(long)
     prompts = [
@@ -173,7 +174,7 @@ def test_a_cached_begin_gives_what_a_cold_one_gives(fresh, said):
 
 
 def test_no_adapter_gets_the_prompts_of_another(shared, fresh, adapters, said):
-    """An adapter mounted later under the same id does not get these prompts either."""
+    """Adapters do not share cached prompts, even if one replaces another under the same id."""
     prompt = list(b"An id is a name and no more")
     for name in ("a", "b"):
         asyncio.run(fresh.mount("x", adapters[name]))
@@ -229,8 +230,8 @@ def test_a_job_gets_most_of_the_device_s_time(fresh, monkeypatch):
 
 
 def test_prompts_make_room_as_soon_as_a_job_begins(caplog):
-    """Cached prompts are freed at once instead of at the next check. Failed checks are logged, and
-    checking continues."""
+    """Cached prompts are freed as soon as a job begins, instead of at the next check. If this
+    fails, the error is logged, and checking continues."""
 
     class Fake:
         training, calls = True, 0
@@ -301,8 +302,8 @@ def test_a_model_that_cannot_be_loaded_leaves_the_other_whole(
 
 
 def test_who_stops_waiting_for_a_model_holds_up_nobody(model, monkeypatch):
-    """The model's tokenizer takes seconds to load. Only the thread that closes the tokenizer waits
-    for it."""
+    """A client that cancels loading does not wait for the tokenizer, which takes seconds to load.
+    Only the thread that closes the tokenizer waits for it."""
     loads, goes_on = threading.Event(), threading.Event()
 
     def start(confined):
@@ -748,8 +749,8 @@ def test_closing_ends_what_runs(model):
 
 
 def test_the_process_ends_well(model, adapters):
-    """If the engine's thread ended just before the process, freeing MLX's compiled functions could
-    abort it."""
+    """A process exits cleanly after closing the engine. If the engine's thread ended just before
+    the process, freeing MLX's compiled functions could abort the process."""
     code = f"""
 import asyncio
 from pathlib import Path
@@ -773,7 +774,7 @@ asyncio.run(main())
 
 
 def test_rows_of_a_generation_on_a_gpu_take_the_same_update(llama4, tmp_path, monkeypatch):
-    """For a few rows, MLX's matrix products return the same results as our op."""
+    """MLX's matrix products, which are used for few rows, return the same results as our op."""
     base = read_base(llama4, Confined(llama4))
     path = "model.layers.0.self_attn.q_proj"
     linear = base.modules[path]

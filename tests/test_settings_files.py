@@ -1,5 +1,5 @@
-"""Tests how the page reads YAML files with settings: it reports all errors in a file, not just the
-first."""
+"""Tests how YAML files with settings are read for the page: all errors in a file are reported, not
+just the first."""
 
 import json
 import time

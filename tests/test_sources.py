@@ -127,8 +127,8 @@ def expected(name, rows):
 @pytest.mark.parametrize("n", [1, 40])
 @pytest.mark.parametrize("name", FILES)
 def test_rows_of_a_file(name, n, tmp_path, monkeypatch):
-    """For files of few or many blocks, every row has a name, and the block sizes add up to the file
-    size."""
+    """Whether a file has few or many blocks, every row has a name, and the sizes of the blocks add
+    up to the size of the file."""
     path, rows = tmp_path / name, ROWS[:n]
     FILES[name][0](path, FLAT[:n] if FILES[name][1] else rows)
     source, nothing = sources_of(path)
@@ -219,7 +219,8 @@ def dictionary(n, text):
 
 
 def test_what_would_grow(tmp_path, monkeypatch):
-    """Tests a long text shared by many rows, compressed text, and a huge number of empty rows."""
+    """Files that would grow too large in memory are refused: a long text that many rows share,
+    compressed text, and a row with 10⁹ nulls."""
     monkeypatch.setattr(limits, "SLACK", 1 << 20)
     (tmp_path / "a.jsonl.zst").write_bytes(zst(b"\n" * (4 << 20)))
     once = pa.table({"text": dictionary(4000, "x" * 5000)})
@@ -244,7 +245,8 @@ def test_what_would_grow(tmp_path, monkeypatch):
 
 
 def test_a_table_that_is_not_well_formed(tmp_path):
-    """Offsets beyond the end of the texts must not be followed."""
+    """Tables with offsets beyond the end of the texts or with two columns of the same name are
+    refused."""
     write_arrow(tmp_path / "a.arrow", pa.table({"text": ["x" * 987_654]}))
     content = (tmp_path / "a.arrow").read_bytes()
     end, far = (struct.pack("<ii", 0, n) + b"x" for n in (987_654, 10**9))
@@ -349,8 +351,8 @@ def test_arrow_that_is_compressed(codec, kind, tmp_path):
 
 
 def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
-    """The file is read as a stream. A stream that ends early would look like a file with fewer
-    rows."""
+    """Truncated files are refused. Files are read as streams, so a truncated one could otherwise
+    look like a file with fewer rows."""
     path = tmp_path / "a.arrow"
     write_arrow(path, ROWS, pa.ipc.new_file)
     content = path.read_bytes()
@@ -366,7 +368,8 @@ def test_an_arrow_file_whose_end_tells_of_more(tmp_path):
 
 
 def test_columns_of_what_json_has_no_values_for(tmp_path):
-    """Blocks record only whether such values are present or null, not the values themselves."""
+    """For values that JSON cannot represent, blocks record only whether they are present or
+    null."""
     columns = {
         "image": pa.array([b"x" * (1 << 20), None]),
         "map": pa.array([[("a", "b")], None], pa.map_(pa.string(), pa.string())),
@@ -427,7 +430,8 @@ def test_a_table_of_many_columns(name, tmp_path, monkeypatch):
 
 
 def test_parquet_that_ends_a_process(tmp_path):
-    """The files, found by a fuzzer, contain false row counts, for which Arrow allocates memory."""
+    """The files were found by a fuzzer. Their row counts are wrong, and Arrow allocates memory
+    according to these counts."""
     pq.write_table(pa.table({}), tmp_path / "a.parquet")
     content = (tmp_path / "a.parquet").read_bytes()
     rows = b"\x16\x00\x16\x00\x26"

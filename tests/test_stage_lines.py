@@ -1,5 +1,5 @@
-"""One op's kernels for several devices have the same stages, that is, equal `///` comments in the
-same order.
+"""Tests that an op's kernels for different devices have the same stages, that is, equal `///`
+comments in the same order.
 
 Kernels with the same outputs on two devices are twins. A CPU function in csrc/ with the name of
 such a kernel is a twin, too.
@@ -59,12 +59,12 @@ def kernels(text: str) -> dict[str, tuple[str, str]]:
 
 
 def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
-    """Returns (file, function) of all twins, by outputs."""
+    """Returns the twins as pairs of file and function, keyed by their outputs."""
     found: dict[str, list[tuple[str, str, str]]] = {}
     for file, text in texts.items():
         for name, (outputs, body) in kernels(text).items():
             if name not in EXEMPT:
-                # Ignore an additional output for another kernel.
+                # Ignore `ds`, an additional output that only another kernel uses.
                 outputs = outputs.removesuffix(" ds")
                 found.setdefault(outputs, []).append((file, name, body))
     shared = {}
@@ -78,15 +78,15 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
                 for name in sorted(names & functions(text).keys())
                 if file.startswith("csrc/")
             ]
-            # A function with stages may be called by a function of the same name that distributes
-            # work.
+            # If several functions have the name, those without stages only distribute work and call
+            # the one with stages.
             shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
     return shared
 
 
 @functools.cache
 def called(text: str, body: str) -> str:
-    """Returns the function in the text that a kernel's body calls."""
+    """Returns the name of the function in the text that a kernel's body calls."""
     found = [name for name in functions(text) if re.search(rf"\b{name}\b *[<(]", body)]
     assert len(found) == 1, f"a kernel calls {found} instead of a single function: {body}"
     return found[0]
@@ -111,7 +111,7 @@ def test_twins_have_the_same_stages():
 
 
 def test_what_is_known_to_be_shared_is_found():
-    """Without this check, the test would pass if it found no twins."""
+    """Without this check, the other tests would also pass if no twins were found."""
     names = {(file, function) for own in TWINS.values() for file, function in own}
     assert {file for file, _ in names} >= {
         "metal/attention.metal",

@@ -1,4 +1,5 @@
-"""Tests untrusted adapter files: randomly modified files are read, or refused with one sentence.
+"""Tests untrusted adapter files: randomly modified files are either read or refused with one
+sentence.
 
 MUTATIONS is the number of files to test.
 """
@@ -158,8 +159,8 @@ def test_pickles_are_not_read(tmp_path):
     "pattern", ["(a+)+$", "(a|a)*b", "a*a*a*a*a*b", ".*" * 30, ".?" * 31, r"\\\\*" * 8, "(.*)+" * 9]
 )
 def test_patterns_that_would_take_for_ever(pattern, chain, tmp_path):
-    """For some of these patterns, Python's regular expressions need exponential time. Ours are
-    fast."""
+    """Python's `re` would need exponential time for some of these patterns. RE2, which is used
+    instead, is fast."""
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={pattern: RANK, "q_proj": RANK})
     begun = time.monotonic()

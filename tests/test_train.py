@@ -64,7 +64,8 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
 
 
 def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
-    """The folder is locked until the run ends for any reason. A second run changes nothing."""
+    """A run locks its folder until it ends, for whatever reason. A second run is refused and
+    changes nothing."""
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
     refused = []
 
@@ -105,8 +106,8 @@ def test_a_killed_run_leaves_its_folder_free(llama4, data, tmp_path):
 
 @pytest.mark.parametrize("fixture", ["llama4", "llama_mixed"])
 def test_the_adapter_loads_in_stock_mlx_lm_and_gives_our_logits(fixture, data, tmp_path, request):
-    """llama_mixed has 4-bit and 8-bit layers, so by_bits gives two ranks, which mlx-lm does not
-    support."""
+    """llama_mixed has 4-bit and 8-bit layers, so `by_bits` chooses two ranks. mlx-lm supports only
+    one rank in an adapter."""
     model_dir = request.getfixturevalue(fixture)
     result = train(config_of(model_dir, data, tmp_path / "a", scale=2.0))
     assert set(result.applied_ranks.values()) == ({4, 8} if fixture == "llama_mixed" else {4})
@@ -159,7 +160,7 @@ def test_accumulation_equals_a_larger_batch(llama, tmp_path):
 def test_the_optimizer_is_adamw_with_bias_correction_and_clipping(
     llama, data, tmp_path, monkeypatch
 ):
-    """Three steps equal mlx.optimizers' steps with the same gradients."""
+    """Three steps lead to the same weights as `mlx.optimizers.AdamW` with the same gradients."""
     taken = []
     original = step.Stepper.gradient
 
@@ -208,7 +209,7 @@ def test_memory_of_each_step_is_told_to_those_who_ask(llama4, data, tmp_path, mo
     line = rf"step (\d): peak {number}, active {number}, cache {number}, process {number}\n"
     found = re.findall(line, capfd.readouterr().err)
     assert [step for step, *_ in found] == ["1", "2", "3"]
-    for _, peak, active, _, process in found:  # the model's size is a few kilobytes
+    for _, peak, active, _, process in found:  # the model needs only a few kilobytes
         assert float(process) > float(peak) >= float(active)
     assert abs(max(float(peak) for _, peak, *_ in found) - result.peak_gb) < 1e-3
 

@@ -1,5 +1,5 @@
 """Tests adapters for an embedding that is also the head: their meaning in mlx-lm and PEFT, and
-refusals."""
+which of them are refused."""
 
 import json
 from pathlib import Path
@@ -151,7 +151,8 @@ def test_what_peft_means_of_one_of_the_two_is_refused(
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("reader", READERS)
 def test_one_update_of_both_is_ours(reader, tie, bases, data, tmp_path):
-    """The logits are the same for updates that PEFT has tied and for merely equal updates."""
+    """Equal updates of the embedding and the head are read as one update of both, whether or not
+    PEFT has tied them."""
     folder = peft_folder(tmp_path / "theirs", "twins", tie=tie)
     readers(bases["tied"], data, tmp_path)[reader](folder)
     assert [one.fits for one in adapters([folder], bases["tied"])] == [True]
@@ -193,7 +194,7 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
     folder = peft_folder(tmp_path / "tied", "twins", tie=True)
     import_(folder, tmp_path / "out")
     assert read_stored(tmp_path / "out").tied is True
-    # An update of a head is refused once the base is known to have no separate head.
+    # An update of the head alone is refused only once the base is known to have no separate head.
     folder = peft_folder(tmp_path / "head", "head")
     import_(folder, tmp_path / "ours")
 
@@ -203,7 +204,7 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(bases, data, tmp_path_factory):
-    """Returns one run for each base, which adapts the embedding."""
+    """Trains an adapter of the embedding for each base, and returns the folder of these runs."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, base in bases.items():
         how = {"target_modules": ["embed_tokens", "q_proj"], "iters": 2, "learning_rate": 2e-2}
@@ -293,8 +294,7 @@ def test_peft_computes_with_one_update_of_both_as_we_do(tie, hf, bases, tmp_path
 
 @pytest.mark.parametrize("kind", ["embedding", "head", "apart"])
 def test_what_we_refuse_is_something_else_in_peft(kind, hf, bases, tmp_path):
-    """In PEFT, such an adapter on the tied base acts like ours on the untied base, not like ours on
-    the tied base."""
+    """On the tied base, PEFT applies these adapters as if the head were a separate weight."""
     folder = peft_folder(tmp_path / "theirs", kind)
     theirs = peft_logits(hf, bases["tied"], folder)
     assert_close("as beside a head", logits(bases["untied"], folder), theirs, 1e-4)

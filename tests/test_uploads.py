@@ -98,7 +98,7 @@ def test_as_many_archives_are_taken_at_once_as_the_limit_says(service, ask):
 
 
 def test_a_client_that_is_let_go_gives_its_place_back(service, ask, monkeypatch):
-    """The slot is freed at once, even if a reference to the response remains."""
+    """The transfer slot is freed immediately, even if a reference to the response remains."""
     assert ask("PUT", "datasets/slow/train.jsonl", ROWS)[0] == 200
     monkeypatch.setattr(transfers, "PATIENCE_S", 0.001)
 
@@ -195,7 +195,7 @@ def test_a_folder_that_files_come_into_is_not_deleted(service, ask):
 
 
 def test_the_disk_and_the_checks_are_waited_for_elsewhere(service, ask, weights, monkeypatch):
-    """The server answers other requests in the meantime."""
+    """Writing and checking run in other threads, so the server answers other requests meanwhile."""
     loops, seen = set(), set()
 
     def noted(name, own):
@@ -271,7 +271,8 @@ def test_a_refusal_says_what_was_not_done(ask, service, weights):
 
 
 def test_one_file_of_what_was_sent_is_deleted(ask, service, weights):
-    """If the second file is refused, the page deletes the first, which is useless alone."""
+    """One file of an upload can be deleted. If the second file is refused, the page deletes the
+    first, which is useless alone."""
     for file, content in (("adapter_config.json", CONFIG), ("adapters.safetensors", weights)):
         assert ask("PUT", f"adapters/part/{file}", content)[0] == 200
     assert ask("DELETE", "adapters/part/adapters.safetensors")[0] == 200

@@ -1,4 +1,4 @@
-"""Tests that no file gets new occurrences of the words in tests/wording.py."""
+"""Tests that no new occurrences of the words in tests/wording.py are added."""
 
 from pathlib import Path
 

@@ -83,8 +83,8 @@ def _of_json(batch: Any) -> Any:
 
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
-    """Splits a batch into slices that are small when they are written out. Yields each slice with
-    its size in bytes."""
+    """Splits a batch into slices of at most limits.BLOCK bytes, or of a single row. Yields each
+    slice with its size in bytes when it is written."""
     for at in range(0, batch.num_rows, ROWS):
         waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:
@@ -99,8 +99,8 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 
 def _weight(column: Any) -> int:
-    """Returns the approximate size in bytes of an array's texts and other values when they are
-    written out."""
+    """Returns the approximate number of bytes of an array's texts and other values when they are
+    written without dictionaries."""
     kind, own = column.type, VALUE * len(column)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
         return own + _sum(_called("binary_length", column.dictionary).take(column.indices))
@@ -122,7 +122,8 @@ def _sum(array: Any) -> int:
 
 
 def _as_stream(parts: list[Any]) -> bytes:
-    """Writes slices to an Arrow stream, and converts dictionary-encoded columns to plain ones."""
+    """Returns the bytes of an Arrow stream of slices, with dictionary-encoded columns converted to
+    plain ones."""
     plain = pa.schema([own.with_type(_plain(own.type)) for own in parts[0].schema])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, plain) as writer:

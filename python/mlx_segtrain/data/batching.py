@@ -1,4 +1,4 @@
-"""The order in which rows are used, and the padding of batches."""
+"""Determines the order in which rows are used, and pads batches."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +20,7 @@ class Batch:
 
     `rows` contains indices into the data, and `lengths` counts tokens without padding; both are
     int64 of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional
-    values of the rows, each float32 [B, T] and 0 on padding. In a `packed` batch the B sequences
+    values for each token, float32 [B, T] and 0 on padding. In a `packed` batch the B sequences
     follow one another without padding, and tokens, weights and numbers are [1, T].
     """
 

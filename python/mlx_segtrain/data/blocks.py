@@ -1,5 +1,5 @@
-"""Blocks of rows, which are the units in which processes exchange data, and the parsing of these
-rows."""
+"""Defines blocks of rows, the units of data that processes exchange, and parses the rows of a
+block."""
 
 from __future__ import annotations
 
@@ -39,9 +39,8 @@ class Block:
 def grouped(
     lines: Iterable[bytes], name: str, read: Callable[[], int] | None = None
 ) -> Iterator[Block]:
-    """Groups lines, each of which is a row, into blocks. `read` returns the number of bytes that
-    have been read since its last call. Without `read`, the size of a block is the size of its
-    lines."""
+    """Groups lines into blocks. Each line is a row. `read` returns the number of bytes that have
+    been read since its last call. Without `read`, the size of a block is the size of its lines."""
     first, size, own = 1, 0, []
 
     def block() -> Block:

@@ -42,8 +42,8 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: The tokens of a source are cached if its rows have at least SMALL bytes in total. Several
-#: processes are used from LARGE bytes.
+#: The tokens of a source are cached if its rows have at least SMALL bytes in total. If they have at
+#: least LARGE bytes, several processes tokenize them.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -77,8 +77,8 @@ def read_samples(
 ) -> Samples:
     """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    If there are many samples and `model_dir`, the folder of the tokenizer's model, is given, they
-    are cached.
+    `model_dir` is the folder of the tokenizer's model. If it is given and the source is large, the
+    samples are cached.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -121,7 +121,8 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """Returns a hash of this package's code, and the versions of the packages that tokenize."""
+    """Returns a hash of the code of mlx_segtrain.data, and the versions of the packages that
+    tokenize."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())
@@ -140,7 +141,8 @@ def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
 
 
 def _in_order(made: Iterator[Done]) -> Iterator[Done]:
-    """Yields results that arrive in order. Raises InputError at the first error."""
+    """Yields the results of blocks, which must arrive in order. Raises InputError for the first
+    block with an error."""
     first: dict[str, str] = {}
     for done in made:
         _check(done, first)
@@ -391,8 +393,8 @@ class _Progress:
 
 @dataclass(frozen=True)
 class Entry:
-    """A folder of tokens: its name, its size in bytes, and when it was last used, in seconds since
-    1970. `about` is None if the folder is incomplete."""
+    """A folder of cached tokens: its name, its size in bytes, and the time of its last use in
+    seconds since 1970. `about` is None if the folder is incomplete."""
 
     key: str
     size: int

@@ -23,8 +23,8 @@ from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, want
 # Consecutive pieces of a text, each with its loss weight; 0 is context.
 Pieces = list[tuple[str, float]]
 
-#: The numbers of trailing characters by which a generation prompt is located in another rendering.
-#: The numbers are tried in this order.
+#: A generation prompt is located in another rendering by its last n characters. These values of n
+#: are tried in order.
 ANCHORS = range(40, 3, -1)
 #: The maximum number of rows with the same traits for which all spellings are tried if none of them
 #: is lossless.
@@ -66,7 +66,7 @@ class Conversations:
         self._tokenizer, self._train_on, self._kwargs = tokenizer, train_on, kwargs
         self._stops = _Stops(tokenizer, append_eos)
         # Maps the traits of rows to a spelling, the findings that remain with it, and the number of
-        # rows that were searched.
+        # rows for which all spellings were tried.
         self._learned: dict[frozenset[str], tuple[Spelling, set[str], int]] = {}
 
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
@@ -299,7 +299,8 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """Returns the first stop token outside the message's own `texts`."""
+        """Returns the first stop token of a response that does not belong to the message's
+        `texts`."""
         start = 0
         if any(map(self.stop.search, texts)):  # stops in the texts do not end the turn
             tail = self.tail.search(response)

@@ -1,4 +1,4 @@
-"""Arrays with the properties of all samples, which a run can use without creating all rows."""
+"""Arrays with the properties of all samples. A run can use them without creating all rows."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class Dataset:
         return Packing.of(self.columns.length[:, 0], self.packed)
 
     def apart(self) -> "Dataset":
-        """Returns the pairs without shared tokens."""
+        """Returns the pairs with `shared` set to 0, so that both sequences are computed in full."""
         columns = replace(self.columns, shared=np.zeros_like(self.columns.shared))
         return replace(self.map(lambda _, pair: replace(pair, shared=0)), columns=columns)
 
@@ -135,8 +135,9 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is an argument or a result of sources_of. If `model_dir`, the folder of the tokenizer's
-    model, is given, the tokens are cached (cache.py). `on_event` receives progress events.
+    `data` is an argument of sources_of, or its result. `model_dir` is the folder of the tokenizer's
+    model; if it is given, the tokens of large data sets are cached (cache.py). `on_event` receives
+    progress events.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -319,8 +320,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns those of the chosen prompts that leave room for a completion. Raises InputError if
-    there are none."""
+    """Returns the chosen prompts, without those that are too long to leave room for a completion.
+    Raises InputError if none is left."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)

@@ -21,8 +21,8 @@ from .words import Words
 @dataclass(frozen=True)
 class Options:
     """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` that
-    are added to every prompt, in the form for chat templates. Without a method, rows for any method
-    are accepted."""
+    are added to every prompt, in the form for chat templates. If `method` is None, rows for any
+    method are accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -46,8 +46,8 @@ class Options:
 
     @property
     def format(self) -> str:
-        """The format of all rows, or auto. Methods that train on prompts ignore all other keys of a
-        row."""
+        """The format of all rows, or auto. Methods that train on prompts read rows as prompts,
+        whatever other keys the rows have, unless `data_format` is set."""
         prompts = self.method is not None and ROWS[self.method] == "prompt"
         return "prompt" if prompts and self.data_format == "auto" else self.data_format
 
@@ -122,9 +122,9 @@ class Encoder:
     """Tokenizes samples.
 
     `raw` is true if plain prompts bypass the chat template. `chats` splits conversations into
-    samples with the turns in the loss that `train_on` selects; with `responses`, all assistant
-    turns are in the loss. `notes` counts the rows that were read; `bos` contains the tokens that
-    the tokenizer adds before a text.
+    samples, and `train_on` selects the turns that are in the loss. `responses` does the same with
+    all assistant turns in the loss. `notes` counts the rows that were read; `bos` contains the
+    tokens that the tokenizer adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
@@ -152,8 +152,8 @@ class Encoder:
 
     def rows(self, samples: Sequence[Sample]) -> list[Row]:
         """Returns the token ids and weights of each sample, not truncated. Raises InputError."""
-        # A single call tokenizes all pieces, and those whole texts whose tokens cannot be derived
-        # from their pieces.
+        # A single call tokenizes all pieces, and also the whole text of each sample whose tokens
+        # cannot be derived from its pieces.
         texts = [text for sample in samples for text, _ in sample.pieces]
         n, wholes = len(texts), {}
         for i, sample in enumerate(samples):
@@ -210,7 +210,9 @@ class Encoder:
         return [found[i] if i in found else next(rest) for i in range(len(texts))]
 
     def _by_library(self, texts: list[str]) -> list[list[int]]:
-        if self._lossless:  # the core tokenizer itself, with the settings from __init__
+        if self._lossless:
+            # This calls the Rust tokenizer directly. The call of `encode` in __init__ has switched
+            # off its truncation and padding.
             own = self._tokenizer.backend_tokenizer
             return [one.ids for one in own.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(

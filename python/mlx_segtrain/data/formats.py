@@ -83,7 +83,7 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row with two text columns under other names."""
+    """Returns a hint for a row with two text columns under unknown names; otherwise ""."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)

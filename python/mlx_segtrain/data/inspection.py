@@ -18,7 +18,7 @@ from .sources import sources_of
 from .splitting import duplicates
 from .template import Tokenizer
 
-#: The number of the longest rows to list.
+#: How many of the longest rows to list.
 LONGEST = 5
 
 
@@ -59,9 +59,9 @@ class Report:
 
     `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
     `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
-    Lengths, `histogram` and `longest` (places and tokens) are in tokens before truncation. Without
-    a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without packing;
-    `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
+    Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before truncation.
+    Without a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without
+    packing; `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
     sentences about omitted data and about problems with the data. `findings` lists rows by finding
     (notes.FINDINGS). `error` is one sentence, or None.
     """
@@ -106,11 +106,11 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks data (sources.sources_of). Problems are reported, not raised.
+    """Checks `data`, any argument of sources.sources_of. Problems are reported, not raised.
 
-    A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds, or None if
-    the time is unknown. If `model_dir`, the folder of the tokenizer's model, is given, tokens are
-    cached (cache.py).
+    A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds (None if
+    unknown). `model_dir` is the folder of the tokenizer's model; if it is given, the tokens of
+    large data sets are cached (cache.py).
     """
     report = Report()
     try:

@@ -13,8 +13,8 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. It
-#: limits the number of empty values, too.
+#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. Because
+#: of it, the number of empty values is limited, too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block

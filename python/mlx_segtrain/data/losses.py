@@ -52,8 +52,9 @@ def _holds(rendered: str, text: str) -> bool:
 
 
 def _holds_call(rendered: str, call: Message) -> bool:
-    """Returns whether the rendering contains a tool call with its arguments, either as JSON or one
-    by one. A dict in Python's notation does not count, nor does JSON within a JSON string."""
+    """Returns whether the rendering contains a tool call with its arguments, either as JSON or as
+    separate values. Arguments in Python's notation, or as JSON within a JSON string, are not
+    accepted."""
     name, given = call.get("function", call)["name"], arguments(call)
     if name and name not in rendered:
         return False

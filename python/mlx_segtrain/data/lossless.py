@@ -1,5 +1,5 @@
-"""Determines from a tokenizer's structure whether it is lossless for whole texts and for their
-pieces.
+"""Determines from a tokenizer's structure whether the tokens of a text's pieces decode to the same
+text as the tokens of the whole text.
 
 Two structures of tokenizer.json are recognized: byte-level BPE (Llama 3, Qwen, SmolLM), and BPE
 that writes spaces as ▁ and unknown characters as bytes, and adds no space before a text (Gemma).
@@ -19,7 +19,8 @@ Holds = Callable[[str], bool]
 
 def lossless(tokenizer: Any) -> Holds | None:
     """Returns a function that tests whether the tokens of a text's pieces decode to the same text
-    as the tokens of the whole text, or None if this is unknown for the transformers tokenizer."""
+    as the tokens of the whole text, or None if the structure of this transformers tokenizer is
+    not recognized."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)
     if not isinstance(model, BPE) or not hasattr(backend, "encode_batch_fast"):

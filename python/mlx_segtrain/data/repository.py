@@ -72,7 +72,7 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """Adds the commit of a snapshot, the `folder` in the hub's cache, to the data set name `text`.
+    """Adds a commit to the data set name `text`: that of the snapshot `folder` in the hub's cache.
     If `text` names another data set or has a revision, returns it unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
@@ -216,8 +216,8 @@ def _pattern(text: str, below: str) -> Any:
 
 
 def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
-    """Selects the files of the most frequent format, and groups them by the words in their names
-    and folders."""
+    """Selects the files of the most frequent format, and assigns them to splits by the words in
+    their names and folders."""
     formats = Counter(readable(PurePosixPath(file).name) for file in rows)
     splits: Splits = {}
     for file in rows:
@@ -264,8 +264,8 @@ def _list(words: Iterable[str]) -> str:
 
 
 def _training(name: Named, splits: Splits) -> str:
-    """Returns the split called train or, if there is none, the first split with such a prefix, or
-    the only split."""
+    """Returns the split called train or training. If there is none, returns the first split with
+    one of these words as a prefix, or the only split."""
     found = [own for own in splits if own in TRAIN] or [own for own in splits if _is(own, TRAIN)]
     if found:
         return found[0]

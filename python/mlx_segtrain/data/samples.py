@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from .blocks import Block
     from .sources import Source
 
-#: The number of rows to tokenize at once: enough to keep the tokenizer's threads busy without using
-#: much memory.
+#: The number of rows to tokenize in one call: enough to keep the tokenizer's threads busy without
+#: using much memory.
 ROWS_PER_CALL = 512
 #: The findings, in the order of the bits that represent them.
 BITS = tuple(FINDINGS)
@@ -151,8 +151,8 @@ def _batch(
 
 
 def _side(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the columns for sequences. `ends` contains the end of each run of equal weights,
-    counted from the start of the row."""
+    """Returns the columns that store one sequence per sample. `ends` contains the end of each run
+    of equal weights, counted from the start of the row."""
     lengths = np.array([len(row) for row in rows], np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([np.zeros(0, np.int32), *(row.ids for row in rows)])

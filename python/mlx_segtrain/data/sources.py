@@ -1,8 +1,8 @@
 """The sources of a data set's rows: files in the usual formats, and Python data.
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files, which may be untrusted. Their memory
-use is limited (limits.py), and any error in a file raises InputError.
+process can parse them. textfiles.py and tables.py read files. Because a file may be untrusted, the
+memory for reading it is limited (limits.py), and any error in it raises InputError.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from .messages import KINDS
 class Source(Protocol):
     """The rows of one split.
 
-    `name` is for messages. `size` is the size of the files in bytes, which is also the sum of the
-    blocks' sizes. `files` maps names to the files; a name does not change if their folder moves.
+    `name` is used in messages. `size` is the size of the files in bytes, which is also the sum of
+    the blocks' sizes. `files` maps names to the files; the names do not change if the folder is
+    moved.
     """
 
     @property
@@ -54,7 +55,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Files:
-    """The rows of several files, one file after the other."""
+    """The rows of one or more files, in the order of the files."""
 
     files: Mapping[str, Path]
 
@@ -241,7 +242,7 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
 
 
 def rows_in(folder: Path) -> list[Path]:
-    """Returns the files of a folder that look like data."""
+    """Returns the files of a folder that have the extension of a supported format."""
     with told(folder):
         return sorted(path for path in folder.iterdir() if format_of(path) and path.is_file())
 
@@ -301,7 +302,7 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
 
 
 def _python(data: Any, name: str) -> Source:
-    """Returns a source of rows that a program passed."""
+    """Returns a source for rows that were passed from Python."""
     if hasattr(data, "with_format") and hasattr(data, "iter"):  # a Dataset of `datasets`
         table = data.with_format("arrow")
         return Table(name, lambda n: (b for own in table.iter(n) for b in own.to_batches(n)))
@@ -320,7 +321,7 @@ def _python(data: Any, name: str) -> Source:
 
 
 def _line_of(row: Any, source: str) -> bytes:
-    """Returns a row that came from Python as a line of JSON."""
+    """Converts a row from Python to a line of JSON."""
     if not isinstance(row, Mapping):
         raise InputError(f"{source}: the row must be a dict, not {_kind(row)}.")
     try:

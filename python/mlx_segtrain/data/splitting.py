@@ -1,4 +1,4 @@
-"""Determines, from their content, which rows are held out, are duplicates, or occur in two sets.
+"""Determines from the content of rows which are held out, are duplicates, or occur in two sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
 split, and a resumed run splits the data in the same way.

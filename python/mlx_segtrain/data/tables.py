@@ -26,7 +26,7 @@ from . import limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: The environment of a reader process: it computes on one thread, and Arrow frees memory at once.
+#: The environment of a reader process: it uses one thread, and Arrow frees memory immediately.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

@@ -72,8 +72,9 @@ PROBE = [
 
 
 def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
-    """Returns the template as transformers compiles it, without the preparation of message objects,
-    which takes as long as the rendering itself. If the results differ, returns None."""
+    """Returns a function that renders with the template as transformers compiles it, but skips the
+    preparation of message objects, which takes as long as the rendering itself. Returns None if the
+    function renders PROBE differently from ChatTemplate."""
     own = tokenizer._tokenizer
     variables = dict(kwargs)
     try:

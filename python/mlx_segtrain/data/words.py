@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, Python can split in the same way several times
-as fast, so the library is needed only for new words. The library also handles all other texts, and
-tokenizers with other patterns.
+then applies merges within each word. For ASCII text, an equivalent pattern in Python splits several
+times as fast, so the library is needed only for new words. The library also handles all other
+texts, and tokenizers with other patterns.
 """
 
 import re
@@ -41,7 +41,8 @@ MOST, LONGEST = 1 << 18, 64
 
 
 class Words(dict[str, list[int]]):
-    """Token ids by word. `of` creates them for a transformers tokenizer with a known pattern."""
+    """A cache of token ids, keyed by word. `of` returns the cache for a transformers tokenizer
+    whose pattern is known."""
 
     def __init__(self, tokenizer: Any, pattern: str):
         backend = tokenizer.backend_tokenizer
@@ -57,8 +58,8 @@ class Words(dict[str, list[int]]):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Words | None":
-        """Returns the words of a lossless tokenizer (lossless.py), which all callers share, or None
-        if the tokenizer's pattern is unknown."""
+        """Returns the cache for a lossless tokenizer (lossless.py), which all callers share, or
+        None if the tokenizer's pattern is unknown."""
         return _words_of(tokenizer, len(tokenizer))
 
     def __missing__(self, word: str) -> list[int]:
@@ -80,7 +81,7 @@ class Words(dict[str, list[int]]):
 
 @lru_cache(2)
 def _words_of(tokenizer: Any, size: int) -> Words | None:
-    """Computes Words.of. `size` is part of the cache key, because new added tokens change a
+    """Implements Words.of. `size` is part of the cache key, because new added tokens change a
     tokenizer's size."""
     backend = tokenizer.backend_tokenizer
     steps = parts_of(backend.pre_tokenizer)

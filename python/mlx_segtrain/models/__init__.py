@@ -1,8 +1,8 @@
 """Converts mlx-lm models to chains of stages that use our ops. No other package distinguishes model
 families.
 
-The weights, the configuration, the tokenizer and generation are mlx-lm's. A fast family is a module
-in FAMILIES that has the members of `Family`. Every other model uses the generic path.
+The weights, the configuration, the tokenizer and generation come from mlx-lm. A fast family is a
+module in FAMILIES that has the members of `Family`. Every other model uses the generic path.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -46,7 +46,8 @@ class Family(Protocol):
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
-        """Returns the chain of a model of this family, whose modules have this prefix."""
+        """Returns the chain of a model of this family. `prefix` precedes the paths of its
+        modules."""
         ...
 
     def forms(self, text: Mapping[str, Any], layers: Sequence[LayerHeaders]) -> list[LayerForm]:
@@ -76,8 +77,9 @@ def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
     """Returns the chain of a loaded mlx-lm model. If `layers` is given, the weights of other layers
     may be missing.
 
-    For a model for text and images, this is the chain of the text model, whose names include the
-    prefix. Raises InputError if the model cannot be split into layers or cannot be differentiated.
+    For a model for text and images, returns the chain of its text model. The paths in this chain
+    include the text model's prefix. Raises InputError if the model cannot be split into layers or
+    cannot be differentiated.
     """
     from . import generic
 
@@ -168,7 +170,7 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads the weights for whose names `reads` returns True into memory. On the CPU, converts them
+    """Loads the weights whose names `reads` accepts into memory. On the CPU, converts all weights
     to float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)

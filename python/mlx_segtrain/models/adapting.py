@@ -79,8 +79,8 @@ def init(
 
 
 def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array]]:
-    """Returns the factors by stage: `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a":
-    …}}`."""
+    """Returns the factors grouped by stage, as
+    `{"model.layers.3.mlp": {"model.layers.3.mlp.up_proj.lora_a": …}}`."""
     params: dict[str, dict[str, mx.array]] = {}
     for path in adapter.tensors:
         own = params.setdefault(chain.stage_of[path], {})
@@ -91,8 +91,8 @@ def stage_params(chain: Chain, adapter: Adapter) -> dict[str, dict[str, mx.array
 def attach(
     model: nn.Module, chain: Chain, adapter: Adapter | None, *, whole: bool = False
 ) -> list[LoRALinear]:
-    """Replaces every adaptable module of the layers with one of our modules. The embedding and the
-    head are replaced only if they are adapted or, with `whole`, if they are adaptable. Returns our
+    """Replaces every adaptable module of the layers with a LoRALinear. The embedding and the head
+    are replaced only if they are adapted or, with `whole`, if they are adaptable. Returns the new
     modules."""
     modules = []
     outer = [path for path in chain.outer if whole or (adapter and path in adapter.tensors)]

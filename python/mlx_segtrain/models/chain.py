@@ -175,7 +175,7 @@ class Chain:
         streams: Sequence[Stream] = SINGLE,
         dropout: Dropout | None = None,
     ) -> list[Stage]:
-        """Returns the stages for a batch, one stream after the other."""
+        """Returns the stages for a batch, in the order of the streams."""
         of_streams = (Updates(scales, dropout, stream) for stream in streams)
         return [stage for updates in of_streams for stage in self.stages_of(updates)]
 

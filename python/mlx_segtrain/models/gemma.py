@@ -19,7 +19,7 @@ from .form import LayerForm, LayerHeaders
 from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
-#: The defaults of mlx-lm for values that config.json lacks, by the beginning of `model_type`.
+#: mlx-lm's defaults for values that config.json lacks, keyed by the beginning of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},

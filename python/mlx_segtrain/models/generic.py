@@ -242,8 +242,7 @@ def _try(body: _Body) -> int:
 def _through(
     body: _Body, layers: range, tokens: mx.array, h: mx.array | None, refused: str
 ) -> mx.array:
-    """Runs these layers one after the other, the first one on h, and returns the output of the last
-    one.
+    """Runs these layers in sequence, starting with h, and returns the output of the last layer.
 
     Raises InputError for a layer that does not return an array like h, or that cannot be
     differentiated.
@@ -281,7 +280,7 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Performs the checks of `_try` on a model of which only these layers are loaded. Compares them
+    """Performs the checks of `_try` on a model in which only these layers are loaded. Compares them
     with a run of the whole model in which the layers before them return random values. The result
     may depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"

@@ -1,5 +1,5 @@
 """The decoder layer of the fast families, divided into stages. Models differ only in the values of
-its fields.
+the layer's fields.
 
 Read `Layer.stages` first. A layer first replaces the residual stream h by h + attention(h), and
 then by h + mlp(h).

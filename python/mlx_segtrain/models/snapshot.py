@@ -33,8 +33,8 @@ class Snapshot:
             )
 
     def file(self, name: str, what: str) -> Path:
-        """Returns the path of a file that the folder of every model has. Raises InputError if it is
-        missing."""
+        """Returns the path of a file that every model folder must contain. Raises InputError if it
+        is missing."""
         file = self.folder / name
         if not file.is_file():
             raise InputError(

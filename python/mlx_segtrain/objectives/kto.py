@@ -22,7 +22,7 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: The range that the paper (eq. 8) advises for the ratio of desirable to undesirable rows, where
+#: The range that the paper (eq. 8) recommends for the ratio of desirable to undesirable rows, where
 #: each count is multiplied by its weight.
 ADVISED = (1.0, 4 / 3)
 
@@ -139,8 +139,8 @@ class Kto(Responses):
     the model without it, and let z ≥ 0 be the estimated KL divergence, which is a constant in the
     loss. The loss is λ_D·(1 − σ(β(r − z))) for a desirable row and λ_U·(1 − σ(β(z − r))) for an
     undesirable row. With z = 0 it is apo_zero_unpaired (D'Oosterlinck et al. 2024,
-    arXiv:2408.06266). The reward of a row is βr. For the accuracy, a desirable row is right if its
-    reward is above βz, and an undesirable row if its reward is below βz.
+    arXiv:2408.06266). The reward of a row is βr. For the accuracy, a desirable row is correct if
+    its reward is above βz, and an undesirable row if its reward is below βz.
     """
 
     beta: float = 0.1

@@ -35,7 +35,7 @@ class Objective:
     @property
     def reference(self) -> "Objective | None":
         """The objective that computes the values of the reference model, which is the model without
-        its adapter; None if the loss needs none of them."""
+        its adapter; None if the loss does not need them."""
         return None
 
     @property

@@ -1,4 +1,4 @@
-"""Preference losses over pairs of answers: DPO, ORPO and SimPO.
+"""Preference losses over pairs of responses: DPO, ORPO and SimPO.
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
@@ -85,8 +85,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # In a batch, only tokens that are shared in every pair run once. `apart` contains the pairs
-        # without shared tokens.
+        # In a batch, only tokens that are shared in every pair are computed once. `apart` contains
+        # the pairs without shared tokens.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []

@@ -140,8 +140,8 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """Converts the options of `attention` to the form that the core expects. The number of keys is
-    that of `k`."""
+    """Converts the options of `attention` to the form that the core expects. `k` determines the
+    number of keys."""
     # If k has the wrong number of axes, the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
@@ -170,9 +170,9 @@ def attention(
     them, and only to keys of its own segment. For packed rows, `segments` is either a list of
     offsets, which rise from 0 to at most S, or an array [S] of integer ids, in which equal ids are
     adjacent and ids below 0 mark padding. Segments are the same for every row of the batch, and
-    they are read when the graph is built, so mx.compile cannot trace them. No attention goes to or
-    from padding and tokens after the last offset: their o and gradients are 0. With `softcap` c,
-    scores s are replaced with c·tanh(s / c). The softmax is computed in float32. `saved` is the
+    they are read when the graph is built, so mx.compile cannot trace them. Padding and tokens after
+    the last offset neither attend nor are attended to: their o and gradients are 0. With `softcap`
+    c, scores s are replaced with c·tanh(s / c). The softmax is computed in float32. `saved` is the
     result of `attention_forward` with the same arguments; if it is given, the forward pass is not
     run again.
 
@@ -349,8 +349,8 @@ def lora_linear(
     key: mx.array | None = None,
     impl: str = "auto",
 ) -> mx.array:
-    """Returns y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b, where W is frozen, and dense
-    or quantized.
+    """Returns y = x·Wᵀ + bias + scale·((mask∘x / (1 − dropout))·a)·b, where W is frozen,
+    and either dense or quantized.
 
     x [..., in], a [in, R], b [R, out] → y [..., out]. The factors a and b are float32 master
     weights, which are cast to x's dtype for the computation. Keeps x and x·a for the backward pass,
@@ -462,7 +462,7 @@ def dropout_key(seed: int, step: int, module: str) -> mx.array:
     """Derives a key [2] for `lora_linear` from the seed of the run, the step, and the path of the
     module."""
     text = f"{seed}/{step}/{module}".encode()
-    # The text is hashed because adjacent seeds, steps and modules must not have the same masks.
+    # The text is hashed so that adjacent seeds, steps and modules have unrelated masks.
     return mx.random.key(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
 
 
@@ -480,7 +480,7 @@ def linear_cross_entropy(
     impl: str = "auto",
 ) -> mx.array:
     """Returns Σᵢ weightsᵢ·(lse(zᵢ) − zᵢ[targetsᵢ]) with z = h·Wᵀ + bias, where lse is log-sum-exp,
-    without an array [M, V].
+    without storing z [M, V].
 
     h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
     a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
@@ -515,7 +515,7 @@ def linear_log_probs(
     impl: str = "auto",
 ) -> mx.array:
     """Returns log_p = z[targets] − lse(z) with z = h·Wᵀ + bias, where lse is log-sum-exp, without
-    an array [M, V].
+    storing z [M, V].
 
     h [M, H], integer targets [M] below V → float32 log_p [M]. A row with a target below 0 is not
     computed; its log_p and its gradient are 0. To find such rows on a GPU, the host waits for the

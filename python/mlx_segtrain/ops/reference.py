@@ -99,8 +99,8 @@ def attention(q, k, v, *, scale, window=None, segments=None, softcap=None, q_sta
     s = scale * (q.astype(mx.float32) @ k.astype(mx.float32).swapaxes(-1, -2))
     if softcap is not None:
         s = softcap * mx.tanh(s / softcap)
-    # p is 0 for a query that attends to nothing. Masked scores are finite so that its gradient is
-    # not NaN.
+    # p is 0 for a query that attends to nothing. Masked scores are finite so that the gradient for
+    # such a query is not NaN.
     lowest = mx.finfo(mx.float32).min
     p = mx.where(seen, mx.softmax(mx.where(seen, s, lowest), axis=-1), 0)
     return (p @ v.astype(mx.float32)).astype(q.dtype)

@@ -1,9 +1,8 @@
 """Predicts the speedup of data parallelism from the times for computing gradients and for summing
 them.
 
-A ring of N ranks sums B bytes in 2(N − 1) rounds, in each of which every rank sends B/N bytes
-(Patarasuk & Yuan 2009). In total, each rank sends 2(N − 1)/N·B bytes, and each round adds one
-latency.
+A ring of N ranks sums B bytes in 2(N − 1) rounds (Patarasuk & Yuan 2009). In each round, every rank
+sends B/N bytes, and one latency is added. In total, each rank sends 2(N − 1)/N·B bytes.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ class Checkpoint:
     """A checkpoint in memory.
 
     `record` is the content of run.json (see record.py), `log_bytes` is the size of metrics.jsonl
-    when the checkpoint was written, and `apart` tells whether the two answers of each pair were run
-    as separate sequences.
+    when the checkpoint was written, and `apart` is whether the two responses of each pair run as
+    separate sequences.
     """
 
     folder: Path
@@ -67,8 +67,8 @@ def save(
     run: Path, state: State, keep: int, *, record: dict[str, Any], log_bytes: int, apart: bool
 ) -> None:
     """Writes a checkpoint in a run's folder. Then deletes the checkpoints of later steps, because
-    the run may reach those steps in a different state. Of the remaining checkpoints, keeps only the
-    newest `keep`.
+    the run may reach those steps in a different state, and keeps only the newest `keep` of the
+    others.
 
     Raises OSError if the checkpoint cannot be written; earlier checkpoints then stay intact.
     """

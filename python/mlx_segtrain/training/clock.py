@@ -2,8 +2,8 @@
 
 import time
 
-#: A difference of up to this many seconds between the wall clock and the elapsed time is not a
-#: jump, since the system adjusts its clock gradually.
+#: A difference of up to this many seconds between the wall clock and the elapsed time is not
+#: reported as a jump, because the system may be adjusting its clock gradually.
 SLACK = 60
 
 

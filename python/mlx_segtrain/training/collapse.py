@@ -15,8 +15,8 @@ def collapsed(steps: Sequence[float], window: int) -> str | None:
     collapsed. `steps` are the mean rewards of all steps so far.
 
     The function compares moving averages over `window` steps. Rewards have collapsed if the last
-    average is below the midpoint between the first and the best average, and too far below the best
-    average to be due to chance. The check is off if `window` is 0.
+    average is below the midpoint between the first and the best average, and if the drop from the
+    best average is too large to be due to chance. The check is off if `window` is 0.
     """
     if not window or len(steps) <= window:
         return None

@@ -1,4 +1,5 @@
-"""completions.jsonl: the completions that each step generated, with their scores, one per line."""
+"""Writes and reads completions.jsonl, which contains the completions that each step generated, with
+their scores, one per line."""
 
 import json
 import os

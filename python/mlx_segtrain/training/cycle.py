@@ -6,9 +6,9 @@ attached to the model's linear layers. The random numbers of a completion depend
 the run, the step, the prompt and the index of the completion.
 
 Several ranks divide the prompts of a step. Each rank generates, scores and trains on the
-completions of its share of the prompts. From the other ranks it receives the values on which
-advantages, weights and metrics depend. So, except for rounding, a step on several ranks has the
-same result as a step on one.
+completions of its share of the prompts. From the other ranks, it receives the values on which
+advantages, weights and metrics depend. Therefore, a step on several ranks has the same result as a
+step on one rank, except for rounding.
 """
 
 from __future__ import annotations
@@ -355,8 +355,8 @@ class Cycle(Stepper):
         )
 
     def _trained(self, found: Rollouts, made: Made, gains: np.ndarray) -> Dataset:
-        """Converts this rank's completions to training rows, leaving out those on which the loss
-        does not depend. `made` contains the completions of all ranks, and `gains` their
+        """Converts this rank's completions to training rows, leaving out completions that do not
+        affect the loss. `made` contains the completions of all ranks, and `gains` their
         advantages."""
         config = self.setup.config
         kept = np.array([own == "stop" or not config.mask_truncated for own in made.all("finish")])
@@ -384,8 +384,8 @@ class Cycle(Stepper):
         return Dataset.of(rows, self.setup.train.pad_id)
 
     def _batches(self, data: Dataset) -> list[Batch]:
-        """Returns the rows in batches: packed into rows of max_seq_length tokens with `packing`,
-        otherwise padded."""
+        """Returns the rows as batches. If `packing` is set, they are packed into rows of
+        max_seq_length tokens; otherwise, they are padded."""
         if not len(data):
             return []
         most = self.setup.config.max_seq_length

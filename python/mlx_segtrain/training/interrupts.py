@@ -1,8 +1,8 @@
-"""Handles signals that end a run. A run that is computing ends at once; a run that is writing files
-finishes them first.
+"""Handles signals that end a run. A run that is computing ends immediately; a run that is
+writing files finishes them first.
 
-If there are several ranks, all must end after the same step, so a signal takes effect once all
-ranks know of it.
+If there are several ranks, all must end after the same step, so a signal takes effect only when
+all ranks know about it.
 """
 
 import signal

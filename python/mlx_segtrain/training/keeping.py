@@ -22,8 +22,8 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """The folder of a run. If a file that the run does not need cannot be written, there is only a
-    warning.
+    """Writes the files in the folder of a run. A failure to write a file that the run can do
+    without causes only a warning.
 
     `unwritten` contains the best adapter and the data of its model card until they are written.
     """
@@ -95,7 +95,7 @@ class Keeper:
             self.unwritten = self.adapter(state), self._about(state)
 
     def adapter(self, state: State) -> Adapter:
-        """Returns the adapter as of the last finished step."""
+        """Returns the adapter after the last finished step."""
         setup = self.setup
         return with_params(setup.chain, setup.scales, setup.layout.split(state.at.vector))
 
@@ -171,7 +171,7 @@ class Keeper:
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
-        """Saves the evaluated adapter in its folder, atomically."""
+        """Saves the evaluated adapter atomically in the folder `name` of checkpoints/."""
         folder = self.path / "checkpoints" / name
 
         def write() -> None:

@@ -1,4 +1,5 @@
-"""metrics.jsonl: the events of a run, one per line, in a file that stays locked during the run."""
+"""Writes metrics.jsonl, which contains the events of a run, one per line. The file stays locked
+during the run."""
 
 import json
 import os

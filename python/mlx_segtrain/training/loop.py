@@ -71,8 +71,8 @@ def train(
 
     `train_data` contains the training rows if they do not come from `config.data_dir`: a list or an
     iterator of dicts, a `datasets.Dataset` or `DatasetDict`, an Arrow table, or a path.
-    `valid_data` contains the validation rows in the same way. `on_event` receives the run's events
-    (mlx_segtrain.events) as they happen; the events are also written to metrics.jsonl.
+    `valid_data` contains the validation rows in any of these forms. `on_event` receives the run's
+    events (mlx_segtrain.events) as they happen; the events are also written to metrics.jsonl.
     `score(model, tokenizer)` is called at every evaluation with the mlx-lm model, to which the
     adapter is attached; it must return a number or a dict of numbers. `rewards` are functions that
     score the completions of method grpo (docs/grpo.md), in addition to the configured rewards;
@@ -359,8 +359,8 @@ class Run:
                 # its transfers.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # Outside the handler, because the frames of the exception keep arrays of the step
-            # alive.
+            # This is outside the handler, because the frames of the exception keep arrays of the
+            # step alive.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -412,7 +412,7 @@ class Run:
         }
 
     def _metric(self) -> events.Event:
-        """Returns the training metrics as of the last step."""
+        """Returns the training metrics after the last step."""
         progress, last = self.state.progress, self.state.progress.last
         assert last is not None and progress.loss is not None  # at least one step is finished
         return events.train_metric(

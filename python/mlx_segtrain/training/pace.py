@@ -64,7 +64,7 @@ class Work:
     tokens: int = 0
 
     def add(self, seconds: float, waited_s: float, tokens: int) -> None:
-        """Adds a step that took `seconds`, of which this rank waited `waited_s`."""
+        """Adds a step that took `seconds`, including `waited_s` seconds of waiting."""
         self.steps += 1
         self.busy_s += seconds - waited_s
         self.waited_s += waited_s

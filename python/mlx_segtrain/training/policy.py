@@ -12,9 +12,9 @@ from ..planning.budget import working_set
 
 @contextmanager
 def run_policy(config: TrainConfig) -> Iterator[None]:
-    """Applies these settings while a run is loading and training. With `deterministic`, `auto`
-    chooses only implementations whose results are bit-identical between runs. On Metal, MLX's
-    memory is wired. Once the run is planned, RunPlan.limits sets further limits."""
+    """Applies MLX's settings while a run is loading and training. If `deterministic` is set, only
+    implementations whose results are bit-identical between runs are chosen automatically. On Metal,
+    MLX's memory is wired. Once the run is planned, RunPlan.limits sets further limits."""
     with ops.repeatable(config.deterministic), wired():
         yield
 

@@ -33,8 +33,8 @@ from .links import Links
 
 T = TypeVar("T")
 
-#: Environment variables that mlx.launch and MLX's back ends set for a rank. They do not count as
-#: settings of a run.
+#: Environment variables that mlx.launch and MLX's back ends set for a rank. They are not
+#: recorded as settings of a run.
 LAUNCH = (
     *("MLX_RANK", "MLX_WORLD_SIZE", "MLX_HOSTFILE", "MLX_RING_VERBOSE"),
     *("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING", "MLX_NCCL_TIMEOUT"),
@@ -230,7 +230,7 @@ class Ranks:
         except RuntimeError as error:
             failures.append(error)
         except LostRank as lost:
-            # Printed now, because the end of this process may block the GIL (see _end_in_time).
+            # Printed now, because the GIL may be blocked when this process ends (see _end_in_time).
             print(f"mlx-segtrain: {lost}: ending", file=sys.stderr, flush=True)
             _hang_up(self.ring or _hosts())
             done.wait(watch.SETTLE)
@@ -357,8 +357,8 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
 
 
 def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
-    """Ends this process, from a separate thread, if it does not end by itself because a back end
-    waits forever for a lost rank. Does not end it while the state is being written.
+    """Ends this process from a separate thread if a back end waits forever for a lost rank, but not
+    while the state is being written.
 
     This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
     memory during an NCCL sum. In this case, faulthandler's thread ends the process.

@@ -1,5 +1,5 @@
-"""run.json: a record of a run's inputs and environment, used to resume, verify and repeat the
-run."""
+"""Writes and compares run.json, a record of a run's inputs and environment that is used to resume,
+verify and repeat the run."""
 
 import functools
 import json

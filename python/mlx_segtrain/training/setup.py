@@ -65,9 +65,9 @@ class Setup(Inputs):
     """The inputs, the loaded model, and everything else that a step needs.
 
     `layout` describes the vector of all factors of the adapter. `pipe` is set in a pipeline.
-    `apart` is whether the two answers of a pair run as separate sequences, without sharing tokens.
-    `rollout_peak` is the predicted peak memory of generating completions in bytes; it is None if
-    the method generates none or if memory is not predicted.
+    `apart` is whether the two responses of a pair run as separate sequences, without sharing
+    tokens. `rollout_peak` is the predicted peak memory of generating completions in bytes; it is
+    None if the method generates none or if memory is not predicted.
     """
 
     plan: RunPlan
@@ -93,8 +93,8 @@ class Setup(Inputs):
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint from which a run continues, or None for a new run; and the value that `trace`
-    returned for the folder when the run started."""
+    """`resumed` is the checkpoint from which a run continues, or None for a new run. `seen` is the
+    value that `trace` returned for the folder when the run started."""
 
     resumed: Checkpoint | None
     seen: Any
@@ -229,8 +229,8 @@ def read_inputs(
 def with_rollouts(
     config: TrainConfig, tokens: int, resumed: Checkpoint | None, ranks: Ranks = ALONE
 ) -> TrainConfig:
-    """Replaces `rollout_batch: auto` with the number of completions for which every rank has enough
-    memory when it generates them at once. A completion and its prompt have up to `tokens` tokens. A
+    """Replaces `rollout_batch: auto` with the number of completions that every rank has enough
+    memory to generate at the same time. A completion and its prompt have up to `tokens` tokens. A
     resumed run keeps its number, even if it has no checkpoint, because rounding depends on this
     number. Raises NoRoom if a configured number does not fit."""
     if config.rollout_batch != "auto":
@@ -258,7 +258,7 @@ def prepare(
     """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
     vector of the adapter's factors.
 
-    A resumed run keeps the earlier choice of whether the answers of a pair share tokens. Raises
+    A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
     InputError, before weights are loaded, if an input cannot be used or if there is not enough
     memory.
     """
@@ -317,8 +317,8 @@ def prepare(
 def fitting_part(
     config: TrainConfig, choices: Sequence[tuple[BatchShape, ...]], ranks: Ranks
 ) -> tuple[int, RunPlan]:
-    """Returns the index of the first entry of `choices` for whose batches the ranks have enough
-    memory, and the plan for this rank's layers. Rank 0 divides the layers between the ranks. Raises
+    """Returns the index of the first entry of `choices` whose batches fit into the memory of the
+    ranks, and the plan for this rank's layers. Rank 0 divides the layers between the ranks. Raises
     InputError if the model cannot be divided, and NoRoom if no choice fits."""
     here = planned(config, choices[0], fills=False)
     members: Any = ranks.gather([here.budget, here.device.name, here.device.size])
@@ -434,7 +434,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        # The headers did not show that the model needs the generic path.
+        # The plan was made from the headers, which did not show that the model needs the generic
+        # path.
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(

@@ -28,8 +28,8 @@ def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close
 
 
 def wandb(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Logs to a run of Weights & Biases; a resumed run continues this run. The environment
-    variables WANDB_* configure it."""
+    """Logs to a Weights & Biases run, which is configured by the environment variables WANDB_*. A
+    resumed training run continues the same Weights & Biases run."""
     run = import_module("wandb").init(
         project=os.environ.get("WANDB_PROJECT", "mlx-segtrain"),
         id=run_id,

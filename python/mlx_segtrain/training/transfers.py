@@ -25,7 +25,7 @@ from .ranks import Ranks, address_of, exit_later
 #: The shape and the dtype of an array.
 Form = tuple[tuple[int, ...], mx.Dtype]
 TYPES = (mx.float32, mx.bfloat16, mx.float16, mx.int32, mx.uint32, mx.int64, mx.bool_)
-#: The time in seconds within which the ranks must connect a ring.
+#: The time in seconds within which the ranks must form a ring.
 CONNECT = 60.0
 #: The ring that this process uses in addition to another back end, and the addresses of its ranks.
 _ring: tuple[Any, list[list[str]]] | None = None

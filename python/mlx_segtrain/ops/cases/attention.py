@@ -36,7 +36,7 @@ def calls(
         kernel = functools.partial(_core.attention, options=for_core, impl=impl)
         plain = functools.partial(reference.attention, **options)
         name = f"{case}, D = {d}"
-        if "thorough" in more:  # the dtype must be named only then
+        if "thorough" in more:  # these calls differ in their dtypes
             name += f", {str(dtype).split('.')[-1]}"
         yield selfcheck.Call(op, name, kernel, plain, args, **more)
 
