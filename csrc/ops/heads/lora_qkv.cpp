@@ -110,7 +110,7 @@ Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const He
     widths += (i ? ", " : "") + std::to_string(linears[i].base.out());
   }
   check(fits, "[lora_qkv] expected q of ", heads.heads, " heads and k and v of ", heads.groups,
-        "; got widths ", widths, ".");
+        " heads; got widths ", widths, ".");
   const Call c{heads, x.shape(0), x.shape(1), D, impl, s};
   check(c.dims > 0 && c.dims % 2 == 0 && c.dims <= D, "[lora_qkv] dims must be even and at most D = ", D,
         "; got ", c.dims, ".");
