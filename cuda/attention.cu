@@ -4,13 +4,13 @@
 // q, o [B,H,T,D], k, v [B,G,S,D]: B batch, H query heads, G key/value heads (each for a group of H/G query heads), T
 // queries, S keys, D head size; b, h and g are indices. attention and attention_dq use one thread block per (tile of
 // queries, b, h) and 16·MT queries per warp; p and ds stay in registers. attention_dkv uses one thread block per (tile
-// of keys, b, g, part of the group's heads), so each element of dk and dv has one writer; its warps form a WM × WN grid
-// and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
+// of keys, b, g, part of the group's heads), so only one block writes each element of dk and dv; its warps form a WM ×
+// WN grid and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
 // non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the
 // launch parameters depend only on D; see struct Shapes.
 //
 // These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used for the calls that it
-// supports: the peak speed of its matrix multiplications is about 1.6 times as high.
+// supports, because the peak speed of its matrix multiplications is about 1.6 times as high.
 
 namespace segtrain {
 

@@ -9,7 +9,7 @@
 
 namespace segtrain {
 
-constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, the rest is read again
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, it reads further packs again
 
 /// The columns [begin, end) that a row sees.
 struct Seen {
@@ -84,7 +84,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
     for (int i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
   }
   top = block_reduce<true>(top);
-  if (top == -infinity()) top = 0;  // a row that sees no key gets p = 0
+  if (top == -infinity()) top = 0;  // p = 0 in a row that sees no key
 
   auto exps = [&](float (&y)[8]) {
     for (int i = 0; i < 8; ++i) y[i] = exp2_of((y[i] - top) * LOG2E);

@@ -314,7 +314,7 @@ __device__ inline float block_reduce(float x) {
   auto both = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x = both(x, __shfl_xor_sync(~0u, x, lane));
-  __syncthreads();  // the threads have read the results of the last reduction
+  __syncthreads();  // after this barrier, all threads have read the results of the previous reduction
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : MAX ? -infinity() : 0;

@@ -214,7 +214,7 @@ METAL = [
     ),
     Text(
         "threadgroup size unlike the host's", "attention", "int SIMDS = 4;", "int SIMDS = 8;",
-        "the host launches other groups",
+        "the host launches groups of another size",
     ),
     Text(
         "double", "attention", "l[r] > 0 ? 1 / l[r] : 0, at", "l[r] > 0 ? 1.0 / l[r] : 0.0, at",
