@@ -511,7 +511,8 @@ segtrain::attention<D, CAP>(
     q, k, v, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), o, lse, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_kv_ds: q k v lse delta d_o first index blocks q_start scale cap -> dk dv ds
-static_assert(ROWS == segtrain::KEYS && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches groups of another size");
+static_assert(ROWS == segtrain::KEYS && THREADS == 2 * 32 * segtrain::SIMDS,
+              "the host launches groups of another size");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 threadgroup float weights[segtrain::KEYS * segtrain::Tile<T, D>::rows];
 segtrain::attention_vjp_kv_ds<D, CAP>(
