@@ -3,7 +3,7 @@
 // csrc/ops/linear/decode_linears.cpp.
 //
 // y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ, for m rows of k inputs, n_j outputs of layer j, and
-// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and follow one another in one output.
+// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and are consecutive in one output.
 // x [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m]
 // contains the adapter's index for each row. The arithmetic is in float32. In decode_linear, a warp computes OUT
 // elements of each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product

@@ -84,8 +84,8 @@ def fetch() -> int:
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as file:
             file.extractall(SITE)
-    # CMakeLists.txt imports the package to find its folder. The import would load mlx.core, so a
-    # stub replaces this module.
+    # CMakeLists.txt imports MLX to find its folder. The import would load mlx.core, which is built
+    # for macOS, so a stub replaces this module.
     core = SITE / "mlx" / "core" / "__init__.py"
     core.write_text("__version__ = None\n")
     done.touch()

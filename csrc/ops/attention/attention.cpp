@@ -57,7 +57,8 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   check(q.dtype() == k.dtype() && q.dtype() == v.dtype() && mx::issubdtype(q.dtype(), mx::floating),
         "[attention] q, k and v must have the same floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
         v.dtype(), ".");
-  check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H,
+  check(c.G > 0 && c.H % c.G == 0,
+        "[attention] the number of query heads must be a multiple of the number of key heads; got ", c.H,
         " and ", c.G, ".");
   c.q_start = q_start.value_or(c.S - c.T);
   check(c.q_start >= 0 && c.q_start + c.T <= c.S,

@@ -65,7 +65,7 @@ void check_quantization(const std::string& op, const Base& base) {
               mx::issubdtype(base.biases->dtype(), mx::floating),
           "[", op, "] ", given, " needs floating biases with the shape of the scales.");
   else
-    check(!base.biases, "[", op, "] ", given, " has no biases.");
+    check(!base.biases, "[", op, "] ", given, " must not have biases.");
 }
 
 }  // namespace
