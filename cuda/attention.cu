@@ -82,7 +82,7 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
-  // For D ≤ 128, a warp has registers for 32 queries, which halves the reads of k and v, and two blocks fit on a
+  // For D ≤ 128, a warp has enough registers for 32 queries, so k and v are read half as often, and two blocks fit on a
   // multiprocessor.
   static constexpr int MT = D <= 128 ? 2 : 1, WARPS = D <= 128 ? 4 : 8, BQ = 16 * MT * WARPS;
   static constexpr int BK = D <= 128 ? 32 : 64, BK_DQ = 32;

@@ -1,5 +1,5 @@
 // The row-wise passes of blocked attention, which computes everything else with plain matrix products. See
-// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp does the same with MLX's ops.
+// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp computes these passes with MLX's ops.
 //
 // softmax_rows and softmax_vjp_rows use one thread block per row of s [R, cols], where R is the number of rows. Row r
 // is query q0 + r % nq, where nq is the number of queries in the block of scores, and it sees the columns first[query]

@@ -7,7 +7,7 @@
 // x [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m]
 // contains the adapter's index for each row. The arithmetic is in float32. In decode_linear, a warp computes OUT
 // elements of each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product
-// computes several rows in half precision on the tensor cores, whose products of codes and x are exact.
+// computes several rows on the tensor cores, with operands in half precision; products of codes and x are exact.
 //
 // BITS is the number of bits per value of a quantized weight, or 0 for a dense weight; GROUP is the size of a
 // quantization group.
@@ -243,7 +243,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
       if (column < k)
 #pragma unroll
         for (int c = 0; c < ROWS / 8; ++c) v[c].load(x + static_cast<size_t>(min(8 * c + row, m - 1)) * k, column);
-      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // all: sums of x
+      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // `all` contains sums of x
 #pragma unroll
       for (int j = 0; j < N / 2; j += 2) {
         if constexpr (BITS != 0) {

@@ -1,4 +1,4 @@
-// The rank-R parts of linear layers with LoRA, with one pass over the rows in each kernel. The host code is in
+// The rank-R parts of linear layers with LoRA. Each kernel makes one pass over the rows. The host code is in
 // csrc/ops/linear/joint_linear.cpp. m is the number of rows, k the input width, n the output width and R the total
 // rank.
 //

@@ -6,7 +6,7 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-// These types replace CUDA's half-precision types, which would need a header and its path.
+// These types replace CUDA's half-precision types, for which the compiler would need a header and its path.
 struct half {
   unsigned short bits;
 };

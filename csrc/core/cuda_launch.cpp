@@ -110,7 +110,7 @@ void allocate(mx::array& y, mx::Stream s) {
   auto& primitive = known[s.index];
   if (!primitive) {
     const auto x = mx::array({0.0f});
-    const auto last = mx::masked_scatter(x, mx::array({true}), x, s);  // squeezes its scatter
+    const auto last = mx::masked_scatter(x, mx::array({true}), x, s);  // a scatter, then a squeeze
     auto scatter = last.inputs().at(0).primitive_ptr();
     check(scatter->name() == std::string("MaskedScatter"), "[allocate] MLX's masked_scatter has changed.");
     primitive = scatter;

@@ -111,7 +111,7 @@ Way stock_way(const Call& c) {
   if (!c.causal_only)
     return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
-  // The forward pass is a single launch, and so is the backward pass; neither can be split.
+  // The forward pass is a single launch, and so is the backward pass. Neither can be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
     unfit = "a single launch would take so long that macOS might end the program";

@@ -13,7 +13,7 @@ namespace {
 
 constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in cuda/decode.cu
 constexpr size_t MOST_PARTS = 3;
-constexpr int BLOCKS = 1024;  ///< maximum blocks per layer; in a wider layer, a block reuses its z
+constexpr int BLOCKS = 1024;  ///< maximum blocks per layer, so that a block of a wide layer reuses its z
 constexpr int MOST_ROWS = 16;
 /// With at least this many outputs, a block computes two tiles, which share x.
 constexpr int MANY_OUTS = 16384;
@@ -116,7 +116,9 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   const auto none = absent(dtype), zero = absent(mx::float32), picks = absent(mx::uint32);
   int outs = 0;
   for (const auto& base : bases_) outs += base.out();
-  const int out_tiles = !by_tensor_cores(dtype, rows) ? 0 : dense || outs < MANY_OUTS ? 1 : 2;  // of 16 each
+  const int out_tiles = !by_tensor_cores(dtype, rows) ? 0
+                        : dense || outs < MANY_OUTS   ? 1
+                                                      : 2;  // 16 outputs each
   bool high = rows > 1;
   int ranks = 0, blocks = 0;
   for (const auto& b : b_) ranks += rank_of(b), high = high || rank_of(b) > MOST_RANK;
