@@ -42,7 +42,8 @@ NB_MODULE(_core, m) {
   for (auto add : Binding::all()) add(m);
 
   m.def("switch_off", &switch_off, "kernel"_a, "reason"_a,
-        "Disables a kernel in this process, because the kernel failed the self-check on this device.");
+        "Disables a kernel that failed the self-check on this device, for the rest of this process. `reason` "
+        "appears in error messages.");
 
   nb::class_<StageSpec>(
       m, "StageSpec", "The names of the values that a stage reads and writes, and whether it has parameters.")
@@ -60,7 +61,7 @@ NB_MODULE(_core, m) {
       .def_ro("head_reads", &Plan::head_reads)
       .def("readers", nb::overload_cast<int, int, int>(&Plan::readers, nb::const_), "value"_a, "begin"_a,
            "end"_a,
-           "Returns how often stages [begin, end) read a value; the head's index is one past the last "
+           "Returns how many times stages [begin, end) read `value`. The head's index is one past the last "
            "stage's.")
       .def("describe", &describe,
            "Returns one line per move, with its stages, the values that it reads, keeps and drops, and the "
@@ -75,9 +76,9 @@ NB_MODULE(_core, m) {
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
       "incoming"_a = std::vector<std::string>{},
-      "Returns the plan for a chain that is cut after the stages `segments`. Groups end after the "
-      "segments `groups`, the stages `saves` save arrays, and the inputs `incoming` depend on parameters of "
-      "other stages.");
+      "Returns the plan for a chain. `segments` contains one past the last stage of each segment, and "
+      "`groups` one past the last segment of each group. The stages `saves` save arrays. The inputs "
+      "`incoming` depend on parameters of stages before this chain.");
 
   nb::class_<Cuts>(
       m, "Cuts",
@@ -99,7 +100,8 @@ NB_MODULE(_core, m) {
       .def_ro("saved_work", &StageCost::saved_work)
       .def_ro("gradients", &StageCost::gradients);
   nb::class_<Costs>(m, "Costs",
-                    "A chain of stages and the costs from which it is planned; see csrc/schedule/planner.h.")
+                    "A chain of stages, and the costs from which its cuts are chosen; see "
+                    "`struct Costs` in csrc/schedule/planner.h.")
       .def(nb::init<std::vector<StageSpec>, std::vector<std::string>, std::vector<std::string>,
                     std::vector<int64_t>, std::vector<std::string>, std::vector<int>, std::vector<StageCost>,
                     int64_t, int64_t, double, int64_t, int64_t, double, int>(),
@@ -143,7 +145,8 @@ NB_MODULE(_core, m) {
         "returns the cuts with the lowest peak.");
 
   m.def("least_peak", &least_peak, "costs"_a,
-        "Returns the lowest peak, in bytes, among cuts that keep almost nothing.");
+        "Returns the lowest peak, in bytes, among cuts for which no stage saves arrays and at most the last "
+        "two layers keep their intermediate arrays.");
 
   m.def("collect_kernels", &collect_kernels,
         "Makes later calls on this thread record which kernels they need, instead of running them. The calls "
@@ -152,8 +155,8 @@ NB_MODULE(_core, m) {
         "Stops recording, compiles the recorded kernels in parallel, and returns how many it compiled.");
 
   nb::class_<StepResult>(m, "StepResult", "The outputs of the head and the gradients of all parameters.")
-      // These properties return copies of array handles. With a reference, a caller that holds the loss would
-      // keep the whole result alive, including every gradient.
+      // These properties return copies of array handles. If they returned references, a caller that keeps the
+      // loss would keep the whole result alive, including every gradient.
       .def_ro("outputs", &StepResult::outputs, nb::rv_policy::copy)
       .def_ro("grads", &StepResult::grads, nb::rv_policy::copy)
       .def_ro("head_grads", &StepResult::head_grads, nb::rv_policy::copy)
@@ -170,7 +173,7 @@ NB_MODULE(_core, m) {
           "cotangents of the differentiable values that `forward` returned.");
   nb::class_<Recordings>(
       m, "Recordings",
-      "The graphs of a plan's functions, which later steps reuse if they call the same functions.")
+      "Recorded graphs of a plan's functions. Later steps that call the same functions reuse these graphs.")
       .def(nb::init<>());
   m.def(
       "passes_of",
@@ -178,9 +181,9 @@ NB_MODULE(_core, m) {
          const std::vector<Arrays>& params, const std::vector<int>& owners, const Arrays& head_params,
          const Arrays& inputs, const std::optional<Watch>& watch, Recordings* recordings) {
         // The GIL is released while MLX computes, and while MLX waits before it accepts more work, because
-        // both may take long. It is held during the rest of the step, because MLX calls back into Python
-        // while it differentiates (mx.checkpoint, mx.custom_function), and these callbacks assume that they
-        // have the GIL.
+        // both can take a long time. It is held during the rest of the step, because MLX calls back into
+        // Python while it differentiates (mx.checkpoint, mx.custom_function), and these callbacks require the
+        // GIL.
         auto wait = [](const Arrays& made) {
           {
             nb::gil_scoped_release others;
@@ -198,6 +201,7 @@ NB_MODULE(_core, m) {
       },
       "plan"_a, "fns"_a, "head"_a.none(), "params"_a, "owners"_a, "head_params"_a, "inputs"_a,
       "watch"_a = nb::none(), "recordings"_a.none() = nb::none(), nb::keep_alive<0, 9>(),
-      "Prepares a plan whose stages are callables (params, reads) → writes; each stage is called with the "
-      "params of its owner. `watch` is called after each move.");
+      "Prepares a run of a plan whose stages are callables (params, reads, saved, save) → writes; see "
+      "StageFn in csrc/segtrain.h. Each stage is called with the params of its owner. `watch` is called "
+      "after each move.");
 }

@@ -251,7 +251,7 @@ class Recordings;
 
 struct StepResult {
   Arrays outputs;             ///< the outputs of the head, loss first
-  std::vector<Arrays> grads;  ///< for each owner, in the order of its parameters
+  std::vector<Arrays> grads;  ///< for each owner, the gradients of its parameters, in order
   Arrays head_grads;
   Arrays incoming;  ///< cotangents of the inputs that have one, in input order
 };

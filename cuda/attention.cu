@@ -4,13 +4,13 @@
 // q, o [B,H,T,D], k, v [B,G,S,D]: B batch, H query heads, G key/value heads (each for a group of H/G query heads), T
 // queries, S keys, D head size; b, h and g are indices. attention and attention_dq use one thread block per (tile of
 // queries, b, h) and 16·MT queries per warp; p and ds stay in registers. attention_dkv uses one thread block per (tile
-// of keys, b, g, part of the group's heads), so each element of dk and dv has one writer; its warps form a WM × WN grid
-// and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
+// of keys, b, g, part of the group's heads), so only one block writes each element of dk and dv; its warps form a WM ×
+// WN grid and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
 // non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the
 // launch parameters depend only on D; see struct Shapes.
 //
 // These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used for the calls that it
-// supports: the peak speed of its matrix multiplications is about 1.6 times as high.
+// supports, because the peak speed of its matrix multiplications is about 1.6 times as high.
 
 namespace segtrain {
 
@@ -82,7 +82,7 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
-  // For D ≤ 128, a warp has registers for 32 queries, which halves the reads of k and v, and two blocks fit on a
+  // For D ≤ 128, a warp has enough registers for 32 queries, so k and v are read half as often, and two blocks fit on a
   // multiprocessor.
   static constexpr int MT = D <= 128 ? 2 : 1, WARPS = D <= 128 ? 4 : 8, BQ = 16 * MT * WARPS;
   static constexpr int BK = D <= 128 ? 32 : 64, BK_DQ = 32;

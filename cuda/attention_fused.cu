@@ -362,8 +362,9 @@ template <int D>
 struct Backward {
   static constexpr int DP = (D + 63) / 64 * 64, BQ = DP == 64 ? 128 : 64, BK = 128;
   static constexpr int THREADS = 384, COPY_REGISTERS = 24, REGISTERS = 240, Q_STAGES = 3, DO_STAGES = 2;
-  // The number of heads of a group that are processed at once is increased until there are this many blocks. Blocks for
-  // different heads wait for each other at the end, and blocks for different key tiles of one head at the beginning.
+  // The number of heads of a group that are processed concurrently is doubled until there are this many blocks. Blocks
+  // for different heads wait for each other at the end, when they add to dk and dv. Blocks for different key tiles of
+  // one head wait for each other at the beginning, when they first add to dq.
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
@@ -593,8 +594,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
   }
   // The matrix products run one after another without a gap: the product for dP runs while P is computed, the one for
-  // dV while dS is computed, and the ones for dK and the next step's S while dQ is written. After each wait for all
-  // products, the compiler can reuse their registers.
+  // dV while dS is computed, and the ones for dK and the next step's S while dQ is written. After a wait for all
+  // products, the compiler can reuse the registers of the products.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;
@@ -629,8 +630,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
         }
       }
     }
-    // P is kept for dS in half precision, multiplied by the slope of the softcap, because there are no registers for
-    // float32.
+    // P, multiplied by the slope of the softcap, is kept for dS in half precision, because there are not enough
+    // registers to keep it in float32.
     unsigned short_p[BQ / 4];
 #pragma unroll
     for (int i = 0; i < BQ / 4; ++i) {
@@ -697,7 +698,7 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
     warp_arrives(q_done);
   }
-  meet(1, 256);  // From here on, no thread reads the tiles.
+  meet(1, 256);  // after this barrier, no thread reads the tiles
   store_sums(k_tile, dk);
   store_sums(q_tiles, dv);
   warp_arrives(sums_written);

@@ -7,14 +7,14 @@
 //
 // The backward pass processes a limited range of queries at a time, in three steps over a scratch array of 16-bit
 // tiles: attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, and attention_queries_vjp sums dQ.
-// Each step multiplies whole tiles, and every output has one writer. This needs five matrix products per pair of tiles
-// for any head size, whereas a kernel that keeps P and dS in registers needs seven. In exchange, P and dS are written
-// to memory once.
+// Each step multiplies whole tiles, and only one block writes each output. This needs five matrix products per pair of
+// tiles for any head size, whereas a kernel that keeps P and dS in registers needs seven. In exchange, P and dS are
+// written to memory once.
 //
-// A chain of launches writes scratch and sums in place, although MLX treats these arrays as inputs. MLX keeps what a
-// graph allocates until the graph is done, so with new scratch arrays for each range, memory would grow to the size of
-// all of P. Small outputs (`done`) order the chain: a kernel that reads scratch or sums has the last such output as an
-// additional input.
+// A chain of launches writes scratch and sums in place, although MLX treats these arrays as inputs. If each range
+// allocated new scratch arrays, memory use would grow to the size of all of P, because MLX frees the arrays of a graph
+// only when the graph is done. Additional inputs order the chain: a kernel that reads or overwrites scratch or sums
+// takes an output of each launch that must finish first (`done`, if that launch has no other output).
 
 namespace segtrain {
 

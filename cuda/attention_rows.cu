@@ -1,5 +1,5 @@
 // The row-wise passes of blocked attention, which computes everything else with plain matrix products. See
-// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp does the same with MLX's ops.
+// docs/attention.md. On the CPU, csrc/ops/attention/blocked.cpp computes these passes with MLX's ops.
 //
 // softmax_rows and softmax_vjp_rows use one thread block per row of s [R, cols], where R is the number of rows. Row r
 // is query q0 + r % nq, where nq is the number of queries in the block of scores, and it sees the columns first[query]
@@ -9,7 +9,7 @@
 
 namespace segtrain {
 
-constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, the rest is read again
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, it reads further packs again
 
 /// The columns [begin, end) that a row sees.
 struct Seen {
@@ -84,7 +84,7 @@ __device__ void softmax_rows(const S* s, const int* first, const int* at, const 
     for (int i = 0; i < 8; ++i) top = fmaxf(top, x[i]);
   }
   top = block_reduce<true>(top);
-  if (top == -infinity()) top = 0;  // a row that sees no key gets p = 0
+  if (top == -infinity()) top = 0;  // p = 0 in a row that sees no key
 
   auto exps = [&](float (&y)[8]) {
     for (int i = 0; i < 8; ++i) y[i] = exp2_of((y[i] - top) * LOG2E);

@@ -3,11 +3,11 @@
 // csrc/ops/linear/decode_linears.cpp.
 //
 // y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ, for m rows of k inputs, n_j outputs of layer j, and
-// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and follow one another in one output.
+// E adapters with rank R_j in layer j and total rank R. All y_j have the dtype T and are consecutive in one output.
 // x [m, k], a [E, R, k] and b_j [E, n_j, R_j] have the dtype T too; gain_j is [E, n_j], bias_j [n_j], and picks [m]
 // contains the adapter's index for each row. The arithmetic is in float32. In decode_linear, a warp computes OUT
 // elements of each row at a time, and each lane reads 16 neighbouring elements of a weight's row. decode_product
-// computes several rows in half precision on the tensor cores, whose products of codes and x are exact.
+// computes several rows on the tensor cores, with operands in half precision; products of codes and x are exact.
 //
 // BITS is the number of bits per value of a quantized weight, or 0 for a dense weight; GROUP is the size of a
 // quantization group.
@@ -243,7 +243,7 @@ __device__ void decode_product(const T* x, const Part<T, S, W>& part, const floa
       if (column < k)
 #pragma unroll
         for (int c = 0; c < ROWS / 8; ++c) v[c].load(x + static_cast<size_t>(min(8 * c + row, m - 1)) * k, column);
-      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // all: sums of x
+      float own[TILES][ROWS / 8][4] = {}, all[ROWS / 8][4] = {};  // `all` contains sums of x
 #pragma unroll
       for (int j = 0; j < N / 2; j += 2) {
         if constexpr (BITS != 0) {

@@ -2,10 +2,10 @@
 // reason), and rows of a frozen table (csrc/ops/embedding/embedding.cpp).
 //
 // A thread dequantizes eight neighbouring elements of w at a time. They are in one quantization group, and their codes
-// take BITS bytes. Up to three weights W with n rows in total and k columns are stacked. They have the same format and
-// belong to linear layers that read the same x.
+// occupy BITS bytes. Up to three weights W with n rows in total and k columns are stacked. The weights have the same
+// format and belong to linear layers that read the same x.
 //
-//   w = [ W  columns ]   [n + below, k + beside]; without a factor, beside or below is 0
+//   w = [ W  columns ]   [n + below, k + beside]; `beside` is 0 without `columns`, and `below` is 0 without `rows`
 //       [ rows      0 ]
 
 namespace segtrain {

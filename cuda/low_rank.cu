@@ -1,4 +1,4 @@
-// The rank-R parts of linear layers with LoRA, with one pass over the rows in each kernel. The host code is in
+// The rank-R parts of linear layers with LoRA. Each kernel makes one pass over the rows. The host code is in
 // csrc/ops/linear/joint_linear.cpp. m is the number of rows, k the input width, n the output width and R the total
 // rank.
 //
@@ -206,7 +206,7 @@ __device__ void low_rank_factors(const float* const (&a)[3], const float* const 
   if (i >= k + n) return;
   const bool of_a = i < k;
   const int column = of_a ? i : i - k;
-  // The layer that has these ranks, and the index of the column in this layer.
+  // The layer to which these ranks belong, and the index of the column in this layer.
   int first = r0, own = column;
   const int part = all.of_rank(first);
   for (int j = 0; !of_a && j < part; ++j) own -= widths[j];

@@ -6,7 +6,7 @@ constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 __device__ inline float infinity() { return __int_as_float(0x7f800000); }
 
-// These types replace CUDA's half-precision types, which would need a header and its path.
+// These types replace CUDA's half-precision types, for which the compiler would need a header and its path.
 struct half {
   unsigned short bits;
 };
@@ -314,7 +314,7 @@ __device__ inline float block_reduce(float x) {
   auto both = [](float a, float b) { return MAX ? fmaxf(a, b) : a + b; };
 #pragma unroll
   for (int lane = 16; lane > 0; lane /= 2) x = both(x, __shfl_xor_sync(~0u, x, lane));
-  __syncthreads();  // the threads have read the results of the last reduction
+  __syncthreads();  // after this barrier, all threads have read the results of the previous reduction
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
   __syncthreads();
   x = threadIdx.x % 32 < blockDim.x / 32 ? warps[threadIdx.x % 32] : MAX ? -infinity() : 0;

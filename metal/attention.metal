@@ -31,7 +31,7 @@ namespace segtrain {
 
 using Matrix = simdgroup_matrix<float, 8, 8>;
 
-// The rows that are staged at a time. Two such tiles need at most 17 KiB.
+// A tile contains the rows that are staged at a time. Two tiles need at most 17 KiB.
 template <typename T, int D>
 struct Tile {
   static constant constexpr int bytes = D * sizeof(T);
@@ -102,9 +102,9 @@ void fill(thread Matrix* x, float value) {
   for (int n = 0; n < N; ++n) x[n] = make_filled_simdgroup_matrix<float, 8, 8>(value);
 }
 
-// A matrix product may sum in any order, and the columns of its result may be in any order. Elements that are
-// neighbours in memory therefore go to different matrices, and a lane reads several of its elements at once.
-// Matrix f of `wide` matrices has the columns wide i + f for i < 8.
+// A matrix product may sum in any order, and the columns of its result may be in any order. This makes it
+// possible to put elements that are neighbours in memory into different matrices, so that a lane can read
+// several of its elements in one go. Matrix f of `wide` matrices has the columns wide i + f for i < 8.
 constexpr int wide_of(int D) {
   return D % 32 == 0 ? 4 : 2;
 }
@@ -152,7 +152,7 @@ template <int D, int R, int KEPT, typename T>
 void product(thread Matrix* x, const device T* own, thread simdgroup_matrix<T, 8, 8>* kept, const threadgroup T* tile,
              Place at) {
   constexpr int N = Tile<T, D>::rows / 8, W = wide_of(D);
-  static_assert(KEPT > 0 || R == 1, "only 8 rows are read again");
+  static_assert(KEPT > 0 || R == 1, "rows can be read from memory again only if R is 1");
   fill<R * N>(x, 0);
   UNROLL
   for (int d = 0; d < D; d += 8 * W) {
@@ -295,7 +295,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
 
       /// Online softmax: rescales the sums, which are relative to the old maximum.
       top = of_row(top, Max());
-      const float base = top == -INFINITY ? 0 : top;  // nothing seen yet
+      const float base = top == -INFINITY ? 0 : top;  // no key seen yet
       const float shrink = fast::exp(m[r] - base);
       float part = 0;
       UNROLL
@@ -330,7 +330,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
 }
 
 // The dS of one head is stored in blocks of 32 keys x 32 queries. For the keys 32 i to 32 i + 31, there are
-// consecutive blocks for the queries that see one of these keys: block index[i] + j has the 32 queries that
+// consecutive blocks for the queries that see one of these keys: block index[i] + j contains the 32 queries that
 // begin at 32 j. A block consists of 8 x 8 matrices whose rows are keys. A lane's elements of two matrices are
 // consecutive: [two of queries][four of keys][lane][4].
 constant constexpr int BLOCK_SIZE = BLOCK * BLOCK;
@@ -505,13 +505,14 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 // host's.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
-              "the host launches other groups");
+              "the host launches groups of another size");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 segtrain::attention<D, CAP>(
     q, k, v, first, q_start, scale, cap, segtrain::Shape(q_shape, k_shape), o, lse, tiles,
     threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_kv_ds: q k v lse delta d_o first index blocks q_start scale cap -> dk dv ds
-static_assert(ROWS == segtrain::KEYS && THREADS == 2 * 32 * segtrain::SIMDS, "the host launches other groups");
+static_assert(ROWS == segtrain::KEYS && THREADS == 2 * 32 * segtrain::SIMDS,
+              "the host launches groups of another size");
 threadgroup T tiles[2 * segtrain::Tile<T, D>::size];
 threadgroup float weights[segtrain::KEYS * segtrain::Tile<T, D>::rows];
 segtrain::attention_vjp_kv_ds<D, CAP>(
@@ -519,7 +520,7 @@ segtrain::attention_vjp_kv_ds<D, CAP>(
     tiles, weights, threadgroup_position_in_grid, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 //: attention_vjp_q_ds: lse k ds first index blocks q_start scale -> dq
 static_assert(ROWS == 8 * segtrain::queries_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
-              "the host launches other groups");
+              "the host launches groups of another size");
 threadgroup T tile[segtrain::Tile<T, D>::size];
 segtrain::attention_vjp_q_ds<D>(
     k, ds, first, index, blocks, q_start, scale, segtrain::Shape(lse_shape, k_shape), dq, tile,

@@ -121,8 +121,8 @@ def test_what_a_kernel_takes():
     [
         (lambda bases, a, b, gains: ([], a, b, gains), "at least one base"),
         (lambda bases, a, b, gains: (bases, a[:, 1:], b, gains), r"expected a \[E, 8, 64\]"),
-        (lambda bases, a, b, gains: (bases, None, b, gains), "beside a"),
-        (lambda bases, a, b, gains: (bases, a, [b[0][:, 1:]], gains), r"expected b \[E, 40, R\]"),
+        (lambda bases, a, b, gains: (bases, None, b, gains), "together with a"),
+        (lambda bases, a, b, gains: (bases, a, [b[0][:, 1:]], gains), r"expected b \[E, 40, R_j\]"),
         (lambda bases, a, b, gains: (bases, a, b, [gains[0][:, 1:]]), r"gains \[E, 40\]"),
     ],
 )

@@ -301,7 +301,7 @@ def test_no_launch_takes_long_on_an_m1(options):
 @pytest.mark.parametrize("name", [FORWARD, DQ, DKV])
 @pytest.mark.parametrize("constant", ["ROWS", "THREADS"])
 def test_groups_that_the_text_does_not_have(name, constant):
-    with pytest.raises(MetalError, match="the host launches other groups"):
+    with pytest.raises(MetalError, match="the host launches groups of another size"):
         check(*RAGGED, Change(name, f"{constant} ==", f"{constant} == 8 +"))
 
 

@@ -292,7 +292,7 @@ FAULTS = {
     "shared out of bounds": ("tile[i + 1] = 0; y[i] = 0;", r"write out of bounds: tile\[64\]"),
     "misaligned cast": (
         "y[i] = reinterpret_cast<const device float4*>(x + 1)[0].x;",
-        "x is cast out of alignment",
+        "x is cast to a misaligned pointer",
     ),
     "no barrier": (SWAP.format("", "i ^ 32"), "race: tile|tile.* before it is written"),
     "barrier of device memory only": (

@@ -529,9 +529,9 @@ BAD = [
     ),
     (lambda x: ops.rms_norm(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and \(7\)"),
     (lambda x: ops.rms_norm_beside(x, mx.ones(7), 1e-5), r"weight \[H\]; got \(1,2,5,8\) and"),
-    (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"h like x \(1,2,5,8\); got \(2,5,8"),
+    (lambda x: ops.add_rms_norm(x[0], x, mx.ones(8), 1e-5), r"x's shape \(1,2,5,8\); got \(2,5,8"),
     (lambda x: ops.add_rms_norm(x, x, mx.ones(8), 1e-5, x), r"factor must be a single number; got"),
-    (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1; got widths 8, 8"),
+    (lambda x: heads_of(x[0], [8, 8]), r"q of 2 heads and k and v of 1 heads; got widths 8, 8"),
     (lambda x: heads_of(x[0], [8] * 4), r"one to three linear layers; got \(2,5,8\) and 4"),
     (
         lambda x: heads_of(x[0], [8], norms=[ops.HeadNorm(mx.ones(8), 1e-5)]),

@@ -32,7 +32,7 @@ struct Nvrtc {
     if (!library) throw std::runtime_error("[cuda] libnvrtc, CUDA's run-time compiler, was not found.");
     auto find = [&](auto& function, const char* symbol) {
       function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
-      if (!function) throw std::runtime_error(std::string("[cuda] libnvrtc has no ") + symbol + ".");
+      if (!function) throw std::runtime_error(std::string("[cuda] libnvrtc does not export ") + symbol + ".");
     };
     find(create, "nvrtcCreateProgram");
     find(destroy, "nvrtcDestroyProgram");
@@ -62,7 +62,7 @@ std::string compile_cuda(const std::string& name, const std::string& source, int
   auto architecture = "--gpu-architecture=sm_" + std::to_string(capability) + (capability >= 90 ? "a" : "");
   std::vector<const char*> options{architecture.c_str(), "--std=c++17",
                                    "--device-as-default-execution-space"};
-  // A dry run only checks that the kernel compiles, for which no optimization is needed.
+  // A dry run only checks that the kernel compiles, which needs no optimization.
   if (dry_run()) options.push_back("--Ofast-compile=max");
   size_t size = 0;
   if (nvrtc.compile(program, static_cast<int>(options.size()), options.data())) {

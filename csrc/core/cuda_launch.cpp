@@ -110,7 +110,7 @@ void allocate(mx::array& y, mx::Stream s) {
   auto& primitive = known[s.index];
   if (!primitive) {
     const auto x = mx::array({0.0f});
-    const auto last = mx::masked_scatter(x, mx::array({true}), x, s);  // a squeeze of the scatter
+    const auto last = mx::masked_scatter(x, mx::array({true}), x, s);  // a scatter, then a squeeze
     auto scatter = last.inputs().at(0).primitive_ptr();
     check(scatter->name() == std::string("MaskedScatter"), "[allocate] MLX's masked_scatter has changed.");
     primitive = scatter;
@@ -125,7 +125,7 @@ class CudaKernel : public mx::Primitive {
       : Primitive(s), binary_(binary), grid_(grid), fixed_(std::move(fixed)) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error("[" + binary_.name + "] is a CUDA kernel.");
+    throw std::logic_error("[" + binary_.name + "] is a CUDA kernel and cannot run on the CPU.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
@@ -228,7 +228,7 @@ namespace segtrain {
 
 Arrays cuda_launch(const CudaBinary& binary, Arrays, std::vector<mx::Shape>, std::vector<mx::Dtype>,
                    const Grid&, mx::StreamOrDevice, std::shared_ptr<const FixedInputs>) {
-  throw std::logic_error("[" + binary.name + "] is a CUDA kernel.");
+  throw std::logic_error("[" + binary.name + "] is a CUDA kernel, which runs only on Linux.");
 }
 
 }  // namespace segtrain

@@ -1,5 +1,5 @@
-// Replaces GPU kernels on machines without a GPU. CUDA kernels are replaced by a dry run, which counts the
-// launches that a device would make. Metal kernels are replaced by a function that a test provides.
+// Replaces GPU kernels on machines without a GPU. In a dry run, CUDA kernels return zeros, and `launches`
+// counts the launches that a device would need. Metal kernels are replaced by a function from a test.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -35,7 +35,7 @@ class DryKernel : public mx::Primitive {
     }
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error("[" + name_ + "] exists in a dry run only.");
+    throw std::logic_error("[" + name_ + "] runs only in a dry run, on the CPU.");
   }
   const char* name() const override { return name_.c_str(); }
 
@@ -72,7 +72,7 @@ Arrays in_order(const Arrays& outputs) {
 /// whose output shares the memory of its input launches no kernel. A kernel of this package also needs one
 /// copy launch for each input that is not row-contiguous. A concatenation launches one copy for each input.
 std::map<std::string, int> launches(const Arrays& outputs) {
-  check(dry_run(), "[launches] works in a dry run only.");
+  check(dry_run(), "[launches] works only in a dry run: set MLX_SEGTRAIN_DRY_RUN_CUDA.");
   std::map<std::string, int> counts;
   const auto order = in_order(outputs);
   std::vector<Arrays> inputs;
@@ -106,7 +106,7 @@ const Binding binding([](nb::module_& m) {
       .def_ro("source", &MetalLaunch::source)
       .def_ro("header", &MetalLaunch::header)
       .def_prop_ro(
-          "inputs", [](const MetalLaunch& launch) { return launch.inputs; }, "(name, array)")
+          "inputs", [](const MetalLaunch& launch) { return launch.inputs; }, "(name, array) for each input")
       .def_prop_ro(
           "outputs",
           [](const MetalLaunch& launch) {
@@ -115,15 +115,16 @@ const Binding binding([](nb::module_& m) {
               outputs.push_back({name, std::vector<int>(shape.begin(), shape.end()), dtype});
             return outputs;
           },
-          "(name, shape, dtype)")
+          "(name, shape, dtype) for each output")
       .def_ro("arguments", &MetalLaunch::arguments)
       .def_ro("grid", &MetalLaunch::grid)
       .def_ro("threadgroup", &MetalLaunch::threadgroup);
   m.def(
       "emulate_metal", [](std::optional<RunMetal> run) { emulate_metal(run.value_or(nullptr)); },
       "run"_a.none(),
-      "Makes calls on this thread choose implementations as on Metal; `run` is called for each launch and "
-      "returns its outputs. None ends the emulation. This is meant for tests.");
+      "Makes calls on this thread choose implementations as on Metal. `run` is called for each launch and "
+      "must "
+      "return its outputs. If `run` is None, ends the emulation. This function is meant for tests.");
   m.def("launches", &launches, "arrays"_a,
         "Evaluates these arrays in a dry run and returns the number of kernels, by name, that a CUDA device "
         "would launch for them.");

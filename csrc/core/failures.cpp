@@ -1,6 +1,6 @@
-// Explains why macOS aborted work on the GPU. In this case MLX throws an exception on one of Metal's threads,
-// where it cannot be caught, and the process ends with Metal's message, which contains only the name of an
-// error constant.
+// Explains why macOS aborted work on the GPU. When this happens, MLX throws an exception on one of Metal's
+// threads, where it cannot be caught. The process then ends with Metal's message, which contains only the
+// name of an error constant.
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -17,12 +17,12 @@ std::string explained(const std::string& what) {
   auto has = [&](const char* part) { return what.find(part) != std::string::npos; };
   if (!has("Command buffer execution failed")) return "";
   if (has("Impacting Interactivity") || has("Timeout"))
-    return "macOS ended the run's work on the GPU because a piece of it kept the display waiting too long: "
-           "set MLX_MAX_OPS_PER_BUFFER=1, which makes the pieces as short as possible, or lower "
-           "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
+    return "macOS ended the run's work on the GPU because one command buffer kept the display waiting too "
+           "long: set MLX_MAX_OPS_PER_BUFFER=1, which makes command buffers as short as possible, or lower "
+           "max_seq_length or batch_size; the last checkpoint is kept (see docs/mac.md).";
   if (has("OutOfMemory") || has("Insufficient Memory"))
     return "the GPU had no memory left for the run: close other programs, or lower memory_budget_gb, "
-           "max_seq_length or batch_size; the last checkpoint is kept (docs/mac.md).";
+           "max_seq_length or batch_size; the last checkpoint is kept (see docs/mac.md).";
   return "the GPU could not finish the run's work: resume from the last checkpoint, and if the error happens "
          "again, report it with the output of `mlx-segtrain doctor`.";
 }

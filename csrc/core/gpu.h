@@ -26,7 +26,7 @@ struct Grid {
   std::tuple<int, int, int> groups;  ///< thread groups (CUDA: blocks)
   int threads;                       ///< threads per group
   int shared_memory = 0;             ///< bytes, CUDA only
-  int at_once = 1;  ///< blocks that must fit on a multiprocessor together, which limits registers; CUDA only
+  int at_once = 1;  ///< blocks that must fit on a multiprocessor together (limits registers); CUDA only
 };
 
 /// Returns the number of tiles of `size` elements that cover n elements.

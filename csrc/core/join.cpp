@@ -7,7 +7,7 @@
 namespace segtrain {
 
 mx::array join(const Arrays& arrays, mx::StreamOrDevice s) {
-  constexpr size_t AT_ONCE = 64;  // the number of inputs of cuda/join.cu
+  constexpr size_t AT_ONCE = 64;  // number of arrays per launch, as in cuda/join.cu
   constexpr int THREADS = 256, OF_A_THREAD = 16;
   check(!arrays.empty(), "[join] expected at least one array.");
   Arrays flat;

@@ -50,7 +50,7 @@ class CpuOp : public mx::Primitive {
     mx::cpu::get_command_encoder(stream()).dispatch([run = run_, in, out] { (*run)(in, out); });
   }
   void eval_gpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
-    throw std::logic_error(std::string("[") + name_ + "] is a CPU kernel.");
+    throw std::logic_error(std::string("[") + name_ + "] is a CPU kernel and cannot run on a GPU.");
   }
   const char* name() const override { return name_; }
 

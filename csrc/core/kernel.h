@@ -1,5 +1,4 @@
-// Argument checks, the choice of an implementation, and CPU primitives. Only this file and gpu.h name MLX's
-// backends.
+// Argument checks, the choice of an implementation, and CPU primitives.
 #pragma once
 
 #include <algorithm>
@@ -36,7 +35,7 @@ enum class Gpu { none, metal, cuda };
 struct Way {
   std::string name;
   bool ok;
-  std::string reason;  ///< why it does not support them
+  std::string reason;  ///< why it does not support the arguments
 };
 
 /// Returns the name of the implementation to use. If `impl` is "auto", this is the first implementation that

@@ -17,7 +17,7 @@ namespace segtrain::cpu {
 inline void gemm(bool ta, bool tb, int m, int n, int k, float alpha, const float* a, int lda, const float* b,
                  int ldb, float beta, float* c, int ldc) {
 #ifndef __APPLE__
-  // Setting one thread in this library affects no other code: NumPy and SciPy load their own copies of
+  // Limiting this library to one thread affects no other code: NumPy and SciPy load their own copies of
   // OpenBLAS under other names.
   static const bool single = (scipy_openblas_set_num_threads(1), true);
   (void)single;

@@ -18,7 +18,7 @@ namespace {
 /// inf above it.
 inline float exp1(float x) {
   float clamped = x < -87.33f ? -87.33f : (x > 88.72f ? 88.72f : x);
-  // Adding 1.5·2²³ rounds to the nearest integer.
+  // Adding and subtracting 1.5·2²³ rounds to the nearest integer.
   float n = (clamped * 1.44269504f + 12582912.0f) - 12582912.0f;
   float r = clamped - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
@@ -29,7 +29,7 @@ inline float exp1(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  // 2ⁿ in two factors, since n may be 128.
+  // 2ⁿ is computed as two factors, because n may be 128, and 2¹²⁸ exceeds the range of float.
   int32_t k = (int32_t)n, k1 = k >> 1, k2 = k - k1;
   int32_t bits1 = (k1 + 127) << 23, bits2 = (k2 + 127) << 23;
   float s1, s2;

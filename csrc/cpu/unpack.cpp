@@ -1,5 +1,5 @@
-// This file is compiled in the same way as rows.cpp, but with -ffp-contract=off. For the same reason as
-// rows.cpp, it includes no C++ library headers.
+// Like rows.cpp, this file is compiled three times and includes no C++ library headers. Unlike rows.cpp, it
+// is compiled with -ffp-contract=off.
 #include "cpu/unpack.h"
 
 #include <string.h>

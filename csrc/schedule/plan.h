@@ -29,7 +29,7 @@ struct Value {
   int producer;         ///< index of the stage that writes it; -1 for an input
   bool differentiable;  ///< depends on a parameter, so a cotangent must reach it
   std::vector<int>
-      readers;  ///< stages that read it, in order, once per read; the head follows the last stage
+      readers;  ///< stages that read it, in order, once per read; the head counts as the last stage
 };
 
 /// A step of the plan over stages [begin, end). Values are indices into Plan::values.
@@ -38,7 +38,7 @@ struct Move {
     forward,  ///< run the stages; keep `writes`, but no intermediate arrays
     /// run the last segment and the head, keep all intermediate arrays, and run the backward pass of both
     head,
-    backward,  ///< run the stages again, and their backward pass with the cotangents of `writes`
+    backward,  ///< run the stages again, then their backward passes with the cotangents of `writes`
   };
   Kind kind;
   int begin;

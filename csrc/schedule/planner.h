@@ -30,7 +30,7 @@ struct Costs {
   std::vector<StageSpec> stages;
   std::vector<std::string> inputs, head_reads;
   std::vector<int64_t> input_bytes;        ///< bytes of each input
-  std::vector<std::string> incoming = {};  ///< inputs that depend on parameters of other stages
+  std::vector<std::string> incoming = {};  ///< inputs that depend on parameters of earlier stages
   std::vector<int> layers;                 ///< one past the last stage of each layer
   std::vector<StageCost> costs;            ///< cost of each stage
   int64_t head = 0;                        ///< peak memory while the head runs

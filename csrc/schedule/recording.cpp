@@ -44,7 +44,7 @@ Recording::Recording(const Arrays& inputs, const Arrays& outputs) : n_inputs_(in
   Arrays held;                                     // an id is unique only while its array is alive
   for (size_t i = 0; i < inputs.size(); ++i) {
     number.insert({inputs[i].id(), static_cast<int>(i)});
-    // MLX traces a copy of the input, which MLX itself makes.
+    // MLX copies each input and traces the copy.
     if (is_computed(inputs[i]) && !std::strcmp(inputs[i].primitive().name(), "Copy"))
       number.insert({inputs[i].inputs()[0].id(), static_cast<int>(i)});
   }

@@ -75,7 +75,8 @@ class Runner {
       if ((move.end - 1 - i) % AT_A_TIME == 0) start({}, plan_.stages[i].writes, values_);
     }
     const Arrays made = found(plan_.head_reads, values_);
-    // The caller keeps these values from here on, and the graphs in `kept_` keep the arrays that they need.
+    // From here on, the caller keeps these values alive, and the graphs in `kept_` keep the arrays that they
+    // need.
     if (!head_)
       for (int value : move.drops) values_[value].reset();
     return made;
@@ -411,8 +412,8 @@ Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::o
         " callables and owners of parameters, one for each stage; got ", fns.size(), " and ", owners.size(),
         ".");
   for (int owner : owners)
-    check(owner >= 0 && static_cast<size_t>(owner) < params.size(), "[schedule] no parameters of owner ",
-          owner, ".");
+    check(owner >= 0 && static_cast<size_t>(owner) < params.size(),
+          "[schedule] there are no parameters for owner ", owner, ".");
   auto runner = std::make_shared<Runner>(plan, fns, head, params, owners, head_params, inputs, wait, launch,
                                          watch, recordings);
   return {[runner] { return runner->forward(); },

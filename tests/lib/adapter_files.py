@@ -71,7 +71,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Returns the weights that mlx-lm uses, in float32, by name."""
+    """Returns the weights that mlx-lm uses as float32 arrays, by name."""
     model, _ = load_model(model_dir)
     found = {}
     for path, module in model.named_modules():

@@ -47,8 +47,8 @@ def grads(f, args, dy):
 
 
 def check_op(name, f, plain, args, truth, true_grads, dy, dtype):
-    """Checks the value and gradients of f, also with each gradient computed alone, and that two
-    calls agree."""
+    """Checks the value and the gradients of f. Also checks that two calls return the same values,
+    and that each gradient is the same if it is computed alone."""
     y = f(*args)
     assert y.dtype == getattr(mx, dtype) or name in ("linear_cross_entropy", "linear_log_probs")
     oracle.assert_no_worse(f"{name} y", f64(y), f64(plain(*args)), truth, dtype)

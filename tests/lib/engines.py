@@ -31,8 +31,8 @@ def write_lively(path):
 
 
 def write_adapters(folder, model):
-    """Returns adapter folders by name: one has DoRA, one adapts the embedding, and `ab` is a +
-    b."""
+    """Writes adapters and returns their folders by name. `dora` uses DoRA, `outer` adapts the
+    embedding, and `ab` is the sum of `a` and `b`."""
     chain = chain_of(load_base(model)[0])
 
     def write(name, adapter):
@@ -79,7 +79,7 @@ class Alone:
         if asked < n:
             known = list(self._tokens(*key, n))
             self.known[key] = n, known
-        return known[:n]  # a greedy response begins with any shorter one
+        return known[:n]  # a longer greedy response begins with the shorter one
 
     def _tokens(self, prompt, name, goes_on, n):
         if name not in self.models:

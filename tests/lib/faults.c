@@ -43,7 +43,7 @@ static int at_below(int dir, const char *path) {
 
 enum { PASS, FAIL, TORN };
 
-/* Counts a call, and returns what happens to it. */
+/* Counts a call, and returns whether it passes, fails or is torn. */
 static int fault(int counts) {
   if (!counts) return PASS;
   const char *at = getenv("FAULT_AT"), *kind = getenv("FAULT_KIND");

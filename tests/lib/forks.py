@@ -56,8 +56,8 @@ def processes() -> Any:
 
 
 class _File:
-    """A file descriptor, which becomes one of the fork. It is sent when the fork starts, so that
-    this process keeps no copy, which would hold a lock."""
+    """A file descriptor that is passed to a fork when the fork starts. This process keeps no copy
+    of the descriptor, because the copy would hold a lock."""
 
     def __init__(self, number: int):
         self.number = number
@@ -67,7 +67,8 @@ class _File:
 
 
 class Fork:
-    """A fork that runs `main` of one of our modules, with what the package uses of Popen."""
+    """A fork that runs `main` of one of our modules. It has those methods and attributes of Popen
+    that the package uses."""
 
     def __init__(self, module: str, *args: Any, **how: Any):
         self._process = processes().Process(target=_main, args=(module, args), kwargs=how)

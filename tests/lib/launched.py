@@ -110,7 +110,7 @@ def wait_for_step(folder, step, seconds=60):
 
 
 def ends(folder, started, but=(), seconds=60):
-    """Returns how each rank's last run ended, and the seconds until all had ended."""
+    """Returns how each rank's last run ended, and the number of seconds until all had ended."""
     begin = time.monotonic()
     for rank, own in enumerate(started):
         if rank not in but:

@@ -51,7 +51,7 @@ class Mutator:
         return chance.choice(self.odd)
 
     def bytes(self, content: bytes) -> bytes:
-        """Returns the bytes with some of them changed, removed, doubled or added."""
+        """Returns the bytes with some of them changed, removed, duplicated or added."""
         chance, found = self.chance, bytearray(content)
         for _ in range(chance.randrange(1, 4)):
             at = chance.randrange(len(found) or 1)

@@ -74,7 +74,7 @@ class Server:
         """Waits until the engine has no requests."""
         end = time.monotonic() + within_s
         while self.engine._active or self.engine._waiting:
-            assert time.monotonic() < end, "generation continues after its client has gone"
+            assert time.monotonic() < end, "generation continues after its client has disconnected"
             time.sleep(0.01)
 
 

@@ -188,7 +188,7 @@ def errors(x, truth):
     assert x.shape == truth.shape, (x.shape, truth.shape)
     assert np.isfinite(x).all()
     norm, top = np.linalg.norm(truth), np.abs(truth).max(initial=0)
-    if top < 1e-12:  # the true value is 0, but as a difference of rounded sums
+    if top < 1e-12:  # the true value is 0, but is computed as a difference of rounded sums
         norm = top = 3
     return np.linalg.norm(x - truth) / (norm or 1), np.abs(x - truth).max(initial=0) / (top or 1)
 

@@ -75,7 +75,7 @@ class Crash(BaseException):
 
 
 def crash_behind(last, told=None):
-    """Returns an on_event function that ends the run at the loss of step `last`."""
+    """Returns an on_event function that ends the run when step `last` reports its loss."""
 
     def on_event(event):
         if told is not None:

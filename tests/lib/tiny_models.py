@@ -12,8 +12,8 @@ from mlx.utils import tree_map
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
-# Values of config fields that several families share. Each family uses those defined in its
-# ModelArgs.
+# Values of config fields that several families share. Each family uses the fields that its
+# ModelArgs defines.
 COMMON: dict[str, Any] = {
     name: value
     for value, names in (
@@ -96,8 +96,8 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# Values in which each family differs from COMMON. In families with a text_config, they belong
-# there.
+# Values in which each family differs from COMMON. If a family has a text_config, these values are
+# fields of it.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},
@@ -346,7 +346,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "youtu_llm": {},
 }
 
-# Families that have no forward pass on the CPU, and the reason in mlx-lm.
+# Families of mlx-lm that cannot be built or run on the CPU, and the reasons.
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "BitLinear has only a Metal kernel",
     "muse_spark": "only a Metal kernel normalizes and rotates queries and keys",

@@ -1,7 +1,7 @@
 """Imports everything that a run needs, in the process from which runs are forked.
 
-It computes nothing, because MLX's threads do not survive a fork. The environment variable
-WARM_MODEL contains a model's folder.
+This module computes nothing, because MLX's threads do not survive a fork. The environment variable
+WARM_MODEL contains the path of a model's folder.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Checks with `make -n` that every target uses only commands that a Mac has.
 
-macOS has GNU make 3.81 from 2006, and BSD tools.
+macOS comes with GNU make 3.81 (from 2006) and BSD tools.
 """
 
 import os
@@ -71,5 +71,5 @@ def check() -> int:
             if match := re.search(pattern, commands, re.M):
                 raise Found(f"make {target} uses {what}, which a Mac does not have: {match[0]!r}")
         if re.search(r"mlx\[cpu\]|\[[\w,]*\bcpu\b", commands):
-            raise Found(f"make {target} installs MLX's back end for Linux on a Mac")
+            raise Found(f"make {target} installs MLX's CPU backend for Linux on a Mac")
     return len(targets)

@@ -14,8 +14,8 @@ from .machine import BUILD, HERE, MACOS, SITE, environment, zig
 from .macho import symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
-#: This macro enables availability attributes on functions that are newer than the target. Apple's
-#: headers use them, and zig's do not.
+#: If this macro is 1, functions that are newer than the target have availability attributes.
+#: Apple's headers set it to 1, but zig's do not.
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]
 LIBCXX = "/usr/lib/libc++.1.dylib"

@@ -74,7 +74,7 @@ def check_host_faults() -> int:
         source = ROOT / fault.file
         text = source.read_text()
         if fault.old not in text:
-            raise Found(f"{fault.what}: {fault.file} has no {fault.old!r}")
+            raise Found(f"{fault.what}: {fault.file} does not contain {fault.old!r}")
         broken = folder / fault.what.replace(" ", "_") / source.name
         broken.parent.mkdir(parents=True)
         broken.write_text(text.replace(fault.old, fault.new, 1))
@@ -104,7 +104,7 @@ def check_symbol_faults() -> int:
             raise Found(f"{fault.what}: the code to link does not compile\n{done.stderr}")
         text = shlex.join(linking)
         if fault.without not in text:
-            raise Found(f"{fault.what}: the linker's command has no {fault.without!r}")
+            raise Found(f"{fault.what}: the linker's command does not contain {fault.without!r}")
         arguments = shlex.split(text.replace(fault.without, "") if fault.without else text)
         arguments[arguments.index("-o") + 1] = str(source.with_suffix(".so"))
         done = run([BIN / "c++", *arguments, made], env=environment(), cwd=CMAKE)
@@ -121,5 +121,5 @@ def compare(planted, said: list[str]) -> int:
         if not re.search(fault.says, text)
     ]
     if missed:
-        raise Found("planted faults that were not found:\n" + "\n".join(missed))
+        raise Found("some planted faults were not found:\n" + "\n".join(missed))
     return len(planted)

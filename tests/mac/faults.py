@@ -1,4 +1,4 @@
-"""Faults that a build for Linux would not find. `make mac` plants each of them and must find it."""
+"""Faults that a build for Linux does not find. `make mac` plants each of them and must find it."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A fault that links an additional file, or leaves out some of the files."""
+    """A fault that links an additional file, or removes a part of the linker's command."""
 
     what: str
     source: str
@@ -214,7 +214,7 @@ METAL = [
     ),
     Text(
         "threadgroup size unlike the host's", "attention", "int SIMDS = 4;", "int SIMDS = 8;",
-        "the host launches other groups",
+        "the host launches groups of another size",
     ),
     Text(
         "double", "attention", "l[r] > 0 ? 1 / l[r] : 0, at", "l[r] > 0 ? 1.0 / l[r] : 0.0, at",

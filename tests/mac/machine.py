@@ -31,12 +31,12 @@ A, B = TypeVar("A"), TypeVar("B")
 
 
 class Found(Exception):
-    """Raised when a fault is found; the message names it."""
+    """Raised when a check finds a fault. The message names the fault."""
 
 
 @contextlib.contextmanager
 def step(what: str) -> Iterator[None]:
-    """Prints how long a step took when it is done."""
+    """Prints the duration of the enclosed step when it is done."""
     began = time.monotonic()
     yield
     print(f"{what}: {time.monotonic() - began:.0f} s", flush=True)
@@ -49,8 +49,8 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables for zig and the wrappers. They keep zig's caches in our
-    folder."""
+    """Returns the environment variables for zig and the wrappers. With them, zig's caches are in
+    the build folder."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
     return {**os.environ, **caches, "MAC_BIN": str(BIN), "PYTHONPATH": path}
@@ -84,8 +84,8 @@ def fetch() -> int:
     for wheel in wheels.iterdir():
         with zipfile.ZipFile(wheel) as file:
             file.extractall(SITE)
-    # CMakeLists.txt imports the package to find its folder. The import would load mlx.core, so a
-    # stub replaces this module.
+    # CMakeLists.txt imports MLX to find its folder. The import would load mlx.core, which is built
+    # for macOS, so a stub replaces this module.
     core = SITE / "mlx" / "core" / "__init__.py"
     core.write_text("__version__ = None\n")
     done.touch()

@@ -3,7 +3,7 @@ address spaces.
 
 In Clang's C++ for OpenCL, as in Metal, types have address spaces. Two more passes compile the text
 as plain C++, to check it against the language versions on which Metal is based. `says_of` finds
-faults that these compilers accept and Apple's compiler refuses: pointers or references without an
+faults that these compilers accept but Apple's compiler rejects: pointers or references without an
 address space, and variables or threadgroup memory outside of a kernel.
 """
 
@@ -91,7 +91,7 @@ def limits(body: str, arguments: dict) -> str:
     threads = arguments["THREADS"]
     asserts.append(
         f"static_assert({threads} % {SIMD} == 0 && {threads} <= {MOST_THREADS},"
-        ' "threads of a group");'
+        ' "invalid number of threads per threadgroup");'
     )
     return "\n".join(asserts) + "\n"
 
@@ -139,8 +139,8 @@ TYPES = {"T", "float", "int", "uint", "half", "bool", "Matrix", "Shape", "Place"
 
 
 def says_of(header: str) -> str:
-    """Returns an error if Apple's compiler would refuse text that the others accept, and otherwise
-    an empty string."""
+    """Returns an error message if the text has a fault that only Apple's compiler rejects, and
+    otherwise an empty string."""
     text = re.sub(r"//[^\n]*", "", header)
     for match in re.finditer(r"(\w+(?:<[^<>;{}()]*>)?)\s*([*&])\s*(\w+)(?=\s*[,)])", text):
         line = text[text.rfind("\n", 0, match.start()) + 1 : match.end()]
@@ -180,8 +180,8 @@ def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str
 
 
 def check() -> int:
-    """Raises an error if a kernel does not compile. Returns the number of kernels and the number of
-    modes."""
+    """Compiles each kernel in each mode, and raises an error if one does not compile. Returns the
+    number of compilations."""
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
     groups: dict[tuple[str, str, bool], list[Instance]] = defaultdict(list)
@@ -205,7 +205,7 @@ def check() -> int:
     jobs = [(group, mode) for group in groups.values() for mode in MODES]
     wrong = [text for text in at_once(says, jobs) if text]
     if wrong:
-        raise Found("a Metal compiler would refuse the text\n" + "\n".join(wrong)[:6000])
+        raise Found("a Metal compiler would reject the text\n" + "\n".join(wrong)[:6000])
     return sum(map(len, groups.values())) * len(MODES)
 
 
@@ -231,7 +231,7 @@ def check_faults() -> int:
         header, match = split(instance)
         whole = header + match[0]
         if fault.old not in whole:
-            raise Found(f"{fault.what}: {fault.file} has no {fault.old!r}")
+            raise Found(f"{fault.what}: {fault.file} does not contain {fault.old!r}")
         broken = whole.replace(fault.old, fault.new, 1)
         match = SHAPE.search(broken)
         assert match is not None

@@ -94,7 +94,7 @@ def kernel_text(
     """Returns the text and the kernel's name as in MLX, and a C++ expression for each argument."""
     if not (header + source).isascii():
         raise MetalError(
-            f"{name}: MLX passes the text to Metal as ASCII, but it has other characters"
+            f"{name}: MLX passes the text to Metal as ASCII, but it contains other characters"
         )
     values = ", ".join(map(template_value, template.values()))
     full = f"custom_kernel_{name}"
@@ -224,7 +224,7 @@ def compile_cxx(source: Path, target: Path, *flags: str) -> None:
 
 
 class Counts(ctypes.Structure):
-    """The work of a launch; the same as `Counts` in emulator.h."""
+    """The work of a launch, with the layout of `Counts` in emulator.h."""
 
     _fields_ = tuple(
         (name, ctypes.c_int64)
@@ -340,11 +340,12 @@ def execute(
     orders: Sequence[int],
     counts: list[dict[str, int]] | None,
 ) -> list[mx.array]:
-    """Builds the result of `to_cxx` and runs it. Its arguments are `arrays` and then `outputs`."""
+    """Builds and runs C++ code from `to_cxx`. The kernel's arguments are `arrays`, followed by
+    `outputs`."""
     library = build(cxx)
     group = [min(t, g) for t, g in zip(threadgroup, grid, strict=True)]
     if math.prod(group) > 1024:
-        raise MetalError(f"{name}: a threadgroup of {math.prod(group)} threads is over 1024")
+        raise MetalError(f"{name}: a threadgroup has {math.prod(group)} threads; the limit is 1024")
     data = {k: (to_bytes(x), x.itemsize, 0) for k, x in arrays.items()}
     for key, (shape, dtype) in outputs.items():
         data[key] = np.empty(math.prod(shape) * dtype.size, np.uint8), dtype.size, 1

@@ -1,4 +1,4 @@
-"""Counts the work of our attention kernels and of MLX's on Metal, for the tables in
+"""Counts the work of our Metal kernels and of MLX's Metal kernels for attention, for the tables in
 docs/performance.md.
 
 cd tests && python -m metal_emulator.costs
@@ -27,9 +27,9 @@ DEVICES = {
     "M5": (10, 1.58, 153),
     "M5 Max": (40, 1.75, 614),
 }
-#: Generations without bfloat units. There, the operands of a matrix product are converted to
-#: float32: by the kernel's text or, for an operand that the text does not convert, by the compiler
-#: (which keeps the converted form of the other operand).
+#: Generations without bfloat units. On these, the operands of a matrix product are converted to
+#: float32. If the kernel's text does not convert them, the compiler converts one operand for each
+#: product and keeps the converted form of the other operand.
 NO_BFLOAT = ("M1", "M2")
 #: The number of queries and of keys in a block of scores in MLX's backward pass. This number is an
 #: assumption, because it is not part of the MLX package.
@@ -97,7 +97,7 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
     """Returns the counts of MLX's backward pass per visible score, for its five matrix products and
     the passes between them.
 
-    It computes whole blocks of S and dP, even on the diagonal. A threadgroup of 128 threads
+    MLX computes whole blocks of S and dP, even on the diagonal. A threadgroup of 128 threads
     computes 64 × 64 elements of a product, 16 columns of the operands at a time. Each of its
     simdgroups computes 32 × 32 of these elements: for every 16 products of 8 × 8 matrices, it reads
     4 + 4 matrices from threadgroup memory, with two reads per lane, and converts them to float32.
@@ -140,8 +140,8 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
     """Returns the counts of each kernel per visible score, for plain causal attention at this
     length.
 
-    `memory` is the number of bytes that must be transferred regardless of caches, because there is
-    an element for each score.
+    `memory` is the number of bytes that must be transferred to or from device memory, because
+    arrays with one element per score do not fit into the caches.
     """
     few, many = (launches(d, tokens) | launches_of_mlx(d, tokens) for tokens in TOKENS)
     found = {name: per_score(few[name], many[name], length) for name in few}
@@ -151,8 +151,8 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Returns the counts of `blocked` per score for D = 512, for MLX's matrix products and for
-    writing the scores.
+    """Returns the counts of the implementation `blocked` per score for D = 512: for MLX's matrix
+    products, and for the passes over the scores.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
     half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
@@ -190,7 +190,7 @@ def in_window(d: int, window: int) -> dict[str, float]:
 
 
 def of_other_kernels() -> dict[str, dict[str, float]]:
-    """Returns the counts of the other kernels per element of an output."""
+    """Returns the counts of the other kernels per output element."""
     n = 4096
     counts: list[dict[str, int]] = []
     x, y, z = (mx.random.normal((n,)).astype(DTYPE) for _ in range(3))
@@ -209,14 +209,15 @@ def scores(heads: int = HEADS, length: int = LENGTH) -> float:
 
 
 def floor_ms(multiply_adds: float, device: str) -> float:
-    """Returns the milliseconds of a causal launch whose matrix products run at the peak speed."""
+    """Returns the milliseconds that a causal launch takes if its matrix products run at the peak
+    speed."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * 128 * ghz * 1e9) * 1e3
 
 
 def predicted_ms(x: Counts, device: str) -> float:
-    """Returns the milliseconds of a launch if each part of a core issued one instruction per clock
-    cycle without waiting or overlap.
+    """Returns the milliseconds that a launch would take if each part of a core issued one
+    instruction per clock cycle without waiting or overlap.
 
     If the transfer of `memory` takes longer, returns the time of the transfer.
     """
@@ -231,7 +232,7 @@ def predicted_ms(x: Counts, device: str) -> float:
 
 
 def accelerated_ms(multiply_adds: float, device: str) -> float:
-    """Does the same as floor_ms, but for a device with neural accelerators."""
+    """Returns the same as floor_ms, but for matrix products on neural accelerators."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * ACCELERATOR * ghz * 1e9) * 1e3
 

@@ -1,10 +1,10 @@
 // Implements in C++20 the part of the Metal Shading Language that the kernels use. See
 // docs/metal_on_linux.md.
 //
-// A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. With
-// several orders of simdgroups, a missing barrier therefore shows its worst effect in both directions. Device
-// and threadgroup memory is accessed through checked pointers. Each kernel is compiled with this header;
-// machine.cpp does not depend on the kernel and is compiled once.
+// A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. Kernels
+// run with several orders of simdgroups, so a missing barrier shows its worst effect in both directions.
+// Device and threadgroup memory is accessed through checked pointers. Each kernel is compiled with this
+// header; machine.cpp does not depend on the kernel and is compiled once.
 //
 // glibc's hardening, which Ubuntu's compilers enable by default, treats a jump between fibers as an attack.
 #undef _FORTIFY_SOURCE
@@ -312,7 +312,7 @@ struct ptr<const T, Space> {
     requires(!std::is_same_v<std::remove_const_t<U>, T>)
   explicit ptr(ptr<U, Space> p) : block(p.block), at(p.at) {
     if (at % ptrdiff_t(alignof(T)) || at % std::min<ptrdiff_t>(BYTES, 16))
-      fail("%s is cast out of alignment", block->name.c_str());
+      fail("%s is cast to a misaligned pointer", block->name.c_str());
   }
   T operator[](ptrdiff_t i) const {
     const ref<T> element{block, at + i * BYTES};
@@ -499,7 +499,7 @@ struct simdgroup_matrix {
   static_assert(Cols == 8 && Rows == 8);
   vec<T, 2> elements;
   simdgroup_matrix() {
-    const auto conversions = emu::conversions;  // not in the kernel's text, so not counted
+    const auto conversions = emu::conversions;  // not counted, because T(NAN) is not in the kernel's text
     elements = vec<T, 2>(T(NAN));
     emu::conversions = conversions;
   }
@@ -533,7 +533,7 @@ inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
 template <typename T, typename U, typename Space>
 void simdgroup_load(simdgroup_matrix<T, 8, 8>& m, emu::ptr<U, Space> x, ulong stride = 8,
                     ulong2 origin = ulong2(0), bool transpose = false) {
-  static_assert(std::is_same_v<T, std::remove_const_t<U>>, "a matrix is loaded from memory of its own type");
+  static_assert(std::is_same_v<T, std::remove_const_t<U>>, "a matrix must have the type of the memory");
   for (int i = 0; i < 2; ++i) {
     const ulong2 from = emu_element(i, origin, transpose);
     m.elements[i] = x[from.y * stride + from.x];
@@ -568,7 +568,7 @@ void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d, const simdgroup
       [](auto in, auto out, int lanes) {
         ++emu::machine.counts.products;
         const auto conversions =
-            emu::conversions;  // for the product, the matrix unit itself does the conversions
+            emu::conversions;  // not counted: the matrix unit itself converts the operands of a product
         float a[8][8], b[8][8], c[8][8];
         for (int l = 0; l < lanes; ++l)
           for (int i = 0; i < 2; ++i) {

@@ -42,7 +42,8 @@ KERNELS = {
 
 @dataclass(frozen=True)
 class Change:
-    """A fault that must be found. It replaces occurrence `at` of `old` in a kernel with `new`."""
+    """A fault that a test must detect. It replaces occurrence `at` of `old` in a kernel with
+    `new`."""
 
     kernel: str
     old: str
@@ -51,7 +52,7 @@ class Change:
 
     def of(self, text: str) -> str:
         parts = text.split(self.old)
-        assert len(parts) > self.at + 1, f"{self.kernel} has no {self.old!r}"
+        assert len(parts) > self.at + 1, f"{self.kernel} does not contain {self.old!r}"
         at = self.at + 1
         return self.old.join(parts[:at]) + self.new + self.old.join(parts[at:])
 
@@ -65,9 +66,9 @@ def emulated(
     """Makes calls choose implementations as on Metal, and runs them in the emulator, while this
     context is active.
 
-    Yields a list to which every launch is added. A change that does not apply to the text is an
-    error, and so are template arguments that `make mac` does not compile. The work of each launch
-    is added to `counts`.
+    Yields a list to which every launch is added. Raises an error if a change does not apply to the
+    text, or if `make mac` does not compile the kernel with these template arguments. Appends the
+    work of each launch to `counts`.
     """
     from mac.instances import instances
     from mlx_segtrain import _core

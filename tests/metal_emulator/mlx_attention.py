@@ -84,7 +84,7 @@ def shape_of_groups(d: int) -> tuple[int, int, int]:
 
 
 def text_of(kernel: str, save_lse: bool) -> str:
-    """Returns the header files as one text, without their includes."""
+    """Returns the header files and the kernel as one text, without their includes."""
     text = PRELUDE + "".join((HEADERS / file).read_text() for file in FILES)
     text = re.sub(r"^#(include|pragma)[^\n]*$", "", text, flags=re.M)
     body = re.sub(r"^#(include|pragma)[^\n]*$", "", (HEADERS / kernel).read_text(), flags=re.M)
@@ -104,8 +104,8 @@ def text_of(kernel: str, save_lse: bool) -> str:
 def run(q: mx.array, k: mx.array, v: mx.array, scale: float) -> tuple[mx.array, mx.array, dict]:
     """Returns o, lse and the counts of plain causal attention with MLX's kernel.
 
-    q, k and v are [1,1,T,D], where T is a multiple of 32. lse is 0 if two simdgroups share a row,
-    because both would write it.
+    q, k and v are [1,1,T,D], where T is a multiple of 32. If two simdgroups share a row, lse is not
+    computed and 0 is returned for it, because both simdgroups would write the same element.
     """
     tokens, d = q.shape[2:]
     bk, wm, wn = shape_of_groups(d)

@@ -57,7 +57,8 @@ Call make_call(const mx::array& q, const mx::array& k, const mx::array& v, const
   check(q.dtype() == k.dtype() && q.dtype() == v.dtype() && mx::issubdtype(q.dtype(), mx::floating),
         "[attention] q, k and v must have the same floating dtype; got ", q.dtype(), ", ", k.dtype(), ", ",
         v.dtype(), ".");
-  check(c.G > 0 && c.H % c.G == 0, "[attention] query heads must be a multiple of key heads; got ", c.H,
+  check(c.G > 0 && c.H % c.G == 0,
+        "[attention] the number of query heads must be a multiple of the number of key heads; got ", c.H,
         " and ", c.G, ".");
   c.q_start = q_start.value_or(c.S - c.T);
   check(c.q_start >= 0 && c.q_start + c.T <= c.S,
@@ -110,7 +111,7 @@ Way stock_way(const Call& c) {
   if (!c.causal_only)
     return {"stock", false, "it supports windows, segments, caps and T < S only through mask arrays"};
   auto unfit = stock_heads_unfit(c);
-  // The forward pass is a single launch, and so is the backward pass; neither can be split.
+  // The forward pass is a single launch, and so is the backward pass. Neither can be split.
   constexpr double LONGEST = 4;  // seconds
   if (unfit.empty() && c.device == Gpu::metal && causal_seconds(c, DKV_PRODUCTS) > LONGEST * m1s_of_gpu())
     unfit = "a single launch would take so long that macOS might end the program";

@@ -18,7 +18,7 @@ struct Call {
   mx::Dtype dtype;
   mx::StreamOrDevice s = {};
   Gpu device;        ///< Gpu::none means the CPU
-  bool nax = false;  ///< MLX has kernels for this GPU's neural accelerators; set only where it matters
+  bool nax = false;  ///< MLX has kernels for this GPU's neural accelerators; used only for D = 512
 
   int share() const { return H / G; }
 };

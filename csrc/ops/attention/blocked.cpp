@@ -1,6 +1,5 @@
 // Computes attention as plain matrix products: each block of queries is multiplied by the range of keys that
-// these
-// queries see. See docs/attention.md, "blocked".
+// these queries see. See docs/attention.md, "blocked".
 //
 // Scores are float32. On CUDA a matrix product has the dtype of its operands, so half-precision operands are
 // cast to float32 first. TF32 represents their values exactly, so the cast costs speed but no accuracy.

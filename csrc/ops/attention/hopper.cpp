@@ -7,7 +7,7 @@ namespace segtrain {
 
 namespace {
 
-constexpr int TILE = 128, TILE_BYTES = 2 * TILE * TILE * 2;  // rows; bytes of P and dS
+constexpr int TILE = 128, TILE_BYTES = 2 * TILE * TILE * 2;  // rows; bytes of a tile of P and dS
 
 /// The kernel aligns its shared memory to 1024 bytes.
 constexpr int ALIGN = 1024;

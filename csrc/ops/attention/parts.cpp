@@ -32,7 +32,7 @@ Ranges grouped(const Call& c, int unit, int products, int64_t bytes, int64_t eac
     const double pairs = static_cast<double>(unit) * std::max(0, c.q_start + end - c.first[begin]);
     const double own = std::max(seconds(c, products, pairs) / longest,
                                 pairs * c.H * c.B * static_cast<double>(each) / static_cast<double>(bytes));
-    if (parts.empty() || !(sum + own <= 1)) {  // longest may be 0
+    if (parts.empty() || !(sum + own <= 1)) {  // `longest` may be 0
       parts.push_back({begin, end});
       sum = own;
     } else {

@@ -115,7 +115,7 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
   auto reason = unfit(c);
   if (x.dtype() != c.dtype() || weight.dtype() != c.dtype())
     reason = "x, weight and table must have the same dtype";
-  if (c.columns() > 8 * THREADS) reason = "it supports rows of up to " + std::to_string(8 * THREADS);
+  if (c.columns() > 8 * THREADS) reason = "x has more columns than " + std::to_string(8 * THREADS);
   if (choose("own_input", impl, {gpu_kernel("own_input", reason), {"stock", true, ""}}) == "stock") {
     auto times = [&](const mx::array& y, float factor) {
       return mx::multiply(y, mx::array(factor, y.dtype()), s);
@@ -130,12 +130,12 @@ mx::array own_input(const mx::array& x, const mx::array& weight, float eps, cons
 const Binding binding([](nb::module_& m) {
   m.def("embedded_rows", &embedded_rows, "table"_a, "index"_a, nb::kw_only(), "begin"_a = 0,
         "end"_a = nb::none(), "factor"_a = 1.0f, "impl"_a = "auto", "stream"_a = nb::none(),
-        "Returns columns [begin, end) of a table's rows, multiplied by `factor`. index [...] → [..., end − "
+        "Returns columns [begin, end) of the rows at `index`, times `factor`. index [...] → [..., end − "
         "begin].");
   m.def("own_input", &own_input, "x"_a, "weight"_a, "eps"_a, "table"_a, "index"_a, "begin"_a, "factors"_a,
         nb::kw_only(), "impl"_a = "auto", "stream"_a = nb::none(),
-        "(rms_norm(x·f0) + rows·f1)·f2, where `rows` are D columns of a table's rows, starting at column "
-        "`begin`. x [..., D] → [..., D].");
+        "(rms_norm(x·f0) + rows·f1)·f2, where `rows` are D columns of the table's rows at `index`, starting "
+        "at column `begin`. x [..., D] → [..., D].");
 });
 
 }  // namespace segtrain

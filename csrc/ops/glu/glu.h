@@ -1,5 +1,5 @@
-// Gated linear units on CUDA for an array with gate and up side by side, which is the result of one matrix
-// product.
+// Gated linear units on CUDA whose input is a single array with gate and up side by side, the result of one
+// matrix product.
 #pragma once
 
 #include "core/kernel.h"

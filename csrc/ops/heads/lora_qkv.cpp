@@ -110,12 +110,13 @@ Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const He
     widths += (i ? ", " : "") + std::to_string(linears[i].base.out());
   }
   check(fits, "[lora_qkv] expected q of ", heads.heads, " heads and k and v of ", heads.groups,
-        "; got widths ", widths, ".");
+        " heads; got widths ", widths, ".");
   const Call c{heads, x.shape(0), x.shape(1), D, impl, s};
   check(c.dims > 0 && c.dims % 2 == 0 && c.dims <= D, "[lora_qkv] dims must be even and at most D = ", D,
         "; got ", c.dims, ".");
   check(c.base.has_value() != c.freqs.has_value(), "[lora_qkv] specify either base or freqs.");
-  check(c.norms.size() <= 3, "[lora_qkv] expected norms of q, k and v; got ", c.norms.size(), ".");
+  check(c.norms.size() <= 3, "[lora_qkv] expected at most three norms, of q, k and v; got ", c.norms.size(),
+        ".");
   for (const auto& norm : c.norms)
     check(!norm || norm->weight.shape() == mx::Shape{D}, "[lora_qkv] expected norm weights [", D, "]; got ",
           norm ? norm->weight.shape() : mx::Shape{}, ".");

@@ -65,7 +65,7 @@ void check_quantization(const std::string& op, const Base& base) {
               mx::issubdtype(base.biases->dtype(), mx::floating),
           "[", op, "] ", given, " needs floating biases with the shape of the scales.");
   else
-    check(!base.biases, "[", op, "] ", given, " has no biases.");
+    check(!base.biases, "[", op, "] ", given, " must not have biases.");
 }
 
 }  // namespace
@@ -223,7 +223,8 @@ mx::array stock_product(const mx::array& x, const Base& base, bool transpose, mx
 }
 
 const Binding binding([](nb::module_& m) {
-  nb::class_<Base>(m, "Base", "A frozen weight [out, in]: dense, or quantized as `mx.quantize` writes it.")
+  nb::class_<Base>(m, "Base",
+                   "A frozen weight [out, in]: dense, or quantized in the format of `mx.quantize`.")
       .def(nb::init<mx::array, std::optional<mx::array>, std::optional<mx::array>, std::optional<mx::array>,
                     int, int, std::string>(),
            "weight"_a, "scales"_a = nb::none(), "biases"_a = nb::none(), "bias"_a = nb::none(), nb::kw_only(),

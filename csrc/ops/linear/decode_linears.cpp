@@ -13,7 +13,7 @@ namespace {
 
 constexpr int WARPS = 8, OUT = 2, PIECE = 16, MOST_RANK = 64;  // the same as in cuda/decode.cu
 constexpr size_t MOST_PARTS = 3;
-constexpr int BLOCKS = 1024;  ///< maximum number of blocks per layer, so that each block reuses its z
+constexpr int BLOCKS = 1024;  ///< maximum blocks per layer, so that a block of a wide layer reuses its z
 constexpr int MOST_ROWS = 16;
 /// With at least this many outputs, a block computes two tiles, which share x.
 constexpr int MANY_OUTS = 16384;
@@ -71,7 +71,7 @@ DecodeLinears::DecodeLinears(std::vector<Base> bases, std::optional<mx::array> a
           bases_[0].in(), " and ", base.in(), ".");
     const auto& own = b_[j];
     check(!own || (a_ && own->ndim() == 3 && own->shape(0) == a_->shape(0) && own->shape(1) == base.out()),
-          "[", op, "] expected b [E, ", base.out(), ", R] beside a [E, R, in].");
+          "[", op, "] expected b [E, ", base.out(), ", R_j] together with a [E, R, in].");
     const auto& gain = gains_[j];
     check(!gain || (gain->ndim() == 2 && gain->shape(1) == base.out() && gain->dtype() == mx::float32), "[",
           op, "] expected gains [E, ", base.out(), "] of float32.");
@@ -88,18 +88,18 @@ std::string DecodeLinears::unfit(mx::Dtype dtype, int rows) const {
   if (rows < 1 || rows > MOST_ROWS) return "it supports 1 to " + std::to_string(MOST_ROWS) + " rows";
   if (bases_.size() > MOST_PARTS) return "it supports up to three linear layers";
   const auto& first = bases_[0];
-  if (first.in() % PIECE) return "the width is not a multiple of 16";
+  if (first.in() % PIECE) return "the input width is not a multiple of 16";
   for (const auto& base : bases_) {
     if (base.scales.has_value() != first.scales.has_value() || base.bits != first.bits ||
         base.group_size != first.group_size)
-      return "its weights must all be dense, or all have the same quantization";
+      return "the weights must all be dense, or all have the same quantization";
     if (base.scales && (base.mode != "affine" || (base.bits != 4 && base.bits != 8 && base.bits != 2)))
       return "a quantized weight must be affine with 2, 4 or 8 bits";
     if (base.scales && (base.scales->dtype() != first.scales->dtype() ||
                         base.biases->dtype() != first.scales->dtype() || base.scales->dtype() == mx::float64))
       return "scales and biases must have the same dtype";
     if (!base.scales && base.weight.dtype() != dtype) return "a dense weight must have x's dtype";
-    if (base.out() % 8) return "its output width is not a multiple of 8";
+    if (base.out() % 8) return "an output width is not a multiple of 8";
     if (base.bias && base.bias->dtype() != dtype) return "the bias must have x's dtype";
   }
   if (a_ && a_->dtype() != dtype) return "factors must have x's dtype";
@@ -116,11 +116,13 @@ std::shared_ptr<const DecodeLinears::Calls> DecodeLinears::calls(mx::Dtype dtype
   const auto none = absent(dtype), zero = absent(mx::float32), picks = absent(mx::uint32);
   int outs = 0;
   for (const auto& base : bases_) outs += base.out();
-  const int out_tiles = !by_tensor_cores(dtype, rows) ? 0 : dense || outs < MANY_OUTS ? 1 : 2;  // of 16 each
+  const int out_tiles = !by_tensor_cores(dtype, rows) ? 0
+                        : dense || outs < MANY_OUTS   ? 1
+                                                      : 2;  // 16 outputs each
   bool high = rows > 1;
   int ranks = 0, blocks = 0;
   for (const auto& b : b_) ranks += rank_of(b), high = high || rank_of(b) > MOST_RANK;
-  const bool low = high && ranks > 0;  // x·a has its own launch
+  const bool low = high && ranks > 0;  // x·aᵀ is computed by a separate launch
   std::vector<int32_t> at{first.in(), ranks, low};
   std::map<std::string, mx::array> values{
       {"a", a_.value_or(none)}, {"z", zero}, {"picks", picks}, {"rows", device_ints({rows})}};

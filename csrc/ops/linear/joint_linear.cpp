@@ -29,7 +29,7 @@ std::string JointLinear::unfit(const std::vector<Linear>& linears, int rows, mx:
                                mx::StreamOrDevice s) {
   if (on_cpu(s) || gpu() != Gpu::cuda) return "it needs CUDA";
   if (dtype != mx::float16 && dtype != mx::bfloat16) return "its matrix units support half precision only";
-  if (rows < LEAST_ROWS) return "it needs at least 16 rows, because it unpacks the weight";
+  if (rows < LEAST_ROWS) return "it needs at least 16 rows, because it first dequantizes the whole weight";
   std::vector<Base> bases;
   std::vector<int> ranks;
   for (const auto& linear : linears) {

@@ -126,7 +126,7 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
                     const std::string& impl, mx::StreamOrDevice s) {
   check(!linears.empty(), "[lora_linear] expected at least one linear layer.");
   check(keys.empty() || keys.size() == linears.size(), "[lora_linear] expected a key for each of ",
-        linears.size(), " linears; got ", keys.size(), ".");
+        linears.size(), " linear layers; got ", keys.size(), ".");
   auto key = [&](size_t i) { return keys.empty() ? std::nullopt : std::optional(keys[i]); };
   for (size_t i = 0; i < linears.size(); ++i) check_call(x, linears[i], dropout, key(i));
   int in = linears[0].base.in(), rows = static_cast<int>(x.size() / in);
@@ -176,7 +176,7 @@ const Binding binding([](nb::module_& m) {
   m.def("lora_linears_cost", &lora_linears_cost, "device"_a, nb::kw_only(), "inputs"_a, "outputs"_a,
         "Returns the memory that linear layers with this total number of outputs need on a device.");
   m.def("dropout_bytes", &dropout_bytes, "device"_a, "numbers"_a,
-        "Returns the memory that dropout of this many elements needs before a linear layer.");
+        "Returns the memory, in bytes, that dropout on a linear layer's input of this many elements needs.");
   m.def("lora_linears", &lora_linears, "x"_a, "linears"_a, nb::kw_only(), "dropout"_a = 0.0f,
         "keys"_a = Arrays{}, "impl"_a = "auto", "stream"_a = nb::none(),
         "x·Wᵀ + bias + scale·(x·a)·b for each linear layer. x [..., in] → [..., out] for each layer.");

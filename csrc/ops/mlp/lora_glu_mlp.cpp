@@ -1,4 +1,4 @@
-// y = down(h), h = act(gate(x))·up(x); x, gate and up are kept, h is recomputed.
+// y = down(h), h = act(gate(x))·up(x). x and the outputs of gate and up are kept; h is recomputed.
 //   lora_linears (down) computes dh; glu computes dgate and dup; lora_linears (gate and up) computes dx.
 // On CUDA, one matrix product computes gate and up as one array; their gradient is one array too.
 #include "core/binding.h"

@@ -121,7 +121,7 @@ mx::array add_rms_norm(const mx::array& h, const mx::array& x, const mx::array& 
                        const std::optional<mx::array>& factor, const std::string& impl,
                        mx::StreamOrDevice s) {
   const auto c = checked("add_rms_norm", x, weight, eps, s);
-  check(h.shape() == x.shape(), "[add_rms_norm] expected h like x ", x.shape(), "; got ", h.shape(), ".");
+  check(h.shape() == x.shape(), "[add_rms_norm] h must have x's shape ", x.shape(), "; got ", h.shape(), ".");
   check(!factor || factor->size() == 1, "[add_rms_norm] factor must be a single number; got ",
         factor ? factor->shape() : mx::Shape{}, ".");
   const bool alike = h.dtype() == x.dtype() && (!factor || factor->dtype() == x.dtype());

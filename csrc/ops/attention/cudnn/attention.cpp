@@ -1,8 +1,8 @@
 // Computes causal attention through cuDNN's graph API, with support for packed segments. MLX's own use of
 // cuDNN is slower and limited to D ≤ 128.
 //
-// No CUDA library is linked. We use the cuDNN that libmlx.so has loaded, and cuDNN's frontend finds the CUDA
-// runtime by itself. We use only exported symbols of MLX.
+// This code links to no CUDA library. It uses the cuDNN that libmlx.so has loaded, and cuDNN's frontend looks
+// up the CUDA runtime itself. Of MLX, it uses only exported symbols.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
@@ -54,7 +54,7 @@ std::mutex lock;  // guards handles and plans, which two threads must not use at
 template <class F>
 F* cudnn_function(const char* name) {
   auto function = reinterpret_cast<F*>(dlsym(fe::cudnn_dlhandle, name));
-  if (!function) throw std::runtime_error(std::string("cuDNN has no ") + name);
+  if (!function) throw std::runtime_error(std::string("cuDNN does not export ") + name);
   return function;
 }
 
@@ -310,7 +310,7 @@ std::string unfit(const Call& c) {
     return "it needs cuDNN 9.16 or newer";
   for (bool backward : {false, true}) {
     const auto& plan = plan_of(problem_of(c, backward), device_of(c));
-    if (!plan.error.empty()) return "cuDNN refuses: " + plan.error;
+    if (!plan.error.empty()) return "cuDNN cannot build a plan for it: " + plan.error;
   }
   return "";
 }
@@ -337,7 +337,7 @@ Arrays op(const Call& c, bool backward, const Arrays& inputs, std::vector<Uid> u
           std::vector<mx::Shape> shapes, const std::vector<mx::Dtype>& dtypes) {
   auto problem = problem_of(c, backward);
   const auto& plan = plan_of(problem, device_of(c));
-  check(plan.error.empty(), "[attention] cuDNN refuses: ", plan.error);
+  check(plan.error.empty(), "[attention] cuDNN cannot build a plan for this call: ", plan.error);
   Arrays rows;
   for (const auto& x : inputs) rows.push_back(mx::contiguous(x, false, c.s));
   if (problem.segments) {

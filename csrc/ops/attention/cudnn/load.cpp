@@ -23,9 +23,9 @@ const Library& library() {
     file = file.substr(0, file.rfind('/') + 1) + "_cudnn.so";
     void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
     void* entry = handle ? dlsym(handle, "segtrain_cudnn_attention") : nullptr;
-    if (!entry) return Library{nullptr, std::string("its library does not load (") + dlerror() + ")"};
+    if (!entry) return Library{nullptr, std::string("its library cannot be loaded (") + dlerror() + ")"};
     auto attention = reinterpret_cast<decltype(&segtrain_cudnn_attention)>(entry)(device_ints);
-    return Library{attention, attention ? "" : "libcudnn.so.9 does not load"};
+    return Library{attention, attention ? "" : "libcudnn.so.9 cannot be loaded"};
   }();
   return loaded;
 }

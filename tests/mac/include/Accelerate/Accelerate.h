@@ -1,4 +1,4 @@
-// The parts of Apple's header that our code uses. With ACCELERATE_NEW_LAPACK, the symbols have this suffix.
+// The parts of Apple's header that our code uses. ACCELERATE_NEW_LAPACK adds a suffix to symbols.
 #pragma once
 
 #ifndef ACCELERATE_NEW_LAPACK

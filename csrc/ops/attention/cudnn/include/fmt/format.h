@@ -1,4 +1,5 @@
-// Replaces the fmt library, which mlx/backend/cuda/lru_cache.h uses in code that only MLX itself compiles.
+// Replaces the fmt library. mlx/backend/cuda/lru_cache.h includes it, but only MLX compiles code that calls
+// it.
 #pragma once
 
 #include <string>
