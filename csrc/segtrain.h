@@ -61,7 +61,7 @@ class DecodeLinears {
   Arrays operator()(const mx::array& x, const mx::array& picks, const std::string& impl,
                     mx::StreamOrDevice s);
 
-  /// Returns why no kernel supports this number of rows of this dtype, or an empty string if one does.
+  /// Returns why no kernel supports `rows` rows of `dtype`, or an empty string if a kernel does.
   std::string unfit(mx::Dtype dtype, int rows) const;
 
  private:
@@ -237,11 +237,11 @@ using StageFn =
 /// (params, reads) → {loss, other outputs...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// Waits for arrays that are being computed (possibly none). The caller's function may do other things too,
-/// such as release a lock. If the function throws an exception, the step ends.
+/// Waits for arrays that are being computed (possibly none). The caller provides this function, which may do
+/// other things too, such as release a lock. If it throws an exception, the step ends.
 using Wait = std::function<void(const Arrays&)>;
 
-/// Launches the evaluation of arrays. The caller's function may do other things too.
+/// Launches the evaluation of arrays. The caller provides this function, which may do other things too.
 using Launch = std::function<void(const Arrays&)>;
 
 /// Called after each move; may be empty.
@@ -267,8 +267,8 @@ struct Passes {
 
 /// Returns two passes that compute the loss and the gradients of all parameters, and that keep only the
 /// plan's boundary values between moves. Stage i has the parameters `params[owners[i]]`; if stages share an
-/// owner, their gradients are added. A stage is called with its `reads` in the order of its spec. One move
-/// runs at a time (on CUDA up to two) while the host prepares the next. `recordings` contains graphs from
+/// owner, their gradients are added. A stage is called with its `reads` in the order of its spec. While one
+/// move runs (on CUDA, up to two moves), the host prepares the next move. `recordings` contains graphs from
 /// earlier steps with the same functions: once several calls of a function have built equal graphs, the
 /// function is no longer called, and its graph is rebuilt from the recording.
 Passes passes_of(const Plan& plan, const std::vector<StageFn>& fns, const std::optional<HeadFn>& head,

@@ -77,7 +77,8 @@ const Driver& driver() {
   return own;
 }
 
-/// Returns the kernel after loading it on the current device, or nullptr if loading fails.
+/// Loads the kernel on the current device, unless it is loaded already, and returns it. Returns nullptr if
+/// loading fails.
 CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
   constexpr int MOST_DYNAMIC_SHARED_MEMORY = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
   static std::mutex lock;
@@ -99,9 +100,9 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
   return found->second;
 }
 
-/// Gives y device memory. MLX does not export its allocator for that. We call it through masked_scatter with
-/// an empty mask, which only allocates its output: it adds no node to MLX's CUDA graph, and the host needs
-/// time for each node when it builds, updates and launches the graph.
+/// Allocates device memory for y. MLX does not export its allocator, so we evaluate masked_scatter with an
+/// empty mask, which only allocates its output. It adds no node to MLX's CUDA graph; for each node, the host
+/// would need time to build, update and launch the graph.
 void allocate(mx::array& y, mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;

@@ -137,8 +137,8 @@ std::string cuda_source(const std::string& name, const Text& text, const Arrays&
 }
 
 /// The compiled binaries for this device, and the sources of collected kernels, which are not compiled yet.
-/// Each kernel is compiled once per process. We do not use MLX's JIT, because for every kernel it compiles
-/// headers that take two seconds, and because it does not support launch bounds.
+/// Each kernel is compiled once per process. We do not use MLX's JIT, because it compiles headers for every
+/// kernel, which takes two seconds, and because it does not support launch bounds.
 struct Binaries {
   struct Source {
     std::string name, text;

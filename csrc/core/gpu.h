@@ -92,7 +92,7 @@ using RunMetal = std::function<Arrays(const MetalLaunch&)>;
 /// called for each launch and returns the outputs. An empty `run` ends the emulation.
 void emulate_metal(RunMetal run);
 
-/// Disables a GPU kernel in this process, because the kernel failed the self-check on this device.
+/// Disables a GPU kernel that failed the self-check on this device, for the rest of this process.
 void switch_off(const std::string& kernel, const std::string& reason);
 
 /// Returns the implementation "kernel" for a GPU. `unfit` is the reason why the kernel does not support the

@@ -47,9 +47,9 @@ struct Move {
   /// values that the move computes; in a backward move, the values whose cotangents it needs
   std::vector<int> writes = {};
   std::vector<int> cotangents = {};  ///< the differentiable `reads`, whose cotangents the move computes
-  /// values that are not needed after the move, or only after they are recomputed
+  /// values that are not needed after the move, or that are recomputed before they are needed again
   std::vector<int> drops = {};
-  /// stages that save arrays for their backward pass, which is the next time they run
+  /// stages that save arrays in this move; the next time such a stage runs, it uses them in its backward pass
   std::vector<int> saves = {};
 };
 
@@ -82,18 +82,18 @@ struct Cuts {
 /// pass, it also keeps the boundary values between the segments of this group.
 ///
 /// The last segment runs together with the head and is never recomputed; it may have no stage. A group of
-/// several segments is run forward once more to recompute the values between them, except for the last group,
-/// which keeps them. Segments that depend on no parameter have no backward pass. A value is dropped after the
-/// last move that needs it. The `incoming` inputs depend on parameters of stages before this chain, so the
-/// plan computes the cotangents of these inputs. Throws std::invalid_argument if the cuts are not ascending
-/// or do not end at the end of the chain, or if a stage reads a name that is neither an input nor written by
-/// an earlier stage.
+/// several segments is run forward once more to recompute the values between its segments, except for the
+/// last group, which keeps these values. Segments that depend on no parameter have no backward pass. A value
+/// is dropped after the last move that needs it. The `incoming` inputs depend on parameters of stages before
+/// this chain, so the plan computes the cotangents of these inputs. Throws std::invalid_argument if the cuts
+/// are not ascending or do not end at the end of the chain, or if a stage reads a name that is neither an
+/// input nor written by an earlier stage.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
                const std::vector<std::string>& head_reads, const Cuts& cuts,
                const std::vector<std::string>& incoming = {});
 
-/// Returns one line per move, for messages and tests: "backward 2:4 reads h@b; takes h@d; gives h@b; drops
-/// h@b".
+/// Returns one line per move, for messages and tests, such as "backward 2:4 reads h@b; takes h@d; gives h@b;
+/// drops h@b".
 std::vector<std::string> describe(const Plan& plan);
 
 }  // namespace segtrain

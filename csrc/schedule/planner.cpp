@@ -208,7 +208,7 @@ class Search {
     return found_ ? best_ : least_;
   }
 
-  /// Returns the lowest peak if nothing is saved and almost nothing is kept.
+  /// Returns the lowest peak of the cuts that try_least tries.
   int64_t least() {
     try_least();
     return least_.estimate.peak;

@@ -74,14 +74,15 @@ struct Choice {
 /// Returns the cuts with the least work whose peak is at most `budget`. If no cuts fit, returns the cuts with
 /// the lowest peak.
 ///
-/// It tries segments of one layer or of one stage. It tries to keep all values between segments, to put all
-/// segments into groups that are run again, and to put only as many segments as needed into groups. In each
-/// case, all intermediate arrays of the last layers are kept, for as many layers as fit. As many stages as
-/// fit save arrays, beginning with those for which a saved byte avoids the most work.
+/// The search covers segments of one layer and segments of one stage. For both, it tries to keep all values
+/// between segments, to put all segments into groups that are run again, and to put only as many segments as
+/// needed into groups. In each case, as many of the last layers as fit keep all of their intermediate arrays,
+/// and as many stages as fit save arrays, beginning with those for which a saved byte avoids the most work.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
-/// Returns the lowest peak among cuts that keep almost nothing. It is close to the peak that choose_cuts
-/// finds with a budget of 0, and is faster to compute.
+/// Returns the lowest peak among cuts for which no stage saves arrays and at most the last two layers keep
+/// their intermediate arrays. It is close to the peak that choose_cuts finds with a budget of 0, and is
+/// faster to compute.
 int64_t least_peak(const Costs& costs);
 
 }  // namespace segtrain

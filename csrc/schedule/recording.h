@@ -19,8 +19,8 @@ class Recording {
   /// Builds the same graph for other inputs of the same shapes and types.
   Arrays operator()(const Arrays& inputs) const;
 
-  /// Returns whether both recordings compute the same function, that is, have the same constants and the same
-  /// primitives (as far as primitives can be compared). Arrays that a function reads in addition to its
+  /// Returns whether both recordings compute the same function: whether they have the same constants and, as
+  /// far as primitives can be compared, the same primitives. Arrays that a function reads in addition to its
   /// inputs are recorded as constants, so a recording may be used only after two calls of the function have
   /// been compared.
   bool alike(const Recording& other) const;

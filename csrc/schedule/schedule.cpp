@@ -28,8 +28,8 @@ class Later : public mx::Primitive {
 /// be more launches; with more, the device would start later.
 constexpr int AT_A_TIME = 2;
 
-/// The maximum number of these launches that may be pending on a CPU. Launched work cannot be cancelled, so
-/// after an interrupt, saving a checkpoint has to wait for this work.
+/// The maximum number of launches of AT_A_TIME stages that may be pending on a CPU. Launched work cannot be
+/// cancelled, so after an interrupt, saving a checkpoint has to wait for this work.
 constexpr size_t UNDER_WAY = 2;
 
 /// The number of moves that may be pending at a time on CUDA, so that the next move is ready when the current
@@ -137,7 +137,7 @@ class Runner {
     if (!collects_kernels()) launch_(made);
   }
 
-  /// Returns the arrays in `of` for those of the `values` that have one.
+  /// Returns the arrays in `of` whose indices are in `values`, without values that have no array.
   static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     Arrays all;
     for (int value : values)
