@@ -557,7 +557,7 @@ def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
             expect(page.get_by_label("Processes")).to_have_value(wanted)
         page.get_by_label("Processes").fill("3")
         page.get_by_role("button", name="Start training").click()
-        wrong = page.locator(".field.invalid", has_text="a job of this server can have at most 2")
+        wrong = page.locator(".field.invalid", has_text="this server allows at most 2 per job")
         expect(wrong).to_be_in_viewport()
         page.get_by_role("button", name="Command").click()
         expect(page.get_by_label("Command")).to_have_value(re.compile("^mlx.launch -n 3 -- "))

@@ -11,10 +11,11 @@ from ..files import ASIDE
 CLOSED = (".", "datasets--", "spaces--")
 #: Maximum length of a path in bytes, as on Linux.
 LONGEST_PATH = 4096
-#: Maximum number of files and folders below a folder that a client names: each may be a link, and
-#: is checked.
+#: Maximum number of files and folders below a folder that a client names. Each of them may be a
+#: link, so all are checked.
 MOST_BELOW = 20_000
-#: Maximum number of links below such a folder, and in a chain of links: following links takes time.
+#: Maximum number of links below such a folder, and in a chain of links, because following links
+#: takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 

@@ -42,7 +42,7 @@ Kind = Literal["datasets", "adapters"]
 #: The files of an adapter that may be uploaded.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
 #: Advice at the end of errors.
-ADVICE = "give it another name"
+ADVICE = "choose another name"
 #: The number of bytes that are read at a time.
 BLOCK = 1 << 20
 Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]

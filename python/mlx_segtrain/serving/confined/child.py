@@ -3,8 +3,8 @@
 It reads commands from a socket. A frame is JSON, preceded by its length in 4 bytes. The command
 `fork` creates a child process, which inherits the loaded libraries and tokenizer; `kill` ends a
 child process. All other commands are methods `do_…`, which run with limits on CPU time and memory:
-the system kills a process that exceeds them, even if no other process is left. The process writes
-no file, and has few environment variables and open files.
+the system kills a process that exceeds them, even if the server has ended. The process writes no
+file, and has few environment variables and open files.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def prompts(size: int) -> Pool:
 @dataclass(frozen=True)
 class Limits:
     """The limits of a command: seconds of CPU time, and bytes of additional memory. The limit on
-    elapsed time is four times the CPU time."""
+    elapsed time is four times the limit on CPU time."""
 
     seconds: float
     memory: int
@@ -238,7 +238,7 @@ class Confined:
             self._give_back(worker, failed=True)
             if worker.evicted and not isinstance(error, _Told):
                 raise Busy(
-                    f"{what} takes long, and so do other requests: try again in a moment."
+                    f"{what} takes long, as do too many other requests: try again in a moment."
                 ) from None
             raise _as_failure(error, limits, what) from None
         self._give_back(worker, failed=False)
@@ -305,7 +305,7 @@ def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseExceptio
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):
         return Failed(
-            f"{what} was stopped: it takes more than {limits.seconds:.0f} s of processor time or "
+            f"{what} was stopped: it used more than {limits.seconds:.0f} s of processor time or "
             f"{limits.memory >> 20} MiB of memory."
         )
     return error
