@@ -159,7 +159,7 @@ def test_a_head_with_more_rows_than_the_embedding_is_refused(engine, tmp_path, m
 
     monkeypatch.setattr(family.Model, "__init__", odd)
     path = write_llama(tmp_path / "odd", tied=False)
-    with pytest.raises(InputError, match="has 400 rows, but its embedding 300"):
+    with pytest.raises(InputError, match="has 400 rows, but the embedding has 300"):
         asyncio.run(engine.load(path))
 
 

@@ -111,8 +111,8 @@ class Grammars:
         parser = getattr(self._wrapper, "tool_parser", None)
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
-                f"{field} works with this model only if tool_choice is required or names a tool, "
-                "because the model does not write tool calls as JSON between tags: leave strict "
+                f"{field} works only if tool_choice is required or names a tool, because this "
+                "model does not write tool calls as JSON between tags: leave strict "
                 "out."
             )
         begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end
