@@ -177,7 +177,7 @@ def test_training_refuses_tokens_that_the_model_has_no_rows_for(tmp_path):
 
 # Long responses and waiting requests
 
-LONG = {"logit_bias": {259: -100.0}}  # the response never ends by itself
+LONG = {"logit_bias": {259: -100.0}}  # the response only ends at max_tokens
 
 
 async def long_answer(engine, n=100):
@@ -346,8 +346,8 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
 
 
 def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
-    """Four adapters can be combined in 15 ways: the 24 orders of all four adapters have the same
-    sum."""
+    """Sums of adapters are cached only once for all orders of the adapters, and the size of the
+    cache is limited."""
     chain = chain_of(load_base(model)[0])
     ranks = dict.fromkeys(chain.linears, 4)
     asyncio.run(engine.load(model))
