@@ -79,8 +79,7 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     """Serves until a signal arrives. Jobs keep running after that. Raises InputError for unusable
     settings.
 
-    Log messages of at least this level go to stderr. With DEBUG, these include messages from
-    uvicorn.
+    Log messages of at least `level` go to stderr. With DEBUG, these include messages from uvicorn.
     """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()

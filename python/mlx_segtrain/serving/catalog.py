@@ -127,7 +127,7 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
-    """Returns whether an adapter's base model has the name of `base`, apart from upper case and
+    """Returns whether an adapter's base model has the same name as `base`, ignoring case and
     organization. Returns True if the adapter names no base model."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
     return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()

@@ -20,7 +20,7 @@ BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 
 class Host(BaseModel):
     """A host in mlx.launch's host file: its SSH name, the addresses at which other ranks reach it,
-    and, for JACCL, its device for each rank."""
+    and, for JACCL, the devices that connect it to each rank."""
 
     ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read a name such as -x as an option
     ips: list[str] = []
@@ -73,7 +73,8 @@ class Hosts(BaseModel):
 
 
 def local(count: int) -> Hosts:
-    """Returns the hosts for `count` ranks on this machine. Raises InputError."""
+    """Returns the hosts for `count` ranks on this machine. Raises InputError if the ranks could not
+    use the GPUs in CUDA_VISIBLE_DEVICES."""
     if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
         raise InputError(
             "CUDA_VISIBLE_DEVICES is set, but mlx.launch always gives the machine's first GPUs to "
@@ -83,7 +84,7 @@ def local(count: int) -> Hosts:
 
 
 def read(file: Path) -> Hosts:
-    """Reads a host file in mlx.launch's format. Raises InputError."""
+    """Reads a host file in mlx.launch's format. Raises InputError if the file cannot be used."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         own = Hosts.model_validate({"hosts": found} if isinstance(found, list) else found)

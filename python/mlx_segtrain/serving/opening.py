@@ -1,4 +1,4 @@
-"""Checks files below the roots at the moment when they are opened.
+"""Checks files below the roots when they are opened.
 
 A path may be replaced by a link after it was checked. Therefore a process that reads paths from
 clients replaces Python's `open`, including for the libraries that read templates, configurations
@@ -85,7 +85,7 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path in a form that can be compared. On macOS, paths ignore case."""
+    """Returns a path in a form that can be compared. On macOS, case does not matter in paths."""
     return path.casefold() if sys.platform == "darwin" else path
 
 

@@ -49,8 +49,8 @@ class Transfers:
 
 
 class Pool:
-    """Runs up to `threads` calls at once, and queues up to `waiting` more. Raises Busy for further
-    calls."""
+    """Runs up to `threads` calls at the same time, and queues up to `waiting` more. Raises Busy for
+    further calls."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)

@@ -42,7 +42,7 @@ class Roots:
         try:
             if "\0" in str(text):
                 raise ValueError("it contains a null character")
-            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving such a path takes long
+            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving it would be slow
                 raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
                 raise ValueError("it is empty")
@@ -143,7 +143,7 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root itself, or is below it and all of its parts are
+    """Returns whether a path is `root`, or is below `root` and all parts of the path are
     allowed."""
     if not path.is_relative_to(root):
         return False

@@ -87,7 +87,7 @@ class Device:
         found, info = machine()["device"], dict(mx.device_info())
         memory = info.get("memory_size") or info.get("total_memory")
         name = found["name"]
-        if name == "CPU":  # on Linux, platform names do not contain the processor
+        if name == "CPU":  # on Linux, `platform` does not know the processor's name
             with suppress(OSError, StopIteration):
                 lines = Path("/proc/cpuinfo").read_text().splitlines()
                 model = next(line for line in lines if line.startswith("model name"))
@@ -113,7 +113,7 @@ class Service:
         self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
-        self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
+        self.looks, self.plans = Pool("folder listings", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: sessions of browsers
         self.searches = Searches()
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
@@ -171,7 +171,7 @@ class Service:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None) -> list[Found]:
-        """Returns the adapters that fit `base`. If it is None, returns all adapters that can be
+        """Returns the adapters that fit `base`. If `base` is None, returns all adapters that can be
         read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
@@ -237,7 +237,7 @@ class Service:
     def _check_downloads(self, name: str) -> None:
         """Raises InputError or Outside unless clients may download from the hub."""
         if not self.settings.downloads:
-            raise InputError(f"this server does not download for clients: {WAY}.", status=403)
+            raise InputError(f"this server does not allow downloads: {WAY}.", status=403)
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
@@ -423,7 +423,7 @@ class Service:
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Sets the field of any InputError that is raised in the context without a field."""
+    """Sets the field of any InputError that is raised in the context and has no field."""
     try:
         yield
     except InputError as error:

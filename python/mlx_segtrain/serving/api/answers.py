@@ -86,7 +86,7 @@ class Answers:
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate. `id` names the request in the log. Raises InputError and Busy."""
+        """Starts to generate. `id` identifies the request in the log. Raises InputError or Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None

@@ -70,7 +70,7 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """Returns the value. Raises NotText, JSONDecodeError, or HTTPException for too many
+        """Returns the parsed body. Raises NotText, JSONDecodeError, or HTTPException for too many
         values."""
         text = _decoded(body)
         if len(body) > SMALL:

@@ -97,7 +97,7 @@ class Child:
         self.tokenizer = load_tokenizer(folder)
         longest = max(map(len, self.tokenizer.get_vocab()), default=0)
         if longest > LONGEST_TOKEN:
-            raise InputError(f"a token has {longest} characters, more than {LONGEST_TOKEN}")
+            raise InputError(f"a token has {longest} characters, but the limit is {LONGEST_TOKEN}")
 
     def do_encode(self, text: str, most: int) -> list[int] | int:
         from ...data.template import raw_ids
@@ -133,8 +133,8 @@ class Child:
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long. This is necessary because the engine decodes each token of
-    all requests."""
+    replacements make texts very long. This is necessary because the engine itself decodes the
+    tokens of all requests."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return

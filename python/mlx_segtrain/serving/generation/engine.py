@@ -4,8 +4,8 @@ An MLX stream belongs to one thread, so everything that creates arrays runs on t
 Each round first computes parts of the waiting prompts, with the arrays of one adapter in the base's
 linear layers. Then it computes one token of every completion in one forward pass for all adapters
 (batching.py), in which each row has its own update. Each request has its own cache, random key and
-counts, so its completion does not depend on other requests, except in the last bits: matrix
-products of several rows are summed in another order. A request with `deterministic` is decoded
+token counts, so its completion does not depend on other requests, except in the last bits: matrix
+products of several rows are summed in a different order. A request with `deterministic` is decoded
 alone, and its completion is bit-identical.
 """
 
@@ -126,7 +126,7 @@ class Engine:
         self._prompts: Any = None
         self._linears = Linears()
         self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
-        self._merges = False  # whether a cache of the base model can hold several requests
+        self._merges = False  # whether caches of the base model can be merged for a batch
         self._batches: list[Batch[Request]] = []
         self._rate = 0.0  # tokens of prompts per second
         self._device = mx.default_device()

@@ -68,7 +68,7 @@ class Grammar:
 
 
 class Grammars:
-    """Compiles grammars for a tokenizer. Each call may take long."""
+    """Compiles grammars for a tokenizer. Each call may be slow."""
 
     def __init__(self, tokenizer: Any, tokens: int):
         self._wrapper, self._tokens = tokenizer, tokens

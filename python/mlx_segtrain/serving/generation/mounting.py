@@ -109,7 +109,8 @@ class Mounted:
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """The base model and the adapters of a request. Unmounting an adapter does not affect it."""
+    """The base model and the adapters of a request. Unmounting an adapter does not affect the
+    request."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -215,7 +216,7 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """Loads an adapter. Raises InputError if it does not fit the base model, or takes more than
+    """Loads an adapter. Raises InputError if it does not fit the base model, or needs more than
     `most` bytes."""
     folder = open_folder(path)
     needed = stored_bytes(folder)  # from the header, since a sparse file takes less space on disk

@@ -45,7 +45,7 @@ REFUSALS = {
     401: "the token is not valid: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
     404: "the user or organization does not exist, or the token has no access to it",
-    429: "it received too many requests: wait a while",
+    429: "it has received too many requests; wait a while",
 }
 
 
