@@ -106,7 +106,7 @@ class Structure(Request):
 class StreamOptions(Request):
     """Options for additional chunks of a stream."""
 
-    include_usage: bool | None = Field(None, description="whether the last chunk contains the usage")
+    include_usage: bool | None = Field(None, description="whether the last chunk has the usage")
     neutral = IN_STREAM_OPTIONS
 
 

@@ -183,7 +183,7 @@ export default async function jobPage(main, id) {
       button("New run that uses less memory", () => location.assign(like("&less")), "primary");
     const { fault } = row;
     const said = {
-      input: trains && "The settings or the data have to be changed; resuming would fail again.",
+      input: trains && "Change the settings or the data first: a resumed run would fail again.",
       memory: "The device does not have enough memory for this run: lower the context length or the batch size.",
       killed: "The process was killed, either by a person or by the system because memory ran out.",
       run: "The message above says what happened.",
