@@ -241,7 +241,7 @@ export default async function setup(main) {
       const others = faults.filter(({ field }) => !form.fields[field]);
       const said = [
         ...others.map(({ message }) => message),
-        ...lost.map((name) => `${name} is ${own[name]}, which is not an absolute path on this server: choose one above`),
+        ...lost.map((name) => `${name} is ${own[name]}, which is not an absolute path on this server: set it above`),
       ];
       show(loaded, notice(`${file.name} is loaded${left.length ? `, without ${left.join(" and ")}, which each run sets separately` : ""}.`, "good"),
         said.map((text) => notice(sentence(text), "warn")));
