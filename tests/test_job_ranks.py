@@ -160,7 +160,7 @@ def place(tmp_path_factory):
     "most, ranks, more, status, field, words",
     [
         (1, 2, {}, 403, "ranks", "trains with one process: leave ranks out"),
-        (4, 5, {}, 422, "ranks", "ranks = 5, but a job of this server can have at most 4"),
+        (4, 5, {}, 422, "ranks", "ranks = 5, but this server allows at most 4 per job"),
         (2, 2, {"method": "grpo", "batch_size": 1}, 422, "batch_size", "there are 2 ranks"),
         (2, 2, {"grad_accumulation_steps": 1}, 422, "grad_accumulation_steps", "there are 2 ranks"),
         (
@@ -224,8 +224,8 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
         ([HERE], "fewer than 2 hosts"),
         ({"hosts": [HERE, THERE], "backend": "mpi"}, "choose ring, nccl, jaccl or jaccl-ring"),
         ({"hosts": [HERE, THERE, THERE], "backend": "nccl"}, "lists some hosts more often"),
-        ({"hosts": [HERE, THERE, HERE, THERE], "backend": "nccl"}, "or not in a row"),
-        ([THERE, HERE], "the first one is rank 0, which writes"),
+        ({"hosts": [HERE, THERE, HERE, THERE], "backend": "nccl"}, "or not consecutively"),
+        ([THERE, HERE], "the first host runs rank 0, which writes"),
         ([HERE, {**THERE, "ips": []}], "has a host without ips"),
     ],
 )

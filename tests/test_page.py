@@ -428,7 +428,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
 
     page.get_by_role("button", name="Push to the Hugging Face hub").click()
     page.get_by_label("Repository").fill("me/mine")
-    page.get_by_label("Token of the hub").fill("hf_" + "s" * 20)
+    page.get_by_label("Hub token").fill("hf_" + "s" * 20)
     page.get_by_role("button", name="Push", exact=True).click()
     expect(page.get_by_role("link", name=f"{hub.url}/me/mine")).to_be_visible(timeout=LONG)
     assert "adapters.safetensors" in hub.pushed
@@ -497,8 +497,8 @@ def test_a_failed_job_offers_what_helps(user, site):
     config |= {"data_dir": str(site.work / "counting"), "rank": 1, "max_seq_length": 96}
     offers = {
         "input": ({"Change the settings"}, {"fault_field": "rank", "error": "rank must be >= 2"}),
-        "memory": ({"New run that takes less memory", "Resume"}, {}),
-        "killed": ({"Resume", "New run that takes less memory"}, {}),
+        "memory": ({"New run that uses less memory", "Resume"}, {}),
+        "killed": ({"Resume", "New run that uses less memory"}, {}),
         "run": ({"Resume", "Change the settings"}, {}),
         "bug": ({"Show the log", "Resume"}, {}),
     }
@@ -517,7 +517,7 @@ def test_a_failed_job_offers_what_helps(user, site):
         wrong = page.locator(".field.invalid", has_text="rank must be >= 2")
         expect(wrong).to_be_in_viewport()  # the field's section is open
         user.open(f"/finetune/job/{ids['memory']}", page=page)
-        page.get_by_role("button", name="New run that takes less memory").click()
+        page.get_by_role("button", name="New run that uses less memory").click()
         expect(page.locator("[title=max_seq_length]")).to_be_visible()
         half = page.get_by_label(page.locator("[title=max_seq_length]").inner_text())
         expect(half).to_have_value("48")
@@ -546,7 +546,7 @@ def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
         page = user.open(f"/finetune/job/{ids[1]}")
         card = page.get_by_role("region", name="Ranks")
         expect(card).to_contain_text("Rank 1 is the slowest: the others wait for it.")
-        expect(card).to_contain_text("takes 0.250 s longer per step")
+        expect(card).to_contain_text("works 0.250 s longer per step")
         rows = card.locator("tbody tr").all_inner_texts()
         assert rows[0].split("\t") == ["Rank 0", "4,000", "0.250 s", "0.750 s", "250\u00a0MB"]
         assert len(rows) == 3
@@ -557,7 +557,7 @@ def test_ranks_of_a_run_are_compared_and_asked_for_again(user, site):
             expect(page.get_by_label("Processes")).to_have_value(wanted)
         page.get_by_label("Processes").fill("3")
         page.get_by_role("button", name="Start training").click()
-        wrong = page.locator(".field.invalid", has_text="a job of this server can have at most 2")
+        wrong = page.locator(".field.invalid", has_text="this server allows at most 2 per job")
         expect(wrong).to_be_in_viewport()
         page.get_by_role("button", name="Command").click()
         expect(page.get_by_label("Command")).to_have_value(re.compile("^mlx.launch -n 3 -- "))
@@ -990,11 +990,11 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         user = User(browser, site, None)
         page = user.page()
         page.goto(f"{site.url}/finetune")
-        page.get_by_label("The token of this server").fill(token)
+        page.get_by_label("Access token of this server").fill(token)
         page.get_by_role("button", name="Open").click()
         expect(page.get_by_text("Put the folder of an MLX model there")).to_be_visible()
         expect(page.get_by_text("No data set found. Upload a file of rows")).to_be_visible()
-        page.get_by_role("button", name="Make example rows").click()
+        page.get_by_role("button", name="Create example rows").click()
         expect(page.get_by_text("Training rows", exact=True)).to_be_visible(timeout=LONG)
         expect(page.get_by_text("No data set found")).to_be_hidden()
         expect(page.get_by_text("Put the folder of an MLX model there")).to_be_visible()

@@ -123,8 +123,8 @@ def ipc(table: pa.Table, codec: str | None = None, kind: Any = pa.ipc.new_stream
 
 
 def texts(mb: int) -> pa.Array:
-    """Returns texts of 15 MB. Their bytes are null characters in memory that is only mapped, since
-    no page of it is written."""
+    """Returns texts of 15 MB. They consist of null characters in mapped memory, of which no page is
+    ever written."""
     n = mb // 15
     offsets = pa.py_buffer(struct.pack(f"<{n + 1}i", *range(0, (n + 1) * 15 * MB, 15 * MB)))
     own = mmap.mmap(-1, n * 15 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -320,8 +320,8 @@ def parquet(
 ) -> bytes:
     """Returns a Parquet file with false sizes.
 
-    A column consists of its type, its pages, of which the first may be a dictionary, and the number
-    of its values. `told` replaces fields of the metadata. `stored` is an Arrow schema.
+    A column consists of its type, its pages and the number of its values. The first page may be a
+    dictionary. `told` replaces fields of the metadata. `stored` is an Arrow schema.
     """
     content, chunks = b"PAR1", []
     names = [[own[4]] for own in schema if 5 not in own]
@@ -522,7 +522,8 @@ def apart(work: Callable[[], None]) -> None:
 
 
 class NoPandas(importlib.abc.MetaPathFinder):
-    """Hides pandas. `pa.array` would import it, which takes longer than writing most bombs."""
+    """Hides pandas, because `pa.array` would import it, which takes longer than writing most
+    bombs."""
 
     def find_spec(self, name: str, *_: Any) -> None:
         if name == "pandas":

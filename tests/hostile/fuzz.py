@@ -73,7 +73,8 @@ class Readers:
 
     def one(self) -> str:
         """Changes one file and reads it. Returns the error, or an empty string."""
-        # Loading a tokenizer starts a process, which makes it a hundred times as slow.
+        # A tokenizer takes a hundred times as long as other files, because loading it starts a
+        # process.
         names = [name for name in self.kinds if name != "tokenizer.json"]
         rare = self.fuzzer.chance.random() < 0.005
         name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)

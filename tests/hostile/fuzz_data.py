@@ -3,8 +3,8 @@ excessive memory.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz_data.py [KIND ...]
 
-runs the fuzzer outside of pytest and prints a line for each kind of file. If a library crashes, the
-run ends, and the folder that it has printed contains the last file.
+runs the fuzzer outside of pytest. The fuzzer prints the name of a folder, and a line for each kind
+of file. If a library crashes, the run ends, and the folder contains the file that caused the crash.
 """
 
 import csv

@@ -123,7 +123,8 @@ def test_bodies_that_never_end_are_bounded_together(server):
 
 
 def test_memory_is_given_back(tmp_path, monkeypatch):
-    """The C library keeps up to 1 GB of freed memory."""
+    """The server returns freed memory to the system. Without this, the C library keeps up to
+    1 GB."""
     monkeypatch.setattr(service, "TIDY_S", 0.1)
     own = service.Service(Settings(store=tmp_path, roots=(tmp_path,)))
 

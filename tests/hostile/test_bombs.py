@@ -10,11 +10,11 @@ from pathlib import Path
 import bombs
 import pytest
 
-#: The maximum number of bytes for reading a file, in addition to the file itself, which may be
-#: memory-mapped, and the maximum number of seconds.
+#: The maximum memory in bytes and the maximum number of seconds for reading a file. The size of the
+#: file is added to the memory, because the file may be memory-mapped.
 ROOM, LONGEST_S = 448 << 20, 30
 
-#: Valid files, and files with rows that are read before the fault.
+#: The files that are read without an error.
 READ = ("images", "members_without_end", "a_schema_that_is_stored")
 
 pytestmark = pytest.mark.skipif(
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Returns the memory and time for reading each file, in a separate process."""
+    """Reads each file in a separate process. Returns the memory and time for each file, by name."""
     command = [sys.executable, bombs.__file__, str(tmp_path_factory.mktemp("bombs"))]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
     assert done.returncode == 0, done.stderr

@@ -141,7 +141,8 @@ time.sleep(600)
 
 
 def test_a_job_that_looks_at_no_signal_is_killed_in_the_end(tmp_path, monkeypatch):
-    """Otherwise a hostile tokenizer could run for hours while other jobs wait."""
+    """A job that ignores signals is killed. Otherwise a hostile tokenizer could run for hours while
+    other jobs wait."""
     monkeypatch.setattr(processes, "command", lambda *args: [sys.executable, "-I", "-c", DEAF])
     monkeypatch.setattr(jobs_module, "KILLED_AFTER_S", 0.5)
 

@@ -17,7 +17,7 @@ TOKEN = "a token of this test"
 
 
 def modes(folder):
-    """Returns the modes of those paths at and below a folder that other users can access."""
+    """Returns the paths at and below a folder that other users can access, with their modes."""
     paths = [folder, *folder.rglob("*")]
     return {str(path): oct(path.stat().st_mode) for path in paths if path.stat().st_mode & 0o077}
 

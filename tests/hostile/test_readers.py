@@ -25,7 +25,7 @@ ROOM = 3 << 30
 
 
 def segtrain(*args, seconds=60):
-    """Runs a command with limited memory, and returns its standard error and exit code."""
+    """Runs a command with limited memory, and returns its exit code and standard error."""
 
     def confined():
         resource.setrlimit(resource.RLIMIT_DATA, (ROOM, ROOM))

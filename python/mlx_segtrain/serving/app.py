@@ -79,8 +79,7 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     """Serves until a signal arrives. Jobs keep running after that. Raises InputError for unusable
     settings.
 
-    Log messages of at least this level go to stderr. With DEBUG, these include messages from
-    uvicorn.
+    Log messages of at least `level` go to stderr. With DEBUG, these include messages from uvicorn.
     """
     allow_open_files(OPEN_FILES)
     handler = logging.StreamHandler()
@@ -95,7 +94,7 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(
-            f"on address {settings.host}, port {settings.port} is not available "
+            f"port {settings.port} on address {settings.host} is not available "
             f"({error.strerror}): choose another --port."
         ) from None
     service = Service(settings)
@@ -127,7 +126,7 @@ async def _serve(service: Service, listener: socket.socket, level: int) -> None:
     config = uvicorn.Config(
         create(service),
         http=Patient,
-        # Otherwise a client could pretend to have another client's address.
+        # Off by default, because a client could use these headers to forge its address.
         proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
         access_log=False,  # paths may contain secrets
         log_level=logging.INFO if level < logging.INFO else logging.WARNING,

@@ -27,8 +27,8 @@ PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "bui
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits` is the number of bits of most of its layers. `fast` says whether it
-    runs on the fast path."""
+    """A model on disk. `bits` is the most common number of bits per weight of its quantized layers.
+    `fast` is whether the model runs on the fast path."""
 
     id: str
     path: str
@@ -127,7 +127,8 @@ def adapters(roots: Sequence[Path], base: Path | None) -> list[discovery.Found]:
 
 
 def is_of(adapter: discovery.Found, base: Path) -> bool:
-    """Returns whether an adapter names this base model, in any spelling, or names no base model."""
+    """Returns whether an adapter's base model has the same name as `base`, ignoring case and
+    organization. Returns True if the adapter names no base model."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
     return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
 

@@ -20,7 +20,7 @@ BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 
 class Host(BaseModel):
     """A host in mlx.launch's host file: its SSH name, the addresses at which other ranks reach it,
-    and, for JACCL, its device for each rank."""
+    and, for JACCL, the devices that connect it to each rank."""
 
     ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read a name such as -x as an option
     ips: list[str] = []
@@ -35,7 +35,7 @@ class Hosts(BaseModel):
     envs: list[str] = []
 
     def first(self, count: int) -> Hosts:
-        """Returns the hosts of the first `count` ranks. Raises InputError if there are fewer
+        """Returns the hosts of the first `count` ranks. Raises InputError if the server has fewer
         ranks."""
         most = len(self.hosts)
         if most == 1 < count:
@@ -47,7 +47,7 @@ class Hosts(BaseModel):
             )
         if count > most:
             raise InputError(
-                f"ranks = {count}, but a job of this server can have at most {most}: choose fewer.",
+                f"ranks = {count}, but this server allows at most {most} per job: choose fewer.",
                 status=422,
                 field="ranks",
             )
@@ -56,7 +56,8 @@ class Hosts(BaseModel):
 
     @property
     def repeats(self) -> int:
-        """The number of consecutive ranks per host, if the file lists each host several times."""
+        """The number of ranks per host, for mlx.launch: how often the file starts with the first
+        host."""
         return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
 
     @property
@@ -72,17 +73,18 @@ class Hosts(BaseModel):
 
 
 def local(count: int) -> Hosts:
-    """Returns the hosts for `count` ranks on this machine. Raises InputError."""
+    """Returns the hosts for `count` ranks on this machine. Raises InputError if the ranks could not
+    use the GPUs in CUDA_VISIBLE_DEVICES."""
     if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
         raise InputError(
-            "CUDA_VISIBLE_DEVICES is set, but mlx.launch gives the machine's first GPUs to the "
-            "processes of a job: unset it, or start the server without --ranks."
+            "CUDA_VISIBLE_DEVICES is set, but mlx.launch always gives the machine's first GPUs to "
+            "the processes of a job: unset it, or start the server without --ranks."
         )
     return Hosts(hosts=[Host(ssh=HERE, ips=[HERE])] * count)
 
 
 def read(file: Path) -> Hosts:
-    """Reads a host file in mlx.launch's format. Raises InputError."""
+    """Reads a host file in mlx.launch's format. Raises InputError if the file cannot be used."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         own = Hosts.model_validate({"hosts": found} if isinstance(found, list) else found)
@@ -104,25 +106,26 @@ def read(file: Path) -> Hosts:
 def _checked(own: Hosts, file: Path) -> Hosts:
     if len(own.hosts) < 2:
         raise InputError(
-            f"--hostfile {file} has fewer than 2 hosts: add some, or leave it out, because one "
-            "process needs no hosts."
+            f"--hostfile {file} has fewer than 2 hosts: add hosts, or leave --hostfile out to "
+            "train with one process."
         )
     if own.backend and own.backend not in BACKENDS:
         raise InputError(
-            f"--hostfile {file} has the backend {own.backend!r}: choose {either(BACKENDS)}."
+            f"--hostfile {file} has the unknown backend {own.backend!r}: choose {either(BACKENDS)}."
         )
     if own.hosts[0].ssh != HERE:
         raise InputError(
-            f'--hostfile {file} begins with the host "{own.hosts[0].ssh}": the first one is rank '
-            f'0, which writes the files of a job, so it has to be this machine, as "ssh": "{HERE}".'
+            f'--hostfile {file} begins with the host "{own.hosts[0].ssh}": the first host runs '
+            "rank 0, which writes the files of a job, so it must be this machine, with "
+            f'"ssh": "{HERE}".'
         )
     nccl = own.backend == "nccl" or (not own.backend and mx.cuda.is_available())
     names = [host.ssh for host in own.hosts]
     if nccl and names != [name for name in dict.fromkeys(names) for _ in range(own.repeats)]:
         raise InputError(
-            f"--hostfile {file} lists some hosts more often than others, or not in a row: list "
-            "every host equally often, because mlx.launch counts the processes of a host to give "
-            "each of them a GPU."
+            f"--hostfile {file} lists some hosts more often than others, or not consecutively: "
+            "list every host the same number of times, in consecutive entries, because mlx.launch "
+            "assigns GPUs by counting the processes of a host."
         )
     if any(not host.ips for host in own.hosts):
         raise InputError(

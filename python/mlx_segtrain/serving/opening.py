@@ -1,10 +1,10 @@
-"""Checks files below the roots at the moment when they are opened.
+"""Checks files below the roots when they are opened.
 
-A path may become a link after it was checked. Therefore a process that reads paths from clients
-replaces Python's `open`, which also affects libraries (they read templates, configurations and
-rows). The replacement opens the file, gets its real path from the system, and raises Outside if a
-link led out of the roots. Files that compiled code opens (weights, tokenizer.json) are not checked
-in this way.
+A path may be replaced by a link after it was checked. Therefore a process that reads paths from
+clients replaces Python's `open`, including for the libraries that read templates, configurations
+and rows. The replacement opens the file, gets its real path from the system, and raises Outside if
+a link led out of the roots. Files that compiled code opens (weights, tokenizer.json) are not
+checked in this way.
 """
 
 import builtins
@@ -85,7 +85,7 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path in a form that can be compared, because paths on macOS ignore case."""
+    """Returns a path in a form that can be compared. On macOS, case does not matter in paths."""
     return path.casefold() if sys.platform == "darwin" else path
 
 
@@ -98,5 +98,5 @@ def path_of(file: int, named: str) -> Path:
         return Path(os.readlink(f"/proc/self/fd/{file}"))
     path = os.path.realpath(named)
     if not os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(file)):
-        raise OSError(f"{named} changed while it was opened")
+        raise OSError(f"{named} changed while it was being opened")
     return Path(path)

@@ -35,7 +35,7 @@ class Transfers:
         if len(self.places) >= self.most:
             raise Busy(f"{self.most} transfers are running: try again when one has ended.")
         if name in self.places:
-            raise Busy("the same file is already being sent: wait until that has ended.")
+            raise Busy("this file is already being sent: wait until the transfer has ended.")
         self.places[name] = None
         try:
             yield
@@ -45,12 +45,12 @@ class Transfers:
     def check_none(self, folder: Path) -> None:
         """Raises Busy if any transfer from a path below this folder is running."""
         if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
-            raise Busy(f"files of {folder.name} are being sent: wait until that has ended.")
+            raise Busy(f"files of {folder.name} are being sent: wait until the transfer has ended.")
 
 
 class Pool:
-    """Runs up to `threads` calls at once, and queues up to `waiting` more. Raises Busy for further
-    calls."""
+    """Runs up to `threads` calls at the same time, and queues up to `waiting` more. Raises Busy for
+    further calls."""
 
     def __init__(self, name: str, threads: int, waiting: int):
         self.name, self._places = name, threading.Semaphore(threads + waiting)

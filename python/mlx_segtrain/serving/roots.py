@@ -11,10 +11,11 @@ from ..files import ASIDE
 CLOSED = (".", "datasets--", "spaces--")
 #: Maximum length of a path in bytes, as on Linux.
 LONGEST_PATH = 4096
-#: Maximum number of files and folders below a folder that a client names: each may be a link, and
-#: is checked.
+#: Maximum number of files and folders below a folder that a client names. Each of them may be a
+#: link, so all are checked.
 MOST_BELOW = 20_000
-#: Maximum number of links below such a folder, and in a chain of links: following links takes time.
+#: Maximum number of links below such a folder, and in a chain of links, because following links
+#: takes time.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -41,7 +42,7 @@ class Roots:
         try:
             if "\0" in str(text):
                 raise ValueError("it contains a null character")
-            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving such a path takes long
+            if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving it would be slow
                 raise ValueError(f"it has more than {LONGEST_PATH} bytes")
             if not str(text):
                 raise ValueError("it is empty")
@@ -142,7 +143,7 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is the root itself, or is below it and all of its parts are
+    """Returns whether a path is `root`, or is below `root` and all parts of the path are
     allowed."""
     if not path.is_relative_to(root):
         return False

@@ -16,12 +16,12 @@ PER_MINUTE = 60
 
 class Searches:
     def __init__(self) -> None:
-        self._pool = Pool("searches of the hub", 2, 8)
+        self._pool = Pool("hub searches", 2, 8)
         self._known: OrderedDict[tuple[str, Kind], tuple[float, list[Hit]]] = OrderedDict()
         self._asked: deque[float] = deque(maxlen=PER_MINUTE)
 
     async def run(self, words: str, kind: Kind) -> list[Hit]:
-        """Returns the results. Raises InputError if the hub fails, and Busy after too many
+        """Returns the search results. Raises InputError if the hub fails, and Busy after too many
         requests."""
         now = time.monotonic()
         key: tuple[str, Kind] = (" ".join(words.lower().split()), kind)

@@ -48,7 +48,7 @@ from .settings import Settings
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: The fields, of all kinds of jobs, whose values are paths.
+#: The fields that contain paths, for all kinds of jobs.
 JOB_PATHS = tuple(
     dict.fromkeys([*PATHS, "output_dir", *(x for kind in KINDS.values() for x in kind.folders)])
 )
@@ -61,7 +61,7 @@ TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 MOST_CONFIG = 1 << 16
 #: Advice that tells the operator how to make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
-#: The number of jobs that clients may submit at once, and the number per minute.
+#: The number of jobs that clients may submit in a burst, and the number per minute after it.
 BURST, PER_MINUTE = 60, 60
 
 
@@ -87,7 +87,7 @@ class Device:
         found, info = machine()["device"], dict(mx.device_info())
         memory = info.get("memory_size") or info.get("total_memory")
         name = found["name"]
-        if name == "CPU":  # on Linux, platform names do not contain the processor
+        if name == "CPU":  # on Linux, `platform` does not know the processor's name
             with suppress(OSError, StopIteration):
                 lines = Path("/proc/cpuinfo").read_text().splitlines()
                 model = next(line for line in lines if line.startswith("model name"))
@@ -113,7 +113,7 @@ class Service:
         self.engine = Engine(cache_bytes=int(settings.prompt_cache_gb * 1e9))
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
-        self.looks, self.plans = Pool("looks at folders", 2, 32), Pool("plans", 2, 32)
+        self.looks, self.plans = Pool("folder listings", 2, 32), Pool("plans", 2, 32)
         self.sessions = Sessions()  #: sessions of browsers
         self.searches = Searches()
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
@@ -137,8 +137,8 @@ class Service:
         await asyncio.to_thread(self.engine.close)
 
     async def _tidy(self) -> None:
-        """From time to time, returns freed memory to the system. While a job is using the
-        accelerator, frees cached prompts."""
+        """Periodically returns freed memory to the system, and frees cached prompts while a job is
+        using the accelerator."""
         least = resident()
         while True:
             with suppress(asyncio.TimeoutError):
@@ -171,7 +171,7 @@ class Service:
         return await self.looks.run(catalog.datasets, self.roots.folders)
 
     async def adapters(self, base: Path | None) -> list[Found]:
-        """Returns the adapters that fit `base`. If it is None, returns all adapters that can be
+        """Returns the adapters that fit `base`. If `base` is None, returns all adapters that can be
         read."""
         return await self.looks.run(catalog.adapters, self.roots.folders, base)
 
@@ -237,7 +237,7 @@ class Service:
     def _check_downloads(self, name: str) -> None:
         """Raises InputError or Outside unless clients may download from the hub."""
         if not self.settings.downloads:
-            raise InputError(f"this server does not download for clients: {WAY}.", status=403)
+            raise InputError(f"this server does not allow downloads: {WAY}.", status=403)
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
@@ -329,7 +329,7 @@ class Service:
         return self._submit("finetune", stated, config.adapter_path)
 
     def enqueue(self, kind: str, **values: Any) -> Row:
-        """Submits a job of any other kind, after the checks that the kind declares (kinds.py)."""
+        """Submits a job of the given kind, after the checks that the kind declares (kinds.py)."""
         own, out = KINDS[kind], None
         if own.makes is not None:
             out = self.outputs.given(values.pop("output_dir", None), own.makes)
@@ -344,8 +344,8 @@ class Service:
     def evaluate(
         self, values: Mapping[str, Any], split: str = "valid", with_base: bool = False
     ) -> Row:
-        """Submits an evaluation of a model with or without an adapter or, if `with_base` is set,
-        with and without it."""
+        """Submits an evaluation of a model, with an adapter if one is given. If `with_base` is set,
+        the job evaluates the model both with and without the adapter."""
         _, stated = self._checked(values, split, adapter_path="unused")
         if with_base and "adapter_path" not in stated:
             raise InputError(
@@ -368,7 +368,8 @@ class Service:
             _, valid = sources_of(config.data_dir, ask=False)
         if split == "valid" and valid is None and not config.val_split:
             raise InputError(
-                f"data_dir {config.data_dir} has no validation rows: add some.",
+                f"data_dir {config.data_dir} has no validation rows: add a validation file, or set "
+                "val_split.",
                 field="data_dir",
             )
         return config, config.model_dump(mode="json", include=set(given))
@@ -416,13 +417,13 @@ class Service:
     def _path(self, text: str) -> str:
         path = self.place(text)
         if not path.is_dir():
-            raise InputError(f"{text} is not a folder: specify an existing one.")
+            raise InputError(f"{text} is not a folder: specify an existing folder.")
         return str(path)
 
 
 @contextmanager
 def about(field: str) -> Iterator[None]:
-    """Sets the field of any InputError that is raised in the context without a field."""
+    """Sets the field of any InputError that is raised in the context and has no field."""
     try:
         yield
     except InputError as error:

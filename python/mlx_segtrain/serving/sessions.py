@@ -2,8 +2,8 @@
 be revoked.
 
 Browsers send a cookie to every port of a host, and therefore also to other programs on this
-machine. The token must not be in the cookie, because it never changes and gives access to the API
-from anywhere.
+machine. The cookie must not contain the token, because the token never changes and gives access to
+the API from anywhere.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ MOST = 1000
 
 
 class Sessions:
-    """The sessions of a server. Only hashes of the ids are stored, so that look-ups take constant
-    time."""
+    """The sessions of a server. Only hashes of the ids are stored, so that the duration of a
+    look-up reveals nothing about an id."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()

@@ -46,7 +46,7 @@ class Settings:
                 f"--prompt-cache-gb must be a number >= 0 (10⁹ bytes); got {self.prompt_cache_gb}."
             )
         if self.adapter is not None and self.model_dir is None:
-            raise InputError("--adapter needs a MODEL: add it.")
+            raise InputError("--adapter requires a MODEL: add one.")
         if self.ranks > 1 and self.hostfile is not None:
             raise InputError(
                 "--ranks is the number of processes on this machine, and --hostfile names one host "

@@ -27,13 +27,13 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two checks whether a client has disconnected while it waits for a whole
-#: completion.
+#: Seconds between two checks of whether a client that waits for a whole completion has
+#: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
 #: Maximum number of log-probabilities that a request returns, including those of alternatives.
 MOST_TOLD = 1_000_000
-#: Maximum seconds for which tool calls wait to be parsed in another process.
+#: Maximum seconds to wait until another process can parse tool calls.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -86,7 +86,7 @@ class Answers:
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate. `id` names the request in the log. Raises InputError and Busy."""
+        """Starts to generate. `id` identifies the request in the log. Raises InputError or Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None
@@ -303,8 +303,8 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
     each = options.max_tokens if most is None else min(options.max_tokens, most)
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
-            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each are "
-            f"more than {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
+            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each exceed "
+            f"the limit of {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
         )
 
 

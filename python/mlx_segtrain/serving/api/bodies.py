@@ -70,7 +70,7 @@ class Json(Request):
         return self._json
 
     def parse(self, body: bytes) -> Any:
-        """Returns the value. Raises NotText, JSONDecodeError, or HTTPException for too many
+        """Returns the parsed body. Raises NotText, JSONDecodeError, or HTTPException for too many
         values."""
         text = _decoded(body)
         if len(body) > SMALL:
@@ -115,8 +115,8 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException: 413 if a JSON text has too many values, or 400 if it is not JSON,
-    because the counts would be meaningless."""
+    """Raises HTTPException: 413 if a JSON text has too many values, or 400 if its brackets do not
+    match, because the counts would be meaningless."""
     # A quote inside a string is preceded by a backslash.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
@@ -138,7 +138,7 @@ def _count(text: str, most: Most) -> None:
 
 
 def _too_much(what: str, most: int) -> HTTPException:
-    return HTTPException(413, f"the body contains more than {most} {what}: send less at once.")
+    return HTTPException(413, f"the body contains more than {most} {what}: shorten it.")
 
 
 def _check_text(value: Any) -> None:

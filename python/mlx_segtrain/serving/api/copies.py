@@ -13,7 +13,8 @@ import yaml
 from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
 from ...errors import InputError
 
-#: Values for required settings. A file may omit these settings, because the form has them.
+#: Values for required settings. A file may omit these settings, because the page's form provides
+#: them.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
 #: The YAML tokens that begin and end a list or a mapping in brackets, and the maximum depth of

@@ -28,7 +28,8 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error as one sentence. For a field, also its name, its value and the allowed values."""
+    """An error as one sentence. If a field caused the error, also the field's name, its value and
+    the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -55,8 +56,8 @@ def _answer(record: type, but: Sequence[str] = ()) -> type[BaseModel]:
 
 
 class RunRequest(_fields(name for name in TrainConfig.model_fields if name not in REFUSED)):
-    """A training run (docs/configuration.md), checked as on the command line. If adapter_path is
-    omitted, the server chooses a folder."""
+    """A training run (docs/configuration.md), with the same checks as on the command line. If
+    adapter_path is omitted, the server chooses a folder."""
 
     adapter_path: str | None = None
 
@@ -118,7 +119,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
 
 
 class Description(Closed, str_strip_whitespace=True):
-    """The name, note and tags of a job. Omitted fields stay unchanged."""
+    """The label, note and tags of a job. Omitted fields stay unchanged."""
 
     label: Annotated[str, Field(max_length=120)] | None = None
     note: Annotated[str, Field(max_length=4000)] | None = None
@@ -355,7 +356,7 @@ class Served(Answer):
 class DeviceRow(_answer(Device)):
     """The device on which jobs run."""
 
-    free_bytes: int = Field(description="The memory that a run could use now.")
+    free_bytes: int = Field(description="The memory, in bytes, that a run could use now.")
 
 
 class State(Answer):
@@ -363,7 +364,7 @@ class State(Answer):
 
     served: Served | None
     waits: bool = Field(description="Whether requests are refused until the current job has ended.")
-    training: bool = Field(description="Whether a job has the accelerator.")
+    training: bool = Field(description="Whether a job is using the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")
     ranks: int = Field(description="The maximum number of processes of a training run.")
@@ -374,7 +375,7 @@ class State(Answer):
 
 
 def schema() -> Defaults:
-    """Returns all fields of a run that the server accepts. The page makes its form from them."""
+    """Returns all fields of a run that the server accepts. The page builds its form from them."""
     units = {method: own.unit for method, own in OBJECTIVES.items()}
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 

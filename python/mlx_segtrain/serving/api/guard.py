@@ -130,7 +130,7 @@ class Guard:
 
         try:
             if any(names.count(name) > 1 for name in (b"host", b"origin", b"content-length")):
-                raise Refused(400, "a header is repeated.")
+                raise Refused(400, "the Host, Origin or Content-Length header is repeated.")
             self._check_host(headers)
             self._check_origin(scope, headers)
             try:
@@ -198,7 +198,7 @@ class Guard:
 
 
 class Held:
-    """The number of bytes of bodies in memory."""
+    """The total size, in bytes, of the request bodies in memory."""
 
     bytes = 0
 

@@ -37,14 +37,14 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Returns the error responses for the API's schema. The entry 4XX keeps FastAPI from adding
     422."""
     descriptions = {
-        400: "a field that cannot be used, named in the message",
-        403: "a path outside the folders that the server may use",
+        400: "a field cannot be used; the message names it",
+        403: "a path is outside the folders that the server may use",
         404: "the model or adapter does not exist",
         413: "the body is too large",
         429: "too many requests are waiting: try again in a moment",
         500: "the generation failed",
         503: "no model is loaded, a job is running (--while-training refuse), or memory is short",
-        "4XX": "a refused request: not allowed, not found, or not valid",
+        "4XX": "the request is not allowed, not found or not valid",
     }
     return {x: {"model": forms.Error, "description": descriptions[x]} for x in (*statuses, "4XX")}
 
@@ -75,7 +75,7 @@ async def _selected(service: Service, base: Base, body: Generate) -> Selected:
     if not names_base(base, body.model):
         if body.model not in engine.adapters:
             names = ", ".join((base.id, *engine.adapters))
-            message = f"model {(body.model or '')[:200]!r} is not served: {names}."
+            message = f"model {(body.model or '')[:200]!r} is not served: use one of {names}."
             raise Unserved(message, 404, "model_not_found")
         named = {"model": body.model, **named}
     given = [(field, id) for field, id in named.items() if id is not None]
@@ -103,8 +103,8 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Starts to generate the completions of a request. Raises InputError if that is not possible,
-    or Busy."""
+    """Starts to generate the completions of a request. Raises InputError or Busy if that is not
+    possible."""
     base = _base(service)
     if service.waits:
         raise Unserved(

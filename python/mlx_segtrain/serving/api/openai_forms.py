@@ -53,7 +53,7 @@ class Message(Request):
     reasoning_content: str | None = Field(None, description="the reasoning of an assistant turn")
     tool_calls: Calls | None = Field(None, description="the tool calls of an assistant turn")
     tool_call_id: str | None = Field(
-        None, description="in a tool turn: the id of the call whose result it is"
+        None, description="in a tool turn: the id of the call that returned this result"
     )
     neutral = IN_MESSAGE
 
@@ -153,7 +153,7 @@ class Generate(Request):
         description="the adapter, under mlx_lm.server's name for the field: an id, or the path "
         "of a mounted adapter",
     )
-    lora_path: str | None = Field(None, description="SGLang's name for adapters")
+    lora_path: str | None = Field(None, description="SGLang's name for the field `adapters`")
     max_tokens: int | None = Field(
         None,
         ge=1,
@@ -200,12 +200,12 @@ class Generate(Request):
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="vLLM's field for the format; it supports more of them"
+        None, description="vLLM's field for the format; it supports more formats"
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of the same request on "
-        "an idle server: slower, because it is decoded alone and without cached prompts",
+        description="whether the completion is bit-identical to that of the same request on an "
+        "idle server. This is slower: the request is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"
@@ -231,7 +231,7 @@ class Generate(Request):
         log-probabilities are requested."""
 
     def check(self) -> None:
-        """Raises InputError for a field that would have no effect."""
+        """Raises InputError for a field that is not supported or would have no effect."""
         self.refuse_extra()
         for name in ("stream_options", "response_format", "structured_outputs"):
             own: Request | None = getattr(self, name)
@@ -456,7 +456,7 @@ class Error(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="tokens of the prompt that were cached")
+    cached_tokens: int = Field(description="number of prompt tokens that were cached")
 
 
 class CompletionTokensDetails(BaseModel):

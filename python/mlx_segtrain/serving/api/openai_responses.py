@@ -34,7 +34,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     },
 }
 
-#: Fields that may be set to these values, because they have no effect.
+#: Unsupported fields, each with the values that are accepted because they have no effect.
 IN_RESPONSE: Neutral = {
     **dict.fromkeys(("user", "safety_identifier"), ANYTHING),
     **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ANYTHING),
@@ -73,7 +73,7 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields that a chat also has mean the same here."""
+    """A request for a response. Fields that chat requests also have mean the same here."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
@@ -94,7 +94,7 @@ class ResponseRequest(Fields):
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:
-        """Returns the request as a chat. Raises InputError for fields that a chat cannot have."""
+        """Returns the request as a chat. Raises InputError for fields that chats do not support."""
         self.refuse_extra()
         turns: list[dict[str, Any]] = []
         if self.instructions:

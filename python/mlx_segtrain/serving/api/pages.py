@@ -84,7 +84,8 @@ async def login() -> HTMLResponse:
 
 @router.post("/login")
 async def check(guard: Used, token: Annotated[str, Form()] = "") -> Response:
-    """Checks the token. If it is right, the browser receives a session cookie that replaces it."""
+    """Checks the token. If the token is right, the browser receives a session cookie to use
+    instead."""
     if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
         try:
             await guard.slow_down()

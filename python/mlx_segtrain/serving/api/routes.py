@@ -271,7 +271,7 @@ async def job(id: str, service: Used) -> forms.JobAnswer:
 
 @router.patch("/api/jobs/{id}", tags=["jobs"], responses=problems(404))
 async def describe(id: str, body: forms.Description, service: Used) -> forms.JobAnswer:
-    """Sets the name, the note and the tags of a job."""
+    """Sets the label, the note and the tags of a job."""
     given = body.model_dump(exclude_unset=True, exclude_none=True)
     return forms.JobAnswer(job=_shown(service, service.jobs.describe(id, **given)))
 

@@ -1,4 +1,4 @@
-"""Uploads of the files of data sets and adapters, and their downloads as ZIP archives.
+"""Uploads files of data sets and adapters, and downloads their folders as ZIP archives.
 
 Each upload has its own folder in the store. A file is written under a temporary name, and renamed
 when it is complete and verified.
@@ -41,8 +41,8 @@ Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
 #: The files of an adapter that may be uploaded.
 OF_ADAPTER = (CONFIG, WEIGHTS, UNPADDED, PEFT_WEIGHTS)
-#: Advice at the end of errors.
-ADVICE = "give it another name"
+#: Advice at the end of error messages.
+ADVICE = "choose another name"
 #: The number of bytes that are read at a time.
 BLOCK = 1 << 20
 Name = Annotated[str, InPath(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -253,8 +253,8 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A response with a ZIP file of open files. When it ends, `held` is closed, which frees the
-    files and a transfer slot. A client that reads too slowly is disconnected."""
+    """A response with a ZIP file of open files. When the response ends, `held` is closed, which
+    closes the files and frees a transfer slot. A client that reads too slowly is disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"

@@ -3,8 +3,8 @@
 It reads commands from a socket. A frame is JSON, preceded by its length in 4 bytes. The command
 `fork` creates a child process, which inherits the loaded libraries and tokenizer; `kill` ends a
 child process. All other commands are methods `do_…`, which run with limits on CPU time and memory:
-the system kills a process that exceeds them, even if no other process is left. The process writes
-no file, and has few environment variables and open files.
+the system kills a process that exceeds them, even if the server has ended. The process writes no
+file, and has few environment variables and open files.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Child:
         self.tokenizer = load_tokenizer(folder)
         longest = max(map(len, self.tokenizer.get_vocab()), default=0)
         if longest > LONGEST_TOKEN:
-            raise InputError(f"a token has {longest} characters, more than {LONGEST_TOKEN}")
+            raise InputError(f"a token has {longest} characters, but the limit is {LONGEST_TOKEN}")
 
     def do_encode(self, text: str, most: int) -> list[int] | int:
         from ...data.template import raw_ids
@@ -133,8 +133,8 @@ class Child:
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long. This is necessary because the engine decodes each token of
-    all requests."""
+    replacements make texts very long. This is necessary because the engine itself decodes the
+    tokens of all requests."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return

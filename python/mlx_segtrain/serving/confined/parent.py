@@ -27,7 +27,7 @@ from .. import opening
 from ..pools import Busy, Pool
 from .child import receive, send
 
-#: A command counts as slow after SLICE_S seconds. At most MOST_SLOW commands may be slow at once.
+#: A command counts as slow after SLICE_S seconds. Only MOST_SLOW slow commands may run at a time.
 SLICE_S, MOST_SLOW = 0.5, 3
 #: Maximum number of idle workers per model.
 MOST_IDLE = 2
@@ -51,7 +51,7 @@ def prompts(size: int) -> Pool:
 @dataclass(frozen=True)
 class Limits:
     """The limits of a command: seconds of CPU time, and bytes of additional memory. The limit on
-    elapsed time is four times the CPU time."""
+    elapsed time is four times the limit on CPU time."""
 
     seconds: float
     memory: int
@@ -139,7 +139,8 @@ class _Told(Exception):
 
 
 class _Root:
-    """The process that has loaded the libraries. If it has ended, a new one is started."""
+    """The process that has loaded the libraries. If this process has ended, the next fork starts a
+    new one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -238,7 +239,8 @@ class Confined:
             self._give_back(worker, failed=True)
             if worker.evicted and not isinstance(error, _Told):
                 raise Busy(
-                    f"{what} takes long, and so do other requests: try again in a moment."
+                    f"{what} was stopped, because too many requests are slow: try again in a "
+                    "moment."
                 ) from None
             raise _as_failure(error, limits, what) from None
         self._give_back(worker, failed=False)
@@ -299,13 +301,13 @@ class Confined:
 def _as_failure(error: BaseException, limits: Limits, what: str) -> BaseException:
     if isinstance(error, _Told):
         if error.kind == "memory":
-            return Failed(f"{what} takes more than {limits.memory >> 20} MiB of memory.")
+            return Failed(f"{what} uses more than {limits.memory >> 20} MiB of memory.")
         return Failed(str(error) if error.kind == "InputError" else f"{what} failed: {error}")
     if isinstance(error, TimeoutError):
         return Failed(f"{what} takes longer than {limits.seconds:.0f} s.")
     if isinstance(error, OSError):
         return Failed(
-            f"{what} was stopped: it takes more than {limits.seconds:.0f} s of processor time or "
+            f"{what} was stopped: it used more than {limits.seconds:.0f} s of processor time or "
             f"{limits.memory >> 20} MiB of memory."
         )
     return error

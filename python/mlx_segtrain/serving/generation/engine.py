@@ -4,8 +4,8 @@ An MLX stream belongs to one thread, so everything that creates arrays runs on t
 Each round first computes parts of the waiting prompts, with the arrays of one adapter in the base's
 linear layers. Then it computes one token of every completion in one forward pass for all adapters
 (batching.py), in which each row has its own update. Each request has its own cache, random key and
-counts, so its completion does not depend on other requests, except in the last bits: matrix
-products of several rows are summed in another order. A request with `deterministic` is decoded
+token counts, so its completion does not depend on other requests, except in the last bits: matrix
+products of several rows are summed in a different order. A request with `deterministic` is decoded
 alone, and its completion is bit-identical.
 """
 
@@ -44,9 +44,9 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Maximum number of requests that are generating, and maximum number of requests that are waiting.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: If others are waiting, a request's turn ends after TURN_S seconds: it then waits and keeps its
-#: cache, but at most MOST_PAUSED caches are kept in this way. A request that has not started after
-#: LONGEST_WAIT_S seconds is refused.
+#: If others are waiting, a request's turn ends after TURN_S seconds. The request then waits and
+#: keeps its cache, but at most MOST_PAUSED caches are kept in this way. A request that has not
+#: started after LONGEST_WAIT_S seconds is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
 #: Before a model is loaded, the engine waits up to SWAP_S seconds for completions in progress; no
 #: request can start in the meantime. If completions are still in progress after that, loading is
@@ -126,7 +126,7 @@ class Engine:
         self._prompts: Any = None
         self._linears = Linears()
         self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
-        self._merges = False  # whether a cache of the base model can hold several requests
+        self._merges = False  # whether caches of the base model can be merged for a batch
         self._batches: list[Batch[Request]] = []
         self._rate = 0.0  # tokens of prompts per second
         self._device = mx.default_device()
@@ -162,15 +162,15 @@ class Engine:
 
     async def unmount(self, id: str) -> int:
         """Unmounts an adapter, and returns the number of its linear layers. Requests that already
-        use it can still finish. If it was the default, the base model becomes the default.
+        use it can still finish. If the adapter was the default, the base model becomes the default.
 
         Raises InputError if the adapter is not mounted.
         """
         return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
-        """Returns the adapters that a request names. The name is "a", a stack "a+b" or "a,b",
-        "none" or "" for the base model, or None for the default.
+        """Returns the adapters that a request names. `adapter` is an id "a", a stack "a+b" or
+        "a,b", "none" or "" for the base model, or None for the default adapter.
 
         Raises InputError for an adapter that is not mounted, or that cannot be stacked.
         """
@@ -183,7 +183,7 @@ class Engine:
         ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
         for i, id in enumerate(ids):
             if id not in mounted:
-                names = ", ".join(mounted) or "none is"
+                names = ", ".join(mounted) or "no adapters"
                 raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
             if id in ids[:i]:
                 raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
@@ -221,8 +221,8 @@ class Engine:
             await self.call(_free)
 
     async def spare(self, job: bool) -> None:
-        """Sets whether a job is computing. While it is, no prompts are cached, and the job gets
-        most of the device's time."""
+        """Sets whether a job is computing. While a job is computing, no prompts are cached, and the
+        job receives most of the device's time."""
         self._job = job
         if job and self._kept_bytes() and not self._stopped:
             await self.call(lambda: (self._prompts.trim_to(n_sequences=0), _free()))
@@ -245,7 +245,7 @@ class Engine:
         with self._wake:
             self._check_runs()
             if alone and time.monotonic() < self._next_swap:
-                raise Busy("the running answers take long: try again in a minute.")
+                raise Busy("the answers in progress take too long: try again in a minute.")
             self._commands.append(command)
             self._wake.notify()
         return await asyncio.wrap_future(command.future)
@@ -294,7 +294,7 @@ class Engine:
         with self._wake:
             if self._job:
                 rest = min(REST * (time.monotonic() - begun), LONGEST_REST_S)
-                # A command that waits until no answer is being generated waits for this, too.
+                # Commands with `alone` wait for the end of this pause, too.
                 self._wake.wait_for(
                     lambda: self._stopped or any(not own.alone for own in self._commands), rest
                 )
@@ -388,7 +388,7 @@ class Engine:
                 if time.monotonic() - command.since < SWAP_S:
                     return
                 self._next_swap = time.monotonic() + SWAP_REST_S
-                error = Busy("the running answers take long: try again in a minute.")
+                error = Busy("the answers in progress take too long: try again in a minute.")
                 command.future.set_running_or_notify_cancel()
             elif command.future.set_running_or_notify_cancel():
                 try:
@@ -548,8 +548,8 @@ class Engine:
         """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
         are not kept."""
         if request.done and not request.options.deterministic and not self._job:
-            # The key precedes the tokens. If it were the cache's model name, it would never be
-            # freed.
+            # The key is the first token. LRUPromptCache would never free the key if it were passed
+            # as the name of the model.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
 
@@ -594,7 +594,7 @@ class Engine:
         if id in self.adapters:
             return self.adapters[id]
         if self.base is None:
-            raise InputError("no model is loaded: an adapter needs one to be mounted.")
+            raise InputError("no model is loaded: load one before you mount an adapter.")
         if len(self.adapters) >= MOST_MOUNTED:
             raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
         held = sum(own.size_bytes for own in self.adapters.values())
@@ -620,8 +620,8 @@ class Engine:
 
     def _begin(self, request: Request) -> list[Any]:
         """Returns a cache with the longest known beginning of a prompt, without the prompt's last
-        token. For a deterministic request, whose bits must not depend on cached prompts, returns an
-        empty cache."""
+        token. For a deterministic request, whose completion must not depend on cached prompts,
+        returns an empty cache."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base

@@ -1,7 +1,7 @@
 """Formats of completions: JSON, a schema, a pattern, one of several texts, or a grammar.
 
-After each token, llguidance computes which tokens may follow. It reads untrusted grammars, and
-limits their size and the work per token. An error ends only the request that caused it.
+After each token, llguidance computes which tokens may follow. Grammars are untrusted, so their size
+and the work per token are limited. An error ends only the request that caused it.
 """
 
 import json
@@ -64,11 +64,11 @@ class Grammar:
     def _check(self) -> None:
         if self._matcher.is_error():
             reason = " ".join(self._matcher.get_error().split())[:300]
-            raise InputError(f"the answer cannot continue in its grammar: {reason}")
+            raise InputError(f"the answer cannot be continued within its grammar: {reason}")
 
 
 class Grammars:
-    """Compiles grammars for a tokenizer. Each call may take long."""
+    """Compiles grammars for a tokenizer. Each call may be slow."""
 
     def __init__(self, tokenizer: Any, tokens: int):
         self._wrapper, self._tokens = tokenizer, tokens
@@ -85,7 +85,7 @@ class Grammars:
 
                 if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
                     raise InputError(
-                        "answers cannot be constrained: the model's tokenizer is not a fast one."
+                        "answers cannot be constrained: the model has no fast tokenizer."
                     )
                 self._known = from_tokenizer(
                     self._tokenizer, n_vocab=self._tokens, eos_token=self._ends
@@ -111,8 +111,8 @@ class Grammars:
         parser = getattr(self._wrapper, "tool_parser", None)
         if parser is None or parser.__module__ != JSON_CALLS:
             raise InputError(
-                f"{field}: this model does not write calls as JSON between tags, so calls match "
-                "their schema only if tool_choice is required or names a tool: leave strict "
+                f"{field} works only if tool_choice is required or names a tool, because this "
+                "model does not write tool calls as JSON between tags: leave strict "
                 "out."
             )
         begin, end = self._wrapper.tool_call_start, self._wrapper.tool_call_end
@@ -135,8 +135,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """Compiles a grammar in the format of Lark, or in that of llama.cpp, in which rules contain
-        ::= ."""
+        """Compiles a grammar in the format of Lark or llama.cpp. Only rules of llama.cpp contain
+        `::=`."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -144,8 +144,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, _LARK)
 
     def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
-        """Compiles a grammar. The letters `begins` are those with which rules, groups and
-        subschemas start."""
+        """Compiles a grammar. `begins` are the characters with which rules, groups and subschemas
+        start."""
         if len(text) > MOST_TEXT:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:

@@ -14,7 +14,7 @@ TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 
 
 class Metrics:
-    """The counters, by adapter, and the gauges of one engine.
+    """The per-adapter counters and the gauges of one engine.
 
     Cached prompts are not counted, because the count would reveal prompts of other clients.
     """
@@ -36,9 +36,9 @@ class Metrics:
         )
         self._prompts = Counter("prompt_tokens", "Prompt tokens.", **by)
         self._tokens = Counter("generated_tokens", "Answer tokens.", **by)
-        first = "From a request to its first token."
+        first = "Time from a request to its first token."
         self._first = Histogram("time_to_first_token_seconds", first, **times)
-        self._whole = Histogram("request_seconds", "From a request to its end.", **times)
+        self._whole = Histogram("request_seconds", "Time from a request to its end.", **times)
         for name, (about, read) in now.items():
             Gauge(name, about, **own).set_function(read)
 

@@ -53,7 +53,7 @@ class Base:
     #: The layers that can have updates, by path. The embedding and the head are added when needed.
     modules: dict[str, lora.LoRALinear]
     confined: Confined  #: the processes that run its tokenizer and its chat template
-    grammars: Grammars  #: compiles grammars; also guards the tokenizer
+    grammars: Grammars  #: compiles grammars for its tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text that is not a chat, including the tokenizer's special
@@ -109,7 +109,8 @@ class Mounted:
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """The base model and the adapters of a request. Unmounting an adapter does not affect it."""
+    """The base model and the adapters of a request. Unmounting an adapter does not affect the
+    request."""
 
     base: Base
     adapters: tuple[Mounted, ...] = ()
@@ -167,7 +168,7 @@ RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 def check_id(id: str) -> None:
     """Raises InputError if `id` cannot be the id of an adapter."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
-        raise InputError(f"id: {id!r} cannot name an adapter: use a word.")
+        raise InputError(f"id: {id!r} cannot name an adapter: use another name.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
         raise InputError(
             f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
@@ -188,8 +189,8 @@ def read_base(path: Path, confined: Confined) -> Base:
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
         raise InputError(
-            f"the head of {path} has {tables.logits} rows, but its embedding {tables.tokens}: the "
-            "weights do not fit together."
+            f"the head of {path} has {tables.logits} rows, but the embedding has {tables.tokens}: "
+            "the weights do not match."
         )
     chain = chain_of(model)
     # On a CPU, our op computes the head several times faster than MLX's op (bench/LOG.md,
@@ -215,14 +216,14 @@ def read_base(path: Path, confined: Confined) -> Base:
 
 
 def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mounted:
-    """Loads an adapter. Raises InputError if it does not fit the base model, or takes more than
+    """Loads an adapter. Raises InputError if it does not fit the base model, or needs more than
     `most` bytes."""
     folder = open_folder(path)
     needed = stored_bytes(folder)  # from the header, since a sparse file takes less space on disk
     if most is not None and needed > most:
         raise InputError(
-            f"{path} needs {needed / 1e9:.1f} GB of memory, but mounted adapters may take only "
-            f"{most / 1e9:.1f} more: unmount some."
+            f"{path} needs {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB are left "
+            "for adapters: unmount some."
         )
     adapter = read_adapter(folder, base.chain)
     arrays = adapter.all_arrays()
@@ -249,7 +250,7 @@ class Linears:
 
     def put_in(self, selected: Selected) -> None:
         """Puts a request's updates into the base's linear layers, unless they are already there.
-        Apart from the sum of several adapters, which is cached, it computes nothing."""
+        Computes nothing except the sum of several adapters, which is cached."""
         if selected.key == self.key:
             return
         adapter, base = self.sum_of(selected.adapters), selected.base
@@ -276,8 +277,8 @@ class Linears:
             self.put_in(Selected(base))
 
     def forget(self, mounted: Mounted, base: Base) -> None:
-        """Frees the arrays of an unmounted adapter, which would otherwise stay until the next
-        request."""
+        """Frees the arrays of an unmounted adapter, which would otherwise stay in memory until the
+        next request."""
         for key in [key for key in self._sums if mounted.serial in key]:
             del self._sums[key]
         if self.key and mounted.serial in self.key:

@@ -46,7 +46,7 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
     """Returns some of the events after an offset, as (id, JSON), and the offset at which they end.
 
-    If `ended` is set, nothing more will be written, so an incomplete last line counts as well.
+    If `ended` is set, nothing more will be written, so an incomplete last line is returned as well.
     """
     try:
         with open(path, "rb") as file:
@@ -92,7 +92,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 def last(path: Path, begins: int) -> Event | None:
     """Returns the event that ended the attempt whose events start at the offset `begins`, or None
     if the attempt has no such event."""
-    with suppress(FileNotFoundError):  # a process prints little after its last event
+    # The end of the log suffices, because a process prints little after its last event.
+    with suppress(FileNotFoundError):
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
     return ends[-1] if ends else None
@@ -123,7 +124,7 @@ def open_end(path: Path) -> int:
 
 
 def _end_line(file: int) -> None:
-    """Adds a line break to an incomplete last line, which a killed process may have written."""
+    """Adds a line break to an incomplete last line, which a killed process may have left."""
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")

@@ -73,7 +73,7 @@ def _free_port(count: int) -> int:
             for own in range(port, port + count):
                 opened.enter_context(socket.socket()).bind(("", own))
             return port
-    raise RunError(f"no {count} consecutive ports are free on this machine: stop other programs.")
+    raise RunError(f"this machine has no {count} consecutive free ports: stop other programs.")
 
 
 class Group:
@@ -88,8 +88,8 @@ class Group:
         self.printed = ""  # the last line that is not an event
 
     def stop(self, number: int, frame: FrameType | None) -> None:
-        """Handles a signal by ending all ranks after the current step, as rank 0 does
-        (interrupts.py). A second signal ends rank 0, and therefore all other ranks, at once."""
+        """Handles a signal by forwarding it to rank 0, which ends all ranks after the current step
+        (interrupts.py). A second signal ends rank 0, and therefore all other ranks, immediately."""
         self.stopped = True
         self._signal()
 
@@ -104,7 +104,7 @@ class Group:
             self._take(json.loads(line))
         except (ValueError, TypeError, KeyError):  # not an event
             text = line.decode("utf-8", "replace").strip()
-            if text and "[WARN]" not in text:  # mlx.launch only reports that ranks have ended
+            if text and "[WARN]" not in text:  # these lines only report that ranks have ended
                 self.printed = text
             print(text)
 
@@ -120,7 +120,7 @@ class Group:
             tell(event)
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
-        # A line in a file that a rank has read may look like this event.
+        # Once all ranks have started, a line like this event can only be text that a rank printed.
         if len(self.pids) == self.size:
             return
         self.pids[rank] = pid
@@ -131,14 +131,14 @@ class Group:
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
             text = "".join(f"{FIRST}{own}\n" for own in lines) + "\n"
             assert self.process.stdin is not None
-            with suppress(OSError):  # it has ended
+            with suppress(OSError):  # mlx.launch has ended
                 self.process.stdin.write(text.encode())
                 self.process.stdin.flush()
 
     @property
     def end(self) -> events.Event:
-        """The last event of the job, once all ranks have ended. It is the last event of the lowest
-        rank, because all remaining ranks report which rank was lost."""
+        """The last event of the job, once all ranks have ended: the last event of the lowest rank
+        that has one. If a rank was lost, any of the remaining ranks reports which one."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

@@ -39,10 +39,10 @@ class JobKind:
     """A kind of job."""
 
     name: str
-    title: str  #: the kind in words
+    title: str  #: the name that users see
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
     named: Callable[[Values], str]  #: returns a short description of its inputs
-    computes: bool = False  #: whether it needs the accelerator, which one job at a time can use
+    computes: bool = False  #: whether it needs the accelerator; such jobs run one at a time
     variables: tuple[str, ...] = ()  #: additional environment variables
     measures: bool = False  #: whether it measures a method's loss or reward
     trains: bool = False  #: whether it saves its state after a signal, and can be resumed
@@ -73,7 +73,7 @@ def finetune(values: Values) -> events.Event:
     config = load_config(None, values)
 
     def pass_on(event: events.Event) -> None:
-        if event["type"] not in ("started", "done", "failed"):  # the job sends its own such events
+        if event["type"] not in ("started", "done", "failed"):  # worker.py sends these events
             tell(event)
 
     begin = told = time.monotonic()
@@ -273,5 +273,5 @@ def kind_of(name: str) -> JobKind:
 
 def _unknown(values: Values) -> events.Event:
     raise InputError(
-        "this version of mlx_segtrain does not know this kind of job: install a newer one."
+        "this version of mlx_segtrain does not know this kind of job: install a newer version."
     )

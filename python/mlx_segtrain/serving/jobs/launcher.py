@@ -1,12 +1,12 @@
 """Runs mlx.launch for a job with several ranks (group.py): main(WATCHED, *ARGUMENTS).
 
-mlx.launch does not end the ranks if mlx.launch or the job's process is killed. Therefore mlx.launch
-and its local ranks form a process group, which ends when the pipe WATCHED to the job's process is
-closed.
+The ranks would keep running if mlx.launch or the job's process were killed. Therefore mlx.launch
+and its local ranks form a process group, which is killed when the pipe WATCHED to the job's process
+is closed.
 
-mlx.launch calls `select` to wait until a rank has output or its stdin can be written. The latter is
-always true, so its threads would never wait, and each would occupy a core during the run. We
-replace `select` by a function that waits only for output.
+mlx.launch calls `select` to wait until a rank has output or the rank's stdin can be written. The
+stdin can always be written, so the threads of mlx.launch would never wait, and each would occupy a
+core during the run. We replace `select` with a function that waits only for output.
 """
 
 import os

@@ -44,8 +44,8 @@ MOST, MOST_OF_ADAPTER = 64 << 20, 4 << 20
 REFUSALS = {
     401: "the token is not valid: log in again with `hf auth login`, or set another HF_TOKEN",
     403: "the token may not write there: use one with write access, or another repository",
-    404: "there is no such user or organization, or the token may not see it",
-    429: "it received too many requests: wait a while",
+    404: "the user or organization does not exist, or the token has no access to it",
+    429: "it has received too many requests; wait a while",
 }
 
 
@@ -95,8 +95,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Yields the files to send, open and checked, by name. `done` is the participle in error
-    messages.
+    """Yields the files to send, open and checked, by name. `done` is the verb in error messages,
+    such as "pushed".
 
     Raises InputError if a file's content does not match its name, or if the folder contains a model
     although `models` is false.
@@ -184,4 +184,4 @@ def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
 
 
 def _refused(path: Path, error: OSError, done: str) -> InputError:
-    return InputError(f"{path} cannot be {done}: it is gone, or a link ({error.strerror}).")
+    return InputError(f"{path} cannot be {done}: it was removed, or is a link ({error.strerror}).")

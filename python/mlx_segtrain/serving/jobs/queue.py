@@ -44,8 +44,8 @@ POLL_S = 0.1
 LONGEST_TEXT = 4000
 #: If a job is cancelled again at least this many seconds after the first time, it is killed.
 KILLED_AFTER_S = 10.0
-#: Whether a cancelled job still needs a signal (ASKED) or its process has received one (SIGNALLED).
-#: A second signal would end the process at once.
+#: The states of a cancelled job: its process has not received a signal yet (ASKED), or it has
+#: received one (SIGNALLED). A second signal would end the process immediately.
 ASKED, SIGNALLED = 1, 2
 
 
@@ -189,7 +189,7 @@ class Jobs:
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # otherwise the folder belongs to another job
+        if row.opened:  # otherwise a run in the folder is not from this job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -284,7 +284,8 @@ class Jobs:
                 opened.callback(os.close, lock)
                 log = eventlog.open_end(path)
                 opened.callback(os.close, log)
-                # This happens before the process starts, so that the store lists every process.
+                # The row is updated before the process starts, so that the store lists every
+                # process.
                 begins = os.fstat(log).st_size
                 state = {"status": "running", "started_at": clock(), "message": None}
                 self.store.update(row.id, **state, begins=begins)
@@ -414,6 +415,6 @@ def _killed(row: Row, code: int | None) -> Event:
     elif code < 0:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
-        how = f"its process exited with {code}"
+        how = f"its process exited with code {code}"
     advice = "; resume it to continue from its last checkpoint" if row.job_kind.trains else ""
     return {"type": "failed", "ts": now(), "error": how + advice, "fault": "killed"}

@@ -1,7 +1,7 @@
 """A rank of a job, started by mlx.launch (launcher.py): main(KIND).
 
-The rank reads the job's configuration from stdin, so that lists of processes do not show it. It
-prints its events as one line each for the job's process (group.py). They are ASCII, because
+The rank reads the job's configuration from stdin, so that lists of processes do not show it. The
+rank prints its events, one per line, for the job's process (group.py). Events are ASCII, because
 mlx.launch may split the output between any two bytes.
 """
 

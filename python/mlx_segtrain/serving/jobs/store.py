@@ -71,7 +71,7 @@ class Store:
                     self.connection.execute(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
         except (sqlite3.Error, OSError) as error:
             raise InputError(
-                f"the jobs' database {file} cannot be used ({error}): move it away, or set "
+                f"the job database {file} cannot be used ({error}): move it elsewhere, or set "
                 "MLX_SEGTRAIN_CACHE to another folder."
             ) from None
         self.connection.row_factory = lambda cursor, values: Row(*values)

@@ -1,7 +1,7 @@
 """A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
 
-FILE contains the job's configuration and the folders that it may read. LOCK is the descriptor of a
-lock file, which stays locked while the process runs. A job with several ranks runs in other
+FILE contains the job's configuration and the folders that the job may read. LOCK is the descriptor
+of a lock file, which stays locked while the process runs. A job with several ranks runs in other
 processes, which this process starts and follows (group.py).
 
 The process writes events to stdout, one per line, and writes the first event before it imports

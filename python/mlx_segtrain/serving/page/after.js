@@ -60,7 +60,7 @@ export default async function after(row, values, schema) {
   function evaluate() {
     const split = select(SPLITS);
     const measured = schema.filter(({ affects }) => affects.includes("loss"));
-    return part("Evaluate", "loss of the base and with the adapter", field("Rows", split),
+    return part("Evaluate", "loss without and with the adapter", field("Rows", split),
       "Evaluate base and adapter", () => {
         const own = { split: split.value, adapter_path: adapter, with_base: true };
         for (const name of ["model_dir", "data_dir", ...measured.map((x) => x.name)]) {
@@ -94,8 +94,8 @@ export default async function after(row, values, schema) {
   }
 
   function merge() {
-    const about = "two adapters as one";
-    const none = "No other adapter of this model was found: train another one first.";
+    const about = "two adapters into one";
+    const none = "No other adapter for this model was found: train another one first.";
     const title = "Merge with another adapter";
     if (!others.length) return expansion(title, about, empty(none), "after");
     const [other, [where, given]] = [combobox(), folder("merged")];

@@ -44,7 +44,7 @@ export function upload(path, file, tell) {
       if (sent.status < 300) return done(sent.response);
       failed(new Problem(sent.response?.error ?? `the server answered with status ${sent.status}.`, null, sent.status));
     };
-    sent.onerror = () => failed(new Problem("the connection broke off: is the server running?"));
+    sent.onerror = () => failed(new Problem("the connection was interrupted: is the server running?"));
     sent.send(file);
   });
 }
@@ -98,7 +98,7 @@ export function follow(id, place, take, ended) {
   return stop;
 }
 
-// Yields the chunks of an answer of /v1.
+// Yields the chunks of a streamed response of /v1.
 export async function* chunks(path, body, signal) {
   const answer = await request(path, { ...body, stream: true }, { signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();

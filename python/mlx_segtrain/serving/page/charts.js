@@ -48,9 +48,9 @@ function rounded(low, high, before) {
 const joined = (lines) => uPlot.join(lines.map(({ points }) =>
   [points.map(([x]) => x), points.map(([, y]) => y)]));
 
-// A chart with a method `draw(lines, { end, legend, axis })`. A line has a name, points, a colour and perhaps a
-// dash; `marked` also draws its points, if they are few; a `pale` line is in the background. `axis` is the title of
-// the vertical axis. A tall chart can be smoothed, zoomed and saved. Screen readers read `label`.
+// A chart with a method `draw(lines, { end, legend, axis })`. A line has a name, points, a colour and optionally a
+// dash. The points of a `marked` line are drawn, too, if there are few; a `pale` line is in the background. `axis` is
+// the title of the vertical axis. A tall chart can be smoothed, zoomed and saved. Screen readers read `label`.
 export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
   const keys = "arrow keys read values, plus and minus zoom, 0 shows all";
   const plot = h("div.plot", { tabindex: 0, role: "application",
@@ -97,7 +97,7 @@ export function chart(label, { unit = "", tall = false, axis = "" } = {}) {
         : [line]);
   }
 
-  // Creates a new plot if there are other lines or another scale; otherwise only sets its data.
+  // Creates a new plot if the lines or the scale have changed; otherwise only updates the data.
   function drawAgain(anew = false) {
     const { clientWidth: width, clientHeight: height } = plot;
     const lines = all();

@@ -1,4 +1,4 @@
-// /finetune/chat: one prompt to two sides, each of which is the base model or an adapter.
+// /finetune/chat: sends each prompt to two sides. A side is the base model or an adapter.
 
 import { api, chunks, every } from "./api.js";
 import { announce, button, card, combobox, empty, expansion } from "./dom.js";
@@ -87,7 +87,7 @@ export default async function chatPage(main) {
         h("div.fields", sampling.map((own) => own.element))))),
     card("Conversation", list,
       h("form.stack", { novalidate: true, onsubmit: ask },
-        field("Prompt", prompt, { about: "Enter sends, Shift+Enter begins a new line." }),
+        field("Prompt", prompt, { about: "Enter sends the prompt, Shift+Enter starts a new line." }),
         problem,
         h("div.actions", send, stop, again, button("Clear", clear)))));
 
@@ -157,7 +157,7 @@ export default async function chatPage(main) {
     show(load, loading ? h("span.muted", `Loading ${tail(model.value)} …`) : want);
     const id = state.served?.id;
     const base = id ? `${id} is loaded, not this model.` : "No model is loaded.";
-    const swap = `${base} Loading takes a moment; answers in progress end first.`;
+    const swap = `${base} Loading takes a moment, and starts when answers in progress have ended.`;
     const none = "No model found: put the folder of an MLX model below a root of the server.";
     if (!models.length) show(told, empty(none, link("Library", "/finetune/library")));
     else if (!model.value) show(told, empty("Choose a model to chat with."));
@@ -248,7 +248,7 @@ export default async function chatPage(main) {
       const how = settings();
       const wanted = [...new Set(sides.map((own) => own.value).filter((own) => own !== NOBODY))];
       const ids = [];
-      for (const side of wanted) ids.push(await mounted(side)); // one after the other, because two may have the same name
+      for (const side of wanted) ids.push(await mounted(side)); // one at a time, because two may have the same name
       const earlier = wanted.map((side) => earlierWith(side));
       turn = { asked: words, answers: wanted.map((side) => [side, "…", ""]) };
       turns.push(turn);

@@ -6,7 +6,7 @@ import { count, counted, percent, sentence } from "./text.js";
 // Maximum number of tokens shown per row.
 const SHOWN = 1500;
 
-// Shows a successful answer of /api/finetune/inspect-dataset.
+// Shows a successful response of /api/finetune/inspect-dataset.
 export function shownReport(own) {
   const trained = own.supervised_tokens ?? 0;
   const lengths = own.length_max !== null;

@@ -8,11 +8,11 @@ const NUMBER = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i;
 const BASIC = ["max_seq_length", "iters", "learning_rate", "method"];
 // Presets: name, description, and values. Each preset sets all fields that occur in any preset.
 export const PRESETS = [
-  ["Quick try", "20 steps, to see that everything works",
+  ["Quick try", "20 steps to check that everything works",
     { iters: 20, steps_per_report: 1, steps_per_eval: 10 }],
   ["Standard", "300 steps with warmup and a falling learning rate",
     { iters: 300, lr_schedule: "cosine", warmup_iters: 10 }],
-  ["Thorough", "3 epochs, twice the rank, a lower learning rate",
+  ["Thorough", "3 epochs, twice the rank, and a lower learning rate",
     { epochs: 3, rank: 16, learning_rate: 1e-4, lr_schedule: "cosine", warmup_iters: 20 }],
 ];
 const PRESET = [...new Set(PRESETS.flatMap(([, , values]) => Object.keys(values)))];
@@ -32,12 +32,12 @@ class Field {
     else this.control = input("", { oninput: changed });
     if (["int", "float"].includes(row.type)) this.control.inputMode = "decimal";
     const takes = row.allowed.replaceAll(">=", "≥").replaceAll("<=", "≤");
-    const about = row.description + (this.words.length ? "" : ` Takes ${takes}.`);
+    const about = row.description + (this.words.length ? "" : ` Allowed: ${takes}.`);
     const kind = row.is_list || row.type === "Path" ? "across" : "";
     Object.assign(this, labelled(row.title, this.control, { about, key: row.name, kind }));
   }
 
-  // Shows the field, with the method's default, if it has an effect with the method.
+  // Shows the field, with the method's default, if the field applies to the method.
   suit(method) {
     const { row, control, words } = this;
     this.shown = !row.methods.length || row.methods.includes(method);
@@ -72,7 +72,7 @@ class Field {
     return NUMBER.test(text) ? Number(text) : text;
   }
 
-  // The fault of the loaded value, until the value is changed.
+  // The error in the loaded value, until the value is changed.
   get fault() {
     const [value, message] = this.wrong ?? [];
     return value === this.control.value ? message ?? "" : "";
@@ -91,7 +91,7 @@ class Field {
 // A field's default with a method, in words.
 export const standardOf = (row, method) => row.defaults[method] ?? row.default;
 
-// All settings except model and data, from the answer of /api/finetune/defaults.
+// All settings except model and data, from the response of /api/finetune/defaults.
 export class Form {
   fields = {};
   parts = new Map(); // sections, each with its fields
@@ -164,7 +164,7 @@ export class Form {
     this.#suit();
   }
 
-  // Replaces all values, and shows their faults until the values are changed.
+  // Replaces all values, and shows the errors in them until the values are changed.
   fill(values, faults) {
     for (const own of Object.values(this.fields)) own.control.value = "";
     this.put(Object.fromEntries(Object.entries(values).filter(([, value]) => value !== null)));

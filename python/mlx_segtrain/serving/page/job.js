@@ -131,8 +131,8 @@ export default async function jobPage(main, id) {
     const tags = input("for example: long, second try", { maxlength: 400 });
     const note = h("textarea", { rows: 4, maxlength: 4000 });
     [label.value, tags.value, note.value] = [row.label, row.tags.join(", "), row.note];
-    dialog("Name, tags and note", [field("Name", label, { about: "If empty: its model and data." }),
-      field("Tags", tags, { about: "Words to find it by, separated by commas." }),
+    dialog("Name, tags and note", [field("Name", label, { about: "If empty, its model and data are shown." }),
+      field("Tags", tags, { about: "Words by which you can find the job, separated by commas." }),
       field("Note", note)], "Save", async () => {
       const words = tags.value.split(",").map((x) => x.trim()).filter(Boolean);
       const said = { label: label.value, tags: words, note: note.value };
@@ -180,14 +180,14 @@ export default async function jobPage(main, id) {
   function help() {
     const change = trains && button("Change the settings", () => location.assign(like()), "primary");
     const less = trains &&
-      button("New run that takes less memory", () => location.assign(like("&less")), "primary");
+      button("New run that uses less memory", () => location.assign(like("&less")), "primary");
     const { fault } = row;
     const said = {
-      input: trains && "The settings or the data have to be changed; resuming would fail again.",
+      input: trains && "Change the settings or the data first: a resumed run would fail again.",
       memory: "The device does not have enough memory for this run: lower the context length or the batch size.",
-      killed: "The process was killed from outside: by a person, or by the system when memory ran out.",
-      run: "The sentence above says what happened.",
-      bug: "This is a bug, not your fault. The log below has the traceback: please include it in a report.",
+      killed: "The process was killed, either by a person or by the system because memory ran out.",
+      run: "The message above says what happened.",
+      bug: "This is a bug, not your fault. The log below contains the traceback: please include it in a report.",
     }[fault];
     const logged = button("Show the log", () => log.element.scrollIntoView());
     const own = { input: trains ? [change] : [again()], memory: trains ? [less, again()] : [again()],
@@ -201,7 +201,7 @@ export default async function jobPage(main, id) {
     const done = row.status === "done";
     show(use);
     show(outcome, {
-      failed: () => [notice(`Failed: ${sentence(error || "its log says why")}`, "bad", { role: "alert" }),
+      failed: () => [notice(`Failed: ${sentence(error || "its log shows the reason")}`, "bad", { role: "alert" }),
         help()],
       cancelled: () => notice(`Cancelled: ${sentence(message || "nothing was kept")}`, "warn"),
       done: () => !trains && card("Result", shownResult(row)),
@@ -290,8 +290,8 @@ export default async function jobPage(main, id) {
       [count(x.tokens_per_sec), seconds(x.busy_s), seconds(x.waited_s), gb(x.peak_gb)].map((text) =>
         h("td", text))));
     const names = ["Process", "Tokens/s", "Work per step", "Wait per step", "Peak memory"];
-    show(ranks, card("Ranks", h("p", `Rank ${slowest} is the slowest: the others wait for it. Its work ` +
-      `takes ${seconds(skew_s)} longer per step than that of the fastest.`),
+    show(ranks, card("Ranks", h("p", `Rank ${slowest} is the slowest: the others wait for it. It ` +
+      `works ${seconds(skew_s)} longer per step than the fastest rank.`),
     h("div.scroll", table("", "Figures of each rank", names, rows))));
   }
 
@@ -340,7 +340,7 @@ export default async function jobPage(main, id) {
   await lookAgain();
 }
 
-// The answers to each prompt, the newest first.
+// The answers to each sample prompt, newest first.
 function shownSamples(samples) {
   return Object.entries(Object.groupBy(samples, ({ prompt }) => prompt)).map(([prompt, own]) => {
     const last = own.slice(-6).reverse();

@@ -78,7 +78,7 @@ export default async function jobsPage(main) {
       const start = h("a.button.primary", { href: "/finetune" }, "New run");
       const title = "All jobs, newest first";
       show(list, all().length ? table("folds", title, COLUMNS, all().map(rowOf))
-        : empty("No job yet.", start));
+        : empty("No jobs yet.", start));
     }
     listed = ids;
     find.closest(".field").hidden = !all().length;

@@ -9,7 +9,7 @@ import { fixed, many, sentence, size, tail } from "./text.js";
 // The address of a folder as a ZIP file.
 export const archive = (kind, path) => `/api/${kind}/archive?${new URLSearchParams({ path })}`;
 
-// A form that pushes a folder to the hub; it also asks for a token if the server has none.
+// A form that pushes a folder to the hub. If the server has no hub token, the form also asks for one.
 export async function pushing(path, pushed = () => {}) {
   let { hasToken } = await api("/api/settings/hf-token");
   const problem = h("div", { role: "alert" });
@@ -18,7 +18,7 @@ export async function pushing(path, pushed = () => {}) {
   const repo = input("me/my-adapter");
   const open = select([["yes", "private"], ["no", "public"]]);
   const about = "It is kept in memory until the server stops, and is never written to a file.";
-  const tokenField = field("Token of the hub", token, { about });
+  const tokenField = field("Hub token", token, { about });
   const push = button("Push", null, "primary");
   tokenField.hidden = hasToken;
   async function submit(event) {
@@ -64,7 +64,7 @@ export default async function library(main) {
   const kinds = [
     { kind: "models", title: "Models", rows: models, name: NAME, hub: "model",
       columns: ["Model", "Family", "Parameters", "Size", "Actions"],
-      none: "No model below the server's folders. Download one from the hub, or put its folder there." },
+      none: "No model below the server's folders. Download one from the hub, or put a model's folder there." },
     { kind: "datasets", title: "Data sets", rows: datasets, name: DATA_NAME, hub: "dataset",
       columns: ["Data set", "Validation", "Size", "Actions"],
       none: "No data set below the server's folders. Upload a file of rows, or download one from the hub." },
@@ -107,7 +107,7 @@ export default async function library(main) {
       : own.kind === "adapters" && picker("Upload an adapter", fails(sendAdapter),
         { accept: ".json,.safetensors", several: true });
     const about = { datasets: "One file of training rows, or two files whose names say which one is for validation.",
-      adapters: "adapter_config.json and its .safetensors file, both at once." }[own.kind];
+      adapters: "Choose adapter_config.json and its .safetensors file together." }[own.kind];
     return card(own.title, own.list,
       send && h("div.row-line", send, h("span.small.muted", about)),
       own.hub && (downloads ? bring : h("p.small.muted", refused)), own.problem, own.moved);

@@ -8,7 +8,7 @@ const PAGE = 500;
 // A card with a method `draw()`, which adds new lines of the run's log to the newest page.
 export function logView(run) {
   let wanted = null; // the number of the wanted page; null is the newest one
-  let [page, shown] = [-1, 0]; // the numbers of the visible page and of its lines
+  let [page, shown] = [-1, 0]; // the visible page's number, and how many of its lines are shown
   const view = h("div.log", { tabindex: 0, role: "log", "aria-live": "off", "aria-label": "Log" });
   const where = h("span.muted.small");
   const [older, newer] = [button("Older", () => turn(-1)), button("Newer", () => turn(1))];

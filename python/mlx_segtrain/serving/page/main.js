@@ -6,7 +6,7 @@ import { ended } from "./results.js";
 import { percent } from "./text.js";
 
 const PAGES = { "": "setup", jobs: "jobs", job: "job", library: "library", chat: "chat" };
-const THEMES = { auto: "as the system", light: "light", dark: "dark" };
+const THEMES = { auto: "same as the system", light: "light", dark: "dark" };
 const main = document.getElementById("content");
 const theme = document.getElementById("theme");
 const bell = document.getElementById("bell");
@@ -34,7 +34,7 @@ const wanted = () =>
 
 function showBell() {
   const on = wanted();
-  bell.title = on ? "Notifications are on: the browser reports when a job ends" : "Tell me when a job ends";
+  bell.title = on ? "Notifications are on: the browser reports when a job ends" : "Notify me when a job ends";
   bell.setAttribute("aria-label", bell.title);
   bell.setAttribute("aria-pressed", on);
   bell.replaceChildren(icon(on ? "bell" : "muted"));

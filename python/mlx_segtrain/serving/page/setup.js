@@ -86,7 +86,7 @@ export default async function setup(main) {
   }));
   offerData();
   const dataField = labelled("Data set", data, { key: "data_dir", kind: "across",
-    about: "Rows on this server (a folder or a file by its path), or a name on the hub: org/name." });
+    about: "The path of a folder or file of rows on this server, or a name on the hub: org/name." });
   const aboutData = h("div.stack");
   const check = button("Check the data", () => inspect());
   const report = h("div.stack", { "aria-busy": "false" });
@@ -188,7 +188,7 @@ export default async function setup(main) {
     }
   }
 
-  // The fault of the data, and a button that may help.
+  // The error in the data, and a button that may fix it.
   function wrongData({ error }) {
     const asked = /use method (\w+)/.exec(error ?? "")?.[1];
     return [sentence(error ?? "the data cannot be read"), asked && button(`Use method ${asked}`, () => {
@@ -216,7 +216,7 @@ export default async function setup(main) {
     planTimer = setTimeout(plan, PAUSE);
   }
 
-  // Shows a fault at its field; returns the field, if there is one.
+  // Shows an error at the field that caused it; returns this field, if there is one.
   function complain(fault) {
     const own = { model_dir: modelField, data_dir: dataField, ranks: ranksField }[fault?.field];
     modelField.complain(own === modelField && sentence(fault.message));
@@ -225,11 +225,11 @@ export default async function setup(main) {
     return form.complain(fault) ?? own;
   }
 
-  // Fills in the form from a file for `train --config`, and shows its faults at the fields.
+  // Fills in the form from a file for `train --config`, and shows the errors in the file at the fields.
   async function loadSettings([file]) {
     show(loaded);
     try {
-      if (file.size > MOST_YAML) throw new Error("it is too large for a file of settings");
+      if (file.size > MOST_YAML) throw new Error("it is too large for a settings file");
       const { values: own, faults } = await api("/api/finetune/read", { yaml: await file.text() });
       const rest = Object.fromEntries(Object.entries(own).filter(([name]) => !OWN.includes(name)));
       form.fill(rest, faults);
@@ -241,7 +241,7 @@ export default async function setup(main) {
       const others = faults.filter(({ field }) => !form.fields[field]);
       const said = [
         ...others.map(({ message }) => message),
-        ...lost.map((name) => `${name} is ${own[name]}, which is not an absolute path on this server: choose it above`),
+        ...lost.map((name) => `${name} is ${own[name]}, which is not an absolute path on this server: set it above`),
       ];
       show(loaded, notice(`${file.name} is loaded${left.length ? `, without ${left.join(" and ")}, which each run sets separately` : ""}.`, "good"),
         said.map((text) => notice(sentence(text), "warn")));
@@ -271,7 +271,7 @@ export default async function setup(main) {
       show(verdict, notice(["One setting has to be changed: ",
         h("button.inline", { type: "button", onclick: () => place.reveal() }, "show it")], "bad"));
     } else if (fault) show(verdict, notice(sentence(fault.message), "bad"));
-    else show(verdict, empty("Choose a model to see whether a run fits this machine."));
+    else show(verdict, empty("Choose a model to see whether a run fits on this machine."));
     announce(found?.message ?? fault?.message ?? "");
   }
 
@@ -318,7 +318,7 @@ export default async function setup(main) {
   // Hints, which are visible while there are no models or data sets.
   const noModels = h("div", empty(noModel, downloads && button("Use a small model from the hub", tiny)));
   const noRows = h("p.empty", noData);
-  const makeRows = button("Make example rows", example);
+  const makeRows = button("Create example rows", example);
   function showMissing() {
     noModels.hidden = models.length > 0;
     noRows.hidden = makeRows.hidden = datasets.length > 0;
