@@ -389,7 +389,10 @@ BAD_CHATS = [
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex cannot be used"),
     ({"structured_outputs": {"grammar": "start: b"}}, "structured_outputs.grammar cannot be used"),
     ({"structured_outputs": {"json": "{"}}, "structured_outputs.json is not JSON"),
-    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "both set the answer's format"),
+    (
+        {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+        "regex and structured_outputs.choice both",
+    ),
     ({"n": 0}, "n: "),
     ({"n": 17}, "n: "),
     ({"logprobs": 0}, "logprobs: "),

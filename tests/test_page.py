@@ -991,7 +991,7 @@ def test_a_server_that_has_nothing_says_what_to_do(browser, tmp_path):
         page = user.page()
         page.goto(f"{site.url}/finetune")
         page.get_by_label("Access token of this server").fill(token)
-        page.get_by_role("button", name="Open").click()
+        page.get_by_role("button", name="Log in").click()
         expect(page.get_by_text("Put the folder of an MLX model there")).to_be_visible()
         expect(page.get_by_text("No data set found. Upload a file of rows")).to_be_visible()
         page.get_by_role("button", name="Create example rows").click()

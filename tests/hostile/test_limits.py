@@ -139,7 +139,7 @@ def test_lines_that_were_left_out_are_counted(monkeypatch, caplog):
     assert [bounded.filter(record) for record in records] == [True, True, False]
     assert bounded.filter(logging.LogRecord("x", logging.INFO, "", 0, "m", (), None))
     bounded.left = 1.0
-    assert bounded.filter(records[0]) and "m1 (1 similar lines" in records[0].getMessage()
+    assert bounded.filter(records[0]) and "m1 (1 earlier warnings" in records[0].getMessage()
 
 
 def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):

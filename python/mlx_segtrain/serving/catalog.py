@@ -12,7 +12,6 @@ from ..adapters import discovery
 from ..data.sources import split_in
 from ..errors import InputError, reason
 from ..hub import FOLDER, title
-from ..lora.paths import bare
 from ..models.headers import read_shape
 from ..models.snapshot import Snapshot
 from .roots import CLOSED
@@ -130,7 +129,7 @@ def is_of(adapter: discovery.Found, base: Path) -> bool:
     """Returns whether an adapter's base model has the same name as `base`, ignoring case and
     organization. Returns True if the adapter names no base model."""
     name = title(Path(adapter.base)).rpartition("/")[2].lower()
-    return not adapter.base or bare(name) == title(base).rpartition("/")[2].lower()
+    return not adapter.base or name == title(base).rpartition("/")[2].lower()
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:

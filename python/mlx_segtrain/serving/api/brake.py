@@ -26,6 +26,8 @@ class Bounded(logging.Filter):
             return False
         self.left -= 1
         if self.dropped:
-            record.msg = f"{record.getMessage()} ({self.dropped} similar lines were dropped before)"
+            record.msg = (
+                f"{record.getMessage()} ({self.dropped} earlier warnings and errors were dropped)"
+            )
             record.args, self.dropped = (), 0
         return True

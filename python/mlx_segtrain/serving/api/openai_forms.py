@@ -267,15 +267,21 @@ class Generate(Request):
             where = "structured_outputs"
             if (own := more.json_) is not None:
                 parsed = _parsed(own, f"{where}.json")
-                found.append((where, lambda: grammars.schema(f"{where}.json", parsed)))
+                found.append((f"{where}.json", lambda: grammars.schema(f"{where}.json", parsed)))
             if (pattern := more.regex) is not None:
-                found.append((where, lambda: grammars.pattern(f"{where}.regex", pattern)))
+                found.append(
+                    (f"{where}.regex", lambda: grammars.pattern(f"{where}.regex", pattern))
+                )
             if (texts := more.choice) is not None:
-                found.append((where, lambda: grammars.choice(f"{where}.choice", texts)))
+                found.append((f"{where}.choice", lambda: grammars.choice(f"{where}.choice", texts)))
             if (text := more.grammar) is not None:
-                found.append((where, lambda: grammars.grammar(f"{where}.grammar", text)))
+                found.append(
+                    (f"{where}.grammar", lambda: grammars.grammar(f"{where}.grammar", text))
+                )
             if more.json_object:
-                found.append((where, lambda: grammars.schema(where, {"type": "object"})))
+                found.append(
+                    (f"{where}.json_object", lambda: grammars.schema(where, {"type": "object"}))
+                )
         if len(found) > 1:
             both = f"{found[0][0]} and {found[1][0]}"
             raise InputError(f"{both} both set the answer's format: set only one of them.")

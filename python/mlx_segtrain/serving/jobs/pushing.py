@@ -80,7 +80,7 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
             commit = hub.create_commit(
                 repo_id=repo,
                 operations=[CommitOperationAdd(name, file) for name, file in files.items()],
-                commit_message="Adapter of mlx_segtrain",
+                commit_message="Upload with mlx_segtrain",
             )
         except HFValidationError:
             raise InputError(f"{repo} is not a name on the hub: use org/name.") from None
