@@ -89,11 +89,11 @@ def header_of(**entry):
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        (header_of(), 15, "its tensors take 16 bytes, but the file has 15"),
-        (header_of(), 17, "its tensors take 16 bytes, but the file has 17"),
+        (header_of(), 15, "its header describes 16 bytes of data, but the file has 15"),
+        (header_of(), 17, "its header describes 16 bytes of data, but the file has 17"),
         (header_of(shape=[2, 3]), 16, "invalid shape, data type, or offset for tensor"),
         (header_of(shape=[-2, -2]), 16, "integer `-2`, expected usize"),
-        (header_of(shape=[4, *[1] * 8]), 16, "a has no valid shape"),
+        (header_of(shape=[4, *[1] * 8]), 16, "a has too many dimensions"),
         (header_of(shape=[2.0, 2]), 16, r"floating point `2\.0`, expected usize"),
         (header_of(shape=[2**62, 4]), 16, "overflow computing buffer size from shape"),
         (header_of(data_offsets=[16, 0]), 16, "invalid offset for tensor `a`"),

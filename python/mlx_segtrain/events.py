@@ -1,5 +1,5 @@
-"""The events of a training run. Each function returns an event, which is a JSON object; the
-functions are in the order in which their events first occur."""
+"""The events of a training run. An event is a JSON object. The functions that create events are in
+the order in which these events first occur."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """Returns the first line of a log, or of the part of a log that a resumed run appends from this
-    step on."""
+    """Returns the event that starts a log, or the part of a log that a run resumed at `step`
+    appends."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -67,8 +67,8 @@ def evaluating(done: int, batches: int, left_s: float) -> Event:
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """Returns the memory plan for the rest of the run, in bytes. `peak` is None if the peak is not
-    predicted."""
+    """Returns the event with the memory plan for the rest of the run. `peak` and `budget` are in
+    bytes; `peak` is None if it is not predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -100,10 +100,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    The figures of a rank are busy_s and waited_s, the mean seconds per step since the last report
-    that it spent computing and waiting for others; tokens_per_sec, its speed while computing;
-    peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and the fastest
-    rank. `slowest` is the rank for which the others wait.
+    The figures of a rank are busy_s and waited_s, the mean time per step that the rank has spent
+    computing and waiting for other ranks since the last report; tokens_per_sec, its speed while
+    computing; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and
+    the fastest rank. `slowest` is the rank that the others wait for.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))
@@ -127,7 +127,7 @@ def about_ranks(metric: Event) -> str:
 
 
 def step(metric: Event) -> Event:
-    """Returns the progress of a run between two reports, with some of the metrics of a step."""
+    """Returns the event for a step between two reports, with some of its metrics."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 

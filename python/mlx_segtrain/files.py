@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-#: known_sha256 caches the hashes of files of at least this many bytes on disk.
+#: Minimum size, in bytes, of the files whose hashes known_sha256 caches on disk.
 REMEMBERED = 64 << 20
 
 
@@ -42,7 +42,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`. On success, the file at this path is fsynced and
     renamed to `path`.
 
-    After an exception, the temporary file is removed, and a file at `path` is left as it was.
+    After an exception, the temporary file is removed, and `path` remains unchanged.
     """
     aside = _aside(path)
     try:
@@ -81,8 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Matches the names of temporary files. They contain a process id, which prevents matches of other
-#: files.
+#: Matches the names of temporary files. These names contain a process id, so other files do not
+#: match.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -106,8 +106,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists. The folder is renamed first, which frees its
-    name at once."""
+    """Removes a folder with its content, if it exists. The folder is renamed first, so its name is
+    free immediately."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -150,7 +150,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open`. Only this user can read a file that it creates."""
+    """An opener for `open` that creates files which only this user can read."""
     return os.open(path, flags, 0o600)
 
 
@@ -303,7 +303,7 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns a tuple that differs once a file has changed. The tuple includes the change time,
+    """Returns a tuple that changes whenever the file changes. The tuple includes the change time,
     because programs can set the modification time but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns

@@ -90,7 +90,7 @@ def start(
     """Runs `main(*args)` of one of our modules in a new process, which inherits these open files.
 
     The new process has its own session, so Ctrl-C in a terminal reaches only the current process,
-    which ends the others.
+    which then ends the processes that it has started.
     """
     how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
     return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)

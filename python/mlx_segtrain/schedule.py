@@ -28,8 +28,8 @@ class Stage:
     `params` is the stage's dict of arrays. `reads` and `writes` contain the names of boundary
     values. A stage may overwrite a value that it reads, as layers do with the residual stream `h`.
 
-    The function of a stage that `saves` has two more parameters. With `save=True`, it also returns
-    a list of arrays after the values that it writes. When the stage is recomputed for its gradient,
+    If `saves` is True, the function has two more parameters. With `save=True`, it also returns a
+    list of arrays after the values that it writes. When the stage is recomputed for its gradient,
     the function receives this list as `saved`.
 
     Stages with the same `owner` share the parameters that are stored under this name, and their
@@ -57,7 +57,8 @@ class Cuts:
     between groups are kept after the forward pass. Values between the segments of a group are
     recomputed when the backward pass reaches the group, except that the last group keeps these
     values. The last segment is never recomputed. `saves` lists the stages that keep arrays (for
-    attention, its output) in the last run before their gradient, which reduces recomputation.
+    attention, its output) when they run for the last time before their gradient is computed; this
+    reduces recomputation.
     """
 
     segments: tuple[int, ...]
