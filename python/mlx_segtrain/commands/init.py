@@ -90,9 +90,9 @@ def _asked(name: str) -> str:
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """Returns a YAML file with these values. The other fields are in comments, with their
-    defaults."""
-    parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
+    """Returns the text of a YAML file with these values. All other fields are commented out, with
+    their defaults."""
+    parts = ["# Configuration of a run. To start the run: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
         if group_of(name) != title:

@@ -23,7 +23,7 @@ def hanging(name: str, text: str, column: int, width: int) -> str:
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
-    """Returns a command for a shell. If it is longer than `width`, it has several lines."""
+    """Returns a command for a shell. A command longer than `width` is split into several lines."""
     words = [shlex.quote(word) if word != "…" else word for word in argv]
     text = " ".join(words)
     if len(text) <= width:
@@ -41,7 +41,7 @@ def command_line(argv: Sequence[str], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds in the form 7s, 3m20s or 2h05m."""
+    """Formats a duration in seconds as 7s, 3m20s or 2h05m."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"
