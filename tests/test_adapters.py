@@ -200,7 +200,7 @@ def test_a_file_that_is_cut_is_not_read(chain, tmp_path):
         (weights,) = folder.glob("*.safetensors")
         whole = weights.read_bytes()
         weights.write_bytes(whole[: 8 + struct.unpack("<Q", whole[:8])[0]])
-        says(folder, chain, "not a readable safetensors file: its tensors take")
+        says(folder, chain, "not a readable safetensors file: its header describes")
 
 
 # ---- refused adapters

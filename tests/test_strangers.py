@@ -188,7 +188,7 @@ def test_patterns_that_are_not_taken(pattern, message, chain, tmp_path):
 def test_patterns_that_are_too_many(chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={f"a{i}": 3 for i in range(5001)})
-    with pytest.raises(InputError, match="5001 patterns, more than 5000"):
+    with pytest.raises(InputError, match="5001 patterns; the maximum is 5000"):
         read_stored(folder)
 
 

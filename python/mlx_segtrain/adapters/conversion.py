@@ -119,8 +119,8 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "whether the embedding is also the head depends on the base model: pass its folder "
-            "with --model."
+            "the adapter changes an embedding, and only the base model shows whether this "
+            "embedding is also the head: pass the base model with --model."
         )
     return replace(adapter, tied=tied)
 
