@@ -111,7 +111,7 @@ def test_rewards_of_all_kinds_are_summed_by_their_weights(tmp_path):
         ({"rewards": ["exakt:answer"]}, "'exakt:answer' is not a check; use one of exact, number"),
         ({"rewards": ["exact"]}, "exact needs an argument, as in exact:answer"),
         ({"rewards": ["regex:("]}, r"'\(' is not a valid RE2 pattern"),
-        ({"rewards": ["length:few"]}, "length needs a number of tokens, as in length:100; got 'few'"),
+        ({"rewards": ["length:few"]}, "number of tokens, as in length:100; got 'few'"),
         ({"rewards": ["json_schema:{]"]}, "is not a valid JSON schema"),
         ({"reward_functions": ["nowhere.py:f"]}, "nowhere.py:f cannot be used .there is no file"),
         ({"reward_functions": ["json:nothing"]}, "json:nothing cannot be used"),

@@ -398,8 +398,8 @@ class Run:
         self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
-                f"step {step}: the clock jumped by {jumped:+.0f} s relative to elapsed time (or "
-                "the machine slept): times in the log jump, but the run does not depend on them"
+                f"step {step}: the clock jumped by {jumped:+.0f} s, or the machine slept: the "
+                "times in the log jump as well, but the run is not affected"
             )
 
     def _own_figures(self) -> dict[str, float]:
