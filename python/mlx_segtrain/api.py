@@ -275,7 +275,7 @@ def _shown(
     from .training.ranks import launched
 
     console = Console(highlight=False)
-    # With several ranks, rank 0 shows the progress.
+    # With several ranks, only rank 0 shows the progress.
     seen = (in_notebook() or console.is_terminal) and not launched()
     if progress is False or (progress is None and (on_event is not None or not seen)):
         yield on_event, on_step

@@ -138,8 +138,8 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Creates a folder that only this user can access, unless it exists. Raises InputError if other
-    users can write to the folder, since they could replace its content."""
+    """Makes a folder accessible only to this user, and creates it if it does not exist. Raises
+    InputError if other users can write to the folder, since they could replace its content."""
     make_folder(path)
     with suppress(OSError):  # the file system may not support owners
         path.chmod(0o700)
@@ -208,7 +208,7 @@ def sync_open(file: int) -> None:
     in the cache of the disk."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with suppress(OSError):  # the file system may not support it
+        with suppress(OSError):  # the file system may not support F_FULLFSYNC
             fcntl.fcntl(file, full)
             return
     os.fsync(file)
@@ -320,8 +320,8 @@ def _sha256(path: Path, *_: int) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out`
-    exists or cannot be written."""
+    """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out` is a
+    file or a folder with content, or cannot be written."""
     place = out.resolve()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):

@@ -58,8 +58,8 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub. Without a revision, the newest commit or the cached commit is
-    used."""
+    """A repository on the hub. Without a revision, the cached commit is used if its files are
+    complete, and otherwise the newest commit."""
 
     id: str
     revision: str | None = None
@@ -138,7 +138,7 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
     """Returns the folder of a model, given its path or its name on the hub. Downloads missing
     files.
 
-    Without `weights`, only the configuration and the tokenizer are needed. Raises InputError if the
+    Without `weights`, downloads only the configuration and the tokenizer. Raises InputError if the
     model is not available.
     """
     repository = named(text)

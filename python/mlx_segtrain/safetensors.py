@@ -58,7 +58,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
             raise ValueError(f"its header names more than {TENSORS:,} tensors")
         if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:
-            raise ValueError("its header is larger than its tensors need")
+            raise ValueError("its header is too large for its number of tensors")
         if (refusal := _refusal(text)) not in ("", _NO_DATA):
             raise ValueError(refusal)
         entries = json.loads(text, object_pairs_hook=_once)
