@@ -173,7 +173,7 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
                 del opened[file]
         return found
 
-    # Each file is read once, because a module is handled together with its first tensor.
+    # Each file is read once, because modules are in the order of the files of their first tensors.
     for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
         yield path, take(path)
 
@@ -191,8 +191,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this number of bits. Any other mode is replaced with MLX's
-    affine mode, the only one that supports a choice of bits."""
+    """Returns the quantization with this number of bits. Its mode becomes MLX's affine mode, the
+    only mode that supports a choice of bits."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")

@@ -84,8 +84,9 @@ class Terminal:
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    If the console is a terminal, a progress bar is drawn, otherwise one line per event is printed.
-    `output`, by default that of the running command, determines how much is shown and logged.
+    If the console is a terminal, it draws a progress bar; otherwise it prints one line per event.
+    `output` determines how much is shown and logged; by default, it is the output of the running
+    command.
     """
 
     def __init__(self, console: Console | None = None, output: Output | None = None) -> None:
@@ -277,8 +278,8 @@ def errors() -> Console:
 
 @contextmanager
 def waiting() -> Iterator[Callable[[Event], None]]:
-    """Shows warnings and the progress of a download on stderr. With --verbose, shows every
-    event."""
+    """Shows warnings and the progress of downloads and other long operations on stderr. With
+    --verbose, shows every event."""
     with Terminal(errors()) as show:
 
         def tell(event: Event) -> None:

@@ -178,7 +178,7 @@ def show_plan(report: PlanReport) -> None:
     rows = f"{report.rows} row{'s' * (report.rows != 1)}"
     line("batch", f"{rows} of {report.tokens:,} tokens, {report.trained_tokens:,} in the loss")
     for own in report.pipeline:
-        peak = "" if own.peak is None else f"; {gb(own.peak)} at most of {gb(own.budget)}"
+        peak = "" if own.peak is None else f"; peak {gb(own.peak)} of {gb(own.budget)}"
         there, back = (f"{n / 1e6:,.1f} MB" for n in own.sent)
         sends = [f"{there} on"] * bool(own.sent[0]) + [f"{back} back"] * bool(own.sent[1])
         text = f"layers {own.layers}, {gb(own.weights)} of weights{peak}; computes {own.busy:.0%}"

@@ -15,7 +15,7 @@ def wrapped(text: str, width: int, indent: int = 0) -> str:
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """Returns a name followed by its text, which is wrapped and starts at `column` on each line."""
+    """Returns a name and its text in two columns. The text starts at `column` and is wrapped."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)

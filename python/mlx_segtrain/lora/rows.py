@@ -133,7 +133,7 @@ class Rows:
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Assigns the adapter of keys[i] to row i of a batch, or none if no adapter has that key.
+        """Assigns the adapter with the key keys[i], if there is one, to row i of a batch.
 
         `adapters` may include the adapters of other batches that run alternately with this batch.
         All these batches then share the same stacks.

@@ -256,7 +256,7 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
     """Returns a message in the form that chat templates need. The content becomes a list of parts
-    if `parts` is set. Call arguments that are not mappings are replaced, since a model may write
+    if `parts` is set. Call arguments that are not mappings become {}, since a model may write
     anything."""
     if isinstance(message.get("content"), str):
         message = {**message, **content(message["content"], parts)}

@@ -50,7 +50,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     say("model: SmolLM2-135M-Instruct, 4 bits (the first run downloads 93 MB)")
     model_dir = smollm2_snapshot(files.cache_dir())
     rows = write_dataset(data_dir)
-    say(f"data: {rows['train']:,} docstrings, and {rows['valid']} of modules held out")
+    say(f"data: {rows['train']:,} docstrings, and {rows['valid']} from held-out modules")
 
     settings = {
         "model_dir": model_dir,
