@@ -566,7 +566,7 @@ def test_splits_of_python(tmp_path):
     ("data", "says"),
     [
         (None, "data_dir is missing: set it in the YAML file or with --data"),
-        (7, "train_data is a number: pass a list of dicts"),
+        (7, "train_data is a number: pass a list or an iterator"),
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),

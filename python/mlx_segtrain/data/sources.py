@@ -314,8 +314,8 @@ def _python(data: Any, name: str) -> Source:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Lines.of(data, name)
     raise InputError(
-        f"{name} is {_kind(data)}: pass a list of dicts, an iterator of them, a datasets.Dataset, "
-        "or a table of Arrow, pandas or polars."
+        f"{name} is {_kind(data)}: pass a list or an iterator of dicts, a datasets.Dataset, or an "
+        "Arrow, pandas or polars table."
     )
 
 
