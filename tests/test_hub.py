@@ -324,7 +324,7 @@ def test_what_cannot_be_converted(hub, home, llama, tmp_path, capsys, monkeypatc
     assert main(argv) == 2 and "Model type unheard not supported" in capsys.readouterr().err
     assert list(tmp_path.glob("made*")) == list(tmp_path.glob(".made*")) == []
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    assert main(argv) == 2 and "needs 0.1 MB, but 0.0 MB are free" in capsys.readouterr().err
+    assert main(argv) == 2 and "needs 0.1 MB, but only 0.0 MB is free" in capsys.readouterr().err
 
 
 def test_serve_takes_a_name(hub, tiny, home, monkeypatch):

@@ -169,8 +169,8 @@ def accumulating(
             tell(events.stage("setup", 0.0, said))
     if count < ranks.size and not ranks.pipeline:
         raise InputError(
-            f"{name} = {count}, but each of the {ranks.size} ranks needs a {unit} in every step: "
-            f"start at most {count} ranks, or "
+            f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a {unit} in "
+            f"every step: start at most {count} ranks, or "
             + ("start a new run." if resumed else "raise it."),
             field=name,
         )
