@@ -335,7 +335,7 @@ def test_factors_that_make_no_sense(chain, tmp_path):
         ranks_too=False,
     )
     wide = {Q0: (mx.ones((65, RANK)), b)}
-    message = r"lora_a of shape \(65, 4\) and lora_b of shape \(4, 64\), but the model needs \(64, 4\)"
+    message = r"shape \(65, 4\) and lora_b of shape \(4, 64\), but the model needs \(64, 4\)"
     says(write_peft(tmp_path / "wide", wide), chain, message, ranks_too=False)
 
 
