@@ -53,7 +53,7 @@ def _folders(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
         # A run's folder `state` contains checkpoints, which are not adapters. Its other folders may
-        # contain adapters, such as those that were saved at evaluations.
+        # contain adapters, such as the copies that are saved at evaluations.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
