@@ -81,7 +81,7 @@ def test_a_system_message_and_a_new_conversation(llama4, adapters, monkeypatch, 
     out = told(monkeypatch, capsys, llama4, typed, "--system", "Be brief.")
     brief = answer(llama4, None, [system, user(ask)])
     plain = answer(llama4, None, [user(ask)])
-    note = "a new conversation"
+    note = "started a new conversation"
     assert out.split("lists commands\n", 1)[1] == f"{brief}\n{note}\n{brief}\n{note}\n{plain}\n"
 
 
@@ -92,7 +92,7 @@ def test_commands_that_cannot_be_obeyed_say_so(llama4, monkeypatch, capsys):
         "there is no message to answer yet\n"
         "there is no adapter to compare with: start chat with --adapter DIR\n"
         "answering with base; choose one of: 0 base\n"
-        "/foo is not known: /help lists the commands\n"
+        "unknown command /foo: /help lists the commands\n"
         "/adapter NAME "
     )
     assert out.endswith(f"{chats.HELP}\n")

@@ -353,7 +353,7 @@ def test_bad_input_of_a_run(
         (["generate", "--model", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
         (
             ["generate", "--model=m", "--prompt=x", "--system=y", "--prompt-format=raw"],
-            "--system needs the chat template",
+            "--system requires the chat template",
         ),
         (["eval", "--model=m", "--data=d", "--max-seq-length=1"], "integer >= 2; got '1'"),
         (["demo", "--iters", "0"], "integer >= 1"),

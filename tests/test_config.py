@@ -159,7 +159,7 @@ def test_defaults_and_names_of_methods() -> None:
         ({"dpo_warmup_iters": 9}, "dpo_warmup_iters only applies to method dpo: use warmup_iters"),
         (
             {"method": "dpo", "dpo_lr_schedule": "linear", "lr_schedule": "linear"},
-            "dpo_lr_schedule and lr_schedule are the same: set only one of them",
+            "dpo_lr_schedule and lr_schedule name the same field: set only one of them",
         ),
         ({"label_smoothing": 0.5, "method": "dpo"}, "a finite number >= 0 and < 0.5; got 0.5"),
         ({"lora_dropout": 1.0}, "lora_dropout must be a finite number >= 0 and < 1; got 1.0"),

@@ -124,7 +124,7 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
     assert inspect(tmp_path, TOKENIZER, Options(method=None)).duplicates == 3
     train, _ = load(tmp_path, rows, method=method, dedup=True)
     assert [own.source for own in train.rows] == [f"train.jsonl:{n}" for n in (1, 2, 4)]
-    assert train.said == ("3 rows that repeat an earlier one are dropped (dedup)",)
+    assert train.said == ("3 rows that repeat an earlier row are dropped (dedup)",)
     assert train.n_rows == train.notes.rows == 3
 
 

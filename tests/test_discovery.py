@@ -125,7 +125,7 @@ def test_the_commands(root, llama_mixed, data, tmp_path):
     done = run("export", root / "one", "--to", "peft", "--out", tmp_path / "peft")
     assert done.returncode == 2 and "already exists" in done.stderr
     done = run("merge", root / "one", "--bits", "4", "--out", tmp_path / "x")
-    assert done.returncode == 2 and "only apply with --into MODEL" in done.stderr
+    assert done.returncode == 2 and "no effect without --into MODEL" in done.stderr
     done = run("merge", root / "broken", "--out", tmp_path / "x")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 

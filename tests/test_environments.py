@@ -330,7 +330,7 @@ def test_what_is_refused(tokenizer, with_tools):
     ):
         with pytest.raises(InputError, match=f"environment: lib:Guess cannot be used .*{says}"):
             Environments.of(configured(), kind)
-    with pytest.raises(InputError, match="mlx-lm does not know how tools are called"):
+    with pytest.raises(InputError, match="mlx-lm cannot read the tool calls"):
         conversation(tokenizer, Shelf)
     with pytest.raises(InputError, match="this run uses the tools of environment"):
         conversation(load_tokenizer(with_tools), Shelf, tools=[{"type": "function"}])

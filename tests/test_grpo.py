@@ -306,7 +306,7 @@ CHAT = chats.chat("a", "b")
             'needs the keys "prompt"',
         ),
         ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "use method grpo"),
-        ({"prompt": "a"}, {"method": "sft"}, 'needs the keys "messages"'),
+        ({"prompt": "a"}, {"method": "sft"}, "needs the keys of one format"),
         ({"prompt": ""}, {"prompt_format": "raw"}, "jsonl:1: the prompt has no tokens"),
     ],
 )

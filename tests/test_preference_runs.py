@@ -232,8 +232,8 @@ def test_answers_and_scores_at_every_evaluation(llama4, data, tmp_path):
     ("command", "says"),
     [
         ("false", "eval_command failed with exit code 1"),
-        ("echo nothing", "the last line that eval_command printed is not a number: ['nothing']"),
-        ("echo NaN", "the last line that eval_command printed is not a number"),
+        ("echo nothing", "the last line that eval_command printed is neither a number nor"),
+        ("echo NaN", "the last line that eval_command printed is neither a number nor"),
     ],
 )
 def test_a_score_that_fails_is_told_and_ends_nothing(command, says, llama4, data, tmp_path):

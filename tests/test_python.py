@@ -134,7 +134,7 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
         ({"model": None}, "model_dir is missing: pass model=…"),
         ({"data": None}, "data_dir is missing: pass data=…"),
         ({"num_epochs": 3}, "unknown field num_epochs. Did you mean epochs?"),
-        ({"learning_rate": 1}, "lr and learning_rate are the same: set only one of them."),
+        ({"learning_rate": 1}, "lr and learning_rate name the same field: set only one of them."),
         ({"train_data": []}, "data and train_data are both given: leave one of them out."),
         (
             {"resume": True},

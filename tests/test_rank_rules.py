@@ -96,7 +96,7 @@ def test_a_pipeline_that_is_filled_badly_is_warned_of(tmp_path):
         return [own["message"] for own in found if own["type"] == "warning"]
 
     (said,) = told(3)
-    assert "= 3 is too few for a pipeline of 2 ranks" in said and "75% of the time" in said
+    assert "= 3 is too low for a pipeline of 2 ranks" in said and "75% of the time" in said
     assert not told(4) and not told(3, rank=1)
 
 

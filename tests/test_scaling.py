@@ -59,7 +59,7 @@ def test_what_is_not_counted_of_grpo(llama, capsys):
     assert (
         text.splitlines()[-1]
         .strip()
-        .startswith("This counts one update with one pass on each rank")
+        .startswith("This assumes one update with one pass on each rank")
     )
 
 

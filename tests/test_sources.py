@@ -485,10 +485,10 @@ def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["train.csv", "train.json"], "has train.csv and train.json: keep one"),
+        (["train.csv", "train.json"], "has train.csv and train.json: keep only one"),
         (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
         (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
-        (["train-0-of-3.csv", "train-2-of-3.csv"], "has 2 of the files train-*-of-3.csv: put all"),
+        (["train-0-of-3.csv", "train-2-of-3.csv"], "has only 2 of the files train-*-of-3.csv: add"),
         (["a.csv", "b.csv"], "has no file train.jsonl, and no train file in another format"),
         (["valid.csv"], "has no file train.jsonl"),
         ([".train.csv"], "has no file train.jsonl"),
@@ -570,7 +570,7 @@ def test_splits_of_python(tmp_path):
     ("data", "says"),
     [
         (None, "data_dir is missing: set it in the YAML file or with --data"),
-        (7, "train_data is a number: pass a list of dicts"),
+        (7, "train_data is a number: pass a list or an iterator"),
         (["a"], "train_data:1: the row must be a dict, not a string"),
         ([{}, {"a": {1, 2}}], "train_data:2: the row cannot be written as JSON"),
         ([{"a": "\ud800"}], "train_data:1: the row cannot be written as JSON"),

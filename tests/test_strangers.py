@@ -90,11 +90,11 @@ def header_of(**entry):
 @pytest.mark.parametrize(
     ("header", "data", "message"),
     [
-        (header_of(), 15, "its tensors take 16 bytes, but the file has 15"),
-        (header_of(), 17, "its tensors take 16 bytes, but the file has 17"),
+        (header_of(), 15, "its header describes 16 bytes of data, but the file has 15"),
+        (header_of(), 17, "its header describes 16 bytes of data, but the file has 17"),
         (header_of(shape=[2, 3]), 16, "invalid shape, data type, or offset for tensor"),
         (header_of(shape=[-2, -2]), 16, "integer `-2`, expected usize"),
-        (header_of(shape=[4, *[1] * 8]), 16, "a has no valid shape"),
+        (header_of(shape=[4, *[1] * 8]), 16, "a has too many dimensions"),
         (header_of(shape=[2.0, 2]), 16, r"floating point `2\.0`, expected usize"),
         (header_of(shape=[2**62, 4]), 16, "overflow computing buffer size from shape"),
         (header_of(data_offsets=[16, 0]), 16, "invalid offset for tensor `a`"),
@@ -189,7 +189,7 @@ def test_patterns_that_are_not_taken(pattern, message, chain, tmp_path):
 def test_patterns_that_are_too_many(chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     folder = write_peft(tmp_path, factors, rank_pattern={f"a{i}": 3 for i in range(5001)})
-    with pytest.raises(InputError, match="5001 patterns, more than 5000"):
+    with pytest.raises(InputError, match="5001 patterns; the maximum is 5000"):
         read_stored(folder)
 
 

@@ -159,8 +159,8 @@ def test_ranks_are_compared_in_a_line() -> None:
             terminal(metric)
         assert out.getvalue().splitlines()[-1] == (
             "rank 1 is the slowest of 3: 0.600 s of work per step, 50% more than rank 2; the ranks "
-            "wait 0.150 to 0.350 s, work at 1,500 to 2,500 tokens/s, and have peaks of 1.00 to "
-            "1.25 GB"
+            "wait 0.150 to 0.350 s, work at 1,500 to 2,500 tokens/s, and have a peak memory "
+            "of 1.00 to 1.25 GB"
         )
 
 

@@ -186,7 +186,7 @@ def test_the_base_that_an_adapter_names_is_looked_at(bases, tmp_path):
 def test_without_a_base_it_cannot_be_told(tmp_path):
     for kind in ("embedding", "apart", "twins"):
         folder = peft_folder(tmp_path / kind, kind, Path("nobody/knows"))
-        with pytest.raises(InputError, match="depends on the base model"):
+        with pytest.raises(InputError, match="only the base model shows"):
             import_(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     # Without the base, the configuration and the equality of the two updates imply that they are
@@ -229,7 +229,7 @@ def test_our_files_say_for_which_kind_they_are(kind, runs, bases, data, tmp_path
 
 
 def test_adapters_for_both_kinds_have_no_sum(runs, tmp_path):
-    with pytest.raises(InputError, match="to different models: in one of them the embedding is"):
+    with pytest.raises(InputError, match="to different models: in one model the embedding is"):
         weighted([runs / "tied", runs / "untied"])
     merge([runs / "tied", runs / "tied"], tmp_path / "sum")
     assert read_stored(tmp_path / "sum").tied is True

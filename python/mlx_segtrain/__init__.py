@@ -45,10 +45,11 @@ MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """Raises ImportError unless this MLX release is installed. The message includes the install
+    """Raises ImportError unless mlx MLX_VERSION is installed. The message includes the install
     command."""
     mend = (
-        f'pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx {MLX_VERSION}'
+        'run pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx '
+        f"{MLX_VERSION}"
     )
     try:
         found = version("mlx")

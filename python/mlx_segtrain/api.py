@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The default adapter path, as on the command line.
 OUTPUT = {"adapter_path": "adapters"}
-#: Maps the names of flags, without dashes, to the names of the fields.
+#: Maps each flag, spelled as a Python name, to the name of its field.
 SHORT = {
     own.strip("-").replace("-", "_"): name
     for name, facets in FACETS.items()
@@ -47,7 +47,8 @@ class TrainResult(training.TrainResult):
 
     @cached_property
     def history(self) -> list[events.Event]:
-        """The metrics that the run reported, each of `kind` train, val or score."""
+        """The events with the metrics of the run. The `kind` of each event is train, val or
+        score."""
         from .training.curves import metrics
 
         return metrics(self.adapter_path / "metrics.jsonl")
@@ -67,8 +68,8 @@ class TrainResult(training.TrainResult):
         return self._loaded[1]
 
     def plot(self) -> Figure:
-        """Returns a matplotlib figure of the training loss and the validation loss over the
-        steps."""
+        """Returns a matplotlib figure that plots the training loss and the validation loss against
+        the step."""
         from .hub import title
         from .objectives import OBJECTIVES
         from .training.curves import figure_of, points
@@ -130,18 +131,18 @@ def train(
         train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
 
     Fields of TrainConfig can be passed as keyword arguments, instead of `config` or in addition to
-    it. A field is named as in TrainConfig or as its flag (`lr`, `adapter`). `model` is a folder, a
+    it. Each keyword is the name of a field or of its flag (`lr`, `adapter`). `model` is a folder, a
     name on the hub, or a pair `(model, tokenizer)`, as returned by `load` and mlx_lm.load; for a
     pair, the result contains the same model with the adapter attached. `data` (or `train_data`) is
     a path, a name on the hub, or the rows themselves: a list or an iterator of dicts, a
     `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or polars table. `valid_data` provides
     the validation rows in any of these forms.
 
-    `on_event` receives the events of the run (mlx_segtrain.events). Terminals and notebooks show a
-    progress bar unless `on_event` is given or `progress` is False. `on_step` and `on_eval` receive
-    the metrics of every training step and every evaluation, respectively, as a dict; if either
-    returns True, the run saves its state and ends. `score(model, tokenizer)` is called at every
-    evaluation and must return a number or a dict of numbers. For method grpo, each item of
+    `on_event` receives the events of the run (mlx_segtrain.events). Without it, terminals and
+    notebooks show a progress bar; `progress` turns the bar on or off. `on_step` and `on_eval`
+    receive the metrics of every training step and every evaluation, respectively, as a dict; if
+    either returns True, the run saves its state and ends. `score(model, tokenizer)` is called at
+    every evaluation and must return a number or a dict of numbers. For method grpo, each item of
     `rewards` is a function that scores completions or the name of a check, as in the field
     `rewards`; `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
@@ -193,8 +194,8 @@ def train(
 def _functions(
     rewards: Sequence[str | Function] | None, fields: dict[str, Any]
 ) -> tuple[list[Function], dict[str, Any]]:
-    """Separates functions from the names of checks. Returns the functions, and the fields with
-    these names added."""
+    """Separates the functions in `rewards` from the names of checks. Returns the functions, and
+    `fields` with the names added as the field `rewards`."""
     if rewards is None:
         return [], fields
     if not isinstance(rewards, list | tuple):  # the configuration will report the error
@@ -213,7 +214,7 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
     for name, value in fields.items():
         field = SHORT.get(name, name)
         if field != name and field in fields:
-            raise InputError(f"{name} and {field} are the same: set only one of them.")
+            raise InputError(f"{name} and {field} name the same field: set only one of them.")
         given[field] = value
     return load_config(None, given, OUTPUT)
 
@@ -221,8 +222,8 @@ def _config(config: TrainConfig | None, fields: Mapping[str, Any]) -> TrainConfi
 def _given(
     pair: tuple[Any, ...], config: TrainConfig | None, fields: dict[str, Any]
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """Returns the model in `(model, tokenizer)` without its adapter, the tokenizer, and the fields
-    with the model's folder added."""
+    """Returns the model and the tokenizer in `pair`, and `fields` with the model's folder added.
+    Detaches the model's adapter, if there is one."""
     import mlx.core as mx
     import mlx.nn as nn
 
@@ -265,8 +266,8 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Yields the callbacks for events and for steps. They update a progress bar if one is wanted
-    and would be visible."""
+    """Yields the callbacks for events and for steps. If a progress bar is wanted and would be
+    visible, the callbacks also update the bar."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook
@@ -274,7 +275,7 @@ def _shown(
     from .training.ranks import launched
 
     console = Console(highlight=False)
-    # With several ranks, rank 0 shows the progress.
+    # With several ranks, only rank 0 shows the progress.
     seen = (in_notebook() or console.is_terminal) and not launched()
     if progress is False or (progress is None and (on_event is not None or not seen)):
         yield on_event, on_step

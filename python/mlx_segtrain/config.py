@@ -2,8 +2,7 @@
 
 `TrainConfig` determines the flags of the command line, the keys of a YAML file, the error messages,
 the page's form, the rules for resuming, and the table in docs/configuration.md, which `python -m
-mlx_segtrain.config` prints. The other properties of a field, besides its type, are in
-fields.Facets.
+mlx_segtrain.config` prints. fields.Facets contains the properties of a field other than its type.
 """
 
 from __future__ import annotations
@@ -115,7 +114,8 @@ OF_LOSS: dict[Any, dict[str, Any]] = {
 
 
 class TrainConfig(BaseModel):
-    """The configuration of one training run. Raises InputError, a ValueError, for a bad value."""
+    """The configuration of one training run. A bad value raises InputError, which is a
+    ValueError."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -506,7 +506,7 @@ class TrainConfig(BaseModel):
             if values.get("method") != "dpo":
                 raise ValueError(f"dpo_{name} only applies to method dpo: use {name}")
             if name in values:
-                raise ValueError(f"dpo_{name} and {name} are the same: set only one of them")
+                raise ValueError(f"dpo_{name} and {name} name the same field: set only one of them")
             values[name] = values.pop(f"dpo_{name}")
         if values.get("method", "sft") != "sft":
             values = {"learning_rate": 5e-5, "lr_schedule": "cosine", **values}
@@ -526,7 +526,7 @@ class TrainConfig(BaseModel):
         if self.epochs is None and self.warmup_iters >= self.iters:
             raise InputError(
                 f"warmup_iters = {self.warmup_iters} must be smaller than iters = {self.iters}: "
-                "lower it, because the learning rate would never reach its peak",
+                "lower it, or the learning rate never reaches its peak",
                 field="warmup_iters",
             )
         if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:

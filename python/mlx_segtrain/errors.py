@@ -36,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def fault_of(error: BaseException) -> Fault:
-    """Returns the reason for which this exception ended a run."""
+    """Returns the Fault of an exception that ended a run."""
     if isinstance(error, NoRoom | NoMemory) or is_out_of_memory(error):
         return "memory"
     if isinstance(error, InputError):
@@ -81,7 +81,7 @@ def either(words: Sequence[str]) -> str:
 
 
 def shown(value: Any, most: int = 60) -> str:
-    """Returns an untrusted value in a form that is safe in a message. It is on one line and cut to
+    """Returns an untrusted value in a form that is safe in a message: on one line, and cut to
     `most` characters."""
     try:
         text = repr(value)

@@ -1,5 +1,5 @@
-"""The events of a training run. Each function returns an event, which is a JSON object; the
-functions are in the order in which their events first occur."""
+"""The events of a training run. An event is a JSON object. The functions that create events are in
+the order in which these events first occur."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """Returns the first line of a log, or of the part of a log that a resumed run appends from this
-    step on."""
+    """Returns the event that starts a log, or the part of a log that a run resumed at `step`
+    appends."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,
@@ -37,7 +37,7 @@ def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
 
 
 def warning(message: str) -> Event:
-    """Returns a warning for the user about a problem that does not stop the run."""
+    """Returns the event that warns the user of a problem that does not stop the run."""
     return {"type": "warning", "message": message}
 
 
@@ -50,8 +50,9 @@ def stage(name: Stage, progress: float, message: str, **more: Any) -> Event:
 def tokenizing(
     name: str, share: float | None, rows: int, rows_per_s: float, left_s: float | None
 ) -> Event:
-    """Returns the progress of tokenizing the rows of a source. `share` is the finished fraction,
-    from 0 to 1, and `left_s` the remaining time in seconds; both are None if they are unknown."""
+    """Returns the event that reports the progress of tokenizing the rows of a source. `share` is
+    the finished fraction, from 0 to 1, and `left_s` is the remaining time in seconds; both are None
+    if they are unknown."""
     figures = {"share": share, "rows": rows, "rows_per_s": rows_per_s, "left_s": left_s}
     part = "" if share is None else f" {share:.0%},"
     message = f"tokenizing {name}:{part} {rows:,} rows, {rows_per_s:,.0f} rows/s"
@@ -59,16 +60,16 @@ def tokenizing(
 
 
 def evaluating(done: int, batches: int, left_s: float) -> Event:
-    """Returns the progress of an evaluation outside a run, given the number of finished batches and
-    the remaining time in seconds."""
+    """Returns the event that reports the progress of an evaluation outside a run. `done` is the
+    number of finished batches, and `left_s` is the remaining time in seconds."""
     share = done / batches
     message = f"evaluating: {share:.0%}, batch {done:,} of {batches:,}"
     return stage("evaluate", share, message, share=share, left_s=left_s)
 
 
 def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
-    """Returns the memory plan for the rest of the run, in bytes. `peak` is None if the peak is not
-    predicted."""
+    """Returns the event with the memory plan for the rest of the run. `peak` and `budget` are in
+    bytes; `peak` is None if it is not predicted."""
     planned = {} if peak is None else {"planned_gb": peak / 1e9, "budget_gb": budget / 1e9}
     return stage("setup", progress, message, **planned)
 
@@ -76,14 +77,15 @@ def plan(progress: float, message: str, peak: int | None, budget: int) -> Event:
 def train_metric(
     step: int, iters: int, *, loss: float, metrics: dict[str, float], **figures: float
 ) -> Event:
-    """Returns the metrics of a training report. The loss is the mean over the last
+    """Returns the event with the metrics of a training report. The loss is the mean over the last
     `steps_per_report` steps, in nats per token.
 
     With preference methods the loss is per pair or row, and `metrics` contains the accuracy, the
     margin, the rewards and, for kto, kl. A metric is absent if it applies to none of the rows of
     these steps. `figures` contains grad_norm, learning_rate, tokens_per_sec,
     supervised_tokens_per_sec (which counts only tokens in the loss), step_s, peak_gb, active_gb and
-    left_s, the estimated time in seconds until the run ends, including evaluations and checkpoints.
+    left_s. left_s is the estimated time in seconds until the run ends, including evaluations and
+    checkpoints.
     """
     return {
         "type": "metric",
@@ -100,10 +102,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    The figures of a rank are busy_s and waited_s, the mean seconds per step since the last report
-    that it spent computing and waiting for others; tokens_per_sec, its speed while computing;
-    peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and the fastest
-    rank. `slowest` is the rank for which the others wait.
+    The figures of a rank are busy_s and waited_s, the mean time per step that the rank has spent
+    computing and waiting for other ranks since the last report; tokens_per_sec, its speed while
+    computing; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and
+    the fastest rank. `slowest` is the rank that the others wait for.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))
@@ -121,13 +123,13 @@ def about_ranks(metric: Event) -> str:
     return (
         f"rank {slowest} is the slowest of {len(ranks)}: {busy[slowest]:.3f} s of work per step, "
         f"{skew:.0%} more than rank {busy.index(min(busy))}; the ranks wait {min(waited):.3f} to "
-        f"{max(waited):.3f} s, work at {min(speed):,.0f} to {max(speed):,.0f} tokens/s, and have "
-        f"peaks of {min(peak):.2f} to {max(peak):.2f} GB"
+        f"{max(waited):.3f} s, work at {min(speed):,.0f} to {max(speed):,.0f} tokens/s, and have a "
+        f"peak memory of {min(peak):.2f} to {max(peak):.2f} GB"
     )
 
 
 def step(metric: Event) -> Event:
-    """Returns the progress of a run between two reports, with some of the metrics of a step."""
+    """Returns the event for a step between two reports, with some of its metrics."""
     kept = ("step", "active_gb", "peak_gb", "left_s", "progress", "message")
     return {"type": "step", **{name: metric[name] for name in kept}}
 
@@ -141,8 +143,9 @@ def speed(figures: Mapping[str, Any]) -> str:
 def val_metric(
     step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
 ) -> Event:
-    """Returns the result of an evaluation. The loss is in nats per token, over `tokens` tokens in
-    the loss. With preference methods, the loss and the `metrics` are as in train_metric."""
+    """Returns the event with the result of an evaluation. The loss is the mean over `tokens` tokens
+    in the loss, in nats per token. With preference methods, the loss and the `metrics` are as in
+    train_metric."""
     return {
         "type": "metric",
         "kind": "val",
@@ -161,8 +164,8 @@ def sample(step: int, prompt: str, text: str) -> Event:
 
 
 def score(step: int, scores: dict[str, float] | str) -> Event:
-    """Returns the scores of the adapter from the user's command or function. If the command or
-    function failed, `scores` is the error message."""
+    """Returns the event with the scores that the user's command or function gave the adapter. If
+    the command or function failed, `scores` is the error message."""
     found: Event = {"error": scores} if isinstance(scores, str) else {"scores": scores}
     return {"type": "metric", "kind": "score", "step": step, **found}
 

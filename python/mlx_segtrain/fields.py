@@ -24,8 +24,8 @@ Group = Literal[
     "Evaluation and checkpoints",
     "More",
 ]
-#: The effects of a field outside a run: on the memory plan, on the loss of an adapter, or on the
-#: rows that are read.
+#: What a field affects besides a run: the memory plan, the loss of an adapter, or the rows that are
+#: read.
 Effect = Literal["memory", "loss", "rows"]
 
 
@@ -33,11 +33,11 @@ Effect = Literal["memory", "loss", "rows"]
 class Facets:
     """The properties of a field other than its type. By default a field always has an effect.
 
-    `affects` also makes the field a flag of the commands `plan`, `eval` or `inspect`. `on_resume`
-    says whether a run can be resumed with another value of the field: it is refused, accepted with
-    a warning, or accepted. The field has an effect only with one of the `methods` (if empty, with
-    any method) and if `holds` returns true; `otherwise` is a phrase that names the cases in which
-    the field has no effect.
+    `affects` makes the field a flag of the command `plan` (memory), `eval` (loss) or `inspect`
+    (rows). `on_resume` says whether a run can be resumed with another value of the field: the new
+    value is refused, accepted with a warning, or accepted. The field has an effect only if
+    `methods` is empty or contains the run's method, and if `holds` returns True. `otherwise` is a
+    phrase that names the cases in which the field has no effect.
     """
 
     title: str = ""  #: label on the page; by default, the field's name
@@ -203,5 +203,5 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """Returns the words that the field accepts, or () if it does not accept only certain words."""
+    """Returns the words to which the field's value is limited, or () if there is no such limit."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 
-#: known_sha256 caches the hashes of files of at least this many bytes on disk.
+#: Minimum size, in bytes, of the files whose hashes known_sha256 caches on disk.
 REMEMBERED = 64 << 20
 
 
@@ -42,7 +42,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path next to `path`. On success, the file at this path is fsynced and
     renamed to `path`.
 
-    After an exception, the temporary file is removed, and a file at `path` is left as it was.
+    After an exception, the temporary file is removed, and `path` remains unchanged.
     """
     aside = _aside(path)
     try:
@@ -81,8 +81,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 #: The suffix of a folder that is being replaced.
 OLD = ".old"
-#: Matches the names of temporary files. They contain a process id, which prevents matches of other
-#: files.
+#: Matches the names of temporary files. These names contain a process id, so other files do not
+#: match.
 ASIDE = re.compile(r"\..+\.\d+\.tmp(\.old)?")
 
 
@@ -106,8 +106,8 @@ def clean(folder: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder with its content, if it exists. The folder is renamed first, which frees its
-    name at once."""
+    """Removes a folder with its content, if it exists. The folder is renamed first, so its name is
+    free immediately."""
     if path.exists():
         aside = _aside(path)
         os.replace(path, aside)
@@ -138,8 +138,8 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Creates a folder that only this user can access, unless it exists. Raises InputError if other
-    users can write to the folder, since they could replace its content."""
+    """Makes a folder accessible only to this user, and creates it if it does not exist. Raises
+    InputError if other users can write to the folder, since they could replace its content."""
     make_folder(path)
     with suppress(OSError):  # the file system may not support owners
         path.chmod(0o700)
@@ -150,7 +150,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open`. Only this user can read a file that it creates."""
+    """An opener for `open` that creates files which only this user can read."""
     return os.open(path, flags, 0o600)
 
 
@@ -208,7 +208,7 @@ def sync_open(file: int) -> None:
     in the cache of the disk."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
-        with suppress(OSError):  # the file system may not support it
+        with suppress(OSError):  # the file system may not support F_FULLFSYNC
             fcntl.fcntl(file, full)
             return
     os.fsync(file)
@@ -303,7 +303,7 @@ def hashes(files: Mapping[str, Path], digest: Callable[[Path], str] = sha256) ->
 
 
 def _identity(path: Path) -> tuple[int, ...]:
-    """Returns a tuple that differs once a file has changed. The tuple includes the change time,
+    """Returns a tuple that changes whenever the file changes. The tuple includes the change time,
     because programs can set the modification time but not the change time."""
     own = os.stat(path)
     return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
@@ -320,8 +320,8 @@ def _sha256(path: Path, *_: int) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out`
-    exists or cannot be written."""
+    """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out` is a
+    file or a folder with content, or cannot be written."""
     place = out.resolve()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):

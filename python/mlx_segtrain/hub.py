@@ -3,8 +3,8 @@ the hub's tools.
 
 A name, `org/name` or `org/name@revision`, is replaced with a folder in this cache as early as
 possible; `origin` converts the folder back to the name. Files in the cache are used without a
-request, and only files that are needed are downloaded. An interrupted download continues where it
-stopped, even in a new process, which the hub's client does not support.
+request, and only files that are needed are downloaded. Unlike in the hub's client, an interrupted
+download continues where it stopped, even in a new process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ETAG = re.compile(r"[\w.-]{8,128}", re.ASCII)
 
 #: The name endings of the files required for a model.
 OF_MODEL = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", "merges.txt", "vocab.txt")
-#: The folders in a repository that can contain such files.
+#: The folders in a repository that can contain files of a model.
 BELOW_MODEL = ("", "optiq", "additional_chat_templates")
 WEIGHTS = re.compile(r"model[^/]*\.safetensors")
 OF_ADAPTER = re.compile(r"adapter\w*\.safetensors|[^/]+\.json")
@@ -52,14 +52,14 @@ MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
 #: HEADER is the number of bytes in the first request for the header of a weight file, and
 #: MOST_HEADER the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
-#: The maximum number of successive connections that deliver no bytes.
+#: The number of successive connections without any data after which a download fails.
 TRIES = 5
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub. Without a revision, the newest commit or the cached commit is
-    used."""
+    """A repository on the hub. Without a revision, the cached commit is used if its files are
+    complete, and otherwise the newest commit."""
 
     id: str
     revision: str | None = None
@@ -138,7 +138,7 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
     """Returns the folder of a model, given its path or its name on the hub. Downloads missing
     files.
 
-    Without `weights`, only the configuration and the tokenizer are needed. Raises InputError if the
+    Without `weights`, downloads only the configuration and the tokenizer. Raises InputError if the
     model is not available.
     """
     repository = named(text)
@@ -158,8 +158,8 @@ def model(text: str | Path, tell: events.OnEvent = _nobody, *, weights: bool = T
         has = f"only {' and '.join(others)} files" if others else "no weights"
         raise InputError(
             f"{repository} has {has}, but MLX reads model*.safetensors: use the repository of the "
-            "original weights, which `mlx-segtrain convert NAME --bits 4 --out DIR` turns into a "
-            "quantized model, or one in MLX's format (mlx-community has many)."
+            "original weights, which `mlx-segtrain convert NAME --bits 4 --out DIR` can quantize, "
+            "or a repository in MLX's format (mlx-community has many)."
         )
 
     return fetch(repository, wanted, tell, check)
@@ -246,7 +246,7 @@ def fetch(
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         if ask:
-            why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository there"
+            why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository to this folder"
         else:
             why = "this command downloads nothing: download the repository first"
         raise InputError(f"{repository} is incomplete in {cache()}, but {why}.")
@@ -256,12 +256,12 @@ def fetch(
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         raise InputError(
-            f"{repository} is not a folder, but the hub cannot be reached ({error}): check the "
-            f"network, or download it on another machine and copy it to {cache()}."
+            f"{repository} is not a local folder, and the hub cannot be reached ({error}): check "
+            f"the network, or download it on another machine and copy it to {cache()}."
         ) from None
     check(listed)
-    # The configuration and the tokenizer are downloaded first, so the snapshot is complete once the
-    # weights are.
+    # The configuration and the tokenizer are downloaded first, so a snapshot with all weights is
+    # complete.
     names = sorted(filter(wanted, listed), key=lambda name: (WEIGHTS.match(name) is not None, name))
     _download(repository, commit, {name: listed[name] for name in names}, tell)
     files.make_folder(repository.folder / "snapshots" / commit)
@@ -350,7 +350,7 @@ class _Unreachable(Exception):
 #: The meaning of the hub's responses, keyed by status code.
 REFUSALS = {
     401: "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN",
-    403: "does not let you read it: your token may lack the permission",
+    403: "does not let you read it: check the permissions of your token",
     429: "has received too many requests from you: wait a while, or log in",
 }
 
@@ -371,7 +371,7 @@ def _answers(repository: Repository) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise InputError(
             f"{repository.id} has no revision {repository.revision or 'main'}: "
-            f"{repository.page}/tree/main lists them."
+            f"see {repository.page}/tree/main for its revisions."
         ) from None
     except errors.RepositoryNotFoundError:
         raise InputError(
@@ -468,8 +468,8 @@ def _download(
     free = files.free(repository.folder)
     if total - there + MARGIN > free:
         raise InputError(
-            f"{repository} needs {amount(total)} more, but {amount(free)} are free on the disk of "
-            f"{cache()}: free some space, or set HF_HOME to a folder on another disk."
+            f"{repository} needs {amount(total)} more, but only {amount(free)} is free on the disk "
+            f"of {cache()}: free some space, or set HF_HOME to a folder on another disk."
         )
     meter = Meter(str(repository), total, tell)
     exact = replace(repository, revision=commit)
@@ -506,8 +506,8 @@ def _quiet() -> Iterator[None]:
             utils.enable_progress_bars()
 
 
-#: The suffix of an incomplete file. The suffix never changes, unlike the hub client's, so a later
-#: process finds the file.
+#: The suffix of an incomplete file. Unlike the suffix that the hub's client uses, it is always the
+#: same, so a later process finds the file.
 BEGUN = ".segtrain.incomplete"
 
 
@@ -524,7 +524,7 @@ def _bring(repository: Repository, name: str, size: int, meter: Meter) -> None:
     facts = get_hf_file_metadata(url, endpoint=endpoint(), timeout=PATIENCE_S)
     if facts.etag is None or not ETAG.fullmatch(facts.etag):
         raise InputError(
-            f"{repository.id}: the hub has no checksum of {name}, so it cannot be verified."
+            f"{repository.id}: the hub has no checksum for {name}, so the file cannot be verified."
         )
     blob = repository.folder / "blobs" / facts.etag
     files.make_folder(blob.parent)
@@ -599,7 +599,7 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
                 raise
         if size is not None and there > size:
             file.truncate(0)
-            raise OSError(f"more than {size:,} bytes of a file arrived")
+            raise OSError(f"a file has more than the expected {size:,} bytes")
         tries = 0 if there > before else tries + 1
         if tries == TRIES:
             raise ended or OSError("no more data arrived")

@@ -8,7 +8,7 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: The tags that a model must have: its weights are in a format that MLX reads, and it generates
+#: The tags that a model must have. They mean that MLX can read its weights and that it generates
 #: text.
 OF_MODELS = ("safetensors", "text-generation")
 
@@ -26,7 +26,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     first. Raises InputError if the hub cannot be searched."""
     if offline():
         raise InputError(
-            "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids a search of the hub: unset it."
+            "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, which forbids a search: unset it."
         )
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status

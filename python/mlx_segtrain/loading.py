@@ -16,13 +16,13 @@ def load(
     adapter_path: str | Path | None = None,
     on_event: events.OnEvent | None = None,
 ) -> tuple[nn.Module, Any]:
-    """Loads an mlx-lm model with an adapter attached, and its tokenizer, ready for
-    `mlx_lm.generate`.
+    """Loads an mlx-lm model and its tokenizer, and attaches an adapter to the model. Returns the
+    model and the tokenizer, ready for `mlx_lm.generate`.
 
     The model and the adapter are folders or names on the Hugging Face hub. `on_event` receives the
-    progress of downloads. Adapted layers run on our op `lora_linear`. On the CPU, floating-point
+    progress of downloads. Adapted layers use our op `lora_linear`. On the CPU, floating-point
     weights of the model are converted to float32. Raises InputError if the model or the adapter
-    cannot be read, or if they do not fit together.
+    cannot be read, or if the adapter does not fit the model.
     """
     tell = on_event or (lambda event: None)
     adapter = hub.adapter(adapter_path, tell) if adapter_path else None

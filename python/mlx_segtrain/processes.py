@@ -2,9 +2,9 @@
 
 `python -m` puts the current folder at the front of the module path, so a file `yaml.py` in this
 folder would replace the package yaml. Our processes are therefore started in another folder and in
-isolated mode (which Python 3.10 also supports). They receive the current process's module path,
-without the folder in which that process was started, and only the environment variables that they
-need.
+isolated mode, which Python 3.10 supports, unlike the flag `-P`. They receive the current process's
+module path, without the folder in which that process was started, and only the environment
+variables that they need.
 """
 
 import os
@@ -61,8 +61,8 @@ with suppress(OSError):  # the folder may have been deleted
 
 
 def command(module: str, *args: str) -> list[str]:
-    """Returns a command that runs `main(*args)` of one of our modules in a new Python process. It
-    must be run in a safe folder."""
+    """Returns a command that runs `main(*args)` of one of our modules in a new Python process. The
+    caller must run the command in a safe folder, such as /."""
     package = Path(__file__).parent
     folders = [
         path
@@ -90,7 +90,7 @@ def start(
     """Runs `main(*args)` of one of our modules in a new process, which inherits these open files.
 
     The new process has its own session, so Ctrl-C in a terminal reaches only the current process,
-    which ends the others.
+    which then ends the processes that it has started.
     """
     how = {"stdin": subprocess.DEVNULL, "cwd": "/", "start_new_session": True} | how
     return subprocess.Popen(command(module, *args), pass_fds=tuple(files), env=env, **how)

@@ -58,7 +58,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
             raise ValueError(f"its header names more than {TENSORS:,} tensors")
         if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:
-            raise ValueError("its header is larger than its tensors need")
+            raise ValueError("its header is too large for its number of tensors")
         if (refusal := _refusal(text)) not in ("", _NO_DATA):
             raise ValueError(refusal)
         entries = json.loads(text, object_pairs_hook=_once)
@@ -67,7 +67,7 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         if whole and end != total - 8 - size:
             raise ValueError(
-                f"its tensors take {end} bytes, but the file has {total - 8 - size} bytes of data"
+                f"its header describes {end} bytes of data, but the file has {total - 8 - size}"
             )
         return tensors
     except (OSError, ValueError, struct.error, RecursionError) as error:
@@ -106,5 +106,5 @@ def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
     if not isinstance(entry["dtype"], str):
         raise ValueError(f"{name} has the invalid dtype {str(entry['dtype'])[:20]}")
     if len(entry["shape"]) > DIMENSIONS:
-        raise ValueError(f"{name} has no valid shape")
+        raise ValueError(f"{name} has too many dimensions")
     return entry["dtype"], tuple(entry["shape"])

@@ -1,5 +1,5 @@
-"""The segmented backward pass. It computes the loss and the gradients of a chain of stages with the
-memory of one segment.
+"""The segmented backward pass. It computes the loss and the gradients of a chain of stages, and
+keeps the intermediate values of only one segment in memory.
 
 A model is a chain of stages, which read and write named boundary values. The forward pass keeps
 only boundary values. The head computes the loss and the first cotangents. The segments are then
@@ -28,8 +28,8 @@ class Stage:
     `params` is the stage's dict of arrays. `reads` and `writes` contain the names of boundary
     values. A stage may overwrite a value that it reads, as layers do with the residual stream `h`.
 
-    The function of a stage that `saves` has two more parameters. With `save=True`, it also returns
-    a list of arrays after the values that it writes. When the stage is recomputed for its gradient,
+    If `saves` is True, the function has two more parameters. With `save=True`, it also returns a
+    list of arrays after the values that it writes. When the stage is recomputed for its gradient,
     the function receives this list as `saved`.
 
     Stages with the same `owner` share the parameters that are stored under this name, and their
@@ -57,7 +57,8 @@ class Cuts:
     between groups are kept after the forward pass. Values between the segments of a group are
     recomputed when the backward pass reaches the group, except that the last group keeps these
     values. The last segment is never recomputed. `saves` lists the stages that keep arrays (for
-    attention, its output) in the last run before their gradient, which reduces recomputation.
+    attention, its output) when they run for the last time before their gradient is computed; this
+    reduces recomputation.
     """
 
     segments: tuple[int, ...]
@@ -82,8 +83,8 @@ class Cuts:
 
 
 def specs_of(stages: Sequence[Stage], trainable: Container[str]) -> list[_core.StageSpec]:
-    """Returns the descriptions of the stages from which a plan is made. The owners in `trainable`
-    have parameters."""
+    """Returns descriptions of the stages for `_core.make_plan`. The owners in `trainable` have
+    parameters."""
     return [
         _core.StageSpec(s.name, list(s.reads), list(s.writes), s.owner in trainable) for s in stages
     ]
@@ -125,11 +126,11 @@ def segmented_value_and_grad(
     maps the owner of stages, or "head", to a dict of arrays; owners without parameters may be
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
-    recomputed together; 0 keeps all values and 1 needs little memory. `cuts` gives full control
-    instead. The gradients do not depend on the cuts. The returned arrays may still be unevaluated.
-    `watch` is called after each move of the plan. `recordings` contains the graphs of earlier steps
-    with the same stages and head: a function that has returned the same graph twice for arrays of
-    the same shapes is not called again.
+    recomputed together; 0 keeps all values and 1 needs little memory. `cuts`, if given, replaces
+    `segment_size` and allows any division. The gradients do not depend on the cuts. The returned
+    arrays may still be unevaluated. `watch` is called after each move of the plan. `recordings`
+    contains the graphs of earlier steps with the same stages and head: a function that has returned
+    the same graph twice for arrays of the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing has written, or if the cuts do not fit
     the stages.
@@ -279,8 +280,8 @@ def forward(
     values: Mapping[str, mx.array],
     keep: Sequence[str] = ("h",),
 ) -> dict[str, mx.array]:
-    """Runs the chain without gradients, and evaluates after every stage. Returns the values in
-    `keep`.
+    """Runs the chain without gradients, and evaluates the values after every stage. Returns the
+    values in `keep`.
 
     Other values are freed once no later stage reads them.
     """

@@ -119,8 +119,8 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "whether the embedding is also the head depends on the base model: pass its folder "
-            "with --model."
+            "the adapter changes an embedding, and only the base model shows whether this "
+            "embedding is also the head: pass the base model with --model."
         )
     return replace(adapter, tied=tied)
 
@@ -157,8 +157,8 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
 
 
 def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
-    """Returns the largest |ΔW·x| of the first adapter, and its largest difference from the other
-    adapter.
+    """Returns the largest |ΔW·x| of the first adapter, and the largest difference between the
+    updates of the two adapters.
 
     x is normally distributed, and is the same for both adapters. Raises InputError if the adapters
     adapt different layers, or if only one of them has magnitudes.

@@ -18,7 +18,7 @@ from .reading import ranks_in, stored_shapes
 
 #: The maximum depth below a root at which folders are searched.
 DEPTH = 6
-#: Maximum bytes of a run's log from which the best loss is read.
+#: Maximum size, in bytes, of a run's log from which the best loss is read.
 MOST_LOG = 64 << 20
 
 
@@ -52,8 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # Checkpoints of a run's state are not adapters, unlike the copies that are saved at
-        # evaluations.
+        # A run's folder `state` contains checkpoints, which are not adapters. Its other folders may
+        # contain adapters, such as the copies that are saved at evaluations.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
@@ -91,7 +91,7 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
 
     def fits(path: str, width: int, out: int) -> bool:
         ends = (out, width) if path.endswith("embed_tokens") else (width, out)
-        # `widths` only has matrices, but the weights of experts have three dimensions.
+        # `widths` contains only matrices, but the weights of experts have three dimensions.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     try:

@@ -18,8 +18,8 @@ from .tying import check_base
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The tensors of modules into which an update can be merged: of a dense module, and of a quantized
-#: one.
+#: The names of the tensors that a dense module and a quantized module may have if an update can be
+#: merged into them.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
 #: Endings of weight files, in any format, which are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -173,7 +173,7 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
                 del opened[file]
         return found
 
-    # Each file is read once, because a module is handled together with its first tensor.
+    # Each file is read once, because modules are in the order of the files of their first tensors.
     for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
         yield path, take(path)
 
@@ -191,8 +191,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this number of bits. Any other mode is replaced with MLX's
-    affine mode, the only one that supports a choice of bits."""
+    """Returns the quantization with this number of bits. Its mode becomes MLX's affine mode, the
+    only mode that supports a choice of bits."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")
@@ -273,8 +273,8 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
         delta = (a @ b).T
     if delta.shape != weight.shape:
         raise InputError(
-            f"'{name}' has an update of {delta.shape}, but the model's weight is {weight.shape}: "
-            "the adapter was trained on another model."
+            f"'{name}' has an update of shape {delta.shape}, but the model's weight has shape "
+            f"{weight.shape}: the adapter was trained on another model."
         )
     new = weight + adapter.scales[name] * delta
     more = adapter.more.get(name)
@@ -282,8 +282,8 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
-    """Records in config.json how a module is quantized, unless it is quantized in the same way as
-    the rest."""
+    """Records the quantization of a module in config.json, unless it is the one that config.json
+    sets for all modules."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):

@@ -1,4 +1,4 @@
-"""Adapters for llama.cpp, which the gguf package (the extra gguf) writes and reads."""
+"""Writes adapters for llama.cpp with the package gguf, which the extra `gguf` installs."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -37,7 +37,7 @@ def write_gguf(
     does not support, and if the package gguf is not installed.
     """
     if find_spec("gguf") is None:
-        raise InputError('--to gguf needs the package gguf: pip install "mlx-segtrain[gguf]".')
+        raise InputError('--to gguf needs the package gguf: run pip install "mlx-segtrain[gguf]".')
     if dtype == mx.bfloat16:
         raise InputError("--dtype for GGUF must be float32 or float16.")
     gguf: Any = import_module("gguf")

@@ -68,7 +68,7 @@ def _is_over_root(folder: Folder) -> bool:
     """Returns whether the scale must still be divided by the square root of the rank. In our own
     adapters, the scale is already divided.
 
-    mlx-bun writes the flag only into OptiQ's file.
+    mlx-bun writes the flag `rs_lora` only into OptiQ's file.
     """
     if "segtrain" in folder.config:
         return False
@@ -100,7 +100,7 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
 
     def compiled(pattern: str) -> Any:
         if len(pattern) > LONGEST:
-            raise refused(f"a pattern of {len(pattern)} characters, more than {LONGEST}")
+            raise refused(f"a pattern of {len(pattern)} characters; the maximum is {LONGEST}")
         options = re2.Options()
         options.log_errors, options.max_mem = False, MEMORY
         try:
@@ -113,7 +113,7 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
             ) from None
 
     if len(own) > PATTERNS:
-        raise refused(f"{len(own)} patterns, more than {PATTERNS}")
+        raise refused(f"{len(own)} patterns; the maximum is {PATTERNS}")
     patterns = {key: compiled(key) for key in own}
 
     def value(stored: str) -> float:
@@ -124,7 +124,7 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
         key = next((key for key, pattern in patterns.items() if pattern.match(stored)), None)
         found = number(file, config, general) if key is None else number(file, own, key)
         if found is None:
-            raise InputError(f"{file} has no {general}: add it, as PEFT writes it.")
+            raise InputError(f"{file} does not set {general}, which PEFT always writes: add it.")
         return found
 
     return value

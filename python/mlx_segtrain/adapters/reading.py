@@ -52,8 +52,8 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        # If one of the adapter's base model and this model is multimodal and the other is not,
-        # their paths have different prefixes.
+        # If only one of this model and the adapter's base model is multimodal, their paths have
+        # different prefixes.
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
@@ -66,8 +66,9 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
         wanted = shapes(adaptable[linear], a.shape[1])
         if (a.shape, b.shape) != wanted:
             raise InputError(
-                f"{weights}: '{linear}' has lora_a {a.shape} and lora_b {b.shape}, but the model "
-                f"needs {wanted[0]} and {wanted[1]}: the adapter was trained on another model."
+                f"{weights}: '{linear}' has lora_a of shape {a.shape} and lora_b of shape "
+                f"{b.shape}, but the model needs {wanted[0]} and {wanted[1]}: the adapter was "
+                "trained on another model."
             )
         kind = stored.kind
         if kind is not LORA and isinstance(adaptable[linear], EMBEDDINGS):
@@ -114,8 +115,8 @@ def read_stored(
             raise InputError(f"{folder.weights} contains two updates of '{path}': remove one.")
         if not _fit(a.shape, b.shape):
             raise InputError(
-                f"{folder.weights}: '{stored}' has lora_a {a.shape} and lora_b {b.shape}, whose "
-                "shapes do not match."
+                f"{folder.weights}: '{stored}' has lora_a of shape {a.shape} and lora_b of shape "
+                f"{b.shape}, which do not match."
             )
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
@@ -164,7 +165,7 @@ def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
-    for each expert. Otherwise, the function is the same as ranks_in."""
+    of each expert. Apart from the result, the function is the same as ranks_in."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}
@@ -180,7 +181,7 @@ def stored_shapes(
 
 def stored_bytes(path: str | Path | Folder) -> int:
     """Returns the number of bytes of the factors in float32. Reads only the header. Raises
-    InputError."""
+    InputError if the header cannot be read."""
     header = read_header(open_folder(path).weights)
     return 4 * sum(math.prod(shape) for _, shape in header.values())
 

@@ -52,8 +52,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights}: whether the embedding is also the head depends on the base model: "
-        "pass its folder with --model."
+        f"{folder.weights} changes an embedding, and only the base model shows whether this "
+        "embedding is also the head: pass the base model with --model."
     )
 
 
@@ -117,8 +117,9 @@ def check_twins(
 
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
-    """Raises InputError if the adapter updates a separate head that the base model lacks, or an
-    embedding that is also the head in only one of the adapter and the base model."""
+    """Raises InputError if the adapter updates a separate head that the base model lacks. Also
+    raises it if the adapter updates an embedding that is also the head in only one of two models:
+    the base model, and the model on which the adapter was trained."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return
@@ -132,7 +133,7 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
         has = "no separate head" if tied else "a separate head"
         raise InputError(
             f"{base.folder} has {has}, unlike the model on which the update of the embedding was "
-            "trained."
+            "trained: pass that model instead."
         )
 
 
@@ -142,8 +143,8 @@ def common(adapters: list[Adapter]) -> bool | None:
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(
-            "the adapters belong to different models: in one of them the embedding is also the "
-            "head, in another one the head is separate."
+            "the adapters belong to different models: in one model the embedding is also the head, "
+            "in another the head is separate."
         )
     return kinds.pop() if kinds else None
 

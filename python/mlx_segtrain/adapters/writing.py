@@ -93,7 +93,7 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     """Writes a complete adapter directory. Every file is written atomically, the weights last.
 
     Weights of another configuration are removed before the configuration is replaced, and the new
-    weights are written afterwards. Therefore the two files never contradict each other.
+    weights are written afterwards. Therefore weights and configuration never contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run

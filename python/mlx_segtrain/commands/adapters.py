@@ -114,7 +114,8 @@ def _model(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _folder(find: Callable[[Path, OnEvent], Path], path: Path) -> Path:
-    """Returns a folder. `find` (hub.model or hub.adapter) may download it from the hub."""
+    """Returns the folder for a path or a name on the hub. `find`, which is hub.model or
+    hub.adapter, may download it."""
     from mlx_segtrain.commands.terminal import waiting
 
     with waiting() as show:
@@ -165,7 +166,9 @@ def _answer(done: Converted, args: argparse.Namespace) -> int:
 def _merge(args: argparse.Namespace) -> int:
     quantizes = args.dequantize or args.bits is not None or args.dtype is not None
     if args.into is None and quantizes:
-        raise InputError("--dequantize, --bits and --dtype only apply with --into MODEL: pass it.")
+        raise InputError(
+            "--dequantize, --bits and --dtype have no effect without --into MODEL: add --into."
+        )
     adapters = [_folder(hub.adapter, adapter) for adapter in args.adapters]
     if args.into is None:
         from mlx_segtrain.adapters.merging import merge
@@ -205,11 +208,11 @@ def _announce(adapter: Adapter, adapters: list[Path], args: argparse.Namespace, 
     sources = " + ".join(str(path) if x == 1 else f"{x:g} × {path}" for x, path in named)
     ranks = ", ".join(map(str, sorted(set(adapter.ranks.values()))))
     if args.dequantize:
-        form = f"not quantized, {args.dtype or 'in the dtype of the base'}"
+        form = f"not quantized, {args.dtype or 'in the dtype of the base model'}"
     elif args.bits is not None:
-        form = f"merged layers in {args.bits} bits, all others as they are"
+        form = f"merged layers in {args.bits} bits, all others unchanged"
     else:
-        form = "as the base is quantized" if Snapshot(base).config.get("quantization") else "dense"
+        form = "quantized like the base" if Snapshot(base).config.get("quantization") else "dense"
     for name, text in (
         ("adapter", f"{sources} ({len(adapter.tensors)} linear layers, rank {ranks})"),
         ("into", str(args.into)),

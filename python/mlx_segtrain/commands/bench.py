@@ -13,8 +13,8 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the case of a Llama layer with LoRA on every projection, which is compared with
-    mlx-lm's layer."""
+    """Returns the case that compares a Llama layer, with LoRA on every projection, with mlx-lm's
+    layer."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -99,8 +99,8 @@ def run(
     runs: int = 20,
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
-    """Measures the cases whose op and shape contain one of the texts in `only`, with the
-    implementations `impls`. By default, measures all cases with all implementations."""
+    """Measures the cases whose op or shape contains one of the texts in `only`, with the
+    implementations in `impls`. By default, measures all cases with all implementations."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()
     name = str(bench.dtype()).split(".")[-1]

@@ -25,7 +25,7 @@ HELP = """\
 /compare        answer each message with the model alone and with each adapter; /compare
                 again turns this off
 /retry          answer the last message again
-/system TEXT    set the system message, or remove it without TEXT; starts a new conversation
+/system TEXT    set the system message, or remove it if TEXT is omitted; starts a new conversation
 /clear          start a new conversation
 /help           show this list
 /exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
@@ -165,10 +165,10 @@ class Chat:
             self.turns = []
             if name == "system":
                 self.system = rest or None
-            return "a new conversation"
+            return "started a new conversation"
         if name == "help":
             return HELP
-        return f"/{name} is not known: /help lists the commands"
+        return f"unknown command /{name}: /help lists the commands"
 
     def _switch(self, name: str) -> str:
         names = [voice.name for voice in self.voices]
@@ -207,7 +207,7 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """Returns the last part of each path, or the whole paths if the last parts are not unique."""
+    """Returns the last part of each path, or the full paths if the last parts are not unique."""
     ends = [path.name or str(path) for path in paths]
     return ends if len({*ends, BASE}) == len(ends) + 1 else [os.fspath(path) for path in paths]
 

@@ -1,4 +1,4 @@
-"""The parsers: flags that are derived from TrainConfig, help in groups, and suggestions for unknown
+"""Argument parsers: flags derived from TrainConfig, help in groups, and suggestions for unknown
 flags."""
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help in up to WIDEST columns, with a flag's value after all of its names."""
+    """Formats help in up to WIDEST columns, and shows a flag's value once, after the flag's
+    names."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)

@@ -58,7 +58,7 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "frequency_penalty": (
         finite,
         "X",
-        "number to subtract from a token's logit for each time that the answer contains the token",
+        "number to subtract from a token's logit for each occurrence of the token in the answer",
     ),
     "seed": (whole, "N", "seed for sampling: the same seed gives the same answer"),
 }
@@ -125,8 +125,9 @@ def options_of(args: argparse.Namespace) -> Options:
 def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
-    """Yields the parts of a completion, which is sampled in the same way as on the server. `known`
-    is the number of tokens in the cache that `more` contains."""
+    """Yields the parts of a completion, which is sampled in the same way as on the server. `more`
+    is passed to mlx-lm's stream_generate. If it contains a prompt cache, the cache must contain the
+    first `known` tokens of the prompt."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor
@@ -167,11 +168,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def config_for(args: argparse.Namespace) -> TrainConfig:
-    """Returns the configuration. Raises InputError if there is a system message but no chat
-    template."""
+    """Returns the configuration. Raises InputError if --system is given with --prompt-format raw,
+    which uses no chat template."""
     config = config_of(args, "data_dir", "adapter_path")
     if args.system is not None and config.prompt_format == "raw":
-        raise InputError("--system needs the chat template: leave out --prompt-format raw")
+        raise InputError("--system requires the chat template: leave out --prompt-format raw")
     return config
 
 

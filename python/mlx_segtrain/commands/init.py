@@ -16,7 +16,8 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, default, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: The questions for fields without a given flag, and the defaults for empty answers.
+#: The fields to ask for if their flags are not given. Each has a question, and a default for an
+#: empty answer.
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),
@@ -90,9 +91,9 @@ def _asked(name: str) -> str:
 
 
 def text_of(values: Mapping[str, Any]) -> str:
-    """Returns a YAML file with these values. The other fields are in comments, with their
-    defaults."""
-    parts = ["# A run of mlx-segtrain: mlx-segtrain train --config FILE"]
+    """Returns the text of a YAML file with these values. All other fields are commented out, with
+    their defaults."""
+    parts = ["# Configuration of a run. To start the run: mlx-segtrain train --config FILE"]
     title = None
     for name in in_groups():
         if group_of(name) != title:

@@ -218,8 +218,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="hostfile for mlx.launch. A training job may run one process on each host that it "
-        "lists (docs/distributed.md).",
+        help="hostfile for mlx.launch. A training job may run one process on each host in this "
+        "file (docs/distributed.md).",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
@@ -329,7 +329,7 @@ def _serve(args: argparse.Namespace) -> int:
         if (error.name or "").startswith("mlx_segtrain"):
             raise  # a bug in this package, which installing other packages would not fix
         raise InputError(
-            f"serve needs packages that are not installed ({error.name}): pip install "
+            f"serve needs packages that are not installed ({error.name}): run pip install "
             '"mlx-segtrain[serve]".'
         ) from None
     from mlx_segtrain.commands.terminal import waiting
@@ -376,7 +376,10 @@ def _bench(args: argparse.Namespace) -> int:
     show = (lambda _: None) if args.json else functools.partial(print, flush=True)
     rows = benchmark.run(args.only, args.impls, args.runs, show)
     if not rows:
-        raise InputError("no op, shape or implementation has these names: run bench without flags.")
+        raise InputError(
+            "no op, shape or implementation matches --only and --impls: run bench without flags to "
+            "see their names."
+        )
     if args.json:
         print(json.dumps([asdict(row) for row in rows]))
     if args.report:

@@ -13,8 +13,8 @@ from mlx_segtrain.events import Event
 
 
 def in_notebook() -> bool:
-    """Returns whether this process is the kernel of a notebook, in whose cells HTML can be
-    shown."""
+    """Returns whether this process is the kernel of a notebook, which can show HTML in its
+    cells."""
     if "IPython" not in sys.modules:
         return False
     from IPython import get_ipython  # pyright: ignore[reportMissingImports]

@@ -1,5 +1,4 @@
-"""Controls how much a command prints and copies the output to the log file, for all commands
-alike."""
+"""Controls how much each command prints, and copies its output to the log file."""
 
 from __future__ import annotations
 
@@ -46,7 +45,7 @@ class Output:
         return self._log is not None
 
     def note(self, text: str) -> None:
-        """Appends lines to the log file, each with the time. Empty lines are skipped."""
+        """Appends lines to the log file, each preceded by the time. Skips empty lines."""
         if self._log is None:
             return
         now = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -72,7 +71,7 @@ class Copied:
         return self.stream.write(text)
 
     def end(self) -> None:
-        """Passes a last line without a newline to `note`."""
+        """Passes the last line to `note` if it does not end with a newline."""
         if self._line:
             self._note(self._line)
         self._line = ""
@@ -92,7 +91,8 @@ def current() -> Output:
 
 
 def uncopied(stream: TextIO) -> TextIO:
-    """Returns the original stream, for callers that log their own lines, such as a progress bar."""
+    """Returns the original stream, for callers that write to the log file themselves, such as a
+    progress bar."""
     return stream.stream if isinstance(stream, Copied) else stream
 
 

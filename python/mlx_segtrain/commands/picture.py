@@ -24,7 +24,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     if ROWS[config.method] != "single":
         raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
     if run.planned is None:
-        raise InputError(f"--plot needs a model family whose memory can be predicted; {run}.")
+        raise InputError(f"--plot needs a model whose memory can be predicted, but {run}.")
     from matplotlib.figure import Figure
 
     kinds = Figure().canvas.get_supported_filetypes()
@@ -55,8 +55,8 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
-    """Runs two steps on random tokens. Returns the peak memory, in bytes, of each part of the
-    second step's schedule."""
+    """Runs two steps on random tokens. Returns the peak memory, in bytes, during each move of the
+    second step."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

@@ -1,5 +1,5 @@
-"""Implements `--report` of doctor and bench, which writes a small file about a device that users
-can attach to an issue.
+"""Implements the flag `--report` of the commands doctor and bench. The flag writes a small file
+about this device, which users can attach to an issue.
 
 The file describes the device, the system, versions, checks and times. It contains no paths and no
 names of people, of this machine or of files.
@@ -67,7 +67,7 @@ class Step:
 
 
 def facts() -> dict[str, Any]:
-    """Returns the fields with which every report begins."""
+    """Returns the fields at the start of every report."""
     mac = platform.mac_ver()[0]
     info = mx.device_info()
     return {

@@ -49,7 +49,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options, such as one from init; flags override it",
+            help="YAML file with any of these options, as written by `mlx-segtrain init`; flags "
+            "override it",
         )
         if name == "train":
             added.epilog = examples(
@@ -110,7 +111,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step on one process, as measured by `probe`. Default: an estimate.",
+        help="seconds per step on one process, as measured by `mlx-segtrain probe`. Default: an "
+        "estimate.",
     )
     added.add_argument(
         "--plot",
@@ -146,7 +148,7 @@ def _train(args: argparse.Namespace) -> int:
         if isinstance(error, LostRank):
             sys.stderr.flush()
             sys.stdout.flush()
-            os._exit(1)  # a normal exit waits for the device, which may wait for that rank
+            os._exit(1)  # a normal exit would wait for the device, which may wait for the lost rank
         return 1
 
 
@@ -156,7 +158,7 @@ def _trained(args: argparse.Namespace, config: TrainConfig) -> int:
     from mlx_segtrain.training.curves import draw_run
     from mlx_segtrain.training.ranks import launched
 
-    if launched():  # rank 0 shows the run; another rank shows only its own warnings
+    if launched():  # rank 0 shows the run; the other ranks show only their own warnings
         with Terminal(errors()) as show:
             return 130 if train(config, show).interrupted else 0
     with Terminal() as show:
@@ -245,7 +247,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
 
 
 def _system(config: TrainConfig) -> str | None:
-    """Returns the system message of the data, if all rows have the same one."""
+    """Returns the system message of the data, if it is the same in all rows."""
     from mlx_segtrain.data import Options
     from mlx_segtrain.data.sources import sources_of
     from mlx_segtrain.data.system import system_message
@@ -277,7 +279,7 @@ def _probe(args: argparse.Namespace) -> int:
         result = probe(config, show)
     print(f"resting memory   {result.resting_gb:.2f} GB")
     print(f"peak memory      {_peak(result)}")
-    print(f"step             {result.step_s:.3f} s (the first one {result.first_step_s:.3f} s)")
+    print(f"step             {result.step_s:.3f} s (first step: {result.first_step_s:.3f} s)")
     print(f"speed            {result.tokens / result.step_s:,.0f} tokens/s")
     print(f"loss             {result.loss:.4f}")
     print(f"gradient norm    {result.grad_norm:.4f}")
@@ -302,7 +304,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     if args.ranks is None and (args.link or args.step_seconds):
         raise InputError("--link and --step-seconds have no effect without --ranks: leave them out")
-    # This also overrides the values in --config.
+    # `plan` needs neither data nor an adapter, even if --config names them.
     config = config_of(args, data_dir=UNUSED, adapter_path=UNUSED)
     if config.parallel == "pipeline" and args.ranks is None:
         raise InputError("a plan for `parallel: pipeline` needs the number of ranks: add --ranks N")

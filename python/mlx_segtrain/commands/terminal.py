@@ -63,8 +63,8 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns empty for the terminal's echo of ^C, which would wrap a full line, so
-    the bar would be drawn a second time below it."""
+    """Leaves the last columns of the line empty for the ^C that the terminal echoes. In a full
+    line, the ^C would cause a line break, and the bar would be drawn again on the next line."""
 
     inner: RenderableType
 
@@ -78,13 +78,15 @@ class Bar(Progress):
 
 
 class Terminal:
-    """Shows events (pass the object as on_event) and steps (pass its `step` as on_step).
+    """Shows the events and steps of a run. Pass the object as `on_event` and its method `step` as
+    `on_step`:
 
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    It draws a progress bar if the console is a terminal, and otherwise prints one line per event.
-    The command's `output` determines how much is shown and logged.
+    If the console is a terminal, it draws a progress bar; otherwise it prints one line per event.
+    `output` determines how much is shown and logged; by default, it is the output of the running
+    command.
     """
 
     def __init__(self, console: Console | None = None, output: Output | None = None) -> None:
@@ -119,7 +121,7 @@ class Terminal:
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
-        """Shows an event. A `failed` event is not shown, because its exception follows."""
+        """Shows an event. Ignores a `failed` event, because its exception is reported later."""
         self._safely(self._show, event)
 
     def step(self, event: Event) -> None:
@@ -147,7 +149,7 @@ class Terminal:
         self._safely(show, f"{what}:\n  {text}")
 
     def _safely(self, show: Callable[[Any], None], what: Any) -> None:
-        """Shows an item, unless the terminal or the reader of the output is gone."""
+        """Shows an item, unless the terminal or the program that reads the output is gone."""
         if self.gone:
             return
         try:
@@ -222,8 +224,8 @@ class Terminal:
             self._line(event["message"])
 
     def _wait(self, event: Event) -> None:
-        """Shows the progress of a download or of tokenizing, as a bar or as a line every 10
-        seconds."""
+        """Shows the progress of a download or of tokenizing, either as a bar or by printing a line
+        every 10 seconds."""
         share, now = event["share"], time.monotonic()
         if not self._draws:
             if now - self._told > 10 or share == 1:
@@ -276,8 +278,8 @@ def errors() -> Console:
 
 @contextmanager
 def waiting() -> Iterator[Callable[[Event], None]]:
-    """Shows warnings and the progress of a download on stderr. With --verbose, shows every
-    event."""
+    """Shows warnings and the progress of downloads and other long operations on stderr. With
+    --verbose, shows every event."""
     with Terminal(errors()) as show:
 
         def tell(event: Event) -> None:

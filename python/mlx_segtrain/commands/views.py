@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Two alternating styles for tokens in the loss, and two for others, which set neighbouring tokens
-#: apart.
+#: Styles for tokens in the loss and for all other tokens. Two alternating styles each make the
+#: borders between tokens visible.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
 #: The number of layers to show in the report on a merge.
@@ -109,7 +109,7 @@ def _bar(length: float) -> str:
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Describes in words the length of an epoch without and with packing."""
+    """Describes the length of an epoch in words, without packing and with packing."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -178,7 +178,7 @@ def show_plan(report: PlanReport) -> None:
     rows = f"{report.rows} row{'s' * (report.rows != 1)}"
     line("batch", f"{rows} of {report.tokens:,} tokens, {report.trained_tokens:,} in the loss")
     for own in report.pipeline:
-        peak = "" if own.peak is None else f"; {gb(own.peak)} at most of {gb(own.budget)}"
+        peak = "" if own.peak is None else f"; peak {gb(own.peak)} of {gb(own.budget)}"
         there, back = (f"{n / 1e6:,.1f} MB" for n in own.sent)
         sends = [f"{there} on"] * bool(own.sent[0]) + [f"{back} back"] * bool(own.sent[1])
         text = f"layers {own.layers}, {gb(own.weights)} of weights{peak}; computes {own.busy:.0%}"
@@ -213,7 +213,7 @@ def show_plan(report: PlanReport) -> None:
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"
         line(f"{own.ranks:>5}", f"{own.sent / 1e6:>9,.1f} MB{times}{speed}")
     if report.ranks and report.rollout_batch is not None:
-        line("", "This counts one update with one pass on each rank, and no time for generation.")
+        line("", "This assumes one update with one pass on each rank, and excludes generation.")
 
 
 def _longest(tokens: int, most: int | None) -> str:
@@ -246,7 +246,7 @@ def show_evaluation(result: EvalResult, unit: str) -> None:
 
 
 def show_score(result: ScoreResult) -> None:
-    """Prints rewards, and how often completions pass."""
+    """Prints the mean rewards and the pass rates of completions."""
     print(f"reward      {result.reward:.4f} (standard deviation {result.reward_std:.4f})")
     for name, x in result.rewards.items() if len(result.rewards) > 1 else ():
         print(f"  {name:10s}{x:.4f}")

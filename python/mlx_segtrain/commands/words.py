@@ -15,7 +15,7 @@ def wrapped(text: str, width: int, indent: int = 0) -> str:
 
 
 def hanging(name: str, text: str, column: int, width: int) -> str:
-    """Returns a name followed by its text, which is wrapped and starts at `column` on each line."""
+    """Returns a name and its text in two columns. The text starts at `column` and is wrapped."""
     lines = wrapped(text, width - column).splitlines() or [""]
     return "\n".join(
         f"{name if i == 0 else '':<{column}}{line}" for i, line in enumerate(lines)
@@ -23,7 +23,7 @@ def hanging(name: str, text: str, column: int, width: int) -> str:
 
 
 def command_line(argv: Sequence[str], width: int) -> str:
-    """Returns a command for a shell. If it is longer than `width`, it has several lines."""
+    """Returns a command for a shell. A command longer than `width` is split into several lines."""
     words = [shlex.quote(word) if word != "…" else word for word in argv]
     text = " ".join(words)
     if len(text) <= width:
@@ -41,7 +41,7 @@ def command_line(argv: Sequence[str], width: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Returns seconds in the form 7s, 3m20s or 2h05m."""
+    """Formats a duration in seconds as 7s, 3m20s or 2h05m."""
     total = round(seconds)
     if total < 60:
         return f"{total}s"

@@ -355,7 +355,7 @@ class _Progress:
         self.tell(
             events.warning(
                 f"the tokens of {self.source.name} cannot be cached in {folder()} ({reason}): they "
-                "stay in memory and will be recomputed next time"
+                "stay in memory, and the next run will tokenize the data again"
             )
         )
 

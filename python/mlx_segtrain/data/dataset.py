@@ -217,7 +217,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     chosen = np.arange(len(samples))
     if options.dedup and (count := duplicates(samples)):
         chosen = chosen[~repeated(samples)]
-        said = (f"{count:,} rows that repeat an earlier one are dropped (dedup)",)
+        said = (f"{count:,} rows that repeat an earlier row are dropped (dedup)",)
     asked = options.val_split
     if valid is not None and asked not in ("auto", 0):
         raise InputError(

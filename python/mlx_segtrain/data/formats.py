@@ -25,8 +25,8 @@ SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
 #: The keys listed in the error message for a row of unknown format.
 MAIN = (
-    '"messages", "prompt" and "completion", "text", "chosen" and "rejected", or those of another '
-    "format in docs/data.md (or set columns)"
+    'of one format ("messages"; "prompt" and "completion"; "text"; "chosen" and "rejected"; or '
+    "another format in docs/data.md; or set columns)"
 )
 
 
@@ -241,7 +241,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
+                    f'{source}: "{key}" must be a string, like "prompt", not {kind}; if "{key}" '
                     'also contains the prompt, remove "prompt".'
                 )
     else:

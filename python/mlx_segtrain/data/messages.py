@@ -111,5 +111,5 @@ def _part(part: Any, where: str) -> str:
     kind = shown(part["type"]) if named else kind_of(part)
     raise InputError(
         f'{where}: "content" has a part of type {kind}; only {{"type": "text", "text": "..."}} '
-        "parts are read."
+        "parts are supported."
     )

@@ -49,7 +49,7 @@ class Prompting:
             if system is not None:
                 raise InputError(
                     "a system message needs a chat template: the model has none, or the adapter "
-                    "was trained without it."
+                    "was trained without one."
                 )
             return raw_ids(tokenizer, prompt)
         turns = [{"role": "user", "content": prompt}]

@@ -210,7 +210,7 @@ def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
 def source_of(path: Path) -> Source:
     """Returns the rows of one file. Raises InputError if its format is not supported."""
     if not path.exists():
-        raise InputError(f"The data {path} does not exist: pass a file or a folder.")
+        raise InputError(f"the data {path} does not exist: pass a file or a folder.")
     if format_of(path) is None:
         raise InputError(f"{path} is not a data file in a supported format: use {ENDINGS}.")
     return Files({path.name: path})
@@ -270,13 +270,13 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
                 found.setdefault(form, []).append(path)
     if len(found) > 1:
         raise InputError(
-            f"{folder} has {' and '.join(sorted(found))}: keep one of them, or pass the file."
+            f"{folder} has {' and '.join(sorted(found))}: keep only one, or pass the path of one."
         )
     for form, paths in found.items():
         shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None
         if shard and len(paths) != int(shard["count"]):
             raise InputError(
-                f"{folder} has {len(paths)} of the files {form}: put all of them there."
+                f"{folder} has only {len(paths)} of the files {form}: add the missing files."
             )
         if (paths[0] / "state.json").is_file():
             return _saved(paths[0], f"{paths[0].relative_to(place).as_posix()}/")
@@ -315,8 +315,8 @@ def _python(data: Any, name: str) -> Source:
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Lines.of(data, name)
     raise InputError(
-        f"{name} is {_kind(data)}: pass a list of dicts, an iterator of them, a datasets.Dataset, "
-        "or a table of Arrow, pandas or polars."
+        f"{name} is {_kind(data)}: pass a list or an iterator of dicts, a datasets.Dataset, or an "
+        "Arrow, pandas or polars table."
     )
 
 

@@ -231,7 +231,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
         if len(cells) != len(names):
             raise InputError(
                 f"{name}:{number}: the row has {len(cells)} cells, but the header has "
-                f"{len(names)}; put quotes around a cell that contains the delimiter or a line end."
+                f"{len(names)}; put quotes around cells that contain the delimiter or a line break."
             )
         yield json.dumps(dict(zip(names, cells, strict=True)), ensure_ascii=False).encode()
         number += 1

@@ -1,4 +1,4 @@
-"""Decodes several sequences together, so that a forward pass computes a token of each.
+"""Decodes several sequences together. Each forward pass computes the next token of every sequence.
 
 Everything runs on one thread. A batch starts the next step before it reads the tokens of the
 previous step, so that the device computes while the host decodes text.
@@ -57,7 +57,7 @@ class Answer:
     cache: list[Any] | None = None
     first: float | None = None  #: time of its first token
     finish: str | None = None
-    alone: bool = False  #: must not be batched, since its update is in the layers
+    alone: bool = False  #: must not be batched, since its update is attached to the layers
     batch: "Batch[Any] | None" = None
 
     # The state of decoding, once it has begun:
@@ -273,7 +273,7 @@ class Batch(Generic[A]):
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
         """Decodes a token of each answer. Returns the answers that have ended, and the errors that
-        concern a single answer. Errors that concern the whole step are raised."""
+        affect single answers. Errors that affect the whole step are raised."""
         inputs, failed = self._next, []
         model = self.base.model
         if few(len(self.answers)):

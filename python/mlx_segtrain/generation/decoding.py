@@ -53,7 +53,7 @@ class Options:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     continues: bool = False  #: whether the text continues the text of the prompt
-    logprobs: int | None = None  #: number of most likely tokens with log p; None for no log p
+    logprobs: int | None = None  #: number of most likely tokens to report; None reports nothing
     deterministic: bool = False  #: whether the answer is bit-identical regardless of other requests
     constraint: "Constraint | None" = None  #: restricts the format of the text
 
@@ -105,7 +105,7 @@ class Text:
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
         new, self._out = whole[self._out :], max(self._out, len(whole))
-        # Shortening takes another call of the decoder, so it is not done for each token.
+        # Dropping old tokens takes another call of the decoder, so it is not done for each token.
         if whole == text and len(self._tokens) >= self._old + CONTEXT:
             self._tokens = self._tokens[self._old :]
             self._old, self._out = len(self._tokens), len(self._decoded())
@@ -147,7 +147,7 @@ def first_key(options: Options) -> mx.array:
 class Choice:
     """Chooses a token for each row of logits [B, V]. Each row has its own options and random key.
 
-    So the choice for a row depends on the seed of this row, but not on other rows.
+    Therefore, the choice for a row does not depend on the other rows.
     """
 
     options: Sequence[Options]

@@ -1,5 +1,5 @@
-"""Generates completions of prompts in batches. Which completions are in a batch depends only on the
-prompts and the completions."""
+"""Generates completions of prompts in batches. Which completions share a batch depends only on the
+prompts and the completions, and not on time."""
 
 import copy
 from collections import deque

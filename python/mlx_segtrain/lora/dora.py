@@ -79,8 +79,8 @@ class Stretch:
 
 @mx.custom_function
 def _times(z: mx.array, gain: mx.array) -> mx.array:
-    """Returns gain ⊙ z in z's dtype. It multiplies by gain − 1, because bfloat16 is too coarse for
-    a gain near 1."""
+    """Returns gain ⊙ z in z's dtype. The product is computed as z + (gain − 1) ⊙ z, because
+    bfloat16 is too coarse for a gain near 1."""
     return z + z * (gain - 1).astype(z.dtype)
 
 
@@ -89,8 +89,8 @@ def _times_vjp(
     primals: tuple[mx.array, mx.array], dy: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     z, gain = primals
-    # A matrix product with ones instead of a sum, because it accumulates in float32 regardless of
-    # the dtype.
+    # A matrix product with ones replaces a sum, because a matrix product accumulates in float32
+    # regardless of the dtype.
     ones = mx.ones((1, math.prod(z.shape[:-1])), z.dtype)
     d_gain = (ones @ (dy * z).reshape(-1, z.shape[-1]))[0].astype(mx.float32)
     return mx.depends([dy + dy * (gain - 1).astype(dy.dtype)], [d_gain])[0], d_gain

@@ -16,7 +16,7 @@ from .adapter import ARRAYS, KINDS, Kind
 
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: For up to this many rows, MLX's matrix multiplications are faster on a GPU than our op, because
-#: launching our op takes longer than they do (bench/LOG.md, 2026-11-27).
+#: launching our op takes longer than these multiplications (bench/LOG.md, 2026-11-27).
 FEW = 16
 #: The maximum number of adapters whose factors a linear layer caches, cast to the dtype of x.
 MOST_CASTS = 8

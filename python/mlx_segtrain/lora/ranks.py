@@ -69,8 +69,8 @@ def choose_ranks(
         if not found:
             names = sorted({path.rsplit(".", 1)[-1] for path in known})
             raise InputError(
-                f"target_modules: '{target}' matches no linear layer of the model, which has "
-                f"{', '.join(names)}.",
+                f"target_modules: '{target}' matches no linear layer of the model; its linear "
+                f"layers are named {', '.join(names)}.",
                 field="target_modules",
             )
         ranks |= {path: rank_of(path) for path in found if path in within}

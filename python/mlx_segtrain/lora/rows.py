@@ -81,7 +81,8 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """Returns x a for each use. The first layer that reads x computes it for all."""
+        """Returns x a for each use. It is computed for all layers when the first of them reads
+        x."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -127,15 +128,15 @@ class Rows:
         self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows can use this adapter. They cannot if it updates an embedding or
+        """Returns whether rows can use this adapter, which must not update an embedding or
         experts."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
-        """Assigns the adapter of keys[i] to row i of a batch, or none if no adapter has that key.
+        """Assigns the adapter with the key keys[i], if there is one, to row i of a batch.
 
-        `adapters` may include adapters of other batches, which take turns with this one and then
-        share its stacks.
+        `adapters` may include the adapters of other batches that run alternately with this batch.
+        All these batches then share the same stacks.
         """
         self._key = None
         sizes = {name: _size(adapter) for name, adapter in adapters.items()}

@@ -1,8 +1,8 @@
-"""Runs linear layers that read the same x (q, k and v, or gate and up), with their updates, in one
-kernel launch in a step of generation on CUDA.
+"""Runs linear layers that read the same x (q, k and v, or gate and up) and their updates in one
+kernel launch. Used for steps of generation on CUDA.
 
-The duration of such a step is the time that the host needs to build and launch it, so fewer calls
-make it faster.
+The duration of such a step is the time that the host needs to build and launch it, so fewer
+launches make it faster.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +19,8 @@ from .modules import FEW, LoRALinear
 MOST_KEPT = 8
 #: The dtypes in which matrix multiplications with several rows use tensor cores.
 HALVES = mx.bfloat16, mx.float16
-#: For a single row of a quantized layer with more outputs, such as a head, MLX uses a kernel for
-#: many rows, which is slower than ours (bench/LOG.md, 2026-11-30).
+#: For a quantized layer with more outputs than this, such as a head, MLX uses a kernel for many
+#: rows even if there is only one row. That kernel is slower than ours (bench/LOG.md, 2026-11-30).
 WIDE = 16384
 
 _picks: dict[int, mx.array] = {}
@@ -61,8 +61,8 @@ class Together:
     ) -> ops.DecodeLinears | None:
         """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
         R_j], which have x's dtype; None if no kernel supports this."""
-        # Done only once, because launches for other numbers of rows would copy or evaluate these
-        # arrays again.
+        # The arrays are copied and evaluated here, once. Otherwise the first launch for each number
+        # of rows would do so again.
         a = mx.contiguous(a)
         mx.eval([x for x in (a, *b, *gains) if x is not None])
         op = ops.decode_linears(self.bases, a, b, gains)

@@ -1,6 +1,6 @@
 """Creates a twin of a model for steps of a few tokens on a GPU. The twin has the same weights and
-updates, but its linear layers run less Python code and launch fewer kernels, because the duration
-of such a step is the time that the host needs to launch it."""
+updates, but its linear layers run less Python code and launch fewer kernels. This makes such a step
+faster, because its duration is the time that the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +45,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
         known[id(x)] = new  # its children may contain it
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
-            if not isinstance(own, mx.array):  # MLX finds its own submodules by slower Python code
+            if not isinstance(own, mx.array):  # MLX would look up submodules by slower Python code
                 vars(new)[name] = new[name]
     elif isinstance(x, list | tuple):
         new = type(x)(_twin(own, known) for own in x)

@@ -42,7 +42,7 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
     need, room = _size(base, bits, group_size), free(out)
     if need + MARGIN > room:
         raise InputError(
-            f"{out} needs {amount(need)}, but {amount(room)} are free on its disk: free some "
+            f"{out} needs {amount(need)}, but only {amount(room)} is free on its disk: free some "
             "space, or choose another --out."
         )
     from mlx_lm.convert import convert

@@ -67,7 +67,8 @@ def check_rollouts(config: TrainConfig, tokens: int) -> None:
     if most < config.rollout_batch:
         raise NoRoom(
             f"rollout_batch is {config.rollout_batch}, but only {most} completions of {tokens} "
-            "tokens with their prompts fit into the budget: lower it, or raise memory_budget_gb.",
+            "tokens with their prompts fit into the budget: lower rollout_batch, or raise "
+            "memory_budget_gb.",
             field="rollout_batch",
         )
 

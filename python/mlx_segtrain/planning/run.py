@@ -271,8 +271,8 @@ def planned(
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not supported for {shape.family}, which runs on mlx-lm's layers, and "
-            "they do not support packed rows: leave packing out and set batch_size; rows of "
+            f"packing is not supported for {shape.family}, because it runs on mlx-lm's layers, "
+            "which do not support packed rows: leave packing out and set batch_size; rows of "
             "similar length are batched together.",
             field="packing",
         )

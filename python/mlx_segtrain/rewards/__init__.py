@@ -83,8 +83,8 @@ class Rewards:
         weights = list(config.reward_weights) or [1.0] * len(named)
         if len(weights) != len(named):
             raise InputError(
-                f"reward_weights has {len(weights)} values for {len(named)} rewards: set one for "
-                "each.",
+                f"reward_weights has {len(weights)} values for {len(named)} rewards: set one "
+                "weight for each reward.",
                 field="reward_weights",
             )
         rewards: dict[str, Function] = {}
@@ -116,8 +116,8 @@ class Rewards:
         tokens: Sequence[int],
         talks: Sequence[Conversation] = (),
     ) -> Scores:
-        """Scores completions, given the row and the number of tokens of each. If there are `talks`,
-        scores these conversations.
+        """Scores completions, given the row and the number of tokens of each completion. If there
+        are `talks`, the completions belong to these conversations.
 
         Raises RunError if a reward fails, or if it returns anything other than a finite number for
         each completion.
@@ -197,6 +197,6 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
                 )
         if found := [name for name in taken if name in given]:
             raise InputError(
-                f'{row.source}: the row has a column "{found[0]}", but rewards get another '
-                "argument of this name: rename the column, or leave it out."
+                f'{row.source}: the row has a column "{found[0]}", but this name is reserved for '
+                "another argument of rewards: rename the column, or leave it out."
             )

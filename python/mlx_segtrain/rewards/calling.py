@@ -22,7 +22,7 @@ def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, 
     place, _, name = spec.rpartition(":")
     try:
         if not place or not name:
-            raise ValueError(f"write module:{kind} or file.py:{kind}")
+            raise ValueError(f"it must have the form module:{kind} or file.py:{kind}")
         found = getattr(_module(place), name) if given is None else given
         if not callable(found):
             raise TypeError(f"it is not a {kind}")

@@ -98,7 +98,7 @@ def _json_schema(text: str) -> Check:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise _fault(
-            "json_schema needs a package that is not installed: pip install "
+            "json_schema needs a package that is not installed: run pip install "
             '"mlx-segtrain[rewards]".'
         ) from None
     try:
@@ -125,7 +125,7 @@ def _length(most: str) -> Check:
     """Returns a check of a completion's length. The score is 1 up to `most` tokens, and falls
     linearly to 0 at twice as many."""
     if not most.isdecimal() or int(most) < 1:
-        raise _fault(f"length:{shown(most, 40)} needs a number of tokens.")
+        raise _fault(f"length needs a number of tokens, as in length:100; got {shown(most, 40)}.")
 
     def check(completion_tokens: Sequence[int], **columns: Any) -> list[float]:
         return [min(1.0, max(0.0, 2 - n / int(most))) for n in completion_tokens]

@@ -72,9 +72,9 @@ class Environments:
             )
         if self.tools and not tokenizer.has_tool_calling:
             raise InputError(
-                f"environment {self.name} has tools, but mlx-lm does not know how tools are "
-                "called in the model's chat template: use a model that calls tools, or give the "
-                "class a method step instead.",
+                f"environment {self.name} has tools, but mlx-lm cannot read the tool calls of this "
+                "model: use a model with a supported tool-call format, or give the class a method "
+                "step instead.",
                 field="environment",
             )
         for row in rows:
@@ -121,7 +121,7 @@ class Conversation:
             said = with_what_it_takes(self.environment.reset)(**columns)
         if said is not None:
             if not isinstance(said, str):
-                raise _wrong(of.name, "reset", said, "a string, which is appended to the prompt")
+                raise _wrong(of.name, "reset", said, "None or a string to append to the prompt")
             *before, last = self.messages
             text = f"{last.get('content') or ''}{said}"
             self.messages = [*before, {**last, "content": text}]
@@ -256,7 +256,7 @@ def messages_of(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rendered(message: dict[str, Any], parts: bool) -> dict[str, Any]:
     """Returns a message in the form that chat templates need. The content becomes a list of parts
-    if `parts` is set. Call arguments that are not mappings are replaced, since a model may write
+    if `parts` is set. Call arguments that are not mappings become {}, since a model may write
     anything."""
     if isinstance(message.get("content"), str):
         message = {**message, **content(message["content"], parts)}

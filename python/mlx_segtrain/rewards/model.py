@@ -21,7 +21,7 @@ from ..models.snapshot import Snapshot
 from ..planning.rollouts import PREFILL
 from .environments import messages_of
 
-#: The tensor that replaces the head in such a model.
+#: The tensor that replaces the head in a reward model.
 SCORE = "score.weight"
 
 
@@ -32,8 +32,8 @@ def check_scores(folder: Path) -> None:
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
         has = f"{found[1][0]} scores for each text" if found else f"no {SCORE}"
         raise InputError(
-            f"reward_model {folder} has {has}: use a model for sequence classification with one "
-            "label, in safetensors.",
+            f"reward_model {folder} has {has}: use a sequence classification model with one label, "
+            "in the safetensors format.",
             field="reward_model",
         )
 

@@ -53,7 +53,8 @@ class Checkpoint:
             found = self.tensors.get(name)
             if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
                 raise InputError(
-                    f"{self.folder} does not belong to this run: {name} is missing or differs."
+                    f"{self.folder} does not belong to this run: its tensor {name} is missing, or "
+                    "has another shape or dtype."
                 )
             return found
 

@@ -103,7 +103,9 @@ def evaluate(
     model, the adapter or the data cannot be read, or if they do not fit together.
     """
     if ROWS[config.method] == "prompt":
-        raise InputError(f"method {config.method} has no loss per row: call score for its rewards.")
+        raise InputError(
+            f"method {config.method} has no loss per row: call score() to measure its rewards."
+        )
     tell = on_event or (lambda event: None)
     config = hub.located(config, tell)
     if adapter_path:

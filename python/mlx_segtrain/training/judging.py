@@ -54,4 +54,7 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
     try:
         return numbers(json.loads(lines[-1]))
     except (IndexError, ValueError):
-        return f"the last line that eval_command printed is not a number: {lines[-1:]}"
+        return (
+            "the last line that eval_command printed is neither a number nor a JSON object of "
+            f"numbers: {lines[-1:]}"
+        )

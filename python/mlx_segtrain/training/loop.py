@@ -398,8 +398,8 @@ class Run:
         self.tell(metric)
         if jumped := self.clock.jumped():
             self._warn(
-                f"step {step}: the clock jumped by {jumped:+.0f} s relative to elapsed time (or "
-                "the machine slept): times in the log jump, but the run does not depend on them"
+                f"step {step}: the clock jumped by {jumped:+.0f} s, or the machine slept: the "
+                "times in the log jump as well, but the run is not affected"
             )
 
     def _own_figures(self) -> dict[str, float]:
@@ -554,7 +554,7 @@ class Run:
             if not self.ranks.first:
                 kept = "rank 0 saves its last step if it can"
                 if (lost := self.ranks.links and self.ranks.links.lost) and lost.rank == 0:
-                    kept = "rank 0 can save nothing, so the run resumes from the last checkpoint"
+                    kept = "rank 0 cannot save, so the run resumes from the last checkpoint"
         return LostRank(f"step {step + 1}: {error}: {kept}; start all ranks again with --resume.")
 
     def _count(self) -> None:

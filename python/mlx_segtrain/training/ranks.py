@@ -330,7 +330,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
     try:
         group = mx.distributed.init(strict=True, backend=backend)
     except (RuntimeError, ValueError) as error:
-        raise RunError(f"rank {rank} cannot reach the others by {backend}: {error}") from error
+        raise RunError(f"rank {rank} cannot reach the other ranks ({backend}): {error}") from error
     device = mx.gpu if backend == "nccl" else mx.cpu
     ranks = Ranks(rank, group.size(), backend, group, mx.new_stream(mx.Device(device)))
     ranks.warn = lambda message: tell(events.warning(message))
@@ -339,7 +339,7 @@ def joined(tell: events.OnEvent) -> Iterator[Ranks]:
         ranks.names = ranks.gather(place)
         ranks.links = Links(rank, ranks.size, address_of(ranks), ranks.gather, _wake)
     except OSError as error:
-        raise RunError(f"rank {rank} ({place}) cannot reach all others: {error}") from error
+        raise RunError(f"rank {rank} ({place}) cannot reach all other ranks: {error}") from error
     links = ranks.links
     given_up = threading.Event()
     threading.Thread(target=_end_in_time, args=(ranks, given_up), daemon=True).start()

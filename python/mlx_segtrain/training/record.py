@@ -231,7 +231,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
         same = False
     for what, differs in differences(record.inputs, earlier["inputs"]).items():
         if what.startswith("rewards"):  # the user may have repaired a reward that failed
-            warn(f"{what} {differs} since the run in {run} began: the rest of the run will differ")
+            warn(f"{what} {differs} since the run in {run} began: the remaining steps will differ")
             same = False
             continue
         # A new file makes no difference unless it is a weight file, because mlx-lm reads weight

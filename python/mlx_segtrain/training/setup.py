@@ -176,7 +176,7 @@ def accumulating(
         )
     n = ranks.size
     if ranks.pipeline and ranks.first and count < 2 * n:
-        said = f"{name} = {count} is too few for a pipeline of {n} ranks: each computes at most "
+        said = f"{name} = {count} is too low for a pipeline of {n} ranks: each computes at most "
         said += f"{count / (count + n - 1):.0%} of the time and idles for the rest"
         tell(events.warning(f"{said}; use {2 * n} or more"))
     return config.model_copy(update={name: count})
@@ -369,7 +369,7 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     if config.warmup_iters >= iters:
         raise InputError(
             f"warmup_iters = {config.warmup_iters} must be smaller than the {iters} steps of "
-            f"epochs = {config.epochs:g}: lower it."
+            f"epochs = {config.epochs:g}: lower warmup_iters."
         )
     return config.model_copy(update={"iters": iters})
 
@@ -439,8 +439,8 @@ def load_setup(
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not supported for {config.model_dir.name}, which runs on mlx-lm's "
-            "layers, and they do not support packed rows: leave packing out.",
+            f"packing is not supported for {config.model_dir.name}, because it runs on mlx-lm's "
+            "layers, which do not support packed rows: leave packing out.",
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)

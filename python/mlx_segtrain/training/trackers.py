@@ -67,7 +67,7 @@ def check_installed(config: TrainConfig) -> None:
     for name in config.report_to:
         if find_spec(name) is None:
             raise InputError(
-                f"report_to {name} needs a package that is not installed: pip install {name}."
+                f"report_to {name} needs a package that is not installed: run pip install {name}."
             )
 
 

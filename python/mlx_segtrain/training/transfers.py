@@ -148,7 +148,7 @@ def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
     ring = [[own] for own in ranks.gather(f"{host}:{port}")]
     if ranks.first:  # printed now, because nothing can be printed while MLX holds the GIL
         places = ", ".join(f"rank {r} at {own}" for r, (own,) in enumerate(ring))
-        said = f"connecting a ring of {places}: each must reach the next one by TCP"
+        said = f"connecting a ring of {places}: each rank must reach the next over TCP"
         print(f"mlx-segtrain: {said} within {CONNECT:.0f} s", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "hosts.json"
@@ -158,7 +158,7 @@ def _connected(ranks: Ranks) -> tuple[Any, list[list[str]]]:
         try:
             return mx.distributed.init(strict=True, backend="ring"), ring
         except (RuntimeError, ValueError) as error:
-            said = f"rank {ranks.rank} cannot reach the ranks beside it: {error}"
+            said = f"rank {ranks.rank} cannot reach its neighbours in the ring: {error}"
             raise RunError(said) from error
         finally:
             faulthandler.cancel_dump_traceback_later()

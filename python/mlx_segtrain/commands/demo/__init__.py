@@ -50,7 +50,7 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     say("model: SmolLM2-135M-Instruct, 4 bits (the first run downloads 93 MB)")
     model_dir = smollm2_snapshot(files.cache_dir())
     rows = write_dataset(data_dir)
-    say(f"data: {rows['train']:,} docstrings, and {rows['valid']} of modules held out")
+    say(f"data: {rows['train']:,} docstrings, and {rows['valid']} from held-out modules")
 
     settings = {
         "model_dir": model_dir,
@@ -105,7 +105,7 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
     """Returns an answer to each question by greedy decoding. Each prompt reuses the cache for the
-    tokens with which both the previous prompt and this one begin."""
+    prefix that it shares with the previous prompt."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 

@@ -1,7 +1,7 @@
 """Prepares the recipes' model and data: `python -m mlx_segtrain.commands.demo DIR [sums]`.
 
 It writes train.jsonl and valid.jsonl to DIR, and prints the folder of the demo's model. The files
-contain preference pairs or, with `sums`, sums.
+contain preference pairs or, with the argument `sums`, prompts about sums.
 """
 
 import sys

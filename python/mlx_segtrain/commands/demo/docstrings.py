@@ -1,7 +1,7 @@
 """A small data set that every machine has: the docstrings of Python's standard library.
 
-The sources are parsed, not imported. Therefore no module has side effects such as a window, a
-thread or a printed line, and the rows depend only on the version of Python.
+The sources are parsed, not imported. Therefore no module can open a window, start a thread or print
+a line, and the rows depend only on the version of Python.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
     """Writes the same rows as pairs. The question is the prompt, and the summary is the chosen
-    response. The rejected response consists of the summaries of the next three rows; it is long and
-    wrong."""
+    response. The rejected response consists of the summaries of the next three rows, so it is long
+    and wrong."""
 
     def pairs(rows: list[Row]) -> list[Row]:
         turns = [row["messages"] for row in rows]
@@ -66,8 +66,8 @@ def _split(seed: int) -> dict[str, list[Row]]:
         rows["valid" if _held_out(top, seed) else "train"].append(row)
     if not rows["train"] or not rows["valid"]:
         raise InputError(
-            f"{sysconfig.get_path('stdlib')} has no sources of the standard library, from which "
-            "the demo's data set is made: use a Python that includes them"
+            f"{sysconfig.get_path('stdlib')} has no sources of Python's standard library, from "
+            "which the demo creates its data set: use a Python that includes them"
         )
     for part in rows.values():
         random.Random(seed).shuffle(part)
@@ -153,8 +153,9 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> s
 
 
 def summary_line(docstring: str, name: str) -> str | None:
-    """Returns the first sentence of a docstring on one line. Returns None if it does not describe
-    `name`: if it is a signature, has fewer than 3 or more than 40 words, or ends in a colon."""
+    """Returns the first sentence of a docstring on one line. Returns None if the sentence starts
+    like a signature of `name`, contains code, ends in a colon, or has fewer than 3 or more than 40
+    words."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     sentence = re.split(r"(?<=[.!?])(?<!\.\.)(?<!\.\w\.) (?=[A-Z])", paragraph, maxsplit=1)[0]
     echo = re.match(r"([\w.]+) ?[(:=-]", sentence)
