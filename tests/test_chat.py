@@ -91,7 +91,7 @@ def test_commands_that_cannot_be_obeyed_say_so(llama4, monkeypatch, capsys):
     assert out.startswith(
         "there is no message to answer yet\n"
         "there is no adapter to compare with: start chat with --adapter DIR\n"
-        "answering with base; choose one of: 0 base\n"
+        "there is no adapter x; answering with base; choose one of: 0 base\n"
         "unknown command /foo: /help lists the commands\n"
         "/adapter NAME "
     )

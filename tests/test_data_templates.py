@@ -207,7 +207,7 @@ def test_samples_and_tokens_are_counted(tmp_path):
     data = load(tmp_path, tokenizer, {"messages": chat("a", "one", "b", "two", "c", "three")})
     assert (data.n_rows, len(data.rows), data.notes.turns) == (1, 3, 3)
     assert data.summary.startswith("1 rows give 3 samples, ")
-    assert f"{data.tokens} tokens to run, {data.supervised_tokens} of them" in data.summary
+    assert f"{data.tokens} tokens to process, {data.supervised_tokens} of them" in data.summary
 
 
 def test_a_developer_s_message_is_one_of_the_system_where_the_template_knows_no_other(tmp_path):

@@ -116,13 +116,14 @@ def test_other_bytes_than_were_begun_are_seen(hub, tiny, home):
     assert (folder / "model.safetensors").read_bytes() == tiny.files["model.safetensors"]
 
 
-def test_offline(hub, tiny, home, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE forbids"):
+@pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline(name, hub, tiny, home, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(InputError, match=f"{name} forbids"):
         hubs.model("org/tiny-4bit")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.delenv(name)
     folder = hubs.model("org/tiny-4bit")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(name, "1")
     hub.requests.clear()
     assert hubs.model("org/tiny-4bit") == folder and not hub.requests
 

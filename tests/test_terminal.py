@@ -245,7 +245,7 @@ def test_report_marks_trained_tokens_in_plain_text() -> None:
         "format   messages",
         "rows     1,200 to train, 30 to validate",
         "length   4 to 7 tokens, median 5, 95 % have at most 6",
-        "tokens   6,000 to run, 2,400 of them in the loss",
+        "tokens   6,000 to process, 2,400 of them in the loss",
         "rows cut 1 truncated, 2 dropped",
         "",
         "tokens in the loss are in ⟦ ⟧, all others are context:",

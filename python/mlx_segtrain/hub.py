@@ -89,12 +89,13 @@ def endpoint() -> str:
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
 
 
-def offline() -> bool:
-    """Returns whether the user has forbidden requests to the hub."""
-    return any(
-        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+def offline() -> str | None:
+    """Returns the environment variable with which the user has forbidden requests to the hub, or
+    None."""
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return name
+    return None
 
 
 def named(text: str | Path, kind: Kind = "model") -> Repository | None:
@@ -242,11 +243,12 @@ def fetch(
     if folder is not None and listed is not None and _has(folder, listed, wanted):
         check(listed)
         return folder
-    if offline() or not ask:
+    forbidden = offline()
+    if forbidden or not ask:
         if folder is not None and listed is None and _seems_whole(folder, repository.kind):
             return folder
         if ask:
-            why = "HF_HUB_OFFLINE forbids requests: unset it, or copy the repository to this folder"
+            why = f"{forbidden} forbids requests: unset it, or copy the repository to this folder"
         else:
             why = "this command downloads nothing: download the repository first"
         raise InputError(f"{repository} is incomplete in {cache()}, but {why}.")

@@ -25,9 +25,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     """Returns up to `limit` repositories whose names contain these words, the most downloaded
     first. Raises InputError if the hub cannot be searched."""
     if offline():
-        raise InputError(
-            "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set, which forbids a search: unset it."
-        )
+        raise InputError(f"{offline()} is set, which forbids requests to the hub: unset it.")
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 

@@ -150,7 +150,8 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
             f"converted to {dtype}, the adapter would change by {difference:.2g}, while its "
-            f"largest update is {update:.2g}: nothing was written."
+            f"largest update is {update:.2g}: nothing was written"
+            + (": use --dtype float32." if dtype != "float32" else ".")
         )
     ranks = sorted(set(adapter.ranks.values()))
     return Converted(out, len(adapter.tensors), ranks, update, difference)

@@ -178,7 +178,8 @@ class Chat:
             self.voice = self.voices[names.index(name)]
         else:
             listed = ", ".join(f"{i} {own}" for i, own in enumerate(names))
-            return f"answering with {self.voice.name}; choose one of: {listed}"
+            problem = f"there is no adapter {name}; " if name else ""
+            return f"{problem}answering with {self.voice.name}; choose one of: {listed}"
         return f"answering with {self.voice.name}"
 
 

@@ -52,7 +52,7 @@ def page(report: Report, title: str, most: int) -> str:
         parts.append(f"<h2>Omitted data and problems</h2><ul>{items}</ul>")
     if report.findings:
         rows = ((FINDINGS[name], ", ".join(own)) for name, own in report.findings.items())
-        parts += ["<h2>Where</h2>", _table(rows)]
+        parts += ["<h2>Rows with problems</h2>", _table(rows)]
     if report.previews:
         parts.append("<h2>First rows</h2><p><mark>Marked</mark> tokens are in the loss.</p>")
         parts += map(_preview, report.previews)

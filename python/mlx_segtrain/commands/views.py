@@ -51,7 +51,7 @@ def show_report(report: Report, console: Console | None = None) -> None:
         f"length   {report.length_min} to {report.length_max} tokens, "
         f"median {report.length_median}, 95 % have at most {report.length_p95}"
     )
-    line(f"tokens   {report.tokens:,} to run, {report.supervised_tokens:,} of them in the loss")
+    line(f"tokens   {report.tokens:,} to process, {report.supervised_tokens:,} of them in the loss")
     for row in bars(report):
         line(f"         {row}")
     if report.longest:
@@ -207,7 +207,7 @@ def show_plan(report: PlanReport) -> None:
             text = f"does not fit: needs at least {gb(other.peak)}"
         line(f"in {gb(other.budget)}", f"{text}; {_longest(other.longest, report.max_length)}")
     if report.ranks:
-        line("ranks", "  each sends      computes       adds up   as fast as one")
+        line("ranks", "  each sends      computes       adds up     speedup")
     for own in report.ranks:
         times = f"{own.compute_s:>12.3g} s{own.add_s:>12.3g} s"
         speed = f"{own.speedup:>9.3g} times ({own.speedup / own.ranks:.0%})"

@@ -103,7 +103,9 @@ class Dataset:
         said = f"{self.n_rows:,} rows"
         if len(self) != self.n_rows:
             said += f" give {len(self):,} samples"
-        said += f", {self.tokens:,} tokens to run, {self.supervised_tokens:,} of them in the loss"
+        said += (
+            f", {self.tokens:,} tokens to process, {self.supervised_tokens:,} of them in the loss"
+        )
         if self.notes.prompt_format == "chat":
             said += "; prompts go through the chat template"
         elif self.notes.prompt_format == "raw":

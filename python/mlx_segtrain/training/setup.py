@@ -171,7 +171,7 @@ def accumulating(
         raise InputError(
             f"{name} = {count}, but there are {ranks.size} ranks, each of which needs a {unit} in "
             f"every step: start at most {count} ranks, or "
-            + ("start a new run." if resumed else "raise it."),
+            + ("start a new run." if resumed else f"raise {name}."),
             field=name,
         )
     n = ranks.size
