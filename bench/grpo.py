@@ -133,8 +133,8 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Returns the seconds and the peak memory in bytes of the rollouts and of the update of each
-    cycle."""
+    """Returns, for each cycle, the seconds and the peak memory in bytes of the rollouts and of the
+    update."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

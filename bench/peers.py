@@ -1,8 +1,8 @@
 """Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that this module writes. The GPU
-machine must have the packages torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
-with unsloth_zoo and trl. Neither mlx_segtrain nor its tests import this module.
+The trainers read a snapshot that this module writes: random bfloat16 weights of a SHAPE. The GPU
+machine must have the packages torch, transformers, peft, bitsandbytes, liger-kernel, unsloth,
+unsloth_zoo and trl. Neither mlx_segtrain nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
