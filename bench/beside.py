@@ -34,8 +34,8 @@ from step import SHAPES
 ALONE_S = 8.0
 
 
-#: Restricts a model with random weights to tokens that are letters. Most tokens of its vocabulary
-#: have no text, so the server would send nothing for them.
+#: Request options that restrict a model with random weights to tokens that are letters. Most tokens
+#: in its vocabulary have no text, so the server would send nothing for them.
 LETTERS = {"logit_bias": {str(token): 100 for token in range(32, 58)}}
 
 

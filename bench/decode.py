@@ -2,8 +2,8 @@
 
     python bench/decode.py [--model DIR|SHAPE] [--prompt 1024] [--tokens 128] [--rounds 5]
 
-The models and the options are those of bench/serve.py. In each step the host builds the graph of
-the next token, launches it, and waits for the token before it, as mlx-lm's generate_step does. The
+The models and the options are those of bench/serve.py. In each step, the host builds the graph of
+the next token, launches it, and waits for the previous token, as mlx-lm's generate_step does. The
 columns are the median of each of these three times in ms, over the steps of all rounds, and the
 time of a whole step and the tokens/s in the best round. In a row in which the host hardly waits,
 the host is the bottleneck. The rows are:

@@ -53,8 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Returns a model of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16;
-    nf4-ckpt and bf16-ckpt use gradient checkpointing."""
+    """Returns a transformers model with Liger's kernels and a PEFT adapter. `variant` is nf4 or
+    bf16; nf4-ckpt and bf16-ckpt use gradient checkpointing."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training

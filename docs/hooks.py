@@ -1,4 +1,4 @@
-"""MkDocs hooks that add the README as the first page, generated pages, and linked files.
+"""MkDocs hooks that add generated pages, linked files, and the README as the first page.
 
 Pages link to each other and to files of the repository by relative paths, so the links also work
 on a code host. On the site, a page of docs/ keeps its name, README.md becomes index.md, and any

@@ -501,9 +501,9 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 
 }  // namespace segtrain
 
-// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, D, ROWS and THREADS
-// are constants in all of them. ROWS and THREADS, the rows and threads of a threadgroup, must agree with the
-// host's.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, D, ROWS and
+// THREADS are constants in all of them. ROWS and THREADS, the rows and threads of a threadgroup, must equal
+// the host's values.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
               "the host launches groups of another size");

@@ -199,7 +199,8 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Launches the computation of `made` and of the arrays of `values` before the rest of the move is traced.
+  /// Launches the computation of `made` and of the arrays in `of` at the indices `values`, before the rest of
+  /// the move is traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
