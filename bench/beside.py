@@ -34,8 +34,8 @@ from step import SHAPES
 ALONE_S = 8.0
 
 
-#: Restricts a model with random weights to tokens that are letters. Most tokens of its vocabulary
-#: have no text, so the server would send nothing for them.
+#: Request options that restrict a model with random weights to tokens that are letters. Most tokens
+#: in its vocabulary have no text, so the server would send nothing for them.
 LETTERS = {"logit_bias": {str(token): 100 for token in range(32, 58)}}
 
 
@@ -131,8 +131,8 @@ def main():
             model, data = Path(args.model), place / "rows"
             data.mkdir()
             text = "\n".join(topics.values())
-            # This number of characters always exceeds a row, so every row is truncated to --length
-            # tokens.
+            # This many characters always give more than --length tokens, so every row is truncated
+            # to --length tokens.
             size = 6 * args.length
             rows = [text[i : i + size] for i in range(0, len(text) - size, size // 8)]
             lines = [json.dumps({"text": row}) + "\n" for row in rows]

@@ -2,11 +2,11 @@
 
     python bench/decode.py [--model DIR|SHAPE] [--prompt 1024] [--tokens 128] [--rounds 5]
 
-The models and the options are those of bench/serve.py. In each step the host builds the graph of
-the next token, launches it, and waits for the token before it, as mlx-lm's generate_step does. The
-columns are the medians of these three times over the steps of all rounds in ms, the time of a whole
-step in the best round, and the tokens/s of this round. If the host hardly waits in any row, the
-host is the bottleneck. The rows are:
+The models and the options are those of bench/serve.py. In each step, the host builds the graph of
+the next token, launches it, and waits for the previous token, as mlx-lm's generate_step does. The
+columns are the median of each of these three times in ms, over the steps of all rounds, and the
+time of a whole step and the tokens/s in the best round. In a row in which the host hardly waits,
+the host is the bottleneck. The rows are:
     mlx-lm            the model as mlx-lm loads it, with the log-probabilities of all tokens
     ours              our model without an adapter, as in a batch of one request
     ours, MLX's       the same with MLX's matrix multiplications instead of our kernel

@@ -8,7 +8,7 @@ SHAPE is one of the shapes in bench/step.py, with random 4-bit weights. LoRA has
 projections. No token ends a completion, so each completion has --tokens tokens. All completions
 have different rewards, so all of them are in the loss. Completions are generated in batches of
 --at-once, and then packed into passes of --pass-tokens tokens. The output shows the first cycle,
-which includes compilation, separately from the median of the other cycles. Peaks are peaks of MLX's
+which includes compilation, separately from the median of the other cycles. All peaks are of MLX's
 active memory. With `--trl N`, a separate process then runs the same cycles with TRL's GRPOTrainer
 and transformers' generation, in bfloat16 with N sequences per pass. By default, a cycle has 16
 completions of 2048 tokens. For 16K tokens in 24 GB, use --tokens 16384 --group 8 --prompts 1
@@ -133,8 +133,8 @@ def of_trl(args):
 
 
 def cycles_of(args):
-    """Returns the seconds and the peak memory in bytes of the rollouts and of the update of each
-    cycle."""
+    """Returns, for each cycle, the seconds and the peak memory in bytes of the rollouts and of the
+    update."""
     with ops.repeatable(True):
         cycle, at, prompts = cycle_of(args)
         print(f"{Path(args.model).name}: {cycle.plan}")

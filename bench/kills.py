@@ -2,13 +2,13 @@
 
     python bench/kills.py [--kills 50] [--seed 0] [--shape SHAPE [--length 8192]]
 
-By default, the runs use grpo with a tiny random model on the CPU and a reward check, and write a
-checkpoint at each step. With --shape, the objective is sft, and the runs use a GPU if there is one:
-they take 30 steps on rows of --length tokens, with a model of this shape (one of those in
-bench/step.py) and a checkpoint every five steps, and are only killed after the first step. Each run
-is a process that is killed with SIGKILL after a random time and restarted with --resume auto until
-the run has ended. Then its adapter and its completions are compared with those of a run that was
-never killed, and the next run begins. Prints the number of kills during each part of a step.
+By default, the runs use grpo with a tiny random model and a reward check on the CPU, and write a
+checkpoint at each step. With --shape, the objective is sft, and the runs use a GPU if there is one.
+They take 30 steps on rows of --length tokens, with a model of this shape (one of those in
+bench/step.py), and write a checkpoint every five steps. They are only killed after the first step.
+Each run is a process that is killed with SIGKILL after a random time and restarted with --resume
+auto until it completes. Then its adapter and its completions are compared with those of a run that
+was never killed, and the next run begins. Prints the number of kills during each part of a step.
 """
 
 import argparse
@@ -113,8 +113,8 @@ def wrap(state):
 
 
 def started(out, state, work):
-    """Forks the process of a run and returns its id. The parent process has imported the libraries
-    but has computed nothing, so a child can use MLX."""
+    """Forks a process for a run and returns the process id. The parent process has imported the
+    libraries but has computed nothing, so a child can use MLX."""
     state.write_text("setup")
     pid = os.fork()
     if pid:

@@ -5,10 +5,10 @@
 
 Plans and SHAPEs have the same names as in bench/step.py. Each cell frees the memory of the previous
 cell and then runs --steps whole steps, including the optimizer (at least two steps, because the
-optimizer has no state in the first). `--moves` prints the predicted and the measured peak of every
-move of the plan. With `--pairs`, the steps use DPO pairs whose sequences have this fraction of
-their tokens in common. `--adapter` is lora, dora, dropout (0.1), or embeddings, which also adapts
-the embedding and the head.
+optimizer has no state in the first step). `--moves` prints the predicted and the measured peak of
+every move of the plan. With `--pairs`, the steps use DPO pairs whose sequences share this fraction
+of their tokens. `--adapter` is lora, dora, dropout (0.1), or embeddings, which also adapts the
+embedding and the head.
 """
 
 import argparse

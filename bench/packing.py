@@ -97,7 +97,7 @@ def peer_lines(peer, name, data, packed, steps):
 
 
 def peft_step(name):
-    """Returns a function that runs a PEFT step on a batch, packed or padded."""
+    """Returns a function that runs a PEFT step on a packed or padded batch."""
     import torch  # pyright: ignore[reportMissingImports]
 
     model, device, _ = peft_model(name)

@@ -1,8 +1,8 @@
 """Runs the fastest other trainers on a GPU, for bench/step.py, bench/packing.py and bench/grpo.py.
 
-They run on random weights of a SHAPE, in bfloat16, from a snapshot that this module writes. The GPU
-machine must have the packages torch, transformers, peft and bitsandbytes; liger-kernel; unsloth
-with unsloth_zoo and trl. Neither mlx_segtrain nor its tests import this module.
+The trainers read a snapshot that this module writes: random bfloat16 weights of a SHAPE. The GPU
+machine must have the packages torch, transformers, peft, bitsandbytes, liger-kernel, unsloth,
+unsloth_zoo and trl. Neither mlx_segtrain nor its tests import this module.
 """
 
 # pyright: reportMissingImports=false
@@ -53,8 +53,8 @@ def _lora(rank, scale, suffixes):
 
 
 def liger(place, variant, lora, longest):
-    """Returns a model of transformers and PEFT with Liger's kernels. `variant` is nf4 or bf16;
-    nf4-ckpt and bf16-ckpt use gradient checkpointing."""
+    """Returns a transformers model with Liger's kernels and a PEFT adapter. `variant` is nf4 or
+    bf16; nf4-ckpt and bf16-ckpt use gradient checkpointing."""
     import torch
     from liger_kernel.transformers import AutoLigerKernelForCausalLM
     from peft import get_peft_model, prepare_model_for_kbit_training

@@ -46,7 +46,8 @@ from step import SHAPES, load
 
 
 def model_folder(name: str, scratch: Path) -> Path:
-    """Returns the folder of the model in a form that mlx-lm can load."""
+    """Returns a model folder that mlx-lm can load. For a shape, writes such a folder with random
+    weights."""
     if name not in SHAPES:
         return Path(name)
     from mlx.utils import tree_flatten
@@ -68,7 +69,7 @@ def model_folder(name: str, scratch: Path) -> Path:
 
 
 def adapters(model: Path, rank: int, scratch: Path) -> list[Path]:
-    """Writes three adapters for all projections, whose B is not zero, and returns their folders."""
+    """Writes three adapters for all projections, with a nonzero B, and returns their folders."""
     chain = chain_of(load_base(model)[0])
     folders = []
     for seed in range(3):

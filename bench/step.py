@@ -4,20 +4,20 @@ runs in its own process.
     python bench/step.py [--model DIR|SHAPE] [--length 512] [--loss-rows 1] [--steps 10]
                          [--cells segtrain:1 peft …] [--shared 0.9] [--any-order]
 
-LoRA has rank 16 on all seven projections, a batch has one row, and --loss-rows is the fraction of a
-row, at its end, that is in the loss. SHAPE is the shape of a known model (gemma4-e4b, minicpm5-1b
-or qwen3-8b), with random 4-bit weights. The cells are:
+LoRA has rank 16 on all seven projections, and a batch has one row. --loss-rows is the fraction of
+the row that is in the loss, counted from its end. SHAPE is the shape of a known model (gemma4-e4b,
+minicpm5-1b or qwen3-8b), with random 4-bit weights. The cells are:
     segtrain:N    this package with N layers per segment (0 turns segments off)
     segtrain:XGB  the fastest plan that fits in this much memory; segtrain:min is the plan with the
                   least memory, and segtrain:auto uses the device's free memory
-    dpo:…         the same plans for a DPO step of one pair with --length tokens in each sequence;
-                  the fraction --shared is common to both, and the rest is the response; the
-                  log-probabilities of the reference are not computed
+    dpo:…         the same plans for a DPO step on one pair with --length tokens in each sequence;
+                  the sequences share the fraction --shared of their tokens, and the rest is the
+                  response; the log-probabilities of the reference are not computed
     mlx-lm        stock LoRA layers and loss with nn.value_and_grad; mlx-lm:ckpt uses
                   grad_checkpoint
     peft          HF transformers + PEFT with torch; peft:ckpt uses gradient checkpointing. It runs
                   in float32 on the CPU; for a SHAPE on a GPU, in bfloat16 without quantization
-    liger:nf4     for a SHAPE on a GPU (bench/peers.py): the same with Liger's kernels and a 4-bit
+    liger:nf4     for a SHAPE on a GPU (bench/peers.py): peft with Liger's kernels and a 4-bit
                   base; liger:bf16 has no quantization; liger:nf4-ckpt and liger:bf16-ckpt use
                   gradient checkpointing
     unsloth:keep  for a SHAPE on a GPU: Unsloth with a 4-bit base; unsloth:ckpt uses gradient
@@ -25,10 +25,11 @@ or qwen3-8b), with random 4-bit weights. The cells are:
 Prints a table with the median, p20 and p80 of the steps after three warm-up steps; slow cells run
 fewer steps (column `n`). `peak` is the peak of MLX's active memory; `rss` is the highest resident
 memory of the process. The steps of this package are the same as those of `train`; their results are
-bit-identical when repeated, unless `--any-order` is given. On CUDA, if torch is installed to trace
-the steps, `busy` is the fraction of a step in which the device runs a kernel. `of_peak` is the
-fraction of the step that its matrix products, without recomputation, would need at the speed of an
-8192 × 8192 × 8192 product.
+bit-identical when repeated, unless `--any-order` is given. There are two more columns on CUDA if
+torch, which traces the steps, is installed. `busy` is the fraction of a step's time during which
+the device runs a kernel. `of_peak` compares a step with its matrix products: it is the time that
+they would need without recomputation and at the speed of an 8192 × 8192 × 8192 product, divided by
+the time of the step.
 """
 
 import argparse
@@ -103,8 +104,8 @@ def tokens(length, vocab):
 
 
 def load(name):
-    """Returns (model, vocabulary size) for a folder, or for a shape with random weights of 4 bits
-    in groups of 64."""
+    """Returns (model, vocabulary size) for a folder, or for a shape with random 4-bit weights in
+    groups of 64."""
     import importlib
 
     import mlx.core as mx
@@ -227,7 +228,7 @@ def reset_peak():
 
 
 def run_plan(shape, batch, plan, repeats=True):
-    """Returns the plan in the form in which a run applies it."""
+    """Wraps the plan in a RunPlan, the form that training uses."""
     from mlx_segtrain import planning
     from mlx_segtrain.planning.run import RunPlan
 
@@ -236,8 +237,8 @@ def run_plan(shape, batch, plan, repeats=True):
 
 
 def stepper(model, shape, run, objective, data, watch=None, kind="lora"):
-    """Returns an object that runs the steps of `train` on batches of a data set with a plan, and
-    its initial state."""
+    """Returns a Stepper, which runs the steps of `train` with a plan on batches of a data set, and
+    the initial training state."""
     import mlx.core as mx
 
     from mlx_segtrain.config import TrainConfig
@@ -308,8 +309,8 @@ def segtrain(args, variant, shared=None):
 
 
 def traced(step, work, seconds):
-    """Returns the fraction of a step in which the device runs a kernel, and the speed of its matrix
-    products, if torch is installed."""
+    """Returns `busy` and `of_peak` of a step, or {} if torch is not installed. `work` is the number
+    of operations of a step without recomputation, and `seconds` is the time that a step takes."""
     import mlx.core as mx
 
     try:
@@ -430,8 +431,8 @@ def peft(args, variant):
 
 
 def peer(name, args, variant):
-    """Runs the cell of a trainer in bench/peers.py, with the loss of the trainer's own forward
-    pass."""
+    """Runs the cell of a trainer in bench/peers.py, with the loss that the trainer's own forward
+    pass returns."""
     import torch  # pyright: ignore[reportMissingImports]
 
     import peers

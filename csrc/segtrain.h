@@ -94,8 +94,8 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v,
                     const std::string& impl, mx::StreamOrDevice s);
 
 /// Returns o, followed by the arrays that the backward pass needs. If the result is passed as `saved` to
-/// attention() with the same arguments, attention() computes only the backward pass. It is empty if the
-/// implementation (`stock`) cannot provide these arrays. This function has no gradient.
+/// attention() with the same arguments, attention() computes only the backward pass. The result is empty if
+/// the implementation (`stock`) cannot provide these arrays. This function has no gradient.
 Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array& v,
                          const AttentionOptions& options, const std::string& impl, mx::StreamOrDevice s);
 
@@ -190,8 +190,8 @@ Arrays lora_qkv(const mx::array& x, const std::vector<Linear>& linears, const He
 /// o [B, H, T, D] → [B, T, H·D], the layout that the output projection reads.
 mx::array merge_heads(const mx::array& o, mx::StreamOrDevice s);
 
-/// Returns the outputs of linear layers that read the same x [..., in] → [..., out] for each layer. Keeps x
-/// and x·a for the backward pass. Dropout applies only to the input of the low-rank branches; each layer
+/// Returns the outputs of linear layers that read the same x. x [..., in] → [..., out] for each layer. Keeps
+/// x and x·a for the backward pass. Dropout applies only to the input of the low-rank branches; each layer
 /// draws its mask from its key [2] uint32, and draws the same mask again in the backward pass.
 Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, float dropout, const Arrays& keys,
                     const std::string& impl, mx::StreamOrDevice s);

@@ -10,7 +10,7 @@
 // launch parameters depend only on D; see struct Shapes.
 //
 // These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used for the calls that it
-// supports, because the peak speed of its matrix multiplications is about 1.6 times as high.
+// supports, because the peak speed of Hopper's own matrix multiplications is about 1.6 times as high.
 
 namespace segtrain {
 

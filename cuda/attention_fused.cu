@@ -594,8 +594,8 @@ __device__ void fused_vjp(const T* q, const T* k, const T* v, const float* lse, 
     keep(s);
   }
   // The matrix products run one after another without a gap: the product for dP runs while P is computed, the one for
-  // dV while dS is computed, and the ones for dK and the next step's S while dQ is written. After a wait for all
-  // products, the compiler can reuse the registers of the products.
+  // dV while dS is computed, and the ones for dK and the next step's S while dQ is written. Waiting for all products
+  // allows the compiler to reuse their registers.
   for (int step = 0; step < steps; ++step) {
     const int q0 = (end - 1 - step) * BQ;
     const unsigned stage = step % 2, q_tile = q_tiles + turn.stage * X::QUERY_BYTES;

@@ -2,8 +2,8 @@
 // csrc/ops/attention/hopper.cpp launches these kernels.
 //
 // The shapes are those in attention.cu; b, g and h are indices into batch, key/value heads and query heads.
-// attention_hopper uses one block per (64 queries, b, h). For S, each of the block's two warpgroups computes half of the
-// keys of a tile; for O, it computes half of the columns. They exchange P through shared memory.
+// attention_hopper uses one block per (64 queries, b, h). Each of the block's two warpgroups computes S for half of the
+// keys of a tile, and half of the columns of O. They exchange P through shared memory.
 //
 // The backward pass processes a limited range of queries at a time, in three steps over a scratch array of 16-bit
 // tiles: attention_scores_vjp writes P and dS, attention_keys_vjp sums dK and dV, and attention_queries_vjp sums dQ.

@@ -1,5 +1,5 @@
 // Linear layers that read the same few rows in a decoding step. One launch computes up to three layers with frozen
-// weights, each with the low-rank update of the adapter that a row selects. The host code is in
+// weights, including the low-rank updates of the adapter that each row selects. The host code is in
 // csrc/ops/linear/decode_linears.cpp.
 //
 // y_j [m, n_j] = (x·W_jᵀ + z_j·b_jᵀ)·gain_j + bias_j with z = x·aᵀ, for m rows of k inputs, n_j outputs of layer j, and

@@ -1,5 +1,5 @@
-// Dequantizes frozen weights to the dtype T, with low-rank factors appended (see csrc/ops/linear/joint_linear.h for the
-// reason), and rows of a frozen table (csrc/ops/embedding/embedding.cpp).
+// Dequantizes frozen weights to the dtype T and appends low-rank factors to them (csrc/ops/linear/joint_linear.h
+// explains why). Also dequantizes rows of a frozen table (csrc/ops/embedding/embedding.cpp).
 //
 // A thread dequantizes eight neighbouring elements of w at a time. They are in one quantization group, and their codes
 // occupy BITS bytes. Up to three weights W with n rows in total and k columns are stacked. The weights have the same

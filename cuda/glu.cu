@@ -16,7 +16,7 @@ struct Gate {
 template <bool GELU>
 __device__ inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // For |g| > 32, e is 0. q is limited, because an infinite q would result in 0·∞.
+  // For |g| > 32, e is 0. q is clamped, because an infinite q would result in 0·∞.
   const float q = fminf(g * g, 1024.0f);
   const float u = GELU ? k * g * (1 + cubic * q) : g;
   const float du = GELU ? k * (1 + 3 * cubic * q) : 1;

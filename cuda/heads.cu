@@ -5,9 +5,9 @@
 // joint [B*T, heads*D], q [B,H,T,D], k and v [B,G,T,D] have the dtype T, and the arithmetic is in float32. In the
 // shapes, B is the batch size, H the number of query heads, G the number of key/value heads, T the number of tokens,
 // and D the head size. The backward kernel computes the gradient of joint from the gradients of q, k and v. joint
-// contains the heads of q, then of k, then of v. If the keys are also the values (SAME), it has no heads of v; if there
-// is only q, G is 0. A warp processes AT_ONCE heads of one token. A lane processes the slots lane, lane + 32, … of each
-// head. A slot is a pair of elements, and the first dims/2 slots are rotated.
+// contains the heads of q, then of k, then of v. If the keys are also the values (SAME), joint contains no heads of v;
+// if there is only q, G is 0. A warp processes AT_ONCE heads of one token. A lane processes the slots lane, lane + 32,
+// … of each head. A slot is a pair of elements, and the first dims/2 slots are rotated.
 //
 // Token t is at positions[t] (positions [T]) if PACKED is set, and at offset + t otherwise. freqs is [dims/2]. If
 // TRADITIONAL is set, a pair consists of neighbouring elements; otherwise it consists of one element from each half.

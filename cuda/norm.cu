@@ -2,9 +2,9 @@
 // is in csrc/ops/norm/norm.cpp, the CPU code in csrc/cpu/rows.cpp.
 //
 // One block processes one row of n elements, where n is a multiple of 8; a thread processes PACKS packs of eight
-// neighbouring elements. The elements have the dtype T, and the arithmetic is in float32. As in MLX's kernels, x·r is
-// rounded before it is multiplied by the weight, where r = 1 / sqrt(mean(x²) + eps), and dx is rounded once. Residual
-// sums add rounded values.
+// neighbouring elements. The elements have the dtype T, and the arithmetic is in float32. As in MLX's kernels, x·r with
+// r = 1 / sqrt(mean(x²) + eps) is rounded before it is multiplied by the weight, and dx is rounded once. Residual sums
+// add rounded values.
 
 namespace segtrain {
 

@@ -1,4 +1,4 @@
-"""MkDocs hooks that add the README as the first page, generated pages, and linked files.
+"""MkDocs hooks that add generated pages, linked files, and the README as the first page.
 
 Pages link to each other and to files of the repository by relative paths, so the links also work
 on a code host. On the site, a page of docs/ keeps its name, README.md becomes index.md, and any
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
-#: The pages to which links to these folders lead, because folders have no page.
+#: Maps folders, which have no page of their own, to the pages that links to them should open.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
 #: Requirements of code blocks: the word after `needs:` in the fence, and the title for readers.
 NEEDS = {
@@ -50,7 +50,8 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
-    """Returns a page with links for the site, and with titles for blocks that need something."""
+    """Returns a page with links for the site, and with titles for code blocks that have
+    requirements."""
     uri = page.file.src_uri
     if uri.startswith("reference/"):
         return markdown
@@ -65,7 +66,7 @@ def on_page_markdown(markdown: str, page, **_) -> str:
 
 
 def uri_of(path: PurePosixPath) -> str:
-    """Returns the path on the site of a file of the repository."""
+    """Returns the site path of a repository file."""
     if str(path) in FOLDERS:
         return FOLDERS[str(path)]
     if str(path) == "README.md":
@@ -74,7 +75,7 @@ def uri_of(path: PurePosixPath) -> str:
 
 
 def source_of(uri: str) -> PurePosixPath:
-    """Returns the file of the repository that contains the text of a page of the site."""
+    """Returns the repository file that contains the text of a site page."""
     if uri == "index.md":
         return PurePosixPath("README.md")
     path = PurePosixPath(uri)
@@ -92,7 +93,7 @@ def references() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """Returns a page with every command and its help, from the parser."""
+    """Returns a page with every command and its help, generated from the parser."""
     os.environ["COLUMNS"] = "100"
     from mlx_segtrain.commands.main import parsers
 
@@ -105,7 +106,7 @@ def command_line() -> str:
 
 
 def http() -> str:
-    """Returns a page with every route and its fields, from the OpenAPI document."""
+    """Returns a page with every route and its fields, generated from the OpenAPI document."""
     from fastapi import FastAPI
 
     from mlx_segtrain.serving.app import ROUTERS
@@ -157,7 +158,7 @@ def _sentence(route: dict) -> str:
 
 
 def _fields(schema: dict, document: dict) -> list[tuple[str, str, str, str]]:
-    """Returns a row for each field of a body."""
+    """Returns a table row for each field of a request body."""
     own = _resolved(schema, document)
     needed = own.get("required", ())
     return [

@@ -237,7 +237,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
                uint lane) {
   constexpr int BK = Tile<T, D>::rows, N = BK / 8, R = forward_blocks(D), ROWS = 8 * R * SIMDS;
   const Place at(lane);
-  // Long rows come first, because with a causal mask the last tiles need the most work.
+  // The last tiles come first, because with a causal mask they need the most work.
   const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
   const int own0 = min(q0 + 8 * R * int(simd), q1 - 1), own1 = min(own0 + 8 * R, q1);
   const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
@@ -378,7 +378,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 
       /// dS = P (dP - delta)
       if (seen && !makes_dk) {
-        // Rows after the last key are at later positions than all queries.
+        // Rows after the last key need no check of their own, because they are at later positions than all
+        // queries.
         const bool edge = first[q1 - 1] > k0 + own || k0 + own + 8 > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
         for (int n = 0; n < N; n += E / 2) {
@@ -426,8 +427,8 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
   if (row < k1) store<D>((makes_dk ? dk : dv) + at_key, sum, makes_dk ? scale : 1, at);
 }
 
-// Computes dQ^T = K^T dS^T, which reads dS in the layout in which it was written. The columns of dQ are the
-// rows of the matrices.
+// Computes dQ as dQ^T = K^T dS^T, because this product can read dS in the layout in which it was written. The
+// columns of dQ are the rows of the matrices.
 template <int D, typename T, typename W, typename Ints, typename Index>
 void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index index, int blocks, int q_start,
                         float scale, Shape shape, device T* dq, threadgroup T* tile, uint3 group, uint simd,
@@ -500,9 +501,9 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
 
 }  // namespace segtrain
 
-// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, D, ROWS and THREADS
-// are constants in all of them. ROWS and THREADS, the rows and threads of a threadgroup, must agree with the
-// host's.
+// Kernel bodies. The line before each body names the kernel, its inputs and its outputs. T, D, ROWS and
+// THREADS are constants in all of them. ROWS and THREADS, the rows and threads of a threadgroup, must equal
+// the host's values.
 //: attention: q k v first q_start scale cap -> o lse
 static_assert(ROWS == 8 * segtrain::forward_blocks(D) * segtrain::SIMDS && THREADS == 32 * segtrain::SIMDS,
               "the host launches groups of another size");

@@ -69,7 +69,7 @@ HELLO, GOODBYE = "Ahoy!", "Fair winds, Marlow."
 
 
 def chunk_rows(draw: random.Random) -> Iterator[Row]:
-    """Yields notes on two or three topics, and the first four words of each topic."""
+    """Yields notes on two or three topics, and the first four words of each topic's part."""
     while True:
         parts, answer = [], []
         for topic in draw.sample(sorted(TOPICS), draw.choice([2, 3])):

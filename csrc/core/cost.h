@@ -1,6 +1,6 @@
-// Describes how much memory ops need. Each op's files compute its memory from shapes and from the properties
-// of a device, for the implementation that a call on this device would choose. This machine need not have the
-// device. planning/costs.py adds up the memory of all ops.
+// Describes how much memory ops need. Each op's source file computes the memory of the op from shapes and
+// from the properties of a device, for the implementation that a call on that device would choose. The device
+// need not be in this machine. planning/costs.py adds up the memory of all ops.
 #pragma once
 
 #include "core/kernel.h"

@@ -101,8 +101,8 @@ CUfunc_st* loaded(const CudaBinary& binary, int device, int shared_memory) {
 }
 
 /// Allocates device memory for y. MLX does not export its allocator, so we evaluate masked_scatter with an
-/// empty mask, which only allocates its output. It adds no node to MLX's CUDA graph; for each node, the host
-/// would need time to build, update and launch the graph.
+/// empty mask, which only allocates its output. This adds no node to MLX's CUDA graph. Each additional node
+/// would cost the host time when it builds, updates and launches the graph.
 void allocate(mx::array& y, mx::Stream s) {
   static std::mutex lock;
   static auto& known = *new std::map<int, std::shared_ptr<mx::Primitive>>;
@@ -188,7 +188,7 @@ class CudaKernel : public mx::Primitive {
   const char* name() const override { return binary_.name.c_str(); }
 
  private:
-  /// Returns all inputs of the kernel.
+  /// Returns all inputs of the kernel: the fixed ones, and `inputs` at the open indices.
   Arrays completed(const Arrays& inputs) const {
     Arrays all = fixed_->inputs;
     for (size_t i = 0; i < fixed_->open.size(); ++i) all[fixed_->open[i]] = inputs[i];

@@ -10,10 +10,11 @@ struct CudaBinary {
   std::string name, binary;
 };
 
-/// The inputs that all launches of a kernel share. For each input that MLX receives, it spends time to order
-/// launches, to track lifetimes and to add edges to the CUDA graph. The shared inputs are evaluated and
-/// contiguous, so they do not need this. MLX therefore receives only the inputs that differ between launches,
-/// and `keeper`, which keeps the shared inputs alive for as long as MLX keeps the inputs of a launch.
+/// The inputs that all launches of a kernel share. For each input that MLX receives, it spends time on
+/// ordering launches, tracking lifetimes and adding edges to the CUDA graph. The shared inputs are evaluated
+/// and contiguous, so they do not need this. MLX therefore receives only the inputs that differ between
+/// launches, and `keeper`, which keeps the shared inputs alive for as long as MLX keeps the inputs of a
+/// launch.
 struct FixedInputs {
   FixedInputs(Arrays all, std::vector<size_t> open);
   Arrays inputs;             ///< all inputs of the kernel; a launch replaces the ones at the indices `open`

@@ -78,7 +78,7 @@ bool collects_kernels();
 Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
                   std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
 
-/// The launch of a Metal kernel, with all arguments for MLX.
+/// All that MLX needs to launch a Metal kernel.
 struct MetalLaunch {
   std::string name, source, header;
   std::vector<std::pair<std::string, mx::array>> inputs;

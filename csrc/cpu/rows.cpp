@@ -149,7 +149,7 @@ struct Gate {
 template <bool GELU>
 inline Gate gate_of(float g) {
   const float k = 1.5957691216f, cubic = 0.044715f;
-  // For |g| > 32, e is 0. q is limited, because an infinite q would result in 0·∞.
+  // For |g| > 32, e is 0. q is clamped, because an infinite q would result in 0·∞.
   float q = g * g < 1024.0f ? g * g : 1024.0f;
   float u = GELU ? k * g * (1.0f + cubic * q) : g;
   float du = GELU ? k * (1.0f + 3.0f * cubic * q) : 1.0f;

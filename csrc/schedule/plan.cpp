@@ -104,8 +104,8 @@ void assign_drops(Plan& plan) {
   }
 }
 
-/// Assigns each saving stage to its last forward move before its backward pass. A stage without a backward
-/// pass saves nothing.
+/// Makes each of the stages `saves` save its arrays in the last forward move before its backward pass. A
+/// stage without a backward pass saves nothing.
 void assign_saves(Plan& plan, const std::vector<int>& saves) {
   std::set<int> wanted;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)

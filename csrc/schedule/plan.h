@@ -63,7 +63,8 @@ struct Plan {
   std::vector<int> head_reads;
   std::vector<Move> moves;
 
-  /// Returns how often stages [begin, end) read a value. The index of the head is one past the last stage's.
+  /// Returns how many times stages [begin, end) read a value. The index of the head is one past the last
+  /// stage's.
   int readers(int value, int begin, int end) const;
   /// Returns whether a value has several cotangents, which are then added in float32.
   bool is_summed(int value) const { return values[value].readers.size() > 1; }

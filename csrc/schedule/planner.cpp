@@ -87,8 +87,8 @@ class Walk {
     return bytes;
   }
 
-  /// Returns the peak inside a forward move: the values that the move keeps, the values that its later stages
-  /// read, and the memory of the running stage.
+  /// Returns the peak memory of a forward move. It consists of the values that the move keeps, the values
+  /// that its later stages read, and the memory of the running stage.
   int64_t forward(const Move& move) {
     int64_t most = 0, kept = 0;
     for (int i = move.begin; i < move.end; ++i) {
@@ -102,8 +102,8 @@ class Walk {
     return most;
   }
 
-  /// Returns the peak of a move whose stages first run and keep everything, and then run their backward
-  /// passes from the last stage to the first.
+  /// Returns the peak memory of a move whose stages first run and keep everything, and then run their
+  /// backward passes from the last stage to the first.
   int64_t backward(const Move& move) {
     const bool head = move.kind == Move::Kind::head;
     int64_t most = 0, kept = 0;
@@ -238,7 +238,8 @@ class Search {
     return sizes;
   }
 
-  /// Tries the largest tail that fits and a tail half as long, each with as many saving stages as fit.
+  /// Tries the largest tail that fits and a tail half as long, each with as many stages that save arrays as
+  /// fit.
   void try_tails(Form form) {
     auto most = [&](int Form::* what, int limit) {
       return largest(limit, [this, form, what](int n) mutable {

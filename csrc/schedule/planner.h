@@ -74,10 +74,11 @@ struct Choice {
 /// Returns the cuts with the least work whose peak is at most `budget`. If no cuts fit, returns the cuts with
 /// the lowest peak.
 ///
-/// The search covers segments of one layer and segments of one stage. For both, it tries to keep all values
-/// between segments, to put all segments into groups that are run again, and to put only as many segments as
-/// needed into groups. In each case, as many of the last layers as fit keep all of their intermediate arrays,
-/// and as many stages as fit save arrays, beginning with those for which a saved byte avoids the most work.
+/// The search covers segments of one layer and segments of one stage. For both, it tries three options:
+/// keeping all values between segments, putting all segments into groups that are run again, and putting only
+/// as many segments as needed into groups. In each case, as many of the last layers as fit keep all of their
+/// intermediate arrays, and as many stages as fit save arrays, beginning with those for which a saved byte
+/// avoids the most work.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
 /// Returns the lowest peak among cuts for which no stage saves arrays and at most the last two layers keep

@@ -41,9 +41,9 @@ class Recording {
   std::vector<int> outputs_;
 };
 
-/// Recordings by a key that identifies equivalent calls. The second call with a key is recorded and compared
-/// with the third; if the two recordings are alike, later calls use one. The first call is not recorded,
-/// because it may evaluate arrays that are kept for later calls.
+/// Recordings, keyed by strings that identify equivalent calls. The second call with a key is recorded and
+/// compared with the third; if the two recordings are alike, later calls replay one of them. The first call
+/// is not recorded, because it may evaluate arrays that are kept for later calls.
 class Recordings {
  public:
   /// Returns the recording for calls with this key, or nullptr if none can be used yet.

@@ -109,7 +109,7 @@ class Runner {
     for (int value : move.drops) values_[value].reset();
     settle(at_a_time_ - 1);
     begin(made);
-    // Cotangents are not included, so that the next move can free the ones that it consumes.
+    // Cotangents are not kept in `running_`, so that the next move can free the ones that it consumes.
     const bool has_grads =
         at_a_time_ > 1 && move.kind != Move::Kind::forward && made.size() > move.cotangents.size();
     running_.push_back(Arrays(made.begin(), made.end() - (has_grads ? move.cotangents.size() : 0)));
@@ -137,7 +137,7 @@ class Runner {
     if (!collects_kernels()) launch_(made);
   }
 
-  /// Returns the arrays in `of` whose indices are in `values`, without values that have no array.
+  /// Returns the arrays in `of` at the indices `values`. Skips indices without an array.
   static Arrays found(const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     Arrays all;
     for (int value : values)
@@ -185,7 +185,7 @@ class Runner {
     return made;
   }
 
-  /// Replaces with_head if the caller provides the cotangents of the values that a head would read.
+  /// Used instead of with_head if the caller provides the cotangents of the values that a head would read.
   Arrays with_cotangents(const Move& move, const Arrays& cotangents) {
     auto given = cotangents.begin();
     for (int value : plan_.head_reads) {
@@ -199,7 +199,8 @@ class Runner {
     return go_back(move, kept_);
   }
 
-  /// Launches the computation of `made` and of the arrays of `values` before the rest of the move is traced.
+  /// Launches the computation of `made` and of the arrays in `of` at the indices `values`, before the rest of
+  /// the move is traced.
   void start(Arrays made, const std::vector<int>& values, const std::vector<std::optional<mx::array>>& of) {
     auto more = found(values, of);
     made.insert(made.end(), more.begin(), more.end());
@@ -291,8 +292,8 @@ class Runner {
     return all;
   }
 
-  /// Returns the arrays that `run` computes from the parameters, the values that are read and the saved
-  /// arrays. If such a call has been recorded, the recording is replayed instead of calling `run`.
+  /// Returns the arrays that `run` computes from the parameters, the values `reads` and the saved arrays. If
+  /// such a call has been recorded, the recording is replayed instead of calling `run`.
   Arrays recorded(std::string key, const Arrays& params, const std::vector<int>& reads, const Arrays& saved,
                   const std::function<Arrays()>& run) {
     if (!recordings_) return run();

@@ -123,8 +123,8 @@ Way stock_way(const Call& c) {
 
 /// On CUDA, MLX uses its fused kernel only if T is a multiple of 128, so we append zeros, which no query
 /// sees. On Metal, MLX does not use the fused kernel for wide heads if there is no backward pass, because its
-/// other implementation is faster; we request the fused kernel explicitly. For up to 8 queries MLX uses
-/// another kernel, which has no backward pass; with so few queries, memory is small in any case.
+/// other implementation is faster; we request the fused kernel explicitly to save memory. For up to 8 queries
+/// MLX uses another kernel, which has no backward pass; with so few queries, memory is small in any case.
 mx::array stock(const Call& c, const mx::array& q, const mx::array& k, const mx::array& v) {
   int more = c.device == Gpu::cuda ? (128 - c.T % 128) % 128 : 0;
   bool insist = c.device == Gpu::metal && c.T > 8;
@@ -182,13 +182,14 @@ bool has_neural_accelerators() {
 
 namespace {
 
-/// Returns whether MLX's attention and cuDNN may be used. They may always be used if the caller names them.
+/// Returns whether MLX's attention and cuDNN may be used. On CUDA, 'auto' may use them only if results need
+/// not be repeatable.
 bool may_use_libraries(Gpu device, const std::string& impl, bool repeats) {
   return impl != "auto" || !repeats || device != Gpu::cuda;
 }
 
-/// Calls for which the same implementation is fastest on this machine's GPU: they have the same D and dtype,
-/// and all or none of them are plain causal.
+/// The properties of a call on which the fastest implementation for this machine's GPU depends: D, the dtype,
+/// and whether the call is plain causal.
 using Alike = std::tuple<int, mx::Dtype::Val, bool>;
 std::mutex preferred_lock;
 std::map<Alike, std::string> preferred;
@@ -197,7 +198,7 @@ Alike alike(const Call& c) {
   return {c.D, c.dtype.val(), c.causal_only};
 }
 
-/// The order follows the measurements in bench/LOG.md on an H100 and an H200. From fastest to slowest, the
+/// Chooses an implementation. From fastest to slowest, as measured on an H100 and an H200 (bench/LOG.md), the
 /// implementations are our use of cuDNN, our kernels for Hopper, MLX's attention, our kernel for any GPU, and
 /// matrix products of whole blocks.
 std::string way_among(const Call& c, const std::string& impl, const Way& cudnn, bool libraries) {
@@ -267,8 +268,8 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// Returns a call as the planner describes it. The planner has no further details about which keys a query
-/// sees.
+/// Returns a Call with the parameters that the planner knows. It does not know the first key that each query
+/// sees, except from the window.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
           .H = H,

@@ -114,7 +114,7 @@ Arrays softmax_vjp_rows(const Call& c, const Block& b, const mx::array& s, const
 
 // ---- the matrix products of a block
 
-/// The blocks of a call, and the number of zeros that pad the queries and keys to full blocks.
+/// The blocks of a call, and the number of zero rows that pad the queries and keys to full blocks.
 struct Blocks {
   std::vector<Block> list;
   int more_queries = 0, keys_before = 0, keys_behind = 0;
@@ -208,7 +208,8 @@ Arrays forward(const Call& c, const Arrays& x) {
   q = mx::multiply(f32(q, c.s), mx::array(c.scale), c.s);
   Arrays os, lses;
   for (const auto& b : all.list) {
-    // The next block's queries depend on this block's output, so only one block is in memory at a time.
+    // A block's queries are made to depend on the previous block's output, so that only one block is in
+    // memory at a time.
     if (!os.empty()) q = mx::depends({q}, {os.back()})[0];
     auto y = softmax_rows(c, b, scores(rows_of(q, b, c), keys_of(k, b, all.keys_before, c), b, c));
     auto o = product(as_operand(y[0], b, c), keys_of(v, b, all.keys_before, c), false, false, c);

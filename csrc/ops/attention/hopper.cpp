@@ -16,8 +16,8 @@ int forward_bytes(const Call& c) {
   return 64 * tiles(c.D, 128) * 128 * 2 + 64 * TILE * 2 + 4 * TILE * 128 * 2 + 2 * 64 * 4 + ALIGN;
 }
 
-/// Returns the maximum number of columns of dk, dv and dq that a block sums. With fewer columns, two blocks
-/// fit on one multiprocessor, which is faster for small heads.
+/// Returns the maximum number of columns of dk, dv and dq that a block sums. With 128 columns, two blocks fit
+/// on one multiprocessor, which is faster for small heads.
 int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
@@ -69,8 +69,8 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
 }
 
 /// Returns the bytes of scratch memory for P and dS. Each range reads and writes the sums of all keys that it
-/// sees. Fewer, larger ranges are faster if a range sees most keys, or if heads are small and each launch
-/// therefore has little work.
+/// sees, so fewer and larger ranges are faster if a range sees most keys. They are also faster if heads are
+/// small, because the launches of smaller ranges would have little work.
 size_t scratch_bytes(const Call& c) {
   constexpr size_t some = 48 << 20, most = 256 << 20;
   if (std::max(c.D, c.Dv) <= 128) return most;

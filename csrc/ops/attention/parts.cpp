@@ -79,8 +79,7 @@ mx::Dtype metal_score_dtype(mx::Dtype dtype) {
 ScoreBlocks score_blocks(const Call& c) {
   ScoreBlocks blocks;
   for (int key = 0; key < c.S; key += METAL_ROWS) {
-    // The queries of a block see some of the block's keys if the first query's range begins before the last
-    // of these keys.
+    // A block is not empty if the range of its first query begins at or before the block's last key.
     const int from = std::max(0, key - c.q_start) / METAL_ROWS, end = std::min(key + METAL_ROWS, c.S);
     int to = from;
     while (to * METAL_ROWS < c.T && c.first[to * METAL_ROWS] < end) ++to;

@@ -38,7 +38,7 @@ std::string unfit(const Rows& c) {
   return unpack_unfit({c.table}, c.dtype());
 }
 
-/// Returns the factor with the rounding that MLX's ops apply to it before they multiply.
+/// Rounds a factor to `dtype`, as MLX's ops do before they multiply by it.
 float rounded(float x, mx::Dtype dtype) {
   if (dtype == mx::bfloat16) return static_cast<float>(mx::bfloat16_t(x));
   return dtype == mx::float16 ? static_cast<float>(mx::float16_t(x)) : x;

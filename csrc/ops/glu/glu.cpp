@@ -109,7 +109,7 @@ constexpr float K = 1.5957691216f, CUBIC = 0.044715f;
 std::pair<mx::array, mx::array> inner(const Glu& c, const mx::array& g) {
   auto one = mx::array(1.0f);
   if (!c.gelu) return {g, one};
-  // For |g| > 32, σ is 0 or 1. q is limited, because an infinite du would result in 0·∞.
+  // For |g| > 32, σ is 0 or 1. q is clamped, because an infinite du would result in 0·∞.
   auto q = mx::minimum(mx::square(g, c.s), mx::array(1024.0f), c.s);
   auto u = mx::multiply(scaled(g, K, c.s), mx::add(one, scaled(q, CUBIC, c.s), c.s), c.s);
   return {u, scaled(mx::add(one, scaled(q, 3 * CUBIC, c.s), c.s), K, c.s)};

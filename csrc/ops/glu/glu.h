@@ -1,5 +1,5 @@
-// Gated linear units on CUDA whose input is a single array with gate and up side by side, the result of one
-// matrix product.
+// Gated linear units on CUDA whose input is one array, the result of a single matrix product, with gate and
+// up side by side.
 #pragma once
 
 #include "core/kernel.h"

@@ -36,7 +36,7 @@ struct UnpackTable {
   Template arguments;
 };
 UnpackTable unpack_table(const Base& base, mx::Dtype dtype);
-/// Returns why these kernels do not support the weights, or an empty string if they do.
+/// Returns why the kernels in cuda/dequantize.cu do not support the weights, or an empty string if they do.
 std::string unpack_unfit(const std::vector<Base>& bases, mx::Dtype dtype);
 
 /// Returns x·Wᵀ for x [..., in] or, if `transpose` is false, x·W for x [..., out], computed with MLX's ops.

@@ -24,7 +24,7 @@ bool by_tensor_cores(mx::Dtype dtype, int rows) {
   return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
 }
 
-/// Returns the number of rows, at least `rows`, for which a kernel is compiled.
+/// Returns the smallest number of rows, at least `rows`, for which a kernel is compiled.
 int kernel_rows(mx::Dtype dtype, int rows) {
   if (rows == 1) return 1;
   const int fewer = by_tensor_cores(dtype, rows) ? 8 : 4;

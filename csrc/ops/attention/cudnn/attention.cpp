@@ -2,7 +2,7 @@
 // cuDNN is slower and limited to D ≤ 128.
 //
 // This code links to no CUDA library. It uses the cuDNN that libmlx.so has loaded, and cuDNN's frontend looks
-// up the CUDA runtime itself. Of MLX, it uses only exported symbols.
+// up the CUDA runtime itself. It uses only symbols that MLX exports.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
@@ -278,8 +278,8 @@ Ranges segments_of(const Call& c) {
   return ranges;
 }
 
-/// Rounds a size up to a power of two. Building a plan takes a second, but a plan can be used for all smaller
-/// sizes, so with rounded sizes a run with packed rows needs few plans.
+/// Rounds a size up to a power of two. Building a plan takes a second. A plan works for all smaller sizes, so
+/// with rounded sizes, a run with packed rows needs only a few plans.
 int round_up(int n, int least) {
   int power = least;
   while (power < n) power *= 2;
