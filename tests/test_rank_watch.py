@@ -41,10 +41,16 @@ class World:
     def arrive(self, to, run, call, *args, delay=None):
         """Delivers a message after `delay` checks of the clock. By default, the delay is random and
         may differ between two groups of recipients."""
-        middle = self.random.randrange(len(to) + 1)
-        for part in (to[:middle], to[middle:]) if delay is None else (to,):
-            looks = delay or self.random.choice(DELAYS)
-            self.under_way.setdefault(self.looks + looks, []).append((part, run, call, args))
+        if delay is not None:
+            self.under_way.setdefault(self.looks + delay, []).append((to, run, call, args))
+            return
+        n = len(DELAYS)  # one random number for all choices, because most of the time is spent here
+        x = int(self.random.random() * (len(to) + 1) * n * n)
+        middle, x = divmod(x, n * n)
+        for part, looks in ((to[:middle], DELAYS[x // n]), (to[middle:], DELAYS[x % n])):
+            if part:
+                when = self.looks + looks
+                self.under_way.setdefault(when, []).append((part, run, call, args))
 
     def die(self, r, part=1.0):
         """Kills a rank. Only a fraction `part` of the recipients get its last messages, and it
@@ -80,10 +86,11 @@ class World:
         self.looks += 1
         for what, args in self.plans.pop(self.looks, ()):
             what(*args)
-        for to, run, call, args in self.under_way.pop(self.looks, ()):
+        for to, run, name, args in self.under_way.pop(self.looks, ()):
+            message = getattr(Watch, name), args
             for r in to:
                 if self.run_of[r] == run:
-                    self.inbox[r].append((getattr(Watch, call), args))
+                    self.inbox[r].append(message)
         now, shot = self.now, []
         for r, watch in self.watches.items():
             if r in self.sleeping or (watch.decided is not None and not self.inbox[r]):
