@@ -94,21 +94,21 @@ class Grpo(Objective):
             if width > shortest:
                 passes.append((rows, width))
         rows, width = max(passes, key=lambda own: own[0] * own[1])
-        # If the loss begins late in all rows, more positions may be left after trimming in a pass
-        # with a few long rows.
+        # If the loss begins late in all rows, trimming may leave more positions in a pass with a
+        # few long rows than in the largest pass.
         start = trim_start(max(shortest - 1, 0))
         trimmed = max(n * (own - 1 - start) for n, own in passes)
         loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)
         return BatchShape.single(rows, width - 1, min(width - 1, -(-trimmed // rows)), loss)
 
     def rows_in(self, longest: int) -> int:
-        """Returns the number of rows in a pass that is not packed, if its longest row has `longest`
+        """Returns how many rows an unpacked pass can have if its longest row has `longest`
         tokens."""
         return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
-        """Returns the number of tokens in the loss, by which only the metrics are divided, since
-        the weights are already fractions of the whole loss."""
+        """Returns the number of tokens in the loss. Only the metrics are divided by this number:
+        the weights already normalise the loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
@@ -181,8 +181,9 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
     """Returns the advantages, float64 [P, G], of G completions for each of P prompts. An advantage
-    is the reward minus the mean reward of its group. With the `scaling` "group" or "batch", it is
-    then divided by the standard deviation of the group's rewards or of all rewards, plus 1e-4."""
+    is the reward minus the mean reward of its group. It is then divided by a standard deviation
+    plus 1e-4: that of the group's rewards if `scaling` is "group", or that of all rewards if it is
+    "batch"."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

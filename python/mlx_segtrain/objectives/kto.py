@@ -56,8 +56,8 @@ class Responses(Objective):
 
         `labels` [B] is 1 for desirable and −1 for undesirable rows. `reference` [B] contains the
         log-probabilities under the model without its adapter. `kl` is the estimate of the KL
-        divergence, at least 0. `parts` [3] contains 1/n for the numbers n of all rows, desirable
-        rows and undesirable rows in the step; it is NaN where n is 0.
+        divergence, clipped below at 0. `parts` [3] contains 1/n for the numbers n of all rows,
+        desirable rows and undesirable rows in the step; it is NaN where n is 0.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])
@@ -76,11 +76,12 @@ class Responses(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, *own = reads
-        # Not a matrix multiplication, because GPUs would round its operands.
+        # A sum of products, because GPUs would round the operands of a matrix multiplication.
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
-        """Returns the sequences that run, and their log-probabilities under the reference model."""
+        """Returns the sequences to compute, and their log-probabilities under the reference
+        model."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 
@@ -91,7 +92,7 @@ class Responses(Objective):
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the sequences in which each row has its own response."""
+    """Returns the sequences that pair each prompt with its own response, not with another row's."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
@@ -103,7 +104,7 @@ def _labels(own: Batch) -> np.ndarray:
 
 def _reference(batch: AnyBatch) -> np.ndarray:
     """Returns the log-probabilities of all sequences in a batch under the reference model, as
-    float32. They are 0 if they are not computed yet."""
+    float32, or zeros if these log-probabilities have not been computed yet."""
     sides = 2 if isinstance(batch, PairBatch) else 1
     none = np.zeros(sides * len(batch.rows), np.float32)
     return none if batch.reference is None else batch.reference

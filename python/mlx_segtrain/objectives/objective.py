@@ -1,4 +1,4 @@
-"""The base class of objectives, and functions for the inputs that they share."""
+"""The base class of objectives, and functions that compute the inputs common to all objectives."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
-    """Computes the outputs of the head for a batch. They are scalars: the loss, followed by the
-    `metrics`.
+    """Computes the outputs of the head for a batch: the loss, followed by the `metrics`. Each
+    output is a scalar.
 
     All outputs are already divided by the total of the step, so the outputs of several batches can
     be summed. A metric is NaN if the batches contain nothing that it measures.
@@ -40,13 +40,14 @@ class Objective:
 
     @property
     def baseline(self) -> "Objective | None":
-        """The objective that is computed over all batches of a step, without a backward pass,
-        before the loss of the first batch; None if there is none. The sum of its outputs becomes
-        the field `baseline` of the total, which is a constant in the loss."""
+        """The objective that computes the baseline of the loss; None if the loss has no baseline.
+        It is computed for all batches of a step, without a backward pass, before the loss of the
+        first batch. The sum of its outputs becomes the field `baseline` of the total, and is a
+        constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
-        """Returns the data in the form on which the run trains. Rows have at most `tokens` tokens.
+        """Returns the data in the form that the run trains on. Rows have at most `tokens` tokens.
         Raises InputError if the data cannot be used."""
         return data
 

@@ -22,8 +22,8 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """Writes the files in the folder of a run. A failure to write a file that the run can do
-    without causes only a warning.
+    """Writes the files in the folder of a run. If a file that is not essential cannot be written,
+    only a warning is issued.
 
     `unwritten` contains the best adapter and the data of its model card until they are written.
     """

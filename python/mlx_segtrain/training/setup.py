@@ -66,7 +66,7 @@ class Setup(Inputs):
 
     `layout` describes the vector of all factors of the adapter. `pipe` is set in a pipeline.
     `apart` is whether the two responses of a pair run as separate sequences, without sharing
-    tokens. `rollout_peak` is the predicted peak memory of generating completions in bytes; it is
+    tokens. `rollout_peak` is the predicted peak memory, in bytes, of generating completions; it is
     None if the method generates none or if memory is not predicted.
     """
 
@@ -389,7 +389,8 @@ def load_chain(
     `part` is given, reads only the layers of this part.
 
     Raises InputError if max_seq_length exceeds the model's context length, or if the model's
-    embedding or head has no row for a token of the data, since MLX would read past their end.
+    embedding or head has no row for a token of the data, since MLX would otherwise read past its
+    end.
     """
     reads = part.reads if part else lambda name: True
     model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
@@ -434,8 +435,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        # The plan was made from the headers, which did not show that the model needs the generic
-        # path.
+        # The plan does not match the chain: it was made from the headers, which did not show that
+        # the model needs the generic path.
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(

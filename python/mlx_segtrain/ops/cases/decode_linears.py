@@ -25,8 +25,8 @@ CASES = (
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks. Because the op has no gradient, its result is multiplied by an array that has
-    a gradient."""
+    """Yields checks. The op has no gradient, but a check compares gradients. Therefore, the op's
+    result is multiplied by an array that has a gradient."""
     if device != "cuda":
         return
     width, adapters = 512, 3
