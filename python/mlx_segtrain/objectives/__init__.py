@@ -1,4 +1,4 @@
-"""Computes the loss of a batch from boundary values, for any model family."""
+"""Computes the loss of a batch and its gradients, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,9 +123,9 @@ def value_and_grad(
 
 
 def with_head(chain: Chain, grads: Grads) -> Grads:
-    """Moves the gradients of the head's update from "head" to the name of the stage that owns the
-    head's weight, and returns all gradients. If the head and the embedding share the update, the
-    gradients of both are added."""
+    """Moves the gradients of the head's update from the key "head" to the key of the stage that
+    owns the head's weight, and returns all gradients. If the head and the embedding share the
+    update, the gradients of both are added."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad

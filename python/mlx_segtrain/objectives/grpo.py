@@ -1,9 +1,9 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
 A row is a prompt with one completion, whose tokens are in the loss. Each of these tokens has a
-weight and values that are computed before the update: the advantage, and the token's
-log-probability when it was sampled (`rollout`), before the first update (`old`), and under the
-model without the adapter (`reference`).
+weight and values that are computed before the update. These are the advantage and three
+log-probabilities of the token: when it was sampled (`rollout`), before the first update (`old`),
+and under the model without the adapter (`reference`).
 """
 
 from collections.abc import Sequence
@@ -108,7 +108,7 @@ class Grpo(Objective):
 
     def total(self, batches: Sequence[Batch]) -> float:
         """Returns the number of tokens in the loss. Only the metrics are divided by this number:
-        the weights already normalise the loss."""
+        the weights already normalize the loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:

@@ -56,8 +56,8 @@ class Responses(Objective):
 
         `labels` [B] is 1 for desirable and −1 for undesirable rows. `reference` [B] contains the
         log-probabilities under the model without its adapter. `kl` is the estimate of the KL
-        divergence, clipped below at 0. `parts` [3] contains 1/n for the numbers n of all rows,
-        desirable rows and undesirable rows in the step; it is NaN where n is 0.
+        divergence, or 0 if the estimate is negative. `parts` [3] contains 1/n for the numbers n of
+        all rows, desirable rows and undesirable rows in the step; it is NaN where n is 0.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])
@@ -80,8 +80,8 @@ class Responses(Objective):
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
-        """Returns the sequences to compute, and their log-probabilities under the reference
-        model."""
+        """Returns the sequences to run through the model, and their log-probabilities under the
+        reference model."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 

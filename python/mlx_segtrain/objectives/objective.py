@@ -24,7 +24,7 @@ class Objective:
     options: tuple[str, ...] = ()  #: names of its options in the configuration, in field order
     unit: str  #: the unit of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
-    reads: tuple[str, ...]  #: values that the head reads after each stream's h and rows
+    reads: tuple[str, ...]  #: names of values that the head reads after each stream's h and rows
     temperature = 1.0  #: divides all logits
 
     @classmethod

@@ -391,11 +391,11 @@ def decode_linears(
 ) -> DecodeLinears:
     """Prepares linear layers that a generation step applies to the same few rows x.
 
-    a [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each layer,
-    b contains the factors B, [E, out, R_j], and gains float32 multipliers of its outputs, [E, out];
-    the ranks R_j add up to R. The result is a function of x [..., in] and of the index of each
-    row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each layer, with y =
-    (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    `a` [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each
+    layer, `b` contains the factors B, [E, out, R_j], and `gains` contains float32 multipliers of
+    its outputs, [E, out]; the ranks R_j add up to R. The result is a function of x [..., in] and of
+    the index of each row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each
+    layer, with y = (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
     """
     _check_device()
     return DecodeLinears([*bases], a, [*b], [*gains])

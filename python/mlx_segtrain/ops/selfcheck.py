@@ -122,8 +122,8 @@ def relative_error(call: Call) -> float:
     """Returns the largest relative L2 error of the value and the gradients."""
     arrays = [*call.args, cotangent(call)]
     got = value_and_gradients(call.kernel, *arrays)
-    # The plain code runs on the CPU of a Mac, because matrix multiplications on a GPU may round
-    # float32. This needs no copies, since the CPU shares the GPU's memory.
+    # On a Mac, the plain code runs on the CPU, because matrix multiplications on a GPU may round
+    # float32. No copies are needed, since the CPU shares the GPU's memory.
     with mx.stream(mx.cpu) if on_gpu() and mx.metal.is_available() else nullcontext():
         truth = value_and_gradients(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]

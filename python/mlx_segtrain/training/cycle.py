@@ -60,8 +60,8 @@ class Counts(NamedTuple):
     """Sums over all ranks for an update."""
 
     total: float  #: the objective's total, by which the sum of the losses is divided
-    run: int  #: tokens that are processed
-    trained: int  #: tokens in the loss
+    run: int  #: number of tokens processed
+    trained: int  #: number of tokens in the loss
 
 
 @dataclass(frozen=True)

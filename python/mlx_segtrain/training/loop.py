@@ -403,8 +403,8 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Returns the figures of this rank for a report: times in seconds, tokens per second, and
-        memory in GB."""
+        """Returns this rank's figures for a report: times in seconds, tokens per second, and memory
+        in GB."""
         return {
             **self.work.figures(),
             "peak_gb": self.state.memory.peak / 1e9,

@@ -75,10 +75,10 @@ def with_references(
 
 
 def model_key(config: TrainConfig) -> str:
-    """Returns a hash that identifies the model and the conditions under which it is computed. It
+    """Returns a hash that identifies the model and the conditions under which it runs. The hash
     covers MLX's version, the device, whether kernels must be deterministic, and the path, size and
-    modification time of the model's files, but not their content, so that gigabytes need not be
-    read."""
+    modification time of the model's files. It does not cover the content of these files, so that
+    gigabytes need not be read."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()

@@ -152,7 +152,7 @@ def accumulating(
 ) -> TrainConfig:
     """Sets grad_accumulation_steps to the number of ranks, if the configuration does not set it,
     and returns the new configuration. A run that is resumed with several ranks, or had several
-    before, keeps its earlier value. If the method generates completions, the ranks divide the
+    before, keeps the earlier value. If the method generates completions, the ranks divide the
     prompts of a batch instead, and nothing is changed. Raises InputError if a rank would get no
     micro-batch or no prompt."""
     name, unit = "grad_accumulation_steps", "batch"
@@ -255,7 +255,7 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
+    """Plans a run and loads its model, unless the caller has `loaded` it. Returns the setup and the
     vector of the adapter's factors.
 
     A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
@@ -347,7 +347,7 @@ def fitting_part(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """Returns the path of the first layer whose DoRA stock mlx-lm cannot load, or None."""
+    """Returns the path of the first layer that stock mlx-lm cannot load with DoRA, or None."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
