@@ -20,7 +20,7 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: The names of the values of each token in the loss.
+#: The names of the values that are stored for each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
 #: A weight so small that a token has a negligible effect on the loss, but still counts as being in
 #: the loss.

@@ -51,13 +51,14 @@ class Responses(Objective):
         return SINGLE
 
     def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
-        """Returns the inputs of the chain and the head. M tokens of responses are predicted, and
-        `members` [B, M] is 1 where such a token belongs to the response of a row.
+        """Returns the inputs of the chain and the head. M response tokens are predicted, and
+        `members` [B, M] is 1 where a predicted token belongs to the response of a row.
 
         `labels` [B] is 1 for desirable and −1 for undesirable rows. `reference` [B] contains the
         log-probabilities under the model without its adapter. `kl` is the estimate of the KL
-        divergence, or 0 if the estimate is negative. `parts` [3] contains 1/n for the numbers n of
-        all rows, desirable rows and undesirable rows in the step; it is NaN where n is 0.
+        divergence, or 0 if the estimate is negative. `parts` [3] contains 1/n, where n is the
+        number of all rows, of desirable rows, and of undesirable rows in the step; it is NaN where
+        n is 0.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])

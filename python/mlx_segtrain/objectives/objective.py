@@ -18,7 +18,7 @@ class Objective:
     output is a scalar.
 
     All outputs are already divided by the total of the step, so the outputs of several batches can
-    be summed. A metric is NaN if the batches contain nothing that it measures.
+    be summed. A metric is NaN if no row of the batches contributes to it.
     """
 
     options: tuple[str, ...] = ()  #: names of its options in the configuration, in field order
@@ -79,8 +79,8 @@ class Objective:
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams in which a batch runs. By default there is one stream of single
-        sequences, padded or packed."""
+        """Returns the streams into which a batch is divided. By default there is one stream of
+        single sequences, padded or packed."""
         if not batch.packed:
             return SINGLE
         # The last token of a sequence is not an input, and the first token is never a target.

@@ -127,7 +127,7 @@ class Pairs(Objective):
         """Returns the inputs of the chain and the head. M tokens are predicted, in the order of the
         streams.
 
-        `members` [2B, M] is 1 where such a token belongs to the response of a sequence; chosen
+        `members` [2B, M] is 1 where a predicted token belongs to the response of a sequence; chosen
         sequences come first. `weights` [M] are the tokens' weights in the cross-entropy term.
         `reference` [2B] contains the responses' log-probabilities under the model without its
         adapter. `part` is 1/n, where n is the number of pairs in the step.

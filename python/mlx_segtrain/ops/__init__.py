@@ -128,8 +128,8 @@ def compile_together(write_down: Callable[[], None]) -> None:
 
 @contextmanager
 def repeatable(on: bool) -> Iterator[None]:
-    """Inside this context, if `on` is true, `auto` chooses only deterministic implementations. This
-    applies to the whole process."""
+    """Inside this context, if `on` is true, `auto` chooses only deterministic implementations. The
+    setting applies to the whole process."""
     before = _core.set_repeatable(on)
     try:
         yield

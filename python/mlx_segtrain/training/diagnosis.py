@@ -71,7 +71,7 @@ def first_nonfinite(
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
     """Combines the results of several ranks. Returns the row and the tensor that a rank found in a
-    forward pass. If no rank found one in this way, returns the rows of all ranks instead."""
+    forward pass. If there are none, returns the rows of all ranks and the tensor of rank 0."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor

@@ -45,9 +45,9 @@ LOOK, SLOW = 0.05, 60.0
 #: The maximum number of bytes gathered in one sum, which limits the memory that MLX needs. It must
 #: be a multiple of 4.
 PIECE = 1 << 28
-#: Times in seconds, for when another rank is lost. TO_END is the time within which this rank must
-#: end, excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked
-#: before the process is ended; SECOND is the interval between checks.
+#: Times in seconds that apply once another rank is lost. TO_END is the time within which this rank
+#: must end, excluding the time for saving; STUCK is the maximum time for which the GIL may be
+#: blocked before the process is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 

@@ -41,8 +41,8 @@ def with_references(
     """Adds the outputs of the objective's reference model to the rows whose indices are in `wanted`
     (by default, to all rows). If the objective has no reference, `data` is returned unchanged.
 
-    Each row is run alone, because its values must not depend on other rows. The ranks divide the
-    rows that are missing from the cache of any rank, and all ranks cache the results.
+    Each row is run alone, because its values must not depend on other rows. The ranks share the
+    work on the rows that are missing from the cache of any rank, and all ranks cache the results.
     """
     reference = objective.reference
     if reference is None:

@@ -1,5 +1,5 @@
-"""Linear layers in a step of generation, with a LoRA update per row. On CUDA, this is a single
-kernel launch."""
+"""Linear layers in a generation step, with a LoRA update per row. On CUDA, this is a single kernel
+launch."""
 
 from collections.abc import Iterator
 from typing import Any
