@@ -1,4 +1,4 @@
-"""Computes the loss of a batch from boundary values, for any model family."""
+"""Computes the loss of a batch and its gradients, for any model family."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -51,8 +51,8 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
-    """Returns the metrics among the outputs, keyed by name. A metric that is NaN, because no row
-    was measured, is omitted."""
+    """Returns the metrics among the outputs, keyed by name. Metrics that are NaN, because no row
+    contributed to them, are omitted."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}
 
@@ -81,7 +81,7 @@ class Functions:
         self, streams: tuple[Stream, ...]
     ) -> tuple[list[Stage], Callable[..., Any], _core.Recordings | None]:
         """Returns the stages, the head and the recordings for these streams. The recordings are
-        None if nothing is cached."""
+        None if the stages cannot be cached."""
         if streams in self._kept:
             return self._kept[streams]
         stages = self.chain.stages(self.scales, streams, self.dropout)
@@ -103,8 +103,8 @@ def value_and_grad(
     cuts: Callable[[Sequence[Stream]], Cuts],
     watch: Callable[[], None] | None = None,
 ) -> tuple[tuple[mx.array, ...], Grads]:
-    """Returns the objective's outputs for a batch, and the gradients of the loss. `cuts` returns
-    the cuts of the chain, given the streams of the batch."""
+    """Returns the objective's outputs for a batch, and the gradients of the loss. The function
+    `cuts` decides where the chain is cut into segments, given the streams of the batch."""
     objective, chain = functions.objective, functions.chain
     streams = objective.streams(chain, batch)
     values = objective.values(chain, batch, total)
@@ -123,9 +123,9 @@ def value_and_grad(
 
 
 def with_head(chain: Chain, grads: Grads) -> Grads:
-    """Moves the gradients of the head's update, which are stored under "head", to the name of the
-    head's owner, and returns all gradients. They are added to the embedding's gradients if both
-    share the update."""
+    """Moves the gradients of the head's update from the key "head" to the key of the stage that
+    owns the head's weight, and returns all gradients. If the head and the embedding share the
+    update, the gradients of both are added."""
     for name, grad in grads.pop("head", {}).items():
         own = grads.setdefault(chain.stage_of[chain.head.path], {})
         own[name] = own[name] + grad if name in own else grad
@@ -151,7 +151,7 @@ def value(
     return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
 
-#: A function with the arguments and the result of `value`, which may run on several ranks.
+#: A function with the same arguments and result as `value`. It may run on several ranks.
 Value = Callable[..., list[mx.array]]
 
 

@@ -1,9 +1,9 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
 A row is a prompt with one completion, whose tokens are in the loss. Each of these tokens has a
-weight and values that are computed before the update: the advantage, and the token's
-log-probability when it was sampled (`rollout`), before the first update (`old`), and under the
-model without the adapter (`reference`).
+weight and values that are computed before the update. These are the advantage and three
+log-probabilities of the token: when it was sampled (`rollout`), before the first update (`old`),
+and under the model without the adapter (`reference`).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from ..streams import PAD_MULTIPLE, SINGLE, BatchShape, padded, trim_start
 from .objective import Objective, predictions, stream_values
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
-#: The names of the values of each token in the loss.
+#: The names of the values that are stored for each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
 #: A weight so small that a token has a negligible effect on the loss, but still counts as being in
 #: the loss.
@@ -94,21 +94,21 @@ class Grpo(Objective):
             if width > shortest:
                 passes.append((rows, width))
         rows, width = max(passes, key=lambda own: own[0] * own[1])
-        # If the loss begins late in all rows, more positions may be left after trimming in a pass
-        # with a few long rows.
+        # If the loss begins late in all rows, trimming may leave more positions in a pass with a
+        # few long rows than in the largest pass.
         start = trim_start(max(shortest - 1, 0))
         trimmed = max(n * (own - 1 - start) for n, own in passes)
         loss = max(n * max(1, min(self.most, own - shortest)) for n, own in passes)
         return BatchShape.single(rows, width - 1, min(width - 1, -(-trimmed // rows)), loss)
 
     def rows_in(self, longest: int) -> int:
-        """Returns the number of rows in a pass that is not packed, if its longest row has `longest`
+        """Returns how many rows an unpacked pass can have if its longest row has `longest`
         tokens."""
         return max(1, self.length // padded(longest, 2))
 
     def total(self, batches: Sequence[Batch]) -> float:
-        """Returns the number of tokens in the loss, by which only the metrics are divided, since
-        the weights are already fractions of the whole loss."""
+        """Returns the number of tokens in the loss. Only the metrics are divided by this number:
+        the weights already normalize the loss."""
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
@@ -181,8 +181,9 @@ def with_log_probs(batch: Batch, name: str, found: np.ndarray) -> Batch:
 
 def advantages(rewards: np.ndarray, scaling: Literal["group", "batch", "none"]) -> np.ndarray:
     """Returns the advantages, float64 [P, G], of G completions for each of P prompts. An advantage
-    is the reward minus the mean reward of its group. With the `scaling` "group" or "batch", it is
-    then divided by the standard deviation of the group's rewards or of all rewards, plus 1e-4."""
+    is the reward minus the mean reward of its group. It is then divided by a standard deviation
+    plus 1e-4: that of the group's rewards if `scaling` is "group", or that of all rewards if it is
+    "batch"."""
     rewards = rewards.astype(np.float64)
     equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)
     centred = np.where(equal, 0, rewards - rewards.mean(1, keepdims=True))

@@ -51,13 +51,14 @@ class Responses(Objective):
         return SINGLE
 
     def values(self, chain: Chain, batch: AnyBatch, total: Total) -> dict[str, mx.array]:
-        """Returns the inputs of the chain and the head. M tokens of responses are predicted, and
-        `members` [B, M] is 1 where such a token belongs to the response of a row.
+        """Returns the inputs of the chain and the head. M response tokens are predicted, and
+        `members` [B, M] is 1 where a predicted token belongs to the response of a row.
 
         `labels` [B] is 1 for desirable and −1 for undesirable rows. `reference` [B] contains the
         log-probabilities under the model without its adapter. `kl` is the estimate of the KL
-        divergence, at least 0. `parts` [3] contains 1/n for the numbers n of all rows, desirable
-        rows and undesirable rows in the step; it is NaN where n is 0.
+        divergence, or 0 if the estimate is negative. `parts` [3] contains 1/n, where n is the
+        number of all rows, of desirable rows, and of undesirable rows in the step; it is NaN where
+        n is 0.
         """
         own, reference = self._sides(batch)
         b, t = np.nonzero(own.weights[:, 1:])
@@ -76,11 +77,12 @@ class Responses(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, *own = reads
-        # Not a matrix multiplication, because GPUs would round its operands.
+        # A sum of products, because GPUs would round the operands of a matrix multiplication.
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
-        """Returns the sequences that run, and their log-probabilities under the reference model."""
+        """Returns the sequences to run through the model, and their log-probabilities under the
+        reference model."""
         own = _own(batch)
         return own, _reference(batch)[: len(own.rows)]
 
@@ -91,7 +93,7 @@ class Responses(Objective):
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the sequences in which each row has its own response."""
+    """Returns the sequences that pair each prompt with its own response, not with another row's."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
@@ -103,7 +105,7 @@ def _labels(own: Batch) -> np.ndarray:
 
 def _reference(batch: AnyBatch) -> np.ndarray:
     """Returns the log-probabilities of all sequences in a batch under the reference model, as
-    float32. They are 0 if they are not computed yet."""
+    float32, or zeros if these log-probabilities have not been computed yet."""
     sides = 2 if isinstance(batch, PairBatch) else 1
     none = np.zeros(sides * len(batch.rows), np.float32)
     return none if batch.reference is None else batch.reference

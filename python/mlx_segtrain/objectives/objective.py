@@ -1,4 +1,4 @@
-"""The base class of objectives, and functions for the inputs that they share."""
+"""The base class of objectives, and functions that compute the inputs common to all objectives."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,17 +14,17 @@ from ..streams import SINGLE, BatchShape, Stream, padded, trim_start
 
 
 class Objective:
-    """Computes the outputs of the head for a batch. They are scalars: the loss, followed by the
-    `metrics`.
+    """Computes the outputs of the head for a batch: the loss, followed by the `metrics`. Each
+    output is a scalar.
 
     All outputs are already divided by the total of the step, so the outputs of several batches can
-    be summed. A metric is NaN if the batches contain nothing that it measures.
+    be summed. A metric is NaN if no row of the batches contributes to it.
     """
 
     options: tuple[str, ...] = ()  #: names of its options in the configuration, in field order
     unit: str  #: the unit of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
-    reads: tuple[str, ...]  #: values that the head reads after each stream's h and rows
+    reads: tuple[str, ...]  #: names of values that the head reads after each stream's h and rows
     temperature = 1.0  #: divides all logits
 
     @classmethod
@@ -40,13 +40,14 @@ class Objective:
 
     @property
     def baseline(self) -> "Objective | None":
-        """The objective that is computed over all batches of a step, without a backward pass,
-        before the loss of the first batch; None if there is none. The sum of its outputs becomes
-        the field `baseline` of the total, which is a constant in the loss."""
+        """The objective that computes the baseline of the loss; None if the loss has no baseline.
+        It is computed for all batches of a step, without a backward pass, before the loss of the
+        first batch. The sum of its outputs becomes the field `baseline` of the total, and is a
+        constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
-        """Returns the data in the form on which the run trains. Rows have at most `tokens` tokens.
+        """Returns the data in the form that the run trains on. Rows have at most `tokens` tokens.
         Raises InputError if the data cannot be used."""
         return data
 
@@ -78,8 +79,8 @@ class Objective:
         return BatchShape.single(rows, length, trimmed, rows * trained)
 
     def streams(self, chain: Chain, batch: Any) -> tuple[Stream, ...]:
-        """Returns the streams in which a batch runs. By default there is one stream of single
-        sequences, padded or packed."""
+        """Returns the streams into which a batch is divided. By default there is one stream of
+        single sequences, padded or packed."""
         if not batch.packed:
             return SINGLE
         # The last token of a sequence is not an input, and the first token is never a target.

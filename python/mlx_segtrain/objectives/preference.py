@@ -25,13 +25,13 @@ from .objective import Objective, stream_values
 SHARED_LEAST = 64
 #: The lower bound of 1 − p in log-odds, which would be infinite for p = 1.
 LEAST_REST = 1e-7
-#: The temperature τ, from the paper, at which discopop changes from one loss to the other.
+#: The temperature τ with which discopop blends its two losses, as in the paper.
 DISCOPOP_TAU = 0.05
 
 
 @dataclass(frozen=True)
 class Total:
-    """The number of pairs, and the number of the chosen sequences' tokens in the cross-entropy
+    """The number of pairs, and the number of tokens of the chosen sequences in the cross-entropy
     term."""
 
     pairs: int
@@ -43,8 +43,8 @@ class Answers:
     """The log-probabilities of the responses in B pairs, float32 [B], with the adapter and without
     it (`ref_`), and the number of tokens of each response (`n_`).
 
-    `likelihood` is this batch's part of the cross-entropy term, a scalar. `part` is 1/n for the
-    number n of pairs in the step.
+    `likelihood` is this batch's part of the cross-entropy term, a scalar. `part` is 1/n, where n is
+    the number of pairs in the step.
     """
 
     chosen: mx.array
@@ -85,8 +85,8 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # In a batch, only tokens that are shared in every pair are computed once. `apart` contains
-        # the pairs without shared tokens.
+        # `apart` contains the pairs without shared tokens. If one of them is in a batch, no tokens
+        # of the batch are shared. Batches of several rows can combine it with any other pair.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -127,10 +127,10 @@ class Pairs(Objective):
         """Returns the inputs of the chain and the head. M tokens are predicted, in the order of the
         streams.
 
-        `members` [2B, M] is 1 where such a token belongs to the response of a sequence; chosen
+        `members` [2B, M] is 1 where a predicted token belongs to the response of a sequence; chosen
         sequences come first. `weights` [M] are the tokens' weights in the cross-entropy term.
         `reference` [2B] contains the responses' log-probabilities under the model without its
-        adapter. `part` is 1/n for the number n of pairs in the step.
+        adapter. `part` is 1/n, where n is the number of pairs in the step.
         """
         b = len(batch.rows)
         values: dict[str, mx.array] = {}
@@ -156,7 +156,7 @@ class Pairs(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, weights, reference, part = reads
-        # Not a matrix multiplication, because GPUs would round its operands.
+        # A sum of products, because GPUs would round the operands of a matrix multiplication.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
         answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
@@ -178,8 +178,8 @@ class Pairs(Objective):
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the tokens [B, T] of a stream, and its positions in the loss in the form of
-        `_rows`."""
+        """Returns the tokens [B, T] of a stream, and its positions in the loss as arrays like those
+        that `_rows` returns."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
         if not stream.branch:  # the last token of a sequence is only a target
             return sides[stream.name], self._rows(batch, stream.name)

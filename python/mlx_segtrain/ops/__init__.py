@@ -82,8 +82,8 @@ def rows_of(base: Base, begin: int, end: int) -> Base:
 
 
 def _check_device() -> None:
-    """Runs the self-check of the kernels if the device is a GPU: once per device, before the
-    kernels are first used."""
+    """Runs the self-check of the kernels once per GPU, before the kernels are first used. Does
+    nothing on a CPU."""
     if on_gpu():
         self_check()
 
@@ -121,15 +121,15 @@ def upload(x: np.ndarray) -> mx.array:
 
 def compile_together(write_down: Callable[[], None]) -> None:
     """Runs the self-check, then selfcheck.compile_together. The self-check must come first, because
-    it evaluates arrays."""
+    it evaluates arrays, which `write_down` must not do."""
     _check_device()
     selfcheck.compile_together(write_down)
 
 
 @contextmanager
 def repeatable(on: bool) -> Iterator[None]:
-    """Inside this context, if `on` is true, `auto` chooses only deterministic implementations. This
-    applies to the whole process."""
+    """Inside this context, if `on` is true, `auto` chooses only deterministic implementations. The
+    setting applies to the whole process."""
     before = _core.set_repeatable(on)
     try:
         yield
@@ -140,8 +140,8 @@ def repeatable(on: bool) -> Iterator[None]:
 def attention_options(
     k: mx.array, segments: Segments | None = None, **options: Any
 ) -> _core.AttentionOptions:
-    """Converts the options of `attention` to the form that the core expects. `k` determines the
-    number of keys."""
+    """Converts the options of `attention` to the form that the core expects. The number of keys is
+    read from the shape of `k`."""
     # If k has the wrong number of axes, the core raises the error.
     ranges = None if segments is None else segment_ranges(segments, k.shape[-2])
     return _core.AttentionOptions(segments=ranges, **options)
@@ -203,8 +203,8 @@ def swiglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     """Returns y = gate·σ(gate)·up. gate, up, y [..., F] have the same floating-point dtype; the
     computation is in float32.
 
-    Keeps gate and up; the backward pass computes both gradients in one pass over memory. See
-    Shazeer 2020, arXiv:2002.05202.
+    Keeps gate and up for the backward pass, which computes both gradients in one pass over memory.
+    See Shazeer 2020, arXiv:2002.05202.
     """
     return _core.swiglu(gate, up, impl=impl)
 
@@ -215,8 +215,8 @@ def geglu(gate: mx.array, up: mx.array, *, impl: str = "auto") -> mx.array:
     0.044715·x³))).
 
     gate, up, y [..., F] have the same floating-point dtype; the computation is in float32. Keeps
-    gate and up; the backward pass computes both gradients in one pass over memory. See Shazeer
-    2020, arXiv:2002.05202; the approximation with tanh is from Hendrycks and Gimpel 2016,
+    gate and up for the backward pass, which computes both gradients in one pass over memory. See
+    Shazeer 2020, arXiv:2002.05202; the approximation with tanh is from Hendrycks and Gimpel 2016,
     arXiv:1606.08415.
     """
     return _core.geglu(gate, up, impl=impl)
@@ -258,7 +258,7 @@ def add_rms_norm(
     weight [H].
 
     `factor` is an array with one element. The factor and the weight are frozen and have no
-    gradients. On CUDA, each direction is a single kernel.
+    gradients. On CUDA, the forward pass and the backward pass are one kernel each.
     """
     return _core.add_rms_norm(h, x, weight, eps, factor, impl=impl)
 
@@ -327,10 +327,10 @@ def rope(
     freqs, where position = offset + t.
 
     freqs [dims/2] is base^(2i/dims) unless it is given. With `traditional`, adjacent elements form
-    pairs; otherwise an element of the first half is paired with one of the second half. With
-    `segments` of the offset + T tokens, in the form that `attention` accepts, positions count from
-    the start of each segment. The other arguments are the same as in mx.fast.rope. See Su et al.
-    2021, arXiv:2104.09864.
+    pairs; otherwise an element of the first half is paired with one of the second half. If
+    `segments` divides the offset + T tokens into segments, in the form that `attention` accepts,
+    positions count from the start of each segment. The other arguments are the same as in
+    mx.fast.rope. See Su et al. 2021, arXiv:2104.09864.
     """
     options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
     if segments is not None:
@@ -389,13 +389,13 @@ def decode_linears(
     b: Sequence[mx.array | None] = (),
     gains: Sequence[mx.array | None] = (),
 ) -> DecodeLinears:
-    """Prepares linear layers that all read the same few rows x in a step of generation.
+    """Prepares linear layers that a generation step applies to the same few rows x.
 
-    a [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each layer,
-    b contains the factors B, [E, out, R_j], and gains float32 multipliers of its outputs, [E, out];
-    the ranks R_j add up to R. The result is a function of x [..., in] and of the index of each
-    row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each layer, with y =
-    (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
+    `a` [E, R, in] contains the factors A of E adapters, concatenated over all layers. For each
+    layer, `b` contains the factors B, [E, out, R_j], and `gains` contains float32 multipliers of
+    its outputs, [E, out]; the ranks R_j add up to R. The result is a function of x [..., in] and of
+    the index of each row's adapter, uint32 [rows]. It returns y [..., out] in x's dtype for each
+    layer, with y = (x·Wᵀ + (x·aᵀ)·bᵀ)·gain + bias. It has no gradient.
     """
     _check_device()
     return DecodeLinears([*bases], a, [*b], [*gains])
@@ -447,7 +447,7 @@ def lora_glu_mlp(
     impl: str = "auto",
 ) -> mx.array:
     """Returns y = down(act(gate(x))·up(x)), where gate, up and down are `lora_linear`s. `act` is
-    GELU's tanh approximation with `gelu`, otherwise SiLU.
+    the tanh approximation of GELU if `gelu` is true, otherwise SiLU.
 
     x [..., H], gate and up [F, H], down [·, F] → y [..., ·]. Keeps x, gate(x) and up(x), and
     recomputes act(gate(x))·up(x) in the backward pass. With `tile_rows`, keeps only x, computes
@@ -531,6 +531,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Returns a quantized weight as an array [out, in] of `dtype`. The values are the same as those
-    of mx.dequantize, which computes in float32 on the CPU."""
+    """Returns a quantized weight as an array [out, in] of `dtype`. On a CPU, the values are those
+    that mx.dequantize computes in float32, cast to `dtype`."""
     return _core.dequantize(base, dtype)

@@ -22,7 +22,7 @@ from .selfcheck import on_gpu
 
 @dataclass(frozen=True)
 class Work:
-    """The call f(*args), which is timed. All calls except the first use the version compiled by
+    """A call f(*args) to be timed. All calls except the first use the version compiled by
     mx.compile, if there is one.
 
     As a result, the time of the first call includes the compilation of kernels, but not the time of
@@ -185,8 +185,8 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # Our op and NumPy are used because MLX's matrix multiplications and copies do not reach the
-    # full speed of the CPU.
+    # On a CPU, our op and NumPy are timed, because MLX's matrix multiplications and copies do not
+    # reach full speed there.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():

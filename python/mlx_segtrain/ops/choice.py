@@ -24,7 +24,7 @@ from .selfcheck import device_key, normal, self_check, value_and_gradients
 
 #: The maximum time, in seconds, for measuring all heads of a run.
 SECONDS = 2.0
-#: The number of tokens in a timed call. It is so large that the launch does not dominate the time.
+#: The number of tokens in a timed call, so large that launch overhead does not dominate the time.
 TOKENS = 2048
 #: The implementations in their built-in order (see csrc/ops/attention/attention.cpp). In a tie, the
 #: first one is used.
@@ -66,8 +66,8 @@ def milliseconds(heads: Heads, way: str, until: float) -> float | None:
     """Returns the median time, in ms, of up to three calls after a first call, which compiles the
     kernels. Returns None if the implementation does not support the heads.
 
-    No further call begins after the time `until` (in seconds of time.perf_counter). Raises
-    RuntimeError if the device runs out of memory.
+    No further call begins after `until`, a value of time.perf_counter. Raises RuntimeError if the
+    device runs out of memory.
     """
     shapes = ((1, n, TOKENS, heads.size) for n in (heads.heads, heads.groups, heads.groups))
     args = normal(*shapes, dtype=heads.dtype)
@@ -138,6 +138,6 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
 
 
 def _off(way: str, failed: dict[str, str]) -> bool:
-    """Returns whether this implementation is switched off, which may have happened after it was
-    timed."""
+    """Returns whether this implementation is switched off. It may have been switched off after its
+    times were stored."""
     return {"kernel": "attention", "stock": "attention_stock"}.get(way) in failed

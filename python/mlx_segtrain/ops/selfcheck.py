@@ -30,7 +30,7 @@ from . import reference
 #: plain code in float32.
 HALF_BOUND, FLOAT_BOUND = 0.02, 1e-5
 #: The number of rows in a check, and in a timed call on a GPU. Timed calls have more rows, so that
-#: the launch does not dominate the time.
+#: the launch overhead does not dominate the time.
 CHECKED, TIMED_ON_GPU = 500, 2000
 
 
@@ -52,8 +52,8 @@ class Call:
 
     @classmethod
     def of(cls, op: str, case: str, args: list[mx.array], **options: Any) -> "Call":
-        """Returns the call of the op with this name, in the core and in reference.py, with these
-        options."""
+        """Returns a call that compares the op named `op` in the core with the op of this name in
+        reference.py, both with these options."""
         kernel = functools.partial(getattr(_core, op), impl="kernel", **options)
         return cls(op, case, kernel, functools.partial(getattr(reference, op), **options), args)
 
@@ -122,8 +122,8 @@ def relative_error(call: Call) -> float:
     """Returns the largest relative L2 error of the value and the gradients."""
     arrays = [*call.args, cotangent(call)]
     got = value_and_gradients(call.kernel, *arrays)
-    # Matrix multiplications on a GPU may round float32. On a Mac the CPU can be used, since it
-    # shares the GPU's memory.
+    # On a Mac, the plain code runs on the CPU, because matrix multiplications on a GPU may round
+    # float32. No copies are needed, since the CPU shares the GPU's memory.
     with mx.stream(mx.cpu) if on_gpu() and mx.metal.is_available() else nullcontext():
         truth = value_and_gradients(call.plain, *(x.astype(mx.float32) for x in arrays))
     errors = [mx.linalg.norm(x - y) / mx.linalg.norm(y) for x, y in zip(got, truth, strict=True)]
@@ -131,7 +131,8 @@ def relative_error(call: Call) -> float:
 
 
 def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array) -> float:
-    """Returns the time for value and gradients in ms, the median of three calls after a warm-up."""
+    """Returns the median time, in ms, of three calls that compute the value and the gradients,
+    after a warm-up call."""
     times = []
     mx.eval(args, dy)
     for _ in range(4):
@@ -142,8 +143,8 @@ def milliseconds(f: Callable[..., mx.array], args: list[mx.array], dy: mx.array)
 
 
 def compile_together(write_down: Callable[[], None]) -> None:
-    """On CUDA, compiles all kernels needed by the graph that `write_down` builds, in parallel on
-    all processors. `write_down` must not evaluate any part of this graph."""
+    """On CUDA, compiles all kernels that the graph built by `write_down` needs, in parallel on all
+    CPU cores. `write_down` must not evaluate any part of this graph."""
     if not (on_gpu() and mx.cuda.is_available()):
         return
     _core.collect_kernels()

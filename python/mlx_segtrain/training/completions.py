@@ -23,8 +23,8 @@ class CompletionLog:
         self.path, self._warn, self._failed = folder / NAME, warn, False
 
     def begin(self, step: int) -> None:
-        """Removes the lines of later steps, or the whole file if `step` is 0. Raises InputError if
-        the file was not written by a run, and OSError if it cannot be changed."""
+        """Removes the lines of steps after `step`, or the whole file if `step` is 0. Raises
+        InputError if the file was not written by a run, and OSError if it cannot be changed."""
         if not self.path.exists():
             return
         with open(self.path, "rb") as file:
@@ -46,8 +46,8 @@ class CompletionLog:
             file.truncate(end)
 
     def write(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Appends either all lines or none, because `begin` would truncate the file at a partial
-        line."""
+        """Appends either all lines or none, because `begin` would remove a partial line and all
+        lines after it."""
         size = self.path.stat().st_size if self.path.exists() else 0
         try:
             with open(self.path, "ab") as file:

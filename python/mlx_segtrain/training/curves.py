@@ -66,7 +66,7 @@ def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
 
 
 def draw_run(config: TrainConfig, warn: Callable[[str], None]) -> None:
-    """Draws the loss curves of a finished run. Calls `warn` instead of raising if that fails."""
+    """Draws the loss curves of a finished run. If this fails, calls `warn`."""
     heading = title(config.model_dir)
     heading += f" on {config.data_dir.name}" if config.data_dir else ""
     try:

@@ -60,8 +60,8 @@ class Counts(NamedTuple):
     """Sums over all ranks for an update."""
 
     total: float  #: the objective's total, by which the sum of the losses is divided
-    run: int  #: tokens that are processed
-    trained: int  #: tokens in the loss
+    run: int  #: number of tokens processed
+    trained: int  #: number of tokens in the loss
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Made:
 
     def means(self) -> dict[str, float]:
         """Returns the mean of the total reward, of each reward if there are several, and of the
-        length. For conversations, also returns the mean number of turns and the fraction of tool
-        calls that failed."""
+        completion length. For conversations, also returns the mean number of turns and the fraction
+        of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
         if len(self.by_name) > 1:
             found |= {f"reward {name}": x for name, x in self.by_name.items()}
@@ -186,7 +186,8 @@ def roll_out(
         [_within(how, talk, row) for talk, how in zip(*own, strict=True)]
         for row, *own in zip(rows, talks, options, strict=True)
     ]
-    # On a CPU, our op is four times as fast as MLX's if the head has many rows.
+    # On a CPU, the head is replaced even if it has no adapter, because our op is four times as fast
+    # as MLX's for a large vocabulary.
     whole = mx.default_device().type == mx.DeviceType.cpu
     with attached(policy.model, chain, adapter, whole=whole):
         made = complete(policy, talks, options, config.rollout_batch, config.max_turns)
@@ -299,7 +300,7 @@ class Cycle(Stepper):
     ) -> tuple[list[float] | list[mx.array], mx.array]:
         if accumulated:
             return super().gradient(at, accumulated, total)
-        # The advantages of all completions of this rank are 0.
+        # None of this rank's completions affects the loss.
         return [0.0] * (1 + len(self.objective.metrics)), mx.zeros_like(at.vector)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:

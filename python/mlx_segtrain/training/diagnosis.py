@@ -52,8 +52,8 @@ def first_nonfinite(
 ) -> tuple[list[str], str | None]:
     """Returns the row and the tensor in which values first become non-finite.
 
-    Runs each row forward separately. Returns all rows if none of them produces non-finite values,
-    or if there is not enough memory.
+    Runs a separate forward pass for each row. Returns all rows if none of them produces non-finite
+    values, or if there is not enough memory.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names
     if bad := names(~mx.isfinite(at.vector)):
@@ -70,8 +70,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """Combines the results of several ranks. Returns the row and the tensor that one rank found in
-    a forward pass, or the rows of all ranks if none found any."""
+    """Combines the results of several ranks. Returns the row and the tensor that a rank found in a
+    forward pass. If there are none, returns the rows of all ranks and the tensor of rank 0."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor

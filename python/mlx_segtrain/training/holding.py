@@ -65,8 +65,8 @@ class Holding:
         return Optimizer(self.config, layout).start(mx.zeros((layout.size,)))
 
     def _sets(self, at: Iterate, layout: Layout) -> Iterator[dict[str, mx.array]]:
-        """Yields sets of an iterate's arrays, keyed by unique names. The number of sets is the same
-        on all ranks."""
+        """Yields the arrays of an iterate in several sets, keyed by names that are unique across
+        the sets. The number of sets is the same on all ranks."""
         yield dict(_cut(VECTOR, at.vector, layout))
         parts = layout.parts(len(at.moments)) if at.moments else []
         for i, (moments, part) in enumerate(zip(at.moments, parts, strict=True)):

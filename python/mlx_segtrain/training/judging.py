@@ -33,8 +33,8 @@ def numbers(found: Any) -> dict[str, float]:
 
 def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | str:
     """Returns the scores that `eval_command` prints for the adapter. If the command fails, returns
-    the reason, because a failure must not end the run. Raises InputError if the command cannot be
-    started."""
+    the reason instead of raising an error, because a failure must not end the run. Raises
+    InputError if the command cannot be started."""
     assert config.eval_command is not None
     with tempfile.TemporaryDirectory() as folder:
         try:

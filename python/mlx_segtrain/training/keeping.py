@@ -22,8 +22,8 @@ from .state import State
 
 @dataclass
 class Keeper:
-    """Writes the files in the folder of a run. A failure to write a file that the run can do
-    without causes only a warning.
+    """Writes the files in the folder of a run. If a file that is not essential cannot be written,
+    only a warning is issued.
 
     `unwritten` contains the best adapter and the data of its model card until they are written.
     """
@@ -219,8 +219,8 @@ NOTHING: Any = lambda *_: None  # noqa: E731 - one value that can replace method
 
 
 class Bystander(Keeper):
-    """The Keeper of ranks other than 0, which write nothing. Rank 0, which writes the files, may be
-    on another machine."""
+    """The Keeper of ranks other than 0. These ranks write nothing, because rank 0 writes all files,
+    perhaps on another machine."""
 
     def checkpoint(self, state: State) -> None:
         self.made_of.check_model(state.step)

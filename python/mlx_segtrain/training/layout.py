@@ -63,8 +63,8 @@ class Layout:
         return params
 
     def names(self, marked: mx.array) -> list[str]:
-        """Returns the names of the factors with at least one element at which the boolean vector
-        `marked` is true."""
+        """Returns the names of the factors that have at least one element marked true in the
+        boolean vector `marked`."""
         return [
             name
             for own in self.split(marked).values()

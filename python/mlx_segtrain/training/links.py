@@ -113,7 +113,7 @@ class Links:
                     self.on_lost()
 
     def _read(self, r: int) -> bool:
-        """Handles the messages that have arrived. Returns False at the end of the connection."""
+        """Handles the messages that have arrived. Returns False if the connection has ended."""
         try:
             found = self._sockets[r].recv(MOST)
         except BlockingIOError:

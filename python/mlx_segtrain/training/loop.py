@@ -187,7 +187,7 @@ class Calls:
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """Returns a callback for ranks other than 0, which passes only warnings on to `tell`."""
+    """Returns a callback that passes only warnings on to `tell`, for use on ranks other than 0."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -345,7 +345,7 @@ class Run:
 
     def _in_memory(self, what: Callable[[], T]) -> T:
         """Runs a part of the step. If the device runs out of memory, retries with plans that need
-        less memory, which is possible because a step changes no state before its end. Raises
+        less memory. Retrying is safe, because a step changes no state before its end. Raises
         NoMemory if no such plan is left."""
         while True:
             try:
@@ -359,8 +359,8 @@ class Run:
                 # its transfers.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # This is outside the handler, because the frames of the exception keep arrays of the
-            # step alive.
+            # The retry is outside the handler, because the frames of the exception keep arrays of
+            # the step alive.
             mx.clear_cache()
             if cheaper is None:
                 raise NoMemory(
@@ -403,8 +403,8 @@ class Run:
             )
 
     def _own_figures(self) -> dict[str, float]:
-        """Returns the figures of this rank for a report: times in seconds, tokens per second, and
-        memory in GB."""
+        """Returns this rank's figures for a report: times in seconds, tokens per second, and memory
+        in GB."""
         return {
             **self.work.figures(),
             "peak_gb": self.state.memory.peak / 1e9,

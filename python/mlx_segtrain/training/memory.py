@@ -32,6 +32,6 @@ class Memory:
 
 
 def process_peak() -> int:
-    """Returns the peak main memory of this process, in bytes."""
+    """Returns the peak main memory use of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

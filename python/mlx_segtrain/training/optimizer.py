@@ -69,7 +69,7 @@ class Optimizer:
         return Iterate(vector, [optimizer.state for optimizer, _ in self.parts])
 
     def __call__(self, gradient: mx.array, at: Iterate) -> Iterate:
-        """Returns the iterate after one step, whose arrays are not evaluated yet. `at` is not
+        """Returns the iterate after one step. Its arrays have not been evaluated yet. `at` is not
         modified."""
         rate = learning_rate(self.config, at.step)
         pieces, moments = [], []

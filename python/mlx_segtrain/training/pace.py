@@ -59,8 +59,8 @@ class Work:
     """The work of one rank in the steps since the last report."""
 
     steps: int = 0
-    busy_s: float = 0.0  #: seconds in which this rank computed
-    waited_s: float = 0.0  #: seconds in which it waited for others or for transfers
+    busy_s: float = 0.0  #: seconds that this rank spent computing
+    waited_s: float = 0.0  #: seconds that this rank spent waiting for other ranks or transfers
     tokens: int = 0
 
     def add(self, seconds: float, waited_s: float, tokens: int) -> None:

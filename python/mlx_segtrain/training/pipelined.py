@@ -79,8 +79,8 @@ class Pipelined(Stepper):
         return outputs, self.setup.own.join(with_head(self.functions.chain, grads))
 
     def agree(self, outputs: Sequence[Any], gradient: mx.array) -> Found:
-        """Returns the outputs, summed over all ranks, and this rank's part of the gradient with the
-        norm of the whole gradient."""
+        """Returns the outputs summed over all ranks, this rank's part of the gradient, and the norm
+        of the whole gradient."""
         square = float(mx.square(gradient).sum())
         (*sums, square), _ = self.ranks.add([*outputs, square], mx.zeros((0,)))
         return Found(sums, gradient, mx.sqrt(mx.array(square)))

@@ -1,8 +1,8 @@
 """The processes of a run (ranks), which are started by `mlx.launch` and connected by MLX's
 collectives.
 
-The ranks divide the micro-batches of a step between them (or the prompts, if completions are
-generated) and sum their gradients. In a pipeline, they divide the layers instead, and each
+The ranks divide the micro-batches of a step (or the prompts, if completions are generated) among
+themselves, and sum their gradients. In a pipeline, they divide the layers instead, and each
 micro-batch runs through the layers of all ranks. All ranks take the same steps, because their
 decisions depend only on values that are bit-identical on all ranks. Only rank 0 writes files. A run
 on one device has a group of one rank.
@@ -42,12 +42,12 @@ LAUNCH = (
 #: LOOK is the interval between checks for lost ranks; SLOW is the time after which a warning names
 #: the slow ranks. Both are in seconds.
 LOOK, SLOW = 0.05, 60.0
-#: The number of bytes that are gathered in one sum, to limit the memory that MLX needs; a multiple
-#: of 4.
+#: The maximum number of bytes gathered in one sum, which limits the memory that MLX needs. It must
+#: be a multiple of 4.
 PIECE = 1 << 28
-#: Times in seconds after another rank is lost. TO_END is the time within which this rank must end,
-#: excluding the time for saving; STUCK is the maximum time for which the GIL may be blocked before
-#: the process is ended; SECOND is the interval between checks.
+#: Times in seconds that apply once another rank is lost. TO_END is the time within which this rank
+#: must end, excluding the time for saving; STUCK is the maximum time for which the GIL may be
+#: blocked before the process is ended; SECOND is the interval between checks.
 TO_END, STUCK, SECOND = 25.0, 25.0, 1.0
 
 
@@ -209,8 +209,8 @@ class Ranks:
     def wait_for(self, arrays: Sequence[mx.array]) -> None:
         """Waits for arrays that depend on other ranks. Raises LostRank if a rank is lost.
 
-        The waiting is done by another thread, on a stream that nothing else uses. Meanwhile the
-        calling thread checks for lost ranks, and can stop waiting.
+        Another thread does the waiting, on a stream that nothing else uses. Meanwhile, the calling
+        thread checks for lost ranks, and can stop waiting.
         """
         done, failures = threading.Event(), list[BaseException]()
         begin = time.perf_counter()
@@ -257,7 +257,7 @@ class Ranks:
 
     def _blame(self, error: BaseException | None) -> None:
         """Waits until the ranks agree on which rank is lost, then raises LostRank. This is needed
-        because MLX reports only that a connection is lost."""
+        because MLX reports that a connection is lost, but not which rank."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:

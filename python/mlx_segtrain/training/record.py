@@ -247,7 +247,7 @@ def check_same(record: Record, earlier: Mapping[str, Any], warn: Callable[[str],
     return same
 
 
-#: Describes the change of a value that did not exist before.
+#: The description of a change that adds a value.
 COME = "has been added"
 
 

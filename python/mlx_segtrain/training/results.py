@@ -11,8 +11,8 @@ class TrainResult:
 
     Memory is in GB (10⁹ bytes): peak_gb is the peak of MLX's active memory, planned_gb is the
     predicted peak (None for a model family that the planner does not know), and process_gb is the
-    peak main memory of the process. If the run was resumed after step `resumed_from`, all figures
-    except process_gb cover the whole run.
+    peak main memory use of the process. If the run was resumed after step `resumed_from`, all
+    figures except process_gb cover the whole run.
     """
 
     adapter_path: Path

@@ -66,7 +66,7 @@ class Setup(Inputs):
 
     `layout` describes the vector of all factors of the adapter. `pipe` is set in a pipeline.
     `apart` is whether the two responses of a pair run as separate sequences, without sharing
-    tokens. `rollout_peak` is the predicted peak memory of generating completions in bytes; it is
+    tokens. `rollout_peak` is the predicted peak memory, in bytes, of generating completions; it is
     None if the method generates none or if memory is not predicted.
     """
 
@@ -152,7 +152,7 @@ def accumulating(
 ) -> TrainConfig:
     """Sets grad_accumulation_steps to the number of ranks, if the configuration does not set it,
     and returns the new configuration. A run that is resumed with several ranks, or had several
-    before, keeps its earlier value. If the method generates completions, the ranks divide the
+    before, keeps the earlier value. If the method generates completions, the ranks divide the
     prompts of a batch instead, and nothing is changed. Raises InputError if a rank would get no
     micro-batch or no prompt."""
     name, unit = "grad_accumulation_steps", "batch"
@@ -255,7 +255,7 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run and loads its model, unless it is already `loaded`. Returns the setup and the
+    """Plans a run and loads its model, unless the caller has `loaded` it. Returns the setup and the
     vector of the adapter's factors.
 
     A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
@@ -347,7 +347,7 @@ def fitting_part(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """Returns the path of the first layer whose DoRA stock mlx-lm cannot load, or None."""
+    """Returns the path of the first layer that stock mlx-lm cannot load with DoRA, or None."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)
@@ -389,7 +389,8 @@ def load_chain(
     `part` is given, reads only the layers of this part.
 
     Raises InputError if max_seq_length exceeds the model's context length, or if the model's
-    embedding or head has no row for a token of the data, since MLX would read past their end.
+    embedding or head has no row for a token of the data, since MLX would otherwise read past its
+    end.
     """
     reads = part.reads if part else lambda name: True
     model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
@@ -434,8 +435,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        # The plan was made from the headers, which did not show that the model needs the generic
-        # path.
+        # The plan does not match the chain: it was made from the headers, which did not show that
+        # the model needs the generic path.
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(

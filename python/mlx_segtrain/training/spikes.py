@@ -10,8 +10,8 @@ WINDOW, LEAST = 64, 16
 #: estimated as 1.4826 times the median absolute deviation, since this is the ratio between the two
 #: in a normal distribution.
 DEVIATIONS = 6
-#: After this many consecutive skipped steps, a high loss is no longer considered a spike, but the
-#: normal level.
+#: After this many consecutive skipped steps, a high loss is considered the new normal level instead
+#: of a spike.
 MOST_SKIPPED = 8
 #: A spike must also be more than SLACK nats above the median, and more than MULTIPLE times the
 #: largest recent loss.
@@ -19,8 +19,8 @@ SLACK, MULTIPLE = 1.0, 1.5
 
 
 def spike_bound(losses: Sequence[float]) -> float:
-    """Returns the loss above which a step is a spike, given recent losses. It is infinite if there
-    are fewer than LEAST of them.
+    """Returns the loss above which a step is a spike, given recent losses. Returns infinity if
+    there are fewer than LEAST losses.
 
     A spike hardly changes the median and the deviation, but it does raise the largest loss, so a
     loss that stays high is reported only once or twice.

@@ -130,8 +130,8 @@ class Stepper:
             if config.on_spike == "skip":
                 return replace(at, step=at.step + 1), outcome
         if bad := self.nonfinite(None if finite else new.vector):
-            # If the devices' results differ, only this rank may reach this line, so it must not
-            # wait for the others.
+            # If results differ between the devices, this rank may be the only one to reach this
+            # line, so it must not wait for the others.
             rows = list(rows_of(self.setup, accumulated).values())
             raise _halted(at, outcome, "the update is not finite", rows, f"the factor {bad}")
         return new, outcome
@@ -163,8 +163,8 @@ class Stepper:
         return Found(*self.ranks.add(outputs, gradient))
 
     def nonfinite(self, vector: mx.array | None) -> str | None:
-        """Returns the name of the first non-finite factor in `vector`, which must contain one, or
-        None if `vector` is None."""
+        """Returns the name of the first non-finite factor in `vector`, or None if `vector` is None.
+        If `vector` is given, it must contain a non-finite factor."""
         return None if vector is None else self.setup.own.names(~mx.isfinite(vector))[0]
 
     def fault(
@@ -209,8 +209,8 @@ class Stepper:
         return baseline_of(*what, own, total, setup.value)
 
     def total(self, accumulated: list[AnyBatch], baselines: Sequence[float]) -> Any:
-        """Returns the total by which the losses of a step are divided, together with the sum of all
-        ranks' baselines."""
+        """Returns the total by which the losses of a step are divided, including the baseline,
+        which is the sum of `baselines`."""
         objective = self.setup.objective
         return with_baseline(objective, objective.total(accumulated), sum(baselines))
 
@@ -219,7 +219,7 @@ class Stepper:
     ) -> tuple[list[float] | list[mx.array], mx.array]:
         """Returns the contribution of this rank's micro-batches to the outputs and the gradient of
         a step. If there is only one micro-batch, the result may not be evaluated yet. `total` is
-        the total of the step; by default it is computed as for one rank."""
+        the total of the step; if it is None, it is computed as if there were only one rank."""
         params = self.setup.own.split(at.vector)
         if total is None:
             total = self.total(accumulated, [self.baseline(at, accumulated)])

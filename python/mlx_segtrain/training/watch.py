@@ -4,11 +4,11 @@ A `Watch` is a state machine that uses neither a clock nor sockets: its inputs a
 time, and `out` contains the messages to send. Every rank has a Watch, and sends a beat to all other
 ranks every BEAT seconds. When a rank finds that another one has ended or is silent, it reports this
 to the judges, which are the JUDGES lowest ranks that are not lost. When a rank fails, it reports
-this to all ranks. The first judge decides `settle` seconds later. Each further judge waits another
-`settle` seconds, and decides if it has received no decision by then. A decision is sent to all
-ranks. A rank that receives the decision passes it on to the judges, and a judge passes it on to all
-ranks. Therefore, as long as a judge is left, a decision that reaches one rank reaches all of them,
-even if the judge that made it is lost while sending it.
+this to all ranks. `settle` seconds later, the first judge decides which rank is lost. Each further
+judge waits another `settle` seconds, and decides if it has received no decision by then. A decision
+is sent to all ranks. A rank that receives the decision passes it on to the judges, and a judge
+passes it on to all ranks. Therefore, as long as a judge is left, a decision that reaches one rank
+reaches all of them, even if the judge that made it is lost while sending it.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any, Literal
 #: which a rank is considered lost. SETTLE is the time from the first lost rank to the decision,
 #: which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
-#: The number of ranks that may decide, in turn.
+#: The number of judges, the ranks that may decide, in turn, which rank is lost.
 JUDGES = 3
 
 #: How a rank was lost, the most certain case first: it has reported its failure, its connections
@@ -79,8 +79,8 @@ class Watch:
         elif "decided" in message and self.decided is None:
             lost = Lost(*message["decided"])
             tell = self.others if self.rank in self.judges else self.judges
-            # If this rank was declared lost, it may have slept; the others already know the
-            # decision.
+            # If this rank itself was declared lost, perhaps because its machine slept, the other
+            # ranks already know the decision.
             self._decide(lost, tell if lost.rank != self.rank else [])
         elif "left" in message:
             self.left.setdefault(source, now)
@@ -100,8 +100,8 @@ class Watch:
         self.out.append((self.others, {"left": True}))
 
     def tick(self, now: float) -> None:
-        """Handles the passage of time. Must be called several times per beat, each time after all
-        messages that have arrived are handled."""
+        """Handles the passage of time. Must be called several times per beat, always after handling
+        all messages that have arrived."""
         slept, self._ticked = now - self._ticked, now
         if slept > 2 * self.beat:  # messages may have arrived while this process slept
             self.heard = {r: at + slept for r, at in self.heard.items()}

@@ -2,7 +2,7 @@
 csrc/ops/.
 
 In such a module, `checks(device, rows)` yields calls of the op's kernels on "cpu", "metal" or
-"cuda", with this many rows, and `cases(gpu)` returns the cases to time. A module has one of these
+"cuda", each with `rows` rows, and `cases(gpu)` returns the cases to time. A module has one of these
 functions or both.
 """
 

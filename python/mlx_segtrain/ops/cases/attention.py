@@ -48,7 +48,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
     if device == "metal":
         yield from metal_checks(rows)
         return
-    # The kernels for rows that the blocked implementation uses.
+    # The blocked implementation uses the kernels of attention_rows.
     yield from calls("attention_rows", "blocked", mx.bfloat16, rows)
     yield from calls("attention", "kernel", mx.bfloat16, rows)
     impls = _core.attention_impls()
@@ -61,8 +61,8 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def metal_checks(rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks for each dtype and head size. All of them are thorough except the smallest head
-    size in bfloat16."""
+    """Yields checks for each dtype and head size. All checks are thorough, except those of the
+    smallest head size in bfloat16."""
     nax = _core.has_neural_accelerators()
     for dtype in (mx.bfloat16, mx.float16, mx.float32):
         for d in METAL_HEADS:
@@ -107,7 +107,7 @@ def attention(
 
     one = 4.0 * bench.pairs(t, window, segments) * heads * d
     impls = ["auto", *_core.attention_impls(), "mlx"]
-    # The gradients alone would also need the forward pass.
+    # The gradients alone are not timed, because they would also need the forward pass.
     flops = {"forward": one, "both": 3.5 * one}
     return bench.Case("attention", shape, impls, run, flops)
 

@@ -1,5 +1,5 @@
-"""Linear layers in a step of generation, with a LoRA update per row. On CUDA, this is a single
-kernel launch."""
+"""Linear layers in a generation step, with a LoRA update per row. On CUDA, this is a single kernel
+launch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,8 +25,8 @@ CASES = (
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks. Because the op has no gradient, its result is multiplied by an array that has
-    a gradient."""
+    """Yields checks. The op has no gradient, but a check compares gradients. Therefore, the op's
+    result is multiplied by an array that has a gradient."""
     if device != "cuda":
         return
     width, adapters = 512, 3

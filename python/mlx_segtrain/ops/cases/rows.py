@@ -19,7 +19,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 def _of_a_table(rows: int, index: mx.array) -> Iterator[selfcheck.Call]:
     """Yields checks of ops without gradients. Their results are multiplied by an array that has a
-    gradient."""
+    gradient, because a check compares gradients."""
     w, x, norm = selfcheck.normal((rows // 2, 512), (rows, 128), (1, 128), dtype=mx.bfloat16)
     table = _core.Base(*mx.quantize(w, bits=4), group_size=64, bits=4)
 
