@@ -44,8 +44,8 @@ class Bin:
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training rows. `rows` counts samples or packed rows, and `steps` counts
-    optimizer steps. `unused` is the fraction of tokens that is padding, or the fraction of packed
-    rows that is empty. `seconds` is None if the time of a step is unknown."""
+    optimizer steps. `unused` is the fraction of tokens that are padding, or the fraction of the
+    packed rows that is unused. `seconds` is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -106,7 +106,8 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks `data`, any argument of sources.sources_of. Problems are reported, not raised.
+    """Checks `data`, which may have any form that sources.sources_of accepts. Reports problems
+    instead of raising errors.
 
     A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds (None if
     unknown). `model_dir` is the folder of the tokenizer's model; if it is given, the tokens of

@@ -1,10 +1,10 @@
 """Finds and downloads the files of data sets on the Hugging Face hub.
 
-A name has the form org/name[@revision][/configuration][:split]. The repository's card lists the
-files of each split; otherwise, the file names determine the splits. Files are downloaded unchanged
-and then read like local files. Interrupted downloads can be resumed, and cached files can be read
-offline. Programs in a repository are never run. If no file has a supported format, the hub's own
-Parquet copies are used.
+A name has the form org/name[@revision][/configuration][:split]. If the repository's card lists the
+files of each split, this list is used; otherwise, the file names determine the splits. Files are
+downloaded unchanged and then read like local files. Interrupted downloads can be resumed, and
+cached files can be read offline. Programs in a repository are never run. If no file has a supported
+format, the hub's own Parquet copies are used.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """Adds a commit to the data set name `text`: that of the snapshot `folder` in the hub's cache.
-    If `text` names another data set or has a revision, returns it unchanged."""
+    """Adds to the data set name `text` the commit of `folder`, which is a snapshot in the hub's
+    cache. If `text` names another data set or already has a revision, returns it unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):

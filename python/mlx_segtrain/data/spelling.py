@@ -50,7 +50,7 @@ def traits(messages: Messages) -> frozenset[str]:
 
 
 def spellings(of: frozenset[str]) -> Iterator[Spelling]:
-    """Yields every spelling of messages with these traits, beginning with the usual one."""
+    """Yields every spelling of messages with these traits, beginning with the default."""
     names = [name for name in reversed(CHOICES) if name in of]
     for values in product(*(CHOICES[name] for name in names)):
         yield Spelling(**dict(zip(names, values, strict=True)))

@@ -51,8 +51,8 @@ NO_UPDATES = Updates({})
 class Head:
     """Maps rows of the final h to logits, and logits to losses.
 
-    `params` are the factors of the head's update, keyed by full path. They are empty if the head
-    has no update.
+    The argument `params` of the methods contains the factors of the head's update, keyed by full
+    path. It is empty if the head has no update.
     """
 
     path: str  #: the adaptable module: the head, or the embedding that is the head
@@ -103,11 +103,11 @@ class Head:
         needs_grad: bool = True,
     ) -> mx.array:
         """Returns the log-probabilities of the target tokens [M] given h [M, H], as float32 [M].
-        They are computed from logits that are divided by the temperature.
+        The logits are first divided by the temperature.
 
         A head that our ops do not support processes HEAD_ROWS rows at a time in the forward and the
         backward pass. The order of these parts is fixed, since MLX might otherwise keep the logits
-        of all rows. The backward pass recomputes the logits.
+        of all rows in memory. The backward pass recomputes the logits.
         """
         if (product := self.as_product(params, h, temperature)) is not None:
             x, base, softcap = product
