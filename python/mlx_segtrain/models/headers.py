@@ -55,9 +55,9 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the size in bytes of the weights for whose names `loads` returns True: by
-        default, of all weights. With `float32`, half-precision weights count as float32, because
-        they are converted to float32 on the CPU."""
+        """Returns the size in bytes of the weights for whose names `loads` returns True; by
+        default, these are all loaded weights. With `float32`, half-precision weights count as
+        float32, because they are converted to float32 on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
