@@ -2,10 +2,10 @@
 generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
-messages with the generation prompt; the response ends with the first stop token (a token that ends
-generation). Rows are rendered in a spelling (spelling.py) for which the template drops nothing.
-Text that the template drops in every spelling, or a turn without a stop token, is reported as a
-finding (notes.py).
+messages, including the generation prompt; the response ends with the first stop token (a token that
+ends generation). Rows are rendered in a spelling (spelling.py) for which the template drops
+nothing. Text that the template drops in every spelling, or a turn without a stop token, is reported
+as a finding (notes.py).
 """
 
 import re
@@ -105,7 +105,7 @@ class Conversations:
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
         """Returns the turns in the first lossless spelling or, if there is none, in the spelling
-        that loses least."""
+        that loses the least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -227,8 +227,8 @@ class _Row:
     def _aligned(
         self, i: int, messages: list[dict[str, Any]], full: str, context: str
     ) -> tuple[str, str]:
-        """Returns the context and the response of a turn whose rendering does not begin with its
-        context.
+        """Returns the context and the response of a turn whose rendering does not begin with the
+        turn's context.
 
         There are two possible reasons. The generation prompt may open a block that the finished
         turn lacks, or the template may render earlier messages differently once a response follows.

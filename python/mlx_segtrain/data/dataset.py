@@ -1,4 +1,4 @@
-"""Data sets of tokenized, truncated rows, with their counts."""
+"""Creates data sets of tokenized and truncated rows, and counts what was truncated or dropped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -66,7 +66,7 @@ class Dataset:
 
     @property
     def supervised_tokens(self) -> int:
-        """The number of tokens of an epoch that are in the loss."""
+        """The number of tokens per epoch that are in the loss."""
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
@@ -353,8 +353,8 @@ WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Truncates a row to max_seq_length tokens. Returns the row, and whether its end and its
-    beginning were truncated.
+    """Truncates a row to max_seq_length tokens. Returns the truncated row, whether its end was
+    truncated, and whether its beginning was truncated.
 
     Rows are truncated on the right. In pairs and in rows with labels, the prompt is truncated
     first, on the left, but keeps BOS and its last token. Both prompts of a pair lose the same

@@ -62,9 +62,9 @@ class Row:
     """One tokenized sequence.
 
     `ids` is int32 [n]. `weights` is float32 [n]: weights[j] is the loss weight of predicting token
-    j. It is 0 for context and for j = 0, and below 0 in an undesirable response. `source` is
-    "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line rejected".
-    `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
+    j. The weight is 0 for context and for j = 0, and below 0 in an undesirable response. `source`
+    is "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line
+    rejected". `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
     `reference` contains the outputs of the model without the adapter, once computed. If completions
     are generated for the sequence, `given` is its row in the file, which reward functions read. For
     a completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in

@@ -251,7 +251,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
-    """Returns the prompt, the chosen and the rejected response of a pair as messages."""
+    """Returns the prompt, the chosen response and the rejected response of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
@@ -335,7 +335,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Returns the messages. If the row has "system", they start with its text."""
+    """Returns the messages, which start with the text of "system" if the row has this key."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)

@@ -57,13 +57,13 @@ class Epoch:
 class Report:
     """The result of `inspect`.
 
-    `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
-    `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
-    Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before truncation.
-    Without a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without
-    packing; `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
-    sentences about omitted data and about problems with the data. `findings` lists rows by finding
-    (notes.FINDINGS). `error` is one sentence, or None.
+    `n_train` and `n_valid` count rows. All other fields except `remarks` describe the training
+    rows. `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier
+    one. Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before
+    truncation. Without a tokenizer, fields that need one are None or empty. `epoch` describes an
+    epoch without packing; `packed` describes an epoch with packing, if the data can be packed.
+    `remarks` contains sentences about omitted data and about problems with the data. `findings`
+    lists rows by finding (notes.FINDINGS). `error` is one sentence, or None.
     """
 
     ok: bool = True

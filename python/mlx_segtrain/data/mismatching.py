@@ -18,7 +18,7 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
     The other response can come from any row of the data set, not only from the same batch, so a
     batch may consist of a single row. A row's other response is the same in every epoch, so the
     reference model's outputs are computed only once. It is about as long as the row's own response.
-    The columns count no token of the second sequence as in the loss.
+    In `columns`, the second sequence has no tokens in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (

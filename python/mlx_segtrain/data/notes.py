@@ -62,7 +62,8 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """Returns a sentence for each finding, with the count and the first row of the finding."""
+        """Returns a sentence for each finding, which states how often it occurs and where it occurs
+        first."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"

@@ -40,7 +40,7 @@ ABOUT = b"about"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
-    """Yields the records of a block. For each new format, its first row is added to `first`.
+    """Yields the records of a block. Adds the first row of each new format to `first`.
 
     Raises InputError for a row that cannot be read or that the method does not accept, and for
     pairs that are mixed with other rows.
@@ -97,8 +97,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch, with its notes and formats as metadata. The result
-    depends only on this block. Raises InputError."""
+    """Returns the samples of a block as a batch, with the block's notes and formats as metadata.
+    The result depends only on this block. Raises InputError."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []

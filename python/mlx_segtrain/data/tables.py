@@ -114,7 +114,8 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns None, or the message of an InputError."""
+    """Sends the blocks of a file. Returns None or, if the file cannot be read, the message of an
+    InputError."""
     import pyarrow as pa
     import pyarrow.parquet  # must be imported before memory is limited
 

@@ -157,7 +157,7 @@ class ChatTemplate:
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
         """Returns the text that ends the thinking block which `context` opens, or None if it opens
-        none. `context` is the rendering of `messages` with the generation prompt.
+        none. `context` is the rendering of `messages`, including the generation prompt.
 
         The text is found in the rendering of a response with reasoning, or else derived from the
         opening tag.

@@ -23,8 +23,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The decompressed content of a file. Raises InputError if it exceeds the limit against
-    decompression bombs."""
+    """The decompressed content of a file. Raises InputError if the content is so large that the
+    file may be a decompression bomb."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa

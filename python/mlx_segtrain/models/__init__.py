@@ -111,8 +111,8 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     check_tokenizer(folder)
     with _reading(folder):
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    # Before mlx-lm 0.32 (Python 3.10), the tokens in config.json may replace the tokenizer's own
-    # tokens.
+    # In mlx-lm before 0.32 (used on Python 3.10), the EOS tokens in config.json may replace the
+    # tokenizer's own EOS tokens.
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
     return tokenizer
 

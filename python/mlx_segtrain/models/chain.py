@@ -33,7 +33,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """The multipliers of the updates of linear layers, keyed by full path, and the dropout in a
+    """The multipliers of the updates of linear layers, keyed by full path, and the dropout, for one
     stream."""
 
     scales: Mapping[str, float]
@@ -66,8 +66,8 @@ class Head:
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """Maps h to logits like `logits`, but with an update. `begin` is the index of the first row
-        of h, on which the dropout mask depends."""
+        """Maps h to logits like `logits`, but with an update. The dropout mask depends on `begin`,
+        the index of the first row of h."""
         raise NotImplementedError
 
     def as_product(

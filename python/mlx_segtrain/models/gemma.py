@@ -1,7 +1,7 @@
 """Gemma 2, 3 and 4: four norms per layer, GeGLU, and sliding-window or global attention.
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
-layer, an input for each layer that is computed from the tokens, attention whose values are the
+layer, a separate input for each layer, computed from the tokens, attention whose values are the
 keys, experts in addition to the dense MLP, and a scalar for each layer.
 """
 
@@ -28,7 +28,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         **{"sliding_window": 512, "sliding_window_pattern": 5},
     },
 }
-#: The additional linear layers of a layer with its own input.
+#: The additional linear layers of a decoder layer with its own input.
 OWN_INPUT = ("per_layer_input_gate", "per_layer_projection")
 
 
@@ -179,7 +179,7 @@ def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
     """Returns `Layer.finish` for layer i of Gemma 4. The function adds the contribution of the
-    layer's own input and multiplies the sum by the layer's scalar."""
+    layer's own input to h, and multiplies the sum by the layer's scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)

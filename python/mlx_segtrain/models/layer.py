@@ -507,7 +507,8 @@ def layer_of(
     attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
-    """Returns the layer for mlx-lm's modules, which must have the names that most families use.
+    """Returns the layer that uses mlx-lm's modules, which must have the names that most families
+    use.
 
     `paths` are the paths of the layer's linear layers. `attention` and `more` are additional fields
     of Attention and of Layer.
@@ -601,8 +602,8 @@ class Rotary:
 
 
 def rotary(rope: Any) -> Rotate:
-    """Returns our op for mlx-lm's rotary module. If our op does not support the module, returns the
-    module itself."""
+    """Returns our op with the settings of mlx-lm's rotary module. If our op does not support the
+    module, returns a function that runs the module itself."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return lambda x, offset, segments: x

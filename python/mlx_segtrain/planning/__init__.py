@@ -187,7 +187,7 @@ def choose(
     returns the plan with the lowest peak. If `part` is given, the plan is for this part of a
     pipeline.
 
-    On CUDA the plan leaves room, if possible, for memory that the host allocates ahead of the
+    On CUDA, the plan leaves room, if possible, for memory that the host allocates ahead of the
     device.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)

@@ -2,9 +2,9 @@
 model families that run on our ops.
 
 Each op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token. The results
-agree with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
-multiplications.
+(csrc/core/cost.h). This module adds the memory of the arrays outside the ops, in elements per
+token. The results agree with measurements (bench/memory.py). Work is the number of floating-point
+operations in matrix multiplications.
 """
 
 from __future__ import annotations
@@ -189,9 +189,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA one pass splits the output of the joint matrix multiplication into heads (`lora_qkv`).
-    # This output is then freed, unless norms read it again; the values are a copy. On other
-    # devices, RoPE reads columns of this output, which it copies first if there is no norm in
+    # On CUDA, one pass splits the output of the joint matrix multiplication into heads
+    # (`lora_qkv`). This output is then freed, unless norms read it again; the values are a copy. On
+    # other devices, RoPE reads columns of this output, which it copies first if there is no norm in
     # between.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out

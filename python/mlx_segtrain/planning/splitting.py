@@ -18,7 +18,7 @@ from .run import RunPlan, planned
 from .speeds import SPEEDS
 
 #: HALVINGS is the number of bisection steps for the time of the slowest rank; MOST_SECONDS is an
-#: upper bound of this time.
+#: upper bound on this time.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 
