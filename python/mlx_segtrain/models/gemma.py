@@ -1,7 +1,7 @@
 """Gemma 2, 3 and 4: four norms per layer, GeGLU, and sliding-window or global attention.
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
-layer, a separate input for each layer, computed from the tokens, attention whose values are the
+layer, a separate input for each layer (computed from the tokens), attention whose values are the
 keys, experts in addition to the dense MLP, and a scalar for each layer.
 """
 

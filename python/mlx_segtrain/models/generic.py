@@ -300,8 +300,8 @@ def _try_part(body: _Body, layers: range) -> int:
 
     def together(seed: int) -> mx.array:
         """Returns the output of these layers in a run of the whole model in which the earlier
-        layers return random values. The values depend on the seed, except those of the last of
-        these layers."""
+        layers return random values. The values depend on the seed, except those of the last earlier
+        layer."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)
