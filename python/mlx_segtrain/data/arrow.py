@@ -33,11 +33,11 @@ def table_of(data: Any) -> Any:
 def blocks_of(
     name: str, batches: Iterable[tuple[Any, int]], size: int | None = None
 ) -> Iterator[Block]:
-    """Yields record batches as blocks of rows. `batches` pairs each batch with the number of bytes
-    read from the file so far; `size` is the size of the file in bytes, or None for a table in
-    memory.
+    """Groups record batches into blocks of rows, and yields the blocks. `batches` pairs each batch
+    with the number of bytes read from the file so far; `size` is the size of the file in bytes, or
+    None for a table in memory.
 
-    Raises InputError for a malformed batch and for a decompression bomb.
+    Raises InputError for an invalid batch or a decompression bomb.
     """
     first, rows, weighed, before, read = 1, 0, 0, 0, 0
     parts: list[Any] = []
@@ -84,7 +84,7 @@ def _of_json(batch: Any) -> Any:
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
     """Splits a batch into slices of at most limits.BLOCK bytes, or of a single row. Yields each
-    slice with its size in bytes when it is written."""
+    slice with its approximate serialized size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
         waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:
@@ -99,8 +99,8 @@ def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
 
 
 def _weight(column: Any) -> int:
-    """Returns the approximate number of bytes of an array's texts and other values when they are
-    written without dictionaries."""
+    """Returns the approximate serialized size of an array in bytes, with its dictionaries
+    expanded."""
     kind, own = column.type, VALUE * len(column)
     if types.is_dictionary(kind) and _is_text(kind.value_type):
         return own + _sum(_called("binary_length", column.dictionary).take(column.indices))
@@ -122,8 +122,7 @@ def _sum(array: Any) -> int:
 
 
 def _as_stream(parts: list[Any]) -> bytes:
-    """Returns the bytes of an Arrow stream of slices, with dictionary-encoded columns converted to
-    plain ones."""
+    """Serializes slices as an Arrow stream. Converts dictionary-encoded columns to plain ones."""
     plain = pa.schema([own.with_type(_plain(own.type)) for own in parts[0].schema])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, plain) as writer:

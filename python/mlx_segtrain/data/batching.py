@@ -20,8 +20,8 @@ class Batch:
 
     `rows` contains indices into the data, and `lengths` counts tokens without padding; both are
     int64 of shape [B]. `reference` is float32 [B], or None. `numbers` maps names to additional
-    values for each token, float32 [B, T] and 0 on padding. In a `packed` batch the B sequences
-    follow one another without padding, and tokens, weights and numbers are [1, T].
+    values for each token, float32 [B, T] and 0 on padding. In a `packed` batch, the B sequences
+    follow one another without padding, and tokens, weights and numbers have the shape [1, T].
     """
 
     tokens: np.ndarray
@@ -41,8 +41,8 @@ class Batch:
 @dataclass(frozen=True)
 class PairBatch:
     """Both complete sequences of each pair. The first `shared` tokens are the same in both
-    sequences of every pair. `reference` is None, or float32 [2B]: the values of the chosen
-    responses, followed by those of the rejected ones."""
+    sequences of every pair. `reference` is None, or float32 [2B]: the reference values of the
+    chosen responses, followed by those of the rejected responses."""
 
     chosen: Batch
     rejected: Batch
@@ -59,10 +59,11 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     sequence depends only on the arguments.
 
     The order is different in every epoch. Rows of similar length share a batch, and every batch has
-    the same proportion of labels as the data. Rows that do not fill the last batch are left out of
-    an epoch; each epoch leaves out different rows. If the data set is packed, a batch has
-    `batch_size` packed rows, and the last batch of an epoch has the remaining rows. Raises
-    InputError if the data set is not packed and has fewer rows than `batch_size`.
+    the same proportion of labels as the data. If the number of rows is not a multiple of
+    `batch_size`, each epoch leaves out the remainder, and successive epochs leave out different
+    rows. If the data set is packed, a batch has `batch_size` packed rows, and the last batch of an
+    epoch has the remaining rows. Raises InputError if the data set is not packed and has fewer rows
+    than `batch_size`.
     """
     n = len(dataset)
     if n < batch_size and not dataset.packed:
@@ -77,7 +78,8 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
 
 
 def batches_in_epoch(dataset: Dataset, batch_size: int) -> float:
-    """Returns the number of batches in an epoch. It is not an integer if some rows are left out."""
+    """Returns the number of batches in an epoch. If the data set is not packed, this is the number
+    of rows divided by `batch_size`, which may be fractional."""
     if dataset.packed:
         return math.ceil(len(dataset.packing) / batch_size)
     return len(dataset) / batch_size
@@ -105,7 +107,7 @@ def _alike(columns: Columns) -> np.ndarray:
     """Returns an order in which rows of similar length are neighbours.
 
     The rows of each label are sorted separately and then mixed evenly. Otherwise, if the rows of
-    one label were longer, some batches would contain only this label.
+    one label were longer, some batches would contain only rows of that label.
     """
     place = np.empty(len(columns.sign))
     for sign in (1, -1):
@@ -122,8 +124,8 @@ def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
-    """Yields batches with every row once, in file order or, if the data set is packed, as packed
-    rows. The last batch may have fewer rows."""
+    """Yields batches that together contain every row exactly once. The rows are in file order or,
+    if the data set is packed, in packed rows. The last batch may be smaller."""
     if dataset.packed:
         windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
     else:
@@ -135,8 +137,8 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 
 def padding(dataset: Dataset, batch_size: int) -> float:
-    """Returns the fraction of an epoch's tokens that is padding, counting both sequences of a pair.
-    For packed data, returns the fraction of the packed rows that is empty."""
+    """Returns the fraction of an epoch's tokens that are padding, counting both sequences of a
+    pair. For packed data, returns the fraction of the packed rows that is unused."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns

@@ -39,8 +39,8 @@ class Block:
 def grouped(
     lines: Iterable[bytes], name: str, read: Callable[[], int] | None = None
 ) -> Iterator[Block]:
-    """Groups lines into blocks. Each line is a row. `read` returns the number of bytes that have
-    been read since its last call. Without `read`, the size of a block is the size of its lines."""
+    """Groups lines into blocks. Each line is a row. `read` returns the number of bytes read since
+    it was last called. Without `read`, the size of a block is the size of its lines."""
     first, size, own = 1, 0, []
 
     def block() -> Block:
@@ -91,7 +91,7 @@ def _parse(line: bytes, source: str) -> Row:
 
 
 #: The metadata key of a field whose column arrow.py replaced with booleans, because JSON cannot
-#: represent its values. Its value is the column's original type.
+#: represent the column's values. Under this key, the metadata stores the column's original type.
 OTHER = b"other"
 
 
@@ -113,8 +113,8 @@ def _parse_arrow(block: Block) -> Iterator[tuple[str, Row]]:
 
 
 def _readable(column: Any, other: bytes | None) -> Callable[[int], Any]:
-    """Returns a function that returns the value of the row with a given number. If the column was
-    replaced with booleans, `other` is its original type."""
+    """Returns a function that maps the index of a row to its value in this column. If the column
+    was replaced with booleans, `other` is its original type."""
     if other is None:
         return lambda i: column[i].as_py()
     value = Other(other.decode())

@@ -141,8 +141,8 @@ def _joined(batches: Sequence["pa.RecordBatch"], options: Options) -> Samples:
 
 
 def _in_order(made: Iterator[Done]) -> Iterator[Done]:
-    """Yields the results of blocks, which must arrive in order. Raises InputError for the first
-    block with an error."""
+    """Yields the results in `made`, which must be in the order of the blocks. Raises InputError for
+    the first block with an error."""
     first: dict[str, str] = {}
     for done in made:
         _check(done, first)
@@ -151,16 +151,16 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` contains
-    the formats of the earlier blocks."""
+    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` maps the
+    formats of the earlier blocks to their first rows."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
 
 
 def _mapped(file: Path | bytes) -> "pa.RecordBatch":
-    """Returns the batch in a file, which is mapped into memory, or in bytes with the content of
-    such a file. Raises OSError or ValueError if the file is damaged."""
+    """Returns the record batch in an Arrow file. The file is either mapped into memory or given as
+    bytes. Raises OSError or ValueError if the file is damaged."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)
@@ -172,8 +172,7 @@ def _file(place: Path, index: int) -> Path:
 
 
 def _kept(place: Path) -> list["pa.RecordBatch"]:
-    """Returns the batches in a folder. If the folder is incomplete or a batch is damaged, returns
-    []."""
+    """Returns the batches in a folder, or [] if the folder is incomplete or a batch is damaged."""
     try:
         about = read_json(place / ABOUT, 64 << 20)
         files = [_file(place, index) for index in range(len(about["sizes"]))]
@@ -208,7 +207,8 @@ def _made(
 ) -> list["pa.RecordBatch"]:
     """Creates the missing batches of a source, then returns all of its batches. Raises InputError.
 
-    Only one process at a time creates batches. If the folder is not writable, they stay in memory.
+    Only one process at a time creates batches. If the folder is not writable, the new batches stay
+    in memory.
     """
     progress = _Progress(source, tell)
     with _alone(place, progress) as fault:
@@ -251,9 +251,9 @@ def _all_done(
     store: Path | None,
     found: Mapping[int, "pa.RecordBatch"],
 ) -> Iterator[Done]:
-    """Yields each missing block of a source as soon as it is done.
+    """Yields the result of each missing block of a source as soon as the block is tokenized.
 
-    Raises InputError for the first row with an error, once all blocks before it are done.
+    Raises InputError for the first row with an error, once all earlier blocks are tokenized.
     """
     waiting = {
         index: Done(index, own.size, own.n_rows, own.formats)
@@ -296,8 +296,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Prevents other processes from writing to this folder. Yields None, or the reason if the
-    folder is not writable."""
+    """Prevents other processes from writing to the folder `place`. Yields None or, if the folder is
+    not writable, the reason."""
     file = None
     try:
         try:
@@ -403,7 +403,7 @@ class Entry:
 
 
 def entries() -> list[Entry]:
-    """Returns the entries of the cache. The most recently used entry is first."""
+    """Returns the entries of the cache, beginning with the most recently used one."""
     found = []
     for place in folder().glob("*/") if folder().is_dir() else ():
         with suppress(OSError):
@@ -418,8 +418,8 @@ def entries() -> list[Entry]:
 
 
 def prune(keys: Sequence[str]) -> list[str]:
-    """Removes the entries with these names. Returns the names of entries that were kept because
-    they are in use."""
+    """Removes the entries with these keys. Returns the keys of entries that were kept because they
+    are in use."""
     stay = []
     for key in keys:
         place = folder() / key

@@ -2,10 +2,10 @@
 generates.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
-messages with the generation prompt; the response ends with the first stop token (a token that ends
-generation). Rows are rendered in a spelling (spelling.py) with which the template drops nothing.
-Text that the template drops in every spelling, or a turn without a stop token, is reported as a
-finding (notes.py).
+messages, including the generation prompt; the response ends with the first stop token (a token that
+ends generation). Rows are rendered in a spelling (spelling.py) for which the template drops
+nothing. Text that the template drops in every spelling, or a turn without a stop token, is reported
+as a finding (notes.py).
 """
 
 import re
@@ -26,8 +26,8 @@ Pieces = list[tuple[str, float]]
 #: A generation prompt is located in another rendering by its last n characters. These values of n
 #: are tried in order.
 ANCHORS = range(40, 3, -1)
-#: The maximum number of rows with the same traits for which all spellings are tried if none of them
-#: is lossless.
+#: If no spelling is lossless, all spellings are tried for at most this many rows with the same
+#: traits.
 MOST_SEARCHES = 20
 
 
@@ -72,8 +72,8 @@ class Conversations:
     def samples(self, source: str, given: Mapping[str, Any]) -> list[Sample]:
         """Returns the samples of a row with "messages"; `source` is "file:line".
 
-        A row has several samples if the context of a later turn does not repeat an earlier turn
-        exactly as generated, for example with templates that drop earlier reasoning. Raises
+        A row yields several samples if the context of a later turn does not repeat an earlier turn
+        exactly as it was generated; for example, some templates drop earlier reasoning. Raises
         InputError.
         """
         messages = given["messages"]
@@ -105,7 +105,7 @@ class Conversations:
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
         """Returns the turns in the first lossless spelling or, if there is none, in the spelling
-        that loses least."""
+        that loses the least."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -227,8 +227,8 @@ class _Row:
     def _aligned(
         self, i: int, messages: list[dict[str, Any]], full: str, context: str
     ) -> tuple[str, str]:
-        """Returns the context and the response of a turn whose rendering does not begin with its
-        context.
+        """Returns the context and the response of a turn whose rendering does not begin with the
+        turn's context.
 
         There are two possible reasons. The generation prompt may open a block that the finished
         turn lacks, or the template may render earlier messages differently once a response follows.
@@ -257,11 +257,11 @@ class _Row:
         self, i: int, messages: list[dict[str, Any]], response: str, *texts: str
     ) -> tuple[str, str, bool]:
         """Returns a response up to and including its stop token, the rest of the text, and whether
-        the response has a stop token. A stop token may be added to the response."""
+        the response has a stop token. A missing stop token is added if possible."""
         if stop := self.stops.first(response, texts):
             return response[: stop.end()], response[stop.end() :], True
-        # Some templates mark the end of a turn only by the header of the next turn. Its first token
-        # is then the stop token.
+        # Some templates mark the end of a turn only by the header of the next turn. In that case,
+        # the first token of that header is the stop token.
         following = messages[i + 1] if i + 1 < len(messages) else {"role": "user", "content": ""}
         if stop := self.stops.stop.match(self.render.transition(messages[:i], following).lstrip()):
             return response.rstrip("\n") + stop[0], "", True
@@ -299,7 +299,7 @@ class _Stops:
         self.append = tokenizer.eos_token if append_eos else None
 
     def first(self, response: str, texts: Sequence[str]) -> re.Match[str] | None:
-        """Returns the first stop token of a response that does not belong to the message's
+        """Returns the first stop token in a response, ignoring stop tokens in the message's own
         `texts`."""
         start = 0
         if any(map(self.stop.search, texts)):  # stops in the texts do not end the turn

@@ -1,4 +1,5 @@
-"""Arrays with the properties of all samples. A run can use them without creating all rows."""
+"""Stores the properties of all samples in arrays, so that a run can use them without creating every
+row."""
 
 from __future__ import annotations
 
@@ -31,13 +32,14 @@ class Lazy(Sequence[Any]):
 
 @dataclass(frozen=True)
 class Columns:
-    """Arrays over n samples of s sequences each; s is 2 for pairs and 1 for other samples.
+    """Arrays with the properties of n samples of s sequences each; s is 2 for pairs and 1 for other
+    samples.
 
     The following are int64 [n, s]: `length` is the number of tokens; `first` is the index of the
     first token in the loss, or the length if no token is in the loss; `trained` is the number of
-    tokens in the loss; `top` is the largest token id, possibly of a token that was truncated. The
-    following are int64 [n]: `shared` is Pair.shared, or 0; `sign` is −1 for rows with an
-    undesirable response, whose weights are below 0, and 1 for other rows.
+    tokens in the loss; `top` is the largest token id, including truncated tokens. The following are
+    int64 [n]: `shared` is Pair.shared, or 0; `sign` is −1 for rows with an undesirable response,
+    whose weights are below 0, and 1 for other rows.
     """
 
     length: np.ndarray

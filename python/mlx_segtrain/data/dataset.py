@@ -1,4 +1,4 @@
-"""Data sets of tokenized, truncated rows, with their counts."""
+"""Creates data sets of tokenized and truncated rows, and counts what was truncated or dropped."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -66,7 +66,7 @@ class Dataset:
 
     @property
     def supervised_tokens(self) -> int:
-        """The number of tokens of an epoch that are in the loss."""
+        """The number of tokens per epoch that are in the loss."""
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
@@ -137,9 +137,9 @@ def load_dataset(
 ) -> tuple[Dataset, Dataset | None]:
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
-    `data` is an argument of sources_of, or its result. `model_dir` is the folder of the tokenizer's
-    model; if it is given, the tokens of large data sets are cached (cache.py). `on_event` receives
-    progress events.
+    `data` is either the data to pass to sources_of or the result of sources_of. `model_dir` is the
+    folder of the tokenizer's model; if it is given, the tokens of large data sets are cached
+    (cache.py). `on_event` receives progress events.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -153,7 +153,8 @@ def load_split(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Dataset | None:
-    """Reads one of the two splits of load_dataset. Returns None if the data has no such split."""
+    """Reads only one of the two splits that load_dataset reads. Returns None if the data has no
+    such split."""
     read = Reading(tokenizer, options, model_dir, on_event)
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     if split == "valid" and valid is not None:
@@ -163,7 +164,7 @@ def load_split(
 
 
 class Reading:
-    """Reads each source once, with a tokenizer. The arguments are described in load_dataset."""
+    """Reads and tokenizes each source only once. See load_dataset for the arguments."""
 
     def __init__(
         self,
@@ -349,16 +350,16 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     )
 
 
-#: Exceeds the number of tokens of any row.
+#: Larger than the number of tokens in any row, so nothing is truncated.
 WHOLE = 2**31 - 1
 
 
 def shorten(row: Row | Pair, encoder: Encoder) -> tuple[Any, bool, bool]:
-    """Truncates a row to max_seq_length tokens. Returns the row, and whether its end and its
-    beginning were truncated.
+    """Truncates a row to max_seq_length tokens. Returns the truncated row, whether its end was
+    truncated, and whether its beginning was truncated.
 
-    Rows are truncated on the right. A pair, or a row with a label, first loses tokens on the left
-    of its prompt, except BOS and the prompt's last token. Both prompts of a pair lose the same
+    Rows are truncated on the right. In pairs and in rows with labels, the prompt is truncated
+    first, on the left, but keeps BOS and its last token. Both prompts of a pair lose the same
     number of tokens.
     """
     sides, n = sequences(row), encoder.options.max_seq_length

@@ -20,9 +20,9 @@ from .words import Words
 
 @dataclass(frozen=True)
 class Options:
-    """How rows are read: fields of the configuration (docs/configuration.md), and the `tools` that
-    are added to every prompt, in the form for chat templates. If `method` is None, rows for any
-    method are accepted."""
+    """Options for reading rows: fields of the configuration (docs/configuration.md), and `tools`,
+    which are added to every prompt and must have the form that chat templates expect. If `method`
+    is None, rows for any method are accepted."""
 
     max_seq_length: int = 512
     max_completion_tokens: int = 256
@@ -62,12 +62,12 @@ class Row:
     """One tokenized sequence.
 
     `ids` is int32 [n]. `weights` is float32 [n]: weights[j] is the loss weight of predicting token
-    j. It is 0 for context and for j = 0, and below 0 in an undesirable response. `source` is
-    "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line rejected".
-    `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
-    `reference` contains the outputs of the model without the adapter, once computed. For a prompt
-    for which completions are generated, `given` is its row in the file, which rewards read. For a
-    completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in
+    j. The weight is 0 for context and for j = 0, and below 0 in an undesirable response. `source`
+    is "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line
+    rejected". `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
+    `reference` contains the outputs of the model without the adapter, once computed. If completions
+    are generated for the sequence, `given` is its row in the file, which reward functions read. For
+    a completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in
     addition to the weights.
     """
 
@@ -122,9 +122,9 @@ class Encoder:
     """Tokenizes samples.
 
     `raw` is true if plain prompts bypass the chat template. `chats` splits conversations into
-    samples, and `train_on` selects the turns that are in the loss. `responses` does the same with
-    all assistant turns in the loss. `notes` counts the rows that were read; `bos` contains the
-    tokens that the tokenizer adds before a text.
+    samples, and `train_on` selects the turns that are in the loss. `responses` does the same, but
+    always puts all assistant turns in the loss. `notes` counts the rows that were read; `bos`
+    contains the tokens that the tokenizer adds before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer, options: Options):
@@ -172,8 +172,8 @@ class Encoder:
         ]
 
     def prompt(self, source: str, given: Mapping[str, Any]) -> Row:
-        """Returns the tokens of a prompt with the generation prompt. None of them is in the loss.
-        Raises InputError."""
+        """Returns the tokens of a prompt, including the generation prompt. None of them is in the
+        loss. Raises InputError."""
         tools = given.get("tools") or self.options.tools
         own = {"tools": list(tools)} if tools else {}
         more = given.get("chat_template_kwargs") or {}
@@ -259,15 +259,15 @@ class Encoder:
         start and end. `whole` contains the tokens of the sample's text, or is None if the pieces
         are known to decode to that text."""
         joined = [token for part in parts for token in part]
-        # If the pieces have the same tokens as the whole text, their ends are exact. If they have
-        # different tokens for the same text, a token of the whole text spans the end of a piece.
-        # Generation starts from the tokens of the prompt alone, so training uses the tokens of the
-        # pieces.
+        # If the pieces have the same tokens as the whole text, the boundaries are exact. If their
+        # tokens differ but decode to the same text, a token of the whole text spans the end of a
+        # piece. Generation starts from the tokens of the prompt alone, so training uses the tokens
+        # of the pieces.
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
         # Some tokenizers add a space before every text, so the pieces decode to more text than the
-        # whole. Then the offsets decide: a token with any character of a piece belongs to that
-        # piece.
+        # whole. In that case, character offsets are used: a token that contains any character of a
+        # piece belongs to that piece.
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"{sample.source}: the start of the text in the loss is unknown, because this "
@@ -283,7 +283,8 @@ class Encoder:
 
     def _end(self, ids: list[int], start: int) -> tuple[int, bool]:
         """Returns the end of a completion that starts at `start`, and whether it ends with a token
-        that stops generation. Whitespace after such a token would never be generated."""
+        that stops generation. Whitespace after such a token is excluded, because it would never be
+        generated."""
         last = len(ids)
         while last > start and self._is_blank(ids[last - 1]):
             last -= 1

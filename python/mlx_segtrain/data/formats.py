@@ -68,7 +68,7 @@ def checked(
     found = FORMATS[name]
     read = row if found.reads_all else (*found.keys, *found.more)
     ignored = tuple(key for key in row if key in there and key not in read)
-    # A check uses our keys, but its error messages should use the keys in the file.
+    # A check uses our names for the keys, but its error messages should use the names in the file.
     names = dict(zip(found.means, found.keys, strict=False))
     row = {**row, **{ours: row[key] for ours, key in names.items() if key in row}}
     try:
@@ -214,7 +214,8 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a prompt for which completions are generated. Rewards read the rest of the row."""
+    """Checks a row whose prompt is used to generate completions. Reward functions read the other
+    keys."""
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -250,7 +251,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any]]]:
-    """Returns the prompt, the chosen and the rejected response of a pair as messages."""
+    """Returns the prompt, the chosen response and the rejected response of a pair as messages."""
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
@@ -334,7 +335,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Returns the messages. If the row has "system", they start with its text."""
+    """Returns the messages, which start with the text of "system" if the row has this key."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
@@ -349,8 +350,8 @@ def _begun(
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Tokenizes records without truncation. Either all records are pairs, or none is. Raises
-    InputError."""
+    """Tokenizes records without truncation. Either all records must be pairs, or none of them.
+    Raises InputError."""
     encoder.notes.rows += len(records)
     encoder.notes.formats.update(record.format for record in records)
     for record in records:
@@ -423,9 +424,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns a function that returns the samples of a row with a label. For a method that does not
+    """Returns a function that creates the samples of a row with a label. For a method that does not
     learn from labels, only rows with desirable responses have samples, which `plain` creates. For
-    other methods, the weights of an undesirable response are below 0."""
+    methods that learn from labels, the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -447,12 +448,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` lists the check's names for the keys, if they differ. `more` lists the other keys that
-    are read. `check` returns the row in the form that `encode` expects, or raises InputError.
-    `encode` tokenizes records, which all have this format or another format with the same `encode`.
-    By default, it tokenizes the samples that `samples` of each record's format returns. `rows`
-    lists the kinds of rows (config.ROWS) for which the format can be used; the first kind uses all
-    keys. With `reads_all`, all other keys are stored with the row.
+    `means` lists the check's names for the keys, if they differ from `keys`. `more` lists the other
+    keys that are read. `check` returns the row in the form that `encode` expects, or raises
+    InputError. `encode` tokenizes records, which all have this format or another format with the
+    same `encode`. By default, it tokenizes the samples that each record's format creates with
+    `samples`. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
+    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]

@@ -44,8 +44,8 @@ class Bin:
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training rows. `rows` counts samples or packed rows, and `steps` counts
-    optimizer steps. `unused` is the fraction of tokens that is padding, or the fraction of packed
-    rows that is empty. `seconds` is None if the time of a step is unknown."""
+    optimizer steps. `unused` is the fraction of tokens that are padding, or the fraction of the
+    packed rows that is unused. `seconds` is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -57,13 +57,13 @@ class Epoch:
 class Report:
     """The result of `inspect`.
 
-    `n_train` and `n_valid` count rows. Everything else except `remarks` is about the training rows.
-    `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier one.
-    Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before truncation.
-    Without a tokenizer, fields that need one are None or empty. `epoch` describes an epoch without
-    packing; `packed` describes an epoch with packing, if the data can be packed. `remarks` contains
-    sentences about omitted data and about problems with the data. `findings` lists rows by finding
-    (notes.FINDINGS). `error` is one sentence, or None.
+    `n_train` and `n_valid` count rows. All other fields except `remarks` describe the training
+    rows. `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier
+    one. Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before
+    truncation. Without a tokenizer, fields that need one are None or empty. `epoch` describes an
+    epoch without packing; `packed` describes an epoch with packing, if the data can be packed.
+    `remarks` contains sentences about omitted data and about problems with the data. `findings`
+    lists rows by finding (notes.FINDINGS). `error` is one sentence, or None.
     """
 
     ok: bool = True
@@ -106,7 +106,8 @@ def inspect(
     model_dir: Path | None = None,
     on_event: OnEvent | None = None,
 ) -> Report:
-    """Checks `data`, any argument of sources.sources_of. Problems are reported, not raised.
+    """Checks `data`, which may have any form that sources.sources_of accepts. Reports problems
+    instead of raising errors.
 
     A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds (None if
     unknown). `model_dir` is the folder of the tokenizer's model; if it is given, the tokens of

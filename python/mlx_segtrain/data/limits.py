@@ -1,7 +1,8 @@
 """Limits the memory for reading a file of rows, and raises errors for files that exceed the limits.
 
-A file may be untrusted, and a small file may decompress to a huge one. Therefore rows are read in
-pieces, and constants limit the size of a row and the data that is decompressed at once.
+A file may be untrusted, and a small file may decompress to a huge one. Therefore, rows are read in
+pieces, and the constants below limit the size of a row and the amount of data that a file may
+decompress to.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. Because
-#: of it, the number of empty values is limited, too.
+#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. Counting
+#: this size also limits the number of empty values.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block

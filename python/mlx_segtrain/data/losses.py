@@ -1,4 +1,4 @@
-"""Finds the parts of a row that are missing in its rendering."""
+"""Finds the parts of a row that are missing from its rendering."""
 
 import json
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from .spelling import arguments, reasoning
 
 
 def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[str]:
-    """Yields findings (notes.FINDINGS) about the parts of a message that are missing in its
+    """Yields findings (notes.FINDINGS) about the parts of a message that are missing from its
     rendering. Missing reasoning of an `earlier` turn is not a finding, because templates drop it on
     purpose."""
     thoughts, answer = reasoning(message)
@@ -23,15 +23,15 @@ def missing(rendered: str, message: Message, earlier: bool = False) -> Iterator[
 
 
 def missing_tools(rendered: str, tools: Any) -> Iterator[str]:
-    """Yields a finding for each tool whose definition is missing."""
+    """Yields a finding for each tool whose definition is missing from the rendering."""
     for tool in tools or ():
         name = tool.get("function", tool).get("name") if isinstance(tool, dict) else None
         if name and name not in rendered:
             yield "tools"
 
 
-#: The beginning of a list of parts as Python or JSON writes it, which appears if a template renders
-#: the list as text.
+#: The beginning of a list of content parts in Python's or JSON's notation. A rendering contains it
+#: if the template writes the list as text.
 PARTS = ("[{'type': 'text', 'text': ", '[{"type": "text", "text": ')
 
 

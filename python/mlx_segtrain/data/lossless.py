@@ -55,7 +55,7 @@ def _composed(text: str) -> bool:
 
 
 def parts_of(component: Any) -> list[dict[str, Any]]:
-    """Returns the steps of a normalizer, a pre-tokenizer or a decoder, as they are in
+    """Returns the steps of a normalizer, a pre-tokenizer or a decoder, in the form used in
     tokenizer.json."""
     if component is None:
         return []

@@ -15,9 +15,10 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
     second is the prompt of this row with a response to another prompt. Raises InputError if all
     rows have the same prompt.
 
-    The other response can come from any row, so a batch may have a single row. It is the same in
-    every epoch, so the reference model's outputs are computed only once. It is about as long as the
-    response of the row. According to the columns, no token of the second sequence is in the loss.
+    The other response can come from any row of the data set, not only from the same batch, so a
+    batch may consist of a single row. A row's other response is the same in every epoch, so the
+    reference model's outputs are computed only once. It is about as long as the row's own response.
+    In `columns`, the second sequence has no tokens in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (

@@ -43,7 +43,7 @@ class Notes:
     prompt_format: str | None = None
 
     def add(self, other: "Notes") -> None:
-        """Adds the counts of other rows, except the counts of samples."""
+        """Adds the counts of other rows, except those that count samples or turns."""
         self.rows += other.rows
         self.ignored += other.ignored
         self.repeated += other.repeated
@@ -62,7 +62,8 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """Returns a sentence for each finding, with the count and the first row of the finding."""
+        """Returns a sentence for each finding, which states how often it occurs and where it occurs
+        first."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"

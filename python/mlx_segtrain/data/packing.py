@@ -1,4 +1,4 @@
-"""Decides which samples share a packed row, by a best-fit-decreasing algorithm on arrays."""
+"""Decides which samples share a packed row, using a vectorized best-fit-decreasing algorithm."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Minimum number of units in a row, unless the row has fewer tokens. Lengths are rounded up to
-#: whole units, so that many samples have the same size and can be swapped.
+#: A row is divided into at least this many units, or into single tokens if it has fewer tokens.
+#: Lengths are rounded up to whole units, so that many samples have the same size and can be
+#: swapped.
 UNITS = 1024
 
 
@@ -20,8 +21,8 @@ class Packing:
     epoch, samples of the same size are distributed differently over the places of that size.
 
     `sizes`, int16 [n], contains the size of each sample in units. Places are numbered by size, the
-    largest first. `places`, int64 [n], lists their numbers row by row; row i has
-    `places[ends[i]:ends[i + 1]]`.
+    largest first. `places`, int64 [n], lists the numbers of the places row by row; row i consists
+    of `places[ends[i]:ends[i + 1]]`.
     """
 
     sizes: np.ndarray
@@ -44,7 +45,8 @@ class Packing:
         return len(self.ends) - 1
 
     def epoch(self, seed: int, epoch: int) -> Iterator[np.ndarray]:
-        """Yields the indices of each row's samples. They depend only on the seed and the epoch."""
+        """Yields the sample indices of each packed row. The result depends only on the seed and the
+        epoch."""
         random = np.random.default_rng([seed, 1, epoch])
         samples = random.permutation(len(self.sizes))
         samples = samples[np.argsort(-self.sizes[samples], kind="stable")][self.places]

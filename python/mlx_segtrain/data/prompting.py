@@ -1,4 +1,4 @@
-"""Tokenizes prompts for generation in the same way as during the training of the adapter."""
+"""Tokenizes prompts for generation in the same way as in the adapter's training."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -43,8 +43,8 @@ class Prompting:
         return self.format == "raw" or not tokenizer.has_chat_template
 
     def ids(self, tokenizer: Tokenizer, prompt: str, system: str | None = None) -> list[int]:
-        """Returns the token ids of a prompt with the generation prompt. Raises InputError if there
-        is a system message but no chat template."""
+        """Returns the token ids of a prompt, including the generation prompt. Raises InputError if
+        there is a system message but no chat template."""
         if self.is_raw(tokenizer):
             if system is not None:
                 raise InputError(
@@ -58,7 +58,7 @@ class Prompting:
         return self.chat_ids(tokenizer, turns)
 
     def chat_ids(self, tokenizer: Tokenizer, turns: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Returns the token ids of a conversation with the generation prompt."""
+        """Returns the token ids of a conversation, including the generation prompt."""
         return prompt_ids(tokenizer, turns, self.variables)
 
     @property

@@ -1,4 +1,4 @@
-"""The samples of a source, with one Arrow record batch for each block of its rows.
+"""Stores the samples of a source in Arrow record batches, one for each block of rows.
 
 A batch contains whole samples: their tokens, and their weights as runs of equal weights. Values
 that depend on max_seq_length are computed on access, for all samples at once.
@@ -40,7 +40,7 @@ ABOUT = b"about"
 
 
 def records_of(block: Block, options: Options, first: dict[str, str]) -> Iterator[Record]:
-    """Yields the records of a block. For each new format, its first row is added to `first`.
+    """Yields the records of a block. Adds the first row of each new format to `first`.
 
     Raises InputError for a row that cannot be read or that the method does not accept, and for
     pairs that are mixed with other rows.
@@ -97,8 +97,8 @@ def check_mixed(first: dict[str, str]) -> None:
 def batch_of(
     block: Block, tokenizer: Tokenizer, options: Options, first: dict[str, str]
 ) -> pa.RecordBatch:
-    """Returns the samples of a block as a batch, with its notes and formats as metadata. The result
-    depends only on this block. Raises InputError."""
+    """Returns the samples of a block as a batch, with the block's notes and formats as metadata.
+    The result depends only on this block. Raises InputError."""
     encoder = Encoder(tokenizer, options)
     records = records_of(block, options, first)
     rows: list[Row | Pair] = []
@@ -185,7 +185,8 @@ def _lists(bounds: np.ndarray, values: Any) -> Any:
     return pa.ListArray.from_arrays(_column(bounds.astype(np.int32)), values)
 
 
-# Arrow's own conversions import pandas if it is installed, which takes half a second.
+# The functions below replace Arrow's own conversions, which would import pandas if it is installed.
+# That import takes half a second.
 
 
 def _column(array: np.ndarray) -> Any:
@@ -218,7 +219,7 @@ def beginnings(ascending: np.ndarray) -> np.ndarray:
 
 
 class _Side:
-    """The columns for one sequence per sample of a batch, in memory or in a mapped file."""
+    """The columns of a batch that store one sequence per sample, in memory or in a mapped file."""
 
     def __init__(self, batch: pa.RecordBatch, side: int):
         def lists(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -251,7 +252,7 @@ class _Side:
         return np.where(below[self.runs[1:]] > below[self.runs[:-1]], -1, 1)
 
     def numbers(self, most: int) -> tuple[np.ndarray, ...]:
-        """Returns `length`, `first`, `trained` and `top` of each sequence when it is truncated to
+        """Returns `length`, `first`, `trained` and `top` of each sequence after truncation to
         `most` tokens."""
         whole = np.diff(self.bounds)
         length = np.minimum(whole, most)
@@ -353,9 +354,9 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """Returns the columns of all samples when truncated on the right to `most` tokens, except
-        `shared` and `top`, which cover all tokens. Because pairs are also truncated on the left,
-        their columns are correct only if both sequences have at most `most` tokens."""
+        """Returns the columns of all samples after truncation on the right to `most` tokens. Only
+        `shared` and `top` cover all tokens. Because pairs are also truncated on the left, their
+        columns are correct only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])

@@ -2,7 +2,7 @@
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
 process can parse them. textfiles.py and tables.py read files. Because a file may be untrusted, the
-memory for reading it is limited (limits.py), and any error in it raises InputError.
+memory for reading it is limited (limits.py), and any error in the file raises InputError.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Source(Protocol):
         ...
 
     def blocks(self, start: int = 0) -> Iterator[Block]:
-        """Yields the blocks, beginning with block number `start`. They are the same at every call.
-        Raises InputError."""
+        """Yields the blocks, beginning with block number `start`. Every call yields the same
+        blocks. Raises InputError."""
         ...
 
 
@@ -90,8 +90,8 @@ class Files:
 class Table:
     """The rows of a table in memory, or of a table that `datasets` maps from files.
 
-    `batches(n)` returns record batches of at most n rows, and returns the same batches at every
-    call.
+    `batches(n)` returns record batches of at most n rows. Every call with the same n returns the
+    same batches.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """Converts messages between spellings, because each chat template understands only some of them.
 
-Rows have OpenAI's form, but templates differ in what they read: the arguments of tool calls as JSON
-text or as a mapping; missing content as a missing key or as ""; reasoning under one of three keys,
-or between tags in the content; content as text or as a list of parts; ids of calls in any form, or
-as nine letters and digits; and developer messages as they are, or as system messages.
+Rows have OpenAI's form, but templates expect different forms: arguments of tool calls as JSON text
+or as a mapping; missing content as a missing key or as ""; reasoning under one of three keys, or
+between tags in the content; content as text or as a list of parts; call ids of any form, or with
+nine letters and digits; developer messages unchanged, or as system messages.
 """
 
 import json
@@ -50,7 +50,7 @@ def traits(messages: Messages) -> frozenset[str]:
 
 
 def spellings(of: frozenset[str]) -> Iterator[Spelling]:
-    """Yields every spelling of messages with these traits, beginning with the usual one."""
+    """Yields every spelling of messages with these traits, beginning with the default."""
     names = [name for name in reversed(CHOICES) if name in of]
     for values in product(*(CHOICES[name] for name in names)):
         yield Spelling(**dict(zip(names, values, strict=True)))

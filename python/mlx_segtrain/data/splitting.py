@@ -1,4 +1,5 @@
-"""Determines from the content of rows which are held out, are duplicates, or occur in two sets.
+"""Determines, from the content of rows, which rows are held out, which are duplicates, and which
+occur in two data sets.
 
 Because only the content counts, the order of rows does not matter, equal rows are in the same
 split, and a resumed run splits the data in the same way.
@@ -34,7 +35,7 @@ def held_out(samples: Samples, chosen: np.ndarray, asked: float | str, seed: int
     bool [len(chosen)].
 
     `asked` is a fraction below 1, a number of rows, or auto. Because equal rows stay together,
-    slightly fewer rows may be held out.
+    slightly fewer rows than requested may be held out.
     """
     content = samples.content[chosen]
     at = beginnings(samples.record[chosen])

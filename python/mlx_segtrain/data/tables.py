@@ -31,7 +31,7 @@ SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
 }
-#: The number of Parquet rows to read at once. It is small because a long text that is repeated in
+#: The number of Parquet rows to read at a time. It is small because a long text that is repeated in
 #: all rows is stored only once in the file, but once per row in memory.
 FEW = 16
 
@@ -114,7 +114,8 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns None, or the message of an InputError."""
+    """Sends the blocks of a file. Returns None or, if the file cannot be read, the message of an
+    InputError."""
     import pyarrow as pa
     import pyarrow.parquet  # must be imported before memory is limited
 
@@ -155,7 +156,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, but for an Arrow stream or an Arrow file, which begins with a magic
+    """Like `_parquet`, but for an Arrow stream or an Arrow file. Only a file begins with a magic
     string."""
     import pyarrow as pa
 

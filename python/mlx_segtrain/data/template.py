@@ -22,9 +22,9 @@ OPEN = re.compile(r"(<[^<>/]*think[^<>/]*>|\[THINK\])\s*\Z", re.IGNORECASE)
 def prompt_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Returns the token ids of messages with the generation prompt. The content of a message is
-    text, or is missing. `kwargs` are variables of the template. Exceptions that the template raises
-    are not caught."""
+    """Returns the token ids of messages, including the generation prompt. The content of each
+    message must be text or missing. `kwargs` are variables of the template. Exceptions that the
+    template raises are not caught."""
     if wants_parts(tokenizer, kwargs):
         messages = [
             {**own, **content(own["content"], True)} if isinstance(own.get("content"), str) else own
@@ -72,8 +72,8 @@ PROBE = [
 
 
 def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
-    """Returns a function that renders with the template as transformers compiles it, but skips the
-    preparation of message objects, which takes as long as the rendering itself. Returns None if the
+    """Returns a function that renders with the template compiled by transformers, but skips the
+    preparation of the messages, which takes as long as the rendering itself. Returns None if the
     function renders PROBE differently from ChatTemplate."""
     own = tokenizer._tokenizer
     variables = dict(kwargs)
@@ -106,7 +106,8 @@ def direct(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> Direct | None:
 
 
 class TemplateError(Exception):
-    """The template cannot be used for a row. The message is a sentence without the row's name."""
+    """Raised if the template cannot be used for a row. The message is a sentence that does not name
+    the row."""
 
 
 class ChatTemplate:
@@ -136,8 +137,8 @@ class ChatTemplate:
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:
-        """Returns the rendering up to the content of the last message, or None if that content is
-        missing."""
+        """Returns the rendering up to the content of the last message, or None if the rendering
+        lacks that content."""
         *before, last = messages
         plain = {key: value for key, value in last.items() if key not in (*REASONING, "tool_calls")}
         before_mark, found, _ = self([*before, plain | _like(last)]).partition(MARK)
@@ -156,7 +157,7 @@ class ChatTemplate:
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
         """Returns the text that ends the thinking block which `context` opens, or None if it opens
-        none. `context` is the rendering of `messages` with the generation prompt.
+        none. `context` is the rendering of `messages`, including the generation prompt.
 
         The text is found in the rendering of a response with reasoning, or else derived from the
         opening tag.

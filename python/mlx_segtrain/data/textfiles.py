@@ -23,8 +23,8 @@ PACKED = {".gz": "gzip", ".zst": "zstd"}
 
 
 class _Unpacked(io.RawIOBase):
-    """The decompressed content of a file. Raises InputError if it exceeds the limit against
-    decompression bombs."""
+    """The decompressed content of a file. Raises InputError if the content is so large that the
+    file may be a decompression bomb."""
 
     def __init__(self, file: BinaryIO, codec: str, size: int, name: str):
         import pyarrow as pa
@@ -90,8 +90,8 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a file with a JSON list or JSON lines. Files of JSON lines often have
-    the extension .json as well."""
+    """Yields the blocks of a file that contains a JSON list or JSON lines. The extension .json is
+    often used for JSON lines, too."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():
@@ -153,8 +153,8 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                         else f"{source}: the row is not JSON ({reason or error}); the file must "
                         "contain a list of objects."
                     ) from None
-                # The row continues beyond this text; it is parsed again once more text has been
-                # read.
+                # The row continues beyond the text read so far; it is parsed again after more text
+                # has been read.
                 check_values(text[at:].encode("utf-8", "surrogatepass"), source)
             more()
         line = text[at:end].replace("\n", " ").replace("\r", " ")

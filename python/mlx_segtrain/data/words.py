@@ -1,9 +1,9 @@
 """Byte-level BPE with a cache of words.
 
-The tokenizers library splits a text into words with a pattern, which takes most of its time, and
-then applies merges within each word. For ASCII text, an equivalent pattern in Python splits several
-times as fast, so the library is needed only for new words. The library also handles all other
-texts, and tokenizers with other patterns.
+The tokenizers library splits a text into words with a pattern, and then applies merges within each
+word. The split takes most of the time. For ASCII text, an equivalent pattern in Python is several
+times as fast, and the library is called only for words that are not yet cached. The library also
+handles all other texts, and tokenizers with other patterns.
 """
 
 import re
@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Maps patterns of tokenizer.json to their equivalents for ASCII text, which do not use \p{L} and
-#: \p{N}.
+#: Maps patterns of tokenizer.json to equivalents for ASCII text that Python's re supports, without
+#: \p{L} and \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,8 +33,8 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent of the first pattern for text from which digits have been split off; such a text
-#: ends before every digit.
+#: The equivalent of GPT_2 if digits have been split off before, so that a text ends before every
+#: digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 #: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64
@@ -58,8 +58,8 @@ class Words(dict[str, list[int]]):
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Words | None":
-        """Returns the cache for a lossless tokenizer (lossless.py), which all callers share, or
-        None if the tokenizer's pattern is unknown."""
+        """Returns the cache for a lossless tokenizer (lossless.py), or None if the tokenizer's
+        pattern is unknown. All callers share the cache."""
         return _words_of(tokenizer, len(tokenizer))
 
     def __missing__(self, word: str) -> list[int]:
@@ -81,7 +81,7 @@ class Words(dict[str, list[int]]):
 
 @lru_cache(2)
 def _words_of(tokenizer: Any, size: int) -> Words | None:
-    """Implements Words.of. `size` is part of the cache key, because new added tokens change a
+    """Implements Words.of. `size` is part of the cache key, because adding tokens changes a
     tokenizer's size."""
     backend = tokenizer.backend_tokenizer
     steps = parts_of(backend.pre_tokenizer)

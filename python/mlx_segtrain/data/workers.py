@@ -22,7 +22,8 @@ from .blocks import Block
 from .encoding import Options
 from .samples import batch_of
 
-#: The environment of a worker. It uses only one thread, because the other workers need the cores.
+#: The environment of a worker. A worker uses only one thread, because the other workers need the
+#: other cores.
 SETTINGS = {
     **{"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
     **{"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "RUST_BACKTRACE": "0"},
@@ -33,8 +34,8 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Done:
-    """The result of a block: its samples, in a file or as `content`, or the reason why there are
-    none.
+    """The result of tokenizing a block: its samples, in a file or as `content`, or the reason why
+    there are none.
 
     `first` contains the first row of each format; `unwritten` says why the file could not be
     written; `fault` is the message of an InputError, or None.
@@ -85,7 +86,7 @@ def cores() -> int:
 def in_workers(
     blocks: Iterable[tuple[int, Block, Path | None]], tokenizer: Any, options: Options, count: int
 ) -> Iterator[Done]:
-    """Tokenizes many blocks like `tokenized`, in `count` processes. Yields the results as they
+    """Tokenizes blocks as `tokenized` does, but in `count` processes. Yields the results as they
     arrive. Raises RunError if one of the processes was killed."""
     setup, waiting = pickle.dumps((tokenizer, options)), iter(blocks)
     workers: list[_Worker] = []
@@ -109,7 +110,7 @@ def in_workers(
 
 
 class _Worker:
-    """A process that tokenizes, and the number of blocks that it currently has."""
+    """A tokenizing process, and the number of blocks that are currently assigned to it."""
 
     def __init__(self, setup: bytes):
         self.has = 0
@@ -150,7 +151,7 @@ class _Worker:
 def main(number: str) -> None:
     """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
     parent process ends, whatever it is doing."""
-    # The parent process decides when to end, even after Ctrl-C.
+    # The parent process decides when this process ends, even after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()
     wire: Any = Connection(int(number))

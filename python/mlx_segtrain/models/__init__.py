@@ -34,7 +34,8 @@ __all__ = [
 
 
 class Family(Protocol):
-    """A fast family, which reads layers from mlx-lm's modules and from the files of a model.
+    """The interface of a fast family, which reads layers from mlx-lm's modules and from the files
+    of a model.
 
     `text` is config.json, updated with the keys of its text_config if there is one.
     """
@@ -46,7 +47,7 @@ class Family(Protocol):
         ...
 
     def chain_of(self, model: Any, prefix: str) -> Chain:
-        """Returns the chain of a model of this family. `prefix` precedes the paths of its
+        """Returns the chain of a model of this family. `prefix` precedes the paths of the model's
         modules."""
         ...
 
@@ -77,9 +78,9 @@ def chain_of(model: nn.Module, layers: range | None = None) -> Chain:
     """Returns the chain of a loaded mlx-lm model. If `layers` is given, the weights of other layers
     may be missing.
 
-    For a model for text and images, returns the chain of its text model. The paths in this chain
-    include the text model's prefix. Raises InputError if the model cannot be split into layers or
-    cannot be differentiated.
+    For a multimodal model, returns the chain of its text model. The paths in this chain include the
+    text model's prefix. Raises InputError if the model cannot be split into layers or cannot be
+    differentiated.
     """
     from . import generic
 
@@ -110,8 +111,8 @@ def load_tokenizer(model_dir: str | Path) -> Any:
     check_tokenizer(folder)
     with _reading(folder):
         tokenizer = load_tokenizer(folder, eos_token_ids=load_config(folder).get("eos_token_id"))
-    # Before mlx-lm 0.32 (Python 3.10), the tokens in config.json may replace the tokenizer's own
-    # tokens.
+    # In mlx-lm before 0.32 (used on Python 3.10), the EOS tokens in config.json may replace the
+    # tokenizer's own EOS tokens.
     tokenizer.eos_token_ids = {*tokenizer.eos_token_ids, tokenizer.eos_token_id} - {None}
     return tokenizer
 
@@ -164,14 +165,13 @@ def load_headless(
 
 
 def text_model(model: nn.Module) -> nn.Module:
-    """Returns the text model inside a model for text and images. A model for text only is returned
-    unchanged."""
+    """Returns the text model inside a multimodal model. A text-only model is returned unchanged."""
     return model.get("language_model", model)
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads the weights whose names `reads` accepts into memory. On the CPU, converts all weights
-    to float32."""
+    """Loads into memory the weights for whose names `reads` returns True. On the CPU, converts all
+    weights to float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     mx.eval([weight for name, weight in tree_flatten(model.parameters()) if reads(name)])

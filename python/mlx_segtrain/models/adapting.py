@@ -27,7 +27,7 @@ from .chain import Chain
 
 
 def choose_ranks(chain: Chain, **how: Any) -> dict[str, int]:
-    """Returns the rank of every layer of the chain to adapt, keyed by path (see
+    """Returns the rank of every linear layer of the chain that is to be adapted, keyed by path (see
     ranks.choose_ranks)."""
     layers = [
         [path for path in chain.linears if chain.stage_of[path] in layer] for layer in chain.layers
@@ -46,14 +46,14 @@ def init(
     here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
-    """Returns a new adapter in which A ~ U(−1/√in, 1/√in) is float32, with one random key per path
-    in sorted order, and B = 0.
+    """Returns a new adapter. A ~ U(−1/√in, 1/√in) is float32 and drawn with one random key per
+    path, in sorted order; B is 0.
 
     With `root`, the multiplier of a layer is `scale` divided by the square root of its rank
     (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps values of Kind.word to booleans, of
-    which at most one is true. The array of that kind is initialized such that the model's results
-    do not change, or with 0 for a weight for which `here` returns False. Raises InputError if a
-    layer has experts or is an embedding, and the kind does not support that.
+    which at most one is true. The additional array of that kind is initialized so that the model's
+    outputs do not change, or with 0 for a path for which `here` returns False. Raises InputError if
+    an embedding or a layer with experts would need such an array.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))

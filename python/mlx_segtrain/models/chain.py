@@ -33,7 +33,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """The multipliers of the updates of linear layers, keyed by full path, and the dropout in a
+    """The multipliers of the updates of linear layers, keyed by full path, and the dropout, for one
     stream."""
 
     scales: Mapping[str, float]
@@ -51,8 +51,8 @@ NO_UPDATES = Updates({})
 class Head:
     """Maps rows of the final h to logits, and logits to losses.
 
-    `params` are the factors of the head's update, keyed by full path. They are empty if the head
-    has no update.
+    The argument `params` of the methods contains the factors of the head's update, keyed by full
+    path. It is empty if the head has no update.
     """
 
     path: str  #: the adaptable module: the head, or the embedding that is the head
@@ -66,8 +66,8 @@ class Head:
         return self.logits_of({}, h, 0)
 
     def logits_of(self, params: Mapping[str, mx.array], h: mx.array, begin: int) -> mx.array:
-        """Maps h to logits like `logits`, but with an update. `begin` is the index of the first row
-        of h, on which the dropout mask depends."""
+        """Maps h to logits like `logits`, but with an update. The dropout mask depends on `begin`,
+        the index of the first row of h."""
         raise NotImplementedError
 
     def as_product(
@@ -103,11 +103,11 @@ class Head:
         needs_grad: bool = True,
     ) -> mx.array:
         """Returns the log-probabilities of the target tokens [M] given h [M, H], as float32 [M].
-        They are computed from logits that are divided by the temperature.
+        The logits are first divided by the temperature.
 
         A head that our ops do not support processes HEAD_ROWS rows at a time in the forward and the
         backward pass. The order of these parts is fixed, since MLX might otherwise keep the logits
-        of all rows. The backward pass recomputes the logits.
+        of all rows in memory. The backward pass recomputes the logits.
         """
         if (product := self.as_product(params, h, temperature)) is not None:
             x, base, softcap = product

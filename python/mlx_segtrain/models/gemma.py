@@ -1,7 +1,7 @@
 """Gemma 2, 3 and 4: four norms per layer, GeGLU, and sliding-window or global attention.
 
 Depending on its configuration, Gemma 4 also has layers that read the keys and values of an earlier
-layer, an input for each layer that is computed from the tokens, attention whose values are the
+layer, a separate input for each layer (computed from the tokens), attention whose values are the
 keys, experts in addition to the dense MLP, and a scalar for each layer.
 """
 
@@ -28,7 +28,7 @@ ASSUMED: dict[str, dict[str, Any]] = {
         **{"sliding_window": 512, "sliding_window_pattern": 5},
     },
 }
-#: The additional linear layers of a layer with its own input.
+#: The additional linear layers of a decoder layer with its own input.
 OWN_INPUT = ("per_layer_input_gate", "per_layer_projection")
 
 
@@ -36,7 +36,7 @@ def chain_of(model: Any, prefix: str) -> Chain:
     body, args = model.model, model.args
     kind = type(model).__module__.rpartition(".")[2]
     fourth = kind == "gemma4_text"
-    # For models up to Gemma 3, the files contain the weight of a norm minus 1.
+    # Up to Gemma 3, the weight files store each norm weight minus 1.
     norm = Norm.of if fourth else _norm_around_1
     names = [f"{prefix}model.layers.{i}" for i in range(len(body.layers))]
     donors = getattr(body, "previous_kvs", range(len(names)))
@@ -149,8 +149,9 @@ def _norm_around_1(module: Any) -> Norm:
 class _Experts(Mlp):
     """The dense MLP with experts in parallel. The router and the experts are frozen.
 
-    Gradients flow through the experts and the router's weights for them, but not through the
-    router's choice of experts, which some versions of mlx-lm's own router would also differentiate.
+    Gradients flow through the experts and through the weights that the router assigns to them, but
+    not through its choice of experts. Some versions of mlx-lm's own router would differentiate the
+    choice, too.
     """
 
     layer: Any = None
@@ -177,8 +178,8 @@ class _Experts(Mlp):
 def _finish(
     body: Any, embed: Callable[[mx.array], mx.array], name: str, i: int
 ) -> Callable[[Linears, mx.array, mx.array], mx.array]:
-    """Returns the last function of layer i of Gemma 4, which adds the result of the layer's own
-    input and multiplies by the layer's scalar."""
+    """Returns `Layer.finish` for layer i of Gemma 4. The function adds the contribution of the
+    layer's own input to h, and multiplies the sum by the layer's scalar."""
     layer, size = body.layers[i], body.hidden_size_per_layer_input
     own = [Projection(ops.base_of(layer[p]), f"{name}.{p}") for p in OWN_INPUT]
     norm, after = Norm.of(body.per_layer_projection_norm), Norm.of(layer.post_per_layer_input_norm)
@@ -192,8 +193,8 @@ def _finish(
     ]
 
     def own_input(tokens: mx.array) -> mx.array:
-        """Returns layer i's part of the sum of the tokens' second embedding and a normalized
-        projection of their first embedding."""
+        """Adds the tokens' second embedding to a normalized projection of their first embedding,
+        and returns layer i's part of the sum."""
         (x,) = ops.lora_linears(embed(tokens), [ops.Linear(base)])
         return ops.own_input(x, norm.weight, norm.eps, table, tokens, begin, factors)
 

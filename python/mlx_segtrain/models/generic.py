@@ -67,8 +67,8 @@ class _Body:
     layers: list[nn.Module]
 
     def run(self, tokens: mx.array, answers: Mapping[int, Callable[..., mx.array]]) -> mx.array:
-        """Runs the model on tokens, with each layer replaced by the function that `answers` has for
-        its index. A layer without such a function returns its first argument."""
+        """Runs the model on tokens, with each layer replaced by the function in `answers` for the
+        layer's index. A layer without a function in `answers` returns its first argument."""
 
         def first(*args: Any, **kwargs: Any) -> Any:
             return [*args, *kwargs.values()][0]
@@ -131,7 +131,7 @@ def _attached(
     params: Mapping[str, mx.array],
     updates: Updates,
 ) -> Iterator[None]:
-    """Sets the factors in `params` in the modules while the context is active."""
+    """Assigns the factors in `params` to the modules while the context is active."""
     for path, module in modules.items():
         for tensor in lora.ARRAYS:
             if f"{path}.{tensor}" in params:
@@ -230,7 +230,7 @@ def _try(body: _Body) -> int:
     tokens = mx.arange(TRIED)[None] + 1
     try:
         body.model.freeze()
-        body.model.train()  # a layer with a state then avoids kernels without a gradient
+        body.model.train()  # in this mode, stateful layers avoid kernels without a gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
         raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
@@ -280,9 +280,9 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Performs the checks of `_try` on a model in which only these layers are loaded. Compares them
-    with a run of the whole model in which the layers before them return random values. The result
-    may depend on these values only through h."""
+    """Performs the checks of `_try` on a model in which only these layers are loaded. Compares
+    their output with that in a run of the whole model in which the earlier layers return random
+    values. The output may depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
@@ -299,8 +299,9 @@ def _try_part(body: _Body, layers: range) -> int:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
 
     def together(seed: int) -> mx.array:
-        """Returns the output of these layers in a run of the whole model. The layers before them
-        return random values, which depend on the seed except in the layer directly before them."""
+        """Returns the output of these layers in a run of the whole model in which the earlier
+        layers return random values. The values depend on the seed, except those of the last earlier
+        layer."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

@@ -14,7 +14,7 @@ from . import of_type
 from .form import LayerForm, LayerHeaders, linked
 from .snapshot import MOST_LAYERS, Snapshot, quantization_of
 
-#: Parts of a model for text and images that are not loaded.
+#: Parts of a multimodal model that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 FLOATS = ("F16", "BF16")
 
@@ -55,9 +55,9 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the size in bytes of the loaded weights, or, for a rank, of the weights for which
-        `loads` returns True. With `float32`, half-precision weights count as float32, to which they
-        are converted on the CPU."""
+        """Returns the size in bytes of the weights for whose names `loads` returns True; by
+        default, these are all loaded weights. With `float32`, half-precision weights count as
+        float32, because they are converted to float32 on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
@@ -112,7 +112,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         whole = all(form.query > 0 < form.hidden for form in forms)
         if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # This matches models.layer.chain.
+            # This matches the code in models.layer.chain.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     wide = any(

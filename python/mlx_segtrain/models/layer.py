@@ -22,8 +22,9 @@ from .chain import NO_UPDATES, Chain, Head, Updates
 from .form import LayerForm, StageForm, linked
 
 #: The number of rows that an MLP computes at a time. With more tokens than this, the memory of the
-#: MLP does not grow, but its first matrix multiplication runs twice even if all values are kept.
-#: The number is the same for every plan, because the order in which rows are summed depends on it.
+#: MLP does not grow further, but its first matrix multiplication runs twice, even if the plan keeps
+#: all values. The number is the same for every plan, because the order in which rows are summed
+#: depends on it.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -286,8 +287,8 @@ class Mlp:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A decoder layer: h + attention(h), then h + mlp(h), with norms before or after each branch,
-    multiplied by `factor`. If `finish` is set, it then maps h to the layer's output.
+    """A decoder layer: h + attention(h), then h + mlp(h), with norms before or after each branch.
+    The result is multiplied by `factor`; if `finish` is set, it then maps h to the layer's output.
 
     Attention and MLP are separate stages, so that they can be recomputed separately. `donor` names
     the layer whose keys and values this layer reads.
@@ -303,7 +304,7 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: a scalar
-    #: The function also receives the tokens [B, T], from which it computes an input of the width
+    #: This function also receives the tokens [B, T], from which it computes an input of width
     #: `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
@@ -362,8 +363,8 @@ class Layer:
     def _added(
         self, h: mx.array, r: mx.array, after: Norm | None, factor: mx.array | None = None
     ) -> mx.array:
-        """Returns (h + r)·factor, where r is the output of a branch. If `after` is given, this norm
-        is first applied to r."""
+        """Returns (h + branch_scale·r)·factor, where r is the output of a branch. If the norm
+        `after` is given, it is applied to r first."""
         if after and self.branch_scale == 1:
             return after.added(h, r, factor)
         r = after(r) if after else r
@@ -506,7 +507,8 @@ def layer_of(
     attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
-    """Returns the layer for mlx-lm's modules, which must have the names that most families use.
+    """Returns the layer that uses mlx-lm's modules, which must have the names that most families
+    use.
 
     `paths` are the paths of the layer's linear layers. `attention` and `more` are additional fields
     of Attention and of Layer.
@@ -600,8 +602,8 @@ class Rotary:
 
 
 def rotary(rope: Any) -> Rotate:
-    """Returns our op for mlx-lm's rotary module. If our op does not support the module, returns the
-    module itself."""
+    """Returns our op with the settings of mlx-lm's rotary module. If our op does not support the
+    module, returns a function that runs the module itself."""
     kind = type(rope).__name__
     if kind == "NoPE":
         return lambda x, offset, segments: x

@@ -20,10 +20,10 @@ MOST_EXPERTS = 65_536
 #: Names of configuration values that determine how many modules are created.
 LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks)|\w+_layers|depth")
 EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\w*")
-#: Names of configuration values that repeat work for each token, and the maximum of these values.
+#: Names of configuration values that set how often work is repeated for each token, and the maximum
+#: of these values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Names of tokenizer settings whose values are text, even if a file with the name of the value
-#: exists.
+#: Names of tokenizer settings whose values are text, even if a file of that name exists.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 
@@ -76,8 +76,8 @@ def _names_other_file(text: str, folder: Path) -> bool:
 
 
 def check_model(snapshot: Snapshot) -> None:
-    """Raises InputError for a configuration that names a program or more layers than there are
-    tensors, and for weights without a valid header."""
+    """Raises InputError for a configuration that names a program or specifies more layers than
+    there are tensors, and for weights without a valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
             f"model_dir {snapshot.folder} contains a program (model_file in config.json), "

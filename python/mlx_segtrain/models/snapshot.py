@@ -18,7 +18,8 @@ from ..safetensors import FLOATS, Tensors, read_header
 
 #: Maximum number of tensors, and maximum number of layers, in a model.
 MOST_TENSORS, MOST_LAYERS = 400_000, 4096
-#: MLX's modes whose scales are not floating-point values, keyed by bits and group size.
+#: MLX's quantization modes whose scales are not floating-point values, keyed by bits and group
+#: size.
 CODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
@@ -109,8 +110,8 @@ def quantization_of(
     quantized.
 
     As in mlx-lm, the number of groups determines the width, and the width determines the bits. If
-    they do not fit together, raises LookupError, TypeError, ValueError, AttributeError or
-    ArithmeticError.
+    the configuration does not match the tensors, raises LookupError, TypeError, ValueError,
+    AttributeError or ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))
     if f"{path}.scales" not in tensors or dtype != "U32":

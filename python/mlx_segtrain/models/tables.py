@@ -1,7 +1,7 @@
 """Determines the number of tokens and positions of a loaded model.
 
-MLX reads and writes past the end of a table without an error. Therefore indices are compared with
-the number of rows that were loaded, not with config.json.
+MLX reads and writes past the end of a table without an error. Therefore, indices are compared with
+the number of rows that were loaded, not with the numbers in config.json.
 """
 
 import re

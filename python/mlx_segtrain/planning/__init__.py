@@ -36,10 +36,10 @@ __all__ = [
 
 #: Sequence lengths are planned in multiples of this number.
 STEP = 128
-#: On CUDA the host launches ops ahead of the device, so a step needs more memory than its plan. The
-#: additional memory, measured on an H200 (bench/LOG.md), is this fraction of `overshoot`: AHEAD if
-#: MLX waits for the device at the peak of the plan, and LEAST if its limit is so low that it waits
-#: before most ops.
+#: On CUDA, the host launches ops ahead of the device, so a step needs more memory than its plan
+#: states. The additional memory, measured on an H200 (bench/LOG.md), is this fraction of
+#: `overshoot`: AHEAD if MLX waits for the device at the peak of the plan, and LEAST if its limit is
+#: so low that it waits before most ops.
 AHEAD, LEAST = 0.8, 0.5
 #: Possible sizes, in bytes, of the freed buffers that MLX keeps for reuse on CUDA. Without them,
 #: MLX would constantly free and reallocate memory, which takes a tenth of the time of a step if the
@@ -75,7 +75,7 @@ class Planned:
 
 
 def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
-    """Describes cuts in words. `layers` lists the number of stages after which each layer ends.
+    """Describes cuts in words. `layers` lists, for each layer, the number of stages up to its end.
     Stages before `first` need no backward pass."""
 
     def within(start: int, end: int) -> int:
@@ -121,7 +121,7 @@ def planned(
     the device, and `buffers` bytes of freed buffers that MLX keeps for reuse.
 
     MLX may allocate up to `above` bytes more than its limit. If `buffers` is None, the limit is
-    lower by this amount.
+    therefore reduced by this amount.
     """
     chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
     plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
@@ -161,10 +161,10 @@ def overshoot(
     """Returns the number of bytes that MLX may allocate above the limit at which it waits for the
     device.
 
-    MLX waits before an op, and then allocates the op's outputs. The largest outputs are gate and up
-    of all tokens; if the MLP is tiled, they are those of attention's backward pass, which together
-    have the same size. The dequantized weight of an adapted head may be even larger. On the CPU,
-    the head allocates memory when it runs, not when its graph is built.
+    MLX waits before an op, and then allocates the op's outputs. The largest outputs are those of
+    gate and up for all tokens. If the MLP is tiled, the largest outputs are those of attention's
+    backward pass, which have the same total size. The dequantized weight of an adapted head may be
+    even larger. On the CPU, the head allocates memory when it runs, not when its graph is built.
     """
     widest = max(2 * layer.hidden for layer in model.layers)
     longest = max(shape.length for shape in batch.streams)
@@ -187,7 +187,7 @@ def choose(
     returns the plan with the lowest peak. If `part` is given, the plan is for this part of a
     pipeline.
 
-    On CUDA the plan leaves room, if possible, for memory that the host allocates ahead of the
+    On CUDA, the plan leaves room, if possible, for memory that the host allocates ahead of the
     device.
     """
     costs = costs_of_part(costs_of(model, batch, ranks, device), model, batch, device, part)

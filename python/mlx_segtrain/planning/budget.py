@@ -16,7 +16,7 @@ INTERPRETER = 1 << 29
 
 
 def device(deterministic: bool = False, size: int = 2) -> Device:
-    """Returns a description of MLX's default device for the estimate. `size` is the size of an
+    """Returns a description of MLX's default device for memory estimates. `size` is the size of an
     element on a GPU, in bytes."""
     if mx.default_device() == mx.Device(mx.cpu):
         return CPU

@@ -2,9 +2,9 @@
 model families that run on our ops.
 
 Each op reports the memory that it needs internally, which depends on its implementation
-(csrc/core/cost.h). This module adds the arrays around the ops, in elements per token. The results
-agree with measurements (bench/memory.py). Work is the number of floating-point operations in matrix
-multiplications.
+(csrc/core/cost.h). This module adds the memory of the arrays outside the ops, in elements per
+token. The results agree with measurements (bench/memory.py). Work is the number of floating-point
+operations in matrix multiplications.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ class _Stage:
         saved: int = 0,
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
-        """Returns the cost of the stage. The arguments are in bytes and do not include the
-        gradients of the parameters, which this method adds. Only the stages of the last stream
-        store these gradients. `work` has four parts: the forward pass, its recomputation, the part
-        of the recomputation that saved values make unnecessary, and the backward pass."""
+        """Returns the cost of the stage. The arguments are in bytes. They do not include the
+        gradients of the parameters, because this method adds them. Only the stages of the last
+        stream store these gradients. `work` has four parts: the forward pass, its recomputation,
+        the part of the recomputation that saved values make unnecessary, and the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -122,7 +122,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # For pairs, the inputs also specify to which of a row's two sequences each token belongs.
+    # For pairs, the inputs also specify which of a row's two sequences each token belongs to.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -135,8 +135,8 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # In addition to the weights, this includes the factors, AdamW's two moments and, on a GPU,
-        # a measured constant.
+        # The weights, the factors with AdamW's two moments and, if gradients are accumulated, their
+        # sum; on a GPU, also a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -146,8 +146,8 @@ def costs_of(
 
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
-    """Counts the (query, key) pairs for which causal attention with this window attends to the key.
-    Queries are the last `rows` of `keys` positions."""
+    """Counts the (query, key) pairs in which the query attends to the key, in causal attention with
+    this window. Queries are the last `rows` of `keys` positions."""
     seen = window or keys
     full = max(0, min(rows, keys - seen))  # queries that attend to a full window
     ramp = rows - full
@@ -156,7 +156,7 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the pairs that `pairs` counts, for all queries of a sequence."""
+    """Counts the same pairs as `pairs`, for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
@@ -170,8 +170,8 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
     tokens = rows * shape.length if k else out
-    # The keys that a branch sees are copied to a separate array, and the outputs of both parts are
-    # copied to a common one.
+    # The keys that a branch sees are copied to a separate array. The outputs of both parts are
+    # copied to a common array.
     behind = rows * (shape.shared + shape.branch) if shape.branch else 0
     both = out * (shape.branch > 0)
     op = _core.attention_cost(
@@ -189,9 +189,10 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         packed=shape.part > 0,
     )
     dora = batch.dora and stage.parameters > 0
-    # On CUDA one pass splits the output of the joint matrix multiplication into heads (`lora_qkv`).
-    # This output is then freed, unless norms read it again; the values are a copy. On other devices
-    # RoPE reads columns of this output and, if there is no norm in between, copies them first.
+    # On CUDA, one pass splits the output of the joint matrix multiplication into heads
+    # (`lora_qkv`). This output is then freed, unless norms read it again; the values are a copy. On
+    # other devices, RoPE reads columns of this output, which it copies first if there is no norm in
+    # between.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -239,7 +240,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
 
 def _mlp(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     """Returns the cost of the MLP. In the code, h is the number of elements per token in the
-    residual stream, and f the number inside the MLP."""
+    residual stream, and f is the number inside the MLP."""
     batch, device = stage.batch, stage.device
     tokens = batch.rows * after
     h, f, size = stage.model.width, layer.hidden, device.size
@@ -297,8 +298,8 @@ def _embedding(stage: _Stage) -> _core.StageCost:
 def _head(
     model: ModelShape, batch: BatchShape, parameters: int, device: Device
 ) -> tuple[int, float]:
-    """Returns the peak memory of the head in bytes, including h and its gradient, and the work of
-    the head. An adapted head computes its logits twice."""
+    """Returns the peak memory of the head in bytes, which includes h and its gradient, and also
+    returns the work of the head. An adapted head computes its logits twice."""
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary

@@ -22,9 +22,9 @@ LOOKED_AT = 64
 
 
 def pays(config: TrainConfig, data: Dataset) -> bool:
-    """Returns whether to pack rows: for sft, if an epoch then fits into memory and takes less time;
-    for grpo, always; for other methods, never. No rows are packed if the model family does not
-    support it."""
+    """Returns whether to pack rows: for sft, only if an epoch with packing fits into memory and
+    takes less time; for grpo, always; for other methods, never. Rows are not packed if the model
+    family does not support packed rows."""
     if not read_shape(config.model_dir).fast:
         return False
     if config.method == "grpo":  # its rows are not known before they are generated

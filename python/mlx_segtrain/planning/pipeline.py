@@ -44,7 +44,7 @@ class Part:
         return min(self.ranks - self.rank, self.batches)
 
     def reads(self, name: str) -> bool:
-        """Returns whether a weight belongs to these layers. This is false for weights outside all
+        """Returns whether a weight belongs to these layers. Returns False for weights outside all
         layers, which are read when they are needed."""
         layer = layer_number(name)
         return layer is not None and self.begin <= layer < self.end
@@ -145,8 +145,7 @@ def _layers_of(costs: _core.Costs, part: Part) -> list[int]:
 
 
 def _border(costs: _core.Costs, part: Part, at: int) -> Border:
-    """Returns the values that are sent from the layers before index `at` to the layers from `at`
-    on."""
+    """Returns the values that the layers before index `at` send to the remaining layers."""
     if at in (0, part.layers):
         return Border((), (), frozenset())
     before = [layer < at for layer in _layers_of(costs, part)]

@@ -12,7 +12,7 @@ from .splitting import Held, held
 
 @dataclass(frozen=True)
 class Alternative:
-    """The plan for another budget, which is in bytes. `slower` is the relative increase in work,
+    """The plan for another budget. Sizes are in bytes. `slower` is the relative increase in work,
     compared with the chosen plan."""
 
     budget: int
@@ -27,13 +27,14 @@ class Alternative:
 class PlanReport:
     """The plan of a run. Memory is in bytes, and lengths are in tokens.
 
-    `tokens` is the length of a row of the data, including its last token, which is a target but not
+    `tokens` is the length of a row of the data, including the last token, which is a target but not
     an input. `longest` is the length of the longest row that fits, up to `max_length`, the context
     length of the model. `recomputed` is the ratio of recomputed to necessary work. If `predicted`
     is False, the planner does not know the model family, and the report contains only the weights
-    and the budget. With a method that generates completions, `rollout_batch` of them are generated
-    at once, which needs `rollout_peak` bytes. `ranks` contains predictions for data parallelism. If
-    there is a `pipeline`, the other fields describe the rank that is nearest to its budget.
+    and the budget. With a method that generates completions, `rollout_batch` completions are
+    generated at a time, with a peak memory of `rollout_peak` bytes. `ranks` contains predictions
+    for data parallelism. If `pipeline` is not empty, the other fields describe the rank whose peak
+    memory is closest to its budget.
     """
 
     family: str

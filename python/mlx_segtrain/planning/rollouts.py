@@ -1,5 +1,5 @@
-"""Determines how many completions can be generated at once, given the memory that caches and logits
-need."""
+"""Determines how many completions can be generated at a time, given the memory that caches and
+logits need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .budget import budget_bytes, device
 from .costs import Device, parameters_of
 from .run import adapter_ranks, resting_shape
 
-#: The number of tokens of a prompt that are processed at once.
+#: The number of prompt tokens that are processed at a time.
 PREFILL = 2048
 #: mlx-lm's caches grow in steps of this many tokens.
 CACHE_STEP = 256
@@ -24,7 +24,8 @@ SLACK = 64 << 20
 
 def cache_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
     """Returns the size, in bytes, of a sequence's cached keys and values, as if no layer had a
-    window. A cache starts with the length of the longest prompt in its batch."""
+    window. A cache starts at the length of the longest prompt in its batch and grows in steps of
+    CACHE_STEP, so it may be longer than `tokens`."""
     length = tokens + CACHE_STEP
     own = sum(layer.key_value for layer in shape.layers if layer.donor is None)
     return 2 * length * own * device.size
@@ -42,7 +43,7 @@ def rollout_bytes(config: TrainConfig, tokens: int, at_once: int) -> int | None:
 
 
 def rollouts_at_once(config: TrainConfig, tokens: int, every: int) -> int:
-    """Returns how many of `every` completions can be generated at once within the budget. Raises
+    """Returns how many of `every` completions can be generated at a time within the budget. Raises
     NoRoom if not even one fits."""
     shape = resting_shape(config)
     if not shape.fast:
@@ -79,9 +80,9 @@ def completions_of(config: TrainConfig, ranks: int) -> int:
 
 
 def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
-    """Returns the number of completions that a rank can generate at once if a completion and its
-    prompt have max_seq_length tokens, and the peak memory in bytes if it is predicted. Raises
-    NoRoom if not even one fits."""
+    """Returns the number of completions that a rank can generate at a time, and their peak memory
+    in bytes, or None if memory is not predicted. A completion and its prompt are assumed to have
+    max_seq_length tokens together. Raises NoRoom if not even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
         at_once = rollouts_at_once(config, tokens, completions_of(config, ranks))
@@ -91,7 +92,7 @@ def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Returns the memory that does not depend on the number of completions, and the memory per
     completion, in bytes. While the cache of a layer grows, both its old and its new array exist.
-    Prompts are processed while the caches of current completions are in memory."""
+    Prompts are processed while the caches of the current completions are in memory."""
     on = device(config.deterministic, shape.float_size)
     # The factors, the optimizer state, and a copy of the factors in the dtype of the model.
     numbers = sum(parameters_of(shape, adapter_ranks(config, shape), dora=False).values())

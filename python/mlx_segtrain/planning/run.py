@@ -36,9 +36,9 @@ T = TypeVar("T")
 class RunPlan:
     """The memory plan of a run. It is based on the largest batch for each number of streams.
 
-    `plans` contains the plan of each of the `batches`. It is empty for model families on the
-    generic path, which run on mlx-lm's layers, whose memory cannot be predicted. Such models use
-    one layer per segment, unless the configuration sets a size.
+    `plans` contains the plan of each of the `batches`. `plans` is empty for model families on the
+    generic path, because the memory of mlx-lm's layers cannot be predicted. Such models use one
+    layer per segment, unless the configuration sets a segment size.
     """
 
     shape: ModelShape
@@ -102,7 +102,7 @@ class RunPlan:
 
     def longest(self, budget: int | None = None) -> int:
         """Returns the largest number of tokens per row that fits into memory, up to the context
-        length of the model. If no segment size is configured, any plan may be used."""
+        length of the model. If no segment size is configured, considers all plans."""
         most, batch = self.budget if budget is None else budget, self.batch
 
         def fits(length: int) -> bool:
@@ -112,8 +112,8 @@ class RunPlan:
         return min(longest(fits), most_known) if most_known else longest(fits)
 
     def least_peak(self, batch: BatchShape) -> int:
-        """Returns the peak memory of a batch, in bytes. If no segment size is configured, it is the
-        lowest peak of any plan."""
+        """Returns the peak memory of a batch, in bytes. If no segment size is configured, this is
+        the lowest peak of all plans."""
         what = self._of(batch)
         if self.size is not None:
             return named(*what, self.size, self.part).peak
@@ -200,8 +200,8 @@ def _ways(config: TrainConfig) -> dict[str, bool]:
 
 def full_batch(config: TrainConfig, loss: float = 1.0, shared: float = 0.0) -> BatchShape:
     """Returns the shape of a batch whose rows have max_seq_length tokens. `loss` is the fraction of
-    the tokens that is in the loss, at the end of each row. `shared` is the fraction that the two
-    sequences of a pair share, at their beginning."""
+    each row, at its end, that is in the loss. `shared` is the fraction of each sequence, at its
+    beginning, that the two sequences of a pair share."""
     # The last token of a row is a target, but not an input. Packed rows are neither padded nor
     # trimmed.
     packs, rows = config.packing is True, config.batch_size
@@ -232,8 +232,8 @@ def first_that_fits(
     measures: bool = False,
 ) -> tuple[T, RunPlan]:
     """Returns the first choice whose shapes fit into memory, with its plan. If none fits, raises
-    the error that plan_run raises for the first choice. With `measures`, the attention kernels may
-    be timed first on a Mac."""
+    the error that plan_run raises for the first choice. On a Mac, `measures` allows the attention
+    kernels to be timed first."""
     plans = []
     for own in choices:
         plans.append(planned(config, shapes(own), measures=measures))
@@ -259,9 +259,9 @@ def planned(
     measures: bool = False,
     fills: bool = True,
 ) -> RunPlan:
-    """Returns the plan of a run, even if it does not fit into memory. If `fills` is False, it does
-    not contain the plans of the batches. Raises InputError if the model does not support such
-    batches, and NoRoom if the weights alone do not fit."""
+    """Returns the plan of a run, even if it does not fit into memory. If `fills` is False, the
+    result does not contain the plans of the batches. Raises InputError if the model does not
+    support such batches, and NoRoom if the weights alone do not fit."""
     shape = resting_shape(config)
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
@@ -298,8 +298,8 @@ def planned(
     return run.filled() if fills else run
 
 
-#: With at least this many tokens in a row, a kernel may take a large part of a second on a small
-#: GPU.
+#: With at least this many tokens in a row, a kernel may run for a large fraction of a second on a
+#: small GPU.
 LONG = 16384
 #: The number of kernels per command buffer for such rows, because macOS aborts work that blocks the
 #: display for too long.

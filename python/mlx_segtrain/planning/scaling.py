@@ -16,10 +16,11 @@ from .speeds import SPEEDS
 
 #: The numbers of ranks that the table lists in addition to the requested number.
 SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
-#: The latency between two ranks, in seconds: a typical value for two machines connected by
+#: The assumed latency between two ranks, in seconds, which is typical of two machines connected by
 #: Ethernet.
 LATENCY = 50e-6
-#: The default bandwidth of the network, in 10⁹ bytes per second: that of 10 Gbit/s Ethernet.
+#: The default bandwidth of the network, in 10⁹ bytes per second. It corresponds to 10 Gbit/s
+#: Ethernet.
 LINK = 1.25
 
 
@@ -36,7 +37,7 @@ class Scaled:
 
 
 def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
-    """Predicts steps on 2 to 256 ranks and on `ranks` ranks, if links transfer `link_gb_s` · 10⁹
+    """Predicts steps on 2 to 256 ranks and on `ranks` ranks whose links transfer `link_gb_s` · 10⁹
     bytes per second.
 
     `batch_s` is the time of a batch on one rank in seconds; by default it is predicted (speeds.py).

@@ -18,7 +18,7 @@ from .run import RunPlan, planned
 from .speeds import SPEEDS
 
 #: HALVINGS is the number of bisection steps for the time of the slowest rank; MOST_SECONDS is an
-#: upper bound of this time.
+#: upper bound on this time.
 HALVINGS, MOST_SECONDS = 24, 1e300
 
 
@@ -37,8 +37,8 @@ class Held:
     """A rank's share of a pipeline. Sizes are in bytes.
 
     For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
-    computes for `seconds`. `busy` is the fraction of a step in which the rank computes. Times are
-    predicted (speeds.py). `peak` is None if memory is not predicted.
+    computes for `seconds`. `busy` is the fraction of a step during which the rank computes. Times
+    are predicted (speeds.py). `peak` is None if memory is not predicted.
     """
 
     rank: int
@@ -52,7 +52,7 @@ class Held:
 
 
 def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[RunPlan]:
-    """Returns the plan of each of these ranks for steps of `batches` micro-batches. Raises
+    """Returns the plan of each rank in `members` for steps of `batches` micro-batches. Raises
     InputError if there are more ranks than layers, and NoRoom if the ranks do not have enough
     memory."""
     layers = run.shape.n_layers
@@ -83,8 +83,8 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
 def pipeline_runs(
     config: TrainConfig, batch: BatchShape, ranks: int, budgets: Sequence[float]
 ) -> list[RunPlan]:
-    """Returns the plans of a pipeline of `ranks` devices like this one. `budgets` are in 10⁹ bytes;
-    the default is the budget of this device."""
+    """Returns the plans of a pipeline of `ranks` devices of the same kind as this machine's device.
+    `budgets` are in 10⁹ bytes; the default is the budget of this machine's device."""
     if budgets and len(budgets) != ranks:
         raise InputError(
             f"--rank-budgets has {len(budgets)} values, but --ranks is {ranks}: pass one per rank."
@@ -146,8 +146,8 @@ def split(
     fits: Callable[[Part], bool],
     seconds: Callable[[Part], float],
 ) -> list[Part]:
-    """Returns the parts that minimize the time of the slowest part, if each part must fit into the
-    memory of its rank.
+    """Returns the parts that minimize the time of the slowest part, provided that each part fits
+    into the memory of its rank.
 
     Adding layers to a part must not reduce its time or memory. Raises InputError if there are more
     ranks than layers, and NoRoom if no division of the layers fits.
@@ -165,8 +165,8 @@ def split(
         return seconds(part) if fits(part) else math.inf
 
     def cut(limit: float) -> list[Part]:
-        """Assigns to each rank as many layers as it can run within `limit` seconds. Returns fewer
-        parts than there are ranks if not all layers can be assigned."""
+        """Assigns to each rank as many layers as it can run within `limit` seconds. If not all
+        layers can be assigned, returns fewer parts than there are ranks."""
         parts, begin = list[Part](), 0
         for rank in range(ranks):
 
