@@ -16,7 +16,7 @@
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin:$PATH"
 command -v mlx-segtrain > /dev/null || { echo "mlx-segtrain is not on PATH: install it with pip, or run make dev." >&2; exit 2; }
 
-# Prints the folder of a model in the hub's cache. If there are several snapshots of the model, prints the newest.
+# Prints the folder of a model in the Hugging Face cache. If there are several snapshots of the model, prints the newest.
 cached() {
   local hub="${HF_HUB_CACHE:-${HF_HOME:-$HOME/.cache/huggingface}/hub}"
   ls -dt "$hub"/models--*--"$1"/snapshots/*/ 2> /dev/null | head -1 || true
@@ -45,7 +45,7 @@ knobs() {
   local name=$1 model=$2 adapter=$3
   local seq=${SEQ:-$(sed -n 's/^max_seq_length: *\([0-9]*\).*/\1/p' "$name.yaml")}
   MODEL=${MODEL:-$(cached "$model")}
-  [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the hub's cache: set it to the folder of a model." >&2; exit 2; }
+  [ -n "$MODEL" ] || { echo "MODEL is not set, and no $model is in the Hugging Face cache: set it to the folder of a model." >&2; exit 2; }
   [ -n "${DATA:-}" ] || { echo "DATA is not set: set it to a folder with train.jsonl." >&2; exit 2; }
   flags=(--config "$name.yaml" --model "$MODEL" --data "$DATA"
          --adapter-path "${ADAPTER:-$HOME/.cache/mlx-segtrain/finetunes/$adapter-seq$seq}")

@@ -218,7 +218,7 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
     [
         (None, "cannot be read"),
         ("{", "is not JSON"),
-        ({"hosts": 3}, "is not a host file of mlx.launch: hosts: "),
+        ({"hosts": 3}, "is not a hostfile of mlx.launch: hosts: "),
         ([HERE, {"ips": []}], "hosts.1.ssh: "),
         ([HERE, {**THERE, "ssh": "-oProxyCommand=x"}], "hosts.1.ssh: "),
         ([HERE], "fewer than 2 hosts"),

@@ -40,7 +40,7 @@ ADAPTER = ["README.md", "adapter_config.json", "adapters.safetensors"]
 
 
 def test_the_token_of_the_hub_lies_outside(tmp_path, monkeypatch):
-    """By default the roots are the working directory and the hub's cache of models."""
+    """By default the roots are the working directory and the Hugging Face cache."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"

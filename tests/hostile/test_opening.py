@@ -86,7 +86,7 @@ def test_every_way_to_open_a_link_to_elsewhere(tmp_path):
     assert (outside / "secret").read_text() == CANARY  # the file was not truncated either
     (root / "file").unlink()
     (root / "real").write_text("mine")
-    (root / "file").symlink_to(root / "real")  # the hub's cache has such links
+    (root / "file").symlink_to(root / "real")  # the Hugging Face cache has such links
     seen = json.loads(python(CONFINED, root))
     assert seen.pop("relative") == "(None, 'mine')"
     writes = {name: seen.pop(name) for name in ("write", "append", "write text", "truncate")}

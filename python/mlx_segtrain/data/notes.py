@@ -43,7 +43,7 @@ class Notes:
     prompt_format: str | None = None
 
     def add(self, other: "Notes") -> None:
-        """Adds the counts of other rows, except those that count samples or turns."""
+        """Adds the counts of other rows, except the counts of samples and turns."""
         self.rows += other.rows
         self.ignored += other.ignored
         self.repeated += other.repeated

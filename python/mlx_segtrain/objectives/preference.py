@@ -178,8 +178,8 @@ class Pairs(Objective):
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the tokens [B, T] of a stream, and its positions in the loss as arrays like those
-        that `_rows` returns."""
+        """Returns the tokens [B, T] of a stream, and its positions in the loss in the same form as
+        `_rows`."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
         if not stream.branch:  # the last token of a sequence is only a target
             return sides[stream.name], self._rows(batch, stream.name)

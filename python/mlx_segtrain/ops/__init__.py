@@ -531,6 +531,6 @@ def linear_log_probs(
 
 
 def dequantize(base: Base, dtype: mx.Dtype = mx.float32) -> mx.array:
-    """Returns a quantized weight as an array [out, in] of `dtype`. On a CPU, the values are those
-    that mx.dequantize computes in float32, cast to `dtype`."""
+    """Returns a quantized weight as an array [out, in] of `dtype`. On a CPU, the values are equal
+    to the float32 results of mx.dequantize, cast to `dtype`."""
     return _core.dequantize(base, dtype)

@@ -19,7 +19,7 @@ BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
 
 
 class Host(BaseModel):
-    """A host in mlx.launch's host file: its SSH name, the addresses at which other ranks reach it,
+    """A host in mlx.launch's hostfile: its SSH name, the addresses at which other ranks reach it,
     and, for JACCL, the devices that connect it to each rank."""
 
     ssh: str = Field(min_length=1, pattern="^[^-]")  # ssh would read a name such as -x as an option
@@ -28,7 +28,7 @@ class Host(BaseModel):
 
 
 class Hosts(BaseModel):
-    """The content of mlx.launch's host file, which has one entry per rank."""
+    """The content of mlx.launch's hostfile, which has one entry per rank."""
 
     hosts: list[Host]
     backend: str = ""  #: if empty, nccl is used with CUDA, otherwise ring
@@ -84,7 +84,7 @@ def local(count: int) -> Hosts:
 
 
 def read(file: Path) -> Hosts:
-    """Reads a host file in mlx.launch's format. Raises InputError if the file cannot be used."""
+    """Reads a hostfile in mlx.launch's format. Raises InputError if the file cannot be used."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         own = Hosts.model_validate({"hosts": found} if isinstance(found, list) else found)
@@ -96,7 +96,7 @@ def read(file: Path) -> Hosts:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise InputError(
-            f"--hostfile {file} is not a host file of mlx.launch: {where}: {first['msg']}."
+            f"--hostfile {file} is not a hostfile of mlx.launch: {where}: {first['msg']}."
         ) from None
     except ValueError as error:
         raise InputError(f"--hostfile {file} is not JSON ({error}): correct it.") from None

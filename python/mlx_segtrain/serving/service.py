@@ -211,7 +211,7 @@ class Service:
 
     def data_place(self, text: str | Path) -> Path:
         """Returns the path of data below the roots, or the name and commit of a data set in the
-        hub's cache. Raises InputError or Outside.
+        Hugging Face cache. Raises InputError or Outside.
 
         The cache may contain private data sets. Therefore only clients that may download can use
         it.
@@ -222,7 +222,7 @@ class Service:
         self._check_downloads(str(text))
         train, _ = sources_of(str(text), ask=False)
         own = hub.origin(next(iter(train.files.values())))
-        assert own is not None  # these files are in the hub's cache
+        assert own is not None  # these files are in the Hugging Face cache
         self.roots.open(own.folder)
         folder = self.roots.resolve(own.folder / "snapshots" / str(own.revision))
         return Path(repository.pinned(str(text), folder))

@@ -60,6 +60,7 @@ class Settings:
     @property
     def folders(self) -> tuple[Path, ...]:
         """The folders in which clients may use paths: the given roots (by default the working
-        directory and the hub's cache), the server's store, and the served model and adapter."""
+        directory and the Hugging Face cache), the server's store, and the served model and
+        adapter."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

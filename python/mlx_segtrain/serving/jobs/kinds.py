@@ -178,7 +178,7 @@ def download(values: Values) -> events.Event:
         else:
             train, _ = sources_of(values["name"], tell=pass_on)
             own = hub.origin(next(iter(train.files.values())))
-            assert own is not None  # these files are in the hub's cache
+            assert own is not None  # these files are in the Hugging Face cache
             folder = own.folder / "snapshots" / str(own.revision)
     except KeyboardInterrupt:
         kept = "the downloaded part is kept: another download continues from there"
