@@ -1,8 +1,8 @@
 """Converts mlx-lm models to chains of stages that use our ops. No other package distinguishes model
 families.
 
-The weights, the configuration, the tokenizer and the forward pass for generation come from mlx-lm. A
-fast family is a module in FAMILIES that has the members of `Family`. Every other model uses the
+The weights, the configuration, the tokenizer and the forward pass for generation come from mlx-lm.
+A fast family is a module in FAMILIES that has the members of `Family`. Every other model uses the
 generic path.
 """
 
