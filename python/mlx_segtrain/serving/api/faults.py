@@ -1,4 +1,4 @@
-"""Turns errors into responses: one sentence, in the format that clients of the path expect."""
+"""Turns errors into responses of one sentence: in OpenAI's format for /v1, otherwise in ours."""
 
 import json
 import reprlib
@@ -15,7 +15,7 @@ from starlette.routing import Match, Mount
 from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
-#: The retry-after header, in seconds by status, for /v1 and for other paths.
+#: Values of the retry-after header, in seconds, by status: for /v1, and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields whose values must not appear in responses.
@@ -27,8 +27,8 @@ SHOULD_BE = "input should be "
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
     """Returns a sentence about one error, and details: its field, the value and the allowed values.
 
-    Unknown fields take precedence, because a misspelled field is often the reason why another one
-    is missing.
+    Unknown fields take precedence, because a misspelled field is often the reason why a required
+    field is missing.
     """
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     if fault["type"] == "json_invalid":
@@ -92,7 +92,7 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns the name of a field, which a client may have chosen, or an index as text."""
+    """Returns an index, or the name of a field (which a client may have chosen), as safe text."""
     return str(part) if isinstance(part, int) else word(part)
 
 
@@ -110,8 +110,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Adds handlers that respond to every error with one sentence. The package's own errors have a
-    status."""
+    """Adds handlers that respond to every error with one sentence. The package's own errors specify
+    the status of the response."""
 
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
@@ -173,7 +173,7 @@ def error_answer(
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns an error in the format of the path: OpenAI's format for /v1, and ours for other
+    """Returns the content of an error response: in OpenAI's format for /v1, and in ours for other
     paths."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)

@@ -65,7 +65,7 @@ class RunRequest(_fields(name for name in TrainConfig.model_fields if name not i
 class Ranked(BaseModel):
     """The number of processes of a training run (docs/distributed.md)."""
 
-    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most `ranks` in GET /api/state.")
 
 
 class FinetuneSubmit(RunRequest, Ranked):
@@ -113,7 +113,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
     tags: list[str]
     log_path: str
     ranks: Figures | None = Field(
-        description="The last reports of the processes of a training run with several ranks."
+        description="The latest report of each process of a training run with several ranks."
     )
     result: Any = None
 
@@ -218,7 +218,9 @@ class ReadSettings(Answer):
 
 
 class Uploaded(Answer):
-    path: str = Field(description="Path of the folder of the file, for data_dir or adapter_path.")
+    path: str = Field(
+        description="Path of the folder that contains the file: a data_dir or adapter_path."
+    )
     size_bytes: int = Field(description="The size of the file.")
 
 
@@ -270,7 +272,9 @@ class HasHfToken(Answer):
 
 class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
-    model_dir: str | None = Field(None, description="If it is given, tokens are counted and shown.")
+    model_dir: str | None = Field(
+        None, description="If set, this model's tokenizer counts and shows tokens."
+    )
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
 
@@ -296,7 +300,7 @@ class FieldRow(BaseModel):
     )
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="The defaults of methods whose default differs.")
+    defaults: dict[str, str] = Field(description="Defaults of methods that do not use `default`.")
     required: bool
     methods: list[str]
     affects: list[str]
@@ -363,13 +367,13 @@ class State(Answer):
     """The state of the server."""
 
     served: Served | None
-    waits: bool = Field(description="Whether requests are refused until the current job has ended.")
+    waits: bool = Field(description="Whether /v1 refuses requests until the current job ends.")
     training: bool = Field(description="Whether a job is using the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")
     ranks: int = Field(description="The maximum number of processes of a training run.")
     device: DeviceRow
-    uploads: str = Field(description="The folder of uploads.")
+    uploads: str = Field(description="The folder for uploaded files.")
     running: list[JobRow]
     waiting: int = Field(description="The number of jobs in the queue.")
 
