@@ -72,7 +72,7 @@ class Answers:
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         # For each completion:
         self._called = [0] * len(opened)  # number of tool calls
-        self._forced = [""] * len(opened)  # its text, if it consists of tool calls
+        self._forced = [""] * len(opened)  # its text, if tool calls are forced
         self._made = [0] * len(opened)  # number of tokens
         # The number of characters already sent, and a decoder that stores the bytes of an
         # incomplete character.
@@ -190,8 +190,8 @@ class Answers:
         return found
 
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
-        """Parses `texts`, which the model wrote between its tags for tool calls, with mlx-lm, and
-        adds the calls to `delta`."""
+        """Parses `texts` (the texts between the model's tags for tool calls) with mlx-lm, and adds
+        the calls to `delta`."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
         ask = self.base.confined.ask
         limits = Limits.of_prompt(size)

@@ -1,8 +1,8 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
 A body of a few bytes may contain millions of values, each of which uses memory and blocks the
-server. Therefore the values are counted before the body is parsed, by the punctuation outside
-strings.
+server. Therefore, before a body is parsed, the punctuation outside strings is counted to limit the
+number of values.
 """
 
 import json

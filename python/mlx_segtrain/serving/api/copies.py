@@ -25,8 +25,8 @@ DEEP = 100
 
 
 def command(values: Mapping[str, Any], ranks: int = 1) -> str:
-    """Returns the command line of a run, one option per line. If `ranks` is
-    above 1, the command starts all ranks on this machine."""
+    """Returns the command line of a run, one option per line. If `ranks` is greater than 1, the
+    command starts all ranks on this machine."""
     words = [_option(name, value) for name, value in values.items()]
     start = "mlx-segtrain train"
     if ranks > 1:

@@ -65,7 +65,9 @@ class RunRequest(_fields(name for name in TrainConfig.model_fields if name not i
 class Ranked(BaseModel):
     """The number of processes of a training run (docs/distributed.md)."""
 
-    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most `ranks` in GET /api/state.")
+    ranks: Int = Field(
+        1, ge=1, le=MOST_RANKS, description="At most the value of `ranks` in GET /api/state."
+    )
 
 
 class FinetuneSubmit(RunRequest, Ranked):

@@ -84,7 +84,8 @@ class Format(Request):
 
 
 class Structure(Request):
-    """The format of the completion, in vLLM's fields. Only one of these fields may be set."""
+    """The format of the completion, specified with vLLM's fields. Only one of these fields may be
+    set."""
 
     json_: str | dict[str, Any] | None = Field(
         None, alias="json", description="a JSON schema that the completion must match"
@@ -106,7 +107,9 @@ class Structure(Request):
 class StreamOptions(Request):
     """Options for additional chunks of a stream."""
 
-    include_usage: bool | None = Field(None, description="whether the last chunk contains usage")
+    include_usage: bool | None = Field(
+        None, description="whether the last chunk contains the numbers of tokens"
+    )
     neutral = IN_STREAM_OPTIONS
 
 
@@ -479,8 +482,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no access token: otherwise, anyone could use the "
-        "number to find out other clients' prompts"
+        description="null if the server has no access token, because the number could reveal "
+        "other clients' prompts to anyone"
     )
     completion_tokens_details: CompletionTokensDetails
 

@@ -73,8 +73,8 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields that also exist in chat requests have the
-    same meaning here."""
+    """A request for a response. Fields that also exist in chat requests have the same
+    meaning here."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None

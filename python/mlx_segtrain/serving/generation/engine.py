@@ -44,8 +44,8 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Maximum number of running requests, and of waiting requests.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: If other requests wait, a request's turn ends after TURN_S seconds. The request then waits and
-#: keeps its cache, but at most MOST_PAUSED caches are kept in this way. A request that has not
+#: If other requests are waiting, a request's turn ends after TURN_S seconds. The request then waits
+#: and keeps its cache, but at most MOST_PAUSED caches are kept in this way. A request that has not
 #: started after LONGEST_WAIT_S seconds is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
 #: Before a model is loaded, the engine waits up to SWAP_S seconds for completions in progress; no
@@ -270,7 +270,7 @@ class Engine:
                 self._give_up(Ended(self.fault))
         self._ended.set()
         # When a thread ends, MLX frees the thread's compiled functions, and needs Python to do so.
-        # If the process exited in that moment, it would abort (ml-explore/mlx#4110). Therefore the
+        # If the process exited at that moment, it would abort (ml-explore/mlx#4110). Therefore the
         # thread does not end before the process.
         threading.Event().wait()
 
@@ -372,7 +372,8 @@ class Engine:
         self._commands.clear()
         self.adapters = {}
         self._free_spare()
-        # MLX's work in progress may free Python functions, which must happen before Python exits.
+        # Wait for MLX's work in progress: it may free Python functions, which must happen before
+        # Python exits.
         mx.synchronize()
         mx.clear_cache()
 

@@ -80,8 +80,8 @@ class Jobs:
         roots: Sequence[Path] = (),
         hosts: Hosts | None = None,
     ):
-        """`check` raises InputError for a configuration that must not run. Jobs must not
-        follow links out of the folders `roots`. `hosts` are the hosts for a job's ranks."""
+        """`check` raises InputError for a configuration that must not run. `roots` are folders
+        that jobs must not leave by following links. `hosts` are the hosts for a job's ranks."""
         self.check, self.roots, self.folder = check, roots, folder
         self.hosts = hosts or local(1)
         self.logs = folder / "jobs"
