@@ -76,7 +76,7 @@ def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> lis
 
 
 def look(path: Path) -> Model:
-    """Returns the model in a folder. Raises InputError if the folder has no model."""
+    """Returns the model in a folder. Raises InputError if the folder contains no model."""
     snapshot = Snapshot(path)
     shape = read_shape(snapshot)
     bits = list(shape.bits.values())

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """Too much work is waiting. The message says what to do. The HTTP response has `status` and
-    `code`."""
+    """Too much work is waiting. The message says what to do. `status` and `code` are those of the
+    HTTP response."""
 
     status, code = 429, "busy"
 

@@ -67,7 +67,8 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits into memory, a message about it, and the plan if the run fits."""
+    """Whether a run fits into memory, a message that explains this, and the plan if the run
+    fits."""
 
     fits: bool
     message: str

@@ -25,7 +25,7 @@ SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """Returns a sentence about one error, and details: its field, the value and the allowed values.
+    """Returns a sentence about one of the errors, and its details: field, value and allowed values.
 
     Unknown fields take precedence, because a misspelled field is often the reason why a required
     field is missing.
@@ -60,7 +60,7 @@ def _within(
     faults: Sequence[Any], where: tuple[str, ...], body: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Returns the errors of a field, and their place in the body. For a union, returns the errors
-    of the member that fits best."""
+    of the member that fits the body best."""
     found = [(place(fault, body), fault) for fault in faults]
     found = [pair for pair in found if pair[0][: len(where)] == where]
     deepest = max((at for at, _ in found), key=len)

@@ -28,8 +28,8 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error as one sentence. If a field caused the error, also the field's name, its value and
-    the allowed values."""
+    """An error as one sentence. If a field caused the error, the response also contains the field's
+    name, its value and the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -292,8 +292,9 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` lists its effects outside training. The field applies to
-    `methods`, or to all methods if that list is empty."""
+    """A field of a run. `affects` lists what the field affects besides training: memory plans
+    (memory), evaluations (loss), inspections (rows). The field applies to `methods`, or to all
+    methods if that list is empty."""
 
     name: str
     title: str
@@ -306,7 +307,7 @@ class FieldRow(BaseModel):
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="Whether the list contains texts instead of names.")
+    texts: bool = Field(description="For a list: whether its items are texts instead of names.")
     allowed: str
     choices: list[str]
     is_list: bool

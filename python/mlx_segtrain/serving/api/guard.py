@@ -292,7 +292,8 @@ def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
-    """Returns the response in the format of the path, or, for a browser, a redirect to /login."""
+    """Returns the response to a refused request: an error in the API's format, or, for a browser
+    without access, a redirect to /login."""
     more = {"connection": "close"}  # the client may still send the body
     if refused.status == 401:
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":

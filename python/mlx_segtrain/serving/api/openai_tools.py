@@ -132,8 +132,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """Returns a schema whose references are relative to `root`, the schema's new place. If `named`
-    is set, the keys are names of schemas, not keywords."""
+    """Returns a schema whose references are relative to `root`, the schema's new location. If
+    `named` is set, the keys are names of schemas, not keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):

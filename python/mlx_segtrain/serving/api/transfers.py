@@ -60,8 +60,8 @@ router = APIRouter(
 
 @router.put("/api/datasets/{name}/{file}", responses=problems(409), openapi_extra=BODY)
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of a data set. The file is called train or valid, with the extension of its
-    format (docs/data.md)."""
+    """Uploads a file of a data set. The file must be called train or valid, with the extension of
+    its format (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a file of a data set must be called train or valid, with the extension of its format: "

@@ -29,7 +29,7 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: Maximum number of tokens in the rows that a report on a data set shows.
+#: Maximum number of tokens in the previewed rows of a report on a data set.
 SHOWN = 100_000
 #: Maximum number of characters in a token. A completion might repeat the longest token throughout.
 LONGEST_TOKEN = 2000

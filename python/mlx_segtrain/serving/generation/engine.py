@@ -358,7 +358,7 @@ class Engine:
             request.outbox.put(Busy(message))
 
     def _give_up(self, ended: RunError) -> None:
-        """Ends all requests with an error, and frees the memory."""
+        """Ends all requests with an error, and frees the model, the adapters and the caches."""
         for request in (*self._active, *self._waiting):
             request.cache = request.batch = None
             request.outbox.put(ended)
@@ -622,9 +622,9 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """Returns a cache with the longest known beginning of a prompt, without the prompt's last
-        token. For a deterministic request, whose completion must not depend on cached prompts,
-        returns an empty cache."""
+        """Returns a cache that contains the longest cached beginning of a prompt, but never the
+        prompt's last token. For a deterministic request, whose completion must not depend on
+        cached prompts, returns an empty cache."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base

@@ -38,8 +38,8 @@ MOST_SUM_BYTES = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model. `created` is a time in seconds since 1970. `max_length` is in tokens, or None
-    if it is not known."""
+    """A loaded model. `created` is a time in seconds since 1970. `max_length` is the context
+    length in tokens, or None if it is not known."""
 
     id: str
     path: Path

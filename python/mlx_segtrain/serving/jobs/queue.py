@@ -57,8 +57,8 @@ class Conflict(InputError):
 
 @dataclass
 class Live:
-    """A job that is waiting or running. At every change `changed` is set, and then replaced by a
-    new event."""
+    """A job that is waiting or running. At every change, the event `changed` is set and then
+    replaced by a new one."""
 
     pid: int | None = None
     interrupted: float = 0.0  #: the time of the first signal
@@ -323,8 +323,8 @@ class Jobs:
         self._run_next()
 
     async def _look(self, id: str, after: int) -> int:
-        """Updates a job's row from the events in its log after an offset, and notices when the job
-        has ended. Returns the new offset."""
+        """Updates a job's row from the events in its log after an offset, and records the end of
+        the job. Returns the new offset."""
         path, live = self.log(id), self.live[id]
         running = eventlog.is_written(path)
         found, end = eventlog.read(path, after, ended=not running)

@@ -71,7 +71,7 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The configuration. It is empty in rows for lists."""
+        """The configuration. It is empty in rows that were read for a list of jobs."""
         return json.loads(self.config_json or "{}")
 
     @property
