@@ -159,7 +159,7 @@ class Service:
 
     @property
     def waits(self) -> bool:
-        """Whether /v1 refuses requests until the current job ends."""
+        """Whether requests for completions are refused until the current job ends."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
     # Models, data and adapters on disk

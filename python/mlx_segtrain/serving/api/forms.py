@@ -370,7 +370,7 @@ class State(Answer):
     """The state of the server."""
 
     served: Served | None
-    waits: bool = Field(description="Whether /v1 refuses requests until the current job ends.")
+    waits: bool = Field(description="Whether completions are refused until the current job ends.")
     training: bool = Field(description="Whether a job is using the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")

@@ -306,7 +306,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes temporary files that a killed server has left behind."""
+    """Removes the temporary files that a killed server has left."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

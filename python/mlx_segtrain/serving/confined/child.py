@@ -133,8 +133,8 @@ class Child:
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long. This check is needed because tokens
-    are decoded in the engine's thread, which serves all requests, and not in this process."""
+    replacements make texts very long. This check is needed because tokens are decoded in the
+    engine's thread, which serves all requests, and not in this process."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return
