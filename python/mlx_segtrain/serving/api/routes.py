@@ -106,7 +106,7 @@ async def search(
 
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
-    """The folders below the server's roots that contain train.jsonl."""
+    """The folders below the server's roots that contain a training file, such as train.jsonl."""
     return forms.DatasetsAnswer(datasets=await service.datasets())
 
 
