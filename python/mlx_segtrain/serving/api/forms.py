@@ -273,7 +273,9 @@ class HasHfToken(Answer):
 
 
 class InspectDataset(_fields(affecting("rows"))):
-    path: str = Field(description="A folder with a training file (such as train.jsonl), or a single file.")
+    path: str = Field(
+        description="A folder with a training file (such as train.jsonl), or a single file."
+    )
     model_dir: str | None = Field(
         None, description="If set, this model's tokenizer counts and shows tokens."
     )
