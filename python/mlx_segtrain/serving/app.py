@@ -1,4 +1,4 @@
-"""Creates the application (the routes, the error handlers and the guard around them) and runs its
+"""Creates the application (the routes, the error handlers and the guard around them) and runs the
 server."""
 
 import asyncio

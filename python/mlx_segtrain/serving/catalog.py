@@ -26,8 +26,8 @@ PASSED = {"node_modules", "site-packages", "__pycache__", "state", "blobs", "bui
 
 @dataclass(frozen=True)
 class Model:
-    """A model on disk. `bits` is the most common number of bits per weight of its quantized layers.
-    `fast` is whether the model runs on the fast path."""
+    """A model on disk. `bits` is the most common number of bits per weight in quantized layers.
+    `fast` tells whether the model runs on the fast path."""
 
     id: str
     path: str
@@ -76,7 +76,7 @@ def models(roots: Sequence[Path], faults: list[Unreadable] | None = None) -> lis
 
 
 def look(path: Path) -> Model:
-    """Returns the model in a folder. Raises InputError if the folder has no model."""
+    """Returns the model in a folder. Raises InputError if the folder contains no model."""
     snapshot = Snapshot(path)
     shape = read_shape(snapshot)
     bits = list(shape.bits.values())
@@ -145,7 +145,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # A link may lead out of the roots.
+            # Skip links, which may lead out of the roots, unless they lead to the hub's own files.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():  # a name that cannot be decoded cannot be sent as JSON
@@ -153,7 +153,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _is_blob(place: Path, file: str) -> bool:
-    """Returns whether a link leads to a file of its own repository in the Hugging Face cache."""
+    """Returns whether a link in the Hugging Face cache leads to a file of the same repository."""
     found = FOLDER.search(str(place))
     if found is None or found["kind"] != "models":
         return False

@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
 
-#: The name by which mlx.launch recognizes this machine and does not use SSH.
+#: The name by which mlx.launch recognizes this machine, for which it does not use SSH.
 HERE = "127.0.0.1"
 #: MLX's backends. The first two need no special hardware to connect ranks.
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")
@@ -56,8 +56,8 @@ class Hosts(BaseModel):
 
     @property
     def repeats(self) -> int:
-        """The number of ranks per host, for mlx.launch: how often the file starts with the first
-        host."""
+        """The number of ranks per host, for mlx.launch: the number of entries with the first host's
+        name at the start of the file."""
         return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
 
     @property

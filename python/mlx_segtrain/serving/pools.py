@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """Too much work is waiting. The message says what to do. The HTTP response has `status` and
-    `code`."""
+    """Too much work is waiting. The message says what to do. `status` and `code` are those of the
+    HTTP response."""
 
     status, code = 429, "busy"
 
@@ -43,7 +43,7 @@ class Transfers:
             del self.places[name]
 
     def check_none(self, folder: Path) -> None:
-        """Raises Busy if any transfer from a path below this folder is running."""
+        """Raises Busy if a file in this folder is being transferred."""
         if any(isinstance(own, Path) and own.is_relative_to(folder) for own in self.places):
             raise Busy(f"files of {folder.name} are being sent: wait until the transfer has ended.")
 

@@ -95,8 +95,8 @@ class Roots:
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:
-        """Checks all links below a path except hidden ones, including links in folders to which
-        links lead."""
+        """Checks all links below a path, except hidden ones, and all links in the folders to which
+        these links lead."""
         waiting, seen, count, links = [path], {path}, 0, 0
         while waiting:
             try:

@@ -1,5 +1,5 @@
-"""Searches the hub for clients, which send a request for each keystroke. Results are cached, and
-requests are limited."""
+"""Searches the hub on behalf of clients, which send a request for each keystroke. Therefore results
+are cached, and the number of requests to the hub is limited."""
 
 import time
 from collections import OrderedDict, deque

@@ -61,13 +61,14 @@ TIDY_S, TIDY_BYTES = 20.0, 64 << 20
 MOST_CONFIG = 1 << 16
 #: Advice that tells the operator how to make a model available.
 WAY = "start the server with --allow-downloads, or run `hf download NAME` on its machine"
-#: The number of jobs that clients may submit in a burst, and the number per minute after it.
+#: The number of jobs that clients may submit in a burst, and the number per minute after a burst.
 BURST, PER_MINUTE = 60, 60
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits into memory, a message about it, and the plan if the run fits."""
+    """Whether a run fits into memory, a message that explains this, and the plan if the run
+    fits."""
 
     fits: bool
     message: str
@@ -158,7 +159,7 @@ class Service:
 
     @property
     def waits(self) -> bool:
-        """Whether requests are refused until the current job has ended."""
+        """Whether requests for completions are refused until the current job ends."""
         return self.settings.while_training == "refuse" and self.jobs.training
 
     # Models, data and adapters on disk
@@ -296,8 +297,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes for a model's tokenizer. Ends the processes of the least recently
-        used models."""
+        """Returns the processes for a model's tokenizer. If there are too many, ends those of
+        the least recently used models."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined

@@ -27,13 +27,13 @@ from .openai_tools import called, for_template
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Seconds between two checks of whether a client that waits for a whole completion has
+#: How often, in seconds, to check whether a client that is waiting for a whole completion has
 #: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
 #: Maximum number of log-probabilities that a request returns, including those of alternatives.
 MOST_TOLD = 1_000_000
-#: Maximum seconds to wait until another process can parse tool calls.
+#: Maximum number of seconds to retry while all processes that could parse tool calls are busy.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -72,7 +72,7 @@ class Answers:
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         # For each completion:
         self._called = [0] * len(opened)  # number of tool calls
-        self._forced = [""] * len(opened)  # its text, if it consists of tool calls
+        self._forced = [""] * len(opened)  # its text, if tool calls are forced
         self._made = [0] * len(opened)  # number of tokens
         # The number of characters already sent, and a decoder that stores the bytes of an
         # incomplete character.
@@ -112,13 +112,13 @@ class Answers:
 
     def _tags_of(self, body: Generate) -> Tags:
         """Returns the model's tags for reasoning and tool calls, or no tags if the request sets a
-        format."""
+        format for the completion or forces tool calls."""
         if self._chat is None or body.is_formed or self._calls == "forced":
             return Tags()
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
-        """Returns whether a prompt ends inside reasoning, as it does with some chat templates."""
+        """Returns whether a prompt ends inside reasoning, which some chat templates begin."""
         if self._tags.think is None:
             return False
         return begins_reasoning(self.base.tokenizer, prompt)
@@ -138,7 +138,7 @@ class Answers:
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Yields the parts of all completions. Raises RunError if a completion fails. Closing the
-        generator ends all of them."""
+        generator ends all completions."""
         try:
             async with aclosing(_merged(self._generations)) as pieces:
                 async for index, piece in pieces:
@@ -179,7 +179,8 @@ class Answers:
         return delta
 
     def _add(self, index: int, piece: Piece) -> list[tuple[Kind, str]]:
-        """Splits a piece into parts by kind. Counts the tokens of reasoning, including its tags."""
+        """Splits a piece into parts by kind, and counts reasoning tokens, including the tags around
+        them."""
         parts = self._parts[index]
         before = parts.reasons
         found = parts.add(piece.text, last=piece.finish is not None)
@@ -189,8 +190,8 @@ class Answers:
         return found
 
     async def _add_calls(self, delta: Delta, texts: list[str]) -> None:
-        """Adds the tool calls in `texts`, which were between the model's tags. mlx-lm parses
-        them."""
+        """Parses `texts` (the texts between the model's tags for tool calls) with mlx-lm, and adds
+        the calls to `delta`."""
         size = sum(map(len, texts)) + len(json.dumps(self._tools))
         ask = self.base.confined.ask
         limits = Limits.of_prompt(size)
@@ -232,7 +233,8 @@ class Answers:
             self._called[delta.index] += 1
 
     async def whole(self, request: Request) -> list[Delta] | None:
-        """Returns the whole completions. If the client disconnects, ends them and returns None."""
+        """Waits for all completions, and returns them. If the client disconnects, ends them and
+        returns None."""
 
         async def watch() -> None:
             while not await request.is_disconnected():
@@ -304,7 +306,8 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
             f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each exceed "
-            f"the limit of {MOST_TOLD:,}: use a smaller max_tokens, n or number of alternatives."
+            f"the limit of {MOST_TOLD:,} log-probabilities: reduce max_tokens, n or the number of "
+            "alternatives."
         )
 
 

@@ -1,7 +1,8 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
 A body of a few bytes may contain millions of values, each of which uses memory and blocks the
-server. Therefore the punctuation outside strings is counted before the body is parsed.
+server. Therefore, before a body is parsed, the punctuation outside strings is counted to limit the
+number of values.
 """
 
 import json
@@ -29,15 +30,15 @@ class Most:
     values: int
 
 
-#: A prompt may be a list of tokens, and a chat is a list of turns, but a configuration is small.
+#: Prompts and chats may be long lists, of tokens and of turns; configurations are small.
 OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 5000)
 
 _PARSING = Pool("large bodies", 2, 16)
 
 #: Matches a string, or a comment up to the end of the line. It also matches an unterminated string;
-#: otherwise each quote in it would be tried again.
+#: otherwise a match would be attempted again at each quote in that string.
 _COMMENT = re.compile(r'("(?:[^"\\]|\\.)*"?)|//[^\n]*', re.DOTALL)
-#: Half of a surrogate pair in JSON. Most matches belong to a complete pair.
+#: Matches an escape sequence for half of a surrogate pair. Usually, the other half follows.
 _ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -115,9 +116,9 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException: 413 if a JSON text has too many values, or 400 if its brackets do not
-    match, because the counts would be meaningless."""
-    # A quote inside a string is preceded by a backslash.
+    """Raises HTTPException with status 413 if a JSON text has too many values, or with 400 if its
+    brackets do not match, because then the counts are meaningless."""
+    # Without escaped characters, every quote begins or ends a string.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")
     if text.count('"') > 4 * most.names:

@@ -3,7 +3,7 @@
 import logging
 import time
 
-#: The maximum number of warnings in the log: in a burst, and per second after it.
+#: The maximum number of logged warnings: in a burst, and per second after the burst.
 LINES, LINES_PER_S = 100, 2.0
 
 

@@ -13,8 +13,8 @@ import yaml
 from ...config import REFUSED, TrainConfig, flag, load_config, parse_yaml
 from ...errors import InputError
 
-#: Values for required settings. A file may omit these settings, because the page's form provides
-#: them.
+#: Placeholders for required settings. A file may omit these settings, because the page's form
+#: provides their values.
 REQUIRED = {name: "." for name, own in TrainConfig.model_fields.items() if own.is_required()}
 
 #: The YAML tokens that begin and end a list or a mapping in brackets, and the maximum depth of
@@ -25,8 +25,8 @@ DEEP = 100
 
 
 def command(values: Mapping[str, Any], ranks: int = 1) -> str:
-    """Returns the command line of a run, one option per line. If there are several ranks, all are
-    on this machine."""
+    """Returns the command line of a run, one option per line. If `ranks` is greater than 1, the
+    command starts all ranks on this machine."""
     words = [_option(name, value) for name, value in values.items()]
     start = "mlx-segtrain train"
     if ranks > 1:
@@ -82,8 +82,8 @@ def read_yaml(text: str) -> tuple[dict[str, Any], list[InputError]]:
 
 
 def _check_references(text: str) -> None:
-    """Raises InputError for YAML that has anchors, aliases or merge keys, which might expand to
-    gigabytes, or that is nested deeply."""
+    """Raises InputError for YAML that is nested too deeply, or that contains anchors, aliases or
+    merge keys, which might expand to gigabytes."""
     depth = 0
     with suppress(yaml.YAMLError):  # parse_yaml reports it
         for own in yaml.scan(text):

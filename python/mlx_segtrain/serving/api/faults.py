@@ -1,4 +1,4 @@
-"""Turns errors into responses: one sentence, in the format that clients of the path expect."""
+"""Turns errors into responses of one sentence: in OpenAI's format for /v1, otherwise in ours."""
 
 import json
 import reprlib
@@ -15,7 +15,7 @@ from starlette.routing import Match, Mount
 from ...config import TrainConfig, allowed, meant
 from ...errors import InputError, RunError, word
 
-#: The retry-after header, in seconds by status, for /v1 and for other paths.
+#: Values of the retry-after header, in seconds, by status: for /v1, and for other paths.
 RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields whose values must not appear in responses.
@@ -25,10 +25,10 @@ SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """Returns a sentence about one error, and details: its field, the value and the allowed values.
+    """Returns a sentence about one of the errors, and its details: field, value and allowed values.
 
-    Unknown fields take precedence, because a misspelled field is often the reason why another one
-    is missing.
+    Unknown fields take precedence, because a misspelled field is often the reason why a required
+    field is missing.
     """
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     if fault["type"] == "json_invalid":
@@ -60,7 +60,7 @@ def _within(
     faults: Sequence[Any], where: tuple[str, ...], body: Any
 ) -> tuple[list[Any], tuple[str, ...]]:
     """Returns the errors of a field, and their place in the body. For a union, returns the errors
-    of the member that fits best."""
+    of the member that fits the body best."""
     found = [(place(fault, body), fault) for fault in faults]
     found = [pair for pair in found if pair[0][: len(where)] == where]
     deepest = max((at for at, _ in found), key=len)
@@ -92,7 +92,7 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns the name of a field, which a client may have chosen, or an index as text."""
+    """Returns an index, or the name of a field (which a client may have chosen), as safe text."""
     return str(part) if isinstance(part, int) else word(part)
 
 
@@ -110,8 +110,8 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Adds handlers that respond to every error with one sentence. The package's own errors have a
-    status."""
+    """Adds handlers that respond to every error with one sentence. The package's own errors specify
+    the status of the response."""
 
     @app.exception_handler(InputError)
     @app.exception_handler(RunError)
@@ -173,7 +173,7 @@ def error_answer(
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns an error in the format of the path: OpenAI's format for /v1, and ours for other
+    """Returns the content of an error response: in OpenAI's format for /v1, and in ours for other
     paths."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)

@@ -28,8 +28,8 @@ class Answer(BaseModel):
 
 
 class Problem(BaseModel):
-    """An error as one sentence. If a field caused the error, also the field's name, its value and
-    the allowed values."""
+    """An error as one sentence. If a field caused the error, the response also contains the field's
+    name, its value and the allowed values."""
 
     ok: Literal[False] = False
     error: str
@@ -65,7 +65,9 @@ class RunRequest(_fields(name for name in TrainConfig.model_fields if name not i
 class Ranked(BaseModel):
     """The number of processes of a training run (docs/distributed.md)."""
 
-    ranks: Int = Field(1, ge=1, le=MOST_RANKS, description="At most the `ranks` of GET /api/state.")
+    ranks: Int = Field(
+        1, ge=1, le=MOST_RANKS, description="At most the value of `ranks` in GET /api/state."
+    )
 
 
 class FinetuneSubmit(RunRequest, Ranked):
@@ -113,7 +115,7 @@ class JobRow(_answer(Row, but=INTERNAL)):
     tags: list[str]
     log_path: str
     ranks: Figures | None = Field(
-        description="The last reports of the processes of a training run with several ranks."
+        description="The latest report of each process of a training run with several ranks."
     )
     result: Any = None
 
@@ -218,7 +220,9 @@ class ReadSettings(Answer):
 
 
 class Uploaded(Answer):
-    path: str = Field(description="Path of the folder of the file, for data_dir or adapter_path.")
+    path: str = Field(
+        description="Path of the folder that contains the file: a data_dir or adapter_path."
+    )
     size_bytes: int = Field(description="The size of the file.")
 
 
@@ -269,8 +273,12 @@ class HasHfToken(Answer):
 
 
 class InspectDataset(_fields(affecting("rows"))):
-    path: str = Field(description="A folder with train.jsonl, or a .jsonl file.")
-    model_dir: str | None = Field(None, description="If it is given, tokens are counted and shown.")
+    path: str = Field(
+        description="A folder with a training file (such as train.jsonl), or a single file."
+    )
+    model_dir: str | None = Field(
+        None, description="If set, this model's tokenizer counts and shows tokens."
+    )
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
 
@@ -286,8 +294,9 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` lists its effects outside training. The field applies to
-    `methods`, or to all methods if that list is empty."""
+    """A field of a run. `affects` lists what the field affects besides training: memory plans
+    (memory), evaluations (loss), inspections (rows). The field applies to `methods`, or to all
+    methods if that list is empty."""
 
     name: str
     title: str
@@ -296,11 +305,11 @@ class FieldRow(BaseModel):
     )
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="The defaults of methods whose default differs.")
+    defaults: dict[str, str] = Field(description="Defaults of methods that do not use `default`.")
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="Whether the list contains texts instead of names.")
+    texts: bool = Field(description="For a list: whether its items are texts instead of names.")
     allowed: str
     choices: list[str]
     is_list: bool
@@ -363,13 +372,13 @@ class State(Answer):
     """The state of the server."""
 
     served: Served | None
-    waits: bool = Field(description="Whether requests are refused until the current job has ended.")
+    waits: bool = Field(description="Whether completions are refused until the current job ends.")
     training: bool = Field(description="Whether a job is using the accelerator.")
     needs_token: bool
     downloads: bool = Field(description="Whether clients may download from the hub.")
     ranks: int = Field(description="The maximum number of processes of a training run.")
     device: DeviceRow
-    uploads: str = Field(description="The folder of uploads.")
+    uploads: str = Field(description="The folder for uploaded files.")
     running: list[JobRow]
     waiting: int = Field(description="The number of jobs in the queue.")
 

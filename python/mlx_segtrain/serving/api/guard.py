@@ -27,7 +27,7 @@ logger = logging.getLogger("mlx_segtrain.serving")
 MOST_BYTES = 8 << 20
 #: Lower limits by path. A login sends only a token, which is short.
 SMALL_BODIES = {"/login": 4096}
-#: Maximum bytes of all bodies in memory, not counting the first FREE bytes of each body.
+#: Maximum total bytes of the bodies in memory, not counting the first FREE bytes of each body.
 MOST_HELD, FREE = 32 << 20, 1 << 16
 #: Maximum seconds until the next part of a body arrives, and until the whole body has arrived.
 PART_S, BODY_S = 10.0, 60.0
@@ -35,11 +35,11 @@ PART_S, BODY_S = 10.0, 60.0
 #: memory.
 UPLOADS = re.compile(r"/api/(datasets|adapters)/[^/]+/[^/]+")
 UPLOAD_BYTES, UPLOAD_S = 4 << 30, 3600.0
-#: Maximum seconds during which the rest of a refused body is read.
+#: Maximum number of seconds to keep reading the rest of a refused body.
 DRAIN_S = 2.0
-#: The response to a wrong token is delayed by WRONG_S seconds. At most MOST_WRONG such responses
-#: wait; further requests with a wrong token are refused immediately. Requests with the right token
-#: never wait.
+#: The response to a wrong token is delayed by WRONG_S seconds. At most MOST_WRONG responses are
+#: delayed at a time; further requests with a wrong token are refused immediately. Requests with the
+#: right token are never delayed.
 WRONG_S, MOST_WRONG = 1.0, 16
 #: Statuses of the responses that are logged.
 REFUSALS = (400, 401, 403, 422, 429)
@@ -136,7 +136,7 @@ class Guard:
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # session ids are too long to guess
+                if b"authorization" in headers:  # not for session ids, which are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
@@ -204,8 +204,8 @@ class Held:
 
 
 class _Body:
-    """The body of a request, with limits on size and time. After a refusal, reading the body
-    ends."""
+    """The body of a request, with limits on size and time. Reading stops when a limit is
+    exceeded."""
 
     def __init__(
         self,
@@ -248,8 +248,8 @@ class _Body:
         return message
 
     async def drain(self) -> None:
-        """Reads and drops the rest of the body: otherwise a client that is still sending would get
-        no response."""
+        """Reads and discards the rest of the body; otherwise, a client that is still sending would
+        not receive the response."""
         end, left = time.monotonic() + DRAIN_S, MOST_BYTES
         while self.comes and left > 0 and (seconds := end - time.monotonic()) > 0:
             with suppress(asyncio.TimeoutError):
@@ -292,7 +292,8 @@ def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _answer(scope: Scope, headers: dict[bytes, bytes], refused: Refused) -> Response:
-    """Returns the response in the format of the path, or, for a browser, a redirect to /login."""
+    """Returns the response to a refused request: an error in the API's format, or, for a browser
+    without access, a redirect to /login."""
     more = {"connection": "close"}  # the client may still send the body
     if refused.status == 401:
         if b"text/html" in headers.get(b"accept", b"") and scope["method"] == "GET":

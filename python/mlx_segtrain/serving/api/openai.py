@@ -53,7 +53,7 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 #: The responses to a request that generates text.
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The completion. With stream, chunks as server-sent events up to [DONE].",
+        "description": "The completion; with stream, chunks as server-sent events, then [DONE].",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
     **_errors(400, 404, 413, 429, 500, 503),
@@ -124,8 +124,8 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
 
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
-    """Returns the usage. It contains the number of cached tokens only if the server has a token,
-    because this number reveals prompts of other clients."""
+    """Returns the usage. It contains the number of cached tokens only if the server has a token;
+    otherwise, the number could reveal other clients' prompts to anyone."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,
@@ -182,8 +182,8 @@ def _choice(delta: Delta, own: dict[str, Any], logprobs: Any = None) -> dict[str
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """Yields chunks: in a chat first the role of each completion, then the pieces, then the usage
-    if it was requested."""
+    """Yields the chunks of a stream: first, in a chat, the role of each completion; then the
+    pieces; and finally the usage, if it was requested."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 

@@ -1,7 +1,8 @@
-"""Fields of requests to other servers that this server does not implement.
+"""Request fields of other OpenAI-compatible servers that this server does not implement.
 
-They are refused by name, because ignoring them would give a wrong result. A field may be null or
-have one of the values in these tables, because these have the same meaning as omitting the field.
+A request that sets such a field is refused with an error that names the field, because ignoring it
+would give a wrong result. Null and the values in these tables are accepted, because they mean the
+same as omitting the field.
 Sources: OpenAI's API reference, and the request classes of vLLM, SGLang and mlx_lm.server.
 """
 
@@ -20,7 +21,7 @@ from ...errors import InputError, word
 Neutral = Mapping[str, Sequence[Any] | None]
 ANYTHING = None
 
-#: The neutral values of fields that are switches, and of fields that are lists.
+#: Fields whose neutral value is False (OFF) or an empty list (EMPTY).
 OFF = (
     *("store", "use_beam_search", "separate_reasoning"),
     *("return_tokens_as_token_ids", "return_token_ids", "return_token_offsets"),
@@ -92,7 +93,7 @@ IN_STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,), "continuous_usage
 
 
 class Request(BaseModel, extra="allow", strict=True, allow_inf_nan=False):
-    """A request that keeps unknown fields, so that they can be refused by name."""
+    """A request that keeps unknown fields, so that an error can name them."""
 
     neutral: ClassVar[Neutral] = {}
 

@@ -1,7 +1,7 @@
 """Requests and responses of /v1.
 
-A field means the same as in OpenAI's API. Fields that are not declared here are refused by name
-(openai_fields.py).
+Each field has the same meaning as in OpenAI's API. A field that is not declared here is refused
+with an error that names it (openai_fields.py).
 """
 
 import json
@@ -84,7 +84,8 @@ class Format(Request):
 
 
 class Structure(Request):
-    """The format of the completion, as vLLM names it. Only one of these fields may be set."""
+    """The format of the completion, specified with vLLM's fields. Only one of these fields may be
+    set."""
 
     json_: str | dict[str, Any] | None = Field(
         None, alias="json", description="a JSON schema that the completion must match"
@@ -106,14 +107,16 @@ class Structure(Request):
 class StreamOptions(Request):
     """Options for additional chunks of a stream."""
 
-    include_usage: bool | None = Field(None, description="whether the last chunk has the usage")
+    include_usage: bool | None = Field(
+        None, description="whether the last chunk contains the numbers of tokens"
+    )
     neutral = IN_STREAM_OPTIONS
 
 
-#: Maximum numbers of biases, of turns in a chat, of completions of a prompt, and of completions of
-#: a request.
+#: Maximum number of biases, of turns in a chat, of completions per prompt, and of completions per
+#: request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
-#: Maximum number of alternatives to a token whose log-probabilities are returned.
+#: Maximum number of alternatives per token for which log-probabilities are returned.
 TOP = 20
 
 
@@ -150,14 +153,15 @@ class Generate(Request):
     )
     adapters: str | None = Field(
         None,
-        description="the adapter, under mlx_lm.server's name for the field: an id, or the path "
-        "of a mounted adapter",
+        description="mlx_lm.server's name for the field `adapter`: the id or the path of a mounted "
+        "adapter",
     )
     lora_path: str | None = Field(None, description="SGLang's name for the field `adapters`")
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="maximum tokens of the completion; default: 512 in a chat, otherwise 16",
+        description="maximum number of tokens in the completion; default: 512 in a chat, "
+        "otherwise 16",
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, description="an alias of max_tokens; if both are set, this one is used"
@@ -200,12 +204,12 @@ class Generate(Request):
     )
     response_format: Format | None = Field(None, description="default: text")
     structured_outputs: Structure | None = Field(
-        None, description="vLLM's field for the format; it supports more formats"
+        None, description="vLLM's field for the format of the completion, with more options"
     )
     deterministic: bool | None = Field(
         None,
-        description="whether the completion is bit-identical to that of the same request on an "
-        "idle server. This is slower: the request is decoded alone and without cached prompts",
+        description="whether to make the completion bit-identical to that of the same request on "
+        "an idle server. This is slower: the request is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
         None, description="whether to send the completion as server-sent events, piece by piece"
@@ -250,8 +254,8 @@ class Generate(Request):
         return self.is_formed
 
     def grammar(self, grammars: Grammars) -> Grammar | None:
-        """Compiles the grammar that the completion must match, which may be slow. Returns None if
-        there is none."""
+        """Compiles the grammar that the completion must match, or returns None if there is none.
+        Compiling may be slow."""
         found: list[tuple[str, Callable[[], Grammar]]] = []
         form, more = self.response_format, self.structured_outputs
         if form is not None and form.type != "text":
@@ -371,7 +375,7 @@ class ChatRequest(Generate):
 
     @property
     def _is_strict(self) -> bool:
-        """Whether the model may choose to call a tool, and calls must match a schema."""
+        """Whether tool calls are optional, but must match a schema if the model makes any."""
         return self.calls == "auto" and any(tool.function.strict for tool in self.tools or ())
 
     @property
@@ -478,8 +482,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no access token, because the numbers would reveal "
-        "prompts of other clients"
+        description="null if the server has no access token, because the number could reveal "
+        "other clients' prompts to anyone"
     )
     completion_tokens_details: CompletionTokensDetails
 

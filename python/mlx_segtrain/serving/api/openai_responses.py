@@ -73,7 +73,8 @@ class TextOptions(Fields):
 
 
 class ResponseRequest(Fields):
-    """A request for a response. Fields that chat requests also have mean the same here."""
+    """A request for a response. Fields that also exist in chat requests have the same
+    meaning here."""
 
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
@@ -160,7 +161,7 @@ def _add_turn(turns: list[dict[str, Any]], item: Item, where: str) -> None:
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise InputError(f"{where}.type: the model can only call functions, no other tools.")
+        raise InputError(f"{where}.type: only tools of the type function are supported.")
     function = {key: value for key, value in tool.items() if key != "type" and value is not None}
     return {"type": "function", "function": function}
 

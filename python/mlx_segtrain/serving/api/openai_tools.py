@@ -103,7 +103,7 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
 
 
 def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
-    """Returns the schema of a call of any of the tools. Tools that are not strict accept any
+    """Returns the schema of a call to any of the tools. Tools that are not strict accept any
     arguments."""
     own = {x.function.name: x.function.parameters if x.function.strict else None for x in tools}
     call, schemas = _call_of(own)
@@ -111,7 +111,7 @@ def by_choice(tools: Sequence[Tool]) -> dict[str, Any]:
 
 
 def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the schema of a call of any of these tools, and the `$defs` that it needs."""
+    """Returns the schema of a call to any of these tools, and the `$defs` that it needs."""
     calls = [
         {
             "type": "object",
@@ -132,8 +132,8 @@ def _call_of(wanted: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _moved(schema: Any, root: str, named: bool = False) -> Any:
-    """Returns a schema whose references are relative to `root`, the schema's new place. If `named`
-    is set, the keys are names of schemas, not keywords."""
+    """Returns a schema whose references are relative to `root`, the schema's new location. If
+    `named` is set, the keys are names of schemas, not keywords."""
     if isinstance(schema, list):
         return [_moved(own, root) for own in schema]
     if not isinstance(schema, dict):

@@ -106,7 +106,7 @@ async def search(
 
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
-    """The folders below the server's roots that contain train.jsonl."""
+    """The folders below the server's roots that contain a training file, such as train.jsonl."""
     return forms.DatasetsAnswer(datasets=await service.datasets())
 
 
@@ -187,7 +187,7 @@ async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitte
 
 @router.post("/api/finetune/merge", tags=["adapters"], responses=problems(409))
 async def merge(body: forms.Merge, service: Used) -> forms.Merged | forms.FoldSubmitted:
-    """Merges two adapters into one without loss, or starts a job that merges an adapter into its
+    """Losslessly merges two adapters into one, or starts a job that merges an adapter into its
     base model."""
     if body.model_dir is not None and body.adapter_path is not None:
         of_two = {"adapter_a", "adapter_b", "scales"}
@@ -236,7 +236,7 @@ async def has_hf_token(service: Used) -> forms.HasHfToken:
 
 @router.post("/api/settings/hf-token", tags=["server"])
 async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
-    """Sets the hub token until the server stops. The token is not written to disk."""
+    """Sets the hub token, which is kept until the server stops and is not written to disk."""
     service.jobs.environment["HF_TOKEN"] = body.token
     return forms.Answer()
 

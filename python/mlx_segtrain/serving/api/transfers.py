@@ -36,7 +36,7 @@ from .dependencies import Used
 from .guard import PATIENCE_S
 from .routes import problems
 
-#: Open files by their names in an archive.
+#: File objects, keyed by their names in an archive.
 Opened = Mapping[str, BinaryIO]
 Kind = Literal["datasets", "adapters"]
 #: The files of an adapter that may be uploaded.
@@ -60,8 +60,8 @@ router = APIRouter(
 
 @router.put("/api/datasets/{name}/{file}", responses=problems(409), openapi_extra=BODY)
 async def put_data(name: Name, file: str, request: Request, service: Used) -> forms.Uploaded:
-    """Uploads a file of a data set. The file is called train or valid, with the extension of its
-    format (docs/data.md)."""
+    """Uploads a file of a data set. The file must be called train or valid, with the extension of
+    its format (docs/data.md)."""
     if format_of(Path(file)) is None or stem_of(Path(file)) not in SPLITS:
         raise InputError(
             "a file of a data set must be called train or valid, with the extension of its format: "
@@ -239,8 +239,8 @@ _opened_adapter = partial(pushing.opened, done="downloaded", models=False)
 async def _archive_of(
     service: Service, path: str, opened: Callable[[Path], AbstractContextManager[Opened]]
 ) -> StreamingResponse:
-    """Returns the archive of a folder below the roots. Its files are opened and checked in a thread
-    before the response starts. The archive occupies a transfer slot."""
+    """Returns the archive of a folder below the roots. The folder's files are opened and checked
+    in a thread before the response starts. The archive occupies a transfer slot."""
     with ExitStack() as held:
         held.enter_context(service.transfers.place())
 
@@ -253,8 +253,9 @@ async def _archive_of(
 
 
 class Archive(StreamingResponse):
-    """A response with a ZIP file of open files. When the response ends, `held` is closed, which
-    closes the files and frees a transfer slot. A client that reads too slowly is disconnected."""
+    """A response that sends open files as a ZIP file. When the response ends, `held` is closed,
+    which closes the files and frees a transfer slot. A client that reads too slowly is
+    disconnected."""
 
     def __init__(self, name: str, opened: Opened, held: ExitStack) -> None:
         shown = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII) or "files"
@@ -305,7 +306,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes the temporary files of a killed server."""
+    """Removes the temporary files that a killed server has left."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

@@ -1,10 +1,10 @@
 """A process that handles untrusted templates, tokenizers and data (started by parent.py).
 
-It reads commands from a socket. A frame is JSON, preceded by its length in 4 bytes. The command
-`fork` creates a child process, which inherits the loaded libraries and tokenizer; `kill` ends a
-child process. All other commands are methods `do_…`, which run with limits on CPU time and memory:
-the system kills a process that exceeds them, even if the server has ended. The process writes no
-file, and has few environment variables and open files.
+It reads commands from a socket and replies to them. Each command or reply is JSON, preceded by its
+length in 4 bytes. The command `fork` creates a child process, which inherits the loaded libraries
+and tokenizer; `kill` ends a child process. All other commands are methods `do_…`, which run with
+limits on CPU time and memory. The operating system enforces these limits, even if the server has
+ended. The process cannot write files, and receives few environment variables and open files.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..roots import Roots
 
 Values = dict[str, Any]
 
-#: Maximum number of tokens in the rows that a report on a data set shows.
+#: Maximum number of tokens in the previewed rows of a report on a data set.
 SHOWN = 100_000
-#: Maximum number of characters in a token. A completion might consist only of the longest token.
+#: Maximum number of characters in a token. A completion might repeat the longest token throughout.
 LONGEST_TOKEN = 2000
 #: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
@@ -133,8 +133,8 @@ class Child:
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long. This is necessary because the engine itself decodes the
-    tokens of all requests."""
+    replacements make texts very long. This check is needed because tokens are decoded in the
+    engine's thread, which serves all requests, and not in this process."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return

@@ -262,8 +262,8 @@ class Confined:
             raise Busy("the tokenizer's process has ended: try again.") from None
 
     def _add_slow(self, worker: _Process) -> None:
-        """Adds a slow worker. If there are too many, ends the worker that is closest to its time
-        limit."""
+        """Adds a slow worker. If there are too many slow workers, ends the one that is closest to
+        its time limit."""
         with self._lock:
             self._slow.append(worker)
             running = [x for x in self._slow if not x.evicted]

@@ -1,12 +1,12 @@
 """One base model, its adapters, and the thread that generates.
 
 An MLX stream belongs to one thread, so everything that creates arrays runs on the engine's thread.
-Each round first computes parts of the waiting prompts, with the arrays of one adapter in the base's
-linear layers. Then it computes one token of every completion in one forward pass for all adapters
-(batching.py), in which each row has its own update. Each request has its own cache, random key and
-token counts, so its completion does not depend on other requests, except in the last bits: matrix
-products of several rows are summed in a different order. A request with `deterministic` is decoded
-alone, and its completion is bit-identical.
+Each round first processes parts of the waiting prompts, one request at a time, with the arrays of
+its adapter in the base's linear layers. Then it computes one token of every completion, in one
+forward pass for all adapters (batching.py), in which each row has its own update. Each request has
+its own cache, random key and token counts, so its completion does not depend on other requests,
+except in the last bits: the order of summation in a matrix product depends on the number of rows. A
+request with `deterministic` is decoded alone, so that its completion is bit-identical each time.
 """
 
 import asyncio
@@ -42,34 +42,34 @@ from .requests import Request
 
 logger = logging.getLogger("mlx_segtrain.serving")
 
-#: Maximum number of requests that are generating, and maximum number of requests that are waiting.
+#: Maximum number of running requests, and of waiting requests.
 MOST_ACTIVE, MOST_WAITING = 64, 256
-#: If others are waiting, a request's turn ends after TURN_S seconds. The request then waits and
-#: keeps its cache, but at most MOST_PAUSED caches are kept in this way. A request that has not
+#: If other requests are waiting, a request's turn ends after TURN_S seconds. The request then waits
+#: and keeps its cache, but at most MOST_PAUSED caches are kept in this way. A request that has not
 #: started after LONGEST_WAIT_S seconds is refused.
 TURN_S, MOST_PAUSED, LONGEST_WAIT_S = 10.0, 16, 120.0
 #: Before a model is loaded, the engine waits up to SWAP_S seconds for completions in progress; no
 #: request can start in the meantime. If completions are still in progress after that, loading is
 #: refused for SWAP_REST_S seconds.
 SWAP_S, SWAP_REST_S = 10.0, 30.0
-#: The maximum number of prompt tokens that are computed at once (on the CPU and on a GPU), and the
-#: minimum while completions are being decoded.
+#: The maximum number of prompt tokens per forward pass (on the CPU and on a GPU), and the minimum
+#: while completions are being decoded.
 PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
-#: Target seconds for one part of a prompt, and maximum seconds for all prompts between two tokens
-#: of the completions. If no completion is being decoded, prompts may take FIRST_PROMPTS_S, so that
-#: more completions start together.
+#: Target time for one part of a prompt, and time limit for all prompts between two decoding steps,
+#: in seconds. If no completion is being decoded, the limit is FIRST_PROMPTS_S, so that more
+#: completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing, the engine pauses after each round for REST seconds per second of the
 #: round. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
 #: as long. On an H200 they take 1.01 to 1.12 times as long (bench/LOG.md, 2026-12-01). A pause has
 #: a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 3.0, 0.15
-#: Maximum number of mounted adapters, and maximum bytes of all of them together.
+#: Maximum number of mounted adapters, and maximum number of bytes in all of them together.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
 MOST_PROMPTS = 32
 
-#: The pool for tokenizers, which are loaded before their model.
+#: The pool for loading tokenizers. A model's tokenizer is loaded before the model.
 _LOADING = Pool("models", 1, 8)
 
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Engine:
         """Replaces the base model once no completion is being generated, and drops adapters and
         cached prompts.
 
-        Raises InputError if the new model cannot be read; in that case the old model stays.
+        Raises InputError if the new model cannot be read; in that case, the old model is kept.
         """
         self._check_runs()
         path = Path(model_dir).expanduser().resolve()
@@ -161,8 +161,9 @@ class Engine:
         return await self.call(lambda: self._mount(id, Path(path)))
 
     async def unmount(self, id: str) -> int:
-        """Unmounts an adapter, and returns the number of its linear layers. Requests that already
-        use it can still finish. If the adapter was the default, the base model becomes the default.
+        """Unmounts an adapter, and returns the number of linear layers that it updated. Requests
+        that already use the adapter can still finish. If the adapter was the default, the base
+        model becomes the default.
 
         Raises InputError if the adapter is not mounted.
         """
@@ -195,8 +196,8 @@ class Engine:
         return Selected(self.base, tuple(mounted[id] for id in ids))
 
     def generate(self, prompt: list[int], selected: Selected, options: Options) -> Generation:
-        """Returns the completion of a prompt, piece by piece. Must be called in a running event
-        loop.
+        """Returns an iterator over the pieces of a prompt's completion. Must be called in a running
+        event loop.
 
         Raises InputError if the prompt is empty, is too long or has unknown tokens, and Busy if too
         many requests are waiting.
@@ -232,7 +233,7 @@ class Engine:
         return 0 if prompts is None else prompts.nbytes
 
     def close(self) -> None:
-        """Ends all requests and frees the model. The thread stays until the process ends."""
+        """Ends all requests and frees the model. The thread stays alive until the process ends."""
         with self._wake:
             self._stopped = True
             self._wake.notify()
@@ -256,7 +257,7 @@ class Engine:
         if self._stopped:
             raise Busy("the server is shutting down: try again later.")
 
-    # These run on the engine's thread
+    # The methods below run on the engine's thread
 
     def _work(self) -> None:
         try:
@@ -268,8 +269,9 @@ class Engine:
             with suppress(Exception):
                 self._give_up(Ended(self.fault))
         self._ended.set()
-        # MLX frees its compiled functions when their thread ends, and needs Python for that. A
-        # process that exits at this moment would abort (ml-explore/mlx#4110), so the thread stays.
+        # When a thread ends, MLX frees the thread's compiled functions, and needs Python to do so.
+        # If the process exited at that moment, it would abort (ml-explore/mlx#4110). Therefore the
+        # thread does not end before the process.
         threading.Event().wait()
 
     def _serve(self) -> None:
@@ -303,8 +305,8 @@ class Engine:
             )
 
     def _start_over(self, error: BaseException) -> None:
-        """Recovers from an error that does not belong to a single request: running requests fail,
-        and waiting requests stay."""
+        """Recovers from an error that cannot be attributed to a single request: running requests
+        fail, and waiting requests stay in the queue."""
         logger.error("the engine failed and restarts without the running requests", exc_info=error)
         failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
@@ -356,7 +358,7 @@ class Engine:
             request.outbox.put(Busy(message))
 
     def _give_up(self, ended: RunError) -> None:
-        """Ends all requests with an error, and frees the memory."""
+        """Ends all requests with an error, and frees the model, the adapters and the caches."""
         for request in (*self._active, *self._waiting):
             request.cache = request.batch = None
             request.outbox.put(ended)
@@ -370,7 +372,8 @@ class Engine:
         self._commands.clear()
         self.adapters = {}
         self._free_spare()
-        # Work in progress may free Python functions, so the thread has to wait for that work.
+        # Wait for MLX's work in progress: it may free Python functions, which must happen before
+        # Python exits.
         mx.synchronize()
         mx.clear_cache()
 
@@ -407,7 +410,7 @@ class Engine:
                 command.future.set_exception(error)
 
     def _round(self) -> None:
-        """Computes parts of prompts, and then one token of every completion."""
+        """Processes parts of prompts, and then computes one token of every completion."""
         self._end(*(x for x in self._active if x.outbox.closed))
         self._read_prompts()
         for batch in list(self._batches):
@@ -416,7 +419,7 @@ class Engine:
             self._step(batch)
 
     def _read_prompts(self) -> None:
-        """Computes prompts in order of arrival. Requests whose prompts are done join a batch."""
+        """Processes prompts in order of arrival. Requests with finished prompts join a batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
         if self._job:  # the pause after a longer round would be too short
             most = LONGEST_REST_S / REST
@@ -436,7 +439,7 @@ class Engine:
         self._join(ready)
 
     def _read_part(self, request: Request) -> bool:
-        """Computes a part of a prompt, and returns whether only the last token is left."""
+        """Processes a part of a prompt, and returns whether only the last token is left."""
         cache = self._begin(request) if request.cache is None else request.cache
         last = request.length - 1
         if request.next is not None or request.done >= last:
@@ -505,7 +508,7 @@ class Engine:
     def _break_up(
         self, batch: Batch[Request], error: BaseException, joining: Sequence[Request] = ()
     ) -> None:
-        """Handles an error in a batch, whose requests restart from their tokens.
+        """Handles an error in a batch. Its requests restart with the tokens that they already have.
 
         If memory was short, the longest request fails. Otherwise any of the requests may have
         caused the error, so each of them continues alone, and only the one that caused it fails
@@ -524,7 +527,7 @@ class Engine:
         mx.clear_cache()
 
     def _take_out(self, requests: Sequence[Request], *, keep: bool = True) -> None:
-        """Removes requests from their batches. With `keep`, they keep their caches."""
+        """Removes requests from their batches. If `keep` is set, the requests keep their caches."""
         for batch in {x.batch: None for x in requests if x.batch is not None}:
             batch.leave([x for x in requests if x.batch is batch], keep=keep)
             if not batch.answers:
@@ -548,8 +551,8 @@ class Engine:
         """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
         are not kept."""
         if request.done and not request.options.deterministic and not self._job:
-            # The key is the first token. LRUPromptCache would never free the key if it were passed
-            # as the name of the model.
+            # The adapters' key is passed as the first token. If it were passed as the name of the
+            # model, LRUPromptCache would never free it.
             tokens = [request.selected.key, *request.tokens[: request.done]]
             self._prompts.insert_cache("", tokens, cache)
 
@@ -619,9 +622,9 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """Returns a cache with the longest known beginning of a prompt, without the prompt's last
-        token. For a deterministic request, whose completion must not depend on cached prompts,
-        returns an empty cache."""
+        """Returns a cache that contains the longest cached beginning of a prompt, but never the
+        prompt's last token. For a deterministic request, whose completion must not depend on
+        cached prompts, returns an empty cache."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base

@@ -18,7 +18,7 @@ from ...errors import InputError
 
 #: Maximum number of characters in a grammar, and maximum number of places where a rule, a group or
 #: a subschema may start. llguidance may recurse at each of these places, and a stack overflow kills
-#: the process: a stack of 8 MB suffices for about 2000 of them.
+#: the process. A stack of 8 MB suffices for about 2000 nested places.
 MOST_TEXT, MOST_RULES = 1 << 16, 1000
 #: The limits of a grammar: the work per token, and the number of states, each of which takes up to
 #: 2 KB.
@@ -94,7 +94,7 @@ class Grammars:
 
     def schema(self, field: str, schema: Any) -> Grammar:
         """Returns a grammar for JSON that matches a schema. The grammar limits whitespace, because
-        some models would write it forever."""
+        some models would generate whitespace forever."""
 
         def read(text: str) -> str:
             return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=SPACE)
@@ -135,8 +135,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, f"start: {rules}")
 
     def grammar(self, field: str, grammar: str) -> Grammar:
-        """Compiles a grammar in the format of Lark or llama.cpp. Only rules of llama.cpp contain
-        `::=`."""
+        """Compiles a grammar in the format of Lark or llama.cpp. Only llama.cpp's grammars
+        contain `::=`."""
         if "::=" in grammar:
             from llguidance.gbnf_to_lark import any_to_lark
 
@@ -150,8 +150,8 @@ class Grammars:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:
             raise InputError(
-                f"{field} has more than {MOST_RULES} of the characters {begins}, with which its "
-                "parts begin: shorten it."
+                f"{field} contains the characters {begins} more than {MOST_RULES} times in total: "
+                "shorten it."
             )
         try:
             known = self._tokens_known()

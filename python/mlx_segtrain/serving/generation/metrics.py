@@ -16,7 +16,7 @@ TIMES = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
 class Metrics:
     """The per-adapter counters and the gauges of one engine.
 
-    Cached prompts are not counted, because the count would reveal prompts of other clients.
+    Cached prompts are not counted, because the count could reveal other clients' prompts.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class Metrics:
         self._whole.labels(name).observe(now - request.asked)
 
     def forget(self, adapter: str) -> None:
-        """Drops the counters of an unmounted adapter, because clients could mount adapters under
-        any number of names."""
+        """Drops the counters of an unmounted adapter. Otherwise, clients could create any number of
+        counters by mounting adapters under new names."""
         for own in (self._requests, self._prompts, self._tokens, self._first, self._whole):
             own.remove_by_labels({"adapter": adapter})
 

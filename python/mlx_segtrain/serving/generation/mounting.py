@@ -31,15 +31,15 @@ from .grammars import Grammars
 
 #: Maximum number of tokens in a prompt if the model's context length is not known.
 MOST_TOKENS = 1 << 20
-#: Maximum size, in bytes, of the cached sums of adapters. The last sum is cached even if it is
-#: larger.
+#: Maximum size, in bytes, of the cached sums of adapters. The most recent sum is cached even if
+#: it is larger.
 MOST_SUM_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """A loaded model. `created` is a time in seconds since 1970. `max_length` is in tokens, or None
-    if it is not known."""
+    """A loaded model. `created` is a time in seconds since 1970. `max_length` is the context
+    length in tokens, or None if it is not known."""
 
     id: str
     path: Path
@@ -193,8 +193,8 @@ def read_base(path: Path, confined: Confined) -> Base:
             "the weights do not match."
         )
     chain = chain_of(model)
-    # On a CPU, our op computes the head several times faster than MLX's op (bench/LOG.md,
-    # 2026-12-01).
+    # On a CPU, the embedding and the head are always wrapped, because our op computes the head
+    # several times faster than MLX's op (bench/LOG.md, 2026-12-01).
     always = chain.linears if lora.few(1) else chain.adaptable
     modules = {name: lora.wrap(model, name, 1.0) for name in always}
     model.eval()
@@ -295,7 +295,7 @@ class Linears:
         cached."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        # The sum does not depend on the order of the adapters.
+        # Sorted, because the sum does not depend on the order of the adapters.
         own = sorted(adapters, key=lambda mounted: mounted.id)
         key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:

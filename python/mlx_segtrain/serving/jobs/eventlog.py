@@ -14,9 +14,9 @@ from typing import BinaryIO
 from ...events import Event
 from ...files import lock, private, to_json
 
-#: The number of bytes that are read at once.
+#: The number of bytes that are read at a time.
 BLOCK = 1 << 16
-#: Maximum bytes of a line that are shown.
+#: Maximum number of bytes of a line to show.
 LONGEST = 1 << 16
 #: Maximum size in bytes of a line that is cached for other readers.
 SHORT = 1 << 11

@@ -27,8 +27,8 @@ from .kinds import tell
 #: lines are short because a terminal such as the one that SSH opens limits a line to 4096 bytes
 #: (Linux) or 1024 bytes (macOS).
 FIRST_PORT, LINE = 32323, 1000
-#: The first character of each line of the configuration. SSH would interpret a `~` there, and an
-#: empty line ends the configuration.
+#: The prefix of each line of the configuration. Without it, SSH would interpret a `~` at the start
+#: of a line. An empty line ends the configuration.
 FIRST = "+"
 
 
@@ -120,7 +120,7 @@ class Group:
             tell(event)
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
-        # Once all ranks have started, a line like this event can only be text that a rank printed.
+        # Once all ranks have started, a line that looks like this event is text printed by a rank.
         if len(self.pids) == self.size:
             return
         self.pids[rank] = pid
@@ -138,7 +138,7 @@ class Group:
     @property
     def end(self) -> events.Event:
         """The last event of the job, once all ranks have ended: the last event of the lowest rank
-        that has one. If a rank was lost, any of the remaining ranks reports which one."""
+        that sent one. If a rank was lost, each remaining rank reports which rank it was."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

@@ -49,8 +49,8 @@ class Outputs:
             ) from None
         if not (config.overwrite or config.resume):
             raise InputError(
-                f"adapter_path {path} already contains a run: choose another folder, resume or "
-                "overwrite.",
+                f"adapter_path {path} already contains a run: choose another folder, or set "
+                "resume or overwrite.",
                 field="adapter_path",
             )
 

@@ -50,8 +50,8 @@ REFUSALS = {
 
 
 def check(folder: Path) -> list[str]:
-    """Returns the names of the files to send. Raises InputError if the folder has no adapter and no
-    model."""
+    """Returns the names of the files to send. Raises InputError if the folder contains neither an
+    adapter nor a model."""
     with _opened_folder(folder, "pushed") as place:
         return _names(folder, os.listdir(place))
 
@@ -66,7 +66,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
     """Uploads the files of an adapter or a model to a repository, which is created if it does not
     exist. The token comes from the environment or from `hf auth login`.
 
-    Raises InputError if the folder has no adapter and no model, or if the hub refuses the upload.
+    Raises InputError if the folder contains neither an adapter nor a model, or if the hub refuses
+    the upload.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -95,8 +96,8 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
 def opened(
     folder: Path, done: str = "pushed", *, models: bool = True
 ) -> Iterator[dict[str, BufferedReader]]:
-    """Yields the files to send, open and checked, by name. `done` is the verb in error messages,
-    such as "pushed".
+    """Opens and checks the files to send, and yields them by name. `done` is the verb in error
+    messages, such as "pushed".
 
     Raises InputError if a file's content does not match its name, or if the folder contains a model
     although `models` is false.
@@ -174,8 +175,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path to an open file. The messages of errors that are raised in the context contain
-    `path` instead."""
+    """Yields a path to an open file. In messages of errors that are raised in the context, `path`
+    replaces it."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

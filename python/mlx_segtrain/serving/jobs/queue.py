@@ -1,4 +1,4 @@
-"""The queue of jobs: starts them, follows their events, and notices how they end.
+"""The queue of jobs: starts them, follows their events, and records how they end.
 
 Each job is a process (worker.py) in its own session. It writes its log, and holds the log's lock
 while it runs (eventlog.py). Therefore, when a server starts, the logs show what happened to its
@@ -40,7 +40,7 @@ OTHERS = 2
 LONGEST_QUEUE = 200
 #: Seconds between two checks of a running job.
 POLL_S = 0.1
-#: Maximum number of characters of a message or an error in a row.
+#: Maximum number of characters of a message or an error in the database.
 LONGEST_TEXT = 4000
 #: If a job is cancelled again at least this many seconds after the first time, it is killed.
 KILLED_AFTER_S = 10.0
@@ -57,8 +57,8 @@ class Conflict(InputError):
 
 @dataclass
 class Live:
-    """A job that is waiting or running. At every change `changed` is set, and then replaced by a
-    new event."""
+    """A job that is waiting or running. At every change, the event `changed` is set and then
+    replaced by a new one."""
 
     pid: int | None = None
     interrupted: float = 0.0  #: the time of the first signal
@@ -80,8 +80,8 @@ class Jobs:
         roots: Sequence[Path] = (),
         hosts: Hosts | None = None,
     ):
-        """`check` raises InputError for a configuration that must not run. `roots` are folders:
-        jobs must not follow links out of them. `hosts` are the hosts for a job's ranks."""
+        """`check` raises InputError for a configuration that must not run. `roots` are folders
+        that jobs must not leave by following links. `hosts` are the hosts for a job's ranks."""
         self.check, self.roots, self.folder = check, roots, folder
         self.hosts = hosts or local(1)
         self.logs = folder / "jobs"
@@ -101,8 +101,8 @@ class Jobs:
         self.environment: dict[str, str] = {}
         self.live: dict[str, Live] = {}
         self.changed = asyncio.Event()  #: set whenever a job has started or ended
-        #: A job's name, inputs and method. Lists show them, but rows for lists lack the
-        #: configuration from which they are computed.
+        #: Returns a job's name, inputs and method, for lists. The results are cached, because rows
+        #: for lists lack the configuration from which they are computed.
         self.about = lru_cache(4096)(
             lambda id: ((row := self.get(id)).name, row.inputs, row.method)
         )
@@ -166,9 +166,9 @@ class Jobs:
         """Cancels a job, which may take a while to end. A training run keeps its last completed
         step.
 
-        If it is called again after two seconds, the job does not finish its step. If it is called
-        again KILLED_AFTER_S seconds after the first call, the process is killed. Raises Conflict if
-        the job has ended.
+        If this method is called again after two seconds, the job does not finish its step. If it is
+        called again KILLED_AFTER_S seconds after the first call, the process is killed. Raises
+        Conflict if the job has ended.
         """
         row = self.get(id)
         if row.ended:
@@ -323,8 +323,8 @@ class Jobs:
         self._run_next()
 
     async def _look(self, id: str, after: int) -> int:
-        """Updates a job's row from the events in its log after an offset, and notices when the job
-        has ended. Returns the new offset."""
+        """Updates a job's row from the events in its log after an offset, and records the end of
+        the job. Returns the new offset."""
         path, live = self.log(id), self.live[id]
         running = eventlog.is_written(path)
         found, end = eventlog.read(path, after, ended=not running)
@@ -367,8 +367,8 @@ class Jobs:
         live.tell()
 
     def _interrupt(self, id: str) -> None:
-        """Sends a signal to a job's process. The locked log shows that the process id is still
-        valid."""
+        """Sends a signal to a job's process if the job's log is locked, because only then is the
+        process id known to be valid."""
         live = self.live[id]
         if live.pid is not None and eventlog.is_written(self.log(id)):
             moment = time.monotonic()

@@ -39,7 +39,7 @@ def main(kind: str) -> int:
 
 
 def _given() -> dict[str, Any]:
-    """Reads the lines that group.py sends, up to an empty one."""
+    """Reads the lines that group.py sends, up to an empty line."""
     lines = takewhile(bool, (line.rstrip("\r\n") for line in sys.stdin))
     return json.loads("".join(line[1:] for line in lines))
 

@@ -18,8 +18,8 @@ ENDED = ("done", "failed", "cancelled")
 class RankFigures(BaseModel):
     """The figures of a rank: means per step since the previous report, and its memory."""
 
-    busy_s: float = Field(description="Seconds during which the rank worked.")
-    waited_s: float = Field(description="Seconds during which the rank waited for others.")
+    busy_s: float = Field(description="Seconds that the rank spent working.")
+    waited_s: float = Field(description="Seconds that the rank spent waiting for others.")
     tokens_per_sec: float = Field(description="The rank's speed while it worked.")
     peak_gb: float
     active_gb: float
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The configuration. It is empty in rows for lists."""
+        """The configuration. It is empty in rows that were read for a list of jobs."""
         return json.loads(self.config_json or "{}")
 
     @property

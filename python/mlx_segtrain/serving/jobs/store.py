@@ -113,7 +113,7 @@ class Store:
 
     def newest(self, limit: int, kind: str | None = None, before: int | None = None) -> list[Row]:
         """Returns jobs without their configurations, the newest first. With `before`, returns only
-        jobs whose place in the queue is lower."""
+        jobs whose place in the queue is lower than `before`."""
         wanted = {"kind = ?": kind, "place < ?": before}
         given = {test: value for test, value in wanted.items() if value is not None}
         where = f"WHERE {' AND '.join(given)}" if given else ""

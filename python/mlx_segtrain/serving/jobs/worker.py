@@ -5,8 +5,9 @@ of a lock file, which stays locked while the process runs. A job with several ra
 processes, which this process starts and follows (group.py).
 
 The process writes events to stdout, one per line, and writes the first event before it imports
-large packages. The server may end before this process. Lines that libraries print become events of
-type log, because a file that they read could contain lines that look like our events.
+large packages. The process keeps running if the server ends. Lines that libraries print become
+events of type log; otherwise, a printed line from an untrusted file could pass for one of our
+events.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _run(kind: str, file: Path) -> events.Event:
 
 
 def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job in this process, which can then only read below the roots."""
+    """Runs a job in this process, which from then on can read only files below the roots."""
     if given["roots"]:
         confine(Roots(map(Path, given["roots"]), Path(given["store"])))
     return kind_of(kind).run(given["values"])
