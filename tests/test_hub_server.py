@@ -76,7 +76,7 @@ def test_names_of_what_is_there(place, hub, posted):
         assert [own["path"] for own in found] == [str(place / "a" / "b")]
         again = server.http.post("/api/models/serve", json={"model_dir": "org/other"})
         assert again.status_code == 400
-        assert "org/other is neither a path nor in this machine's hub cache" in again.text
+        assert "org/other is neither a path nor in this machine's Hugging Face cache" in again.text
         refused = server.http.post("/api/hub/download", json={"name": "org/tiny"})
         assert refused.status_code == 403 and "--allow-downloads" in refused.json()["error"]
     # The hub cache is outside this root.

@@ -402,7 +402,7 @@ def test_a_model_by_its_name_on_the_hub(user, hub_site, hub, titles):
         page.get_by_role("option", name="org/small-4bit · on the Hugging Face hub")
     ).to_be_visible()
     model.press("Tab")
-    said = "neither a path nor in this machine's hub cache"
+    said = "neither a path nor in this machine's Hugging Face cache"
     expect(page.locator(".wrong", has_text=said)).to_be_visible()
     page.get_by_role("button", name="Download").click()
     comes = page.get_by_text(re.compile(r"downloading org/small-4bit: 0\.\d MB of"))
