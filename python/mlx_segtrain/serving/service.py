@@ -207,7 +207,9 @@ class Service:
         found = hub.cached(text)
         if found is None:
             how = "download it first (/api/hub/download)" if self.settings.downloads else WAY
-            raise InputError(f"{text} is neither a path nor in this machine's Hugging Face cache: {how}.")
+            raise InputError(
+                f"{text} is neither a path nor in this machine's Hugging Face cache: {how}."
+            )
         return self.roots.resolve(found)
 
     def data_place(self, text: str | Path) -> Path:
