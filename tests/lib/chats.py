@@ -114,7 +114,7 @@ def chat(*contents, first="user"):
 
 
 def trained(row, tokenizer):
-    """Returns the spans in the loss as text."""
+    """Returns the text of each span of tokens that is in the loss."""
     spans, previous = [], False
     for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
         if weight > 0:

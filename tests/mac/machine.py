@@ -93,7 +93,8 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """Writes wrappers for zig with the names that CMake calls, and Python's headers for macOS."""
+    """Writes Python's headers for macOS, and wrappers that run zig under the names that CMake
+    calls."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),
