@@ -583,8 +583,8 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """The request that caused the error is unknown, so each request continues alone after
-    the tokens generated so far."""
+    """The request that caused the error is unknown, so each request continues separately from the
+    tokens that it has generated so far."""
     failing(
         monkeypatch,
         ValueError("a bug"),
