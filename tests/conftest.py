@@ -1,4 +1,4 @@
-"""Fixtures for all tests: an environment without the user's settings, tiny models, and data."""
+"""Fixtures for all tests: tiny models, data, and an environment without the user's settings."""
 
 import os
 import re

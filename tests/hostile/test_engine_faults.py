@@ -312,7 +312,7 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def write_sparse(file, shapes):
-    """Writes a sparse safetensors file, whose data use no disk space."""
+    """Writes a sparse safetensors file, whose data uses no disk space."""
     header, place = {}, 0
     for name, shape in shapes.items():
         after = place + 2 * math.prod(shape)

@@ -335,7 +335,8 @@ def test_an_answer_that_comes_in_parts(monkeypatch):
 
 
 def test_an_account_with_limits_of_its_own(tmp_path):
-    """Limits that were set with `ulimit -v` and `ulimit -t` cannot be raised again."""
+    """Workers must also start under limits that were set with `ulimit -v` and `ulimit -t` and
+    cannot be raised."""
     script = """if True:
         import resource, sys
         from mlx_segtrain.serving.confined.parent import Confined, Limits

@@ -86,8 +86,8 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
 
 
 def metaspace(template=INST, scheme="first"):
-    """Returns a BPE tokenizer for words that begin with ▁. Like SentencePiece, it prepends a space
-    to every text."""
+    """Returns a BPE tokenizer that writes spaces as ▁. Like SentencePiece, it prepends a space to
+    every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)

@@ -15,8 +15,8 @@ VOCABULARY = 300
 
 
 def write_tokenizer(path: Path) -> None:
-    """Writes a tokenizer with 256 byte-level tokens, <s> </s> <|im_start|> <|im_end|>, and a ChatML
-    template."""
+    """Writes a tokenizer with 256 byte-level tokens, the special tokens <s>, </s>, <|im_start|> and
+    <|im_end|>, and a ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

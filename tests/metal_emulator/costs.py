@@ -151,8 +151,8 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Returns the counts of the implementation `blocked` per score for D = 512: for MLX's matrix
-    products, and for the passes over the scores.
+    """Returns the counts per score of MLX's matrix products and of the passes over the scores, for
+    the implementation `blocked` and D = 512.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
     half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
