@@ -33,8 +33,8 @@ def fsync(file):
     """Replaces `os.fsync`. Like the original, it raises OSError for a closed file, but it does not
     wait for the disk.
 
-    Waiting would take half of the time of a tiny run, and would matter only in a power failure,
-    which no test simulates.
+    Waiting would take half of the time of a tiny run, and would matter only in a real power
+    failure.
     """
     os.fstat(file if isinstance(file, int) else file.fileno())
 

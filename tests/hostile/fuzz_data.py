@@ -194,8 +194,8 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """Reads mutated files. Raises AssertionError that lists the faults. The files that caused them
-    are kept in the folder."""
+    """Reads mutated files. Raises an AssertionError that lists the faults. The files that caused
+    them are kept in the folder."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

@@ -63,8 +63,8 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic in tokenizers raises an error that is not a subclass of Exception. It once ended the
-    engine's thread, so that requests hung."""
+    """A panic in tokenizers raises an error that is not a subclass of Exception. Such an error once
+    ended the engine's thread, so that requests hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)
