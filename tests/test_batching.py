@@ -583,7 +583,7 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """The request that caused the error is unknown, so each request continues separately from the
+    """The request that caused the error is unknown, so each request is continued alone, after the
     tokens that it has generated so far."""
     failing(
         monkeypatch,
