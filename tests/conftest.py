@@ -1,4 +1,4 @@
-"""Fixtures for all tests: an environment without the user's settings, tiny models, and data."""
+"""Fixtures for all tests: tiny models, data, and an environment without the user's settings."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from lib.folders import write_llama, write_pairs, write_rows
 from lib.hub import serve_hub
 from lib.peers import load_peers
 
-# Tests and their child processes must not depend on variables that a user or a terminal has set,
-# such as widths, colours, and settings of the hub or of a tracker.
+# Tests and their child processes must not depend on environment variables that a user or a terminal
+# has set, such as those for widths, colours, the Hub and trackers.
 OURS = (
     r"COLUMNS|LINES|TERM|COLORTERM|FORCE_COLOR|NO_COLOR|HF_.*|WANDB_.*"
     r"|MLX_SEGTRAIN_(TOKEN|MEM_LOG)"
@@ -22,31 +22,32 @@ OURS = (
 for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 
-# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Processes that tests
-# start would inherit this, but they do not inherit a handler.
+# A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Child processes of
+# the tests would inherit this. Handlers are not inherited, so installing one prevents it.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
 
 def fsync(file):
-    """Replaces the system's fsync. Like it, this function raises OSError for a closed file, but it
-    does not wait for the disk.
+    """Replaces `os.fsync`. Like the original, it raises OSError for a closed file, but it does not
+    wait for the disk.
 
-    Waiting took half of the time of a tiny run, and no test cuts the power.
+    Waiting would take half of the time of a tiny run, and would matter only in a real power
+    failure.
     """
     os.fstat(file if isinstance(file, int) else file.fileno())
 
 
 os.fsync = fsync
 
-# By default tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. On a GPU, MLX would
-# multiply float32 matrices in TF32, which is not accurate enough for the error bounds of the tests.
+# By default tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. There, TF32 is disabled,
+# because it is not accurate enough for the error bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":
     os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))
 
-# There is no deadline, because the time of an example depends on other load on the machine.
+# Hypothesis examples have no deadline, because their duration depends on the load of the machine.
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
@@ -59,7 +60,7 @@ def pytest_collection_modifyitems(items):
     """Marks attacks and comparisons with torch as acceptance tests. Other acceptance tests are
     marked in their files.
 
-    Files with acceptance tests run first, because a slow file at the end would leave the other
+    Files with acceptance tests run first, because a slow file at the end would leave the other test
     processes idle.
     """
     for item in items:
@@ -98,7 +99,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def bounded(request):
-    """Limits the memory of tests that attack a server, because a successful attack could take any
+    """Limits the memory of tests that attack a server, because a successful attack could use any
     amount of memory."""
     if "hostile" not in request.path.parts:
         yield

@@ -303,7 +303,8 @@ def test_the_core_checks_its_ranges():
 
 @pytest.mark.parametrize("head", [64, 128, 256])
 def test_the_same_bits_again(head):
-    """For sequences this long, GPU libraries by default sum in an unspecified order."""
+    """Results must be bit-identical even for sequences so long that GPU libraries sum in an
+    unspecified order by default."""
     length = 8192 if ON_GPU else 256
     rng = np.random.default_rng(0)
     (q, _), (k, _), (do, _) = (

@@ -13,8 +13,8 @@ from mlx_segtrain.streams import BatchShape
 
 #: The head sizes that MLX 0.32.4's Metal library supports, according to its error message.
 STOCK_ON_METAL = [64, 72, 80, 96, 128, 192, 256]
-#: The implementation used on CUDA for heads that MLX's attention supports. On a Hopper GPU, our
-#: `hopper` kernel is used for these heads too, because it is faster.
+#: The implementation chosen on CUDA for head sizes that MLX's attention supports: our `hopper`
+#: kernel on a Hopper GPU, where it is faster, and MLX's attention otherwise.
 ON_CUDA = "hopper" if _core.attention_way("cuda", 256) == "hopper" else "stock"
 OTHERS_ON_METAL = [8, 32, 40, 48, 56, 63, 65, 88, 100, 104, 112, 120, 136, 160, 224, 248, 257, 320]
 

@@ -290,7 +290,8 @@ def test_linears_that_read_the_same_share_a_product(base, monkeypatch):
 
 
 def test_numbers_that_are_none_stay_in_their_row(model):
-    """An untrusted or badly trained adapter may contain NaN."""
+    """NaN values in an untrusted or badly trained adapter affect only the rows that use the
+    adapter."""
 
     def mounted(base):
         good = random_adapter(base.chain, dict.fromkeys(base.chain.linears, 4), 1.0, 0.1)
@@ -582,8 +583,8 @@ def test_where_memory_lacks_the_longest_fails(shared, said, monkeypatch):
 
 
 def test_who_breaks_a_batch_fails_alone(shared, said, monkeypatch):
-    """The request that caused the error is unknown, so each request continues alone after
-    the tokens generated so far."""
+    """The request that caused the error is unknown, so each request is continued alone, after the
+    tokens that it has generated so far."""
     failing(
         monkeypatch,
         ValueError("a bug"),

@@ -194,7 +194,8 @@ METHODS = get_args(TrainConfig.model_fields["method"].annotation)
 
 def test_every_field_is_tried() -> None:
     tried = {name for method in METHODS for name in changed(method)}
-    # The other two fields cannot be combined with segment_size and overwrite.
+    # grad_checkpoint and resume are not tried, because they cannot be combined with segment_size
+    # and overwrite.
     assert tried | {"grad_checkpoint", "resume"} == set(TrainConfig.model_fields)
 
 

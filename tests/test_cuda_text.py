@@ -41,7 +41,7 @@ def load_compiler():
 
 
 def differentiate(f, *args):
-    """Builds the graphs of the forward and backward passes, which compiles their kernels."""
+    """Compiles the kernels of the forward and backward passes by building their graphs."""
     y = f(*args)
     ys = list(y) if isinstance(y, list | tuple) else [y]
     mx.vjp(f, list(args), [mx.zeros_like(x) for x in ys])
@@ -185,7 +185,8 @@ def compile_all():
 
 
 def compile_together():
-    """Checks that collected kernels are compiled in one call, and that later calls find them."""
+    """Checks that collected kernels are compiled in one call, and that later calls do not compile
+    them again."""
     from mlx_segtrain import _core, ops
 
     load_compiler()

@@ -122,7 +122,7 @@ def assert_same(a, b):
 def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
     tmp_path, tokenizer, model, kept, form, part
 ):
-    """Cached and uncached data are also equal if rows are truncated to a length that only some rows
+    """Cached data equals uncached data, even if rows are truncated to a length that only some rows
     exceed."""
     data = write(tmp_path / "data", rows_of(form, 90))
     plain, _ = load_dataset(data, tokenizer, of(form, max_seq_length=4096))
@@ -132,8 +132,8 @@ def test_the_same_data_from_the_cache_from_memory_and_row_by_row(
         stored, _ = load_dataset(data, tokenizer, how, model)
         assert_same(stored, plain)
     assert len(files(kept)) > 2
-    # Compare with an implementation that uses no columns but tokenizes, truncates and counts row by
-    # row.
+    # Compare with an implementation that tokenizes, truncates and counts row by row, without
+    # columns.
     encoder = Encoder(tokenizer, how)
     records = [checked(row, f"train.jsonl:{n}") for n, row in enumerate(rows_of(form, 90), 1)]
     whole = encode(encoder, records)

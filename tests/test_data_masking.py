@@ -110,8 +110,8 @@ def test_sentencepiece_like_turns_within_plain_text(tmp_path, scheme):
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == ids(tokenizer, whole)
     # The token "▁fine" contains the space between prompt and response. A token that contains any
-    # part of the response is in the loss. The newline ends the turn, because the template has no
-    # end-of-turn token and append_eos is False.
+    # part of the response is in the loss. The newline is in the loss too: it ends the turn, because
+    # the template has no end-of-turn token and append_eos is False.
     assert trained(row, tokenizer) == ["fine\n", "blue\n"]
 
 

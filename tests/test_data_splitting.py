@@ -44,8 +44,8 @@ def test_what_is_held_out_depends_on_the_rows_and_on_nothing_else(tmp_path, make
         texts(load(tmp_path, rows, method=method, val_split=0)[0])
     )
     held = set(texts(valid))
-    # The selection depends neither on the order of the rows nor on unused columns. Additional rows
-    # change only a part of it.
+    # The selection depends neither on the order of the rows nor on unused columns. Adding rows
+    # changes only part of the selection.
     random.Random(0).shuffle(rows)
     others = [{"id": i, **own} for i, own in enumerate(rows)]
     assert set(texts(load(tmp_path, others, method=method)[1])) == held

@@ -1,5 +1,5 @@
-"""Tests decode_linears, which computes linear layers in a decoding step in one call, with a
-different adapter for each row."""
+"""Tests decode_linears, which computes several linear layers of a decoding step in one call and can
+apply a different adapter to each row."""
 
 import inspect
 
@@ -97,7 +97,8 @@ def test_rows_in_half_precision(kind, dtype):
 
 
 def test_a_device_s_cases_fit_its_kernel():
-    """The kernel supports the self-check's calls; otherwise the self-check would disable it."""
+    """The kernel must support the calls of the self-check, which would disable the kernel
+    otherwise."""
     for call in decode_linears.checks("cuda", 64):
         values = inspect.signature(call.kernel).parameters
         x, op, picks = (values[name].default for name in ("x", "kernel", "picks"))

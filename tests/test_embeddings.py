@@ -92,7 +92,8 @@ def of_mlx_lm(stock, adapter, batch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_mlx_lm(name, monkeypatch):
-    """Some rows precede the loss, and the logits are computed in several chunks."""
+    """Some positions precede the first one in the loss, and the logits are computed in several
+    chunks."""
     if "experts" in name:
         needs_router_gradient()
     monkeypatch.setattr("mlx_segtrain.models.chain.HEAD_ROWS", 7)

@@ -34,7 +34,7 @@ TOOLS = (
 
 
 class Guess:
-    """Rejects the first two guesses with the right answer, and ends after the third."""
+    """Rejects the first two guesses by naming the right answer, and ends after the third guess."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed

@@ -156,7 +156,7 @@ def test_half_precision_is_no_further_from_float32_than_mlx_lm(name):
     the layers that read their keys are in different segments.
 
     A tensor's errors are averaged over several models and batches, because a single measurement
-    varies randomly by up to half.
+    varies randomly by up to 50 %.
     """
     family, overrides = FAST[name]
     errors = {}

@@ -158,7 +158,8 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Returns the numbers of evenly spaced calls, or of all calls."""
+    """Returns which calls should fail, counted from 1: FAULTS evenly spaced calls, or all calls if
+    FAULTS is 0."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 
@@ -247,7 +248,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="file names are read 
 
 
 class Disk:
-    """Simulates a folder's contents after a power cut, at each fsync and after each rename.
+    """Simulates power cuts at each fsync and after each rename, and records what the folder would
+    then contain.
 
     A file's content reaches the disk when the file is synced. Its name reaches the disk immediately
     or when the folder is synced: real disks may do either.

@@ -352,7 +352,8 @@ def test_the_demo_s_model_is_folded(tmp_path):
     fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, the dtype of the base
     tokens = mx.array([[1, 504, 3575]])
     both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
-    # Only weights are loaded here. Tokenizers take as long to load, and are loaded once, below.
+    # Only weights are loaded here. Loading a tokenizer takes as long as loading the weights, so
+    # this is done only once, below.
     alone = load_model(model)[0](tokens)
     dense = load_model(tmp_path / "dense")[0](tokens)
     half = load_model(tmp_path / "half")[0](tokens)
@@ -425,7 +426,8 @@ def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
 )
 @pytest.mark.parametrize("dequantize", [False, True])
 def test_bits_that_the_configuration_does_not_name(dequantize, llama_mixed, tmp_path):
-    """mlx-lm derives the number of bits from the shapes."""
+    """If the configuration gives a wrong number of bits for a layer, the shapes of the weights
+    determine the number, as in mlx-lm."""
     model = shutil.copytree(llama_mixed, tmp_path / "m")
     config = json.loads((model / "config.json").read_text())
     config["quantization"] = {"group_size": 32, "bits": 4}

@@ -306,8 +306,8 @@ def test_gguf(name, adapters, tmp_path):
         delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
         want = np.array(own.scales[path] * (a @ b).T)
         heads = {"q_proj": 4, "k_proj": 2}.get(kind)
-        # Row 2i belongs to the first half of a head, and row 2i + 1 is its partner in the second
-        # half.
+        # In the GGUF file, row 2i of a head is row i of its first half, and row 2i + 1 is row i of
+        # its second half.
         if heads:
             half = want.shape[0] // heads // 2
             rows = [
@@ -407,8 +407,8 @@ def test_which_names_must_be_known(tmp_path):
 
 
 def test_unpadded_factors_of_an_earlier_adapter_are_not_read(adapters, tmp_path):
-    """If a user continues training with mlx-lm in the same folder, mlx-lm writes only
-    adapters.safetensors."""
+    """If a user continues training with mlx-lm in the same folder, mlx-lm updates only
+    adapters.safetensors, so the file with the unpadded factors is outdated."""
     folder = shutil.copytree(adapters("by bits")[1], tmp_path / "a")
     assert set(read_stored(folder).ranks.values()) == {4, 8}
     file = folder / "adapters.safetensors"

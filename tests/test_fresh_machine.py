@@ -1,6 +1,6 @@
 """Checks that `make` and the tests do not depend on anything specific to a developer's machine.
 
-`.ci/run` covers the rest: it runs the README's commands in an empty environment.
+The README's commands are tested by `.ci/run`, which runs them in an empty environment.
 """
 
 import ast

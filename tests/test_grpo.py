@@ -437,7 +437,7 @@ def test_a_run_that_begins_again_keeps_its_rollout_batch(tmp_path, monkeypatch):
 
 
 def rolling(monkeypatch, roll_out):
-    """Returns a replacement for a Cycle that generates with `roll_out`."""
+    """Returns a minimal replacement for a Cycle. It generates with `roll_out`."""
     monkeypatch.setattr(cycle, "roll_out", roll_out)
     monkeypatch.setattr(cycle, "with_params", lambda *_: None)
     names = ("model", "tokenizer", "chain", "scales")

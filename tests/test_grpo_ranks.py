@@ -1,5 +1,5 @@
-"""Tests that grpo gives the same results on two local ranks, which divide each step's prompts
-between them, as on a single rank."""
+"""Tests grpo on two local ranks, which divide each step's prompts between them. The results must
+equal those of a single rank."""
 
 import json
 

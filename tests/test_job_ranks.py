@@ -33,8 +33,8 @@ def until(holds, seconds=60):
 
 
 def running(id):
-    """Returns the descendants of a process, grouped by the module that they run. Its name is the
-    second-to-last word of the command."""
+    """Returns the descendants of a process, grouped by the module that they run. The module's name
+    is the second-to-last word of the command."""
     found = {}
     for own in psutil.Process(id).children(recursive=True):
         found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)

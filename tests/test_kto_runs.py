@@ -15,8 +15,8 @@ pytestmark = [pytest.mark.acceptance, pytest.mark.usefixtures("cache")]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
-    """Writes rows and returns their folder. Three quarters of the responses are desirable, and
-    these are similar for all prompts."""
+    """Writes rows and returns their folder. Three quarters of the responses are desirable. The
+    desirable responses are similar for all prompts."""
     folder = tmp_path_factory.mktemp("labelled")
     for name, first, count in (("train", 10, 12), ("valid", 50, 5)):
         own = [

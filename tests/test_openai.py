@@ -596,7 +596,8 @@ def test_seeds_under_load(server):
 
 
 def test_clients_that_go_free_their_place(server):
-    """Without cancellation, a response of 15,000 tokens would take a minute."""
+    """A request is cancelled when its client disconnects. Without cancellation, its response of
+    15,000 tokens would take a minute."""
     stream = ask(server, "a", 15_000, stream=True, **NEVER_ENDS)
     next(chunk for chunk in stream if chunk.choices[0].delta.content)
     assert server.engine._active

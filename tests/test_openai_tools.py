@@ -427,7 +427,8 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
     message = closed.choices[0].message
     assert (message.reasoning_content, message.content) == ("hm, 2", "Two.")
     assert free.choices[0].message.reasoning_content == "hm, 2"
-    # Each byte is a token. The last byte of the opening tag, the text and the closing tag count.
+    # Each byte is a token. The reasoning tokens are the last byte of the opening tag, the text and
+    # the closing tag.
     assert closed.usage.completion_tokens_details.reasoning_tokens == 1 + 5 + 8
     assert other.usage.completion_tokens_details.reasoning_tokens == 5 + 8
     assert plain.usage.completion_tokens_details.reasoning_tokens == 0

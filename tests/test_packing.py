@@ -25,7 +25,8 @@ from mlx_segtrain.planning.costs import CUDA
 from mlx_segtrain.planning.packing import pays, typical
 from mlx_segtrain.training import setup
 
-#: Numbers of tokens per row, including some above the window of 8 or a tile, and the minimum.
+#: Numbers of tokens per row. They include the minimum of 2, and numbers above the sliding window of
+#: 8 tokens and above the size of a tile.
 LENGTHS = (21, 2, 9, 70, 33, 3)
 BOUND = 1e-5
 
@@ -59,9 +60,9 @@ def step(chain, adapter, batch, total, size=1):
 
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
-    """Compares packed rows with single rows. The errors may exceed BOUND if those of a padded batch
-    do so too. The reason is that the gradients partly cancel in the sum, and that the rounding of
-    matrix products depends on their shapes."""
+    """Compares packed rows with single rows. The errors may exceed BOUND only if those of a padded
+    batch exceed it too: gradients partly cancel in the sum, and the rounding of matrix products
+    depends on their shapes."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)

@@ -58,7 +58,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     write_rows(write_rows(work / "counting"), 6, "valid.jsonl")
     write_dataset(work / "docstrings")
     turns = [{"role": r, "content": x} for r, x in zip(("user", "assistant"), ROW, strict=True)]
-    # Evaluating all rows would be slow on a CPU.
+    # Only some rows are kept, because evaluating all of them would be slow on a CPU.
     for name, first, most in (("train", [{"messages": turns}], 59), ("valid", [], 8)):
         path = work / "docstrings" / f"{name}.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines(True)[:most]
@@ -272,8 +272,8 @@ def cpu_s(page: Any, site: Site, act: Any) -> float:
 
 @pytest.mark.parametrize("path", ["/finetune", "/finetune/jobs", "job", "/finetune/chat"])
 def test_a_page_is_there_in_less_than_a_second(user, site, runs, path):
-    """A page load needs less than one second of CPU time. This time, unlike the elapsed time, does
-    not depend on what else the machine does. A second load fetches no files."""
+    """A page load needs less than one second of CPU time. Unlike the elapsed time, the CPU time
+    does not depend on the load of the machine. A second load fetches no files."""
     path = f"/finetune/job/{runs[0]}" if path == "job" else path
     page = user.page()
     loads = [cpu_s(page, site, lambda: user.open(path, page=page)) for _ in range(2)]

@@ -118,7 +118,7 @@ def test_the_head_reads_inputs_and_values_of_earlier_segments():
 
 
 def test_a_plan_resolves_names_and_counts_their_readers():
-    """`plan.readers` counts the head as the stage after the last."""
+    """`plan.readers` treats the head as an additional stage after the last one."""
     stages = [StageSpec("a", ["h"], ["h", "kv"], True), StageSpec("b", ["h", "kv"], ["h"], True)]
     plan = make_plan(stages, ["h"], ["h", "kv"], [2], [1])
     assert [(stage.reads, stage.writes) for stage in plan.stages] == [([0], [1, 2]), ([1, 2], [3])]

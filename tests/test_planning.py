@@ -233,8 +233,8 @@ def test_the_largest_budget_keeps_everything_and_the_smallest_has_the_least_peak
 
 @pytest.mark.parametrize("seed", range(12))
 def test_no_plan_by_hand_is_faster_within_the_budget(seed):
-    """Compares the chosen plan for a random chain with plans that have other segment sizes and
-    tails, and with or without saved values."""
+    """Compares the chosen plan for a random chain with plans that use other segment sizes and
+    tails, with and without saved values."""
     rng = np.random.default_rng(seed)
     costs = []
     for i in range(12):
@@ -541,7 +541,7 @@ def test_plan_says_what_fits_in_under_a_second(llama4, tmp_path):
         began = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        # CPU time is independent of the machine's load.
+        # CPU time is measured, because it does not depend on the machine's load.
         best = min(best, sum(ended[:2]) - sum(began[:2]))
     assert best < 1
     for word in ("budget", "plan", "peak", "recomputed", "longest", "weights, adapter"):

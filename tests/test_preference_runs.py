@@ -91,7 +91,7 @@ def test_only_pairs_that_are_seen_are_computed(llama4, pairs, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_dropout_acts_in_every_method_and_follows_the_seed(method, llama4, data, pairs, tmp_path):
     def run(name, **changes):
-        # In the first step, the gradient of A is 0, because B is 0. In the second, it is not.
+        # Two steps are needed: in the first one, the gradient of A is 0, because B is 0.
         train(setup_of(method, llama4, data, pairs, tmp_path / name, iters=2, **changes))
         return weights_of(tmp_path / name)
 

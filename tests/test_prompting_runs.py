@@ -42,7 +42,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_learned_by_heart_are_answered_and_the_answer_stops(kind, request, tmp_path):
     variables, before = KINDS[kind]
-    # One layer learns four rows by heart in fewer steps than three layers.
+    # The model has only one layer, because it then memorizes the four rows in fewer steps.
     model = write_llama(tmp_path / "model", tied=False, layers=1)
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": [*STOPS[2:], "<|assistant|>"]})

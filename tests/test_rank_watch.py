@@ -123,7 +123,7 @@ class World:
 
 def schedule(seed):
     """Creates a world in which up to three ranks die (some while sending), sleep, fail or restart.
-    Returns the world, these ranks, and those of them that sleep."""
+    Returns the world, the affected ranks, and the ranks that sleep."""
     world = World(RANKS, seed)
     pick = world.random
     victims = pick.sample(range(RANKS), pick.choice([1, 1, 2, 3]))

@@ -87,8 +87,8 @@ def models(tmp_path_factory, llama4, llama_mixed):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_resumed_run_is_its_twin(name, models, tmp_path, monkeypatch):
-    """A run that crashes between two checkpoints, is resumed, interrupted and resumed again has its
-    twin's results."""
+    """A run crashes between two checkpoints, is resumed, is interrupted, and is resumed again. Its
+    results equal those of an uninterrupted run."""
     monkeypatch.setenv("MLX_SEGTRAIN_CACHE", str(tmp_path / "cache"))
     options = {"iters": 6, "steps_per_eval": 2, "steps_per_save": 2, "keep_best": True}
     options |= {"save_checkpoints": True, **RUNS[name]}
@@ -128,7 +128,8 @@ def interrupt_behind(last):
 def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
     model = snapshot.smollm2_snapshot(cache_dir())
     data = write_rows(tmp_path / "data", 8)
-    # One step (of a second) after resuming suffices, because it depends on the whole state.
+    # A single step after resuming suffices, because it depends on the whole state. Each step takes
+    # about a second.
     options = {"iters": 2, "steps_per_save": 1, "grad_accumulation_steps": 2, "lora_dropout": 0.05}
     options |= {"learning_rate": 1e-4, "max_seq_length": 48}
     plain = train(config_of(model, data, tmp_path / "plain", **options))
@@ -143,7 +144,7 @@ def test_smollm2_resumes_to_the_bytes_of_its_twin(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_keeps_the_last_finished_step(number, llama4, data, tmp_path):
     """A signal in the middle of a step ends the process with exit code 130. The saved weights equal
-    those of a run with as many steps."""
+    those of an uninterrupted run with the same number of steps."""
     options = ["--model", llama4, "--data", data, "--adapter-path", tmp_path / "a"]
     options += ["--max-seq-length", "100", "--rank", "4", "--learning-rate", "1e-2"]
     options += ["--steps-per-eval", "1000", "--steps-per-save", "0", "--steps-per-report", "1"]

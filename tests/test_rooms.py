@@ -7,7 +7,7 @@ import mlx_segtrain
 
 PACKAGE = Path(mlx_segtrain.__file__).parent
 #: The layers from lowest to highest. Names that are not in the list (`_core`, versions) are below
-#: all of them.
+#: all layers.
 FLOORS = (
     *("errors", "files", "processes", "events", "torchless", "fields", "config", "safetensors"),
     *("hub", "hub_search"),
@@ -32,8 +32,8 @@ def modules():
 
 
 def imported(name, file):
-    """Yields what a module imports from the package, even within functions, as dotted names without
-    the package's name."""
+    """Yields the dotted names, without the package's name, of everything that a module imports from
+    the package. Includes imports within functions."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -46,7 +46,7 @@ def adapters(draw, experts=False):
 
 
 def update_of(adapter, path):
-    """Returns an adapter's update of a weight, transposed, in float64."""
+    """Returns the transpose of an adapter's update of a weight, in float64."""
     a, b = (np.array(x).astype(np.float64) for x in adapter.tensors[path])
     product = a @ b if a.ndim == 2 else (b @ a).swapaxes(1, 2)
     return adapter.scales[path] * product

@@ -189,8 +189,8 @@ def test_misuse_is_named():
 
 
 def test_every_move_traces_what_mx_compile_would_fuse():
-    """All moves trace functions under vjp, with or without a backward pass. Outside vjp, mx.compile
-    would fuse operations, and fused operations may round differently."""
+    """All moves, with or without a backward pass, trace functions under vjp. Outside vjp,
+    mx.compile would fuse operations, and fused operations may round differently."""
     traces = []
 
     @mx.compile

@@ -18,7 +18,7 @@ TEXTS = {
     for pattern in ("metal/*.metal", "cuda/*.cu", "csrc/cpu/*.cpp", "csrc/ops/*/cpu.cpp")
     for file in sorted(ROOT.glob(pattern))
 }
-#: Kernels that have another kernel's outputs without being its twin, and the reasons.
+#: Kernels that have the same outputs as another kernel but are not its twins, with the reasons.
 EXEMPT = {
     "attention_sum_parts": "adds up what parts of the heads gave attention_vjp_kv",
     "attention_queries_vjp": "one product with a dS that attention_scores_vjp wrote out",

@@ -64,7 +64,7 @@ def test_a_run_learns_writes_and_reports(llama4, data, tmp_path):
 
 
 def test_a_folder_is_of_one_run_at_a_time(llama4, data, tmp_path):
-    """A run locks its folder until it ends, for whatever reason. A second run is refused and
+    """A run locks its folder until it ends, no matter how it ends. A second run is refused and
     changes nothing."""
     config = config_of(llama4, data, tmp_path / "a", overwrite=True)
     refused = []
@@ -314,7 +314,8 @@ def test_adapters_of_other_families_load_in_mlx_lm(family, data, tmp_path):
 
 @pytest.mark.parametrize("at", ["between steps", "in a stage"])
 def test_ctrl_c_saves_the_last_finished_step(llama4, data, tmp_path, at, monkeypatch):
-    # Shells start background jobs with SIGINT ignored, and Python does not change this.
+    # Shells start background jobs with SIGINT ignored. Python keeps this setting, so the test sets
+    # Python's default handler.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     seen = []
 

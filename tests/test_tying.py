@@ -279,7 +279,7 @@ def test_a_merge_into_the_base_changes_what_the_head_computes_with(bases, tmp_pa
 
 
 def peft_logits(hf, base, folder):
-    """Returns the logits of the model in transformers with the adapter."""
+    """Returns the logits that transformers computes with the adapter, loaded by PEFT."""
     return adapter_files.peft_logits(hf, base, folder, TOKENS)
 
 

@@ -1,7 +1,8 @@
 """Finds words that native readers find awkward, in all texts that people read.
 
 `python tests/wording.py` prints each occurrence. `--allow` writes the number of occurrences in each
-file to tests/wording_allowed.txt. tests/test_wording.py fails if a file has more than this number.
+file to tests/wording_allowed.txt. tests/test_wording.py fails if a file contains more occurrences
+than that.
 """
 
 import ast

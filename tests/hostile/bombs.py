@@ -3,7 +3,8 @@ bombs).
 
     python tests/hostile/bombs.py FOLDER [NAME ...]
 
-prints a line of JSON for each file, with the memory and time for reading it, and the error, if any.
+prints a line of JSON for each file, with the memory and time needed to read it, and the error, if
+any.
 """
 
 import base64
@@ -31,7 +32,8 @@ from mlx_segtrain.data import tables
 from mlx_segtrain.data.sources import rows_of, source_of
 
 MB = 1 << 20
-#: The maximum memory in bytes, which protects the machine from a reader that does not check sizes.
+#: The memory limit of a process that reads a bomb, in bytes. It protects the machine if a reader
+#: does not check sizes.
 CONFINED = 6 << 30
 
 #: The file extension of each bomb, and the function that creates its bytes.
@@ -123,8 +125,8 @@ def ipc(table: pa.Table, codec: str | None = None, kind: Any = pa.ipc.new_stream
 
 
 def texts(mb: int) -> pa.Array:
-    """Returns texts of 15 MB. They consist of null characters in mapped memory, of which no page is
-    ever written."""
+    """Returns texts of 15 MB each, and about `mb` MB in total. They consist of null characters in
+    mapped memory whose pages are never written, so they use no memory."""
     n = mb // 15
     offsets = pa.py_buffer(struct.pack(f"<{n + 1}i", *range(0, (n + 1) * 15 * MB, 15 * MB)))
     own = mmap.mmap(-1, n * 15 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -197,8 +199,8 @@ def columns_that_are_shared() -> bytes:
 
 
 def shared_schema(depth: int, padding: int) -> bytes:
-    """Returns a schema of nested structs. In each struct, both columns are the same bytes, so the
-    schema has 2^depth columns."""
+    """Returns a schema of nested structs. The two fields of each struct refer to the same bytes, so
+    the schema has 2^depth columns."""
     kind: Any = pa.int8()
     for _ in range(depth):
         kind = pa.struct([pa.field("a", kind), pa.field("b", pa.int8())])
@@ -320,7 +322,7 @@ def parquet(
 ) -> bytes:
     """Returns a Parquet file with false sizes.
 
-    A column consists of its type, its pages and the number of its values. The first page may be a
+    Each column is given as its type, its pages and its number of values. The first page may be a
     dictionary. `told` replaces fields of the metadata. `stored` is an Arrow schema.
     """
     content, chunks = b"PAR1", []
@@ -512,7 +514,7 @@ def memory(key: str) -> int:
 
 
 def apart(work: Callable[[], None]) -> None:
-    """Runs `work` in a fork, which has the imported modules but no freed memory that it could
+    """Runs `work` in a forked process, which has all modules imported but no freed memory to
     reuse."""
     if (child := os.fork()) == 0:
         work()

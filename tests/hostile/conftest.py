@@ -12,8 +12,8 @@ from mlx_segtrain.models import load_tokenizer
 #: use after it. Some memory remains because a helper process that the server has started stays
 #: alive.
 MOST_MB, LEFT_MB = 500, 250
-#: The seconds within which memory must be freed, and within which a server under attack must
-#: respond. A server that has a processor to itself responds within 1 s, but here attackers and
+#: The time limits in seconds for freeing memory after an attack, and for responses of a server
+#: under attack. A server that has a processor to itself responds within 1 s, but here attackers and
 #: other tests use the processor too.
 BACK_S, ANSWER_S = 60, 2
 

@@ -73,8 +73,8 @@ class Readers:
 
     def one(self) -> str:
         """Changes one file and reads it. Returns the error, or an empty string."""
-        # A tokenizer takes a hundred times as long as other files, because loading it starts a
-        # process.
+        # Tokenizers are rarely chosen: loading one starts a process, which takes a hundred times as
+        # long as reading another file.
         names = [name for name in self.kinds if name != "tokenizer.json"]
         rare = self.fuzzer.chance.random() < 0.005
         name = "tokenizer.json" if rare else self.fuzzer.chance.choice(names)
@@ -163,7 +163,7 @@ def routes(place: Path, canary: Path) -> list[tuple[str, str, dict]]:
 
 
 class Routes:
-    """A server, and the request bodies that are changed and sent."""
+    """Sends mutated request bodies to a server."""
 
     def __init__(self, server: Server, fuzzer: Mutator, canary: Path):
         self.server, self.fuzzer = server, fuzzer

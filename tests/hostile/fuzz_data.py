@@ -1,10 +1,11 @@
-"""Fuzzes the readers of data files. They may raise only InputError, and must not hang or use
+"""Fuzzes the readers of data files. The readers may raise only InputError, and must not hang or use
 excessive memory.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz_data.py [KIND ...]
 
-runs the fuzzer outside of pytest. The fuzzer prints the name of a folder, and a line for each kind
-of file. If a library crashes, the run ends, and the folder contains the file that caused the crash.
+runs the fuzzer outside of pytest. The fuzzer prints the name of its working folder, and a line for
+each kind of file. If a library crashes, the run ends, and the folder contains the file that caused
+the crash.
 """
 
 import csv
@@ -193,8 +194,8 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """Reads changed files. Raises AssertionError with the names of the files that caused a fault,
-    which stay in the folder."""
+    """Reads mutated files. Raises an AssertionError that lists the faults. The files that caused
+    them are kept in the folder."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

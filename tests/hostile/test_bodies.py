@@ -74,7 +74,8 @@ def test_bodies_that_hold_millions(server):
 
 
 def test_many_large_bodies_at_once(server):
-    """The total size of all bodies is limited, and therefore their memory after parsing."""
+    """The total size of all bodies is limited, which also limits the memory that they use after
+    parsing."""
     body = json.dumps({"prompt": [5] * 1_000_000, "max_tokens": 1}).encode()
     assert len(body) < 8 << 20
 

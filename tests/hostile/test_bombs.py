@@ -11,7 +11,7 @@ import bombs
 import pytest
 
 #: The maximum memory in bytes and the maximum number of seconds for reading a file. The size of the
-#: file is added to the memory, because the file may be memory-mapped.
+#: file is added to the memory limit, because the file may be memory-mapped.
 ROOM, LONGEST_S = 448 << 20, 30
 
 #: The files that are read without an error.

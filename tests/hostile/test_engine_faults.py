@@ -63,8 +63,8 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic in tokenizers is not an Exception. Such a panic once ended the engine's thread, and
-    requests hung."""
+    """A panic in tokenizers raises an error that is not a subclass of Exception. Such an error once
+    ended the engine's thread, so that requests hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)
@@ -312,7 +312,7 @@ def test_mounts_are_bounded(engine, model, tmp_path, monkeypatch):
 
 
 def write_sparse(file, shapes):
-    """Writes a sparse safetensors file, whose data use no disk space."""
+    """Writes a sparse safetensors file, whose data uses no disk space."""
     header, place = {}, 0
     for name, shape in shapes.items():
         after = place + 2 * math.prod(shape)
@@ -336,7 +336,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
     with pytest.raises(InputError, match="GB of memory, but only"):
         asyncio.run(engine.mount("a", tmp_path))
     assert resident_mb() - before < 100 and time.monotonic() - begun < 5
-    # The adapter is not read even when adapters are listed.
+    # Listing adapters does not read the file either.
     os.truncate(tmp_path / "adapters.safetensors", 1 << 42)
     (tmp_path / "adapters_unpadded.safetensors").write_bytes(b"")
     os.truncate(tmp_path / "adapters_unpadded.safetensors", 1 << 42)
@@ -346,7 +346,7 @@ def test_an_adapter_that_is_a_hole(engine, model, tmp_path):
 
 
 def test_sums_of_stacks_are_bounded(engine, model, tmp_path, monkeypatch):
-    """Sums of adapters are cached only once for all orders of the adapters, and the size of the
+    """The sum of several adapters is cached once, regardless of their order, and the size of the
     cache is limited."""
     chain = chain_of(load_base(model)[0])
     ranks = dict.fromkeys(chain.linears, 4)

@@ -1,5 +1,5 @@
-"""The process of a job must not load foreign modules or inherit secrets or open files of the
-server."""
+"""The process of a job must not load modules from unexpected places, and must not inherit the
+server's secrets or open files."""
 
 import asyncio
 import json
@@ -66,7 +66,7 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
             sys.exit(subprocess.run(made, cwd="/").returncode)
         """
         made = subprocess.run(
-            # -S disables site, because otherwise an editable installation would be found first.
+            # -S disables the site module. Otherwise, an editable installation would be found first.
             [sys.executable, "-I", "-S", "-c", textwrap.dedent(script)],
             cwd=tmp_path,
             capture_output=True,

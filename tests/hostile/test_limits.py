@@ -180,7 +180,7 @@ def test_a_long_path_is_none(server):
 
 
 def test_a_page_costs_no_memory(server):
-    """Each load of the page once used 3 MB that were not freed."""
+    """Each load of the page once leaked 3 MB."""
     assert server.http.get("/finetune").status_code == 200
     rest = memory_mb(server.process.pid)
     for _ in range(120):
@@ -189,7 +189,8 @@ def test_a_page_costs_no_memory(server):
 
 
 def test_no_text_becomes_html_or_a_program():
-    """The page shows texts from files, models and clients. The browser must run none of them."""
+    """The page shows text from files, models and clients. The browser must not interpret any of it
+    as HTML or code."""
     sinks = r"(inner|outer)HTML|insertAdjacentHTML|srcdoc|document\.write|\b(eval|Function)\("
     index = (pages.FILES / "index.html").read_text()
     assert "require-trusted-types-for 'script'" in index

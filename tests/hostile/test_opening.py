@@ -14,8 +14,7 @@ import pytest
 from lib.attack import CANARY, write_canary
 from mlx_segtrain.serving.jobs.queue import Jobs
 
-#: Reads and writes below a root with every function that Python has for this purpose, in a confined
-#: process.
+#: Reads and writes a file below a root in a confined process, in every way that Python offers.
 CONFINED = """
 import builtins, codecs, io, json, os, pathlib, sys
 from mlx_segtrain.serving.roots import Outside, Roots

@@ -1,4 +1,5 @@
-"""Templates that loop or grow, and slow inspections, must not affect other clients."""
+"""Templates that loop forever or use too much memory, and slow inspections, must not affect other
+clients."""
 
 import json
 import os
@@ -21,7 +22,8 @@ from mlx_segtrain.serving.confined import parent as module
 from mlx_segtrain.serving.confined.parent import Confined, Failed, Limits
 from mlx_segtrain.serving.pools import Busy
 
-#: A template that loops or grows if the message says so.
+#: A template that loops forever for the message "loop", and uses too much memory for the message
+#: "grow".
 TEMPLATE = (
     "{% set said = messages[0].content %}"
     "{% if said == 'loop' %}"
@@ -333,7 +335,8 @@ def test_an_answer_that_comes_in_parts(monkeypatch):
 
 
 def test_an_account_with_limits_of_its_own(tmp_path):
-    """Limits that were set with `ulimit -v` and `ulimit -t` cannot be raised again."""
+    """Workers must also start under limits that were set with `ulimit -v` and `ulimit -t` and
+    cannot be raised."""
     script = """if True:
         import resource, sys
         from mlx_segtrain.serving.confined.parent import Confined, Limits

@@ -32,7 +32,7 @@ PEFT = {
 
 
 def factors_of(chain, ranks):
-    """Returns random a and b for each path, with values that bfloat16 can represent."""
+    """Returns random LoRA factors (a, b) for each path, with values that bfloat16 can represent."""
     mx.random.seed(7)
     return {
         path: tuple(
@@ -71,7 +71,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Returns the weights that mlx-lm uses as float32 arrays, by name."""
+    """Returns, by name and as float32 arrays, the weights that mlx-lm uses."""
     model, _ = load_model(model_dir)
     found = {}
     for path, module in model.named_modules():
@@ -86,7 +86,7 @@ def dense_weights(model_dir):
 
 
 def in_transformers(hf, model_dir):
-    """Returns the model in transformers, with the weights that mlx-lm uses."""
+    """Loads the model in transformers with the weights that mlx-lm uses."""
     config = json.loads((model_dir / "config.json").read_text())
     config.pop("quantization", None)
     if config["model_type"] == "llama":
@@ -95,5 +95,6 @@ def in_transformers(hf, model_dir):
 
 
 def peft_logits(hf, model_dir, folder, tokens=TOKENS):
-    """Returns the logits of the model in transformers with the folder's adapter, loaded by PEFT."""
+    """Returns the logits that transformers computes with the adapter in `folder`, loaded by
+    PEFT."""
     return mx.array(hf.logits_with_adapter(in_transformers(hf, model_dir), folder, tokens))

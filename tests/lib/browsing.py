@@ -19,7 +19,7 @@ from playwright.sync_api import expect
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
-#: In milliseconds. The default of 5000 is too short for busy machines.
+#: The timeout in milliseconds. The default of 5000 is too short for busy machines.
 expect.set_options(timeout=15_000)
 DESK, PHONE = {"width": 1440, "height": 900}, {"width": 390, "height": 844}
 

@@ -14,7 +14,8 @@ from mlx_segtrain.objectives.sft import Sft
 SCALE = 1.5
 
 
-#: The model family and its options, by name. Test sequences are longer than the window of 8.
+#: The model family and its options, by name. Test sequences are longer than the sliding window of 8
+#: tokens.
 FAST = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),

@@ -86,8 +86,8 @@ def byte_level(template=CHATML, bos=True, eos="</s>", pad=None, stops=()):
 
 
 def metaspace(template=INST, scheme="first"):
-    """Returns a BPE tokenizer for words that begin with ▁. Like SentencePiece, it prepends a space
-    to every text."""
+    """Returns a BPE tokenizer that writes spaces as ▁. Like SentencePiece, it prepends a space to
+    every text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -114,7 +114,7 @@ def chat(*contents, first="user"):
 
 
 def trained(row, tokenizer):
-    """Returns the spans in the loss as text."""
+    """Returns the text of each span of tokens that is in the loss."""
     spans, previous = [], False
     for token, weight in zip(row.ids.tolist(), row.weights.tolist(), strict=True):
         if weight > 0:

@@ -1,4 +1,4 @@
-"""Creates an engine with a model and adapters, and reference responses by mlx-lm."""
+"""Creates an engine with a model and adapters, and computes reference responses with mlx-lm."""
 
 import asyncio
 

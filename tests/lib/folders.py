@@ -15,8 +15,8 @@ VOCABULARY = 300
 
 
 def write_tokenizer(path: Path) -> None:
-    """Writes a tokenizer with 256 byte-level tokens, <s> </s> <|im_start|> <|im_end|>, and a ChatML
-    template."""
+    """Writes a tokenizer with 256 byte-level tokens, the special tokens <s>, </s>, <|im_start|> and
+    <|im_end|>, and a ChatML template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -87,7 +87,7 @@ def write_llama(path: Path, *, bits=None, mixed=False, layers=3, tied=True, seed
 
 
 def write_first_layers(path: Path, model_dir: Path, n: int) -> Path:
-    """Copies a Llama model, but only its first n layers, to make its computations faster."""
+    """Copies a Llama model with only its first n layers, so that tests run faster."""
     shutil.copytree(model_dir, path, ignore=shutil.ignore_patterns("*.safetensors*"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": n}))

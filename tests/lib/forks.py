@@ -67,8 +67,8 @@ class _File:
 
 
 class Fork:
-    """A fork that runs `main` of one of our modules. It has those methods and attributes of Popen
-    that the package uses."""
+    """A fork that runs `main` of one of our modules. It provides the methods and attributes of
+    Popen that the package uses."""
 
     def __init__(self, module: str, *args: Any, **how: Any):
         self._process = processes().Process(target=_main, args=(module, args), kwargs=how)

@@ -35,8 +35,8 @@ CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     },
 }
 
-#: Tensors that transformers stores concatenated: the end of the name, and the parts' names in
-#: mlx-lm. The parts are concatenated along the second-to-last axis.
+#: Tensors of transformers that concatenate tensors of mlx-lm along the second-to-last axis. Maps
+#: the end of a tensor's name in transformers to the ends of the parts' names in mlx-lm.
 JOINED: dict[str, tuple[str, ...]] = {
     "experts.gate_up_proj": (
         "experts.switch_glu.gate_proj.weight",
@@ -100,7 +100,7 @@ def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
 
 
 def gemma3_with_images(text_config: dict[str, Any]) -> Any:
-    """Returns a random Gemma 3 for text and images, whose text model has this config."""
+    """Returns a random multimodal Gemma 3 whose text model has this config."""
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     torch.manual_seed(1)

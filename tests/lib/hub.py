@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-#: Files above this size are stored as in LFS, under their SHA-256 hashes.
+#: Files larger than this number of bytes are stored under their SHA-256 hashes, as in Git LFS.
 SMALL = 10_000
 
 
@@ -44,8 +44,8 @@ class Hub:
     says_more: int = 0  #: the reported size of large files is too large by this many bytes
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """Adds a repository (optionally with a branch) that contains these files or a folder's
-        files."""
+        """Adds a repository, or a branch of an existing repository, with the files in `source`: a
+        dict or a folder."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):

@@ -48,8 +48,8 @@ OF_LATER = {"distill": ({"x": 1}, {"y": 2}, "Distill", "distill")}
 
 @contextmanager
 def of_each_kind(store: Path) -> Iterator[dict[str, tuple[str, str, str]]]:
-    """Adds a finished job of each kind while the context is active. Yields kind, title and name by
-    id."""
+    """Adds a finished job of each kind, and removes the jobs when the context ends. Yields the
+    kind, title and name of each job by the job's id."""
     assert set(OF_EACH_KIND) == set(KINDS)
     jobs, known = Store(store / "jobs.sqlite"), {}
     try:

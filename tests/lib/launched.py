@@ -13,7 +13,7 @@ from lib.forks import processes
 from mlx_segtrain import TrainConfig, train
 from mlx_segtrain.training import ranks, watch
 
-#: Code with which each rank writes its factors to its own file at the end of a run.
+#: Code that makes each rank write its factors to its own file at the end of a run.
 FACTORS = """
 import numpy as np
 from pathlib import Path
@@ -28,7 +28,8 @@ loop.Run._result = result
 
 
 def run(rank, folder, given, before, environment):
-    """Trains the configurations in turn, after running `before`, which is code from the test."""
+    """Runs `before`, which is code from the test, and then trains with each configuration in
+    turn."""
     os.environ.clear()
     os.environ.update(environment)
     for number, name in enumerate(("out", "err"), 1):

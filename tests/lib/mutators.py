@@ -71,7 +71,8 @@ class Mutator:
         return bytes(found)
 
     def text(self, value: Any) -> bytes:
-        """Returns JSON text: either a mutated value, or the original value as mutated text."""
+        """Returns JSON text: either the text of a mutated value, or the mutated text of the
+        original value."""
         if self.chance.random() < 0.3:
             return self.bytes(json.dumps(value).encode())
         return json.dumps(self.value(value)).encode()

@@ -95,7 +95,8 @@ def chat_tokens(said, messages=HELLO):
 
 
 def check(answer, status, says):
-    """Checks that an error has the format of OpenAI's errors and is one sentence."""
+    """Checks the status, the format and the message of an error response. The message must be a
+    single line."""
     assert answer.status_code == status, answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "code"} and "\n" not in error["message"]

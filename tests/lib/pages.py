@@ -69,7 +69,7 @@ def given(page: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields the commands of a shell block, each as written and as words without comments."""
+    """Yields each command of a shell block, as written and split into words without comments."""
     own = ""
     for line in text.replace("\\\n", " ").splitlines():
         own += line

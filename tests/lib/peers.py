@@ -8,7 +8,8 @@ import pytest
 
 
 def load_peers():
-    """Returns lib.hf_peers if torch and PEFT are installed. With PEERS=1, they are required."""
+    """Returns lib.hf_peers. Skips the test if torch or PEFT is not installed, unless PEERS=1 is
+    set."""
     missing = [name for name in ("torch", "peft") if importlib.util.find_spec(name) is None]
     if missing and os.environ.get("PEERS", "0") in ("", "0"):
         pytest.skip(

@@ -47,8 +47,8 @@ def weights_of(path):
 
 
 def assert_same_in_mlx_lm(model_dir, adapter, apart):
-    """Asserts that mlx-lm computes our model's logits with the adapter, and that they differ from
-    the base model's by at least `apart`. Returns tokens and logits."""
+    """Asserts that our model and mlx-lm compute the same logits with the adapter, and that some
+    differ from the base model's logits by more than `apart`. Returns tokens and logits."""
     tokens = mx.array([[1, 5, 9, 200, 17, 33]])
     stock, _ = mlx_lm.load(str(model_dir), adapter_path=str(adapter))
     own, _ = mlx_segtrain.load(model_dir, adapter)

@@ -1,5 +1,5 @@
-"""Shapes for all implementations of an op: aligned and off by one, tiny, grouped heads, T < S
-(fewer queries than keys), and padding."""
+"""Test shapes for all implementations of an op: aligned sizes and sizes that are off by one, tiny
+sizes, grouped heads, T < S (fewer queries than keys), and padding."""
 
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -74,8 +74,8 @@ ATTENTION_TINY = [
     Attention(1, 2, 1, 7, 7, 4, options={"segments": ids(-1, 2, -2, 2)}),
 ]
 
-#: Shapes for gated linear units: whole threadgroups, off by one, different numbers of axes, and so
-#: few elements that the plain code may have no error by chance.
+#: Shapes for gated linear units: whole threadgroups, one element more, and different numbers of
+#: axes. GLU_TINY has so few elements that the plain code may happen to have no error.
 GLU = [(2, 5, 129), (2, 1024), (2049,), (1, 2, 3, 343), (40, 1536)]
 GLU_TINY = [(), (1, 1), (7,), (8,), (3, 3)]
 
@@ -86,6 +86,7 @@ QUANTIZATIONS = [
     ("mxfp8", 8, 32),
     ("nvfp4", 4, 16),
 ]
-#: None means a dense base. The widths are not multiples of the kernels' tile sizes.
+#: None means a dense base. In the tests, the widths of the layers are not multiples of the kernels'
+#: tile sizes.
 BASES = [None, *QUANTIZATIONS]
 DTYPES = ["float32", "float16", "bfloat16"]

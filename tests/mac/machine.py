@@ -24,7 +24,8 @@ BIN = BUILD / "bin"
 CORES = os.cpu_count() or 1
 #: The deployment target of MLX's wheels and of CMakeLists.txt.
 MACOS = "14.0"
-#: The Python version of the wheels that are used. Their C++ code is the same for all versions.
+#: The Python version of the wheels that are used. The wheels' C++ code is the same for all Python
+#: versions.
 WHEELS_OF = "3.12"
 
 A, B = TypeVar("A"), TypeVar("B")
@@ -93,7 +94,8 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """Writes wrappers for zig with the names that CMake calls, and Python's headers for macOS."""
+    """Writes Python's headers for macOS, and wrappers that run zig under the names that CMake
+    calls."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),

@@ -91,7 +91,8 @@ def kernel_text(
     outputs: Outputs,
     template: Template,
 ) -> tuple[str, str, list[str]]:
-    """Returns the text and the kernel's name as in MLX, and a C++ expression for each argument."""
+    """Returns the kernel's text and name, as MLX generates them, and a C++ expression for each
+    argument."""
     if not (header + source).isascii():
         raise MetalError(
             f"{name}: MLX passes the text to Metal as ASCII, but it contains other characters"
@@ -319,8 +320,8 @@ def emulate(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> list[mx.array]:
-    """Returns the arrays that `mx.fast.metal_kernel(...)(...)` would return. `outputs` maps names
-    to shape and dtype.
+    """Returns the arrays that `mx.fast.metal_kernel(...)(...)` would return. `outputs` maps the
+    name of each output to its shape and dtype.
 
     Appends the work of the launch to `counts`. Returns mx arrays, because NumPy has no bfloat16.
     Raises MetalError.

@@ -41,9 +41,9 @@ HEADS, LENGTH = 32, 8192
 SIZES = (64, 128, 256)
 #: Head sizes and windows of Gemma's layers.
 WINDOWS = ((128, 512), (256, 512))
-#: FUNCTION is the number of clock cycles in which a part of a core computes a function such as exp
-#: for 32 lanes. ARITHMETIC is the number of arithmetic instructions per score, apart from matrix
-#: products: scale, compare, maximum, subtract, add, multiply.
+#: FUNCTION is the number of clock cycles that a part of a core needs to compute a function such as
+#: exp for 32 lanes. ARITHMETIC is the number of arithmetic instructions per score, apart from
+#: matrix products: scale, compare, maximum, subtract, add, multiply.
 FUNCTION, ARITHMETIC = 4, 8
 #: The two lengths for which the work of kernels is counted, to separate terms that are quadratic in
 #: the length from linear terms.
@@ -151,8 +151,8 @@ def counted(d: int, length: int = LENGTH) -> dict[str, dict[str, float]]:
 
 
 def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, float]]:
-    """Returns the counts of the implementation `blocked` per score for D = 512: for MLX's matrix
-    products, and for the passes over the scores.
+    """Returns the counts per score of MLX's matrix products and of the passes over the scores, for
+    the implementation `blocked` and D = 512.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
     half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
@@ -177,8 +177,8 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Returns the number of multiply-adds per visible score of each of our kernels, for a query far
-    from the start.
+    """Returns, for each of our kernels, the number of multiply-adds per visible score, for a query
+    far from the start.
 
     With a window, each additional query increases the counts by the same amount.
     """
@@ -209,7 +209,7 @@ def scores(heads: int = HEADS, length: int = LENGTH) -> float:
 
 
 def floor_ms(multiply_adds: float, device: str) -> float:
-    """Returns the milliseconds that a causal launch takes if its matrix products run at the peak
+    """Returns the milliseconds that a causal launch would take if its matrix products ran at peak
     speed."""
     cores, ghz, _ = DEVICES[device]
     return multiply_adds * scores() / (cores * 128 * ghz * 1e9) * 1e3

@@ -1,10 +1,11 @@
 // Implements in C++20 the part of the Metal Shading Language that the kernels use. See
 // docs/metal_on_linux.md.
 //
-// A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. Kernels
-// run with several orders of simdgroups, so a missing barrier shows its worst effect in both directions.
-// Device and threadgroup memory is accessed through checked pointers. Each kernel is compiled with this
-// header; machine.cpp does not depend on the kernel and is compiled once.
+// A thread is a fiber. A simdgroup runs until all of its lanes wait; then the next simdgroup runs. This
+// exaggerates the effect of a missing barrier. Each kernel runs with several orders of simdgroups, because
+// either of two simdgroups could be the one that should have waited. Device and threadgroup memory is
+// accessed through checked pointers. Each kernel is compiled with this header; machine.cpp does not depend on
+// the kernel and is compiled once.
 //
 // glibc's hardening, which Ubuntu's compilers enable by default, treats a jump between fibers as an attack.
 #undef _FORTIFY_SOURCE
@@ -484,8 +485,8 @@ V simd_broadcast(T x, ushort lane, EMU_WHERE) {
   return emu_shuffle<V>("simd_broadcast", x, lane, where);
 }
 
-// ---- 8 × 8 matrices. Lane l has two neighbouring elements of a row, as measured on the hardware and used by
-// MLX.
+// ---- 8 × 8 matrices. Each lane has two neighbouring elements of a row. MLX uses this layout, which was
+// measured on the hardware.
 
 inline int emu_row(int lane) {
   return (lane / 4 & 4) + lane / 2 % 4;

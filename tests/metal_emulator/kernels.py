@@ -107,8 +107,8 @@ def emulated(
 
 @contextmanager
 def launched() -> Iterator[list]:
-    """Makes calls choose implementations as on Metal, and launches return zeros, while this context
-    is active."""
+    """While this context is active, calls choose implementations as on Metal, but launches only
+    return zeros."""
     from mlx_segtrain import _core
 
     launches = []

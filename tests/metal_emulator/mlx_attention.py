@@ -84,7 +84,7 @@ def shape_of_groups(d: int) -> tuple[int, int, int]:
 
 
 def text_of(kernel: str, save_lse: bool) -> str:
-    """Returns the header files and the kernel as one text, without their includes."""
+    """Returns the header files and the kernel as one text, without #include and #pragma lines."""
     text = PRELUDE + "".join((HEADERS / file).read_text() for file in FILES)
     text = re.sub(r"^#(include|pragma)[^\n]*$", "", text, flags=re.M)
     body = re.sub(r"^#(include|pragma)[^\n]*$", "", (HEADERS / kernel).read_text(), flags=re.M)
