@@ -577,7 +577,7 @@ def affecting(what: Effect) -> tuple[str, ...]:
 
 def allowed(name: str, value: Any = None) -> str:
     """Returns a description of the values that a field may have, e.g. "an integer >= 2". Errors,
-    --help and the table show it.
+    `--help` and the table in docs/configuration.md show this description.
 
     If `value` is an integer that exceeds MOST, the maximum for all fields, the description states
     that maximum instead.

@@ -32,7 +32,7 @@ def write_gguf(
 ) -> Adapter:
     """Writes adapter.gguf and README.md. Returns the adapter as it was read back from the file.
 
-    The B factors are already multiplied by the multiplier. Therefore the file sets alpha to 0,
+    The B factors in the file already include the multiplier. Therefore the file sets alpha to 0,
     which means that there is no further multiplier. Raises InputError for anything that llama.cpp
     does not support, and if the package gguf is not installed.
     """

@@ -136,7 +136,7 @@ def of_bench(rows: Sequence[bench.Row]) -> dict[str, Any]:
 
 
 def write(kind: str, content: dict[str, Any]) -> str:
-    """Writes the file to the working directory, and returns a sentence to print."""
+    """Writes the report to the working directory, and returns a sentence about it to print."""
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (

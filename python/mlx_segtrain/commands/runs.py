@@ -324,7 +324,7 @@ def _plan(args: argparse.Namespace) -> int:
     if config.parallel == "pipeline":
         if args.link or args.step_seconds:
             raise InputError(
-                "--link and --step-seconds only apply to parallel data: leave them out"
+                "--link and --step-seconds only apply with --parallel data: leave them out"
             )
         assert args.ranks is not None  # this was checked above
         runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])

@@ -29,7 +29,7 @@ ROOM = 3
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
     """Prints a dataclass, or a list of dataclasses, as JSON or with `show`. Returns the exit code.
 
-    If `ok` is given, the JSON object contains it, and the exit code is 1 if it is False.
+    If `ok` is given, it is added to the JSON object, and False makes the exit code 1.
     """
     if as_json:
         value = found if ok is None else asdict(found) | {"ok": ok}

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Styles for tokens in the loss and for all other tokens. Two alternating styles each make the
-#: borders between tokens visible.
+#: Styles for tokens in the loss and for all other tokens. Each kind has two alternating styles, so
+#: that the borders between tokens are visible.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
 #: The number of layers to show in the report on a merge.
@@ -158,8 +158,8 @@ def _marked(preview: Preview) -> str:
 
 
 def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
-    """Yields the text of each run of consecutive tokens with the same value, and whether the run is
-    in the loss."""
+    """Yields the text of each run of consecutive tokens that are all in the loss or all outside it,
+    and whether they are in the loss."""
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         yield "".join(token for token, *_ in run), trained
 

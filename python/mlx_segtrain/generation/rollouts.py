@@ -1,5 +1,5 @@
 """Generates completions of prompts in batches. Which completions share a batch depends only on the
-prompts and the completions, and not on time."""
+prompts and the completions, and not on timing."""
 
 import copy
 from collections import deque
@@ -186,9 +186,9 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """Generates a completion of each talk with its options. Up to `at_once` of them are decoded
-    together; waiting completions join when half of these have ended their turn. The model has at
-    most `most_turns` turns in a talk.
+    """Generates a completion of each talk with its options. Up to `at_once` completions are decoded
+    together; waiting completions join when half of the current ones have ended their turn. The
+    model has at most `most_turns` turns in a talk.
 
     The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
     computed once. The tokens before a later turn are recomputed, because their cache would take
@@ -212,7 +212,7 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Caches that are merged are copied, but a single cache would be modified.
+                # Merging copies the caches, but a single cache would be modified in place.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

