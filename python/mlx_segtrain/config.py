@@ -94,7 +94,8 @@ GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
-#: For `parallel`, whose value "pipeline" splits the model's layers across devices.
+#: For `parallel`, whose value "pipeline" splits the model's layers across devices, while grpo needs
+#: all layers on every device.
 WHOLE = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, which generates with the whole model on every device",

@@ -57,7 +57,8 @@ def export(
     `model_dir` is the folder of the base model. By default, it is the folder that the adapter's
     configuration names, if that folder exists. GGUF requires a base model. For PEFT, `names`
     selects the module names of a text model or of a multimodal model; by default, the base model
-    determines the choice. Raises InputError for anything that the format does not support.
+    determines the choice. Raises InputError if the adapter contains anything that the format does
+    not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)

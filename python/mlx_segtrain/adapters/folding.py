@@ -18,8 +18,8 @@ from .tying import check_base
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The names of the tensors that a dense module and a quantized module may have if an update can be
-#: merged into them.
+#: The names of the tensors that a dense or a quantized module may have for an update to be merged
+#: into it.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
 #: Endings of weight files in any format. These files are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")

@@ -26,7 +26,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # alpha belongs to that other rank
+        if (expected := ranks(stored)) != rank:  # alpha is for the expected rank
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
                 f"say {expected:g}: the two files belong to different adapters."

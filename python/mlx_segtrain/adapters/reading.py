@@ -83,7 +83,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
 def read_stored(
     path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
 ) -> Adapter:
-    """Reads an adapter folder without its model. The layers are named as in mlx-lm.
+    """Reads an adapter folder without loading the model. The layers are named as in mlx-lm.
 
     `tied` says whether the base model lacks a separate head. If `tied` is None and its value
     matters, it is looked up in `model_dir` or in the base model that the adapter names. Raises
@@ -122,7 +122,7 @@ def read_stored(
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
                 f"{folder.weights}: '{stored}' has {folder.kind.called} of shape {more[0].shape}, "
-                f"which does not match lora_b {b.shape}."
+                f"which does not match lora_b of shape {b.shape}."
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *more)):
             raise InputError(

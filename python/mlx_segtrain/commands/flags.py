@@ -204,7 +204,8 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns an argument type for numbers for which `holds` returns True."""
+    """Returns an argument type that accepts numbers for which `holds` returns True. `expected`
+    describes these numbers in errors."""
 
     def read(text: str) -> float:
         try:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: The default folder for an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Maximum number of characters of a system message that is shown in a command.
+#: The maximum length, in characters, of a system message that suggested commands include.
 MOST_SYSTEM = 300
 
 

@@ -257,7 +257,8 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints the contents of a converted adapter, and its difference from the original."""
+    """Prints the path, layers and ranks of a converted adapter, and how much it differs from the
+    original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")

@@ -327,8 +327,8 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a method make_mask for a cache layer, which returns no mask for single tokens. It
-    keeps only a weak reference to the layer, so that the layer's arrays are freed with the
+    """Returns a method `make_mask` for a cache layer. The method returns no mask for single tokens.
+    It keeps only a weak reference to the layer, so that the layer's arrays are freed with the
     layer."""
 
     def make_mask(n: int, **how: Any) -> Any:

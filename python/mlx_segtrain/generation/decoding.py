@@ -241,7 +241,7 @@ def processor(
     if not (presence or frequency or repetition != 1 or options.logit_bias):
         return None
     counts: mx.array | None = None
-    asked: mx.array | None = None  # how often each token is in the prompt
+    asked: mx.array | None = None  # how often each token occurs in the prompt
     bias: mx.array | None = None
 
     def process(token: mx.array, logits: mx.array) -> mx.array:

@@ -26,7 +26,8 @@ class Policy:
 
 
 class Talk(Protocol):
-    """The conversation of a completion: it has a prompt, and replies to the turns of the model."""
+    """The conversation of a completion. It provides the prompt, and replies to the model's
+    turns."""
 
     @property
     def prompt(self) -> list[int]: ...
@@ -61,8 +62,8 @@ class Completion:
 
     `drawn` [n] says which tokens were sampled from the model. `log_p`, float32 [n], contains their
     log-probabilities at the sampling temperature, and 0 for other tokens. `text` is the text of the
-    last turn. `finish` is "stop", or "length" if the completion was truncated, or "turns" if the
-    model had no turn left.
+    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had no turn
+    left, and "stop" otherwise.
     """
 
     prompt: list[int]
@@ -133,7 +134,7 @@ class _Rollout:
         self.turns = 0
 
     def turn(self) -> _Turn:
-        """Returns the next turn, whose prompt is all tokens so far."""
+        """Returns the next turn, whose prompt consists of all tokens so far."""
         options = self.options
         if self.turns:
             left, seed = options.max_tokens - len(self.tokens), seed_of(options.seed, self.turns)

@@ -25,7 +25,7 @@ PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva"
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of an adapter whose configuration is of a supported kind."""
+    """The folder of an adapter of a supported kind."""
 
     weights: Path
     config_file: Path
@@ -48,8 +48,8 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """Whether the base model of an adapted embedding has tied embeddings, in which case its
-        head uses the embedding's weight; None if that is unknown."""
+        """For adapters of an embedding, whether the base model uses this embedding as its head;
+        None if this is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 

