@@ -150,8 +150,8 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
-            f"converting the adapter to {dtype} would change its output by up to {difference:.2g}, "
-            f"while its largest update is {update:.2g}: nothing was written."
+            f"converted to {dtype}, the adapter would change by {difference:.2g}, while its "
+            f"largest update is {update:.2g}: nothing was written."
         )
     ranks = sorted(set(adapter.ranks.values()))
     return Converted(out, len(adapter.tensors), ranks, update, difference)
