@@ -67,7 +67,7 @@ def _scale(folder: Folder) -> float:
 
 def _is_over_root(folder: Folder) -> bool:
     """Returns whether the scale must still be divided by the square root of the rank. In our own
-    adapters, the scale is already divided.
+    adapters, the scale already includes this division.
 
     mlx-bun writes the flag `rs_lora` only into OptiQ's file.
     """

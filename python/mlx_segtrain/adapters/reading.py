@@ -47,7 +47,7 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
     that it fits the model.
 
     Raises InputError if files are missing or unreadable, if names or shapes do not fit the model,
-    or if the adapter changes anything besides linear layers, embedding and head.
+    or if the adapter changes anything besides linear layers, the embedding and the head.
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights

@@ -84,7 +84,7 @@ def facts() -> dict[str, Any]:
 
 
 def step(name: str, config: dict[str, Any], tokens: int) -> Step:
-    """Times a step of a model that has this configuration."""
+    """Times a step of a model with this configuration."""
     module = importlib.import_module("mlx_lm.models.llama")
     model = module.Model(module.ModelArgs.from_dict(LLAMA | config))
     model.set_dtype(bench.dtype())

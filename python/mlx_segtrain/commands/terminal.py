@@ -29,7 +29,8 @@ ROOM = 3
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
     """Prints a dataclass, or a list of dataclasses, as JSON or with `show`. Returns the exit code.
 
-    If `ok` is given, it is added to the JSON object, and False makes the exit code 1.
+    If `ok` is given, it is added to the JSON object, and it determines the exit code: 0 for True, 1
+    for False.
     """
     if as_json:
         value = found if ok is None else asdict(found) | {"ok": ok}

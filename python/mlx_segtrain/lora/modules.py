@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns the multipliers of the layer's outputs, float32 [out], in an update of this kind
-        with these factors and this third array."""
+        """Returns the multipliers that an update of this kind, with these factors and this third
+        array, applies to the layer's outputs, float32 [out]."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
