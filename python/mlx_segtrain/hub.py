@@ -274,7 +274,7 @@ def fetch(
 
 
 def _listing(repository: Repository, commit: str) -> Path:
-    """Returns the path of the file that lists the names and sizes of the files in a commit, which
+    """Returns the path of the file that records the names and sizes of a commit's files, which
     never change."""
     return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
 

@@ -90,7 +90,7 @@ def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], floa
     value if no pattern matches.
 
     Patterns are untrusted. RE2 matches any pattern in bounded memory and in time proportional to
-    the length of the text. Raises InputError for patterns that RE2 does not support, and for too
+    the length of the text. Raises InputError if RE2 does not support a pattern, or if there are too
     many patterns.
     """
     file, config = folder.config_file, folder.config

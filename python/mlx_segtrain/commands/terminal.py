@@ -1,4 +1,4 @@
-"""Shows a run to users: with a progress bar on a terminal, and with plain lines elsewhere."""
+"""Shows the progress of a run: as a bar on a terminal, and as plain lines elsewhere."""
 
 from __future__ import annotations
 
