@@ -62,8 +62,8 @@ class Completion:
 
     `drawn` [n] says which tokens were sampled from the model. `log_p`, float32 [n], contains their
     log-probabilities at the sampling temperature, and 0 for other tokens. `text` is the text of the
-    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had no turn
-    left, and "stop" otherwise.
+    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had no
+    turn left, and "stop" otherwise.
     """
 
     prompt: list[int]
