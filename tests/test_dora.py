@@ -248,7 +248,7 @@ def test_magnitudes_that_do_not_fit(llama, tmp_path):
 
     refused(
         {**tensors, f"{path}.m": mx.ones(3)},
-        r"magnitudes of shape \(3,\), which does not match lora_b \(4, 64\)",
+        r"magnitudes of shape \(3,\), which does not match lora_b of shape \(4, 64\)",
     )
     without = {key: x for key, x in tensors.items() if not key.endswith(".m")}
     refused(without, "has lora_a, lora_b but no magnitudes")

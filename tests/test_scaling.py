@@ -70,7 +70,7 @@ def test_options_without_ranks_are_refused(llama, capsys):
     for more, said in {
         ("--rank-budgets", "1"): "a plan for `parallel: pipeline` needs the number of ranks",
         ("--ranks", "2", "--rank-budgets", "1"): "--rank-budgets has 1 values, but --ranks is 2",
-        ("--ranks", "2", "--link", "3"): "--link and --step-seconds only apply to parallel data",
+        ("--ranks", "2", "--link", "3"): "--link and --step-seconds only apply with --parallel",
         ("--ranks", "4"): "there are 4 ranks for 3 layers: start at most 3 ranks",
     }.items():
         assert main([*pipeline, *more]) == 2

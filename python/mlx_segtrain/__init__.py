@@ -45,8 +45,8 @@ MLX_VERSION = "0.32.4"
 
 
 def _require_mlx() -> None:
-    """Raises ImportError unless mlx MLX_VERSION is installed. The message includes the install
-    command."""
+    """Raises ImportError unless version MLX_VERSION of mlx is installed. The message includes the
+    install command."""
     mend = (
         'run pip install "mlx-segtrain[cpu]" (or [cuda12], [cuda13]), which installs mlx '
         f"{MLX_VERSION}"

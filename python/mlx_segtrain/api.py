@@ -146,9 +146,10 @@ def train(
     `rewards` is a function that scores completions or the name of a check, as in the field
     `rewards`; `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
-    Ctrl-C ends the run after the last finished step has been saved (`interrupted`); `resume=True`
-    continues such a run. Raises InputError if an input cannot be used, before anything is written.
-    Raises RunError if the run cannot continue, after the last good step has been saved.
+    After Ctrl-C, the last finished step is saved, and the result is marked as `interrupted`;
+    `resume=True` continues such a run. If an input cannot be used, raises InputError before
+    anything is written. If the run cannot continue, raises RunError after the last good step has
+    been saved.
     """
     with _python_words():
         loaded = tokenizer = None

@@ -94,7 +94,8 @@ GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
-#: For `parallel`, whose value "pipeline" splits the model's layers across devices.
+#: For `parallel`, whose value "pipeline" splits the model's layers across devices, while grpo needs
+#: all layers on every device.
 WHOLE = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, which generates with the whole model on every device",
@@ -577,7 +578,7 @@ def affecting(what: Effect) -> tuple[str, ...]:
 
 def allowed(name: str, value: Any = None) -> str:
     """Returns a description of the values that a field may have, e.g. "an integer >= 2". Errors,
-    --help and the table show it.
+    `--help` and the table in docs/configuration.md show this description.
 
     If `value` is an integer that exceeds MOST, the maximum for all fields, the description states
     that maximum instead.

@@ -28,8 +28,8 @@ def started() -> Event:
 
 
 def meta(config: dict[str, Any], run_id: str, step: int) -> Event:
-    """Returns the event that starts a log, or the part of a log that a run resumed at `step`
-    appends."""
+    """Returns the event that starts a log. If a run is resumed at `step`, the event also starts the
+    part of the log that this run appends."""
     return {
         **{"type": "meta", "ts": now(), "pid": os.getpid(), "id": run_id, "step": step},
         "config": config,

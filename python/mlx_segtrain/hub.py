@@ -235,9 +235,9 @@ def fetch(
     """Returns the snapshot of a repository in the cache, after downloading the `wanted` files that
     are missing.
 
-    `tell` receives events of the stage `load`, with the finished `share` of the download, at most
-    four per second. `check` receives the sizes of the repository's files, keyed by name, and raises
-    InputError if the files cannot be used. Without `ask`, no request is sent.
+    `tell` receives at most four events per second. They are of the stage `load` and contain the
+    finished `share` of the download. `check` receives the sizes of the repository's files, keyed by
+    name, and raises InputError if the files cannot be used. Without `ask`, no request is sent.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -259,7 +259,7 @@ def fetch(
             return folder
         raise InputError(
             f"{repository} is not a local folder, and the hub cannot be reached ({error}): check "
-            f"the network, or download it on another machine and copy it to {cache()}."
+            f"the network, or download the repository on another machine and copy it to {cache()}."
         ) from None
     check(listed)
     # The configuration and the tokenizer are downloaded first, so a snapshot with all weights is
@@ -276,13 +276,14 @@ def fetch(
 
 
 def _listing(repository: Repository, commit: str) -> Path:
-    """Returns the path of the file that lists the names and sizes of the files in a commit, which
+    """Returns the path of the file that records the names and sizes of a commit's files, which
     never change."""
     return files.cache_dir() / "hub" / repository.folder.name / f"{commit}.json"
 
 
 def _cached(repository: Repository) -> tuple[Path | None, dict[str, int] | None]:
-    """Returns the snapshot in the cache, or None, and the files of its commit if they are known."""
+    """Returns the snapshot in the cache, and the sizes of the files in its commit, keyed by name.
+    Either is None if it is not available."""
     commit = repository.revision or "main"
     if not COMMIT.fullmatch(commit):
         try:
@@ -317,7 +318,7 @@ def _has(folder: Path, listed: Mapping[str, int], wanted: Callable[[str], bool])
 
 def files_of(folder: Path) -> dict[str, int]:
     """Returns the sizes of a snapshot's files in bytes, keyed by name. If another tool has
-    downloaded the snapshot, only existing files are included."""
+    downloaded the snapshot, only the files that exist are included."""
     own = origin(folder)
     with suppress(InputError):
         if own is not None:

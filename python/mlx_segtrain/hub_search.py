@@ -29,7 +29,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    # HfApi.list_models sends the same request, but without a timeout.
+    # HfApi.list_models would send the same request without a timeout.
     how: dict[str, Any] = {"search": words, "sort": "downloads", "limit": limit}
     if kind == "model":
         how["filter"] = list(OF_MODELS)

@@ -35,8 +35,8 @@ spec.loader.exec_module(package)
 del sys.argv[:4]
 sys.exit(importlib.import_module(sys.argv[0]).main(*sys.argv[1:]))
 """
-#: Environment variables passed to every process. They determine locations, the language and how
-#: libraries compute.
+#: Environment variables passed to every process. They determine file locations, the language, and
+#: the behaviour of numerical libraries.
 COMMON = (
     *("HOME", "LANG", "LANGUAGE", "LC_*", "LOGNAME", "PATH", "TMPDIR", "TZ", "USER"),
     *("CONDA_PREFIX", "VIRTUAL_ENV", "XDG_CACHE_HOME", "LD_LIBRARY_PATH", "DYLD_*_PATH"),

@@ -97,8 +97,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(name: str, entry: Any) -> tuple[str, tuple[int, ...]]:
-    """Returns the dtype and the shape of a tensor, given its entry in the header. Rejects entries
-    in unusual forms that the package accepts."""
+    """Returns the dtype and the shape of a tensor, given its entry in the header. Rejects unusual
+    forms of entries that the safetensors package accepts."""
     if not NAME.fullmatch(name):
         raise ValueError(f"{name[:40]!r} is not a valid tensor name")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:

@@ -127,10 +127,10 @@ def segmented_value_and_grad(
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
     recomputed together; 0 keeps all values and 1 needs little memory. `cuts`, if given, replaces
-    `segment_size` and allows any division. The gradients do not depend on the cuts. The returned
-    arrays may still be unevaluated. `watch` is called after each move of the plan. `recordings`
-    contains the graphs of earlier steps with the same stages and head: a function that has returned
-    the same graph twice for arrays of the same shapes is not called again.
+    `segment_size` and allows any division into segments. The gradients do not depend on the cuts.
+    The returned arrays may still be unevaluated. `watch` is called after each move of the plan.
+    `recordings` contains the graphs of earlier steps with the same stages and head: a function that
+    has returned the same graph twice for arrays of the same shapes is not called again.
 
     Raises ValueError if a stage reads a value that nothing has written, or if the cuts do not fit
     the stages.
@@ -191,9 +191,9 @@ def passes_of(
     recordings: "_core.Recordings | None" = None,
 ) -> Callable[[Params, Mapping[str, mx.array]], Passes]:
     """Returns a function `begin(params, values)` that returns the Passes of a batch. Together, the
-    two passes compute what segmented_value_and_grad computes. The stages may be a part of a chain.
-    `incoming` lists the inputs that depend on parameters of earlier stages. If `head` is None, the
-    cotangents come from later stages, which read the results."""
+    two passes compute what segmented_value_and_grad computes. The stages may be only a part of a
+    chain. `incoming` lists the inputs that depend on parameters of earlier stages. If `head` is
+    None, the cotangents come from later stages, which read the results of these stages."""
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or "head" in names:
         raise ValueError(f"[schedule] stage names must differ, and none may be 'head'; got {names}")
@@ -237,7 +237,7 @@ def passes_of(
 
 @dataclass(frozen=True)
 class Border:
-    """The boundary values that a device sends to the next device. The device receives cotangents
+    """The boundary values that a device sends to the next device. In return, it receives cotangents
     for the `differentiable` values. The cotangents of the `summed` values are float32, since
     several stages add to them."""
 

@@ -20,7 +20,8 @@ class About:
     """The metadata of an adapter.
 
     `model` is the base model, and `run` is the configuration of the run that trained the adapter.
-    `facts` maps names to values, which become lines of the model card.
+    `facts` maps the names of further facts to their values; each fact becomes a line of the model
+    card.
     """
 
     model: str
@@ -42,8 +43,8 @@ class About:
 
 
 def write_card(folder: Path, adapter: Adapter, about: About, form: str = "ours") -> None:
-    """Writes README.md, unless the folder contains one that this package did not write. `form` is
-    ours, mlx-lm, peft or gguf."""
+    """Writes README.md, unless the folder contains one that this package did not write. `form`
+    names the adapter's format: ours, mlx-lm, peft or gguf."""
     if is_ours(folder / README):
         write_text(folder / README, card(adapter, about, form))
 
@@ -87,7 +88,8 @@ tags: [mlx, {kind.lower()}, adapter]
 """
 
 
-#: Marks cards that this package wrote, which may be overwritten; other README.md files are kept.
+#: Marks the cards that this package wrote. Only these cards may be overwritten; other README.md
+#: files are kept.
 MARK = "<!-- written by mlx-segtrain -->"
 
 

@@ -33,7 +33,7 @@ class Converted:
     """A converted adapter, and the size of the change caused by the conversion.
 
     For normally distributed x, `update` is the largest |ΔW·x| over all layers, and `difference` is
-    the largest |ΔW·x − ΔW'·x|.
+    the largest |ΔW·x − ΔW'·x|, where ΔW is the original update and ΔW' is the converted one.
     """
 
     path: Path
@@ -54,10 +54,11 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the base model, by default the folder that the adapter names, if that folder
-    exists. GGUF requires a base model. `names` says how transformers names the modules; by default,
-    the base model determines the names. Raises InputError for anything that the format does not
-    support.
+    `model_dir` is the folder of the base model. By default, it is the folder that the adapter's
+    configuration names, if that folder exists. GGUF requires a base model. For PEFT, `names`
+    selects the module names of a text model or of a multimodal model; by default, the base model
+    determines the choice. Raises InputError if the adapter contains anything that the format does
+    not support.
     """
     folder = open_folder(adapter_path)
     adapter, about = read_stored(folder, model_dir=model_dir), about_of(folder)
@@ -74,8 +75,8 @@ def export(
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
                     "the adapter belongs to a model for text and images, whose modules have two "
-                    "possible names in transformers: choose with --names, or pass the folder of "
-                    "the model with --model."
+                    "possible names in transformers: choose one with --names, or pass the folder "
+                    "of the model with --model."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
@@ -92,7 +93,7 @@ def export(
 
 
 def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Converted:
-    """Writes an adapter of mlx-lm, PEFT, OptiQ or mlx-bun in our format.
+    """Converts an adapter from the format of mlx-lm, PEFT, OptiQ or mlx-bun to ours.
 
     If `model_dir` is given, the layers are named as in this model's files.
     """
@@ -112,8 +113,8 @@ def import_(adapter_path: Path, out: Path, model_dir: Path | None = None) -> Con
 
 
 def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
-    """Returns the adapter, with `tied` set if it adapts an embedding. Raises InputError if `tied`
-    depends on the base model and the base model is unknown."""
+    """Returns the adapter, with `tied` set if it adapts an embedding. Raises InputError if the base
+    model is needed to determine `tied` but is unknown."""
     if adapter.tied is not None or not any(p.endswith("embed_tokens") for p in adapter.tensors):
         return adapter
     tied = None if base is None else read_shape(base).tied

@@ -41,8 +41,8 @@ class Found:
 
 
 def adapters(roots: Sequence[Path], model_dir: Path | None = None) -> list[Found]:
-    """Returns all adapters below the roots, sorted by path. If `model_dir` is given, their `fits`
-    refers to this model."""
+    """Returns all adapters below the roots, sorted by path. If `model_dir` is given, `fits` says
+    whether this model can use them."""
     shape = read_shape(model_dir) if model_dir is not None else None
     return [look(folder, shape) for root in roots for folder in sorted(_folders(root))]
 
@@ -91,7 +91,8 @@ def _fits(folder: Folder, shape: ModelShape) -> bool:
 
     def fits(path: str, width: int, out: int) -> bool:
         ends = (out, width) if path.endswith("embed_tokens") else (width, out)
-        # `widths` contains only matrices, but the weights of experts have three dimensions.
+        # `widths` contains only matrices. The weights of experts have three dimensions, so only
+        # their names are checked.
         return widths.get(path) == ends or (path not in widths and f"{path}.weight" in known)
 
     try:

@@ -18,18 +18,18 @@ from .tying import check_base
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The names of the tensors that a dense module and a quantized module may have if an update can be
-#: merged into them.
+#: The names of the tensors that a dense or a quantized module may have for an update to be merged
+#: into it.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Endings of weight files, in any format, which are not copied from the base model's folder.
+#: Endings of weight files in any format. These files are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
-#: Keys of a quantization in config.json that are not names of modules.
+#: Keys of the `quantization` section of config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
 
 
 @dataclass(frozen=True)
 class Folded:
-    """The share of a layer's update that the merged weight contains. `update` and `weight` are the
+    """How much of a layer's update the merged weight contains. `update` and `weight` are the
     Frobenius norms of ΔW and W.
 
     W is the weight of the base model, ΔW is the update, and W' is the weight that was written.
@@ -48,7 +48,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Report:
-    """The folder of a merged model, and the share of the adapter that its weights contain."""
+    """The folder of a merged model, and how much of the adapter its weights contain."""
 
     path: Path
     linears: list[Folded]
@@ -80,11 +80,11 @@ def fold(
     """Merges the adapter into the weights of the base model, and writes the result as a folder that
     mlx-lm loads.
 
-    Quantized layers are quantized again, either as before or with this many `bits`. With
-    `dequantize`, the whole model becomes dense, in `dtype` or, by default, in the dtype in which
-    the base model computes. Tensors that the merge does not change are bit-identical to those of
-    the base model. Only one weight file is in memory at a time. Raises InputError if the adapter
-    does not fit the base model.
+    Quantized layers are quantized again, either with their previous settings or with `bits` bits
+    per weight. With `dequantize`, the whole model is dequantized to `dtype`; the default is the
+    dtype in which the base model computes. Tensors that the merge does not change are bit-identical
+    to those of the base model. Only one weight file is in memory at a time. Raises InputError if
+    the adapter does not fit the base model.
     """
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
@@ -173,7 +173,7 @@ def _modules(base: Snapshot) -> Iterator[tuple[str, dict[str, mx.array]]]:
                 del opened[file]
         return found
 
-    # Each file is read once, because modules are in the order of the files of their first tensors.
+    # Modules are sorted by the file of their first tensor, so that each file is read only once.
     for path in sorted(files, key=lambda path: (next(iter(files[path].values())), path)):
         yield path, take(path)
 
@@ -234,8 +234,8 @@ def _folded(
     kept: Quantization | None,
     dtype: mx.Dtype | None,
 ) -> tuple[dict[str, mx.array], Folded]:
-    """Returns the module with the update merged into its weight, quantized as in `kept`, and a
-    report on the share of the update that the merged weight contains."""
+    """Merges the update into the module's weight. Returns the merged module, quantized as in
+    `kept`, and a report on how much of the update its weight contains."""
     bits = None if kept is None else kept.bits
     before = _dense(module, how, mx.float32)
     wanted = _updated(adapter, name, before, path)
@@ -262,8 +262,8 @@ def _norm(x: mx.array) -> float:
 
 
 def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.array:
-    """Returns W + ΔW in float32. Its shape is [out, in], [V, H] for an embedding, or [E, out, in]
-    for experts."""
+    """Returns W + ΔW in float32. Its shape is [out, in] for a linear layer, [V, H] for an
+    embedding, or [E, out, in] for experts."""
     a, b = adapter.tensors[name]
     if a.ndim == 3:
         delta = b @ a
@@ -317,8 +317,8 @@ class _Writer:
         mx.clear_cache()
 
     def close(self) -> int:
-        """Writes the remaining tensors and the index. Then renames the files, because each name
-        contains the number of files. Returns the number of bytes of all tensors."""
+        """Writes the remaining tensors and the index. Then renames the files, because their final
+        names contain the number of files. Returns the number of bytes of all tensors."""
         self._write()
         n = len(self.files)
         where = {}

@@ -32,9 +32,9 @@ def write_gguf(
 ) -> Adapter:
     """Writes adapter.gguf and README.md. Returns the adapter as it was read back from the file.
 
-    The B factors are already multiplied by the multiplier. Therefore the file sets alpha to 0,
-    which means that there is no further multiplier. Raises InputError for anything that llama.cpp
-    does not support, and if the package gguf is not installed.
+    The B factors in the file already include the multiplier. Therefore the file sets alpha to 0,
+    which means that there is no further multiplier. Raises InputError if llama.cpp does not support
+    the adapter, or if the package gguf is not installed.
     """
     if find_spec("gguf") is None:
         raise InputError('--to gguf needs the package gguf: run pip install "mlx-segtrain[gguf]".')

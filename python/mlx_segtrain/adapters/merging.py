@@ -21,9 +21,10 @@ from .writing import write_adapter
 def merged(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Returns the weighted sum of adapters.
 
-    The A factors are concatenated. The B factors are multiplied by multiplier and weight, and then
-    concatenated. The rank of a layer is therefore the sum of the adapters' ranks. Raises InputError
-    for DoRA, whose magnitudes cannot be added, and for adapters of different models.
+    The A factors are concatenated. The B factors are multiplied by the layer's multiplier and the
+    adapter's weight, and then concatenated. The rank of a layer is therefore the sum of the
+    adapters' ranks. Raises InputError for DoRA, whose magnitudes cannot be added, and for adapters
+    of different models.
     """
     tensors: dict[str, list[tuple[mx.array, mx.array]]] = {}
     names: dict[str, str] = {}  # keys are paths without the prefix, which some adapters lack
@@ -53,7 +54,8 @@ def weighted(
     """Returns the weighted sum of the adapters in these folders. A single adapter with weight 1 is
     returned unchanged, and may be a DoRA adapter.
 
-    `model_dir` is the base model, by default the one that an adapter names.
+    `model_dir` is the folder of the base model. By default, it is the folder that each adapter's
+    configuration names.
     """
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):
@@ -77,8 +79,8 @@ def merge(paths: Sequence[Path], out: Path, weights: Sequence[float] | None = No
         bases = ", ".join(sorted({about.model for about in abouts}))
         raise InputError(f"the adapters have different base models ({bases}) and cannot be merged.")
     sources = " + ".join(f"{w:g} × {path}" for w, path in zip(chosen, paths, strict=True))
-    # If the adapters were trained with different ways of rendering prompts, generation uses the
-    # defaults.
+    # If the adapters were trained with different prompt settings, none are recorded, and generation
+    # uses the defaults.
     first, *others = (Prompting.of(about.run) for about in abouts)
     run = first.as_run() if all(other == first for other in others) else {}
     about = About(abouts[0].model, run=run, facts={"merged from": sources})

@@ -11,7 +11,8 @@ from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
 #: Limits on the number of patterns in a configuration, the characters in a pattern, the bytes for a
-#: pattern's automata, and the number of matches of a pattern against a path, which bounds the time.
+#: pattern's automata, and the total number of attempts to match a pattern with a path, which bounds
+#: the time.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 
@@ -25,7 +26,7 @@ def multiplier_of(folder: Folder) -> Callable[[str, int], float]:
     alphas = _by_pattern(folder, "alpha_pattern", "lora_alpha")
 
     def multiplier(stored: str, rank: int) -> float:
-        if (expected := ranks(stored)) != rank:  # alpha belongs to that other rank
+        if (expected := ranks(stored)) != rank:  # alpha is for the expected rank
             raise InputError(
                 f"{folder.weights}: '{stored}' has rank {rank}, but r and rank_pattern in {CONFIG} "
                 f"say {expected:g}: the two files belong to different adapters."
@@ -66,7 +67,7 @@ def _scale(folder: Folder) -> float:
 
 def _is_over_root(folder: Folder) -> bool:
     """Returns whether the scale must still be divided by the square root of the rank. In our own
-    adapters, the scale is already divided.
+    adapters, the scale already includes this division.
 
     mlx-bun writes the flag `rs_lora` only into OptiQ's file.
     """
@@ -84,13 +85,13 @@ def _is_over_root(folder: Folder) -> bool:
 
 
 def _by_pattern(folder: Folder, name: str, general: str) -> Callable[[str], float]:
-    """Returns a function that computes a layer's value in the same way as PEFT: the value of the
-    first pattern that matches the whole path, or the end of the path after a dot. If no pattern
-    matches, returns the general value.
+    """Returns a function that looks up a layer's value as PEFT does. Its result is the value of the
+    first pattern that matches the whole path or the end of the path after a dot, or the general
+    value if no pattern matches.
 
-    Patterns are untrusted. For any pattern, RE2 takes time proportional to the length of the text,
-    and bounded memory. Raises InputError for patterns that RE2 does not support, and for too many
-    patterns.
+    Patterns are untrusted. RE2 matches any pattern in bounded memory and in time proportional to
+    the length of the text. Raises InputError if RE2 does not support a pattern, or if there are too
+    many patterns.
     """
     file, config = folder.config_file, folder.config
     own, tried = section(file, config, name), 0

@@ -50,9 +50,9 @@ def names_of(base: dict[str, Any]) -> Names:
 def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: mx.Dtype) -> None:
     """Writes adapter_model.safetensors, adapter_config.json and README.md into an empty folder.
 
-    If an embedding is also the head, its update is written for both, as PEFT does with
-    ensure_weight_tying. PEFT releases without that option read two equal updates. Raises InputError
-    for a layer that PEFT cannot adapt.
+    If an embedding is also the head, its update is written for both modules, as PEFT does with
+    `ensure_weight_tying`. PEFT releases without that option then read two equal updates. Raises
+    InputError for a layer that PEFT cannot adapt.
     """
     tensors: dict[str, mx.array] = {}
     targets: dict[str, str] = {}

@@ -1,5 +1,5 @@
-"""Reads adapter folders in our format, and in those of mlx-lm, similar packages and Hugging Face
-PEFT.
+"""Reads adapter folders in our format, and in the formats of mlx-lm, similar packages and Hugging
+Face PEFT.
 
     adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier
     adapter_model.safetensors  base_model.model.<path>.lora_A.weight [R, in], ….lora_B.weight
@@ -43,17 +43,18 @@ _OUR_ENDS, _PEFT_ENDS = (
 
 
 def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
-    """Reads an adapter of this package, mlx-lm, OptiQ, mlx-bun or PEFT for this model.
+    """Reads an adapter in the format of this package, mlx-lm, OptiQ, mlx-bun or PEFT, and checks
+    that it fits the model.
 
     Raises InputError if files are missing or unreadable, if names or shapes do not fit the model,
-    or if the adapter changes anything besides linear layers, embedding and head.
+    or if the adapter changes anything besides linear layers, the embedding and the head.
     """
     folder = open_folder(path)
     stored, weights = read_stored(folder, tied=chain.tied), folder.weights
     arrays, scales, adaptable = {}, {}, chain.adaptable
     for name, (a, b) in stored.tensors.items():
-        # If only one of this model and the adapter's base model is multimodal, their paths have
-        # different prefixes.
+        # The paths have different prefixes if only one of the two models (this model and the
+        # adapter's base model) is multimodal.
         linear = next((path for path in spellings(name) if path in adaptable), None)
         if linear is None:
             raise InputError(
@@ -82,12 +83,12 @@ def read_adapter(path: str | Path | Folder, chain: Chain) -> Adapter:
 def read_stored(
     path: str | Path | Folder, *, model_dir: Path | None = None, tied: bool | None = None
 ) -> Adapter:
-    """Reads an adapter folder without its model. The layers are named as in mlx-lm.
+    """Reads an adapter folder without loading the model. The layers are named as in mlx-lm.
 
     `tied` says whether the base model lacks a separate head. If `tied` is None and its value
     matters, it is looked up in `model_dir` or in the base model that the adapter names. Raises
-    InputError like read_adapter, except for errors that can only be detected with the model. Also
-    raises InputError if `tied` matters but cannot be determined.
+    InputError in the same cases as `read_adapter`, unless an error can only be detected with the
+    model. Also raises InputError if `tied` matters but cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -121,7 +122,7 @@ def read_stored(
         if more and (b.ndim != 2 or more[0].shape != b.shape[1:]):
             raise InputError(
                 f"{folder.weights}: '{stored}' has {folder.kind.called} of shape {more[0].shape}, "
-                f"which does not match lora_b {b.shape}."
+                f"which does not match lora_b of shape {b.shape}."
             )
         if not all(mx.isfinite(x).all() for x in (a, b, *more)):
             raise InputError(
@@ -137,16 +138,16 @@ def read_stored(
 
 
 def _fit(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    """Returns whether factors of these shapes can be multiplied, for a linear layer or for one with
-    experts."""
+    """Returns whether factors of these shapes can be multiplied, for a linear layer or for a layer
+    with experts."""
     if len(a) != len(b) or len(a) not in (2, 3) or 0 in (*a, *b):
         return False
     return a[1] == b[0] if len(a) == 2 else (a[0], a[1]) == (b[0], b[2])
 
 
 def is_dora(path: str | Path) -> bool:
-    """Returns whether the adapter in this folder has magnitudes. Raises InputError like
-    read_adapter."""
+    """Returns whether the adapter in this folder has magnitudes. Raises InputError if the folder
+    cannot be read."""
     return open_folder(path).kind is DORA
 
 
@@ -155,8 +156,8 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     header.
 
     `tied` says whether the base model lacks a separate head; None means that this is unknown.
-    Raises InputError like read_adapter, except for errors that can only be detected with the model
-    or the factors.
+    Raises InputError in the same cases as `read_adapter`, unless an error can only be detected with
+    the model or the factors.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 
@@ -165,7 +166,7 @@ def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
-    of each expert. Apart from the result, the function is the same as ranks_in."""
+    of each expert. `tied` and the errors are the same as for `ranks_in`."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}

@@ -5,9 +5,9 @@ In mlx-lm, and therefore in our files, an update of the embedding changes its we
 uses this weight also changes. In PEFT, an update changes only the module: the head keeps the weight
 of the base model unless the head also has an update. With `ensure_weight_tying`, PEFT also applies
 the embedding's update to the head, and writes its factors a second time, transposed, under the
-head's name. Therefore PEFT's adapters for such a base model can be read only if both modules have
-the same update. In our files, `segtrain.tied` says whether the base model on which an embedding was
-trained uses the embedding as its head.
+head's name. Therefore PEFT's adapters for a base model whose embedding is also the head can be read
+only if both modules have the same update. In our files, `segtrain.tied` says whether the base model
+on which an embedding was trained uses the embedding as its head.
 """
 
 from collections.abc import Mapping
@@ -63,8 +63,8 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     embedding's update to the path of the head's update.
 
     Only names are checked here: `check_twins` tests whether both updates are equal. Raises
-    InputError if the adapter updates only one of the two, or if embedding and head were tied in the
-    base model on which the adapter was trained but are not in this one, or vice versa.
+    InputError if the adapter updates only one of the two modules, or if embedding and head are tied
+    in only one of the two models: this model, and the model on which the adapter was trained.
     """
     if tied is None:
         return found, {}
@@ -138,8 +138,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
 
 
 def common(adapters: list[Adapter]) -> bool | None:
-    """Returns the value of `tied` for the sum of adapters. Raises InputError if the adapters
-    disagree."""
+    """Returns the value of `tied` for the sum of adapters. Raises InputError if the adapters have
+    different values."""
     kinds = {adapter.tied for adapter in adapters} - {None}
     if len(kinds) > 1:
         raise InputError(

@@ -2,9 +2,9 @@
 
     adapters.safetensors           float32 lora_a [in, R], lora_b [R, out] by module path (mlx-lm);
                                    for DoRA also m [out]
-    adapters_unpadded.safetensors  only if ranks differ: the tensors with their own ranks
+    adapters_unpadded.safetensors  only if ranks differ: the tensors without padding
     adapter_config.json            mlx-lm's keys and PEFT's keys together
-    optiq_lora_config.json         ranks by layer
+    optiq_lora_config.json         the rank of each layer
     README.md                      the model card
 
 In mlx-lm, all layers have the same rank. If ranks differ, the factors are therefore padded to the
@@ -150,7 +150,7 @@ def prompting_of(path: Path | None) -> Prompting:
 
 
 def _config_in(path: Path) -> dict[str, Any]:
-    """Returns the configuration in the folder, which is empty if there is none."""
+    """Returns the configuration in the folder, or an empty dict if none can be read."""
     try:
         return read_json(path / CONFIG)
     except InputError:

@@ -13,8 +13,8 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the case that compares a Llama layer, with LoRA on every projection, with mlx-lm's
-    layer."""
+    """Returns the benchmark case for a Llama layer with LoRA on every projection: our layer against
+    mlx-lm's."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs
@@ -71,8 +71,8 @@ def layer(
 
 
 def cases() -> list[bench.Case]:
-    """Returns the cases of the ops, and a layer with the shape of MiniCPM5-1B (on a GPU) or SmolLM2
-    (on a CPU)."""
+    """Returns the benchmark cases for the ops, and the case for a layer with the shape of
+    MiniCPM5-1B (on a GPU) or SmolLM2 (on a CPU)."""
     shape = (8192, 1536, 4608, 16, 2, 128, 16) if bench.on_gpu() else (512, 576, 1536, 9, 3, 64, 16)
     return [*bench.cases(), layer(*shape)]
 

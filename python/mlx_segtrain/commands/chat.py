@@ -21,9 +21,9 @@ from mlx_segtrain.fields import place
 #: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter, given by name or number; base is the model alone
-/compare        answer each message with the model alone and with each adapter; /compare
-                again turns this off
+/adapter NAME   answer with this adapter, given by name or number; base means no adapter
+/compare        answer each message without an adapter and with each adapter; enter /compare
+                again to turn this off
 /retry          answer the last message again
 /system TEXT    set the system message, or remove it if TEXT is omitted; starts a new conversation
 /clear          start a new conversation

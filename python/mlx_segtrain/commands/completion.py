@@ -1,4 +1,4 @@
-"""The command completion: prints a script with which a shell completes commands and flags."""
+"""The command completion: prints a script that lets a shell complete commands and flags."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
             self._action_groups = every
 
     def group(self, title: str) -> Any:
-        """Returns the group with this title, after adding it if it does not exist."""
+        """Returns the group with this title. Adds the group if it does not exist."""
         found = next((own for own in self._action_groups if own.title == title), None)
         return found or self.add_argument_group(title)
 
@@ -204,7 +204,8 @@ def add_output_flags(parser: Parser) -> None:
 
 
 def number(expected: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
-    """Returns an argument type for numbers for which `holds` returns True."""
+    """Returns an argument type that accepts numbers for which `holds` returns True. `expected`
+    describes these numbers in errors."""
 
     def read(text: str) -> float:
         try:

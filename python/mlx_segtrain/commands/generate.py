@@ -116,8 +116,7 @@ def options_of(args: argparse.Namespace) -> Options:
         if args.temp == 0 and name in ONLY_DRAWN:
             own = "--" + name.replace("_", "-")
             raise InputError(
-                f"{own} has no effect at temperature 0, which is greedy decoding: pass --temp as "
-                "well"
+                f"{own} has no effect at temperature 0, which is greedy decoding: raise --temp"
             )
     return Options(args.max_tokens, args.temp, **given)
 

@@ -92,7 +92,8 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
 
 
 def _histogram(report: Report, most: int) -> str:
-    """Returns a table with bars. The bars of truncated samples have another colour."""
+    """Returns a histogram of the samples' lengths as an HTML table. The bars of truncated samples
+    have a different colour."""
     top = max(own.count for own in report.histogram) or 1
     rows = (
         f'<tr{" class=cut" if own.first > most else ""}><td class="n">{own.first:,} to '

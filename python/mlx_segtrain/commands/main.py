@@ -32,7 +32,7 @@ from mlx_segtrain.errors import InputError, RunError
 from mlx_segtrain.fields import place
 from mlx_segtrain.torchless import hide_torch
 
-#: Commands too short for --quiet, --verbose and --log-file to be useful.
+#: Commands that finish too quickly for --quiet, --verbose and --log-file to be useful.
 AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")

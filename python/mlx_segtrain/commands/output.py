@@ -80,8 +80,8 @@ class Copied:
         return getattr(self.stream, name)
 
 
-#: The settings of the running command. Without a running command, everything is shown and nothing
-#: is logged.
+#: The settings of the running command. If no command is running, everything is shown and nothing is
+#: logged.
 _current = Output()
 
 

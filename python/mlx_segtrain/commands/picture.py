@@ -1,4 +1,4 @@
-"""Draws the predicted memory and the measured memory of one step."""
+"""Plots the predicted and the measured memory during one step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
 
 def measure(run: RunPlan, config: TrainConfig) -> Sequence[int]:
     """Runs two steps on random tokens. Returns the peak memory, in bytes, during each move of the
-    second step."""
+    second step's schedule."""
     from mlx_segtrain.data.encoding import Row
 
     from ..data import Batch, Dataset

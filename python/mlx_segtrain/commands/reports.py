@@ -84,7 +84,7 @@ def facts() -> dict[str, Any]:
 
 
 def step(name: str, config: dict[str, Any], tokens: int) -> Step:
-    """Times a step of a model that has this configuration."""
+    """Times a step of a model with this configuration."""
     module = importlib.import_module("mlx_lm.models.llama")
     model = module.Model(module.ModelArgs.from_dict(LLAMA | config))
     model.set_dtype(bench.dtype())
@@ -136,7 +136,7 @@ def of_bench(rows: Sequence[bench.Row]) -> dict[str, Any]:
 
 
 def write(kind: str, content: dict[str, Any]) -> str:
-    """Writes the file to the working directory, and returns a sentence to print."""
+    """Writes the report to the working directory, and returns a sentence about it to print."""
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 #: The default folder for an adapter, as in mlx-lm.
 OUTPUT = {"adapter_path": "adapters"}
 UNUSED = "unused"  # for the required fields of TrainConfig that a command does not need
-#: Maximum number of characters of a system message that is shown in a command.
+#: The maximum length, in characters, of a system message that suggested commands include.
 MOST_SYSTEM = 300
 
 
@@ -324,7 +324,7 @@ def _plan(args: argparse.Namespace) -> int:
     if config.parallel == "pipeline":
         if args.link or args.step_seconds:
             raise InputError(
-                "--link and --step-seconds only apply to parallel data: leave them out"
+                "--link and --step-seconds only apply with --parallel data: leave them out"
             )
         assert args.ranks is not None  # this was checked above
         runs = pipeline_runs(config, batch, args.ranks, args.rank_budgets or [])

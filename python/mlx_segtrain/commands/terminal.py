@@ -1,4 +1,4 @@
-"""Shows a run to users: with a progress bar on a terminal, and with plain lines elsewhere."""
+"""Shows the progress of a run: as a bar on a terminal, and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ ROOM = 3
 def answer(found: Any, show: Callable[[Any], None], as_json: bool, ok: bool | None = None) -> int:
     """Prints a dataclass, or a list of dataclasses, as JSON or with `show`. Returns the exit code.
 
-    If `ok` is given, the JSON object contains it, and the exit code is 1 if it is False.
+    If `ok` is given, it is added to the JSON object, and it determines the exit code: 0 for True, 1
+    for False.
     """
     if as_json:
         value = found if ok is None else asdict(found) | {"ok": ok}

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from mlx_segtrain.planning.report import PlanReport
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
-#: Styles for tokens in the loss and for all other tokens. Two alternating styles each make the
-#: borders between tokens visible.
+#: Styles for tokens in the loss and for all other tokens. Each kind has two alternating styles, so
+#: that the borders between tokens are visible.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
 #: The number of layers to show in the report on a merge.
@@ -158,8 +158,8 @@ def _marked(preview: Preview) -> str:
 
 
 def merged(tokens: Iterable[tuple[str, bool, float]]) -> Iterator[tuple[str, bool]]:
-    """Yields the text of each run of consecutive tokens with the same value, and whether the run is
-    in the loss."""
+    """Yields the text of each run of consecutive tokens that are all in the loss or all outside it,
+    and whether they are in the loss."""
     for trained, run in groupby(tokens, key=lambda token: token[1]):
         yield "".join(token for token, *_ in run), trained
 
@@ -257,7 +257,8 @@ def show_score(result: ScoreResult) -> None:
 
 
 def show_converted(done: conversion.Converted) -> None:
-    """Prints the contents of a converted adapter, and its difference from the original."""
+    """Prints the path, layers and ranks of a converted adapter, and how much it differs from the
+    original."""
     ranks = ", ".join(map(str, done.ranks))
     print(f"adapter     {done.path}")
     print(f"layers      {done.linears} linear layers of rank {ranks}")

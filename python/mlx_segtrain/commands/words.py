@@ -1,4 +1,4 @@
-"""Wrapped text, and commands in a form that can be pasted into a shell."""
+"""Wraps text, and formats commands so that they can be pasted into a shell."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def can_merge(cache: Sequence[Any]) -> bool:
 
 
 class Batch(Generic[A]):
-    """Answers that are decoded together. While there are several, their caches are merged into
+    """Answers that are decoded together. If there are several answers, their caches are merged into
     one."""
 
     def __init__(self, base: Base):
@@ -253,16 +253,16 @@ class Batch(Generic[A]):
         self._leave_masks_out()
 
     def _padded(self) -> list[Any]:
-        """Returns the caches of layers that pad shorter rows at the beginning."""
+        """Returns the layer caches that pad shorter rows at the beginning."""
         from mlx_lm.models.cache import BatchKVCache
 
         return [x for x in self._cache if type(x) is BatchKVCache]
 
     def _leave_masks_out(self) -> None:
         """If all rows have the same length, makes the caches use no mask and a single offset.
-        Without padding, single tokens need no mask, and with a mask GPUs would not use their
-        attention kernels. With an offset per row, MLX would need a launch per layer to increase the
-        offsets."""
+        Without padding, single tokens need no mask, and a mask would prevent GPUs from using their
+        attention kernels. With an offset per row, MLX would need one launch per layer to increase
+        the offsets."""
         layers = self._padded()
         even = bool(layers) and not layers[0].left_padding.any().item()
         for layer in layers:
@@ -327,8 +327,8 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a method make_mask for a cache layer, which returns no mask for single tokens. It
-    keeps only a weak reference to the layer, so that the layer's arrays are freed with the
+    """Returns a method `make_mask` for a cache layer. The method returns no mask for single tokens.
+    It keeps only a weak reference to the layer, so that the layer's arrays are freed with the
     layer."""
 
     def make_mask(n: int, **how: Any) -> Any:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 #: The number of tokens at the end of the prompt that are decoded together with an answer.
 CONTEXT = 8
-#: Decoders return this for bytes that are not a character or not yet a complete character.
+#: Decoders return this for bytes that are invalid or do not form a complete character yet.
 INCOMPLETE = "\ufffd"
 
 
@@ -105,7 +105,8 @@ class Text:
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
         new, self._out = whole[self._out :], max(self._out, len(whole))
-        # Dropping old tokens takes another call of the decoder, so it is not done for each token.
+        # Dropping old tokens requires another call of the decoder, so it is not done for each
+        # token.
         if whole == text and len(self._tokens) >= self._old + CONTEXT:
             self._tokens = self._tokens[self._old :]
             self._old, self._out = len(self._tokens), len(self._decoded())
@@ -232,15 +233,15 @@ def processor(
     """Returns a function that applies an answer's penalties and biases to its logits, or None if
     the answer has neither.
 
-    The function takes the last token [1] and the logits [1, V] that follow it. Its first call must
-    be for the last token of `prompt` and `made`.
+    The function takes the last token [1] and the logits [1, V] that follow it. The first call must
+    pass the last token of `prompt` followed by `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
     if not (presence or frequency or repetition != 1 or options.logit_bias):
         return None
     counts: mx.array | None = None
-    asked: mx.array | None = None  # how often each token is in the prompt
+    asked: mx.array | None = None  # how often each token occurs in the prompt
     bias: mx.array | None = None
 
     def process(token: mx.array, logits: mx.array) -> mx.array:

@@ -90,7 +90,7 @@ class Parts:
         return max((overlap(self._held, tag) for tag, _ in self._ends()), default=0)
 
     def _out(self, found: list[tuple[Kind, str]], text: str, *, whole: bool) -> None:
-        # Templates have line breaks between reasoning and content.
+        # Leaves out white space between reasoning and content, where templates have line breaks.
         if self._kind == "content" and self._bare:
             text = text.lstrip()
             self._bare = not text

@@ -1,5 +1,5 @@
 """Generates completions of prompts in batches. Which completions share a batch depends only on the
-prompts and the completions, and not on time."""
+prompts and the completions, and not on timing."""
 
 import copy
 from collections import deque
@@ -26,7 +26,8 @@ class Policy:
 
 
 class Talk(Protocol):
-    """The conversation of a completion: it has a prompt, and replies to the turns of the model."""
+    """The conversation of a completion. It provides the prompt, and replies to the model's
+    turns."""
 
     @property
     def prompt(self) -> list[int]: ...
@@ -61,8 +62,8 @@ class Completion:
 
     `drawn` [n] says which tokens were sampled from the model. `log_p`, float32 [n], contains their
     log-probabilities at the sampling temperature, and 0 for other tokens. `text` is the text of the
-    last turn. `finish` is "stop", or "length" if the completion was truncated, or "turns" if the
-    model had no turn left.
+    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had no
+    turn left, and "stop" otherwise.
     """
 
     prompt: list[int]
@@ -133,7 +134,7 @@ class _Rollout:
         self.turns = 0
 
     def turn(self) -> _Turn:
-        """Returns the next turn, whose prompt is all tokens so far."""
+        """Returns the next turn, whose prompt consists of all tokens so far."""
         options = self.options
         if self.turns:
             left, seed = options.max_tokens - len(self.tokens), seed_of(options.seed, self.turns)
@@ -186,9 +187,9 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """Generates a completion of each talk with its options. Up to `at_once` of them are decoded
-    together; waiting completions join when half of these have ended their turn. The model has at
-    most `most_turns` turns in a talk.
+    """Generates a completion of each talk with its options. Up to `at_once` completions are decoded
+    together; waiting completions join when half of the current ones have ended their turn. The
+    model has at most `most_turns` turns in a talk.
 
     The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
     computed once. The tokens before a later turn are recomputed, because their cache would take
@@ -212,7 +213,7 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Caches that are merged are copied, but a single cache would be modified.
+                # Merging copies the caches, but a single cache would be modified in place.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

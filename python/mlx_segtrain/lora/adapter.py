@@ -67,9 +67,9 @@ class Adapter:
 
     The factors are a [in, R] and b [R, out]; for a layer with E experts they are a [E, R, in] and b
     [E, out, R], and for an embedding a [V, R] and b [R, H]. With DoRA, `magnitudes` contains the
-    norms of the adapted weight's rows, float32 [out]. `tied` is used if an embedding is adapted: it
-    is true if the embedding is also the model's head, to which the update then applies as well, and
-    None if that is unknown.
+    norms of the adapted weight's rows, float32 [out]. `tied` matters only if an embedding is
+    adapted. It is True if the embedding is also the model's head, to which the update then applies
+    as well, and None if this is unknown.
     """
 
     tensors: Tensors

@@ -2,10 +2,10 @@
 
     y = m / ‖W + s·(ab)ᵀ‖ ⊙ (W + s·(ab)ᵀ)x        for each row; then the bias is added
 
-The gradient treats the norm as a constant. The norm is computed without W + s·(ab)ᵀ itself, which
-would need the dequantized weight: for a row w of W and its update u, ‖w + u‖² = ‖w‖² + 2w·u + ‖u‖².
-The first term is known, the second needs a pass of R rows through the frozen layer, and the third
-needs the inner products of a's columns. See Liu et al. 2024, arXiv:2402.09353.
+The gradient treats the norm as a constant. The norm is computed without forming W + s·(ab)ᵀ,
+because that would require the dequantized weight. For a row w of W and its update u, ‖w + u‖² =
+‖w‖² + 2w·u + ‖u‖². The first term is known, the second needs a pass of R rows through the frozen
+layer, and the third needs the inner products of a's columns. See Liu et al. 2024, arXiv:2402.09353.
 """
 
 import math

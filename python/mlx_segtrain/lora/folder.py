@@ -17,15 +17,15 @@ WEIGHTS, UNPADDED = "adapters.safetensors", "adapters_unpadded.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
-#: The values of PEFT's init_lora_weights that leave the base unchanged. With others (PiSSA, OLoRA,
-#: CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the factors
-#: alone are not the update.
+#: The values of PEFT's init_lora_weights that leave the base unchanged. With other values (PiSSA,
+#: OLoRA, CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the
+#: factors alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """The folder of an adapter whose configuration is of a supported kind."""
+    """The folder of an adapter of a supported kind."""
 
     weights: Path
     config_file: Path
@@ -48,8 +48,8 @@ class Folder:
 
     @property
     def tied(self) -> bool | None:
-        """Whether the base model of an adapted embedding has tied embeddings, in which case its
-        head uses the embedding's weight; None if that is unknown."""
+        """For adapters of an embedding, whether the base model uses this embedding as its head;
+        None if this is unknown."""
         tied = ours(self.config).get("tied")
         return tied if isinstance(tied, bool) else None
 

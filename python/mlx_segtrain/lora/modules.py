@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns the multipliers of the layer's outputs, float32 [out], in an update of this kind
-        with these factors and this third array."""
+        """Returns the multipliers that an update of this kind, with these factors and this third
+        array, applies to the layer's outputs, float32 [out]."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
@@ -192,7 +192,8 @@ class LoRAEmbedding(LoRALinear):
 
 def wrap(parent: nn.Module, path: str, scale: float) -> LoRALinear:
     """Replaces the linear layer or embedding at `path` below `parent` with one of our modules,
-    which has no update yet. If it is already one of our modules, it is kept. Returns the module."""
+    which has no update yet. Keeps the existing module if it is already one of ours. Returns our
+    module."""
     *parents, last = path.split(".")
     at: Any = parent
     for part in parents:

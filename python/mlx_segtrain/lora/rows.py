@@ -7,7 +7,8 @@ stacked, and each row uses the factors of its adapter from the stack:
 
 Some linear layers read the same x: q, k and v, or gate and up. Their factors a are concatenated, so
 that one matrix multiplication computes x a for all of them. Adapters of similar ranks share a
-stack, in which they are padded to the largest rank; adapters of other ranks are in another stack.
+stack, in which they are padded to the largest rank; adapters with very different ranks are in
+different stacks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,8 @@ from .adapter import DORA, Adapter
 from .modules import LoRALinear
 from .together import Together, grouped
 
-#: Adapters up to this rank share a stack. Above it, there is one stack per doubling of the rank.
+#: Adapters up to this rank share a stack. Above it, ranks are rounded up to a power of two, and
+#: there is one stack per power.
 SMALL_RANK = 16
 
 
@@ -48,7 +50,7 @@ class _Group:
 @dataclass(frozen=True, eq=False)
 class _Stack:
     """Adapters of similar ranks. `places` maps the key of each adapter to its index in the arrays.
-    At the index after the last one, the arrays contain zeros, for rows without an adapter."""
+    The arrays have one more index, with zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
@@ -60,8 +62,8 @@ class _Stack:
 @dataclass(frozen=True, eq=False)
 class _Use:
     """The rows of a batch that use a stack, or all rows if `rows` is None. If `picks` is None, all
-    of them have the same adapter, and `groups` contains only the arrays of this adapter, without
-    the axis E."""
+    of these rows have the same adapter, and `groups` contains only the arrays of this adapter,
+    without the axis E."""
 
     stack: _Stack
     places: mx.array  #: uint32 [rows], each row's index in the stack
@@ -81,8 +83,8 @@ class _Readers:
     left: int = 0
 
     def read(self, x: mx.array, index: int, uses: Sequence[_Use]) -> list[mx.array | None]:
-        """Returns x a for each use. It is computed for all layers when the first of them reads
-        x."""
+        """Returns the product x a for each use. The first layer that reads x computes the products
+        for all layers."""
         if self.x is not x:
             self.x, self.left = x, len(self.paths)
             self.zs = [_first(x, use, use.groups[index]) for use in uses]
@@ -128,8 +130,8 @@ class Rows:
         self.known = {path for _, path in self._places.values()}
 
     def can(self, adapter: Adapter) -> bool:
-        """Returns whether rows can use this adapter, which must not update an embedding or
-        experts."""
+        """Returns whether rows can use this adapter. Adapters that update an embedding or experts
+        are not supported."""
         return adapter.tensors.keys() <= self.known
 
     def put_in(self, keys: Sequence[Any], adapters: Mapping[Any, Adapter]) -> None:
@@ -153,7 +155,7 @@ class Rows:
 
     @property
     def any(self) -> bool:
-        """Whether a row of the batch has an update."""
+        """Whether any row of the batch has an update."""
         return bool(self._uses)
 
     def decoding(self, module: LoRALinear) -> tuple[Any, mx.array | None]:
@@ -209,8 +211,8 @@ class Rows:
         return _Stack({key: i for i, key in enumerate(adapters)}, groups)
 
     def _group(self, readers: _Readers, adapters: list[Adapter]) -> _Group | None:
-        """Returns the updates of these layers from all adapters, followed by zeros, or None if no
-        adapter updates the layers."""
+        """Returns the updates of these layers from all adapters, with zeros at the last index, or
+        None if no adapter updates the layers."""
         dtype = readers.dtype
         parts, found = [], {}
         for path in readers.paths:

@@ -60,9 +60,9 @@ class Together:
         gains: Sequence[mx.array | None],
     ) -> ops.DecodeLinears | None:
         """Returns the op that computes the layers with the factors a [E, R, in] and b [E, out,
-        R_j], which have x's dtype; None if no kernel supports this."""
-        # The arrays are copied and evaluated here, once. Otherwise the first launch for each number
-        # of rows would do so again.
+        R_j], which have x's dtype. Returns None if no kernel supports them."""
+        # The arrays are copied and evaluated here, once. Otherwise, the first launch for each
+        # number of rows would copy and evaluate them again.
         a = mx.contiguous(a)
         mx.eval([x for x in (a, *b, *gains) if x is not None])
         op = ops.decode_linears(self.bases, a, b, gains)

@@ -45,7 +45,7 @@ def _twin(x: Any, known: dict[int, Any]) -> Any:
         known[id(x)] = new  # its children may contain it
         for name, own in x.items():
             dict.__setitem__(new, name, _twin(own, known))
-            if not isinstance(own, mx.array):  # MLX would look up submodules by slower Python code
+            if not isinstance(own, mx.array):  # MLX would look up submodules in slower Python code
                 vars(new)[name] = new[name]
     elif isinstance(x, list | tuple):
         new = type(x)(_twin(own, known) for own in x)

@@ -59,7 +59,7 @@ class Rewards:
     ) -> Rewards:
         """Returns the rewards of a configuration. Callers in Python may also pass `functions`, and
         the class of the `environment`. Raises InputError if a reward cannot be used, or if there is
-        none."""
+        no reward."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [

@@ -15,10 +15,10 @@ from ..torchless import show_torch
 
 
 def found_at(spec: str, field: str, kind: str, given: Any = None) -> tuple[str, Callable[..., Any]]:
-    """Returns the name and the function or class that `spec` refers to, which is `module:name` or
-    `file.py:name`. `field` is the field of the configuration that contains `spec`, and `given` is
-    the object itself if a Python caller passed it. Raises InputError if the object cannot be
-    found."""
+    """Returns the name and the function or class that `spec` refers to. `spec` has the form
+    `module:name` or `file.py:name`. `field` is the field of the configuration that contains `spec`,
+    and `given` is the function or class itself if a Python caller passed it. Raises InputError if
+    the object cannot be found."""
     place, _, name = spec.rpartition(":")
     try:
         if not place or not name:

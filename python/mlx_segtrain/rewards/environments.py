@@ -62,8 +62,8 @@ class Environments:
         return cls(name, found, tools, callable(getattr(own, "get_reward", None)))
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Iterable[Row]) -> None:
-        """Raises InputError if the chat template of the model does not support such conversations,
-        or if both the environment and a row have tools."""
+        """Raises InputError if the chat template of the model does not support conversations with
+        this environment, or if both the environment and a row have tools."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
                 "environment needs prompts that go through a chat template: use a model that has "
@@ -87,8 +87,8 @@ class Environments:
 
 
 def _tools_of(own: Any) -> list[dict[str, Any]]:
-    """Returns the public methods of an environment as JSON schemas. transformers creates them, and
-    raises an error if a method lacks types or a description."""
+    """Returns the public methods of an environment as JSON schemas. transformers creates the
+    schemas, and raises an error if a method lacks type annotations or a docstring."""
     from transformers.utils.chat_template_utils import get_json_schema
 
     names = [name for name, _ in inspect.getmembers(type(own), inspect.isfunction)]
@@ -99,9 +99,9 @@ def _tools_of(own: Any) -> list[dict[str, Any]]:
 class Conversation:
     """The conversation of a completion with its environment. Implements generation.rollouts.Talk.
 
-    `messages` contains the messages of the prompt and, from index `begun` on, of the completion.
-    The environment's reply to a turn is added once another turn follows. Raises RunError if the
-    environment fails.
+    `messages` contains the messages of the prompt and, from index `begun` on, the messages of the
+    completion. The environment's reply to a turn is added only when another turn follows. Raises
+    RunError if the environment fails.
     """
 
     def __init__(self, of: Environments, tokenizer: Any, config: TrainConfig, row: Row, seed: int):

@@ -1,7 +1,7 @@
 """Scores conversations with a reward model, a sequence classification model with one label.
 
-The reward model is the folder of a Hugging Face `…ForSequenceClassification` model with a weight
-`score.weight`, from a family that mlx-lm supports. The model may be quantized.
+The reward model is a Hugging Face `…ForSequenceClassification` model with a weight `score.weight`,
+from a family that mlx-lm supports. It may be quantized.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class RewardModel:
         system: Sequence[str | None] | None = None,
     ) -> list[float]:
         """Returns the scores of completions. If `messages` is given, returns the scores of
-        conversations, whose `messages` follow the prompts."""
+        conversations in which `messages` follow the prompts."""
         answers = messages or [[{"role": "assistant", "content": x}] for x in completions]
         rows = zip(prompts, system or [None] * len(prompts), answers, strict=True)
         texts = [self._text(*row) for row in rows]

@@ -36,8 +36,8 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     adapter/.
 
     The model is cached in files.cache_dir(). Raises InputError if out_dir contains other files, or
-    if the model cannot be downloaded. Raises KeyboardInterrupt after Ctrl-C during training; the
-    adapter is saved before that.
+    if the model cannot be downloaded. After Ctrl-C during training, saves the adapter and raises
+    KeyboardInterrupt.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)

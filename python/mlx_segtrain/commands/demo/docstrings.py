@@ -43,9 +43,9 @@ def write_dataset(out_dir: Path, seed: int = 0) -> dict[str, int]:
 
 
 def write_preferences(out_dir: Path, seed: int = 0) -> dict[str, int]:
-    """Writes the same rows as pairs. The question is the prompt, and the summary is the chosen
-    response. The rejected response consists of the summaries of the next three rows, so it is long
-    and wrong."""
+    """Writes the rows of `write_dataset` as preference pairs. The question is the prompt, and the
+    summary is the chosen response. The rejected response consists of the summaries of the next
+    three rows, so it is long and wrong."""
 
     def pairs(rows: list[Row]) -> list[Row]:
         turns = [row["messages"] for row in rows]

