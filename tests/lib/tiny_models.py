@@ -349,9 +349,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 # Families of mlx-lm that cannot be built or run on the CPU, and the reasons.
 UNBUILDABLE: dict[str, str] = {
     "bitnet": "BitLinear has only a Metal kernel",
-    "muse_spark": "only a Metal kernel normalizes and rotates queries and keys",
-    "olmo": "importing the module exits without the package ai2-olmo",
-    "phi3small": "sets the logits of tokens up to 100351 to -inf, whatever the vocabulary",
+    "muse_spark": "the op that normalizes and rotates queries and keys has only a Metal kernel",
+    "olmo": "importing the module exits if the package ai2-olmo is not installed",
+    "phi3small": "sets the logits of tokens up to 100351 to -inf, whatever the vocabulary size",
     "prism_hadamard_qwen35": "needs a packed 2-bit checkpoint and its manifest",
 }
 
