@@ -241,7 +241,7 @@ class TrainConfig(BaseModel):
     simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
     """Scale of the rewards in the simpo loss."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
-    """Target margin between the rewards of a pair's two responses in the simpo loss."""
+    """Target margin, in the simpo loss, between the rewards of a pair's two responses."""
     rewards: Annotated[list[Name], Distinct] = option(
         [],
         GRPO,
@@ -269,8 +269,7 @@ class TrainConfig(BaseModel):
         [], GRPO, affects=("loss",), values="one number for each reward"
     )
     """Weights of the rewards, in this order: rewards, reward_functions, functions passed in Python,
-    reward_command, reward_model, and get_reward of the environment. Each weight is 1 by
-    default."""
+    reward_command, reward_model, and the environment's get_reward. Each weight is 1 by default."""
     environment: Name | None = option(
         None,
         GRPO,
@@ -312,8 +311,8 @@ class TrainConfig(BaseModel):
     """How far the ratio of the new to the old probability may rise above 1 before it is clipped.
     The default is 0.28 for dapo and 4e-4 for gspo."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
-    """Weight of the KL divergence from the model without the adapter in the grpo loss. 0 skips the
-    forward pass of that model."""
+    """Weight, in the grpo loss, of the KL divergence from the model without the adapter. 0 skips
+    the forward pass of that model."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
     """Exclude completions that reach max_completion_tokens from the loss. For dapo, the default is
     true."""
