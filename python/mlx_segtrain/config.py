@@ -242,7 +242,7 @@ class TrainConfig(BaseModel):
     simpo_beta: Float = option(2.0, SIMPO, title="SimPO beta", gt=0)
     """Scale of the rewards in the simpo loss."""
     simpo_gamma: Float = option(1.0, SIMPO, title="SimPO gamma", ge=0)
-    """Target margin between the rewards of a pair's two responses in the simpo loss."""
+    """Target margin, in the simpo loss, between the rewards of a pair's two responses."""
     rewards: Annotated[list[Name], Distinct] = option(
         [],
         GRPO,
@@ -264,14 +264,13 @@ class TrainConfig(BaseModel):
     reward_model: Place | None = option(
         None, GRPO | SIZE, affects=("loss", "memory"), values=PLACES
     )
-    """Model that scores completions, such as a `…ForSequenceClassification` model of Hugging Face
-    with one label: its directory, or its name on the hub (docs/grpo.md)."""
+    """Model that scores completions, such as a Hugging Face `…ForSequenceClassification` model with
+    one label: its directory, or its name on the hub (docs/grpo.md)."""
     reward_weights: list[Float] = option(
         [], GRPO, affects=("loss",), values="one number for each reward"
     )
     """Weights of the rewards, in this order: rewards, reward_functions, functions passed in Python,
-    reward_command, reward_model, and get_reward of the environment. Each weight is 1 by
-    default."""
+    reward_command, reward_model, and the environment's get_reward. Each weight is 1 by default."""
     environment: Name | None = option(
         None,
         GRPO,
@@ -289,7 +288,7 @@ class TrainConfig(BaseModel):
         otherwise="without environment",
         ge=1,
     )
-    """Maximum number of turns by the model in a conversation with the environment."""
+    """Maximum number of model turns in a conversation with the environment."""
     group_size: Int = option(8, GRPO, affects=("loss",), title="Completions per prompt", ge=2)
     """Number of completions to generate for each prompt."""
     max_completion_tokens: Int = option(
@@ -313,8 +312,8 @@ class TrainConfig(BaseModel):
     """How far the ratio of the new to the old probability may rise above 1 before it is clipped.
     The default is 0.28 for dapo and 4e-4 for gspo."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
-    """Weight of the KL divergence from the model without the adapter in the grpo loss. 0 skips the
-    forward pass of that model."""
+    """Weight, in the grpo loss, of the KL divergence from the model without the adapter. 0 skips
+    the forward pass of that model."""
     mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
     """Exclude completions that reach max_completion_tokens from the loss. For dapo, the default is
     true."""
@@ -327,11 +326,11 @@ class TrainConfig(BaseModel):
     rollout_batch: RolloutBatch = option(
         "auto", GRPO | SIZE | WARN, values="auto or an integer >= 1"
     )
-    """Number of completions to generate at once; auto chooses the largest number that fits into
+    """Number of completions to generate in parallel; auto chooses the largest number that fits into
     memory_budget_gb."""
     collapse_patience: Int = option(0, GRPO | WARN, ge=0)
-    """Stop the run when the mean reward over this many steps has fallen by more than half of its
-    earlier rise and random variation does not explain the fall; 0 turns this check off."""
+    """Stop the run when the mean reward over this many steps has lost more than half of its earlier
+    gain and the drop is too large to be due to chance; 0 turns this check off."""
     max_seq_length: Int = option(
         512, FIRST | ALL | CARD, title="Maximum sequence length, tokens", ge=2
     )
@@ -349,9 +348,9 @@ class TrainConfig(BaseModel):
         methods=("sft", "grpo"),
         values="true, false or auto",
     )
-    """Pack several rows of the data into one row of up to max_seq_length tokens, without attention
-    between them. With packing, batch_size is the number of packed rows. auto packs if packing is
-    faster, and is the default for grpo."""
+    """Pack several rows of the data into one sequence of up to max_seq_length tokens, without
+    attention between the rows. With packing, batch_size is the number of packed sequences. auto
+    packs if packing is faster, and is the default for grpo."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
@@ -359,8 +358,8 @@ class TrainConfig(BaseModel):
     parallel: Literal["data", "pipeline"] = option(
         "data", OPTIMIZER | FREE | SIZE | WHOLE, title="Parallelism"
     )
-    """How the work is split across devices. With data, each device has the whole model and
-    processes some of the batches; with pipeline, each device has some of the layers."""
+    """How the work is split across devices. With data, each device loads the whole model and
+    processes some of the batches; with pipeline, each device loads some of the layers."""
     seed: Int = option(0, OPTIMIZER | CARD, affects=("loss", "rows"), ge=0)
     """Seed for the order of rows, for the initialization of LoRA, and for the rows that val_split
     holds out."""
@@ -411,8 +410,8 @@ class TrainConfig(BaseModel):
     early_stopping_patience: Int = option(
         0, EVALUATION | WARN, title="Early stopping patience, evaluations", ge=0
     )
-    """Stop the run after this many evaluations without a lower validation loss; 0 turns this
-    off."""
+    """Stop the run after this many consecutive evaluations without a new lowest validation loss; 0
+    turns early stopping off."""
     keep_best: bool = option(False, EVALUATION, title="Keep the best adapter")
     """Keep the adapter with the lowest validation loss in adapter_path/best."""
     sample_prompts: Annotated[list[Name], Distinct] = option(
@@ -439,8 +438,8 @@ class TrainConfig(BaseModel):
     data_format: DataFormat = option("auto", DATA, title="Row format")
     """Format of the rows; auto detects the format of each row from its columns (docs/data.md)."""
     columns: Columns = option({}, DATA, title="Columns", values="a JSON object of distinct names")
-    """Column names in the data, where they differ from those of the format, such as {"prompt":
-    "query", "completion": "reply"}."""
+    """Mapping from the format's column names to those in the data, where they differ, such as
+    {"prompt": "query", "completion": "reply"}."""
     train_on: Literal["assistant", "last"] = option(
         "assistant",
         DATA,
@@ -473,13 +472,13 @@ class TrainConfig(BaseModel):
         values="auto, a fraction below 1, or a number of rows",
     )
     """Training rows to hold out for validation if there is no validation file, as a fraction or a
-    number of rows; 0 holds out none. auto holds out a twentieth of the rows, at most 500, if there
-    are more than 100. The rows are chosen by their content and by seed."""
+    number of rows; 0 holds out none. auto holds out a twentieth of the rows (at most 500) if there
+    are more than 100 rows. Which rows are held out depends on their content and on seed."""
     dedup: bool = option(False, DATA, title="Drop repeated rows")
     """Drop training rows that repeat an earlier row."""
     strict: bool = option(False, DATA | FREE, title="Refuse incomplete rows")
-    """Raise an error if the chat template leaves out a part of a row, or if a response in the loss
-    does not end with a stop token. Without strict, such rows are only counted and reported."""
+    """Raise an error if the chat template omits part of a row, or if a response in the loss does
+    not end with a stop token. Without strict, such rows are only counted and reported."""
     overwrite: bool = option(False, EVALUATION, title="Overwrite the adapter")
     """Replace an existing adapter in adapter_path."""
 
