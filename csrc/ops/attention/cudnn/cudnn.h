@@ -1,5 +1,5 @@
 // cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so, because it needs symbols that
-// only MLX's CUDA build exports. The main library, _core, must load everywhere.
+// only MLX's CUDA build exports. The main library, _core, must load with every build of MLX.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -11,8 +11,8 @@ struct CudnnAttention {
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. The library is passed a pointer to this function, because it cannot link
-/// to _core.
+/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to this function from _core, because it
+/// cannot link to _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
 /// Returns whether the package includes the library and the library can be loaded.
