@@ -131,7 +131,7 @@ def started(out, state, work):
 
 def waited(pid, seconds=None, first=None):
     """Waits for a process and returns its exit status, or kills it after `seconds` and returns
-    None. If `first` is a file, the time is counted from when a line is added to it."""
+    None. If `first` is a file, the timeout starts when a line is added to it."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:
