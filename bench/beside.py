@@ -1,5 +1,5 @@
-"""Measures the step times of a job while clients chat with the same server, and compares them with
-the step times of the same job without clients.
+"""Measures the step times of a job while clients chat with the server that runs it, and compares
+them with the step times of the same job without clients.
 
     python bench/beside.py [--model DIR|SHAPE] [--length 2048] [--clients 8] [--steps 20]
                            [--tokens 128] [--budget GB]
@@ -40,7 +40,7 @@ LETTERS = {"logit_bias": {str(token): 100 for token in range(32, 58)}}
 
 
 class Clients:
-    """Threads that each stream one completion after another while this context is active."""
+    """A context manager that runs threads, each of which streams one completion after another."""
 
     def __init__(self, url, count, tokens, options):
         self.url, self.count, self.tokens, self.options = url, count, tokens, options

@@ -1,4 +1,4 @@
-"""Draws the time and memory of a step against the context length, from the data in bench/LOG.md.
+"""Plots the time and memory of a step against the context length, using the data in bench/LOG.md.
 
 python bench/chart.py [--out docs/performance.svg]
 

@@ -1,5 +1,5 @@
-"""Measures runs on a million rows: the time until training starts in a first and a second run,
-the memory, and the time until an interrupted run ends.
+"""Measures runs on a million rows: the time until training starts (in the first run, and in a
+second run on the same data), the memory, and the time until an interrupted run ends.
 
     python bench/data.py make --out DIR --rows 1000000     # train.jsonl, about 1 GB
     python bench/data.py run --data DIR --model MODEL      # two starts, Ctrl-C, resume
@@ -172,8 +172,8 @@ def run(data: Path, model: str, iters: int) -> None:
 
 def main() -> None:
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    # A shell may start background processes with SIGINT ignored, and runs would inherit this
-    # setting.
+    # Restore the default handler: a shell may start background processes with SIGINT ignored, and
+    # runs would inherit this setting.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)

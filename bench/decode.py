@@ -4,9 +4,9 @@
 
 The models and the options are those of bench/serve.py. In each step, the host builds the graph of
 the next token, launches it, and waits for the previous token, as mlx-lm's generate_step does. The
-columns are the median of each of these three times in ms, over the steps of all rounds, and the
-time of a whole step and the tokens/s in the best round. In a row in which the host hardly waits,
-the host is the bottleneck. The rows are:
+first three columns are the medians of these times in ms, over the steps of all rounds. The last two
+are the time of a whole step and the tokens/s in the best round. If the host hardly waits, it is the
+bottleneck. The rows are:
     mlx-lm            the model as mlx-lm loads it, with the log-probabilities of all tokens
     ours              our model without an adapter, as in a batch of one request
     ours, MLX's       the same with MLX's matrix multiplications instead of our kernel

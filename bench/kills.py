@@ -5,7 +5,7 @@
 By default, the runs use grpo with a tiny random model and a reward check on the CPU, and write a
 checkpoint at each step. With --shape, the objective is sft, and the runs use a GPU if there is one.
 They take 30 steps on rows of --length tokens, with a model of this shape (one of those in
-bench/step.py), and write a checkpoint every five steps. They are only killed after the first step.
+bench/step.py), and write a checkpoint every five steps. They are killed only after the first step.
 Each run is a process that is killed with SIGKILL after a random time and restarted with --resume
 auto until it completes. Then its adapter and its completions are compared with those of a run that
 was never killed, and the next run begins. Prints the number of kills during each part of a step.
@@ -27,7 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-# These imports are slow and compute nothing, so they run once, before the children are forked.
+# These imports are slow, so they run once, before the children are forked. They must not make MLX
+# compute anything, because MLX would then not work in the forked children.
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 from lib.folders import write_llama  # pyright: ignore[reportMissingImports]
@@ -130,7 +131,7 @@ def started(out, state, work):
 
 def waited(pid, seconds=None, first=None):
     """Waits for a process and returns its exit status, or kills it after `seconds` and returns
-    None. If `first` is a file, the time starts when a line is added to this file."""
+    None. If `first` is a file, the timeout starts when a line is added to it."""
     end = None if seconds is None or first else time.monotonic() + seconds
     before = size_of(first)
     while True:

@@ -155,7 +155,8 @@ def ranks_of(shape, adapter="lora"):
 
 def batch_of(vocabulary, length, rows, shared=None):
     """Returns (objective, batch, shape of the batch) for a row whose last `rows` tokens are in the
-    loss, or for a pair."""
+    loss or, if `shared` is given, for a pair whose sequences share this fraction of their
+    tokens."""
     import numpy as np
 
     from mlx_segtrain.data import Batch, PairBatch
@@ -350,8 +351,8 @@ def mlx_lm(args, variant):
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # On the CPU, the model runs in float32: half precision is ten times slower, and the other
-    # trainer should run at its best.
+    # On the CPU, the model runs in float32, because half precision is ten times slower there, which
+    # would make the comparison unfair to mlx-lm.
     model, vocabulary = load(args.model)
     model.freeze()
     linear_to_lora_layers(model, 0, {"rank": RANK, "scale": SCALE, "dropout": 0.0, "keys": KEYS})

@@ -76,9 +76,9 @@ NB_MODULE(_core, m) {
       },
       "stages"_a, "inputs"_a, "head_reads"_a, "segments"_a, "groups"_a, "saves"_a = std::vector<int>{},
       "incoming"_a = std::vector<std::string>{},
-      "Returns the plan for a chain. `segments` contains one past the last stage of each segment, and "
-      "`groups` one past the last segment of each group. The stages `saves` save arrays. The inputs "
-      "`incoming` depend on parameters of stages before this chain.");
+      "Returns the plan for a chain. `segments` contains the index after the last stage of each segment, "
+      "and `groups` the index after the last segment of each group. `saves` lists the stages that save "
+      "arrays, and `incoming` the inputs that depend on parameters of stages before this chain.");
 
   nb::class_<Cuts>(
       m, "Cuts",

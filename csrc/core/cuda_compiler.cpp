@@ -57,8 +57,8 @@ std::string compile_cuda(const std::string& name, const std::string& source, int
   check(nvrtc.create(&program, source.c_str(), (name + ".cu").c_str(), 0, nullptr, nullptr), "reading");
   std::unique_ptr<NvrtcProgram, void (*)(Program)> owner(program, [](Program p) { nvrtc.destroy(&p); });
 
-  // "a" enables instructions that are specific to this architecture, such as Hopper's warpgroup matrix
-  // multiplications.
+  // The suffix "a" enables instructions that are specific to this architecture, such as Hopper's warpgroup
+  // matrix multiplications.
   auto architecture = "--gpu-architecture=sm_" + std::to_string(capability) + (capability >= 90 ? "a" : "");
   std::vector<const char*> options{architecture.c_str(), "--std=c++17",
                                    "--device-as-default-execution-space"};

@@ -100,8 +100,8 @@ Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vj
 void keep_freed_memory() {
 #ifdef __GLIBC__
   // By default the C library immediately returns large blocks to the operating system, which then clears
-  // every page again before the next op can use it. Clearing takes four fifths of the time of a pass over 50
-  // MB.
+  // every page again before the next op can use it. In a pass over 50 MB, clearing takes four fifths of the
+  // time.
   constexpr int most = 1 << 30;
   mallopt(M_MMAP_THRESHOLD, most);
   mallopt(M_TRIM_THRESHOLD, most);

@@ -24,7 +24,7 @@ mx::array number(int x) {
   return mx::array(x, mx::int32);
 }
 
-// ---- passes over rows: on a GPU each pass is one kernel, elsewhere it is a sequence of MLX's ops
+// ---- passes over rows: each pass is one kernel on a GPU, and a sequence of MLX's ops elsewhere
 
 /// Returns the inputs and parameters of a block that the row kernels need.
 std::map<std::string, mx::array> row_values(const Call& c, const Block& b, const mx::array& s) {

@@ -1,8 +1,8 @@
 // Computes causal attention through cuDNN's graph API, with support for packed segments. MLX's own use of
 // cuDNN is slower and limited to D ≤ 128.
 //
-// This code links to no CUDA library. It uses the cuDNN that libmlx.so has loaded, and cuDNN's frontend looks
-// up the CUDA runtime itself. It uses only symbols that MLX exports.
+// This code does not link to any CUDA library. It uses the cuDNN that libmlx.so has loaded, and cuDNN's
+// frontend looks up the CUDA runtime itself. Of MLX's symbols, it uses only those that libmlx.so exports.
 #include <cuda_runtime.h>
 #include <cudnn_frontend.h>
 #include <dlfcn.h>
