@@ -21,14 +21,14 @@ from mlx_segtrain.fields import place
 #: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter, given by name or number; base is the model alone
-/compare        answer each message with the model alone and with each adapter; /compare
-                again turns this off
+/adapter NAME   switch to the adapter with this name or number; base is the model alone
+/compare        answer each message with the model alone and with each adapter, until you
+                enter /compare again
 /retry          answer the last message again
 /system TEXT    set the system message, or remove it if TEXT is omitted; starts a new conversation
 /clear          start a new conversation
 /help           show this list
-/exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
+/exit           end the chat, like Ctrl-D; Ctrl-C stops an answer"""
 
 
 def add_command(command: Callable[..., Parser]) -> None:

@@ -17,19 +17,28 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
-    added.add_argument("words", nargs="+", metavar="WORD", help="words that the name contains")
+    added.add_argument(
+        "words",
+        nargs="+",
+        metavar="WORD",
+        help="words to search for; only names that contain all of them are listed",
+    )
     added.add_argument(
         "--datasets", action="store_true", help="search for data sets instead of models"
     )
 
     text = "upload an adapter or a model to the Hugging Face hub"
     added = command("push", _push, text, json=True)
-    added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
     added.add_argument(
-        "repo", metavar="ORG/NAME", help="repository; it is created if it does not exist"
+        "folder", type=Path, metavar="DIR", help="directory of the adapter or model to upload"
     )
     added.add_argument(
-        "--public", action="store_true", help="make a new repository public. Default: private."
+        "repo", metavar="ORG/NAME", help="repository to upload to; created if it does not exist"
+    )
+    added.add_argument(
+        "--public",
+        action="store_true",
+        help="if the repository is created, make it public. Default: private.",
     )
 
 
