@@ -32,8 +32,7 @@ def add_commands(command: Callable[..., Any]) -> None:
                 nargs="*",
                 default=[],
                 metavar="KEY",
-                help="keys of the cached data sets to remove, as shown by `mlx-segtrain cache "
-                "list`",
+                help="keys of the entries to remove, as shown by `mlx-segtrain cache list`",
             )
             which.add_argument(
                 "--older",

@@ -108,7 +108,8 @@ class JobRow(_answer(Row, but=INTERNAL)):
         description="The job's label or, if it has none, a short description of its inputs."
     )
     trains: bool = Field(
-        description="Whether the job is a training run, which saves checkpoints and can be resumed."
+        description="Whether the job is a training run, which saves checkpoints and can continue "
+        "from them."
     )
     computes: bool = Field(description="Whether the job needs the accelerator.")
     cancelling: bool = Field(

@@ -281,7 +281,8 @@ async def list_available(service: Used) -> Any:
 
 @router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
 async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
-    """Mounts an adapter. If an adapter is already mounted under this id, it stays unchanged."""
+    """Mounts an adapter. If an adapter is already mounted under this id, that adapter is kept, and
+    `path` is ignored."""
     _base(service)
     mounted = service.engine.adapters.get(body.id)
     if mounted is None:

@@ -151,8 +151,8 @@ class Generate(Request):
     )
     adapter: str | None = Field(
         None,
-        description="the id of a mounted adapter, or several ids, as in 'a+b', to add up the "
-        "adapters' updates; 'none' or '' selects the model without an adapter; default: the "
+        description="the id of a mounted adapter, or several ids joined by '+', to apply the sum "
+        "of the adapters' updates; 'none' or '' selects the model without an adapter; default: the "
         "server's default adapter",
     )
     adapters: str | None = Field(
@@ -172,7 +172,7 @@ class Generate(Request):
     max_completion_tokens: int | None = Field(
         None,
         ge=1,
-        description="an alias of max_tokens, which takes precedence over it if both are set",
+        description="an alias of max_tokens; takes precedence if both are set",
     )
     temperature: float | None = Field(
         None,
@@ -235,8 +235,7 @@ class Generate(Request):
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
         None,
-        description="a string, or up to 4 strings, that end the completion; they are not included "
-        "in it",
+        description="up to 4 strings that end the completion and are not included in it",
     )
     n: int | None = Field(
         None,
@@ -371,8 +370,8 @@ class ChatRequest(Generate):
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
         None,
-        description="whether the model may call tools (`auto`, the default), may not (`none`), or "
-        "must (`required`); naming a tool forces a call of that tool",
+        description="`auto` (the default) lets the model call tools, `none` prevents it, and "
+        "`required` forces it; naming a tool forces a call to that tool",
     )
     parallel_tool_calls: bool | None = Field(
         None, description="whether a completion may contain several tool calls; default: true"
@@ -456,15 +455,14 @@ class CompletionRequest(Generate):
     """A text that the model continues."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a prompt, which is a string or a list of token ids, or a list of several "
-        "prompts"
+        description="a prompt (a string or a list of token ids), or a list of prompts"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
         None,
         ge=0,
         le=TOP,
-        description="if set, return the log-probability of each token in the completion and of "
-        "this many alternatives to it",
+        description="if set, return the log-probability of each token in the completion, and those "
+        "of this many alternatives per token",
     )
     neutral = IN_COMPLETION
     most = 16

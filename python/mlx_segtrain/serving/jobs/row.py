@@ -23,7 +23,7 @@ class RankFigures(BaseModel):
         description="Seconds per step that the rank spent waiting for other ranks."
     )
     tokens_per_sec: float = Field(
-        description="The rank's speed while it was computing, without the waiting time."
+        description="The rank's speed while it was computing, excluding waiting time."
     )
     peak_gb: float
     active_gb: float
