@@ -74,7 +74,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         "--into",
         type=place,
         metavar="MODEL",
-        help="base model to merge the adapters into. By default, they are merged into one adapter.",
+        help="base model to merge the adapters into. By default, the result is an adapter.",
     )
     added.add_argument(
         "--dequantize", action="store_true", help="with --into: write an unquantized model"

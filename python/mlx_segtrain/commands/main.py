@@ -227,13 +227,13 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
     report = (
-        "also write a small report file that you can attach to an issue; it contains no paths and "
-        "no names of people or machines"
+        "also write a small report file that you can attach to an issue; paths and the names of "
+        "people and machines are left out"
     )
     added.add_argument("--report", action="store_true", help=report)
 
     added = command(
-        "bench", _bench, "time the ops of mlx-segtrain and those of MLX on this device", json=True
+        "bench", _bench, "time the ops of mlx-segtrain and of MLX on this device", json=True
     )
     added.add_argument(
         "--only",
@@ -259,7 +259,7 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--report",
         action="store_true",
-        help=f"{report}. It also contains the times of training steps.",
+        help=f"{report}. The report also includes the times of training steps.",
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")
