@@ -195,8 +195,8 @@ class CudaKernel : public mx::Primitive {
     return all;
   }
 
-  /// The address is the first field of the struct that describes an array's memory
-  /// (mlx/backend/cuda/allocator.h).
+  /// Returns the device address of x's elements. The address of an array's memory is the first field of the
+  /// struct that describes this memory (mlx/backend/cuda/allocator.h).
   static void* address(const mx::array& x) {
     struct Memory {
       char* data;

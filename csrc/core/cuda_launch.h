@@ -11,10 +11,10 @@ struct CudaBinary {
 };
 
 /// The inputs that all launches of a kernel share. For each input that MLX receives, it spends time on
-/// ordering launches, tracking lifetimes and adding edges to the CUDA graph. The shared inputs are evaluated
-/// and contiguous, so they do not need this. MLX therefore receives only the inputs that differ between
-/// launches, and `keeper`, which keeps the shared inputs alive for as long as MLX keeps the inputs of a
-/// launch.
+/// ordering launches, tracking lifetimes and adding edges to the CUDA graph. The shared inputs need none of
+/// this, because they are already evaluated and contiguous. MLX therefore receives only the inputs that
+/// differ between launches, and `keeper`, which keeps the shared inputs alive for as long as MLX keeps the
+/// inputs of a launch.
 struct FixedInputs {
   FixedInputs(Arrays all, std::vector<size_t> open);
   Arrays inputs;             ///< all inputs of the kernel; a launch replaces the ones at the indices `open`
@@ -23,9 +23,9 @@ struct FixedInputs {
 };
 
 /// Does the same as mx::fast::precompiled_cuda_kernel, but does not copy the binary at each launch or hash it
-/// to find the loaded kernel. `binary` must never be destroyed. With `fixed`, `inputs` are the inputs at its
-/// open indices, the kernel has one output, and the returned arrays are consecutive parts of this output.
-/// These arrays share one allocation, which is freed with the last of them.
+/// to find the loaded kernel. `binary` must never be destroyed. If `fixed` is given, `inputs` are only the
+/// inputs at the indices fixed->open, the kernel has a single output, and the returned arrays are consecutive
+/// parts of this output. These arrays share one allocation, which is freed with the last of them.
 Arrays cuda_launch(const CudaBinary& binary, Arrays inputs, std::vector<mx::Shape> shapes,
                    std::vector<mx::Dtype> dtypes, const Grid& grid, mx::StreamOrDevice s,
                    std::shared_ptr<const FixedInputs> fixed = nullptr);

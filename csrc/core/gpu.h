@@ -40,7 +40,7 @@ inline int tiles(int n, int size) {
 mx::array device_ints(const std::vector<int32_t>& values);
 mx::array device_floats(const std::vector<float>& values);
 
-/// Launches the kernel `name` with those arrays of `values` that its text declares as inputs. The constant
+/// Launches the kernel `name` with the arrays in `values` that its text declares as inputs. The constant
 /// THREADS in the text is the number of threads per group.
 Arrays launch(const std::string& name, const std::map<std::string, mx::array>& values,
               std::vector<mx::Shape> shapes, std::vector<mx::Dtype> dtypes, const Template& arguments,
@@ -68,8 +68,8 @@ class PreparedLaunch {
 };
 
 /// After collect_kernels, calls on this thread record which kernels they need instead of running them, and
-/// return zeros that must not be evaluated. compile_kernels stops the recording, compiles the recorded
-/// kernels in parallel, except those compiled earlier, and returns how many it compiled. CUDA only.
+/// return zeros that must not be evaluated. compile_kernels stops the recording, compiles in parallel the
+/// recorded kernels that are not compiled yet, and returns how many it compiled. CUDA only.
 void collect_kernels();
 size_t compile_kernels();
 bool collects_kernels();
@@ -78,7 +78,7 @@ bool collects_kernels();
 Arrays dry_launch(const std::string& name, const Arrays& inputs, std::vector<mx::Shape> shapes,
                   std::vector<mx::Dtype> dtypes, mx::StreamOrDevice s);
 
-/// All that MLX needs to launch a Metal kernel.
+/// Everything that MLX needs to launch a Metal kernel.
 struct MetalLaunch {
   std::string name, source, header;
   std::vector<std::pair<std::string, mx::array>> inputs;
@@ -97,7 +97,7 @@ void switch_off(const std::string& kernel, const std::string& reason);
 
 /// Returns the implementation "kernel" for a GPU. `unfit` is the reason why the kernel does not support the
 /// call, or an empty string. The implementation is ok if `unfit` is empty and the kernel has not failed the
-/// self-check. If this process does not use the `device`, the self-check counts as passed.
+/// self-check. If this process does not use `device`, the self-check is assumed to have passed.
 Way gpu_kernel(const std::string& kernel, const std::string& unfit, Gpu device = gpu());
 
 }  // namespace segtrain

@@ -75,9 +75,9 @@ Arrays cpu_op(const char* name, const Arrays& inputs, std::vector<mx::Shape> sha
 using Forward = std::function<Arrays(const Arrays& x)>;
 using Vjp = std::function<Arrays(const Arrays& x, const Arrays& dy, const Arrays& made)>;
 
-/// Returns the first n arrays of forward(x); `vjp` receives all arrays of forward(x) as `made`. With
-/// mx::custom_vjp, a backward pass that uses one of these arrays would recompute all of them; here, it
-/// recomputes only the arrays that it uses.
+/// Returns the first n arrays of forward(x). Their gradients are computed by `vjp`, which receives all arrays
+/// of forward(x) as `made`. With mx::custom_vjp, a backward pass that uses one of these arrays would
+/// recompute all of them; here, it recomputes only the arrays that it uses.
 Arrays with_vjp(const Arrays& x, size_t n, const Forward& forward, const Vjp& vjp);
 
 /// Lets the C library keep up to 1 GB of freed memory for later allocations. This affects the whole process.

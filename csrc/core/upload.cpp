@@ -24,8 +24,8 @@ struct Buffer {
   mx::array copy;  ///< the last device copy of `host`
 };
 
-/// Fills the next buffer of the right size and returns a copy on the device. If the last copy of that buffer
-/// was never evaluated, a new buffer replaces it.
+/// Fills the next buffer of the right size and returns a copy of it on the device. If the previous copy of
+/// this buffer was never evaluated, a new buffer replaces the old one.
 template <typename T>
 mx::array device_copy(const T* numbers, size_t count) {
   static std::mutex lock;

@@ -14,7 +14,7 @@ namespace segtrain::cpu {
 int n_threads();
 
 /// Runs job(0) … job(n − 1) on all threads, including the caller's, and returns when all are done. Jobs are
-/// started in order, but any thread may run any job, so results must not depend on the thread.
+/// started in order, but any thread may run any job, so results must not depend on which thread runs a job.
 void parallel_for(int n, const std::function<void(int)>& job);
 
 /// Returns the length of the equal ranges into which n items are split to keep every thread busy. The length
@@ -23,8 +23,8 @@ int split(int n, int most, int align);
 
 constexpr size_t WORTH_A_THREAD = 1 << 14;  ///< minimum number of floats per thread in an elementwise pass
 
-/// Calls run(begin, end) in parallel for ranges that cover [0, n). Each range except the last has at least
-/// `least` items, if n is that large.
+/// Calls run(begin, end) in parallel for ranges that cover [0, n). If n ≥ least, each range except the last
+/// has at least `least` items.
 template <class Run>
 void over(size_t n, size_t least, const Run& run) {
   size_t runs = std::clamp<size_t>(n / std::max<size_t>(least, 1), 1, 4 * n_threads());

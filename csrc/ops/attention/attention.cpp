@@ -268,8 +268,8 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// Returns a Call with the parameters that the planner knows. It does not know the first key that each query
-/// sees, except from the window.
+/// Returns a Call with the parameters that the planner knows. About the keys that each query sees, the
+/// planner knows only the window.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
           .H = H,
@@ -310,7 +310,7 @@ struct AttentionCost : OpCost {
   int64_t saved = 0;  ///< bytes that attention_forward returns for the backward pass
 };
 
-/// Returns the cost of attention in a stage. A row has `keys` tokens, and the last `queries` of them are
+/// Returns the cost of attention in a stage. A row has `keys` tokens, the last `queries` of which are also
 /// queries. If there is a branch, the last `branch` queries and keys are a second sequence that continues the
 /// first `shared` keys, and attention is called a second time for this sequence. `groups` is 0 if another
 /// layer computes the keys and values; that layer's cost then includes them. `packed` says whether the row

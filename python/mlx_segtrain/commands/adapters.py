@@ -33,19 +33,21 @@ def add_commands(command: Callable[..., Any]) -> None:
     )
     _out(added, "the new adapter")
     _model(
-        added, "base model. Default: the model that the adapter names, if it is on this machine."
+        added,
+        "base model. Default: the model named in the adapter's files, if that model is on this "
+        "machine.",
     )
     added.add_argument(
         "--names",
         choices=("text", "multimodal"),
-        help="whether the PEFT adapter uses the module names of a text model or of a multimodal "
-        "model. Default: chosen from the base model's config.json.",
+        help="with --to peft: use the module names of a text model or of a multimodal model. "
+        "Default: determined by the base model's config.json.",
     )
     added.add_argument(
         "--dtype",
         choices=KINDS,
         default="float32",
-        help="dtype of the adapter's weights. Default: float32.",
+        help="dtype of the new adapter's weights. Default: float32.",
     )
 
     text = "convert an adapter from mlx-lm, PEFT, OptiQ or mlx-bun"
@@ -54,7 +56,8 @@ def add_commands(command: Callable[..., Any]) -> None:
     _out(added, "the new adapter")
     _model(
         added,
-        "model whose layer names the new adapter uses. Default: the names in the given adapter.",
+        "model whose layer names to use in the new adapter. By default, the names in the given "
+        "adapter are kept.",
     )
 
     added = command("merge", _merge, "merge adapters into one, or into their base model", json=True)
@@ -64,17 +67,24 @@ def add_commands(command: Callable[..., Any]) -> None:
         type=float,
         nargs="+",
         metavar="X",
-        help="weights of the adapters, in the same order. Default: 1 for each.",
+        help="one weight per adapter, in the order in which the adapters are given. Default: 1 for "
+        "each.",
     )
-    added.add_argument("--into", type=place, metavar="MODEL", help="base model to merge into")
     added.add_argument(
-        "--dequantize", action="store_true", help="with --into: write a model that is not quantized"
+        "--into",
+        type=place,
+        metavar="MODEL",
+        help="base model to merge the adapters into. By default, the result is an adapter.",
+    )
+    added.add_argument(
+        "--dequantize", action="store_true", help="with --into: write an unquantized model"
     )
     added.add_argument(
         "--bits",
         type=int,
         metavar="N",
-        help="with --into: bits per weight in the merged layers. Default: as in the base model.",
+        help="with --into: bits per weight in the merged layers. Default: the same as in the base "
+        "model.",
     )
     added.add_argument(
         "--dtype",
@@ -86,9 +96,13 @@ def add_commands(command: Callable[..., Any]) -> None:
     text = "list adapters, and check whether they fit a model"
     added = command("adapters", _adapters, text, json=True)
     added.add_argument(
-        "roots", type=Path, nargs="*", metavar="ROOT", help="directory to search. Default: ."
+        "roots",
+        type=Path,
+        nargs="*",
+        metavar="ROOT",
+        help="directories to search for adapters. Default: the current directory.",
     )
-    _model(added, "check which adapters fit this model")
+    _model(added, "model to check the adapters against")
 
     added = command("convert", _convert, "quantize a model for MLX", json=True)
     added.add_argument("model_dir", type=place, metavar="MODEL", help=MODEL)
@@ -104,7 +118,7 @@ def add_commands(command: Callable[..., Any]) -> None:
         type=int,
         choices=(32, 64, 128),
         default=64,
-        help="number of weights that share one scale. Default: 64.",
+        help="number of weights that share a quantization scale. Default: 64.",
     )
     _out(added, "the new model")
 
@@ -128,7 +142,7 @@ def _base(args: argparse.Namespace) -> Path | None:
 
 
 def _out(parser: argparse.ArgumentParser, what: str) -> None:
-    text = f"directory of {what}; it must not exist yet"
+    text = f"output directory for {what}; must not exist yet"
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help=text)
 
 

@@ -32,13 +32,14 @@ def add_commands(command: Callable[..., Any]) -> None:
                 nargs="*",
                 default=[],
                 metavar="KEY",
-                help="key of the cached data set to remove, as shown by `mlx-segtrain cache list`",
+                help="keys of the entries to remove, as shown by `mlx-segtrain cache list`",
             )
             which.add_argument(
                 "--older",
                 type=float,
                 metavar="DAYS",
-                help="remove the data sets that have not been used for this many days",
+                help="remove the cached tokens of data sets that have not been used for this many "
+                "days",
             )
             which.add_argument("--all", action="store_true", help="remove all cached tokens")
         else:

@@ -21,14 +21,14 @@ from mlx_segtrain.fields import place
 #: The name of the model without an adapter.
 BASE = "base"
 HELP = """\
-/adapter NAME   answer with this adapter, given by name or number; base means no adapter
-/compare        answer each message without an adapter and with each adapter; enter /compare
-                again to turn this off
+/adapter NAME   switch to the adapter with this name or number; base means no adapter
+/compare        answer each message without an adapter and with each adapter, until you
+                enter /compare again
 /retry          answer the last message again
 /system TEXT    set the system message, or remove it if TEXT is omitted; starts a new conversation
 /clear          start a new conversation
 /help           show this list
-/exit           leave, like Ctrl-D; Ctrl-C stops an answer"""
+/exit           end the chat, like Ctrl-D; Ctrl-C stops an answer"""
 
 
 def add_command(command: Callable[..., Parser]) -> None:

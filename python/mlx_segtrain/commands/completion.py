@@ -24,7 +24,7 @@ def add_command(command: Callable[..., Parser]) -> None:
     added = command("completion", _completion, "print a completion script for a shell")
     added.add_argument("shell", choices=tuple(PLACES))
     places = "\n".join(f"  {shell:6}{place}" for shell, place in PLACES.items())
-    added.epilog = f"Write the script to the file in which the shell looks for it:\n{places}"
+    added.epilog = f"Save the script to the file in which your shell looks for it:\n{places}"
 
 
 def _completion(args: argparse.Namespace) -> int:

@@ -199,7 +199,7 @@ def add_output_flags(parser: Parser) -> None:
         "--log-file",
         type=Path,
         metavar="FILE",
-        help="also append the output to this file, with the time of each line",
+        help="also append the output to this file, with a timestamp on each line",
     )
 
 

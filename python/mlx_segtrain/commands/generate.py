@@ -37,9 +37,9 @@ DRAWING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "top_p": (
         probability,
         "X",
-        "sample from the most likely tokens whose probabilities add up to X",
+        "sample only from the most likely tokens whose probabilities add up to X",
     ),
-    "top_k": (count(0), "N", "sample from the N most likely tokens; 0 means all tokens"),
+    "top_k": (count(0), "N", "sample only from the N most likely tokens; 0 means all tokens"),
     "min_p": (
         probability,
         "X",
@@ -75,10 +75,12 @@ def add_command(command: Callable[..., Parser]) -> None:
     add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
-        "--prompt", metavar="TEXT", help="prompt; - reads the prompt from standard input"
+        "--prompt", metavar="TEXT", help="prompt, or - to read the prompt from standard input"
     )
     prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="file with the prompt; - means standard input"
+        "--prompt-file",
+        metavar="FILE",
+        help="file that contains the prompt, or - for standard input",
     )
     add_sampling(added)
 

@@ -24,12 +24,16 @@ def add_commands(command: Callable[..., Any]) -> None:
 
     text = "upload an adapter or a model to the Hugging Face hub"
     added = command("push", _push, text, json=True)
-    added.add_argument("folder", type=Path, metavar="DIR", help="directory of the adapter or model")
     added.add_argument(
-        "repo", metavar="ORG/NAME", help="repository; it is created if it does not exist"
+        "folder", type=Path, metavar="DIR", help="directory of the adapter or model to upload"
     )
     added.add_argument(
-        "--public", action="store_true", help="make a new repository public. Default: private."
+        "repo", metavar="ORG/NAME", help="repository to upload to; created if it does not exist"
+    )
+    added.add_argument(
+        "--public",
+        action="store_true",
+        help="if the repository is created, make it public. Default: private.",
     )
 
 

@@ -29,7 +29,9 @@ SHOWN = [name for name in TrainConfig.model_fields if group_of(name) in (DATA, F
 
 def add_command(command: Callable[..., Parser]) -> None:
     """Adds the command. `command(name, run, text)` creates its parser."""
-    added = command("init", _init, "ask three questions and write a commented YAML file for train")
+    added = command(
+        "init", _init, "ask three questions and write a commented YAML file for `train`"
+    )
     added.add_argument(
         "file",
         type=Path,

@@ -36,7 +36,7 @@ from mlx_segtrain.torchless import hide_torch
 AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
-DATA = "file or directory with rows, or name of a data set on the Hugging Face hub"
+DATA = "file or directory of rows, or name of a data set on the Hugging Face hub"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,14 +126,15 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--split",
         choices=("valid", "train"),
         default="valid",
-        help="which rows to measure on. Default: valid.",
+        help="split of the data to evaluate on. Default: valid.",
     )
     added.add_argument(
         "--pass-reward",
         type=finite,
         default=1.0,
         metavar="X",
-        help="with --reward: minimum reward for a completion to count as a pass. Default: 1.",
+        help="when measuring rewards: minimum reward for a completion to count as a pass. Default: "
+        "1.",
     )
 
     generate.add_command(command)
@@ -143,13 +144,15 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     hub_commands.add_commands(command)
     cache.add_commands(command)
 
-    added = command("serve", _serve, "serve models, adapters, training jobs and a web page")
+    added = command(
+        "serve", _serve, "start a server for models, adapters and training jobs, with a web page"
+    )
     added.add_argument("model_dir", nargs="?", type=place, metavar="MODEL", help=MODEL)
     added.add_argument(
         "--adapter",
         type=Path,
         metavar="DIR",
-        help="adapter for requests that do not name an adapter",
+        help="default adapter, used for requests that do not name one",
     )
     added.add_argument(
         "--host",
@@ -167,8 +170,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
     added.add_argument(
         "--token",
         metavar="TEXT",
-        help="access token; required if other machines can reach the address of --host. Default: "
-        "$MLX_SEGTRAIN_TOKEN.",
+        help="access token that clients must send; required unless --host is a loopback address. "
+        "Default: the value of $MLX_SEGTRAIN_TOKEN.",
     )
     added.add_argument(
         "--root",
@@ -176,9 +179,8 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         action="append",
         default=[],
         metavar="DIR",
-        help="directory that clients may access through paths in their requests; repeatable. "
-        "Default: the current directory and the Hugging Face cache. The server's data directory is "
-        "always allowed.",
+        help="allow requests to use paths inside this directory; repeatable. Default: the current "
+        "directory and the Hugging Face cache. The server's data directory is always allowed.",
     )
     added.add_argument(
         "--allow-host",
@@ -196,62 +198,68 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "--while-training",
         choices=("serve", "refuse"),
         default="serve",
-        help="whether to answer or refuse requests while a job is computing. Default: serve.",
+        help="whether to answer or refuse completion requests while a job is using the "
+        "accelerator. Default: serve.",
     )
     added.add_argument(
         "--prompt-cache-gb",
         type=float,
         default=1.0,
         metavar="GB",
-        help="memory for cached prompt prefixes, in 10⁹ bytes. It is freed while a job is "
-        "computing. Default: 1.",
+        help="maximum size of the cache for prompt prefixes, in 10⁹ bytes. The cache stays empty "
+        "while a job is using the accelerator. Default: 1.",
     )
     added.add_argument(
         "--ranks",
         type=count(1),
         default=1,
         metavar="N",
-        help="maximum number of processes that a training job may have on this machine, for "
-        "example one per GPU. Default: 1.",
+        help="maximum number of processes per training job on this machine, for example one per "
+        "GPU. Default: 1.",
     )
     added.add_argument(
         "--hostfile",
         type=Path,
         metavar="FILE",
-        help="hostfile for mlx.launch. A training job may run one process on each host in this "
-        "file (docs/distributed.md).",
+        help="file that lists hosts in the format of mlx.launch; a training job can then run one "
+        "process on each of these hosts (docs/distributed.md)",
     )
 
     added = command("doctor", _doctor, "check and time the kernels on this device", json=True)
-    report = "also write a small file, without paths or names, that you can attach to an issue"
+    report = (
+        "also write a small report file that you can attach to an issue; paths and the names of "
+        "people and machines are left out"
+    )
     added.add_argument("--report", action="store_true", help=report)
 
     added = command(
-        "bench", _bench, "time the ops of mlx-segtrain and those of MLX on this device", json=True
+        "bench", _bench, "time the ops of mlx-segtrain and of MLX on this device", json=True
     )
     added.add_argument(
         "--only",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="time only ops and shapes whose names contain one of these words",
+        help="time only the ops whose name or shape contains one of these words",
     )
     added.add_argument(
         "--impls",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="implementations to time. Default: all of them.",
+        help="implementations to time. Default: all.",
     )
     added.add_argument(
         "--runs",
         type=count(1),
         default=20,
         metavar="N",
-        help="number of timed runs per row. Default: 20.",
+        help="number of timed runs per line of output. Default: 20.",
     )
     added.add_argument(
-        "--report", action="store_true", help=f"{report}; it includes the times of training steps"
+        "--report",
+        action="store_true",
+        help=f"{report}. The report also includes the times of training steps.",
     )
 
     added = command("demo", _demo, "train a small model on this machine and show what it learned")

@@ -49,17 +49,17 @@ def add_commands(command: Callable[..., Parser]) -> None:
             "--config",
             type=Path,
             metavar="FILE",
-            help="YAML file with any of these options, as written by `mlx-segtrain init`; flags "
-            "override it",
+            help="YAML file that sets any of these options, such as a file written by "
+            "`mlx-segtrain init`; flags take precedence",
         )
         if name == "train":
             added.epilog = examples(
                 (
-                    "three passes over a CSV file",
+                    "train on a CSV file for three epochs",
                     "mlx-segtrain train --model MODEL --data rows.csv --epochs 3",
                 ),
                 (
-                    "options from a file, with one of them overridden",
+                    "read the options from a file, and override one of them",
                     "mlx-segtrain train --config run.yaml --lr 1e-4",
                 ),
                 ("continue an interrupted run", "mlx-segtrain train --config run.yaml --resume"),
@@ -69,29 +69,37 @@ def add_commands(command: Callable[..., Parser]) -> None:
     added = command("verify", _verify, text, json=True)
     added.add_argument("folder", type=Path, metavar="RUN", help="adapter directory of the run")
 
-    text = "estimate the memory of a run without loading the model"
+    text = "estimate the memory usage of a run without loading the model"
     added = command("plan", _plan, text, json=True)
-    added.add_argument("--config", type=Path, metavar="FILE", help="YAML file, as for `train`")
+    added.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file with options, as for `mlx-segtrain train`",
+    )
     add_flags(added, ("model_dir", *affecting("memory")))
     added.add_argument(
         "--loss-rows",
         type=part,
         default=1.0,
         metavar="X",
-        help="fraction of each row, counted from its end, that is in the loss. Default: 1.",
+        help="fraction of each row's tokens that are in the loss, counted from the end of the row. "
+        "Default: 1.",
     )
     added.add_argument(
         "--shared",
         type=share,
         default=0.0,
         metavar="X",
-        help="fraction of each row that both sequences of a pair share as a prefix. Default: 0.",
+        help="length of the prefix that the two sequences of a pair share, as a fraction of each "
+        "sequence. Default: 0.",
     )
     added.add_argument(
         "--ranks",
         type=count(2),
         metavar="N",
-        help="also estimate the speed with N processes, and with 2 to 256 (docs/distributed.md)",
+        help="number of processes to plan for. With data parallelism, the speed is also estimated "
+        "for 2, 4, 8, …, 256 processes (docs/distributed.md).",
     )
     added.add_argument(
         "--link",
@@ -104,8 +112,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         type=seconds,
         nargs="+",
         metavar="GB",
-        help="with --parallel pipeline: memory that each process may use, in 10⁹ bytes. Default: "
-        "the memory of this machine.",
+        help="with --parallel pipeline: memory that each process may use, in 10⁹ bytes, one value "
+        "per process. Default: the memory available on this machine.",
     )
     added.add_argument(
         "--step-seconds",
@@ -118,8 +126,8 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw the predicted and the measured memory during a step; this loads the model and "
-        "runs two steps",
+        help="plot the predicted and the measured memory during a step, and save the plot to this "
+        "file. This loads the model and runs two steps.",
     )
 
 

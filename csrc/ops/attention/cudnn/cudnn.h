@@ -11,8 +11,8 @@ struct CudnnAttention {
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. The library is passed a pointer to this function, because it cannot link
-/// to _core.
+/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to this function from _core, because it
+/// cannot link to _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
 /// Returns whether the package includes the library and the library can be loaded.

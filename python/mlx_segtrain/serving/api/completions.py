@@ -22,9 +22,9 @@ router = APIRouter(route_class=JsonRoute, responses=problems(400, 401, 403, 404,
 
 
 class CompletionsAnswer(Answer):
-    """Lines of completions.jsonl (docs/grpo.md)."""
+    """The completions of one step, with the keys of completions.jsonl (docs/grpo.md)."""
 
-    last: int = Field(description="The last step with completions; 0 if there is none.")
+    last: int = Field(description="The latest step that has completions, or 0 if no step has any.")
     step: int
     completions: list[dict[str, Any]]
 
@@ -33,9 +33,14 @@ class CompletionsAnswer(Answer):
 async def completions(
     id: str,
     service: Used,
-    step: Annotated[int | None, Query(ge=1, description="Default: the last step.")] = None,
+    step: Annotated[
+        int | None,
+        Query(
+            ge=1, description="The step whose completions are returned. Default: the latest step."
+        ),
+    ] = None,
 ) -> CompletionsAnswer:
-    """The completions of a step of a GRPO run, with their rewards."""
+    """Returns the completions that a GRPO run generated in one step, with their rewards."""
     folder = service.jobs.get(id).output_path
     last, found = 0, []
     if folder is not None:

@@ -66,7 +66,11 @@ class Ranked(BaseModel):
     """The number of processes of a training run (docs/distributed.md)."""
 
     ranks: Int = Field(
-        1, ge=1, le=MOST_RANKS, description="At most the value of `ranks` in GET /api/state."
+        1,
+        ge=1,
+        le=MOST_RANKS,
+        description="The number of processes. The maximum is `ranks` in the response of GET "
+        "/api/state.",
     )
 
 
@@ -81,7 +85,7 @@ class PlanRequest(RunRequest):
 
 
 class CopyRequest(PlanRequest, Ranked):
-    """A training run to copy as text."""
+    """A training run to show as a command, a YAML file and a Python program."""
 
 
 class EvaluateRequest(RunRequest):
@@ -90,19 +94,26 @@ class EvaluateRequest(RunRequest):
 
     split: Literal["valid", "train"] = "valid"
     with_base: bool = Field(
-        False, description="Also evaluate the base model (`base` in the result)."
+        False,
+        description="Whether to also evaluate the base model. The job's result then contains "
+        "`base`.",
     )
 
 
 class JobRow(_answer(Row, but=INTERNAL)):
     """A job. Its times are UTC in the format "YYYY-MM-DD HH:MM:SS"."""
 
-    title: str = Field(description="The kind of the job, in words.")
-    name: str = Field(description="The job's label, or a short description of its inputs.")
-    trains: bool = Field(description="Whether the job is a training run, which has checkpoints.")
+    title: str = Field(description="The kind of job, as shown to users.")
+    name: str = Field(
+        description="The job's label or, if it has none, a short description of its inputs."
+    )
+    trains: bool = Field(
+        description="Whether the job is a training run, which saves checkpoints and can continue "
+        "from them."
+    )
     computes: bool = Field(description="Whether the job needs the accelerator.")
     cancelling: bool = Field(
-        description="Whether the job has been cancelled and has not ended yet."
+        description="Whether the job has been cancelled but has not ended yet."
     )
     loss_unit: str | None = Field(
         description="The unit of the losses in the job's events and result."
@@ -110,7 +121,9 @@ class JobRow(_answer(Row, but=INTERNAL)):
     rewarded: bool = Field(
         description="Whether the job measures the reward of completions instead of a loss."
     )
-    config_json: str | None = Field(description="Null in lists of jobs.")
+    config_json: str | None = Field(
+        description="The job's configuration as JSON; null in lists of jobs."
+    )
     inputs: list[str] = Field(description="The folders that the job reads.")
     tags: list[str]
     log_path: str
@@ -138,12 +151,12 @@ class JobAnswer(Answer):
 class JobsAnswer(Answer):
     jobs: list[JobRow]
     next: str | None = Field(
-        description="The value of `before` for the next page; null on the last page."
+        description="The value to pass as `before` to get the next page; null on the last page."
     )
 
 
 class Submitted(Answer):
-    """The id of a new job, under two names."""
+    """The id of the new job, as `job_id` and as `jobId`."""
 
     job_id: str
     jobId: str
@@ -155,7 +168,7 @@ class FoldSubmitted(Submitted):
 
 
 class Merge(Closed):
-    """The merge of two adapters into one, or of one adapter into its base model."""
+    """A request to merge two adapters into one, or one adapter into its base model."""
 
     adapter_a: str | None = None
     adapter_b: str | None = None
@@ -194,7 +207,7 @@ class Merged(Answer):
 
 
 class Copies(Answer):
-    """A run as a command, a YAML file and a Python program."""
+    """A training run as a command, as a YAML file and as a Python program."""
 
     command: str
     yaml: str
@@ -208,12 +221,15 @@ class Settings(Closed):
 
 
 class Fault(BaseModel):
-    field: str | None = Field(description="The setting that is wrong or unknown.")
+    field: str | None = Field(
+        description="The name of the wrong or unknown setting; null if the error concerns no "
+        "single setting."
+    )
     message: str
 
 
 class ReadSettings(Answer):
-    """The known settings in a file, and the errors in it."""
+    """The settings that were recognized in a file, and the errors in the file."""
 
     values: dict[str, Any]
     faults: list[Fault]
@@ -221,13 +237,17 @@ class ReadSettings(Answer):
 
 class Uploaded(Answer):
     path: str = Field(
-        description="Path of the folder that contains the file: a data_dir or adapter_path."
+        description="The path of the folder that contains the uploaded file. Pass it as `data_dir` "
+        "or `adapter_path`."
     )
-    size_bytes: int = Field(description="The size of the file.")
+    size_bytes: int = Field(description="The size of the uploaded file.")
 
 
 class Export(Closed):
-    base_model: str | None = Field(None, description="Default: the model that the adapter names.")
+    base_model: str | None = Field(
+        None,
+        description="The adapter's base model. Default: the model named in the adapter's files.",
+    )
     adapter_path: str
     method: Literal["peft", "mlx-lm", "gguf"] = "peft"
     output_dir: str | None = None
@@ -240,7 +260,7 @@ class Exported(Answer):
 
 
 class Push(Closed):
-    """The upload of a folder, or of a job's output, to a repository on the Hugging Face hub."""
+    """A request to upload a folder or a job's output to a repository on the Hugging Face hub."""
 
     repo_id: Annotated[str, Field(pattern=r"^\w[\w.-]{0,95}/\w[\w.-]{0,95}$")]
     job_id: str | None = None
@@ -254,7 +274,8 @@ class Pushed(Answer):
 
 
 class Download(Closed):
-    """The download of a model or a data set from the Hugging Face hub into this machine's cache."""
+    """A request to download a model or a data set from the Hugging Face hub to the
+    server's cache."""
 
     name: str = Field(description="org/name or org/name@revision.", max_length=600)
     kind: Literal["model", "dataset"] = "model"
@@ -274,10 +295,13 @@ class HasHfToken(Answer):
 
 class InspectDataset(_fields(affecting("rows"))):
     path: str = Field(
-        description="A folder with a training file (such as train.jsonl), or a single file."
+        description="A folder that contains a training file such as train.jsonl, or the path of a "
+        "single file."
     )
     model_dir: str | None = Field(
-        None, description="If set, this model's tokenizer counts and shows tokens."
+        None,
+        description="The model whose tokenizer is used. If omitted, tokens are neither counted nor "
+        "shown.",
     )
     n_preview: int = Field(3, ge=0, le=50)
     method: Method | None = None
@@ -294,22 +318,28 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` lists what the field affects besides training: memory plans
-    (memory), evaluations (loss), inspections (rows). The field applies to `methods`, or to all
-    methods if that list is empty."""
+    """A configuration field of a training run. `affects` lists what the field affects besides
+    training: memory plans (memory), evaluations (loss) and inspections of data sets (rows). The
+    field applies only to the methods in `methods`, or to all methods if that list is empty."""
 
     name: str
     title: str
     group: str | None = Field(
-        description="The section of the page's form that contains this field, if any."
+        description="The section of the web page's form that contains this field; null if the "
+        "field is not in the form."
     )
     type: str
     default: str
-    defaults: dict[str, str] = Field(description="Defaults of methods that do not use `default`.")
+    defaults: dict[str, str] = Field(
+        description="The default for each method whose default differs from `default`."
+    )
     required: bool
     methods: list[str]
     affects: list[str]
-    texts: bool = Field(description="For a list: whether its items are texts instead of names.")
+    texts: bool = Field(
+        description="For a list: whether its items are free text, which may contain spaces, "
+        "instead of names."
+    )
     allowed: str
     choices: list[str]
     is_list: bool
@@ -318,7 +348,9 @@ class FieldRow(BaseModel):
 
 class Defaults(Answer):
     fields: list[FieldRow]
-    groups: list[str] = Field(description="The sections of the page's form, in order.")
+    groups: list[str] = Field(
+        description="The sections of the web page's form, in the order in which they are shown."
+    )
     loss_units: dict[str, str] = Field(description="The unit of the loss, by method.")
 
 
@@ -337,9 +369,12 @@ class DatasetsAnswer(Answer):
 class AdapterFolder(BaseModel):
     path: str
     base_model: str | None
-    rank: int = Field(description="The largest rank.")
+    rank: int = Field(description="The largest LoRA rank of any layer.")
     size_bytes: int
-    best_loss: float | None = Field(description="The lowest validation loss of the adapter's run.")
+    best_loss: float | None = Field(
+        description="The lowest validation loss of the run that trained the adapter; null if it is "
+        "unknown."
+    )
 
 
 class AdaptersAnswer(Answer):
@@ -365,20 +400,24 @@ class Served(Answer):
 class DeviceRow(_answer(Device)):
     """The device on which jobs run."""
 
-    free_bytes: int = Field(description="The memory, in bytes, that a run could use now.")
+    free_bytes: int = Field(
+        description="The amount of memory, in bytes, that a run could use if it started now."
+    )
 
 
 class State(Answer):
     """The state of the server."""
 
     served: Served | None
-    waits: bool = Field(description="Whether completions are refused until the current job ends.")
+    waits: bool = Field(
+        description="Whether requests for completions are refused until the current job ends."
+    )
     training: bool = Field(description="Whether a job is using the accelerator.")
     needs_token: bool
-    downloads: bool = Field(description="Whether clients may download from the hub.")
-    ranks: int = Field(description="The maximum number of processes of a training run.")
+    downloads: bool = Field(description="Whether clients may download from the Hugging Face hub.")
+    ranks: int = Field(description="The maximum number of processes for a training run.")
     device: DeviceRow
-    uploads: str = Field(description="The folder for uploaded files.")
+    uploads: str = Field(description="The folder that contains all uploaded files.")
     running: list[JobRow]
     waiting: int = Field(description="The number of jobs in the queue.")
 

@@ -37,7 +37,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Returns the error responses for the API's schema. The entry 4XX keeps FastAPI from adding
     422."""
     descriptions = {
-        400: "a field cannot be used; the message names it",
+        400: "a field is invalid or not supported; the message names the field",
         403: "a path is outside the folders that the server may use",
         404: "the model or adapter does not exist",
         413: "the body is too large",
@@ -53,7 +53,8 @@ router = APIRouter(route_class=JsonRoute, tags=["OpenAI"])
 #: The responses to a request that generates text.
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
-        "description": "The completion; with stream, chunks as server-sent events, then [DONE].",
+        "description": "The completion or, if `stream` is true, its chunks as server-sent events, "
+        "followed by [DONE].",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     },
     **_errors(400, 404, 413, 429, 500, 503),
@@ -280,7 +281,8 @@ async def list_available(service: Used) -> Any:
 
 @router.post("/v1/adapters", responses=_errors(400, 403, 413, 429, 503), tags=["adapters"])
 async def mount(body: forms.MountRequest, service: Used) -> forms.MountAnswer:
-    """Mounts an adapter. If an adapter is already mounted under this id, it stays unchanged."""
+    """Mounts an adapter. If an adapter is already mounted under this id, that adapter is kept, and
+    `path` is ignored."""
     _base(service)
     mounted = service.engine.adapters.get(body.id)
     if mounted is None:

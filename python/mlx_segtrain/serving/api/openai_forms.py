@@ -39,7 +39,7 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 class Part(Request):
     """A part of a message's content. Parts are joined without a separator."""
 
-    type: str = Field(description="the type of the part; only text is supported")
+    type: str = Field(description="the type of the part, which must be 'text'")
     text: str | None = None
     neutral = IN_PART
 
@@ -53,7 +53,7 @@ class Message(Request):
     reasoning_content: str | None = Field(None, description="the reasoning of an assistant turn")
     tool_calls: Calls | None = Field(None, description="the tool calls of an assistant turn")
     tool_call_id: str | None = Field(
-        None, description="in a tool turn: the id of the call that returned this result"
+        None, description="in a tool turn: the id of the tool call whose result this is"
     )
     neutral = IN_MESSAGE
 
@@ -93,7 +93,8 @@ class Structure(Request):
     regex: str | None = None
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     grammar: str | None = Field(
-        None, description="a grammar in the format of Lark or llama.cpp (::=)"
+        None,
+        description="a grammar in Lark's format, or in llama.cpp's format, whose rules contain ::=",
     )
     json_object: bool | None = None
 
@@ -105,10 +106,10 @@ class Structure(Request):
 
 
 class StreamOptions(Request):
-    """Options for additional chunks of a stream."""
+    """Options for a streamed response."""
 
     include_usage: bool | None = Field(
-        None, description="whether the last chunk contains the numbers of tokens"
+        None, description="whether the last chunk reports the token usage"
     )
     neutral = IN_STREAM_OPTIONS
 
@@ -144,75 +145,119 @@ class Generate(Request):
     """The fields that requests for chats and for completions share."""
 
     model: str | None = Field(
-        None, description="the served model (its id, path, name or 'default'), or a mounted adapter"
+        None,
+        description="the served model (its id, its path, the last part of its id, or 'default'), "
+        "or the id of a mounted adapter",
     )
     adapter: str | None = Field(
         None,
-        description="a mounted adapter, or several as 'a+b', whose updates are added; 'none' or '' "
-        "selects the model alone; default: the server's default adapter",
+        description="the id of a mounted adapter, or several ids joined by '+', to apply the sum "
+        "of the adapters' updates; 'none' or '' selects the model without an adapter; default: the "
+        "server's default adapter",
     )
     adapters: str | None = Field(
         None,
-        description="mlx_lm.server's name for the field `adapter`: the id or the path of a mounted "
-        "adapter",
+        description="the same as `adapter`, under the name that mlx_lm.server uses; it also "
+        "accepts the path of a mounted adapter",
     )
-    lora_path: str | None = Field(None, description="SGLang's name for the field `adapters`")
+    lora_path: str | None = Field(
+        None, description="the same as `adapters`, under the name that SGLang uses"
+    )
     max_tokens: int | None = Field(
         None,
         ge=1,
-        description="maximum number of tokens in the completion; default: 512 in a chat, "
-        "otherwise 16",
+        description="maximum number of tokens in the completion; default: 512 in chats, 16 in text "
+        "completions",
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, description="an alias of max_tokens; if both are set, this one is used"
+        None,
+        ge=1,
+        description="an alias of max_tokens; takes precedence if both are set",
     )
     temperature: float | None = Field(
         None,
         ge=0,
         le=10,
-        description="default 0, which is greedy decoding, so that completions with and without "
-        "an adapter can be compared. OpenAI's own default is 1",
+        description="sampling temperature. The default is 0 (greedy decoding), so that completions "
+        "with and without an adapter can be compared; OpenAI's default is 1",
     )
-    top_p: float | None = Field(None, ge=0, le=1, description="default 1: no limit")
-    top_k: int | None = Field(None, ge=-1, description="default 0: no limit; -1 means the same")
-    min_p: float | None = Field(None, ge=0, le=1, description="default 0: no limit")
+    top_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="sample only from the most likely tokens whose probabilities add up to this "
+        "value; default: 1 (all tokens)",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=-1,
+        description="sample only from this many of the most likely tokens; 0 (the default) and -1 "
+        "mean all tokens",
+    )
+    min_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="exclude tokens whose probability is less than this value times that of the "
+        "most likely token; default: 0 (all tokens)",
+    )
     repetition_penalty: float | None = Field(
         None,
         gt=0,
         le=10,
-        description="applies to tokens of the prompt and the completion; default 1: off",
+        description="penalty on tokens that are already in the prompt or the completion; default: "
+        "1 (no penalty)",
     )
     presence_penalty: float | None = Field(
-        None, ge=-2, le=2, description="applies to tokens of the completion"
+        None,
+        ge=-2,
+        le=2,
+        description="number to subtract from the logit of each token that is already in the "
+        "completion; default: 0",
     )
     frequency_penalty: float | None = Field(
-        None, ge=-2, le=2, description="applies to tokens of the completion, once per occurrence"
+        None,
+        ge=-2,
+        le=2,
+        description="number to subtract from a token's logit for each occurrence of the token in "
+        "the completion; default: 0",
     )
     logit_bias: Annotated[dict[Token, Bias], BeforeValidator(_few)] | None = Field(
         None,
         max_length=BIASES,
-        description="values to add to the logits of tokens, by token id",
+        description="values to add to the logits of tokens, keyed by token id",
     )
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**64, description="the same seed gives the same completion"
+        None,
+        ge=-(2**63),
+        lt=2**64,
+        description="seed for sampling: the same seed gives the same completion",
     )
     stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
-        None, description="texts that end the completion; they are not part of it"
+        None,
+        description="up to 4 strings that end the completion and are not included in it",
     )
     n: int | None = Field(
-        None, ge=1, le=ANSWERS, description="number of completions of the prompt; default 1"
+        None,
+        ge=1,
+        le=ANSWERS,
+        description="number of completions to generate for each prompt; default: 1",
     )
-    response_format: Format | None = Field(None, description="default: text")
+    response_format: Format | None = Field(
+        None, description="the format of the completion; default: text"
+    )
     structured_outputs: Structure | None = Field(
-        None, description="vLLM's field for the format of the completion, with more options"
+        None,
+        description="the format of the completion, as in vLLM; this field has more options than "
+        "`response_format`",
     )
     deterministic: bool | None = Field(
         None,
-        description="whether to make the completion bit-identical to that of the same request on "
-        "an idle server. This is slower: the request is decoded alone and without cached prompts",
+        description="whether the completion must be bit-identical each time, regardless of other "
+        "requests. This is slower, because the request is decoded alone and without cached prompts",
     )
     stream: bool | None = Field(
-        None, description="whether to send the completion as server-sent events, piece by piece"
+        None, description="whether to stream the completion as server-sent events"
     )
     stream_options: StreamOptions | None = None
     most: ClassVar[int]  #: the default of max_tokens
@@ -319,23 +364,27 @@ class ChatRequest(Generate):
     )
     chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_variables)] | None = Field(
         None,
-        description="variables of the chat template; default: the values with which the adapter "
-        "was trained",
+        description="variables to pass to the chat template; default: the values that were used to "
+        "train the adapter",
     )
     tools: Tools | None = Field(None, description="functions that the model may call")
     tool_choice: tools_of.Choice | None = Field(
-        None, description="default: auto; required or a named tool forces the model to call tools"
+        None,
+        description="`auto` (the default) lets the model call tools, `none` prevents it, and "
+        "`required` forces it; naming a tool forces a call to that tool",
     )
     parallel_tool_calls: bool | None = Field(
-        None, description="whether a completion may have several tool calls; default: true"
+        None, description="whether a completion may contain several tool calls; default: true"
     )
-    logprobs: bool | None = Field(None, description="return log-probabilities of the tokens")
+    logprobs: bool | None = Field(
+        None, description="whether to return the log-probability of each token in the completion"
+    )
     top_logprobs: int | None = Field(
         None,
         ge=-1,
         le=TOP,
-        description="with logprobs: also return log-probabilities of this many alternatives; "
-        "-1 and 0 mean none",
+        description="with `logprobs`: also return the log-probabilities of this many alternatives "
+        "for each token; 0 and -1 mean none",
     )
     neutral = IN_CHAT
     most = 512
@@ -406,13 +455,14 @@ class CompletionRequest(Generate):
     """A text that the model continues."""
 
     prompt: str | Tokens | Annotated[list[str], Field(fail_fast=True)] | Prompts = Field(
-        description="a text or a list of token ids, or a list of several such prompts"
+        description="a prompt (a string or a list of token ids), or a list of prompts"
     )
     logprobs: Annotated[int | None, BeforeValidator(lambda x: None if x is False else x)] = Field(
         None,
         ge=0,
         le=TOP,
-        description="return log-probabilities of each token and of this many alternatives",
+        description="if set, return the log-probability of each token in the completion, and those "
+        "of this many alternatives per token",
     )
     neutral = IN_COMPLETION
     most = 16
@@ -446,7 +496,7 @@ class CompletionRequest(Generate):
 
 
 class MountRequest(BaseModel, strict=True, extra="forbid"):
-    """An adapter's folder, and the id under which requests use it."""
+    """An adapter's folder, and the id by which requests refer to the adapter."""
 
     id: str
     path: str
@@ -466,7 +516,9 @@ class Error(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="number of prompt tokens that were cached")
+    cached_tokens: int = Field(
+        description="number of prompt tokens that were read from the prompt cache"
+    )
 
 
 class CompletionTokensDetails(BaseModel):
@@ -476,21 +528,23 @@ class CompletionTokensDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """Numbers of tokens, including end-of-sequence tokens."""
+    """Token counts, including end-of-sequence tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no access token, because the number could reveal "
-        "other clients' prompts to anyone"
+        description="null if the server has no access token, because the number of cached tokens "
+        "could reveal other clients' prompts to anyone"
     )
     completion_tokens_details: CompletionTokensDetails
 
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"] = "assistant"
-    content: str | None = Field(description="null if the response consists of tool calls")
+    content: str | None = Field(
+        description="the text of the message; null if the message contains only tool calls"
+    )
     reasoning_content: str | None = None
     tool_calls: list[tools_of.Call] | None = None
     refusal: None = None
@@ -526,7 +580,9 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
-    adapter: str | None = Field(description="the adapters that were applied: 'a', 'a+b', or null")
+    adapter: str | None = Field(
+        description="the ids of the applied adapters, as in 'a' or 'a+b'; null if there were none"
+    )
     choices: list[ChatChoice]
     usage: Usage
 
@@ -550,7 +606,9 @@ class Completion(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
-    adapter: str | None = Field(description="the adapters that were applied: 'a', 'a+b', or null")
+    adapter: str | None = Field(
+        description="the ids of the applied adapters, as in 'a' or 'a+b'; null if there were none"
+    )
     choices: list[TextChoice]
     usage: Usage
 
@@ -560,7 +618,7 @@ class ModelInfo(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["mlx_segtrain"] = "mlx_segtrain"
-    parent: str | None = Field(default=None, description="for an adapter: its base model")
+    parent: str | None = Field(default=None, description="for an adapter: the id of its base model")
 
 
 class ModelList(BaseModel):
@@ -571,10 +629,10 @@ class ModelList(BaseModel):
 class MountedAdapter(BaseModel):
     id: str
     path: str
-    rank: int = Field(description="the largest rank")
+    rank: int = Field(description="the largest LoRA rank of any layer")
     scale: float
     size_bytes: int
-    mounted_layers: int = Field(description="number of linear layers with an update")
+    mounted_layers: int = Field(description="number of linear layers that the adapter updates")
 
 
 class MountedAdapters(BaseModel):

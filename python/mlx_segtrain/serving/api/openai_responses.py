@@ -29,7 +29,7 @@ EVENT = {"type": "object", "properties": {"event": {"type": "string"}, "data": {
 RESPONSES: dict[int | str, dict[str, Any]] = {
     **ANSWERS,
     200: {
-        "description": "The response; with stream, its events.",
+        "description": "The response or, if `stream` is true, its events.",
         "content": {"text/event-stream": {"schema": EVENT}},
     },
 }
@@ -51,7 +51,7 @@ IN_ITEM: Neutral = {"id": ANYTHING, "status": ANYTHING, "summary": ANYTHING}
 
 
 class Item(Fields):
-    """A turn, a tool call, the result of a tool call, or reasoning, which is ignored."""
+    """A turn, a tool call, the result of a tool call, or reasoning. Reasoning is ignored."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
@@ -79,7 +79,7 @@ class ResponseRequest(Fields):
     input: str | Annotated[list[Item], Field(min_length=1, max_length=TURNS, fail_fast=True)]
     model: str | None = None
     adapter: str | None = None
-    instructions: str | None = Field(None, description="a system message that precedes the others")
+    instructions: str | None = Field(None, description="a system message to insert before `input`")
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
@@ -91,7 +91,9 @@ class ResponseRequest(Fields):
     chat_template_kwargs: dict[str, Any] | None = None
     deterministic: bool | None = None
     stream: bool | None = None
-    metadata: dict[str, str] | None = Field(None, description="data to return with the response")
+    metadata: dict[str, str] | None = Field(
+        None, description="key-value pairs to return unchanged with the response"
+    )
     neutral = IN_RESPONSE
 
     def as_chat(self) -> ChatRequest:

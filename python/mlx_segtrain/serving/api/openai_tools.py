@@ -21,9 +21,9 @@ class Function(Request):
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
         None,
-        description="whether arguments must match the schema. They always do if `tool_choice` is "
-        "`required` or names a tool; otherwise, this works only with models that write tool calls "
-        "as JSON between tags",
+        description="whether the arguments must match the schema. If `tool_choice` is `required` "
+        "or names a tool, they always match. Otherwise, `strict` works only with models that write "
+        "tool calls as JSON between tags",
     )
 
 

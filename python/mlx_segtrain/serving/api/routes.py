@@ -73,7 +73,7 @@ async def state(service: Used) -> forms.State:
 
 @router.get("/api/models", tags=["models and data"])
 async def models(service: Used) -> forms.ModelsAnswer:
-    """The models below the server's roots."""
+    """Lists the models in the server's root directories (`--root`)."""
     faults: list[catalog.Unreadable] = []
     found, roots = await service.models(faults), map(str, service.roots.folders)
     return forms.ModelsAnswer(models=found, faults=faults, roots=list(roots))
@@ -87,8 +87,8 @@ async def serve(body: forms.ServeModel, service: Used) -> forms.Served:
 
 @router.post("/api/hub/download", tags=["models and data"], responses=problems(409))
 async def download(body: forms.Download, service: Used) -> forms.Submitted:
-    """Starts a job that downloads a model or a data set from the hub, if downloads are allowed.
-    When the job is done, the name can be used as model_dir or data_dir."""
+    """Starts a job that downloads a model or a data set from the hub. Requires
+    `--allow-downloads`. When the job is done, the name can be used as `model_dir` or `data_dir`."""
     row = service.download(body.name, body.kind)
     return forms.Submitted(job_id=row.id, jobId=row.id)
 
@@ -99,21 +99,22 @@ async def search(
     words: Annotated[str, Query(min_length=2, max_length=100)],
     kind: hub.Kind = "model",
 ) -> forms.HubAnswer:
-    """The models or data sets on the hub whose names contain these words, most downloaded first.
-    Downloads must be allowed."""
+    """Lists the models or data sets on the hub whose names contain all of these words, most
+    downloaded first. Requires `--allow-downloads`."""
     return forms.HubAnswer(found=await service.search(words, kind))
 
 
 @router.get("/api/datasets", tags=["models and data"])
 async def datasets(service: Used) -> forms.DatasetsAnswer:
-    """The folders below the server's roots that contain a training file, such as train.jsonl."""
+    """Lists the folders in the server's root directories that contain a training file, such as
+    train.jsonl."""
     return forms.DatasetsAnswer(datasets=await service.datasets())
 
 
 @router.get("/api/adapters", tags=["models and data"])
 async def adapters(service: Used, model_dir: str | None = None) -> forms.AdaptersAnswer:
-    """The adapters below the server's roots that a model can use. If no model is given, all
-    adapters are listed."""
+    """Lists the adapters in the server's root directories that fit the model `model_dir`, or all
+    adapters if `model_dir` is omitted."""
     found = await service.adapters(None if model_dir is None else service.place(model_dir))
     rows = [
         forms.AdapterFolder(
@@ -138,19 +139,19 @@ async def inspect_dataset(body: forms.InspectDataset, service: Used) -> forms.In
 
 @router.get("/api/finetune/defaults", tags=["training"])
 async def defaults() -> forms.Defaults:
-    """All fields of a run, with their allowed values and defaults."""
+    """Lists all configuration fields of a training run, with their allowed values and defaults."""
     return forms.schema()
 
 
 @router.post("/api/finetune/plan", tags=["training"])
 async def plan(body: forms.PlanRequest, service: Used) -> forms.Planned:
-    """Plans a run's memory without loading the model."""
+    """Estimates the memory usage of a training run without loading the model."""
     return forms.Planned(**vars(await service.plan(body.model_dump(exclude_unset=True))))
 
 
 @router.post("/api/finetune/copy", tags=["training"])
 async def copy(body: forms.CopyRequest) -> forms.Copies:
-    """Returns a run as a command, a YAML file and a Python program."""
+    """Returns a training run as a command, as a YAML file and as a Python program."""
     given = {"exclude_none": True, "exclude_unset": True, "exclude": {"ranks"}}
     values = body.model_dump(mode="json", **given)
     values.setdefault("adapter_path", "adapters")  # the default is a folder of this server
@@ -178,7 +179,8 @@ async def submit(body: forms.FinetuneSubmit, service: Used) -> forms.Submitted:
 
 @router.post("/api/finetune/evaluate", tags=["training"], responses=problems(409))
 async def evaluate(body: forms.EvaluateRequest, service: Used) -> forms.Submitted:
-    """Starts a job that computes the loss and perplexity on a split, with or without an adapter."""
+    """Starts a job that computes a model's loss and perplexity on a split of the data, with or
+    without an adapter."""
     values = body.model_dump(exclude_unset=True)
     how = values.pop("split", "valid"), values.pop("with_base", False)
     row = service.evaluate(values, *how)
@@ -216,7 +218,8 @@ async def export(body: forms.Export, service: Used) -> forms.Exported:
 
 @router.post("/api/finetune/push", tags=["adapters"], responses=problems(404, 409))
 async def push(body: forms.Push, service: Used) -> forms.Pushed:
-    """Pushes the files of an adapter or a model, and no other files, to the Hugging Face hub."""
+    """Uploads an adapter or a model to the Hugging Face hub. Other files in the folder are not
+    uploaded."""
     source = body.source_path
     if body.job_id is not None:
         source = service.jobs.get(body.job_id).output_path
@@ -243,7 +246,7 @@ async def set_hf_token(body: forms.HfToken, service: Used) -> forms.Answer:
 
 @router.delete("/api/sessions", tags=["server"])
 async def end_sessions(service: Used) -> forms.Answer:
-    """Logs all browsers out. Each has to log in with the token again."""
+    """Logs out all browsers, which then have to log in with the token again."""
     service.sessions.close_all()
     return forms.Answer()
 
@@ -254,7 +257,7 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     kind: Annotated[str | None, Query(max_length=100)] = None,
     before: Annotated[
-        str | None, Query(description="The id of a job; only older jobs are listed.")
+        str | None, Query(description="Only jobs older than the job with this id are listed.")
     ] = None,
 ) -> forms.JobsAnswer:
     """Lists jobs without their configurations, newest first."""

@@ -106,13 +106,15 @@ async def remove_adapter_file(name: Name, file: Name, service: Used) -> forms.An
 
 @router.get("/api/datasets/archive", responses=ARCHIVE, response_model=None)
 async def data_archive(path: str, service: Used) -> StreamingResponse:
-    """The training and validation files in a folder below the roots, as a ZIP file."""
+    """Returns the training and validation files in a folder as a ZIP file. The folder must be in
+    one of the server's root directories."""
     return await _archive_of(service, path, _opened_rows)
 
 
 @router.get("/api/adapters/archive", responses=ARCHIVE, response_model=None)
 async def adapter_archive(path: str, service: Used) -> StreamingResponse:
-    """The files of an adapter in a folder below the roots, as a ZIP file."""
+    """Returns the files of an adapter as a ZIP file. The adapter's folder must be in one of the
+    server's root directories."""
     return await _archive_of(service, path, _opened_adapter)
 
 
@@ -120,8 +122,8 @@ async def adapter_archive(path: str, service: Used) -> StreamingResponse:
 
 
 async def _remove(service: Service, kind: Kind, name: str, file: str | None = None) -> forms.Answer:
-    """Deletes an uploaded folder, or only a file in it. If the folder is then empty, it is deleted,
-    too."""
+    """Deletes an uploaded folder, or only a file in it. A folder that becomes empty is also
+    deleted."""
     place = service.uploads / kind / name
     known = place.is_dir() if file is None else (place / file).is_file()
     if not known:

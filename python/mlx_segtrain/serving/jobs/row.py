@@ -16,21 +16,27 @@ ENDED = ("done", "failed", "cancelled")
 
 
 class RankFigures(BaseModel):
-    """The figures of a rank: means per step since the previous report, and its memory."""
+    """The figures of a rank: its mean times per step since the previous report, and its memory."""
 
-    busy_s: float = Field(description="Seconds that the rank spent working.")
-    waited_s: float = Field(description="Seconds that the rank spent waiting for others.")
-    tokens_per_sec: float = Field(description="The rank's speed while it worked.")
+    busy_s: float = Field(description="Seconds per step that the rank spent computing.")
+    waited_s: float = Field(
+        description="Seconds per step that the rank spent waiting for other ranks."
+    )
+    tokens_per_sec: float = Field(
+        description="The rank's speed while it was computing, excluding waiting time."
+    )
     peak_gb: float
     active_gb: float
 
 
 class Figures(BaseModel):
-    """The figures of a run's ranks in its last report (events.with_ranks)."""
+    """The figures of all ranks in a run's latest report (events.with_ranks)."""
 
     step: int
-    skew_s: float = Field(description="busy_s of the slowest rank minus that of the fastest.")
-    slowest: int = Field(description="The rank for which the others wait.")
+    skew_s: float = Field(
+        description="The difference in busy_s between the slowest and the fastest rank."
+    )
+    slowest: int = Field(description="The number of the slowest rank, which the others wait for.")
     ranks: list[RankFigures] = Field(description="The figures of each rank.")
 
 
@@ -86,7 +92,7 @@ class Row:
 
     @property
     def ranks(self) -> Figures | None:
-        """The last figures of the job's ranks; None if the job has only one process."""
+        """The latest figures of the job's ranks; None if the job has only one process."""
         return None if self.ranks_json is None else Figures.model_validate_json(self.ranks_json)
 
     @property
