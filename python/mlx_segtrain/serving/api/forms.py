@@ -75,13 +75,13 @@ class FinetuneSubmit(RunRequest, Ranked):
 
 
 class PlanRequest(RunRequest):
-    """A training run whose data_dir is optional, because memory does not depend on it."""
+    """A training run whose data_dir is optional, because memory use does not depend on the data."""
 
     data_dir: str | None = None
 
 
 class CopyRequest(PlanRequest, Ranked):
-    """A training run to copy as text."""
+    """A training run to convert into text that can be copied."""
 
 
 class EvaluateRequest(RunRequest):
@@ -294,8 +294,8 @@ class Planned(Answer):
 
 
 class FieldRow(BaseModel):
-    """A field of a run. `affects` lists what the field affects besides training: memory plans
-    (memory), evaluations (loss), inspections (rows). The field applies to `methods`, or to all
+    """A field of a run. `affects` lists what the field affects besides training: "memory" (memory
+    plans), "loss" (evaluations) or "rows" (inspections). The field applies to `methods`, or to all
     methods if that list is empty."""
 
     name: str

@@ -113,7 +113,7 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: Maximum number of biases, of turns in a chat, of completions per prompt, and of completions per
+#: Maximum numbers: logit biases, turns in a chat, completions per prompt, and completions per
 #: request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
 #: Maximum number of alternatives per token for which log-probabilities are returned.

@@ -37,8 +37,8 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """Reports that the server is up, with its version and its model. The status is 503 if the
-    server can no longer generate."""
+    """Reports that the server is up, and returns its version and the id of its model. The status is
+    503 if the server can no longer generate."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
@@ -278,7 +278,7 @@ async def describe(id: str, body: forms.Description, service: Used) -> forms.Job
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
-    """Cancels a job. A training run keeps its last completed step."""
+    """Cancels a job. A training run saves the state after its last completed step."""
     return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 

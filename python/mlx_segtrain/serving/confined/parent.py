@@ -111,8 +111,8 @@ class _Process:
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """Returns the reply. Raises TimeoutError, OSError if the process was killed, or _Told if
-        the command failed."""
+        """Returns the reply. Raises TimeoutError if no reply arrives in time, OSError if the
+        process was killed, or _Told if the command failed."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -224,11 +224,12 @@ class Confined:
             self._keeper = keeper
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
-        """Runs a command in a worker and returns its result. Raises Failed, with a message about
-        `what`, or Busy."""
+        """Runs a command in a worker and returns its result. Raises Failed if the command fails,
+        with a message about `what`, or Busy if too many commands are running."""
         self.start()
         begun, worker = time.monotonic(), self._take()
-        # The system limits CPU time. On a busy machine, the elapsed time may be longer.
+        # The system limits only CPU time. Elapsed time may be longer on a busy machine, so its
+        # limit is four times as high.
         worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)
