@@ -85,7 +85,7 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path in a form that can be compared. On macOS, case does not matter in paths."""
+    """Returns a path in a form that can be compared. Paths are case-insensitive on macOS."""
     return path.casefold() if sys.platform == "darwin" else path
 
 

@@ -116,8 +116,8 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException with status 413 if a JSON text has too many values. Unbalanced brackets
-    make the counts meaningless, so they are refused with status 400."""
+    """Raises HTTPException with status 413 if a JSON text has too many values, or with status 400
+    if its brackets are unbalanced, which would make the counts meaningless."""
     # Without escaped characters, every quote begins or ends a string.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")

@@ -225,7 +225,7 @@ class Confined:
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
         """Runs a command in a worker and returns its result. Raises Failed if the command fails,
-        with a message about `what`, or Busy if too many commands are running."""
+        with a message about `what`, or Busy if the client should try again."""
         self.start()
         begun, worker = time.monotonic(), self._take()
         # The system limits only CPU time. Elapsed time may be longer on a busy machine, so its

@@ -24,8 +24,8 @@ class Metrics:
         now: Mapping[str, tuple[str, Callable[[], float]]],
         mounted: Callable[[], Mapping[str, Mounted]],
     ):
-        """`now` maps names of gauges to a description and a function that returns the value.
-        `mounted` returns the mounted adapters by id."""
+        """`now` maps the name of each gauge to its description and a function that returns its
+        value. `mounted` returns the mounted adapters by id."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry, "namespace": "segtrain"}

@@ -125,7 +125,7 @@ class Selected:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """Returns the tokens of a chat with the generation prompt. The template's `variables`
+        """Returns the tokens of a chat, including the generation prompt. The template's `variables`
         replace the values with which the adapters were trained.
 
         Raises InputError if there is no template, if the template fails or does not support tools,
@@ -295,7 +295,7 @@ class Linears:
         cached."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        # Sorted, because the sum does not depend on the order of the adapters.
+        # Sorted, so that the cached sum is found regardless of the order of the adapters.
         own = sorted(adapters, key=lambda mounted: mounted.id)
         key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:

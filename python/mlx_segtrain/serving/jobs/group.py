@@ -137,8 +137,9 @@ class Group:
 
     @property
     def end(self) -> events.Event:
-        """The last event of the job, once all ranks have ended: the last event of the lowest rank
-        that sent one. If a rank was lost, each remaining rank reports which rank it was."""
+        """The last event of the job, available once all ranks have ended. It is the last event of
+        the lowest-numbered rank that sent one. If a rank was lost, each remaining rank reports
+        which one."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

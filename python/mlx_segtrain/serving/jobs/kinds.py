@@ -266,8 +266,8 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind of job with this name. If the kind is unknown, because a newer version added
-    it, the job cannot be run."""
+    """Returns the kind of job with this name. An unknown kind, which only a newer version can have
+    added, is returned as a kind whose jobs cannot be run."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

@@ -26,7 +26,7 @@ class RankFigures(BaseModel):
 
 
 class Figures(BaseModel):
-    """The figures of a run's ranks in its last report (events.with_ranks)."""
+    """The figures of a run's ranks from the run's latest report (events.with_ranks)."""
 
     step: int
     skew_s: float = Field(description="busy_s of the slowest rank minus that of the fastest.")
@@ -86,7 +86,7 @@ class Row:
 
     @property
     def ranks(self) -> Figures | None:
-        """The last figures of the job's ranks; None if the job has only one process."""
+        """The latest figures of the job's ranks; None if the job has only one process."""
         return None if self.ranks_json is None else Figures.model_validate_json(self.ranks_json)
 
     @property
