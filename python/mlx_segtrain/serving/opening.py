@@ -52,7 +52,7 @@ def confine(roots: Roots) -> None:
         if not roots.holds(Path(path)) or path.startswith(modules):
             return
         found = path_of(file, path)
-        if _known(str(found)) != _known(path):  # a link led there
+        if _known(str(found)) != _known(path):  # the path contains a link
             roots.check(Path(path), found)
 
     def open_number(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:

@@ -29,7 +29,7 @@ class Roots:
     """The folders in which clients may use paths.
 
     The following are excluded: hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a
-    hub cache that are not models, and the jobs of the server's store.
+    hub cache that are not models, and the files of jobs in the server's store.
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):

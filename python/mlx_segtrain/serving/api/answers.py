@@ -72,7 +72,7 @@ class Answers:
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         # For each completion:
         self._called = [0] * len(opened)  # number of tool calls
-        self._forced = [""] * len(opened)  # its text, if tool calls are forced
+        self._forced = [""] * len(opened)  # the text of the tool calls, if they are forced
         self._made = [0] * len(opened)  # number of tokens
         # The number of characters already sent, and a decoder that stores the bytes of an
         # incomplete character.

@@ -94,7 +94,7 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns an index, or the name of a field (which a client may have chosen), as safe text."""
+    """Returns an index or a field name as safe text. Clients can choose field names."""
     return str(part) if isinstance(part, int) else word(part)
 
 

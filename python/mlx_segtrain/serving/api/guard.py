@@ -136,7 +136,7 @@ class Guard:
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # not for session ids, which are too long to guess
+                if b"authorization" in headers:  # tokens only: session ids are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:

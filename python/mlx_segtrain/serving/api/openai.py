@@ -182,8 +182,8 @@ def _choice(delta: Delta, own: dict[str, Any], logprobs: Any = None) -> dict[str
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """Yields the chunks of a stream: first, in a chat, the role of each completion; then the
-    pieces; and finally the usage, if it was requested."""
+    """Yields the chunks of a stream: first the role of each completion (only for chats), then the
+    pieces, and finally the usage if it was requested."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 

@@ -69,7 +69,7 @@ IN_BOTH: Neutral = {
     "xtc_threshold": ANYTHING,  # has no effect if xtc_probability is 0
     "draft_model": ("default_model",),
 }
-IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template adds them
+IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template adds these tokens
 IN_COMPLETION: Neutral = {
     **IN_BOTH,
     "add_special_tokens": (True,),

@@ -113,7 +113,7 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: Maximum numbers: logit biases, turns in a chat, completions per prompt, and completions per
+#: Maximum numbers of logit biases, turns in a chat, completions per prompt, and completions per
 #: request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
 #: Maximum number of alternatives per token for which log-probabilities are returned.

@@ -320,7 +320,7 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     kind, log = row.job_kind, str(service.jobs.log(row.id))
     values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
     values |= {**vars(row), "config_json": row.config_json or None}
-    values |= {"cancelling": bool(row.cancelling)}  # an integer in the row
+    values |= {"cancelling": bool(row.cancelling)}  # the row stores an integer
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
     unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
     values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}

@@ -32,7 +32,7 @@ Values = dict[str, Any]
 #: Maximum number of tokens in the previewed rows of a report on a data set.
 SHOWN = 100_000
 #: Maximum number of characters in a token. This limits the length of a completion, which might
-#: consist of the longest token over and over.
+#: repeat the longest token over and over.
 LONGEST_TOKEN = 2000
 #: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8

@@ -199,7 +199,7 @@ class Confined:
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.users = 0  #: the number of calls in progress; the owner counts them
+        self.users = 0  #: the number of calls in progress, updated by the owner
         self._lock = threading.Lock()  # guards the attributes below
         self._keeper: _Process | None = None  # loads the tokenizer and forks workers
         self._idle: list[_Process] = []

@@ -129,7 +129,7 @@ class Engine:
         self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
         self._merges = False  # whether caches of the base model can be merged for a batch
         self._batches: list[Batch[Request]] = []
-        self._rate = 0.0  # tokens of prompts per second
+        self._rate = 0.0  # prompt tokens processed per second
         self._device = mx.default_device()
         self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
         threading.Thread(target=self._work, name="mlx-segtrain engine", daemon=True).start()
@@ -403,7 +403,7 @@ class Engine:
                     if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # generate() must see the command until here
+                self._commands.popleft()  # not earlier, because generate() checks the queue
             if command.future.cancelled():
                 continue
             if error is None:
@@ -424,7 +424,7 @@ class Engine:
         """Processes prompts in order of arrival. Requests whose prompts are finished join a
         batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
-        if self._job:  # the pause after a longer round would be too short
+        if self._job:  # a longer round would need a pause above LONGEST_REST_S
             most = LONGEST_REST_S / REST
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):

@@ -52,8 +52,8 @@ class Base:
     chain: Chain
     #: The layers that can have updates, by path. The embedding and the head are added when needed.
     modules: dict[str, lora.LoRALinear]
-    confined: Confined  #: the processes that run its tokenizer and its chat template
-    grammars: Grammars  #: compiles grammars for its tokenizer
+    confined: Confined  #: the processes that run the model's tokenizer and chat template
+    grammars: Grammars  #: compiles grammars for the model's tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text that is not a chat, including the tokenizer's special

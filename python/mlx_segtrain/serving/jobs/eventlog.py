@@ -16,7 +16,7 @@ from ...files import lock, private, to_json
 
 #: The number of bytes that are read at a time.
 BLOCK = 1 << 16
-#: Maximum number of bytes that are shown of a line.
+#: A line that is not an event is truncated to this many bytes.
 LONGEST = 1 << 16
 #: Maximum size in bytes of a line that is cached for other readers.
 SHORT = 1 << 11
@@ -119,7 +119,7 @@ def claim(path: Path) -> int | None:
 
 
 def open_end(path: Path) -> int:
-    """Opens the log for appending, after completing an unfinished last line."""
+    """Opens the log for appending, and ends an incomplete last line."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file

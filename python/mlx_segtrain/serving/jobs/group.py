@@ -127,7 +127,7 @@ class Group:
         print(f"rank {rank} is process {pid} on {host}")
         if rank == 0 and self.stopped:
             self._signal()
-        if len(self.pids) == self.size:  # before that, a terminal could still echo its input
+        if len(self.pids) == self.size:  # earlier, a terminal could still echo the input
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
             text = "".join(f"{FIRST}{own}\n" for own in lines) + "\n"
             assert self.process.stdin is not None

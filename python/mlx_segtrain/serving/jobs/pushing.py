@@ -176,8 +176,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path through which an open file can be read. Messages of errors that are raised in
-    the context contain `path` instead of that path."""
+    """Yields a path through which an open file can be read. Error messages raised in the context
+    mention `path` instead."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

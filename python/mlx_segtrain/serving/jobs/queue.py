@@ -189,7 +189,7 @@ class Jobs:
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # otherwise a run in the folder is not from this job
+        if row.opened:  # otherwise, a run in the folder belongs to another job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
