@@ -31,7 +31,8 @@ logger = logging.getLogger("mlx_segtrain.serving")
 #: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Maximum number of log-probabilities that a request returns, including those of alternatives.
+#: Maximum number of log-probabilities in the response to a request, including those of
+#: alternatives.
 MOST_TOLD = 1_000_000
 #: How long, in seconds, to keep retrying while all processes that parse tool calls are busy.
 CALLS_S = 10.0
@@ -86,7 +87,8 @@ class Answers:
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate. `id` identifies the request in the log. Raises InputError or Busy."""
+        """Starts generating the completions. `id` identifies the request in the log. Raises
+        InputError or Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None

@@ -103,8 +103,8 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Starts to generate the completions of a request. Raises InputError or Busy if that is not
-    possible."""
+    """Starts generating the completions of a request. Raises InputError or Busy if the request
+    cannot be served."""
     base = _base(service)
     if service.waits:
         raise Unserved(

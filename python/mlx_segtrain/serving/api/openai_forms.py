@@ -45,7 +45,7 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn of a chat. The role `developer` means the same as `system`. A `tool` turn is the
+    """A turn of a chat. The role `developer` means the same as `system`. A `tool` turn contains the
     result of a tool call. The content of an assistant turn may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -38,7 +38,7 @@ router = APIRouter(
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
     """Reports that the server is up, and returns its version and the id of its model. The status is
-    503 if the server can no longer generate."""
+    503 if the server can no longer generate completions."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)

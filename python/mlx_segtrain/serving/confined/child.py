@@ -91,7 +91,7 @@ class Child:
             self.children.remove(pid)
 
     def do_load(self, folder: str) -> None:
-        """Loads the tokenizer of a model's folder for this process and its child processes."""
+        """Loads the tokenizer from a model's folder, for this process and its child processes."""
         from ...models import load_tokenizer
 
         _check_decoder(Path(folder))

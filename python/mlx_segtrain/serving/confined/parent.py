@@ -1,9 +1,9 @@
 """Handles untrusted templates, tokenizers and data in processes that can be killed.
 
 A root process loads the libraries. For each model, a process is forked from the root process, and
-loads the model's tokenizer. Workers, which render and encode, are forked from that process.
-As a result, a worker starts in milliseconds, and a worker that hangs or uses too much memory can be
-killed without affecting the others. Every wait has a time limit.
+loads the model's tokenizer. Workers, which render templates and encode text, are forked from that
+process. As a result, a worker starts in milliseconds, and a worker that hangs or uses too much
+memory can be killed without affecting the others. Every wait has a time limit.
 """
 
 from __future__ import annotations

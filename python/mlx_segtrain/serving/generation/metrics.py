@@ -43,7 +43,7 @@ class Metrics:
             Gauge(name, about, **own).set_function(read)
 
     def count(self, request: Request, finish: str) -> None:
-        """Counts a completion that has ended. `finish` is stop, length, gone or failed."""
+        """Counts a completion that has ended. `finish` is "stop", "length", "gone" or "failed"."""
         adapters, now = request.selected.adapters, time.monotonic()
         name = STACK if len(adapters) > 1 else NONE
         if len(adapters) == 1:

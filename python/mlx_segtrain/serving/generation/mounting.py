@@ -68,7 +68,7 @@ class Base:
 
     def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
         """Returns the tokens of a text of `size` characters, computed by a tokenizer process.
-        Raises InputError if that fails, or if there are more tokens than the model's context
+        Raises InputError if tokenization fails, or if the tokens exceed the model's context
         length."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
@@ -183,8 +183,8 @@ def _too_long(n: int, most: int, id: str) -> InputError:
 
 
 def read_base(path: Path, confined: Confined) -> Base:
-    """Loads a model whose tokenizer `confined` has already loaded. Raises InputError if that
-    fails."""
+    """Loads a model whose tokenizer `confined` has already loaded. Raises InputError if the model
+    cannot be loaded."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
