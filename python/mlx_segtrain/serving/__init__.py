@@ -14,5 +14,5 @@ Each of these modules imports only modules listed below it (tests/test_rooms.py)
     pools.py     thread pools      searching.py  searches the hub
     settings.py  settings          sessions.py   browser sessions
 
-page/ contains the files of /finetune: a client of /api and /v1 that runs in the browser.
+page/ contains the web page at /finetune, which runs in the browser and uses /api and /v1.
 """

@@ -68,7 +68,8 @@ def create(service: Service) -> Guard:
 
 
 class Plain(logging.Formatter):
-    """Escapes characters in log lines that clients could use to control a terminal."""
+    """Escapes unprintable characters in log lines, so that clients cannot send control sequences to
+    a terminal."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         text = super().formatMessage(record)
@@ -89,8 +90,9 @@ def run(settings: Settings, level: int = logging.INFO) -> None:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         listener = socket.create_server((settings.host, settings.port), family=family, backlog=1024)
-        # Connections inherit this option. asyncio sets it only for sockets with a protocol number.
-        # Without it, each response to a client with delayed ACKs waits 40 ms.
+        # Accepted connections inherit this option from the listener. asyncio sets it only for
+        # sockets with a protocol number. Without it, each response to a client with delayed ACKs
+        # waits 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(

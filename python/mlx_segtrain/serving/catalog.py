@@ -145,7 +145,8 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
             deep = len(place.relative_to(root).parts) >= DEPTH
             hidden = [x for x in folders if x.startswith(CLOSED) or x in PASSED]
             folders[:] = [] if deep else sorted(set(folders) - set(hidden))
-            # Skip links, which may lead out of the roots, unless they lead to the hub's own files.
+            # Skip links, which may point outside the roots, except links to files of the Hugging
+            # Face cache.
             links = [file for file in files if os.path.islink(place / file)]
             own = {*files} - {file for file in links if not _is_blob(place, file)}
             if str(place).isprintable():  # a name that cannot be decoded cannot be sent as JSON
@@ -153,7 +154,7 @@ def _folders(roots: Sequence[Path]) -> Iterator[tuple[Path, set[str]]]:
 
 
 def _is_blob(place: Path, file: str) -> bool:
-    """Returns whether a link in the Hugging Face cache leads to a file of the same repository."""
+    """Returns whether a link in the Hugging Face cache points to a file of the same repository."""
     found = FOLDER.search(str(place))
     if found is None or found["kind"] != "models":
         return False

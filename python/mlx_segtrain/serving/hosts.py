@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from ..errors import InputError, either
 
-#: The name by which mlx.launch recognizes this machine, for which it does not use SSH.
+#: For a host with this name, mlx.launch starts processes on this machine, without SSH.
 HERE = "127.0.0.1"
 #: MLX's backends. The first two need no special hardware to connect ranks.
 BACKENDS = ("ring", "nccl", "jaccl", "jaccl-ring")

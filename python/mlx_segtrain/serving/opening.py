@@ -52,7 +52,7 @@ def confine(roots: Roots) -> None:
         if not roots.holds(Path(path)) or path.startswith(modules):
             return
         found = path_of(file, path)
-        if _known(str(found)) != _known(path):  # a link led there
+        if _known(str(found)) != _known(path):  # the path contains a link
             roots.check(Path(path), found)
 
     def open_number(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
@@ -85,7 +85,7 @@ def confine(roots: Roots) -> None:
 
 
 def _known(path: str) -> str:
-    """Returns a path in a form that can be compared. On macOS, case does not matter in paths."""
+    """Returns a path in a form that can be compared. Paths are case-insensitive on macOS."""
     return path.casefold() if sys.platform == "darwin" else path
 
 

@@ -14,8 +14,8 @@ LONGEST_PATH = 4096
 #: Maximum number of files and folders below a folder that a client names. Each of them may be a
 #: link, so all are checked.
 MOST_BELOW = 20_000
-#: Maximum number of links below such a folder, and in a chain of links, because following links
-#: takes time.
+#: Maximum number of links below a folder that a client names, and in a chain of links. Following
+#: links takes time, so both are limited.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -29,7 +29,7 @@ class Roots:
     """The folders in which clients may use paths.
 
     The following are excluded: hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a
-    hub cache that are not models, and the jobs of the server's store.
+    hub cache that are not models, and the files of jobs in the server's store.
     """
 
     def __init__(self, roots: Iterable[Path], store: Path | None = None):
@@ -91,7 +91,7 @@ class Roots:
     def _is_of_jobs(self, path: Path) -> bool:
         if self.store is None or not path.is_relative_to(self.store) or path == self.store:
             return False
-        # Case does not matter on macOS.
+        # Paths are case-insensitive on macOS.
         return path.relative_to(self.store).parts[0].casefold().startswith("jobs")
 
     def _check_links(self, path: Path) -> None:

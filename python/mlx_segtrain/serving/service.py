@@ -67,7 +67,7 @@ BURST, PER_MINUTE = 60, 60
 
 @dataclass(frozen=True)
 class Plan:
-    """Whether a run fits into memory, a message that explains this, and the plan if the run
+    """Whether a run fits into memory, a message that says why or why not, and the plan if the run
     fits."""
 
     fits: bool
@@ -244,15 +244,16 @@ class Service:
         self.roots.check(Path(name), hub.cache().resolve())
 
     def download(self, name: str, kind: hub.Kind) -> Row:
-        """Submits a job that downloads a model or a data set. Raises InputError if that is not
-        allowed."""
+        """Submits a job that downloads a model or a data set. Raises InputError if downloads are
+        not allowed."""
         if (hub.named(name) if kind == "model" else repository.named(name)) is None:
             raise InputError(f"{shown(name)} is not a name on the hub: use org/name.", status=422)
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
     async def search(self, words: str, kind: hub.Kind) -> list[Hit]:
-        """Searches the hub. Raises InputError if that is not allowed, or if the hub fails."""
+        """Searches the hub. Raises InputError if downloads are not allowed, or if the search
+        fails."""
         self._check_downloads(words)
         return await self.searches.run(words, kind)
 

@@ -1,4 +1,4 @@
-"""The completions of a request while they are generated, for all OpenAI routes."""
+"""Generates and collects the completions of a request, for all OpenAI routes."""
 
 import asyncio
 import codecs
@@ -31,9 +31,10 @@ logger = logging.getLogger("mlx_segtrain.serving")
 #: disconnected.
 LOOK_S = 0.25
 _GRAMMARS = Pool("grammars", 1, 16)
-#: Maximum number of log-probabilities that a request returns, including those of alternatives.
+#: Maximum number of log-probabilities in the response to a request, including those of
+#: alternatives.
 MOST_TOLD = 1_000_000
-#: Maximum number of seconds to retry while all processes that could parse tool calls are busy.
+#: How long, in seconds, to keep retrying while all processes that parse tool calls are busy.
 CALLS_S = 10.0
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -57,7 +58,7 @@ class Delta:
 
 class Answers:
     """The completions of a request: first the `n` completions of its first prompt, then those of
-    the next."""
+    the next prompt, and so on."""
 
     def __init__(self, base: Base, asked: list[list[int]], body: Generate):
         self.base, self.prompt_tokens = base, sum(map(len, asked))
@@ -72,7 +73,7 @@ class Answers:
         self._parts = [Parts(self._tags, reasoning=opens) for opens in opened]
         # For each completion:
         self._called = [0] * len(opened)  # number of tool calls
-        self._forced = [""] * len(opened)  # its text, if tool calls are forced
+        self._forced = [""] * len(opened)  # the text of the tool calls, if they are forced
         self._made = [0] * len(opened)  # number of tokens
         # The number of characters already sent, and a decoder that stores the bytes of an
         # incomplete character.
@@ -86,7 +87,8 @@ class Answers:
 
     @classmethod
     async def begin(cls, engine: Engine, chosen: Selected, body: Generate, id: str) -> "Answers":
-        """Starts to generate. `id` identifies the request in the log. Raises InputError or Busy."""
+        """Starts generating the completions. `id` identifies the request in the log. Raises
+        InputError or Busy."""
         base = chosen.base
         asked = await prompts(body.size).run(body.encode, chosen)
         grammar = None
@@ -118,13 +120,15 @@ class Answers:
         return Tags.of(self.base.tokenizer, calls=self._calls == "auto")
 
     def _opened(self, prompt: list[int]) -> bool:
-        """Returns whether a prompt ends inside reasoning, which some chat templates begin."""
+        """Returns whether a prompt ends inside a reasoning block. Some chat templates open such a
+        block at the end of the prompt."""
         if self._tags.think is None:
             return False
         return begins_reasoning(self.base.tokenizer, prompt)
 
     async def close(self) -> None:
-        """Ends running generations, and logs the request. It may be called more than once."""
+        """Ends running generations, and logs the request. This method may be called more than
+        once."""
         for generation in self._generations:
             await generation.aclose()
         if self._line:
@@ -277,7 +281,7 @@ class Answers:
 
     def text_logprobs(self, index: int, told: Sequence[tuple[int, Told]]) -> dict[str, Any]:
         """Returns the log-probabilities of a completion's next tokens. Offsets count complete
-        characters: a character that spans several tokens starts at the first of them."""
+        characters, so all tokens of a character that spans several tokens have the same offset."""
         tokens = [self._word(token)[0] for token, _ in told]
         places, tops = [], []
         for token, (_, best) in told:

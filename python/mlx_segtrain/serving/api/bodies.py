@@ -1,8 +1,8 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A body of a few bytes may contain millions of values, each of which uses memory and blocks the
-server. Therefore, before a body is parsed, the punctuation outside strings is counted to limit the
-number of values.
+A body of a few megabytes may contain millions of values, which take up memory, and parsing them
+blocks the server. Therefore, before a body is parsed, the punctuation outside strings is counted to
+limit the number of values.
 """
 
 import json
@@ -16,7 +16,7 @@ from fastapi.routing import APIRoute
 
 from ..pools import Busy, Pool
 
-#: A body of at most this many bytes is parsed immediately.
+#: A body of at most this many bytes is parsed directly instead of in a thread.
 SMALL = 1 << 16
 
 
@@ -30,7 +30,7 @@ class Most:
     values: int
 
 
-#: Prompts and chats may be long lists, of tokens and of turns; configurations are small.
+#: A prompt may be a long list of tokens, and a chat a long list of turns; configurations are small.
 OF_PROMPT, OF_CONFIGURATION = Most(50_000, 50_000, 1_100_000), Most(1000, 1000, 5000)
 
 _PARSING = Pool("large bodies", 2, 16)
@@ -116,8 +116,8 @@ def _decoded(body: bytes) -> str:
 
 
 def _count(text: str, most: Most) -> None:
-    """Raises HTTPException with status 413 if a JSON text has too many values, or with 400 if its
-    brackets do not match, because then the counts are meaningless."""
+    """Raises HTTPException with status 413 if a JSON text has too many values, or with status 400
+    if its brackets are unbalanced, which would make the counts meaningless."""
     # Without escaped characters, every quote begins or ends a string.
     if "\\" in text:
         text = text.replace("\\\\", "").replace('\\"', "")

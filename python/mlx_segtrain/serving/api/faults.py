@@ -1,4 +1,5 @@
-"""Turns errors into responses of one sentence: in OpenAI's format for /v1, otherwise in ours."""
+"""Turns errors into one-sentence responses, in OpenAI's format for /v1 and in our own format
+elsewhere."""
 
 import json
 import reprlib
@@ -25,7 +26,8 @@ SHOULD_BE = "input should be "
 
 
 def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
-    """Returns a sentence about one of the errors, and its details: field, value and allowed values.
+    """Returns a sentence about one of the errors, and the error's details: field, value and allowed
+    values.
 
     Unknown fields take precedence, because a misspelled field is often the reason why a required
     field is missing.
@@ -92,7 +94,7 @@ def place(fault: Any, body: Any) -> tuple[str, ...]:
 
 
 def _name(part: str | int) -> str:
-    """Returns an index, or the name of a field (which a client may have chosen), as safe text."""
+    """Returns an index or a field name as safe text. Clients can choose field names."""
     return str(part) if isinstance(part, int) else word(part)
 
 
@@ -173,8 +175,8 @@ def error_answer(
 
 
 def error_body(path: str, message: str, status: int, code: str | None = None) -> dict[str, Any]:
-    """Returns the content of an error response: in OpenAI's format for /v1, and in ours for other
-    paths."""
+    """Returns the content of an error response: in OpenAI's format for /v1, and in our own format
+    for other paths."""
     if path.startswith("/v1/"):
         return openai_error(status, message, code)
     return {"ok": False, "error": message}

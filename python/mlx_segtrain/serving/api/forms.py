@@ -79,7 +79,7 @@ class FinetuneSubmit(RunRequest, Ranked):
 
 
 class PlanRequest(RunRequest):
-    """A training run whose data_dir is optional, because memory does not depend on it."""
+    """A training run whose data_dir is optional, because memory use does not depend on the data."""
 
     data_dir: str | None = None
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("mlx_segtrain.serving")
 
 #: Maximum bytes of a body. A prompt of a million tokens takes about 4 MB.
 MOST_BYTES = 8 << 20
-#: Lower limits by path. A login sends only a token, which is short.
+#: Lower limits for specific paths. A login sends only a token, which is short.
 SMALL_BODIES = {"/login": 4096}
 #: Maximum total bytes of the bodies in memory, not counting the first FREE bytes of each body.
 MOST_HELD, FREE = 32 << 20, 1 << 16
@@ -77,8 +77,8 @@ class Refused(Exception):
 
 
 class Guard:
-    """The outermost layer. It refuses requests that come from other origins, have no token, or are
-    too large."""
+    """The outermost layer of the application. It refuses requests that come from other origins,
+    have no token, or are too large."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Guard:
             try:
                 self._check_token(scope, headers, session.decode())
             except Refused:
-                if b"authorization" in headers:  # not for session ids, which are too long to guess
+                if b"authorization" in headers:  # tokens only: session ids are too long to guess
                     await self.slow_down()
                 raise
             if self.token is not None:
@@ -284,8 +284,8 @@ def _is_address(name: str) -> bool:
 
 
 def _session(headers: Sequence[tuple[bytes, bytes]]) -> bytes:
-    """Returns the value of our cookie. Other cookies belong to other programs on this machine. They
-    are not parsed, because that could take minutes (CVE-2024-7592)."""
+    """Returns the value of our cookie. Cookies of other programs on this machine are not parsed,
+    because parsing could take minutes (CVE-2024-7592)."""
     text = b";".join(value for name, value in headers if name.lower() == b"cookie")
     found = OWN_COOKIE.findall(text)
     return found[-1] if found else b""

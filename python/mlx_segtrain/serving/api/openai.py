@@ -104,8 +104,8 @@ async def _by_path(service: Service, field: str, text: str) -> str:
 
 
 async def begin(service: Service, request: Request, body: Generate) -> tuple[Answers, Selected]:
-    """Starts to generate the completions of a request. Raises InputError or Busy if that is not
-    possible."""
+    """Starts generating the completions of a request. Raises InputError or Busy if the request
+    cannot be served."""
     base = _base(service)
     if service.waits:
         raise Unserved(
@@ -125,8 +125,8 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
 
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
-    """Returns the usage. It contains the number of cached tokens only if the server has a token;
-    otherwise, the number could reveal other clients' prompts to anyone."""
+    """Returns the usage. It contains the number of cached tokens only if the server has an access
+    token; otherwise, that number could reveal other clients' prompts to anyone."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,
@@ -183,8 +183,8 @@ def _choice(delta: Delta, own: dict[str, Any], logprobs: Any = None) -> dict[str
 async def _events(
     answers: Answers, head: Mapping[str, Any], request: Request, body: Generate
 ) -> AsyncIterator[dict[str, str]]:
-    """Yields the chunks of a stream: first, in a chat, the role of each completion; then the
-    pieces; and finally the usage, if it was requested."""
+    """Yields the chunks of a stream: first the role of each completion (only for chats), then the
+    pieces, and finally the usage if it was requested."""
     with_usage = body.stream_options is not None and body.stream_options.include_usage
     chat = isinstance(body, ChatRequest)
 

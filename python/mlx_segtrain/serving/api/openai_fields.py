@@ -49,7 +49,7 @@ IN_BOTH: Neutral = {
     "include_reasoning": (True,),
     "stream_reasoning": (True,),
     "stream_interval": (1,),
-    # The number of completions, and the data about each
+    # The number of completions, and the data returned about each
     "best_of": (1,),
     "length_penalty": (1,),
     "return_mm_kwargs": (True,),
@@ -60,7 +60,7 @@ IN_BOTH: Neutral = {
     "add_generation_prompt": (True,),
     "chat_template_kwargs": ({},),
     "role_mapping": ({},),
-    # The end of the completion, and the tokens that are shown
+    # When the completion ends, and which tokens its text contains
     "min_tokens": (0,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -69,7 +69,7 @@ IN_BOTH: Neutral = {
     "xtc_threshold": ANYTHING,  # has no effect if xtc_probability is 0
     "draft_model": ("default_model",),
 }
-IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template adds them
+IN_CHAT: Neutral = {**IN_BOTH, "add_special_tokens": (False,)}  # the template adds these tokens
 IN_COMPLETION: Neutral = {
     **IN_BOTH,
     "add_special_tokens": (True,),

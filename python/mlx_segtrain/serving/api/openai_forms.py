@@ -45,7 +45,7 @@ class Part(Request):
 
 
 class Message(Request):
-    """A turn of a chat. The role `developer` means the same as `system`. A `tool` turn is the
+    """A turn of a chat. The role `developer` means the same as `system`. A `tool` turn contains the
     result of a tool call. The content of an assistant turn may be null."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -114,7 +114,7 @@ class StreamOptions(Request):
     neutral = IN_STREAM_OPTIONS
 
 
-#: Maximum number of biases, of turns in a chat, of completions per prompt, and of completions per
+#: Maximum numbers of logit biases, turns in a chat, completions per prompt, and completions per
 #: request.
 BIASES, TURNS, ANSWERS, PROMPTS = 1024, 10_000, 16, 64
 #: Maximum number of alternatives per token for which log-probabilities are returned.

@@ -324,7 +324,7 @@ class Made:
 async def respond(body: ResponseRequest, request: Request, service: Used) -> Any:
     """Generates a response with text and tool calls."""
     chat = body.as_chat()
-    body.input = ""  # frees it, because generation may take a while
+    body.input = ""  # frees the input before generation, which may take a while
     answers, chosen = await begin(service, request, chat)
     made = Made(body, answers, body.model or chosen.base.id, chosen.id)
     if body.stream:

@@ -59,7 +59,7 @@ class Call(BaseModel, strict=True):
 Tools = Annotated[list[Tool], Field(max_length=TOOLS, fail_fast=True)]
 Calls = Annotated[list[Call], Field(max_length=CALLS, fail_fast=True)]
 Choice = Literal["none", "auto", "required"] | ChosenTool
-#: Keywords whose value maps names to schemas.
+#: JSON Schema keywords whose value maps names to schemas.
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 
 

@@ -18,7 +18,7 @@ from .guard import COOKIE, Guard, Refused
 
 FILES = Path(__file__).parents[1] / "page"
 LOGIN = (FILES / "login.html").read_text(encoding="utf-8")
-#: The addresses of the page, and the module that is loaded at each (main.js).
+#: The paths of the page, each with the module that main.js loads for it.
 PAGES = {
     **{"/finetune": "setup", "/finetune/": "setup", "/finetune/jobs": "jobs"},
     **{"/finetune/job/{id}": "job", "/finetune/library": "library", "/finetune/chat": "chat"},
@@ -29,8 +29,8 @@ IMPORT = re.compile(r"""(?:from|import\()\s*["'`]\./([\w/]+\.js)["'`]""")
 
 
 def _version() -> str:
-    """Returns a hash of the page's files. It is part of their addresses, so that a browser can
-    cache them forever and never mixes two versions."""
+    """Returns a hash of the page's files. The hash is part of the files' addresses, so that a
+    browser can cache the files forever and never mixes two versions."""
     found = hashlib.sha256()
     for path in sorted(FILES.rglob("*")):
         if path.is_file():
@@ -84,8 +84,8 @@ async def login() -> HTMLResponse:
 
 @router.post("/login")
 async def check(guard: Used, token: Annotated[str, Form()] = "") -> Response:
-    """Checks the token. If the token is right, the browser receives a session cookie to use
-    instead."""
+    """Checks the token. If the token is right, the browser receives a session cookie, which
+    replaces the token in later requests."""
     if guard.token is not None and not guard.is_token(token.encode("utf-8", "replace")):
         try:
             await guard.slow_down()

@@ -13,7 +13,8 @@ HEAD_S, HEAD_BYTES = 10.0, 64 << 10
 
 
 class Patient(HttpToolsProtocol):
-    """Refuses heads that arrive too slowly or are too large, so that they tie up no resources."""
+    """Refuses heads that arrive too slowly or are too large, which would otherwise tie up
+    resources."""
 
     late: asyncio.TimerHandle | None = None
     head = 0  #: bytes of headers, including trailers
@@ -22,7 +23,8 @@ class Patient(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         before = self.late
         super().data_received(data)
-        # While a head is incomplete, all data belongs to it, and the parser buffers it.
+        # While a head is incomplete, all received data belongs to that head and is buffered by the
+        # parser.
         incomplete = self.late is not None and self.late is before
         self.unread = self.unread + len(data) if incomplete else 0
         if self.unread > HEAD_BYTES and not self.transport.is_closing():

@@ -37,8 +37,8 @@ router = APIRouter(
 
 @router.get("/healthz", tags=["server"])
 async def health(service: Used) -> forms.Health:
-    """Reports that the server is up, with its version and its model. The status is 503 if the
-    server can no longer generate."""
+    """Reports that the server is up, and returns its version and the id of its model. The status is
+    503 if the server can no longer generate completions."""
     base = service.engine.base
     if service.engine.fault is not None:
         raise HTTPException(503, service.engine.fault)
@@ -281,7 +281,7 @@ async def describe(id: str, body: forms.Description, service: Used) -> forms.Job
 
 @router.post("/api/jobs/{id}/cancel", tags=["jobs"], responses=problems(404, 409))
 async def cancel(id: str, service: Used) -> forms.JobAnswer:
-    """Cancels a job. A training run keeps its last completed step."""
+    """Cancels a job. A training run saves the state after its last completed step."""
     return forms.JobAnswer(job=_shown(service, service.jobs.cancel(id)))
 
 
@@ -323,7 +323,7 @@ def _shown(service: Service, row: Row) -> forms.JobRow:
     kind, log = row.job_kind, str(service.jobs.log(row.id))
     values = {"title": kind.title, "trains": kind.trains, "computes": kind.computes}
     values |= {**vars(row), "config_json": row.config_json or None}
-    values |= {"cancelling": bool(row.cancelling)}  # an integer in the row
+    values |= {"cancelling": bool(row.cancelling)}  # the row stores an integer
     values |= {"name": row.label or name, "inputs": inputs, "result": row.result}
     unit = OBJECTIVES[method].unit if method in OBJECTIVES else None
     values |= {"loss_unit": unit, "rewarded": ROWS.get(method or "") == "prompt"}

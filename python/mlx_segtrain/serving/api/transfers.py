@@ -295,8 +295,8 @@ class _Sink:
 
 
 def _archive(opened: Opened) -> Iterator[bytes]:
-    """Yields the blocks of a ZIP file. The files are not compressed, because compression does not
-    make weights smaller."""
+    """Yields the blocks of a ZIP file. The files are not compressed, because weights are barely
+    compressible."""
     sink = _Sink()
     with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # type: ignore[arg-type]
         for name, file in opened.items():
@@ -308,7 +308,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes the temporary files that a killed server has left."""
+    """Removes temporary files that a killed server left behind."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)

@@ -2,9 +2,9 @@
 
 It reads commands from a socket and replies to them. Each command or reply is JSON, preceded by its
 length in 4 bytes. The command `fork` creates a child process, which inherits the loaded libraries
-and tokenizer; `kill` ends a child process. All other commands are methods `do_…`, which run with
-limits on CPU time and memory. The operating system enforces these limits, even if the server has
-ended. The process cannot write files, and receives few environment variables and open files.
+and tokenizer; `kill` ends a child process. Each other command runs a method `do_…`, with limits on
+CPU time and memory. The operating system enforces these limits, even if the server has ended. The
+process cannot write files, and receives few environment variables and open files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ Values = dict[str, Any]
 
 #: Maximum number of tokens in the previewed rows of a report on a data set.
 SHOWN = 100_000
-#: Maximum number of characters in a token. A completion might repeat the longest token throughout.
+#: Maximum number of characters in a token. This limits the length of a completion, which might
+#: repeat the longest token over and over.
 LONGEST_TOKEN = 2000
 #: Maximum factor by which the replacements of a decoder may lengthen a text.
 MOST_GROWTH = 8
@@ -90,7 +91,7 @@ class Child:
             self.children.remove(pid)
 
     def do_load(self, folder: str) -> None:
-        """Loads the tokenizer of a model's folder for this process and its child processes."""
+        """Loads the tokenizer from a model's folder, for this process and its child processes."""
         from ...models import load_tokenizer
 
         _check_decoder(Path(folder))
@@ -133,8 +134,8 @@ class Child:
 
 def _check_decoder(folder: Path) -> None:
     """Raises InputError for a decoder whose regular expressions might take forever, or whose
-    replacements make texts very long. This check is needed because tokens are decoded in the
-    engine's thread, which serves all requests, and not in this process."""
+    replacements make texts very long. This check is needed because tokens are not decoded in this
+    process, but in the engine's thread, which serves all requests."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return

@@ -1,9 +1,9 @@
 """Handles untrusted templates, tokenizers and data in processes that can be killed.
 
 A root process loads the libraries. For each model, a process is forked from the root process, and
-loads the model's tokenizer. Workers, which render and encode, are forked from that process.
-As a result, a worker starts in milliseconds, and a worker that hangs or uses too much memory can be
-killed without affecting the others. Every wait has a time limit.
+loads the model's tokenizer. Workers, which render templates and encode text, are forked from that
+process. As a result, a worker starts in milliseconds, and a worker that hangs or uses too much
+memory can be killed without affecting the others. Every wait has a time limit.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class _Process:
         return bool(wait.poll(1000 * seconds))
 
     def answer(self, seconds: float) -> Any:
-        """Returns the reply. Raises TimeoutError, OSError if the process was killed, or _Told if
-        the command failed."""
+        """Returns the reply. Raises TimeoutError if no reply arrives in time, OSError if the
+        process was killed, or _Told if the command failed."""
         self.wire.settimeout(max(seconds, 0.001))
         answer = receive(self.wire)
         if answer is None:
@@ -199,7 +199,7 @@ class Confined:
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
-        self.users = 0  #: the number of calls in progress; the owner counts them
+        self.users = 0  #: the number of calls in progress, updated by the owner
         self._lock = threading.Lock()  # guards the attributes below
         self._keeper: _Process | None = None  # loads the tokenizer and forks workers
         self._idle: list[_Process] = []
@@ -224,11 +224,12 @@ class Confined:
             self._keeper = keeper
 
     def ask(self, op: str, limits: Limits, what: str, **values: Any) -> Any:
-        """Runs a command in a worker and returns its result. Raises Failed, with a message about
-        `what`, or Busy."""
+        """Runs a command in a worker and returns its result. Raises Failed if the command fails,
+        with a message about `what`, or Busy if the client should try again."""
         self.start()
         begun, worker = time.monotonic(), self._take()
-        # The system limits CPU time. On a busy machine, the elapsed time may be longer.
+        # The system limits only CPU time. Elapsed time may be longer on a busy machine, so its
+        # limit is four times as high.
         worker.begun, worker.seconds = begun, 4 * limits.seconds
         try:
             worker.tell(op, limits, **values)

@@ -1,12 +1,13 @@
-"""One base model, its adapters, and the thread that generates.
+"""One base model, its adapters, and the thread that generates completions.
 
 An MLX stream belongs to one thread, so everything that creates arrays runs on the engine's thread.
-Each round first processes parts of the waiting prompts, one request at a time, with the arrays of
-its adapter in the base's linear layers. Then it computes one token of every completion, in one
-forward pass for all adapters (batching.py), in which each row has its own update. Each request has
-its own cache, random key and token counts, so its completion does not depend on other requests,
-except in the last bits: the order of summation in a matrix product depends on the number of rows. A
-request with `deterministic` is decoded alone, so that its completion is bit-identical each time.
+Each round first processes parts of the waiting prompts, one request at a time, with the request's
+adapter in the base model's linear layers. Then it computes one token of every completion, in one
+forward pass for all adapters (batching.py). In this pass, the update of each row comes from its
+request's adapter. Each request has its own cache, random key and token counts, so its completion
+does not depend on other requests, except in the last bits: the order of summation in a matrix
+product depends on the number of rows. A request with `deterministic` is decoded alone, so that its
+completion is bit-identical each time.
 """
 
 import asyncio
@@ -61,10 +62,10 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
 #: While a job is computing, the engine pauses after each round for REST seconds per second of the
 #: round. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
-#: as long. On an H200 they take 1.01 to 1.12 times as long (bench/LOG.md, 2026-12-01). A pause has
-#: a maximum length, so that no completion stalls.
+#: as long. On an H200, the steps actually take 1.01 to 1.12 times as long (bench/LOG.md,
+#: 2026-12-01). A pause has a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 3.0, 0.15
-#: Maximum number of mounted adapters, and maximum number of bytes in all of them together.
+#: Maximum number of mounted adapters, and their maximum total size in bytes.
 MOST_MOUNTED, MOST_MOUNTED_BYTES = 256, 8 << 30
 #: Maximum number of cached prompts.
 MOST_PROMPTS = 32
@@ -96,8 +97,8 @@ class _Command:
 
 
 class Engine:
-    """Generates with one base model and its adapters. `cache_bytes` limits the size of the cached
-    prompts."""
+    """Generates completions with one base model and its adapters. `cache_bytes` limits the size of
+    the cached prompts."""
 
     def __init__(self, *, cache_bytes: int = 1 << 30):
         self.base: Base | None = None
@@ -128,7 +129,7 @@ class Engine:
         self._rows: Any = None  # the update of each row of a batch (lora/rows.py)
         self._merges = False  # whether caches of the base model can be merged for a batch
         self._batches: list[Batch[Request]] = []
-        self._rate = 0.0  # tokens of prompts per second
+        self._rate = 0.0  # prompt tokens processed per second
         self._device = mx.default_device()
         self._prefill = PREFILL_GPU if self._device.type == mx.DeviceType.gpu else PREFILL
         threading.Thread(target=self._work, name="mlx-segtrain engine", daemon=True).start()
@@ -269,9 +270,9 @@ class Engine:
             with suppress(Exception):
                 self._give_up(Ended(self.fault))
         self._ended.set()
-        # When a thread ends, MLX frees the thread's compiled functions, and needs Python to do so.
-        # If the process exited at that moment, it would abort (ml-explore/mlx#4110). Therefore the
-        # thread does not end before the process.
+        # When a thread ends, MLX frees the thread's compiled functions, for which the Python
+        # interpreter must still be running. If the process exited at that moment, it would abort
+        # (ml-explore/mlx#4110). Therefore the thread does not end before the process.
         threading.Event().wait()
 
     def _serve(self) -> None:
@@ -331,7 +332,8 @@ class Engine:
                 module.forget_casts()
 
     def _admit(self) -> None:
-        """Starts the requests that have waited longest, and pauses requests whose turn is over."""
+        """Starts the requests that have waited longest, and pauses requests whose turn has
+        ended."""
         if not self._waiting:  # this is the usual case between two tokens
             return
         now = time.monotonic()
@@ -401,7 +403,7 @@ class Engine:
                     if not isinstance(error, Exception):  # a panic in a Rust library
                         error = RunError(f"it failed: {_reason(error)}")
             with self._wake:
-                self._commands.popleft()  # generate() must see the command until here
+                self._commands.popleft()  # not earlier, because generate() checks the queue
             if command.future.cancelled():
                 continue
             if error is None:
@@ -419,9 +421,10 @@ class Engine:
             self._step(batch)
 
     def _read_prompts(self) -> None:
-        """Processes prompts in order of arrival. Requests with finished prompts join a batch."""
+        """Processes prompts in order of arrival. Requests whose prompts are finished join a
+        batch."""
         begun, most = time.monotonic(), PROMPTS_S if self._batches else FIRST_PROMPTS_S
-        if self._job:  # the pause after a longer round would be too short
+        if self._job:  # a longer round would need a pause above LONGEST_REST_S
             most = LONGEST_REST_S / REST
         ready: list[Request] = []
         for request in sorted((x for x in self._active if not x.batch), key=lambda x: x.number):
@@ -535,7 +538,7 @@ class Engine:
         self._active = [x for x in self._active if x not in requests]
 
     def _end(self, *requests: Request) -> None:
-        """Ends requests. Their caches are kept for prompts with the same beginning."""
+        """Ends requests. Their caches are kept for later prompts with the same prefix."""
         if not requests:
             return
         self._take_out(requests)
@@ -548,8 +551,8 @@ class Engine:
             mx.clear_cache()
 
     def _keep(self, request: Request, cache: list[Any]) -> None:
-        """Keeps a cache for prompts with the same beginning. The caches of deterministic requests
-        are not kept."""
+        """Keeps a cache for later prompts with the same prefix. The caches of deterministic
+        requests are not kept."""
         if request.done and not request.options.deterministic and not self._job:
             # The adapters' key is passed as the first token. If it were passed as the name of the
             # model, LRUPromptCache would never free it.
@@ -622,9 +625,9 @@ class Engine:
         return layers
 
     def _begin(self, request: Request) -> list[Any]:
-        """Returns a cache that contains the longest cached beginning of a prompt, but never the
-        prompt's last token. For a deterministic request, whose completion must not depend on
-        cached prompts, returns an empty cache."""
+        """Returns a cache of the longest cached prefix of a prompt, which never includes the
+        prompt's last token. For a deterministic request, whose completion must not depend on cached
+        prompts, returns an empty cache."""
         from mlx_lm.models.cache import KVCache, make_prompt_cache
 
         own, base = request.selected, request.selected.base
@@ -652,8 +655,8 @@ class Engine:
 
 
 def _free() -> None:
-    """Returns free memory to the system. MLX and the C library (as configured in
-    csrc/core/kernel.cpp) keep free memory for new arrays."""
+    """Returns free memory to the system. Otherwise, MLX and the C library (as configured in
+    csrc/core/kernel.cpp) keep it for new arrays."""
     mx.clear_cache()
     if sys.platform == "linux":
         with suppress(AttributeError):  # the C library has no such function

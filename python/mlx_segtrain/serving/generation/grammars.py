@@ -50,8 +50,8 @@ class Grammar:
             self._check()
 
     def allowed(self, n: int) -> mx.array:
-        """Returns bool [n], which is true for the tokens that may follow. After the end of the
-        grammar, these are the end-of-sequence tokens."""
+        """Returns bool [n], which is true for the tokens that may follow. Once the text is
+        complete, only end-of-sequence tokens may follow."""
         if self._matcher.is_stopped():
             return mx.zeros(n, mx.bool_).at[mx.array(list(self._ends))].add(True)
         mask = llguidance.numpy.allocate_token_bitmask(1, self._tokens)
@@ -144,8 +144,8 @@ class Grammars:
         return self._made(field, llguidance.LLMatcher.grammar_from_lark, grammar, _LARK)
 
     def _made(self, field: str, read: Any, text: str, begins: str = "") -> Grammar:
-        """Compiles a grammar. `begins` are the characters with which rules, groups and subschemas
-        start."""
+        """Compiles a grammar. `begins` contains the characters that start rules, groups and
+        subschemas."""
         if len(text) > MOST_TEXT:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:

@@ -24,8 +24,8 @@ class Metrics:
         now: Mapping[str, tuple[str, Callable[[], float]]],
         mounted: Callable[[], Mapping[str, Mounted]],
     ):
-        """`now` maps names of gauges to a description and a function that returns the value.
-        `mounted` returns the mounted adapters by id."""
+        """`now` maps the name of each gauge to its description and a function that returns its
+        value. `mounted` returns the mounted adapters by id."""
         self._mounted = mounted
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry, "namespace": "segtrain"}
@@ -43,7 +43,7 @@ class Metrics:
             Gauge(name, about, **own).set_function(read)
 
     def count(self, request: Request, finish: str) -> None:
-        """Counts a completion that has ended. `finish` is stop, length, gone or failed."""
+        """Counts a completion that has ended. `finish` is "stop", "length", "gone" or "failed"."""
         adapters, now = request.selected.adapters, time.monotonic()
         name = STACK if len(adapters) > 1 else NONE
         if len(adapters) == 1:

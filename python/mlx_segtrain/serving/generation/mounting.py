@@ -52,8 +52,8 @@ class Base:
     chain: Chain
     #: The layers that can have updates, by path. The embedding and the head are added when needed.
     modules: dict[str, lora.LoRALinear]
-    confined: Confined  #: the processes that run its tokenizer and its chat template
-    grammars: Grammars  #: compiles grammars for its tokenizer
+    confined: Confined  #: the processes that run the model's tokenizer and chat template
+    grammars: Grammars  #: compiles grammars for the model's tokenizer
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a text that is not a chat, including the tokenizer's special
@@ -68,7 +68,7 @@ class Base:
 
     def tokens(self, op: str, what: str, size: int, **values: Any) -> list[int]:
         """Returns the tokens of a text of `size` characters, computed by a tokenizer process.
-        Raises InputError if that fails, or if there are more tokens than the model's context
+        Raises InputError if tokenization fails, or if the tokens exceed the model's context
         length."""
         most = MOST_TOKENS if self.max_length is None else self.max_length
         found = self.confined.ask(op, Limits.of_prompt(size), what, most=most, **values)
@@ -125,7 +125,7 @@ class Selected:
         variables: Mapping[str, Any] | None = None,
         tools: Sequence[Any] | None = None,
     ) -> list[int]:
-        """Returns the tokens of a chat with the generation prompt. The template's `variables`
+        """Returns the tokens of a chat, including the generation prompt. The template's `variables`
         replace the values with which the adapters were trained.
 
         Raises InputError if there is no template, if the template fails or does not support tools,
@@ -183,8 +183,8 @@ def _too_long(n: int, most: int, id: str) -> InputError:
 
 
 def read_base(path: Path, confined: Confined) -> Base:
-    """Loads a model whose tokenizer `confined` has already loaded. Raises InputError if that
-    fails."""
+    """Loads a model whose tokenizer `confined` has already loaded. Raises InputError if the model
+    cannot be loaded."""
     model, _, tokenizer = load_base(path)
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
@@ -295,7 +295,7 @@ class Linears:
         cached."""
         if len(adapters) < 2:
             return adapters[0].adapter if adapters else lora.Adapter({}, {})
-        # Sorted, because the sum does not depend on the order of the adapters.
+        # Sorted, so that the cached sum is found regardless of the order of the adapters.
         own = sorted(adapters, key=lambda mounted: mounted.id)
         key = tuple(mounted.serial for mounted in own)
         if key not in self._sums:

@@ -32,7 +32,7 @@ class _Mail:
                 raise
 
     def _deliver(self) -> None:
-        # This must come first, so that an item that arrives now wakes the loop again.
+        # This must come first, so that an item that arrives during delivery wakes the loop again.
         self._called = False
         while self._items:
             queue, item = self._items.popleft()
@@ -43,7 +43,7 @@ _mail: WeakKeyDictionary[asyncio.AbstractEventLoop, _Mail] = WeakKeyDictionary()
 
 
 class Outbox:
-    """A queue that leads from the engine's thread to a reader in an event loop."""
+    """A queue that carries items from the engine's thread to a reader in an event loop."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -61,8 +61,8 @@ class Outbox:
 
 
 class Generation(AsyncIterator[Piece]):
-    """Yields the pieces of a completion. Raises RunError if the completion fails. If this object is
-    dropped, the completion ends."""
+    """Yields the pieces of a completion. Raises RunError if the completion fails. Deleting this
+    object ends the completion."""
 
     def __init__(self, outbox: Outbox):
         self._outbox = outbox

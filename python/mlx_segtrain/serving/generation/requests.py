@@ -12,8 +12,8 @@ _numbers = count()
 
 
 class Request(Answer):
-    """A completion whose pieces are read in an event loop. It must be created inside the running
-    loop."""
+    """A completion whose pieces are read in an event loop. Instances must be created on the loop's
+    thread, while the loop is running."""
 
     def __init__(self, prompt: list[int], selected: Selected, options: Options):
         super().__init__(prompt, selected.base, options)

@@ -16,7 +16,7 @@ from ...files import lock, private, to_json
 
 #: The number of bytes that are read at a time.
 BLOCK = 1 << 16
-#: Maximum number of bytes of a line to show.
+#: A line that is not an event is truncated to this many bytes.
 LONGEST = 1 << 16
 #: Maximum size in bytes of a line that is cached for other readers.
 SHORT = 1 << 11
@@ -44,7 +44,8 @@ _known = lru_cache(maxsize=4096)(_parsed)  # many clients follow one job
 
 
 def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]], int]:
-    """Returns some of the events after an offset, as (id, JSON), and the offset at which they end.
+    """Returns some of the events after an offset, as (id, JSON) pairs, and the offset at which they
+    end.
 
     If `ended` is set, nothing more will be written, so an incomplete last line is returned as well.
     """
@@ -70,8 +71,8 @@ def read(path: Path, after: int, *, ended: bool) -> tuple[list[tuple[int, str]],
 
 
 def _line_start(file: BinaryIO, after: int) -> int:
-    """Moves the file to an offset or, if that is inside a line, to the end of the line. Returns the
-    offset that was reached."""
+    """Seeks to an offset or, if the offset is inside a line, to the end of that line. Returns the
+    new position."""
     file.seek(max(after - 1, 0))
     if after and file.read(1) != b"\n":
         file.readline()
@@ -92,7 +93,8 @@ def events(path: Path, after: int = 0) -> list[Event]:
 def last(path: Path, begins: int) -> Event | None:
     """Returns the event that ended the attempt whose events start at the offset `begins`, or None
     if the attempt has no such event."""
-    # The end of the log suffices, because a process prints little after its last event.
+    # Reading only the end of the log suffices, because a process prints little after its last
+    # event.
     with suppress(FileNotFoundError):
         begins = max(begins, path.stat().st_size - BLOCK)
     ends = [event for event in events(path, begins) if event["type"] in LAST]
@@ -117,7 +119,7 @@ def claim(path: Path) -> int | None:
 
 
 def open_end(path: Path) -> int:
-    """Opens the log for appending at the start of a line."""
+    """Opens the log for appending, and ends an incomplete last line."""
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     _end_line(file)
     return file

@@ -127,7 +127,7 @@ class Group:
         print(f"rank {rank} is process {pid} on {host}")
         if rank == 0 and self.stopped:
             self._signal()
-        if len(self.pids) == self.size:  # before that, a terminal could still echo its input
+        if len(self.pids) == self.size:  # earlier, a terminal could still echo the input
             lines = [self.given[i : i + LINE] for i in range(0, len(self.given), LINE)]
             text = "".join(f"{FIRST}{own}\n" for own in lines) + "\n"
             assert self.process.stdin is not None
@@ -137,8 +137,9 @@ class Group:
 
     @property
     def end(self) -> events.Event:
-        """The last event of the job, once all ranks have ended: the last event of the lowest rank
-        that sent one. If a rank was lost, each remaining rank reports which rank it was."""
+        """The last event of the job, available once all ranks have ended. It is the last event of
+        the lowest-numbered rank that sent one. If a rank was lost, each remaining rank reports
+        which one."""
         if self.stopped and 0 not in self.ends:
             message = "its processes were killed before they could finish"
             return {"type": "cancelled", "ts": events.now(), "message": message}

@@ -41,13 +41,13 @@ class JobKind:
     name: str
     title: str  #: the name that users see
     run: Callable[[Values], events.Event]  #: runs the job; returns its last event
-    named: Callable[[Values], str]  #: returns a short description of its inputs
-    computes: bool = False  #: whether it needs the accelerator; such jobs run one at a time
+    named: Callable[[Values], str]  #: returns a short description of the job's inputs
+    computes: bool = False  #: whether the job needs the accelerator; such jobs run one at a time
     variables: tuple[str, ...] = ()  #: additional environment variables
-    measures: bool = False  #: whether it measures a method's loss or reward
-    trains: bool = False  #: whether it saves its state after a signal, and can be resumed
+    measures: bool = False  #: whether the job measures a method's loss or reward
+    trains: bool = False  #: whether the job saves its state after a signal, and can be resumed
     folders: tuple[str, ...] = ()  #: names of values that are existing folders, or lists of them
-    makes: str | None = None  #: the kind of its output_dir (outputs.py)
+    makes: str | None = None  #: the kind of the job's output_dir (outputs.py)
     check: Callable[[Values], None] = lambda values: None  #: raises InputError to refuse the job
 
 
@@ -266,8 +266,8 @@ KINDS = {
 
 
 def kind_of(name: str) -> JobKind:
-    """Returns the kind of job with this name. If the kind is unknown, because a newer version added
-    it, the job cannot be run."""
+    """Returns the kind of job with this name. For an unknown kind, which a newer version must have
+    added, returns a kind whose jobs fail with an error."""
     return KINDS.get(name) or JobKind(name, name.capitalize(), _unknown, lambda values: name)
 
 

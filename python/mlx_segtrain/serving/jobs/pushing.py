@@ -145,7 +145,8 @@ def _opened_folder(folder: Path, done: str) -> Iterator[int]:
 
 @contextmanager
 def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
-    """Opens a regular file. Raises InputError for a link, which may lead to a secret file."""
+    """Opens a regular file. Raises InputError for a link, because a link may point to a secret
+    file."""
     try:
         how = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         number = os.open(path.name, how, dir_fd=place)
@@ -175,8 +176,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path to an open file. In messages of errors that are raised in the context, `path`
-    replaces it."""
+    """Yields a path through which an open file can be read. Error messages raised in the context
+    mention `path` instead."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

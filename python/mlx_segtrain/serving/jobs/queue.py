@@ -163,12 +163,12 @@ class Jobs:
         return self.store.with_status("running")
 
     def cancel(self, id: str) -> Row:
-        """Cancels a job, which may take a while to end. A training run keeps its last completed
-        step.
+        """Cancels a job, which may take a while to end. A training run saves the state after its
+        last completed step.
 
-        If this method is called again after two seconds, the job does not finish its step. If it is
-        called again KILLED_AFTER_S seconds after the first call, the process is killed. Raises
-        Conflict if the job has ended.
+        If this method is called again at least two seconds later, the job ends without finishing
+        its current step. If it is called again at least KILLED_AFTER_S seconds after the first
+        call, the process is killed. Raises Conflict if the job has ended.
         """
         row = self.get(id)
         if row.ended:
@@ -189,7 +189,7 @@ class Jobs:
             raise Conflict(f"{id} is {row.status}: only failed or cancelled jobs can be resumed.")
         self._check_free(None if row.output_path is None else Path(row.output_path))
         values = row.values
-        if row.opened:  # otherwise a run in the folder is not from this job
+        if row.opened:  # otherwise, a run in the folder belongs to another job
             values |= {"resume": "auto", "overwrite": False}
         self.store.requeue(id, json.dumps(values))
         eventlog.append(self.log(id), {"type": "queued", "ts": now(), "resumed": True})
@@ -217,7 +217,8 @@ class Jobs:
             path.unlink(missing_ok=True)
 
     async def follow(self, id: str, after: int = 0) -> AsyncIterator[list[tuple[int, str]]]:
-        """Yields lists of the events after an offset, as (id, JSON), until the job has ended."""
+        """Yields the events after an offset, in lists of (id, JSON) pairs, until the job has
+        ended."""
         path = self.log(id)
         while True:
             live = self.live.get(id)

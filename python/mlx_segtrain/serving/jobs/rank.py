@@ -1,8 +1,8 @@
 """A rank of a job, started by mlx.launch (launcher.py): main(KIND).
 
-The rank reads the job's configuration from stdin, so that lists of processes do not show it. The
-rank prints its events, one per line, for the job's process (group.py). Events are ASCII, because
-mlx.launch may split the output between any two bytes.
+The rank reads the job's configuration from stdin, so that the configuration does not appear in
+process lists. The rank prints its events, one per line, for the job's process (group.py). Events
+are ASCII, because mlx.launch may split the output between any two bytes.
 """
 
 import json

@@ -38,7 +38,7 @@ ADDED = {
     "label": "TEXT NOT NULL DEFAULT ''",  # a name that the user gave the job
     "note": "TEXT NOT NULL DEFAULT ''",
     "tags_json": "TEXT NOT NULL DEFAULT '[]'",
-    "ranks_json": "TEXT",  # the last figures of the job's ranks, if there are several
+    "ranks_json": "TEXT",  # the latest figures of the job's ranks, if there are several
 }
 #: Indexes for lists and the queue. Without them, each query would read all jobs.
 INDEXES = (
