@@ -340,7 +340,9 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, forked):
     (data / "train.jsonl").write_bytes(
         "".join(json.dumps(row) + "\n" for row in rows).encode() + b'{"text": "\xff"}\n'
     )
-    with pytest.raises(InputError, match=r"train\.jsonl:201: byte 11 of the line is not UTF-8"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:201: byte 11 of the line is not valid UTF-8"
+    ):
         load_dataset(data, tokenizer, of("messages"), model)
 
 

@@ -320,7 +320,7 @@ def test_a_template_that_rewrites_a_turn_of_a_response_is_refused(tmp_path):
     rows = [text_pair([USER], "yes", "no"), text_pair([USER], "yes", [says("a"), USER, says("b")])]
     tokenizer = byte_level(THINKING)
     assert len(load(tmp_path, tokenizer, rows[0]).rows) == 1
-    with pytest.raises(InputError, match=r"train\.jsonl:2 rejected: .* one assistant message"):
+    with pytest.raises(InputError, match=r"train\.jsonl:2 rejected: .* a single assistant message"):
         load(tmp_path, tokenizer, *rows)
 
 

@@ -482,7 +482,7 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
         if event.get("stage") == "setup":
             train(other)
 
-    with pytest.raises(InputError, match="was used by another run while this one was loading"):
+    with pytest.raises(InputError, match="was used by another run while this run was loading"):
         train(config_of(llama4, data, tmp_path / "a", **changes), on_event)
     assert list(checkpoint.found(tmp_path / "a")) == [4]
 

@@ -363,7 +363,7 @@ def test_an_id_that_is_mounted_stays(shared, adapters):
     "id", ["", " ", ".", "..", "a+b", "a,b", "a/b", "None", "Stack", "a\n", " a", "\0"]
 )
 def test_ids_that_cannot_be(shared, adapters, id):
-    with pytest.raises(InputError, match="cannot name an adapter"):
+    with pytest.raises(InputError, match="is not a valid adapter id"):
         asyncio.run(shared.mount(id, adapters["a"]))
 
 

@@ -180,20 +180,20 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.json", '[{"a": 1}, {"a": 2]', "a.json:2: the row is not JSON"),
+        ("a.json", '[{"a": 1}, {"a": 2]', "a.json:2: the row is not valid JSON"),
         ("a.json", '[{"a": 1} {"a": 2}]', "a.json:1: the row must be followed by a comma"),
         ("a.json", '[{"a": 1}, 7]', "a.json:2: the row must be a JSON object, not a number"),
-        ("a.json", '[{"a": 1},]', "a.json:2: the row is not JSON"),
+        ("a.json", '[{"a": 1},]', "a.json:2: the row is not valid JSON"),
         ("a.json", '[{"a": 1}', "a.json:1: the row must be followed by a comma"),
         ("a.json", '[{"a": 1}] x', "a.json continues after the end of its list"),
         ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
         ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row contains a lone surrogate"),
-        ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not UTF-8"),
-        ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not JSON"),
+        ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not valid UTF-8"),
+        ("a.json", '{"data": [\n{"a": 1}]}', "a.json:1: the line is not valid JSON"),
         ("a.csv", "a,b\n1,2\n\n1\n", "a.csv:2: the row has 1 cells, but the header has 2"),
-        ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "a.csv:2: the row is not CSV"),
+        ("a.csv", 'a,b\n1,2\n1,"2\n3,4\n', "a.csv:2: the row is not valid CSV"),
         ("a.csv", "a,a\n1,2\n", "a.csv: two columns have the same name"),
-        ("a.csv", b"a,b\n1,2\n1,\xff\n", "a.csv:2: the row is not UTF-8"),
+        ("a.csv", b"a,b\n1,2\n1,\xff\n", "a.csv:2: the row is not valid UTF-8"),
         ("a.csv", "a\n" + "x" * 99, "a.csv:1: the row is larger than"),
         ("a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 99}), "a.jsonl:2: the row is larger"),
         ("a.json", json.dumps([{}, {"a": "x" * 200}]), "a.json:2: the row is larger than"),
@@ -309,7 +309,9 @@ def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     blocks = source_of(tmp_path / "a.parquet").blocks()
     next(blocks)
     reader.process.kill()
-    with pytest.raises(InputError, match=r"a\.parquet cannot be read in parts of at most 256 MiB"):
+    with pytest.raises(
+        InputError, match=r"a\.parquet is corrupt, or cannot be read in parts of at most 256 MiB"
+    ):
         list(blocks)
     blocks = source_of(tmp_path / "a.parquet").blocks()
     next(blocks)
@@ -489,9 +491,9 @@ def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
         (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
         (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
         (["train-0-of-3.csv", "train-2-of-3.csv"], "has only 2 of the files train-*-of-3.csv: add"),
-        (["a.csv", "b.csv"], "has no file train.jsonl, and no train file in another format"),
-        (["valid.csv"], "has no file train.jsonl"),
-        ([".train.csv"], "has no file train.jsonl"),
+        (["a.csv", "b.csv"], "contains no training file: add train.jsonl, or a file named train"),
+        (["valid.csv"], "contains no training file"),
+        ([".train.csv"], "contains no training file"),
     ],
 )
 def test_folders_of_which_it_cannot_be_told(names, says, tmp_path):
