@@ -334,7 +334,9 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, forked):
     write(data, rows)
     with pytest.raises(InputError, match=r"train\.jsonl:100: the row has .* method sft does not"):
         load_dataset(data, tokenizer, of("messages"), model)
-    with pytest.raises(InputError, match=r"train\.jsonl:100: pairs and other rows cannot be"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:100: preference pairs and other rows cannot be"
+    ):
         load_dataset(data, tokenizer, replace(of("messages"), method=None), model)
     rows[99] = ROWS["messages"](1)
     (data / "train.jsonl").write_bytes(

@@ -177,7 +177,9 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
             "label": True,
         },
     )
-    with pytest.raises(InputError, match=r"train\.jsonl:2: pairs and other rows cannot be"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:2: preference pairs and other rows cannot be"
+    ):
         load(tmp_path, tokenizer, *rows)
 
 

@@ -430,7 +430,7 @@ def test_bad_chats(server, change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompt": ["a"] * 65}, "prompt: more than 64 answers"),
+        ({"prompt": ["a"] * 65}, "prompt: a request can ask for at most 64 answers"),
         ({"prompt": ["a", "b"], "n": 33}, "n: "),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: "),
         ({"tool_choice": "required"}, "tool_choice: "),

@@ -185,7 +185,7 @@ def test_a_compressed_file_that_ends_early(name, tmp_path):
         ("a.json", '[{"a": 1}, 7]', "a.json:2: the row must be a JSON object, not a number"),
         ("a.json", '[{"a": 1},]', "a.json:2: the row is not valid JSON"),
         ("a.json", '[{"a": 1}', "a.json:1: the row must be followed by a comma"),
-        ("a.json", '[{"a": 1}] x', "a.json continues after the end of its list"),
+        ("a.json", '[{"a": 1}] x', "a.json has text after the end of its list"),
         ("a.json", "[" * 200_000, "a.json:1: the row is nested too deeply"),
         ("a.json", '[{"a": "\\ud800"}]', "a.json:1: the row contains a lone surrogate"),
         ("a.json", b'[{"a": "\xff"}]', "a.json:1: this row or a later one is not valid UTF-8"),
@@ -309,9 +309,7 @@ def test_a_reader_that_is_ended(tmp_path, monkeypatch):
     blocks = source_of(tmp_path / "a.parquet").blocks()
     next(blocks)
     reader.process.kill()
-    with pytest.raises(
-        InputError, match=r"a\.parquet is corrupt, or cannot be read in parts of at most 256 MiB"
-    ):
+    with pytest.raises(InputError, match=r"a\.parquet cannot be read in parts of at most 256 MiB"):
         list(blocks)
     blocks = source_of(tmp_path / "a.parquet").blocks()
     next(blocks)

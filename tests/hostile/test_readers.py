@@ -111,7 +111,7 @@ def test_numbers_of_a_configuration_that_are_loops_of_the_planner(model):
     with pytest.raises(InputError, match="num_kv_shared_layers is 1000000000"):
         read_shape(model)
     changed(model / "config.json", num_kv_shared_layers=0, sliding_window_pattern=0)
-    with pytest.raises(InputError, match="does not fit the weights"):
+    with pytest.raises(InputError, match="does not match the weights"):
         read_shape(model)
 
 

@@ -75,7 +75,7 @@ def _values(line: bytes) -> int:
 def check_columns(name: str, count: int) -> None:
     if count > MOST_COLUMNS:
         raise InputError(
-            f"{name} has more than {MOST_COLUMNS:,} columns; remove those that you do not need."
+            f"{name} has more than {MOST_COLUMNS:,} columns; remove the unneeded columns."
         )
 
 

@@ -75,7 +75,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
         raise InputError(
-            f'{where} is marked for the loss, but its role is "{known}" and only "assistant" '
+            f'{where} sets "train" or "weight", but its role is "{known}" and only "assistant" '
             'messages can be in the loss; remove "train" and "weight".'
         )
     content = message.get("content")
@@ -98,7 +98,9 @@ def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InputError(f'{where}: every tool call must have a function "name" string.')
+            raise InputError(
+                f'{where}: every tool call must contain the function "name" as a string.'
+            )
     for key in REASONING:
         expect(f'{where}: "{key}"', message.get(key, ""), str)
     return message

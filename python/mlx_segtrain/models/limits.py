@@ -41,7 +41,9 @@ def check_files(folder: Path) -> None:
                 )
             most = MOST_JSON.get(entry.name, MOST_OTHER_JSON)
             if entry.name.endswith((".json", ".jinja")) and facts.st_size > most:
-                raise InputError(f"{entry.path} exceeds the size limit of {most >> 20} MiB.")
+                raise InputError(
+                    f"{entry.path} is larger than {most >> 20} MiB, the limit for this file."
+                )
     except OSError as error:
         raise InputError(f"model_dir {folder} cannot be read: {error}.") from None
 

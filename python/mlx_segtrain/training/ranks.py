@@ -253,7 +253,7 @@ class Ranks:
                 # Only the first of the waiting ranks warns.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
-                    self.warn(f"the other ranks have been waiting for {SLOW:.0f} s for {those}")
+                    self.warn(f"the other ranks have waited {SLOW:.0f} s for {those}")
 
     def _blame(self, error: BaseException | None) -> None:
         """Waits until the ranks agree on which rank is lost, then raises LostRank. This is needed

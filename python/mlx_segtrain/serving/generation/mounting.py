@@ -190,7 +190,7 @@ def read_base(path: Path, confined: Confined) -> Base:
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
         raise InputError(
-            f"the output head of {path} has {tables.logits} rows, but the embedding has only "
+            f"the output head of {path} has {tables.logits} rows, but the embedding has "
             f"{tables.tokens}: the weights are inconsistent."
         )
     chain = chain_of(model)
