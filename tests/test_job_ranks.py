@@ -243,7 +243,7 @@ def test_no_gpu_of_others_is_taken(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     assert len(Settings(ranks=2).hosts().hosts) == 2  # on a CPU
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    with pytest.raises(InputError, match="unset it, or start the server without --ranks"):
+    with pytest.raises(InputError, match="unset the variable, or start the server without --ranks"):
         Settings(ranks=2).hosts()
 
 

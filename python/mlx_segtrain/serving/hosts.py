@@ -78,7 +78,7 @@ def local(count: int) -> Hosts:
     if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
         raise InputError(
             "CUDA_VISIBLE_DEVICES is set, but mlx.launch always gives the machine's first GPUs to "
-            "the processes of a job: unset it, or start the server without --ranks."
+            "the processes of a job: unset the variable, or start the server without --ranks."
         )
     return Hosts(hosts=[Host(ssh=HERE, ips=[HERE])] * count)
 

@@ -161,7 +161,9 @@ class Guard:
         name = (parts[1] or parts[2]) if parts else ""
         if name in self.hosts or (self.any_address and _is_address(name)):
             return
-        raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
+        raise Refused(
+            403, f"Host {text[:100]!r} is not a name of this server: allow it with --allow-host."
+        )
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Refuses requests that a browser sends on behalf of a page from another site."""
