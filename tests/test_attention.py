@@ -276,7 +276,7 @@ BAD = [
     (lambda x: ops.attention(x, x, x, scale=1.0, impl="fast"), r"impl must be .*'blocked'.*'fast'"),
     (
         by_segments([0, 0, 5]),
-        r"rise from 0 to at most S = 5.*ids as an array; got offsets \[0, 0, 5",
+        r"increase from 0 to at most S = 5.*an array of ids; got offsets \[0, 0, 5",
     ),
     (by_segments([1, 5]), r"got offsets \[1, 5\]"),
     (by_segments([0, 6]), r"got offsets \[0, 6\]"),
@@ -284,7 +284,7 @@ BAD = [
     (by_segments(np.array([0, 2, 5])), r"array of 5 integer ids; got an array \[3\] of int64"),
     (by_segments(mx.array([0.0] * 5)), r"array of 5 integer ids; got an array \[5\] of .*float32"),
     (by_segments(mx.zeros((5, 1), mx.int32)), r"got an array \[5, 1\] of .*int32"),
-    (by_segments(np.array([1, 2, 2, -1, 1])), r"equal ids to be adjacent; got 1 in two places"),
+    (by_segments(np.array([1, 2, 2, -1, 1])), r"equal ids to be adjacent; got id 1 in two places"),
 ]
 
 

@@ -83,7 +83,7 @@ CASES = {
     "a model that brings a program": (
         lambda w: (w / "model/config.json").write_text('{"model_file": "mine.py"}'),
         {},
-        "contains a program",
+        "specifies its own model code",
     ),
     "data folder missing": (lambda w: shutil.rmtree(w / "data"), {}, "data"),
     "data folder empty": (lambda w: empty(w / "data"), {}, "train.jsonl"),

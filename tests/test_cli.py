@@ -542,7 +542,7 @@ def test_system_message_needs_a_template(
     bare = SimpleNamespace(has_chat_template=False)
     monkeypatch.setattr(mlx_segtrain, "load", Mock(return_value=("model", bare)))
     text = error(capsys, "generate", "--model", "m", "--prompt", "x", "--system", "y")
-    assert "a system message needs a chat template: the model has none" in text
+    assert "a system message requires a chat template, but the model has none" in text
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch) -> None:

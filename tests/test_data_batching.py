@@ -57,7 +57,7 @@ def test_rows_of_similar_length_share_a_batch_padded_to_32():
 def test_a_row_sits_out_at_most_one_epoch_in_a_row_and_all_equally_often(n, batch_size, seed):
     data = dataset([5 + i % 7 for i in range(n)])
     if n < batch_size:
-        with pytest.raises(InputError, match=f"{n} rows .* batch_size = {batch_size}"):
+        with pytest.raises(InputError, match=f"{n} rows .* batch_size is {batch_size}"):
             batches(data, batch_size, seed)
         return
     per_epoch = n // batch_size

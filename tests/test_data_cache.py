@@ -334,13 +334,17 @@ def test_the_first_bad_row_is_told(tmp_path, tokenizer, model, kept, forked):
     write(data, rows)
     with pytest.raises(InputError, match=r"train\.jsonl:100: the row has .* method sft does not"):
         load_dataset(data, tokenizer, of("messages"), model)
-    with pytest.raises(InputError, match=r"train\.jsonl:100: pairs and other rows cannot be"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:100: preference pairs and other rows cannot be"
+    ):
         load_dataset(data, tokenizer, replace(of("messages"), method=None), model)
     rows[99] = ROWS["messages"](1)
     (data / "train.jsonl").write_bytes(
         "".join(json.dumps(row) + "\n" for row in rows).encode() + b'{"text": "\xff"}\n'
     )
-    with pytest.raises(InputError, match=r"train\.jsonl:201: byte 11 of the line is not UTF-8"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:201: byte 11 of the line is not valid UTF-8"
+    ):
         load_dataset(data, tokenizer, of("messages"), model)
 
 

@@ -27,9 +27,9 @@ def message(**fields):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("nonsense", "is not JSON"),
-        ('{"text": "a"', "is not JSON"),
-        ("9" * 5000, "is not JSON"),
+        ("nonsense", "is not valid JSON"),
+        ('{"text": "a"', "is not valid JSON"),
+        ("9" * 5000, "is not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
         ("[1]", "must be a JSON object, not a list"),
         ("null", "must be a JSON object, not null"),
@@ -40,7 +40,7 @@ def message(**fields):
         ('{"prompt": "a", "completion": ["b"]}', '"completion"[0] must be an object, not a string'),
         ('{"messages": "a"}', '"messages" must be a list, not a string'),
         ('{"messages": ["a"]}', '"messages"[0] must be an object, not a string'),
-        ('{"messages": [{"from": "user"}]}', '"messages"[0] needs "role"'),
+        ('{"messages": [{"from": "user"}]}', '"messages"[0] must have a "role"'),
         ('{"messages": [], "tools": {}}', '"tools" must be a list'),
         (message(role="assistant"), '"messages"[1]: "content" must be a string, not null'),
         (message(role="assistant", content=1), '"content" must be a string, not a number'),
@@ -59,7 +59,7 @@ def message(**fields):
         (message(role="user", content="", weight=1), 'and only "assistant" messages can be'),
         ('{"text": "\\ud800"}', "lone surrogate"),
         ('{"text": "a", "\\udfff": 1}', "lone surrogate"),
-        (b'{"text": "\xff"}', "byte 11 of the line is not UTF-8"),
+        (b'{"text": "\xff"}', "byte 11 of the line is not valid UTF-8"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, tokenizer, line, says):
@@ -112,7 +112,7 @@ def test_a_message_with_tool_calls_needs_no_content(tmp_path):
 def test_missing_and_empty_files(tmp_path, tokenizer):
     with pytest.raises(InputError, match="does not exist"):
         load(tmp_path / "none", tokenizer)
-    with pytest.raises(InputError, match=r"no file train\.jsonl"):
+    with pytest.raises(InputError, match=r"contains no training file: add train\.jsonl"):
         load(tmp_path, tokenizer)
     (tmp_path / "train.jsonl").write_text("\n\n")
     with pytest.raises(InputError, match=r"train\.jsonl has no rows"):

@@ -138,19 +138,19 @@ def test_a_prompt_is_cut_before_its_response(tmp_path, bos):
         ({"messages": [USER, says("no")]}, 'method kto needs the keys "prompt", "completion"'),
         (
             {"messages": [USER, says("no")], "label": "maybe"},
-            '"label" must be true or false.*set data_format messages',
+            '"label" must be true for a desirable.*set data_format to messages',
         ),
         (
             {"prompt": "a", "completion": "b", "label": 2},
-            '"label" must be true or false.*set data_format prompt-completion',
+            '"label" must be true for a desirable.*set data_format to prompt-completion',
         ),
         (
             {"messages": [USER, says("no"), MORE], "label": True},
-            '"messages" must end with a user message and an assistant message',
+            '"messages" must end with a user message and the assistant message',
         ),
         (
             {"conversations": [{"from": "gpt", "value": "no"}], "label": True},
-            '"conversations" must end with a user message and an assistant message',
+            '"conversations" must end with a user message and the assistant message',
         ),
         (
             {"messages": [USER, {**says("no"), "weight": 0.5}], "label": True},
@@ -177,7 +177,9 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
             "label": True,
         },
     )
-    with pytest.raises(InputError, match=r"train\.jsonl:2: pairs and other rows cannot be"):
+    with pytest.raises(
+        InputError, match=r"train\.jsonl:2: preference pairs and other rows cannot be"
+    ):
         load(tmp_path, tokenizer, *rows)
 
 

@@ -283,7 +283,7 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
     ("row", "error"),
     [
         ({"chosen": "a", "rejected": "b"}, "the pair has no prompt"),
-        (text_pair("x", 7, "b"), '"chosen" must be a string, like "prompt", not a number'),
+        (text_pair("x", 7, "b"), '"chosen" must be a string, as "prompt" is, not a number'),
         (
             text_pair("x", "a", [USER, says("b")]),
             'not a list; if "rejected" also contains the prompt, remove "prompt"',
@@ -320,7 +320,7 @@ def test_a_template_that_rewrites_a_turn_of_a_response_is_refused(tmp_path):
     rows = [text_pair([USER], "yes", "no"), text_pair([USER], "yes", [says("a"), USER, says("b")])]
     tokenizer = byte_level(THINKING)
     assert len(load(tmp_path, tokenizer, rows[0]).rows) == 1
-    with pytest.raises(InputError, match=r"train\.jsonl:2 rejected: .* one assistant message"):
+    with pytest.raises(InputError, match=r"train\.jsonl:2 rejected: .* a single assistant message"):
         load(tmp_path, tokenizer, *rows)
 
 

@@ -213,7 +213,9 @@ def test_rows_with_a_label(tmp_path):
     with pytest.raises(InputError, match=r"train.jsonl:1: method dpo needs the keys"):
         read(tmp_path, *rows, method="dpo")
     for label in ("good", 2, 0.5, [1]):
-        with pytest.raises(InputError, match=r'train.jsonl:1: "label" must be true or false'):
+        with pytest.raises(
+            InputError, match=r'train.jsonl:1: "label" must be true for a desirable'
+        ):
             read(tmp_path, {**rows[0], "label": label})
 
 
@@ -225,7 +227,7 @@ def test_rows_with_a_label(tmp_path):
         ({"instruction": "a", "input": 1, "output": "b"}, "must be a string, not a number"),
         ({"conversations": {}}, '"conversations" must be a list, not an object'),
         ({"conversations": [{"from": "x", "value": "a"}]}, '"conversations"[0]: the role'),
-        ({"conversations": [{"from": "gpt"}]}, '"conversations"[0] needs "role"'),
+        ({"conversations": [{"from": "gpt"}]}, '"conversations"[0] must have a "role"'),
         ({"conversations": "[}"}, '"conversations" must be a list, not a string'),
         ({"messages": '[{"role": "user"}]'}, '"messages"[0]: "content" must be a string'),
         ({"messages": '["\\ud800"]'}, '"messages" must be a list, not a string'),

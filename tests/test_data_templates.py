@@ -197,7 +197,7 @@ def test_what_a_template_drops_is_reported_by_row(tmp_path):
     said = remarks(None, data, None)
     assert any("in 1 of 2 samples a tool result of the row is missing" in x for x in said)
     report = inspect(tmp_path / "train.jsonl", byte_level(blind), Options(strict=True))
-    assert not report.ok and "leave strict out" in (report.error or "")
+    assert not report.ok and "turn strict off" in (report.error or "")
     assert report.findings["tools"] == ["train.jsonl:2"]
     assert [bool(preview.findings) for preview in report.previews] == [False, True]
 
@@ -337,7 +337,7 @@ def test_generation_asks_as_the_run_was_trained(tmp_path):
     chat_ids = Prompting("chat").ids(tokenizer, "a")
     assert tokenizer.decode(chat_ids) == PROMPT and Prompting().ids(tokenizer, "a") == chat_ids
     assert tokenizer.decode(Prompting("raw").ids(tokenizer, "a")) == "a"
-    with pytest.raises(InputError, match="a system message needs a chat template"):
+    with pytest.raises(InputError, match="a system message requires a chat template"):
         Prompting("raw").ids(tokenizer, "a", "Be")
     assert Prompting("raw").flags == ["--ignore-chat-template"]
     assert Prompting("chat", {"x": 1}).flags == ["--chat-template-config", '{"x": 1}']
@@ -373,7 +373,7 @@ def test_a_prompt_that_both_sides_repeat_stands_once(tmp_path):
 @pytest.mark.parametrize("prompt", ["a", [asks("a")]])
 def test_sides_that_are_the_same_are_refused(tmp_path, prompt):
     row = {"prompt": prompt, "chosen": "yes", "rejected": "yes"}
-    with pytest.raises(InputError, match=r'train\.jsonl:1: "chosen" and "rejected" are the same'):
+    with pytest.raises(InputError, match=r'train\.jsonl:1: "chosen" and "rejected" are identical'):
         load(tmp_path, byte_level(), row, method="dpo")
 
 

@@ -417,7 +417,7 @@ def test_a_configuration_that_contradicts_the_weights(llama4, tmp_path):
     config = json.loads((model / "config.json").read_text())
     for wrong in (5, {"group_size": "a"}):
         (model / "config.json").write_text(json.dumps({**config, "quantization": wrong}))
-        with pytest.raises(InputError, match=r"config\.json does not fit the weights"):
+        with pytest.raises(InputError, match=r"config\.json does not match the weights"):
             fold(adapter, model, tmp_path / "out")
 
 

@@ -475,4 +475,6 @@ def test_dora_that_mlx_lm_cannot_load_is_told(data, tmp_path):
     told = []
     train(config_of(model, data, tmp_path / "a", use_dora=True, iters=1), told.append)
     *_, text = [event["message"] for event in told if event["type"] == "warning"]
-    assert text.startswith("stock mlx-lm 0.32 cannot load DoRA of layers with 3, 5 or 6 bits")
+    assert text.startswith(
+        "stock mlx-lm 0.32 cannot load DoRA adapters of layers with 3, 5 or 6 bits"
+    )

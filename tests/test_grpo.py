@@ -303,7 +303,7 @@ CHAT = chats.chat("a", "b")
         (
             {"messages": chats.chat("a", "b")},
             {"data_format": "messages"},
-            'needs the keys "prompt"',
+            'the row must have the keys "prompt"',
         ),
         ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "use method grpo"),
         ({"prompt": "a"}, {"method": "sft"}, "needs the keys of one format"),

@@ -198,7 +198,7 @@ def test_prompts_that_are_too_long_are_left_out(llama4, prompts, tmp_path):
     train(config(llama4, prompts, tmp_path / "a", **how), told.append, rewards=[vowels])
     said = [event["message"] for event in told if event["type"] == "warning"]
     assert any("prompts of more than max_seq_length - max_completion_tokens" in x for x in said)
-    with pytest.raises(InputError, match=r"train.jsonl has no prompt of at most"):
+    with pytest.raises(InputError, match=r"all prompts of train.jsonl are longer than"):
         how["max_seq_length"] = 12
         train(config(llama4, prompts, tmp_path / "b", **how), rewards=[vowels])
 

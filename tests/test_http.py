@@ -180,7 +180,7 @@ def test_the_schema_is_the_command_line_s(server):
         ({"model_dir": None}, 422, ("model_dir",)),
         ({"model_dir": "/etc"}, 403, ("/etc", "--root")),
         ({"adapter_path": "/root/x"}, 403, ("--root",)),
-        ({"data_dir": "nowhere"}, 400, ("does not exist: pass a file or a folder",)),
+        ({"data_dir": "nowhere"}, 400, ("does not exist: pass an existing file or folder",)),
     ],
 )
 def test_bad_runs_are_refused_in_a_sentence(server, change, status, words):
@@ -198,7 +198,7 @@ def test_other_mistakes(server, run):
     json_type = {"content-type": "application/json"}
     answer = post(url, json={})
     assert (answer.status_code, answer.json()["error"]) == (400, "model_dir and data_dir required")
-    assert "not JSON" in post(url, content=b'{"a": ', headers=json_type).json()["error"]
+    assert "not valid JSON" in post(url, content=b'{"a": ', headers=json_type).json()["error"]
     assert "JSON object" in post(url, content=b"[]", headers=json_type).json()["error"]
     assert "JSON object" in post(url, content=b"a=b").json()["error"]
     assert post(url, content=b"[" * 100_000, headers=json_type).status_code == 400
@@ -464,7 +464,7 @@ def test_what_a_client_sends_keeps_nobody_waiting(server):
     begun = time.monotonic()
     for body in (b'"' + b'\\"' * 500_000, b'{"a": "' + b"//" * 1_000_000, b'"\\' * 300_000):
         answer = http.post("/api/finetune/plan", content=body, headers=as_json)
-        assert answer.status_code == 422 and "not JSON" in answer.json()["error"]
+        assert answer.status_code == 422 and "not valid JSON" in answer.json()["error"]
     assert time.monotonic() - begun < 5
     body = {"model_dir": str(server.cwd / "model"), "data_dir": str(server.cwd / "data")}
     answer = http.post("/api/finetune/submit", json={**body, "sample_prompts": ["x" * 70_000]})

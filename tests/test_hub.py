@@ -372,7 +372,7 @@ def test_push_uploads_an_adapter_and_nothing_beside_it(hub, home, tmp_path, caps
     assert hub.told["/api/repos/create"]["visibility"] == "public"
     capsys.readouterr()
     for place, repo, said in (
-        (folder, "no name at all", "is not a name on the hub"),
+        (folder, "no name at all", "is not a valid hub name"),
         (tmp_path / "none", "me/mine", "is not a directory"),
         (tmp_path, "me/mine", "contains neither an adapter nor a model"),
     ):

@@ -165,7 +165,7 @@ def place(tmp_path_factory):
         (2, 2, {"grad_accumulation_steps": 1}, 422, "grad_accumulation_steps", "there are 2 ranks"),
         (
             *(2, 2, {"parallel": "pipeline", "sample_prompts": ["a"]}, 422, "sample_prompts"),
-            "needs the whole model",
+            "requires the whole model",
         ),
     ],
 )
@@ -217,15 +217,15 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
     "given, words",
     [
         (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ({"hosts": 3}, "is not a hostfile of mlx.launch: hosts: "),
+        ("{", "is not valid JSON"),
+        ({"hosts": 3}, "is not a valid mlx.launch hostfile (hosts: "),
         ([HERE, {"ips": []}], "hosts.1.ssh: "),
         ([HERE, {**THERE, "ssh": "-oProxyCommand=x"}], "hosts.1.ssh: "),
         ([HERE], "fewer than 2 hosts"),
         ({"hosts": [HERE, THERE], "backend": "mpi"}, "choose ring, nccl, jaccl or jaccl-ring"),
         ({"hosts": [HERE, THERE, THERE], "backend": "nccl"}, "lists some hosts more often"),
         ({"hosts": [HERE, THERE, HERE, THERE], "backend": "nccl"}, "or not consecutively"),
-        ([THERE, HERE], "the first host runs rank 0, which writes"),
+        ([THERE, HERE], "the first host must be this machine"),
         ([HERE, {**THERE, "ips": []}], "has a host without ips"),
     ],
 )
@@ -243,7 +243,7 @@ def test_no_gpu_of_others_is_taken(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     assert len(Settings(ranks=2).hosts().hosts) == 2  # on a CPU
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    with pytest.raises(InputError, match="unset it, or start the server without --ranks"):
+    with pytest.raises(InputError, match="unset the variable, or start the server without --ranks"):
         Settings(ranks=2).hosts()
 
 

@@ -325,7 +325,7 @@ def test_other_spellings_of_an_adapter(server, said, folder):
     (folder / "unmounted").mkdir(exist_ok=True)
     for more, status, says in [
         ({"adapters": "nobody"}, 400, "adapter 'nobody' is not mounted"),
-        ({"adapters": str(folder / "unmounted")}, 400, "POST its id and path to /v1/adapters"),
+        ({"adapters": str(folder / "unmounted")}, 400, "POST this path and an id to /v1/adapters"),
         ({"lora_path": "../../etc"}, 403, "is not below a directory"),
         ({"lora_path": ["a"]}, 400, "lora_path: input should be a valid string"),
         ({"adapter": "a", "lora_path": "b"}, 400, "adapter names the adapter 'a', but lora_path"),
@@ -369,7 +369,7 @@ def test_text_that_is_none(server):
         error = check(post(f"/v1/{path}", content=json.dumps(body), headers=kind), 400, says)
         assert "template" not in error["message"]
     body = b'{"prompt": "caf\xe9"}'
-    check(post("/v1/completions", content=body, headers=kind), 400, "the body is not UTF-8")
+    check(post("/v1/completions", content=body, headers=kind), 400, "the body is not valid UTF-8")
     body = json.dumps({"prompt": "\U0001f389"})  # a surrogate pair is one character
     assert "\\ud83c" in body
     assert post("/v1/completions", content=body, headers=kind).status_code == 200
@@ -382,13 +382,13 @@ BAD_CHATS = [
     ({"model": "a", "adapter": "b"}, "model names the adapter 'a', but adapter is 'b'"),
     ({"tools": [{"type": "function"}]}, "tools.0.function is missing"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
-    ({"tool_choice": "required"}, "tool_choice: there are no tools"),
+    ({"tool_choice": "required"}, "tool_choice: this value requires tools"),
     ({"functions": [{"name": "f"}]}, "functions: "),
     ({"response_format": {"type": "json_schema"}}, "json_schema.schema is missing"),
     ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"structured_outputs": {"regex": "(a"}}, "structured_outputs.regex cannot be used"),
     ({"structured_outputs": {"grammar": "start: b"}}, "structured_outputs.grammar cannot be used"),
-    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json is not JSON"),
+    ({"structured_outputs": {"json": "{"}}, "structured_outputs.json is not valid JSON"),
     (
         {"structured_outputs": {"regex": "a", "choice": ["b"]}},
         "regex and structured_outputs.choice both",
@@ -398,7 +398,7 @@ BAD_CHATS = [
     ({"logprobs": 0}, "logprobs: "),
     ({"top_logprobs": 3}, "top_logprobs requires logprobs: true"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
-    ({"messages": IMAGE}, "messages.0.content: the model reads text, not 'image_url'"),
+    ({"messages": IMAGE}, "messages.0.content: the model accepts only text, not 'image_url'"),
     ({"messages": [{"role": "user", "content": None}]}, "messages.0.content is missing"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role"),
     ({"messages": [HELLO[0] | {"tool_calls": [1]}]}, "messages.0.tool_calls"),
@@ -430,7 +430,7 @@ def test_bad_chats(server, change, says):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"prompt": ["a"] * 65}, "prompt: more than 64 answers"),
+        ({"prompt": ["a"] * 65}, "prompt: a request can ask for at most 64 answers"),
         ({"prompt": ["a", "b"], "n": 33}, "n: "),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: "),
         ({"tool_choice": "required"}, "tool_choice: "),
@@ -505,7 +505,7 @@ def test_adapter_routes(folder, said, tmp_path):
             ({"id": "x", "path": "nowhere"}, 400, "is not a folder"),
             ({"id": "x", "path": "broken"}, 400, "adapters.safetensors"),
             ({"id": "x", "path": "../../etc"}, 403, "is not below a directory"),
-            ({"id": "a+b", "path": "a"}, 400, "cannot name an adapter"),
+            ({"id": "a+b", "path": "a"}, 400, "is not a valid adapter id"),
             ({"id": "x"}, 400, "path"),
             ({"path": "a"}, 400, "id"),
             ({"id": 1, "path": "a"}, 400, "id"),

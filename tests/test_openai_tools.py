@@ -488,14 +488,14 @@ def test_tools_that_cannot_be(server, folder, said, tmp_path):
     for text in ("{", "[" * 100_000):
         turn["tool_calls"][0]["function"]["arguments"] = text
         body = CHAT | {"messages": [*HELLO, turn]}
-        check(server.http.post(CHATS, json=body), 400, "arguments is not JSON")
+        check(server.http.post(CHATS, json=body), 400, "arguments is not valid JSON")
     deep = {"type": "function", "function": {"name": "f", "parameters": {"a": "DEEP"}}}
     text, header = json.dumps(CHAT | {"tools": [deep]}), {"content-type": "application/json"}
     for n in range(900, 1000, 3):  # some of these can be parsed but not serialized
         body = text.replace('"DEEP"', '{"a":' * n + "1" + "}" * n)
         assert server.http.post(CHATS, content=body, headers=header).status_code < 500, n
     body = CHAT | {"structured_outputs": {"json": "[" * 50_000}}
-    check(server.http.post(CHATS, json=body), 400, "json is not JSON")
+    check(server.http.post(CHATS, json=body), 400, "json is not valid JSON")
     model = shutil.copytree(said.model, tmp_path / "ORG-Plain")
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     with serving(folder, model) as other:
@@ -711,15 +711,15 @@ def test_a_response_of_a_form_and_with_tools(server):
     ("change", "says"),
     [
         ({"input": []}, "input"),
-        ({"input": [{"role": "user"}]}, "input.0: a message needs a role and content"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text"),
+        ({"input": [{"role": "user"}]}, "input.0: a message must have a role and content"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "accepts only text"),
         (
             {"previous_response_id": "x"},
             "previous_response_id: this server does not support this field",
         ),
         ({"metadata": "x"}, "metadata"),
         ({"store": True}, "store: this server does not support this field"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.type: only tools of the type function"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type: only tools of type function"),
         ({"temperature": 11}, "temperature"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "schema is missing"),
         ({"adapter": "nobody"}, "'nobody' is not mounted"),

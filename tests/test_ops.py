@@ -548,7 +548,7 @@ BAD = [
     ),
     (lambda x: ops.rope(x, 7, base=1e4), r"dims must be even"),
     (lambda x: ops.rope(x, 8), r"either base or freqs"),
-    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments as offsets .* S = 5"),
+    (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 9]), r"segments to be offsets .* S = 5"),
     (lambda x: ops.rope(x, 8, base=1e4, segments=[0, 5], impl="stock"), r"support segments"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 9)))), r"x \[..., 9\]; got \(1,2,5,8\)"),
     (lambda x: ops.lora_linear(x, ops.Base(mx.ones((4, 8))), mx.ones((8, 2))), r"both a and b"),

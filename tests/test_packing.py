@@ -267,7 +267,7 @@ def test_other_methods_and_families_refuse_packing(llama4, pairs, data, tmp_path
         config_of(llama4, pairs, tmp_path / "a", method="dpo", packing=True)
     generic = write_tiny(tmp_path / "generic", "stablelm")
     with pytest.raises(
-        InputError, match="packing is not supported for stablelm, because it runs on mlx-lm"
+        InputError, match="packing is not supported for stablelm, because this model runs on mlx-lm"
     ):
         train(config_of(generic, data, tmp_path / "a", packing=True))
     train(config_of(generic, data, out := tmp_path / "b", packing="auto", iters=1))

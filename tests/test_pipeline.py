@@ -184,10 +184,10 @@ def test_what_a_pipeline_cannot_do_is_said_by_all_ranks(models, rows, tmp_path):
     for rank in range(3):
         texts = [own[2] for own in said(tmp_path, rank) if isinstance(own, list)]
         assert texts[0].startswith(
-            "sample_prompts needs the whole model, but a rank of a pipeline has"
+            "sample_prompts requires the whole model, but each rank of a pipeline has"
         )
         assert (
-            texts[1].startswith("model.embed_tokens of ") and "the first and the last" in texts[1]
+            texts[1].startswith("model.embed_tokens of ") and "on the first rank, and" in texts[1]
         )
         assert texts[2].startswith(
             "the model does not fit on 3 ranks: 0 of them are full, and layer 1 of 4"

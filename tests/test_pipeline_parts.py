@@ -267,7 +267,7 @@ def test_a_rank_finds_that_its_layers_read_more_than_h(monkeypatch):
     assert len(chain_of(model, range(0, 2)).layers) == 3  # only layer 2 reads the extra value
     for layers in (range(1, 3), range(2, 3)):
         with pytest.raises(
-            InputError, match="run layer by layer, it gives different hidden states"
+            InputError, match="run layer by layer, it returns different hidden states"
         ):
             chain_of(model, layers)
 

@@ -162,7 +162,9 @@ def test_epochs_are_steps(llama4, pairs, tmp_path):
     assert train(config, seen.append).steps == math.ceil(1.5 * 12 / 4)
     start = next(event for event in seen if event.get("stage") == "train")
     assert start["iters"] == 5
-    with pytest.raises(InputError, match=r"must be smaller than the 1 steps of epochs = 0\.1"):
+    with pytest.raises(
+        InputError, match=r"must be less than the number of steps \(1 for epochs = 0\.1\)"
+    ):
         how = {"epochs": 0.1, "warmup_iters": 1, "batch_size": 2}
         config = setup_of("orpo", llama4, None, pairs, tmp_path / "b", **how)
         train(config)

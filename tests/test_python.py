@@ -138,7 +138,8 @@ def test_what_a_callback_returns_besides_true_changes_nothing(llama4, tmp_path):
         ({"train_data": []}, "data and train_data are both given: leave one of them out."),
         (
             {"resume": True},
-            'leave resume=True out, or use resume="auto", which then starts a new run.',
+            'leave resume=True out, or use resume="auto", which starts a new run if there is no '
+            "checkpoint.",
         ),
         ({"model": (1, 2)}, "pass the two values that load returns."),
         ({"data": [{"prompt": "x"}]}, "train_data:1: the row needs the keys"),

@@ -153,7 +153,7 @@ def test_a_slow_rank_is_waited_for_and_one_that_fails_is_named(model, rows, tmp_
         if isinstance(own, dict) and own["type"] == "warning"
     ]
     (waited,) = warnings
-    assert waited.startswith("all ranks have waited 1 s for rank 1 (process ")
+    assert waited.startswith("the other ranks have waited 1 s for rank 1 (process ")
     assert found[2] == ["failed", "RuntimeError", "a cable"]
     slow = lines(tmp_path / "run", "train")[2]
     assert slow["step"] == 3 and slow["slowest"] == 1 and slow["skew_s"] > 5

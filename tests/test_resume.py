@@ -406,7 +406,7 @@ def test_two_resumers_do_not_meet(llama4, data, tmp_path):
 def test_a_checkpoint_of_another_structure_is_refused(llama4, data, tmp_path, monkeypatch):
     begun(llama4, data, tmp_path / "a")
     monkeypatch.setattr(step.Optimizer, "start", lambda self, vector: step.Iterate(vector[1:], []))
-    with pytest.raises(InputError, match="this run: its tensor factors is missing"):
+    with pytest.raises(InputError, match="this run: the tensor factors is missing"):
         train(config_of(llama4, data, tmp_path / "a", iters=4, resume=True))
 
 
@@ -482,7 +482,7 @@ def test_another_run_came_and_went_while_this_one_loaded(llama4, data, tmp_path)
         if event.get("stage") == "setup":
             train(other)
 
-    with pytest.raises(InputError, match="was used by another run while this one was loading"):
+    with pytest.raises(InputError, match="was used by another run while this run was loading"):
         train(config_of(llama4, data, tmp_path / "a", **changes), on_event)
     assert list(checkpoint.found(tmp_path / "a")) == [4]
 

@@ -60,8 +60,8 @@ def test_what_json_has_not_is_text_beside_its_fault(value: str) -> None:
         ("a: &x [1, 2]\nb: *x", "the file has anchors, aliases or merge keys"),
         ("<<: {rank: 2}", "the file has anchors, aliases or merge keys"),
         ("".join(f"a{n}: 1\n" for n in range(5000)), "the file has 5000 settings"),
-        ("a: " + "[" * 200, "the file: not valid YAML: it is nested too deeply"),
-        ("a: " + "[" * 30_000, "the file: not valid YAML: it is nested too deeply"),
+        ("a: " + "[" * 200, "the file is not valid YAML: it is nested too deeply"),
+        ("a: " + "[" * 30_000, "the file is not valid YAML: it is nested too deeply"),
     ],
 )
 def test_what_is_no_such_file_is_one_sentence(text: str, said: str) -> None:

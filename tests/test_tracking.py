@@ -66,7 +66,7 @@ def test_a_tracker_that_fails_stops_nothing(when, llama4, data, tmp_path, monkey
     assert result.steps == 4 and len(calls) == 1
     (text,) = [event["message"] for event in told if event["type"] == "warning"]
     assert text == (
-        "tensorboard failed and receives no more metrics (ConnectionError: no route to host)"
+        "tensorboard failed and will receive no more metrics (ConnectionError: no route to host)"
     )
 
 

@@ -253,7 +253,9 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
         with pytest.raises(InputError, match="does not contain a run"):
             service.submit(values)
     (out / "run.json").write_text(json.dumps(RECORD))
-    with pytest.raises(InputError, match=r"checkpoints/thesis\.txt, which no run wrote"):
+    with pytest.raises(
+        InputError, match=r"checkpoints/thesis\.txt, which was not written by a run"
+    ):
         service.submit(values)
     with pytest.raises(InputError, match=r"checkpoints/thesis\.txt"):
         check_own(out)  # the check at the start of a run
@@ -271,7 +273,7 @@ def test_a_folder_is_a_run_s_by_its_content(service, tmp_path, run):
 def test_what_no_run_writes_is_not_removed(tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match="no run wrote"):
+    with pytest.raises(InputError, match="which was not written by a run"):
         check_own(tmp_path)
 
 
@@ -288,7 +290,7 @@ def test_what_a_run_writes_is(tmp_path):
     check_own(tmp_path)
     (tmp_path / "best" / "README.md").unlink()
     (tmp_path / "best" / "README.md").symlink_to(tmp_path / "notes")
-    with pytest.raises(InputError, match="no run wrote"):
+    with pytest.raises(InputError, match="which was not written by a run"):
         check_own(tmp_path)
 
 

@@ -68,7 +68,7 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     n = len(dataset)
     if n < batch_size and not dataset.packed:
         raise InputError(
-            f"the training data has {n} rows with tokens in the loss, fewer than batch_size = "
+            f"the training data has only {n} rows with tokens in the loss, but batch_size is "
             f"{batch_size}; lower batch_size or add rows."
         )
     first, skip = divmod(start, int(batches_in_epoch(dataset, batch_size)))

@@ -72,18 +72,19 @@ def _parse(line: bytes, source: str) -> Row:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{source}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8."
+            f"{source}: byte {error.start + 1} of the line is not valid UTF-8; save the file as "
+            "UTF-8."
         ) from error
     except UnicodeEncodeError as error:
         raise InputError(
             f"{source}: the row contains a lone surrogate (\\ud800 to \\udfff), which is not a "
-            "character; remove it."
+            "valid character; remove it."
         ) from error
     except RecursionError as error:
         raise InputError(f"{source}: the row is nested too deeply; flatten it.") from error
     except ValueError as error:
         raise InputError(
-            f"{source}: the line is not JSON ({error}); each line must be one object."
+            f"{source}: the line is not valid JSON ({error}); each line must be one JSON object."
         ) from error
     if not isinstance(row, dict):
         raise InputError(f"{source}: the row must be a JSON object, not {KINDS[type(row)]}.")

@@ -163,7 +163,7 @@ def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
 def _unplaced(i: int) -> TemplateError:
     return TemplateError(
         f"the output of the chat template does not show where messages[{i}] starts, so this turn "
-        'cannot be in the loss; set "train": false on it or leave the row out.'
+        'cannot be in the loss; set "train": false on this message or remove the row.'
     )
 
 

@@ -189,7 +189,7 @@ class Reading:
     def check(self, source: Source) -> None:
         """Raises InputError if `strict` is set and there are findings about a source's rows."""
         if self.options.strict and (faults := self.samples(source).notes().faults()):
-            raise InputError(f"{source.name}: {faults[0]}; fix the rows, or leave strict out.")
+            raise InputError(f"{source.name}: {faults[0]}; fix the rows, or turn strict off.")
 
     def whole(self, source: Source) -> Dataset:
         """Returns all samples of a source as a data set. Raises InputError."""
@@ -225,20 +225,21 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     if valid is not None and asked not in ("auto", 0):
         raise InputError(
             f"val_split has no effect, because validation rows are read from {valid.name}: leave "
-            "one of the two out.",
+            "val_split out, or remove these rows.",
             field="val_split",
         )
     held = held_out(samples, chosen, 0 if valid else asked, options.seed)
     if held.all():
         raise InputError(
-            f"val_split = {asked} holds out all rows of {train.name}: lower it.", field="val_split"
+            f"val_split = {asked} holds out all rows of {train.name}: lower val_split.",
+            field="val_split",
         )
     own = fit(train.name, samples, chosen[~held], read.encoder)
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split = {asked} would hold out no row of {train.name}, because equal rows "
-                "stay together: raise it.",
+                f"val_split = {asked} would hold out no row of {train.name}, because identical "
+                "rows stay together: raise val_split.",
                 field="val_split",
             )
         return replace(own, said=(*own.said, *said)), None
@@ -333,7 +334,7 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     room = f"max_seq_length - max_completion_tokens = {most} tokens"
     if not kept.any():
         raise InputError(
-            f"{name} has no prompt of at most {room} (the shortest has "
+            f"all prompts of {name} are longer than {room} (the shortest has "
             f"{int(columns.length.min())}): raise max_seq_length."
         )
     rows, long = chosen[kept], int((~kept).sum())

@@ -187,9 +187,7 @@ class Encoder:
             elif self._wrapper.has_chat_template:
                 ids = prompt_ids(self._wrapper, prompt, variables)
             else:
-                raise InputError(
-                    "the tokenizer has no chat template: use a prompt that is a string."
-                )
+                raise InputError("the tokenizer has no chat template: use a string as the prompt.")
             if not len(ids):  # the first token would have no context
                 raise InputError("the prompt has no tokens: add some text.")
         except Exception as error:  # a template may raise any exception
@@ -270,7 +268,7 @@ class Encoder:
         # piece belongs to that piece.
         if not self._tokenizer.is_fast:
             raise InputError(
-                f"{sample.source}: the start of the text in the loss is unknown, because this "
+                f"{sample.source}: the first token in the loss cannot be located, because this "
                 "tokenizer provides no character offsets; use its fast version (tokenizer.json)."
             )
         output = self._tokenizer(

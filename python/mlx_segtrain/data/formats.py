@@ -194,8 +194,8 @@ def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
     *prompt, last = row["messages"]
     if last["role"] != "assistant" or all(own["role"] == "system" for own in prompt):
         raise InputError(
-            f'{source}: "messages" must end with a user message and an assistant message, to '
-            'which the "label" belongs.'
+            f'{source}: "messages" must end with a user message and the assistant message that '
+            '"label" rates.'
         )
     return {**row, "prompt": prompt, "completion": [last], "label": label}
 
@@ -207,8 +207,8 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
         label = label.strip().lower()
     if not isinstance(label, str | bool | int) or label not in LABELS:
         raise InputError(
-            f'{source}: "label" must be true or false, for a desirable or undesirable response; '
-            f"if this column means something else, set data_format {plain}."
+            f'{source}: "label" must be true for a desirable response and false for an undesirable '
+            f"one; if this column means something else, set data_format to {plain}."
         )
     return LABELS[label]
 
@@ -242,7 +242,7 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string, like "prompt", not {kind}; if "{key}" '
+                    f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
                     'also contains the prompt, remove "prompt".'
                 )
     else:
@@ -297,13 +297,13 @@ def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
     if messages and any(repeats) and not all(repeats):
         raise InputError(
             f'{source}: "{"chosen" if repeats[0] else "rejected"}" repeats the prompt, but the '
-            "other side does not; remove the prompt from it."
+            "other response does not; remove the repeated prompt."
         )
     if all(repeats):
         sides = {key: own[n:] for key, own in sides.items()}
     if sides["chosen"] == sides["rejected"]:
         raise InputError(
-            f'{source}: "chosen" and "rejected" are the same, so there is nothing to prefer; '
+            f'{source}: "chosen" and "rejected" are identical, so there is nothing to prefer; '
             "remove the row."
         )
     return {**row, **sides, "repeated": all(repeats)}
@@ -383,8 +383,8 @@ def _pairs(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
 def _several(source: str) -> InputError:
     """Returns the error for a response that would become several samples."""
     return InputError(
-        f"{source}: the chat template renders a turn of the response differently if other turns "
-        "follow it; use responses of one assistant message."
+        f"{source}: the chat template renders a turn of the response differently when other turns "
+        "follow it; use responses that consist of a single assistant message."
     )
 
 

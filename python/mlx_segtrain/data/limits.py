@@ -50,7 +50,7 @@ def check_length(length: int, source: str) -> None:
     """Raises InputError if a row has too many bytes."""
     if length > MOST_BYTES:
         raise InputError(
-            f"{source}: the row is larger than {MOST_BYTES >> 20} MiB; split it into several."
+            f"{source}: the row is larger than {MOST_BYTES >> 20} MiB; split it into several rows."
         )
 
 
@@ -62,7 +62,9 @@ def check_values(line: bytes, source: str) -> None:
         return
     bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")
     if sum(_values(part) for part in bare.split(b'"')[::2]) > most:  # outside strings
-        raise InputError(f"{source}: the row has more than {most:,} values; split it into several.")
+        raise InputError(
+            f"{source}: the row has more than {most:,} values; split it into several rows."
+        )
 
 
 def _values(line: bytes) -> int:
@@ -73,7 +75,7 @@ def _values(line: bytes) -> int:
 def check_columns(name: str, count: int) -> None:
     if count > MOST_COLUMNS:
         raise InputError(
-            f"{name} has more than {MOST_COLUMNS:,} columns; leave out the unneeded ones."
+            f"{name} has more than {MOST_COLUMNS:,} columns; remove the unneeded columns."
         )
 
 

@@ -58,7 +58,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     expect(where, message, dict)
     role = message.get("role")
     if not isinstance(role, str):
-        raise InputError(f'{where} needs "role", a string such as "user" or "assistant".')
+        raise InputError(f'{where} must have a "role" string, such as "user" or "assistant".')
     known = role.strip().lower()
     known = OTHER_ROLES.get(known, known)
     if known not in ROLES:
@@ -75,8 +75,8 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     asked = train and weight > 0 and ("train" in message or "weight" in message)
     if known != "assistant" and asked:
         raise InputError(
-            f'{where} should be in the loss, but its role is "{known}" and only "assistant" '
-            'messages can be; remove "train" and "weight".'
+            f'{where} sets "train" or "weight", but its role is "{known}" and only "assistant" '
+            'messages can be in the loss; remove "train" and "weight".'
         )
     content = message.get("content")
     if isinstance(content, list):
@@ -98,7 +98,9 @@ def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InputError(f'{where}: a tool call needs the "name" of a function.')
+            raise InputError(
+                f'{where}: every tool call must contain the function "name" as a string.'
+            )
     for key in REASONING:
         expect(f'{where}: "{key}"', message.get(key, ""), str)
     return message

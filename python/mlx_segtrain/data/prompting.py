@@ -37,8 +37,8 @@ class Prompting:
         is chat, but the tokenizer has no template."""
         if self.format == "chat" and not tokenizer.has_chat_template:
             raise InputError(
-                "prompt_format is chat, but the tokenizer has no chat template; use prompt_format "
-                "raw."
+                "prompt_format is chat, but the tokenizer has no chat template; set prompt_format "
+                "to raw."
             )
         return self.format == "raw" or not tokenizer.has_chat_template
 
@@ -48,8 +48,8 @@ class Prompting:
         if self.is_raw(tokenizer):
             if system is not None:
                 raise InputError(
-                    "a system message needs a chat template: the model has none, or the adapter "
-                    "was trained without one."
+                    "a system message requires a chat template, but the model has none or the "
+                    "adapter was trained without one: leave the system message out."
                 )
             return raw_ids(tokenizer, prompt)
         turns = [{"role": "user", "content": prompt}]

@@ -78,11 +78,11 @@ def check_method(first: dict[str, str], method: str | None) -> None:
         wanted = [other for other in FORMATS.values() if other.rows[0] == ROWS[method]]
         if ROWS[method] != "single":
             keys = quoted(wanted[0].keys)
-            raise InputError(f"{source}: method {method} needs the keys {keys}.")
+            raise InputError(f"{source}: the row must have the keys {keys} for method {method}.")
         methods = either([name for name, rows in ROWS.items() if rows in own.rows])
         raise InputError(
             f"{source}: the row has {quoted(own.marks)}, which method {method} does not accept: "
-            f"use method {methods}, or set data_format."
+            f"use method {methods}, or set data_format to another format."
         )
 
 
@@ -91,7 +91,10 @@ def check_mixed(first: dict[str, str]) -> None:
     kinds = {FORMATS[name].rows[0] == "pair" for name in first}
     if len(kinds) > 1:
         *_, last = first.values()
-        raise InputError(f"{last}: pairs and other rows cannot be mixed; put them into two files.")
+        raise InputError(
+            f"{last}: preference pairs and other rows cannot be mixed; put them into separate "
+            "files."
+        )
 
 
 def batch_of(

@@ -186,7 +186,8 @@ def sources_of(
         if named["train"] is None:
             had = ", ".join(map(shown, data)) or "nothing"
             raise InputError(
-                f'the data has no split "train" (it has {had}): add it, or pass a single split.'
+                f'the data has no split "train" (it has {had}): add this split, or pass the rows '
+                "of a single split."
             )
         train = _python(named["train"], "train_data")
         own = None if named["valid"] is None else _python(named["valid"], "valid_data")
@@ -195,7 +196,8 @@ def sources_of(
     if valid is not None:
         if own is not None:
             raise InputError(
-                f"{own.name} already has validation rows: leave out either these or valid_data."
+                f"the data already has validation rows ({own.name}): remove them, or leave "
+                "valid_data out."
             )
         found = isinstance(valid, str | Path)
         own = _in_place(valid, tell, ask)[0] if found else _python(valid, "valid_data")
@@ -210,7 +212,7 @@ def rows_of(source: Source) -> Iterator[tuple[str, Row]]:
 def source_of(path: Path) -> Source:
     """Returns the rows of one file. Raises InputError if its format is not supported."""
     if not path.exists():
-        raise InputError(f"the data {path} does not exist: pass a file or a folder.")
+        raise InputError(f"the data path {path} does not exist: pass an existing file or folder.")
     if format_of(path) is None:
         raise InputError(f"{path} is not a data file in a supported format: use {ENDINGS}.")
     return Files({path.name: path})
@@ -236,8 +238,8 @@ def _in_place(data: str | Path, tell: OnEvent | None, ask: bool) -> tuple[Source
         valid = split_in(place, place, "valid")
         return Files({others[0].name: others[0]}), Files(valid) if valid else None
     raise InputError(
-        f"{place} has no file train.jsonl, and no train file in another format; put the training "
-        f"rows there ({ENDINGS})."
+        f"{place} contains no training file: add train.jsonl, or a file named train with another "
+        f"supported ending ({ENDINGS})."
     )
 
 
@@ -270,7 +272,8 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
                 found.setdefault(form, []).append(path)
     if len(found) > 1:
         raise InputError(
-            f"{folder} has {' and '.join(sorted(found))}: keep only one, or pass the path of one."
+            f"{folder} has {' and '.join(sorted(found))}: keep only one of them, or pass the path "
+            "of the one to use."
         )
     for form, paths in found.items():
         shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None

@@ -82,8 +82,8 @@ def read(path: Path) -> Iterator[Block]:
             ended = True
         except (EOFError, OSError):
             raise InputError(
-                f"{path.name} cannot be read in parts of at most {most >> 20} MiB, or is broken; "
-                "write it with fewer rows in a batch, row group or page, or as JSON lines."
+                f"{path.name} cannot be read in parts of at most {most >> 20} MiB, or is corrupt; "
+                "write it again with fewer rows per batch, row group or page, or as JSON lines."
             ) from None
         finally:
             if ended:

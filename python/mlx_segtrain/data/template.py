@@ -132,8 +132,8 @@ class ChatTemplate:
         except Exception as error:  # a template may raise any exception
             reason = str(error) or type(error).__name__
             raise TemplateError(
-                f"the chat template cannot render the row ({reason}); change the row to what the "
-                "template accepts."
+                f"the chat template cannot render the row ({reason}); change the row so that the "
+                "template accepts it."
             ) from error
 
     def header(self, messages: Sequence[Message]) -> str | None:

@@ -119,8 +119,8 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
             text, at = text[at:] + decoder.decode(data, final=ended), 0
         except UnicodeDecodeError:
             raise InputError(
-                f"{name}:{number + 1}: this row or a later one is not UTF-8; save the file as "
-                "UTF-8."
+                f"{name}:{number + 1}: this row or a later one is not valid UTF-8; save the file "
+                "as UTF-8."
             ) from None
 
     def next_one() -> str:
@@ -148,10 +148,10 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
                     reason = getattr(error, "msg", "")
                     most = limits.MOST_BYTES
                     raise InputError(
-                        f"{source}: the row is larger than {most >> 20} MiB, or is not JSON."
+                        f"{source}: the row is larger than {most >> 20} MiB, or is not valid JSON."
                         if len(text) - at > most
-                        else f"{source}: the row is not JSON ({reason or error}); the file must "
-                        "contain a list of objects."
+                        else f"{source}: the row is not valid JSON ({reason or error}); the file "
+                        "must contain a list of objects."
                     ) from None
                 # The row continues beyond the text read so far; it is parsed again after more text
                 # has been read.
@@ -171,9 +171,7 @@ def _items(file: BinaryIO, name: str) -> Iterator[bytes]:
         next_one()
     at += 1
     if next_one():
-        raise InputError(
-            f"{name} continues after the end of its list; remove what follows the list."
-        )
+        raise InputError(f"{name} has text after the end of its list; remove this text.")
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Block]:
@@ -194,13 +192,13 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
             if size > most:
                 raise InputError(
                     f"{name}:{number}: the row is larger than {most >> 20} MiB; split it into "
-                    "several, or close its quotes."
+                    "several rows, or add the missing closing quote."
                 )
             try:
                 yield line.decode(codec)
             except UnicodeDecodeError:
                 raise InputError(
-                    f"{name}:{number}: the row is not UTF-8; save the file as UTF-8."
+                    f"{name}:{number}: the row is not valid UTF-8; save the file as UTF-8."
                 ) from None
             codec = "utf-8"
 
@@ -217,7 +215,7 @@ def _cells(file: BinaryIO, name: str, delimiter: str) -> Iterator[bytes]:
         try:
             cells = next(rows, None)
         except csv.Error as error:
-            raise InputError(f"{name}:{number}: the row is not CSV ({error}).") from None
+            raise InputError(f"{name}:{number}: the row is not valid CSV ({error}).") from None
         if cells is None:
             return
         if not cells:  # a blank line

@@ -143,8 +143,8 @@ class _Worker:
             else f"was killed by {signal.Signals(-code).name}"
         )
         return RunError(
-            f"a tokenizing process {how}: run the same command again to continue; if memory is "
-            "short, limit the number of processors (taskset)."
+            f"a tokenizing process {how}: run the same command again to continue; if memory runs "
+            "out, use fewer processors (with taskset)."
         )
 
 

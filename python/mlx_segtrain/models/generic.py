@@ -233,7 +233,9 @@ def _try(body: _Body) -> int:
         body.model.train()  # in this mode, stateful layers avoid kernels without a gradient
         expected = body.model(tokens).astype(mx.float32)
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
+        raise InputError(
+            f"{refused} its forward pass fails with the error {reason(error, 2000)}"
+        ) from error
     h = _through(body, range(len(body.layers)), tokens, None, refused)
     _check_close(refused, body.logits(tokens, h), expected, "logits", h.dtype)
     return expected.shape[-1]
@@ -252,7 +254,7 @@ def _through(
         try:
             y = body.layer(i, tokens, h)
             if not isinstance(y, mx.array) or y.ndim != 3 or y.shape[:2] != tokens.shape:
-                raise InputError(f"{where} does not return a single array [B, T, H].")
+                raise InputError(f"{where} does not return a single array of shape [B, T, H].")
             if h is not None:
                 mx.eval(mx.vjp(functools.partial(body.layer, i, tokens), [h], [mx.ones_like(y)]))
         except InputError:
@@ -274,8 +276,8 @@ def _check_close(
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
     if not far < bound:
         raise InputError(
-            f"{refused} run layer by layer, it gives different {what} (relative L2 error "
-            f"{far:.1g}), so its layers share more than the hidden state."
+            f"{refused} when run layer by layer, it returns different {what} (relative L2 error "
+            f"{far:.1g}), so its layers must share more than the hidden state."
         )
 
 
@@ -293,7 +295,9 @@ def _try_part(body: _Body, layers: range) -> int:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{refused} it does not run: {reason(error, 2000)}") from error
+        raise InputError(
+            f"{refused} its forward pass fails with the error {reason(error, 2000)}"
+        ) from error
 
     def given(seed: int) -> mx.array:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)

@@ -91,7 +91,9 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     found = [match for name in loaded if (match := _LAYER.match(name))]
     prefixes, numbers = {match[1] for match in found}, {int(match[2]) for match in found}
     if len(numbers) > MOST_LAYERS:
-        raise InputError(f"the weights have {len(numbers):,} layers, more than {MOST_LAYERS:,}.")
+        raise InputError(
+            f"the weights have {len(numbers):,} layers, but at most {MOST_LAYERS:,} are supported."
+        )
     embedding = next((path for path in widths if path.endswith("embed_tokens")), None)
     if not numbers or embedding is None:
         if of_type(family):

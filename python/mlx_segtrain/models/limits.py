@@ -36,10 +36,14 @@ def check_files(folder: Path) -> None:
             if stat.S_ISDIR(facts.st_mode):
                 continue
             if not stat.S_ISREG(facts.st_mode):
-                raise InputError(f"{entry.path} is not a regular file: remove it from the model.")
+                raise InputError(
+                    f"{entry.path} is not a regular file: remove it from the model's folder."
+                )
             most = MOST_JSON.get(entry.name, MOST_OTHER_JSON)
             if entry.name.endswith((".json", ".jinja")) and facts.st_size > most:
-                raise InputError(f"{entry.path} is larger than {most >> 20} MiB.")
+                raise InputError(
+                    f"{entry.path} is larger than {most >> 20} MiB, the limit for this file."
+                )
     except OSError as error:
         raise InputError(f"model_dir {folder} cannot be read: {error}.") from None
 
@@ -62,7 +66,8 @@ def check_tokenizer(folder: Path) -> None:
             for _, leaf in () if TEXTS.fullmatch(key) else _leaves(value):
                 if isinstance(leaf, str) and _names_other_file(leaf, folder):
                     raise InputError(
-                        f"{file}: {word(key)} names a file outside of the model's folder."
+                        f"{file}: {word(key)} names a file outside the model's folder: remove this "
+                        "entry."
                     )
 
 
@@ -80,8 +85,8 @@ def check_model(snapshot: Snapshot) -> None:
     there are tensors, and for weights without a valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
-            f"model_dir {snapshot.folder} contains a program (model_file in config.json), "
-            "which is not run: use a model of a family that mlx-lm supports."
+            f"model_dir {snapshot.folder} specifies its own model code (model_file in "
+            "config.json), which is never run: use a model whose type mlx-lm supports."
         )
     tensors = len(snapshot.tensors)
     layers = min(tensors, MOST_LAYERS)

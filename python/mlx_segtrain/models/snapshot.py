@@ -89,7 +89,7 @@ class Snapshot:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
-                f"{self.folder / 'config.json'} does not fit the weights: "
+                f"{self.folder / 'config.json'} does not match the weights: "
                 f"{type(error).__name__}: {error}."
             ) from error
 

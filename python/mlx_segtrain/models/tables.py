@@ -40,7 +40,7 @@ def tables_of(model: nn.Module) -> Tables:
         n for name, n in tables.items() if not (POSITIONS.search(name) or OTHERS.search(name))
     ]
     if not tokens:
-        raise InputError("the model has no token embedding: it cannot read text.")
+        raise InputError("the model has no token embedding, so it cannot process text.")
     try:
         logits = model(mx.array([[0]])).shape[-1]  # the graph is not evaluated
     except Exception as error:

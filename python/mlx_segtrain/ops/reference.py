@@ -45,12 +45,14 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
     key; keys of a segment have the same id, and ids below 0 mark padding. Raises ValueError if the
     segments do not have one of these forms.
     """
-    expected = f"[attention] expected segments as offsets that rise from 0 to at most S = {s}, or"
+    expected = (
+        f"[attention] expected segments to be offsets that increase from 0 to at most S = {s}, or"
+    )
     if not isinstance(segments, (np.ndarray, mx.array)):
         offsets = [operator.index(x) for x in segments]
         rising = all(begin < end for begin, end in pairwise(offsets))
         if len(offsets) < 2 or offsets[0] != 0 or offsets[-1] > s or not rising:
-            raise ValueError(f"{expected} ids as an array; got offsets {reprlib.repr(offsets)}.")
+            raise ValueError(f"{expected} an array of ids; got offsets {reprlib.repr(offsets)}.")
         return list(pairwise(offsets))
     if isinstance(segments, mx.array):
         integer = mx.issubdtype(segments.dtype, mx.integer)
@@ -58,7 +60,7 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
         integer = np.issubdtype(segments.dtype, np.integer)
     if tuple(segments.shape) != (s,) or not integer:
         got = f"an array {list(segments.shape)} of {segments.dtype}"
-        raise ValueError(f"{expected} as an array of {s} integer ids; got {got}.")
+        raise ValueError(f"{expected} an array of {s} integer ids; got {got}.")
     ids = np.asarray(segments)
     begins = np.flatnonzero(np.append(True, ids[1:] != ids[:-1]))
     ends = np.append(begins[1:], s)
@@ -67,7 +69,7 @@ def segment_ranges(segments: Segments, s: int) -> list[tuple[int, int]]:
     if (times > 1).any():
         twice = known[times > 1][0]
         raise ValueError(
-            f"[attention] expected equal ids to be adjacent; got {twice} in two places."
+            f"[attention] expected equal ids to be adjacent; got id {twice} in two places."
         )
     return list(zip(begins.tolist(), ends.tolist(), strict=True))
 

@@ -266,14 +266,14 @@ def planned(
     if shape.max_length is not None and config.max_seq_length > shape.max_length and shape.fast:
         raise InputError(
             f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "
-            f"{shape.max_length} tokens: lower it.",
+            f"{shape.max_length} tokens: lower max_seq_length.",
             field="max_seq_length",
         )
     if not shape.fast and any(stream.part for batch in batches for stream in batch.streams):
         raise InputError(
-            f"packing is not supported for {shape.family}, because it runs on mlx-lm's layers, "
-            "which do not support packed rows: leave packing out and set batch_size; rows of "
-            "similar length are batched together.",
+            f"packing is not supported for {shape.family}, because this model runs on mlx-lm's "
+            "layers, which do not support packed rows: leave packing out and set batch_size "
+            "instead; rows of similar length are then batched together.",
             field="packing",
         )
     ranks = adapter_ranks(config, shape) if shape.fast else {}

@@ -45,8 +45,8 @@ def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) ->
     """
     if run.planned is None:
         raise InputError(
-            f"--ranks is not supported for {run.shape.family}, whose adapter and work are unknown "
-            "before a run: leave it out."
+            f"--ranks is not supported for {run.shape.family}, whose adapter size and amount of "
+            "computation are unknown before a run: leave --ranks out."
         )
     if batch_s is None:
         speed = SPEEDS[run.device.name]

@@ -58,8 +58,8 @@ def split_run(run: RunPlan, members: Sequence[Member], batches: int) -> list[Run
     layers = run.shape.n_layers
     if layers == 0:
         raise InputError(
-            f"parallel is pipeline, but the weights of {run.shape.family} have no layers that "
-            "could be divided between ranks: use parallel data.",
+            f"parallel is pipeline, but the weights of {run.shape.family} have no layers to divide "
+            "between ranks: set parallel to data.",
             field="parallel",
         )
 
@@ -87,7 +87,8 @@ def pipeline_runs(
     `budgets` are in 10⁹ bytes; the default is the budget of this machine's device."""
     if budgets and len(budgets) != ranks:
         raise InputError(
-            f"--rank-budgets has {len(budgets)} values, but --ranks is {ranks}: pass one per rank."
+            f"--rank-budgets has {len(budgets)} values, but --ranks is {ranks}: pass one value per "
+            "rank."
         )
     run = planned(config, [batch], fills=False)
     own = [budget_bytes(gb) for gb in budgets] or [run.budget] * ranks

@@ -78,7 +78,7 @@ def local(count: int) -> Hosts:
     if count > 1 and "CUDA_VISIBLE_DEVICES" in os.environ and mx.cuda.is_available():
         raise InputError(
             "CUDA_VISIBLE_DEVICES is set, but mlx.launch always gives the machine's first GPUs to "
-            "the processes of a job: unset it, or start the server without --ranks."
+            "the processes of a job: unset the variable, or start the server without --ranks."
         )
     return Hosts(hosts=[Host(ssh=HERE, ips=[HERE])] * count)
 
@@ -90,16 +90,18 @@ def read(file: Path) -> Hosts:
         own = Hosts.model_validate({"hosts": found} if isinstance(found, list) else found)
     except OSError as error:
         raise InputError(
-            f"--hostfile {file} cannot be read ({error.strerror}): name another file."
+            f"--hostfile {file} cannot be read ({error.strerror}): choose another file."
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise InputError(
-            f"--hostfile {file} is not a hostfile of mlx.launch: {where}: {first['msg']}."
+            f"--hostfile {file} is not a valid mlx.launch hostfile ({where}: {first['msg']})."
         ) from None
     except ValueError as error:
-        raise InputError(f"--hostfile {file} is not JSON ({error}): correct it.") from None
+        raise InputError(
+            f"--hostfile {file} is not valid JSON ({error}): correct the file."
+        ) from None
     return _checked(own, file)
 
 
@@ -115,9 +117,8 @@ def _checked(own: Hosts, file: Path) -> Hosts:
         )
     if own.hosts[0].ssh != HERE:
         raise InputError(
-            f'--hostfile {file} begins with the host "{own.hosts[0].ssh}": the first host runs '
-            "rank 0, which writes the files of a job, so it must be this machine, with "
-            f'"ssh": "{HERE}".'
+            f'--hostfile {file} begins with the host "{own.hosts[0].ssh}", but the first host must '
+            f'be this machine ("ssh": "{HERE}"), because its rank 0 writes the files of each job.'
         )
     nccl = own.backend == "nccl" or (not own.backend and mx.cuda.is_available())
     names = [host.ssh for host in own.hosts]

@@ -43,7 +43,7 @@ class Roots:
             if "\0" in str(text):
                 raise ValueError("it contains a null character")
             if len(os.fsencode(str(text))) > LONGEST_PATH:  # resolving it would be slow
-                raise ValueError(f"it has more than {LONGEST_PATH} bytes")
+                raise ValueError(f"it is longer than {LONGEST_PATH} bytes")
             if not str(text):
                 raise ValueError("it is empty")
             path = Path(text).expanduser().resolve()
@@ -76,8 +76,8 @@ class Roots:
         if not any(_is_open(root, path) for root in self.folders):
             where = ", ".join(map(str, self.folders))
             raise Outside(
-                f"{named} is not below a directory that this server may use ({where}, without "
-                "hidden files): see --root."
+                f"{named} is not below a directory that this server may use ({where}; hidden files "
+                "are excluded): see --root."
             )
 
     def allows(self, path: Path) -> bool:
@@ -126,7 +126,8 @@ class Roots:
         chain of links is too long."""
         if count > MOST_LINKS:
             raise InputError(
-                f"the folder of {link} has more than {MOST_LINKS:,} links: copy the files instead."
+                f"the folder of {link} contains more than {MOST_LINKS:,} links: copy the files "
+                "instead."
             )
         step = link
         for _ in range(MOST_STEPS):
@@ -135,7 +136,8 @@ class Roots:
                 break
         else:
             raise InputError(
-                f"{link} leads through more than {MOST_STEPS} links: link to the file directly."
+                f"{link} leads through a chain of more than {MOST_STEPS} links: link to the file "
+                "directly."
             )
         target = link.resolve()
         self.check(link, target)

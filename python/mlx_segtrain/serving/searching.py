@@ -29,7 +29,9 @@ class Searches:
         if now - when < KEPT_S:
             return found
         if len(self._asked) == PER_MINUTE and now - self._asked[0] < 60:
-            raise Busy(f"the limit of {PER_MINUTE} searches per minute is reached: wait a moment.")
+            raise Busy(
+                f"the limit of {PER_MINUTE} searches per minute has been reached: wait a moment."
+            )
         self._asked.append(now)
         found = await self._pool.run(search, key[0], kind)
         self._known[key] = (now, found)

@@ -247,7 +247,9 @@ class Service:
         """Submits a job that downloads a model or a data set. Raises InputError if downloads are
         not allowed."""
         if (hub.named(name) if kind == "model" else repository.named(name)) is None:
-            raise InputError(f"{shown(name)} is not a name on the hub: use org/name.", status=422)
+            raise InputError(
+                f"{shown(name)} is not a valid hub name: use the form org/name.", status=422
+            )
         self._check_downloads(name)
         return self._submit("download", {"name": name, "kind": kind}, None)
 
@@ -404,7 +406,7 @@ class Service:
         self.refilled = now
         if self.tokens < 1:
             raise InputError(
-                f"the limit of {PER_MINUTE} jobs per minute is reached: try again later.",
+                f"the limit of {PER_MINUTE} jobs per minute has been reached: try again later.",
                 status=429,
             )
         self.tokens -= 1

@@ -43,7 +43,8 @@ class Settings:
             )
         if not 0 <= self.prompt_cache_gb < 1e6:
             raise InputError(
-                f"--prompt-cache-gb must be a number >= 0 (10⁹ bytes); got {self.prompt_cache_gb}."
+                "--prompt-cache-gb must be a number >= 0, in units of 10⁹ bytes; got "
+                f"{self.prompt_cache_gb}."
             )
         if self.adapter is not None and self.model_dir is None:
             raise InputError("--adapter requires a MODEL: add one.")

@@ -53,8 +53,8 @@ class Checkpoint:
             found = self.tensors.get(name)
             if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
                 raise InputError(
-                    f"{self.folder} does not belong to this run: its tensor {name} is missing, or "
-                    "has another shape or dtype."
+                    f"{self.folder} does not belong to this run: the tensor {name} is missing, or "
+                    "has a different shape or dtype."
                 )
             return found
 

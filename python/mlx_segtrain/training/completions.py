@@ -30,7 +30,7 @@ class CompletionLog:
         with open(self.path, "rb") as file:
             first = file.readline()
         if first.endswith(b"\n") and not first.startswith(b'{"step":'):
-            raise InputError(f"{self.path} was not written by a run: move it away.")
+            raise InputError(f"{self.path} was not written by a run: move it to another folder.")
         if not step:
             self.path.unlink()
             return

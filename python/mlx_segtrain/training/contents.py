@@ -44,6 +44,6 @@ def check_own(run: Path) -> None:
 
 def _foreign(run: Path, path: Path) -> InputError:
     return InputError(
-        f"adapter_path {run} contains {path.relative_to(run)}, which no run wrote and this run "
-        "would delete: choose another folder, or move the file away."
+        f"adapter_path {run} contains {path.relative_to(run)}, which was not written by a run and "
+        "which this run would delete: choose another folder, or move the file elsewhere."
     )

@@ -204,7 +204,7 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
     added = len(talk.prompt) - len(row)
     if added >= options.max_tokens:
         raise RunError(
-            f"{row.source}: reset of the environment adds {added} tokens to the prompt, which "
+            f"{row.source}: the environment's reset adds {added} tokens to the prompt, which "
             "leaves no room for an answer: raise max_completion_tokens."
         )
     return replace(options, max_tokens=options.max_tokens - added)

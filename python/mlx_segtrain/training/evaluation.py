@@ -104,7 +104,7 @@ def evaluate(
     """
     if ROWS[config.method] == "prompt":
         raise InputError(
-            f"method {config.method} has no loss per row: call score() to measure its rewards."
+            f"method {config.method} has no loss per row: call score() to measure rewards instead."
         )
     tell = on_event or (lambda event: None)
     config = hub.located(config, tell)

@@ -53,8 +53,8 @@ class Keeper:
         path, resumed = self.path, start.resumed
         if Start.trace(path) != start.seen:
             raise InputError(
-                f"adapter_path {path} was used by another run while this one was loading: start "
-                "again."
+                f"adapter_path {path} was used by another run while this run was loading: start "
+                "this run again."
             )
         try:
             for folder in (path, path / "best", path / "checkpoints", path / checkpoint.STATE):
@@ -140,7 +140,7 @@ class Keeper:
             reason = error.strerror or error
             raise RunError(
                 f"step {state.step}: {self.path} cannot be written ({reason}): free disk space or "
-                "change permissions, and resume from the last checkpoint."
+                "change permissions, then resume from the last checkpoint."
             ) from error
 
     def _write(self, state: State) -> None:
@@ -210,7 +210,10 @@ class Keeper:
             self.log.ensure()
             write()
         except OSError as error:
-            self.warn(f"{path} cannot be written ({error.strerror or error}): the run continues")
+            self.warn(
+                f"{path} cannot be written ({error.strerror or error}); the run continues without "
+                "it"
+            )
             return False
         return True
 

@@ -134,7 +134,8 @@ def _train(
         if resumed.step > config.iters:
             raise InputError(
                 f"iters = {config.iters}, but the run in {config.adapter_path} has already "
-                f"finished step {resumed.step}: set iters to at least that, or start a new run."
+                f"finished step {resumed.step}: raise iters to at least this step, or start a new "
+                "run."
             )
     setup, vector = prepare(inputs, tell, resumed, model, ranks)
     kind = Pipelined if setup.pipe else Stepper

@@ -253,7 +253,7 @@ class Ranks:
                 # Only the first of the waiting ranks warns.
                 if self.rank == min(r for r in range(self.size) if r not in slow):
                     those = ", ".join(map(self.name, slow))
-                    self.warn(f"all ranks have waited {SLOW:.0f} s for {those}")
+                    self.warn(f"the other ranks have waited {SLOW:.0f} s for {those}")
 
     def _blame(self, error: BaseException | None) -> None:
         """Waits until the ranks agree on which rank is lost, then raises LostRank. This is needed
@@ -310,8 +310,8 @@ def check_ranks(config: TrainConfig, ranks: Ranks, scores: bool = False) -> None
     if ranks.pipeline and (config.sample_prompts or scores):
         what = "sample_prompts" if config.sample_prompts else "score"
         raise InputError(
-            f"{what} needs the whole model, but a rank of a pipeline has only a part of it: leave "
-            "it out.",
+            f"{what} requires the whole model, but each rank of a pipeline has only a part of the "
+            "model: leave this option out.",
             field="sample_prompts" if config.sample_prompts else None,
         )
 

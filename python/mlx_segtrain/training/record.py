@@ -194,7 +194,7 @@ class Record:
             what = "was changed" if now else "was removed"
             raise RunError(
                 f"step {step}: {path} {what} during the run, so the adapter would not match any "
-                f"model: the state of step {step} is saved; restore the file and resume."
+                f"model; the state of step {step} is saved: restore the file, then resume."
             )
 
 

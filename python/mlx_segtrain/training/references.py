@@ -69,7 +69,11 @@ def with_references(
             _write(file, known)
         except OSError as error:
             said = f"{file} cannot be written ({error.strerror or error})"
-            on_event(events.warning(f"{said}: other runs will compute these values again"))
+            on_event(
+                events.warning(
+                    f"{said}; other runs will compute the reference log-probabilities again"
+                )
+            )
     of_rows = {i: known[key] for i, key in keys.items()}
     return data.map(lambda i, row: replace(row, reference=of_rows.get(i)))
 

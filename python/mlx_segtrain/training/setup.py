@@ -124,7 +124,7 @@ def check_output(config: TrainConfig, warn: Callable[[str], None]) -> Start:
         if config.resume is True:
             raise InputError(
                 f"adapter_path {path} contains no checkpoint to resume: leave --resume out, or use "
-                "--resume auto, which then starts a new run."
+                "--resume auto, which starts a new run if there is no checkpoint."
             )
     elif holds_run(path) and not config.overwrite:
         raise InputError(
@@ -302,8 +302,8 @@ def prepare(
     if coarse := _coarse(setup):
         on_event(
             events.warning(
-                f"stock mlx-lm 0.32 cannot load DoRA of layers with 3, 5 or 6 bits ({coarse}): "
-                "only mlx_segtrain can load this adapter."
+                "stock mlx-lm 0.32 cannot load DoRA adapters of layers with 3, 5 or 6 bits "
+                f"({coarse}): only mlx_segtrain can load this adapter."
             )
         )
     if objective.reference is not None:
@@ -368,8 +368,8 @@ def with_iters(config: TrainConfig, train: Dataset) -> TrainConfig:
     iters = max(1, math.ceil(config.epochs * batches / config.grad_accumulation_steps))
     if config.warmup_iters >= iters:
         raise InputError(
-            f"warmup_iters = {config.warmup_iters} must be smaller than the {iters} steps of "
-            f"epochs = {config.epochs:g}: lower warmup_iters."
+            f"warmup_iters = {config.warmup_iters} must be less than the number of steps ({iters} "
+            f"for epochs = {config.epochs:g}): lower warmup_iters."
         )
     return config.model_copy(update={"iters": iters})
 
@@ -398,7 +398,7 @@ def load_chain(
     if chain.max_length is not None and config.max_seq_length > chain.max_length:
         raise InputError(
             f"max_seq_length = {config.max_seq_length} exceeds the model's context length of "
-            f"{chain.max_length} tokens: lower it."
+            f"{chain.max_length} tokens: lower max_seq_length."
         )
     tables = tables_of(model)
     known = min(tables.tokens, tables.logits)
@@ -406,8 +406,8 @@ def load_chain(
         for i, side in np.argwhere(data.columns.top >= known)[:1]:
             row, top = sequences(data.rows[i])[side], data.columns.top[i, side]
             raise InputError(
-                f"{row.source}: the tokenizer returns token {top}, but the model has "
-                f"{known} tokens: use the tokenizer that belongs to the model."
+                f"{row.source}: the tokenizer returns token {top}, but the model has only {known} "
+                "tokens: use the tokenizer that belongs to the model."
             )
     return model, chain
 
@@ -440,8 +440,8 @@ def load_setup(
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
-            f"packing is not supported for {config.model_dir.name}, because it runs on mlx-lm's "
-            "layers, which do not support packed rows: leave packing out.",
+            f"packing is not supported for {config.model_dir.name}, because this model runs on "
+            "mlx-lm's layers, which do not support packed rows: leave packing out.",
             field="packing",
         )
     params = adapting.stage_params(chain, adapter)
@@ -459,9 +459,9 @@ def tied_head(config: TrainConfig, chain: Chain) -> InputError:
     """Returns the error for an adapted embedding that is also the head: in a pipeline, the
     embedding and the head are on different ranks."""
     return InputError(
-        f"{chain.head.path} of {title(config.model_dir)} is both its embedding and its head, "
-        "which a pipeline needs on the first and the last rank: leave it out of target_modules, or "
-        "train with parallel data.",
+        f"{chain.head.path} of {title(config.model_dir)} is both the embedding, which a pipeline "
+        "runs on the first rank, and the head, which it runs on the last rank: leave this layer "
+        "out of target_modules, or set parallel to data.",
         field="target_modules",
     )
 

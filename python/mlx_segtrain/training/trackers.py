@@ -85,7 +85,7 @@ def tracked(
         except Exception as error:
             live.pop(name, None)
             text = " ".join(str(error).split())[:200]
-            warn(f"{name} failed and receives no more metrics ({type(error).__name__}: {text})")
+            warn(f"{name} failed and will receive no more metrics ({type(error).__name__}: {text})")
 
     for name in config.report_to:
         if made := attempt(name, TRACKERS[name], config, run_id):

@@ -111,7 +111,7 @@ def _decoded(body: bytes) -> str:
     try:
         return body.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        message = f"the body is not UTF-8 ({error.reason} at byte {error.start})."
+        message = f"the body is not valid UTF-8 ({error.reason} at byte {error.start})."
         raise NotText(message) from None
 
 
@@ -128,7 +128,7 @@ def _count(text: str, most: Most) -> None:
     closed = outside.count("}") + outside.count("]")
     if opened > most.containers and opened != closed:
         message = f"it opens {opened} objects and lists, but closes {closed}"
-        raise HTTPException(400, f"the body is not JSON: {message}.")
+        raise HTTPException(400, f"the body is not valid JSON: {message}.")
     for what, found, allowed in (
         ("objects and lists", opened, most.containers),
         ("names", outside.count(":"), most.names),

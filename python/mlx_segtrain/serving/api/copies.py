@@ -90,12 +90,12 @@ def _check_references(text: str) -> None:
             merges = isinstance(own, yaml.ScalarToken) and own.plain and own.value == "<<"
             if merges or isinstance(own, yaml.AnchorToken | yaml.AliasToken):
                 raise InputError(
-                    "the file has anchors, aliases or merge keys (&name, *name, <<): write their "
-                    "values out."
+                    "the file has anchors, aliases or merge keys (&name, *name, <<): write out the "
+                    "values instead."
                 )
             depth += isinstance(own, OPEN) - isinstance(own, CLOSE)
             if depth > DEEP:
-                raise InputError("the file: not valid YAML: it is nested too deeply")
+                raise InputError("the file is not valid YAML: it is nested too deeply")
 
 
 def _plain(value: Any) -> Any:

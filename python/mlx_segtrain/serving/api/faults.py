@@ -35,7 +35,7 @@ def sentence(faults: Sequence[Any], body: Any) -> tuple[str, dict[str, Any]]:
     fault = min(faults, key=lambda fault: fault["type"] != "extra_forbidden")
     if fault["type"] == "json_invalid":
         reason = fault.get("ctx", {}).get("error", "it ends early")
-        return f"the body is not JSON: {reason} (at character {fault['loc'][-1]}).", {}
+        return f"the body is not valid JSON: {reason} (at character {fault['loc'][-1]}).", {}
     where = place(fault, body)
     if not where:
         problem = fault["msg"].removeprefix("Value error, ")

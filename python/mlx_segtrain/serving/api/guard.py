@@ -161,7 +161,9 @@ class Guard:
         name = (parts[1] or parts[2]) if parts else ""
         if name in self.hosts or (self.any_address and _is_address(name)):
             return
-        raise Refused(403, f"Host {text[:100]!r} is not a name of this server: see --allow-host.")
+        raise Refused(
+            403, f"Host {text[:100]!r} is not a name of this server: allow it with --allow-host."
+        )
 
     def _check_origin(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Refuses requests that a browser sends on behalf of a page from another site."""
@@ -182,7 +184,9 @@ class Guard:
             return
         if session and self.sessions.holds(session):
             return
-        raise Refused(401, "this server requires a token: send Authorization: Bearer TOKEN.")
+        raise Refused(
+            401, "this server requires a token: send the header 'Authorization: Bearer TOKEN'."
+        )
 
     def is_token(self, given: bytes) -> bool:
         """Returns whether `given` is the token in UTF-8. The comparison takes constant time."""
@@ -225,7 +229,10 @@ class _Body:
 
     def check_length(self, header: bytes | None) -> None:
         if header is not None and header.isdigit() and int(header[:20]) > self.most:
-            raise Refused(413, f"the body has {int(header[:20])} bytes, more than {self.most}.")
+            raise Refused(
+                413,
+                f"the body is {int(header[:20])} bytes long, more than the limit of {self.most}.",
+            )
 
     async def receive(self) -> Message:
         if self.ended:

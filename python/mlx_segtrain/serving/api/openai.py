@@ -99,7 +99,7 @@ async def _by_path(service: Service, field: str, text: str) -> str:
         if mounted.path == path:
             return mounted.id
     raise InputError(
-        f"{field}: {shown(text)} is not mounted: POST its id and path to /v1/adapters first."
+        f"{field}: {shown(text)} is not mounted: first POST this path and an id to /v1/adapters."
     )
 
 

@@ -418,9 +418,13 @@ class ChatRequest(Generate):
         if self.top_logprobs is not None and self.top_logprobs > 0 and not self.logprobs:
             raise InputError("top_logprobs requires logprobs: true.")
         if not self.tools and self.tool_choice not in (None, "none", "auto"):
-            raise InputError("tool_choice: there are no tools to call: add some.")
+            raise InputError(
+                "tool_choice: this value requires tools, but there are none: add some."
+            )
         if self._is_strict and self.is_formed:
-            raise InputError("tools: strict cannot be combined with an answer format.")
+            raise InputError(
+                "tools: strict cannot be combined with an answer format: leave one of them out."
+            )
 
     @property
     def _is_strict(self) -> bool:
@@ -485,7 +489,10 @@ class CompletionRequest(Generate):
     def check(self) -> None:
         super().check()
         if len(self.prompts) * (self.n or 1) > PROMPTS:
-            raise InputError(f"prompt: more than {PROMPTS} answers in one request: ask for fewer.")
+            raise InputError(
+                f"prompt: a request can ask for at most {PROMPTS} answers: send fewer prompts, or "
+                "lower n."
+            )
 
     def encode(self, chosen: Selected) -> list[list[int]]:
         return [chosen.base.encode(x) if isinstance(x, str) else x for x in self.prompts]
@@ -673,7 +680,7 @@ def _parsed(schema: str | dict[str, Any], where: str) -> Any:
     try:
         return json.loads(schema)
     except (ValueError, RecursionError):
-        raise InputError(f"{where} is not JSON: it must be a schema.") from None
+        raise InputError(f"{where} is not valid JSON: it must be a JSON schema.") from None
 
 
 def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -690,8 +697,8 @@ def chat_turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             for j, part in enumerate(content):
                 if part.type != "text" or part.text is None:
                     raise InputError(
-                        f"{where}.content: the model reads text, not {part.type[:60]!r}: send "
-                        'parts {"type": "text", "text": …}.'
+                        f"{where}.content: the model accepts only text, not {part.type[:60]!r}: "
+                        'send parts of the form {"type": "text", "text": …}.'
                     )
                 part.refuse_extra(f"{where}.content.{j}.")
             content = "".join(part.text or "" for part in content)

@@ -150,20 +150,22 @@ def _add_turn(turns: list[dict[str, Any]], item: Item, where: str) -> None:
         turns.append({"role": "tool", "content": item.output or "", **own})
         return
     if item.role is None or item.content is None:
-        raise InputError(f"{where}: a message needs a role and content.")
+        raise InputError(f"{where}: a message must have a role and content.")
     content: Any = item.content
     if isinstance(content, list):
         texts = ("input_text", "output_text", "text")
         for part in content:
             if part.get("type") not in texts or not isinstance(part.get("text"), str):
-                raise InputError(f"{where}.content: the model reads text: send input_text parts.")
+                raise InputError(
+                    f"{where}.content: the model accepts only text: send input_text parts."
+                )
         content = "".join(part["text"] for part in content)
     turns.append({"role": item.role, "content": content})
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
     if tool.get("type") != "function":
-        raise InputError(f"{where}.type: only tools of the type function are supported.")
+        raise InputError(f"{where}.type: only tools of type function are supported.")
     function = {key: value for key, value in tool.items() if key != "type" and value is not None}
     return {"type": "function", "function": function}
 

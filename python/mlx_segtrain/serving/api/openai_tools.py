@@ -80,7 +80,8 @@ def turn_calls(calls: Sequence[Call], where: str) -> list[dict[str, Any]]:
             arguments = json.loads(call.function.arguments or "{}")
         except (ValueError, RecursionError):
             raise InputError(
-                f"{where}.{i}.function.arguments is not JSON: send the arguments of the call."
+                f"{where}.{i}.function.arguments is not valid JSON: send the arguments as a JSON "
+                "object."
             ) from None
         function = {"name": call.function.name, "arguments": arguments}
         found.append({"id": call.id, "type": "function", "function": function})
@@ -93,8 +94,8 @@ def forced(tools: Sequence[Tool], choice: ChosenTool | None, parallel: bool) -> 
     named = {tool.function.name: tool.function.parameters for tool in tools}
     if choice is not None and choice.function.name not in named:
         raise InputError(
-            f"tool_choice: {choice.function.name[:64]!r} is not one of the tools: "
-            f"{', '.join(named) or 'there are none'}."
+            f"tool_choice: {choice.function.name[:64]!r} is not one of the request's tools "
+            f"({', '.join(named) or 'there are none'})."
         )
     wanted = named if choice is None else {choice.function.name: named[choice.function.name]}
     most = {} if parallel and choice is None else {"maxItems": 1}

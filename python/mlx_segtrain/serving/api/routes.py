@@ -224,7 +224,9 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
     if body.job_id is not None:
         source = service.jobs.get(body.job_id).output_path
     if source is None:
-        raise InputError("set source_path, or the job_id of a job that wrote a folder.")
+        raise InputError(
+            "there is nothing to push: set source_path, or set job_id to a job that wrote a folder."
+        )
     if not service.has_hf_token:
         raise InputError("there is no hub token: POST one to /api/settings/hf-token.")
     row = service.enqueue("push", repo_id=body.repo_id, source=source, private=body.private)

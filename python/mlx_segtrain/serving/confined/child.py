@@ -155,8 +155,8 @@ def _check_decoder(folder: Path) -> None:
             growth *= max(1.0, len(str(part.get("content"))) / len(text))
             if growth > MOST_GROWTH:
                 raise InputError(
-                    f"its decoder can make a text over {MOST_GROWTH} times as long, which is not "
-                    "supported"
+                    f"its decoder can make text more than {MOST_GROWTH} times as long, which is "
+                    "not supported"
                 )
         parts += part.values()
 

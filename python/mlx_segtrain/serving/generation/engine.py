@@ -308,7 +308,9 @@ class Engine:
     def _start_over(self, error: BaseException) -> None:
         """Recovers from an error that cannot be attributed to a single request: running requests
         fail, and waiting requests stay in the queue."""
-        logger.error("the engine failed and restarts without the running requests", exc_info=error)
+        logger.error(
+            "the engine failed and is restarting; all running requests were aborted", exc_info=error
+        )
         failure = RunError(f"the engine failed: {_reason(error)}")
         active, self._active, self._batches = self._active, [], []
         for request in active:
@@ -602,7 +604,9 @@ class Engine:
         if self.base is None:
             raise InputError("no model is loaded: load one before you mount an adapter.")
         if len(self.adapters) >= MOST_MOUNTED:
-            raise InputError(f"{MOST_MOUNTED} adapters are mounted: unmount some.")
+            raise InputError(
+                f"{MOST_MOUNTED} adapters are already mounted, which is the limit: unmount some."
+            )
         held = sum(own.size_bytes for own in self.adapters.values())
         mounted = read_mounted(id, path, self.base, MOST_MOUNTED_BYTES - held)
         self.adapters = {**self.adapters, id: mounted}

@@ -85,7 +85,7 @@ class Grammars:
 
                 if not isinstance(self._tokenizer, PreTrainedTokenizerFast):
                     raise InputError(
-                        "answers cannot be constrained: the model has no fast tokenizer."
+                        "answers cannot be constrained, because the model has no fast tokenizer."
                     )
                 self._known = from_tokenizer(
                     self._tokenizer, n_vocab=self._tokens, eos_token=self._ends

@@ -60,8 +60,7 @@ class Base:
         tokens."""
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError(
-                "prompt: it contains a lone surrogate, which is half of a character: send valid "
-                "text."
+                "the prompt contains a lone surrogate (half of a character): send valid text."
             )
         what = f"prompt: the tokenizer of {self.id}"
         return self.tokens("encode", what, len(text), text=text)
@@ -87,7 +86,9 @@ class Base:
         for name, tokens, n in known:
             if tokens and (min(tokens) < 0 or max(tokens) >= n):
                 wrong, last = next(x for x in tokens if not 0 <= x < n), n - 1
-                raise InputError(f"{name}: {wrong} is not a token of {self.id}: use 0 to {last}.")
+                raise InputError(
+                    f"{name}: {wrong} is not a token id of {self.id}: use 0 to {last}."
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ class Selected:
                 if name not in given and found.setdefault(name, value) != value:
                     raise InputError(
                         f"chat_template_kwargs: the adapters {self.id} were trained with different "
-                        f"values of {name}: set one."
+                        f"values of {name}: set a value in the request."
                     )
         if not base.tokenizer.has_chat_template:
             raise InputError(
@@ -168,17 +169,17 @@ RESERVED = NONE, STACK, GONE = "none", "stack", "unmounted"
 def check_id(id: str) -> None:
     """Raises InputError if `id` cannot be the id of an adapter."""
     if not id.strip(".") or id != id.strip() or id.lower() in RESERVED:
-        raise InputError(f"id: {id!r} cannot name an adapter: use another name.")
+        raise InputError(f"id: {id!r} is not a valid adapter id: choose another id.")
     if any(not char.isprintable() or char in "+,/" for char in id) or len(id) > 200:
         raise InputError(
-            f"id: {id[:200]!r} cannot name an adapter: leave out '+', ',', '/' and control "
+            f"id: {id[:200]!r} is not a valid adapter id: leave out '+', ',', '/' and control "
             "characters, and use at most 200 characters."
         )
 
 
 def _too_long(n: int, most: int, id: str) -> InputError:
     return InputError(
-        f"the prompt has {n} tokens, but the context length of {id} is {most}: shorten it."
+        f"the prompt has {n} tokens, but the context length of {id} is {most}: shorten the prompt."
     )
 
 
@@ -189,8 +190,8 @@ def read_base(path: Path, confined: Confined) -> Base:
     tables = tables_of(model)
     if tables.logits > tables.tokens:  # a sampled token could not be embedded
         raise InputError(
-            f"the head of {path} has {tables.logits} rows, but the embedding has {tables.tokens}: "
-            "the weights do not match."
+            f"the output head of {path} has {tables.logits} rows, but the embedding has "
+            f"{tables.tokens}: the weights are inconsistent."
         )
     chain = chain_of(model)
     # On a CPU, the embedding and the head are always wrapped, because our op computes the head
@@ -222,8 +223,8 @@ def read_mounted(id: str, path: Path, base: Base, most: int | None = None) -> Mo
     needed = stored_bytes(folder)  # from the header, since a sparse file takes less space on disk
     if most is not None and needed > most:
         raise InputError(
-            f"{path} needs {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB are left "
-            "for adapters: unmount some."
+            f"{path} needs {needed / 1e9:.1f} GB of memory, but only {most / 1e9:.1f} GB is left "
+            "for adapters: unmount some adapters."
         )
     adapter = read_adapter(folder, base.chain)
     arrays = adapter.all_arrays()

@@ -73,7 +73,9 @@ def _free_port(count: int) -> int:
             for own in range(port, port + count):
                 opened.enter_context(socket.socket()).bind(("", own))
             return port
-    raise RunError(f"this machine has no {count} consecutive free ports: stop other programs.")
+    raise RunError(
+        f"this machine does not have {count} consecutive free ports: stop programs that use ports."
+    )
 
 
 class Group:

@@ -71,7 +71,8 @@ class Outputs:
             parts = out.relative_to(store).parts
             if len(parts) < 2 or parts[0] not in OUTPUTS:
                 raise InputError(
-                    f"{out} is reserved by the store: choose a folder below its {either(OUTPUTS)}."
+                    f"{out} is reserved by the store: choose a path inside the store's "
+                    f"{either(OUTPUTS)} folder."
                 )
 
     def new(self, kind: str) -> Path:

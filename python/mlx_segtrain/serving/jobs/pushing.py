@@ -84,11 +84,13 @@ def push(folder: Path, repo: str, *, private: bool, tell: events.OnEvent) -> Pus
                 commit_message="Upload with mlx_segtrain",
             )
         except HFValidationError:
-            raise InputError(f"{repo} is not a name on the hub: use org/name.") from None
+            raise InputError(f"{repo} is not a valid hub name: use the form org/name.") from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
             why = REFUSALS.get(status or 0, "try again later")
-            raise InputError(f"the hub answered {status} to a push to {repo}: {why}.") from None
+            raise InputError(
+                f"the push to {repo} failed with status {status} from the hub: {why}."
+            ) from None
     return Pushed(str(made), str(commit.oid))
 
 
@@ -122,7 +124,8 @@ def _names(folder: Path, there: Sequence[str], models: bool = True) -> list[str]
         wanted = (*OF_MODEL, *weights, *ABOUT)
     else:
         raise InputError(
-            f"{folder} contains neither an adapter nor a model: only their files can be pushed."
+            f"{folder} contains neither an adapter nor a model: only the files of adapters and "
+            "models can be pushed."
         )
     return sorted(set(wanted) & set(there))
 
@@ -155,7 +158,7 @@ def _opened_file(path: Path, place: int, done: str) -> Iterator[BufferedReader]:
     with os.fdopen(number, "rb") as file:
         own = os.fstat(number)
         if not stat.S_ISREG(own.st_mode) or own.st_nlink != 1:
-            raise InputError(f"{path} is a link, or not a file: nothing was {done}.")
+            raise InputError(f"{path} is a link or not a regular file: nothing was {done}.")
         if not path.name.endswith((".safetensors", ".gguf")) and own.st_size > MOST:
             raise InputError(f"{path} is larger than {MOST >> 20} MiB: nothing was {done}.")
         yield file
