@@ -172,13 +172,22 @@ class TrainConfig(BaseModel):
         "adamw", OPTIMIZER | CARD
     )
     """Optimizer; sgd uses a momentum of 0.9."""
-    learning_rate: Float = option(2e-4, FIRST | WARN | CARD, gt=0, aliases=("--lr",))
-    """Peak learning rate. For all methods except sft, the default is 5e-5."""
+    learning_rate: Float = option(
+        2e-4,
+        FIRST | WARN | CARD,
+        gt=0,
+        aliases=("--lr",),
+        other_default="5e-5 for all methods except sft",
+    )
+    """Peak learning rate."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = option(
-        "constant", OPTIMIZER | WARN | CARD, title="Learning rate schedule"
+        "constant",
+        OPTIMIZER | WARN | CARD,
+        title="Learning rate schedule",
+        other_default="cosine for all methods except sft",
     )
     """Learning rate schedule after the warmup; all schedules except constant decay to a tenth of
-    the peak. For all methods except sft, the default is cosine."""
+    the peak."""
     warmup_iters: Int = option(0, OPTIMIZER | WARN, title="Warmup steps", ge=0)
     """Number of warmup steps, during which the learning rate rises from 0 to its peak."""
     lora_plus_ratio: Float = option(1.0, OPTIMIZER, title="LoRA+ ratio", gt=0)
@@ -301,22 +310,25 @@ class TrainConfig(BaseModel):
     grpo_loss: Literal["grpo", "dr_grpo", "dapo", "gspo"] = option("grpo", GRPO, title="GRPO loss")
     """Variant of the grpo loss, which determines how probability ratios are clipped and how the
     loss is averaged over tokens."""
-    advantage_scaling: Literal["group", "batch", "none"] = option("group", GRPO)
+    advantage_scaling: Literal["group", "batch", "none"] = option(
+        "group", GRPO, other_default="none for dr_grpo"
+    )
     """Normalization of the advantages: divide them by the standard deviation of the rewards within
-    each group (group) or over the whole step (batch), or do not divide them (none). For dr_grpo,
-    the default is none."""
-    clip_low: Float = option(0.2, GRPO, gt=0, lt=1)
-    """How far the ratio of the new to the old probability may fall below 1 before it is clipped.
-    For gspo, the default is 3e-4."""
-    clip_high: Float = option(0.2, GRPO, gt=0)
-    """How far the ratio of the new to the old probability may rise above 1 before it is clipped.
-    The default is 0.28 for dapo and 4e-4 for gspo."""
+    each group (group) or over the whole step (batch), or do not divide them (none)."""
+    clip_low: Float = option(0.2, GRPO, gt=0, lt=1, other_default="3e-4 for gspo")
+    """How far the ratio of the new to the old probability may fall below 1 before it is clipped."""
+    clip_high: Float = option(0.2, GRPO, gt=0, other_default="0.28 for dapo and 4e-4 for gspo")
+    """How far the ratio of the new to the old probability may rise above 1 before it is clipped."""
     grpo_beta: Float = option(0.0, GRPO, title="GRPO beta", ge=0)
     """Weight, in the grpo loss, of the KL divergence from the model without the adapter. 0 skips
     the forward pass of that model."""
-    mask_truncated: bool = option(False, GRPO, title="Leave truncated completions out of the loss")
-    """Exclude completions that reach max_completion_tokens from the loss. For dapo, the default is
-    true."""
+    mask_truncated: bool = option(
+        False,
+        GRPO,
+        title="Leave truncated completions out of the loss",
+        other_default="true for dapo",
+    )
+    """Exclude completions that reach max_completion_tokens from the loss."""
     updates_per_step: Int = option(1, GRPO, ge=1)
     """Number of optimizer updates per step; all of them use the same completions."""
     importance_cap: Float = option(2.0, GRPO, ge=0)
@@ -347,10 +359,11 @@ class TrainConfig(BaseModel):
         title="Pack rows",
         methods=("sft", "grpo"),
         values="true, false or auto",
+        other_default="auto for grpo",
     )
     """Pack several rows of the data into one sequence of up to max_seq_length tokens, without
     attention between the rows. With packing, batch_size is the number of packed sequences. auto
-    packs if packing is faster, and is the default for grpo."""
+    packs if packing is faster."""
     grad_accumulation_steps: Int = option(
         1, OPTIMIZER | SIZE | CARD | GIVEN, title="Gradient accumulation, batches", ge=1
     )
@@ -753,7 +766,7 @@ def table() -> str:
     """Returns a Markdown table with the values, the default and the meaning of each field."""
     rows = ["| Field | Values | Default | Meaning |", "|---|---|---|---|"]
     for name, field in TrainConfig.model_fields.items():
-        rows.append(f"| `{name}` | {allowed(name)} | {default(name)} | {field.description} |")
+        rows.append(f"| `{name}` | {allowed(name)} | {defaults(name)} | {field.description} |")
     return "\n".join(rows)
 
 
@@ -767,6 +780,13 @@ def default(name: str) -> str:
     if isinstance(field.default, list):
         return ", ".join(field.default)
     return str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+
+
+def defaults(name: str) -> str:
+    """Returns the default of a field, and its other default with the cases in which that one
+    applies."""
+    other = FACETS[name].other_default
+    return f"{default(name)}, or {other}" if other else default(name)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ class Facets:
     refused: str = ""  #: why clients of the server may not set it; "" if they may
     on_card: bool = False  #: whether it is shown on the model card of an adapter
     values: str = ""  #: the allowed values, if the type does not determine them
+    other_default: str = ""  #: a second default, with the cases in which it applies
     texts: bool = False  #: whether its values are texts, entered one per line on the page
     group: Group | None = "More"  #: section of the form, or None if it is not in the form
 

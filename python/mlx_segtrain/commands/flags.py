@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from mlx_segtrain.commands.words import wrapped
-from mlx_segtrain.config import FACETS, TrainConfig, allowed, default, flag, meant, nearest
+from mlx_segtrain.config import FACETS, TrainConfig, allowed, defaults, flag, meant, nearest
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
@@ -21,6 +21,11 @@ WIDEST = 100
 #: The groups that `--help` shows; only `--help-all` shows the others.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
+#: The help of --adapter-path for commands that load an adapter.
+WITH_ADAPTER = (
+    "Adapter to load: its directory, or its name on the Hugging Face hub. By default, the model is "
+    "used without an adapter."
+)
 WORD = "WORD"  # a placeholder for too many choices to show; the help text lists them
 
 
@@ -150,17 +155,20 @@ def examples(*commands: tuple[str, str]) -> str:
     return f"examples:\n{text}"
 
 
-def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> None:
-    """Adds the flags for fields of TrainConfig. An omitted flag leaves its attribute unset."""
+def add_flags(
+    parser: Any, names: Iterable[str], *, required: bool = False, text: str | None = None
+) -> None:
+    """Adds the flags for fields of TrainConfig. An omitted flag leaves its attribute unset. `text`
+    replaces the help, which is the description of the field for a training run."""
     for name in names:
         field = TrainConfig.model_fields[name]
-        text = field.description or ""
+        about = text or field.description or ""
         if is_list(field):
-            text += f" {allowed(name).capitalize()}."
+            about += f" Accepts {allowed(name)}."
         elif _metavar(name) == WORD:
-            text += f" One of {allowed(name)}."
-        if not field.is_required():
-            text += f" Default: {default(name)}."
+            about += f" One of {allowed(name)}."
+        if not (field.is_required() or required or text):
+            about += f" Default: {defaults(name)}."
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "required": required}
         if field.annotation is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -170,13 +178,14 @@ def add_flags(parser: Any, names: Iterable[str], *, required: bool = False) -> N
             options["metavar"] = _metavar(name)
             options["nargs"] = "+" if is_list(field) else None
         flags = (flag(name), *FACETS[name].aliases)
-        parser.add_argument(*flags, dest=name, help=text.replace("%", "%%"), **options)
+        parser.add_argument(*flags, dest=name, help=about.replace("%", "%%"), **options)
 
 
 def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
-        return "TEXT" if FACETS[name].texts else "NAME"
+        numbers = "float" in str(field.annotation)
+        return "TEXT" if FACETS[name].texts else "X" if numbers else "NAME"
     if bool in get_args(field.annotation):  # true, false, or a word
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):

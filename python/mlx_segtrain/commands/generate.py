@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_segtrain.commands.flags import (
+    WITH_ADAPTER,
     Parser,
     add_flags,
     count,
@@ -72,7 +73,8 @@ def add_command(command: Callable[..., Parser]) -> None:
         "generate", _generate, "answer a prompt with a model, with or without an adapter"
     )
     add_flags(added, ("model_dir",), required=True)
-    add_flags(added, ("adapter_path", "prompt_format", "chat_template_kwargs"))
+    add_flags(added, ("adapter_path",), text=WITH_ADAPTER)
+    add_flags(added, ("prompt_format", "chat_template_kwargs"))
     prompt = added.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
         "--prompt", metavar="TEXT", help="prompt, or - to read the prompt from standard input"

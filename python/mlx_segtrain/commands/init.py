@@ -13,7 +13,7 @@ import yaml
 from mlx_segtrain.commands.flags import DATA, FIRST, Parser, add_flags, group_of, in_groups
 from mlx_segtrain.commands.runs import OUTPUT
 from mlx_segtrain.commands.words import wrapped
-from mlx_segtrain.config import TrainConfig, default, flag, load_config
+from mlx_segtrain.config import TrainConfig, defaults, flag, load_config
 from mlx_segtrain.errors import InputError
 
 #: The fields to ask for if their flags are not given. Each has a question, and a default for an
@@ -110,7 +110,7 @@ def _lines(name: str, values: Mapping[str, Any]) -> list[str]:
     field = TrainConfig.model_fields[name]
     about = str(field.description)
     if not field.is_required():
-        about += f" Default: {default(name)}."
+        about += f" Default: {defaults(name)}."
     lines = [f"# {line}" for line in wrapped(about, 98).splitlines()]
     value = values.get(name, field.default)
     value = str(value) if isinstance(value, Path) else value

@@ -18,6 +18,7 @@ from mlx_segtrain.commands import adapters, cache, chat, completion, generate, i
 from mlx_segtrain.commands import hub as hub_commands
 from mlx_segtrain.commands.adapters import MODEL
 from mlx_segtrain.commands.flags import (
+    WITH_ADAPTER,
     Parser,
     add_flags,
     add_output_flags,
@@ -37,6 +38,10 @@ AT_ONCE = ("cache", "completion")
 #: Fields that make eval measure rewards instead of a loss.
 SOURCES = ("rewards", "reward_functions", "reward_command", "reward_model", "environment")
 DATA = "file or directory of rows, or name of a data set on the Hugging Face hub"
+DATA_TO_EVALUATE = (
+    "Data to evaluate on: a directory with valid.jsonl or train.jsonl, one file of rows, or the "
+    "name of a data set on the Hugging Face hub."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,8 +125,10 @@ def parsers() -> tuple[Parser, dict[str, Parser]]:
         "measure the loss or the rewards of a model, with or without an adapter",
         json=True,
     )
-    add_flags(added, ("model_dir", "data_dir"), required=True)
-    add_flags(added, ("adapter_path", *affecting("loss")))
+    add_flags(added, ("model_dir",), required=True)
+    add_flags(added, ("data_dir",), required=True, text=DATA_TO_EVALUATE)
+    add_flags(added, ("adapter_path",), text=WITH_ADAPTER)
+    add_flags(added, affecting("loss"))
     added.add_argument(
         "--split",
         choices=("valid", "train"),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, create_model, model_validator
 
-from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default
+from ...config import FACETS, REFUSED, Method, TrainConfig, affecting, allowed, default, defaults
 from ...data import Report
 from ...fields import Group, Int, choices, is_list, kind
 from ...hub_search import Hit
@@ -428,6 +428,12 @@ def schema() -> Defaults:
     return Defaults(fields=_rows(), groups=list(get_args(Group)), loss_units=units)
 
 
+def _description(name: str) -> str:
+    """Returns a field's description, with its defaults if they depend on other fields."""
+    text = TrainConfig.model_fields[name].description or ""
+    return f"{text} Default: {defaults(name)}." if FACETS[name].other_default else text
+
+
 def _rows() -> list[FieldRow]:
     where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
     runs = {
@@ -452,7 +458,7 @@ def _rows() -> list[FieldRow]:
             allowed=allowed(name),
             choices=list(choices(field)),
             is_list=is_list(field),
-            description=field.description or "",
+            description=_description(name),
         )
         for name, field in TrainConfig.model_fields.items()
         if name not in REFUSED

@@ -308,7 +308,7 @@ def _archive(opened: Opened) -> Iterator[bytes]:
 
 
 def clean(uploads: Path) -> None:
-    """Removes temporary files that a killed server left behind."""
+    """Removes temporary files that a killed server did not remove."""
     for folder in uploads.glob("*/*"):
         if folder.is_dir():
             files.clean(folder)
