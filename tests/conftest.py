@@ -23,7 +23,7 @@ for name in [name for name in os.environ if re.fullmatch(OURS, name)]:
     del os.environ[name]
 
 # A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Child processes of
-# the tests would inherit this. Handlers are not inherited, so installing one prevents it.
+# the tests would inherit ignored signals, but they do not inherit handlers: install a handler.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
@@ -57,8 +57,8 @@ MOST_OF_ATTACKS = 24 << 30
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks attacks and comparisons with torch as acceptance tests. Other acceptance tests are
-    marked in their files.
+    """Adds the mark `acceptance` to tests that attack a server or compare results with torch. Other
+    acceptance tests are marked in their files.
 
     Files with acceptance tests run first, because a slow file at the end would leave the other test
     processes idle.

@@ -55,9 +55,8 @@ def attention(impl, dtype, d, **options):
 
 
 def the_plan_counts_sums():
-    """Checks that the plan counts float32 dq, dk and dv for the deterministic Hopper kernel.
-
-    In addition, the kernel needs only a few values per query.
+    """Checks that the plan counts the memory of float32 dq, dk and dv for the deterministic Hopper
+    kernel, and only a few additional values per query.
     """
     from mlx_segtrain import _core
     from mlx_segtrain.planning.costs import Device
@@ -283,8 +282,8 @@ def launches(form):
 
 
 def kept(family):
-    """Returns, for each stage, the ratio of the bytes saved for its backward pass to the planned
-    bytes."""
+    """Returns the ratio of the bytes that each stage saves for its backward pass to the bytes that
+    the plan expects."""
     from lib.chains import headers
     from mlx_segtrain import _core
     from mlx_segtrain.models import adapting, chain_of

@@ -407,7 +407,7 @@ def test_list_size_and_prune(tmp_path, tokenizer, model, kept, capsys):
     assert main(["cache", "prune", "--older", "1"]) == 0
     assert "removed 0 of 1" in capsys.readouterr().out
     assert main(["cache", "prune", "nothing"]) == 2
-    # Hold the lock, like a process that is writing the cache.
+    # Hold the lock, as a process that is writing the cache does.
     with open(kept / key / "lock", "a", encoding="utf-8") as file:
         assert cache.lock(file)
         assert main(["cache", "prune", "--all"]) == 0

@@ -35,8 +35,8 @@ def test_one_file_with_tokenizer(tmp_path):
         21,
         0,
     )
-    # Each row except the last consists of <s> Q X, n repetitions of W, and Z </s>. The prompt of
-    # the last row alone exceeds 20 tokens.
+    # Each row except the last consists of <s> Q X, n repetitions of W, and Z </s>. In the last row,
+    # the prompt alone is longer than 20 tokens.
     assert (report.length_min, report.length_median, report.length_p95) == (5, 15, 24)
     assert report.length_max == 33
     assert (report.truncated, report.dropped) == (4, 1)

@@ -65,7 +65,7 @@ def message(**fields):
 def test_a_bad_row_is_named(tmp_path, tokenizer, line, says):
     if not isinstance(line, bytes):
         line = (line if isinstance(line, str) else json.dumps(line)).encode()
-    # A Unicode line separator within a row does not end the line. Blank lines are counted.
+    # A Unicode line separator within a row does not end the line. Line numbers count blank lines.
     (tmp_path / "train.jsonl").write_bytes(
         GOOD + '{"text": "\u2028"}\n\n \r\n'.encode() + line + b"\n" + GOOD
     )

@@ -86,8 +86,8 @@ def test_a_pair_is_two_rows(tmp_path, tokenizer):
 
 
 def test_a_label_is_of_the_last_turn(tmp_path, tokenizer):
-    """For kto, only the last assistant turn is in the loss. For sft, all assistant turns of a
-    desirable row are in the loss as usual."""
+    """For the method `kto`, only the last assistant turn is in the loss. For `sft`, all assistant
+    turns of a desirable row are in the loss as usual."""
     rows = [
         {"messages": [USER, says("one"), MORE, says("two")], "label": label}
         for label in (True, False)
@@ -184,8 +184,8 @@ def test_pairs_and_other_rows_do_not_mix(tmp_path, tokenizer):
 
 
 def test_tokens_are_kept_by_what_is_learned(tmp_path, tokenizer):
-    """For the same file, the cached tokens for kto have a different key than those for sft. sft and
-    dpo share the same tokens."""
+    """For the same file, `sft` and `dpo` share the cached tokens, but the tokens for `kto` have a
+    different cache key."""
     row = {"prompt": "a", "completion": "b", "label": False}
     source, _ = sources_of(write(tmp_path, row))
     model = tmp_path / "model"

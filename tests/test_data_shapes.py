@@ -198,7 +198,7 @@ def test_columns_of_the_configuration(tmp_path):
 
 
 def test_rows_with_a_label(tmp_path):
-    """sft drops rows with the label false, and a message reports this."""
+    """The method `sft` drops rows whose label is false, and a message reports this."""
     rows = [
         {"prompt": "Q", "completion": f"A{i}", "label": label}
         for i, label in enumerate([True, False, 1, 0, "true", " False ", "1", "0"])

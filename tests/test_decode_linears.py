@@ -97,8 +97,8 @@ def test_rows_in_half_precision(kind, dtype):
 
 
 def test_a_device_s_cases_fit_its_kernel():
-    """The kernel must support the calls of the self-check, which would disable the kernel
-    otherwise."""
+    """The kernel must support the calls of the self-check, because the self-check would otherwise
+    disable the kernel."""
     for call in decode_linears.checks("cuda", 64):
         values = inspect.signature(call.kernel).parameters
         x, op, picks = (values[name].default for name in ("x", "kernel", "picks"))

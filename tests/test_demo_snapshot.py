@@ -75,8 +75,8 @@ def test_dequantized_values_are_those_of_the_gguf(snapshot_dir: Path, gguf: Path
     for theirs, ours in names.items():
         expected, got = values(arrays, theirs), values(weights, ours)
         heads = {"attn_q": 9, "attn_k": 3}.get(theirs.rpartition(".")[2])
-        # In the GGUF file, row i of a head's first half is row 2i, and row i of the second half is
-        # row 2i + 1.
+        # In the GGUF file, row i of the first half of a head is stored as row 2i, and row i of the
+        # second half as row 2i + 1.
         if heads:
             head = [*range(0, 64, 2), *range(1, 64, 2)]
             expected = expected[mx.array([64 * h + row for h in range(heads) for row in head])]
@@ -84,7 +84,8 @@ def test_dequantized_values_are_those_of_the_gguf(snapshot_dir: Path, gguf: Path
 
 
 def values(tensors: dict[str, mx.array], name: str) -> mx.array:
-    """Returns a tensor in float32, where a float16 scale times an integer plus a bias is exact."""
+    """Returns a tensor in float32, in which dequantization (a float16 scale times an integer, plus
+    a bias) is exact."""
     weight = tensors[f"{name}.weight"]
     if f"{name}.scales" not in tensors:
         return weight.astype(mx.float32)

@@ -125,8 +125,8 @@ def ipc(table: pa.Table, codec: str | None = None, kind: Any = pa.ipc.new_stream
 
 
 def texts(mb: int) -> pa.Array:
-    """Returns texts of 15 MB each, and about `mb` MB in total. They consist of null characters in
-    mapped memory whose pages are never written, so they use no memory."""
+    """Returns texts of 15 MB each, about `mb` MB in total. They consist of null characters in
+    mapped memory whose pages are never written, so they use no physical memory."""
     n = mb // 15
     offsets = pa.py_buffer(struct.pack(f"<{n + 1}i", *range(0, (n + 1) * 15 * MB, 15 * MB)))
     own = mmap.mmap(-1, n * 15 * MB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -225,7 +225,7 @@ def shared_schema(depth: int, padding: int) -> bytes:
     return bytes(content)
 
 
-# ---- Parquet files in parts: numbers in Thrift's compact protocol, headers, pages
+# ---- Building blocks of Parquet files: numbers in Thrift's compact protocol, headers, pages
 
 
 class I32(int):
@@ -245,8 +245,8 @@ def signed(n: int) -> bytes:
 
 
 def thrift(value: Any) -> tuple[int, bytes]:
-    """Returns the type and the bytes of a value. A dict is a struct whose keys are field
-    numbers."""
+    """Returns the Thrift type of a value and its encoded bytes. A dict is encoded as a struct whose
+    field numbers are the keys."""
     if isinstance(value, int):
         return 5 if isinstance(value, I32) else 6, signed(value)
     if isinstance(value, bytes):
@@ -322,8 +322,9 @@ def parquet(
 ) -> bytes:
     """Returns a Parquet file with false sizes.
 
-    Each column is given as its type, its pages and its number of values. The first page may be a
-    dictionary. `told` replaces fields of the metadata. `stored` is an Arrow schema.
+    Each element of `columns` consists of a type, the pages, and the number of values. The first
+    page may be a dictionary page. `told` replaces fields of the metadata. `stored` is an Arrow
+    schema.
     """
     content, chunks = b"PAR1", []
     names = [[own[4]] for own in schema if 5 not in own]
@@ -347,7 +348,7 @@ def closed(content: bytes, footer: bytes) -> bytes:
 
 
 def text_of(mb: int) -> bytes:
-    """Returns a page that contains one text of this size."""
+    """Returns a page that contains one text of `mb` MB."""
     head = struct.pack("<I", mb * MB)
     return page(1, packed("zstd", b"x" * MB, mb, head), size=mb * MB + 4)
 

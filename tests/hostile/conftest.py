@@ -1,4 +1,4 @@
-"""Monitors every attack, which must not affect other clients or leave memory in use."""
+"""Checks that no attack affects other clients or leaves memory in use."""
 
 import time
 
@@ -27,8 +27,8 @@ def warm(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def watched(request, warm):
-    """Monitors /healthz, the page and the memory of a server or, without a server, the memory of
-    this process."""
+    """Monitors /healthz, the page and the memory of the server. If the test uses no server,
+    monitors the memory of this process instead."""
     server = request.getfixturevalue("server") if "server" in request.fixturenames else None
     with Watch(server) as watch:
         yield

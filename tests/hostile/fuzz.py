@@ -3,8 +3,8 @@ hang, or a leak.
 
     INPUTS=100000 SEED=1 python tests/hostile/fuzz.py
 
-runs the fuzzer outside of pytest, in parts, and prints a line for each part. A file outside of the
-server's roots contains a canary: its text must not appear in any response, message or log.
+runs the fuzzer outside of pytest, and prints a line after every 10,000 inputs. A file outside of
+the server's roots contains a canary: its text must not appear in any response, message or log.
 """
 
 import json
@@ -54,7 +54,7 @@ def write_adapter_folder(path: Path) -> Path:
 
 
 class Readers:
-    """The kinds of files, and a reader for each."""
+    """Mutates files of several kinds, and reads each file with the reader for its kind."""
 
     def __init__(self, place: Path, fuzzer: Mutator):
         self.fuzzer = fuzzer

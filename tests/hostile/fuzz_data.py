@@ -33,8 +33,8 @@ from mlx_segtrain import InputError
 from mlx_segtrain.data.formats import checked
 from mlx_segtrain.data.sources import rows_of, source_of
 
-#: The maximum number of seconds per file, and the number of bytes by which all files together may
-#: increase the memory.
+#: The maximum number of seconds per file, and the maximum increase in memory, in bytes, over all
+#: files of one kind.
 LONGEST_S, ROOM = 10, 256 << 20
 #: The number of faults after which the fuzzer stops.
 MOST_FAULTS = 10
@@ -194,8 +194,8 @@ def too_long(*_: Any) -> None:
 
 
 def fuzz(place: Path, kinds: list[str], inputs: int, seed: int, said: Any = print) -> None:
-    """Reads mutated files. Raises an AssertionError that lists the faults. The files that caused
-    them are kept in the folder."""
+    """Reads mutated files. Raises an AssertionError that lists the faults, and keeps the files that
+    caused the faults in the folder `place`."""
     signal.signal(signal.SIGALRM, too_long)
     faults: list[str] = []
     for kind in kinds:

@@ -90,7 +90,7 @@ def test_many_large_bodies_at_once(server):
 
 
 def test_bodies_that_never_end_are_bounded_together(server):
-    """Each of 60 clients sends 6 MB of a body of 7 MB, and then waits."""
+    """Each of 60 clients sends 6 MB of a 7 MB body, and then waits."""
     rest, wires = memory_mb(server.process.pid), []
     head = f"POST {TEXT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 

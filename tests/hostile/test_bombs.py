@@ -1,5 +1,5 @@
-"""Small files that use a lot of memory when they are unpacked stay within the limits, in every
-format."""
+"""In every format, reading a small file that unpacks to a very large one stays within the limits on
+memory and time."""
 
 import json
 import os

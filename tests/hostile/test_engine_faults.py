@@ -1,4 +1,5 @@
-"""Tests hostile models in the engine: panics in Rust, and tokens beyond the end of a table."""
+"""Tests that the engine survives hostile models, for example if a decoder panics in Rust, or if a
+token id is beyond the end of the embedding table."""
 
 import asyncio
 import json
@@ -63,8 +64,8 @@ def within(seconds, waited):
 
 
 def test_a_decoder_that_panics_fails_its_request_alone(engine, model, tmp_path):
-    """A panic in tokenizers raises an error that is not a subclass of Exception. Such an error once
-    ended the engine's thread, so that requests hung."""
+    """A panic in the tokenizers library raises an error that is not a subclass of Exception. Such
+    an error once ended the engine's thread, so that requests hung."""
     bad = write_llama(tmp_path / "bad")
     strip = {"type": "Strip", "content": "I", "start": 10, "stop": 10}
     changed(bad / "tokenizer.json", decoder=strip)

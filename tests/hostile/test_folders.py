@@ -229,7 +229,8 @@ def test_outputs_are_never_the_store_s_own(service, tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """Returns the inputs of a run whose output is an existing folder of a user."""
+    """Returns the settings of a run that would overwrite an existing folder of the user, and the
+    path of that folder."""
     model, data, out = (tmp_path / "root" / name for name in ("model", "data", "out"))
     for folder in (model, data, out):
         folder.mkdir(parents=True)
@@ -324,7 +325,7 @@ def test_very_many_links_are_not_followed(tmp_path, chains, length):
 
 
 def test_a_tokenizer_that_loads_keeps_nobody_waiting(tmp_path, monkeypatch):
-    """Other requests must not be blocked while the processes of an unused model are ended."""
+    """Other requests must not be blocked while the processes of an unused model are shut down."""
     closing, closed = threading.Event(), threading.Event()
 
     def close(self):

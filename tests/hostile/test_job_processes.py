@@ -21,7 +21,8 @@ from mlx_segtrain.serving.jobs.queue import Jobs
 #: Modules that a job imports. A file with one of these names on the module path would be run
 #: instead.
 MODULES = ("yaml", "pydantic", "numpy", "mlx", "mlx_segtrain", "json", "sitecustomize", "site")
-#: Replaces the process of a job, and prints its environment, arguments and open files.
+#: Code that runs in place of a job, and prints the environment, arguments and open files that it
+#: receives.
 TELLS = """
 import json, os, sys
 files = [int(name) for name in os.listdir("/dev/fd")]
@@ -131,7 +132,7 @@ def test_a_job_knows_little(telling, tmp_path, monkeypatch, kind):
     assert told["files"] == [int(told["args"][3])]  # the job inherits only the lock
 
 
-#: Replaces the process of a job, and ignores SIGTERM as compiled code may do.
+#: Code that runs in place of a job, and ignores SIGTERM, as compiled code may do.
 DEAF = """
 import json, os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -72,7 +72,7 @@ def test_a_head_may_have_what_browsers_send(server):
 
 
 def guess(server, path="/api/jobs"):
-    """Sends a wrong token, and returns the status and the seconds that the request took."""
+    """Sends a wrong token, and returns the status and the duration of the request in seconds."""
     begun = time.monotonic()
     if path == "/login":
         answer = httpx.post(f"{server.url}/login", data={"token": "wrong-token"}, timeout=60)

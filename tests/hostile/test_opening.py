@@ -49,7 +49,8 @@ def outcome(way):
         return "refused"
 print(json.dumps({name: outcome(way) for name, way in ways.items()}))
 """
-#: Reads a file repeatedly for two seconds, and prints how often each content was seen.
+#: Reads a file repeatedly for two seconds, and prints how many times it read each version of the
+#: content.
 READS = """
 import pathlib, sys, time
 from mlx_segtrain.serving.roots import Outside, Roots

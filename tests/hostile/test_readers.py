@@ -1,5 +1,5 @@
-"""Tests files that would use too much memory or time, in the server, in `train` and in
-`inspect`."""
+"""Tests that the server, `train` and `inspect` limit the memory and time that they spend on a
+hostile file."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from mlx_segtrain.models.headers import read_shape
 from mlx_segtrain.safetensors import read_header
 from mlx_segtrain.serving import catalog
 
-#: The maximum memory of a command in bytes, in addition to its libraries.
+#: The maximum memory of a command in bytes, not counting its libraries.
 ROOM = 3 << 30
 
 

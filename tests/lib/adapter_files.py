@@ -71,7 +71,7 @@ TOKENS = [[1, 5, 9, 200, 17, 33, 80, 81]]
 
 
 def dense_weights(model_dir):
-    """Returns, by name and as float32 arrays, the weights that mlx-lm uses."""
+    """Returns the weights that mlx-lm uses, dequantized to float32, by name."""
     model, _ = load_model(model_dir)
     found = {}
     for path, module in model.named_modules():

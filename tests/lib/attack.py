@@ -13,7 +13,7 @@ CANARY = "canary-8d1f4c-must-not-be-seen"
 
 
 def patience():
-    """Returns the factor by which the machine's current load extends time limits."""
+    """Returns the factor by which time limits must be extended under the machine's current load."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 

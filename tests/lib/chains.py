@@ -14,8 +14,8 @@ from mlx_segtrain.objectives.sft import Sft
 SCALE = 1.5
 
 
-#: The model family and its options, by name. Test sequences are longer than the sliding window of 8
-#: tokens.
+#: The test models by name: each value is a model family and its options. Test sequences are longer
+#: than the sliding window of 8 tokens.
 FAST = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),

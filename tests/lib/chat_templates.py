@@ -6,7 +6,7 @@ CHATML = (
 )
 # The generation prompt opens a thinking block, but finished turns have no such block (DeepSeek R1).
 OPEN = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-# Like OPEN, but a template variable closes the block (Nemotron 3, MiniCPM5).
+# Like OPEN, but a template variable can close the block (Nemotron 3, MiniCPM5).
 SWITCHED = CHATML.replace(
     "assistant\n{% endif %}",
     "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>"
@@ -54,8 +54,8 @@ PARTS = (
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# A template with tools, tool calls with arguments as a mapping, and tool results. Content must be
-# text (Qwen, Hermes).
+# A template that supports tools, tool calls whose arguments are a mapping, and tool results.
+# Content must be text (Qwen, Hermes).
 CALLS = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' + m.content }}"

@@ -1,4 +1,5 @@
-"""Tokenizers (byte-level and SentencePiece-like), chat templates, and the spans in the loss."""
+"""Defines chat templates, creates tokenizers (byte-level and SentencePiece-like), and returns the
+spans in the loss."""
 
 import json
 

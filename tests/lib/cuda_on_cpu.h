@@ -1,6 +1,6 @@
-// Runs the text of a CUDA kernel on the CPU, one block at a time. Every thread has its own context, and the
-// threads of a warp wait for each other at matrix products of the tensor cores and at shuffles. This header
-// replaces cuda/prelude.cu with functions that use no GPU instructions.
+// Runs the source of a CUDA kernel on the CPU, one block at a time. Every thread has its own context, and the
+// threads of a warp wait for each other at tensor-core matrix products and at shuffles. This header replaces
+// cuda/prelude.cu with functions that use no GPU instructions.
 #pragma once
 #include <ucontext.h>
 

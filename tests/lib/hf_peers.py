@@ -22,7 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-#: For each family, how to convert mlx-lm's arguments to a transformers config.
+#: For each family, a function that converts mlx-lm's arguments to fields of a transformers config.
 CONFIG: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma2": lambda args: {
         "layer_types": ["full_attention"] * args["num_hidden_layers"],  # mlx-lm has no window
@@ -47,7 +47,7 @@ JOINED: dict[str, tuple[str, ...]] = {
 
 
 def hf_config(family: str, config: dict[str, Any], tied: bool) -> PretrainedConfig:
-    """Returns the transformers config. Fields missing in `config` get mlx-lm's defaults."""
+    """Returns the transformers config. Fields missing from `config` get mlx-lm's defaults."""
     args = asdict(importlib.import_module(f"mlx_lm.models.{family}").ModelArgs.from_dict(config))
     given = {key: value for key, value in args.items() if value is not None}
     given |= CONFIG[family](args) if family in CONFIG else {}

@@ -17,7 +17,7 @@ SMALL = 10_000
 
 @dataclass
 class Repository:
-    """A repository's files by name. Each new commit changes the attribute `commit`. A gated
+    """A repository. `files` maps names to contents. Each new commit changes `commit`. A gated
     repository requires a known token."""
 
     files: dict[str, bytes]

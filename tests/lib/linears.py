@@ -23,8 +23,8 @@ BASES = [None, ("affine", 4, 32), ("affine", 6, 32), ("mxfp8", 8, 32)]
 
 
 def linears_of(rng, n_in, widths, ranks, base, dtype, bias=True):
-    """Returns layers and, for each, (weight, bias, a, b, scale) in float64. a and b are rounded to
-    `dtype`."""
+    """Returns layers, and the float64 values (weight, bias, a, b, scale) of each layer. a and b are
+    rounded to `dtype`."""
     linears, exact = [], []
     for i, (width, rank) in enumerate(zip(widths, ranks, strict=True)):
         own_bias, bias64 = rand(rng, width) if bias else (None, 0.0)

@@ -1,4 +1,4 @@
-"""Generates, from a seed, values and files that an attacker might send."""
+"""Generates random values and files that an attacker might send."""
 
 import json
 import random

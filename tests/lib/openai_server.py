@@ -1,4 +1,4 @@
-"""A server for OpenAI's routes on a socket, with requests and checks for its tests."""
+"""Serves OpenAI's routes on a local port, sends requests, and checks error responses."""
 
 import asyncio
 import threading
@@ -23,7 +23,7 @@ CHAT = {"messages": HELLO, "max_tokens": 1}
 
 
 class Server:
-    """Serves OpenAI's routes with an engine on a local port. This object is also the routes'
+    """Serves OpenAI's routes with an engine on a local port. The routes use this object as their
     service."""
 
     def __init__(self, folder, policy="serve"):

@@ -210,7 +210,8 @@ def assert_no_worse(name, x, reference, truth, dtype):
 
 
 def assert_rounded(name, x, truth, dtype):
-    """Checks that plain code has float32 accuracy, plus one rounding in half precision."""
+    """Checks that the error of plain code is at most that of float32 arithmetic, plus one rounding
+    if `dtype` is a half-precision type."""
     l2, _ = errors(x, truth)
     bound = 16 * EPS["float32"] + (EPS[dtype] / 2 if dtype != "float32" else 0)
     assert l2 <= bound, f"{name}: relative L2 {l2:.2e} > {bound:.0e}"

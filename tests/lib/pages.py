@@ -69,7 +69,7 @@ def given(page: Path) -> list[str]:
 
 
 def commands(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields each command of a shell block, as written and split into words without comments."""
+    """Yields each command of a shell block as a pair: its text, and its words without comments."""
     own = ""
     for line in text.replace("\\\n", " ").splitlines():
         own += line

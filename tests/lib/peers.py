@@ -1,4 +1,4 @@
-"""Loads the packages used for comparisons, if they are installed."""
+"""Loads the module that computes reference results with torch and PEFT, if both are installed."""
 
 import importlib
 import importlib.util

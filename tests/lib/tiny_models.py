@@ -97,7 +97,7 @@ KDA = {
 }
 
 # Values in which each family differs from COMMON. If a family has a text_config, these values are
-# fields of it.
+# fields of the text_config.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},

@@ -1,7 +1,7 @@
-"""Replaces the c++ command of a Mac, which CMake calls: runs zig's compiler, with stand-ins for
-libraries that only a Mac has.
+"""CMake runs this module instead of the c++ command of a Mac. The module runs zig's compiler, and
+replaces libraries that only a Mac has with stand-ins.
 
-The stand-in of a library is a list of symbols. For the C++ library, it contains the symbols that
+The stand-in for a library is a list of symbols. For the C++ library, it contains the symbols that
 MLX's wheels for the same macOS version need, and a few older symbols.
 """
 
@@ -14,7 +14,7 @@ from .machine import BUILD, HERE, MACOS, SITE, environment, zig
 from .macho import symbols
 
 TARGET = f"aarch64-macos.{MACOS}"
-#: If this macro is 1, functions that are newer than the target have availability attributes.
+#: If this macro is 1, functions that are newer than the target macOS have availability attributes.
 #: Apple's headers set it to 1, but zig's do not.
 AVAILABILITY = "_LIBCPP_HAS_VENDOR_AVAILABILITY_ANNOTATIONS"
 COMPILE = [f"-I{HERE / 'include'}", f"-U{AVAILABILITY}", f"-D{AVAILABILITY}=1"]

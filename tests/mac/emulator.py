@@ -1,5 +1,5 @@
-"""Compiles the emulator's C++ code for macOS. On a Mac, the tests build it with Apple's headers and
-Clang."""
+"""Compiles the emulator's C++ code for macOS, because the tests on a Mac build this code with
+Apple's headers and Clang."""
 
 from itertools import product
 

@@ -1,5 +1,5 @@
-"""The kernels in metal/ with all template arguments that the host may use, and the text that MLX
-generates for them."""
+"""Lists the kernels in metal/ with all template arguments that the host may use, and generates the
+same source text for them as MLX does."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ LONG, SHORT = {"first", "index", "positions"}, {"at", "args"}
 
 @dataclass(frozen=True)
 class Instance:
-    """A kernel with its arguments. If `small` is set, all arrays that may have fewer than 8
-    elements have fewer, so MLX passes them in constant memory."""
+    """A kernel with its arguments. If `small` is set, every array that can have fewer than 8
+    elements does have fewer, so MLX passes it in constant memory."""
 
     kernel: str
     arguments: dict[str, Any]

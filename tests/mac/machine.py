@@ -50,8 +50,8 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables for zig and the wrappers. With them, zig's caches are in
-    the build folder."""
+    """Returns the environment variables for zig and the wrappers. They place zig's caches in the
+    build folder."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
     return {**os.environ, **caches, "MAC_BIN": str(BIN), "PYTHONPATH": path}
@@ -94,8 +94,8 @@ def fetch() -> int:
 
 
 def set_up() -> None:
-    """Writes Python's headers for macOS, and wrappers that run zig under the names that CMake
-    calls."""
+    """Writes Python's headers for macOS, and wrapper scripts that run zig and have the names of the
+    commands that CMake runs."""
     BIN.mkdir(parents=True, exist_ok=True)
     for name, module in (
         ("c++", "mac.compiler"),

@@ -62,7 +62,7 @@ SHAPE = re.compile(
 
 
 def own_words() -> str:
-    """Returns declarations of the functions of Apple's compiler that MLX's text uses."""
+    """Returns declarations of the built-in functions of Apple's compiler that MLX's code uses."""
     text = (UTILS / "bf16_math.h").read_text()
     names = sorted(set(re.findall(r"__metal_\w+", text)))
     first = "template <typename T, typename... A> T first_of(T, A...);\n"
@@ -174,7 +174,7 @@ def compile_text(label: str, mode: Mode, header: str, kernels: list[str]) -> str
     )
     done = run(command, env=environment())
     said = done.stderr
-    # C++ for OpenCL does not accept all of MLX's text, so only errors in our text are reported.
+    # C++ for OpenCL does not accept all of MLX's code, so only errors in our code are reported.
     errors = re.findall(r"^(?!\S*/mlx/backend/)\S+: (?:fatal )?error: .*(?:\n.*){0,2}", said, re.M)
     return "\n".join(errors) or (said if done.returncode and not mode.utils else "")
 

@@ -1,4 +1,4 @@
-"""Runs the text of a Metal kernel on the CPU, and checks its memory accesses. See
+"""Runs the source of a Metal kernel on the CPU, and checks its memory accesses. See
 docs/metal_on_linux.md.
 
 `kernel_text` generates the same text as `mx.fast.metal_kernel`, and `rewrite` converts the text to
@@ -190,8 +190,8 @@ def compiler() -> tuple[list[str], str]:
 @functools.cache
 def build_folder() -> Path:
     """Returns a folder with the files that every kernel needs: the precompiled header and the
-    compiled machine.cpp. There is one folder for each version of the emulator, the flags and the
-    compiler.
+    compiled machine.cpp. Each combination of emulator version, compiler and flags has a separate
+    folder.
     """
     files = {name: (HERE / name).read_text() for name in ("emulator.h", "machine.cpp")}
     key = hashlib.sha256(repr((files, compiler())).encode()).hexdigest()[:16]

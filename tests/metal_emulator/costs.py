@@ -120,7 +120,7 @@ def mlx_backward(d: int, length: int) -> dict[str, dict[str, float]]:
         "barriers": mma / 128 * 2,
     }
     products = {name: 5 * x for name, x in one.items()}
-    # S and dP are written, and P is read once and dS twice, in half precision.
+    # In half precision: S and dP are written, P is read once, and dS is read twice.
     products |= {"device_written": 4 * whole, "memory": (2 + 2 + 2 + 4) * whole}
     # S and dP are read, and dS and P are written. For each block, dK and dV are read in half
     # precision, added to float32 sums, and written in half precision again.
@@ -155,7 +155,7 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
     the implementation `blocked` and D = 512.
 
     S and dP are written in float32 and read once (twice in the forward pass) to compute P and dS in
-    half precision. `rows` is the number of queries of a block, as in csrc/ops/attention/blocked.cpp
+    half precision. `rows` is the number of queries in a block, as in csrc/ops/attention/blocked.cpp
     for 8 heads.
     """
     whole = (length + rows) / length
@@ -177,8 +177,8 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Returns, for each of our kernels, the number of multiply-adds per visible score, for a query
-    far from the start.
+    """Returns the number of multiply-adds per visible score of each of our kernels, for a query far
+    from the start.
 
     With a window, each additional query increases the counts by the same amount.
     """
@@ -190,7 +190,7 @@ def in_window(d: int, window: int) -> dict[str, float]:
 
 
 def of_other_kernels() -> dict[str, dict[str, float]]:
-    """Returns the counts of the other kernels per output element."""
+    """Returns the counts per output element of our kernels that do not compute attention."""
     n = 4096
     counts: list[dict[str, int]] = []
     x, y, z = (mx.random.normal((n,)).astype(DTYPE) for _ in range(3))
@@ -219,7 +219,7 @@ def predicted_ms(x: Counts, device: str) -> float:
     """Returns the milliseconds that a launch would take if each part of a core issued one
     instruction per clock cycle without waiting or overlap.
 
-    If the transfer of `memory` takes longer, returns the time of the transfer.
+    If the transfer of `memory` bytes takes longer, returns the time of the transfer instead.
     """
     cores, ghz, bandwidth = DEVICES[device]
     lanes = x["threadgroup_reads"] + x["threadgroup_writes"] + x["device_accesses"]

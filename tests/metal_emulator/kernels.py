@@ -63,8 +63,8 @@ def emulated(
     orders: Sequence[int] = ORDERS,
     counts: list[dict[str, int]] | None = None,
 ) -> Iterator[list]:
-    """Makes calls choose implementations as on Metal, and runs them in the emulator, while this
-    context is active.
+    """While this context is active, ops choose implementations as on Metal, and their kernels run
+    in the emulator.
 
     Yields a list to which every launch is added. Raises an error if a change does not apply to the
     text, or if `make mac` does not compile the kernel with these template arguments. Appends the
@@ -107,7 +107,7 @@ def emulated(
 
 @contextmanager
 def launched() -> Iterator[list]:
-    """While this context is active, calls choose implementations as on Metal, but launches only
+    """While this context is active, ops choose implementations as on Metal, but launches only
     return zeros."""
     from mlx_segtrain import _core
 

@@ -1,5 +1,5 @@
-"""Counts the work of MLX's attention kernel for Metal in the same way as our kernels' work, by
-running its text in the emulator.
+"""Counts the work of MLX's attention kernel for Metal by running its source in the emulator, as for
+our kernels.
 
 The text comes from the installed MLX package, which contains the header files of MLX's kernels.
 """
@@ -94,8 +94,8 @@ def text_of(kernel: str, save_lse: bool) -> str:
             f"static constexpr bool {name} = {str(value).lower()};",
             body,
         )
-    # Addresses of elements are replaced with pointer arithmetic, because elements are values in the
-    # emulator.
+    # Replace addresses of elements with pointer arithmetic, because indexing a pointer of the
+    # emulator returns a temporary object, which has no address.
     whole = re.sub(r"&\(\s*(\w+)\[([^\[\]]*)\]\)", r"(\1 + (\2))", text + body)
     whole = re.sub(r"&(\w+)\[([^\[\]]*)\]", r"(\1 + (\2))", whole)
     return rewrite(whole, body_begins=0)
