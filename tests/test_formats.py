@@ -1,4 +1,4 @@
-"""Tests loading our adapters in mlx-lm and PEFT, importing adapters of these tools, and round
+"""Tests that mlx-lm and PEFT load our adapters, that their adapters can be imported, and round
 trips."""
 
 import functools
@@ -74,16 +74,16 @@ def trained(name, models, data, folder):
 
 @pytest.fixture(scope="module")
 def adapters(models, data, tmp_path_factory):
-    """Returns a function that maps a run's name to its model and folder. Each run is trained once,
-    so tests must not change the folder."""
+    """Returns a function that maps a run's name to its model and folder. Each run is trained once
+    for all tests, so they must not change the folder."""
     place = tmp_path_factory.mktemp("adapters")
     return functools.cache(lambda name: trained(name, models, data, place / name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """mlx-lm computes the same logits as this package, with the run's folder and with an export.
-    Exports in both formats can be imported again."""
+    """mlx-lm computes the same logits as this package, both from the run's folder and from an
+    export. Exports in both formats can be imported again."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -98,7 +98,7 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
 
     done = export(folder, tmp_path / "peft", "peft", names="text")
-    # The difference is due to PEFT's multiplier, which is alpha divided by the rank.
+    # The difference is a rounding error: PEFT computes the multiplier as alpha divided by the rank.
     assert done.difference <= 1e-6 * done.update
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")

@@ -66,7 +66,8 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if extras is None:
         assert got == []
         return
-    # Installs compilers and MLX (for its headers and symbols), but not the package itself.
+    # This target installs compilers and MLX (for its headers and symbols), but not the package
+    # itself.
     if target == "mac":
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
@@ -112,7 +113,7 @@ def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
     return texts, packages
 
 
-#: Files that contain the language names of code blocks.
+#: Test files with strings such as "python" that name the language of a code block.
 FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 
 
