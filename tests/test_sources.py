@@ -391,7 +391,7 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
 
 
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
-    """The statistics must not be read, because broken ones make pyarrow abort its process."""
+    """The statistics must not be read, because pyarrow aborts the process if they are broken."""
     table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)
