@@ -161,7 +161,8 @@ def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
 
 
 def test_calls_that_the_template_cannot_write(with_tools):
-    """A conversation survives arguments that are not a mapping, and several calls in one turn."""
+    """A conversation continues even if the chat template cannot render a tool call's arguments or
+    several calls in one turn."""
     tokenizer = load_tokenizer(with_tools)
     strict = TOOLS.replace(
         "{{ tool_call.name }}",

@@ -158,8 +158,8 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Returns which calls should fail, counted from 1: FAULTS evenly spaced calls, or all calls if
-    FAULTS is 0."""
+    """Returns the numbers of the calls that should fail, counted from 1: FAULTS evenly spaced
+    calls, or all calls if FAULTS is 0."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 

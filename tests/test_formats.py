@@ -306,8 +306,8 @@ def test_gguf(name, adapters, tmp_path):
         delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
         want = np.array(own.scales[path] * (a @ b).T)
         heads = {"q_proj": 4, "k_proj": 2}.get(kind)
-        # In the GGUF file, row 2i of a head is row i of its first half, and row 2i + 1 is row i of
-        # its second half.
+        # In the GGUF file, the two halves of each head's rows are interleaved: row 2i is row i of
+        # the first half, and row 2i + 1 is row i of the second half.
         if heads:
             half = want.shape[0] // heads // 2
             rows = [
@@ -321,7 +321,8 @@ def test_gguf(name, adapters, tmp_path):
 
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
-    """The row order equals that of SmolLM2's GGUF file, before the snapshot reorders the rows."""
+    """`turn` produces the row order of SmolLM2's GGUF file, and with `back` it restores the
+    original order."""
     from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]

@@ -28,8 +28,8 @@ TARGETS = {
 
 
 def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
-    """Returns the commands printed by `make -n` without a virtual environment. `uname` prints
-    `system`."""
+    """Returns the commands that `make -n` prints if there is no virtual environment and `uname`
+    prints `system`."""
     fake = folder / "uname"
     fake.write_text(f"#!/bin/sh\necho {system}\n")
     fake.chmod(0o755)

@@ -51,7 +51,7 @@ def rows_of(*shapes) -> Dataset:
 
 
 def data_of(kind: str = "kto") -> Dataset:
-    """Returns rows whose reference log-probabilities are close to the models' own."""
+    """Returns rows whose reference log-probabilities are close to those of the models."""
     data = rows_of(*ROWS)
     data = mismatched(data, 30) if kind == "kto" else data
     sides = 2 if kind == "kto" else 1

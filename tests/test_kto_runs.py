@@ -37,7 +37,7 @@ def config(model, rows, out, **changes):
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     """A step without desirable (or undesirable) rows reports no reward for them. A warning gives
-    the range of weights that the paper recommends."""
+    the range of weights that the KTO paper recommends."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)

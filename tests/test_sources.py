@@ -299,8 +299,9 @@ def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
 
 
 def test_a_reader_that_is_ended(tmp_path, monkeypatch):
-    """If Arrow or the operating system ends a reader process, the error names only the file, and
-    the next file uses another reader. An unfinished reader does not block others."""
+    """If Arrow or the operating system ends a reader process, reading fails with an error that
+    names the file, and the next file uses another reader. An unfinished reader does not block
+    others."""
     for name in ("a.parquet", "b.parquet"):
         write_parquet(tmp_path / name, [{"text": "x" * 99_999}] * 100, use_dictionary=False)
     monkeypatch.setattr(limits, "BLOCK", 1 << 18)
