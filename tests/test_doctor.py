@@ -1,5 +1,4 @@
-"""Tests the self-check of kernels on a device. In some tests, CPU kernels stand in for GPU
-kernels."""
+"""Tests the self-check of the kernels. In some tests, CPU kernels stand in for GPU kernels."""
 
 import json
 
@@ -23,7 +22,7 @@ CPU_KERNELS = [
     "rope",
 ]
 MILLISECONDS = doctor.milliseconds
-#: The original function of each kernel, which tests replace to break the kernel.
+#: The original function of each kernel. Tests replace these functions to break the kernels.
 SOUND = {op: getattr(_core, op) for op in [*CPU_KERNELS, "lora_linears"] if op != "lora_linear"}
 
 
@@ -136,7 +135,7 @@ def test_every_kernel_of_the_cpu_is_checked_and_timed(off, monkeypatch):
 
 
 def test_times_are_those_of_the_work():
-    """The time includes the computation of 6·512³ operations, not just building the graph."""
+    """The measured time covers 6·512³ operations, not just the construction of the graph."""
     x = mx.ones((512, 512))
     assert doctor.milliseconds(lambda x: x @ x, [x], x) > 0.1
 
@@ -150,8 +149,8 @@ def test_a_kernel_that_is_wrong_is_named(off, monkeypatch, op, fault):
 
 
 def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
-    """CPU kernels stand in for the implementations on a Mac. Each head size is checked in each
-    dtype."""
+    """CPU kernels stand in for the implementations that a Mac uses. Each head size is checked in
+    each dtype."""
     sound = _core.attention
 
     def played(*x, impl, **options):
@@ -178,7 +177,7 @@ def test_on_a_gpu_it_checks_what_runs_there(off, monkeypatch):
             for dtype in ("bfloat16", "float32")
         ),
     ]
-    # bfloat16 results differ from the plain code by rounding.
+    # In bfloat16, the results differ from those of the plain code because of rounding.
     half = [x for x in report.checks if "float32" not in x.case]
     assert all(1e-4 < x.error < doctor.HALF_BOUND for x in half)
     assert all(x.error < doctor.FLOAT_BOUND for x in report.checks if "float32" in x.case)

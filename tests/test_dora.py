@@ -180,8 +180,8 @@ def written(folder, adapter):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_stock_mlx_lm_loads_what_we_write(padded, llama4, tmp_path):
-    """Factors of different ranks are padded, and a single multiplier replaces different
-    multipliers."""
+    """In the saved files, factors of different ranks are padded to the same rank, and all layers
+    have the same multiplier."""
     chain = chain_of(load_base(llama4)[0])
     ranks = {path: 2 + i % 3 if padded else RANK for i, path in enumerate(chain.linears)}
     adapter = stretched(chain, ranks)

@@ -1,5 +1,5 @@
-"""Tests adapters for the embedding and the head: gradients as in mlx-lm, cuts, pairs, files, and
-refusals."""
+"""Tests adapters for the embedding and the head: gradients (compared with mlx-lm's), segments,
+preference pairs, adapter files, and errors."""
 
 import copy
 import functools
@@ -92,7 +92,7 @@ def of_mlx_lm(stock, adapter, batch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_gradients_are_those_of_mlx_lm(name, monkeypatch):
-    """Some positions precede the first one in the loss, and the logits are computed in several
+    """The first few positions are not in the loss, and the logits are computed in several
     chunks."""
     if "experts" in name:
         needs_router_gradient()
@@ -131,7 +131,8 @@ def test_every_cut_gives_the_same_bits(name, dropout):
 
 @pytest.mark.parametrize("name", ["llama, tied", "llama", "generic"])
 def test_pairs_share_their_beginning(name, monkeypatch):
-    """The embedding table's gradient is the same for a stream with a branch as for two streams."""
+    """The embedding table's gradient is the same whether a pair is one stream with a branch or two
+    streams."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     chain = chain_of(model_of(name))
     adapter, batch = adapter_of(chain), pair_batch(7)

@@ -34,7 +34,8 @@ TOOLS = (
 
 
 class Guess:
-    """Rejects the first two guesses by naming the right answer, and ends after the third guess."""
+    """Rejects the first two guesses by naming the right answer, and ends the conversation after the
+    third guess."""
 
     def reset(self, answer, seed):
         self.answer, self.tries, self.seed = answer, [], seed
@@ -48,7 +49,7 @@ class Guess:
 
 
 class Shelf:
-    """Offers a tool that uses a column of the row."""
+    """An environment with a tool whose result depends on a column of the data set."""
 
     def reset(self, **columns):
         self.seen = columns["answer"]
@@ -140,7 +141,8 @@ def test_tools_are_called_and_their_faults_are_told(with_tools):
 
 
 def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
-    """The signal of a lost rank can arrive while any code is running, here a tool."""
+    """The signal that a rank was lost can arrive at any time. Here, it arrives during a tool
+    call."""
 
     class Lost(Shelf):
         def add(self, a: int, b: int) -> int:
@@ -159,7 +161,8 @@ def test_a_rank_that_is_lost_during_a_call_is_no_result_of_it(with_tools):
 
 
 def test_calls_that_the_template_cannot_write(with_tools):
-    """A conversation survives arguments that are not a mapping, and several calls in one turn."""
+    """A conversation continues even if the chat template cannot render a tool call's arguments or
+    several calls in one turn."""
     tokenizer = load_tokenizer(with_tools)
     strict = TOOLS.replace(
         "{{ tool_call.name }}",
@@ -211,8 +214,8 @@ def talkative(monkeypatch):
 
 
 def test_log_probabilities_are_those_after_all_that_was_said(llama4, talkative):
-    """The log-probabilities are correct even if conversations with turns of other lengths share the
-    batch."""
+    """The log-probabilities are correct even if a batch contains conversations with turns of
+    different lengths."""
     model, talks, made = rolled(llama4, {}, max_tokens=400)
     for talk, own in zip(talks, made, strict=True):
         assert own.turns == 3 and own.finish == "stop" and own.prompt == talk.prompt
@@ -282,8 +285,8 @@ def test_tokens_of_the_environment_get_no_gradient(llama4, talkative, monkeypatc
 
 
 def test_a_run_talks_learns_and_resumes(llama4, tmp_path, talkative):
-    """The environment is a Python class. Rewards receive the environments, and the log contains the
-    messages."""
+    """The environment is a Python class. Reward functions receive the environments, and the log
+    contains the messages."""
     rows = [{"prompt": f"Guess {i}.", "answer": i} for i in range(4)]
 
     def run(out, iters, **more):

@@ -22,7 +22,7 @@ from mlx_segtrain.objectives.sft import Sft
 from mlx_segtrain.schedule import Cuts, forward
 from mlx_segtrain.training.setup import with_params
 
-#: Families whose gradients are also compared with transformers.
+#: Families whose gradients are also compared with those of transformers.
 WITH_HF = [
     *("llama", "qwen3", "gemma3", "gemma4-E4B", "gemma4-K=V", "gemma4-experts"),
     *("qwen2", "phi3", "olmo2", "smollm3", "granite", "gemma2"),
@@ -116,7 +116,8 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
-    """The last 3 of 6 layers compute no keys. Layer 2 must compute the keys for all rows."""
+    """The last 3 of the 6 layers compute no keys: they use the keys of earlier layers. Therefore,
+    layer 2 must compute keys for all rows, including rows before the loss."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)

@@ -1,5 +1,5 @@
-"""Tests runs that are killed at any moment, full or broken disks, and power cuts. Only the file
-being written may be lost.
+"""Tests kills at arbitrary moments, full or broken disks, and power cuts. Only the file being
+written may be lost.
 
 A tiny run writes every kind of file. Runs are forks of a process that has imported everything.
 KILLS and FAULTS set the number of moments to try; FAULTS=0 tries all moments.
@@ -65,8 +65,8 @@ class Forks:
         return process, queue
 
     def run(self, folder, fault=None, more=None):
-        """Returns the exit code and (error, calls, warnings), which is None if the run was
-        killed."""
+        """Returns the exit code and a tuple (error, calls, warnings). If the run was killed, the
+        second value is None instead."""
         process, queue = self.start(folder, fault, more)
         process.join(60)
         assert process.exitcode is not None, "the run hangs"
@@ -89,8 +89,8 @@ def whole(forks, tmp_path_factory):
 
 
 def assert_nothing_torn(run):
-    """Checks that every file with its final name is complete, except for the last line of the
-    log."""
+    """Checks that all files except temporary ones are complete. Only the last line of the log may
+    be incomplete."""
     for path in run.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(run).parts):
             continue
@@ -158,8 +158,8 @@ def test_killed_at_random_moments(forks, whole, tmp_path):
 
 
 def points(calls):
-    """Returns which calls should fail, counted from 1: FAULTS evenly spaced calls, or all calls if
-    FAULTS is 0."""
+    """Returns the numbers of the calls that should fail, counted from 1: FAULTS evenly spaced
+    calls, or all calls if FAULTS is 0."""
     n = min(FAULTS or calls, calls)
     return sorted({1 + i * calls // n for i in range(n)})
 

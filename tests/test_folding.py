@@ -32,7 +32,8 @@ TOKENS = mx.array([[1, 5, 9, 200, 17, 33, 80, 81]])
 
 
 def random_adapter(model_dir, ranks, size=0.05, seed=0, dora=False, scales=(0.5, 2.0)):
-    """Returns a random adapter with these ranks, in which the layers use `scales` in turn."""
+    """Returns a random adapter with the given ranks. The multipliers in `scales` are assigned to
+    the layers in turn."""
     chain = chain_of(load_model(model_dir)[0])
     mx.random.seed(seed)
     fresh = adapting.init(chain, ranks, 1.0, seed, dora=dora)
@@ -181,7 +182,7 @@ def same_bits(x, y):
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_a_quantized_fold(bits, llama_mixed, tmp_path):
-    """Adapted layers keep their quantization or get another number of bits. Other layers stay
+    """Adapted layers keep their number of bits or are requantized to a given one. Other layers stay
     bit-identical."""
     ends = ("q_proj", "down_proj")
     adapter = random_adapter(llama_mixed, ranks_of(llama_mixed, *ends), size=0.3)
@@ -271,8 +272,8 @@ def test_other_quantizations(mode, tmp_path):
 
 
 def test_shards_are_written_one_at_a_time(llama4, tmp_path, monkeypatch):
-    """A base in several files is merged into several files with the same tensors, using the memory
-    of one file only."""
+    """If the base model is stored in several files, so is the merged model, with the same tensors.
+    Files are written one at a time to save memory."""
     model = shutil.copytree(llama4, tmp_path / "m")
     tensors = tensors_of(llama4)
     names = sorted(tensors)
@@ -352,8 +353,8 @@ def test_the_demo_s_model_is_folded(tmp_path):
     fold(adapter, model, tmp_path / "half", dequantize=True)  # float16, the dtype of the base
     tokens = mx.array([[1, 504, 3575]])
     both = mlx_segtrain.load(model, tmp_path / "a")[0](tokens)
-    # Only weights are loaded here. Loading a tokenizer takes as long as loading the weights, so
-    # this is done only once, below.
+    # Only weights are loaded here. Loading a tokenizer takes as long as loading the weights, so a
+    # tokenizer is loaded only once, below.
     alone = load_model(model)[0](tokens)
     dense = load_model(tmp_path / "dense")[0](tokens)
     half = load_model(tmp_path / "half")[0](tokens)
@@ -404,7 +405,8 @@ def test_a_linear_without_an_update_stays_as_it_is(llama4, tmp_path):
 
 
 def test_other_bits_of_a_linear_without_an_update(llama4, tmp_path):
-    """The number of bits in config.json matches this layer's weights."""
+    """A layer is requantized even if its update is zero, so that its weights match the number of
+    bits in config.json."""
     adapter = random_adapter(llama4, ranks_of(llama4, "q_proj"), size=0.0)
     fold(adapter, llama4, tmp_path / "out", bits=8)
     stock, _ = mlx_lm.load(str(tmp_path / "out"))

@@ -1,4 +1,4 @@
-"""Tests loading our adapters in mlx-lm and PEFT, importing adapters of these tools, and round
+"""Tests that mlx-lm and PEFT load our adapters, that their adapters can be imported, and round
 trips."""
 
 import functools
@@ -74,16 +74,16 @@ def trained(name, models, data, folder):
 
 @pytest.fixture(scope="module")
 def adapters(models, data, tmp_path_factory):
-    """Returns a function that maps a run's name to its model and folder. Each run is trained once,
-    so tests must not change the folder."""
+    """Returns a function that maps a run's name to its model and folder. Each run is trained once
+    for all tests, so they must not change the folder."""
     place = tmp_path_factory.mktemp("adapters")
     return functools.cache(lambda name: trained(name, models, data, place / name))
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
-    """mlx-lm computes the same logits as this package, with the run's folder and with an export.
-    Exports in both formats can be imported again."""
+    """mlx-lm computes the same logits as this package, both from the run's folder and from an
+    export. Exports in both formats can be imported again."""
     model_dir, folder = adapters(name)
     tokens = mx.array(TOKENS)
     ours = mlx_segtrain.load(model_dir, folder)[0](tokens)
@@ -98,7 +98,7 @@ def test_a_trained_adapter_loads_in_mlx_lm(name, adapters, tmp_path):
     assert_close("mlx-lm, exported", stock(tokens).astype(mx.float32), ours, 1e-4)
 
     done = export(folder, tmp_path / "peft", "peft", names="text")
-    # The difference is due to PEFT's multiplier, which is alpha divided by the rank.
+    # The difference is a rounding error: PEFT computes the multiplier as alpha divided by the rank.
     assert done.difference <= 1e-6 * done.update
     for form in ("mlx", "peft"):
         import_(tmp_path / form, tmp_path / f"{form} again")
@@ -306,8 +306,8 @@ def test_gguf(name, adapters, tmp_path):
         delta = tensors[f"{place}.weight.lora_b"] @ tensors[f"{place}.weight.lora_a"]
         want = np.array(own.scales[path] * (a @ b).T)
         heads = {"q_proj": 4, "k_proj": 2}.get(kind)
-        # In the GGUF file, row 2i of a head is row i of its first half, and row 2i + 1 is row i of
-        # its second half.
+        # In the GGUF file, the two halves of each head's rows are interleaved: row 2i is row i of
+        # the first half, and row 2i + 1 is row i of the second half.
         if heads:
             half = want.shape[0] // heads // 2
             rows = [
@@ -321,7 +321,8 @@ def test_gguf(name, adapters, tmp_path):
 
 
 def test_the_order_of_rows_is_that_of_the_demo_s_gguf():
-    """The row order equals that of SmolLM2's GGUF file, before the snapshot reorders the rows."""
+    """`turn` produces the row order of SmolLM2's GGUF file, and with `back` it restores the
+    original order."""
     from mlx_segtrain.adapters.gguf import turn
 
     rows = mx.arange(64.0)[:, None]

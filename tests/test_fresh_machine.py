@@ -28,8 +28,8 @@ TARGETS = {
 
 
 def dry_run(folder: Path, system: str, *words: str) -> list[list[str]]:
-    """Returns the commands printed by `make -n` without a virtual environment. `uname` prints
-    `system`."""
+    """Returns the commands that `make -n` prints if there is no virtual environment and `uname`
+    prints `system`."""
     fake = folder / "uname"
     fake.write_text(f"#!/bin/sh\necho {system}\n")
     fake.chmod(0o755)
@@ -66,7 +66,8 @@ def test_what_a_target_installs(target, system, peers, tmp_path):
     if extras is None:
         assert got == []
         return
-    # Installs compilers and MLX (for its headers and symbols), but not the package itself.
+    # This target installs compilers and MLX (for its headers and symbols), but not the package
+    # itself.
     if target == "mac":
         assert got[0] == "tests/mac/requirements.txt"
         assert [word.partition("==")[0] for word in got[1:]] == ["mlx-cpu", "mlx", "nanobind"]
@@ -112,7 +113,7 @@ def strings_and_imports(path: Path) -> tuple[set[str], set[str]]:
     return texts, packages
 
 
-#: Files that contain the language names of code blocks.
+#: Test files with strings such as "python" that name the language of a code block.
 FENCES = {"pages", "test_docs", "test_docs_blocks", "wording"}
 
 

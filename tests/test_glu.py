@@ -66,8 +66,8 @@ def test_under_compile(op, impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("op", OPS)
 def test_parts_of_arrays(op, impl):
-    """Tests slices of columns, and rows that start in the middle of a pack of elements that the
-    kernel reads."""
+    """Tests slices of columns, and rows whose start is not aligned with the packs of elements that
+    the kernel reads."""
     x, x64 = rand(np.random.default_rng(8), 6, 2 * 333, dtype="bfloat16")
     for at in (np.s_[:, :333], np.s_[:, 333:]), (np.s_[1], np.s_[3]):
         (g, u), (g64, u64) = ([x[i] for i in at] for x in (x, x64))

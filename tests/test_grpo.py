@@ -212,7 +212,8 @@ def test_segments_and_packing_change_nothing(name, model):
 
 
 def test_without_old_ones_the_ratio_is_one(model):
-    """Without old log-probabilities, the gradient is the same as with the current model's."""
+    """Without old log-probabilities, the gradient is the same as if they were those of the current
+    model."""
     chain, adapter, params = model
     own, (batch,) = Grpo(cap=0.0), list(eval_batches(completions(), 4))
     (log_p,) = value(own.old, chain, adapter.scales, params, batch, 1.0)
@@ -247,7 +248,7 @@ CURVES = {
 
 @pytest.mark.parametrize("name", CURVES)
 def test_chance_is_no_collapse(name):
-    """Simulates runs with prompts of any difficulty, 4 prompts per step, and 8 completions per
+    """Simulates runs with prompts of varying difficulty, 4 prompts per step, and 8 completions per
     prompt."""
     rng, stopped = np.random.default_rng(8), 0
     for _ in range(20):

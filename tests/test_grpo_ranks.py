@@ -46,8 +46,8 @@ def config(model, tmp_path):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     base = {"method": "grpo", "iters": 3, "batch_size": 3, "group_size": 3, "steps_per_eval": 3}
     base |= {"max_completion_tokens": 6, "lr_schedule": "constant", "learning_rate": 1e-2}
-    # Completions are generated one at a time, so they do not depend on the rank's other
-    # completions.
+    # Completions are generated one at a time, so a completion does not depend on which other ones
+    # its rank generates.
     base |= {"rollout_batch": 1}
     base |= {"reward_functions": [f"{tmp_path / 'own.py'}:{name}" for name in ("spread", "short")]}
     return lambda out, **how: config_of(model, data, tmp_path / out, **{**base, **how})

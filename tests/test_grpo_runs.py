@@ -1,4 +1,4 @@
-"""Complete grpo runs on tiny models: they learn, resume bit-identically, and preserve their
+"""Tests that complete grpo runs on tiny models learn, resume bit-identically, and preserve their
 state."""
 
 import json

@@ -121,13 +121,13 @@ def test_token(caplog):
     assert ask({"cookie": f"{guard.COOKIE}=wrong"}, **wants)[0] == 401
     assert ask({"cookie": "=;;=,"}, **wants)[0] == 401
     assert ask({"authorization": "bearer correct horse"}, **wants)[0] == 200
-    # Browsers send cookies to all ports of this machine, so the cookie must not be the token.
+    # Browsers send cookies to all ports of this machine, so the cookie must not contain the token.
     assert ask({"cookie": f'a=b; {guard.COOKIE}="correct horse"'}, **wants)[0] == 401
     sessions = Sessions()
     one, other = sessions.open(), sessions.open()
     cookies = {"cookie": f'a=b; {guard.COOKIE}="{one}"'}
     assert ask(cookies, sessions=sessions, **wants)[0] == 200
-    # This session belongs to another server.
+    # The session was opened by another server, so this server does not know it.
     assert ask(cookies, sessions=Sessions(), **wants)[0] == 401
     sessions.close(one)
     assert ask(cookies, sessions=sessions, **wants)[0] == 401 and sessions.holds(other)

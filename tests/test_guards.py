@@ -415,7 +415,7 @@ def test_a_validation_loss_that_is_no_number(llama4, data, tmp_path, monkeypatch
 
 
 def test_spikes_are_not_left_out_for_ever(llama4, data, tmp_path, monkeypatch):
-    """If losses stay high, they become the level with which later losses are compared."""
+    """If losses stay high, they become the baseline for later losses."""
     original = step.Stepper.gradient
 
     def gradient(self, at, batches):

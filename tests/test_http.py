@@ -357,7 +357,7 @@ def test_security_against_a_real_server(tmp_path):
         odd = http.get("/docs-files/..%2f..%2f..%2fetc/passwd")
         assert odd.status_code == 404
         assert http.get("/docs-files/../../../../etc/passwd").status_code == 404
-        # Announce a body of 1 GB, and send one of 1 GB without a content-length.
+        # First announce a body of 1 GB in content-length, then send 1 GB without a content-length.
         huge = {"content-length": str(10**9), "content-type": "application/json"}
         answer = _raw(server, good, "POST /api/finetune/submit", huge, b"x" * 1000)
         assert answer.startswith(b"HTTP/1.1 413")
@@ -371,7 +371,7 @@ def test_security_against_a_real_server(tmp_path):
             assert refused.status_code == 413
         except httpx.TransportError:
             pass  # the server closed the connection before the end of the body
-        # Slow clients never finish sending their headers or body.
+        # The next clients are slow, and never finish sending their headers or body.
         slow = socket.create_connection(("127.0.0.1", server.port))
         slow.sendall(b"GET /api/jobs HTTP/1.1\r\nhost: local")
         late = threading.Thread(target=_trickle, args=(slow,), daemon=True)

@@ -1,5 +1,5 @@
-"""Tests models and data sets given by their hub names on a server: which names clients may use, and
-downloads as jobs."""
+"""Tests a server with models and data sets that are given by their hub names: which names clients
+may use, and downloads as jobs."""
 
 import asyncio
 import shutil

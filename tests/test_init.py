@@ -10,7 +10,7 @@ from mlx_segtrain.commands import main as cli
 from mlx_segtrain.commands.init import text_of
 from mlx_segtrain.config import TrainConfig, load_config
 
-#: Fields that cannot be combined with another of these fields.
+#: Fields that conflict with another field in this set.
 ALONE = {"iters", "epochs", "grad_checkpoint", "segment_size", "resume", "overwrite"}
 
 

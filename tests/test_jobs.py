@@ -35,8 +35,8 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Starts the processes of jobs as forks, in which the modules for a run are already
-    imported."""
+    """Makes the queue start the processes of jobs as forks that have already imported the modules
+    for a run."""
     monkeypatch.setattr(queue.processes, "start", forks.start)
 
 

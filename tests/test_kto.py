@@ -51,7 +51,7 @@ def rows_of(*shapes) -> Dataset:
 
 
 def data_of(kind: str = "kto") -> Dataset:
-    """Returns rows whose reference log-probabilities are close to the models' own."""
+    """Returns rows whose reference log-probabilities are close to those of the models."""
     data = rows_of(*ROWS)
     data = mismatched(data, 30) if kind == "kto" else data
     sides = 2 if kind == "kto" else 1
@@ -150,7 +150,7 @@ def test_loss_and_gradients_are_trls_in_float64(name, kind):
         truth, true_grads = plain(name, objective, batch)
     assert (truth[-1] > 1) == (kind == "kto")
     outputs, grads = run(name, objective, batch)
-    # Without a divergence, its metric is absent.
+    # If there is no divergence, the metric "kl" is absent.
     count = len(truth) if own == "kto" else len(truth) - 1
     np.testing.assert_allclose(outputs[:count], truth[:count], rtol=1e-4)
     if own != "kto":

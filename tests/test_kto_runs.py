@@ -37,7 +37,7 @@ def config(model, rows, out, **changes):
 
 def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     """A step without desirable (or undesirable) rows reports no reward for them. A warning gives
-    the range of weights that the paper recommends."""
+    the range of weights that the KTO paper recommends."""
     seen = []
     how = {"iters": 12, "steps_per_eval": 12, "batch_size": 1}
     train(config(llama4, rows, tmp_path / "a", **how), seen.append)
@@ -55,7 +55,7 @@ def test_what_is_told_of_a_run(llama4, rows, tmp_path):
     seen = []
     train(config(llama4, rows, tmp_path / "b", **how, steps_per_report=12), seen.append)
     (_, whole) = [event for event in seen if event.get("kind") == "train"]
-    # Each mean is over only those steps of the report that have this metric.
+    # Each mean is computed only over the steps that have the metric.
     for name in ("desirable_reward", "undesirable_reward", "kl"):
         own = [s[name] for s in steps if name in s]
         assert whole[name] == pytest.approx(sum(own) / len(own), rel=1e-5)
@@ -111,8 +111,8 @@ def test_weights_of_kinds_act(llama4, rows, tmp_path):
 
 
 def test_a_run_stays_within_its_plan(llama4, rows, tmp_path):
-    """A plan from the configuration alone is the same as for SFT. A run's plan also accounts for
-    the longest mismatched response."""
+    """A plan that is made from the configuration alone equals the plan of an SFT run. A run's plan
+    also accounts for the longest mismatched response."""
     own = config(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)
     plan = plan_run(own, full_batch(own, 0.5))
     single = config_of(llama4, rows, tmp_path / "a", batch_size=2, max_seq_length=100)

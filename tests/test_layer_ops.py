@@ -44,8 +44,8 @@ def compare(f, plain, args, cotangents, truth, dtype, compiled):
     deterministic.
 
     With `compiled`, also checks the function under mx.compile. This is slow on a CPU, where
-    mx.compile runs a C++ compiler for every new group of elementwise ops. Therefore only our ops
-    are checked with it, and only once for cases that differ only in their values.
+    mx.compile runs a C++ compiler for every new group of elementwise ops. Therefore, only our ops
+    are checked under mx.compile, and cases that differ only in their values are checked once.
     """
 
     def run(g):
@@ -318,8 +318,8 @@ def test_lora_glu_mlp_in_tiles_keeps_x_only():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("impl", ["kernel", "blocked"])
 def test_heads_of_half_precision(impl, dtype, vocabulary, softcap, certain):
-    """If the target is nearly certain, the gradient is small but must have the same relative
-    precision."""
+    """If the target is nearly certain, the gradient is small, but its relative error must not be
+    larger than for other targets."""
     rng = np.random.default_rng(23)
     bias, bias64 = (a / 8 for a in rand(rng, vocabulary))
     head, w64 = base_of(rng, vocabulary, 64, ("affine", 4, 32), bias)

@@ -84,7 +84,8 @@ def test_a_broken_cache_is_no_obstacle(mac, tmp_path):
 
 
 def test_a_plan_takes_no_times(mac):
-    """Planning measures no times, because the server also plans while a run uses the device."""
+    """Planning does not time anything, because the server also plans while a run uses the
+    device."""
     assert settle([HEADS], measures=False) == {} and mac == []
     first = settle([HEADS], measures=True)
     mac.clear()

@@ -1,5 +1,5 @@
-"""Every mlx-lm family trains for three steps with mlx-lm's losses, or is refused, as listed in
-docs/models.md."""
+"""Tests that every mlx-lm family either trains for three steps with the same losses as in mlx-lm or
+is refused, as listed in docs/models.md."""
 
 import mlx_lm
 import pytest

@@ -58,8 +58,9 @@ def test_chat(server, said):
         usage = answer.usage
         assert (usage.prompt_tokens, usage.completion_tokens) == (len(tokens), len(made))
         assert usage.total_tokens == len(tokens) + len(made)
-    # Without a token, anyone may be a client. Therefore, the usage omits the number of cached
-    # tokens, which would reveal other clients' prompts. tests/hostile tests a server with a token.
+    # If the server has no access token, anyone may be a client. Therefore, the usage omits the
+    # number of cached tokens, which would reveal other clients' prompts. tests/hostile tests a
+    # server with a token.
     assert ask(server, "b").usage.prompt_tokens_details is None
 
 

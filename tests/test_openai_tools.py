@@ -23,7 +23,7 @@ from mlx_segtrain.serving.pools import Busy, Pool
 
 pytestmark = pytest.mark.acceptance
 
-#: A chat template similar to those of Qwen and Hermes. From it, mlx-lm infers how to parse tool
+#: A chat template similar to those of Qwen and Hermes, from which mlx-lm infers how to parse tool
 #: calls.
 TEMPLATE = """{%- if tools %}<|im_start|>system
 You may call:{% for tool in tools %} {{ tool.function.name }}{% endfor %}<|im_end|>
@@ -241,7 +241,7 @@ class Place(pydantic.BaseModel, extra="forbid"):
 
 
 class Trip(pydantic.BaseModel, extra="forbid"):
-    """Has a schema that refers to Place in its own $defs."""
+    """A model whose JSON schema refers to Place in the schema's own $defs."""
 
     start: Place
     ends: Annotated[list[Place], pydantic.Field(min_length=1, max_length=2)]
@@ -417,7 +417,7 @@ def test_reasoning_is_told_apart(folder, said, tmp_path):
         with speaking(server, "<think>hm, 2</think>\n\nTwo.") as body:
             closed = ask(server, **body)
             chunks = list(ask(server, stream=True, **body))
-            # A format with the value false is ignored.
+            # A format whose value is false is ignored.
             free = ask(server, extra={"structured_outputs": {"json_object": False}}, **body)
         opened = {"chat_template_kwargs": {"enable_thinking": "open"}}
         with speaking(server, "hm, 3</think>Three.") as body:

@@ -17,7 +17,8 @@ CHECKS = (
 )
 
 
-#: Routes with the fields of /api/finetune/submit. Their boundary values are not tested again.
+#: Routes that accept the fields of /api/finetune/submit, whose boundary values are not tested
+#: again.
 ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 

@@ -455,7 +455,7 @@ def test_linear_log_probs_of_half_precision(impl, dtype):
 
 @pytest.mark.parametrize("impl", IMPLS["linear_log_probs"])
 def test_linear_log_probs_touches_only_rows_with_a_target(impl):
-    """Rows without a target may contain NaN. It is also possible that no row has a target."""
+    """Rows without a target may contain NaN. In the second case, no row has a target."""
     h = mx.random.normal((9, 16)).astype(mx.bfloat16 if ON_GPU else mx.float32)
     h[::2] = mx.nan
     head = ops.Base(mx.random.normal((56, 16)))

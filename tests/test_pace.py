@@ -1,4 +1,5 @@
-"""Tests the estimated remaining time of a run, which includes evaluations and checkpoints."""
+"""Tests the estimated remaining time of a run, including the time for evaluations and
+checkpoints."""
 
 import pytest
 

@@ -61,8 +61,8 @@ def step(chain, adapter, batch, total, size=1):
 
 def assert_same_packed(chain, adapter, lengths=LENGTHS, prompt=2, size=1):
     """Compares packed rows with single rows. The errors may exceed BOUND only if those of a padded
-    batch exceed it too: gradients partly cancel in the sum, and the rounding of matrix products
-    depends on their shapes."""
+    batch exceed it too. Larger errors are possible because the rounding of matrix products depends
+    on their shapes, and the gradients partly cancel in the sum."""
     alone, padded, packed = examples(lengths, prompt)
     total = Sft().total(alone)
     assert Sft().total([packed]) == pytest.approx(total)
@@ -247,8 +247,8 @@ def test_an_epoch_of_packed_rows(llama4, tmp_path):
 
 
 def test_auto_is_decided_once(llama4, tmp_path, monkeypatch):
-    """A resumed run keeps the earlier choice of `packing="auto"`, even if the other one would now
-    be faster."""
+    """A resumed run keeps the earlier choice of `packing="auto"`, even if the other choice would
+    now be faster."""
     data, out = write_data(tmp_path / "data"), tmp_path / "run"
     how = {"max_seq_length": 64, "packing": "auto"}
     monkeypatch.setattr(setup, "pays", lambda *_: True)

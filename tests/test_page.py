@@ -947,8 +947,8 @@ def test_every_view_fits_and_axe_finds_nothing(user, runs, size, scheme):
         page.wait_for_timeout(400)
         assert fits(page), name
         user.shot(page, f"{name}-{size['width']}-{scheme}")
-        # Open all sections to check them, too. The names are removed because only one of the
-        # sections with the same name can be open.
+        # Open all sections to check them, too. Their names are removed first, because only one of
+        # several sections with the same name can be open.
         page.evaluate(
             """() => document.querySelectorAll("details").forEach((own) => {
             own.removeAttribute("name"); own.open = true; })"""

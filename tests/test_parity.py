@@ -153,8 +153,8 @@ def test_smollm2(smollm2):
 
 
 def test_smollm2_in_float64(smollm2):
-    """Compares with mlx-lm in float64 on random tokens, because mlx-lm in float32 has an error of
-    4e-4 on them.
+    """Uses random tokens, and compares with mlx-lm in float64, because mlx-lm's error in float32 is
+    4e-4 for such tokens.
 
     On longer rows, our error reaches 2e-4; the values are in bench/LOG.md.
     """

@@ -1,4 +1,5 @@
-"""Tests a pipeline's files without processes: rank 0 gathers all ranks' factors."""
+"""Tests the files of a pipeline run, without starting processes: rank 0 gathers all ranks'
+factors."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

@@ -1,4 +1,5 @@
-"""Tests a pipeline's parts without processes: cuts, the values that cross the cuts, and plans."""
+"""Tests the parts of a pipeline, without starting processes: cuts, the values that cross the cuts,
+and plans."""
 
 import threading
 import time
@@ -202,8 +203,7 @@ def test_parts_of_a_plan_hold_their_layers(family):
 
 
 def test_a_part_waits_with_what_its_batches_keep():
-    """Each further batch that waits for its backward pass needs the memory of one batch's saved
-    values."""
+    """Each additional batch that waits for its backward pass needs memory for its saved values."""
     model = tiny_models.build("llama", num_hidden_layers=4)
     shape = shape_of(tiny_models.config("llama", num_hidden_layers=4), headers(model))
     ranks = dict.fromkeys((path for own in shape.linears for path in own), 4)
@@ -227,8 +227,8 @@ def test_a_plan_says_what_each_rank_holds():
     batch = BatchShape.single(1, 64, 64, 64, accumulates=True)
     run = RunPlan(shape, (batch,), ranks, CUDA, 10**9, None, ())
     found = held(split_run(run, [Member(10**9, "cuda", 2), Member(10**9, "cpu", 4)], 3))
-    # In such a small model, kernel launches dominate the time on CUDA. A CPU has none, so it gets
-    # more layers.
+    # In such a small model, kernel launches dominate the time on CUDA. A CPU has no kernel
+    # launches, so more layers are assigned to the CPU.
     assert found[0].layers.startswith("1-") and found[1].layers.endswith("-8")
     count = [int(own.layers.split("-")[1]) - int(own.layers.split("-")[0]) + 1 for own in found]
     assert count == [1, 7]

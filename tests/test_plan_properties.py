@@ -73,8 +73,8 @@ def parsed(line: str) -> Move:
 
 
 def reads_of(chain: Chain, move: Move) -> set[str]:
-    """Returns the values that a move reads but does not write itself. Each is named after its
-    writer, as in h@s0."""
+    """Returns the values that a move reads but does not write itself. A value's name includes the
+    stage that wrote the value, as in h@s0."""
     version = {"h": "h@input", "y": "y@input"}
     for stage in chain.stages[: move.begin]:
         version |= {name: f"{name}@{stage.name}" for name in stage.writes}

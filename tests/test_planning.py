@@ -160,8 +160,8 @@ def test_what_is_alive_move_by_move():
     work = {"forward_work": 10.0, "again_work": 8.0, "backward_work": 20.0}
     costs = chain_costs([cost(**stage, **work)] * 4, head=70, fixed=1000, update=5)
     got = estimate(costs, [1, 2, 3, 4], [1, 2, 3, 4])
-    # Each forward move adds a value to h@input. The head's move includes the last stage, its
-    # output, and the head.
+    # Each forward move keeps one more value besides h@input. The head's move needs working memory
+    # for the last stage, its output, and the head.
     assert [m.values for m in got.moves] == [10, 20, 30, 40, 30, 20, 10]
     assert [m.cotangents for m in got.moves] == [0, 0, 0, 0, 10, 10, 10]
     assert [m.working for m in got.moves] == [30, 30, 30, 40 + 10 + 70, 100, 100, 100]
@@ -365,8 +365,9 @@ def test_predicted_peak_is_the_measured_one(packed):
         losses.add(loss.item())
         mx.set_memory_limit(limit)
         measured = mx.get_peak_memory() - others
-        # On a CPU, MLX waits for tasks of ten ops. Packed rows have more ops, so the host may have
-        # allocated outputs of ops that are not yet in a task.
+        # On a CPU, MLX groups ops into tasks of ten, and waits only for whole tasks. A step with
+        # packed rows has more ops, so the host may have allocated outputs of ops that are not yet
+        # in a task.
         assert (-0.03 if packed else -0.02) < plan.peak / measured - 1 < 0.05, plan
     assert len(losses) == 1
 

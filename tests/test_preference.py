@@ -206,8 +206,8 @@ def test_losses_and_gradients_are_trls_in_float64(kind):
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["sigmoid", "orpo"])
 def test_every_family_is_as_mlx_lms(name, kind):
-    """Some models have windows of 8 tokens, which extend from responses into the prompt, or layers
-    that share keys."""
+    """Some models have windows of 8 tokens, which extend from responses into the prompt. Others
+    have layers that share keys."""
     objective, batch = OBJECTIVES[kind], pair_batch(9)
     truth, true_grads = oracle(name, objective, batch, mx.float32)
     outputs, grads = run(name, objective, batch)
@@ -267,7 +267,7 @@ def test_a_full_batch_is_planned_as_pairs_of_that_shape(kind, same):
 @pytest.mark.parametrize("dropout", [None, Dropout(0.3, 7, 2)])
 @pytest.mark.parametrize("kind", ["sft", "sigmoid", "orpo"])
 def test_every_cut_gives_the_same_bits(name, dropout, kind):
-    """With dropout, recomputation uses the same masks."""
+    """With dropout, recomputation uses the same masks as the first forward pass."""
     objective = Sft() if kind == "sft" else OBJECTIVES[kind]
     batch = pair_batch(9)
     batch = batch.chosen if kind == "sft" else batch

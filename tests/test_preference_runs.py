@@ -1,4 +1,5 @@
-"""Tests complete runs of the preference methods on tiny models, and features of all methods."""
+"""Tests complete runs of the preference methods on tiny models, and features that all methods
+support."""
 
 import dataclasses
 import json

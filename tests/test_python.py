@@ -1,5 +1,5 @@
-"""Tests `mlx_segtrain.train` in Python: keywords, rows, a loaded model, callbacks, and the
-result."""
+"""Tests calling `mlx_segtrain.train` from Python: keywords, rows, a loaded model, callbacks, and
+the result."""
 
 import io
 import json

@@ -234,7 +234,7 @@ def test_the_launcher_is_known_by_what_it_sets(set_by_the_launcher, found, monke
 
 
 def test_the_ring_is_hung_up_and_nothing_else():
-    """All sockets of the ring are closed. Others, such as a tracker's, stay open."""
+    """All sockets of the ring are closed. Other sockets, such as that of a tracker, stay open."""
     server = socket.create_server(("127.0.0.1", 0))
     ring = socket.create_connection(server.getsockname())
     peer, _ = server.accept()

@@ -9,8 +9,8 @@ from mlx_segtrain.training.watch import JUDGES, Lost, Watch
 pytestmark = pytest.mark.acceptance
 
 RANKS, PATIENCE, SETTLE, BEAT = 64, 13.0, 2.5, 6.0
-#: LOOK is the interval in seconds between two checks of the clock. DELAYS lists the numbers of
-#: checks that a message can take to arrive. Even forwarded messages arrive within SETTLE seconds.
+#: LOOK is the interval in seconds between two checks of the clock. DELAYS lists the possible delays
+#: of a message, as numbers of checks. Even forwarded messages arrive within SETTLE seconds.
 LOOK, DELAYS = 0.5, (1, 1, 2)
 
 

@@ -76,7 +76,7 @@ def test_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_the_shapes_are_models():
-    """The number of weights computed from each shape is close to the one in the model's name."""
+    """The number of weights computed from each shape is close to the number in the model's name."""
     for name, millions in (("SmolLM2-135M", 135), ("MiniCPM5-1B", 1080)):
         made = REAL[name]
         width, heads = made["hidden_size"], made["num_attention_heads"]

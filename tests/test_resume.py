@@ -235,7 +235,7 @@ def plain(llama4, data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crashed(llama4, data, tmp_path_factory):
-    """Returns the folder of a run with the options of `plain` that crashed after step 7."""
+    """Returns the folder of a run that has the same options as `plain` and crashed after step 7."""
     folder = tmp_path_factory.mktemp("runs") / "a"
     with pytest.raises(Crash):
         train(config_of(llama4, data, folder, **TWO_A_SAVE), crash_behind(7))

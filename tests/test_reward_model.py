@@ -49,8 +49,8 @@ def test_prompts_and_completions_are_as_many(tmp_path):
 
 
 def test_scores_are_those_of_transformers(hf, tmp_path, monkeypatch):
-    """Scores do not depend on the lengths in a batch, on splitting long texts into chunks, or on
-    padding."""
+    """Scores do not depend on the lengths of the texts in a batch, on splitting long texts into
+    chunks, or on padding."""
     model = hf.write_scorer(tmp_path / "m")
     write_tokenizer(tmp_path / "m")
     own = judge(tmp_path / "m")

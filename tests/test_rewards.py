@@ -59,7 +59,7 @@ def test_a_pattern_takes_linear_time():
 
 
 def test_functions_may_import_torch(tmp_path, monkeypatch):
-    """Reward functions may import torch although the command hides torch from transformers."""
+    """Reward functions may import torch even though the command hides torch from transformers."""
     (tmp_path / "torch.py").write_text("length = len\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)  # like hide_torch()

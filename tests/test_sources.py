@@ -299,8 +299,9 @@ def test_a_text_of_lists_that_stands_in_many_rows(tmp_path):
 
 
 def test_a_reader_that_is_ended(tmp_path, monkeypatch):
-    """If Arrow or the operating system ends a reader process, the error names only the file, and
-    the next file uses another reader. An unfinished reader does not block others."""
+    """If Arrow or the operating system ends a reader process, reading fails with an error that
+    names the file, and the next file uses another reader. An unfinished reader does not block
+    others."""
     for name in ("a.parquet", "b.parquet"):
         write_parquet(tmp_path / name, [{"text": "x" * 99_999}] * 100, use_dictionary=False)
     monkeypatch.setattr(limits, "BLOCK", 1 << 18)
@@ -391,7 +392,7 @@ def test_columns_of_what_json_has_no_values_for(tmp_path):
 
 
 def test_broken_statistics_of_parquet_do_not_end_the_reader(tmp_path):
-    """The statistics must not be read, because broken ones make pyarrow abort its process."""
+    """The statistics must not be read, because pyarrow aborts the process if they are broken."""
     table = pa.table({"text": ["a"], "n": pa.array([0x11223344], pa.int32())})
     path = tmp_path / "a.parquet"
     pq.write_table(table, path, compression="none", use_dictionary=False, store_schema=False)

@@ -78,8 +78,8 @@ def twins(texts: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
                 for name in sorted(names & functions(text).keys())
                 if file.startswith("csrc/")
             ]
-            # If several functions have the name, those without stages only distribute work and call
-            # the one with stages.
+            # If several functions have this name, the functions without stages only distribute work
+            # and call the one with stages.
             shared[outputs] += [twin for twin in host if stages(texts[twin[0]], twin[1])] or host
     return shared
 

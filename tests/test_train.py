@@ -1,4 +1,4 @@
-"""Tests complete runs on tiny models: their files, the meaning of their numbers, and
+"""Tests complete runs on tiny models: their files, the numbers that they report, and
 interruptions."""
 
 import json

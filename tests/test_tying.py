@@ -1,5 +1,5 @@
-"""Tests adapters for an embedding that is also the head: their meaning in mlx-lm and PEFT, and
-which of them are refused."""
+"""Tests adapters for an embedding that is also the head: how mlx-lm and PEFT apply them, and which
+adapters are refused."""
 
 import json
 from pathlib import Path
@@ -204,7 +204,8 @@ def test_without_a_base_it_cannot_be_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(bases, data, tmp_path_factory):
-    """Trains an adapter of the embedding for each base, and returns the folder of these runs."""
+    """Trains an adapter of the embedding for each base, and returns the folder that contains the
+    runs."""
     folder = tmp_path_factory.mktemp("runs")
     for kind, base in bases.items():
         how = {"target_modules": ["embed_tokens", "q_proj"], "iters": 2, "learning_rate": 2e-2}

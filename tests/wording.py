@@ -2,7 +2,7 @@
 
 `python tests/wording.py` prints each occurrence. `--allow` writes the number of occurrences in each
 file to tests/wording_allowed.txt. tests/test_wording.py fails if a file contains more occurrences
-than that.
+than listed there.
 """
 
 import ast
@@ -43,7 +43,7 @@ WORDS = {
     r"\bthe likeliest\b": "the most likely",
 }
 ANY = re.compile("|".join(WORDS), re.I)
-#: Files that quote other people's words or contain this list.
+#: Files with text written by others, and the file with this list.
 SKIPPED = ("tests/wording.py", "serving/page/vendor/", "/_core.pyi")
 
 
@@ -83,7 +83,8 @@ def _prose(source: str) -> Iterator[tuple[int, str]]:
 
 
 def faults(file: Path) -> list[str]:
-    """Returns every word to avoid in a file, with its line and what to write instead."""
+    """Returns a message for each word to avoid that occurs in a file, with its line and a
+    replacement."""
     found = []
     for line, text in texts(file):
         if ANY.search(text := " ".join(text.split())):
