@@ -297,7 +297,7 @@ struct read<ref<T>> {
 template <typename T>
 using Value = typename read<T>::type;
 
-/// A pointer in an address space. If T is const, it may only be used to read.
+/// A pointer in an address space. If T is const, the memory may only be read.
 template <typename T, typename Space>
 struct ptr;
 
@@ -334,7 +334,8 @@ struct ptr<const T, Space> {
   auto operator<=>(const ptr&) const = default;
 };
 
-/// A derived class, so that a template's `const T*` accepts a `T*`, as in C++.
+/// A derived class of ptr<const T, Space>. As in C++, a `T*` can therefore be passed to a template whose
+/// parameter is a `const T*`.
 template <typename T, typename Space>
 struct ptr : ptr<const T, Space> {
   using Base = ptr<const T, Space>;
@@ -364,7 +365,7 @@ struct Launch {
   int order;  ///< order of simdgroups and lanes: 0 is ascending, 1 is descending, and other values are random seeds
 };
 
-/// An argument as Python describes it.
+/// An argument of a launch, as passed by Python.
 struct Argument {
   const char* name;
   char* data;
@@ -522,8 +523,8 @@ simdgroup_matrix<T, Cols, Rows> make_filled_simdgroup_matrix(T x) {
   return m;
 }
 
-/// Returns the column and the row in memory of this lane's element i. Metal's manual does not define the
-/// origin of a transposed matrix.
+/// Returns the column and the row in memory of this lane's element i. Fails for a transposed matrix with a
+/// nonzero origin, because Metal's manual does not define this case.
 inline ulong2 emu_element(int i, ulong2 origin, bool transpose) {
   if (transpose && (origin.x || origin.y))
     emu::fail("a transposed matrix with an origin: move the pointer instead");
