@@ -1,5 +1,5 @@
-"""Stores the properties of all samples in arrays, so that a run can use them without creating every
-row."""
+"""Stores the properties of all samples in arrays, so that a run can read them without creating a
+Row object for each sample."""
 
 from __future__ import annotations
 

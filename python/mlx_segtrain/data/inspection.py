@@ -44,8 +44,8 @@ class Bin:
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training rows. `rows` counts samples or packed rows, and `steps` counts
-    optimizer steps. `unused` is the fraction of tokens that are padding, or the fraction of the
-    packed rows that is unused. `seconds` is None if the time of a step is unknown."""
+    optimizer steps. `unused` is the fraction of tokens that are padding or, for packed data, the
+    unused fraction of the rows. `seconds` is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -63,7 +63,8 @@ class Report:
     truncation. Without a tokenizer, fields that need one are None or empty. `epoch` describes an
     epoch without packing; `packed` describes an epoch with packing, if the data can be packed.
     `remarks` contains sentences about omitted data and about problems with the data. `findings`
-    lists rows by finding (notes.FINDINGS). `error` is one sentence, or None.
+    maps each finding (a key of notes.FINDINGS) to the rows that have it. `error` is one sentence,
+    or None.
     """
 
     ok: bool = True
@@ -110,8 +111,8 @@ def inspect(
     instead of raising errors.
 
     A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds (None if
-    unknown). `model_dir` is the folder of the tokenizer's model; if it is given, the tokens of
-    large data sets are cached (cache.py).
+    unknown). `model_dir` is the folder of the model to which the tokenizer belongs; if it is given,
+    the tokens of large data sets are cached (cache.py).
     """
     report = Report()
     try:

@@ -14,8 +14,8 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. Counting
-#: this size also limits the number of empty values.
+#: The approximate overhead of a value in JSON and in Arrow, in bytes, in addition to its text.
+#: Because it is counted for every value, the number of empty values is limited, too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block

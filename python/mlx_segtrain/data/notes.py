@@ -62,8 +62,8 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """Returns a sentence for each finding, which states how often it occurs and where it occurs
-        first."""
+        """Returns one sentence for each finding, with the number of samples that have it and the
+        first of these samples."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"
