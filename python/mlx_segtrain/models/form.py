@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments, except the function, with which a Stage is created for one stream."""
+    """The arguments for creating a Stage for one stream, except the function."""
 
     name: str
     reads: tuple[str, ...]
