@@ -121,8 +121,8 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """Returns a hash of the code of mlx_segtrain.data, and the versions of the packages that
-    tokenize."""
+    """Returns a hash of the code of mlx_segtrain.data, and the versions of the packages used for
+    tokenizing."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())

@@ -1,5 +1,5 @@
-"""Splits conversations into samples whose contexts are exactly the prompts from which the model
-generates.
+"""Splits conversations into samples whose contexts are exactly the prompts that the model would see
+during generation.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
 messages, including the generation prompt; the response ends with the first stop token (a token that
@@ -220,7 +220,7 @@ class _Row:
         if not thoughts:
             return (response if closed else closing + response), []
         if thoughts in response:
-            # The reasoning follows an empty thinking block.
+            # If `closed`, the reasoning follows an empty thinking block.
             return response, ["reasoning"] if closed else []
         return thoughts + (response if closed else closing + response.lstrip("\n")), []
 

@@ -28,7 +28,7 @@ class Dataset:
     """The samples of a split that have tokens in the loss.
 
     `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
-    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
+    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or "mixed".
     `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (or,
     for pairs, that lost part of a response), `prompts_cut` counts the rows that lost the beginning
     of their prompt, and `dropped` counts the samples that had no token left in the loss. `pad_id`
@@ -83,7 +83,7 @@ class Dataset:
 
     def in_rows_of(self, tokens: int) -> "Dataset":
         """Returns the data set with its samples packed into rows of this many tokens. No sample may
-        be longer."""
+        be longer than a row."""
         return replace(self, packed=tokens)
 
     @cached_property

@@ -55,7 +55,7 @@ def checked(
 
     If `format` (config.data_format) is auto, the row's format is the first one whose marks
     (Format.marks) it contains. `columns` maps our names to the names of columns in the file
-    (config.columns). A null value counts as absent, because tables have every column in every row.
+    (config.columns). A null value counts as absent, because every row of a table has every column.
     """
     row = _renamed(row, source, columns)
     there = {key for key, value in row.items() if value is not None}
@@ -255,7 +255,7 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
-    else:  # the common beginning of both
+    else:  # the prompt is the common beginning of both sides
         n = _alike(*sides.values())
         prompt = sides["chosen"][:n]
         sides = {key: messages[n:] for key, messages in sides.items()}
@@ -335,7 +335,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Returns the messages, which start with the text of "system" if the row has this key."""
+    """Returns the messages, preceded by a system message if the row has the key "system"."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)

@@ -22,8 +22,8 @@ BLOCK = 4 << 20  # approximate bytes of rows in one block
 #: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
 #: to a tenth of its size, whereas zeros compress to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES the file's
-#: size if that is more, since a valid file may store all rows in one batch.
+#: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES times the
+#: file's size if that is more, since a valid file may store all rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 
 
@@ -36,7 +36,7 @@ def told(path: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or reason(error)}.") from error
-    except Exception as error:  # errors of Arrow, MemoryError, and whatever broken files cause
+    except Exception as error:  # damaged files can cause any error
         raise InputError(f"{path} cannot be read: {reason(error).rstrip('.')}.") from error
 
 

@@ -38,7 +38,7 @@ WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d
 #: Metadata files of a repository; they contain no rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: The YAML parser written in C, if it is available. It is faster, and cards may be long.
+#: The YAML parser written in C, if it is available, because it is faster and cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The files of each split, in order.
 Splits = dict[str, list[str]]
@@ -153,7 +153,8 @@ def _card(folder: Path) -> Any:
 def _configurations(
     card: Any, rows: list[str], readable: Callable[[str], str | None]
 ) -> tuple[dict[str, Splits], str | None]:
-    """Returns the splits of each configuration, and the name of the default one, if any."""
+    """Returns the splits of each configuration, and the name of the default configuration, if
+    any."""
     listed = card.get("configs") if isinstance(card, dict) else None
     configs: dict[str, Splits] = {}
     standard = None

@@ -21,8 +21,8 @@ FLOATS = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The structure of a model, which determines memory and time. `widths` maps paths of linear
-    layers to (in, out)."""
+    """The structure of a model, from which its memory use and speed are estimated. `widths` maps
+    paths of linear layers to (in, out)."""
 
     family: str
     fast: bool

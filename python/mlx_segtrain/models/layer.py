@@ -166,8 +166,8 @@ class Attention:
         saved: Sequence[mx.array],
         save: bool,
     ) -> tuple[mx.array, Sequence[mx.array], Sequence[mx.array]]:
-        """Maps x [B, T, H] to the output of the last `rows` rows, [B, rows, H], and to the keys and
-        values, [B, G, T, D].
+        """Maps x [B, T, H] to the output for its last `rows` rows, [B, rows, H], and to the keys
+        and values, [B, G, T, D].
 
         If `given` contains the keys and values of another layer, they replace those of x. Also
         returns the arrays to pass as `saved` when the output is recomputed.
@@ -274,7 +274,7 @@ class Mlp:
     up: Projection
     down: Projection
     gelu: bool = False
-    experts: int = 0  #: the total hidden width of the experts of a token
+    experts: int = 0  #: the total hidden width of the experts that process a token
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """Returns the output of the MLP for x, the normalized h."""
