@@ -63,8 +63,8 @@ class Report:
     before truncation. Without a tokenizer, fields that need one are None or empty. `epoch`
     describes an epoch without packing; `packed` describes an epoch with packing, if the data can be
     packed. `remarks` contains sentences about omitted data and about problems with the data.
-    `findings` maps each finding (a key of notes.FINDINGS) to the rows that have it. `error` is one
-    sentence, or None.
+    `findings` maps each finding (a key of notes.FINDINGS) to the first rows that have it. `error`
+    is one sentence, or None.
     """
 
     ok: bool = True
