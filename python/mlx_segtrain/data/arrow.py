@@ -68,8 +68,9 @@ def blocks_of(
 
 
 def _of_json(batch: Any) -> Any:
-    """Replaces each column whose type JSON lacks, such as images, with booleans that indicate
-    whether a row has a value. The values themselves are not needed, and their size is unknown."""
+    """Replaces each column of a type that JSON cannot represent (such as images) with booleans that
+    indicate whether a row has a value. The values themselves are not needed, and their size is
+    unknown."""
     fields, columns = [], []
     for field, column in zip(batch.schema, batch.columns, strict=True):
         if _is_json(field.type):

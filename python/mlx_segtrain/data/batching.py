@@ -104,7 +104,7 @@ def epoch_rows(dataset: Dataset, batch_size: int, seed: int, epoch: int) -> Iter
 
 
 def _alike(columns: Columns) -> np.ndarray:
-    """Returns an order in which rows of similar length are neighbours.
+    """Returns the row indices, ordered so that rows of similar length are adjacent.
 
     The rows of each label are sorted separately and then mixed evenly. Otherwise, if the rows of
     one label were longer, some batches would contain only rows of that label.
@@ -124,8 +124,9 @@ def _joined(rows: Iterator[np.ndarray], batch_size: int) -> Iterator[np.ndarray]
 
 
 def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
-    """Yields batches that together contain every row exactly once. The rows are in file order or,
-    if the data set is packed, in packed rows. The last batch may be smaller."""
+    """Yields batches that together contain every row exactly once. If the data set is packed, the
+    batches consist of packed rows; otherwise, the rows are in file order. The last batch may be
+    smaller."""
     if dataset.packed:
         windows: Iterable[np.ndarray] = epoch_rows(dataset, batch_size, 0, 0)
     else:
@@ -138,7 +139,7 @@ def eval_batches(dataset: Dataset, batch_size: int) -> Iterator[AnyBatch]:
 
 def padding(dataset: Dataset, batch_size: int) -> float:
     """Returns the fraction of an epoch's tokens that are padding, counting both sequences of a
-    pair. For packed data, returns the fraction of the packed rows that is unused."""
+    pair. For packed data, returns the unused fraction of the packed rows."""
     if dataset.packed:
         return 1 - dataset.tokens / (len(dataset.packing) * dataset.packed)
     columns = dataset.columns

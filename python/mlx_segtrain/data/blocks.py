@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """The rows that a process handles at a time: a few MB, in a form that can be pickled.
+    """A unit of rows that one process handles at a time: a few MB, in a form that can be pickled.
 
     `first` is the number of the block's first row or line in the file `name`; `size` is the number
     of bytes that were read for the block; `payload` contains lines of JSON, or an Arrow stream
@@ -91,8 +91,8 @@ def _parse(line: bytes, source: str) -> Row:
     return row
 
 
-#: The metadata key of a field whose column arrow.py replaced with booleans, because JSON cannot
-#: represent the column's values. Under this key, the metadata stores the column's original type.
+#: The key under which a field's metadata stores the original type of its column, if arrow.py
+#: replaced the column with booleans because JSON cannot represent its values.
 OTHER = b"other"
 
 

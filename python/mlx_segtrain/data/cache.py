@@ -42,8 +42,8 @@ from .workers import Done, cores, in_workers, tokenized
 if TYPE_CHECKING:
     import pyarrow as pa
 
-#: The tokens of a source are cached if its rows have at least SMALL bytes in total. If they have at
-#: least LARGE bytes, several processes tokenize them.
+#: The tokens of a source are cached if the total size of its rows is at least SMALL bytes. If it is
+#: at least LARGE bytes, several processes tokenize the rows.
 SMALL, LARGE = 1 << 20, 8 << 20
 #: Extensions of the files in a model's folder that define its tokenizer.
 OF_TOKENIZER = (".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -64,7 +64,7 @@ PACE_S = 0.3
 
 
 def folder() -> Path:
-    """Returns the folder that contains the folders of all sources."""
+    """Returns the folder that contains the cache folder of each source."""
     return cache_dir() / "tokens"
 
 
@@ -77,8 +77,8 @@ def read_samples(
 ) -> Samples:
     """Returns all samples of a source. Raises InputError for the first row that cannot be used.
 
-    `model_dir` is the folder of the tokenizer's model. If it is given and the source is large, the
-    samples are cached.
+    `model_dir` is the folder of the model to which the tokenizer belongs. If it is given and the
+    source is large, the samples are cached.
     """
     blocks = source.blocks()
     first = list(islice(blocks, 2))
@@ -121,8 +121,8 @@ def key_of(source: Source, tokenizer: Tokenizer, options: Options, model_dir: Pa
 
 @lru_cache(1)
 def _code() -> list[str]:
-    """Returns a hash of the code of mlx_segtrain.data, and the versions of the packages that
-    tokenize."""
+    """Returns a hash of the code of mlx_segtrain.data, and the versions of the packages used for
+    tokenizing."""
     own = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         own.update(path.read_bytes())
@@ -151,16 +151,16 @@ def _in_order(made: Iterator[Done]) -> Iterator[Done]:
 
 
 def _check(done: Done, before: dict[str, str]) -> None:
-    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` maps the
-    formats of the earlier blocks to their first rows."""
+    """Raises InputError if a block has an error, or mixes pairs with other rows. `before` maps each
+    format that occurs in earlier blocks to the first row of that format."""
     check_mixed({**before, **done.first})
     if done.fault is not None:
         raise InputError(done.fault)
 
 
 def _mapped(file: Path | bytes) -> "pa.RecordBatch":
-    """Returns the record batch in an Arrow file. The file is either mapped into memory or given as
-    bytes. Raises OSError or ValueError if the file is damaged."""
+    """Returns the record batch in an Arrow file. `file` is either a path, which is mapped into
+    memory, or the content of the file. Raises OSError or ValueError if the file is damaged."""
     import pyarrow as pa
 
     source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)

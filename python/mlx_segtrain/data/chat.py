@@ -1,11 +1,11 @@
-"""Splits conversations into samples whose contexts are exactly the prompts from which the model
-generates.
+"""Splits conversations into samples whose contexts are exactly the prompts that the model would see
+during generation.
 
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
 messages, including the generation prompt; the response ends with the first stop token (a token that
-ends generation). Rows are rendered in a spelling (spelling.py) for which the template drops
-nothing. Text that the template drops in every spelling, or a turn without a stop token, is reported
-as a finding (notes.py).
+ends generation). Before rendering, messages are converted to a spelling (an equivalent form, see
+spelling.py) of which the template drops nothing. Text that the template drops in every spelling, or
+a turn without a stop token, is reported as a finding (notes.py).
 """
 
 import re
@@ -20,7 +20,7 @@ from .messages import Message
 from .spelling import Spelling, reasoning, spell, spellings, traits
 from .template import OPEN, ChatTemplate, TemplateError, Tokenizer, direct, wants_parts
 
-# Consecutive pieces of a text, each with its loss weight; 0 is context.
+# Consecutive pieces of a text, each with its loss weight; the weight of context is 0.
 Pieces = list[tuple[str, float]]
 
 #: A generation prompt is located in another rendering by its last n characters. These values of n
@@ -104,8 +104,8 @@ class Conversations:
         return Spelling(content="parts" if parts else "text")
 
     def _turns(self, source: str, row: "_Row") -> list[_Turn]:
-        """Returns the turns in the first lossless spelling or, if there is none, in the spelling
-        that loses the least."""
+        """Returns the turns in the first lossless spelling or, if there is none, in the spelling in
+        which the fewest parts are lost."""
         of = traits(row.messages)
         known, accepted, searches = self._learned.get(of, (self._usual, set(), 0))
         best, refusal = None, None
@@ -140,8 +140,8 @@ def _weights(messages: Sequence[Message], train_on: str) -> list[float]:
 
 
 def _joined(source: str, turns: list[_Turn]) -> list[Sample]:
-    """Joins turns into samples: one sample has the last turn and all turns that its context
-    contains; the remaining turns are joined in the same way."""
+    """Joins turns into samples: one sample consists of the last turn and all turns that its context
+    contains; the remaining turns are then joined in the same way."""
     samples = []
     while turns:
         last = turns[-1]
@@ -212,7 +212,7 @@ class _Row:
         self, before: list[dict[str, Any]], context: str, response: str, thoughts: str
     ) -> tuple[str, list[str]]:
         """Returns the response and its findings. If the generation prompt opens a thinking block
-        that the response does not end, the end of the block is added to the response."""
+        that the response does not close, the closing tag is added before the response."""
         closing = self.render.closing(before, context)
         if closing is None:
             return response, []
@@ -220,7 +220,7 @@ class _Row:
         if not thoughts:
             return (response if closed else closing + response), []
         if thoughts in response:
-            # The reasoning follows an empty thinking block.
+            # If `closed`, the reasoning follows an empty thinking block.
             return response, ["reasoning"] if closed else []
         return thoughts + (response if closed else closing + response.lstrip("\n")), []
 

@@ -1,5 +1,5 @@
-"""Stores the properties of all samples in arrays, so that a run can use them without creating every
-row."""
+"""Stores the properties of all samples in arrays, so that a run can read them without creating a
+Row object for each sample."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Columns:
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Columns:
-        """Returns the arrays for rows in memory, each a Row or a Pair."""
+        """Returns the arrays for Row or Pair objects in memory."""
         parts = [list(map(_numbers, sequences(row))) for row in rows]
         table = np.array(parts or np.zeros((0, 1, 4)), np.int64)
         shared = np.array([getattr(row, "shared", 0) for row in rows], np.int64)

@@ -28,7 +28,7 @@ class Dataset:
     """The samples of a split that have tokens in the loss.
 
     `rows` contains Row or Pair objects, which may be created on access. Code that needs properties
-    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or mixed.
+    of all rows should therefore use `columns`. `format` is a name in formats.FORMATS, or "mixed".
     `n_rows` counts the rows that were read. `truncated` counts the rows that were truncated (or,
     for pairs, that lost part of a response), `prompts_cut` counts the rows that lost the beginning
     of their prompt, and `dropped` counts the samples that had no token left in the loss. `pad_id`
@@ -70,8 +70,8 @@ class Dataset:
         return int(self.columns.trained.sum())
 
     def map(self, change: Callable[[int, Any], Any]) -> "Dataset":
-        """Returns the data set with each row replaced by `change(index, row)`. `change` must not
-        change any value in `columns`."""
+        """Returns the data set with each row replaced by `change(index, row)`. `change` must
+        preserve the properties that `columns` stores."""
         rows = self.rows
         return replace(self, rows=Lazy(len(rows), lambda i: change(i, rows[i])))
 
@@ -83,7 +83,7 @@ class Dataset:
 
     def in_rows_of(self, tokens: int) -> "Dataset":
         """Returns the data set with its samples packed into rows of this many tokens. No sample may
-        be longer."""
+        be longer than a row."""
         return replace(self, packed=tokens)
 
     @cached_property
@@ -138,8 +138,8 @@ def load_dataset(
     """Reads training rows and, if there are any, validation rows. Raises InputError.
 
     `data` is either the data to pass to sources_of or the result of sources_of. `model_dir` is the
-    folder of the tokenizer's model; if it is given, the tokens of large data sets are cached
-    (cache.py). `on_event` receives progress events.
+    folder of the model to which the tokenizer belongs; if it is given, the tokens of large data
+    sets are cached (cache.py). `on_event` receives progress events.
     """
     train, valid = data if isinstance(data, tuple) else sources_of(data, tell=on_event)
     return parts(train, valid, Reading(tokenizer, options, model_dir, on_event))
@@ -324,8 +324,8 @@ def fit(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Da
 
 
 def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) -> Dataset:
-    """Returns the chosen prompts, without those that are too long to leave room for a completion.
-    Raises InputError if none is left."""
+    """Returns the chosen prompts, except prompts that are too long to leave room for a completion.
+    Raises InputError if no prompt is left."""
     options = encoder.options
     most = options.max_seq_length - options.max_completion_tokens
     columns = samples.columns(WHOLE).take(chosen)
@@ -351,7 +351,7 @@ def _prompts(name: str, samples: Samples, chosen: np.ndarray, encoder: Encoder) 
     )
 
 
-#: Larger than the number of tokens in any row, so nothing is truncated.
+#: A limit that exceeds the number of tokens in any row, so that nothing is truncated.
 WHOLE = 2**31 - 1
 
 

@@ -65,10 +65,10 @@ class Row:
     j. The weight is 0 for context and for j = 0, and below 0 in an undesirable response. `source`
     is "file:line", or, for the two sequences of a pair, "file:line chosen" and "file:line
     rejected". `findings` contains keys of notes.FINDINGS, and `turns` counts the turns in the loss.
-    `reference` contains the outputs of the model without the adapter, once computed. If completions
-    are generated for the sequence, `given` is its row in the file, which reward functions read. For
-    a completion in the loss, `numbers` maps names to float32 [n] arrays that the loss uses in
-    addition to the weights.
+    `reference` contains the outputs of the model without the adapter, and is None until they are
+    computed. If completions are generated for the sequence, `given` is the row in the file, which
+    is passed to reward functions. For a completion in the loss, `numbers` maps names to float32 [n]
+    arrays that the loss uses in addition to the weights.
     """
 
     ids: np.ndarray
@@ -88,10 +88,10 @@ class Row:
 class Pair:
     """A prompt with two responses, as two whole sequences. The weights are 1 on response tokens.
 
-    The first `shared` tokens are the same in both sequences. At least the last two tokens of each
-    sequence are not shared, so the model always has tokens to process. `source` is "file:line".
-    `reference` contains the log-probabilities of the responses (chosen, rejected) under the model
-    without the adapter, once computed.
+    The first `shared` tokens are the same in both sequences. The last two tokens of each sequence
+    are never shared, so that the model always has tokens of both sequences to process. `source` is
+    "file:line". `reference` contains the log-probabilities of the responses (chosen, rejected)
+    under the model without the adapter, and is None until they are computed.
     """
 
     chosen: Row
@@ -209,8 +209,8 @@ class Encoder:
 
     def _by_library(self, texts: list[str]) -> list[list[int]]:
         if self._lossless:
-            # This calls the Rust tokenizer directly. The call of `encode` in __init__ has switched
-            # off its truncation and padding.
+            # Call the Rust tokenizer directly. The call to `encode` in __init__ has already
+            # disabled its truncation and padding.
             own = self._tokenizer.backend_tokenizer
             return [one.ids for one in own.encode_batch_fast(texts, add_special_tokens=False)]
         return self._tokenizer(
@@ -264,8 +264,8 @@ class Encoder:
         if whole is None or joined == whole or self.decode(joined) == self.decode(whole):
             return joined, [0, *accumulate(len(part) for part in parts)]
         # Some tokenizers add a space before every text, so the pieces decode to more text than the
-        # whole. In that case, character offsets are used: a token that contains any character of a
-        # piece belongs to that piece.
+        # sample contains. In that case, character offsets are used: a token that contains any
+        # character of a piece belongs to that piece.
         if not self._tokenizer.is_fast:
             raise InputError(
                 f"{sample.source}: the first token in the loss cannot be located, because this "

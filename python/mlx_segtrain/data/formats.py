@@ -55,7 +55,7 @@ def checked(
 
     If `format` (config.data_format) is auto, the row's format is the first one whose marks
     (Format.marks) it contains. `columns` maps our names to the names of columns in the file
-    (config.columns). A null value counts as absent, because tables have every column in every row.
+    (config.columns). A null value counts as absent, because every row of a table has every column.
     """
     row = _renamed(row, source, columns)
     there = {key for key, value in row.items() if value is not None}
@@ -106,8 +106,8 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
 
 
 def _format_of(keys: Set[str]) -> str | None:
-    """Returns the first format whose marks are among the keys. The format of prompts is never
-    returned, because other formats have its keys too (Options.format)."""
+    """Returns the first format whose marks are among the keys. The format "prompt" is never
+    returned, because other formats have its keys too (see Options.format)."""
     known = ((name, own) for name, own in FORMATS.items() if "prompt" not in own.rows)
     return next((name for name, own in known if set(own.marks) <= keys), None)
 
@@ -214,8 +214,8 @@ def _label(row: dict[str, Any], source: str, plain: str) -> bool:
 
 
 def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a row whose prompt is used to generate completions. Reward functions read the other
-    keys."""
+    """Checks a row whose prompt is used to generate completions. The other keys are passed to
+    reward functions."""
     if not isinstance(row["prompt"], str):
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
@@ -255,7 +255,7 @@ def _dialogues(row: dict[str, Any], source: str) -> dict[str, list[dict[str, Any
     sides = {key: _turns(row, key, source) for key in SIDES}
     if "prompt" in row:
         prompt = _turns(row, "prompt", source)
-    else:  # the common beginning of both
+    else:  # the prompt is the common beginning of both sides
         n = _alike(*sides.values())
         prompt = sides["chosen"][:n]
         sides = {key: messages[n:] for key, messages in sides.items()}
@@ -288,9 +288,9 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Removes the prompt from both responses if both repeat it; `repeated` is true if they did.
-    Raises InputError if the responses are lists of messages and only one of them repeats the
-    prompt, or if both responses are the same."""
+    """Removes the prompt from both responses if both repeat it. In the result, "repeated" tells
+    whether they did. Raises InputError if the responses are lists of messages and only one of them
+    repeats the prompt, or if both responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
@@ -335,7 +335,7 @@ def _with_system(row: dict[str, Any], source: str) -> dict[str, Any]:
 def _begun(
     row: dict[str, Any], messages: list[dict[str, Any]], key: str, source: str
 ) -> list[dict[str, Any]]:
-    """Returns the messages, which start with the text of "system" if the row has this key."""
+    """Returns the messages, preceded by a system message if the row has the key "system"."""
     system = row.get("system")
     if system is not None:
         expect(f'{source}: "system"', system, str)
@@ -350,8 +350,8 @@ def _begun(
 
 
 def encode(encoder: Encoder, records: list[Record]) -> list[Row] | list[Pair]:
-    """Tokenizes records without truncation. Either all records must be pairs, or none of them.
-    Raises InputError."""
+    """Tokenizes records without truncation. Pairs must not be mixed with other records. Raises
+    InputError."""
     encoder.notes.rows += len(records)
     encoder.notes.formats.update(record.format for record in records)
     for record in records:
@@ -424,9 +424,9 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
-    """Returns a function that creates the samples of a row with a label. For a method that does not
-    learn from labels, only rows with desirable responses have samples, which `plain` creates. For
-    methods that learn from labels, the weights of an undesirable response are below 0."""
+    """Returns a function that creates the samples of a row with a label. If the method does not
+    learn from labels, only rows with desirable responses yield samples, which `plain` creates. If
+    it does, the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]
@@ -448,12 +448,12 @@ def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
 class Format:
     """A format of rows, recognized by the keys `marks` (default: all of its keys).
 
-    `means` lists the check's names for the keys, if they differ from `keys`. `more` lists the other
-    keys that are read. `check` returns the row in the form that `encode` expects, or raises
-    InputError. `encode` tokenizes records, which all have this format or another format with the
-    same `encode`. By default, it tokenizes the samples that each record's format creates with
-    `samples`. `rows` lists the kinds of rows (config.ROWS) for which the format can be used; the
-    first kind uses all keys. With `reads_all`, all other keys are stored with the row.
+    `means` lists the names that `check` uses for the keys, if they differ from `keys`. `more` lists
+    the other keys that are read. `check` returns the row in the form that `encode` expects, or
+    raises InputError. `encode` tokenizes records of this format and of other formats with the same
+    `encode`. By default, it tokenizes the samples that each record's format creates with `samples`.
+    `rows` lists the kinds of rows (config.ROWS) for which the format can be used; rows of the first
+    kind use all keys of the format. With `reads_all`, all other keys are stored with the row.
     """
 
     check: Callable[[dict[str, Any], str], dict[str, Any]]
@@ -471,12 +471,12 @@ class Format:
 
 
 def _plain(prompt: str, completion: str) -> Format:
-    """Returns the format whose prompt and completion have these keys."""
+    """Returns a format that reads the prompt and the completion from these keys."""
     return Format(_check_completion, (prompt, completion), PROMPT_KEYS, means=PLAIN)
 
 
 def _labelled_chat(key: str) -> Format:
-    """Returns the format whose messages have this key and whose last message has a label."""
+    """Returns a format that reads messages from this key, and a label for the last message."""
     return Format(
         _check_labelled_chat,
         (key, "label"),

@@ -44,8 +44,8 @@ class Bin:
 @dataclass(frozen=True)
 class Epoch:
     """One pass over the training rows. `rows` counts samples or packed rows, and `steps` counts
-    optimizer steps. `unused` is the fraction of tokens that are padding, or the fraction of the
-    packed rows that is unused. `seconds` is None if the time of a step is unknown."""
+    optimizer steps. `unused` is the fraction of tokens that are padding or, for packed data, the
+    unused fraction of the rows. `seconds` is None if the time of a step is unknown."""
 
     rows: int
     steps: float
@@ -59,11 +59,12 @@ class Report:
 
     `n_train` and `n_valid` count rows. All other fields except `remarks` describe the training
     rows. `formats` counts these rows by format, and `duplicates` counts rows that repeat an earlier
-    one. Lengths, `histogram` and `longest` (pairs of source and length) are in tokens before
-    truncation. Without a tokenizer, fields that need one are None or empty. `epoch` describes an
-    epoch without packing; `packed` describes an epoch with packing, if the data can be packed.
-    `remarks` contains sentences about omitted data and about problems with the data. `findings`
-    lists rows by finding (notes.FINDINGS). `error` is one sentence, or None.
+    one. Lengths, `histogram` and `longest` (pairs of source and length) are measured in tokens,
+    before truncation. Without a tokenizer, fields that need one are None or empty. `epoch`
+    describes an epoch without packing; `packed` describes an epoch with packing, if the data can be
+    packed. `remarks` contains sentences about omitted data and about problems with the data.
+    `findings` maps each finding (a key of notes.FINDINGS) to the first rows that have it. `error`
+    is one sentence, or None.
     """
 
     ok: bool = True
@@ -110,8 +111,8 @@ def inspect(
     instead of raising errors.
 
     A step has `accumulation` batches of `batch_size` rows and takes `step_s` seconds (None if
-    unknown). `model_dir` is the folder of the tokenizer's model; if it is given, the tokens of
-    large data sets are cached (cache.py).
+    unknown). `model_dir` is the folder of the model to which the tokenizer belongs; if it is given,
+    the tokens of large data sets are cached (cache.py).
     """
     report = Report()
     try:
@@ -145,7 +146,7 @@ def inspect(
         if valid is None and others is not None:
             report.n_train, report.n_valid = found.n_rows, others.n_rows
         report.epoch = _epoch(found, batch_size, accumulation, step_s)
-        if found.columns.length.shape[1] == 1 and not options.labelled:  # only these can be packed
+        if found.columns.length.shape[1] == 1 and not options.labelled:  # no pairs, no labels
             packed = found.in_rows_of(options.max_seq_length)
             report.packed = _epoch(packed, batch_size, accumulation)
         report.remarks = dataset.remarks(data, found, others, train, valid)
@@ -157,7 +158,7 @@ def inspect(
 
 
 def _histogram(lengths: np.ndarray, most: int) -> list[Bin]:
-    """Counts samples by length, in bins whose upper ends are powers of two and `most`."""
+    """Counts samples by length, in bins whose upper bounds are powers of two and `most`."""
     top = int(lengths.max())
     ends = {min(2**k, top) for k in range(top.bit_length() + 1)} | {min(most, top)}
     last = np.array(sorted(end for end in ends if end >= lengths.min()))
@@ -194,7 +195,7 @@ def _previews(rows: list[Any], encoder: Encoder) -> list[Preview]:
 def _texts(ids: list[int], encoder: Encoder) -> list[str]:
     """Returns the text of every token. A character that spans several tokens is assigned to the
     last one."""
-    texts, before, shown = [], 0, 0  # ids[before:shown] are the context for decoding a token
+    texts, before, shown = [], 0, 0  # ids[before:shown] is the context for decoding a token
     for j in range(len(ids)):
         known, text = encoder.decode(ids[before:shown]), encoder.decode(ids[before : j + 1])
         whole = not text.endswith("\ufffd") or j + 1 == len(ids)

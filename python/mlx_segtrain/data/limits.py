@@ -14,16 +14,16 @@ from pathlib import Path
 from ..errors import InputError, reason
 
 MOST_BYTES = 16 << 20  # maximum bytes of a row: about four million tokens
-#: The approximate size of a value in JSON and in Arrow, in bytes, in addition to its text. Counting
-#: this size also limits the number of empty values.
+#: The approximate overhead of a value in JSON and in Arrow, in bytes, in addition to its text.
+#: Because it is counted for every value, the number of empty values is limited, too.
 VALUE = 8
 MOST_COLUMNS = 10_000
 BLOCK = 4 << 20  # approximate bytes of rows in one block
 #: A file may decompress to MOST_UNPACKED times its size plus SLACK bytes. Text usually compresses
 #: to a tenth of its size, whereas zeros compress to a ten-thousandth.
 MOST_UNPACKED, SLACK = 200, 64 << 20
-#: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES the file's
-#: size if that is more, since a valid file may store all rows in one batch.
+#: The process that reads a table (tables.py) may use HELD bytes of memory, or HELD_TIMES times the
+#: file's size if that is more, since a valid file may store all rows in one batch.
 HELD, HELD_TIMES = 256 << 20, 10
 
 
@@ -36,7 +36,7 @@ def told(path: Path | str) -> Iterator[None]:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or reason(error)}.") from error
-    except Exception as error:  # errors of Arrow, MemoryError, and whatever broken files cause
+    except Exception as error:  # damaged files can cause any error
         raise InputError(f"{path} cannot be read: {reason(error).rstrip('.')}.") from error
 
 

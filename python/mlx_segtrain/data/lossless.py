@@ -19,7 +19,7 @@ Holds = Callable[[str], bool]
 
 def lossless(tokenizer: Any) -> Holds | None:
     """Returns a function that tests whether the tokens of a text's pieces decode to the same text
-    as the tokens of the whole text, or None if the structure of this transformers tokenizer is
+    as the tokens of the whole text. Returns None if the structure of this transformers tokenizer is
     not recognized."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     model = getattr(backend, "model", None)

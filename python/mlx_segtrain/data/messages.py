@@ -1,4 +1,4 @@
-"""Checks the messages of a row and converts them to one form."""
+"""Checks the messages of a row and converts them to a common form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,15 +41,15 @@ def kind_of(value: Any) -> str:
 
 
 def expect(what: str, value: Any, *kinds: type) -> None:
-    """Raises InputError unless the type of the value is one of `kinds`. The error calls the value
-    `what`."""
+    """Raises InputError unless the type of the value is one of `kinds`. The error message refers to
+    the value as `what`."""
     if type(value) not in kinds:
         wanted = " or ".join(dict.fromkeys(KINDS[kind] for kind in kinds))
         raise InputError(f"{what} must be {wanted}, not {kind_of(value)}.")
 
 
 def checked_messages(messages: Any, where: str) -> list[dict[str, Any]]:
-    """Checks a list of messages and converts them to one form. Raises InputError."""
+    """Checks a list of messages and converts them to a common form. Raises InputError."""
     expect(where, messages, list)
     return [_checked(message, f"{where}[{i}]") for i, message in enumerate(messages)]
 
@@ -63,7 +63,7 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
     known = OTHER_ROLES.get(known, known)
     if known not in ROLES:
         raise InputError(f"{where}: the role {shown(role)} is not one of {', '.join(ROLES)}.")
-    # Tables have every column in every row; null means absent.
+    # In a table, every row has every column, so null means absent.
     empty = [key for key, value in message.items() if value is None and key != "content"]
     message = {key: value for key, value in message.items() if key not in empty} | {"role": known}
     message = _with_calls(message, where)
@@ -87,8 +87,8 @@ def _checked(message: Any, where: str) -> dict[str, Any]:
 
 
 def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """Checks the tool calls of a message, and converts OpenAI's former "function_call" to a tool
-    call."""
+    """Checks the tool calls of a message, and converts the legacy OpenAI key "function_call" to a
+    tool call."""
     if "function_call" in message and "tool_calls" not in message:
         call = message.pop("function_call")
         message["tool_calls"] = [{"type": "function", "function": call}]

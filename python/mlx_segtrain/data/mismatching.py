@@ -16,9 +16,9 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
     rows have the same prompt.
 
     The other response can come from any row of the data set, not only from the same batch, so a
-    batch may consist of a single row. A row's other response is the same in every epoch, so the
-    reference model's outputs are computed only once. It is about as long as the row's own response.
-    In `columns`, the second sequence has no tokens in the loss.
+    batch may consist of a single row. Each row is combined with the same response in every epoch,
+    so the reference model's outputs are computed only once. Both responses have about the same
+    length. In `columns`, the second sequence has no tokens in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (
@@ -47,7 +47,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
 
 def _others(data: Dataset) -> np.ndarray:
     """Returns, for each row, the index of the row that provides the other response, int64 [n]. This
-    is the nearest earlier row with another prompt in the cyclic order of response lengths."""
+    is the nearest preceding row with a different prompt in the (cyclic) order of response
+    lengths."""
     first = data.columns.first[:, 0]
     prompts = [row.ids[:at].tobytes() for row, at in zip(data.rows, first, strict=True)]
     _, prompt = np.unique(np.array([hash(own) for own in prompts]), return_inverse=True)

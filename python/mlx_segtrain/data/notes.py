@@ -25,10 +25,10 @@ class Notes:
     """Counts over the rows of one source.
 
     `rows`, `samples` and `turns` (in the loss) are totals. `findings` counts samples by finding,
-    and `where` lists the first rows with each finding. `ignored` counts rows by unused key,
-    `repeated` counts pairs in which both responses repeat the prompt, `unwanted` counts rows whose
-    label is false, and `formats` counts rows by format. If there are plain prompts, `prompt_format`
-    is chat or raw.
+    and `where` lists the first rows with each finding. `ignored` counts, for each unused key, the
+    rows that have it; `repeated` counts pairs in which both responses repeat the prompt; `unwanted`
+    counts rows whose label is false; and `formats` counts rows by format. If there are plain
+    prompts, `prompt_format` is chat or raw.
     """
 
     rows: int = 0
@@ -62,8 +62,8 @@ class Notes:
         return cls(**{**values, **counts})
 
     def faults(self) -> list[str]:
-        """Returns a sentence for each finding, which states how often it occurs and where it occurs
-        first."""
+        """Returns one sentence for each finding, with the number of samples that have it and the
+        first of these samples."""
         return [
             f"in {count:,} of {self.samples:,} samples {FINDINGS[name]} (first: "
             f"{self.where[name][0]})"

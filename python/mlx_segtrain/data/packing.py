@@ -54,10 +54,11 @@ class Packing:
 
 
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
-    """Returns the row of each item, the largest item first; `counts[s]` items have size s.
+    """Returns the row of each item, with the items in descending order of size. `counts[s]` items
+    have size s.
 
-    Each item is placed in the row that will then have the least room left. Items of equal size are
-    placed together.
+    Each item is placed in the row that will then have the least room left. All items of one size
+    are placed before any smaller item.
     """
     open_rows: dict[int, list[np.ndarray]] = {}  # rows by their remaining room
     found: list[np.ndarray] = [np.zeros(0, np.int64)]

@@ -1,4 +1,4 @@
-"""Tokenizes prompts for generation in the same way as in the adapter's training."""
+"""Tokenizes prompts for generation exactly as they were tokenized when the adapter was trained."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -63,7 +63,7 @@ class Prompting:
 
     @property
     def flags(self) -> list[str]:
-        """Returns the options with which `mlx_lm.generate` renders prompts in the same way."""
+        """Returns the options that make `mlx_lm.generate` render prompts in the same way."""
         if self.format == "raw":
             return ["--ignore-chat-template"]
         if self.variables:

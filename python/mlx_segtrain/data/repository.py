@@ -3,7 +3,7 @@
 A name has the form org/name[@revision][/configuration][:split]. If the repository's card lists the
 files of each split, this list is used; otherwise, the file names determine the splits. Files are
 downloaded unchanged and then read like local files. Interrupted downloads can be resumed, and
-cached files can be read offline. Programs in a repository are never run. If no file has a supported
+cached files can be read offline. Code in a repository is never executed. If no file has a supported
 format, the hub's own Parquet copies are used.
 """
 
@@ -35,10 +35,10 @@ CONVERTED = "refs/convert/parquet"
 TRAIN, VALID = ("train", "training"), ("validation", "valid", "val", "dev", "test", "eval")
 SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}")
 WORDS = re.compile(rf"(?:^|[-._ /\d])({'|'.join((*TRAIN, *VALID))})(?=$|[-._ /\d])")
-#: Files about the repository, which have no rows.
+#: Metadata files of a repository; they contain no rows.
 NO_ROWS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "config.json")
 
-#: The YAML parser written in C, if it is available. It is faster, and cards may be long.
+#: The YAML parser written in C, if it is available, because it is faster and cards may be long.
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 #: The files of each split, in order.
 Splits = dict[str, list[str]]
@@ -71,8 +71,9 @@ def named(text: str | Path) -> Named | None:
 
 
 def pinned(text: Any, folder: str | Path | None) -> Any:
-    """Adds to the data set name `text` the commit of `folder`, which is a snapshot in the hub's
-    cache. If `text` names another data set or already has a revision, returns it unchanged."""
+    """Adds a revision to the data set name `text`: the commit of `folder`, which is a snapshot in
+    the hub's cache. If `text` names another data set or already has a revision, returns it
+    unchanged."""
     own = named(text) if isinstance(text, str | Path) else None
     before = hub.origin(folder or "")
     if own is None or before is None or own.repository != replace(before, revision=None):
@@ -87,11 +88,12 @@ def fetch(
     *,
     ask: bool = True,
 ) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Returns the files of the training rows and, if there are any, those of the validation rows,
-    keyed by name.
+    """Returns the files of the training split and of the validation split (if there is one), each
+    as a mapping from names to paths.
 
-    `readable` returns the format of a file from its name, or None. If `ask` is false, only the
-    cache is used. Raises InputError if the data set, the configuration or the split does not exist.
+    `readable` returns the format of the file with a given name, or None if the format is not
+    supported. If `ask` is false, only the cache is used. Raises InputError if the data set, the
+    configuration or the split does not exist.
     """
     tell = tell or (lambda event: None)
     configs: dict[str, Splits] = {}
@@ -151,7 +153,8 @@ def _card(folder: Path) -> Any:
 def _configurations(
     card: Any, rows: list[str], readable: Callable[[str], str | None]
 ) -> tuple[dict[str, Splits], str | None]:
-    """Returns the splits of each configuration, and the name of the default one, if any."""
+    """Returns the splits of each configuration, and the name of the default configuration, if
+    any."""
     listed = card.get("configs") if isinstance(card, dict) else None
     configs: dict[str, Splits] = {}
     standard = None
@@ -173,8 +176,8 @@ def _configurations(
 
 
 def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
-    """Returns the files that match the patterns in the card's `data_files`. The patterns may be
-    listed without splits or by split."""
+    """Returns the files that match the patterns in the card's `data_files`. Patterns without a
+    split belong to "train"."""
     pairs: list[tuple[str, Any]] = []
     if isinstance(given, dict):
         pairs = [(str(split), own) for split, own in given.items()]
@@ -192,8 +195,8 @@ def _of_patterns(given: Any, rows: list[str], below: str) -> Splits:
 
 
 def _pattern(text: str, below: str) -> Any:
-    """Compiles a shell pattern: * matches within a name, ** across folders, and ? and [] a single
-    character."""
+    """Compiles a shell pattern: * matches within a name, ** matches across folders, and ? and []
+    match a single character."""
     text = "/".join(filter(None, [below, text[:1000].removeprefix("./")]))
     made = ""
     for part in re.findall(r"\*\*/?|\*|\?|\[[^]/]+\]|.", text, re.DOTALL):
@@ -231,7 +234,8 @@ def _by_words(rows: list[str], readable: Callable[[str], str | None]) -> Splits:
 
 
 def _by_folder(rows: list[str]) -> dict[str, Splits]:
-    """Groups the hub's own copies, whose paths are configuration/split/0000.parquet."""
+    """Groups the hub's Parquet copies by configuration and split. Their paths have the form
+    configuration/split/0000.parquet."""
     configs: dict[str, Splits] = {}
     for file in rows:
         config, *rest = file.split("/")

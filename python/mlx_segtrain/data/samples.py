@@ -65,7 +65,7 @@ def count(source: Source, options: Options) -> Counter[str]:
 
 
 def format_of(formats: Collection[str]) -> str:
-    """Returns the format if there is only one, or else mixed."""
+    """Returns the format if there is only one, and "mixed" otherwise."""
     return next(iter(formats)) if len(formats) == 1 else "mixed"
 
 
@@ -357,9 +357,9 @@ class Samples:
         return format_of(self.formats)
 
     def columns(self, most: int) -> Columns:
-        """Returns the columns of all samples after truncation on the right to `most` tokens. Only
-        `shared` and `top` cover all tokens. Because pairs are also truncated on the left, their
-        columns are correct only if both sequences have at most `most` tokens."""
+        """Returns the columns of all samples after truncation on the right to `most` tokens.
+        However, `shared` and `top` always cover all tokens. Because pairs are also truncated on the
+        left, their columns are correct only if both sequences have at most `most` tokens."""
         parts = [[side.numbers(most) for side in own.sides] for own in self._shards if own.n]
         if not parts:
             return Columns.of([])

@@ -1,8 +1,9 @@
 """The sources of a data set's rows: files in the usual formats, and Python data.
 
-A source yields its rows in blocks of a few MB (blocks.py): one process reads them in order, and any
-process can parse them. textfiles.py and tables.py read files. Because a file may be untrusted, the
-memory for reading it is limited (limits.py), and any error in the file raises InputError.
+A source yields its rows in blocks of a few MB (blocks.py): one process reads the blocks in order,
+and any process can parse a block. textfiles.py and tables.py read files. Because a file may be
+untrusted, the memory for reading it is limited (limits.py), and any error in the file raises
+InputError.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ def _digest(*parts: bytes) -> str:
 
 
 def format_of(path: Path) -> str | None:
-    """Returns a file's extension, ignoring that of its compression, or None if the file cannot
-    contain rows."""
+    """Returns a file's extension without a compression suffix (such as .gz), or None if the file
+    cannot contain rows."""
     *_, before, ending = ("", "", *Path(path.name.lower()).suffixes)
     ending = before if ending in textfiles.PACKED and before not in TABLES else ending
     return ending if ending in READERS and not path.name.startswith(".") else None
@@ -338,7 +339,7 @@ def _kind(value: Any) -> str:
     return KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-#: Formats that compress their content themselves.
+#: Formats with built-in compression.
 TABLES = (".parquet", ".arrow", ".feather")
 #: The functions that read files, by extension.
 READERS: dict[str, Callable[[Path], Iterator[Block]]] = {

@@ -1,9 +1,10 @@
-"""Converts messages between spellings, because each chat template understands only some of them.
+"""Converts messages between spellings (equivalent forms), because no chat template supports all of
+them.
 
 Rows have OpenAI's form, but templates expect different forms: arguments of tool calls as JSON text
 or as a mapping; missing content as a missing key or as ""; reasoning under one of three keys, or
 between tags in the content; content as text or as a list of parts; call ids of any form, or with
-nine letters and digits; developer messages unchanged, or as system messages.
+exactly nine letters and digits; developer messages unchanged, or as system messages.
 """
 
 import json
@@ -77,8 +78,8 @@ def _spelled(message: Message, spelling: Spelling) -> dict[str, Any]:
         else:
             own |= {"content": answer or (own.get("content") and ""), spelling.reasoning: thoughts}
     if own.get("content") is None:
-        # The key is removed, because transformers before 5.21 passes None to the template, which
-        # then writes "None".
+        # Remove the key, because versions of transformers before 5.21 pass None to the template,
+        # which then writes "None".
         own.pop("content", None)
         if spelling.null is not None:
             own["content"] = spelling.null
@@ -101,13 +102,15 @@ def _call(call: Message, spelling: Spelling) -> dict[str, Any]:
 
 
 def _short(id: str) -> str:
-    """Converts an id to nine letters and digits, because Mistral's templates reject other ids."""
+    """Converts an id to exactly nine letters and digits, because Mistral's templates reject other
+    ids."""
     plain = "".join(char for char in id if char.isascii() and char.isalnum())
     return plain[-9:].rjust(9, "0")
 
 
 def arguments(call: Message) -> Any:
-    """Returns the arguments of a call. If they are the text of a JSON object, they are decoded."""
+    """Returns the arguments of a call. Arguments that are a JSON object in text form are
+    decoded."""
     given = call.get("function", call).get("arguments")
     if isinstance(given, str):
         try:

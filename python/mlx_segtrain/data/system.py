@@ -13,8 +13,8 @@ LOOKED_AT = 64
 
 
 def system_message(source: Source, options: Options) -> str | None:
-    """Returns the system message that all of the first rows share, or None if their system messages
-    differ or are missing. Raises InputError if the rows cannot be read."""
+    """Returns the system message that the first LOOKED_AT rows share, or None if their system
+    messages differ or are missing. Raises InputError if the rows cannot be read."""
     found: set[str | None] = set()
     for name, row in islice(rows_of(source), LOOKED_AT):
         record = checked(dict(row), name, options.format, options.columns)

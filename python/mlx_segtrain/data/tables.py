@@ -156,8 +156,8 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
 
 
 def _arrow(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
-    """Like `_parquet`, but for an Arrow stream or an Arrow file. Only a file begins with a magic
-    string."""
+    """Like `_parquet`, but for an Arrow stream or an Arrow file. An Arrow file begins with a magic
+    string; a stream does not."""
     import pyarrow as pa
 
     options = pa.ipc.IpcReadOptions(use_threads=False)

@@ -36,15 +36,15 @@ def prompt_ids(
 
 
 def raw_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the token ids of a text outside a chat. If the text already begins with BOS, BOS is
-    not added again."""
+    """Returns the token ids of plain text, without a chat template. If the text already begins with
+    BOS, BOS is not added again."""
     bos = tokenizer.bos_token
     bare = bos is not None and text.startswith(bos)
     return list(tokenizer.encode(text, add_special_tokens=not bare))
 
 
 def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
-    """Returns whether the template renders content only if it is a list of parts, and not if it is
+    """Returns whether the template renders content that is a list of parts, but not content that is
     text."""
 
     def renders(parts: bool) -> bool:
@@ -111,8 +111,9 @@ class TemplateError(Exception):
 
 
 class ChatTemplate:
-    """Renders conversations. `kwargs` are the variables of the template, including tools. `direct`,
-    if given, renders with the same variables."""
+    """Renders conversations. `kwargs` are the variables of the template, including tools. If
+    `direct` is given, it renders messages whose values are all strings; it must use the same
+    variables."""
 
     def __init__(
         self, tokenizer: Tokenizer, kwargs: Mapping[str, Any], direct: Direct | None = None
@@ -156,8 +157,9 @@ class ChatTemplate:
         return parts[1] if len(parts) == 3 else ""
 
     def closing(self, messages: Sequence[Message], context: str) -> str | None:
-        """Returns the text that ends the thinking block which `context` opens, or None if it opens
-        none. `context` is the rendering of `messages`, including the generation prompt.
+        """Returns the text that ends the thinking block that `context` opens, or None if `context`
+        does not open one. `context` is the rendering of `messages`, including the generation
+        prompt.
 
         The text is found in the rendering of a response with reasoning, or else derived from the
         opening tag.
@@ -190,7 +192,8 @@ class ChatTemplate:
 
 
 def _plain(messages: Sequence[Message]) -> bool:
-    """Returns whether all values are strings and no message has a key that mlx-lm handles."""
+    """Returns whether all values are strings and no message has a key that mlx-lm handles
+    specially."""
     return all(
         type(value) is str and key not in REASONING
         for message in messages

@@ -90,8 +90,8 @@ def _whole_lines(file: BinaryIO, read: Callable[[], int], name: str) -> Iterator
 
 
 def read_json(path: Path) -> Iterator[Block]:
-    """Yields the blocks of a file that contains a JSON list or JSON lines. The extension .json is
-    often used for JSON lines, too."""
+    """Yields the blocks of a .json file. This extension is used for JSON lists and for JSON lines,
+    so both are accepted."""
     with _opened(path) as (file, _):
         begin = b" "
         while begin and not begin.strip():

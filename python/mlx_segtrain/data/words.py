@@ -1,8 +1,8 @@
 """Byte-level BPE with a cache of words.
 
 The tokenizers library splits a text into words with a pattern, and then applies merges within each
-word. The split takes most of the time. For ASCII text, an equivalent pattern in Python is several
-times as fast, and the library is called only for words that are not yet cached. The library also
+word. The split takes most of the time. For ASCII text, an equivalent Python pattern splits several
+times faster, and the library is called only for words that are not yet cached. The library also
 handles all other texts, and tokenizers with other patterns.
 """
 
@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Maps patterns of tokenizer.json to equivalents for ASCII text that Python's re supports, without
-#: \p{L} and \p{N}.
+#: Maps patterns in tokenizer.json to equivalent patterns for ASCII text, because Python's re does
+#: not support \p{L} and \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,8 +33,8 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent of GPT_2 if digits have been split off before, so that a text ends before every
-#: digit.
+#: The equivalent, for ASCII text, of splitting off every digit and then applying GPT_2, for which
+#: the text ends before each digit.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 #: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64

@@ -150,7 +150,7 @@ class _Worker:
 
 def main(number: str) -> None:
     """Tokenizes the blocks that arrive through the socket `number`. The process ends as soon as its
-    parent process ends, whatever it is doing."""
+    parent process ends, even while it is tokenizing."""
     # The parent process decides when this process ends, even after Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     hide_torch()

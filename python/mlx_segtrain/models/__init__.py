@@ -171,7 +171,7 @@ def text_model(model: nn.Module) -> nn.Module:
 
 
 def _evaluated(model: nn.Module, reads: Callable[[str], bool] = lambda name: True) -> nn.Module:
-    """Loads into memory the weights for whose names `reads` returns True. On the CPU, converts all
+    """Loads weights into memory if `reads` returns True for their names. On the CPU, converts all
     weights to float32."""
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)

@@ -46,14 +46,14 @@ def init(
     here: Callable[[str], bool] = lambda path: True,
     **kinds: bool,
 ) -> Adapter:
-    """Returns a new adapter. A ~ U(−1/√in, 1/√in) is float32 and drawn with one random key per
-    path, in sorted order; B is 0.
+    """Returns a new adapter. A is float32, drawn from U(−1/√in, 1/√in) with one random key per path
+    (in sorted order); B is 0.
 
     With `root`, the multiplier of a layer is `scale` divided by the square root of its rank
     (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps values of Kind.word to booleans, of
     which at most one is true. The additional array of that kind is initialized so that the model's
-    outputs do not change, or with 0 for a path for which `here` returns False. Raises InputError if
-    an embedding or a layer with experts would need such an array.
+    outputs do not change; if `here` returns False for a path, this path's array is 0. Raises
+    InputError if an embedding or a layer with experts would need such an array.
     """
     paths, modules = sorted(ranks), chain.adaptable
     keys = mx.random.split(mx.random.key(seed), len(paths))

@@ -15,7 +15,7 @@ from ..schedule import Cuts, Params, Stage
 from ..streams import SINGLE, Stream
 from .form import LayerForm
 
-#: The number of rows of logits that exist at a time if our ops do not support the head.
+#: The number of rows of logits that are computed at a time if our ops do not support the head.
 HEAD_ROWS = 256
 
 
@@ -33,8 +33,8 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Updates:
-    """The multipliers of the updates of linear layers, keyed by full path, and the dropout, for one
-    stream."""
+    """The settings of the LoRA updates in one stream: the multipliers of the linear layers, keyed
+    by full path, and the dropout."""
 
     scales: Mapping[str, float]
     dropout: Dropout | None = None
@@ -73,8 +73,9 @@ class Head:
     def as_product(
         self, params: Mapping[str, mx.array], h: mx.array, temperature: float = 1.0
     ) -> tuple[mx.array, ops.Base, float | None] | None:
-        """Returns x, the weight and the softcap with which our ops compute this head. The logits
-        are divided by the temperature. If our ops do not support the head, returns None."""
+        """Returns x, the weight and the softcap from which our ops compute the output of this head.
+        The logits are divided by the temperature. If our ops do not support the head, returns
+        None."""
         return None
 
     def cross_entropy(
@@ -106,8 +107,8 @@ class Head:
         The logits are first divided by the temperature.
 
         A head that our ops do not support processes HEAD_ROWS rows at a time in the forward and the
-        backward pass. The order of these parts is fixed, since MLX might otherwise keep the logits
-        of all rows in memory. The backward pass recomputes the logits.
+        backward pass. The order of these groups of rows is fixed, since MLX might otherwise keep
+        the logits of all rows in memory. The backward pass recomputes the logits.
         """
         if (product := self.as_product(params, h, temperature)) is not None:
             x, base, softcap = product

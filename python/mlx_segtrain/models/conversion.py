@@ -71,8 +71,8 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
 
 
 def _size(base: Snapshot, bits: int, group_size: int) -> int:
-    """Returns an upper bound on the bytes of the quantized weights, in which each group has a
-    16-bit scale and a 16-bit bias."""
+    """Returns an upper bound on the size, in bytes, of the quantized weights, in which each group
+    has a 16-bit scale and a 16-bit bias."""
     each = (bits + 32 / group_size) / 8
     return sum(
         math.ceil(math.prod(shape) * (each if len(shape) > 1 else 4))

@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments, except the function, with which a Stage is created for one stream."""
+    """The arguments for creating a Stage for one stream, except the function."""
 
     name: str
     reads: tuple[str, ...]
@@ -45,10 +45,10 @@ class LayerForm:
     v_norm: bool = False
     after_norms: bool = False
     own_input: int = 0  #: the width of an input computed from the tokens for this layer only
-    experts: int = 0  #: the total hidden width of the experts of a token
+    experts: int = 0  #: the total hidden width of the experts that process a token
     donor: str | None = None  #: the layer whose keys and values this layer reads
-    gives: bool = False  #: other layers read its keys and values (set by `linked`)
-    trims: bool = False  #: drops the rows before the first row with a loss (set by `linked`)
+    gives: bool = False  #: whether other layers read its keys and values (set by `linked`)
+    trims: bool = False  #: whether it drops rows before the first row with a loss (set by `linked`)
 
     @property
     def owners(self) -> tuple[str, str]:

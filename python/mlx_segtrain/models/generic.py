@@ -1,11 +1,11 @@
-"""The generic path, for any other mlx-lm model that has a list of layers: the layers are the
-stages, and LoRA updates are added to their linear layers.
+"""The generic path, for mlx-lm models that have a list of layers but belong to no fast family: the
+layers are the stages, and LoRA updates are added to their linear layers.
 
 A stage runs the model's own `__call__` up to the stage's layer. The earlier layers are replaced
 with stand-ins that return the stage's input. Therefore masks, embeddings and any computation
 between two layers come from the model's own code. Before training, the chain is compared with the
-model on a few tokens. This shows whether layers share anything else, such as the keys of another
-layer.
+model on a few tokens. This comparison shows whether layers share anything except h, such as the
+keys of another layer.
 """
 
 import functools
@@ -147,8 +147,8 @@ def _attached(
 
 
 def chain_of(model: Any, layers: range | None = None) -> Chain:
-    """Returns the chain of a model. Raises InputError, with the layer and the reason, if the model
-    cannot be split into layers or cannot be differentiated.
+    """Returns the chain of a model. Raises InputError if the model cannot be split into layers or
+    cannot be differentiated; the message names the layer and the reason.
 
     If `layers` is given, only these layers are checked, because the weights of the others have not
     been read.
@@ -246,7 +246,7 @@ def _through(
 ) -> mx.array:
     """Runs these layers in sequence, starting with h, and returns the output of the last layer.
 
-    Raises InputError for a layer that does not return an array like h, or that cannot be
+    Raises InputError for a layer that does not return a single array [B, T, H], or that cannot be
     differentiated.
     """
     for i in layers:
@@ -269,8 +269,8 @@ def _through(
 def _check_close(
     refused: str, got: mx.array, expected: mx.array, what: str, dtype: mx.Dtype | None = None
 ) -> None:
-    """Raises InputError if a model gives different results when it runs layer by layer in this
-    dtype."""
+    """Raises InputError if running a model layer by layer in this dtype gives different results
+    than running it as a whole."""
     bound = FLOAT_BOUND if (dtype or got.dtype) == mx.float32 else HALF_BOUND
     got, expected = got.astype(mx.float32), expected.astype(mx.float32)
     far = float(mx.linalg.norm(got - expected) / mx.linalg.norm(expected))
@@ -282,9 +282,9 @@ def _check_close(
 
 
 def _try_part(body: _Body, layers: range) -> int:
-    """Performs the checks of `_try` on a model in which only these layers are loaded. Compares
-    their output with that in a run of the whole model in which the earlier layers return random
-    values. The output may depend on these values only through h."""
+    """Performs the checks of `_try` on a model in which only these layers are loaded. Compares the
+    output of these layers with their output in a run of the whole model in which the earlier layers
+    return random values. The output may depend on these values only through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
@@ -304,8 +304,8 @@ def _try_part(body: _Body, layers: range) -> int:
 
     def together(seed: int) -> mx.array:
         """Returns the output of these layers in a run of the whole model in which the earlier
-        layers return random values. The values depend on the seed, except those of the last earlier
-        layer."""
+        layers return random values. These values depend on the seed, except the values of the layer
+        directly before these layers."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

@@ -21,8 +21,8 @@ FLOATS = ("F16", "BF16")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The structure of a model, which determines memory and time. `widths` maps paths of linear
-    layers to (in, out)."""
+    """The structure of a model, from which its memory use and speed are estimated. `widths` maps
+    paths of linear layers to (in, out)."""
 
     family: str
     fast: bool
@@ -46,8 +46,8 @@ class ModelShape:
 
     @property
     def tied(self) -> bool | None:
-        """Whether the embedding is also the head, or None if the embedding is not found by its
-        name."""
+        """Whether the embedding is also the head, or None if no weight has the name of an
+        embedding."""
         if not self.embedding:
             return None
         if self.fast:
@@ -55,9 +55,9 @@ class ModelShape:
         return not any(path.endswith("lm_head") for path in self.widths)
 
     def weight_bytes(self, float32: bool, loads: Callable[[str], bool] = lambda name: True) -> int:
-        """Returns the size in bytes of the weights for whose names `loads` returns True; by
-        default, these are all loaded weights. With `float32`, half-precision weights count as
-        float32, because they are converted to float32 on the CPU."""
+        """Returns the total size, in bytes, of the weights whose names satisfy `loads` (by default,
+        all weights that mlx-lm loads). With `float32`, half-precision weights count as float32,
+        because they are converted to float32 on the CPU."""
         return sum(
             math.prod(shape) * (4 if float32 and dtype in FLOATS else SIZES.get(dtype, 1))
             for name, (dtype, shape) in self.tensors.items()
@@ -66,7 +66,8 @@ class ModelShape:
 
     @property
     def n_layers(self) -> int:
-        """The number of layers. It is derived from the names of the weights, for any family."""
+        """The number of layers. It is derived from the names of the weights, so it is known for
+        every family."""
         return len({number for name in self.tensors if (number := layer_number(name)) is not None})
 
 
@@ -104,8 +105,8 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
     width, vocabulary = widths[embedding]
     layers: tuple[LayerForm, ...] = ()
     outer: tuple[str, ...] = ()
-    # If mlx-lm converts the weights to another format when it loads the model, the widths and sizes
-    # in the headers are wrong.
+    # Derive the forms of layers only if mlx-lm keeps the format of the weights when it loads the
+    # model; otherwise, the widths and sizes in the headers are wrong.
     weights = {kind for name, (kind, _) in loaded.items() if name.endswith(".weight")}
     if reader and len(prefixes) == 1 and weights <= {"U32", *FLOATS, "F32"}:
         (prefix,) = prefixes
@@ -114,7 +115,7 @@ def shape_of(config: Mapping[str, Any], tensors: Tensors) -> ModelShape:
         whole = all(form.query > 0 < form.hidden for form in forms)
         if whole and any(form.key_value for form in forms):
             layers = linked(forms)
-            # This matches the code in models.layer.chain.
+            # This must match the code in models.layer.chain.
             heads = [] if reader.tied(text) else [p for p in widths if p.endswith("lm_head")]
             outer = (*(() if any(form.own_input for form in forms) else (embedding,)), *heads)
     wide = any(

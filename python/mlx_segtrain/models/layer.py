@@ -33,8 +33,8 @@ PROJECTIONS = (
     *(f"mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down")),
 )
 
-#: A function that rotates x [B, n, T, D], whose first position is `offset`, in a row with these
-#: segments.
+#: A function that applies rotary embeddings to x [B, n, T, D]. Its arguments are x, the position of
+#: the first token in x, and the segments of the row.
 Rotate = Callable[[mx.array, int, ops.Segments | None], mx.array]
 
 
@@ -49,7 +49,7 @@ class Projection:
     base: ops.Base
     path: str  #: the path in the model, under which its LoRA factors are stored
     part: slice | None = None
-    #: Whether this is an embedding [V, H] that is used as a linear layer: then a is [V, R], and b
+    #: Whether this is an embedding [V, H] that is used as a linear layer; if so, a is [V, R], and b
     #: is [R, H].
     embedding: bool = False
     made: dict[Kind, Any] = field(default_factory=dict, init=False, compare=False)
@@ -166,11 +166,11 @@ class Attention:
         saved: Sequence[mx.array],
         save: bool,
     ) -> tuple[mx.array, Sequence[mx.array], Sequence[mx.array]]:
-        """Maps x [B, T, H] to the output of the last `rows` rows, [B, rows, H], and to the keys and
-        values, [B, G, T, D].
+        """Maps x [B, T, H] to the output for its last `rows` rows, [B, rows, H], and to the keys
+        and values, [B, G, T, D].
 
-        If `given` contains the keys and values of another layer, they replace those of x. The third
-        result must be passed as `saved` when the output is recomputed.
+        If `given` contains the keys and values of another layer, they replace those of x. Also
+        returns the arrays to pass as `saved` when the output is recomputed.
         """
         own = [] if given else [p for p in (self.k, self.v) if p is not None]
         stream = linears.updates.stream
@@ -203,7 +203,8 @@ class Attention:
             return [self.rotate(k, position, segments), v]
 
         def queries(begin: int, end: int | None, keys: mx.array) -> mx.array:
-            """Returns the queries for rows `begin` to `end`, which are the last rows of `keys`."""
+            """Returns the queries for rows `begin` to `end`, whose keys are the last rows of
+            `keys`."""
             own = self._heads(q[:, begin:end], self.heads, self.q_norm, self.wide_norms)
             return self.rotate(own, keys.shape[2] - own.shape[2], segments)
 
@@ -261,7 +262,7 @@ class Attention:
 
 
 def _joined(main: Sequence[mx.array], other: Sequence[mx.array]) -> list[mx.array]:
-    """Concatenates the keys and values [B, G, ·, D] of a branch to the main ones."""
+    """Appends the keys and values [B, G, ·, D] of a branch to those of the main sequence."""
     return [mx.concatenate([a, b], 2) for a, b in zip(main, other, strict=True)]
 
 
@@ -273,7 +274,7 @@ class Mlp:
     up: Projection
     down: Projection
     gelu: bool = False
-    experts: int = 0  #: the total hidden width of the experts of a token
+    experts: int = 0  #: the total hidden width of the experts that process a token
 
     def __call__(self, linears: Linears, h: mx.array, x: mx.array) -> mx.array:
         """Returns the output of the MLP for x, the normalized h."""
@@ -374,8 +375,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Maps tokens to h with a frozen table [V, H], an update of the table's rows, and a
-    multiplication by `factor`."""
+    """Maps tokens to h: the rows of a frozen table [V, H], plus the update of these rows,
+    multiplied by `factor`."""
 
     module: nn.Module
     path: str
@@ -449,7 +450,8 @@ def chain(
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
-    # The layers' own inputs are also computed from the embedding.
+    # If layers have their own inputs, the embedding is not adaptable, because these inputs are also
+    # computed from it.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head

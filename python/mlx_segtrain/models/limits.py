@@ -23,7 +23,8 @@ EXPERTS = re.compile(r"\w*(experts|heads|groups|inputs|streams|branches|stages)\
 #: Names of configuration values that set how often work is repeated for each token, and the maximum
 #: of these values.
 ROUNDS, MOST_ROUNDS = re.compile(r"\w*(loops|iters|iterations|repeats|rounds|passes)\w*"), 256
-#: Names of tokenizer settings whose values are text, even if a file of that name exists.
+#: Names of tokenizer settings whose values are plain text and never paths, even if a file with that
+#: name exists.
 TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?commit)_\w+")
 
 

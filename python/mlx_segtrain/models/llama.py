@@ -17,8 +17,8 @@ from .layer import Embedding, Layer, Norm, Rotate, chain, layer_of
 
 #: Modules of mlx-lm that always use full attention, even if config.json specifies a window.
 WITHOUT_WINDOWS = ("granite", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
-#: The types include those for which mlx-lm loads the module of another type, and those of
-#: multimodal models that contain a model of one of these types.
+#: Includes types for which mlx-lm loads the module of another type, and types of multimodal models
+#: that contain a model of one of these types.
 TYPES = {
     *(*WITHOUT_WINDOWS, "llama", "ministral3", "mistral", "xverse", "iquestcoder"),
     *("mistral3", "pixtral", "llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
