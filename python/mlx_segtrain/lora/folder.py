@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Whether the factors have PEFT's names and are therefore transposed."""
+        """Whether the factors have PEFT's names and are therefore transposed relative to ours."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property
@@ -60,8 +60,8 @@ class Folder:
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder of the base model that the adapter names, which may be a snapshot in the hub's
-        cache, or None if that folder does not exist or must not be read."""
+        """The folder of the base model that the adapter names. It may be a snapshot in the hub's
+        cache. None if the folder does not exist or must not be read."""
         name = self.base.replace("\0", "")
         with suppress(OSError):  # the name may be too long for a path
             path = hub.cached(name) or Path(name)
@@ -81,7 +81,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         return path
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"the adapter {path} is not a folder: pass the folder of an adapter.")
+        raise InputError(f"{path} is not a folder: pass the path of an adapter's folder.")
     weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
         raise InputError(
@@ -178,5 +178,5 @@ def refuse(folder: Folder, what: str) -> NoReturn:
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
         f"{what} are not supported (only {kinds} adapters are): merge {folder.weights.parent} into "
-        "its model with the tool that created it."
+        "its model with the tool that created the adapter."
     )
