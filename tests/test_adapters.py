@@ -217,7 +217,7 @@ REFUSED = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) are not supported"),
     "layers": ({"layer_replication": [[0, 2], [1, 3]]}, r"\(layer_replication\) are not supported"),
     **{
-        start: ({"init_lora_weights": start}, rf"changed base \(init_lora_weights {start}\)")
+        start: ({"init_lora_weights": start}, rf"modified base \(init_lora_weights {start}\)")
         for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
     },
 }

@@ -279,7 +279,7 @@ def known_sha256(path: Path) -> str:
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # Each path has one entry, which replaces the entry for earlier content.
+    # Each path has a single entry, which is overwritten when the content changes.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
@@ -321,7 +321,7 @@ def _sha256(path: Path, *_: int) -> str:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out` is a
-    file or a folder with content, or cannot be written."""
+    file or a non-empty folder, or cannot be written."""
     place = out.resolve()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):

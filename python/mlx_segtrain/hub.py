@@ -464,8 +464,8 @@ def amount(n: float) -> str:
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Downloads the files in `sizes`, which belong to a commit, to the cache. Raises InputError if
-    a download fails."""
+    """Downloads files of a commit to the cache. `sizes` maps the names of the files to their sizes
+    in bytes. Raises InputError if a download fails."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)

@@ -273,9 +273,9 @@ class Telling:
     """
 
     def __init__(self, wanted: Mapping[int, int], rows: int, temperatures: Mapping[int, float]):
-        """`wanted` maps the index of each row that requests log-probabilities to the number of most
-        likely tokens that it requests. `temperatures` maps rows to the temperature by which their
-        logits are divided; the default is 1."""
+        """`wanted` contains the rows that request log-probabilities: it maps each row's index to
+        the number of most likely tokens to report. `temperatures` maps rows to the temperature by
+        which their logits are divided; the default is 1."""
         self._wanted, self._most = wanted, max(wanted.values())
         self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
         self._temperatures = None

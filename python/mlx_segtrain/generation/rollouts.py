@@ -187,9 +187,9 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """Generates a completion of each talk with its options. Up to `at_once` completions are decoded
-    together; waiting completions join when half of the current ones have ended their turn. The
-    model has at most `most_turns` turns in a talk.
+    """Generates a completion of each talk with the corresponding options. Up to `at_once`
+    completions are decoded together; waiting completions join when half of the current ones have
+    ended their turn. The model has at most `most_turns` turns in a talk.
 
     The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
     computed once. The tokens before a later turn are recomputed, because keeping their cache would

@@ -28,7 +28,7 @@ class Kind:
     @property
     def word(self) -> str:
         """The value of fine_tune_type in mlx-lm's configuration. In PEFT's configuration and in
-        ours it is the part of the option's name after `use_`."""
+        ours, it is the part of the option's name after `use_`."""
         return self.name.lower()
 
     def on(self, base: Any, made: "dict[Kind, Any]") -> Any:

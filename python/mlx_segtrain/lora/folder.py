@@ -158,13 +158,13 @@ def _check_kind(folder: Folder) -> None:
         f"adapters of peft_type {word(peft_type)}": peft_type != "LORA",
         f"adapters with biases (bias {word(bias)})": bias != "none",
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
-        "adapters of bare parameters (target_parameters)": config.get("target_parameters"),
-        "adapters that apply to a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters for bare parameters (target_parameters)": config.get("target_parameters"),
+        "adapters that apply to only part of a text (aLoRA)": config.get("alora_invocation_tokens"),
         "adapters with a different scale for each layer (Unsloth)": config.get(
             "unsloth_mlx_requires_unsloth_loader"
         ),
-        "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
-        f"adapters that may need a changed base (init_lora_weights {word(start)})": start
+        "adapters for repeated layers (layer_replication)": config.get("layer_replication"),
+        f"adapters that may need a modified base (init_lora_weights {word(start)})": start
         not in PLAIN_STARTS,
     }
     for what, holds in refused.items():
