@@ -260,10 +260,10 @@ class Batch(Generic[A]):
         return [x for x in self._cache if type(x) is BatchKVCache]
 
     def _leave_masks_out(self) -> None:
-        """If all rows have the same length, makes the caches return no mask, and replaces the
-        offsets of their rows with a single offset. Without padding, single tokens need no mask, and
-        a mask would rule out MLX's attention kernels for GPUs. With an offset per row, MLX would
-        need one launch per layer to increase the offsets."""
+        """If all rows have the same length, makes the caches return no mask for single tokens, and
+        replaces the offsets of their rows with a single offset. Without padding, single tokens need
+        no mask, and a mask would rule out MLX's attention kernels for GPUs. With an offset per row,
+        MLX would need one launch per layer to increase the offsets."""
         layers = self._padded()
         even = bool(layers) and not layers[0].left_padding.any().item()
         for layer in layers:
