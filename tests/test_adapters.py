@@ -217,7 +217,7 @@ REFUSED = {
     "alora": ({"alora_invocation_tokens": [1, 2]}, r"\(aLoRA\) are not supported"),
     "layers": ({"layer_replication": [[0, 2], [1, 3]]}, r"\(layer_replication\) are not supported"),
     **{
-        start: ({"init_lora_weights": start}, rf"changed base \(init_lora_weights {start}\)")
+        start: ({"init_lora_weights": start}, rf"modified base \(init_lora_weights {start}\)")
         for start in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
     },
 }
@@ -272,7 +272,7 @@ def test_what_mlx_lm_has_and_we_have_not(kind, message, chain, tmp_path):
 
 
 def test_folders_that_are_no_adapter(chain, tmp_path):
-    says(tmp_path / "none", chain, "is not a folder: pass the folder of an adapter")
+    says(tmp_path / "none", chain, "is not a folder: pass the path of an adapter's folder")
     says(tmp_path, chain, "neither adapters.safetensors nor adapter_model.safetensors")
     folder = write_mlx(tmp_path / "a", factors_of(chain, {Q0: RANK}))
     config = folder / "adapter_config.json"

@@ -327,9 +327,9 @@ class Untyped:
 
 def test_what_is_refused(tokenizer, with_tools):
     for kind, says in (
-        (Silent, "neither a method step nor"),
+        (Silent, "neither a step method nor"),
         (Untyped, "tool"),
-        (int, "no method reset"),
+        (int, "no reset method"),
     ):
         with pytest.raises(InputError, match=f"environment: lib:Guess cannot be used .*{says}"):
             Environments.of(configured(), kind)

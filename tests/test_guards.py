@@ -465,7 +465,7 @@ def test_a_folder_that_another_run_took_and_left(llama4, data, tmp_path):
 
 
 def test_inputs_that_cannot_be_read(llama4, data, tmp_path):
-    with pytest.raises(InputError, match="is not a folder: pass the folder of an adapter"):
+    with pytest.raises(InputError, match="is not a folder: pass the path of an adapter's folder"):
         train(config_of(llama4, data, tmp_path / "a", warm_start=tmp_path / "nope"))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "metrics.jsonl").mkdir()

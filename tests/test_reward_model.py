@@ -131,7 +131,7 @@ def test_a_run_is_rewarded_by_it(tmp_path, llama4, cache):
 def test_what_is_no_reward_model(tmp_path, llama4):
     with pytest.raises(InputError, match=r"has no score.weight: use a sequence"):
         judge(llama4)
-    with pytest.raises(InputError, match="has 2 scores for each text"):
+    with pytest.raises(InputError, match="has 2 labels"):
         judge(scorer(tmp_path / "m", labels=2))
     with pytest.raises(InputError, match="is not a folder"):
         judge(tmp_path / "none")

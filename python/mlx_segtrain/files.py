@@ -32,15 +32,15 @@ REMEMBERED = 64 << 20
 
 
 def cache_dir() -> Path:
-    """Returns the folder for cached data and results of checks, which is $MLX_SEGTRAIN_CACHE or a
-    folder in ~/.cache."""
+    """Returns the folder for cached data and cached check results: $MLX_SEGTRAIN_CACHE, or a folder
+    in ~/.cache."""
     return Path(os.environ.get("MLX_SEGTRAIN_CACHE") or Path.home() / ".cache" / "mlx-segtrain")
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`. On success, the file at this path is fsynced and
-    renamed to `path`.
+    """Yields a temporary path next to `path`. On success, the temporary file is fsynced and renamed
+    to `path`.
 
     After an exception, the temporary file is removed, and `path` remains unchanged.
     """
@@ -57,7 +57,7 @@ def atomic(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder next to `path`. On success, the folder is fsynced and renamed to
-    `path`, where it replaces an existing folder."""
+    `path`, replacing any existing folder."""
     aside = _aside(path)
     old = path.with_name(aside.name + OLD)
     make_folder(path.parent)
@@ -123,8 +123,8 @@ def make_folder(path: Path) -> None:
 
 
 def may_follow(path: Path) -> bool:
-    """Returns whether a folder that is named in a file may be read. A server replaces this function
-    with one that allows only folders below the server's roots."""
+    """Returns whether a folder whose path was read from a file may be opened. A server replaces
+    this function with one that allows only folders below the server's roots."""
     return True
 
 
@@ -145,7 +145,7 @@ def make_private(path: Path) -> None:
         path.chmod(0o700)
     if path.stat().st_mode & 0o022:
         raise InputError(
-            f"other users may write to {path}: choose a folder that only you can write to."
+            f"other users can write to {path}: choose a folder that only you can write to."
         )
 
 
@@ -179,8 +179,8 @@ def read_at_most(path: Path, most: int) -> str:
 
 
 def read_json(file: Path, most: int = 4 << 20) -> dict[str, Any]:
-    """Returns the object in a JSON file of at most `most` bytes. Raises InputError if the file
-    contains no object or cannot be read."""
+    """Returns the object in a JSON file of at most `most` bytes. Raises InputError if the file does
+    not contain an object or cannot be read."""
     try:
         values = json.loads(read_at_most(file, most))
     except (OSError, ValueError, RecursionError) as error:
@@ -204,8 +204,8 @@ def sync(path: Path) -> None:
 
 
 def sync_open(file: int) -> None:
-    """Waits until the data of an open file is on disk. On macOS, fsync alone would leave the data
-    in the cache of the disk."""
+    """Waits until the data of an open file is on disk. On macOS, fsync alone may leave the data in
+    the drive's write cache."""
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         with suppress(OSError):  # the file system may not support F_FULLFSYNC
@@ -228,7 +228,7 @@ def lock(file: IO[Any] | int) -> bool:
 
 
 def write_text(path: Path, text: str, opener: Callable[[str, int], int] | None = None) -> None:
-    """Writes `text` as UTF-8, atomically. `opener` is the same as for `open`."""
+    """Writes `text` as UTF-8, atomically. `opener` is passed to `open`."""
     with atomic(path) as aside, open(aside, "w", encoding="utf-8", opener=opener) as file:
         file.write(text)
 
@@ -279,7 +279,7 @@ def known_sha256(path: Path) -> str:
     own = _identity(path)
     if own[2] < REMEMBERED:
         return _sha256(path, *own)
-    # Each path has one entry, which replaces the entry for earlier content.
+    # Each path has a single entry, which is overwritten when the content changes.
     note = cache_dir() / "hashes" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
     with suppress(OSError, InputError, KeyError, TypeError):
         known = read_json(note)
@@ -321,7 +321,7 @@ def _sha256(path: Path, *_: int) -> str:
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder that is renamed to `out` once it is complete. Raises InputError if `out` is a
-    file or a folder with content, or cannot be written."""
+    file or a non-empty folder, or cannot be written."""
     place = out.resolve()
     try:
         if place.exists() and (not place.is_dir() or any(place.iterdir())):

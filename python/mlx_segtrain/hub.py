@@ -1,5 +1,5 @@
-"""Downloads models, adapters and data sets from the Hugging Face hub to the cache shared by all of
-the hub's tools.
+"""Downloads models, adapters and data sets from the Hugging Face hub to the cache that all Hugging
+Face tools share.
 
 A name, `org/name` or `org/name@revision`, is replaced with a folder in this cache as early as
 possible; `origin` converts the folder back to the name. Files in the cache are used without a
@@ -90,8 +90,8 @@ def endpoint() -> str:
 
 
 def offline() -> str | None:
-    """Returns the environment variable with which the user has forbidden requests to the hub, or
-    None."""
+    """Returns the name of the environment variable that forbids requests to the hub, or None if
+    they are allowed."""
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE"):
             return name
@@ -235,9 +235,10 @@ def fetch(
     """Returns the snapshot of a repository in the cache, after downloading the `wanted` files that
     are missing.
 
-    `tell` receives at most four events per second. They are of the stage `load` and contain the
-    finished `share` of the download. `check` receives the sizes of the repository's files, keyed by
-    name, and raises InputError if the files cannot be used. Without `ask`, no request is sent.
+    `tell` receives at most four events per second. Their stage is `load`, and their `share` is the
+    fraction of the download that is complete. `check` receives the sizes of the repository's files,
+    keyed by name, and raises InputError if the files cannot be used. Without `ask`, no request is
+    sent.
     """
     folder, listed = _cached(repository)
     if folder is not None and listed is not None and _has(folder, listed, wanted):
@@ -350,7 +351,7 @@ class _Unreachable(Exception):
     """The hub did not respond."""
 
 
-#: The meaning of the hub's responses, keyed by status code.
+#: What the hub's error responses mean, keyed by status code.
 REFUSALS = {
     401: "rejects your token: log in again with `hf auth login`, or correct HF_TOKEN",
     403: "does not let you read it: check the permissions of your token",
@@ -389,8 +390,9 @@ def _answers(repository: Repository) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InputError(
-                f"{repository.id}: the disk of {cache()} is full: free some space and start again "
-                "to continue the download, or set HF_HOME to a folder on another disk."
+                f"{repository.id} cannot be downloaded, because the disk that contains {cache()} "
+                "is full: free some space and start again to continue the download, or set "
+                "HF_HOME to a folder on another disk."
             ) from None
         if isinstance(error, PermissionError | FileExistsError | NotADirectoryError):
             raise InputError(
@@ -462,7 +464,8 @@ def amount(n: float) -> str:
 def _download(
     repository: Repository, commit: str, sizes: Mapping[str, int], tell: events.OnEvent
 ) -> None:
-    """Downloads these files of a commit to the cache. Raises InputError if a download fails."""
+    """Downloads files of a commit to the cache. `sizes` maps the names of the files to their sizes
+    in bytes. Raises InputError if a download fails."""
     snapshot = repository.folder / "snapshots" / commit
     missing = [name for name in sizes if not (snapshot / name).is_file()]
     total = sum(sizes[name] for name in missing)
@@ -471,8 +474,9 @@ def _download(
     free = files.free(repository.folder)
     if total - there + MARGIN > free:
         raise InputError(
-            f"{repository} needs {amount(total)} more, but only {amount(free)} is free on the disk "
-            f"of {cache()}: free some space, or set HF_HOME to a folder on another disk."
+            f"{repository} needs another {amount(total)}, but only {amount(free)} is free on the "
+            f"disk that contains {cache()}: free some space, or set HF_HOME to a folder on another "
+            "disk."
         )
     meter = Meter(str(repository), total, tell)
     exact = replace(repository, revision=commit)
@@ -563,8 +567,8 @@ def _fill(
         if not _is(file, blob.name):
             file.truncate(0)
             raise InputError(
-                f"{repository.id}: {name} did not match the hub's checksum and was removed: "
-                "start again."
+                f"{name} of {repository.id} did not match the hub's checksum and was removed: "
+                "start again to download it."
             )
         files.sync_open(file.fileno())
         os.replace(begun, blob)
@@ -602,7 +606,7 @@ def _receive(url: str, file: BinaryIO, size: int | None, meter: Meter) -> None:
                 raise
         if size is not None and there > size:
             file.truncate(0)
-            raise OSError(f"a file has more than the expected {size:,} bytes")
+            raise OSError(f"the hub sent more than the expected {size:,} bytes of a file")
         tries = 0 if there > before else tries + 1
         if tries == TRIES:
             raise ended or OSError("no more data arrived")

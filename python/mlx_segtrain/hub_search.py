@@ -8,8 +8,8 @@ from typing import Any
 from .errors import InputError, reason
 from .hub import PATIENCE_S, Kind, endpoint, offline
 
-#: The tags that a model must have. They mean that MLX can read its weights and that it generates
-#: text.
+#: The tags that a model must have. They mean that MLX can read the weights and that the model
+#: generates text.
 OF_MODELS = ("safetensors", "text-generation")
 
 
@@ -29,7 +29,7 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    # HfApi.list_models would send the same request without a timeout.
+    # HfApi.list_models would send the same request, but without a timeout.
     how: dict[str, Any] = {"search": words, "sort": "downloads", "limit": limit}
     if kind == "model":
         how["filter"] = list(OF_MODELS)
@@ -46,6 +46,6 @@ def search(words: str, kind: Kind = "model", limit: int = 8) -> list[Hit]:
         raise InputError(f"the hub answered a search with status {status}: {wait}.") from None
     except Exception as error:  # exceptions depend on the client's HTTP library
         raise InputError(
-            f"the hub does not answer ({reason(error)}): check the network, or use a full name, "
-            "such as org/name."
+            f"the hub does not answer ({reason(error)}): check the network, or pass a full name, "
+            "such as org/name, instead of searching."
         ) from None

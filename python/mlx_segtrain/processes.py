@@ -74,7 +74,7 @@ def command(module: str, *args: str) -> list[str]:
 
 
 def environment(more: Iterable[str], added: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment of this process, updated with `added`, but only with variables whose
+    """Returns this process's environment, updated with `added` and restricted to variables whose
     names match COMMON or `more` (which may contain patterns such as "HF_*")."""
     patterns = (*COMMON, *more)
     return {

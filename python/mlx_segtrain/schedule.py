@@ -22,8 +22,8 @@ Grads = dict[str, dict[str, mx.array]]
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of the chain. `fn(params, *reads)` returns the value that it writes, or a tuple of
-    values.
+    """A step of the chain. `fn(params, *reads)` returns the value that the stage writes, or a tuple
+    of values.
 
     `params` is the stage's dict of arrays. `reads` and `writes` contain the names of boundary
     values. A stage may overwrite a value that it reads, as layers do with the residual stream `h`.
@@ -52,13 +52,13 @@ class Cuts:
     """The cuts of a chain into segments, which are recomputed as a whole, and into groups of
     segments, which are recomputed in two passes.
 
-    `segments` lists the number of stages after which each segment ends; the last entry is the total
-    number of stages. `groups` lists the number of segments after which each group ends. Values
-    between groups are kept after the forward pass. Values between the segments of a group are
-    recomputed when the backward pass reaches the group, except that the last group keeps these
-    values. The last segment is never recomputed. `saves` lists the stages that keep arrays (for
-    attention, its output) when they run for the last time before their gradient is computed; this
-    reduces recomputation.
+    `segments` lists the cumulative number of stages at the end of each segment; the last entry is
+    the total number of stages. `groups` lists the cumulative number of segments at the end of each
+    group. Values between groups are kept after the forward pass. Values between the segments of a
+    group are recomputed when the backward pass reaches the group, except that the last group keeps
+    these values. The last segment is never recomputed. `saves` lists the stages that keep arrays
+    (for attention, its output) when they run for the last time before their gradient is computed;
+    this reduces recomputation.
     """
 
     segments: tuple[int, ...]
@@ -74,7 +74,8 @@ class Cuts:
     @classmethod
     def by_layer(cls, ends: Sequence[int], size: int) -> "Cuts":
         """Returns cuts into segments of `size` layers, or into one segment if `size` is 0. Each
-        segment is its own group. `ends` lists the number of stages after which each layer ends."""
+        segment is its own group. `ends` lists the cumulative number of stages at the end of each
+        layer."""
         if size < 0:
             raise ValueError(f"[schedule] segment_size must be 0 (off) or more; got {size}.")
         step = size or max(1, len(ends))

@@ -58,8 +58,8 @@ def joined(shared: int = 0, branch: int = 0) -> Stream:
 
 
 def head_reads(streams: tuple[Stream, ...]) -> tuple[str, ...]:
-    """Returns the names of the boundary values that every head reads, which are h and the rows in
-    the loss for each stream."""
+    """Returns the names of the boundary values that every head reads: for each stream, `h` and
+    `rows`, the rows in the loss."""
     return tuple(stream.of(value) for stream in streams for value in ("h", "rows"))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 def hide_torch() -> None:
     """Makes this process behave as if torch were not installed.
 
-    transformers would import torch, which costs seconds and memory although nothing here needs it.
-    This must be called before transformers is imported, and only in our own processes.
+    transformers would import torch, which takes seconds and uses memory, although nothing here
+    needs torch. This must be called before transformers is imported, and only in our own processes.
     """
     modules: dict[str, Any] = sys.modules
     modules["torch"] = None  # `import torch` now raises ModuleNotFoundError

@@ -50,7 +50,7 @@ def test_a_store_that_others_can_write_to_is_not_taken(tmp_path, monkeypatch):
         raise PermissionError
 
     monkeypatch.setattr(type(tmp_path), "chmod", chmod)
-    with pytest.raises(InputError, match="other users may write to"):
+    with pytest.raises(InputError, match="other users can write to"):
         Jobs(tmp_path / "store")
 
 

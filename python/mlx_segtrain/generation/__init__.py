@@ -3,5 +3,5 @@
 decoding.py  chooses tokens from logits, and decodes them to text
 batching.py  decodes several answers together
 parts.py     splits an answer into reasoning, content and tool calls
-rollouts.py  generates the completions of prompts, several at a time
+rollouts.py  generates completions of prompts, in batches
 """

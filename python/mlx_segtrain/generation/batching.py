@@ -60,7 +60,7 @@ class Answer:
     alone: bool = False  #: must not be batched, since its update is attached to the layers
     batch: "Batch[Any] | None" = None
 
-    # The state of decoding, once it has begun:
+    # The decoding state, which `begin` initializes:
     next: mx.array | None = None  #: last token, uint32 [1], which is not in the cache yet
     key: mx.array | None = None
     text: Any = None  #: a decoding.Text, or an object with its methods
@@ -95,7 +95,7 @@ class Answer:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """Prepares everything that decoding needs except the cache. It may be called again after
+        """Prepares everything that decoding needs except the cache. Can be called again after
         start_over()."""
         if self.next is not None:
             return
@@ -113,7 +113,7 @@ class Answer:
             self.text = Text(self.base.tokenizer, context, options.stop)
 
     def start_over(self) -> None:
-        """Frees the cache and the state of decoding, which can be recomputed from the tokens."""
+        """Frees the cache and the decoding state, which can be recomputed from the tokens."""
         self.cache, self.batch, self.next, self.done, self.told = None, None, None, 0, None
         if self.key is not None:  # so that no random number is used twice
             self.key = mx.random.split(self.key, 3)[2]
@@ -146,7 +146,8 @@ A = TypeVar("A", bound=Answer)
 
 
 def can_merge(cache: Sequence[Any]) -> bool:
-    """Returns whether caches of this kind can hold several sequences."""
+    """Returns whether a cache with layers of these types can be merged with other sequences'
+    caches."""
     return all(hasattr(layer, "merge") for layer in cache)
 
 
@@ -228,7 +229,7 @@ class Batch(Generic[A]):
         return [layer.extract(i) for layer in self._cache] if self._merged else self._cache
 
     def _give_out(self) -> None:
-        """Stores in each answer its next token and random key, and gives each row of the caches its
+        """Stores the next token and random key in each answer, and gives each row of the caches its
         own offset."""
         self._read_telling()
         for layer in self._padded():
@@ -259,10 +260,10 @@ class Batch(Generic[A]):
         return [x for x in self._cache if type(x) is BatchKVCache]
 
     def _leave_masks_out(self) -> None:
-        """If all rows have the same length, makes the caches use no mask and a single offset.
-        Without padding, single tokens need no mask, and a mask would prevent GPUs from using their
-        attention kernels. With an offset per row, MLX would need one launch per layer to increase
-        the offsets."""
+        """If all rows have the same length, makes the caches return no mask for single tokens, and
+        replaces the offsets of their rows with a single offset. Without padding, single tokens need
+        no mask, and a mask would rule out MLX's attention kernels for GPUs. With an offset per row,
+        MLX would need one launch per layer to increase the offsets."""
         layers = self._padded()
         even = bool(layers) and not layers[0].left_padding.any().item()
         for layer in layers:
@@ -272,8 +273,8 @@ class Batch(Generic[A]):
                 layer.offset = layer.size()
 
     def step(self) -> tuple[list[A], list[tuple[A, BaseException]]]:
-        """Decodes a token of each answer. Returns the answers that have ended, and the errors that
-        affect single answers. Errors that affect the whole step are raised."""
+        """Decodes one token of each answer. Returns the answers that have ended, and the errors
+        that affect only one answer each. Errors that affect the whole step are raised."""
         inputs, failed = self._next, []
         model = self.base.model
         if few(len(self.answers)):
@@ -327,7 +328,7 @@ class Batch(Generic[A]):
 
 
 def _no_mask(layer: ref[Any]) -> Any:
-    """Returns a method `make_mask` for a cache layer. The method returns no mask for single tokens.
+    """Returns a `make_mask` method for a cache layer. The method returns no mask for single tokens.
     It keeps only a weak reference to the layer, so that the layer's arrays are freed with the
     layer."""
 

@@ -1,4 +1,4 @@
-"""Chooses tokens from logits, and decodes them to text once the text is final."""
+"""Chooses tokens from logits, and decodes them to text, which is returned once it is final."""
 
 import math
 import os
@@ -99,13 +99,13 @@ class Text:
         return self._tokenizer.decode(self._tokens, clean_up_tokenization_spaces=False)
 
     def add(self, token: int) -> str:
-        """Returns the final text that one more token adds. Sets `stopped` if the text reaches a
-        stop string."""
+        """Adds a token, and returns the text that has become final. Sets `stopped` if the text
+        contains a stop string."""
         self._tokens.append(token)
         text = self._decoded()
         whole = text.rstrip(INCOMPLETE)
         new, self._out = whole[self._out :], max(self._out, len(whole))
-        # Dropping old tokens requires another call of the decoder, so it is not done for each
+        # Dropping old tokens requires another call to the decoder, so it is not done for each
         # token.
         if whole == text and len(self._tokens) >= self._old + CONTEXT:
             self._tokens = self._tokens[self._old :]
@@ -233,8 +233,8 @@ def processor(
     """Returns a function that applies an answer's penalties and biases to its logits, or None if
     the answer has neither.
 
-    The function takes the last token [1] and the logits [1, V] that follow it. The first call must
-    pass the last token of `prompt` followed by `made`.
+    The function takes the last token [1] and the logits [1, V] that follow it. In the first call,
+    the token must be the last one of `prompt` + `made`.
     """
     presence, frequency = options.presence_penalty, options.frequency_penalty
     repetition = options.repetition_penalty
@@ -273,9 +273,9 @@ class Telling:
     """
 
     def __init__(self, wanted: Mapping[int, int], rows: int, temperatures: Mapping[int, float]):
-        """`wanted` maps the index of each row that requests log-probabilities to the number of most
-        likely tokens that it requests. `temperatures` maps rows to the temperature by which their
-        logits are divided; the default is 1."""
+        """`wanted` contains the rows that request log-probabilities: it maps each row's index to
+        the number of most likely tokens to report. `temperatures` maps rows to the temperature by
+        which their logits are divided; the default is 1."""
         self._wanted, self._most = wanted, max(wanted.values())
         self._rows = None if len(wanted) == rows else mx.array(list(wanted), mx.uint32)
         self._temperatures = None

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .decoding import overlap
 
-#: The number of tokens at the end of a prompt among which the chat template may start the
+#: The number of tokens at the end of a prompt that are searched for a tag that starts the
 #: reasoning.
 END = 32
 
@@ -15,8 +15,8 @@ Kind = Literal["content", "reasoning", "call"]
 
 @dataclass(frozen=True)
 class Tags:
-    """The texts that start and end the reasoning and the tool calls. A tag is None if the model has
-    none.
+    """The texts that start and end the reasoning and the tool calls. `think` and `call` are None if
+    the model has no such tags.
 
     If the end tag of a call is empty, the call ends where the next call begins.
     """

@@ -187,13 +187,13 @@ def complete(
     at_once: int,
     most_turns: int = 1,
 ) -> list[list[Completion]]:
-    """Generates a completion of each talk with its options. Up to `at_once` completions are decoded
-    together; waiting completions join when half of the current ones have ended their turn. The
-    model has at most `most_turns` turns in a talk.
+    """Generates a completion of each talk with the corresponding options. Up to `at_once`
+    completions are decoded together; waiting completions join when half of the current ones have
+    ended their turn. The model has at most `most_turns` turns in a talk.
 
     The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
-    computed once. The tokens before a later turn are recomputed, because their cache would take
-    memory while other completions are decoded.
+    computed once. The tokens before a later turn are recomputed, because keeping their cache would
+    use memory while other completions are decoded.
     """
     rollouts = [
         [_Rollout(base, talk, how, most_turns) for talk, how in zip(*own, strict=True)]
@@ -213,7 +213,8 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Merging copies the caches, but a single cache would be modified in place.
+                # Merging copies the caches. A single cache is not merged, and decoding would modify
+                # the reader's cache in place.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

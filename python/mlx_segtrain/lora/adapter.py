@@ -28,12 +28,12 @@ class Kind:
     @property
     def word(self) -> str:
         """The value of fine_tune_type in mlx-lm's configuration. In PEFT's configuration and in
-        ours it is the part of the option's name after `use_`."""
+        ours, it is the part of the option's name after `use_`."""
         return self.name.lower()
 
     def on(self, base: Any, made: "dict[Kind, Any]") -> Any:
-        """Returns the `runs` object of the frozen linear layer `base`, created once and cached in
-        `made`."""
+        """Returns an object of the class `runs` for the frozen linear layer `base`. The object is
+        created once and cached in `made`."""
         if self not in made:
             made[self] = self.runs.of(base)
         return made[self]
@@ -65,11 +65,11 @@ class Adapter:
     """LoRA factors in float32, and their multipliers, both keyed by the full path of the linear
     layer.
 
-    The factors are a [in, R] and b [R, out]; for a layer with E experts they are a [E, R, in] and b
-    [E, out, R], and for an embedding a [V, R] and b [R, H]. With DoRA, `magnitudes` contains the
-    norms of the adapted weight's rows, float32 [out]. `tied` matters only if an embedding is
-    adapted. It is True if the embedding is also the model's head, to which the update then applies
-    as well, and None if this is unknown.
+    The shapes of the factors a and b are [in, R] and [R, out] for a linear layer, [E, R, in] and
+    [E, out, R] for a layer with E experts, and [V, R] and [R, H] for an embedding. With DoRA,
+    `magnitudes` contains the norms of the adapted weight's rows, float32 [out]. `tied` matters only
+    if an embedding is adapted. It is True if the embedding is also the model's head, to which the
+    update then applies as well, and None if this is unknown.
     """
 
     tensors: Tensors

@@ -43,8 +43,8 @@ class Stretch:
         return cls(bare, base.bias, mx.concatenate(norms))
 
     def __call__(self, z: mx.array, linear: ops.Linear, m: mx.array) -> mx.array:
-        """Maps z [..., out], the output of the weight with its update but without the bias, to y
-        [..., out]. m [out] contains the magnitudes.
+        """Maps z [..., out], the layer's output with the update but without the bias, to y [...,
+        out]. m [out] contains the magnitudes.
 
         Gradients are computed for z and m.
         """
@@ -64,8 +64,8 @@ class Stretch:
 
     @staticmethod
     def dense(weight: mx.array, m: mx.array) -> mx.array:
-        """Scales each row of `weight` [out, in], to which the update has been added, to its
-        magnitude in m [out]."""
+        """Scales each row of `weight` [out, in], which includes the update, to its magnitude in m
+        [out]."""
         return weight * (m / mx.linalg.norm(weight, axis=1))[:, None]
 
     def _lengths(self, dtype: mx.Dtype, linear: ops.Linear) -> mx.array:

@@ -33,7 +33,7 @@ class Folder:
 
     @property
     def peft(self) -> bool:
-        """Whether the factors have PEFT's names and are therefore transposed."""
+        """Whether the factors have PEFT's names and are therefore transposed relative to ours."""
         return self.weights.name == PEFT_WEIGHTS
 
     @property
@@ -60,8 +60,8 @@ class Folder:
 
     @property
     def base_folder(self) -> Path | None:
-        """The folder of the base model that the adapter names, which may be a snapshot in the hub's
-        cache, or None if that folder does not exist or must not be read."""
+        """The folder of the base model that the adapter names. It may be a snapshot in the hub's
+        cache. None if the folder does not exist or must not be read."""
         name = self.base.replace("\0", "")
         with suppress(OSError):  # the name may be too long for a path
             path = hub.cached(name) or Path(name)
@@ -81,7 +81,7 @@ def open_folder(path: "str | Path | Folder") -> Folder:
         return path
     path = Path(path).expanduser()
     if not path.is_dir():
-        raise InputError(f"the adapter {path} is not a folder: pass the folder of an adapter.")
+        raise InputError(f"{path} is not a folder: pass the path of an adapter's folder.")
     weights = [path / name for name in (WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
     if not weights:
         raise InputError(
@@ -158,13 +158,13 @@ def _check_kind(folder: Folder) -> None:
         f"adapters of peft_type {word(peft_type)}": peft_type != "LORA",
         f"adapters with biases (bias {word(bias)})": bias != "none",
         "adapters with whole modules (modules_to_save)": config.get("modules_to_save"),
-        "adapters of bare parameters (target_parameters)": config.get("target_parameters"),
-        "adapters that apply to a part of the text (aLoRA)": config.get("alora_invocation_tokens"),
+        "adapters for bare parameters (target_parameters)": config.get("target_parameters"),
+        "adapters that apply to only part of a text (aLoRA)": config.get("alora_invocation_tokens"),
         "adapters with a different scale for each layer (Unsloth)": config.get(
             "unsloth_mlx_requires_unsloth_loader"
         ),
-        "adapters of repeated layers (layer_replication)": config.get("layer_replication"),
-        f"adapters that may need a changed base (init_lora_weights {word(start)})": start
+        "adapters for repeated layers (layer_replication)": config.get("layer_replication"),
+        f"adapters that may need a modified base (init_lora_weights {word(start)})": start
         not in PLAIN_STARTS,
     }
     for what, holds in refused.items():
@@ -178,5 +178,5 @@ def refuse(folder: Folder, what: str) -> NoReturn:
     kinds = " and ".join(kind.name for kind in (LORA, *KINDS))
     raise InputError(
         f"{what} are not supported (only {kinds} adapters are): merge {folder.weights.parent} into "
-        "its model with the tool that created it."
+        "its model with the tool that created the adapter."
     )

@@ -18,13 +18,13 @@ EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 #: For up to this many rows, MLX's matrix multiplications are faster on a GPU than our op, because
 #: launching our op takes longer than these multiplications (bench/LOG.md, 2026-11-27).
 FEW = 16
-#: The maximum number of adapters whose factors a linear layer caches, cast to the dtype of x.
+#: The maximum number of adapters whose factors a linear layer caches, cast to the input's dtype.
 MOST_CASTS = 8
 
 
 def few(rows: int) -> bool:
     """Returns whether the device is a GPU that computes this many rows faster with MLX's matrix
-    multiplications than with our op, as in a step of generation."""
+    multiplications than with our op, as in a decoding step."""
     return rows <= FEW and mx.default_device().type == mx.DeviceType.gpu
 
 
@@ -121,14 +121,14 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns the multipliers that an update of this kind, with these factors and this third
-        array, applies to the layer's outputs, float32 [out]."""
+        """Returns the multipliers, float32 [out], that an update with this kind, these factors and
+        this third array applies to the layer's outputs."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 
     def _is_step(self, x: mx.array) -> bool:
-        """Returns whether x has only a few rows, as in a step of generation, unlike a training
-        batch or a prompt."""
+        """Returns whether x has only a few rows, as in a decoding step, unlike a training batch or
+        a prompt."""
         return not self.training and few(x.size // x.shape[-1])
 
     def _frozen(self, x: mx.array) -> mx.array:

@@ -38,7 +38,7 @@ def choose_ranks(
     With the rank scaling `constant`, the rank is max(2, rank). With `by_bits`, it is max(2,
     ⌈rank·bits / 4⌉), or `rank` if the layer is not quantized. With `by_kl`, it is max(2,
     ⌈rank·factor⌉), where factor is kl / median kl, clipped to [0.5, 2], and kl comes from OptiQ's
-    sensitivity file; layers that the file does not list get the rank of `by_bits`, as do all layers
+    sensitivity file. Layers that the file does not list get the rank of `by_bits`, as do all layers
     if there is no file. Raises InputError if a target matches nothing, or if there are fewer layers
     than num_layers.
     """

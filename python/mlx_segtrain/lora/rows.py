@@ -5,10 +5,10 @@ stacked, and each row uses the factors of its adapter from the stack:
 
     y_i = W x_i + (x_i a_e) b_e        e is the adapter of row i; DoRA's gains multiply y_i
 
-Some linear layers read the same x: q, k and v, or gate and up. Their factors a are concatenated, so
-that one matrix multiplication computes x a for all of them. Adapters of similar ranks share a
-stack, in which they are padded to the largest rank; adapters with very different ranks are in
-different stacks.
+Some linear layers read the same x: q, k and v, or gate and up. Their factors `a` are concatenated,
+so that one matrix multiplication computes x a for all of these layers. Adapters of similar ranks
+share a stack, in which they are padded to the largest rank; adapters with very different ranks are
+in different stacks.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,12 +50,11 @@ class _Group:
 @dataclass(frozen=True, eq=False)
 class _Stack:
     """Adapters of similar ranks. `places` maps the key of each adapter to its index in the arrays.
-    The arrays have one more index, with zeros, for rows without an adapter."""
+    The arrays have an additional last index, which contains zeros, for rows without an adapter."""
 
     places: dict[Any, int]
     groups: list[_Group | None]
-    #: The ops.DecodeLinears of each group, keyed by the group's index and created when they are
-    #: needed.
+    #: The ops.DecodeLinears of each group, keyed by the group's index and created on demand.
     together: dict[int, Any] = field(default_factory=dict)
 
 
@@ -159,8 +158,8 @@ class Rows:
         return bool(self._uses)
 
     def decoding(self, module: LoRALinear) -> tuple[Any, mx.array | None]:
-        """Returns the op that computes a module's group in a step of generation, and the index of
-        each row's adapter. The op is None if the layers must be computed one by one."""
+        """Returns the op that computes a module's group in a decoding step, and the index of each
+        row's adapter. The op is None if the layers must be computed one by one."""
         use, (index, _) = self._uses[0], self._places[id(module)]
         if use.rows is not None:
             return None, None

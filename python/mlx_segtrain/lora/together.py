@@ -1,7 +1,7 @@
 """Runs linear layers that read the same x (q, k and v, or gate and up) and their updates in one
-kernel launch. Used for steps of generation on CUDA.
+kernel launch. Used for decoding steps on CUDA.
 
-The duration of such a step is the time that the host needs to build and launch it, so fewer
+The speed of such a step is limited by the time that the host needs to build and launch it, so fewer
 launches make it faster.
 """
 
@@ -146,8 +146,8 @@ def no_picks(rows: int) -> mx.array:
 
 
 def several(linear: nn.Module, stock: Callable[[mx.array], mx.array]) -> Callable[..., mx.array]:
-    """Returns a function that computes a frozen linear layer. For a single row it calls `stock`,
-    unless the layer is wide; for several rows it runs our kernel, because MLX's matrix
+    """Returns a function that computes a frozen linear layer. For a single row, the function calls
+    `stock`, unless the layer is wide. For several rows, it runs our kernel, because MLX's matrix
     multiplication reads the weight once per row if x is [rows, 1, in]."""
     base = ops.base_of(linear)
     op, least = ops.decode_linears([base]), 1 if base.bits and base.out_dims > WIDE else 2

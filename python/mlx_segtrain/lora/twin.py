@@ -1,6 +1,6 @@
 """Creates a twin of a model for steps of a few tokens on a GPU. The twin has the same weights and
 updates, but its linear layers run less Python code and launch fewer kernels. This makes such a step
-faster, because its duration is the time that the host needs to launch it."""
+faster, because its speed is limited by the time that the host needs to launch it."""
 
 from collections.abc import Callable
 from typing import Any

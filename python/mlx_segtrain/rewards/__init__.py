@@ -94,8 +94,9 @@ class Rewards:
         return cls(rewards, weights, environments, model)
 
     def check(self, config: TrainConfig, tokenizer: Any, rows: Sequence[Row]) -> None:
-        """Raises InputError, before anything is generated, if the rewards cannot use the rows or
-        the models. The configuration must contain local folders instead of names on the hub."""
+        """Raises InputError, before anything is generated, if a row or a model does not meet the
+        requirements of the rewards. The configuration must contain local folders instead of names
+        on the hub."""
         check_rows(config, rows)
         if self.environments is not None:
             self.environments.check(config, tokenizer, rows)
@@ -116,8 +117,8 @@ class Rewards:
         tokens: Sequence[int],
         talks: Sequence[Conversation] = (),
     ) -> Scores:
-        """Scores completions, given the row and the number of tokens of each completion. If there
-        are `talks`, the completions belong to these conversations.
+        """Scores completions, given the row and the number of tokens of each completion. If `talks`
+        is not empty, it contains the conversation of each completion.
 
         Raises RunError if a reward fails, or if it returns anything other than a finite number for
         each completion.
@@ -197,6 +198,6 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
                 )
         if found := [name for name in taken if name in given]:
             raise InputError(
-                f'{row.source}: the row has a column "{found[0]}", but this name is reserved for '
-                "another argument of rewards: rename the column, or leave it out."
+                f'{row.source}: the row has a column "{found[0]}", but rewards reserve this '
+                "name for another argument: rename or remove the column."
             )

@@ -98,7 +98,7 @@ def by_command(command: str) -> Callable[..., list[float]]:
             )
         except OSError as error:
             raise RunError(
-                f"reward_command cannot be started: {words[0]}: {error.strerror}."
+                f"reward_command cannot be started ({words[0]}: {error.strerror})."
             ) from error
         if done.returncode:
             last = " ".join(done.stderr.strip().splitlines()[-1:])[:300]

@@ -30,7 +30,7 @@ def check_of(spec: str) -> Check:
     if name not in CHECKS:
         raise _fault(
             f"{shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} (docs/grpo.md), or "
-            "reward_functions for functions."
+            "set reward_functions to use functions."
         )
     if not argument:
         raise _fault(f"{name} needs an argument, as in {EXAMPLES[name]}.")
@@ -44,7 +44,7 @@ def column_of(spec: str) -> str | None:
 
 
 def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
-    """Returns a check that is passed if `agree` is true for the completion and the value of the
+    """Returns a check that passes if `agree` is true for the completion and the value of the
     column."""
 
     def check(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -57,12 +57,12 @@ def _compared(column: str, agree: Callable[[str, str], bool]) -> Check:
 
 
 def _exact(column: str) -> Check:
-    """Returns a check that is passed if the whole completion equals the value of the column."""
+    """Returns a check that passes if the whole completion equals the value of the column."""
     return _compared(column, lambda text, wanted: text.strip() == wanted.strip())
 
 
 def _number(column: str) -> Check:
-    """Returns a check that is passed if the last number in the completion equals the last number in
+    """Returns a check that passes if the last number in the completion equals the last number in
     the value of the column."""
 
     def equal(text: str, wanted: str) -> bool:
@@ -79,7 +79,7 @@ def last_number(text: str) -> float | None:
 
 
 def _regex(pattern: str) -> Check:
-    """Returns a check that is passed if the pattern matches somewhere in the completion. Matching
+    """Returns a check that passes if the pattern matches somewhere in the completion. Matching
     takes linear time."""
     try:
         compiled = re2.compile(pattern)
@@ -93,7 +93,7 @@ def _regex(pattern: str) -> Check:
 
 
 def _json_schema(text: str) -> Check:
-    """Returns a check that is passed if the whole completion is JSON that matches the schema."""
+    """Returns a check that passes if the whole completion is JSON that matches the schema."""
     try:
         from jsonschema_rs import validator_for  # pyright: ignore[reportMissingImports]
     except ImportError:

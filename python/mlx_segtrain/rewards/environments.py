@@ -31,7 +31,7 @@ class Environments:
     """Creates the environments of a run, one for each completion (docs/grpo.md).
 
     `tools` contains the public methods of the class as JSON schemas for the chat template; it is
-    empty if the class has a method `step`. If the class has a method `get_reward`, this method
+    empty if the class has a `step` method. If the class has a `get_reward` method, this method
     computes a reward.
     """
 
@@ -50,10 +50,10 @@ class Environments:
         try:
             own = found()
             if not callable(getattr(own, "reset", None)):
-                raise TypeError("it has no method reset")
+                raise TypeError("it has no reset method")
             tools = [] if callable(getattr(own, "step", None)) else _tools_of(own)
             if not tools and not hasattr(own, "step"):
-                raise TypeError("it has neither a method step nor a public method to use as a tool")
+                raise TypeError("it has neither a step method nor a public method to use as a tool")
         except Exception as error:  # the user's code may fail in any way
             raise InputError(
                 f"environment: {config.environment} cannot be used ({reason(error, 300)}).",
@@ -73,8 +73,8 @@ class Environments:
         if self.tools and not tokenizer.has_tool_calling:
             raise InputError(
                 f"environment {self.name} has tools, but mlx-lm cannot read the tool calls of this "
-                "model: use a model with a supported tool-call format, or give the class a method "
-                "step instead.",
+                "model: use a model with a supported tool-call format, or give the class a step "
+                "method instead.",
                 field="environment",
             )
         for row in rows:

@@ -30,7 +30,7 @@ def check_scores(folder: Path) -> None:
     snapshot = Snapshot(folder)
     found = snapshot.tensors.get(SCORE)
     if found is None or len(found[1]) != 2 or found[1][0] != 1:
-        has = f"{found[1][0]} scores for each text" if found else f"no {SCORE}"
+        has = f"{found[1][0]} labels" if found else f"no {SCORE}"
         raise InputError(
             f"reward_model {folder} has {has}: use a sequence classification model with one label, "
             "in the safetensors format.",
