@@ -71,8 +71,8 @@ class Work:
         self.tokens += tokens
 
     def figures(self) -> dict[str, float]:
-        """Returns the mean times per step, and the tokens per second while this rank was
-        computing."""
+        """Returns the mean computing and waiting times per step, and the tokens per second while
+        this rank was computing."""
         return {
             "busy_s": self.busy_s / self.steps,
             "waited_s": self.waited_s / self.steps,

@@ -179,8 +179,8 @@ class Record:
         self.write()
 
     def check_model(self, step: int) -> None:
-        """Raises RunError if a file of the model has changed since the run began. Call it only
-        after the state of `step` is saved, because the error says that it is."""
+        """Raises RunError if a file of the model has changed since the run began. Call this only
+        after the state of `step` has been saved, because the error message says so."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
