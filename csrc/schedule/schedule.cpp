@@ -316,7 +316,7 @@ class Runner {
       for (size_t j = 0; j < stage->writes.size(); ++j) {
         auto& sum = cotangents_[stage->writes[j]];
         auto& arriving = stage->cotangents[j];
-        // If no stage reads the outputs of the value's readers, no cotangent has arrived.
+        // There is no cotangent if all outputs of the stages that read this value are unused.
         arriving.inputs() = {sum ? mx::astype(*sum, arriving.dtype())
                                  : mx::zeros(arriving.shape(), arriving.dtype())};
         sum.reset();

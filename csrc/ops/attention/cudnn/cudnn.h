@@ -1,5 +1,5 @@
 // cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so, because it needs symbols that
-// only MLX's CUDA build exports. The main library, _core, must load with every build of MLX.
+// only MLX's CUDA build exports, whereas the main library, _core, must load with every build of MLX.
 #pragma once
 
 #include "ops/attention/attention.h"
