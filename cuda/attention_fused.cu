@@ -7,11 +7,11 @@
 // per (192 or 128 queries, b, h). Each group of 128 threads computes 64 of the block's queries.
 //
 // attention_fused_vjp uses one block per (128 keys, b, h). The block keeps dk and dv of its keys in registers and
-// iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. If
-// several blocks add to a sum, they do so in a fixed order, so results are bit-identical: the order of the keys for dq,
-// and the order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because
-// blocks take numbered tickets for their work: every block that it waits for has an earlier ticket, and therefore is
-// running or has finished.
+// iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. To make
+// results bit-identical, blocks that add to the same sum do so in a fixed order: the order of the keys for dq, and the
+// order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because blocks take
+// numbered tickets for their work: every block that it waits for has an earlier ticket, and therefore is running or has
+// finished.
 
 namespace segtrain {
 
