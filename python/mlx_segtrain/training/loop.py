@@ -1,4 +1,4 @@
-"""The training loop: `train` sets up a run, and `Run` takes its steps."""
+"""The training loop: `train` sets up a run, and `Run` performs its training steps."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class Run:
         interrupted = stopped_early = False
         try:
             # Due reports, evaluations and checkpoints are handled before the next step rather than
-            # after the last one, so that a resumed run makes up for any that are missing.
+            # right after the step itself, so that a resumed run makes up for any that are missing.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()

@@ -103,8 +103,8 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """Returns the values that the previous rank sends for a batch. Also starts to receive the
-        values of the following batch."""
+        """Returns the values that the previous rank sends for a batch. If `following` is given,
+        also starts to receive the values of that batch."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)

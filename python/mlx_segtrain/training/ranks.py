@@ -76,7 +76,7 @@ def _backend() -> str | None:
 
 
 def _hosts() -> list[list[str]]:
-    """Returns the list of addresses of each rank in MLX's ring."""
+    """Returns, for each rank, a list of its addresses in MLX's ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError):  # for a single host, the file is empty

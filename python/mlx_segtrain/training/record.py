@@ -252,8 +252,8 @@ COME = "has been added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the changes, keyed by the name of the changed value. Each change is the end of a
-    sentence that begins with the name, such as "has been added"."""
+    """Returns the changes from `then` to `now`, keyed by the name of the changed value. Each change
+    is the end of a sentence that begins with the name, such as "has been added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:

@@ -42,7 +42,8 @@ def with_references(
     (by default, to all rows). If the objective has no reference, `data` is returned unchanged.
 
     Each row is run alone, so that its values do not depend on other rows. The ranks share the work
-    on the rows that are missing from the cache of any rank, and all ranks cache the results.
+    on the rows that are missing from the cache of at least one rank, and all ranks cache the
+    results.
     """
     reference = objective.reference
     if reference is None:

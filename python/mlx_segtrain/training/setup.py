@@ -254,8 +254,8 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run and loads its model, unless the caller has `loaded` it. Returns the setup and the
-    vector of the adapter's factors.
+    """Plans a run and loads its model, unless the caller passes it as `loaded`. Returns the setup
+    and the vector of the adapter's factors.
 
     A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
     InputError, before weights are loaded, if an input cannot be used or if there is not enough

@@ -36,7 +36,7 @@ inline std::string cudnn_call_unfit(const Call& c) {
   return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
-/// Returns the functions of the implementation. Call it only if cudnn_way is ok.
+/// Returns the functions of the implementation. Call this only if the result of cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 
 }  // namespace segtrain
