@@ -9,7 +9,7 @@
 namespace segtrain {
 
 /// The bytes and floating-point operations of a stage for one batch shape. The bytes exclude the values that
-/// the stage reads and the cotangents that arrive.
+/// the stage reads and the cotangents that it receives.
 struct StageCost {
   std::vector<int64_t> writes;  ///< bytes of each value that the stage writes
   int64_t forward = 0;          ///< peak during the forward pass, including the values that it writes

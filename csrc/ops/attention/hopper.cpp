@@ -22,8 +22,9 @@ int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
 
-/// The number of blocks over which the columns are distributed, and the bytes of each block's ring buffer of
-/// tiles. Both must have the same values as in struct Columns of the kernel source, which checks this.
+/// The number of blocks over which the columns are distributed, and the size in bytes of each block's ring
+/// buffer of tiles. Both must have the same values as in struct Columns of the kernel source, which checks
+/// this.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {

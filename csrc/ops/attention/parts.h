@@ -32,9 +32,9 @@ double causal_seconds(const Call& c, int products);
 /// Returns a lower bound on this GPU's speed relative to an M1, or 1 if there is no GPU.
 double m1s_of_gpu();
 
-/// Return ranges of queries that together cover the call. A range takes at most 0.3 s on an M1, unless it is
-/// already as short as possible (the queries of one threadgroup). In the backward pass, the dS of a range
-/// also needs at most SCORE_BYTES.
+/// Return ranges of queries that together cover the call. The predicted time of a range on an M1 is at most
+/// 0.3 s, unless the range is already as short as possible, with the queries of a single threadgroup. In the
+/// backward pass, the dS of a range also needs at most SCORE_BYTES.
 Ranges forward_parts(const Call& c);
 Ranges vjp_parts(const Call& c);
 

@@ -70,8 +70,8 @@ mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx
 //
 // As in flash attention, Σ exp(z − max)·w of a row is accumulated over the tiles, and rescaled when the
 // maximum increases. Each tile of the head's weight is dequantized once, and its logits are freed before the
-// next tile. The sums exclude the target, because computing 1 − p as a difference would lose all precision if
-// the target's probability p is nearly 1.
+// next tile is computed. The sums exclude the target, because computing 1 − p as a difference would lose all
+// precision if the target's probability p is nearly 1.
 
 namespace {
 

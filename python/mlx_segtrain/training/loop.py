@@ -80,9 +80,9 @@ def train(
     metrics of every training step, and `on_eval` the metrics of every evaluation; if one of them
     returns True, the run saves its state and ends (`stopped_early`). A caller that has already
     loaded the model of `config.model_dir` can pass it as `model`; it must not have an adapter.
-    Ctrl-C, SIGTERM and SIGHUP end the run after the last finished step has been saved
-    (`interrupted`). Raises InputError, before anything is written, if an input cannot be used.
-    Raises RunError, after saving the last good step, if the run cannot continue.
+    After Ctrl-C, SIGTERM or SIGHUP, the run saves its last finished step and ends (`interrupted`).
+    Raises InputError, before anything is written, if an input cannot be used. Raises RunError,
+    after saving the last good step, if the run cannot continue.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -187,7 +187,7 @@ class Calls:
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """Returns a callback that passes only warnings on to `tell`, for use on ranks other than 0."""
+    """Returns a callback that forwards only warnings to `tell`, for use on ranks other than 0."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -318,9 +318,9 @@ class Run:
     def _update(
         self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
     ) -> tuple[Iterate, Outcome]:
-        """Returns the state after an optimizer update, and the outcome of the update. The ranks sum
-        all results in a single operation, so each rank can retry its work before or after this
-        operation."""
+        """Performs an optimizer update. Returns the new state and the outcome of the update. The
+        ranks sum all results in a single operation, so each rank can retry its work before or after
+        this operation."""
         step = self.step
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))

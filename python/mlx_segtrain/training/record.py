@@ -283,8 +283,8 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares the record of a run with the current files, which it reads completely. The model and
-    the data must still be at their recorded paths. Raises InputError if there is no record."""
+    """Reads all files of a run again and compares them with the run's record. The model and the
+    data must still be at their recorded paths. Raises InputError if there is no record."""
     record = read(run)
     parts: dict[str, list[str]] = {}
     for part, folder in record["folders"].items():

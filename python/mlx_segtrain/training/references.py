@@ -1,8 +1,8 @@
 """Computes log-probabilities under the model without an adapter, and caches them.
 
-The cache directory has one file per model, with the log-probabilities of the responses in each row
-that a run has used. Rows are identified by their tokens, so a row that is truncated, rendered or
-tokenized differently counts as a different row.
+The cache directory contains one file per model. For each row that a run has used, the file contains
+the log-probabilities of the row's responses. Rows are identified by their tokens, so a row that is
+truncated, rendered or tokenized differently counts as a different row.
 """
 
 import hashlib

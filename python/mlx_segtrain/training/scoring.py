@@ -25,8 +25,8 @@ from .evaluation import load_rows
 from .policy import run_policy
 from .setup import load_chain
 
-#: The tolerance for comparing a total reward with `passes`, because rounding may make the sum of
-#: the rewards slightly too small.
+#: The tolerance for comparing a total reward with `passes`. It is needed because rounding may make
+#: the sum of the rewards slightly too small.
 ROUNDING = 1e-9
 
 

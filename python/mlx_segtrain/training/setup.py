@@ -470,7 +470,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
-    seen = None  # all rows are used by the second epoch
+    seen = None  # two or more epochs use all rows
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 #: which a rank is considered lost. SETTLE is the time from the first lost rank to the decision,
 #: which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
-#: The number of judges, the ranks that may decide, in turn, which rank is lost.
+#: The number of judges, which are the ranks that may decide which rank is lost.
 JUDGES = 3
 
 #: How a rank was lost, from the most to the least certain case: it has reported its failure, its

@@ -11,7 +11,7 @@ struct CudnnAttention {
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to this function from _core, because it
+/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to device_ints from _core, because it
 /// cannot link to _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
@@ -19,12 +19,11 @@ using DeviceInts = mx::array(const std::vector<int32_t>&);
 bool has_cudnn();
 
 /// Returns the implementation "cudnn". It is ok if the package includes the library, cuDNN supports the call,
-/// and the self-check has not failed. The first call for a new shape takes a second, because it builds the
-/// plans for the forward and the backward pass.
+/// and the self-check has not failed. The first call for a new shape takes about one second, because it
+/// builds the plans for the forward and the backward pass.
 Way cudnn_way(const Call& c);
 
-/// Returns why cuDNN does not support the call on any device, or an empty string if some device may support
-/// it.
+/// Returns why the call cannot run with cuDNN on any device, or an empty string if it may run on some device.
 inline std::string cudnn_call_unfit(const Call& c) {
   if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN supports half precision only";
   if (c.window || c.cap || c.T != c.S)
