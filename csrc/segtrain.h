@@ -237,11 +237,11 @@ using StageFn =
 /// (params, reads) → {loss, other outputs...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// Waits for arrays that are being computed (possibly none). The caller provides this function, which may do
-/// other things too, such as release a lock. If it throws an exception, the step ends.
+/// Waits for arrays that are being computed (possibly none). The caller provides this function, which may
+/// also do other work, such as releasing a lock. If it throws an exception, the step ends.
 using Wait = std::function<void(const Arrays&)>;
 
-/// Launches the evaluation of arrays. The caller provides this function, which may do other things too.
+/// Launches the evaluation of arrays. The caller provides this function, which may also do other work.
 using Launch = std::function<void(const Arrays&)>;
 
 /// Called after each move; may be empty.

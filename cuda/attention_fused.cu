@@ -368,8 +368,8 @@ struct Backward {
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
-  // The terms are: k and v; the stages of q and do; dS twice; dq; lse and `first` for each stage of q, and delta for
-  // each stage of do; barriers.
+  // The terms are: k and v; the stages of q and do; two tiles of dS; dq; lse and `first` for each stage of q, and delta
+  // for each stage of do; barriers.
   static constexpr int BYTES = ALIGN + 2 * KEY_BYTES + (Q_STAGES + DO_STAGES) * QUERY_BYTES + 2 * DS_BYTES + DQ_BYTES +
                                (2 * Q_STAGES + DO_STAGES) * ROWS_BYTES + 256;
   static_assert(2 * KEY_BYTES >= SUM_SIZE * 4 && (Q_STAGES + DO_STAGES) * QUERY_BYTES >= SUM_SIZE * 4);

@@ -357,7 +357,7 @@ class Runner {
       if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
   }
 
-  /// Returns the arrays of `reads`. Differentiable ones are taken from `primals`, starting at index `next`.
+  /// Returns the arrays of `reads`. Differentiable arrays are taken from `primals`, starting at index `next`.
   Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
     Arrays all;
     for (int value : reads)

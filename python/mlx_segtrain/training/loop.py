@@ -541,7 +541,7 @@ class Run:
 
     def _whole(self, moments: bool = True) -> State:
         """Returns the state; on rank 0, it contains the factors of all ranks. All ranks must call
-        this method. Unless `moments` is set, the optimizer state may be missing."""
+        this method. Unless `moments` is set, the result may lack the optimizer state."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:
