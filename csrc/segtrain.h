@@ -116,7 +116,7 @@ bool set_repeatable(bool on);
 bool is_repeatable();
 
 /// Returns the implementation that 'auto' chooses for plain causal attention over many tokens on a device
-/// ("cpu", "metal" or "cuda"). This machine need not have the device. `cudnn` says whether the package
+/// ("cpu", "metal" or "cuda"). The device need not be in this machine. `cudnn` says whether the package
 /// includes cuDNN's attention (CUDA), and `nax` whether the GPU has neural accelerators (Metal); `repeats` is
 /// the setting of set_repeatable.
 std::string attention_way(const std::string& device, int head, mx::Dtype dtype, bool cudnn, bool nax,
@@ -237,11 +237,11 @@ using StageFn =
 /// (params, reads) → {loss, other outputs...}.
 using HeadFn = std::function<Arrays(const Arrays& params, const Arrays& reads)>;
 
-/// Waits for arrays that are being computed (possibly none). The caller provides this function, which may do
-/// other things too, such as release a lock. If it throws an exception, the step ends.
+/// Waits for arrays that are being computed (possibly none). The caller provides this function, which may
+/// also do other work, such as releasing a lock. If it throws an exception, the step ends.
 using Wait = std::function<void(const Arrays&)>;
 
-/// Launches the evaluation of arrays. The caller provides this function, which may do other things too.
+/// Launches the evaluation of arrays. The caller provides this function, which may also do other work.
 using Launch = std::function<void(const Arrays&)>;
 
 /// Called after each move; may be empty.
@@ -257,9 +257,9 @@ struct StepResult {
 };
 
 /// Runs a plan in two calls: `forward` returns the values that the head reads, and `backward` returns the
-/// result. If the chain continues on another device and has no head here, `backward` is called with the
-/// cotangents of the differentiable values that `forward` returned. Between the two calls, memory contains
-/// only what the plan keeps.
+/// result. If the chain continues on another device, this device has no head, and `backward` is called with
+/// the cotangents of the differentiable values that `forward` returned. Between the two calls, memory
+/// contains only what the plan keeps.
 struct Passes {
   std::function<Arrays()> forward;
   std::function<StepResult(const Arrays& cotangents)> backward;

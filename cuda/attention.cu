@@ -6,11 +6,12 @@
 // queries, b, h) and 16·MT queries per warp; p and ds stay in registers. attention_dkv uses one thread block per (tile
 // of keys, b, g, part of the group's heads), so only one block writes each element of dk and dv; its warps form a WM ×
 // WN grid and exchange pᵀ and dsᵀ through shared memory. Query t sees the keys first[t] … q_start + t, and `first` is
-// non-decreasing, so the key tiles that a query tile sees form one range, and vice versa. The tile shapes and the
-// launch parameters depend only on D; see struct Shapes.
+// non-decreasing, so the key tiles that a query tile sees form one range, and so do the query tiles that see a key
+// tile. The tile shapes and the launch parameters depend only on D; see struct Shapes.
 //
 // These kernels run on every GPU with tensor cores. On Hopper, attention_hopper.cu is used for the calls that it
-// supports, because the peak speed of Hopper's own matrix multiplications is about 1.6 times as high.
+// supports, because Hopper's own matrix instructions are up to 1.6 times as fast as the instructions that these kernels
+// use.
 
 namespace segtrain {
 
@@ -82,8 +83,8 @@ __device__ inline void store_rows(T* y, int ld, int rows, int cols, const float 
 template <int D>
 struct Shapes {
   static constexpr int DP = D <= 128 ? (D + 31) / 32 * 32 : (D + 63) / 64 * 64, LD = DP + 8;
-  // For D ≤ 128, a warp has enough registers for 32 queries, so k and v are read half as often, and two blocks fit on a
-  // multiprocessor.
+  // For D ≤ 128, a warp has enough registers for 32 queries, so k and v are read half as often. Two blocks also fit on
+  // a multiprocessor.
   static constexpr int MT = D <= 128 ? 2 : 1, WARPS = D <= 128 ? 4 : 8, BQ = 16 * MT * WARPS;
   static constexpr int BK = D <= 128 ? 32 : 64, BK_DQ = 32;
   static constexpr int WM = D <= 128 ? 4 : 2, WN = 8 / WM, BK_DKV = 32 * WM, BQ_DKV = 64;
@@ -262,7 +263,8 @@ __device__ void attention_dkv(const T* q, const T* k, const T* v, const float* l
   constexpr int NQ = BQ / X::WN / 8, ND = DP / X::WN / 8;  // columns of pᵀ and of dk per warp, divided by 8
   const int jobs = c.B * c.G * parts, share = c.H / c.G / parts;
   const size_t job = blockIdx.x % jobs, bg = job / parts;
-  // The blocks of the first keys start first, because with a causal mask most queries see these keys.
+  // Blocks for the first keys start first: with a causal mask, most queries see these keys, so these blocks take the
+  // longest.
   const int k0 = blockIdx.x / jobs * BK;
   const size_t bh = bg / c.G * c.H + (bg % c.G * parts + job % parts) * share;
   const int wm = threadIdx.x / 32 / X::WN * 32, wn = threadIdx.x / 32 % X::WN;

@@ -7,11 +7,11 @@
 // per (192 or 128 queries, b, h). Each group of 128 threads computes 64 of the block's queries.
 //
 // attention_fused_vjp uses one block per (128 keys, b, h). The block keeps dk and dv of its keys in registers and
-// iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. If
-// several blocks add to a sum, they do so in a fixed order, so results are bit-identical: the order of the keys for dq,
-// and the order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because
-// blocks take numbered tickets for their work: every block that it waits for has an earlier ticket, and therefore is
-// running or has finished.
+// iterates over the queries that see these keys, starting with the last queries; dq is summed in device memory. To make
+// results bit-identical, blocks that add to the same sum do so in a fixed order: the order of the keys for dq, and the
+// order of the group's heads for dk and dv. Each block waits for its turn. It cannot wait forever, because blocks take
+// numbered tickets for their work: every block that it waits for has an earlier ticket, and therefore is running or has
+// finished.
 
 namespace segtrain {
 
@@ -368,8 +368,8 @@ struct Backward {
   static constexpr int AT_ONCE = DP == 64 ? 1024 : 256;
   static constexpr int KEY_BYTES = BK * DP * 2, QUERY_BYTES = BQ * DP * 2, DS_BYTES = BK * BQ * 2, DQ_BYTES = BQ * DP * 4;
   static constexpr int ROWS_BYTES = BQ * 4, SUM_SIZE = BK * DP;
-  // The terms are: k and v; the stages of q and do; dS twice; dq; lse and `first` for each stage of q, and delta for
-  // each stage of do; barriers.
+  // The terms are: k and v; the stages of q and do; two tiles of dS; dq; lse and `first` for each stage of q, and delta
+  // for each stage of do; barriers.
   static constexpr int BYTES = ALIGN + 2 * KEY_BYTES + (Q_STAGES + DO_STAGES) * QUERY_BYTES + 2 * DS_BYTES + DQ_BYTES +
                                (2 * Q_STAGES + DO_STAGES) * ROWS_BYTES + 256;
   static_assert(2 * KEY_BYTES >= SUM_SIZE * 4 && (Q_STAGES + DO_STAGES) * QUERY_BYTES >= SUM_SIZE * 4);

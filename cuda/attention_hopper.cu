@@ -14,7 +14,7 @@
 // A chain of launches writes scratch and sums in place, although MLX treats these arrays as inputs. If each range
 // allocated new scratch arrays, memory use would grow to the size of all of P, because MLX frees the arrays of a graph
 // only when the graph is done. Additional inputs order the chain: a kernel that reads or overwrites scratch or sums
-// takes an output of each launch that must finish first (`done`, if that launch has no other output).
+// receives one output of each launch that must finish first. A launch without other outputs has the output `done`.
 
 namespace segtrain {
 

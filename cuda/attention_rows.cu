@@ -9,7 +9,7 @@
 
 namespace segtrain {
 
-constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; in longer rows, it reads further packs again
+constexpr int KEPT = 4;  // packs of s that a thread keeps in registers; each pass reads the other packs again
 
 /// The columns [begin, end) that a row sees.
 struct Seen {

@@ -164,8 +164,8 @@ __device__ void own_input(const T* x, const T* weight, const W* w, const S* scal
 }  // namespace segtrain
 
 // Kernel bodies. The line before each body names the kernel, its inputs and its outputs.
-// at = {rows of each of three weights, k, beside, below}. If there are no columns or rows, any array may be passed for
-// them.
+// at = {rows of each of three weights, k, beside, below}. If there are no columns or rows, any array may be passed in
+// their place.
 
 //: dequantize: w0 w1 w2 scales0 scales1 scales2 biases0 biases1 biases2 columns rows at -> w
 dequantize<MODE, BITS, GROUP, T>({w0, w1, w2}, {scales0, scales1, scales2}, {biases0, biases1, biases2}, reinterpret_cast<const T*>(columns),

@@ -3,8 +3,8 @@
 //
 // gate, up, dy, y, dgate and dup [n] have the dtype T, where n is the number of elements. The arithmetic is in float32,
 // and results are rounded once. GELU selects the activation (GELU or SiLU). A thread processes eight neighbouring
-// elements. It reads and writes sixteen bytes at a time if all arrays begin at a multiple of 16 bytes; slices may begin
-// elsewhere.
+// elements. It reads and writes sixteen bytes at a time if all arrays begin at a multiple of 16 bytes, which is not
+// always true for slices.
 
 namespace segtrain {
 

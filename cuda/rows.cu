@@ -1,4 +1,4 @@
-// Gathers rows of a table by index, and computes the gradient. The host code is in csrc/ops/rows/rows.cpp.
+// Gathers rows of a table by index, and computes the gradient of the table. The host code is in csrc/ops/rows/rows.cpp.
 //
 // One block computes one row of the output. x and y have the dtype T. index [m] int32 selects m of the n rows of a table
 // with W columns.

@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
-#: Maps folders, which have no page of their own, to the pages that links to them should open.
+#: Folders have no pages. Maps each folder to the page that a link to the folder should open.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
 #: Requirements of code blocks: the word after `needs:` in the fence, and the title for readers.
 NEEDS = {
@@ -50,7 +50,7 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, **_) -> str:
-    """Returns a page with links for the site, and with titles for code blocks that have
+    """Returns a page with its links adapted to the site, and with titles for code blocks that have
     requirements."""
     uri = page.file.src_uri
     if uri.startswith("reference/"):

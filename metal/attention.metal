@@ -31,7 +31,7 @@ namespace segtrain {
 
 using Matrix = simdgroup_matrix<float, 8, 8>;
 
-// A tile contains the rows that are staged at a time. Two tiles need at most 17 KiB.
+// A tile contains the rows that are staged at the same time. Two tiles need at most 17 KiB.
 template <typename T, int D>
 struct Tile {
   static constant constexpr int bytes = D * sizeof(T);
@@ -86,7 +86,7 @@ void write(threadgroup T* x, vec<T, N> values) {
 }
 
 // Copies rows [begin, begin + Tile::rows) of x to the tile. Beyond the end of x, the last row is repeated;
-// these rows are masked later, or their results are not stored.
+// the repeated rows are masked later, or their results are not stored.
 template <int D, typename T>
 void stage(threadgroup T* tile, const device T* x, int begin, int end, uint simd, uint simds, uint lane) {
   constexpr int fours = D / 4;
@@ -218,7 +218,7 @@ float score(float qk, float scale, float cap, thread float& slope) {
   return cap * t;
 }
 
-// Reduces x with f over the lanes of one row, whose indices differ in bits 0 and 3.
+// Reduces x with f over the lanes of one row, whose indices differ only in bits 0 and 3.
 template <typename F>
 float of_row(float x, F f) {
   x = f(x, simd_shuffle_xor(x, ushort(1)));
@@ -378,7 +378,7 @@ void attention_vjp_kv_ds(const device T* q, const device T* k, const device T* v
 
       /// dS = P (dP - delta)
       if (seen && !makes_dk) {
-        // Rows after the last key need no check of their own, because they are at later positions than all
+        // Rows after the last key need no separate check, because their positions are later than those of all
         // queries.
         const bool edge = first[q1 - 1] > k0 + own || k0 + own + 8 > q_start + q0 + 1 || q0 + BQ > shape.queries;
         UNROLL
@@ -444,7 +444,7 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
   ds += bh * blocks * BLOCK_SIZE;
   Matrix sum[R * C];
   fill<R * C>(sum, 0);
-  // Only the keys in this range have blocks with this simdgroup's queries.
+  // Only for the keys in this range do blocks with this simdgroup's queries exist.
   const int own_begin = first[min(own_block * BLOCK, q1 - 1)] / BLOCK * BLOCK,
             own_end = own < q1 ? q_start + (own_block + 1) * BLOCK : 0;
   const int end = min(q_start + (q1 + BLOCK - 1) / BLOCK * BLOCK, shape.keys);

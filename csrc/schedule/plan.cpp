@@ -104,8 +104,8 @@ void assign_drops(Plan& plan) {
   }
 }
 
-/// Makes each of the stages `saves` save its arrays in the last forward move before its backward pass. A
-/// stage without a backward pass saves nothing.
+/// Makes each stage in `saves` save its arrays in the last forward move before the backward pass of the
+/// stage. A stage without a backward pass saves nothing.
 void assign_saves(Plan& plan, const std::vector<int>& saves) {
   std::set<int> wanted;
   for (auto move = plan.moves.rbegin(); move != plan.moves.rend(); ++move)
@@ -159,7 +159,7 @@ Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::stri
       auto move = move_over(plan, Move::Kind::forward, segments[i]);
       // Keep only the values that later segments of this group read.
       std::erase_if(move.writes, [&](int v) { return plan.readers(v, move.end, whole.end) == 0; });
-      // If there are none, the segment need not run, unless one of its stages saves arrays.
+      // If there are no such values, the segment need not run, unless one of its stages saves arrays.
       const bool saves = std::any_of(cuts.saves.begin(), cuts.saves.end(),
                                      [&](int stage) { return stage >= move.begin && stage < move.end; });
       if (!move.writes.empty() || saves) plan.moves.push_back(move);

@@ -63,8 +63,8 @@ struct Plan {
   std::vector<int> head_reads;
   std::vector<Move> moves;
 
-  /// Returns how many times stages [begin, end) read a value. The index of the head is one past the last
-  /// stage's.
+  /// Returns how many times stages [begin, end) read a value. The index of the head is one greater than the
+  /// index of the last stage.
   int readers(int value, int begin, int end) const;
   /// Returns whether a value has several cotangents, which are then added in float32.
   bool is_summed(int value) const { return values[value].readers.size() > 1; }
@@ -84,11 +84,11 @@ struct Cuts {
 ///
 /// The last segment runs together with the head and is never recomputed; it may have no stage. A group of
 /// several segments is run forward once more to recompute the values between its segments, except for the
-/// last group, which keeps these values. Segments that depend on no parameter have no backward pass. A value
-/// is dropped after the last move that needs it. The `incoming` inputs depend on parameters of stages before
-/// this chain, so the plan computes the cotangents of these inputs. Throws std::invalid_argument if the cuts
-/// are not ascending or do not end at the end of the chain, or if a stage reads a name that is neither an
-/// input nor written by an earlier stage.
+/// last group, which keeps these values. Segments that do not depend on any parameter have no backward pass.
+/// A value is dropped after the last move that needs it. The `incoming` inputs depend on parameters of stages
+/// before this chain, so the plan computes the cotangents of these inputs. Throws std::invalid_argument if
+/// the cuts are not ascending or do not end at the end of the chain, or if a stage reads a name that is
+/// neither an input nor written by an earlier stage.
 Plan make_plan(const std::vector<StageSpec>& stages, const std::vector<std::string>& inputs,
                const std::vector<std::string>& head_reads, const Cuts& cuts,
                const std::vector<std::string>& incoming = {});

@@ -238,8 +238,8 @@ class Search {
     return sizes;
   }
 
-  /// Tries the largest tail that fits and a tail half as long, each with as many stages that save arrays as
-  /// fit.
+  /// Tries the largest tail that fits, and a tail half as long. In both cases, as many stages as fit in
+  /// memory save arrays.
   void try_tails(Form form) {
     auto most = [&](int Form::* what, int limit) {
       return largest(limit, [this, form, what](int n) mutable {

@@ -9,7 +9,7 @@
 namespace segtrain {
 
 /// The bytes and floating-point operations of a stage for one batch shape. The bytes exclude the values that
-/// the stage reads and the cotangents that arrive.
+/// the stage reads and the cotangents that it receives.
 struct StageCost {
   std::vector<int64_t> writes;  ///< bytes of each value that the stage writes
   int64_t forward = 0;          ///< peak during the forward pass, including the values that it writes
@@ -77,8 +77,8 @@ struct Choice {
 /// The search covers segments of one layer and segments of one stage. For both, it tries three options:
 /// keeping all values between segments, putting all segments into groups that are run again, and putting only
 /// as many segments as needed into groups. In each case, as many of the last layers as fit keep all of their
-/// intermediate arrays, and as many stages as fit save arrays, beginning with those for which a saved byte
-/// avoids the most work.
+/// intermediate arrays. Then as many stages as fit save arrays, starting with the stages that avoid the most
+/// work per saved byte.
 Choice choose_cuts(const Costs& costs, int64_t budget);
 
 /// Returns the lowest peak among cuts for which no stage saves arrays and at most the last two layers keep

@@ -14,8 +14,8 @@ namespace {
 constexpr size_t SMALL = 256;
 
 /// Returns the input that the op of x returns unchanged, or nullptr if there is none. Recordings leave out
-/// ops that only affect derivatives, because they are not needed and would keep alive the objects to which
-/// their functions refer.
+/// ops that only affect derivatives: a replay does not need these ops, and they would keep alive the objects
+/// that their functions refer to.
 const mx::array* passed_on(const mx::array& x) {
   const std::string name = x.primitive().name();
   const auto& inputs = x.inputs();

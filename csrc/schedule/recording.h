@@ -21,8 +21,8 @@ class Recording {
 
   /// Returns whether both recordings compute the same function: whether they have the same constants and, as
   /// far as primitives can be compared, the same primitives. Arrays that a function reads in addition to its
-  /// inputs are recorded as constants, so a recording may be used only after two calls of the function have
-  /// been compared.
+  /// inputs are recorded as constants, so use a recording only after comparing it with the recording of
+  /// another call of the function.
   bool alike(const Recording& other) const;
 
  private:

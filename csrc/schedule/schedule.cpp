@@ -316,7 +316,7 @@ class Runner {
       for (size_t j = 0; j < stage->writes.size(); ++j) {
         auto& sum = cotangents_[stage->writes[j]];
         auto& arriving = stage->cotangents[j];
-        // If no stage reads the outputs of the value's readers, no cotangent has arrived.
+        // There is no cotangent if all outputs of the stages that read this value are unused.
         arriving.inputs() = {sum ? mx::astype(*sum, arriving.dtype())
                                  : mx::zeros(arriving.shape(), arriving.dtype())};
         sum.reset();
@@ -357,7 +357,7 @@ class Runner {
       if (plan_.values[value].differentiable) primals.push_back(*values_[value]);
   }
 
-  /// Returns the arrays of `reads`. Differentiable ones are taken from `primals`, starting at index `next`.
+  /// Returns the arrays of `reads`. Differentiable arrays are taken from `primals`, starting at index `next`.
   Arrays merge_reads(const std::vector<int>& reads, const Arrays& primals, size_t next) const {
     Arrays all;
     for (int value : reads)

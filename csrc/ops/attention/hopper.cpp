@@ -1,5 +1,5 @@
-// Attention with Hopper's warpgroup matrix multiplications. Small heads are computed by hopper_fused.cpp, and
-// larger ones by cuda/attention_hopper.cu. See docs/attention.md, "hopper".
+// Attention with Hopper's warpgroup matrix multiplications. Small head sizes use hopper_fused.cpp, and larger
+// head sizes use cuda/attention_hopper.cu. See docs/attention.md, "hopper".
 #include "core/gpu.h"
 #include "ops/attention/attention.h"
 
@@ -22,8 +22,9 @@ int most_columns(const Call& c) {
   return std::max(c.D, c.Dv) > 256 ? 256 : 128;
 }
 
-/// The number of blocks over which the columns are distributed, and the bytes of each block's ring buffer of
-/// tiles. They must equal those of struct Columns in the kernel's text, which checks them.
+/// The number of blocks over which the columns are distributed, and the size in bytes of each block's ring
+/// buffer of tiles. Both must have the same values as in struct Columns of the kernel source, which checks
+/// this.
 struct Columns {
   int blocks, bytes;
   Columns(int d, int most) {
@@ -68,9 +69,9 @@ std::vector<Range> ranges(const Call& c, size_t bytes) {
   return list;
 }
 
-/// Returns the bytes of scratch memory for P and dS. Each range reads and writes the sums of all keys that it
-/// sees, so fewer and larger ranges are faster if a range sees most keys. They are also faster if heads are
-/// small, because the launches of smaller ranges would have little work.
+/// Returns the number of bytes of scratch memory for P and dS. Each range reads and writes the sums of all
+/// keys that it sees, so fewer and larger ranges are faster if a range sees most keys. They are also faster
+/// if heads are small, because the launches of smaller ranges would have little work.
 size_t scratch_bytes(const Call& c) {
   constexpr size_t some = 48 << 20, most = 256 << 20;
   if (std::max(c.D, c.Dv) <= 128) return most;
@@ -131,8 +132,8 @@ Arrays vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::array
   values.insert(
       {{"delta", begun[0]}, {"p", begun[1]}, {"ds", begun[2]}, {"dk_sum", begun[3]}, {"dv_sum", begun[4]}});
 
-  // These two arrays order the writes: a range's scores wait for the previous range's sums, and a range's
-  // sums wait for its scores.
+  // These two arrays order the writes: the scores of a range wait for the sums of the previous range, and the
+  // sums of a range wait for the scores of the same range.
   auto keys_done = values.at("args"), queries_done = x[0];
   Arrays parts, groups;
   for (const auto& r : list) {

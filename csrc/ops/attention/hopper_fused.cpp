@@ -9,8 +9,8 @@ namespace {
 
 constexpr int ALIGN = 1024, BARRIERS = 256, BK = 128;
 
-/// Launch parameters for a head size. They must equal those of the structs Forward and Backward in the
-/// kernel's text, which checks them.
+/// Launch parameters for a head size. They must have the same values as in the structs Forward and Backward
+/// of the kernel source, which checks this.
 struct Launch {
   int bq, threads, bytes;
 };

@@ -37,7 +37,7 @@ Arrays cpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 constexpr int CUDA_BYTES = 227 * 1024;  // maximum shared memory of a block on Hopper
 
 /// The launch parameters of the CUDA kernels. They are computed from D as in struct Shapes of
-/// cuda/attention.cu, which checks them.
+/// cuda/attention.cu, which checks that they match.
 struct CudaTiles {
   int bq, threads, bk_dkv, forward, dq, dkv;
   explicit CudaTiles(int D) {
@@ -67,8 +67,8 @@ std::map<std::string, mx::array> gpu_values(const Call& c, const Arrays& x, int 
           {"cap", mx::array(c.cap)}};
 }
 
-/// Returns a kernel's template arguments. `rows` is the number of queries or keys of a block, which the
-/// kernel's text checks.
+/// Returns a kernel's template arguments. `rows` is the number of queries or keys per block; the kernel
+/// source checks this number.
 Template gpu_template(const Call& c, int rows = 0) {
   Template all{{"T", c.dtype}, {"D", c.D}, {"CAP", c.cap > 0}};
   if (rows) all.push_back({"ROWS", rows});
@@ -231,7 +231,8 @@ Arrays gpu_vjp(const Call& c, const Arrays& x, const mx::array& d_o, const mx::a
 }  // namespace
 
 OpCost cpu_attention_cost(const Call& c) {
-  // The bytes of dk and dv for each query head, which stay in memory until the heads of a group are summed.
+  // The number of bytes of dk and dv of all query heads, which stay in memory until the heads of a group are
+  // summed.
   int64_t parts = c.share() > 1 ? 4LL * c.B * c.H * c.S * (c.D + c.Dv) : 0;
   int64_t lse = 4LL * c.B * c.H * c.T, forward = cpu::attention_scratch(cpu_args(c), false),
           backward = cpu::attention_scratch(cpu_args(c), true);

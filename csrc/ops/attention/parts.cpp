@@ -19,9 +19,9 @@ double seconds(const Call& c, int products, double pairs) {
   return pairs * products * c.D * c.H * c.B / M1_RATE;
 }
 
-/// Divides the queries into ranges of whole groups of `unit` queries. A range has as many groups as the time
-/// limit and `bytes` allow. For each group, all scores in its rectangle of queries × keys are counted, with
-/// `each` bytes of memory per score.
+/// Divides the queries into groups of `unit` queries, and combines consecutive groups into ranges. A range
+/// has as many groups as the time limit and `bytes` allow. For each group, all scores in its rectangle of
+/// queries × keys are counted, with `each` bytes of memory per score.
 Ranges grouped(const Call& c, int unit, int products, int64_t bytes, int64_t each) {
   Ranges parts;
   double sum = 0;

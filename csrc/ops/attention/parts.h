@@ -7,7 +7,7 @@
 namespace segtrain {
 
 /// METAL_ROWS is the number of keys per threadgroup. SCORE_BLOCK is the number of scores in a block of
-/// METAL_ROWS queries × METAL_ROWS keys. Both must have the values in metal/attention.metal.
+/// METAL_ROWS queries × METAL_ROWS keys. Both must have the same values as in metal/attention.metal.
 constexpr int METAL_ROWS = 32, SCORE_BLOCK = METAL_ROWS * METAL_ROWS;
 
 /// Returns the number of queries per threadgroup in the forward pass and for dQ. Ranges begin at multiples of
@@ -29,12 +29,12 @@ constexpr int64_t SCORE_BYTES = 128 << 20;
 /// of scores; see docs/performance.md.
 double causal_seconds(const Call& c, int products);
 
-/// Returns a lower bound for this GPU's speed relative to an M1, or 1 without a GPU.
+/// Returns a lower bound on this GPU's speed relative to an M1, or 1 if there is no GPU.
 double m1s_of_gpu();
 
-/// Return ranges of queries that together cover the call. A range takes at most 0.3 s on an M1, unless it is
-/// already as short as possible (the queries of one threadgroup). In the backward pass, the dS of a range
-/// also needs at most SCORE_BYTES.
+/// Return ranges of queries that together cover the call. The predicted time of a range on an M1 is at most
+/// 0.3 s, unless the range is already as short as possible, with the queries of a single threadgroup. In the
+/// backward pass, the dS of a range also needs at most SCORE_BYTES.
 Ranges forward_parts(const Call& c);
 Ranges vjp_parts(const Call& c);
 
@@ -57,8 +57,8 @@ int64_t metal_vjp_scratch(const Call& c);
 /// Returns the range of keys that these queries see. It begins at a multiple of METAL_ROWS and is not empty.
 std::pair<int, int> keys_of_queries(const Call& c, std::pair<int, int> queries);
 
-/// Return the call restricted to some queries, to some keys (which must include all keys that its queries
-/// see), or to some groups.
+/// Return the call restricted to some queries, keys or groups. The keys must include all keys that the call's
+/// queries see.
 Call of_queries(const Call& c, std::pair<int, int> part);
 Call of_keys(const Call& c, std::pair<int, int> part);
 Call of_groups(const Call& c, int groups);

@@ -1,5 +1,5 @@
 // Looks up rows of a frozen table, dense or quantized, and computes Gemma 4's per-layer inputs from such
-// rows. On CUDA each of the two functions is one kernel (cuda/dequantize.cu); elsewhere it is a sequence of
+// rows. On CUDA, each of the two is a single kernel (cuda/dequantize.cu); elsewhere, each is a sequence of
 // MLX's ops.
 #include "core/binding.h"
 #include "core/gpu.h"

@@ -2,8 +2,8 @@
 // metal/glu.metal, cuda/glu.cu).
 //
 // Both activations are g·σ(u), where g is the gate. With u = g this is SiLU. With u = k·(g + 0.044715·g³) and
-// k = 2·√(2/π) it is the tanh approximation of GELU, since (1 + tanh z)/2 = σ(2z). In this form without tanh,
-// large negative gates lose no precision.
+// k = 2·√(2/π) it is the tanh approximation of GELU, since (1 + tanh z)/2 = σ(2z). Because this form does not
+// use tanh, it does not lose precision for large negative gates.
 #include "ops/glu/glu.h"
 
 #include <climits>

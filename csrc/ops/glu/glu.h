@@ -1,5 +1,5 @@
-// Gated linear units on CUDA whose input is one array, the result of a single matrix product, with gate and
-// up side by side.
+// Gated linear units on CUDA that read gate and up from one array, where a single matrix product has put them
+// side by side.
 #pragma once
 
 #include "core/kernel.h"

@@ -16,7 +16,7 @@ namespace {
 constexpr int TILE_ROWS = 256;               // rows of the head's weight that are dequantized at a time
 constexpr size_t LOGITS = size_t{16} << 20;  // floats in one chunk of logits (64 MB)
 
-/// Returns the number of rows whose logits are in memory at a time.
+/// Returns the number of rows whose logits are in memory at the same time.
 int chunk_of(int rows, int vocabulary) {
   return std::min(rows, static_cast<int>(std::clamp<size_t>(LOGITS / vocabulary, 16, 256)));
 }
@@ -25,7 +25,7 @@ int chunk_of(int rows, int vocabulary) {
 using RowJob = std::function<void(int i, float* z, int target)>;
 
 /// Calls `job` with the logits of the rows `live` (in ascending order), in chunks. If `dh` [m, hidden] is
-/// given, the job replaces z with dz, and then dh = dz·W; dh is 0 for rows that are not live.
+/// given, `job` must replace z with dz; then dh is set to dz·W, or to 0 for rows that are not live.
 void for_each_row(const Weight& head, const HeadInput& in, const std::vector<int>& live, float* dh,
                   const RowJob& job) {
   const int v = head.n, hidden = head.k, n_live = static_cast<int>(live.size());

@@ -1,4 +1,4 @@
-// The losses of a language-model head on raw row-major float32 memory. They use all threads.
+// Computes the losses of a language-model head on raw row-major float32 memory, using all threads.
 #pragma once
 
 #include "ops/linear/cpu.h"
@@ -29,7 +29,8 @@ void log_probs(const Weight& head, const HeadInput& in, float* log_p, float* lse
 /// Computes dh [m, hidden] from the lse of log_probs and the cotangent [m].
 void log_probs_vjp(const Weight& head, const HeadInput& in, const float* lse, const float* dlog_p, float* dh);
 
-/// Returns the bytes of scratch memory, over all threads, for m rows with a target and a quantized head.
+/// Returns the number of bytes of scratch memory that all threads together need for m rows with a target, if
+/// the head is quantized.
 size_t head_scratch(int m, int vocabulary, int hidden);
 
 }  // namespace segtrain::cpu

@@ -70,8 +70,8 @@ mx::array block_dh(const HeadCall& call, mx::array dz, const RowBlock& block, mx
 //
 // As in flash attention, Σ exp(z − max)·w of a row is accumulated over the tiles, and rescaled when the
 // maximum increases. Each tile of the head's weight is dequantized once, and its logits are freed before the
-// next tile. The sums exclude the target, because computing 1 − p as a difference would lose all precision if
-// the target's probability p is nearly 1.
+// next tile is computed. The sums exclude the target, because computing 1 − p as a difference would lose all
+// precision if the target's probability p is nearly 1.
 
 namespace {
 
@@ -103,7 +103,7 @@ Arrays tile_pass(const HeadCall& call, const mx::array& h, const mx::array& targ
     const int v = std::min(TILE, vocabulary - v0);
     auto part = rows_of(call.head,
                         [&](const mx::array& x) { return mx::slice(x, {v0, 0}, {v0 + v, x.shape(1)}, s); });
-    // Only one tile is in memory at a time.
+    // Each tile waits for the previous one, so only one tile is in memory at a time.
     if (v0) part.weight = mx::depends({part.weight}, needs_grad ? Arrays{sum, state} : Arrays{state})[0];
     auto w = unpack({part}, dtype, {}, {}, s);
     auto z = mx::matmul(h, mx::transpose(w, s), s);

@@ -19,7 +19,8 @@ struct HeadCall {
            std::optional<float> softcap, mx::StreamOrDevice s);
 };
 
-/// The inputs that the CPU kernels of all head ops have in common, and functions that read them in a kernel.
+/// The inputs that the CPU kernels of all head ops have in common, and functions with which a kernel reads
+/// them.
 struct HeadKernel {
   Arrays arrays;  ///< moved out by the caller, so that the op does not keep h alive
   CpuBase base;
@@ -59,9 +60,9 @@ mx::array row_losses(const HeadCall& call, const mx::array& h, bool needs_grad);
 std::string row_losses_unfit(const HeadCall& call, const mx::array& h);
 
 /// Returns the indices of the rows with a target, or nullopt if all rows are used. All rows are used if
-/// `padded` is false, if every row has a target, or if MLX is tracing, because the targets cannot be read
-/// then. If `padded` is true, the host waits for the targets, and therefore for all work that was launched
-/// before them.
+/// `padded` is false or if every row has a target. They are also used while MLX is tracing, because the
+/// targets cannot be read during tracing. If `padded` is true, the host waits for the targets to be computed,
+/// and therefore for all work that was launched earlier.
 std::optional<mx::array> rows_with_target(const HeadCall& call, bool padded);
 /// Returns the call restricted to these rows.
 HeadCall some_rows(HeadCall call, const mx::array& index);

@@ -1,7 +1,8 @@
 // Computes q, k and v of attention from x with lora_linears, an optional rms_norm per head, a transpose to
 // [B, heads, T, D], and rope for q and k. On CUDA, one matrix product computes the linear layers together,
 // and one kernel computes the heads from its result. Another kernel computes the gradient of this result from
-// the gradients of the heads (cuda/heads.cu). If there is a norm, the result is kept for the backward pass.
+// the gradients of the heads (cuda/heads.cu). If there is a norm, the result of the matrix product is kept
+// for the backward pass.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "ops/linear/joint_linear.h"

@@ -15,7 +15,7 @@ int Base::in() const {
 namespace {
 
 /// A quantization mode. `code` is the value of MODE in cuda/dequantize.cu. The scales are floats in modes
-/// with biases, and bytes in modes without.
+/// that have biases, and bytes in the other modes.
 struct Mode {
   std::string name;
   std::vector<int> bits, groups;

@@ -1,4 +1,4 @@
-// Matrix products with a frozen weight on raw row-major float32 memory. They use all threads.
+// Computes matrix products with a frozen weight on raw row-major float32 memory, using all threads.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +38,8 @@ void matmul(bool ta, bool tb, int batch, int m, int n, int k, float alpha, const
 void linear(const Weight& w, int m, const float* x, const float* bias, int r, const float* z, const float* b,
             float* y);
 
-/// Returns the bytes of scratch memory that `linear` needs, over all threads, for a quantized w.
+/// Returns the number of bytes of scratch memory that `linear` needs for all threads together, if w is
+/// quantized.
 size_t linear_scratch(int n, int k);
 
 /// dx = dy·w + u·aᵀ. dy [m, n], u [m, r], a [k, r] → dx [m, k]; u may be null.

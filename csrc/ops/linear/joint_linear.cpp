@@ -114,9 +114,9 @@ JointLinear::Forward JointLinear::forward(const mx::array& x, const Arrays& ab) 
         {{"a" + number, f32(ab[has ? next : 0], s_)}, {"b" + number, f32(ab[has ? next + 1 : 1], s_)}});
     if (has) next += 2;
   }
-  // If x is narrower than y, we compute [x z]·[W b]ᵀ, and in the backward pass dy·[W b] = [dx u]. If x is
-  // wider, we compute x·[W; aᵀ]ᵀ, and in the backward pass [dy u]·[W; aᵀ]. If x and y have the same width,
-  // columns are appended to both x and dy.
+  // If x is narrower than y, the forward pass computes [x z]·[W b]ᵀ, and the backward pass dy·[W b] = [dx u].
+  // If x is wider, the forward pass computes x·[W; aᵀ]ᵀ, and the backward pass [dy u]·[W; aᵀ]. If x and y
+  // have the same width, columns are appended to both x and dy.
   const bool of_a = k_ < n_;
   auto made =
       launch("low_rank_factors", values, {{r_, k_}, {n_, r_}, of_a ? mx::Shape{k_, r_} : mx::Shape{r_, n_}},

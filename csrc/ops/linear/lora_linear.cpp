@@ -157,7 +157,7 @@ Arrays lora_linears(const mx::array& x, const std::vector<Linear>& linears, floa
 namespace {
 
 /// Returns the cost of linear layers with this total number of outputs. On GPUs it consists of the
-/// dequantized weights and the library's workspace, as measured by bench/memory.py.
+/// dequantized weights and the workspace of the matrix product, as measured by bench/memory.py.
 OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   if (device.gpu() == Gpu::none)
     return {.forward = static_cast<int64_t>(cpu::linear_scratch(outputs, inputs)),
@@ -165,7 +165,8 @@ OpCost lora_linears_cost(const Device& device, int inputs, int outputs) {
   return {.forward = static_cast<int64_t>(inputs) * outputs * device.size + device.workspace};
 }
 
-/// Returns the bytes that dropout of this many elements needs, for the random bits and for x after dropout.
+/// Returns the number of bytes that dropout needs for the random bits and for x after dropout, where
+/// `numbers` is the number of elements of x.
 int64_t dropout_bytes(const Device& device, int64_t numbers) {
   return numbers * (4 + device.size);
 }

@@ -161,8 +161,8 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
                          std::optional<int> tile_rows) {
   const int tile = std::min(rows, tile_rows.value_or(rows));
   const int64_t h = static_cast<int64_t>(device.size) * hidden, f = h * tile, size = device.size;
-  // With tiles, only x is kept. The outputs of the tiles are concatenated at the end; on a GPU, this was
-  // measured to need twice the size of the outputs.
+  // With tiles, only x is kept. The outputs of the tiles are concatenated at the end; on a GPU, measurements
+  // showed that this needs twice the size of the outputs.
   const int64_t kept = tile < rows ? 0 : 2 * f;
   const int64_t copies = device.gpu() == Gpu::none ? 1 : 2;
   const int64_t joined = tile < rows ? copies * size * rows * inputs : 0;
@@ -174,7 +174,8 @@ OpCost lora_glu_mlp_cost(const Device& device, int rows, int inputs, int hidden,
             .backward = 6 * f + joined + either(cpu::linear_dx_scratch),
             .kept = kept};
   }
-  // During the first matrix product, its dequantized weights and the library's workspace are in memory too.
+  // During the first matrix product, the dequantized weights and the workspace of this product are also in
+  // memory.
   const auto weights = static_cast<int64_t>(1.6 * 2 * static_cast<double>(h * inputs));
   const int64_t first = 2 * f + weights + device.workspace;
   return {.forward = std::max(first, 3 * f) + joined, .backward = 5 * f + joined, .kept = kept};

@@ -1,7 +1,7 @@
 // RMS norm, alone or together with the residual sum that precedes or follows it in a layer. On the CPU we use
 // our own kernel, because MLX's norm is a sequence of small ops there. On CUDA we use our own kernel
-// (cuda/norm.cu), because MLX's kernel also computes the gradient of the weight, which we do not need, and
-// would need a second launch for the residual sum. On Metal we use MLX's kernel.
+// (cuda/norm.cu), because MLX's kernel also computes the gradient of the weight, which is not needed here,
+// and because the residual sum would take a second launch. On Metal we use MLX's kernel.
 #include "core/binding.h"
 #include "core/gpu.h"
 #include "cpu/rows.h"

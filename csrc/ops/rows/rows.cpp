@@ -1,5 +1,5 @@
-// Gathers rows of a table by index. We use MLX's op, except on CUDA, where MLX compiles a kernel for each
-// pair of dtypes at first use, which takes six seconds. On CUDA we use cuda/rows.cu instead.
+// Gathers rows of a table by index. On CUDA we use cuda/rows.cu, because MLX would compile a kernel for each
+// pair of dtypes at first use, and each compilation would take six seconds. On other devices we use MLX's op.
 #include "core/binding.h"
 #include "core/gpu.h"
 

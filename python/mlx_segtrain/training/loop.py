@@ -1,4 +1,4 @@
-"""The training loop: `train` sets up a run, and `Run` takes its steps."""
+"""The training loop: `train` sets up a run, and `Run` performs its training steps."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def train(
     `environment` is a class that replaces the configured environment. `on_step` receives the
     metrics of every training step, and `on_eval` the metrics of every evaluation; if one of them
     returns True, the run saves its state and ends (`stopped_early`). A caller that has already
-    loaded the model of `config.model_dir` can pass it, without an adapter, as `model`. Ctrl-C,
-    SIGTERM and SIGHUP end the run after the last finished step has been saved (`interrupted`).
+    loaded the model of `config.model_dir` can pass it as `model`; it must not have an adapter.
+    After Ctrl-C, SIGTERM or SIGHUP, the run saves its last finished step and ends (`interrupted`).
     Raises InputError, before anything is written, if an input cannot be used. Raises RunError,
     after saving the last good step, if the run cannot continue.
     """
@@ -188,7 +188,7 @@ class Calls:
 
 
 def warnings_only(tell: events.OnEvent) -> events.OnEvent:
-    """Returns a callback that passes only warnings on to `tell`, for use on ranks other than 0."""
+    """Returns a callback that forwards only warnings to `tell`, for use on ranks other than 0."""
 
     def some(event: events.Event) -> None:
         if event["type"] == "warning":
@@ -215,7 +215,8 @@ class Run:
     def __post_init__(self) -> None:
         self.pace, self.work = Pace(), Work()
         # The first value is whether a callback on this rank has asked to stop the run. The second
-        # is whether a callback on any rank has done so, which all ranks learn from the next sum.
+        # is whether a callback on any rank has done so; all ranks learn this when they next sum
+        # their results.
         self.wants_to_stop = self.asked_to_stop = False
 
     def __call__(self, source: Iterator[AnyBatch], resumed_from: int | None) -> TrainResult:
@@ -230,7 +231,7 @@ class Run:
         interrupted = stopped_early = False
         try:
             # Due reports, evaluations and checkpoints are handled before the next step rather than
-            # after the last one, so that a resumed run makes up for any that are missing.
+            # right after the step itself, so that a resumed run makes up for any that are missing.
             while True:
                 self._report_if_due()
                 self._evaluate_if_due()
@@ -311,16 +312,16 @@ class Run:
             self.asked_to_stop = self.wants_to_stop
 
     def _next(self, accumulated: list[AnyBatch], losses: list[float]) -> tuple[Iterate, Outcome]:
-        """Returns the state after the next step, and its outcome."""
+        """Takes the next step. Returns the new state and the outcome of the step."""
         update = partial(self._update, losses=losses)
         return self.step.take(self.state.at, accumulated, update, self._in_memory)
 
     def _update(
         self, at: Iterate, accumulated: list[AnyBatch], losses: list[float]
     ) -> tuple[Iterate, Outcome]:
-        """Returns the state after an optimizer update, and the outcome of the update. The ranks sum
-        all results in a single operation, so each rank can retry its work before or after this
-        operation."""
+        """Performs an optimizer update. Returns the new state and the outcome of the update. The
+        ranks sum all results in a single operation, so each rank can retry its work before or after
+        this operation."""
         step = self.step
         if self.ranks.size == 1:
             return self._in_memory(lambda: step(at, accumulated, losses))
@@ -346,8 +347,8 @@ class Run:
 
     def _in_memory(self, what: Callable[[], T]) -> T:
         """Runs a part of the step. If the device runs out of memory, retries with plans that need
-        less memory. Retrying is safe, because a step changes no state before its end. Raises
-        NoMemory if no such plan is left."""
+        less memory. Retrying is safe, because a step does not modify the state before its last part
+        is finished. Raises NoMemory if no such plan is left."""
         while True:
             try:
                 return what()
@@ -360,7 +361,7 @@ class Run:
                 # its transfers.
                 alone = not self.ranks.pipeline
                 cheaper, reason = self.step.plan.cheaper() if alone else None, str(error)
-            # The retry is outside the handler, because the frames of the exception keep arrays of
+            # The retry is outside the handler, because the exception's traceback keeps arrays of
             # the step alive.
             mx.clear_cache()
             if cheaper is None:
@@ -482,8 +483,8 @@ class Run:
         return bool(config.sample_prompts or config.eval_command or self.calls.score)
 
     def _judged(self, state: State) -> Iterator[events.Event]:
-        """Yields events with the adapter's answers, and with its scores from `score` and
-        `eval_command`."""
+        """Yields events with the adapter's answers to `sample_prompts`, and with its scores from
+        `score` and `eval_command`."""
         from mlx_lm.generate import generate
 
         config, setup, step = self.config, self.setup, state.step
@@ -541,7 +542,7 @@ class Run:
 
     def _whole(self, moments: bool = True) -> State:
         """Returns the state; on rank 0, it contains the factors of all ranks. All ranks must call
-        this method. Unless `moments` is set, the optimizer state may be missing."""
+        this method. Unless `moments` is set, the result may lack the optimizer state."""
         return replace(self.state, at=self.step.holding.together(self.state.at, moments))
 
     def _kept(self, error: LostRank) -> RunError:

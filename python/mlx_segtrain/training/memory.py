@@ -32,6 +32,6 @@ class Memory:
 
 
 def process_peak() -> int:
-    """Returns the peak main memory use of this process, in bytes."""
+    """Returns the maximum amount of main memory that this process has used, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -29,8 +29,8 @@ OPTIMIZERS: dict[str, tuple[Callable[[TrainConfig], optim.Optimizer], bool]] = {
 }
 #: Optimizers that need each factor as a matrix. The others update all factors as one vector.
 BY_MATRIX = ("adafactor", "muon")
-#: The learning rate divided by its peak value, after a fraction p of the steps that follow the
-#: warmup.
+#: Maps the name of a schedule to its function: the learning rate, relative to its peak, after a
+#: fraction p of the steps that follow the warmup.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda p: 1.0,
     "linear": lambda p: 1 - 0.9 * p,
@@ -89,8 +89,8 @@ class Optimizer:
         return Iterate(vector, moments, at.step + 1)
 
     def _split(self, vector: mx.array) -> list[dict[str, Any]]:
-        """Returns the factors of each part, either as one vector or as matrices in the order of the
-        vector."""
+        """Returns the factors of each entry of `parts`, either as one vector or as matrices in the
+        order of the vector."""
         parts = self.layout.parts(len(self.parts))
         if self.config.optimizer in BY_MATRIX:
             factors = self.layout.split(vector)

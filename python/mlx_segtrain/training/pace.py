@@ -13,8 +13,8 @@ WINDOW = 32
 
 
 def due(after: int, last: int, every: int) -> int:
-    """Counts the steps from `after` + 1 to `last` that are multiples of `every` or the last step.
-    If `every` is 0, only the last step counts."""
+    """Returns how many of the steps from `after` + 1 to `last` are multiples of `every` or equal to
+    `last`. If `every` is 0, only the step `last` counts."""
     if after >= last:
         return 0
     multiples = last // every - after // every if every else 0
@@ -32,14 +32,16 @@ class Pace:
 
     @contextmanager
     def timed(self, part: Part) -> Iterator[None]:
-        """Adds the time that the `with` block takes, unless it raises."""
+        """Measures the time of the `with` block for `part`, unless the block raises an
+        exception."""
         begin = perf_counter()
         yield
         self.add(part, perf_counter() - begin)
 
     def mean(self, part: Part) -> float:
         """Returns the mean time of a part in seconds, or 0 if none has been measured. The first
-        measurement includes the compilation of kernels, so it is excluded once there are more."""
+        measurement includes the compilation of kernels, so it is excluded once there are more
+        measurements."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen
         return sum(own) / len(own) if own else 0.0
@@ -71,8 +73,8 @@ class Work:
         self.tokens += tokens
 
     def figures(self) -> dict[str, float]:
-        """Returns the mean times per step, and the tokens per second while this rank was
-        computing."""
+        """Returns the mean computing and waiting times per step, and the tokens per second while
+        this rank was computing."""
         return {
             "busy_s": self.busy_s / self.steps,
             "waited_s": self.waited_s / self.steps,

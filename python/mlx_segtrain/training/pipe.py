@@ -1,8 +1,8 @@
 """Runs batches forward and backward through a model whose layers are divided between ranks.
 
-A rank receives boundary values from the previous rank, runs its stages, and sends the values that
-later ranks read to the next rank. In the backward pass, cotangents flow in the opposite direction.
-Every rank has all batches, so only values that depend on weights are sent.
+A rank receives boundary values from the previous rank, runs its stages, and sends the next rank all
+values that later ranks read. In the backward pass, cotangents flow in the opposite direction. Every
+rank has all batches, so only values that depend on weights are sent.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -103,8 +103,8 @@ class Pipe:
         return list(outputs) if isinstance(outputs, tuple) else [outputs]
 
     def receive(self, own: Own, following: Own | None = None) -> dict[str, mx.array]:
-        """Returns the values that the previous rank sends for a batch. Also starts to receive the
-        values of the following batch."""
+        """Returns the values that the previous rank sends for a batch. If `following` is given,
+        also starts to receive the values of that batch."""
         if self.part.first:
             return {}
         found = self.posted or self._post(own)
@@ -113,7 +113,7 @@ class Pipe:
         return found
 
     def send(self, own: Own, values: Mapping[str, mx.array]) -> None:
-        """Sends the values that later ranks read to the next rank."""
+        """Sends the next rank all values that later ranks read."""
         arrays, to = [values[name] for name in own.left.values], self.part.rank + 1
         key = ("left", own.shapes)
         if key not in self.known:

@@ -98,8 +98,8 @@ class Pipelined(Stepper):
         return list(rows_of(self.setup, accumulated).values()), next(iter(found), None)
 
     def keeps(self, error: Exception) -> bool:
-        """Returns whether the state can be saved after this error, which requires that all ranks
-        stopped at the same step."""
+        """Returns whether the state can be saved after this error. It can be saved only if all
+        ranks stopped at the same step."""
         return isinstance(error, Halted) and error.fault is not None
 
     def compile(self, at: Iterate, source: Iterator[AnyBatch]) -> None:

@@ -76,7 +76,7 @@ def _backend() -> str | None:
 
 
 def _hosts() -> list[list[str]]:
-    """Returns the list of addresses of each rank in MLX's ring."""
+    """Returns, for each rank, a list of its addresses in MLX's ring."""
     try:
         hosts = json.loads(Path(os.environ["MLX_HOSTFILE"]).read_text(encoding="utf-8"))
     except (KeyError, OSError, ValueError):  # for a single host, the file is empty
@@ -140,8 +140,7 @@ class Ranks:
         return items if self.pipeline else items[self.rank :: self.size]
 
     def unshared(self, own: Sequence[T]) -> list[T]:
-        """Returns the JSON values of all ranks, in the order that the items had before `share`
-        divided them."""
+        """Undoes `share`: returns the items of all ranks (JSON values) in their original order."""
         every = self.gather(list(own))
         return [every[i % self.size][i // self.size] for i in range(sum(map(len, every)))]
 
@@ -154,7 +153,8 @@ class Ranks:
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns the JSON values of all ranks as a list."""
+        """Returns a list of the `value` that each rank passes, which must be serializable as
+        JSON."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
@@ -166,11 +166,11 @@ class Ranks:
         return {name: x for own in self.gather(dict(rows)) for name, x in own.items()}
 
     def given(self, content: bytes) -> bytes:
-        """Returns rank 0's content on every rank."""
+        """Returns, on every rank, the `content` that rank 0 passes."""
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """Returns the contents of all ranks as a list."""
+        """Returns a list of the `content` that each rank passes."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
         # Each int64 is 0 on all ranks except one, so its int32 halves can be summed exactly.
@@ -257,7 +257,7 @@ class Ranks:
 
     def _blame(self, error: BaseException | None) -> None:
         """Waits until the ranks agree on which rank is lost, then raises LostRank. This is needed
-        because MLX reports that a connection is lost, but not which rank."""
+        because MLX reports a lost connection without saying which rank is lost."""
         deadline = time.monotonic() + watch.PATIENCE + 3 * watch.SETTLE
         while self.links and time.monotonic() < deadline:
             if (lost := self.lost()) is not None:
@@ -360,8 +360,8 @@ def _end_in_time(ranks: Ranks, over: threading.Event) -> None:
     """Ends this process from a separate thread if a back end waits forever for a lost rank, but not
     while the state is being written.
 
-    This thread cannot run if the back end holds the GIL while it waits, as MLX may when it frees
-    memory during an NCCL sum. In this case, faulthandler's thread ends the process.
+    This thread cannot run if the back end holds the GIL while it waits, which can happen when MLX
+    frees memory during an NCCL sum. In this case, faulthandler's thread ends the process.
     """
     waited = 0.0
     try:

@@ -179,8 +179,8 @@ class Record:
         self.write()
 
     def check_model(self, step: int) -> None:
-        """Raises RunError if a file of the model has changed since the run began. Call it only
-        after the state of `step` is saved, because the error says that it is."""
+        """Raises RunError if a file of the model has changed since the run began. Call this only
+        after the state of `step` has been saved, because the error message says so."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
@@ -252,8 +252,8 @@ COME = "has been added"
 
 
 def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the changes, keyed by the name of the changed value. Each change is the end of a
-    sentence that begins with the name, such as "has been added"."""
+    """Returns the changes from `then` to `now`, keyed by the name of the changed value. Each change
+    is the end of a sentence that begins with the name, such as "has been added"."""
     found = {}
     for name in sorted({*now, *then}):
         if name not in now:
@@ -283,8 +283,8 @@ class Verified:
 
 
 def verify(run: Path) -> Verified:
-    """Compares the record of a run with the current files, which it reads completely. The model and
-    the data must still be at their recorded paths. Raises InputError if there is no record."""
+    """Reads all files of a run again and compares them with the run's record. The model and the
+    data must still be at their recorded paths. Raises InputError if there is no record."""
     record = read(run)
     parts: dict[str, list[str]] = {}
     for part, folder in record["folders"].items():

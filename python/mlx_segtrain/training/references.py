@@ -1,8 +1,8 @@
 """Computes log-probabilities under the model without an adapter, and caches them.
 
-The cache directory has one file per model, with the log-probabilities of the responses in each row
-that a run has used. Rows are identified by their tokens, so a row that is truncated, rendered or
-tokenized differently counts as a different row.
+The cache directory contains one file per model. For each row that a run has used, the file contains
+the log-probabilities of the row's responses. Rows are identified by their tokens, so a row that is
+truncated, rendered or tokenized differently counts as a different row.
 """
 
 import hashlib
@@ -41,8 +41,9 @@ def with_references(
     """Adds the outputs of the objective's reference model to the rows whose indices are in `wanted`
     (by default, to all rows). If the objective has no reference, `data` is returned unchanged.
 
-    Each row is run alone, because its values must not depend on other rows. The ranks share the
-    work on the rows that are missing from the cache of any rank, and all ranks cache the results.
+    Each row is run alone, so that its values do not depend on other rows. The ranks share the work
+    on the rows that are missing from the cache of at least one rank, and all ranks cache the
+    results.
     """
     reference = objective.reference
     if reference is None:
@@ -81,8 +82,8 @@ def with_references(
 def model_key(config: TrainConfig) -> str:
     """Returns a hash that identifies the model and the conditions under which it runs. The hash
     covers MLX's version, the device, whether kernels must be deterministic, and the path, size and
-    modification time of the model's files. It does not cover the content of these files, so that
-    gigabytes need not be read."""
+    modification time of the model's files. It does not cover the content of these files, which
+    would take too long to read."""
     digest, folder = hashlib.blake2b(digest_size=KEY), config.model_dir
     for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]):
         stat = file.stat()

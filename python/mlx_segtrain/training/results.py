@@ -6,8 +6,8 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The result of a run. Losses are in nats per token, or per pair or row with preference
-    methods.
+    """The result of a run. Losses are in nats per token; with preference methods, they are per pair
+    or per row.
 
     Memory is in GB (10⁹ bytes): peak_gb is the peak of MLX's active memory, planned_gb is the
     predicted peak (None for a model family that the planner does not know), and process_gb is the

@@ -25,8 +25,8 @@ from .evaluation import load_rows
 from .policy import run_policy
 from .setup import load_chain
 
-#: The tolerance for comparing a total reward with `passes`, because rounding may make the sum of
-#: the rewards slightly too small.
+#: The tolerance for comparing a total reward with `passes`. It is needed because rounding may make
+#: the sum of the rewards slightly too small.
 ROUNDING = 1e-9
 
 
@@ -60,8 +60,8 @@ def score(
     rewards and with the functions in `rewards`. `environment` is a class that replaces the
     configured environment. A completion passes if its total reward is at least `passes`.
 
-    Raises InputError if the model, the adapter or the data cannot be read, or if they do not fit
-    together. Raises RunError if a reward fails.
+    Raises InputError if the model, the adapter or the data cannot be read, or if they are
+    incompatible. Raises RunError if a reward fails.
     """
     tell = on_event or (lambda event: None)
     scoring = Rewards.of(config, rewards, environment)

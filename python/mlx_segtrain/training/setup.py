@@ -151,10 +151,9 @@ def accumulating(
     config: TrainConfig, ranks: Ranks, resumed: Checkpoint | None, tell: events.OnEvent
 ) -> TrainConfig:
     """Sets grad_accumulation_steps to the number of ranks, if the configuration does not set it,
-    and returns the new configuration. A run that is resumed with several ranks, or had several
-    before, keeps the earlier value. If the method generates completions, the ranks divide the
-    prompts of a batch instead, and nothing is changed. Raises InputError if a rank would get no
-    micro-batch or no prompt."""
+    and returns the new configuration. A resumed run that has or had several ranks keeps its earlier
+    value. If the method generates completions, the ranks divide the prompts of a batch instead, and
+    nothing is changed. Raises InputError if a rank would get no micro-batch or no prompt."""
     name, unit = "grad_accumulation_steps", "batch"
     if generates := ROWS[config.method] == "prompt":
         name, unit = "batch_size", "prompt"
@@ -255,8 +254,8 @@ def prepare(
     loaded: nn.Module | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Setup, mx.array]:
-    """Plans a run and loads its model, unless the caller has `loaded` it. Returns the setup and the
-    vector of the adapter's factors.
+    """Plans a run and loads its model, unless the caller passes it as `loaded`. Returns the setup
+    and the vector of the adapter's factors.
 
     A resumed run keeps the earlier choice of whether the responses of a pair share tokens. Raises
     InputError, before weights are loaded, if an input cannot be used or if there is not enough
@@ -389,8 +388,8 @@ def load_chain(
     `part` is given, reads only the layers of this part.
 
     Raises InputError if max_seq_length exceeds the model's context length, or if the model's
-    embedding or head has no row for a token of the data, since MLX would otherwise read past its
-    end.
+    embedding or head has no row for a token of the data. Without this check, MLX would read past
+    the end of the weight.
     """
     reads = part.reads if part else lambda name: True
     model = load_model(config.model_dir, reads)[0] if loaded is None else loaded
@@ -435,8 +434,8 @@ def load_setup(
         plan.cuts.segments[-1] != len(batch.streams) * sum(map(len, layers))
         for batch, plan in zip(plan.batches, plan.plans, strict=False)
     ):
-        # The plan does not match the chain: it was made from the headers, which did not show that
-        # the model needs the generic path.
+        # The plan does not match the chain: it was made from the headers of the weight files, which
+        # did not show that the model needs the generic path.
         plan = replace(plan, plans=())
     if inputs.train.packed and not chain.branches:
         raise InputError(
@@ -471,7 +470,7 @@ def _referenced(setup: Setup, on_event: events.OnEvent, ranks: Ranks) -> Setup:
     config, train = setup.config, setup.train
     source = batches(train, config.batch_size, config.seed)
     count = config.iters * config.grad_accumulation_steps
-    seen = None  # all rows are used by the second epoch
+    seen = None  # two or more epochs use all rows
     if count < 2 * (len(train) // config.batch_size):
         seen = {int(i) for batch in islice(source, count) for i in batch.rows}
     what = (setup.objective, config, setup.chain)

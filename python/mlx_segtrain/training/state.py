@@ -49,11 +49,11 @@ class Progress:
     as JSON.
 
     `reported` and `evaluated` are the steps of the last report and the last evaluation. `recent`
-    contains the outcomes of the last `steps_per_report` steps, whose mean is the training loss.
-    `losses` contains the recent losses, from which spikes.py detects spikes; `skipped` is the
-    number of consecutive skipped steps up to the last step. `rewards` contains the mean reward of
-    each step, for collapse.py. In a resumed run, the times in seconds and the peak in bytes cover
-    the whole run.
+    contains the outcomes of the last `steps_per_report` steps; the mean of their losses is the
+    training loss. `losses` contains the recent losses, from which spikes.py detects spikes;
+    `skipped` is the number of consecutive skipped steps up to the last step. `rewards` contains the
+    mean reward of each step, for collapse.py. In a resumed run, the times in seconds and the peak
+    in bytes cover the whole run.
     """
 
     reported: int = 0

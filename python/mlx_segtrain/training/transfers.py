@@ -93,7 +93,7 @@ class Transfers:
 
 class Sums(Transfers):
     """Transfers between two GPUs. MLX does not support messages between GPUs, so a transfer is a
-    sum with zeros, on one stream."""
+    sum to which the receiver adds zeros. All sums run on one stream."""
 
     def _sent(self, x: mx.array, to: int) -> mx.array:
         return mx.distributed.all_sum(x, group=self.group, stream=self._stream())
@@ -129,7 +129,7 @@ def ring_of(ranks: Ranks) -> Any:
     """Returns a ring over TCP between ranks that use another back end. Raises RunError if the ring
     cannot be created.
 
-    MLX creates a ring only once per process, so all runs of the process use the same one.
+    MLX creates a ring only once per process, so all runs of the process share it.
     """
     global _ring
     if _ring is None:

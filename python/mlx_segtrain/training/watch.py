@@ -18,11 +18,11 @@ from typing import Any, Literal
 #: which a rank is considered lost. SETTLE is the time from the first lost rank to the decision,
 #: which is several times the latency of a message.
 BEAT, PATIENCE, SETTLE = 1.0, 30.0, 2.0
-#: The number of judges, the ranks that may decide, in turn, which rank is lost.
+#: The number of judges, which are the ranks that may decide which rank is lost.
 JUDGES = 3
 
-#: How a rank was lost, the most certain case first: it has reported its failure, its connections
-#: are closed, or it sends nothing.
+#: How a rank was lost, from the most to the least certain case: it has reported its failure, its
+#: connections are closed, or it sends nothing.
 How = Literal["failed", "ended", "silent"]
 SUREST: tuple[How, ...] = ("failed", "ended", "silent")
 
@@ -114,8 +114,8 @@ class Watch:
         if self.lost:
             turn = min([*self.judges, self.rank].index(self.rank), JUDGES)
             if now - self._since > self.settle * (1 + turn):
-                # The most certain loss is taken as the cause: the others follow from it, or from a
-                # broken connection.
+                # The most certain loss is assumed to be the cause: the other losses result from it
+                # or from a broken connection.
                 surest = min(self.lost.values(), key=lambda x: (SUREST.index(x.how), x.rank))
                 self._decide(surest, self.others)
 

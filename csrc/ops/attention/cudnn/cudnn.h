@@ -1,5 +1,5 @@
 // cuDNN's attention is in a separate shared library, mlx_segtrain/_cudnn.so, because it needs symbols that
-// only MLX's CUDA build exports. The main library, _core, must load with every build of MLX.
+// only MLX's CUDA build exports, whereas the main library, _core, must load with every build of MLX.
 #pragma once
 
 #include "ops/attention/attention.h"
@@ -11,7 +11,7 @@ struct CudnnAttention {
   AttentionWay way;
 };
 
-/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to this function from _core, because it
+/// The type of device_ints in gpu.h. _cudnn.so receives a pointer to device_ints from _core, because it
 /// cannot link to _core.
 using DeviceInts = mx::array(const std::vector<int32_t>&);
 
@@ -19,12 +19,11 @@ using DeviceInts = mx::array(const std::vector<int32_t>&);
 bool has_cudnn();
 
 /// Returns the implementation "cudnn". It is ok if the package includes the library, cuDNN supports the call,
-/// and the self-check has not failed. The first call for a new shape takes a second, because it builds the
-/// plans for the forward and the backward pass.
+/// and the self-check has not failed. The first call for a new shape takes about one second, because it
+/// builds the plans for the forward and the backward pass.
 Way cudnn_way(const Call& c);
 
-/// Returns why cuDNN does not support the call on any device, or an empty string if some device may support
-/// it.
+/// Returns why the call cannot run with cuDNN on any device, or an empty string if it may run on some device.
 inline std::string cudnn_call_unfit(const Call& c) {
   if (c.dtype != mx::float16 && c.dtype != mx::bfloat16) return "cuDNN supports half precision only";
   if (c.window || c.cap || c.T != c.S)
@@ -36,7 +35,7 @@ inline std::string cudnn_call_unfit(const Call& c) {
   return fits ? "" : "it supports head sizes in multiples of 8 up to 256";
 }
 
-/// Returns the functions of the implementation. Call it only if cudnn_way is ok.
+/// Returns the functions of the implementation. Call this only if the result of cudnn_way is ok.
 const AttentionWay& cudnn_attention();
 
 }  // namespace segtrain

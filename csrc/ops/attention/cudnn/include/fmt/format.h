@@ -1,5 +1,5 @@
-// Replaces the fmt library. mlx/backend/cuda/lru_cache.h includes it, but only MLX compiles code that calls
-// it.
+// A stub of the fmt library for mlx/backend/cuda/lru_cache.h, which includes this header. Only code that is
+// compiled into MLX itself calls the library.
 #pragma once
 
 #include <string>
