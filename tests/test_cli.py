@@ -92,7 +92,7 @@ def test_help_names_choices_and_defaults(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "--rank-scaling {constant,by_bits,by_kl}" in out
     assert "--grad-checkpoint, --no-grad-checkpoint" in out
-    assert "Default: 0.0002." in out
+    assert "Default: 0.0002, or 5e-5 for" in out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

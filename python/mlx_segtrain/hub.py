@@ -472,9 +472,10 @@ def _download(
     parts = list((repository.folder / "blobs").glob(f"*{BEGUN}"))
     there = sum(path.stat().st_size for path in parts)
     free = files.free(repository.folder)
-    if total - there + MARGIN > free:
+    needed = total - there + MARGIN
+    if needed > free:
         raise InputError(
-            f"{repository} needs another {amount(total)}, but only {amount(free)} is free on the "
+            f"{repository} needs another {amount(needed)}, but only {amount(free)} is free on the "
             f"disk that contains {cache()}: free some space, or set HF_HOME to a folder on another "
             "disk."
         )

@@ -45,7 +45,7 @@ def command_score(config: TrainConfig, adapter: Adapter) -> dict[str, float] | s
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
-            said = f"eval_command cannot be started: {command[0]}: {error.strerror}"
+            said = f"eval_command cannot be started ({command[0]}: {error.strerror})."
             raise InputError(said) from error
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:]
