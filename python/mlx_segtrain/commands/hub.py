@@ -33,7 +33,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "--public",
         action="store_true",
-        help="if the repository is created, make it public. Default: private.",
+        help="if the repository does not exist, make the new one public. Default: private.",
     )
 
 

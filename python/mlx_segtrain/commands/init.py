@@ -51,7 +51,7 @@ def _init(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import Terminal
 
     if args.file.exists() and not args.force:
-        raise InputError(f"{args.file} already exists: pass another name, or --force.")
+        raise InputError(f"{args.file} already exists: choose another name, or pass --force.")
     given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
     asks = dict(QUESTIONS)
     if "iters" in given:
