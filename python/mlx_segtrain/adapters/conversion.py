@@ -74,9 +74,9 @@ def export(
         if to == "peft":
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
-                    "the adapter belongs to a model for text and images, whose modules have two "
-                    "possible names in transformers: choose one with --names, or pass the folder "
-                    "of the model with --model."
+                    "the adapter belongs to a multimodal model, for which transformers has two "
+                    "sets of module names: choose one with --names, or pass the folder of the "
+                    "model with --model."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})

@@ -107,7 +107,7 @@ def best_loss(run: Path) -> float | None:
     best = math.inf
     try:
         with open_regular(run / "metrics.jsonl") as log:
-            # The log may contain anything, and may grow while it is read.
+            # The log is untrusted and may grow while it is read, so limit the bytes that are read.
             lines = log.readlines(MOST_LOG) if os.fstat(log.fileno()).st_size < MOST_LOG else ()
             for line in lines:
                 if b'"val"' not in line:

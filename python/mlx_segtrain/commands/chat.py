@@ -148,7 +148,8 @@ class Chat:
         self._mounted = voice
 
     def command(self, line: str) -> str | None:
-        """Runs a line that begins with a slash. Returns the text to show, or None to exit."""
+        """Runs a command (a line that begins with a slash). Returns the text to show, or None to
+        exit."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name in ("exit", "quit", "q"):

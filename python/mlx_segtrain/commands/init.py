@@ -76,7 +76,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _asked(name: str) -> str:
-    """Returns the user's answer. If stdin is not a terminal, returns the default."""
+    """Asks the user for a field's value. If stdin is not a terminal, returns the default."""
     question, otherwise = QUESTIONS[name]
     if not sys.stdin.isatty():
         if otherwise is None:
