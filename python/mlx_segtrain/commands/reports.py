@@ -140,6 +140,6 @@ def write(kind: str, content: dict[str, Any]) -> str:
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (
-        f"{path} contains the device, versions, check results and times, but no paths or names: "
+        f"{path} lists the device, versions, check results and times, but no paths or names: "
         "attach it to an issue in the mlx-segtrain repository"
     )
