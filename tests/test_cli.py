@@ -349,7 +349,7 @@ def test_bad_input_of_a_run(
         (["eval"], "required: --model, --data"),
         (["generate", "--model", "m"], "one of the arguments --prompt --prompt-file"),
         (["generate", "--model", "m", "--prompt", " "], "the prompt is empty"),
-        (["generate", "--model", "m", "--prompt-file", "no"], "cannot read the prompt no"),
+        (["generate", "--model", "m", "--prompt-file", "no"], "cannot read the prompt file no"),
         (["generate", "--model", "m", "--prompt", "x", "--max-tokens", "0"], "integer >= 1"),
         (["generate", "--model", "m", "--prompt", "x", "--temp", "-1"], "number >= 0"),
         (

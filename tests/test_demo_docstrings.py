@@ -76,7 +76,7 @@ def test_another_seed_holds_out_other_modules(data_dir: Path, tmp_path: Path):
 
 def test_no_sources_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(docstrings.sysconfig, "get_path", lambda _: str(tmp_path))
-    with pytest.raises(docstrings.InputError, match="no sources"):
+    with pytest.raises(docstrings.InputError, match="does not contain the sources"):
         write_dataset(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

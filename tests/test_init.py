@@ -46,7 +46,7 @@ def test_without_a_terminal_flags_answer(monkeypatch, capsys) -> None:
     assert config.model_dir == Path("m: #1")
     before = Path("x.yaml").read_text()
     assert cli.main(["init", "x.yaml", *given]) == 2
-    assert "x.yaml already exists: pass another name, or --force." in capsys.readouterr().err
+    assert "x.yaml already exists: choose another name, or pass --force." in capsys.readouterr().err
     assert cli.main(["init", "y.yaml", "--model", "m"]) == 2
     assert "data_dir is missing: pass --data" in capsys.readouterr().err
     assert Path("x.yaml").read_text() == before and not Path("y.yaml").exists()

@@ -84,7 +84,7 @@ def test_a_pipeline_has_a_line_for_each_rank(llama, capsys):
     assert lines[0].startswith("rank 0        layers 1-") and "of 1.00 GB" in lines[0]
     assert lines[1].startswith("rank 1        layers ") and "of 0.50 GB" in lines[1]
     assert "for each batch" in lines[0] and " on for" in lines[0] and " back for" in lines[1]
-    assert any("computes 75%" in line for line in lines)
+    assert any("busy 75%" in line for line in lines)
 
 
 def test_a_family_whose_work_is_not_known_is_refused(tmp_path, capsys):

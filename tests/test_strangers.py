@@ -196,5 +196,5 @@ def test_patterns_that_are_too_many(chain, tmp_path):
 def test_integers_are_no_factors(chain, tmp_path):
     factors = factors_of(chain, {Q0: RANK})
     folder = write_mlx(tmp_path, factors, MLX_LM, dtype=mx.int32)
-    with pytest.raises(InputError, match="is I32, but factors must be"):
+    with pytest.raises(InputError, match="has dtype I32, but factors must be"):
         read_stored(folder)

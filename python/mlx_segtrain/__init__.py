@@ -69,8 +69,8 @@ def _require_mlx() -> None:
 
 if sys.platform == "linux":
     # By default, MLX on CUDA queues ops that read up to 10⁹ elements in total before it launches
-    # them, so the device idles at first, and memory is freed late. A limit of 32 million elements
-    # corresponds to one large op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this
+    # them, so the device idles at first, and memory is freed late. Lower this limit to 32 million
+    # elements, which is one large op or a few small ones (bench/LOG.md, 2026-11-25). MLX reads this
     # variable when it first uses the device.
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "32")
 

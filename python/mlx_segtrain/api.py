@@ -131,12 +131,12 @@ def train(
         train(model="org/name", data="rows.csv", adapter="out", lr=1e-4, epochs=3)
 
     Fields of TrainConfig can be passed as keyword arguments, instead of `config` or in addition to
-    it. Each keyword is the name of a field or of its flag (`lr`, `adapter`). `model` is a folder, a
-    name on the hub, or a pair `(model, tokenizer)`, as returned by `load` and mlx_lm.load; for a
-    pair, the result contains the same model with the adapter attached. `data` (or `train_data`) is
-    a path, a name on the hub, or the rows themselves: a list or an iterator of dicts, a
-    `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or polars table. `valid_data` provides
-    the validation rows in any of these forms.
+    it. Each keyword is the name of a field (`learning_rate`) or of its command-line flag without
+    the dashes (`lr`). `model` is a folder, a name on the hub, or a pair `(model, tokenizer)`, as
+    returned by `load` and mlx_lm.load; for a pair, the result contains the same model with the
+    adapter attached. `data` (or `train_data`) is a path, a name on the hub, or the rows themselves:
+    a list or an iterator of dicts, a `datasets.Dataset` or `DatasetDict`, or an Arrow, pandas or
+    polars table. `valid_data` provides the validation rows in any of these forms.
 
     `on_event` receives the events of the run (mlx_segtrain.events). Without it, terminals and
     notebooks show a progress bar; `progress` turns the bar on or off. `on_step` and `on_eval`
@@ -267,8 +267,8 @@ def _with_adapter(model: nn.Module, result: TrainResult) -> nn.Module:
 def _shown(
     on_event: events.OnEvent | None, on_step: Callback | None, progress: bool | None
 ) -> Iterator[tuple[events.OnEvent | None, Callback | None]]:
-    """Yields the callbacks for events and for steps. If a progress bar is wanted and would be
-    visible, the callbacks also update the bar."""
+    """Yields the callbacks for events and for steps. If a progress bar is shown, the callbacks also
+    update it."""
     from rich.console import Console
 
     from .commands.notebook import Notebook, in_notebook

@@ -94,8 +94,8 @@ GIVEN = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, whose completions are generated",
 )
-#: For `parallel`, whose value "pipeline" splits the model's layers across devices, while grpo needs
-#: all layers on every device.
+#: For `parallel`. Its value "pipeline" splits the model's layers across devices, but grpo needs all
+#: layers on every device.
 WHOLE = Facets(
     holds=lambda config: config.method != "grpo",
     otherwise="with method grpo, which generates with the whole model on every device",
@@ -544,8 +544,8 @@ class TrainConfig(BaseModel):
             )
         if self.dpo_loss == "exo_pair" and self.label_smoothing == 0:
             raise InputError(
-                "dpo_loss exo_pair needs label_smoothing above 0, because the loss of a pair is "
-                "infinite without it: set it to 0.001, for instance",
+                "dpo_loss exo_pair needs label_smoothing above 0, because the loss of a pair would "
+                "otherwise be infinite: set label_smoothing to 0.001, for example",
                 field="label_smoothing",
             )
         if self.method == "grpo" and self.max_completion_tokens >= self.max_seq_length - 1:
@@ -682,9 +682,9 @@ def load_config(
     overrides: dict[str, Any],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
-    """Returns the configuration in a YAML file, if one is given. `overrides` take precedence over
-    the file, and `defaults` apply to fields that neither of them sets. Raises InputError for any
-    bad value."""
+    """Returns the configuration set by a YAML file (if one is given), `overrides` and `defaults`.
+    `overrides` take precedence over the file, and `defaults` apply to fields that neither of them
+    sets. Raises InputError for any bad value."""
     values, lines = _read_yaml(yaml_path) if yaml_path else ({}, {})
     where = {
         key: f"{yaml_path}, line {line}: " for key, line in lines.items() if key not in overrides

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-#: Reasons for the end of a run: an input must be changed, memory ran out, the run failed, its
-#: process was killed, or this package has a bug.
+#: Why a run failed: bad input, too little memory, an error during the run, a killed process, or a
+#: bug in this package.
 Fault = Literal["input", "memory", "run", "killed", "bug"]
 
 

@@ -102,10 +102,10 @@ def train_metric(
 def with_ranks(metric: Event, ranks: Sequence[Mapping[str, float]]) -> Event:
     """Adds the figures of each rank to a training metric.
 
-    The figures of a rank are busy_s and waited_s, the mean time per step that the rank has spent
-    computing and waiting for other ranks since the last report; tokens_per_sec, its speed while
-    computing; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the slowest and
-    the fastest rank. `slowest` is the rank that the others wait for.
+    The figures of a rank are busy_s and waited_s, the mean times per step that the rank has spent
+    computing and waiting for other ranks, respectively, since the last report; tokens_per_sec, its
+    speed while computing; peak_gb; and active_gb. `skew_s` is the difference in busy_s between the
+    slowest and the fastest rank. `slowest` is the rank that the others wait for.
     """
     busy = [own["busy_s"] for own in ranks]
     slowest = busy.index(max(busy))
@@ -143,9 +143,9 @@ def speed(figures: Mapping[str, Any]) -> str:
 def val_metric(
     step: int, iters: int, *, loss: float, tokens: int, metrics: dict[str, float]
 ) -> Event:
-    """Returns the event with the result of an evaluation. The loss is the mean over `tokens` tokens
-    in the loss, in nats per token. With preference methods, the loss and the `metrics` are as in
-    train_metric."""
+    """Returns the event with the result of an evaluation. The loss is the mean over `tokens`
+    supervised tokens, in nats per token. With preference methods, the loss and the `metrics` are as
+    in train_metric."""
     return {
         "type": "metric",
         "kind": "val",

@@ -199,7 +199,7 @@ def kind(field: FieldInfo) -> Any:
 
 
 def is_list(field: FieldInfo) -> bool:
-    """Returns whether the field takes several values."""
+    """Returns whether the field accepts a list of values."""
     return get_origin(field.annotation) is list
 
 

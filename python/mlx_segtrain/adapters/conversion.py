@@ -54,8 +54,8 @@ def export(
 ) -> Converted:
     """Writes an adapter in the format of HF PEFT, stock mlx-lm, or llama.cpp (GGUF).
 
-    `model_dir` is the folder of the base model. By default, it is the folder that the adapter's
-    configuration names, if that folder exists. GGUF requires a base model. For PEFT, `names`
+    `model_dir` is the folder of the base model. By default, the folder named in the adapter's
+    configuration is used, if it exists. GGUF requires a base model. For PEFT, `names`
     selects the module names of a text model or of a multimodal model; by default, the base model
     determines the choice. Raises InputError if the adapter contains anything that the format does
     not support.
@@ -65,7 +65,7 @@ def export(
     base_dir = folder.base_folder if model_dir is None else model_dir
     base = None if base_dir is None else Snapshot(base_dir)
     if to == "gguf" and base is None:
-        raise InputError("--to gguf needs the base model: add --model with its folder.")
+        raise InputError("--to gguf requires the base model: pass its folder with --model.")
     numbers = DTYPES[dtype]
     with new_folder(out) as aside:
         if to == "gguf" and base:
@@ -74,9 +74,9 @@ def export(
         if to == "peft":
             if names is None and base is None and any(map(is_wrapped, adapter.tensors)):
                 raise InputError(
-                    "the adapter belongs to a model for text and images, whose modules have two "
-                    "possible names in transformers: choose one with --names, or pass the folder "
-                    "of the model with --model."
+                    "the adapter belongs to a multimodal model, for which transformers has two "
+                    "sets of module names: choose one with --names, or pass the folder of the "
+                    "model with --model."
                 )
             adapter = _with_tied(adapter, base)
             names = names or names_of(base.config if base else {})
@@ -150,8 +150,8 @@ def compared(out: Path, adapter: Adapter, again: Adapter, dtype: str = "float32"
     update, difference = compare(adapter, again)
     if not difference <= BOUNDS[dtype] * update + 1e-30:
         raise InputError(
-            f"converted to {dtype}, the adapter would change by {difference:.2g}, while its "
-            f"largest update is {update:.2g}: nothing was written"
+            f"conversion to {dtype} would change the adapter's updates by up to {difference:.2g} "
+            f"(the largest update is {update:.2g}), so nothing was written"
             + (": use --dtype float32." if dtype != "float32" else ".")
         )
     ranks = sorted(set(adapter.ranks.values()))

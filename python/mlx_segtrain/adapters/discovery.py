@@ -52,8 +52,8 @@ def _folders(root: Path) -> Iterator[Path]:
         raise InputError(f"{root} is not a folder: pass the folder to search.")
     for place, folders, files in os.walk(root):
         depth = len(Path(place).relative_to(root).parts)
-        # A run's folder `state` contains checkpoints, which are not adapters. Its other folders may
-        # contain adapters, such as the copies that are saved at evaluations.
+        # A run's `state` folder contains checkpoints, which are not adapters. Other folders of the
+        # run may contain adapters, such as the copies that are saved at evaluations.
         folders[:] = [
             x for x in folders if not x.startswith(".") and x != "state" and depth < DEPTH
         ]
@@ -85,7 +85,7 @@ def look(folder: Path, shape: ModelShape | None = None) -> Found:
 
 
 def _fits(folder: Folder, shape: ModelShape) -> bool:
-    """Returns whether the model contains every adapted layer, with the same widths."""
+    """Returns whether the model contains all adapted layers, with matching widths."""
     widths = {bare(path): ends for path, ends in shape.widths.items()}
     known = {bare(name) for name in shape.tensors}
 
@@ -107,7 +107,7 @@ def best_loss(run: Path) -> float | None:
     best = math.inf
     try:
         with open_regular(run / "metrics.jsonl") as log:
-            # The log may contain anything, and may grow while it is read.
+            # The log is untrusted and may grow while it is read, so limit the bytes that are read.
             lines = log.readlines(MOST_LOG) if os.fstat(log.fileno()).st_size < MOST_LOG else ()
             for line in lines:
                 if b'"val"' not in line:

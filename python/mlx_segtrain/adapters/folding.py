@@ -14,14 +14,14 @@ from ..lora import Adapter
 from ..models.snapshot import Quantization, Snapshot
 from .tying import check_base
 
-#: Maximum bytes of a weight file, unless a single tensor is larger.
+#: Maximum size of a weight file, in bytes. A file may exceed it only to store one larger tensor.
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
-#: The names of the tensors that a dense or a quantized module may have for an update to be merged
-#: into it.
+#: The tensors that a dense or a quantized module may contain. An update cannot be merged into a
+#: module that has other tensors.
 DENSE, QUANTIZED = {"weight", "bias"}, {"weight", "scales", "biases", "bias"}
-#: Endings of weight files in any format. These files are not copied from the base model's folder.
+#: Suffixes of weight files in any format. These files are not copied from the base model's folder.
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 #: Keys of the `quantization` section of config.json that are not names of modules.
 COMMON = ("group_size", "bits", "mode")
@@ -78,7 +78,7 @@ def fold(
     on_linear: Callable[[Folded], None] = lambda own: None,
 ) -> Report:
     """Merges the adapter into the weights of the base model, and writes the result as a folder that
-    mlx-lm loads.
+    mlx-lm can load.
 
     Quantized layers are quantized again, either with their previous settings or with `bits` bits
     per weight. With `dequantize`, the whole model is dequantized to `dtype`; the default is the
@@ -183,10 +183,10 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
     optionally, a bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
-        what = f"has {', '.join(more)}" if more else f"is {module['weight'].dtype}"
+        what = f"also has {', '.join(more)}" if more else f"has dtype {module['weight'].dtype}"
         raise InputError(
-            f"the adapter cannot be merged into '{path}' of {base.folder}, which {what}: convert "
-            "the model first (mlx_lm.convert)."
+            f"the adapter cannot be merged into '{path}' of {base.folder}, because this module "
+            f"{what}: convert the model first (mlx_lm.convert)."
         )
 
 
@@ -209,7 +209,7 @@ def _dense(module: Mapping[str, mx.array], how: Quantization | None, dtype: mx.D
     weight, scales, biases = module["weight"], module.get("scales"), module.get("biases")
     if how is None or scales is None:
         return weight.astype(dtype)
-    if biases is not None:  # MLX computes in the dtype of the scales, whatever is requested
+    if biases is not None:  # MLX ignores `dtype` and computes in the dtype of the scales
         scales, biases = scales.astype(dtype), biases.astype(dtype)
     options: Any = asdict(how)
     return mx.dequantize(weight, scales, biases, **options, dtype=dtype)
@@ -282,8 +282,8 @@ def _updated(adapter: Adapter, name: str, weight: mx.array, path: str) -> mx.arr
 
 
 def _tell(config: dict[str, Any], path: str, how: Quantization) -> None:
-    """Records the quantization of a module in config.json, unless it is the one that config.json
-    sets for all modules."""
+    """Records the quantization of a module in config.json, unless config.json already sets the
+    same quantization for all modules."""
     for key in ("quantization", "quantization_config"):
         whole = config.get(key)
         if isinstance(whole, dict):

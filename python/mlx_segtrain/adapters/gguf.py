@@ -90,7 +90,7 @@ def _place(names: Any, path: str) -> str:
     found = names.get_name(bare(path))
     if found is None or "switch_mlp" in path or "embed_tokens" in path:
         raise InputError(
-            f"'{path}' cannot be exported to GGUF: llama.cpp adapts plain linear layers only."
+            f"'{path}' cannot be exported to GGUF: llama.cpp can adapt only plain linear layers."
         )
     return str(found)
 

@@ -54,8 +54,8 @@ def weighted(
     """Returns the weighted sum of the adapters in these folders. A single adapter with weight 1 is
     returned unchanged, and may be a DoRA adapter.
 
-    `model_dir` is the folder of the base model. By default, it is the folder that each adapter's
-    configuration names.
+    `model_dir` is the folder of the base model. By default, the folder named in each adapter's
+    configuration is used.
     """
     chosen = [1.0] * len(paths) if weights is None else list(weights)
     if len(chosen) != len(paths):

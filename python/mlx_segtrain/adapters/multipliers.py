@@ -10,9 +10,9 @@ from ..errors import InputError
 from ..files import read_json
 from ..lora.folder import CONFIG, OPTIQ_CONFIG, Folder, number, section
 
-#: Limits on the number of patterns in a configuration, the characters in a pattern, the bytes for a
-#: pattern's automata, and the total number of attempts to match a pattern with a path, which bounds
-#: the time.
+#: Limits on the number of patterns in a configuration, the characters in a pattern, and the bytes
+#: of a pattern's automata. TRIED limits the total number of attempts to match a pattern with a
+#: path, and therefore the running time.
 PATTERNS, LONGEST, MEMORY, TRIED = 5000, 1000, 1 << 20, 5_000_000
 
 

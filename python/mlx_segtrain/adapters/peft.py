@@ -84,7 +84,7 @@ def write_peft(path: Path, adapter: Adapter, about: About, names: Names, dtype: 
             "rank_pattern": {targets[m]: r for m, r in ranks.items() if r != rank},
             "alpha_pattern": {targets[m]: x for m, x in alphas.items() if x != alpha},
             "ensure_weight_tying": twin is not None,
-            "use_rslora": False,  # the multipliers already include it
+            "use_rslora": False,  # the multipliers already include this scaling
             "modules_to_save": None,
         },
     )

@@ -1,10 +1,11 @@
 """Reads adapter folders in our format, and in the formats of mlx-lm, similar packages and Hugging
 Face PEFT.
 
-    adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier
+    adapters.safetensors       <path>.lora_a [in, R], <path>.lora_b [R, out]; one multiplier for
+                               all layers
     adapter_model.safetensors  base_model.model.<path>.lora_A.weight [R, in], ….lora_B.weight
-                               [out, R], for an embedding ….lora_embedding_A and B; alpha
-                               divided by the rank, layer by layer
+                               [out, R], for an embedding ….lora_embedding_A and B; the multiplier
+                               of each layer is alpha divided by the rank
     DoRA                       also <path>.m [out], ….lora_magnitude_vector [out]
 
 Each folder has an adapter_config.json. Tensors that do not belong to low-rank updates are refused
@@ -87,8 +88,8 @@ def read_stored(
 
     `tied` says whether the base model lacks a separate head. If `tied` is None and its value
     matters, it is looked up in `model_dir` or in the base model that the adapter names. Raises
-    InputError in the same cases as `read_adapter`, unless an error can only be detected with the
-    model. Also raises InputError if `tied` matters but cannot be determined.
+    InputError in the same cases as `read_adapter`, except for errors that only the model reveals.
+    Also raises InputError if `tied` matters but cannot be determined.
     """
     folder = open_folder(path)
     multiplier, header = multiplier_of(folder), read_header(folder.weights)
@@ -99,7 +100,7 @@ def read_stored(
     for name, (dtype, _) in header.items():
         if dtype not in FLOATS:
             raise InputError(
-                f"{folder.weights}: '{name}' is {dtype}, but factors must be floating-point."
+                f"{folder.weights}: '{name}' has dtype {dtype}, but factors must be floating-point."
             )
     try:
         loaded: Any = mx.load(str(folder.weights))
@@ -156,8 +157,8 @@ def ranks_in(path: str | Path | Folder, tied: bool | None = None) -> dict[str, i
     header.
 
     `tied` says whether the base model lacks a separate head; None means that this is unknown.
-    Raises InputError in the same cases as `read_adapter`, unless an error can only be detected with
-    the model or the factors.
+    Raises InputError in the same cases as `read_adapter`, except for errors that only the model or
+    the factors reveal.
     """
     return {path: rank for path, (_, rank, _) in stored_shapes(path, tied).items()}
 
@@ -166,7 +167,7 @@ def stored_shapes(
     path: str | Path | Folder, tied: bool | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """Returns (in, rank, out) for each adapted layer; for a layer with experts, these are the sizes
-    of each expert. `tied` and the errors are the same as for `ranks_in`."""
+    of each expert. `tied` and the errors raised are the same as for `ranks_in`."""
     folder = open_folder(path)
     header = read_header(folder.weights)
     found = {}

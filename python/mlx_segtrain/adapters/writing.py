@@ -41,7 +41,7 @@ def padded(adapter: Adapter, rank: int | None, scale: float) -> dict[str, mx.arr
     If `rank` is not None, they are padded to this rank."""
     tensors = {}
     for module, (a, b) in adapter.tensors.items():
-        # If scale is 0, all multipliers are 0.
+        # If scale is 0, all multipliers are 0, so B needs no rescaling.
         ratio = adapter.scales[module] / scale if scale else 1.0
         b = b if ratio == 1 else b * ratio
         extra = rank - a.shape[1] if rank else 0

@@ -99,7 +99,7 @@ def run(
     runs: int = 20,
     show: Callable[[str], None] = print,
 ) -> list[bench.Row]:
-    """Measures the cases whose op or shape contains one of the texts in `only`, with the
+    """Measures the cases whose op or shape contains one of the strings in `only`, with the
     implementations in `impls`. By default, measures all cases with all implementations."""
     wanted, chosen = list(only), set(impls)
     device = bench.measure_device()

@@ -96,7 +96,8 @@ def _prune(args: argparse.Namespace) -> int:
     found = {own.key: own for own in entries()}
     if unknown := [key for key in args.keys if key not in found]:
         raise InputError(
-            f"no cached data set has the key {unknown[0]}: mlx-segtrain cache list shows the keys."
+            f"no cached data set has the key {unknown[0]}: run mlx-segtrain cache list to see the "
+            "keys."
         )
     keys = args.keys or list(found)
     if args.older is not None:

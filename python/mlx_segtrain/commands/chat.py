@@ -99,8 +99,8 @@ class Chat:
         self.turns.append({"role": "assistant", "content": kept})
 
     def stream(self, voice: Voice) -> Iterator[str]:
-        """Yields the parts of a response. Reuses the voice's cache for the common prefix of its
-        previous prompt and the new one."""
+        """Yields the parts of a response. Reuses the voice's cache for the common prefix of the
+        voice's previous prompt and the new prompt."""
         from mlx_lm.models.cache import (
             can_trim_prompt_cache,
             make_prompt_cache,
@@ -109,14 +109,14 @@ class Chat:
 
         self._mount(voice)
         ids = self._ids(voice)
-        # At least one token must be processed, because its logits start the response.
+        # At least one token must be processed, to compute the logits of the first response token.
         same = generate.shared(voice.ids, ids[:-1])
         surplus = len(voice.ids) - same
         if voice.cache is None or (surplus and not can_trim_prompt_cache(voice.cache)):
             voice.cache, same = make_prompt_cache(self.model), 0
         elif surplus:
             trim_prompt_cache(voice.cache, surplus)
-        cache, voice.cache, seen = voice.cache, None, list(ids)  # dropped if interrupted
+        cache, voice.cache, seen = voice.cache, None, list(ids)  # an interruption drops the cache
         parts = generate.stream(
             self.model, self.tokenizer, ids, self.options, same, prompt_cache=cache
         )
@@ -148,7 +148,8 @@ class Chat:
         self._mounted = voice
 
     def command(self, line: str) -> str | None:
-        """Runs a line that begins with a slash. Returns the text to show, or None to exit."""
+        """Runs a command (a line that begins with a slash). Returns the text to show, or None to
+        exit."""
         name, _, rest = line[1:].partition(" ")
         rest = rest.strip()
         if name in ("exit", "quit", "q"):

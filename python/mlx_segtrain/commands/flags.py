@@ -38,8 +38,8 @@ COMMANDS_ELSEWHERE = {
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Formats help in up to WIDEST columns, and shows a flag's value once, after the flag's
-    names."""
+    """Formats help in up to WIDEST columns, and shows the placeholder for a flag's value only once,
+    after all names of the flag."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns - 2, WIDEST)
@@ -150,7 +150,7 @@ def add_run_flags(parser: Parser) -> None:
 
 
 def examples(*commands: tuple[str, str]) -> str:
-    """Returns the end of a help text: commands, each preceded by a comment that describes it."""
+    """Returns examples for the end of a help text: commands, each preceded by a description."""
     text = "\n".join(f"  # {what}\n  {command}" for what, command in commands)
     return f"examples:\n{text}"
 

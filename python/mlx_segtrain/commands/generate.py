@@ -120,7 +120,7 @@ def options_of(args: argparse.Namespace) -> Options:
         if args.temp == 0 and name in ONLY_DRAWN:
             own = "--" + name.replace("_", "-")
             raise InputError(
-                f"{own} has no effect at temperature 0, which is greedy decoding: raise --temp"
+                f"{own} has no effect at temperature 0 (greedy decoding): set --temp above 0"
             )
     return Options(args.max_tokens, args.temp, **given)
 
@@ -199,7 +199,7 @@ def _prompt(args: argparse.Namespace) -> str:
         try:
             text = Path(args.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the prompt {args.prompt_file}: {error}") from None
+            raise InputError(f"cannot read the prompt file {args.prompt_file}: {error}") from None
     else:
         text = args.prompt
     if not text.strip():

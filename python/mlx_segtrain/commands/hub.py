@@ -33,7 +33,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     added.add_argument(
         "--public",
         action="store_true",
-        help="if the repository is created, make it public. Default: private.",
+        help="make the repository public if it has to be created. Default: private.",
     )
 
 

@@ -51,7 +51,7 @@ def _init(args: argparse.Namespace) -> int:
     from mlx_segtrain.commands.terminal import Terminal
 
     if args.file.exists() and not args.force:
-        raise InputError(f"{args.file} already exists: pass another name, or --force.")
+        raise InputError(f"{args.file} already exists: choose another name, or pass --force.")
     given = {name: value for name, value in vars(args).items() if name in TrainConfig.model_fields}
     asks = dict(QUESTIONS)
     if "iters" in given:
@@ -76,7 +76,7 @@ def _init(args: argparse.Namespace) -> int:
 
 
 def _asked(name: str) -> str:
-    """Returns the user's answer. If stdin is not a terminal, returns the default."""
+    """Asks the user for a field's value. If stdin is not a terminal, returns the default."""
     question, otherwise = QUESTIONS[name]
     if not sys.stdin.isatty():
         if otherwise is None:

@@ -22,7 +22,7 @@ def draw(file: Path, run: RunPlan, config: TrainConfig) -> None:
     Raises InputError if memory cannot be predicted for the model's family.
     """
     if ROWS[config.method] != "single":
-        raise InputError(f"--plot only supports method sft, not {config.method}: leave it out.")
+        raise InputError(f"--plot supports only method sft, not {config.method}: leave --plot out.")
     if run.planned is None:
         raise InputError(f"--plot needs a model whose memory can be predicted, but {run}.")
     from matplotlib.figure import Figure

@@ -27,7 +27,7 @@ from ..objectives.sft import Sft
 from ..ops import bench, choice, selfcheck
 
 LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 1e5}
-#: Shapes of models, which are timed with random 4-bit weights.
+#: Models to time. They have the shapes of real models and random 4-bit weights.
 MODELS: dict[str, dict[str, Any]] = {
     "SmolLM2-135M": {
         "hidden_size": 576,
@@ -140,6 +140,6 @@ def write(kind: str, content: dict[str, Any]) -> str:
     path = Path(f"mlx-segtrain-{kind}.json")
     write_json(path, content)
     return (
-        f"{path} describes this device, with versions, checks and times but no paths or names: "
-        "attach it to an issue of mlx-segtrain"
+        f"{path} lists the device, versions, check results and times, but no paths or names: "
+        "attach it to an issue in the mlx-segtrain repository"
     )

@@ -243,7 +243,7 @@ def uses(config: TrainConfig, adapter: Path) -> list[tuple[str, list[str]]]:
         note = f", with the system message of the data ({len(system):,} characters)"
     found = [
         (f"chat with it{note}", ["mlx-segtrain", "chat", *own, *more]),
-        ("or ask it once", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
+        ("or ask a single question", ["mlx-segtrain", "generate", *own, *more, "--prompt", "…"]),
     ]
     if on_gpu():  # on a CPU, stock mlx-lm computes in bfloat16, which takes seconds per token
         theirs = ["--model", str(config.model_dir), "--adapter-path", str(adapter), *more]

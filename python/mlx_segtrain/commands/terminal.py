@@ -85,7 +85,7 @@ class Terminal:
         with Terminal() as show:
             train(config, show, on_step=show.step)
 
-    If the console is a terminal, it draws a progress bar; otherwise it prints one line per event.
+    Draws a progress bar if the console is a terminal; otherwise, prints one line per event.
     `output` determines how much is shown and logged; by default, it is the output of the running
     command.
     """
@@ -273,7 +273,7 @@ class Terminal:
 
 
 def errors() -> Console:
-    """Returns the console for everything that is not a result."""
+    """Returns a console on stderr, for all output except results."""
     return Console(file=uncopied(sys.stderr), highlight=False)
 
 

