@@ -29,7 +29,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
-        """Creates the objective with its options from a configuration."""
+        """Creates the objective with the options that are set in a configuration."""
         return cls(*(getattr(config, name) for name in cls.options))
 
     @property
@@ -41,9 +41,9 @@ class Objective:
     @property
     def baseline(self) -> "Objective | None":
         """The objective that computes the baseline of the loss; None if the loss has no baseline.
-        It is computed for all batches of a step, without a backward pass, before the loss of the
-        first batch. The sum of its outputs becomes the field `baseline` of the total, and is a
-        constant in the loss."""
+        The baseline is computed for all batches of a step, without a backward pass, before the loss
+        of the first batch. The sum of its outputs becomes the field `baseline` of the total, and is
+        a constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:

@@ -1,8 +1,8 @@
 """The ops in plain MLX, written like formulas. The fast implementations are checked against them.
 
-The plain ops use as much memory as any naive code, since they store scores [T, S] and logits
-[M, V]. Their gradients come from MLX's automatic differentiation; tests/lib/oracle.py derives the
-gradients of the native ops.
+The plain ops use as much memory as naive code, since they store the scores [T, S] and the logits
+[M, V]. Their gradients come from MLX's automatic differentiation. Tests compare the native ops with
+tests/lib/oracle.py, which computes derivatives in float64.
 """
 
 import math

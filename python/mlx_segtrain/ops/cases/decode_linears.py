@@ -63,7 +63,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def linears(name: str, outs: tuple[int, ...], width: int, rank: int, rows: int) -> bench.Case:
-    """Returns the case of 4-bit layers that read the same rows, where each row uses one of three
+    """Returns a benchmark of 4-bit layers that read the same rows, where each row uses one of three
     adapters. MLX's implementation computes no updates."""
 
     def run(impl: str) -> dict[str, bench.Work]:
