@@ -18,7 +18,8 @@ PREFILL = 2048
 CACHE_STEP = 256
 #: The number of float32 copies of a row's logits that exist at the same time during sampling.
 LOGITS = 6
-#: Memory, in bytes, for running one token of each row through the layers, and for compiled kernels.
+#: The memory, in bytes, needed to run one token of each row through the layers, and for compiled
+#: kernels.
 SLACK = 64 << 20
 
 
@@ -111,9 +112,9 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
 
 
 def _reading_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the memory for processing a text, in bytes: its cache, and the maximum that a layer
-    needs for PREFILL tokens. On a CPU, where attention is not fused, a layer also needs memory for
-    the scores of all heads."""
+    """Returns the memory, in bytes, needed to process a text: the size of its cache, plus the
+    maximum that a layer needs for PREFILL tokens. On a CPU, where attention is not fused, a layer
+    also needs memory for the scores of all heads."""
 
     def numbers(layer: LayerForm) -> int:
         scores = 0 if device.gpu else layer.query // layer.head * tokens
