@@ -77,8 +77,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form in which their common prefix is computed only once, then in a
-        form without sharing."""
+        """Yields the pairs in a form that computes common prefixes only once and then, if any pair
+        shares a prefix, in a form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()

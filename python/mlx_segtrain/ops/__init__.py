@@ -520,9 +520,9 @@ def linear_log_probs(
 
     h [M, H], integer targets [M] below V → float32 log_p [M]. A row with a target below 0 is not
     computed; its log_p and its gradient are 0. To find such rows on a GPU, the host waits for the
-    targets when the graph is built. If the targets are traced by mx.compile, or with
-    `padded=False`, every row is computed. With `softcap` c, z is replaced with c·tanh(z / c). On
-    CUDA, the forward pass computes and keeps the gradient of log_p with respect to h, unless
+    targets when the graph is built. Every row is computed if the targets are traced by mx.compile,
+    or if `padded` is False. With `softcap` c, z is replaced with c·tanh(z / c). On CUDA, the
+    forward pass computes and keeps the gradient of log_p with respect to h, unless
     `needs_grad=False`; on other devices the backward pass recomputes z, one chunk of rows at a
     time. The op is for preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """

@@ -137,7 +137,7 @@ def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
 def cases() -> list[Case]:
     """Returns the cases for this device. On a GPU, most have the shapes of a layer of Gemma 4 E4B
     at 8192 tokens; on a CPU, they have the shapes of SmolLM2."""
-    from .cases import of_every_op  # these modules import this one
+    from .cases import of_every_op  # imported here to avoid a circular import
 
     return [case for cases in of_every_op("cases") for case in cases(on_gpu())]
 

@@ -49,7 +49,7 @@ class Heads:
         return f"{self.heads}/{self.groups} heads of {self.size}, {name}, {kind}"
 
 
-Times = dict[str, float]  #: ms for value and gradients, keyed by implementation
+Times = dict[str, float]  #: time (ms) for value and gradients, by implementation
 
 
 def key() -> str:

@@ -206,7 +206,8 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the minimum memory, in bytes, for allocations by the host ahead of the device."""
+    """Returns the minimum number of bytes to reserve for allocations by the host ahead of the
+    device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 

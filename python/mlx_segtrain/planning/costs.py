@@ -209,7 +209,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         donor = next(other for other in stage.model.layers if other.name == layer.donor)
         backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
-    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` includes them
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # given k and v are in `writes`
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
     if dora:  # the output of each layer is kept in addition to its rescaled copy
         given = out * (q + h) + 2 * tokens * k

@@ -82,7 +82,7 @@ def completions_of(config: TrainConfig, ranks: int) -> int:
 
 def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
     """Returns the number of completions that a rank can generate at a time, and their peak memory
-    in bytes, or None if memory is not predicted. A completion and its prompt are assumed to have
+    in bytes (None if memory is not predicted). A completion and its prompt are assumed to have
     max_seq_length tokens together. Raises NoRoom if not even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
