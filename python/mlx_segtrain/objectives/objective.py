@@ -128,7 +128,7 @@ def stream_values(
     """Returns the inputs of a stream with tokens [B, T]. Tokens in rows b [M] at positions t [M]
     predict a token in the loss.
 
-    `positions` [N] are the positions that are left after the layer that trims the sequences, and
+    `positions` [N] are the positions that remain after the layer that trims the sequences, and
     `rows` [M] are indices into h [B·N, H].
     """
     length = tokens.shape[1]

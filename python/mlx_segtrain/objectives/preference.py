@@ -331,9 +331,10 @@ class Orpo(Pairs):
     reference model.
 
     The loss is NLL − λ·log σ(o) with o = log odds(p_c) − log odds(p_r), where p_c and p_r are the
-    mean log-probabilities per token of the chosen and the rejected response. NLL is the mean
-    negative log-likelihood over all tokens of the chosen sequences (`full`), or the mean of −p_c
-    over the pairs (`response`). The rewards are λ·p_c and λ·p_r, and the margin is o.
+    mean log-probabilities per token of the chosen and the rejected response. If `scope` is "full",
+    NLL is the mean negative log-likelihood over all tokens of the chosen sequences. If it is
+    "response", NLL is the mean of −p_c over the pairs. The rewards are λ·p_c and λ·p_r, and the
+    margin is o.
     """
 
     weight: float = 0.1

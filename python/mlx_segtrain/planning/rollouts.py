@@ -92,8 +92,9 @@ def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]
 
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Returns the memory that does not depend on the number of completions, and the memory per
-    completion, in bytes. While the cache of a layer grows, both its old and its new array exist.
-    Prompts are processed while the caches of the current completions are in memory."""
+    completion, in bytes. Accounts for the old and the new array of a layer's cache, which both
+    exist while the cache grows, and for prompts that are processed while the caches of the current
+    completions are in memory."""
     on = device(config.deterministic, shape.float_size)
     # The factors, the optimizer state, and a copy of the factors in the dtype of the model.
     numbers = sum(parameters_of(shape, adapter_ranks(config, shape), dora=False).values())

@@ -2,7 +2,8 @@
 them.
 
 A ring of N ranks sums B bytes in 2(N − 1) rounds (Patarasuk & Yuan 2009). In each round, every rank
-sends B/N bytes, and one latency is added. In total, each rank sends 2(N − 1)/N·B bytes.
+sends B/N bytes; the round takes the time of this transfer plus one latency. In total, each rank
+sends 2(N − 1)/N·B bytes.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Made:
         return float(np.mean([own != "stop" for own in self.all("finish")]))
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of the total reward, of each reward if there are several, and of the
+        """Returns the means of the total reward, of each reward if there are several, and of the
         completion length. For conversations, also returns the mean number of turns and the fraction
         of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}

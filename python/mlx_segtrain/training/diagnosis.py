@@ -52,7 +52,7 @@ def first_nonfinite(
 ) -> tuple[list[str], str | None]:
     """Returns the row and the tensor in which values first become non-finite.
 
-    Runs a separate forward pass for each row. Returns all rows if none of them produces non-finite
+    Runs a separate forward pass for each row. Returns all rows if no single row produces non-finite
     values, or if there is not enough memory.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names

@@ -29,9 +29,9 @@ PATIENCE = 2.0
 class Interrupts:
     """Makes signals raise KeyboardInterrupt in the current or the next `allowed` block.
 
-    A second signal more than PATIENCE seconds later kills the process. The run can then be resumed
-    from its last checkpoint, as after a power cut. This class has no effect outside the main
-    thread, because only the main thread receives signals.
+    A second signal that arrives more than PATIENCE seconds later kills the process. The run can
+    then be resumed from its last checkpoint, as after a power cut. This class has no effect outside
+    the main thread, because only the main thread receives signals.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:

@@ -1,5 +1,5 @@
-"""Linear layers in a generation step, with a LoRA update per row. On CUDA, this is a single kernel
-launch."""
+"""Linear layers in a generation step, with a LoRA update per row. On CUDA, a single kernel launch
+computes them."""
 
 from collections.abc import Iterator
 from typing import Any

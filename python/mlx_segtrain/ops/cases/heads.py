@@ -1,5 +1,5 @@
-"""Checks `lora_qkv`, which computes the heads q, k and v with one matrix multiplication, and
-rotates q and k. On CUDA this is one kernel."""
+"""Checks `lora_qkv`, which splits the output of a matrix multiplication into the heads q, k and v,
+and rotates q and k. On CUDA, a single kernel does this."""
 
 import functools
 from collections.abc import Iterator
