@@ -16,7 +16,8 @@ from typing import Any
 from .ranks import ALONE, Ranks
 
 #: The handled signals (Ctrl-C, a request to terminate, a closed terminal) and their default
-#: handlers. A signal with another handler, such as one set by nohup, is not replaced.
+#: handlers. If a signal has another handler, such as one set by nohup, that handler is not
+#: replaced.
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
