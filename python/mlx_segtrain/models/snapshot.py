@@ -72,7 +72,8 @@ class Snapshot:
         return sum(file.stat().st_size for file in self.headers)
 
     def spelled(self, path: str) -> str | None:
-        """Returns the path of a module in the files, or None if they do not contain its weight."""
+        """Returns the path under which the files store a module, or None if they do not contain its
+        weight."""
         return next((p for p in spellings(path) if f"{p}.weight" in self.tensors), None)
 
     def quantization(self, path: str) -> "Quantization | None":
@@ -84,7 +85,8 @@ class Snapshot:
 
     @contextmanager
     def consistent(self) -> Iterator[None]:
-        """Raises InputError if config.json and the headers contradict each other."""
+        """Inside this context, errors caused by a config.json that contradicts the headers are
+        raised as InputError."""
         try:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
@@ -109,9 +111,9 @@ def quantization_of(
     """Returns how the module with this path in the files is quantized, or None if it is not
     quantized.
 
-    As in mlx-lm, the number of groups determines the width, and the width determines the bits. If
-    the configuration does not match the tensors, raises LookupError, TypeError, ValueError,
-    AttributeError or ArithmeticError.
+    As in mlx-lm, the number of groups and their size give the width of the weight, and the number
+    of bits follows from this width. If the configuration does not match the tensors, raises
+    LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))
     if f"{path}.scales" not in tensors or dtype != "U32":

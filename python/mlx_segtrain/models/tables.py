@@ -1,4 +1,4 @@
-"""Determines the number of tokens and positions of a loaded model.
+"""Determines how many token ids and positions a loaded model supports.
 
 MLX reads and writes past the end of a table without an error. Therefore, indices are compared with
 the number of rows that were loaded, not with the numbers in config.json.
@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from ..errors import InputError, named_reason
 
-#: Tables of positions, and other tables that token ids do not index directly.
+#: Match the paths of position tables, and of other tables that token ids do not index directly.
 POSITIONS = re.compile(r"(^|\.)(wpe|position_embeddings|embed_positions)$")
 OTHERS = re.compile(r"(per_layer|ngram_embeddings\.embedders)")
 

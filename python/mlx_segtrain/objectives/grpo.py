@@ -1,9 +1,9 @@
 """Policy gradients over groups of completions: GRPO, Dr. GRPO, DAPO and GSPO.
 
 A row is a prompt with one completion, whose tokens are in the loss. Each of these tokens has a
-weight and values that are computed before the update. These are the advantage and three
-log-probabilities of the token: when it was sampled (`rollout`), before the first update (`old`),
-and under the model without the adapter (`reference`).
+weight and four values that are computed before the update. The values are the token's advantage and
+its log-probabilities when it was sampled (`rollout`), before the first update (`old`), and under
+the model without the adapter (`reference`).
 """
 
 from collections.abc import Sequence
@@ -38,8 +38,8 @@ class Grpo(Objective):
     each token of a completion with n tokens is 1/(N·n) for grpo and gspo, 1/(N·most) for dr_grpo
     (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025, arXiv:2503.14476). Where
     `old` was not computed (NaN), the new probability is used instead, as a constant. The property
-    `reference` is None, because the log-probabilities without the adapter are computed in each
-    step.
+    `reference` is None, because each step has new completions, so their log-probabilities without
+    the adapter cannot be computed before the run.
     """
 
     kind: Loss = "grpo"
@@ -64,8 +64,8 @@ class Grpo(Objective):
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Returns the weight of the tokens of each completion, float64 [N]. It is 0 for completions
-        that are not `kept`."""
+        """Returns the weight of each token in the loss, one value per completion, float64 [N]. It
+        is 0 for completions that are not `kept`."""
         if self.kind == "dapo":
             part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
         else:
@@ -112,8 +112,8 @@ class Grpo(Objective):
         return float(sum(np.count_nonzero(batch.weights) for batch in batches))
 
     def values(self, chain: Chain, batch: Batch, total: float) -> dict[str, mx.array]:
-        """Returns the inputs of the chain and the head for a batch. `members` [B, M] is 1/n for the
-        n tokens of each completion, and 0 elsewhere."""
+        """Returns the inputs of the chain and the head for a batch. `members` [B, M] contains 1/n
+        for the n tokens of each completion, and 0 elsewhere."""
         tokens, b, t, places = predictions(batch)
         if batch.packed:
             owner = np.searchsorted(np.cumsum(batch.lengths), places[1], side="right")
@@ -162,7 +162,7 @@ class Grpo(Objective):
 
 @dataclass(frozen=True)
 class LogProbs(Grpo):
-    """An objective whose only output is the log-probabilities [M] of the tokens in the loss."""
+    """An objective that outputs only the log-probabilities [M] of the tokens in the loss."""
 
     metrics = ()
 

@@ -22,8 +22,8 @@ from ..streams import SINGLE, Stream
 from .objective import Objective, stream_values
 from .preference import Reference
 
-#: The range that the paper (eq. 8) recommends for the ratio of desirable to undesirable rows, where
-#: each count is multiplied by its weight.
+#: The range that the KTO paper (eq. 8) recommends for the ratio of desirable to undesirable rows,
+#: where each count is multiplied by its weight.
 ADVISED = (1.0, 4 / 3)
 
 
@@ -77,7 +77,7 @@ class Responses(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, *own = reads
-        # A sum of products, because GPUs would round the operands of a matrix multiplication.
+        # This is not written as a matrix multiplication, because GPUs would round its operands.
         return self._of_sums((members * log_p).sum(1), *own)
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
@@ -113,7 +113,7 @@ def _reference(batch: AnyBatch) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alone(Responses):
-    """An objective whose only output is the log-probabilities [B] of the responses."""
+    """An objective that outputs only the log-probabilities [B] of the responses."""
 
     def _of_sums(self, sums: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         return (sums,)
@@ -121,8 +121,9 @@ class Alone(Responses):
 
 @dataclass(frozen=True)
 class Divergence(Responses):
-    """An objective whose only output is this batch's part of the estimated KL divergence: the mean,
-    over the rows of a step, of log π − log ref for responses of other rows."""
+    """An objective that outputs only this batch's part of the estimated KL divergence. The estimate
+    is the mean of log π − log ref over the rows of a step, where each prompt is paired with the
+    response of another row."""
 
     def _sides(self, batch: AnyBatch) -> tuple[Batch, np.ndarray]:
         assert isinstance(batch, PairBatch)
@@ -140,8 +141,8 @@ class Kto(Responses):
     Let r = log π − log ref, summed over the response, where π is the model with its adapter and ref
     the model without it, and let z ≥ 0 be the estimated KL divergence, which is a constant in the
     loss. The loss is λ_D·(1 − σ(β(r − z))) for a desirable row and λ_U·(1 − σ(β(z − r))) for an
-    undesirable row. With z = 0 it is apo_zero_unpaired (D'Oosterlinck et al. 2024,
-    arXiv:2408.06266). The reward of a row is βr. For the accuracy, a desirable row is correct if
+    undesirable row. With z = 0, this is the loss `apo_zero_unpaired` (D'Oosterlinck et al. 2024,
+    arXiv:2408.06266). The reward of a row is βr. The accuracy counts a desirable row as correct if
     its reward is above βz, and an undesirable row if its reward is below βz.
     """
 

@@ -29,7 +29,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Objective":
-        """Creates the objective with its options from a configuration."""
+        """Creates the objective with the options that are set in a configuration."""
         return cls(*(getattr(config, name) for name in cls.options))
 
     @property
@@ -41,9 +41,9 @@ class Objective:
     @property
     def baseline(self) -> "Objective | None":
         """The objective that computes the baseline of the loss; None if the loss has no baseline.
-        It is computed for all batches of a step, without a backward pass, before the loss of the
-        first batch. The sum of its outputs becomes the field `baseline` of the total, and is a
-        constant in the loss."""
+        The baseline is computed for all batches of a step, without a backward pass, before the loss
+        of the first batch. The sum of its outputs becomes the field `baseline` of the total, and is
+        a constant in the loss."""
         return None
 
     def prepared(self, data: Dataset, tokens: int) -> Dataset:
@@ -128,7 +128,7 @@ def stream_values(
     """Returns the inputs of a stream with tokens [B, T]. Tokens in rows b [M] at positions t [M]
     predict a token in the loss.
 
-    `positions` [N] are the positions that are left after the layer that trims the sequences, and
+    `positions` [N] are the positions that remain after the layer that trims the sequences, and
     `rows` [M] are indices into h [B·N, H].
     """
     length = tokens.shape[1]

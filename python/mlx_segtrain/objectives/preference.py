@@ -23,7 +23,7 @@ from .objective import Objective, stream_values
 
 #: Pairs whose common prefix is shorter than this many tokens run as two streams.
 SHARED_LEAST = 64
-#: The lower bound of 1 − p in log-odds, which would be infinite for p = 1.
+#: The lower bound on 1 − p when log-odds are computed, because they would be infinite for p = 1.
 LEAST_REST = 1e-7
 #: The temperature τ with which discopop blends its two losses, as in the paper.
 DISCOPOP_TAU = 0.05
@@ -58,12 +58,13 @@ class Answers:
 
     @property
     def means(self) -> tuple[mx.array, mx.array]:
-        """The mean log-probability per token of each response, chosen and rejected, [B] each."""
+        """The mean log-probabilities per token of the chosen and the rejected responses, [B]
+        each."""
         return self.chosen / self.n_chosen, self.rejected / self.n_rejected
 
 
-#: This batch's part of the mean loss; the rewards [B] of the chosen and the rejected responses; the
-#: margins [B].
+#: The values computed from a batch of pairs: its part of the mean loss, the rewards [B] of the
+#: chosen and the rejected responses, and the margins [B].
 Compared = tuple[mx.array, tuple[mx.array, mx.array], mx.array]
 
 
@@ -76,8 +77,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form in which their common prefix is computed only once, then in a
-        form without sharing."""
+        """Yields the pairs in a form that computes common prefixes only once and then, if any pair
+        shares a prefix, in a form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -85,8 +86,9 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # `apart` contains the pairs without shared tokens. If one of them is in a batch, no tokens
-        # of the batch are shared. Batches of several rows can combine it with any other pair.
+        # `apart` contains the pairs that do not share enough tokens. A batch with such a pair
+        # shares no tokens at all. With several rows per batch, any other pair may be in such a
+        # batch, so `apart` must then contain all pairs.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -156,7 +158,7 @@ class Pairs(Objective):
 
     def _outputs(self, log_p: mx.array, *reads: mx.array) -> tuple[mx.array, ...]:
         members, weights, reference, part = reads
-        # A sum of products, because GPUs would round the operands of a matrix multiplication.
+        # This is not written as a matrix multiplication, because GPUs would round its operands.
         sums = ((members * log_p).sum(1), reference, members.sum(1))
         sides = [side for both in sums for side in mx.split(both, 2)]
         answers = Answers(*sides, likelihood=-(weights * log_p).sum(), part=part)
@@ -178,8 +180,8 @@ class Pairs(Objective):
         return int((chosen + pairs.trained[:, 1]).max())
 
     def _stream(self, batch: PairBatch, stream: Stream) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the tokens [B, T] of a stream, and its positions in the loss in the same form as
-        `_rows`."""
+        """Returns the tokens [B, T] of a stream, and its positions in the loss, in the form that
+        `_rows` returns."""
         sides = {"chosen": batch.chosen.tokens[:, :-1], "rejected": batch.rejected.tokens[:, :-1]}
         if not stream.branch:  # the last token of a sequence is only a target
             return sides[stream.name], self._rows(batch, stream.name)
@@ -193,7 +195,8 @@ class Pairs(Objective):
     def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
         """Returns arrays with an element for each position of a side's sequences that predicts a
         token in the loss. They contain the row in the batch, the position, the predicted token, the
-        index of the sequence, whether the token belongs to a response, and its weight."""
+        index of the sequence, whether the token belongs to a response, and the token's weight in
+        the cross-entropy term."""
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
@@ -210,7 +213,8 @@ class Pairs(Objective):
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
     """Returns the maximum number of tokens in a sequence of one side, and the maximum number that
-    is left after trimming. If the `full` sequence is in the loss, nothing is trimmed."""
+    is left after trimming. If `full` is true, the whole sequence is in the loss, and nothing is
+    trimmed."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())
@@ -219,7 +223,7 @@ def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Reference(Pairs):
-    """An objective whose only output is the log-probabilities [2B] of the responses."""
+    """An objective that outputs only the log-probabilities [2B] of the responses."""
 
     metrics = ()
 
@@ -327,9 +331,10 @@ class Orpo(Pairs):
     reference model.
 
     The loss is NLL − λ·log σ(o) with o = log odds(p_c) − log odds(p_r), where p_c and p_r are the
-    mean log-probabilities per token of the chosen and the rejected response. NLL is the mean
-    negative log-likelihood over all tokens of the chosen sequences (`full`), or the mean of −p_c
-    over the pairs (`response`). The rewards are λ·p_c and λ·p_r, and the margin is o.
+    mean log-probabilities per token of the chosen and the rejected response. If `scope` is "full",
+    NLL is the mean negative log-likelihood over all tokens of the chosen sequences. If it is
+    "response", NLL is the mean of −p_c over the pairs. The rewards are λ·p_c and λ·p_r, and the
+    margin is o.
     """
 
     weight: float = 0.1

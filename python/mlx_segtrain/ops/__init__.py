@@ -76,7 +76,7 @@ def base_of(module: nn.Module) -> Base:
 
 
 def rows_of(base: Base, begin: int, end: int) -> Base:
-    """Returns rows [begin, end) of a weight [out, in] as a new weight [end − begin, in]."""
+    """Returns a weight that consists of rows [begin, end) of a weight [out, in]."""
     arrays = (x if x is None else x[begin:end] for x in (base.scales, base.biases, base.bias))
     return Base(base.weight[begin:end], *arrays, **packing(base))
 
@@ -425,9 +425,9 @@ def lora_qkv(
     of the second is used for both keys and values: v is k without its norm and rotation. If there
     is only one, only q is returned. `norms` apply to each head of q, k and v, before rotation.
     `segments` covers offset + T tokens and has the form that `attention` accepts. On CUDA, one
-    kernel computes the heads from the output of a single matrix multiplication, and one kernel
+    kernel computes the heads from the output of a single matrix multiplication, and another kernel
     computes the gradient of this output from the gradients of the heads. If there are norms, the
-    matrix multiplication's output is kept for this purpose.
+    matrix multiplication's output is kept for the second kernel.
     """
     ranges = None if segments is None else segment_ranges(segments, offset + x.shape[1])
     how: dict[str, Any] = {"traditional": traditional, "base": base, "scale": scale}
@@ -484,11 +484,12 @@ def linear_cross_entropy(
 
     h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
     a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
-    rows at a time; `needs_grad=False` skips it, for evaluation. `padded=False` means that no target
-    is below 0. Otherwise, on a GPU, the host waits for the targets to find the rows to ignore. With
-    `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1), z[target] is
-    replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016, arXiv:1512.00567). The idea of
-    never storing z is from Cut Cross-Entropy (Wijmans et al. 2024, arXiv:2411.09009).
+    rows at a time; `needs_grad=False` skips it, for evaluation. Pass `padded=False` if no target is
+    below 0. Otherwise, on a GPU, the host must wait for the targets to find the rows to ignore.
+    With `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1),
+    z[target] is replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016,
+    arXiv:1512.00567). The idea of never storing z is from Cut Cross-Entropy (Wijmans et al. 2024,
+    arXiv:2411.09009).
     """
     return _core.linear_cross_entropy(
         h,
@@ -519,9 +520,9 @@ def linear_log_probs(
 
     h [M, H], integer targets [M] below V → float32 log_p [M]. A row with a target below 0 is not
     computed; its log_p and its gradient are 0. To find such rows on a GPU, the host waits for the
-    targets when the graph is built. If the targets are traced by mx.compile, or with
-    `padded=False`, every row is computed. With `softcap` c, z is replaced with c·tanh(z / c). On
-    CUDA, the forward pass computes and keeps the gradient of log_p with respect to h, unless
+    targets when the graph is built. Every row is computed if the targets are traced by mx.compile,
+    or if `padded` is False. With `softcap` c, z is replaced with c·tanh(z / c). On CUDA, the
+    forward pass computes and keeps the gradient of log_p with respect to h, unless
     `needs_grad=False`; on other devices the backward pass recomputes z, one chunk of rows at a
     time. The op is for preference losses (DPO, Rafailov et al. 2023, arXiv:2305.18290).
     """

@@ -42,14 +42,15 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """An op with arguments of one shape. `run(impl)` returns the calls to time, keyed by direction.
+    """A benchmark of an op with arguments of one shape. `run(impl)` returns the calls to time,
+    keyed by direction.
 
-    The `impl` "mlx" is MLX's implementation, and "products" computes only the two matrix products
-    of a head with a dense weight. The keys of `flops` or `moved` (bytes that must be read or
-    written) are the directions to time; the values determine the minimum time of each direction.
-    With a memory limit (in MB above the current use), the host waits for the device instead of
-    exceeding the limit. Without one, the host queues calls ahead of the device, so the peak memory
-    of a call cannot be measured on a GPU.
+    The `impl` "mlx" is MLX's implementation, and "products" computes only the two matrix
+    multiplications that a head with a dense weight requires. The keys of `flops` or `moved` (bytes
+    that must be read or written) are the directions to time; the values determine the minimum time
+    of each direction. With a memory limit (in MB above the current use), the host waits for the
+    device instead of exceeding the limit. Without one, the host queues calls ahead of the device,
+    so the peak memory of a call cannot be measured on a GPU.
     """
 
     op: str
@@ -63,13 +64,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """The figures of an op. `ms` is the median time of a call that the host waits for, and
-    `queued_ms` is the time per call if ten calls are queued.
+    """The benchmark results of an op. `ms` is the median time of a call that the host waits for,
+    and `queued_ms` is the time per call if ten calls are queued.
 
     `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum
     time on this device as a fraction of the queued time. `peak_mb` excludes inputs and outputs.
-    `first_s` is the time of the first call, including compilation. `reason` says why there are no
-    figures; otherwise it is empty.
+    `first_s` is the time of the first call, including compilation. `reason` says why nothing was
+    measured; otherwise it is empty.
     """
 
     op: str
@@ -136,7 +137,7 @@ def pairs(t: int, window: int | None, segments: Sequence[int] | None) -> int:
 def cases() -> list[Case]:
     """Returns the cases for this device. On a GPU, most have the shapes of a layer of Gemma 4 E4B
     at 8192 tokens; on a CPU, they have the shapes of SmolLM2."""
-    from .cases import of_every_op  # these modules import this one
+    from .cases import of_every_op  # imported here to avoid a circular import
 
     return [case for cases in of_every_op("cases") for case in cases(on_gpu())]
 
@@ -185,8 +186,8 @@ def measure_device() -> Device:
     n = 8192 if on_gpu() else 1024
     a, b = normal(n, n), normal(n, n, seed=1)
     mx.eval(a, b)
-    # On a CPU, our op and NumPy are timed, because MLX's matrix multiplications and copies do not
-    # reach full speed there.
+    # On a CPU, `lora_linear` and NumPy's copy are timed instead, because MLX's matrix
+    # multiplications and copies do not reach full speed there.
     weight = ops.Base(b)
     product = timed(lambda: a @ b if on_gpu() else ops.lora_linear(a, weight), 5)[2]
     if on_gpu():

@@ -1,9 +1,9 @@
 """Chooses the attention implementation on a Mac by timing all implementations that support the
 call, once per device.
 
-The fastest implementation depends on the Mac and on the version of macOS. The first run that uses
-certain heads measures the times for these heads, which takes at most two seconds, and stores the
-times in the cache folder.
+The fastest implementation depends on the Mac and on the version of macOS. The first run with a new
+kind of heads measures their times, which takes at most two seconds, and stores them in the cache
+folder.
 """
 
 import functools
@@ -34,7 +34,8 @@ HALVES = (mx.bfloat16, mx.float16)
 
 @dataclass(frozen=True)
 class Heads:
-    """A kind of attention call. Calls that are `causal` have no window, segments or softcap."""
+    """A kind of attention call. If `causal` is true, the calls have no window, segments or
+    softcap."""
 
     heads: int
     groups: int
@@ -48,7 +49,7 @@ class Heads:
         return f"{self.heads}/{self.groups} heads of {self.size}, {name}, {kind}"
 
 
-Times = dict[str, float]  #: ms for value and gradients, keyed by implementation
+Times = dict[str, float]  #: time (ms) for value and gradients, by implementation
 
 
 def key() -> str:
@@ -110,7 +111,7 @@ def fastest(times: Times) -> str:
 
 def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     """Makes 'auto' use the fastest implementation for these heads from now on. Returns the times of
-    each implementation, which were measured now or earlier.
+    each implementation, whether measured by this call or earlier.
 
     Implementations that failed the self-check are neither used nor timed. `measures` should be
     false if another process may be computing; nothing is checked or timed then, and only stored
@@ -131,7 +132,7 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     found = {x: everything[str(x)] for x in heads if str(x) in everything}
     for x, times in found.items():
         serving = {way: ms for way, ms in times.items() if not _off(way, failed)}
-        # Both half-precision dtypes are set, because plans do not distinguish them.
+        # The choice applies to both half-precision dtypes, because plans do not distinguish them.
         for dtype in HALVES if x.dtype in HALVES else (x.dtype,):
             _core.prefer_attention(x.size, dtype, x.causal, fastest(serving))
     return found

@@ -38,8 +38,8 @@ CHECKED, TIMED_ON_GPU = 500, 2000
 class Call:
     """A kernel and the corresponding plain code, which are called with the same arrays.
 
-    A `thorough` call is made only by `examine`. `bound` is the maximum relative error of the
-    kernel; if it is None, the maximum depends on the dtype.
+    Calls with `thorough` set are made only by `examine`. `bound` is the maximum relative error of
+    the kernel; if it is None, the maximum depends on the dtype.
     """
 
     op: str
@@ -52,8 +52,8 @@ class Call:
 
     @classmethod
     def of(cls, op: str, case: str, args: list[mx.array], **options: Any) -> "Call":
-        """Returns a call that compares the op named `op` in the core with the op of this name in
-        reference.py, both with these options."""
+        """Returns a call that compares the op named `op` in the core with the op of the same name
+        in reference.py, both called with these options."""
         kernel = functools.partial(getattr(_core, op), impl="kernel", **options)
         return cls(op, case, kernel, functools.partial(getattr(reference, op), **options), args)
 
@@ -101,7 +101,7 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
 
 def calls(rows: int) -> Iterator[Call]:
     """Yields calls of every kernel of the default device. On a GPU they have `rows` rows."""
-    from .cases import of_every_op  # these modules import this one
+    from .cases import of_every_op  # imported here to avoid a circular import
 
     device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"
     for checks in of_every_op("checks"):

@@ -37,13 +37,14 @@ __all__ = [
 #: Sequence lengths are planned in multiples of this number.
 STEP = 128
 #: On CUDA, the host launches ops ahead of the device, so a step needs more memory than its plan
-#: states. The additional memory, measured on an H200 (bench/LOG.md), is this fraction of
-#: `overshoot`: AHEAD if MLX waits for the device at the peak of the plan, and LEAST if its limit is
-#: so low that it waits before most ops.
+#: states. As measured on an H200 (bench/LOG.md), the additional memory is AHEAD · `overshoot` if
+#: MLX waits for the device at the peak of the plan, and LEAST · `overshoot` if MLX's memory limit
+#: is so low that it waits before most ops.
 AHEAD, LEAST = 0.8, 0.5
-#: Possible sizes, in bytes, of the freed buffers that MLX keeps for reuse on CUDA. Without them,
-#: MLX would constantly free and reallocate memory, which takes a tenth of the time of a step if the
-#: host is the bottleneck. The planner uses the first size that leads to no further recomputation.
+#: Possible limits, in bytes, on the freed buffers that MLX keeps for reuse on CUDA. Without such
+#: buffers, MLX would constantly free and reallocate memory, which takes a tenth of the time of a
+#: step if the host is the bottleneck. The planner uses the first limit that does not require
+#: additional recomputation.
 BUFFERS = (256 << 20, 64 << 20)
 
 
@@ -54,8 +55,9 @@ class Planned:
 
     `text` describes the plan in words. `parts` divides the peak by purpose. `moves` contains the
     peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes the
-    moves. At `limit` bytes MLX must wait for the device, so that allocations ahead of the device
-    stay below `peak`. `again` is the part of `work` that is recomputation.
+    moves. When MLX's memory reaches `limit` bytes, MLX must wait for the device, so that memory
+    allocated ahead of the device does not raise the total above `peak`. `again` is the
+    recomputation that `work` includes.
     """
 
     cuts: Cuts
@@ -95,8 +97,7 @@ def describe(cuts: Any, first: int, layers: Sequence[int]) -> str:
     if max(end - start for start, end in back) == 1:
         words = "half layers"
     text = f"{words} recomputed"
-    # The groups that run forward a second time are those with several segments, except the last
-    # group.
+    # Every group with several segments runs forward a second time, except the last group.
     groups = [
         (starts[start], cuts.segments[end - 1])
         for start, end in zip([0, *cuts.groups], cuts.groups[:-1], strict=False)
@@ -121,7 +122,7 @@ def planned(
     the device, and `buffers` bytes of freed buffers that MLX keeps for reuse.
 
     MLX may allocate up to `above` bytes more than its limit. If `buffers` is None, the limit is
-    therefore reduced by this amount.
+    reduced by this amount; otherwise, `ahead` reserves memory for these allocations.
     """
     chain, own = (costs.stages, costs.inputs, costs.head_reads), (cuts.segments, cuts.groups)
     plan = _core.make_plan(*chain, *own, cuts.saves, costs.incoming)
@@ -205,7 +206,8 @@ def choose(
 
 
 def least_ahead(device: Device, above: int) -> int:
-    """Returns the minimum memory, in bytes, for allocations by the host ahead of the device."""
+    """Returns the minimum number of bytes to reserve for allocations by the host ahead of the
+    device."""
     return int(LEAST * above) if device.name == "cuda" else 0
 
 

@@ -66,8 +66,8 @@ def available_ram(root: Path = Path("/")) -> int:
 
 
 def _group_limits(root: Path) -> list[int]:
-    """Returns the number of free bytes in each control group of the process and in the groups'
-    parents (cgroups v1 and v2)."""
+    """Returns the number of free bytes in each control group of the process and in all parents of
+    these groups (cgroups v1 and v2)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:

@@ -22,15 +22,15 @@ from ..streams import BatchShape, StreamShape, head_reads
 
 Device = _core.Device
 
-#: The workspace that a library's matrix multiplications may use on CUDA, in bytes.
+#: The size, in bytes, of the workspace that matrix multiplications may use on CUDA.
 WORKSPACE = 33 << 20
 
 CPU = Device("cpu", 4)
 CUDA = Device("cuda", 2, WORKSPACE, cudnn=True)
 METAL = Device("metal", 2)
 
-#: The inputs of a head in addition to h and its rows. They have only a few values for each token in
-#: the loss.
+#: The inputs of a head in addition to h and the indices of its rows. These inputs have only a few
+#: values for each token in the loss.
 COUNTED = ("targets", "weights")
 
 
@@ -53,10 +53,10 @@ class _Stage:
         saved: int = 0,
         work: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0),
     ) -> _core.StageCost:
-        """Returns the cost of the stage. The arguments are in bytes. They do not include the
-        gradients of the parameters, because this method adds them. Only the stages of the last
-        stream store these gradients. `work` has four parts: the forward pass, its recomputation,
-        the part of the recomputation that saved values make unnecessary, and the backward pass."""
+        """Returns the cost of the stage. All arguments except `work` are in bytes. They exclude the
+        gradients of the parameters, which this method adds. Only the stages of the last stream
+        store these gradients. `work` has four parts: the forward pass, its recomputation, the part
+        of the recomputation that saved values make unnecessary, and the backward pass."""
         gradients = 4 * self.parameters
         return _core.StageCost(
             writes=[int(n) for n in writes],
@@ -86,8 +86,8 @@ def costs_of(
     ranks: Mapping[str, int],
     device: Device,
 ) -> _core.Costs:
-    """Returns everything on which a plan depends. `ranks` contains the LoRA rank of each adapted
-    layer, keyed by path."""
+    """Returns the costs of all stages and the other values on which a plan depends. `ranks`
+    contains the LoRA rank of each adapted layer, keyed by path."""
     parameters = parameters_of(model, ranks, batch.dora)
     owned: Counter[str] = Counter()
     for layer, paths in zip(model.layers, model.linears, strict=True):
@@ -122,7 +122,7 @@ def costs_of(
         sizes[of("positions")] = 4 * shape.trimmed
         sizes[of("rows")] = 4 * batch.loss // len(batch.streams)
     reads = [*head_reads(tuple(shape.stream for shape in batch.streams)), *COUNTED]
-    # For pairs, the inputs also specify which of a row's two sequences each token belongs to.
+    # For pairs, the inputs also specify to which of the two sequences of a pair each token belongs.
     sizes |= dict.fromkeys(COUNTED, 4 * batch.loss * (1 if len(batch.streams) == 1 else batch.rows))
     head, head_work = _head(model, batch, heads, device)
     return _core.Costs(
@@ -135,8 +135,8 @@ def costs_of(
         head=head,
         ahead=0 if device.gpu else 2 << 20,
         head_work=head_work,
-        # The weights, the factors with AdamW's two moments and, if gradients are accumulated, their
-        # sum; on a GPU, also a measured constant.
+        # The weights, the factors, AdamW's two moments and, if gradients are accumulated, the sum
+        # of the gradients; on a GPU, also a measured constant.
         fixed=model.weight_bytes(float32=not device.gpu)
         + (3 + batch.accumulates) * factors
         + (12 << 20) * device.gpu,
@@ -147,7 +147,7 @@ def costs_of(
 
 def pairs(rows: int, keys: int, window: int | None) -> float:
     """Counts the (query, key) pairs in which the query attends to the key, in causal attention with
-    this window. Queries are the last `rows` of `keys` positions."""
+    this window. The queries are at the last `rows` of the `keys` positions."""
     seen = window or keys
     full = max(0, min(rows, keys - seen))  # queries that attend to a full window
     ramp = rows - full
@@ -156,22 +156,22 @@ def pairs(rows: int, keys: int, window: int | None) -> float:
 
 
 def pairs_within(length: float, window: int | None) -> float:
-    """Counts the same pairs as `pairs`, for all queries of a sequence."""
+    """Counts the same pairs as `pairs`, but for all queries of a sequence."""
     seen = min(length, window or length)
     return seen * (seen + 1) / 2 + (length - seen) * seen
 
 
 def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
-    """Returns the cost of attention for `after` queries per row and all keys. In the code, h is the
-    number of elements per token in the residual stream, q in the queries of all heads, and k in the
-    keys that the layer itself computes."""
+    """Returns the cost of attention for `after` queries per row and all keys. In the code, h, q and
+    k are the numbers of elements per token in the residual stream, in the queries of all heads, and
+    in the keys that the layer itself computes."""
     batch, shape, device = stage.batch, stage.stream, stage.device
     h, q, k, size = stage.model.width, layer.query, layer.key_value, device.size
     rows, length = batch.rows, shape.length - shape.branch
     out = rows * after
     tokens = rows * shape.length if k else out
-    # The keys that a branch sees are copied to a separate array. The outputs of both parts are
-    # copied to a common array.
+    # The keys to which a branch attends are copied to a separate array. The outputs of the branch
+    # and of the tokens before it are copied to a common array.
     behind = rows * (shape.shared + shape.branch) if shape.branch else 0
     both = out * (shape.branch > 0)
     op = _core.attention_cost(
@@ -190,9 +190,9 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
     )
     dora = batch.dora and stage.parameters > 0
     # On CUDA, one pass splits the output of the joint matrix multiplication into heads
-    # (`lora_qkv`). This output is then freed, unless norms read it again; the values are a copy. On
-    # other devices, RoPE reads columns of this output, which it copies first if there is no norm in
-    # between.
+    # (`lora_qkv`). This output is then freed, unless norms read it again; the array of values is a
+    # copy. On other devices, RoPE reads columns of this output, and copies them first if no norm
+    # comes in between.
     plain = not (layer.wide_norms or dora or batch.dropout or shape.branch)
     one_pass = device.name == "cuda" and plain and tokens == out
     copies = 0 if not device.gpu or layer.q_norm else out * q + 3 * tokens * k
@@ -209,7 +209,7 @@ def _attention(stage: _Stage, layer: LayerForm, after: int) -> _core.StageCost:
         donor = next(other for other in stage.model.layers if other.name == layer.donor)
         backward += rows * length * 2 * donor.key_value
     kept = tokens * (h + 3 * k) + (4 if device.gpu else 3.5) * out * q + copies
-    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # `writes` includes them
+    kept += 2 * k * (rows * shape.shared - tokens * layer.gives)  # given k and v are in `writes`
     kept += out * h * layer.after_norms + tokens * k * layer.v_norm
     if dora:  # the output of each layer is kept in addition to its rescaled copy
         given = out * (q + h) + 2 * tokens * k
@@ -298,8 +298,8 @@ def _embedding(stage: _Stage) -> _core.StageCost:
 def _head(
     model: ModelShape, batch: BatchShape, parameters: int, device: Device
 ) -> tuple[int, float]:
-    """Returns the peak memory of the head in bytes, which includes h and its gradient, and also
-    returns the work of the head. An adapted head computes its logits twice."""
+    """Returns the peak memory of the head in bytes, including h and its gradient, and the work of
+    the head. An adapted head computes its logits twice."""
     h, m = model.width, batch.loss
     trimmed = batch.rows * sum(shape.trimmed for shape in batch.streams)
     work = 4.0 * m * h * model.vocabulary
@@ -321,6 +321,7 @@ def head_weight(model: ModelShape, device: Device) -> int:
 
 
 def head_op(model: ModelShape, batch: BatchShape, device: Device) -> int:
-    """Returns the peak memory inside the op of a head that is not adapted, in bytes."""
+    """Returns the peak memory, in bytes, that the op of a head without an adapter uses
+    internally."""
     shape = {"rows": batch.loss, "inputs": model.width, "vocabulary": model.vocabulary}
     return _core.head_cost(device, **shape).backward

@@ -105,8 +105,8 @@ def costs_of_part(
         head=costs.head if part.last else 0,
         ahead=costs.ahead if part.last else 0,
         head_work=costs.head_work if part.last else 0.0,
-        # Includes the values of the next batch, which are being received, and of the previous one,
-        # which are being sent.
+        # Includes the values of the next batch while they are received, and those of the previous
+        # batch while they are sent.
         fixed=weight_bytes(model, part, not device.gpu)
         + (3 + batch.accumulates) * gradients
         + (12 << 20) * device.gpu
@@ -118,8 +118,8 @@ def costs_of_part(
 
 
 def sent(costs: _core.Costs, part: Part) -> tuple[int, int]:
-    """Returns the number of bytes that a rank sends to the next rank and to the previous rank for a
-    batch."""
+    """Returns the numbers of bytes that a rank sends, for each batch, to the next rank and to the
+    previous rank."""
     layer_of = _layers_of(costs, part)
     given, left = (_border(costs, part, at) for at in (part.begin, part.end))
 

@@ -27,14 +27,14 @@ class Alternative:
 class PlanReport:
     """The plan of a run. Memory is in bytes, and lengths are in tokens.
 
-    `tokens` is the length of a row of the data, including the last token, which is a target but not
-    an input. `longest` is the length of the longest row that fits, up to `max_length`, the context
-    length of the model. `recomputed` is the ratio of recomputed to necessary work. If `predicted`
-    is False, the planner does not know the model family, and the report contains only the weights
-    and the budget. With a method that generates completions, `rollout_batch` completions are
-    generated at a time, with a peak memory of `rollout_peak` bytes. `ranks` contains predictions
-    for data parallelism. If `pipeline` is not empty, the other fields describe the rank whose peak
-    memory is closest to its budget.
+    `tokens` is the length of the rows in the planned batch, including the last token, which is a
+    target but not an input. `longest` is the length of the longest row that fits, up to
+    `max_length`, the context length of the model. `recomputed` is the ratio of recomputed to
+    necessary work. If `predicted` is False, the planner does not know the model family, and the
+    report contains only the weights and the budget. With a method that generates completions,
+    `rollout_batch` completions are generated at a time, with a peak memory of `rollout_peak` bytes.
+    `ranks` contains predictions for data parallelism. If `pipeline` is not empty, the other fields
+    describe the rank whose peak memory is closest to its budget.
     """
 
     family: str

@@ -18,7 +18,8 @@ PREFILL = 2048
 CACHE_STEP = 256
 #: The number of float32 copies of a row's logits that exist at the same time during sampling.
 LOGITS = 6
-#: Memory, in bytes, for running one token of each row through the layers, and for compiled kernels.
+#: The memory, in bytes, needed to run one token of each row through the layers, and for compiled
+#: kernels.
 SLACK = 64 << 20
 
 
@@ -81,7 +82,7 @@ def completions_of(config: TrainConfig, ranks: int) -> int:
 
 def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]:
     """Returns the number of completions that a rank can generate at a time, and their peak memory
-    in bytes, or None if memory is not predicted. A completion and its prompt are assumed to have
+    in bytes (None if memory is not predicted). A completion and its prompt are assumed to have
     max_seq_length tokens together. Raises NoRoom if not even one fits."""
     tokens, at_once = config.max_seq_length, config.rollout_batch
     if at_once == "auto":
@@ -91,8 +92,9 @@ def full_rollouts(config: TrainConfig, ranks: int = 1) -> tuple[int, int | None]
 
 def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, int]:
     """Returns the memory that does not depend on the number of completions, and the memory per
-    completion, in bytes. While the cache of a layer grows, both its old and its new array exist.
-    Prompts are processed while the caches of the current completions are in memory."""
+    completion, in bytes. Accounts for the old and the new array of a layer's cache, which both
+    exist while the cache grows, and for prompts that are processed while the caches of the current
+    completions are in memory."""
     on = device(config.deterministic, shape.float_size)
     # The factors, the optimizer state, and a copy of the factors in the dtype of the model.
     numbers = sum(parameters_of(shape, adapter_ranks(config, shape), dora=False).values())
@@ -111,9 +113,9 @@ def _parts(config: TrainConfig, shape: ModelShape, tokens: int) -> tuple[int, in
 
 
 def _reading_bytes(shape: ModelShape, tokens: int, device: Device) -> int:
-    """Returns the memory for processing a text, in bytes: its cache, and the maximum that a layer
-    needs for PREFILL tokens. On a CPU, where attention is not fused, a layer also needs memory for
-    the scores of all heads."""
+    """Returns the memory, in bytes, needed to process a text: the size of its cache, plus the
+    maximum that a layer needs for PREFILL tokens. On a CPU, where attention is not fused, a layer
+    also needs memory for the scores of all heads."""
 
     def numbers(layer: LayerForm) -> int:
         scores = 0 if device.gpu else layer.query // layer.head * tokens

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RunPlan:
-    """The memory plan of a run. It is based on the largest batch for each number of streams.
+    """The memory plan of a run. The plan is based on the largest batch for each number of streams.
 
     `plans` contains the plan of each of the `batches`. `plans` is empty for model families on the
     generic path, because the memory of mlx-lm's layers cannot be predicted. Such models use one
@@ -122,7 +122,7 @@ class RunPlan:
         return _core.least_peak(costs) + least_ahead(device, overshoot(*what))
 
     def filled(self) -> RunPlan:
-        """Returns this run with the plans that follow from its budget and its configuration."""
+        """Returns this run with plans for its budget and its configured segment size."""
         if not self.shape.fast:
             return self
         return self.within(self.budget) if self.size is None else self.of_size(self.size)
@@ -187,8 +187,8 @@ class RunPlan:
 
 
 def _ways(config: TrainConfig) -> dict[str, bool]:
-    """Returns the fields of a BatchShape that follow from the configuration and from its warm_start
-    adapter."""
+    """Returns the fields of a BatchShape that the configuration and its `warm_start` adapter
+    determine."""
     from ..adapters import is_dora
 
     return {
@@ -232,8 +232,8 @@ def first_that_fits(
     measures: bool = False,
 ) -> tuple[T, RunPlan]:
     """Returns the first choice whose shapes fit into memory, with its plan. If none fits, raises
-    the error that plan_run raises for the first choice. On a Mac, `measures` allows the attention
-    kernels to be timed first."""
+    the error that plan_run raises for the first choice. If `measures` is true, the attention
+    kernels may be timed before planning (on a Mac only)."""
     plans = []
     for own in choices:
         plans.append(planned(config, shapes(own), measures=measures))
@@ -301,8 +301,8 @@ def planned(
 #: With at least this many tokens in a row, a kernel may run for a large fraction of a second on a
 #: small GPU.
 LONG = 16384
-#: The number of kernels per command buffer for such rows, because macOS aborts work that blocks the
-#: display for too long.
+#: The maximum number of kernels per command buffer for such rows. It is low because macOS aborts
+#: work that blocks the display for too long.
 LAUNCHES = "4"
 
 

@@ -2,7 +2,8 @@
 them.
 
 A ring of N ranks sums B bytes in 2(N − 1) rounds (Patarasuk & Yuan 2009). In each round, every rank
-sends B/N bytes, and one latency is added. In total, each rank sends 2(N − 1)/N·B bytes.
+sends B/N bytes; the round takes the time of this transfer plus one latency. In total, each rank
+sends 2(N − 1)/N·B bytes.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Scaled:
 
 
 def scaled(run: RunPlan, ranks: int, link_gb_s: float, batch_s: float | None) -> list[Scaled]:
-    """Predicts steps on 2 to 256 ranks and on `ranks` ranks whose links transfer `link_gb_s` · 10⁹
-    bytes per second.
+    """Predicts the time of a step on 2 to 256 ranks, and on `ranks` ranks. Their links are assumed
+    to transfer `link_gb_s` · 10⁹ bytes per second.
 
     `batch_s` is the time of a batch on one rank in seconds; by default it is predicted (speeds.py).
-    Raises InputError if the size of the adapter and the work cannot be predicted for the model.
+    Raises InputError if the size of the model's adapter and the work of a step cannot be predicted.
     """
     if run.planned is None:
         raise InputError(

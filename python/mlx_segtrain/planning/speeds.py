@@ -6,7 +6,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Speed:
     """The speed of matrix multiplications in FLOP/s, and the other costs of a step: the host's time
-    per layer in seconds, and the operations for unpacking each weight."""
+    per layer in seconds, and the number of operations to unpack each weight."""
 
     layer_s: float
     unpacking: float

@@ -36,9 +36,10 @@ class Member:
 class Held:
     """A rank's share of a pipeline. Sizes are in bytes.
 
-    For each micro-batch, the rank sends `sent` bytes to the next and to the previous rank, and
-    computes for `seconds`. `busy` is the fraction of a step during which the rank computes. Times
-    are predicted (speeds.py). `peak` is None if memory is not predicted.
+    For each micro-batch, `sent` contains the numbers of bytes that the rank sends to the next and
+    to the previous rank, and `seconds` is the rank's computing time. `busy` is the fraction of a
+    step during which the rank computes. Times are predicted (speeds.py). `peak` is None if memory
+    is not predicted.
     """
 
     rank: int
@@ -97,8 +98,8 @@ def pipeline_runs(
 
 
 def has_room(run: RunPlan) -> bool:
-    """Returns whether a plan fits into memory or, if memory is not predicted, whether the weights
-    fit."""
+    """Returns whether a plan fits into memory. If memory is not predicted, returns whether the
+    weights fit."""
     assert run.part is not None
     if not run.shape.fast:
         return weight_bytes(run.shape, run.part, not run.device.gpu) <= run.budget

@@ -33,7 +33,7 @@ class Checkpoint:
     """A checkpoint in memory.
 
     `record` is the content of run.json (see record.py), `log_bytes` is the size of metrics.jsonl
-    when the checkpoint was written, and `apart` is whether the two responses of each pair run as
+    when the checkpoint was written, and `apart` says whether the two responses of each pair run as
     separate sequences.
     """
 
@@ -71,7 +71,8 @@ def save(
     the run may reach those steps in a different state, and keeps only the newest `keep` of the
     others.
 
-    Raises OSError if the checkpoint cannot be written; earlier checkpoints then stay intact.
+    Raises OSError if the checkpoint cannot be written; in this case, earlier checkpoints stay
+    intact.
     """
     tensors: dict[str, Any] = {"factors": state.at.vector}
     tensors |= {f"moments.{name}": x for name, x in tree_flatten(state.at.moments)}

@@ -15,8 +15,8 @@ class Clock:
         self.apart = time.time() - time.monotonic()
 
     def jumped(self) -> float:
-        """Returns by how many seconds the wall clock has jumped since the last call, or 0 if it has
-        not."""
+        """Returns the number of seconds by which the wall clock has jumped since the last call, or
+        0 if it has not jumped."""
         before, self.apart = self.apart, time.time() - time.monotonic()
         moved = self.apart - before
         return moved if abs(moved) > SLACK else 0.0

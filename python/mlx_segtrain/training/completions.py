@@ -12,7 +12,7 @@ from ..errors import InputError
 from ..files import sync_open, to_json
 
 NAME = "completions.jsonl"
-#: The maximum length of a line that is read back, in bytes.
+#: The maximum length, in bytes, of a line that is read back.
 MOST_LINE = 16 << 20
 
 

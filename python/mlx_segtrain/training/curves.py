@@ -23,7 +23,7 @@ Points = dict[str, list[tuple[int, float]]]
 
 
 def metrics(log: Path) -> list[events.Event]:
-    """Returns the metric events in a file metrics.jsonl, or [] if the file does not exist."""
+    """Returns the metric events in a metrics.jsonl file, or [] if the file does not exist."""
     if not log.exists():
         return []
     lines = map(json.loads, log.read_text(encoding="utf-8").splitlines())
@@ -55,8 +55,8 @@ def figure_of(found: Points, title: str, unit: str = Sft.unit) -> Figure:
 
 
 def draw(log: Path, title: str, unit: str = Sft.unit) -> list[Path]:
-    """Draws the loss curves of a metrics.jsonl into loss.png and loss.svg in the same folder, and
-    returns these two paths. Raises OSError if they cannot be written."""
+    """Draws the loss curves from a metrics.jsonl file as loss.png and loss.svg in the same folder,
+    and returns the paths of both images. Raises OSError if an image cannot be written."""
     figure = figure_of(points(metrics(log)), title, unit)
     files = [log.with_name(f"loss.{form}") for form in FORMATS]
     for file in files:

@@ -5,10 +5,10 @@ Generation and updates share the weights of the base model: during generation, t
 attached to the model's linear layers. The random numbers of a completion depend only on the seed of
 the run, the step, the prompt and the index of the completion.
 
-Several ranks divide the prompts of a step. Each rank generates, scores and trains on the
-completions of its share of the prompts. From the other ranks, it receives the values on which
-advantages, weights and metrics depend. Therefore, a step on several ranks has the same result as a
-step on one rank, except for rounding.
+If there are several ranks, the prompts of a step are divided among them. Each rank generates,
+scores and trains on the completions of its share of the prompts. From the other ranks, it receives
+the values on which advantages, weights and metrics depend. Therefore, a step on several ranks has
+the same result as a step on one rank, except for rounding.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def rewards_of(
 
 
 class Counts(NamedTuple):
-    """Sums over all ranks for an update."""
+    """The counts for an update, summed over all ranks."""
 
     total: float  #: the objective's total, by which the sum of the losses is divided
     run: int  #: number of tokens processed
@@ -72,7 +72,7 @@ class Made:
     groups: list[list[dict[str, Any]]]
 
     def all(self, name: str) -> list[Any]:
-        """Returns the value called `name` of every completion, prompt by prompt."""
+        """Returns the value with the key `name` of every completion, prompt by prompt."""
         return [own[name] for group in self.groups for own in group]
 
     @property
@@ -92,7 +92,7 @@ class Made:
         return float(np.mean([own != "stop" for own in self.all("finish")]))
 
     def means(self) -> dict[str, float]:
-        """Returns the mean of the total reward, of each reward if there are several, and of the
+        """Returns the means of the total reward, of each reward if there are several, and of the
         completion length. For conversations, also returns the mean number of turns and the fraction
         of tool calls that failed."""
         found = {"reward": float(self.rewards.mean())}
@@ -300,7 +300,7 @@ class Cycle(Stepper):
     ) -> tuple[list[float] | list[mx.array], mx.array]:
         if accumulated:
             return super().gradient(at, accumulated, total)
-        # None of this rank's completions affects the loss.
+        # If none of this rank's completions affects the loss, the rank's gradient is 0.
         return [0.0] * (1 + len(self.objective.metrics)), mx.zeros_like(at.vector)
 
     def validate(self, at: Iterate) -> tuple[float, dict[str, float]]:
@@ -374,8 +374,8 @@ class Cycle(Stepper):
             before = np.zeros(len(own.prompt), np.float32)
 
             def after(values: Any, own=own, before=before) -> np.ndarray:
-                """Returns the values as a float32 array for the whole row, with 0 for tokens of
-                context."""
+                """Returns the values as a float32 array for the whole row, with 0 for context
+                tokens."""
                 return np.concatenate([before, np.where(own.drawn, values, 0).astype(np.float32)])
 
             numbers = {"advantage": after(gains[p, j]), "rollout": after(own.log_p)}

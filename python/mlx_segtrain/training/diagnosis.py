@@ -16,7 +16,7 @@ from .state import Iterate
 
 @dataclass(frozen=True)
 class Fault:
-    """The report of a step that was not taken. `step` counts from 1, and each row is written as
+    """A report on a step that was not taken. `step` counts from 1, and each row is written as
     "file:line".
 
     `tensor` names the first non-finite tensor: a factor of the adapter, the output of a layer, or
@@ -52,7 +52,7 @@ def first_nonfinite(
 ) -> tuple[list[str], str | None]:
     """Returns the row and the tensor in which values first become non-finite.
 
-    Runs a separate forward pass for each row. Returns all rows if none of them produces non-finite
+    Runs a separate forward pass for each row. Returns all rows if no single row produces non-finite
     values, or if there is not enough memory.
     """
     rows, names = rows_of(setup, accumulated), setup.layout.names
@@ -70,8 +70,8 @@ def first_nonfinite(
 
 
 def together(found: Sequence[tuple[list[str], str | None]]) -> tuple[list[str], str | None]:
-    """Combines the results of several ranks. Returns the row and the tensor that a rank found in a
-    forward pass. If there are none, returns the rows of all ranks and the tensor of rank 0."""
+    """Combines the results of several ranks. If a rank has found a row and a tensor in a forward
+    pass, returns them. Otherwise, returns the rows of all ranks and the tensor of rank 0."""
     for rows, tensor in found:
         if tensor is not None and not tensor.startswith(("the factor", "the gradient")):
             return rows, tensor

@@ -44,7 +44,7 @@ class Holding:
         The arrays are gathered in main memory, one set at a time; only the result is on the device.
         """
         # Testing `own == whole` would be wrong: in a pipeline, even a rank that has all factors
-        # must take part.
+        # must take part in the gathering.
         if not self.ranks.pipeline:
             return at
         if not moments:

@@ -16,7 +16,8 @@ from typing import Any
 from .ranks import ALONE, Ranks
 
 #: The handled signals (Ctrl-C, a request to terminate, a closed terminal) and their default
-#: handlers. A signal with another handler, such as one set by nohup, is not replaced.
+#: handlers. If a signal has another handler, such as one set by nohup, that handler is not
+#: replaced.
 DEFAULTS = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
@@ -29,9 +30,9 @@ PATIENCE = 2.0
 class Interrupts:
     """Makes signals raise KeyboardInterrupt in the current or the next `allowed` block.
 
-    A second signal more than PATIENCE seconds later kills the process. The run can then be resumed
-    from its last checkpoint, as after a power cut. This class has no effect outside the main
-    thread, because only the main thread receives signals.
+    A second signal that arrives more than PATIENCE seconds later kills the process. The run can
+    then be resumed from its last checkpoint, as after a power cut. This class has no effect outside
+    the main thread, because only the main thread receives signals.
     """
 
     def __init__(self, ranks: Ranks = ALONE) -> None:

@@ -16,8 +16,8 @@ from ..config import TrainConfig
 from ..errors import InputError
 from ..lora import Adapter
 
-#: A function that is called with the model, to which the adapter is attached, and the tokenizer. It
-#: returns a number, or several numbers keyed by name.
+#: A function that is called with two arguments: the model, with the adapter attached, and the
+#: tokenizer. It returns a number, or several numbers keyed by name.
 Score = Callable[[nn.Module, Any], float | Mapping[str, float]]
 
 

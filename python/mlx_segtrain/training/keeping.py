@@ -84,8 +84,7 @@ class Keeper:
 
     def _forget(self, state: State) -> None:
         """Removes the adapters of later steps, because the run may reach those steps in a different
-        state. If the best adapter of the evaluations so far is from this step, saves it as the best
-        one again."""
+        state. If the best adapter so far is from this step, saves it in best/ again."""
         for folder in (self.path / "best", *(self.path / "checkpoints").glob("step-*")):
             if (step_of(folder) or 0) > state.step:
                 remove_folder(folder)
@@ -171,7 +170,7 @@ class Keeper:
             self.unwritten = None
 
     def evaluated(self, state: State, name: str) -> None:
-        """Saves the evaluated adapter atomically in the folder `name` of checkpoints/."""
+        """Saves the evaluated adapter atomically, in the folder `name` inside checkpoints/."""
         folder = self.path / "checkpoints" / name
 
         def write() -> None:

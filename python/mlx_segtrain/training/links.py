@@ -127,8 +127,8 @@ class Links:
         return bool(found) and len(rest) <= MOST
 
     def _flush(self) -> None:
-        """Sends the messages of the watch. Messages to a rank that does not read them stay
-        buffered."""
+        """Sends the messages that the Watch has queued. Messages stay buffered until the receiving
+        rank reads them."""
         for to, message in self.watch.out:
             line = json.dumps(message).encode() + b"\n"
             for r in to:

@@ -118,11 +118,11 @@ class RunLog:
         return self.file.tell() + len(self.waiting)
 
     def ensure(self) -> None:
-        """Checks that the folder still exists and belongs to this run. It is called before each
-        write to the folder.
+        """Checks that the folder still exists and belongs to this run. Called before each write to
+        the folder.
 
         If the folder was deleted, recreates it with the whole log. Raises OSError if that fails,
-        and RunError if another run is using a folder of this name.
+        and RunError if another run is now using a folder with this name.
         """
         with suppress(FileNotFoundError):
             there = os.stat(self.folder / NAME)

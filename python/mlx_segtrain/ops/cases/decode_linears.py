@@ -1,5 +1,5 @@
-"""Linear layers in a generation step, with a LoRA update per row. On CUDA, this is a single kernel
-launch."""
+"""Linear layers in a generation step, with a LoRA update per row. On CUDA, a single kernel launch
+computes them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -63,7 +63,7 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
 
 
 def linears(name: str, outs: tuple[int, ...], width: int, rank: int, rows: int) -> bench.Case:
-    """Returns the case of 4-bit layers that read the same rows, where each row uses one of three
+    """Returns a benchmark of 4-bit layers that read the same rows, where each row uses one of three
     adapters. MLX's implementation computes no updates."""
 
     def run(impl: str) -> dict[str, bench.Work]:

@@ -1,4 +1,5 @@
-"""Heads of q, k and v from one matrix product, with q and k rotated. On CUDA this is one kernel."""
+"""Checks `lora_qkv`, which splits the output of a matrix multiplication into the heads q, k and v,
+and rotates q and k. On CUDA, a single kernel does this."""
 
 import functools
 from collections.abc import Iterator
@@ -13,8 +14,8 @@ from .linear import with_factors
 
 
 def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
-    """Yields checks with two rows, packed or not, in three variants: q, k and v come from three
-    layers, keys are also the values, or there is only q."""
+    """Yields checks with two rows, packed or not, in three variants: with q, k and v from three
+    layers, with keys and values from the same layer, and with q only."""
     if device != "cuda":
         return
     heads, groups, d, width = 4, 2, 64, 256

@@ -12,8 +12,8 @@ def checks(device: str, rows: int) -> Iterator[selfcheck.Call]:
         x, w = selfcheck.normal((rows, 512), (1, 512))
         yield selfcheck.Call.of("rms_norm", "", [x], weight=w[0], eps=1e-5)
     if device == "cuda":
-        # One width is not divisible by any number of threads; the other has more than eight
-        # elements per thread.
+        # With the first width, some threads have no elements; with the second, each thread has more
+        # than eight elements.
         for width in (1000, 4096):
             h, x, w = selfcheck.normal((rows, width), (rows, width), (2, width), dtype=mx.bfloat16)
             factor = mx.array([0.5], mx.bfloat16)
