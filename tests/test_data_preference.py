@@ -283,7 +283,10 @@ def test_training_batches_are_the_same_for_the_same_seed(tmp_path, tokenizer):
     ("row", "error"),
     [
         ({"chosen": "a", "rejected": "b"}, "the pair has no prompt"),
-        (text_pair("x", 7, "b"), '"chosen" must be a string, as "prompt" is, not a number'),
+        (
+            text_pair("x", 7, "b"),
+            '"prompt" is a string, so "chosen" must be a string too, not a number',
+        ),
         (
             text_pair("x", "a", [USER, says("b")]),
             'not a list; if "rejected" also contains the prompt, remove "prompt"',

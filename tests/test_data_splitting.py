@@ -90,7 +90,7 @@ def test_equal_rows_are_on_one_side(tmp_path):
     # If all rows are equal, val_split = "auto" holds out no rows. A number that would hold out no
     # rows or all rows is an error.
     assert load(tmp_path, [row(1)] * 200)[1] is None
-    with pytest.raises(InputError, match=r"val_split = 3 would hold out no row of train\.jsonl"):
+    with pytest.raises(InputError, match=r"val_split = 3 would hold out no rows of train\.jsonl"):
         load(tmp_path, [row(1)] * 200, val_split=3)
     with pytest.raises(InputError, match=r"val_split = 200 holds out all rows of train\.jsonl"):
         load(tmp_path, rows, val_split=200)

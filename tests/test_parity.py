@@ -140,8 +140,9 @@ def smollm2():
 def test_smollm2(smollm2):
     """The model is nearly certain of the next token but is trained on another token.
 
-    On the CPU, MLX's fused cross-entropy adds 49152 exponentials in sequence. The rounding error is
-    as large as the bound unless a single exponential dominates the sum.
+    On the CPU, MLX's fused cross-entropy adds 49152 exponentials in sequence. The rounding error
+    of this sum is as large as the tolerance of the test unless a single exponential dominates the
+    sum, as it does here.
     """
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     tokens = tokenizer('<div class="row">text</div>\n' * 8).input_ids[:63]

@@ -505,7 +505,7 @@ class TrainConfig(BaseModel):
     @classmethod
     def _defaults_of_the_method(cls, values: Any) -> Any:
         """Fills in the defaults that depend on the method. With method dpo, also accepts
-        dpo_lr_schedule and dpo_warmup_iters as names of lr_schedule and warmup_iters."""
+        dpo_lr_schedule and dpo_warmup_iters as aliases for lr_schedule and warmup_iters."""
         if not isinstance(values, dict):
             return values
         values = dict(values)

@@ -69,10 +69,11 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     if tied is None:
         return found, {}
     if folder.tied is not None and folder.tied != tied:
-        own, other = ("no separate head", "one") if tied else ("a separate head", "none")
+        own, other = "no separate head", "a separate head"
+        own, other = (own, other) if tied else (other, own)
         raise InputError(
-            f"{folder.weights}: this model has {own}, but the model on which the update of the "
-            f"embedding was trained has {other}: the adapter was trained on another model."
+            f"{folder.weights}: the adapter changes the embedding, and was trained on a model with "
+            f"{other}, but this model has {own}: pass the model that the adapter was trained on."
         )
     if not tied:
         return found, {}
@@ -132,8 +133,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no separate head" if tied else "a separate head"
         raise InputError(
-            f"{base.folder} has {has}, unlike the model on which the update of the embedding was "
-            "trained: pass that model instead."
+            f"{base.folder} has {has}, unlike the model that the adapter was trained on, and the "
+            "adapter changes the embedding: pass the model that the adapter was trained on."
         )
 
 

@@ -238,7 +238,7 @@ def _parts(train: Source, valid: Source | None, read: Reading) -> tuple[Dataset,
     if not held.any():
         if valid is None and asked not in ("auto", 0):
             raise InputError(
-                f"val_split = {asked} would hold out no row of {train.name}, because identical "
+                f"val_split = {asked} would hold out no rows of {train.name}, because identical "
                 "rows stay together: raise val_split.",
                 field="val_split",
             )

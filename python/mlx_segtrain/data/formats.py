@@ -242,8 +242,8 @@ def _check_pair(row: dict[str, Any], source: str) -> dict[str, Any]:
             if not isinstance(row[key], str):
                 kind = kind_of(row[key])
                 raise InputError(
-                    f'{source}: "{key}" must be a string, as "prompt" is, not {kind}; if "{key}" '
-                    'also contains the prompt, remove "prompt".'
+                    f'{source}: "prompt" is a string, so "{key}" must be a string too, not {kind}; '
+                    f'if "{key}" also contains the prompt, remove "prompt".'
                 )
     else:
         row = {**row, **_dialogues(row, source)}

@@ -193,8 +193,9 @@ class Record:
                 continue
             what = "was changed" if now else "was removed"
             raise RunError(
-                f"step {step}: {path} {what} during the run, so the adapter would not match any "
-                f"model; the state of step {step} is saved: restore the file, then resume."
+                f"step {step}: {path} {what} during the run, but an adapter must be trained on a "
+                f"single base model. The state of step {step} is saved: restore the file, then "
+                "resume."
             )
 
 

@@ -541,8 +541,8 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = Field(
-        description="null if the server has no access token, because the number of cached tokens "
-        "could reveal other clients' prompts to anyone"
+        description="null if the server has no access token: anyone could then send requests, and "
+        "could infer other clients' prompts from the numbers of cached tokens"
     )
     completion_tokens_details: CompletionTokensDetails
 

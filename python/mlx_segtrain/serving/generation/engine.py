@@ -171,8 +171,8 @@ class Engine:
         return await self.call(lambda: self._unmount(id))
 
     def select(self, adapter: str | None) -> Selected:
-        """Returns the adapters that a request names. `adapter` is an id "a", a stack "a+b" or
-        "a,b", "none" or "" for the base model, or None for the default adapter.
+        """Returns the adapters that a request names. `adapter` is an id ("a") or a stack of ids
+        ("a+b" or "a,b"). Both "none" and "" mean the base model, and None means the default adapter.
 
         Raises InputError for an adapter that is not mounted, or that cannot be stacked.
         """

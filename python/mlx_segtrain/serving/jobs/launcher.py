@@ -4,9 +4,10 @@ The ranks would keep running if mlx.launch or the job's process were killed. The
 and its local ranks form a process group, which is killed when the pipe WATCHED to the job's process
 is closed.
 
-mlx.launch calls `select` to wait until a rank has output or the rank's stdin is writable. The stdin
-is always writable, so the threads of mlx.launch would never wait, and each would occupy a core
-during the run. We replace `select` with a function that waits only for output.
+mlx.launch calls `select` to wait until a rank has output or the rank's stdin is writable. Because a
+rank's stdin is always writable, `select` returns immediately, and each thread of mlx.launch would
+occupy a core during the run. Therefore we replace `select` with a function that waits only for
+output.
 """
 
 import os
