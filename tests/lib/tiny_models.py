@@ -351,7 +351,7 @@ UNBUILDABLE: dict[str, str] = {
     "bitnet": "BitLinear has only a Metal kernel",
     "muse_spark": "the op that normalizes and rotates queries and keys has only a Metal kernel",
     "olmo": "importing the module exits if the package ai2-olmo is not installed",
-    "phi3small": "sets the logits of some tokens above 100255 to -inf, whatever the vocabulary size",
+    "phi3small": "sets the logits of some tokens above 100255 to -inf for every vocabulary size",
     "prism_hadamard_qwen35": "needs a packed 2-bit checkpoint and its manifest",
 }
 
