@@ -155,8 +155,8 @@ class TrainConfig(BaseModel):
     )
     """Number of layers to adapt, counting back from the last layer; -1 means all layers."""
     warm_start: Place | None = option(None, ADAPTER | SIZE | FREE, values=PLACES)
-    """Adapter to start from: its directory, or its name on the hub. It may have been written by
-    this package, mlx-lm or PEFT. The run uses the layers, ranks and scale of this adapter."""
+    """Adapter to start from: its directory, or its name on the hub. Adapters written by mlx-lm or
+    PEFT also work. The run uses the layers, ranks and scale of this adapter."""
     iters: Int = option(
         100,
         FIRST | WARN | CARD,
@@ -238,7 +238,7 @@ class TrainConfig(BaseModel):
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
     """Strength with which kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
-    """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence by 0."""
+    """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence with 0."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
     """Weight in the kto loss for rows whose label is true."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
@@ -404,7 +404,7 @@ class TrainConfig(BaseModel):
     """Number of steps between checkpoints, from which a run can be resumed. The adapter is saved
     together with each checkpoint. 0 writes a checkpoint only at the end of the run."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
-    """Number of most recent checkpoints to keep."""
+    """Number of checkpoints to keep; older ones are deleted."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
     """Continue from the newest checkpoint in adapter_path; auto starts a new run if there is no
     checkpoint."""

@@ -17,7 +17,9 @@ def add_commands(command: Callable[..., Any]) -> None:
     """Adds the commands. `command(name, run, text)` creates the parser of each command."""
     text = "search the Hugging Face hub for models or data sets"
     added = command("search", _search, text, json=True)
-    added.add_argument("words", nargs="+", metavar="WORD", help="words that the name must contain")
+    added.add_argument(
+        "words", nargs="+", metavar="WORD", help="words that the name of each result must contain"
+    )
     added.add_argument(
         "--datasets", action="store_true", help="search for data sets instead of models"
     )

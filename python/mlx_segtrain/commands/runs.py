@@ -119,7 +119,7 @@ def add_commands(command: Callable[..., Parser]) -> None:
         "--step-seconds",
         type=seconds,
         metavar="X",
-        help="seconds per step on one process, as measured by `mlx-segtrain probe`. Default: an "
+        help="seconds per step with one process, as measured by `mlx-segtrain probe`. Default: an "
         "estimate.",
     )
     added.add_argument(

@@ -222,8 +222,8 @@ class Settings(Closed):
 
 class Fault(BaseModel):
     field: str | None = Field(
-        description="The name of the wrong or unknown setting; null if the error concerns no "
-        "single setting."
+        description="The name of the invalid or unknown setting; null if the error is not "
+        "about one particular setting."
     )
     message: str
 
@@ -331,7 +331,7 @@ class FieldRow(BaseModel):
     type: str
     default: str
     defaults: dict[str, str] = Field(
-        description="The default for each method whose default differs from `default`."
+        description="The defaults of the methods for which `default` does not apply, by method."
     )
     required: bool
     methods: list[str]

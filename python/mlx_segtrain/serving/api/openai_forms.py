@@ -53,7 +53,7 @@ class Message(Request):
     reasoning_content: str | None = Field(None, description="the reasoning of an assistant turn")
     tool_calls: Calls | None = Field(None, description="the tool calls of an assistant turn")
     tool_call_id: str | None = Field(
-        None, description="in a tool turn: the id of the tool call whose result this is"
+        None, description="in a tool turn: the id of the tool call that this turn responds to"
     )
     neutral = IN_MESSAGE
 
@@ -94,7 +94,8 @@ class Structure(Request):
     choice: Annotated[list[str], Field(min_length=1, max_length=1000)] | None = None
     grammar: str | None = Field(
         None,
-        description="a grammar in Lark's format, or in llama.cpp's format, whose rules contain ::=",
+        description="a grammar in the format of Lark or llama.cpp; llama.cpp's format is assumed "
+        "if the grammar contains ::=",
     )
     json_object: bool | None = None
 
@@ -172,7 +173,7 @@ class Generate(Request):
     max_completion_tokens: int | None = Field(
         None,
         ge=1,
-        description="an alias of max_tokens; takes precedence if both are set",
+        description="an alias for max_tokens; takes precedence if both are set",
     )
     temperature: float | None = Field(
         None,
@@ -588,7 +589,7 @@ class ChatCompletion(BaseModel):
     created: int
     model: str
     adapter: str | None = Field(
-        description="the ids of the applied adapters, as in 'a' or 'a+b'; null if there were none"
+        description="the ids of the applied adapters ('a' or 'a+b'); null if no adapter was applied"
     )
     choices: list[ChatChoice]
     usage: Usage
@@ -614,7 +615,7 @@ class Completion(BaseModel):
     created: int
     model: str
     adapter: str | None = Field(
-        description="the ids of the applied adapters, as in 'a' or 'a+b'; null if there were none"
+        description="the ids of the applied adapters ('a' or 'a+b'); null if no adapter was applied"
     )
     choices: list[TextChoice]
     usage: Usage
