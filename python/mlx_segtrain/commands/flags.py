@@ -159,7 +159,7 @@ def add_flags(
     parser: Any, names: Iterable[str], *, required: bool = False, text: str | None = None
 ) -> None:
     """Adds the flags for fields of TrainConfig. An omitted flag leaves its attribute unset. `text`
-    replaces the help, which is the description of the field for a training run."""
+    replaces the default help text, which is the field's description for training runs."""
     for name in names:
         field = TrainConfig.model_fields[name]
         about = text or field.description or ""
