@@ -783,8 +783,8 @@ def default(name: str) -> str:
 
 
 def defaults(name: str) -> str:
-    """Returns the default of a field. If some cases have a different default, adds that default and
-    names the cases."""
+    """Returns the default of a field. If the field has a different default in some cases, adds that
+    default and names the cases."""
     other = FACETS[name].other_default
     return f"{default(name)}, or {other}" if other else default(name)
 

@@ -150,7 +150,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open` that creates files which only this user can read."""
+    """An opener for `open`. Only this user can read the files that it creates."""
     return os.open(path, flags, 0o600)
 
 
@@ -215,7 +215,7 @@ def sync_open(file: int) -> None:
 
 
 def lock(file: IO[Any] | int) -> bool:
-    """Locks `file` until it is closed and returns True. If the file is already locked, returns
+    """Locks `file` until it is closed, and returns True. If the file is already locked, returns
     False.
 
     The operating system releases the locks of a killed process, so a lock is never stale.

@@ -93,8 +93,9 @@ def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
     """Writes a complete adapter directory. Every file is written atomically, and the weights are
     written last.
 
-    If the configuration changes, the old weights are removed before it is replaced, and the new
-    weights are written afterwards. Therefore weights and configuration never contradict each other.
+    If the configuration changes, the old weights are removed before the new configuration is
+    written, and the new weights are written after it. Therefore weights and configuration never
+    contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run

@@ -83,7 +83,8 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row with two text columns under unknown names; otherwise ""."""
+    """Returns a hint for a row that has exactly two columns, both with text, and "" for other
+    rows."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -178,7 +179,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels as JSON values, and as text in tables.
+#: The accepted labels, both as JSON values and as text in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -188,7 +189,7 @@ def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a chat whose last turn has the label, and splits it into prompt and completion."""
+    """Checks a chat with a label for its last turn, and splits it into prompt and completion."""
     label = _label(row, source, "messages")
     row = _check_chat(row, source)
     *prompt, last = row["messages"]

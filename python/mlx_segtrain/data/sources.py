@@ -289,7 +289,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
 
 
 def _saved(folder: Path, before: str) -> dict[str, Path]:
-    """Returns the files of a folder that `save_to_disk` has written."""
+    """Returns the data files of a folder that was written by `save_to_disk`."""
     state = read_json(folder / "state.json")
     listed = state.get("_data_files")
     names = [

@@ -213,8 +213,8 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Merging copies the caches. A single cache is not merged, and decoding would modify
-                # the reader's cache in place.
+                # Merging copies the caches. A single cache is not merged, so it is copied here;
+                # otherwise, decoding would modify the reader's cache in place.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

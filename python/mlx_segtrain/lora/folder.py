@@ -43,7 +43,7 @@ class Folder:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The names of the arrays that each linear layer has."""
+        """The names of the arrays in each linear layer's update."""
         return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property
