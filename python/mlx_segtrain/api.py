@@ -143,7 +143,7 @@ def train(
     receive the metrics of every training step and every evaluation, respectively, as a dict; if
     either returns True, the run saves its state and ends. `score(model, tokenizer)` is called at
     every evaluation and must return a number or a dict of numbers. For method grpo, each item of
-    `rewards` is a function that scores completions or the name of a check, as in the field
+    `rewards` is either a function that scores completions, or the name of a check as in the field
     `rewards`; `environment` is a class, or a string as in the field `environment` (docs/grpo.md).
 
     After Ctrl-C, the last finished step is saved, and the result is marked as `interrupted`;

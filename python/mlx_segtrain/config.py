@@ -579,7 +579,7 @@ FACETS: dict[str, Facets] = {
 }
 #: Fields whose values are paths.
 PATHS = tuple(name for name, field in TrainConfig.model_fields.items() if kind(field) is Path)
-#: Maps each field that clients of the server may not set to the reason.
+#: The fields that clients of the server may not set, each with the reason.
 REFUSED = {name: own.refused for name, own in FACETS.items() if own.refused}
 
 
@@ -783,8 +783,8 @@ def default(name: str) -> str:
 
 
 def defaults(name: str) -> str:
-    """Returns the default of a field, and its other default with the cases in which that one
-    applies."""
+    """Returns the default of a field. If the field has a different default in some cases, adds that
+    default and names the cases."""
     other = FACETS[name].other_default
     return f"{default(name)}, or {other}" if other else default(name)
 

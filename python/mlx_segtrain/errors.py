@@ -45,7 +45,7 @@ def fault_of(error: BaseException) -> Fault:
 
 
 class NoRoom(InputError):
-    """The memory plan of a run needs more memory than is available."""
+    """Raised when the memory plan of a run needs more memory than is available."""
 
 
 class RunError(Exception):
@@ -60,8 +60,8 @@ class RunError(Exception):
 
 
 class NoMemory(RunError):
-    """The device has too little memory for the next step of a run, even with the plan that needs
-    the least memory."""
+    """Raised when the device has too little memory for the next step of a run, even with the plan
+    that needs the least memory."""
 
 
 def reason(error: BaseException, most: int = 200) -> str:

@@ -1,5 +1,5 @@
-"""The events of a training run. An event is a JSON object. The functions that create events are in
-the order in which these events first occur."""
+"""The events of a training run. An event is a JSON object. The functions that create events are
+defined in the order in which the events first occur."""
 
 from __future__ import annotations
 

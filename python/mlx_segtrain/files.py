@@ -150,7 +150,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open` that creates files which only this user can read."""
+    """An opener for `open`. Only this user can read the files that it creates."""
     return os.open(path, flags, 0o600)
 
 
@@ -215,7 +215,7 @@ def sync_open(file: int) -> None:
 
 
 def lock(file: IO[Any] | int) -> bool:
-    """Locks `file` until it is closed and returns True. If the file is already locked, returns
+    """Locks `file` until it is closed, and returns True. If the file is already locked, returns
     False.
 
     The operating system releases the locks of a killed process, so a lock is never stale.
@@ -286,8 +286,8 @@ def known_sha256(path: Path) -> str:
         if known["file"] == list(own) and re.fullmatch("[0-9a-f]{64}", known["sha256"]):
             return known["sha256"]
     found = _sha256(path, *own)
-    # If a file changes twice within one tick of the file system's clock, its timestamps miss the
-    # second change. So the hash of a file that has just changed is not cached.
+    # If a file changes twice within one tick of the file system's clock, its timestamps do not
+    # reflect the second change. So the hash of a file that has just changed is not cached.
     if _identity(path) == own and time.time_ns() - own[4] > 2 * 10**9:
         with suppress(OSError):
             make_folder(note.parent)

@@ -3,8 +3,8 @@ Face tools share.
 
 A name, `org/name` or `org/name@revision`, is replaced with a folder in this cache as early as
 possible; `origin` converts the folder back to the name. Files in the cache are used without a
-request, and only files that are needed are downloaded. Unlike in the hub's client, an interrupted
-download continues where it stopped, even in a new process.
+request, and only the files that are needed are downloaded. Unlike with the hub's own client, an
+interrupted download continues where it stopped, even in a new process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ MARGIN, PATIENCE_S, TELL_S = 200_000_000, 10.0, 0.25
 #: HEADER is the number of bytes in the first request for the header of a weight file, and
 #: MOST_HEADER the maximum size of a header.
 HEADER, MOST_HEADER = 1 << 18, 32 << 20
-#: The number of successive connections without any data after which a download fails.
+#: A download fails after this many successive connections that deliver no data.
 TRIES = 5
 
 
@@ -204,8 +204,8 @@ def located(
     earlier: Mapping[str, str] | None = None,
     bring: Callable[[Path, events.OnEvent], Path] = model,
 ) -> TrainConfig:
-    """Returns the configuration with folders instead of names on the hub. `bring` is the function
-    that returns the folder of a model.
+    """Returns the configuration, in which local folders replace names on the hub. `bring` is the
+    function that returns the folder of a model.
 
     `earlier` contains the folders of the run that is resumed. A name without a revision refers to
     the same commit as in that run.

@@ -14,7 +14,8 @@ from ..lora import Adapter
 from ..models.snapshot import Quantization, Snapshot
 from .tying import check_base
 
-#: Maximum size of a weight file, in bytes. A file may exceed it only to store one larger tensor.
+#: Maximum size of a weight file, in bytes. A file may exceed it only to store a single tensor that
+#: is larger.
 SHARD = 4 << 30
 #: The report warns if more than this share of an update is lost.
 LOST = 0.1
@@ -191,8 +192,8 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
 
 
 def _with_bits(how: Quantization | None, bits: int | None) -> Quantization | None:
-    """Returns the quantization with this number of bits. Its mode becomes MLX's affine mode, the
-    only mode that supports a choice of bits."""
+    """Returns `how` with this number of bits. The mode becomes MLX's affine mode, because the other
+    modes have a fixed number of bits."""
     if how is None or bits is None:
         return how
     return replace(how, bits=bits) if how.mode == "affine" else Quantization(32, bits, "affine")

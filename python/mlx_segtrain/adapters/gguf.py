@@ -14,8 +14,8 @@ from ..lora.paths import bare
 from .card import About, write_card
 
 NAME = "adapter.gguf"
-#: For each model_type: llama.cpp's architecture, and whether the two rows of a rotary pair are
-#: neighbours.
+#: Maps each model_type to llama.cpp's architecture, and to whether the two rows of a rotary pair
+#: are adjacent in llama.cpp's files.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -96,9 +96,9 @@ def _place(names: Any, path: str) -> str:
 
 
 def turn(b: mx.array, heads: int | None, *, back: bool = False) -> mx.array:
-    """Reorders the rows of B [out, R] so that rotary pairs are neighbours: in each head, every row
-    of the first half is followed by its partner from the second half. `back` reverses this. If
-    `heads` is None, returns B unchanged."""
+    """Reorders the rows of B [out, R] so that the rows of a rotary pair are adjacent: in each head,
+    every row of the first half is followed by its partner from the second half. `back` reverses
+    this. If `heads` is None, returns B unchanged."""
     if heads is None:
         return b
     half = b.shape[0] // heads // 2

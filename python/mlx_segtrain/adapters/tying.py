@@ -7,7 +7,7 @@ of the base model unless the head also has an update. With `ensure_weight_tying`
 the embedding's update to the head, and writes its factors a second time, transposed, under the
 head's name. Therefore PEFT's adapters for a base model whose embedding is also the head can be read
 only if both modules have the same update. In our files, `segtrain.tied` says whether the base model
-on which an embedding was trained uses the embedding as its head.
+of an adapter that updates an embedding uses this embedding as its head.
 """
 
 from collections.abc import Mapping
@@ -58,13 +58,14 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
 
 
 def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict[str, str]]:
-    """Returns the tensors to read and a dict. If the base model has one weight for embedding and
-    head, the head's update is left out of the tensors, and the dict maps the path of the
-    embedding's update to the path of the head's update.
+    """Returns the tensors to read, and a dict that is empty unless the base model uses one weight
+    for embedding and head. In that case, the head's update is left out of the tensors, and the dict
+    maps the path of the embedding's update to the path of the head's update.
 
     Only names are checked here: `check_twins` tests whether both updates are equal. Raises
-    InputError if the adapter updates only one of the two modules, or if embedding and head are tied
-    in only one of the two models: this model, and the model on which the adapter was trained.
+    InputError if the adapter updates only one of the two modules. Also raises InputError if
+    embedding and head are tied in this model but not in the model on which the adapter was trained,
+    or vice versa.
     """
     if tied is None:
         return found, {}
@@ -104,7 +105,7 @@ def check_twins(
     """Raises InputError unless each head has the same update as its embedding, with the factors a
     and b exchanged and transposed.
 
-    `update` maps stored paths to a [in, R], b [R, out] and the multiplier.
+    `update` maps each stored path to the factors a [in, R] and b [R, out], and the multiplier.
     """
     for embedding, head in twins.items():
         (a, b, scale), (head_a, head_b, head_scale) = update[embedding], update[head]
@@ -119,8 +120,8 @@ def check_twins(
 
 def check_base(adapter: Adapter, base: Snapshot) -> None:
     """Raises InputError if the adapter updates a separate head that the base model lacks. Also
-    raises it if the adapter updates an embedding that is also the head in only one of two models:
-    the base model, and the model on which the adapter was trained."""
+    raises InputError if the adapter updates an embedding that is also the head in the base model
+    but not in the model on which the adapter was trained, or vice versa."""
     heads = list(filter(is_head, adapter.tensors))
     if not heads and adapter.tied is None:
         return

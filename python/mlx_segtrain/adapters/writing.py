@@ -90,15 +90,18 @@ def peft_config(
 
 
 def write_adapter(path: Path, adapter: Adapter, about: About) -> None:
-    """Writes a complete adapter directory. Every file is written atomically, the weights last.
+    """Writes a complete adapter directory. Every file is written atomically, and the weights are
+    written last.
 
-    Weights of another configuration are removed before the configuration is replaced, and the new
-    weights are written afterwards. Therefore weights and configuration never contradict each other.
+    If the configuration changes, the old weights are removed before the new configuration is
+    written, and the new weights are written after it. Therefore weights and configuration never
+    contradict each other.
     """
     make_folder(path)
     ranks, run = adapter.ranks, about.run
     largest = max(ranks.values())
-    # mlx-lm has one multiplier for all layers, so B absorbs the differences between multipliers.
+    # mlx-lm uses one multiplier for all layers, so B is rescaled where a layer's multiplier
+    # differs.
     scale = common_scale(adapter)
     suffixes = sorted({module.rsplit(".", 1)[-1] for module in ranks})
     shared = {"rank_scaling": run.get("rank_scaling", "constant"), "applied_ranks": ranks}

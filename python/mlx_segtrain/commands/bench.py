@@ -13,8 +13,8 @@ from ..ops import bench
 def layer(
     rows: int, width: int, hidden: int, heads: int, groups: int, d: int, rank: int
 ) -> bench.Case:
-    """Returns the benchmark case for a Llama layer with LoRA on every projection: our layer against
-    mlx-lm's."""
+    """Returns the benchmark case that compares our Llama layer with mlx-lm's, with LoRA on every
+    projection."""
 
     def run(impl: str) -> dict[str, bench.Work]:
         from mlx_lm.models.llama import Model, ModelArgs

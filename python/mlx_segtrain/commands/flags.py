@@ -16,12 +16,12 @@ from mlx_segtrain.config import FACETS, TrainConfig, allowed, defaults, flag, me
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.fields import Group, choices, is_list, kind
 
-#: Maximum number of columns of a help text, because longer lines are hard to read.
+#: The maximum width of a help text, in columns. Longer lines are hard to read.
 WIDEST = 100
 #: The groups that `--help` shows; only `--help-all` shows the others.
 DATA, FIRST = "model and data", "training"
 OUTPUT = "output"
-#: The help of --adapter-path for commands that load an adapter.
+#: The help text of --adapter-path for commands that load an adapter.
 WITH_ADAPTER = (
     "Adapter to load: its directory, or its name on the Hugging Face hub. By default, the model is "
     "used without an adapter."
@@ -126,7 +126,7 @@ class HelpAll(argparse.Action):
 
 
 def group_of(name: str) -> str:
-    """Returns the title of a field's group in the help of train."""
+    """Returns the title of a field's group in the help text of `train`."""
     if name in ("model_dir", "data_dir", "adapter_path"):
         return DATA
     return (FACETS[name].group or FIRST).lower()
@@ -159,7 +159,7 @@ def add_flags(
     parser: Any, names: Iterable[str], *, required: bool = False, text: str | None = None
 ) -> None:
     """Adds the flags for fields of TrainConfig. An omitted flag leaves its attribute unset. `text`
-    replaces the help, which is the description of the field for a training run."""
+    replaces the default help text, which is the field's description for training runs."""
     for name in names:
         field = TrainConfig.model_fields[name]
         about = text or field.description or ""

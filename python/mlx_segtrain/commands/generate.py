@@ -129,8 +129,8 @@ def stream(
     model: Any, tokenizer: Any, prompt: list[int], options: Options, known: int = 0, **more: Any
 ) -> Iterator[GenerationResponse]:
     """Yields the parts of a completion, which is sampled in the same way as on the server. `more`
-    is passed to mlx-lm's stream_generate. If it contains a prompt cache, the cache must contain the
-    first `known` tokens of the prompt."""
+    is passed to mlx-lm's stream_generate. If `more` contains a prompt cache, the cache must contain
+    the first `known` tokens of the prompt."""
     from mlx_lm.generate import stream_generate
 
     from mlx_segtrain.generation.decoding import Choice, first_key, processor

@@ -16,8 +16,8 @@ from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import TrainConfig, defaults, flag, load_config
 from mlx_segtrain.errors import InputError
 
-#: The fields to ask for if their flags are not given. Each has a question, and a default for an
-#: empty answer.
+#: The fields to ask for if their flags are not given, each with its question and the value that an
+#: empty answer selects (None: an answer is required).
 QUESTIONS = {
     "model_dir": ("Which model? A folder, or a name on the Hugging Face hub", None),
     "data_dir": ("Which data? A file or folder with rows, or a name on the hub", None),

@@ -45,7 +45,7 @@ DATA_TO_EVALUATE = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command, and returns its exit code: 0, 1 (failure), 2 (bad input) or 130 (a
+    """Runs a command, and returns its exit code: 0, 1 (failure), 2 (bad input) or 130 (stopped by a
     signal)."""
     if argv is None:  # this process was started from the command line
         hide_torch()

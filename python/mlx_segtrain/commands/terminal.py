@@ -64,8 +64,9 @@ def as_it_is(console: Console, indent: int = 0) -> Callable[[str | Text], None]:
 
 @dataclass
 class Narrowed:
-    """Leaves the last columns of the line empty for the ^C that the terminal echoes. In a full
-    line, the ^C would cause a line break, and the bar would be drawn again on the next line."""
+    """Leaves the last columns of the line empty for the ^C that the terminal echoes. If the line
+    were full, the ^C would cause a line break, and the bar would be drawn again on the next
+    line."""
 
     inner: RenderableType
 

@@ -271,7 +271,7 @@ def show_made(made: Made) -> None:
 
 
 def wide() -> Console:
-    """Returns a console that is wide enough for names even if it is not a terminal."""
+    """Returns a console that is wide enough for long names even if the output is not a terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 

@@ -84,8 +84,8 @@ def _of_json(batch: Any) -> Any:
 
 
 def _parts(batch: Any, name: str, first: int) -> Iterator[tuple[Any, int]]:
-    """Splits a batch into slices of at most limits.BLOCK bytes, or of a single row. Yields each
-    slice with its approximate serialized size in bytes."""
+    """Splits a batch into slices of at most limits.BLOCK bytes; a larger row becomes a separate
+    slice. Yields each slice with its approximate serialized size in bytes."""
     for at in range(0, batch.num_rows, ROWS):
         waiting = [_of_json(batch.slice(at, ROWS))]
         while waiting:

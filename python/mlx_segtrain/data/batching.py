@@ -61,9 +61,9 @@ def batches(dataset: Dataset, batch_size: int, seed: int, start: int = 0) -> Ite
     The order is different in every epoch. Rows of similar length share a batch, and every batch has
     the same proportion of labels as the data. If the number of rows is not a multiple of
     `batch_size`, each epoch leaves out the remainder, and successive epochs leave out different
-    rows. If the data set is packed, a batch has `batch_size` packed rows, and the last batch of an
-    epoch has the remaining rows. Raises InputError if the data set is not packed and has fewer rows
-    than `batch_size`.
+    rows. If the data set is packed, each batch consists of `batch_size` packed rows, and the last
+    batch of an epoch contains the remaining rows. Raises InputError if the data set is not packed
+    and has fewer rows than `batch_size`.
     """
     n = len(dataset)
     if n < batch_size and not dataset.packed:

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Block:
-    """A unit of rows that one process handles at a time: a few MB, in a form that can be pickled.
+    """A group of rows that a process handles as a unit: a few MB, in a form that can be pickled.
 
     `first` is the number of the block's first row or line in the file `name`; `size` is the number
     of bytes that were read for the block; `payload` contains lines of JSON, or an Arrow stream

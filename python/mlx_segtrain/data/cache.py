@@ -253,7 +253,7 @@ def _all_done(
 ) -> Iterator[Done]:
     """Yields the result of each missing block of a source as soon as the block is tokenized.
 
-    Raises InputError for the first row with an error, once all earlier blocks are tokenized.
+    Raises InputError for the first row with an error, after all earlier blocks have been tokenized.
     """
     waiting = {
         index: Done(index, own.size, own.n_rows, own.formats)
@@ -296,8 +296,8 @@ def _all_done(
 
 @contextmanager
 def _alone(place: Path, progress: "_Progress") -> Iterator[str | None]:
-    """Prevents other processes from writing to the folder `place`. Yields None or, if the folder is
-    not writable, the reason."""
+    """Prevents other processes from writing to the folder `place`. Yields None, or the reason if
+    the folder is not writable."""
     file = None
     try:
         try:

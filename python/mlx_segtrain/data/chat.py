@@ -4,8 +4,8 @@ during generation.
 A turn in the loss consists of a context and a response. The context is the rendering of the earlier
 messages, including the generation prompt; the response ends with the first stop token (a token that
 ends generation). Before rendering, messages are converted to a spelling (an equivalent form, see
-spelling.py) of which the template drops nothing. Text that the template drops in every spelling, or
-a turn without a stop token, is reported as a finding (notes.py).
+spelling.py) from which the template drops nothing. Text that the template drops in every spelling,
+or a turn without a stop token, is reported as a finding (notes.py).
 """
 
 import re

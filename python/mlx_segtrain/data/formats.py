@@ -53,8 +53,8 @@ def checked(
 ) -> Record:
     """Checks a row and returns its record. Raises InputError.
 
-    If `format` (config.data_format) is auto, the row's format is the first one whose marks
-    (Format.marks) it contains. `columns` maps our names to the names of columns in the file
+    If `format` (config.data_format) is auto, the row's format is the first format whose marks
+    (Format.marks) the row contains. `columns` maps our names to the names of columns in the file
     (config.columns). A null value counts as absent, because every row of a table has every column.
     """
     row = _renamed(row, source, columns)
@@ -83,7 +83,8 @@ def checked(
 
 
 def _columns_for(row: Mapping[str, Any]) -> str:
-    """Returns a hint for a row with two text columns under unknown names; otherwise ""."""
+    """Returns a hint for a row that has exactly two columns, both with text, and "" for other
+    rows."""
     if len(row) != 2 or not all(isinstance(text, str) for text in row.values()):
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
@@ -178,7 +179,7 @@ def _check_instruction(row: dict[str, Any], source: str) -> dict[str, Any]:
     return _check_completion({**row, "prompt": prompt}, source)
 
 
-#: Labels as JSON values, and as text in tables.
+#: The accepted labels, both as JSON values and as text in tables.
 LABELS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
 LABELS |= {"1": True, "0": False}
 
@@ -188,7 +189,7 @@ def _check_labelled(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Checks a chat whose last turn has the label, and splits it into prompt and completion."""
+    """Checks a chat with a label for its last turn, and splits it into prompt and completion."""
     label = _label(row, source, "messages")
     row = _check_chat(row, source)
     *prompt, last = row["messages"]
@@ -201,7 +202,8 @@ def _check_labelled_chat(row: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _label(row: dict[str, Any], source: str, plain: str) -> bool:
-    """Returns the label of a row; `plain` is the format for rows without a label."""
+    """Returns the label of a row. If the label is invalid, the error suggests the format `plain`,
+    which ignores labels."""
     label = row["label"]
     if isinstance(label, str):
         label = label.strip().lower()
@@ -288,9 +290,9 @@ def _alike(a: list[Any], b: list[Any]) -> int:
 
 
 def _once(row: dict[str, Any], source: str) -> dict[str, Any]:
-    """Removes the prompt from both responses if both repeat it. In the result, "repeated" tells
-    whether they did. Raises InputError if the responses are lists of messages and only one of them
-    repeats the prompt, or if both responses are the same."""
+    """Removes the prompt from both responses if both repeat it. In the result, the key "repeated"
+    is true if they did. Raises InputError if the responses are lists of messages and only one of
+    them repeats the prompt, or if both responses are the same."""
     n, sides = len(row["prompt"]), {key: row[key] for key in SIDES}
     repeats = [n > 0 and own[:n] == row["prompt"] for own in sides.values()]
     messages = not isinstance(row["prompt"], str)
@@ -425,8 +427,8 @@ def _completion_samples(encoder: Encoder, record: Record) -> list[Sample]:
 
 def _judged(plain: Callable[[Encoder, Record], list[Sample]]) -> Any:
     """Returns a function that creates the samples of a row with a label. If the method does not
-    learn from labels, only rows with desirable responses yield samples, which `plain` creates. If
-    it does, the weights of an undesirable response are below 0."""
+    learn from labels, only rows with desirable responses yield samples, which `plain` creates.
+    Otherwise, all rows yield samples, and the weights of an undesirable response are below 0."""
 
     def samples(encoder: Encoder, record: Record) -> list[Sample]:
         wanted = record.row["label"]

@@ -1,4 +1,5 @@
-"""Limits the memory for reading a file of rows, and raises errors for files that exceed the limits.
+"""Limits the memory used to read a file of rows, and raises errors for files that exceed the
+limits.
 
 A file may be untrusted, and a small file may decompress to a huge one. Therefore, rows are read in
 pieces, and the constants below limit the size of a row and the amount of data that a file may

@@ -13,7 +13,8 @@ from typing import Any
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
-#: Returns whether the pieces of a text are normalized in the same way as the whole text.
+#: A function that returns whether the pieces of a text are normalized in the same way as the whole
+#: text.
 Holds = Callable[[str], bool]
 
 

@@ -17,8 +17,8 @@ def mismatched(data: Dataset, tokens: int) -> Dataset:
 
     The other response can come from any row of the data set, not only from the same batch, so a
     batch may consist of a single row. Each row is combined with the same response in every epoch,
-    so the reference model's outputs are computed only once. Both responses have about the same
-    length. In `columns`, the second sequence has no tokens in the loss.
+    so the reference model's outputs are computed only once. The other response has about the same
+    length as the row's own response. In `columns`, the second sequence has no tokens in the loss.
     """
     columns, rows = data.columns, data.rows
     first, length, trained, top = (

@@ -54,8 +54,8 @@ class Packing:
 
 
 def _best_fit(counts: np.ndarray, room: int) -> np.ndarray:
-    """Returns the row of each item, with the items in descending order of size. `counts[s]` items
-    have size s.
+    """Returns the index of the row in which each item is placed. The items are in descending order
+    of size. `counts[s]` items have size s.
 
     Each item is placed in the row that will then have the least room left. All items of one size
     are placed before any smaller item.

@@ -2,7 +2,7 @@
 
 A source yields its rows in blocks of a few MB (blocks.py): one process reads the blocks in order,
 and any process can parse a block. textfiles.py and tables.py read files. Because a file may be
-untrusted, the memory for reading it is limited (limits.py), and any error in the file raises
+untrusted, the memory used to read it is limited (limits.py), and any error in the file raises
 InputError.
 """
 
@@ -168,9 +168,9 @@ def sources_of(
     there are no training rows.
 
     `data` is a file, a folder, a name on the Hugging Face hub (repository.py), or rows in Python:
-    dicts, an Arrow table, a `datasets.Dataset`, or a mapping of splits to these. If `data` has no
-    validation rows, `valid` may contain them. `tell` receives the progress of downloads. If `ask`
-    is false, nothing is downloaded.
+    dicts, an Arrow table, a `datasets.Dataset`, or a mapping from split names to any of these. If
+    `data` has no validation rows, `valid` may contain them. `tell` receives the progress of
+    downloads. If `ask` is false, nothing is downloaded.
     """
     if data is None:
         raise InputError(
@@ -289,7 +289,7 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
 
 
 def _saved(folder: Path, before: str) -> dict[str, Path]:
-    """Returns the files of a folder that `save_to_disk` has written."""
+    """Returns the data files of a folder that was written by `save_to_disk`."""
     state = read_json(folder / "state.json")
     listed = state.get("_data_files")
     names = [

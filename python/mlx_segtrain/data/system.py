@@ -8,7 +8,7 @@ from .encoding import Options
 from .formats import checked
 from .sources import Source, rows_of
 
-#: The number of rows to read.
+#: The number of rows to check.
 LOOKED_AT = 64
 
 

@@ -26,7 +26,8 @@ from . import limits
 from .blocks import Block
 from .limits import VALUE, check_columns, check_growth, told
 
-#: The environment of a reader process: it uses one thread, and Arrow frees memory immediately.
+#: Environment variables that make a reader process use one thread, and make Arrow free memory
+#: immediately.
 SETTINGS = {
     **{"ARROW_DEFAULT_MEMORY_POOL": "system", "ARROW_IO_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
     **{"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -114,8 +115,8 @@ def main(number: str) -> None:
 
 
 def _said(wire: Any, path: Path, file: int, most: int) -> str | None:
-    """Sends the blocks of a file. Returns None or, if the file cannot be read, the message of an
-    InputError."""
+    """Sends the blocks of a file. Returns None, or the message of an InputError if the file cannot
+    be read."""
     import pyarrow as pa
     import pyarrow.parquet  # must be imported before memory is limited
 

@@ -58,11 +58,12 @@ def wants_parts(tokenizer: Tokenizer, kwargs: Mapping[str, Any]) -> bool:
 
 
 def content(text: str, parts: bool) -> dict[str, Any]:
-    """Returns the content of a message, as text or as a list of one part."""
+    """Returns the content of a message, as text or as a list with a single part."""
     return {"content": [{"type": "text", "text": text}] if parts else text}
 
 
-#: Renders messages whose values are all strings, with or without the generation prompt.
+#: A function that renders messages whose values are all strings, with or without the generation
+#: prompt.
 Direct = Callable[[Sequence[Message], bool], str]
 #: A typical conversation, for comparing two methods of rendering.
 PROBE = [

@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from .lossless import parts_of
 
-#: Maps patterns in tokenizer.json to equivalent patterns for ASCII text, because Python's re does
-#: not support \p{L} and \p{N}.
+#: GPT_2, LLAMA_3 and QWEN_2 are patterns that occur in tokenizer.json. ASCII maps them to
+#: equivalent patterns for ASCII text, because Python's re does not support \p{L} and \p{N}.
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -33,8 +33,8 @@ ASCII = {
         for own, digits in ((LLAMA_3, "{1,3}"), (QWEN_2, ""))
     },
 }
-#: The equivalent, for ASCII text, of splitting off every digit and then applying GPT_2, for which
-#: the text ends before each digit.
+#: For ASCII text, this pattern is equivalent to splitting off every digit and then applying GPT_2
+#: to each piece between the digits.
 DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\s+(?![^\s0-9])|\s+"
 #: The maximum number of cached words, and the maximum number of characters in a cached word.
 MOST, LONGEST = 1 << 18, 64

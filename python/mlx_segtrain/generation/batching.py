@@ -32,7 +32,7 @@ MOST_PADDING, LEAST_PADDING = 2, 512
 
 
 class Base(Protocol):
-    """An mlx-lm model and its tokenizer, which generate answers."""
+    """An mlx-lm model and its tokenizer, with which answers are generated."""
 
     @property
     def model(self) -> Any: ...

@@ -62,8 +62,8 @@ class Completion:
 
     `drawn` [n] says which tokens were sampled from the model. `log_p`, float32 [n], contains their
     log-probabilities at the sampling temperature, and 0 for other tokens. `text` is the text of the
-    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had no
-    turn left, and "stop" otherwise.
+    last turn. `finish` is "length" if the completion was truncated, "turns" if the model had used
+    all of its turns, and "stop" otherwise.
     """
 
     prompt: list[int]
@@ -189,7 +189,7 @@ def complete(
 ) -> list[list[Completion]]:
     """Generates a completion of each talk with the corresponding options. Up to `at_once`
     completions are decoded together; waiting completions join when half of the current ones have
-    ended their turn. The model has at most `most_turns` turns in a talk.
+    ended their turn. The model takes at most `most_turns` turns in a talk.
 
     The options must have a seed, and `logprobs` must be 0. A prompt that consecutive talks share is
     computed once. The tokens before a later turn are recomputed, because keeping their cache would
@@ -213,8 +213,8 @@ def complete(
             alone = len(new) == 1 and not batch.answers
             for turn in new:
                 cache = read(turn.prompt)
-                # Merging copies the caches. A single cache is not merged, and decoding would modify
-                # the reader's cache in place.
+                # Merging copies the caches. A single cache is not merged, so it is copied here;
+                # otherwise, decoding would modify the reader's cache in place.
                 turn.cache = copy.deepcopy(cache) if alone else cache
             batch.join(new)
         ended, failed = batch.step()

@@ -68,8 +68,8 @@ class Adapter:
     The shapes of the factors a and b are [in, R] and [R, out] for a linear layer, [E, R, in] and
     [E, out, R] for a layer with E experts, and [V, R] and [R, H] for an embedding. With DoRA,
     `magnitudes` contains the norms of the adapted weight's rows, float32 [out]. `tied` matters only
-    if an embedding is adapted. It is True if the embedding is also the model's head, to which the
-    update then applies as well, and None if this is unknown.
+    if an embedding is adapted. It is True if the embedding is also the model's head, so that the
+    update applies to the head as well, and None if this is unknown.
     """
 
     tensors: Tensors

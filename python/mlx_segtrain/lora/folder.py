@@ -18,8 +18,8 @@ PEFT_WEIGHTS = "adapter_model.safetensors"
 CONFIG, OPTIQ_CONFIG = "adapter_config.json", "optiq_lora_config.json"
 README = "README.md"
 #: The values of PEFT's init_lora_weights that leave the base unchanged. With other values (PiSSA,
-#: OLoRA, CorDA, LoftQ, LoRA-GA), a part of the base may have been moved into the factors, so the
-#: factors alone are not the update.
+#: OLoRA, CorDA, LoftQ, LoRA-GA), part of the base weights may have been moved into the factors, so
+#: the factors alone are not the update.
 PLAIN_STARTS = ("none", "true", "false", "gaussian", "orthogonal", "mica", "eva")
 
 
@@ -43,7 +43,7 @@ class Folder:
 
     @property
     def arrays(self) -> tuple[str, ...]:
-        """The names of the arrays that each linear layer has."""
+        """The names of the arrays in each linear layer's update."""
         return (*FACTORS, *filter(None, [self.kind.array]))
 
     @property

@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
         scale: float,
         array: Any,
     ) -> mx.array:
-        """Returns the multipliers, float32 [out], that an update with this kind, these factors and
-        this third array applies to the layer's outputs."""
+        """Returns the multipliers, float32 [out], by which an update of this kind, with these
+        factors and this third array, scales the layer's outputs."""
         applied = self.applies(kind)
         return applied.gain(dtype, ops.Linear(applied.base, *factors, scale), array)
 

@@ -25,13 +25,14 @@ def is_wrapped(path: str) -> bool:
 
 
 def in_transformers(path: str) -> str:
-    """Converts a path of mlx-lm to the corresponding path in transformers' multimodal model."""
+    """Converts an mlx-lm path to the corresponding path in transformers' multimodal model."""
     inner = bare(path)
     return _WITHIN + inner.removeprefix("model.") if inner.startswith("model.") else inner
 
 
 def in_mlx_lm(stored: str) -> str:
-    """Converts a path of transformers to mlx-lm's path. Paths of mlx-lm are returned unchanged."""
+    """Converts a transformers path to the corresponding mlx-lm path. Returns mlx-lm paths
+    unchanged."""
     if stored.startswith(_WITHIN):
         return f"{WRAPPER}model.{stored.removeprefix(_WITHIN)}"
     return stored

@@ -106,8 +106,8 @@ class Rows:
     """Updates for the rows of batches that run through one base model. They apply inside the
     context `running()`.
 
-    `run` is a forward pass of the base model, from tokens [1, 1] to logits. It is run once, to
-    determine which linear layers read the same x.
+    `run` maps tokens [1, 1] to logits by a forward pass through the base model. It is called once,
+    to determine which linear layers read the same x.
     """
 
     def __init__(self, modules: Mapping[str, LoRALinear], run: Callable[[mx.array], Any]):

@@ -181,8 +181,8 @@ def grouped(
     """Returns the groups of linear layers that read the same x, each with the dtype of x, in the
     order of calls.
 
-    `run` is a forward pass of the model, from tokens [1, 1] to logits. It is traced but not
-    evaluated.
+    `run` maps tokens [1, 1] to logits by a forward pass through the model. The pass is traced but
+    not evaluated.
     """
     recorder = _Recorder()
     before = [(module, module.rows) for module in modules]

@@ -16,8 +16,9 @@ LINEARS = nn.Linear, nn.QuantizedLinear
 
 
 def twin_of(model: nn.Module) -> Any:
-    """Returns the twin of a model, which is for steps of up to FEW tokens on a GPU. Its results are
-    bit-identical to the results of the model, unless our kernels run the linear layers, as on CUDA.
+    """Returns the twin of a model, which is used for steps of up to FEW tokens on a GPU. Its
+    results are bit-identical to the results of the model, unless our kernels run the linear layers,
+    as on CUDA.
 
     The twin is called like the model. Updates may be put into the model's modules at any time.
     Modules that are added to the model later are missing from its twin.

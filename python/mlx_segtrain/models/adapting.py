@@ -52,7 +52,7 @@ def init(
     With `root`, the multiplier of a layer is `scale` divided by the square root of its rank
     (rsLoRA: Kalajdzievski 2023, arXiv:2312.03732). `kinds` maps values of Kind.word to booleans, of
     which at most one is true. The additional array of that kind is initialized so that the model's
-    outputs do not change; if `here` returns False for a path, this path's array is 0. Raises
+    outputs do not change; if `here` returns False for a path, the array for that path is 0. Raises
     InputError if an embedding or a layer with experts would need such an array.
     """
     paths, modules = sorted(ranks), chain.adaptable

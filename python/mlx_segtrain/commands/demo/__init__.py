@@ -104,8 +104,8 @@ def _held_out(valid: Path) -> list[tuple[str, str]]:
 
 
 def _answers(model_dir: Path, adapter_path: Path | None, questions: list[str]) -> list[str]:
-    """Answers each question by greedy decoding. Each prompt reuses the cache for the prefix that it
-    shares with the previous prompt."""
+    """Answers each question with greedy decoding. Each prompt reuses the cache for the prefix that
+    it shares with the previous prompt."""
     from mlx_lm import generate
     from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 

@@ -140,8 +140,8 @@ def _definitions(parent: ast.AST, prefix: str) -> Iterator[tuple[str, str, str, 
 
 
 def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> str:
-    """Returns the parameters as written in the source. For a class, returns the parameters of its
-    __init__, or "" if it has none."""
+    """Returns the parameters and the return annotation of a function. For a class, returns those of
+    its __init__, or "" if it has none."""
     if isinstance(node, ast.ClassDef):
         functions = (child for child in node.body if isinstance(child, ast.FunctionDef))
         init = next((child for child in functions if child.name == "__init__"), None)
