@@ -238,7 +238,7 @@ class TrainConfig(BaseModel):
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
     """Strength with which kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
-    """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence by 0."""
+    """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence with 0."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
     """Weight in the kto loss for rows whose label is true."""
     undesirable_weight: Float = option(1.0, KTO, ge=0)
@@ -404,7 +404,7 @@ class TrainConfig(BaseModel):
     """Number of steps between checkpoints, from which a run can be resumed. The adapter is saved
     together with each checkpoint. 0 writes a checkpoint only at the end of the run."""
     keep_checkpoints: Int = option(2, EVALUATION, ge=1)
-    """Number of most recent checkpoints to keep."""
+    """How many of the most recent checkpoints to keep."""
     resume: Switch = option(False, ELSEWHERE | FREE, values="true, false or auto")
     """Continue from the newest checkpoint in adapter_path; auto starts a new run if there is no
     checkpoint."""
@@ -430,7 +430,8 @@ class TrainConfig(BaseModel):
     sample_prompts: Annotated[list[Name], Distinct] = option(
         [], EVALUATION, values="texts, each at most once", texts=True
     )
-    """Prompts that the model answers at every evaluation; the answers are written to the log."""
+    """Prompts that the model answers at every evaluation; the answers are written to
+    metrics.jsonl."""
     sample_tokens: Int = option(
         64,
         EVALUATION,
