@@ -207,7 +207,7 @@ class TrainConfig(BaseModel):
     )
     """Dropout probability for the inputs of LoRA branches."""
     dpo_beta: Float = option(0.1, DPO, title="DPO beta", gt=0)
-    """Strength with which dpo penalizes divergence from the model without the adapter."""
+    """How strongly dpo penalizes divergence from the model without the adapter."""
     dpo_loss: Literal[
         "sigmoid",
         "hinge",
@@ -236,7 +236,7 @@ class TrainConfig(BaseModel):
     reference_free: bool = option(False, DPO)
     """Compute the loss of dpo without a reference model."""
     kto_beta: Float = option(0.1, KTO, title="KTO beta", gt=0)
-    """Strength with which kto penalizes divergence from the model without the adapter."""
+    """How strongly kto penalizes divergence from the model without the adapter."""
     kto_loss: Literal["kto", "apo_zero_unpaired"] = option("kto", KTO, title="KTO loss")
     """Variant of the kto loss; apo_zero_unpaired replaces the estimated KL divergence with 0."""
     desirable_weight: Float = option(1.0, KTO, ge=0)
@@ -430,7 +430,8 @@ class TrainConfig(BaseModel):
     sample_prompts: Annotated[list[Name], Distinct] = option(
         [], EVALUATION, values="texts, each at most once", texts=True
     )
-    """Prompts that the model answers at every evaluation; the answers are written to the log."""
+    """Prompts that the model answers at every evaluation; the answers are written to
+    metrics.jsonl."""
     sample_tokens: Int = option(
         64,
         EVALUATION,
