@@ -57,9 +57,9 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Returns the rewards of a configuration. Callers in Python may also pass `functions`, and
-        the class of the `environment`. Raises InputError if a reward cannot be used, or if there is
-        no reward."""
+        """Returns the rewards of a configuration. Python callers may also pass reward functions
+        (`functions`) and the class of the environment (`environment`). Raises InputError if a
+        reward cannot be used, or if there is no reward."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [

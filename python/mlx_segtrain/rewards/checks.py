@@ -11,7 +11,7 @@ import re2
 
 from ..errors import InputError, reason, shown
 
-#: Matches a number in a text, which may have thousands separators.
+#: Matches a number in a text. The number may have thousands separators.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 #: Numbers count as equal if their relative difference is at most this.
 ACCURACY = 1e-6
