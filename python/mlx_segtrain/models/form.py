@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments for creating a Stage for one stream, except the function."""
+    """The arguments of a Stage for one stream, except its function."""
 
     name: str
     reads: tuple[str, ...]
@@ -119,7 +119,7 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """Returns the forms of all layers after setting `gives` and `trims`, the fields that link
+    """Sets `gives` and `trims`, the fields that link layers, and returns the new forms of all
     layers."""
     donors = {form.donor for form in forms}
     # After the last layer that has its own keys, the rows before the first row with a loss are not

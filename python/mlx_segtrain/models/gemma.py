@@ -131,8 +131,8 @@ def _kind(text: Mapping[str, Any]) -> str:
 
 
 def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
-    """Returns the attention type of each layer, full_attention or sliding_attention, as mlx-lm
-    reads it from the configuration."""
+    """Returns the attention type of each layer, full_attention or sliding_attention, determined
+    from the configuration in the same way as in mlx-lm."""
     if kind == "gemma2":
         return ["full_attention"] * n
     if kind == "gemma4" and text.get("layer_types"):

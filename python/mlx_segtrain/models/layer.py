@@ -23,8 +23,8 @@ from .form import LayerForm, StageForm, linked
 
 #: The number of rows that an MLP computes at a time. With more tokens than this, the memory of the
 #: MLP does not grow further, but its first matrix multiplication runs twice, even if the plan keeps
-#: all values. The number is the same for every plan, because the order in which rows are summed
-#: depends on it.
+#: all values. The number must not depend on the plan, because it affects the order in which rows
+#: are summed, and thus the last bits of the results.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -598,8 +598,8 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """Returns q and k, whose heads are normalized and rotated, and v. If only the linear layer
-        of q is given, returns q alone."""
+        """Returns the normalized and rotated heads of q and k, and v. If only the linear layer of q
+        is given, returns q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 

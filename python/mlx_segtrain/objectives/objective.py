@@ -21,7 +21,7 @@ class Objective:
     be summed. A metric is NaN if no row of the batches contributes to it.
     """
 
-    options: tuple[str, ...] = ()  #: names of the objective's options in the configuration, in field order
+    options: tuple[str, ...] = ()  #: the objective's options in the configuration, in field order
     unit: str  #: the unit of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: names of values that the head reads after each stream's h and rows

@@ -77,8 +77,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form that computes common prefixes only once and then, if any pair
-        shares a prefix, in a form without sharing."""
+        """Yields the pairs in a form that computes common prefixes only once and then, if the two
+        sequences of any pair share a prefix, in a form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -212,9 +212,8 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Returns the maximum number of tokens in a sequence of one side, and the maximum number that
-    is left after trimming. If `full` is true, the whole sequence is in the loss, and nothing is
-    trimmed."""
+    """Returns the maximum number of tokens in a sequence of one side, before and after trimming. If
+    `full` is true, the whole sequence is in the loss, and nothing is trimmed."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())

@@ -64,7 +64,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """The benchmark results of an op. `ms` is the median time of a call that the host waits for,
+    """One row of the benchmark results. `ms` is the median time of a call that the host waits for,
     and `queued_ms` is the time per call if ten calls are queued.
 
     `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum

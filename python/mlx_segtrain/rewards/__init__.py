@@ -27,8 +27,8 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 #: The arguments of a reward in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: A function of (prompts, completions, **columns), all of which are lists, that returns a score for
-#: each completion.
+#: A function that receives lists as (prompts, completions, **columns) and returns a score for each
+#: completion.
 Function = Callable[..., Sequence[float]]
 
 
