@@ -172,7 +172,8 @@ class Engine:
 
     def select(self, adapter: str | None) -> Selected:
         """Returns the adapters that a request names. `adapter` is an id ("a") or a stack of ids
-        ("a+b" or "a,b"). Both "none" and "" mean the base model, and None means the default adapter.
+        ("a+b" or "a,b"). Both "none" and "" mean the base model, and None means the default
+        adapter.
 
         Raises InputError for an adapter that is not mounted, or that cannot be stacked.
         """
