@@ -452,7 +452,7 @@ def chain(
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
     # If layers have their own inputs, the embedding is not adaptable, because these inputs are also
-    # computed from it.
+    # computed from it, but without its update.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head
@@ -621,7 +621,8 @@ def rotary(rope: Any) -> Rotate:
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
-    """Runs mlx-lm's rotary module on each segment, because the module does not support segments."""
+    """Runs mlx-lm's rotary module on each segment separately, because the module does not support
+    segments."""
     if segments is None:
         return rope(x, offset=offset)
     end = offset + x.shape[2]

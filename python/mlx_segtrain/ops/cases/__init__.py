@@ -2,8 +2,8 @@
 csrc/ops/.
 
 In such a module, `checks(device, rows)` yields calls of the op's kernels on "cpu", "metal" or
-"cuda", each with `rows` rows, and `cases(gpu)` returns the cases to time. A module has one of these
-functions or both.
+"cuda", each with `rows` rows, and `cases(gpu)` returns the cases to time. A module defines one or
+both of these functions.
 """
 
 import importlib

@@ -148,7 +148,8 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        # Closing runs in a thread, because it waits for a tokenizer that is still loading.
+        # Closing runs in a thread, because it waits for a tokenizer that is still loading, and
+        # would block the event loop.
         except BaseException:
             threading.Thread(target=confined.close, daemon=True).start()
             raise
