@@ -53,8 +53,8 @@ def read_header(file: Path, *, whole: bool = True) -> Tensors:
             if size > min(MOST, total - 8):
                 raise ValueError("it ends within its header, or the header is too long")
             text = opened.read(size)
-        # In the header, each tensor has an object and two lists. They are counted before the header
-        # is parsed, because parsing uses memory.
+        # In the header, each tensor has an object and two lists. They are counted first, so that a
+        # header with too many of them is rejected before parsing it uses much memory.
         if text.count(b"{") > TENSORS + 2 or text.count(b"[") > 2 * TENSORS:
             raise ValueError(f"its header names more than {TENSORS:,} tensors")
         if text.count(b",") > 12 * TENSORS or text.count(b'"') > 20 * TENSORS:

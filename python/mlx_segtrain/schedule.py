@@ -124,7 +124,7 @@ def segmented_value_and_grad(
     `head(stages(values))`.
 
     `head(params, *head_reads)` returns the loss, or a tuple that begins with the loss. `params`
-    maps the owner of stages, or "head", to a dict of arrays; owners without parameters may be
+    maps each owner of stages, and "head", to a dict of arrays; owners without parameters may be
     absent. `values` maps the names in `inputs` to arrays, for which no gradients are computed.
     `grads` has the structure of `params`. `segment_size` is the number of stages that are
     recomputed together; 0 keeps all values and 1 needs little memory. `cuts`, if given, replaces

@@ -29,9 +29,9 @@ class Made:
 def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) -> Made:
     """Writes the model to a new folder, with its linear layers and embeddings quantized by mlx-lm.
 
-    Raises InputError if the model cannot be read, is already quantized or belongs to a family that
-    mlx-lm does not support, and if the disk has too little space. `out` does not exist until it is
-    complete.
+    Raises InputError if the model cannot be read, is already quantized, or belongs to a family that
+    mlx-lm does not support, or if the disk has too little space. The folder `out` appears only when
+    all of its files are complete.
     """
     base = opened(model_dir)
     name = title(base.folder)
@@ -71,7 +71,7 @@ def convert(model_dir: Path, out: Path, *, bits: int = 4, group_size: int = 64) 
 
 
 def _size(base: Snapshot, bits: int, group_size: int) -> int:
-    """Returns an upper bound on the size, in bytes, of the quantized weights, in which each group
+    """Returns an upper bound on the size of the quantized weights in bytes. Each group of weights
     has a 16-bit scale and a 16-bit bias."""
     each = (bits + 32 / group_size) / 8
     return sum(

@@ -14,7 +14,7 @@ from ..streams import Stream
 
 @dataclass(frozen=True)
 class StageForm:
-    """The arguments for creating a Stage for one stream, except the function."""
+    """The arguments of a Stage for one stream, except its function."""
 
     name: str
     reads: tuple[str, ...]
@@ -47,16 +47,17 @@ class LayerForm:
     own_input: int = 0  #: the width of an input computed from the tokens for this layer only
     experts: int = 0  #: the total hidden width of the experts that process a token
     donor: str | None = None  #: the layer whose keys and values this layer reads
-    gives: bool = False  #: whether other layers read its keys and values (set by `linked`)
+    gives: bool = False  #: whether other layers read this layer's keys and values (set by `linked`)
     trims: bool = False  #: whether it drops rows before the first row with a loss (set by `linked`)
 
     @property
     def owners(self) -> tuple[str, str]:
-        """The owners of the parameters of the layer's two stages, attention and MLP."""
+        """The names under which the parameters of the layer's attention stage and MLP stage are
+        stored."""
         return f"{self.name}.self_attn", f"{self.name}.mlp"
 
     def owner_of(self, path: str) -> str:
-        """Returns the stage that runs a linear layer of this decoder layer."""
+        """Returns the one of `owners` to which the linear layer at `path` belongs."""
         return self.owners[".self_attn." not in path]
 
     def stages(self, stream: Stream) -> tuple[StageForm, StageForm]:
@@ -89,8 +90,8 @@ class LayerHeaders:
         return self.widths.get(f"{self.name}.{path}", (0, 0))
 
     def form(self, text: Mapping[str, Any], **more: Any) -> LayerForm:
-        """Returns the layer's form. `text` is the configuration, and `more` contains fields that
-        the family sets."""
+        """Returns the layer's form. `text` is the configuration, and `more` contains the values of
+        fields that are specific to the model family."""
         query, hidden = self.linear("self_attn.o_proj")[0], self.linear("mlp.down_proj")[0]
         fused = self.linear("self_attn.qkv_proj")[1]
         own = (fused - query) // 2 if fused else self.linear("self_attn.k_proj")[1]
@@ -118,7 +119,7 @@ class LayerHeaders:
 
 
 def linked(forms: Sequence[LayerForm]) -> tuple[LayerForm, ...]:
-    """Returns the forms of all layers after setting `gives` and `trims`, the fields that link
+    """Sets `gives` and `trims`, the fields that link layers, and returns the new forms of all
     layers."""
     donors = {form.donor for form in forms}
     # After the last layer that has its own keys, the rows before the first row with a loss are not

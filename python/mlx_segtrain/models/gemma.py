@@ -19,7 +19,7 @@ from .form import LayerForm, LayerHeaders
 from .layer import PROJECTIONS, Embedding, Layer, Linears, Mlp, Norm, Projection, chain, layer_of
 
 TYPES = {"gemma2", "gemma3_text", "gemma4_text", "gemma3", "gemma4", "gemma4_unified"}
-#: mlx-lm's defaults for values that config.json lacks, keyed by the beginning of `model_type`.
+#: mlx-lm's defaults for values that config.json lacks, keyed by a prefix of `model_type`.
 ASSUMED: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 256, "attn_logit_softcapping": 50.0},
     "gemma3": {"head_dim": 256, "sliding_window": 512, "sliding_window_pattern": 6},
@@ -90,8 +90,8 @@ def chain_of(model: Any, prefix: str) -> Chain:
 
 
 def tied(text: Mapping[str, Any]) -> bool:
-    """Returns False for Gemma 3, in which the embedding is the head only if the weights lack a
-    head."""
+    """Returns whether the embedding is always used as the head. The result is False for Gemma 3,
+    which uses the embedding only if the weights contain no separate head."""
     kind = _kind(text)
     return kind == "gemma2" or (kind == "gemma4" and text.get("tie_word_embeddings", True))
 
@@ -131,8 +131,8 @@ def _kind(text: Mapping[str, Any]) -> str:
 
 
 def _types(kind: str, text: Mapping[str, Any], n: int) -> list[str]:
-    """Returns the attention type of each layer, full_attention or sliding_attention, as mlx-lm
-    reads it from the configuration."""
+    """Returns the attention type of each layer, full_attention or sliding_attention, determined
+    from the configuration in the same way as in mlx-lm."""
     if kind == "gemma2":
         return ["full_attention"] * n
     if kind == "gemma4" and text.get("layer_types"):
@@ -150,8 +150,8 @@ class _Experts(Mlp):
     """The dense MLP with experts in parallel. The router and the experts are frozen.
 
     Gradients flow through the experts and through the weights that the router assigns to them, but
-    not through its choice of experts. Some versions of mlx-lm's own router would differentiate the
-    choice, too.
+    not through its choice of experts. mlx-lm's router is not used, because some versions of it also
+    differentiate the choice.
     """
 
     layer: Any = None

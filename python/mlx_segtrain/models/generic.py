@@ -31,8 +31,8 @@ TRIED, FLOAT_BOUND, HALF_BOUND = 12, 1e-3, 5e-2
 
 
 class _Stop(Exception):
-    """Ends a run of the model at the layer of a stage. Its args are the positional and the keyword
-    arguments of the layer."""
+    """Raised to stop a forward pass of the model at a given layer. Its `args` are the positional
+    and keyword arguments with which that layer was called."""
 
 
 class _StandIn:
@@ -283,8 +283,8 @@ def _check_close(
 
 def _try_part(body: _Body, layers: range) -> int:
     """Performs the checks of `_try` on a model in which only these layers are loaded. Compares the
-    output of these layers with their output in a run of the whole model in which the earlier layers
-    return random values. The output may depend on these values only through h."""
+    output of these layers with their output when the whole model runs and the earlier layers return
+    random values. The output must not depend on the random values except through h."""
     refused = f"{body.kind} cannot be trained:"
     tokens = mx.arange(TRIED)[None] + 1
     body.model.freeze()
@@ -303,9 +303,9 @@ def _try_part(body: _Body, layers: range) -> int:
         return mx.random.normal(like.shape, key=mx.random.key(seed)).astype(like.dtype)
 
     def together(seed: int) -> mx.array:
-        """Returns the output of these layers in a run of the whole model in which the earlier
-        layers return random values. These values depend on the seed, except the values of the layer
-        directly before these layers."""
+        """Runs the whole model, with random values as the outputs of the earlier layers, and
+        returns the output of these layers. The random values depend on the seed, except for the
+        output of the last earlier layer, which is the same for every seed."""
         answers: dict[int, Callable[..., mx.array]] = {}
         for i in range(layers.start):
             own = given(0 if i == layers.start - 1 else seed + i)

@@ -14,7 +14,7 @@ from . import of_type
 from .form import LayerForm, LayerHeaders, linked
 from .snapshot import MOST_LAYERS, Snapshot, quantization_of
 
-#: Parts of a multimodal model that are not loaded.
+#: Matches the names of weights in the parts of a multimodal model that are not loaded.
 OTHER_TOWERS = re.compile(r"(^|\.)(vision|visual|audio|multi_modal|mm_|embed_vision|embed_audio)")
 FLOATS = ("F16", "BF16")
 

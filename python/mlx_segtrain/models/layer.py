@@ -23,8 +23,8 @@ from .form import LayerForm, StageForm, linked
 
 #: The number of rows that an MLP computes at a time. With more tokens than this, the memory of the
 #: MLP does not grow further, but its first matrix multiplication runs twice, even if the plan keeps
-#: all values. The number is the same for every plan, because the order in which rows are summed
-#: depends on it.
+#: all values. The number must not depend on the plan, because it affects the order in which rows
+#: are summed, and thus the last bits of the results.
 MLP_ROWS = 16384
 
 #: Paths of the linear layers in mlx-lm's decoder layers.
@@ -99,8 +99,8 @@ class Linears:
         return ops.Linear(base, a, b, self.updates.scales[projection.path])
 
     def more(self, projection: Projection) -> tuple[Any, mx.array] | None:
-        """Returns the object that applies the additional array of an update, and this array [out].
-        For LoRA, which has no such array, returns None."""
+        """Returns the object that applies an update's additional array, and the array itself,
+        [out]. Returns None for plain LoRA, which has no such array."""
         for kind in KINDS:
             x = self.params.get(f"{projection.path}.{kind.array}")
             if x is not None:
@@ -203,8 +203,8 @@ class Attention:
             return [self.rotate(k, position, segments), v]
 
         def queries(begin: int, end: int | None, keys: mx.array) -> mx.array:
-            """Returns the queries for rows `begin` to `end`, whose keys are the last rows of
-            `keys`."""
+            """Returns the queries for rows `begin` to `end`. The last rows of `keys` are the keys
+            of these rows."""
             own = self._heads(q[:, begin:end], self.heads, self.q_norm, self.wide_norms)
             return self.rotate(own, keys.shape[2] - own.shape[2], segments)
 
@@ -289,7 +289,8 @@ class Mlp:
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """A decoder layer: h + attention(h), then h + mlp(h), with norms before or after each branch.
-    The result is multiplied by `factor`; if `finish` is set, it then maps h to the layer's output.
+    The result is multiplied by `factor`. If `finish` is set, this function then maps h to the
+    layer's output.
 
     Attention and MLP are separate stages, so that they can be recomputed separately. `donor` names
     the layer whose keys and values this layer reads.
@@ -305,8 +306,8 @@ class Layer:
     after_mlp: Norm | None = None
     branch_scale: float = 1.0
     factor: mx.array | None = None  #: a scalar
-    #: This function also receives the tokens [B, T], from which it computes an input of width
-    #: `own_input`.
+    #: In addition to h, `finish` receives the tokens [B, T], from which it computes an input of
+    #: width `own_input`.
     finish: Callable[[Linears, mx.array, mx.array], mx.array] | None = None
     own_input: int = 0
     donor: str | None = None
@@ -445,13 +446,13 @@ def chain(
     tied: bool,
     softcap: float | None = None,
 ) -> Chain:
-    """Returns the chain of an mlx-lm model with these layers. The norm and the softcap belong to
-    its head."""
+    """Returns the chain of an mlx-lm model with these layers. `norm` and `softcap` belong to the
+    chain's head."""
     forms = linked([layer.form for layer in layers])
     own_inputs = any(form.own_input for form in forms)
     path, module = embedding.path, embedding.module
     # If layers have their own inputs, the embedding is not adaptable, because these inputs are also
-    # computed from it.
+    # computed from it, but without its update.
     outer: dict[str, nn.Module] = {} if own_inputs else {path: module}
     if not tied:
         path, module = f"{prefix}lm_head", model.lm_head
@@ -509,11 +510,11 @@ def layer_of(
     attention: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> Layer:
-    """Returns the layer that uses mlx-lm's modules, which must have the names that most families
-    use.
+    """Creates a Layer that uses the modules of an mlx-lm layer. The modules must have the names
+    that are common to most model families.
 
-    `paths` are the paths of the layer's linear layers. `attention` and `more` are additional fields
-    of Attention and of Layer.
+    `paths` are the paths of the layer's linear layers. `attention` contains additional fields of
+    the Attention, and `more` of the Layer.
     """
     attn, found = layer.self_attn, dict(layer.named_modules())
     if donor:  # projections that are never run cannot be adapted
@@ -597,8 +598,8 @@ class Rotary:
         segments: ops.Segments | None,
         norms: Sequence[ops.HeadNorm | None],
     ) -> list[mx.array]:
-        """Returns q and k, whose heads are normalized and rotated, and v. If only the linear layer
-        of q is given, returns q alone."""
+        """Returns the normalized and rotated heads of q and k, and v. If only the linear layer of q
+        is given, returns q alone."""
         more: Any = {"offset": offset, "segments": segments, "norms": norms}
         return ops.lora_qkv(x, linears, heads, groups, self.dims, **more, **self.options)
 
@@ -620,7 +621,8 @@ def rotary(rope: Any) -> Rotate:
 
 
 def _rotated(rope: Any, x: mx.array, offset: int, segments: ops.Segments | None) -> mx.array:
-    """Runs mlx-lm's rotary module on each segment, because the module does not support segments."""
+    """Runs mlx-lm's rotary module on each segment separately, because the module does not support
+    segments."""
     if segments is None:
         return rope(x, offset=offset)
     end = offset + x.shape[2]

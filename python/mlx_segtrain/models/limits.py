@@ -29,8 +29,8 @@ TEXTS = re.compile(r"\w*tokens?|added_tokens_decoder|chat_template|(_?name_or|_?
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError for an entry of the folder that is not a regular file or is too large for
-    its kind."""
+    """Raises InputError if the folder contains anything other than regular files and subfolders, or
+    a JSON file or template above its size limit."""
     try:
         for entry in os.scandir(folder):
             facts = entry.stat()
@@ -82,8 +82,8 @@ def _names_other_file(text: str, folder: Path) -> bool:
 
 
 def check_model(snapshot: Snapshot) -> None:
-    """Raises InputError for a configuration that names a program or specifies more layers than
-    there are tensors, and for weights without a valid header."""
+    """Raises InputError if the configuration specifies its own model code or implausible numbers
+    (such as more layers than there are tensors), or if a weight file has no valid header."""
     if snapshot.config.get("model_file") is not None:  # some releases of mlx-lm would run it
         raise InputError(
             f"model_dir {snapshot.folder} specifies its own model code (model_file in "

@@ -111,8 +111,8 @@ def quantization_of(
     """Returns how the module with this path in the files is quantized, or None if it is not
     quantized.
 
-    As in mlx-lm, the number of groups and their size give the width of the weight, and the number
-    of bits follows from this width. If the configuration does not match the tensors, raises
+    As in mlx-lm, the width of the weight is the number of groups times the group size, and the
+    number of bits follows from the width. If the configuration does not match the tensors, raises
     LookupError, TypeError, ValueError, AttributeError or ArithmeticError.
     """
     dtype, shape = tensors.get(f"{path}.weight", ("", ()))

@@ -51,7 +51,7 @@ def objective_of(config: TrainConfig) -> Objective:
 
 
 def named(objective: Objective, outputs: Iterable[Any]) -> dict[str, float]:
-    """Returns the metrics among the outputs, keyed by name. Metrics that are NaN, because no row
+    """Returns the metrics in `outputs`, keyed by name. Metrics that are NaN, because no row
     contributed to them, are omitted."""
     found = zip(objective.metrics, map(float, outputs), strict=True)
     return {name: x for name, x in found if not math.isnan(x)}

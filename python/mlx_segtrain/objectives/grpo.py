@@ -22,8 +22,8 @@ from .objective import Objective, predictions, stream_values
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo"]
 #: The names of the values that are stored for each token in the loss.
 NUMBERS = ("advantage", "rollout", "old", "reference")
-#: A weight so small that a token has a negligible effect on the loss, but still counts as being in
-#: the loss.
+#: A weight so small that a token with this weight has a negligible effect on the loss, but still
+#: counts as being in the loss.
 NOTHING = 1e-30
 
 
@@ -38,8 +38,8 @@ class Grpo(Objective):
     each token of a completion with n tokens is 1/(N·n) for grpo and gspo, 1/(N·most) for dr_grpo
     (Liu et al. 2025, arXiv:2503.20783), and 1/Σn for dapo (Yu et al. 2025, arXiv:2503.14476). Where
     `old` was not computed (NaN), the new probability is used instead, as a constant. The property
-    `reference` is None, because each step has new completions, so their log-probabilities without
-    the adapter cannot be computed before the run.
+    `reference` is None: each step has new completions, whose log-probabilities without the adapter
+    cannot be computed before the run.
     """
 
     kind: Loss = "grpo"
@@ -64,8 +64,8 @@ class Grpo(Objective):
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        """Returns the weight of each token in the loss, one value per completion, float64 [N]. It
-        is 0 for completions that are not `kept`."""
+        """Returns, for each completion, the weight that each of its tokens has in the loss, float64
+        [N]. The weight is 0 for completions that are not `kept`."""
         if self.kind == "dapo":
             part = np.full(len(lengths), 1 / max(int(lengths[kept].sum()), 1))
         else:
@@ -82,8 +82,8 @@ class Grpo(Objective):
         return self._shape(min(length + 1, self.length), max(1, length + 1 - trained))
 
     def _shape(self, longest: int, shortest: int) -> BatchShape:
-        """Returns the shape of the largest pass if completions, including their prompts, have at
-        most `longest` tokens and the shortest prompt has `shortest`."""
+        """Returns the shape of the largest pass if no completion together with its prompt has more
+        than `longest` tokens, and the shortest prompt has `shortest` tokens."""
         if self.packs:
             whole, rest = divmod(self.length, shortest + self.most)
             loss = whole * self.most + max(rest - shortest, 0)
@@ -121,7 +121,7 @@ class Grpo(Objective):
             owner = b
         members = (np.arange(len(batch.lengths))[:, None] == owner).astype(np.float32)
         members /= np.maximum(members.sum(1, keepdims=True), 1)
-        nothing = np.full_like(batch.weights, np.nan)  # stands for values that were not computed
+        nothing = np.full_like(batch.weights, np.nan)  # marks values that were not computed
         return {
             **stream_values(chain, SINGLE[0], tokens, b, t),
             "targets": ops.upload(batch.tokens[places]),

@@ -93,13 +93,14 @@ class Responses(Objective):
 
 
 def _own(batch: AnyBatch) -> Batch:
-    """Returns the sequences that pair each prompt with its own response, not with another row's."""
+    """Returns the sequences that pair each prompt with its own response, not with that of another
+    row."""
     return batch.chosen if isinstance(batch, PairBatch) else batch
 
 
 def _labels(own: Batch) -> np.ndarray:
-    """Returns 1 for desirable and −1 for undesirable rows, float32 [B]. This is the sign of their
-    weights."""
+    """Returns 1 for desirable and −1 for undesirable rows, float32 [B]. The labels are the signs of
+    the rows' weights."""
     return np.sign(own.weights.sum(1)).astype(np.float32)
 
 

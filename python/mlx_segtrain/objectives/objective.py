@@ -21,7 +21,7 @@ class Objective:
     be summed. A metric is NaN if no row of the batches contributes to it.
     """
 
-    options: tuple[str, ...] = ()  #: names of its options in the configuration, in field order
+    options: tuple[str, ...] = ()  #: the objective's options in the configuration, in field order
     unit: str  #: the unit of the loss, in words
     metrics: tuple[str, ...] = ()  #: names of the outputs after the loss
     reads: tuple[str, ...]  #: names of values that the head reads after each stream's h and rows
@@ -125,8 +125,8 @@ def predictions(
 def stream_values(
     chain: Chain, stream: Stream, tokens: np.ndarray, b: np.ndarray, t: np.ndarray
 ) -> dict[str, mx.array]:
-    """Returns the inputs of a stream with tokens [B, T]. Tokens in rows b [M] at positions t [M]
-    predict a token in the loss.
+    """Returns the inputs of a stream with tokens [B, T]. The tokens in rows b [M] at positions t
+    [M] each predict a token in the loss.
 
     `positions` [N] are the positions that remain after the layer that trims the sequences, and
     `rows` [M] are indices into h [B·N, H].

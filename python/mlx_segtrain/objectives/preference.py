@@ -2,8 +2,8 @@
 
 A pair runs as two streams, one per sequence. If both sequences begin with the same tokens, the pair
 can run as one stream: the chosen sequence, followed by the rest of the rejected sequence as a
-branch. Because attention is causal, this does not change the results. The head runs only on
-positions in the loss.
+branch. This does not change the results, because attention is causal: the common tokens do not
+depend on the tokens after them. The head runs only on positions in the loss.
 """
 
 import math
@@ -25,7 +25,7 @@ from .objective import Objective, stream_values
 SHARED_LEAST = 64
 #: The lower bound on 1 − p when log-odds are computed, because they would be infinite for p = 1.
 LEAST_REST = 1e-7
-#: The temperature τ with which discopop blends its two losses, as in the paper.
+#: The temperature τ with which discopop blends its two losses, as in the paper (arXiv:2406.08414).
 DISCOPOP_TAU = 0.05
 
 
@@ -77,8 +77,8 @@ class Pairs(Objective):
     _full = False  #: whether the loss includes the chosen sequence's prompt
 
     def choices(self, data: Dataset) -> Iterator[Dataset]:
-        """Yields the pairs in a form that computes common prefixes only once and then, if any pair
-        shares a prefix, in a form without sharing."""
+        """Yields the pairs in a form that computes common prefixes only once and then, if the two
+        sequences of any pair share a prefix, in a form without sharing."""
         yield data
         if data.columns.shared.max() >= SHARED_LEAST:
             yield data.apart()
@@ -86,9 +86,9 @@ class Pairs(Objective):
     def batch_shapes(self, data: Dataset, rows: int) -> list[BatchShape]:
         share = data.columns.shared >= SHARED_LEAST
         alike, apart = data.columns.take(share), data.columns.take(~share)
-        # `apart` contains the pairs that do not share enough tokens. A batch with such a pair
-        # shares no tokens at all. With several rows per batch, any other pair may be in such a
-        # batch, so `apart` must then contain all pairs.
+        # `apart` contains the pairs that do not share enough tokens. If a batch contains such a
+        # pair, none of its pairs share tokens. With several rows per batch, any other pair may be
+        # in such a batch, so `apart` must then contain all pairs.
         if apart.shared.size and rows > 1:
             apart = data.columns
         shapes = []
@@ -193,10 +193,10 @@ class Pairs(Objective):
         return tokens, {name: np.concatenate([x, rejected[name]]) for name, x in chosen.items()}
 
     def _rows(self, batch: PairBatch, side: str) -> dict[str, np.ndarray]:
-        """Returns arrays with an element for each position of a side's sequences that predicts a
-        token in the loss. They contain the row in the batch, the position, the predicted token, the
-        index of the sequence, whether the token belongs to a response, and the token's weight in
-        the cross-entropy term."""
+        """Finds the positions, in the sequences of one side, that predict a token in the loss. The
+        returned arrays have one element per position, and contain the row in the batch, the
+        position, the predicted token, the index of the sequence, whether the token belongs to a
+        response, and the token's weight in the cross-entropy term."""
         chosen = side == "chosen"
         own = batch.chosen if chosen else batch.rejected
         likely = self._likely(own) if chosen else np.zeros_like(own.weights)
@@ -212,9 +212,8 @@ class Pairs(Objective):
 
 
 def _lengths(pairs: Columns, side: int, rows: int, full: bool) -> tuple[int, int]:
-    """Returns the maximum number of tokens in a sequence of one side, and the maximum number that
-    is left after trimming. If `full` is true, the whole sequence is in the loss, and nothing is
-    trimmed."""
+    """Returns the maximum number of tokens in a sequence of one side, before and after trimming. If
+    `full` is true, the whole sequence is in the loss, and nothing is trimmed."""
     lengths = padded(pairs.length[:, side], rows) - 1
     first = np.maximum(pairs.first[:, side] - 1, 0) * (not full)
     trimmed, longest = lengths - trim_start(first), int(lengths.max())

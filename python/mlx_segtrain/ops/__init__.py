@@ -327,10 +327,10 @@ def rope(
     freqs, where position = offset + t.
 
     freqs [dims/2] is base^(2i/dims) unless it is given. With `traditional`, adjacent elements form
-    pairs; otherwise an element of the first half is paired with one of the second half. If
-    `segments` divides the offset + T tokens into segments, in the form that `attention` accepts,
-    positions count from the start of each segment. The other arguments are the same as in
-    mx.fast.rope. See Su et al. 2021, arXiv:2104.09864.
+    pairs; otherwise each element of the first half is paired with the corresponding element of the
+    second half. If `segments` divides the offset + T tokens into segments, in the form that
+    `attention` accepts, positions count from the start of each segment. The other arguments are the
+    same as in mx.fast.rope. See Su et al. 2021, arXiv:2104.09864.
     """
     options: dict[str, Any] = {"base": base, "scale": scale, "offset": offset, "freqs": freqs}
     if segments is not None:
@@ -485,8 +485,8 @@ def linear_cross_entropy(
     h [M, H], integer targets [M], float32 weights [M] (1 by default) → a float32 scalar. Rows with
     a target below 0 are ignored. The gradient of h is computed in the forward pass, one chunk of
     rows at a time; `needs_grad=False` skips it, for evaluation. Pass `padded=False` if no target is
-    below 0. Otherwise, on a GPU, the host must wait for the targets to find the rows to ignore.
-    With `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1),
+    below 0. Otherwise, on a GPU, the host must wait for the targets in order to find the rows to
+    ignore. With `softcap` c, z is replaced with c·tanh(z / c). With `label_smoothing` ε in [0, 1),
     z[target] is replaced with (1 − ε)·z[target] + ε·mean(z) (Szegedy et al. 2016,
     arXiv:1512.00567). The idea of never storing z is from Cut Cross-Entropy (Wijmans et al. 2024,
     arXiv:2411.09009).

@@ -45,12 +45,12 @@ class Case:
     """A benchmark of an op with arguments of one shape. `run(impl)` returns the calls to time,
     keyed by direction.
 
-    The `impl` "mlx" is MLX's implementation, and "products" computes only the two matrix
-    multiplications that a head with a dense weight requires. The keys of `flops` or `moved` (bytes
-    that must be read or written) are the directions to time; the values determine the minimum time
-    of each direction. With a memory limit (in MB above the current use), the host waits for the
-    device instead of exceeding the limit. Without one, the host queues calls ahead of the device,
-    so the peak memory of a call cannot be measured on a GPU.
+    With `impl="mlx"`, the calls run MLX's implementation; with "products", they compute only the
+    two matrix multiplications that a head with a dense weight requires. The keys of `flops` or
+    `moved` (bytes that must be read or written) are the directions to time; the values determine
+    the minimum time of each direction. With a memory limit (in MB above the current use), the host
+    waits for the device instead of exceeding the limit. Without one, the host queues calls ahead of
+    the device, so the peak memory of a call cannot be measured on a GPU.
     """
 
     op: str
@@ -64,13 +64,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """The benchmark results of an op. `ms` is the median time of a call that the host waits for,
+    """One row of the benchmark results. `ms` is the median time of a call that the host waits for,
     and `queued_ms` is the time per call if ten calls are queued.
 
     `rate` is in GFLOP/s if the op is compute-bound, and in GB/s otherwise. `floor` is the minimum
     time on this device as a fraction of the queued time. `peak_mb` excludes inputs and outputs.
-    `first_s` is the time of the first call, including compilation. `reason` says why nothing was
-    measured; otherwise it is empty.
+    `first_s` is the time of the first call, including compilation. `reason` says why the op could
+    not be measured; it is empty if the measurement succeeded.
     """
 
     op: str

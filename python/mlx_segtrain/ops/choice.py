@@ -2,8 +2,8 @@
 call, once per device.
 
 The fastest implementation depends on the Mac and on the version of macOS. The first run with a new
-kind of heads measures their times, which takes at most two seconds, and stores them in the cache
-folder.
+kind of heads times the implementations for these heads, which takes at most two seconds, and stores
+the results in the cache folder.
 """
 
 import functools
@@ -114,8 +114,8 @@ def settle(wanted: Iterable[Heads], *, measures: bool) -> dict[Heads, Times]:
     each implementation, whether measured by this call or earlier.
 
     Implementations that failed the self-check are neither used nor timed. `measures` should be
-    false if another process may be computing; nothing is checked or timed then, and only stored
-    times are used.
+    false if another process may be computing; in that case, nothing is checked or timed, and only
+    stored times are used.
     """
     heads = list(dict.fromkeys(wanted))
     failed = self_check() if measures else {}

@@ -1,4 +1,5 @@
-"""The ops in plain MLX, written like formulas. The fast implementations are checked against them.
+"""Plain MLX implementations of the ops, written to resemble their formulas. The fast
+implementations are checked against them.
 
 The plain ops use as much memory as naive code, since they store the scores [T, S] and the logits
 [M, V]. Their gradients come from MLX's automatic differentiation. Tests compare the native ops with

@@ -100,7 +100,7 @@ def normal(*shapes: tuple[int, ...], dtype: mx.Dtype = mx.float32, seed: int = 0
 
 
 def calls(rows: int) -> Iterator[Call]:
-    """Yields calls of every kernel of the default device. On a GPU they have `rows` rows."""
+    """Yields calls of every kernel of the default device. On a GPU, each call has `rows` rows."""
     from .cases import of_every_op  # imported here to avoid a circular import
 
     device = "cpu" if not on_gpu() else "cuda" if mx.cuda.is_available() else "metal"

@@ -42,8 +42,8 @@ STEP = 128
 #: is so low that it waits before most ops.
 AHEAD, LEAST = 0.8, 0.5
 #: Possible limits, in bytes, on the freed buffers that MLX keeps for reuse on CUDA. Without such
-#: buffers, MLX would constantly free and reallocate memory, which takes a tenth of the time of a
-#: step if the host is the bottleneck. The planner uses the first limit that does not require
+#: buffers, MLX would constantly free and reallocate memory, which would take a tenth of each step's
+#: time if the host is the bottleneck. The planner uses the first limit that does not require
 #: additional recomputation.
 BUFFERS = (256 << 20, 64 << 20)
 
@@ -53,11 +53,11 @@ class Planned:
     """The cuts of a chain, with the memory (in bytes) and the work (in FLOPs) of a step with these
     cuts.
 
-    `text` describes the plan in words. `parts` divides the peak by purpose. `moves` contains the
-    peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes the
-    moves. When MLX's memory reaches `limit` bytes, MLX must wait for the device, so that memory
-    allocated ahead of the device does not raise the total above `peak`. `again` is the
-    recomputation that `work` includes.
+    `text` describes the plan in words. `parts` breaks the peak down by purpose. `moves` contains
+    the peak total memory of each move of the plan (see schedule.py) in bytes, and `lines` describes
+    the moves. When MLX's memory reaches `limit` bytes, MLX must wait for the device, so that memory
+    allocated ahead of the device does not raise the total above `peak`. `again` is the part of
+    `work` that is spent on recomputation.
     """
 
     cuts: Cuts

@@ -27,8 +27,8 @@ __all__ = ["Function", "Rewards", "Scores", "check_rows"]
 #: The arguments of a reward in addition to the columns of the data.
 TAKEN = ("prompts", "completions", "completion_tokens")
 
-#: A function of (prompts, completions, **columns), all of which are lists, that returns a score for
-#: each completion.
+#: A function that receives lists as (prompts, completions, **columns) and returns a score for each
+#: completion.
 Function = Callable[..., Sequence[float]]
 
 
@@ -57,9 +57,9 @@ class Rewards:
         functions: Sequence[Function] = (),
         environment: Callable[[], Any] | None = None,
     ) -> Rewards:
-        """Returns the rewards of a configuration. Callers in Python may also pass `functions`, and
-        the class of the `environment`. Raises InputError if a reward cannot be used, or if there is
-        no reward."""
+        """Returns the rewards of a configuration. Python callers may also pass reward functions
+        (`functions`) and the class of the environment (`environment`). Raises InputError if a
+        reward cannot be used, or if there is no reward."""
         named = [(spec.partition(":")[0], check_of(spec)) for spec in config.rewards]
         named += [function_of(spec) for spec in config.reward_functions]
         named += [

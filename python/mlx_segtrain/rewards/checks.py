@@ -11,7 +11,7 @@ import re2
 
 from ..errors import InputError, reason, shown
 
-#: Matches a number in a text, which may have thousands separators.
+#: Matches a number in a text. The number may have thousands separators.
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?")
 #: Numbers count as equal if their relative difference is at most this.
 ACCURACY = 1e-6
@@ -102,8 +102,8 @@ def _json_schema(text: str) -> Check:
             '"mlx-segtrain[rewards]".'
         ) from None
     try:
-        # References to other documents are not followed, because schemas may come from clients of
-        # the server.
+        # References to other documents are not followed: schemas may come from clients, who could
+        # otherwise make the server open documents of their choice.
         validator = validator_for(json.loads(text), offline=True)
     except Exception as error:  # the package raises errors of several kinds
         raise _fault(f"{shown(text, 80)} is not a valid JSON schema ({reason(error)}).") from None

@@ -277,7 +277,8 @@ def _is_message(own: Any) -> bool:
 
 @contextmanager
 def _failing(name: str, what: str) -> Iterator[None]:
-    """Converts an exception of the user's class into a RunError that names the environment."""
+    """Converts an exception raised by the user's class into a RunError that names the
+    environment."""
     try:
         yield
     except RunError:

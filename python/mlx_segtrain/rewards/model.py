@@ -21,7 +21,7 @@ from ..models.snapshot import Snapshot
 from ..planning.rollouts import PREFILL
 from .environments import messages_of
 
-#: The tensor that replaces the head in a reward model.
+#: The name of the tensor that replaces the head in a reward model.
 SCORE = "score.weight"
 
 

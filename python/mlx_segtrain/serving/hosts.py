@@ -56,8 +56,8 @@ class Hosts(BaseModel):
 
     @property
     def repeats(self) -> int:
-        """The number of ranks per host, for mlx.launch: the number of entries with the first host's
-        name at the start of the file."""
+        """The number of ranks per host, for mlx.launch. It is the number of consecutive entries,
+        from the start of the file, that name the first host."""
         return len(list(takewhile(lambda own: own.ssh == self.hosts[0].ssh, self.hosts)))
 
     @property

@@ -1,8 +1,8 @@
 """Parses JSON bodies: limits the number of values, and uses a thread for large bodies.
 
-A body of a few megabytes may contain millions of values, which need memory, and parsing them
-blocks the server. Therefore, before a body is parsed, the punctuation outside strings is counted to
-limit the number of values.
+A body of a few megabytes may contain millions of values. These need a lot of memory, and parsing
+them blocks the server. Therefore, before a body is parsed, the punctuation outside strings is
+counted to limit the number of values.
 """
 
 import json

@@ -21,7 +21,7 @@ RETRY_OPENAI_S, RETRY_S = {429: 5, 503: 30}, {429: 30, 503: 30}
 
 #: Fields whose values must not appear in responses.
 SECRET = ("token",)
-#: The beginning of many of pydantic's messages.
+#: The beginning of many pydantic messages.
 SHOULD_BE = "input should be "
 
 

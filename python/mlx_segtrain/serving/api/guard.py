@@ -69,7 +69,7 @@ HEADERS = (
 
 
 class Refused(Exception):
-    """The request is refused with a status and a reason, which is one sentence."""
+    """Raised to refuse a request with an HTTP status. The reason is one sentence."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)

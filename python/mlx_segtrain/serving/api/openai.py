@@ -126,7 +126,8 @@ async def begin(service: Service, request: Request, body: Generate) -> tuple[Ans
 
 def usage(request: Request, answers: Answers) -> dict[str, Any]:
     """Returns the usage. It contains the number of cached tokens only if the server has an access
-    token; otherwise, that number could reveal other clients' prompts to anyone."""
+    token. Without a token, anyone could send requests, and could infer other clients' prompts from
+    that number."""
     authority = request.scope.get("mlx_segtrain.authority")
     return {
         "prompt_tokens": answers.prompt_tokens,

@@ -570,7 +570,7 @@ class TokenLogprob(TopLogprob):
 
 class ChatLogprobs(BaseModel):
     """The log-probabilities of all tokens of the completion, including reasoning and tool calls.
-    They are computed before sampling options and a grammar are applied."""
+    They are computed before the sampling options and any grammar are applied."""
 
     content: list[TokenLogprob]
     refusal: None = None

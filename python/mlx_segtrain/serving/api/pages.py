@@ -55,7 +55,7 @@ def modules(*names: str) -> list[str]:
 
 def page(name: str) -> str:
     """Returns the HTML for a module. Scripts run in the order in which they are listed, so uPlot
-    must precede the modules."""
+    must precede the modules that use it."""
     needed = modules("main.js", f"{name}.js")
     lines = [f'<link rel="modulepreload" href="FILES/{own}" />' for own in needed]
     if "charts.js" in needed:

@@ -2,7 +2,7 @@
 
 It reads commands from a socket and replies to them. Each command or reply is JSON, preceded by its
 length in 4 bytes. The command `fork` creates a child process, which inherits the loaded libraries
-and tokenizer; `kill` ends a child process. Each other command runs a method `do_…`, with limits on
+and tokenizer; `kill` ends a child process. Every other command runs a method `do_…`, with limits on
 CPU time and memory. The operating system enforces these limits, even if the server has ended. The
 process cannot write files, and receives few environment variables and open files.
 """

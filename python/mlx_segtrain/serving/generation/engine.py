@@ -60,8 +60,8 @@ PREFILL, PREFILL_GPU, LEAST_PREFILL = 256, 2048, 32
 #: in seconds. If no completion is being decoded, the limit is FIRST_PROMPTS_S, so that more
 #: completions start together.
 PART_S, PROMPTS_S, FIRST_PROMPTS_S = 0.05, 0.1, 0.5
-#: While a job is computing, the engine pauses after each round for REST seconds per second of the
-#: round. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
+#: While a job is computing, the engine pauses after each round for REST times as long as the round
+#: took. If the job made no progress during rounds, its steps would take 1 + 1 / REST = 1.33 times
 #: as long. On an H200, the steps actually take 1.01 to 1.12 times as long (bench/LOG.md,
 #: 2026-12-01). A pause has a maximum length, so that no completion stalls.
 REST, LONGEST_REST_S = 3.0, 0.15
@@ -148,7 +148,8 @@ class Engine:
         try:
             await _LOADING.run(confined.start)
             return await self.call(lambda: self._load(path, confined), alone=True)
-        # Closing runs in a thread, because it waits for a tokenizer that is still loading.
+        # Closing runs in a thread, because it waits for a tokenizer that is still loading, and
+        # would block the event loop.
         except BaseException:
             threading.Thread(target=confined.close, daemon=True).start()
             raise

@@ -25,8 +25,8 @@ LAST = ("done", "failed", "cancelled")
 
 
 def _frame(line: bytes) -> str:
-    """Returns a line as the JSON of an event. A line that is not an event becomes the text of a log
-    event."""
+    """Converts a line of the log to the JSON of an event. A line that is not an event becomes the
+    text of a log event."""
     return _known(line) if len(line) < SHORT else _parsed(line)
 
 

@@ -122,7 +122,8 @@ class Group:
             tell(event)
 
     def _meet(self, rank: int, pid: int, host: str) -> None:
-        # Once all ranks have started, a line that looks like this event is text printed by a rank.
+        # Once all ranks have started, ignore further "rank" events: a line that looks like one is
+        # text that a rank has printed.
         if len(self.pids) == self.size:
             return
         self.pids[rank] = pid

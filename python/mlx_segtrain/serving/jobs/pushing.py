@@ -179,8 +179,8 @@ def check_content(path: Path, file: BufferedReader, done: str) -> None:
 
 @contextmanager
 def _named(path: Path, file: BufferedReader) -> Iterator[Path]:
-    """Yields a path through which an open file can be read. Error messages raised in the context
-    mention `path` instead."""
+    """Yields a path through which an open file can be read. In errors raised inside the context,
+    this path is replaced with `path`."""
     opened = Path(f"/dev/fd/{file.fileno()}")
     try:
         yield opened

@@ -119,7 +119,8 @@ class Jobs:
             path = self.log(row.id)
             running = eventlog.is_written(path)
             if not running and not eventlog.read(path, row.begins, ended=True)[0]:
-                # The last server was killed before the job's process had written its first event.
+                # The previous server was killed before the job's process had written its first
+                # event, so the job returns to the queue.
                 self.store.update(row.id, status="queued", started_at=None)
             else:
                 self._watch(row.id)
