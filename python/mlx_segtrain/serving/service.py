@@ -302,8 +302,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes for a model's tokenizer. If there are too many, ends those of
-        the least recently used models."""
+        """Returns the processes for a model's tokenizer. If too many models have processes, ends
+        those of the least recently used models."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined

@@ -180,7 +180,8 @@ class Record:
 
     def check_model(self, step: int) -> None:
         """Raises RunError if a file of the model has changed since the run began. Call this only
-        after the state of `step` has been saved, because the error message says so."""
+        after the state of `step` has been saved, because the error message says that it is
+        saved."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:
