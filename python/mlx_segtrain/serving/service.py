@@ -115,7 +115,7 @@ class Service:
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         self.looks, self.plans = Pool("folder listings", 2, 32), Pool("plans", 2, 32)
-        self.sessions = Sessions()  #: sessions of browsers
+        self.sessions = Sessions()  #: browser sessions
         self.searches = Searches()
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()

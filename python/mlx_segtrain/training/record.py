@@ -142,7 +142,7 @@ class Record:
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
         self.data = (
-            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a text for human readers
+            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: text for human readers
         )
         earlier = resumed or {}
         self.values: dict[str, Any] = {
