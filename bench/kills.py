@@ -4,11 +4,11 @@
 
 By default, the runs use grpo with a tiny random model and a reward check on the CPU, and write a
 checkpoint at each step. With --shape, the objective is sft, and the runs use a GPU if there is one.
-They take 30 steps on rows of --length tokens, with a model of this shape (one of those in
-bench/step.py), and write a checkpoint every five steps. They are killed only after the first step.
-Each run is a process that is killed with SIGKILL after a random time and restarted with --resume
-auto until it completes. Then its adapter and its completions are compared with those of a run that
-was never killed, and the next run begins. Prints the number of kills during each part of a step.
+They take 30 steps on rows of --length tokens, with a model of this shape (see bench/step.py), and
+write a checkpoint every five steps. They are killed only after the first step. Each run is a
+process that is killed with SIGKILL after a random time and restarted with --resume auto until it
+completes. Then its adapter and its completions are compared with those of a run that was never
+killed, and the next run begins. Prints the number of kills during each part of a step.
 """
 
 import argparse

@@ -4,15 +4,15 @@
                             [--turns 40] [--seconds 150] [--rows 4000] [--peft]
                             [--peer trl|unsloth]
 
-The rows are synthetic and have lengths as in instruction data: lognormal, with a median of 138,
-95 % below 360, and at most 2048 tokens (or the length of the shortest packed row). The last 55 % of
-each row are in the loss. LoRA has rank 16 on all seven projections. The cell `batch N` pads N rows
-of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each turn,
-every cell runs a step on its next batch. The first two turns are a warm-up. Tokens per second are
-all tokens (without padding) divided by the total time. `--peft` adds the same cells with
-transformers and PEFT, where position_ids separate the rows within a packed row, as in TRL.
-`--peer` adds packed rows with TRL's trainer (trl, bfloat16), or with Unsloth through TRL's trainer
-(unsloth, nf4), in a separate run.
+The rows are synthetic, with lengths like those of instruction data: lognormal, with a median of
+138, 95 % below 360, and at most 2048 tokens (or the length of the shortest packed row). The last
+55 % of each row are in the loss. LoRA has rank 16 on all seven projections. The cell `batch N` pads
+N rows of similar length; `packed N` is one packed row of N tokens. The cells alternate: in each
+turn, every cell runs a step on its next batch. The first two turns are a warm-up. Tokens per second
+are all tokens (without padding) divided by the total time. `--peft` adds the same cells with
+transformers and PEFT, where position_ids separate the rows within a packed row, as in TRL. `--peer`
+adds packed rows with TRL's trainer (trl, bfloat16), or with Unsloth through TRL's trainer (unsloth,
+nf4), in a separate run.
 """
 
 import argparse

@@ -5,11 +5,11 @@ same rows.
                           [--parallel data|pipeline] [--batches N] [--budget GB]
                           [--signal KILL|STOP] [--transfer MB ...]
 
-The first run writes a model with random 4-bit weights (its shape is one of those in bench/step.py)
-and rows of random bytes below --folder. LoRA has rank 16 on all projections, and a step has one row
-for each rank. With CUDA, the ranks are connected by NCCL; otherwise, by MLX's ring over the
-loopback interface. Prints the median time of the steps after the first four, and the speed relative
-to one rank, or an error if a group does not have enough memory. With --signal, the last rank of the
+The first run writes a model with random 4-bit weights, in one of the shapes in bench/step.py, and
+rows of random bytes below --folder. LoRA has rank 16 on all projections, and a step has one row for
+each rank. With CUDA, the ranks are connected by NCCL; otherwise, by MLX's ring over the loopback
+interface. Prints the median time of the steps after the first four, and the speed relative to one
+rank, or an error if a group does not have enough memory. With --signal, the last rank of the
 largest group receives this signal after its fourth step. For each other rank, the last line of
 output and the time until that rank ended are printed. With --transfer, nothing is trained: arrays
 of MB · 10⁶ bytes are sent from rank 0 to rank 1 and back with each available method.

@@ -1,5 +1,5 @@
 """Compares our engine, with many adapters, to stock mlx-lm: tokens/s, stalls, and the time to
-change the adapter.
+switch adapters.
 
     python bench/serve.py [--model DIR|SHAPE] [--prompt 256] [--tokens 64] [--rank 16]
                           [--at-once 8 16 64] [--rounds 2] [--only-ours]

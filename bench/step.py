@@ -351,7 +351,7 @@ def mlx_lm(args, variant):
     from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    # On the CPU, the model runs in float32, because half precision is ten times slower there, which
+    # On the CPU, the model runs in float32. Half precision is ten times slower there, so using it
     # would make the comparison unfair to mlx-lm.
     model, vocabulary = load(args.model)
     model.freeze()

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)")
 #: Folders have no pages. Maps each folder to the page that a link to the folder should open.
 FOLDERS = {"recipes": "recipes.md", "docs": "index.md", "examples": "python.md"}
-#: Requirements of code blocks: the word after `needs:` in the fence, and the title for readers.
+#: Maps a requirement of a code block (the word after `needs:` in its fence) to the title that
+#: readers see.
 NEEDS = {
     "cuda": "needs an NVIDIA GPU",
     "mac": "needs a Mac with Apple silicon",

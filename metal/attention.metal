@@ -237,7 +237,7 @@ void attention(const device T* q, const device T* k, const device T* v, Ints fir
                uint lane) {
   constexpr int BK = Tile<T, D>::rows, N = BK / 8, R = forward_blocks(D), ROWS = 8 * R * SIMDS;
   const Place at(lane);
-  // The last tiles come first, because with a causal mask they need the most work.
+  // The last tiles are processed first, because with a causal mask they need the most work.
   const int q0 = ((shape.queries - 1) / ROWS - int(group.x)) * ROWS, q1 = min(q0 + ROWS, shape.queries);
   const int own0 = min(q0 + 8 * R * int(simd), q1 - 1), own1 = min(own0 + 8 * R, q1);
   const size_t bh = shape.q_head(group.z, group.y), bg = shape.k_head(group.z, group.y / shape.share());
@@ -444,7 +444,7 @@ void attention_vjp_q_ds(const device T* k, const device W* ds, Ints first, Index
   ds += bh * blocks * BLOCK_SIZE;
   Matrix sum[R * C];
   fill<R * C>(sum, 0);
-  // Only for the keys in this range do blocks with this simdgroup's queries exist.
+  // Blocks with this simdgroup's queries exist only for the keys in this range.
   const int own_begin = first[min(own_block * BLOCK, q1 - 1)] / BLOCK * BLOCK,
             own_end = own < q1 ? q_start + (own_block + 1) * BLOCK : 0;
   const int end = min(q_start + (q1 + BLOCK - 1) / BLOCK * BLOCK, shape.keys);

@@ -62,7 +62,7 @@ std::string compile_cuda(const std::string& name, const std::string& source, int
   auto architecture = "--gpu-architecture=sm_" + std::to_string(capability) + (capability >= 90 ? "a" : "");
   std::vector<const char*> options{architecture.c_str(), "--std=c++17",
                                    "--device-as-default-execution-space"};
-  // A dry run only checks that the kernel compiles, which needs no optimization.
+  // A dry run only checks that the kernel compiles, so no optimization is needed.
   if (dry_run()) options.push_back("--Ofast-compile=max");
   size_t size = 0;
   if (nvrtc.compile(program, static_cast<int>(options.size()), options.data())) {

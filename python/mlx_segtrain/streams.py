@@ -94,7 +94,7 @@ class StreamShape:
 
     @property
     def longest(self) -> int:
-        """The number of tokens of the longer sequence in the stream."""
+        """The number of tokens in the longer sequence of the stream."""
         return max(self.length - self.branch, self.shared + self.branch)
 
 
@@ -123,7 +123,7 @@ class BatchShape:
 
     @property
     def length(self) -> int:
-        """The number of tokens of the longest sequence."""
+        """The number of tokens in the longest sequence."""
         return max(stream.longest for stream in self.streams)
 
     def stretched(self, length: int) -> BatchShape:

@@ -268,8 +268,8 @@ Arrays attention_forward(const mx::array& q, const mx::array& k, const mx::array
 
 namespace {
 
-/// Returns a Call with the parameters that the planner knows. About the keys that each query sees, the
-/// planner knows only the window.
+/// Returns a Call with the parameters that the planner knows. The planner knows the window, but not exactly
+/// which keys each query sees.
 Call planned_call(const Device& device, int B, int H, int G, int D, int T, int S, int window, bool cap) {
   return {.B = B,
           .H = H,

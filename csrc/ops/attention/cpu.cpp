@@ -53,7 +53,7 @@ size_t attention_scratch(const Attention& a, bool backward) {
 void attention(const Attention& a, const float* q, const float* k, const float* v, float* o, float* lse) {
   const int q_tiles = (a.t + BQ - 1) / BQ, share = a.heads / a.groups;
   parallel_for(a.batch * a.heads * q_tiles, [&](int job) {
-    // The last tiles come first, because with a causal mask they need the most work.
+    // The last tiles are processed first, because with a causal mask they need the most work.
     const int q0 = (q_tiles - 1 - job / (a.batch * a.heads)) * BQ, q1 = std::min(a.t, q0 + BQ), nq = q1 - q0;
     const size_t bh = job % (a.batch * a.heads), bg = bh / a.heads * a.groups + bh % a.heads / share;
     const float* q_tile = q + (bh * a.t + q0) * a.d;

@@ -1,5 +1,5 @@
-// Code that is common to the ops of a language-model head. These ops never have the logits of all rows in
-// memory.
+// Code that is common to the ops of a language-model head. These ops never keep the logits of all rows in
+// memory at the same time.
 #pragma once
 
 #include "ops/head/cpu.h"

@@ -18,8 +18,8 @@ constexpr int MOST_ROWS = 16;
 /// With at least this many outputs, a block computes two tiles, which share x.
 constexpr int MANY_OUTS = 16384;
 
-/// Returns whether tensor cores compute this number of rows. They are used for all batches of two or more
-/// rows, so that a row's result does not depend on the size of such a batch.
+/// Returns whether this number of rows is computed on tensor cores. They are used for all batches of two or
+/// more rows, so that a row's result does not depend on the size of such a batch.
 bool by_tensor_cores(mx::Dtype dtype, int rows) {
   return rows > 1 && dtype != mx::float32 && compute_capability() >= 80;
 }

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Busy(RunError):
-    """Too much work is waiting. The message says what to do. `status` and `code` are those of the
+    """Too much work is waiting. The message says what to do. `status` and `code` are used in the
     HTTP response."""
 
     status, code = 429, "busy"

@@ -14,8 +14,8 @@ LONGEST_PATH = 4096
 #: Maximum number of files and folders below a folder that a client names. Each of them may be a
 #: link, so all are checked.
 MOST_BELOW = 20_000
-#: Maximum number of links below a folder that a client names, and in a chain of links. Following
-#: links takes time, so both are limited.
+#: Maximum number of links below a folder that a client names, and maximum length of a chain of
+#: links. Following links takes time, so both are limited.
 MOST_LINKS, MOST_STEPS = 1000, 8
 
 
@@ -26,7 +26,7 @@ class Outside(InputError):
 
 
 class Roots:
-    """The folders in which clients may use paths.
+    """The folders that clients may access.
 
     The following are excluded: hidden files and folders (`.ssh`, `.git`, `.env`), repositories of a
     hub cache that are not models, and the files of jobs in the server's store.
@@ -145,8 +145,8 @@ class Roots:
 
 
 def _is_open(root: Path, path: Path) -> bool:
-    """Returns whether a path is `root`, or is below `root` and all parts of the path are
-    allowed."""
+    """Returns whether a path is `root` or is below it. Each part below `root` must be an allowed
+    name."""
     if not path.is_relative_to(root):
         return False
     parts = path.relative_to(root).parts

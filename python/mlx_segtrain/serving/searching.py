@@ -21,8 +21,8 @@ class Searches:
         self._asked: deque[float] = deque(maxlen=PER_MINUTE)
 
     async def run(self, words: str, kind: Kind) -> list[Hit]:
-        """Returns the search results. Raises InputError if the search fails, and Busy after too
-        many requests."""
+        """Returns the search results. Raises InputError if the search fails, and Busy if there have
+        been too many requests."""
         now = time.monotonic()
         key: tuple[str, Kind] = (" ".join(words.lower().split()), kind)
         when, found = self._known.get(key, (-KEPT_S, []))

@@ -115,7 +115,7 @@ class Service:
         self.tidying: asyncio.Task[None] | None = None
         self.confined: OrderedDict[Path | None, Confined] = OrderedDict()
         self.looks, self.plans = Pool("folder listings", 2, 32), Pool("plans", 2, 32)
-        self.sessions = Sessions()  #: sessions of browsers
+        self.sessions = Sessions()  #: browser sessions
         self.searches = Searches()
         self.uploads, self.transfers = settings.store.resolve() / "uploads", Transfers()
         self.tokens, self.refilled = float(BURST), time.monotonic()
@@ -302,8 +302,8 @@ class Service:
             confined.users -= 1
 
     def _confined(self, model: Path | None) -> Confined:
-        """Returns the processes for a model's tokenizer. If there are too many, ends those of
-        the least recently used models."""
+        """Returns the processes for a model's tokenizer. If too many models have processes, ends
+        those of the least recently used models."""
         served = self.engine.base
         if served is not None and served.path == model:
             return served.confined

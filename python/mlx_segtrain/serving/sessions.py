@@ -13,7 +13,7 @@ from collections import OrderedDict
 
 #: Seconds after which a browser has to log in again.
 LASTS_S = 7 * 86400
-#: Maximum number of simultaneous sessions. A further session ends the oldest one.
+#: Maximum number of simultaneous sessions. Opening another session ends the oldest one.
 MOST = 1000
 
 

@@ -10,7 +10,7 @@ from ..files import cache_dir
 from . import hosts
 
 PORT = 8090
-#: Names and addresses of this machine that other machines cannot reach.
+#: Host names and addresses that are reachable only from this machine.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -60,8 +60,7 @@ class Settings:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders in which clients may use paths: the given roots (by default the working
-        directory and the Hugging Face cache), the server's store, and the served model and
-        adapter."""
+        """The folders that clients may access: the given roots (by default the working directory
+        and the Hugging Face cache), the server's store, and the served model and adapter."""
         given = [path for path in (self.model_dir, self.adapter) if path is not None]
         return (*(self.roots or (Path.cwd(), hub.cache())), self.store, *given)

@@ -45,7 +45,7 @@ def rewards_of(
     functions: Sequence[Function] = (),
     environment: Callable[[], Any] | None = None,
 ) -> Rewards | None:
-    """Returns the rewards of a run, or None if the rows of its method are not prompts. Raises
+    """Returns the rewards of a run, or None if the run's method does not train on prompts. Raises
     InputError if a reward or the environment cannot be used."""
     if ROWS[config.method] == "prompt":
         return Rewards.of(config, functions, environment)
@@ -72,7 +72,7 @@ class Made:
     groups: list[list[dict[str, Any]]]
 
     def all(self, name: str) -> list[Any]:
-        """Returns the value with the key `name` of every completion, prompt by prompt."""
+        """Returns each completion's value for the key `name`, prompt by prompt."""
         return [own[name] for group in self.groups for own in group]
 
     @property
@@ -211,7 +211,7 @@ def _within(options: Options, talk: Talk, row: Row) -> Options:
 
 
 def options_of(config: TrainConfig, seed: int) -> Options:
-    """Returns the sampling options of a completion with this seed."""
+    """Returns the sampling options for a completion with this seed."""
     how: dict[str, Any] = {"temperature": config.temperature, "seed": seed, "logprobs": 0}
     return Options(max_tokens=config.max_completion_tokens, **how)
 

@@ -109,7 +109,7 @@ class Keeper:
         }
 
     def _about(self, state: State) -> About:
-        """Returns the data of the current adapter's model card."""
+        """Returns the data for the model card of the current adapter."""
         setup, progress = self.setup, state.progress
         facts = {"data": self.made_of.data, "trained on": setup.train.summary}
         if setup.remarks:
@@ -123,7 +123,7 @@ class Keeper:
         return About.of(setup.config, state.step, facts)
 
     def checkpoint(self, state: State) -> None:
-        """Writes a checkpoint. Afterwards, raises RunError if a file of the model has changed."""
+        """Writes a checkpoint. Then raises RunError if a file of the model has changed."""
         self._write_best()
         if self._attempt(self.path, lambda: self._write(state)):
             self.made_of.check_model(state.step)

@@ -29,12 +29,12 @@ class Layout:
 
     @property
     def size(self) -> int:
-        """The number of elements of the vector."""
+        """The number of elements in the vector."""
         return sum(math.prod(shape) for _, _, shape in self.entries)
 
     def parts(self, count: int) -> list["Layout"]:
-        """Returns [this layout] if `count` is 1, otherwise [the layout of the factors A, the layout
-        of the factors B]."""
+        """Returns a list of `count` layouts that cover all factors: this layout if `count` is 1, or
+        the layouts of the factors A and of the factors B if it is 2."""
         if count == 1:
             return [self]
         return [

@@ -24,7 +24,7 @@ from .watch import Lost, Watch
 TO_CONNECT, MOST = 60.0, 1 << 16
 #: The time in seconds within which a connected peer must identify itself.
 TO_GREET = 5.0
-#: Interval in seconds at which the clock is checked.
+#: The polling interval, in seconds.
 LOOK = 0.1
 
 
@@ -165,16 +165,16 @@ class Links:
         return self.watch.decided
 
     def fail(self, why: str) -> None:
-        """Reports to all ranks that this one cannot continue, unless another rank is known to be
-        lost."""
+        """Reports to all ranks that this one cannot continue, unless the ranks have already agreed
+        on a lost rank."""
         with self._lock:
             if self.watch.decided is None:
                 self.watch.fail(why, time.monotonic())
                 self._flush()
 
     def close(self) -> None:
-        """Closes the connections. If a rank is lost, first waits until all other ranks know of
-        it."""
+        """Closes the connections. If a rank is lost, first waits a few seconds for the ranks to
+        agree on which rank it is."""
         deadline = time.monotonic() + 2 * self.watch.settle
         while self.watch.lost and self.watch.decided is None and time.monotonic() < deadline:
             time.sleep(LOOK)

@@ -79,10 +79,10 @@ def train(
     `environment` is a class that replaces the configured environment. `on_step` receives the
     metrics of every training step, and `on_eval` the metrics of every evaluation; if one of them
     returns True, the run saves its state and ends (`stopped_early`). A caller that has already
-    loaded the model of `config.model_dir` can pass it as `model`; it must not have an adapter.
-    After Ctrl-C, SIGTERM or SIGHUP, the run saves its last finished step and ends (`interrupted`).
-    Raises InputError, before anything is written, if an input cannot be used. Raises RunError,
-    after saving the last good step, if the run cannot continue.
+    loaded the model of `config.model_dir` can pass it as `model`; the model must not have an
+    adapter. After Ctrl-C, SIGTERM or SIGHUP, the run saves its last finished step and ends
+    (`interrupted`). Raises InputError, before anything is written, if an input cannot be used.
+    Raises RunError, after saving the last good step, if the run cannot continue.
     """
     tell = on_event or (lambda event: None)
     if launched():
@@ -347,7 +347,7 @@ class Run:
 
     def _in_memory(self, what: Callable[[], T]) -> T:
         """Runs a part of the step. If the device runs out of memory, retries with plans that need
-        less memory. Retrying is safe, because a step does not modify the state before its last part
+        less memory. Retrying is safe, because a step does not modify the state until its last part
         is finished. Raises NoMemory if no such plan is left."""
         while True:
             try:

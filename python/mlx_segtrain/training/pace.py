@@ -39,8 +39,8 @@ class Pace:
         self.add(part, perf_counter() - begin)
 
     def mean(self, part: Part) -> float:
-        """Returns the mean time of a part in seconds, or 0 if none has been measured. The first
-        measurement includes the compilation of kernels, so it is excluded once there are more
+        """Returns the mean time of a part in seconds, or 0 if it has not been measured yet. The
+        first measurement includes the compilation of kernels, so it is excluded once there are more
         measurements."""
         seen = list(self._seconds[part])
         own = seen[1:] if 1 < len(seen) < WINDOW else seen

@@ -85,7 +85,7 @@ def _hosts() -> list[list[str]]:
 
 
 def address_of(ranks: "Ranks") -> str:
-    """Returns the IP address of this rank in the network that MLX uses."""
+    """Returns the IP address of this rank on the network that MLX uses."""
     backend, rank = ranks.backend, ranks.rank
     if backend == "ring":
         return _hosts()[rank][0].rpartition(":")[0].strip("[]")
@@ -153,7 +153,7 @@ class Ranks:
         return [float(x) for x in np.array(total[n:])], total[:n]
 
     def gather(self, value: T) -> list[T]:
-        """Returns a list of the `value` that each rank passes, which must be serializable as
+        """Returns a list of the values that the ranks pass. Each value must be serializable as
         JSON."""
         if self.size == 1:
             return [value]
@@ -170,7 +170,7 @@ class Ranks:
         return content if self.size == 1 else self.every(content if self.first else b"")[0]
 
     def every(self, content: bytes) -> list[bytes]:
-        """Returns a list of the `content` that each rank passes."""
+        """Returns a list of the contents that the ranks pass, in the order of the ranks."""
         lengths = np.zeros(self.size, np.int64)
         lengths[self.rank] = len(content)
         # Each int64 is 0 on all ranks except one, so its int32 halves can be summed exactly.

@@ -142,7 +142,7 @@ class Record:
         first = next((name for name in self.inputs if name.startswith("data/")), "train_data")
         place, digest = folders.get("data", "rows of Python"), self.inputs[first]
         self.data = (
-            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: a text for human readers
+            f"{place} ({first.removeprefix('data/')} {digest[:16]})"  #: text for human readers
         )
         earlier = resumed or {}
         self.values: dict[str, Any] = {
@@ -180,7 +180,8 @@ class Record:
 
     def check_model(self, step: int) -> None:
         """Raises RunError if a file of the model has changed since the run began. Call this only
-        after the state of `step` has been saved, because the error message says so."""
+        after the state of `step` has been saved, because the error message says that it is
+        saved."""
         for name, path in self.files.items():
             now = _stat(path)
             if not name.startswith("model/") or now == self.stats[name]:

@@ -153,7 +153,8 @@ def accumulating(
     """Sets grad_accumulation_steps to the number of ranks, if the configuration does not set it,
     and returns the new configuration. A resumed run that has or had several ranks keeps its earlier
     value. If the method generates completions, the ranks divide the prompts of a batch instead, and
-    nothing is changed. Raises InputError if a rank would get no micro-batch or no prompt."""
+    the setting is not changed. Raises InputError if a rank would get no micro-batch or no
+    prompt."""
     name, unit = "grad_accumulation_steps", "batch"
     if generates := ROWS[config.method] == "prompt":
         name, unit = "batch_size", "prompt"
@@ -230,8 +231,8 @@ def with_rollouts(
 ) -> TrainConfig:
     """Replaces `rollout_batch: auto` with the number of completions that every rank has enough
     memory to generate at the same time. A completion and its prompt have up to `tokens` tokens. A
-    resumed run keeps its number, even if it has no checkpoint, because rounding depends on this
-    number. Raises NoRoom if a configured number does not fit."""
+    resumed run keeps its earlier number, even if it has no checkpoint, because rounding depends on
+    the number. Raises NoRoom if a configured number does not fit."""
     if config.rollout_batch != "auto":
         check_rollouts(config, tokens)
         return config
@@ -346,7 +347,8 @@ def fitting_part(
 
 
 def _coarse(setup: Setup) -> str | None:
-    """Returns the path of the first layer that stock mlx-lm cannot load with DoRA, or None."""
+    """Returns the path of the first layer that stock mlx-lm cannot load with DoRA, or None if it
+    can load all of them."""
     names = (name.removesuffix(".m") for _, name, _ in setup.layout.entries if name.endswith(".m"))
     odd = (path for path in names if getattr(setup.chain.adaptable[path], "bits", 4) in (3, 5, 6))
     return next(odd, None)

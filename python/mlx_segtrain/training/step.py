@@ -25,7 +25,8 @@ from .spikes import spike_bound
 from .state import Iterate, Outcome
 
 T = TypeVar("T")
-#: A function that performs an optimizer update with some batches, together with the other ranks.
+#: A function that performs an optimizer update with the given batches, together with the other
+#: ranks.
 Update = Callable[[Iterate, list[AnyBatch]], tuple[Iterate, Outcome]]
 
 

@@ -1,7 +1,7 @@
 """Sends arrays from one rank to another through MLX, while both ranks compute.
 
 The sender and the receiver start their transfers in the same order, so transfers can be implemented
-with either messages or collectives. The sender does not wait for a transfer.
+with either messages or collectives. The sender does not wait for a transfer to finish.
 """
 
 import faulthandler

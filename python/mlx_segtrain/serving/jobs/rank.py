@@ -1,4 +1,4 @@
-"""A rank of a job, started by mlx.launch (launcher.py): main(KIND).
+"""Runs one rank of a job. mlx.launch (launcher.py) starts this process, which calls main(KIND).
 
 The rank reads the job's configuration from stdin, so that the configuration does not appear in
 process lists. The rank prints its events, one per line, for the job's process (group.py). Events
@@ -45,8 +45,8 @@ def _given() -> dict[str, Any]:
 
 
 def share_memory(values: dict[str, Any], ranks: int) -> None:
-    """Limits a run's memory to a rank's share if the ranks of a host share its memory. With CUDA,
-    each rank has its own GPU."""
+    """If several ranks share the memory of this host, limits the run's memory budget to this rank's
+    share. This is not needed with CUDA, where each rank has its own GPU."""
     unset = values.get("memory_budget_gb") is None  # a client may also send null
     if unset and ranks > 1 and not mx.cuda.is_available():
         values["memory_budget_gb"] = budget_bytes() / 1e9 / ranks

@@ -1,4 +1,5 @@
-"""Jobs as rows of an SQLite table, for lists and the queue. The events of a job are in its log."""
+"""Stores jobs as rows of an SQLite table, for lists and the queue. A job's events are in its
+log."""
 
 import secrets
 import sqlite3

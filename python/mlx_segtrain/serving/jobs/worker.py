@@ -1,4 +1,4 @@
-"""A job's process, started by the server (queue.py): main(KIND, FILE, LOCK).
+"""Runs a job. The server (queue.py) starts this process, which calls main(KIND, FILE, LOCK).
 
 FILE contains the job's configuration and the folders that the job may read. LOCK is the descriptor
 of a lock file, which stays locked while the process runs. A job with several ranks runs in other
@@ -29,7 +29,7 @@ from ..opening import confine
 from ..roots import Roots
 from .kinds import kind_of, tell
 
-#: Maximum number of printed characters that are logged per line and per job.
+#: The maximum number of printed characters that are logged per line (LONGEST) and per job (MOST).
 LONGEST, MOST = 4000, 4 << 20
 
 
@@ -83,7 +83,8 @@ def _run(kind: str, file: Path) -> events.Event:
 
 
 def run_confined(kind: str, given: dict[str, Any]) -> events.Event:
-    """Runs a job in this process, which from then on can read only files below the roots."""
+    """Runs a job in this process. If there are roots, the process can from then on read only files
+    below them."""
     if given["roots"]:
         confine(Roots(map(Path, given["roots"]), Path(given["store"])))
     return kind_of(kind).run(given["values"])
@@ -101,7 +102,8 @@ def last_event(run: Callable[[], events.Event]) -> events.Event:
     except SystemExit:
         raise
     except BaseException as error:  # a panic in Rust is not an Exception
-        # This is a bug: the traceback is logged, and the client receives one sentence.
+        # Any other exception is a bug. Its traceback is logged, but the client receives only a
+        # sentence.
         import traceback
 
         traceback.print_exc()
