@@ -179,7 +179,7 @@ def test_columns_by_other_names(tmp_path):
     assert ASKED.format("Q") in text(data.rows[0], TOKENIZER)
     assert SYSTEM in text(data.rows[1], TOKENIZER)
     with pytest.raises(
-        InputError, match=r'train.jsonl:2: the row has no column "a", which the option'
+        InputError, match=r'train.jsonl:2: the row has no column "a", but the option'
     ):
         read(tmp_path, row, {"q": "Q"}, columns=columns)
     with pytest.raises(InputError, match='"a" must be a string or a list, not a number'):

@@ -183,7 +183,11 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
     optionally, a bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
-        what = f"also has {', '.join(more)}" if more else f"has dtype {module['weight'].dtype}"
+        what = (
+            f"has unsupported tensors ({', '.join(more)})"
+            if more
+            else f"has dtype {module['weight'].dtype}"
+        )
         raise InputError(
             f"the adapter cannot be merged into '{path}' of {base.folder}, because this module "
             f"{what}: convert the model first (mlx_lm.convert)."

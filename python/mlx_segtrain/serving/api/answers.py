@@ -309,9 +309,9 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
     each = options.max_tokens if most is None else min(options.max_tokens, most)
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
-            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each exceed "
-            f"the limit of {MOST_TOLD:,} log-probabilities: reduce max_tokens, n or the number of "
-            "alternatives."
+            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives per token "
+            f"exceed the limit of {MOST_TOLD:,} log-probabilities: reduce max_tokens, n or the "
+            "number of alternatives."
         )
 
 
