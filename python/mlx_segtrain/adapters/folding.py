@@ -89,7 +89,7 @@ def fold(
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
     if dtype is not None and not dequantize:
-        raise InputError("--dtype sets the dtype of dequantized weights: add --dequantize.")
+        raise InputError("--dtype has no effect without --dequantize: add --dequantize.")
     if bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--bits must be 2, 3, 4, 5, 6 or 8; got {bits}.")
     base = Snapshot(model_dir, whole=True)

@@ -134,7 +134,7 @@ class Answers:
         if self._line:
             ends = [*self._ends, *["gone"] * (len(self) - len(self._ends))]
             logger.info(
-                "answered %s: %d + %d tokens, first after %.3f s, whole %.3f s, %s",
+                "answered %s: %d + %d tokens, first after %.3f s, all after %.3f s, %s",
                 *(self._line, self.prompt_tokens, self.tokens, self._first),
                 *(time.monotonic() - self._begun, ", ".join(ends)),
             )
