@@ -247,7 +247,7 @@ def test_starts_that_leave_the_base_as_it_is(start, chain, tmp_path):
 @pytest.mark.parametrize(
     "name,message",
     [
-        (f"{Q0}.lora_magnitude_vector", "has magnitudes, but adapter_config.json does not say"),
+        (f"{Q0}.lora_magnitude_vector", "has magnitudes, but adapter_config.json does not"),
         (f"{Q0}.lora_magnitude", "lora_magnitude' is not a LoRA factor"),
         ("model.embed_tokens.lora_embedding_A", "has lora_a but no lora_b"),
         ("lm_head.weight", "tensor 'base_model.model.lm_head.weight' is not a LoRA factor"),

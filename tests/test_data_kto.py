@@ -134,8 +134,8 @@ def test_a_prompt_is_cut_before_its_response(tmp_path, bos):
 @pytest.mark.parametrize(
     ("row", "says_"),
     [
-        ({"text": "x"}, 'method kto needs the keys "prompt", "completion" and "label"'),
-        ({"messages": [USER, says("no")]}, 'method kto needs the keys "prompt", "completion"'),
+        ({"text": "x"}, 'must have the keys "prompt", "completion" and "label"'),
+        ({"messages": [USER, says("no")]}, 'must have the keys "prompt", "completion"'),
         (
             {"messages": [USER, says("no")], "label": "maybe"},
             '"label" must be true for a desirable.*set data_format to messages',

@@ -255,7 +255,7 @@ def test_magnitudes_that_do_not_fit(llama, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     config |= {"fine_tune_type": "lora", "use_dora": False}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    refused(tensors, "does not say that it is a DoRA adapter")
+    refused(tensors, "does not describe a DoRA adapter")
 
 
 # ---- runs

@@ -338,7 +338,7 @@ def test_what_is_refused(tokenizer, with_tools):
     with pytest.raises(InputError, match="this run uses the tools of environment"):
         conversation(load_tokenizer(with_tools), Shelf, tools=[{"type": "function"}])
     raw = configured(prompt_format="raw")
-    with pytest.raises(InputError, match="go through a chat template"):
+    with pytest.raises(InputError, match="requires a chat template"):
         Environments.of(raw, Guess).check(raw, tokenizer, [])
     with pytest.raises(InputError, match="max_turns has no effect without environment"):
         TrainConfig(model_dir="m", adapter_path="a", method="grpo", max_turns=3)

@@ -307,7 +307,7 @@ CHAT = chats.chat("a", "b")
             'the row must have the keys "prompt"',
         ),
         ({"prompt": "a"}, {"data_format": "prompt", "method": "sft"}, "use method grpo"),
-        ({"prompt": "a"}, {"method": "sft"}, "needs the keys of one format"),
+        ({"prompt": "a"}, {"method": "sft"}, "needs the keys of a supported format"),
         ({"prompt": ""}, {"prompt_format": "raw"}, "jsonl:1: the prompt has no tokens"),
     ],
 )

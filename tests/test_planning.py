@@ -415,7 +415,7 @@ def test_a_named_plan_that_does_not_fit_says_that_auto_would(llama4, tmp_path):
     least = free.within(0).planned.peak
     tight = config(segment_size=0, memory_budget_gb=least * 1.02 / 1e9)
     assert free.planned is not None and free.planned.peak > least * 1.02
-    with pytest.raises(InputError, match="segment_size auto would fit"):
+    with pytest.raises(InputError, match="set segment_size to auto, which would fit"):
         plan_run(tight, full_batch(tight))
     most = free.longest(int(least * 1.02))
     assert 0 < most < free.longest(int(least * 2))

@@ -521,7 +521,7 @@ def test_folders_that_datasets_saves(tmp_path, capsys):
     assert valid is not None and [row for _, row in rows_of(valid)] == ROWS[:3]
     state = tmp_path / "one" / "state.json"
     state.write_text(json.dumps({"_data_files": [{"filename": "../two/train/x.arrow"}]}))
-    with pytest.raises(InputError, match=r"state\.json does not list its data files"):
+    with pytest.raises(InputError, match=r"state\.json does not list valid data files"):
         sources_of(tmp_path / "one")
 
 

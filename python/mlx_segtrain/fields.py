@@ -114,13 +114,13 @@ def _not_bool(value: Any) -> Any:
 
 def _all_or_last(value: int) -> int:
     if value != -1 and value < 1:
-        raise ValueError("neither all layers nor a count of layers")
+        raise ValueError("expected -1 for all layers, or a number of layers")
     return value
 
 
 def _share(value: float) -> float:
     if value > 1 and value != int(value):
-        raise ValueError("neither a share nor a number of rows")
+        raise ValueError("expected a fraction, or a whole number of rows")
     return value
 
 
@@ -165,7 +165,7 @@ def _variables(values: dict[str, Any]) -> dict[str, Any]:
 
 def _mapping(values: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(name, str) and name for name in (*values, *values.values())):
-        raise ValueError("a name is not a string")
+        raise ValueError("names must be non-empty strings")
     _distinct([*values.values()])
     return values
 

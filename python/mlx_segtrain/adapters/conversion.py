@@ -120,8 +120,8 @@ def _with_tied(adapter: Adapter, base: Snapshot | None) -> Adapter:
     tied = None if base is None else read_shape(base).tied
     if tied is None:
         raise InputError(
-            "the adapter changes an embedding, and only the base model shows whether this "
-            "embedding is also the head: pass the base model with --model."
+            "the adapter changes an embedding, and without the base model it is unknown whether "
+            "the output head shares this embedding: pass the base model with --model."
         )
     return replace(adapter, tied=tied)
 
@@ -180,7 +180,9 @@ def compare(one: Adapter, other: Adapter) -> tuple[float, float]:
         m, n = one.more.get(path), other.more.get(twin)
         if (m is None) != (n is None):
             kind = one.kind if n is None else other.kind
-            raise InputError(f"'{path}' has {kind.called} in only one of the two adapters.")
+            raise InputError(
+                f"'{path}' has {kind.called} in the original or the written adapter, but not both."
+            )
         if m is not None and n is not None:
             difference = max(difference, float(mx.abs(m - n).max()))
     return update, difference

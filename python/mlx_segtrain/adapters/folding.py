@@ -90,7 +90,7 @@ def fold(
     if dequantize and bits is not None:
         raise InputError("--dequantize and --bits contradict each other: use only one of them.")
     if dtype is not None and not dequantize:
-        raise InputError("--dtype sets the dtype of dequantized weights: add --dequantize.")
+        raise InputError("--dtype has no effect without --dequantize: add --dequantize.")
     if bits not in (None, 2, 3, 4, 5, 6, 8):
         raise InputError(f"--bits must be 2, 3, 4, 5, 6 or 8; got {bits}.")
     base = Snapshot(model_dir, whole=True)
@@ -184,7 +184,11 @@ def _check(base: Snapshot, path: str, module: Mapping[str, mx.array], quantized:
     optionally, a bias."""
     more = sorted(set(module) - (QUANTIZED if quantized else DENSE))
     if more or not (quantized or mx.issubdtype(module["weight"].dtype, mx.floating)):
-        what = f"also has {', '.join(more)}" if more else f"has dtype {module['weight'].dtype}"
+        what = (
+            f"has unsupported tensors ({', '.join(more)})"
+            if more
+            else f"has dtype {module['weight'].dtype}"
+        )
         raise InputError(
             f"the adapter cannot be merged into '{path}' of {base.folder}, because this module "
             f"{what}: convert the model first (mlx_lm.convert)."

@@ -214,8 +214,8 @@ def _by_linear(folder: Folder, names: Iterable[str]) -> dict[str, list[str]]:
         for kind in KINDS:
             if kind.array in own and kind is not folder.kind:
                 raise InputError(
-                    f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not say "
-                    f"that it is a {kind.name} adapter: the two files belong to different adapters."
+                    f"{folder.weights}: '{stored}' has {kind.called}, but {CONFIG} does not "
+                    f"describe a {kind.name} adapter: the two files belong to different adapters."
                 )
     return {stored: [own[key] for key in folder.arrays] for stored, own in found.items()}
 

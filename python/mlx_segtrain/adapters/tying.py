@@ -52,8 +52,8 @@ def tied_by_files(folder: Folder, found: Found, model_dir: Path | None) -> bool 
     if heads and folder.config.get("ensure_weight_tying"):
         return True
     raise InputError(
-        f"{folder.weights} changes an embedding, and only the base model shows whether this "
-        "embedding is also the head: pass the base model with --model."
+        f"{folder.weights} changes an embedding, and without the base model it is unknown whether "
+        "the output head shares this embedding: pass the base model with --model."
     )
 
 
@@ -81,8 +81,8 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     embeds, heads = _embeddings(folder, found), list(filter(is_head, found))
     if heads and not folder.peft:
         raise InputError(
-            f"{folder.weights}: '{heads[0]}' is a head, but this model has no separate head: it "
-            "uses the embedding as its head."
+            f"{folder.weights} changes the head '{heads[0]}', but this model has no separate head: "
+            "it uses the embedding as its head."
         )
     if heads and not embeds:
         raise InputError(
@@ -128,8 +128,8 @@ def check_base(adapter: Adapter, base: Snapshot) -> None:
     tied = read_shape(base).tied
     if tied and heads:
         raise InputError(
-            f"'{heads[0]}' is a head, but {base.folder} has no separate head: it uses the "
-            "embedding as its head."
+            f"the adapter changes the head '{heads[0]}', but {base.folder} has no separate head: "
+            "it uses the embedding as its head."
         )
     if None not in (tied, adapter.tied) and adapter.tied != tied:
         has = "no separate head" if tied else "a separate head"

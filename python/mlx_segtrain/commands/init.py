@@ -80,7 +80,10 @@ def _asked(name: str) -> str:
     question, otherwise = QUESTIONS[name]
     if not sys.stdin.isatty():
         if otherwise is None:
-            raise InputError(f"{name} is missing: pass {flag(name)}, or answer in a terminal.")
+            raise InputError(
+                f"{name} is missing: pass {flag(name)}, or run this command in a terminal, where "
+                "it asks for the value."
+            )
         return otherwise
     hint = "" if otherwise is None else f" [{otherwise}]"
     while True:

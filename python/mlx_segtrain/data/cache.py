@@ -363,7 +363,9 @@ class _Progress:
         if not self.waits:
             self.tell(
                 events.stage(
-                    "data", 0.01, f"waiting for another process that tokenizes {self.source.name}"
+                    "data",
+                    0.01,
+                    f"waiting for another process that is tokenizing {self.source.name}",
                 )
             )
         self.waits = True

@@ -25,8 +25,8 @@ SIDES = ("chosen", "rejected")
 NOTHING: Mapping[str, str] = {}
 #: The keys listed in the error message for a row of unknown format.
 MAIN = (
-    'of one format ("messages"; "prompt" and "completion"; "text"; "chosen" and "rejected"; or '
-    "another format in docs/data.md; or set columns)"
+    'of a supported format ("messages"; "prompt" and "completion"; "text"; "chosen" and '
+    '"rejected"; see docs/data.md for others) or a mapping to such keys (option columns)'
 )
 
 
@@ -89,7 +89,7 @@ def _columns_for(row: Mapping[str, Any]) -> str:
         return ""
     own = json.dumps(dict(zip(("prompt", "completion"), row, strict=True)), ensure_ascii=False)
     own = shlex.quote(own)
-    return f" If they are prompt and completion: --columns {own}." if len(own) <= 200 else ""
+    return f" To use them as prompt and completion: --columns {own}." if len(own) <= 200 else ""
 
 
 def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> dict[str, Any]:
@@ -97,8 +97,8 @@ def _renamed(row: dict[str, Any], source: str, columns: Mapping[str, str]) -> di
     for ours, theirs in columns.items():
         if theirs not in row:
             raise InputError(
-                f'{source}: the row has no column "{theirs}", which the option columns maps to '
-                f'"{ours}".'
+                f'{source}: the row has no column "{theirs}", but the option `columns` maps this '
+                f'column to "{ours}".'
             )
     if not columns:
         return row
@@ -222,7 +222,8 @@ def _check_prompt(row: dict[str, Any], source: str) -> dict[str, Any]:
         messages = _turns(row, "prompt", source)
         if not messages or messages[-1]["role"] == "assistant":
             raise InputError(
-                f'{source}: "prompt" must end with a message that the assistant answers.'
+                f'{source}: "prompt" must end with a message for the assistant to answer, such as '
+                "a user message."
             )
         row = {**row, "prompt": messages}
     return _with_system(row, source)

@@ -99,7 +99,7 @@ def _with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise InputError(
-                f'{where}: every tool call must contain the function "name" as a string.'
+                f'{where}: every tool call must contain the "name" of a function, as a string.'
             )
     for key in REASONING:
         expect(f'{where}: "{key}"', message.get(key, ""), str)

@@ -299,8 +299,8 @@ def _saved(folder: Path, before: str) -> dict[str, Path]:
     ]
     if not names or any(Path(name).name != name or not format_of(Path(name)) for name in names):
         raise InputError(
-            f"{folder / 'state.json'} does not list its data files: save the data set again with "
-            "save_to_disk."
+            f"{folder / 'state.json'} does not list valid data files: save the data set again "
+            "with save_to_disk."
         )
     return {before + name: folder / name for name in names}
 

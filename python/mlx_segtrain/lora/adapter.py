@@ -50,7 +50,7 @@ DORA = Kind(
     array="m",
     peft="lora_magnitude_vector",
     called="magnitudes",
-    apart="the lengths of their rows cannot be added",
+    apart="their magnitudes cannot be added",
     runs=Stretch,
 )
 #: The kinds that have a third array in addition to the factors.

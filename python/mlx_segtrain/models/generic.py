@@ -277,7 +277,7 @@ def _check_close(
     if not far < bound:
         raise InputError(
             f"{refused} when run layer by layer, it returns different {what} (relative L2 error "
-            f"{far:.1g}), so its layers must share more than the hidden state."
+            f"{far:.1g}), so its layers appear to share more than the hidden state."
         )
 
 

@@ -98,7 +98,7 @@ def check_model(snapshot: Snapshot) -> None:
         most = next((most for names, most in bounds if names.fullmatch(name)), None)
         if most is not None and value > most:
             few = LAYERS.fullmatch(name)
-            why = f"the weights have {tensors:,} tensors" if few else f"{most:,} is the limit"
+            why = f"the weights have only {tensors:,} tensors" if few else f"{most:,} is the limit"
             raise InputError(f"model_dir {snapshot.folder}: {name} is {value:,}, but {why}.")
 
 

@@ -91,8 +91,8 @@ class Snapshot:
             yield
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise InputError(
-                f"{self.folder / 'config.json'} does not match the weights: "
-                f"{type(error).__name__}: {error}."
+                f"{self.folder / 'config.json'} does not match the weights "
+                f"({type(error).__name__}: {error})."
             ) from error
 
 

@@ -94,7 +94,7 @@ class RunPlan:
             else "no length fits, so lower batch_size or rank, or raise memory_budget_gb"
         )
         if self.size is not None and self.within(self.budget).fits:
-            advice = "segment_size auto would fit"
+            advice = "set segment_size to auto, which would fit"
         return NoRoom(
             f"{name} needs {least}{_gb(self.planned.peak)} for {self.batch.rows} × "
             f"{self.batch.length} tokens, more than the budget of {_gb(self.budget)}: {advice}."

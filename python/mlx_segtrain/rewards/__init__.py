@@ -198,6 +198,6 @@ def check_rows(config: TrainConfig, rows: Iterable[Row]) -> None:
                 )
         if found := [name for name in taken if name in given]:
             raise InputError(
-                f'{row.source}: the row has a column "{found[0]}", but rewards reserve this '
-                "name for another argument: rename or remove the column."
+                f'{row.source}: the row has a column "{found[0]}", but this name is reserved for '
+                "another argument of the rewards: rename or remove the column."
             )

@@ -30,7 +30,7 @@ def check_of(spec: str) -> Check:
     if name not in CHECKS:
         raise _fault(
             f"{shown(spec, 80)} is not a check; use one of {', '.join(CHECKS)} (docs/grpo.md), or "
-            "set reward_functions to use functions."
+            "set reward_functions to your own functions."
         )
     if not argument:
         raise _fault(f"{name} needs an argument, as in {EXAMPLES[name]}.")

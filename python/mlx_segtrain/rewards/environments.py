@@ -66,8 +66,8 @@ class Environments:
         this environment, or if both the environment and a row have tools."""
         if Prompting(config.prompt_format).is_raw(tokenizer):
             raise InputError(
-                "environment needs prompts that go through a chat template: use a model that has "
-                "one, and do not set prompt_format to raw.",
+                "environment requires a chat template: use a model that has one, and do not set "
+                "prompt_format to raw.",
                 field="environment",
             )
         if self.tools and not tokenizer.has_tool_calling:

@@ -118,7 +118,7 @@ def _checked(own: Hosts, file: Path) -> Hosts:
     if own.hosts[0].ssh != HERE:
         raise InputError(
             f'--hostfile {file} begins with the host "{own.hosts[0].ssh}", but the first host must '
-            f'be this machine ("ssh": "{HERE}"), because its rank 0 writes the files of each job.'
+            f'be this machine ("ssh": "{HERE}"), where rank 0 writes the files of each job.'
         )
     nccl = own.backend == "nccl" or (not own.backend and mx.cuda.is_available())
     names = [host.ssh for host in own.hosts]

@@ -119,7 +119,7 @@ class Stepper:
             supervised=supervised,
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            said = f"the loss is {loss} and the gradient norm {norm}"
+            said = f"the loss is {loss} and the gradient norm is {norm}"
             raise _halted(at, outcome, said, *self.fault(at, accumulated, gradient))
         bound = spike_bound(losses)
         if loss > bound:

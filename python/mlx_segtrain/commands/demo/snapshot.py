@@ -95,7 +95,9 @@ def convert_gguf(gguf: Path, out_dir: Path) -> None:
         for key, value in meta.items()
     }
     if meta["general.architecture"] != "llama" or "output.weight" in arrays:
-        raise InputError(f"{gguf} is not a llama model with tied embeddings: use another converter")
+        raise InputError(
+            f"{gguf} is not a Llama model with tied embeddings, the only kind supported here"
+        )
     weights = _weights(arrays, meta)
     out_dir.mkdir(parents=True)
     mx.save_safetensors(str(out_dir / "model.safetensors"), weights, {"format": "mlx"})

@@ -134,7 +134,7 @@ class Answers:
         if self._line:
             ends = [*self._ends, *["gone"] * (len(self) - len(self._ends))]
             logger.info(
-                "answered %s: %d + %d tokens, first after %.3f s, whole %.3f s, %s",
+                "answered %s: %d + %d tokens, first after %.3f s, all after %.3f s, %s",
                 *(self._line, self.prompt_tokens, self.tokens, self._first),
                 *(time.monotonic() - self._begun, ", ".join(ends)),
             )
@@ -309,9 +309,9 @@ def _check_told(options: Options, answers: int, most: int | None) -> None:
     each = options.max_tokens if most is None else min(options.max_tokens, most)
     if answers * each * (options.logprobs + 1) > MOST_TOLD:
         raise InputError(
-            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives each exceed "
-            f"the limit of {MOST_TOLD:,} log-probabilities: reduce max_tokens, n or the number of "
-            "alternatives."
+            f"logprobs: {answers} x {each} tokens with {options.logprobs} alternatives per token "
+            f"exceed the limit of {MOST_TOLD:,} log-probabilities: reduce max_tokens, n or the "
+            "number of alternatives."
         )
 
 

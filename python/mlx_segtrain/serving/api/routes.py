@@ -225,7 +225,8 @@ async def push(body: forms.Push, service: Used) -> forms.Pushed:
         source = service.jobs.get(body.job_id).output_path
     if source is None:
         raise InputError(
-            "there is nothing to push: set source_path, or set job_id to a job that wrote a folder."
+            "there is nothing to push: set source_path, or set job_id to the id of a job that "
+            "wrote a folder."
         )
     if not service.has_hf_token:
         raise InputError("there is no hub token: POST one to /api/settings/hf-token.")

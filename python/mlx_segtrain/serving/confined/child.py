@@ -150,13 +150,13 @@ def _check_decoder(folder: Path) -> None:
         found = pattern.get("String") if isinstance(pattern, dict) else pattern
         text = found if isinstance(found, str) else ""
         if "Regex" in part or (replaces and not text):
-            raise InputError("its decoder has a regular expression, which is not supported")
+            raise InputError("its decoder contains a regular expression, which is not supported")
         if replaces:
             growth *= max(1.0, len(str(part.get("content"))) / len(text))
             if growth > MOST_GROWTH:
                 raise InputError(
-                    f"its decoder can make text more than {MOST_GROWTH} times as long, which is "
-                    "not supported"
+                    f"its decoder can expand text to more than {MOST_GROWTH} times its length, "
+                    "which is not supported"
                 )
         parts += part.values()
 

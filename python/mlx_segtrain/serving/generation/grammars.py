@@ -150,7 +150,7 @@ class Grammars:
             raise InputError(f"{field} has more than {MOST_TEXT} characters: shorten it.")
         if sum(map(text.count, begins)) > MOST_RULES:
             raise InputError(
-                f"{field} contains the characters {begins} more than {MOST_RULES} times in total: "
+                f"{field} contains more than {MOST_RULES} of the characters {begins} in total: "
                 "shorten it."
             )
         try:

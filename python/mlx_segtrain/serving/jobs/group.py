@@ -74,7 +74,8 @@ def _free_port(count: int) -> int:
                 opened.enter_context(socket.socket()).bind(("", own))
             return port
     raise RunError(
-        f"this machine does not have {count} consecutive free ports: stop programs that use ports."
+        f"this machine does not have {count} consecutive free ports: stop programs that listen on "
+        "ports."
     )
 
 

@@ -32,8 +32,8 @@ class Outputs:
             path.is_relative_to(other) for other in (store / "jobs", config.model_dir)
         ):
             raise InputError(
-                f"adapter_path {path} is already used for something else: choose a separate "
-                "folder.",
+                f"adapter_path {path} overlaps a folder with other contents, such as the model or "
+                "the data: choose a separate folder.",
                 field="adapter_path",
             )
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):

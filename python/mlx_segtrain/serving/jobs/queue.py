@@ -320,7 +320,7 @@ class Jobs:
             try:
                 after = await self._look(id, after)
             except Exception:
-                logger.exception("%s cannot be followed for now", id)
+                logger.exception("monitoring %s failed; trying again", id)
                 await asyncio.sleep(1)
         self._run_next()
 
@@ -418,5 +418,5 @@ def _killed(row: Row, code: int | None) -> Event:
         how = f"its process was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
         how = f"its process exited with code {code}"
-    advice = "; resume it to continue from its last checkpoint" if row.job_kind.trains else ""
+    advice = "; resume the job to continue from its last checkpoint" if row.job_kind.trains else ""
     return {"type": "failed", "ts": now(), "error": how + advice, "fault": "killed"}
