@@ -315,7 +315,7 @@ def test_pools_are_bounded():
 
 def test_an_answer_that_comes_in_parts(monkeypatch):
     """On a busy machine, a worker may pause in the middle of its response for longer than a time
-    slice."""
+    slice. The response must still be read completely."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(module, "SLICE_S", 0.05)
     monkeypatch.setattr(Confined, "start", lambda self: None)
