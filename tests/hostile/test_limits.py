@@ -151,7 +151,7 @@ def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):
 
 def test_cookies_of_others_cost_nothing(server):
     """A long quoted cookie must not slow down the server. Python's cookie parser would take time
-    quadratic in its length (CVE-2024-7592)."""
+    quadratic in the cookie's length (CVE-2024-7592)."""
     slow = b'a="' + b"\\" * 40_000 + b'"; theme=dark'
     with (
         httpx.Client(base_url=server.url, timeout=60) as http,
