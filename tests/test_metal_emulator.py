@@ -354,7 +354,7 @@ def test_right_barriers_pass():
 
 def test_orders_find_what_one_order_does_not():
     """The emulator records only two readers of each address. Here, a third reader, in the other
-    simdgroup, races with the writer."""
+    simdgroup, races with the writer. Some thread orders hide this race."""
     body = """
       tile[i] = i;
       threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -57,7 +57,7 @@ def say(server, text):
 
 
 def test_seven_chats_with_a_template_that_loops(server):
-    """In the past, seven requests whose template loops forever blocked all threads."""
+    """Seven requests whose template looped forever once blocked all threads."""
     rest = memory_mb(server.process.pid)
     with ThreadPoolExecutor(14) as pool:
         attacks = [pool.submit(say, server, "loop") for _ in range(7)]
