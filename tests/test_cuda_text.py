@@ -399,8 +399,8 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """The saved and the planned bytes differ by at most the size of a few values per token, which is
-    negligible for real models."""
+    """The saved and the planned bytes differ by at most the size of a few values per token, which
+    is negligible for real models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found
