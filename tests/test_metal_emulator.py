@@ -92,8 +92,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's compiler enables hardening by default. The emulator must disable it. Otherwise, glibc
-    would abort the process when it jumps to a fiber."""
+    """Ubuntu's compiler enables hardening by default. The emulator must disable it. Otherwise,
+    glibc would abort the process when it jumps to a fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
