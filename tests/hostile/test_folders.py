@@ -40,8 +40,8 @@ ADAPTER = ["README.md", "adapter_config.json", "adapters.safetensors"]
 
 
 def test_the_token_of_the_hub_lies_outside(tmp_path, monkeypatch):
-    """The default roots are the working directory and the Hugging Face cache. Clients must not reach
-    the user's access token or hidden folders through either of them."""
+    """The default roots are the working directory and the Hugging Face cache. Clients must not
+    reach the user's access token or hidden folders through either of them."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
