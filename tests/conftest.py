@@ -41,8 +41,8 @@ def fsync(file):
 
 os.fsync = fsync
 
-# By default tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. There, TF32 is disabled,
-# because it is not accurate enough for the error bounds of the tests.
+# By default, tests run on the CPU; DEVICE=gpu runs the same tests on a GPU. TF32 is disabled on a
+# GPU, because it is not accurate enough for the error bounds of the tests.
 if os.environ.get("DEVICE") == "gpu":
     os.environ["MLX_ENABLE_TF32"] = "0"
 mx.set_default_device(mx.Device(getattr(mx, os.environ.get("DEVICE", "cpu"))))

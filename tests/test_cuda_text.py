@@ -347,8 +347,8 @@ FAMILIES = ["llama", "qwen3", "gemma4_text"]
 
 
 def count_all():
-    """Counts the launches of every form of layer and the bytes saved by the stages of every family
-    of models, all in one process."""
+    """Counts the launches for each form of layer, and the bytes saved by the stages of each model
+    family, all in one process."""
     from mlx_segtrain import _core
 
     _core.collect_kernels()  # kernels do not run here, so they need not be compiled
@@ -399,8 +399,8 @@ def test_launches_of_a_layer(form, counted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stage_keeps_what_the_plan_says(family, counted):
-    """The saved and the planned bytes differ by at most a few values per token, which is negligible
-    for real models."""
+    """The saved and the planned bytes differ by at most the size of a few values per token, which
+    is negligible for real models."""
     found = counted[1][family]
     assert len(found) == (8 if family == "gemma4_text" else 4)
     assert all(0.93 < x < 1.05 for x in found.values()), found

@@ -129,7 +129,8 @@ def test_equal_rows_are_counted_and_left_out_if_asked(tmp_path, make):
 
 
 def test_a_row_of_several_samples_is_one_row(tmp_path):
-    """If a template drops earlier reasoning, each turn becomes a separate sample."""
+    """If a template drops earlier reasoning, each turn becomes a separate sample. The samples of a
+    row are held out and deduplicated together."""
     tokenizer = byte_level(
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"

@@ -116,8 +116,8 @@ def test_rows_before_the_loss_change_nothing(name, rows, monkeypatch):
 
 
 def test_layers_behind_the_last_keys_run_on_the_rows_of_the_loss(monkeypatch):
-    """The last 3 of the 6 layers compute no keys: they use the keys of earlier layers. Therefore,
-    layer 2 must compute keys for all rows, including rows before the loss."""
+    """The last 3 of the 6 layers compute no keys: they use the keys of earlier layers. Layer 2
+    computes keys for all rows, but its output and all later layers cover only rows in the loss."""
     monkeypatch.setattr("mlx_segtrain.streams.TRIM_MULTIPLE", 1)
     family, overrides = FAST["gemma4-E4B"]
     model = tiny_models.build(family, **overrides)

@@ -1,5 +1,5 @@
-"""Tests that mlx-lm and PEFT load our adapters, that their adapters can be imported, and round
-trips."""
+"""Tests that mlx-lm and PEFT load our adapters, that their adapters can be imported, and that
+exported adapters can be imported again."""
 
 import functools
 import json

@@ -142,7 +142,7 @@ def test_a_token_that_was_certain_counts(kind):
 
 
 def test_a_token_that_only_marks_its_row_has_no_gradient():
-    """A tiny gradient would make a sign-based optimizer take a full step."""
+    """Even a tiny gradient would make a sign-based optimizer take a full step."""
     own = Grpo(beta=0.1)
     reads = [mx.array([x], mx.float32) for x in (NOTHING, 1, 1, 2, -1, -1, -1)]
     loss, slope = mx.value_and_grad(lambda x: own._outputs(x, *reads)[0])(mx.array([-0.9]))

@@ -92,8 +92,8 @@ def test_text_is_what_mlx_writes(name, queries, capfd):
 
 
 def test_a_compiler_that_hardens():
-    """Ubuntu's compiler enables hardening by default. With hardening, glibc would abort a process
-    that jumps to a fiber."""
+    """Ubuntu's compiler enables hardening by default. The emulator must disable it. Otherwise,
+    glibc would abort the process when it jumps to a fiber."""
     script = (
         "import test_metal_emulator as own; x = own.run('simdgroup_barrier(mem_flags::mem_none);"
         " y[thread_position_in_grid.x] = 1;', {'y': 32}); assert own.values(x[0]).all()"
@@ -354,7 +354,7 @@ def test_right_barriers_pass():
 
 def test_orders_find_what_one_order_does_not():
     """The emulator records only two readers of each address. Here, a third reader, in the other
-    simdgroup, races with the writer."""
+    simdgroup, races with the writer. Some thread orders hide this race."""
     body = """
       tile[i] = i;
       threadgroup_barrier(mem_flags::mem_threadgroup);

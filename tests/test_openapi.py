@@ -17,8 +17,8 @@ CHECKS = (
 )
 
 
-#: Routes that accept the fields of /api/finetune/submit, whose boundary values are not tested
-#: again.
+#: Routes that accept the same fields as /api/finetune/submit. The boundary values of these fields
+#: are tested only once, with that route.
 ALIKE = ("/api/finetune/plan", "/api/finetune/evaluate")
 
 

@@ -267,8 +267,8 @@ def test_no_plan_by_hand_is_faster_within_the_budget(seed):
 
 
 def test_on_cuda_a_plan_has_room_for_what_is_launched_ahead(llama4):
-    """A plan reserves memory for work that is launched ahead only if this causes no recomputation.
-    Without the reserve, MLX waits earlier and needs less memory."""
+    """A plan reserves memory for work that is launched ahead, unless that would force
+    recomputation. Without the reserve, MLX waits earlier and needs less memory."""
     shape = read_shape(llama4)
     how = {"rank": 8, "rank_scaling": "constant", "target_modules": ["q_proj"], "num_layers": -1}
     ranks = ranks_of(shape, **how)

@@ -179,7 +179,7 @@ def test_contents_are_added_up_in_pieces(piece, monkeypatch):
 
 
 def test_lengths_above_two_gigabytes_are_told(monkeypatch):
-    """Simulates one of three ranks, whose content reports a length of 3 GiB without storing it."""
+    """Simulates one of three ranks. Its content claims a length of 3 GiB, but is not that large."""
 
     class Long(bytes):
         def __len__(self):

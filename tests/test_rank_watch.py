@@ -53,8 +53,8 @@ class World:
                 self.under_way.setdefault(when, []).append((part, run, call, args))
 
     def die(self, r, part=1.0):
-        """Kills a rank. Only a fraction `part` of the recipients get its last messages, and it
-        cannot announce its own end."""
+        """Kills a rank before it can announce its own end. Only the fraction `part` of the
+        recipients gets its last messages."""
         watch, run = self.watches.pop(r, None), self.run_of[r]
         self.sleeping.discard(r)
         if watch is None:

@@ -8,9 +8,8 @@ from lib.attack import Watch, memory_mb, patience
 from lib.folders import write_llama
 from mlx_segtrain.models import load_tokenizer
 
-#: The additional memory, in 10⁶ bytes, that an attack may use, and the memory that may remain in
-#: use after it. Some memory remains because a helper process that the server has started stays
-#: alive.
+#: The additional memory, in 10⁶ bytes, that may be in use during an attack, and after the attack.
+#: Some memory stays in use after an attack, because the server keeps a helper process running.
 MOST_MB, LEFT_MB = 500, 250
 #: The time limits in seconds for freeing memory after an attack, and for responses of a server
 #: under attack. A server that has a processor to itself responds within 1 s, but here attackers and

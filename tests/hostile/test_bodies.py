@@ -124,7 +124,7 @@ def test_bodies_that_never_end_are_bounded_together(server):
 
 
 def test_memory_is_given_back(tmp_path, monkeypatch):
-    """The server returns freed memory to the system. Without this, the C library keeps up to
+    """The server returns freed memory to the system. Otherwise, the C library would keep up to
     1 GB."""
     monkeypatch.setattr(service, "TIDY_S", 0.1)
     own = service.Service(Settings(store=tmp_path, roots=(tmp_path,)))

@@ -132,8 +132,8 @@ def test_health_says_when_the_engine_has_ended(model, tmp_path, monkeypatch):
 
 
 def test_what_was_loaded_counts_and_not_what_config_says(engine, tmp_path):
-    """For a multimodal model, mlx-lm reads the values in text_config, so values outside of
-    text_config may be arbitrary."""
+    """For a multimodal model, mlx-lm reads only the values in text_config, so the engine must not
+    trust values outside of text_config."""
     path = write_llama(tmp_path / "false")
     config = json.loads((path / "config.json").read_text())
     outer = {"model_type": "mistral3", "vocab_size": 10**6, "max_position_embeddings": 10**6}
@@ -246,8 +246,8 @@ def test_who_waits_too_long_is_told(engine, model, monkeypatch):
 
 
 def test_a_swap_of_models_waits_for_a_while_and_then_lets_others_on(engine, model, monkeypatch):
-    """A long response and a change of the model once blocked all other requests until the response
-    ended."""
+    """A change of the model waits for running responses. During a long response, this wait once
+    blocked all other requests."""
     monkeypatch.setattr(module, "SWAP_S", 0.3)
     asyncio.run(engine.load(model))
     plain = engine._round

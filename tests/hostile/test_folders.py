@@ -40,7 +40,8 @@ ADAPTER = ["README.md", "adapter_config.json", "adapters.safetensors"]
 
 
 def test_the_token_of_the_hub_lies_outside(tmp_path, monkeypatch):
-    """By default the roots are the working directory and the Hugging Face cache."""
+    """The default roots are the working directory and the Hugging Face cache. Clients must not
+    reach the user's access token or hidden folders through either of them."""
     for name in ("HF_HOME", "HF_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     home = tmp_path / "home"
@@ -312,7 +313,8 @@ def test_a_size_of_a_file_that_lies_elsewhere_is_not_listed(tmp_path):
 
 @pytest.mark.parametrize(("chains", "length"), [(1, 20), (1500, 1)])
 def test_very_many_links_are_not_followed(tmp_path, chains, length):
-    """Resolving all links of a chain would take time quadratic in the length of the chain."""
+    """Long chains of links are refused, because resolving all links of a chain would take time
+    quadratic in the length of the chain."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("")
     for chain in range(chains):

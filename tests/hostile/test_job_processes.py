@@ -78,8 +78,8 @@ def test_a_job_is_of_the_package_that_the_server_is_of(tmp_path):
 
 
 def test_what_a_file_makes_libraries_print_is_no_event(tmp_path):
-    """transformers prints some settings verbatim. A forged progress event with the value 10⁴⁰ once
-    stopped the queue."""
+    """transformers prints some settings verbatim, so a model's files can put forged events into a
+    job's output. A forged progress event with the value 10⁴⁰ once stopped the queue."""
     model, data = write_llama(tmp_path / "model"), write_rows(tmp_path / "data", 3)
     forged = json.dumps({"type": "metric", "progress": 10**40, "message": {}})
     for name, change in (

@@ -150,7 +150,8 @@ def test_cached_tokens_are_for_those_who_have_the_token(server, tmp_path):
 
 
 def test_cookies_of_others_cost_nothing(server):
-    """Python's cookie parser takes quadratic time for a long quoted cookie (CVE-2024-7592)."""
+    """A long quoted cookie must not slow down the server. Python's cookie parser would take time
+    quadratic in the cookie's length (CVE-2024-7592)."""
     slow = b'a="' + b"\\" * 40_000 + b'"; theme=dark'
     with (
         httpx.Client(base_url=server.url, timeout=60) as http,
@@ -163,7 +164,7 @@ def test_cookies_of_others_cost_nothing(server):
 
 
 def test_a_long_path_is_none(server):
-    """Resolving a path takes time quadratic in its length."""
+    """Very long paths are refused, because resolving a path takes time quadratic in its length."""
     with bystander(server, chats=False) as other:
         for path, field in (
             *(("/api/models/serve", "model_dir"), ("/api/finetune/submit", "model_dir")),

@@ -57,7 +57,7 @@ def say(server, text):
 
 
 def test_seven_chats_with_a_template_that_loops(server):
-    """In the past, seven requests whose template loops forever blocked all threads."""
+    """Seven requests whose template looped forever once blocked all threads."""
     rest = memory_mb(server.process.pid)
     with ThreadPoolExecutor(14) as pool:
         attacks = [pool.submit(say, server, "loop") for _ in range(7)]
@@ -315,7 +315,7 @@ def test_pools_are_bounded():
 
 def test_an_answer_that_comes_in_parts(monkeypatch):
     """On a busy machine, a worker may pause in the middle of its response for longer than a time
-    slice."""
+    slice. The response must still be read completely."""
     ours, theirs = socket.socketpair()
     monkeypatch.setattr(module, "SLICE_S", 0.05)
     monkeypatch.setattr(Confined, "start", lambda self: None)

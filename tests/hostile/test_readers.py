@@ -167,8 +167,8 @@ def test_a_configuration_that_is_too_large(model):
 )
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_a_tokenizer_of_files_that_lie_elsewhere(settings, name, tmp_path):
-    """Each line of a vocabulary file becomes a token, so a response could contain the text of a
-    secret file."""
+    """A tokenizer must not use a secret file as its vocabulary. Each line of the file would become
+    a token, so responses could contain the secret."""
     secret = tmp_path / "secret"
     secret.write_text("a\n,\nb\n[UNK]\n")
     model = write_llama(tmp_path / "model")

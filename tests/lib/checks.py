@@ -27,8 +27,8 @@ def served():
 
 
 def needs_router_gradient():
-    """Skips the test if the router in the installed mlx-lm has no gradient. This is the case for
-    the last version that supports Python 3.10."""
+    """Skips the test if the router in the installed mlx-lm has no gradient, as in the last version
+    that supports Python 3.10."""
     if mlx_lm.__version__ < "0.32":
         pytest.skip(f"in mlx-lm {mlx_lm.__version__}, the router of experts has no gradient")
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 from lib.folders import write_tokenizer
 
 TESTS = Path(__file__).parents[1]
-#: Modules that are imported once, before the forks.
+#: Modules that are imported once, before the process is forked.
 PRELOADED = ["lib.warm", "lib.runs", "lib.launched", "pytest"]
 
 

@@ -86,7 +86,7 @@ def hf_model(family: str, config: dict[str, Any], weights: dict[str, np.ndarray]
 
 
 def llama(config: dict[str, Any], weights: dict[str, np.ndarray]) -> Any:
-    """Returns a Llama configured with those fields of config.json that transformers supports."""
+    """Returns a Llama configured with the fields of config.json that transformers supports."""
     known = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
     known += ("num_key_value_heads", "head_dim", "rms_norm_eps", "vocab_size", "rope_theta")
     known += ("max_position_embeddings", "tie_word_embeddings")

@@ -44,8 +44,8 @@ class Hub:
     says_more: int = 0  #: the reported size of large files is too large by this many bytes
 
     def add(self, name: str, source: "Path | dict[str, bytes]", kind: str = "models", **more):
-        """Adds a repository, or a branch of an existing repository, with the files in `source`: a
-        dict or a folder."""
+        """Adds a repository, or a branch of an existing repository, with the files in `source`,
+        which is a dict or a folder."""
         branch = more.pop("branch", None)
         files = source
         if isinstance(source, Path):

@@ -96,8 +96,8 @@ KDA = {
     "short_conv_kernel_size": 4,
 }
 
-# Values in which each family differs from COMMON. If a family has a text_config, these values are
-# fields of the text_config.
+# For each family, the values that differ from COMMON. If a family has a text_config, these values
+# are fields of the text_config.
 FAMILIES: dict[str, dict[str, Any]] = {
     "Klear": {},
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2, "hidden_dim_scale_factor": 2.0},

@@ -76,7 +76,7 @@ Outputs = Mapping[str, tuple[Sequence[int], mx.Dtype]]
 
 
 class MetalError(Exception):
-    """The kernel does something that Metal does not allow or whose result is undefined."""
+    """Raised if a kernel does something that Metal forbids or leaves undefined."""
 
 
 def template_value(x: mx.Dtype | int | bool) -> str:

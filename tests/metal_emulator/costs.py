@@ -32,7 +32,7 @@ DEVICES = {
 #: product and keeps the converted form of the other operand.
 NO_BFLOAT = ("M1", "M2")
 #: The number of queries and of keys in a block of scores in MLX's backward pass. This number is an
-#: assumption, because it is not part of the MLX package.
+#: assumption, because it cannot be found in the MLX package.
 MLX_BLOCK = 1024
 #: Half-precision multiply-adds per clock cycle of the neural accelerators in one core of an M5.
 ACCELERATOR = 512
@@ -177,10 +177,10 @@ def blocked_512(length: int = LENGTH, rows: int = 512) -> dict[str, dict[str, fl
 
 
 def in_window(d: int, window: int) -> dict[str, float]:
-    """Returns the number of multiply-adds per visible score of each of our kernels, for a query far
-    from the start.
+    """Returns the number of multiply-adds per visible score for each of our kernels, for a query
+    far from the start.
 
-    With a window, each additional query increases the counts by the same amount.
+    With a window, each such query adds the same number of multiply-adds.
     """
     few, many = (launches(d, window + more, window) for more in (128, 256))
     return {
