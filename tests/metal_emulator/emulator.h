@@ -144,7 +144,7 @@ constexpr int LANES = 32;
 constexpr size_t SHARED_LIMIT = 32768, STACK = 128 << 10;
 using Where = std::source_location;
 
-/// The attributes of a thread. MLX passes those whose names occur in the body.
+/// The attributes of a thread. MLX passes only the attributes whose names occur in the body.
 struct Attributes {
   uint dispatch_quadgroups_per_threadgroup, dispatch_simdgroups_per_threadgroup;
   uint3 dispatch_threads_per_threadgroup, grid_origin, grid_size;
@@ -334,8 +334,8 @@ struct ptr<const T, Space> {
   auto operator<=>(const ptr&) const = default;
 };
 
-/// A derived class of ptr<const T, Space>. As in C++, a `T*` can therefore be passed to a template whose
-/// parameter is a `const T*`.
+/// Derived from ptr<const T, Space>, so that, as in C++, a `T*` can be passed to a template whose parameter is
+/// a `const T*`.
 template <typename T, typename Space>
 struct ptr : ptr<const T, Space> {
   using Base = ptr<const T, Space>;

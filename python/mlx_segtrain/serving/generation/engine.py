@@ -187,7 +187,7 @@ class Engine:
         ids = [part.strip() for part in text.split("+" if "+" in text else ",")]
         for i, id in enumerate(ids):
             if id not in mounted:
-                names = ", ".join(mounted) or "no adapters"
+                names = ", ".join(mounted) or "none"
                 raise InputError(f"adapter {id[:100]!r} is not mounted (mounted: {names}).")
             if id in ids[:i]:
                 raise InputError(f"adapter {id!r} is named twice in {text[:200]!r}: name it once.")
