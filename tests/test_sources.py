@@ -489,7 +489,7 @@ def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
         (["train.csv", "train.json"], "has train.csv and train.json: keep only one"),
         (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
         (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
-        (["train-0-of-3.csv", "train-2-of-3.csv"], "has only 2 of the files train-*-of-3.csv: add"),
+        (["train-0-of-3.csv", "train-2-of-3.csv"], "has only 2 of the 3 files named train-*-of-3.csv: add"),
         (["a.csv", "b.csv"], "contains no training file: add train.jsonl, or a file named train"),
         (["valid.csv"], "contains no training file"),
         ([".train.csv"], "contains no training file"),

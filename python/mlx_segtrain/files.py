@@ -138,7 +138,7 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Makes a folder accessible only to this user, and creates it if it does not exist. Raises
+    """Makes a folder accessible only to the current user, and creates it if it does not exist. Raises
     InputError if other users can write to the folder, since they could replace its content."""
     make_folder(path)
     with suppress(OSError):  # the file system may not support owners
@@ -150,7 +150,7 @@ def make_private(path: Path) -> None:
 
 
 def private(path: str, flags: int) -> int:
-    """An opener for `open`. Only this user can read the files that it creates."""
+    """An opener for `open` that creates files which only the current user can read and write."""
     return os.open(path, flags, 0o600)
 
 

@@ -280,7 +280,8 @@ def split_in(place: Path, folder: Path, split: str) -> dict[str, Path]:
         shard = SHARD.fullmatch(stem_of(paths[0])) if format_of(paths[0]) else None
         if shard and len(paths) != int(shard["count"]):
             raise InputError(
-                f"{folder} has only {len(paths)} of the files {form}: add the missing files."
+                f"{folder} has only {len(paths)} of the {int(shard['count'])} files named {form}: "
+                "add the missing files."
             )
         if (paths[0] / "state.json").is_file():
             return _saved(paths[0], f"{paths[0].relative_to(place).as_posix()}/")

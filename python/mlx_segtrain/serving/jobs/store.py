@@ -93,7 +93,7 @@ class Store:
         return row
 
     def requeue(self, id: str, config_json: str) -> None:
-        """Moves a job that has ended to the end of the queue."""
+        """Puts a job that has ended back in the queue, in last place."""
         self.connection.execute(
             f"UPDATE jobs SET place = {_LAST}, status = 'queued', config_json = ?, error = NULL,"
             " fault = NULL, fault_field = NULL, result_json = NULL, ended_at = NULL,"
