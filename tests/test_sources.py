@@ -438,7 +438,7 @@ def test_parquet_that_ends_a_process(tmp_path):
     rows = b"\x16\x00\x16\x00\x26"
     assert content.count(rows) == 1
     (tmp_path / "a.parquet").write_bytes(content.replace(rows, b"\x16\x00\x16\x3f\x26"))
-    with pytest.raises(InputError, match="its row counts are wrong"):
+    with pytest.raises(InputError, match="the row counts in its metadata are inconsistent"):
         list(source_of(tmp_path / "a.parquet").blocks())
     table = pa.table({"text": ["a"] * 5000})
     pq.write_table(table, tmp_path / "b.parquet", store_schema=False)
@@ -489,7 +489,10 @@ def test_which_files_of_a_folder_are_read(names, train, valid, tmp_path):
         (["train.csv", "train.json"], "has train.csv and train.json: keep only one"),
         (["train.csv", "valid.csv", "validation.csv"], "has valid.csv and validation.csv: keep"),
         (["train.csv", "train-0-of-1.csv"], "has train-*-of-1.csv and train.csv: keep"),
-        (["train-0-of-3.csv", "train-2-of-3.csv"], "has only 2 of the 3 files named train-*-of-3.csv: add"),
+        (
+            ["train-0-of-3.csv", "train-2-of-3.csv"],
+            "has only 2 of the 3 files named train-*-of-3.csv: add",
+        ),
         (["a.csv", "b.csv"], "contains no training file: add train.jsonl, or a file named train"),
         (["valid.csv"], "contains no training file"),
         ([".train.csv"], "contains no training file"),

@@ -148,7 +148,7 @@ def _parquet(file: Any, name: str, size: int) -> Iterator[tuple[Any, int]]:
     check_columns(name, metadata.num_columns)
     counts = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     if min(counts, default=0) < 0 or sum(counts) != total or (total and not metadata.num_columns):
-        raise ValueError("its row counts are wrong")
+        raise ValueError("the row counts in its metadata are inconsistent")
     check_growth(name, VALUE * total, size)
     rows = 0
     for batch in reader.iter_batches(FEW, use_threads=False):

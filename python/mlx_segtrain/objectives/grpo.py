@@ -60,7 +60,7 @@ class Grpo(Objective):
 
     @property
     def old(self) -> "Objective":
-        """The objective that computes the log-probabilities of the tokens in the loss."""
+        """The objective that computes the old log-probabilities of the tokens in the loss."""
         return LogProbs(**vars(self))
 
     def weights(self, lengths: np.ndarray, kept: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ Close = Callable[[], None]
 
 
 def tensorboard(config: TrainConfig, run_id: str) -> tuple[events.OnEvent, Close]:
-    """Writes scalars to the folder adapter_path/tensorboard, which can be shown with `tensorboard
-    --logdir`."""
+    """Writes scalars to the folder adapter_path/tensorboard. To view them, run `tensorboard
+    --logdir` on that folder."""
     writer = import_module("tensorboard.summary").Writer(str(config.adapter_path / "tensorboard"))
 
     def on_event(event: events.Event) -> None:
