@@ -138,8 +138,9 @@ def free(place: Path) -> int:
 
 
 def make_private(path: Path) -> None:
-    """Makes a folder accessible only to the current user, and creates it if it does not exist. Raises
-    InputError if other users can write to the folder, since they could replace its content."""
+    """Makes a folder accessible only to the current user, and creates it if it does not exist.
+    Raises InputError if other users can write to the folder, since they could replace its
+    content."""
     make_folder(path)
     with suppress(OSError):  # the file system may not support owners
         path.chmod(0o700)

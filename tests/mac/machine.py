@@ -50,8 +50,8 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables for zig and the wrappers, including those that put zig's
-    caches in the build folder."""
+    """Returns the environment variables for zig and the wrappers, and puts zig's caches in the build
+    folder."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
     return {**os.environ, **caches, "MAC_BIN": str(BIN), "PYTHONPATH": path}
