@@ -50,7 +50,7 @@ def run(command: Sequence[str | Path], **rest) -> subprocess.CompletedProcess[st
 
 
 def environment() -> dict[str, str]:
-    """Returns the environment variables for zig and the wrappers, and puts zig's caches in the build
+    """Returns the environment variables for zig and the wrappers. Zig's caches are in the build
     folder."""
     caches = {f"ZIG_{name}_CACHE_DIR": str(BUILD / "zig") for name in ("GLOBAL", "LOCAL")}
     path = os.pathsep.join([str(SITE), str(ROOT / "tests")])
