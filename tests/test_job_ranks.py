@@ -108,13 +108,14 @@ given = {"hosts": hosts.local(2).model_dump(), "values": "é\\n" * 3000 + " " * 
 print(json.dumps(group.run("finetune", given)), flush=True)
 """
 #: A stand-in for a rank. It prints its input and waits. If its argument is "missing", rank 1 ends
-#: immediately, as after a failed SSH login.
+#: without an event, as after a failed SSH login.
 FAKE = """
 import json, os, sys, time
 def tell(**event):
     os.write(1, json.dumps(event).encode() + b"\\n")
 rank = int(os.environ["MLX_RANK"])
 if sys.argv[1] == "missing" and rank == 1:
+    time.sleep(1)  # by then, rank 0 has started
     sys.exit("no such host")
 tell(type="rank", rank=rank, pid=os.getpid(), host="here")
 text = "".join(own[1:] for own in iter(lambda: sys.stdin.readline().rstrip("\\n"), ""))
@@ -218,7 +219,7 @@ def test_the_first_hosts_of_a_file_are_what_mlx_launch_reads(tmp_path):
     [
         (None, "cannot be read"),
         ("{", "is not valid JSON"),
-        ({"hosts": 3}, "is not a valid mlx.launch hostfile (hosts: "),
+        ({"hosts": 3}, r"is not a valid mlx.launch hostfile \(hosts: "),
         ([HERE, {"ips": []}], "hosts.1.ssh: "),
         ([HERE, {**THERE, "ssh": "-oProxyCommand=x"}], "hosts.1.ssh: "),
         ([HERE], "fewer than 2 hosts"),

@@ -233,7 +233,7 @@ def test_a_panic_of_the_tokenizer_is_its_own_answer(tmp_path):
                     ],
                 }
             },
-            "as long",
+            "more than 8 times its length",
         ),
         ({"added_tokens": [{"id": 299, "content": "x" * 5000}]}, "a token has 5000 characters"),
     ],

@@ -153,7 +153,8 @@ class Group:
         error = "all ranks were killed"
         if missing:
             host = self.hosts[missing[0]]
-            error = f"rank {missing[0]} did not start"
+            noun = "rank" if len(missing) == 1 else "ranks"
+            error = f"{noun} {' and '.join(map(str, missing))} did not start"
             if host != HERE:
                 error += f" on {host}: `ssh {host} true` must print nothing"
         if self.printed:
