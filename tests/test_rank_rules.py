@@ -58,7 +58,8 @@ def test_a_step_has_a_batch_for_every_rank(tmp_path):
     assert count(plain, 1, resumed(tmp_path, 4, 1)) == 1  # refused later, like any other change
     assert not told
     with pytest.raises(
-        InputError, match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise grad_accumulation_steps"
+        InputError,
+        match=r"= 4, but there are 5 ranks.*at most 4 ranks, or raise grad_accumulation_steps",
     ):
         count(given, 5)
     with pytest.raises(InputError, match=r"= 2, but there are 3 ranks.*start a new run"):
