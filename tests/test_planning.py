@@ -352,7 +352,8 @@ def test_predicted_peak_is_the_measured_one(packed):
     for plan in plans[::3] if packed else plans:
         optimizer, vector = optim.AdamW(1e-4), layout.join(params)
         limit = mx.set_memory_limit(plan.limit + others)
-        for _ in range(2):
+        peaks = []
+        for _ in range(3):
             mx.clear_cache()
             mx.reset_peak_memory()
             own = (functions, layout.split(vector), batch, float(length))
@@ -362,12 +363,13 @@ def test_predicted_peak_is_the_measured_one(packed):
             vector = optimizer.apply_gradients(gradient, {"v": vector})["v"]
             del gradient
             mx.eval(vector, optimizer.state)
+            peaks.append(mx.get_peak_memory())
         losses.add(loss.item())
         mx.set_memory_limit(limit)
-        measured = mx.get_peak_memory() - others
-        # On a CPU, MLX groups ops into tasks of ten, and waits only for whole tasks. A step with
-        # packed rows has more ops, so the host may have allocated outputs of ops that are not yet
-        # in a task.
+        # The first step has no optimizer state yet. On a CPU, MLX groups ops into tasks of ten, and
+        # waits only for whole tasks. The host may therefore have allocated outputs of ops that are
+        # not yet in a task: in some steps, or, with packed rows, which need more ops, in every step.
+        measured = min(peaks[1:]) - others
         assert (-0.03 if packed else -0.02) < plan.peak / measured - 1 < 0.05, plan
     assert len(losses) == 1
 
