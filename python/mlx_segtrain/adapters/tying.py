@@ -70,8 +70,8 @@ def joined(folder: Folder, found: Found, tied: bool | None) -> tuple[Found, dict
     if tied is None:
         return found, {}
     if folder.tied is not None and folder.tied != tied:
-        own, other = "no separate head", "a separate head"
-        own, other = (own, other) if tied else (other, own)
+        kinds = ("no separate head", "a separate head")
+        own, other = kinds if tied else kinds[::-1]
         raise InputError(
             f"{folder.weights}: the adapter changes the embedding, and was trained on a model with "
             f"{other}, but this model has {own}: pass the model that the adapter was trained on."

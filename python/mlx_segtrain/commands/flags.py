@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args
 from mlx_segtrain.commands.words import wrapped
 from mlx_segtrain.config import FACETS, TrainConfig, allowed, defaults, flag, meant, nearest
 from mlx_segtrain.errors import InputError
-from mlx_segtrain.fields import Group, choices, is_list, kind
+from mlx_segtrain.fields import Float, Group, choices, is_list, kind
 
 #: The maximum width of a help text, in columns. Longer lines are hard to read.
 WIDEST = 100
@@ -184,8 +184,9 @@ def add_flags(
 def _metavar(name: str) -> str:
     field = TrainConfig.model_fields[name]
     if is_list(field):
-        numbers = "float" in str(field.annotation)
-        return "TEXT" if FACETS[name].texts else "X" if numbers else "NAME"
+        if get_args(field.annotation) == (Float,):
+            return "X"
+        return "TEXT" if FACETS[name].texts else "NAME"
     if bool in get_args(field.annotation):  # true, false, or a word
         return get_args(get_args(field.annotation)[1])[0]
     if words := choices(field):
