@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from mlx_segtrain.config import TrainConfig, load_config, table
+from mlx_segtrain.config import FACETS, TrainConfig, load_config, table
 from mlx_segtrain.errors import InputError
 
 REQUIRED = {"model_dir": "m", "data_dir": "d", "adapter_path": "a"}
@@ -319,3 +319,27 @@ def test_any_value_is_taken_or_refused_in_a_sentence(field: str, value: object) 
     else:
         again = load_config(None, {**REQUIRED, field: getattr(config, field)})
         assert repr(again) == repr(config)
+
+
+def test_second_defaults_are_those_of_a_run():
+    """A default that depends on the method or on the loss of grpo is set by one function, and
+    described by the field's `other_default`."""
+    where = {"model_dir": ".", "data_dir": ".", "adapter_path": "."}
+    cases = {loss: {"method": "grpo", "grpo_loss": loss} for loss in ("dr_grpo", "dapo", "gspo")}
+    cases |= {"grpo": {"method": "grpo"}, "all methods except sft": {"method": "orpo"}}
+    runs = {case: TrainConfig(**where, **given) for case, given in cases.items()}
+    described = {case: set() for case in cases}
+    for name, facets in FACETS.items():
+        for one in filter(None, facets.other_default.split(" and ")):
+            value, case = one.split(" for ")
+            own = getattr(runs[case], name)
+            assert own == (
+                float(value) if isinstance(own, float) else {"true": True}.get(value, value)
+            )
+            described[case].add(name)
+    for case, run in runs.items():
+        fields = TrainConfig.model_fields.items()
+        other = {name for name, field in fields if getattr(run, name) != field.default}
+        shared = described["grpo"] if "grpo_loss" in cases[case] else set()
+        shared |= described["all methods except sft"]
+        assert other - where.keys() - cases[case].keys() == described[case] | shared
