@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from lib import forks
+from lib.endings import ended
 from lib.folders import write_tokenizer
 from mlx_segtrain import files as kept_files
 from mlx_segtrain.commands.main import main
@@ -288,8 +289,7 @@ def test_what_is_interrupted_goes_on(tmp_path, tokenizer, model, kept):
         process.send_signal(how)
         process.wait(10)
         assert time.monotonic() - begun < 5  # bench/data.py measures this time on an idle machine
-        _, alive = psutil.wait_procs(children, 2)
-        assert not alive
+        assert ended(children, 2)
         last, before = before, {file: file.stat().st_ino for file in kept.glob("*/0*.arrow")}
         assert before.items() > last.items() and not list(kept.glob("*/about.json"))
     process, lines = start(data, model)

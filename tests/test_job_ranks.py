@@ -15,6 +15,7 @@ import mlx.core as mx
 import psutil
 import pytest
 
+from lib.endings import ended
 from lib.served import Server, write_place
 from mlx_segtrain.errors import InputError
 from mlx_segtrain.serving import hosts
@@ -33,16 +34,10 @@ def until(holds, seconds=60):
 
 
 def running(id):
-    """Returns the descendants of a process, grouped by the module that they run. The module's name
-    is the second-to-last word of the command."""
-    found = {}
-    for own in psutil.Process(id).children(recursive=True):
-        found.setdefault(own.cmdline()[-2].rpartition(".")[2], []).append(own)
-    return found
-
-
-def ended(all_):
-    return not psutil.wait_procs([x for own in all_.values() for x in own], timeout=10)[1]
+    """Returns the descendants of a process, and those of them that run the module of a rank. The
+    module's name is the second-to-last word of the command."""
+    found = psutil.Process(id).children(recursive=True)
+    return found, [own for own in found if own.cmdline()[-2].rpartition(".")[2] == "rank"]
 
 
 @pytest.mark.acceptance
@@ -64,10 +59,10 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         assert found["skew_s"] == pytest.approx(max(busy) - min(busy))
         for own in found["ranks"]:
             assert min(own["waited_s"], own["tokens_per_sec"], own["peak_gb"]) > 0
-        every = running(server.process.pid)
         # mlx.launch's own command ends with the ranks' command, so it is counted as a rank.
-        assert len(every["rank"]) == 3
-        (launcher,) = [own for own in every["rank"] if "--hostfile" in own.cmdline()]
+        every, of_ranks = running(server.process.pid)
+        assert len(of_ranks) == 3
+        (launcher,) = [own for own in of_ranks if "--hostfile" in own.cmdline()]
         assert launcher.cpu_percent(0.5) < 25  # by default, mlx.launch occupies a core per rank
 
         server.http.post(f"/api/jobs/{id}/cancel")
@@ -81,7 +76,7 @@ def test_a_job_on_two_ranks_is_shown_stopped_resumed_and_survives_a_lost_one(tmp
         assert server.http.post(f"/api/jobs/{id}/resume").json()["job"]["ranks"] is None
         found = until(lambda: server.job(id)["ranks"])
         assert found["step"] > int(kept[1])
-        every = running(server.process.pid)
+        every, _ = running(server.process.pid)
         pid = re.findall(r"rank 1 is process (\d+)", Path(job["log_path"]).read_text())[-1]
         os.kill(int(pid), signal.SIGKILL)
         job = server.ended(id)
@@ -138,8 +133,8 @@ def test_ranks_end_with_the_process_of_their_job():
     with fakes("all") as process:
         events = (json.loads(line) for line in process.stdout if line.startswith("{"))
         assert [next(events)["message"] for _ in range(2)] == ["é\n" * 3000 + " " * 3000] * 2
-        every = running(process.pid)
-        assert len(every["rank"]) == 3
+        every, of_ranks = running(process.pid)
+        assert len(of_ranks) == 3
         process.kill()
         assert ended(every)
 

@@ -576,11 +576,18 @@ def test_swaps_under_load(server, said):
     linears.put_in = counted
     try:
         active, resident = load(4)
-        later, much_later = load(13)
+        # The system's allocator may take more memory from time to time, but a leak grows under
+        # each load.
+        for _ in range(4):
+            before, (later, resident) = resident, load(13)
+            assert later - active < 1 << 20
+            if resident - before < 16 << 20:
+                break
+        else:
+            pytest.fail("the process grows under each load")
     finally:
         del linears.put_in
     assert swaps > 30  # adapters are swapped only for prompts that are not cached
-    assert later - active < 1 << 20 and much_later - resident < 24 << 20
     assert len(server.engine._prompts) <= module.MOST_PROMPTS
     server.idle()
 

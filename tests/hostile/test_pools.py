@@ -12,9 +12,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 
 from lib.attack import bystander, memory_mb, patience
+from lib.endings import ended
 from lib.folders import write_llama, write_rows
 from lib.served import Server, write_place
 from mlx_segtrain import InputError
@@ -269,6 +271,7 @@ def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env)
     try:
         pids = [int(pid) for pid in process.stdout.readline().split()]
+        left = [psutil.Process(pid) for pid in pids]
         for pid in pids:
             with open(f"/proc/{pid}/environ", "rb") as environ:
                 assert b"SECRET" not in environ.read()
@@ -277,18 +280,7 @@ def test_it_has_no_secrets_and_leaves_nothing_behind(tmp_path):
     finally:
         process.kill()
         process.wait()
-    end = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") and not _is_zombie(pid) for pid in pids):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def _is_zombie(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+    assert ended(left)
 
 
 def test_pools_are_bounded():
