@@ -11,10 +11,11 @@ from mlx_segtrain.torchless import hide_torch
 hide_torch()
 
 import numpy.random  # noqa: E402
+from matplotlib import figure  # noqa: E402
 from mlx_lm.models import llama, switch_layers  # noqa: E402
 
 from mlx_segtrain import training  # noqa: E402
 from mlx_segtrain.models import gemma, generic, load_tokenizer  # noqa: E402
 
-assert numpy.random and llama and switch_layers and training and gemma and generic
+assert numpy.random and figure and llama and switch_layers and training and gemma and generic
 load_tokenizer(os.environ["WARM_MODEL"])

@@ -48,8 +48,8 @@ class Prompting:
         if self.is_raw(tokenizer):
             if system is not None:
                 raise InputError(
-                    "a system message requires a chat template, but the model has none or the "
-                    "adapter was trained without one: leave the system message out."
+                    "a system message requires a chat template, but the model has none, or "
+                    "prompt_format is raw, here or in the adapter: leave the system message out."
                 )
             return raw_ids(tokenizer, prompt)
         turns = [{"role": "user", "content": prompt}]

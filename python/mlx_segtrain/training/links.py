@@ -128,7 +128,8 @@ class Links:
 
     def _flush(self) -> None:
         """Sends the messages that the Watch has queued. Messages stay buffered until the receiving
-        rank reads them."""
+        rank reads them. If more than MOST bytes wait for a rank, further messages to it are
+        discarded: it has not read for so long that it is about to be declared lost."""
         for to, message in self.watch.out:
             line = json.dumps(message).encode() + b"\n"
             for r in to:

@@ -207,7 +207,7 @@ class Answers:
         while found is None:
             try:
                 found = await prompts(size).run(read)
-            except InputError:  # parsing took too long
+            except InputError:  # parsing has failed, or it has exceeded its limits
                 found = [None] * len(texts)
             except Busy:  # wait, because the completion must not be lost
                 if time.monotonic() > end:
